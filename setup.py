@@ -1,0 +1,130 @@
+"""Builds prfl_fast: pure Python, plus the optional CUDA C++ extension of ``csrc/``.
+
+PRFL_FAST_CUDA=0     never build the extension
+PRFL_FAST_CUDA=1     build it or fail
+PRFL_FAST_CUDA=auto  build it if nvcc and torch are here; a failure is printed and the install goes on (default)
+TORCH_CUDA_ARCH_LIST architectures, for example "8.0;9.0a" (default below); MAX_JOBS parallel nvcc processes
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.extension import Extension
+
+ROOT = Path(__file__).resolve().parent
+VERSION = "0.1.0"
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0;12.0"
+MODE = os.environ.get("PRFL_FAST_CUDA", "auto")
+if MODE not in ("0", "1", "auto"):
+    sys.exit(f"PRFL_FAST_CUDA is {MODE!r}, expected 0, 1 or auto")
+
+
+def git_revision() -> str:
+    """Short commit hash, or an empty string outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 and (ROOT / ".git").exists() else ""
+
+
+def version() -> str:
+    """``0.1.0+g<commit>`` in a checkout; in an sdist, what the checkout wrote."""
+    revision = git_revision()
+    written = ROOT / "prfl_fast" / "_version.py"
+    if not revision and written.exists():
+        return re.findall(r'"(.+)"', written.read_text())[0]
+    full = f"{VERSION}+g{revision}" if revision else VERSION
+    written.write_text(f'__version__ = "{full}"\n')
+    return full
+
+
+
+def nvcc() -> str | None:
+    """Path of the CUDA compiler: CUDA_HOME, then PATH."""
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def architecture_flags(listed: str) -> list[str]:
+    """``8.0;9.0a+PTX`` as nvcc ``-gencode`` flags."""
+    flags = []
+    for entry in re.split(r"[;\s]+", listed.strip()):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d+[af]?", number):
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {entry!r}, expected entries like 8.0 or 9.0a+PTX")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if entry.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+class BuildExtension(build_ext):
+    """Compiles ``csrc/*.cu`` with nvcc against torch's stable ABI: no Python ABI, CPU-only torch is enough."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            if MODE == "1":
+                raise
+            print(f"prfl_fast: CUDA extension skipped: {error}", file=sys.stderr)
+
+    def get_ext_filename(self, name: str) -> str:
+        return os.path.join(*name.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = nvcc()
+        if compiler is None:
+            raise RuntimeError("nvcc was not found (set CUDA_HOME or PATH)")
+        try:
+            import torch
+        except ImportError as error:
+            raise RuntimeError(
+                "torch is not importable while building; install torch first, then "
+                "pip install --no-build-isolation ."
+            ) from error
+        include = Path(torch.__file__).parent / "include"
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
+        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
+        flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
+
+        def compile_one(source: str) -> str:
+            target = str(build / (Path(source).name + ".o"))
+            subprocess.run([compiler, "-c", source, "-o", target, *flags], check=True)
+            return target
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # No libtorch on the link line: the symbols are those of the process that loads the library.
+        subprocess.run([compiler, "-shared", "-cudart", "static", "-o", str(output), *objects], check=True)
+
+
+sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix in (".cu", ".cpp"))
+extensions = [] if MODE == "0" or not sources else [Extension("prfl_fast.kernels._C", sources)]
+if MODE == "0":
+    print("prfl_fast: CUDA extension skipped: PRFL_FAST_CUDA=0", file=sys.stderr)
+
+setup(
+    version=version(),
+    packages=["prfl_fast", "prfl_fast.adapters", "prfl_fast.kernels"],
+    package_dir={"prfl_fast.kernels": "kernels"},
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExtension},
+)
