@@ -1,0 +1,32 @@
+"""Fused operations of timestep-conditioned attention blocks; installs as ``prfl_fast.kernels``."""
+
+if __name__ != "prfl_fast.kernels":
+    raise ImportError(f"this package is prfl_fast.kernels, imported here as {__name__!r}; `pip install` prfl_fast")
+
+from prfl_fast.kernels._backend import get_backend, set_backend
+from prfl_fast.kernels._registry import report
+from prfl_fast.kernels.attention import attention
+from prfl_fast.kernels.bias_gelu import bias_gelu
+from prfl_fast.kernels.flow_loss import flow_loss
+from prfl_fast.kernels.flow_step import flow_step
+from prfl_fast.kernels.norm_modulate import norm_modulate
+from prfl_fast.kernels.qk_norm_rope import qk_norm_rope, rope_table
+from prfl_fast.kernels.query_pool import merge_pooled, query_pool
+from prfl_fast.kernels.residual_norm_modulate import gated_residual, residual_norm_modulate
+
+__all__ = [
+    "attention",
+    "bias_gelu",
+    "flow_loss",
+    "flow_step",
+    "gated_residual",
+    "get_backend",
+    "merge_pooled",
+    "norm_modulate",
+    "qk_norm_rope",
+    "query_pool",
+    "report",
+    "residual_norm_modulate",
+    "rope_table",
+    "set_backend",
+]

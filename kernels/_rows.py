@@ -1,0 +1,141 @@
+"""Compact rows of modulation: which token uses which row, sums over the tokens of a row, argument checks.
+
+A modulation vector (scale, shift, gate) is ``table [D] + rows [R, D]``, either part optional, added in
+float32. Token n of N uses row n // (N / R), or row ``row_index[n]``; nothing is expanded to N rows.
+"""
+
+import torch
+
+from prfl_fast.kernels._checks import require, require_float, require_same_device
+from prfl_fast.kernels._triton import tl, triton
+
+
+def count_rows(*rows: torch.Tensor | None) -> int:
+    """R, from the first of the ``[R, D]`` tensors that is given; one if none is."""
+    return next((t.shape[0] for t in rows if t is not None), 1)
+
+
+def table_plus_rows(
+    table: torch.Tensor | None, rows: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """table + rows as ``[R, D]``; ``[1, D]`` for a table alone, None for neither."""
+    if rows is None:
+        return None if table is None else table.to(dtype)[None]
+    return rows.to(dtype) if table is None else table.to(dtype) + rows.to(dtype)
+
+
+def by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) -> torch.Tensor:
+    """``[..., D]`` as ``[R, N / R, D]``; as ``[1, N, D]`` where an index names the rows."""
+    dim = tokens.shape[-1]
+    rows = rows if row_index is None else 1
+    return tokens.reshape(rows, tokens.numel() // (rows * dim), dim)
+
+
+def per_token(rows: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
+    """``[R, D]`` in a shape that broadcasts against the result of :func:`by_row`.
+
+    Raises:
+        ValueError: on the CPU, a value of ``row_index`` outside [0, R).
+    """
+    if row_index is None:
+        return rows.unsqueeze(1)
+    if row_index.device.type == "cpu" and row_index.numel():
+        low, high = (int(value) for value in torch.aminmax(row_index))
+        require(
+            0 <= low and high < rows.shape[0], "prfl_fast.kernels", "row_index", row_index,
+            f"values in [0, {rows.shape[0]}), not from {low} to {high}",
+        )  # fmt: skip
+    return rows.index_select(0, row_index.reshape(-1)).unsqueeze(0)
+
+
+def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) -> torch.Tensor:
+    """Σ over the tokens of each row: :func:`by_row`'s shape to ``[R, D]``, deterministic."""
+    if row_index is None:
+        return tokens.sum(1)
+    if tokens.device.type == "cpu":  # index_add_ runs in order here (20 times the other's speed)
+        sums = tokens.new_zeros(rows, tokens.shape[-1])
+        return sums.index_add_(0, row_index.reshape(-1), tokens[0])
+    order, offsets = segments(row_index, rows)
+    return torch.segment_reduce(tokens[0, order], "sum", offsets=offsets, axis=0)
+
+
+def segments(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens sorted by row ``[N]``, and where each row begins and ends ``[R + 1]``; int64, no sync."""
+    by_row, order = torch.sort(row_index.reshape(-1), stable=True)
+    bounds = torch.arange(rows + 1, device=row_index.device, dtype=row_index.dtype)
+    return order, torch.searchsorted(by_row, bounds)
+
+
+def token_strides(x: torch.Tensor) -> tuple[int, int, int | None]:
+    """Stride of the batch, stride of a token, and tokens in a batch; None for the last where token n
+    is simply at n times its stride, which spares the kernel a division for each token."""
+    if x.dim() == 2:
+        return 0, x.stride(0), None
+    stride_b, stride_l, length = x.stride(0), x.stride(1), x.shape[1]
+    return stride_b, stride_l, None if x.shape[0] == 1 or stride_b == length * stride_l else length
+
+
+@triton.jit
+def token_offset(i_token, stride_b, stride_l, length):
+    """Offset of token ``i_token`` (int64), in elements (int64)."""
+    if length is None:
+        offset = i_token * stride_l
+    else:
+        i_b = (i_token.to(tl.int32) // length).to(tl.int64)  # 64-bit division is far slower
+        offset = i_b * stride_b + (i_token - i_b * length) * stride_l
+    return offset
+
+
+@triton.jit
+def load_sum(rows_ptr, table_ptr, i_row, stride_row, o_d, m_d, BLOCK_D: tl.constexpr):
+    """table + rows[i_row] in float32 ``[BLOCK_D]``; zero where neither is given."""
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    if table_ptr is not None:
+        b_sum += tl.load(table_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    if rows_ptr is not None:
+        p_row = rows_ptr + i_row * stride_row + o_d
+        b_sum += tl.load(p_row, mask=m_d, other=0.0).to(tl.float32)
+    return b_sum
+
+
+def check_tokens(op: str, argument: str, x: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless x is ``[B, L, D]`` or ``[N, D]``, floating point, its last axis contiguous."""
+    require_float(op, argument, x)
+    require(x.dim() in (2, 3), op, argument, x, "a shape [B, L, D] or [N, D]")
+    require(x.shape[-1] > 0, op, argument, x, "a last axis of at least one element")
+    require(
+        x.stride(-1) == 1 or x.shape[-1] == 1, op, argument, x,
+        "a contiguous last axis: call .contiguous() where it is made",
+    )  # fmt: skip
+
+
+def check_rows(
+    op: str,
+    x: torch.Tensor,
+    vectors: dict[str, torch.Tensor | None],
+    rows: dict[str, torch.Tensor | None],
+    row_index: torch.Tensor | None,
+) -> None:
+    """Raise ``ValueError`` unless ``vectors`` are ``[D]``, ``rows`` ``[R, D]``, and each token has a row."""
+    dim, tokens, count = x.shape[-1], x.numel() // x.shape[-1], count_rows(*rows.values())
+    for name, value in vectors.items():
+        if value is not None:
+            require_float(op, name, value)
+            require(value.shape == (dim,), op, name, value, f"shape [{dim}], as x has last axis {dim}")
+    given = {name: value for name, value in rows.items() if value is not None}
+    for name, value in given.items():
+        require_float(op, name, value)
+        ok = value.dim() == 2 and value.shape[1] == dim and value.shape[0] == count > 0
+        require(ok, op, name, value, f"shape [R, {dim}], R the same for {' and '.join(rows)}")
+        require(value.stride(1) == 1 or dim == 1, op, name, value, "a contiguous last axis")
+        require(
+            row_index is not None or tokens % count == 0, op, name, value,
+            f"a number of rows that divides the {tokens} tokens of x, or row_index beside it",
+        )  # fmt: skip
+    if row_index is not None:
+        require(bool(given), op, "row_index", row_index, f"None without {' or '.join(rows)}")
+        ok = isinstance(row_index, torch.Tensor) and row_index.dtype in (torch.int32, torch.int64)
+        ok = ok and row_index.shape == x.shape[:-1]
+        expected = f"int32 or int64 of shape {list(x.shape[:-1])}, one row number for each token"
+        require(ok, op, "row_index", row_index, expected)
+    require_same_device(op, x=x, **vectors, **rows, row_index=row_index)
