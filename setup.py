@@ -2,8 +2,10 @@
 
 PRFL_FAST_CUDA=0     never build the extension
 PRFL_FAST_CUDA=1     build it or fail
-PRFL_FAST_CUDA=auto  build it if nvcc and torch are here; a failure is printed and the install goes on (default)
-TORCH_CUDA_ARCH_LIST architectures, for example "8.0;9.0a" (default below); MAX_JOBS parallel nvcc processes
+PRFL_FAST_CUDA=auto  build it if nvcc and torch are here; a failure is printed and the install goes
+on (default)
+TORCH_CUDA_ARCH_LIST architectures, for example "8.0;9.0a" (default below); MAX_JOBS parallel nvcc
+processes
 """
 
 import os
@@ -48,7 +50,6 @@ def version() -> str:
     return full
 
 
-
 def nvcc() -> str | None:
     """Path of the CUDA compiler: CUDA_HOME, then PATH."""
     home = os.environ.get("CUDA_HOME")
@@ -63,7 +64,9 @@ def architecture_flags(listed: str) -> list[str]:
     for entry in re.split(r"[;\s]+", listed.strip()):
         number = entry.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", number):
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {entry!r}, expected entries like 8.0 or 9.0a+PTX")
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}, expected entries like 8.0 or 9.0a+PTX"
+            )
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if entry.endswith("+PTX"):
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
@@ -71,7 +74,9 @@ def architecture_flags(listed: str) -> list[str]:
 
 
 class BuildExtension(build_ext):
-    """Compiles ``csrc/*.cu`` with nvcc against torch's stable ABI: no Python ABI, CPU-only torch is enough."""
+    """Compiles ``csrc/*.cu`` with nvcc against torch's stable ABI: no Python ABI, CPU-only torch is
+    enough.
+    """
 
     def run(self) -> None:
         try:
@@ -98,7 +103,14 @@ class BuildExtension(build_ext):
         include = Path(torch.__file__).parent / "include"
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler",
+            "-fPIC",
+            "-DUSE_CUDA",
+        ]
         flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
         flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
         flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
@@ -112,11 +124,25 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_one, ext.sources))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        # No libtorch on the link line: the symbols are those of the process that loads the library.
-        subprocess.run([compiler, "-shared", "-cudart", "static", "-o", str(output), *objects], check=True)
+        # libtorch.so names libtorch_cuda.so only where there is one: with it among the dependencies
+        # the weak
+        # CUDA symbol of bindings.cpp resolves there and stays null elsewhere. No path is written:
+        # both are
+        # in the process before this library is.
+        link = [
+            "-Xlinker",
+            "--no-as-needed",
+            f"-L{Path(torch.__file__).parent / 'lib'}",
+            "-ltorch",
+            "-ltorch_cpu",
+        ]
+        command = [compiler, "-shared", "-cudart", "static", "-o", str(output), *objects, *link]
+        subprocess.run(command, check=True)
 
 
-sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix in (".cu", ".cpp"))
+sources = sorted(
+    str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix in (".cu", ".cpp")
+)
 extensions = [] if MODE == "0" or not sources else [Extension("prfl_fast.kernels._C", sources)]
 if MODE == "0":
     print("prfl_fast: CUDA extension skipped: PRFL_FAST_CUDA=0", file=sys.stderr)

@@ -1,7 +1,9 @@
 """Fused operations of timestep-conditioned attention blocks; installs as ``prfl_fast.kernels``."""
 
 if __name__ != "prfl_fast.kernels":
-    raise ImportError(f"this package is prfl_fast.kernels, imported here as {__name__!r}; `pip install` prfl_fast")
+    raise ImportError(
+        f"this package is prfl_fast.kernels, imported here as {__name__!r}; `pip install` prfl_fast"
+    )
 
 from prfl_fast.kernels._backend import get_backend, set_backend
 from prfl_fast.kernels._registry import report

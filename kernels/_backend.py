@@ -14,15 +14,19 @@ def _checked(name: str, source: str) -> str:
     if name == "triton" and not HAS_TRITON:
         raise ValueError(f"{source} is 'triton', but triton is not installed: pip install triton")
     if name == "cuda" and not _extension.loaded():
-        raise ValueError(f"{source} is 'cuda', but the extension is not loaded: {_extension.reason()}")
+        raise ValueError(
+            f"{source} is 'cuda', but the extension is not loaded: {_extension.reason()}"
+        )
     return name
 
 
 def set_backend(name: str) -> None:
     """Choose the implementation every operation prefers from now on, in this process.
 
-    ``auto`` takes Triton on CUDA tensors and the reference on CPU tensors; ``reference`` is plain PyTorch;
-    ``triton`` and ``cuda`` ask for that kernel wherever the operation has one. An operation without one
+    ``auto`` takes Triton on CUDA tensors and the reference on CPU tensors; ``reference`` is plain
+    PyTorch;
+    ``triton`` and ``cuda`` ask for that kernel wherever the operation has one. An operation without
+    one
     keeps its ``auto`` choice; ``prfl-fast doctor`` lists what each will use and why.
 
     Raises:

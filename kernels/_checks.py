@@ -1,4 +1,6 @@
-"""Argument checks of the public functions: one ``ValueError`` that names the argument, what came, what is expected."""
+"""Argument checks of the public functions: one ``ValueError`` that names the argument, what came,
+what is expected.
+"""
 
 import torch
 
@@ -19,7 +21,11 @@ def require(ok: bool, op: str, argument: str, got: object, expected: str) -> Non
 def require_float(op: str, argument: str, value: torch.Tensor) -> None:
     """Raise ``ValueError`` unless ``value`` is a floating-point tensor."""
     require(
-        isinstance(value, torch.Tensor) and value.is_floating_point(), op, argument, value, "a floating-point tensor"
+        isinstance(value, torch.Tensor) and value.is_floating_point(),
+        op,
+        argument,
+        value,
+        "a floating-point tensor",
     )
 
 
@@ -35,7 +41,9 @@ def require_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def compute_dtype(x: torch.Tensor, upcast: torch.dtype | None = None) -> torch.dtype:
-    """The dtype arithmetic is done in: ``upcast`` if given, float64 for float64 inputs, else float32."""
+    """The dtype arithmetic is done in: ``upcast`` if given, float64 for float64 inputs, else
+    float32.
+    """
     if upcast is not None:
         return upcast
     return torch.float64 if x.dtype == torch.float64 else torch.float32

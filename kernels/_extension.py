@@ -15,7 +15,7 @@ def _load() -> bool:
         return False
     libraries = sorted(Path(__file__).parent.glob("_C*.so"))
     if not libraries:
-        _reason = "not built (needs nvcc at install; reinstall with PRFL_FAST_CUDA=1 to see the build fail loudly)"
+        _reason = "not built (needs nvcc; reinstall with PRFL_FAST_CUDA=1 to see why)"
         return False
     try:
         torch.ops.load_library(str(libraries[0]))

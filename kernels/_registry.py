@@ -1,6 +1,7 @@
 """Registration of operations, and the choice between their implementations.
 
-Every operation is one ``torch.library.custom_op`` whose body picks an implementation for the tensors at hand.
+Every operation is one ``torch.library.custom_op`` whose body picks an implementation for the
+tensors at hand.
 All implementations of an operation take the same arguments in the same order.
 """
 
@@ -44,7 +45,9 @@ class Operation:
         if wanted == "reference":
             return Choice("reference", "backend set to reference")
         if dtype not in KERNEL_DTYPES:
-            return Choice("reference", f"kernels take float32, bfloat16, float16; {dtype} runs in PyTorch")
+            return Choice(
+                "reference", f"kernels take float32, bfloat16, float16; {dtype} runs in PyTorch"
+            )
         if wanted == "cuda" and self.cuda is not None:
             if device.type != "cuda":
                 raise ValueError(
@@ -55,10 +58,13 @@ class Operation:
         if wanted == "triton" and self.triton is not None:
             if device.type != "cuda" and not INTERPRETING:
                 raise ValueError(
-                    f"{self.name}: backend 'triton' was asked for, but the tensors are on {device}; move them to a "
-                    "CUDA device, call set_backend('auto'), or set TRITON_INTERPRET=1 before the first import"
+                    f"{self.name}: backend 'triton' was asked for, but the tensors are on "
+                    f"{device}; move them to a CUDA device, call set_backend('auto'), or set "
+                    "TRITON_INTERPRET=1 before the first import"
                 )
-            return Choice("triton", "interpreted" if device.type != "cuda" else "backend set to triton")
+            return Choice(
+                "triton", "interpreted" if device.type != "cuda" else "backend set to triton"
+            )
         if device.type != "cuda":
             return Choice("reference", f"{device.type} tensors")
         if self.triton is None:
@@ -72,7 +78,9 @@ class Operation:
         implementation = getattr(self, self.choose(tensor.device, tensor.dtype).backend)
         if tensor.device.type != "cuda":
             return implementation(*args)
-        with torch.cuda.device(tensor.device):  # Triton launches on the current device, whatever the tensors say
+        with torch.cuda.device(
+            tensor.device
+        ):  # Triton launches on the current device, whatever the tensors say
             return implementation(*args)
 
 
@@ -98,10 +106,12 @@ def register(
     """Register ``prfl_fast::name`` and return the custom op.
 
     Args:
-        reference: plain PyTorch, fully annotated: the schema is read from its signature. Returns new tensors.
+        reference: plain PyTorch, fully annotated: the schema is read from its signature. Returns
+            new tensors.
             A parameter ``upcast`` (with a default) is for the tests and stays out of the schema.
         fake: the same signature; returns empty tensors of the right shape, dtype and device.
-        triton, cuda: the same signature; called only with CUDA tensors (Triton also with CPU tensors when
+        triton, cuda: the same signature; called only with CUDA tensors (Triton also with CPU
+            tensors when
             interpreted) of float32, bfloat16 or float16.
     """
     operation = Operation(name, reference, triton, cuda)
@@ -119,8 +129,12 @@ def register(
     return op
 
 
-def report(device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> dict[str, Choice]:
-    """For every operation: the backend it will use for tensors of ``device`` and ``dtype``, and why."""
+def report(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Choice]:
+    """For every operation: the backend it will use for tensors of ``device`` and ``dtype``, and
+    why.
+    """
     choices = {}
     for name, operation in sorted(OPERATIONS.items()):
         try:

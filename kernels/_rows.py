@@ -1,7 +1,7 @@
-"""Compact rows of modulation: which token uses which row, sums over the tokens of a row, argument checks.
+"""Compact rows of modulation: which token uses which row, sums over a row, argument checks.
 
-A modulation vector (scale, shift, gate) is ``table [D] + rows [R, D]``, either part optional, added in
-float32. Token n of N uses row n // (N / R), or row ``row_index[n]``; nothing is expanded to N rows.
+A modulation (scale, shift, gate) is ``table [D] + rows [R, D]``, either part optional, added in
+float32. Token n of N uses row n // (N / R), or ``row_index[n]``; nothing is expanded to N rows.
 """
 
 import torch
@@ -60,15 +60,17 @@ def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) 
 
 
 def segments(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens sorted by row ``[N]``, and where each row begins and ends ``[R + 1]``; int64, no sync."""
+    """Tokens sorted by row ``[N]`` and where each row starts ``[R + 1]``, both int64; no sync."""
     by_row, order = torch.sort(row_index.reshape(-1), stable=True)
     bounds = torch.arange(rows + 1, device=row_index.device, dtype=row_index.dtype)
     return order, torch.searchsorted(by_row, bounds)
 
 
 def token_strides(x: torch.Tensor) -> tuple[int, int, int | None]:
-    """Stride of the batch, stride of a token, and tokens in a batch; None for the last where token n
-    is simply at n times its stride, which spares the kernel a division for each token."""
+    """Stride of a batch, stride of a token, tokens in a batch.
+
+    The last is None where token n is at n times its stride: that spares the kernel a division.
+    """
     if x.dim() == 2:
         return 0, x.stride(0), None
     stride_b, stride_l, length = x.stride(0), x.stride(1), x.shape[1]
@@ -99,7 +101,7 @@ def load_sum(rows_ptr, table_ptr, i_row, stride_row, o_d, m_d, BLOCK_D: tl.const
 
 
 def check_tokens(op: str, argument: str, x: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless x is ``[B, L, D]`` or ``[N, D]``, floating point, its last axis contiguous."""
+    """Raise ``ValueError`` unless x is a float ``[B, L, D]`` or ``[N, D]``, axis D contiguous."""
     require_float(op, argument, x)
     require(x.dim() in (2, 3), op, argument, x, "a shape [B, L, D] or [N, D]")
     require(x.shape[-1] > 0, op, argument, x, "a last axis of at least one element")
@@ -116,26 +118,25 @@ def check_rows(
     rows: dict[str, torch.Tensor | None],
     row_index: torch.Tensor | None,
 ) -> None:
-    """Raise ``ValueError`` unless ``vectors`` are ``[D]``, ``rows`` ``[R, D]``, and each token has a row."""
+    """Raise ``ValueError`` unless vectors are ``[D]``, rows ``[R, D]``, row_index fits x."""
     dim, tokens, count = x.shape[-1], x.numel() // x.shape[-1], count_rows(*rows.values())
     for name, value in vectors.items():
         if value is not None:
             require_float(op, name, value)
-            require(value.shape == (dim,), op, name, value, f"shape [{dim}], as x has last axis {dim}")
+            require(value.shape == (dim,), op, name, value, f"shape [{dim}], the last axis of x")
     given = {name: value for name, value in rows.items() if value is not None}
     for name, value in given.items():
         require_float(op, name, value)
         ok = value.dim() == 2 and value.shape[1] == dim and value.shape[0] == count > 0
         require(ok, op, name, value, f"shape [R, {dim}], R the same for {' and '.join(rows)}")
         require(value.stride(1) == 1 or dim == 1, op, name, value, "a contiguous last axis")
-        require(
-            row_index is not None or tokens % count == 0, op, name, value,
-            f"a number of rows that divides the {tokens} tokens of x, or row_index beside it",
-        )  # fmt: skip
+        if row_index is None and tokens % count:  # the text would pin the token count of a trace
+            expected = f"a divisor of the {tokens} tokens of x as number of rows, or row_index"
+            require(False, op, name, value, expected)
     if row_index is not None:
         require(bool(given), op, "row_index", row_index, f"None without {' or '.join(rows)}")
         ok = isinstance(row_index, torch.Tensor) and row_index.dtype in (torch.int32, torch.int64)
         ok = ok and row_index.shape == x.shape[:-1]
-        expected = f"int32 or int64 of shape {list(x.shape[:-1])}, one row number for each token"
+        expected = "int32 or int64 of x's shape without its last axis, one row for each token"
         require(ok, op, "row_index", row_index, expected)
     require_same_device(op, x=x, **vectors, **rows, row_index=row_index)

@@ -1,10 +1,13 @@
 """The parts of a timestep-conditioned video transformer on prfl_fast's kernels, as plain modules.
 
-For people whose model prfl_fast does not know: build a model from these, or load a Wan block's weights into
-them. :func:`prfl_fast.patch` runs the same functions (``self_attention``, ``cross_attention``, ``feed_forward``,
+For people whose model prfl_fast does not know: build a model from these, or load a Wan block's
+    weights into
+them. :func:`prfl_fast.patch` runs the same functions (``self_attention``, ``cross_attention``,
+``feed_forward``,
 ``transformer_block``) on the submodules that a foreign block already owns.
 
-Sources: the Wan block is that of diffusers' ``transformer_wan.py``; the query pool and the reward head are
+Sources: the Wan block is that of diffusers' ``transformer_wan.py``; the query pool and the reward
+    head are
 those of PRFL (arXiv 2511.21541).
 """
 
@@ -26,7 +29,8 @@ from prfl_fast.kernels import (
     rope_table,
 )
 
-TEXT_TOKENS = 512  # Wan pads every prompt to 512 tokens; what precedes them in the context is the image
+# Wan pads every prompt to 512 tokens; what precedes them in the context is the image.
+TEXT_TOKENS = 512
 
 
 class Rope(NamedTuple):
@@ -45,7 +49,12 @@ class Rope(NamedTuple):
 
     @classmethod
     def from_grid(
-        cls, grid: Iterable[int], head_dim: int, *, theta: float = 10000.0, device: torch.device | None = None
+        cls,
+        grid: Iterable[int],
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        device: torch.device | None = None,
     ) -> "Rope":
         """The embedding of a whole ``(frames, height, width)`` grid of tokens."""
         frames, height, width = grid
@@ -58,7 +67,8 @@ class Modulation(NamedTuple):
 
     Attributes:
         table: ``[n, D]``, one row per modulation vector.
-        time: ``[R, n, D]``; R divides the number of tokens and each row serves as many consecutive tokens,
+        time: ``[R, n, D]``; R divides the number of tokens and each row serves as many consecutive
+            tokens,
             so R = B is one timestep per sample, B·F one per latent frame, B·L one per token.
         row_index: optional integer ``[B, L]`` naming the row of each token instead.
     """
@@ -73,7 +83,9 @@ class Modulation(NamedTuple):
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """True where calling the module is ``F.linear`` on its weight and nothing else (no adapter, hook or quantiser)."""
+    """True where calling the module is ``F.linear`` on its weight and nothing else (no adapter,
+    hook or quantiser).
+    """
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
@@ -93,7 +105,8 @@ def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """q/k/v projections, whole-D RMSNorm and RoPE on q and k, attention, output projection.
 
     Args:
-        parts: owns ``to_q, to_k, to_v, to_out, norm_q, norm_k, heads`` (a :class:`TimestepConditionedAttention` or
+        parts: owns ``to_q, to_k, to_v, to_out, norm_q, norm_k, heads`` (a
+            :class:`TimestepConditionedAttention` or
             a diffusers ``WanAttention``; fused q/k/v projections are used when present).
         x: ``[B, L, D]``, already normalised and modulated.
     """
@@ -118,11 +131,14 @@ def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """Attention of the video tokens to text tokens and, for image-to-video models, to image tokens; summed.
+    """Attention of the video tokens to text tokens and, for image-to-video models, to image tokens;
+    summed.
 
     Args:
-        parts: owns what :func:`self_attention` needs; with ``add_k_proj, add_v_proj, norm_added_k`` that are not
-            None, the tokens before the last 512 of ``context`` are image tokens and go through those.
+        parts: owns what :func:`self_attention` needs; with ``add_k_proj, add_v_proj, norm_added_k``
+            that are not
+            None, the tokens before the last 512 of ``context`` are image tokens and go through
+            those.
         x: ``[B, L, D]``. context: ``[B, T, D]``.
     """
     image = None
@@ -130,7 +146,11 @@ def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch
         image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
     fused = getattr(parts, "fused_projections", False)
     q = parts.to_q(x)
-    k, v = parts.to_kv(context).chunk(2, dim=-1) if fused else (parts.to_k(context), parts.to_v(context))
+    k, v = (
+        parts.to_kv(context).chunk(2, dim=-1)
+        if fused
+        else (parts.to_k(context), parts.to_v(context))
+    )
     q, k = qk_norm_rope(
         q, k, parts.norm_q.weight, parts.norm_k.weight, heads=parts.heads, eps=parts.norm_q.eps
     )
@@ -146,8 +166,10 @@ def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch
     return _project_out(parts.to_out, out)
 
 
-def feed_forward(up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``down(gelu_tanh(up(x)))``; the bias of a plain ``nn.Linear`` is added inside the activation kernel."""
+def feed_forward(up: Any, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``down(gelu_tanh(up(x)))``; the bias of a plain ``nn.Linear`` is added inside the activation
+    kernel.
+    """
     if _is_plain_linear(up):
         return down(bias_gelu(F.linear(x, up.weight), up.bias))
     return down(bias_gelu(up(x)))
@@ -166,16 +188,19 @@ def transformer_block(
     down: nn.Module,
     eps: tuple[float, float],
 ) -> torch.Tensor:
-    """One Wan block: modulated self-attention, cross-attention, modulated feed-forward, each with its residual.
+    """One Wan block: modulated self-attention, cross-attention, modulated feed-forward, each with
+    its residual.
 
     Args:
-        x: ``[B, L, D]``. context: ``[B, T, D]``. modulation: six vectors (shift, scale, gate for the attention,
+        x: ``[B, L, D]``. context: ``[B, T, D]``. modulation: six vectors (shift, scale, gate for
+            the attention,
             then for the feed-forward).
         cross_norm: LayerNorm before the cross-attention, or a module without weight for none.
         eps: of the norms before the self-attention and before the feed-forward.
 
     Returns:
-        ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32 and rounded
+        ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32
+        and rounded
         once, where Wan rounds.
     """
     (shift, shift_table), (scale, scale_table), (gate, gate_table), *mlp = modulation.vectors()
@@ -221,7 +246,9 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
         if heads < 1 or dim % heads or (dim // heads) % 2:
-            raise ValueError(f"heads is {heads}, expected a divisor of dim = {dim} with an even head size")
+            raise ValueError(
+                f"heads is {heads}, expected a divisor of dim = {dim} with an even head size"
+            )
         self.heads = heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
@@ -234,7 +261,8 @@ class _Attention(nn.Module):
 
 
 class TimestepConditionedAttention(_Attention):
-    """Modulated LayerNorm → q/k/v → RMSNorm + RoPE → attention → output projection → gated residual.
+    """Modulated LayerNorm → q/k/v → RMSNorm + RoPE → attention → output projection → gated
+    residual.
 
     Args:
         dim: D, channels. heads: attention heads, a divisor of D.
@@ -247,7 +275,9 @@ class TimestepConditionedAttention(_Attention):
 
     @classmethod
     def from_wan_block(cls, block: Any) -> "TimestepConditionedAttention":
-        """A copy of a diffusers ``WanTransformerBlock``'s self-attention, in its dtype and on its device."""
+        """A copy of a diffusers ``WanTransformerBlock``'s self-attention, in its dtype and on its
+        device.
+        """
         module = cls(block.attn1.inner_dim, block.attn1.heads, eps=block.norm1.eps)
         module.to(block.attn1.to_q.weight)
         module._load(block.attn1)
@@ -258,7 +288,9 @@ class TimestepConditionedAttention(_Attention):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, rope: Rope, row_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[B, L, D]`` → ``[B, L, D]``; time: ``[R, 3, D]`` shift, scale, gate rows (see :class:`Modulation`)."""
+        """``[B, L, D]`` → ``[B, L, D]``; time: ``[R, 3, D]`` shift, scale, gate rows (see
+        :class:`Modulation`).
+        """
         vectors = Modulation(self.scale_shift_table, time, row_index).vectors()
         (shift, shift_table), (scale, scale_table), (gate, gate_table) = vectors
         h = norm_modulate(
@@ -270,19 +302,28 @@ class TimestepConditionedAttention(_Attention):
             row_index=row_index,
             eps=self.eps,
         )
-        return gated_residual(x, self_attention(self, h, rope), gate, gate_table=gate_table, row_index=row_index)
+        return gated_residual(
+            x, self_attention(self, h, rope), gate, gate_table=gate_table, row_index=row_index
+        )
 
 
 class CrossAttention(_Attention):
     """LayerNorm (affine) → attention to text and, optionally, image tokens → residual.
 
     Args:
-        image_dim: channels of the image tokens; None for a text-only model. With it, the last 512 context tokens
+        image_dim: channels of the image tokens; None for a text-only model. With it, the last 512
+            context tokens
             are text and those before them image tokens.
     """
 
     def __init__(
-        self, dim: int, heads: int, *, eps: float = 1e-6, norm: bool = True, image_dim: int | None = None
+        self,
+        dim: int,
+        heads: int,
+        *,
+        eps: float = 1e-6,
+        norm: bool = True,
+        image_dim: int | None = None,
     ) -> None:
         super().__init__(dim, heads, eps)
         self.norm = nn.LayerNorm(dim, eps=eps) if norm else nn.Identity()
@@ -293,11 +334,15 @@ class CrossAttention(_Attention):
 
     @classmethod
     def from_wan_block(cls, block: Any) -> "CrossAttention":
-        """A copy of a diffusers ``WanTransformerBlock``'s cross-attention and the norm before it."""
+        """A copy of a diffusers ``WanTransformerBlock``'s cross-attention and the norm before
+        it.
+        """
         attn = block.attn2
         affine = getattr(block.norm2, "weight", None) is not None
         image_dim = attn.add_k_proj.in_features if attn.add_k_proj is not None else None
-        module = cls(attn.inner_dim, attn.heads, eps=attn.norm_q.eps, norm=affine, image_dim=image_dim)
+        module = cls(
+            attn.inner_dim, attn.heads, eps=attn.norm_q.eps, norm=affine, image_dim=image_dim
+        )
         module.to(attn.to_q.weight)
         module._load(attn)
         names = ("add_k_proj", "add_v_proj", "norm_added_k") if image_dim is not None else ()
@@ -331,7 +376,9 @@ class ModulatedFeedForward(nn.Module):
 
     @classmethod
     def from_wan_block(cls, block: Any) -> "ModulatedFeedForward":
-        """A copy of a diffusers ``WanTransformerBlock``'s feed-forward, in its dtype and on its device."""
+        """A copy of a diffusers ``WanTransformerBlock``'s feed-forward, in its dtype and on its
+        device.
+        """
         up, down = block.ffn.net[0].proj, block.ffn.net[2]
         module = cls(up.in_features, up.out_features, eps=block.norm3.eps).to(up.weight)
         module.up.load_state_dict(up.state_dict())
@@ -342,7 +389,9 @@ class ModulatedFeedForward(nn.Module):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, row_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[B, L, D]`` → ``[B, L, D]``; time: ``[R, 3, D]`` shift, scale, gate rows (see :class:`Modulation`)."""
+        """``[B, L, D]`` → ``[B, L, D]``; time: ``[R, 3, D]`` shift, scale, gate rows (see
+        :class:`Modulation`).
+        """
         vectors = Modulation(self.scale_shift_table, time, row_index).vectors()
         (shift, shift_table), (scale, scale_table), (gate, gate_table) = vectors
         h = norm_modulate(
@@ -359,16 +408,20 @@ class ModulatedFeedForward(nn.Module):
 
 
 class QueryAttentionPool(nn.Module):
-    """Learned queries attend to all tokens; folded, so that neither keys nor values are ever computed.
+    """Learned queries attend to all tokens; folded, so that neither keys nor values are ever
+    computed.
 
-    With q_h the projected query of head h and W_k,h, W_v,h the head's slices of the in-projection, the score of
+    With q_h the projected query of head h and W_k,h, W_v,h the head's slices of the in-projection,
+    the score of
     token x is (W_k,hᵀ q_h)·x plus a constant that softmax drops, and Σ_l p_l (W_v,h x_l + b) =
     W_v,h (Σ_l p_l x_l) + b. One pass over x replaces two [L, D] × [D, D] projections.
 
     Args:
-        dim: D, channels of the tokens. num_heads: a divisor of D. num_queries: their outputs are averaged.
+        dim: D, channels of the tokens. num_heads: a divisor of D. num_queries: their outputs are
+            averaged.
 
-    Parameters carry the names of the reference's pooling file (``queries``, ``multihead_attn.in_proj_weight`` …).
+    Parameters carry the names of the reference's pooling file (``queries``,
+    ``multihead_attn.in_proj_weight`` …).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, num_queries: int = 1) -> None:
@@ -377,7 +430,8 @@ class QueryAttentionPool(nn.Module):
             raise ValueError(f"num_heads is {num_heads}, expected a divisor of dim = {dim}")
         if num_queries < 1:
             raise ValueError(f"num_queries is {num_queries}, expected at least 1")
-        # Holds and initialises the parameters under the reference's names; its forward is never called.
+        # Holds and initialises the parameters under the reference's names; its forward is never
+        # called.
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         nn.init.xavier_uniform_(self.queries)
@@ -386,16 +440,22 @@ class QueryAttentionPool(nn.Module):
     def from_multihead_attention(
         cls, attention: nn.MultiheadAttention, queries: torch.Tensor
     ) -> "QueryAttentionPool":
-        """A pool with copies of the weights of ``attention`` and of ``queries`` ``[num_queries, D]``.
+        """A pool with copies of the weights of ``attention`` and of ``queries`` ``[num_queries,
+        D]``.
 
         Raises:
-            ValueError: separate key or value sizes, no bias, extra bias tokens, or queries of another width.
+            ValueError: separate key or value sizes, no bias, extra bias tokens, or queries of
+                another width.
         """
         dim = attention.embed_dim
-        if attention.in_proj_weight is None or attention.in_proj_bias is None or attention.bias_k is not None:
+        if (
+            attention.in_proj_weight is None
+            or attention.in_proj_bias is None
+            or attention.bias_k is not None
+        ):
             raise ValueError(
-                "attention is an nn.MultiheadAttention with kdim/vdim, bias=False or add_bias_kv, expected one with a "
-                "packed in-projection and biases"
+                "attention is an nn.MultiheadAttention with kdim/vdim, bias=False or add_bias_kv, "
+                "expected one with a packed in-projection and biases"
             )
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise ValueError(f"queries is {list(queries.shape)}, expected [num_queries, {dim}]")
@@ -406,7 +466,8 @@ class QueryAttentionPool(nn.Module):
         return pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, L, D]`` → ``[B, D]``: attended tokens plus query, averaged over the queries, in the pool's dtype.
+        """``[B, L, D]`` → ``[B, D]``: attended tokens plus query, averaged over the queries, in the
+        pool's dtype.
 
         Raises:
             ValueError: ``x`` is not ``[B, L, D]`` of the pool's D.
@@ -427,7 +488,9 @@ class QueryAttentionPool(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """D → 1024 → 512 → 1 with ReLU between; Xavier-uniform weights, zero biases. The sigmoid is the caller's."""
+    """D → 1024 → 512 → 1 with ReLU between; Xavier-uniform weights, zero biases. The sigmoid is the
+    caller's.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()

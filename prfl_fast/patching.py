@@ -12,18 +12,21 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch(model: Model) -> Model:
     """Make this instance run on fused kernels: same outputs, same parameters, same ``state_dict``.
 
-    Only this instance changes, importing prfl_fast changes nothing. Patching twice is patching once. Adapters
+    Only this instance changes, importing prfl_fast changes nothing. Patching twice is patching
+    once. Adapters
     (peft) may be added before or after; ``gradient_checkpointing`` keeps working.
 
     Args:
-        model: a supported transformer, possibly wrapped by peft, torch.compile or DistributedDataParallel.
+        model: a supported transformer, possibly wrapped by peft, torch.compile or
+            DistributedDataParallel.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: the model is not supported; the message lists what is.
-        ValueError: the model is in a state that patching would break (the message says which and what to do).
+        ValueError: the model is in a state that patching would break (the message says which and
+            what to do).
     """
     find_adapter(model).patch(model)
     return model

@@ -1,4 +1,6 @@
-"""Fixtures of the whole suite: interpreter mode without a GPU, poisoned ``torch.empty``, skip reasons in words."""
+"""Fixtures of the whole suite: interpreter mode without a GPU, poisoned ``torch.empty``, skip
+reasons in words.
+"""
 
 import os
 import sys
@@ -9,13 +11,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# `python -m pytest` puts the checkout on the path, where `kernels` would shadow Hugging Face's package of that name.
+# `python -m pytest` puts the checkout on the path, where `kernels` would shadow Hugging Face's
+# package of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    # Triton decorates kernels for the interpreter only if this is set before prfl_fast.kernels is imported.
+    # Triton decorates kernels for the interpreter only if this is set before prfl_fast.kernels is
+    # imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import prfl_fast.kernels as kernels  # noqa: E402
@@ -34,7 +38,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
-    for reason, count in Counter(str(r.longrepr[2]).removeprefix("Skipped: ") for r in skipped).most_common():
+    for reason, count in Counter(
+        str(r.longrepr[2]).removeprefix("Skipped: ") for r in skipped
+    ).most_common():
         terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
@@ -56,13 +62,19 @@ def triton_backend():
 
 @pytest.fixture(autouse=True)
 def _poison_empty(monkeypatch):
-    """Fill what ``torch.empty`` and friends return with NaN when prfl_fast asks, so unwritten outputs show."""
+    """Fill what ``torch.empty`` and friends return with NaN when prfl_fast asks, so unwritten
+    outputs show.
+    """
 
     def poisoned(original):
         def make(*args, **kwargs):
             tensor = original(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("prfl_fast") and tensor.is_floating_point() and tensor.device.type != "meta":
+            if (
+                caller.startswith("prfl_fast")
+                and tensor.is_floating_point()
+                and tensor.device.type != "meta"
+            ):
                 if type(tensor) is torch.Tensor:
                     tensor.fill_(float("nan"))
             return tensor

@@ -1,8 +1,12 @@
-"""The one numerics rule: error against float64 at most twice that of plain PyTorch at the same dtype."""
+"""The one numerics rule: error against float64 at most twice that of plain PyTorch at the same
+dtype.
+"""
 
 import torch
 
-INTERPRETED_BF16_SLACK = 2.0  # the interpreter truncates bf16 casts where hardware rounds to nearest
+INTERPRETED_BF16_SLACK = (
+    2.0  # the interpreter truncates bf16 casts where hardware rounds to nearest
+)
 
 
 def errors(out: torch.Tensor, oracle: torch.Tensor) -> tuple[float, float]:
@@ -19,21 +23,32 @@ def assert_within_twice(
     rounding: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Assert max and RMS error of ``out`` ≤ 2 × those of ``plain``, plus ``rounding`` half-ulps of the output.
+    """Assert max and RMS error of ``out`` ≤ 2 × those of ``plain``, plus ``rounding`` half-ulps of
+    the output.
 
     Args:
-        out: the result under test; ``plain``: ordinary PyTorch at the same dtype; ``oracle``: float64.
+        out: the result under test; ``plain``: ordinary PyTorch at the same dtype; ``oracle``:
+            float64.
         rounding: slack in units of half an ulp at the oracle's scale (its maximum, its RMS).
-        dtype: the dtype whose ulp counts; ``out.dtype`` unless given (a float32 sum of bf16 products, say).
+        dtype: the dtype whose ulp counts; ``out.dtype`` unless given (a float32 sum of bf16
+            products, say).
     """
     assert oracle.dtype == torch.float64, "the oracle must be computed in float64"
-    assert out.shape == oracle.shape, f"{name}: shape {tuple(out.shape)}, oracle {tuple(oracle.shape)}"
+    assert out.shape == oracle.shape, (
+        f"{name}: shape {tuple(out.shape)}, oracle {tuple(oracle.shape)}"
+    )
     assert out.dtype == plain.dtype, f"{name}: dtype {out.dtype}, plain PyTorch gives {plain.dtype}"
-    assert torch.isfinite(out).all(), f"{name}: {(~torch.isfinite(out)).sum().item()} non-finite values"
+    assert torch.isfinite(out).all(), (
+        f"{name}: {(~torch.isfinite(out)).sum().item()} non-finite values"
+    )
     if out.numel() == 0:
         return
     half_ulp = torch.finfo(dtype or out.dtype).eps / 2 * rounding
     scale = (oracle.abs().max().item(), oracle.square().mean().sqrt().item())
-    for kind, error, allowed, unit in zip(("max", "rms"), errors(out, oracle), errors(plain, oracle), scale, strict=True):
+    for kind, error, allowed, unit in zip(
+        ("max", "rms"), errors(out, oracle), errors(plain, oracle), scale, strict=True
+    ):
         limit = 2 * allowed + half_ulp * unit
-        assert error <= limit, f"{name}: {kind} error {error:.3e} > 2 × {allowed:.3e} + rounding ({limit:.3e})"
+        assert error <= limit, (
+            f"{name}: {kind} error {error:.3e} > 2 × {allowed:.3e} + rounding ({limit:.3e})"
+        )

@@ -1,4 +1,6 @@
-"""The diffusers Wan adapter: velocity, features, headless backbone, official parameter names, checks."""
+"""The diffusers Wan adapter: velocity, features, headless backbone, official parameter names,
+checks.
+"""
 
 import copy
 
@@ -69,7 +71,8 @@ def test_backbone_from_config_round_trip():
     twin.load_state_dict(backbone.state_dict())
     x, timestep, conditions = wan.inputs("i2v")
     assert torch.equal(
-        adapter.features(twin, x, timestep, conditions, 2), adapter.features(backbone, x, timestep, conditions, 2)
+        adapter.features(twin, x, timestep, conditions, 2),
+        adapter.features(backbone, x, timestep, conditions, 2),
     )
     assert adapter_by_name(adapter.name) is adapter
     with pytest.raises(ValueError, match="does not fit"):
@@ -88,12 +91,21 @@ def test_official_names_round_trip_and_agree_with_diffusers_converter(case):
     model = wan.tiny_wan(case, **overrides)
     adapter, state = find_adapter(model), wan.tiny_wan(case, **overrides).state_dict()
     reference = adapter.to_reference(state)
-    assert reference.keys().isdisjoint(k for k in state if not k.startswith(("patch_embedding", "blocks.")))
-    for name in ("blocks.0.self_attn.q.weight", "blocks.1.modulation", "blocks.0.norm3.weight", "head.modulation"):
+    assert reference.keys().isdisjoint(
+        k for k in state if not k.startswith(("patch_embedding", "blocks."))
+    )
+    for name in (
+        "blocks.0.self_attn.q.weight",
+        "blocks.1.modulation",
+        "blocks.0.norm3.weight",
+        "head.modulation",
+    ):
         assert name in reference
     back = adapter.from_reference(reference)
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
-    reference.pop("img_emb.emb_pos", None)  # first-and-last-frame models; diffusers' converter passes it by
+    reference.pop(
+        "img_emb.emb_pos", None
+    )  # first-and-last-frame models; diffusers' converter passes it by
     converted = convert_wan_transformer_to_diffusers(copy.copy(reference))
     assert converted.keys() == state.keys() - {"condition_embedder.image_embedder.pos_embed"}
     assert all(torch.equal(converted[k], state[k]) for k in converted)
@@ -123,11 +135,20 @@ def bad(change):
         (lambda x, c: (x[0], c), "expected floating-point"),
         (lambda x, c: (x.long(), c), "torch.int64"),
         (lambda x, c: (x[:, :8], c), "latents have 8 channels, expected 16"),
-        (lambda x, c: (x, {**c, "latent_condition": x}), "latent_condition 16, expected 16 together"),
+        (
+            lambda x, c: (x, {**c, "latent_condition": x}),
+            "latent_condition 16, expected 16 together",
+        ),
         (lambda x, c: (x[..., :3], c), "W = 3, expected a multiple of the patch size 2"),
         (lambda x, c: (x[:1], c), "has batch 2, expected 1"),
-        (lambda x, c: (x, {"encoder_hidden_states": torch.randn(2, 7, 21)}), r"expected \[B, T, 20\]"),
-        (lambda x, c: (x, {"encoder_hidden_states": torch.randn(2, 7, 20, device="meta")}), "is on meta"),
+        (
+            lambda x, c: (x, {"encoder_hidden_states": torch.randn(2, 7, 21)}),
+            r"expected \[B, T, 20\]",
+        ),
+        (
+            lambda x, c: (x, {"encoder_hidden_states": torch.randn(2, 7, 20, device="meta")}),
+            "is on meta",
+        ),
     ],
 )
 def test_bad_latents_and_conditions(change, message):

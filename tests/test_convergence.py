@@ -1,4 +1,6 @@
-"""32 optimizer steps of a tiny Wan, patched against unpatched: loss and every parameter at every step."""
+"""32 optimizer steps of a tiny Wan, patched against unpatched: loss and every parameter at every
+step.
+"""
 
 import pytest
 import torch
@@ -20,26 +22,36 @@ def train(model):
         sigma = torch.rand(4, 1, 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = (1 - sigma) * latents + sigma * noise
-        out = model(noisy, 1000 * sigma.flatten(), conditions["encoder_hidden_states"], return_dict=False)[0]
+        out = model(
+            noisy, 1000 * sigma.flatten(), conditions["encoder_hidden_states"], return_dict=False
+        )[0]
         loss = (out - (noise - latents)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        parameters.append({name: p.detach().double().clone() for name, p in model.named_parameters()})
+        parameters.append(
+            {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        )
     return losses, parameters
 
 
 @pytest.mark.slow
 def test_patched_training_follows_unpatched_training():
-    """Losses to 1e-5; parameters to 2 % of how far they moved (Adam divides by gradients that are rounding noise)."""
+    """Losses to 1e-5; parameters to 2 % of how far they moved (Adam divides by gradients that are
+    rounding noise).
+    """
     plain_losses, plain = train(wan.tiny_wan())
     losses, patched = train(prfl_fast.patch(wan.tiny_wan()))
     assert plain_losses[-1] < 0.8 * plain_losses[0], "the training must do something"
     for step, (ours, theirs) in enumerate(zip(losses, plain_losses, strict=True)):
-        assert abs(ours - theirs) <= 1e-5 * abs(theirs), f"loss at step {step}: {ours} against {theirs}"
+        assert abs(ours - theirs) <= 1e-5 * abs(theirs), (
+            f"loss at step {step}: {ours} against {theirs}"
+        )
     for step, (ours, theirs) in enumerate(zip(patched, plain, strict=True)):
         for name, value in theirs.items():
-            moved = (value - plain[0][name]).abs().max() + 1e-3  # lr: Adam's first step moves every entry by as much
+            moved = (
+                value - plain[0][name]
+            ).abs().max() + 1e-3  # lr: Adam's first step moves every entry by as much
             difference = (ours[name] - value).square().mean().sqrt()
             assert difference <= 0.02 * moved, f"{name} at step {step}: {difference:.2e}"

@@ -1,4 +1,6 @@
-"""The plain modules: they load a Wan block's weights and compute what it computes; the folded query pool."""
+"""The plain modules: they load a Wan block's weights and compute what it computes; the folded query
+pool.
+"""
 
 import numerics
 import pytest
@@ -51,7 +53,10 @@ def test_modules_with_a_wan_blocks_weights_compute_the_wan_block(dtype):
         "ffn.net.0.proj.bias": parts[2].up.bias.grad,
     }
     theirs = {name: block.get_parameter(name).grad.clone() for name in gradients}
-    table, tables = block.scale_shift_table.grad.clone(), [parts[i].scale_shift_table.grad for i in (0, 2)]
+    table, tables = (
+        block.scale_shift_table.grad.clone(),
+        [parts[i].scale_shift_table.grad for i in (0, 2)],
+    )
     double = model.double().blocks[0]
     double.zero_grad()
     with wan.float_means_double():
@@ -59,9 +64,15 @@ def test_modules_with_a_wan_blocks_weights_compute_the_wan_block(dtype):
         oracle.square().mean().backward()
     numerics.assert_within_twice(ours, plain, oracle)
     for name, gradient in gradients.items():
-        numerics.assert_within_twice(gradient, theirs[name], double.get_parameter(name).grad, name, rounding=2)
+        numerics.assert_within_twice(
+            gradient, theirs[name], double.get_parameter(name).grad, name, rounding=2
+        )
     numerics.assert_within_twice(
-        torch.cat(tables), table[0], double.scale_shift_table.grad[0], "scale_shift_table", rounding=2
+        torch.cat(tables),
+        table[0],
+        double.scale_shift_table.grad[0],
+        "scale_shift_table",
+        rounding=2,
     )
 
 
@@ -76,7 +87,11 @@ def test_image_tokens():
 
 def test_per_frame_and_per_token_rows_agree_with_an_index():
     attn = modules.TimestepConditionedAttention(48, 2)
-    x, time, rope = torch.randn(2, L, 48), torch.randn(6, 3, 48), modules.Rope.from_grid((3, 2, 3), 24)
+    x, time, rope = (
+        torch.randn(2, L, 48),
+        torch.randn(6, 3, 48),
+        modules.Rope.from_grid((3, 2, 3), 24),
+    )
     frames = torch.arange(6).repeat_interleave(6).view(2, L)
     by_rule = attn(x, time, rope)
     torch.testing.assert_close(by_rule, attn(x, time, rope, frames))
@@ -109,7 +124,9 @@ def test_folded_pool_is_multihead_attention(batch, num_queries):
     assert got.keys() == wanted.keys()
     assert (out - expected).abs().max() <= 1e-5
     for name, gradient in got.items():
-        assert (gradient - wanted[name]).abs().max() <= 1e-5 * max(1.0, wanted[name].abs().max()), name
+        assert (gradient - wanted[name]).abs().max() <= 1e-5 * max(1.0, wanted[name].abs().max()), (
+            name
+        )
 
 
 def test_pool_keeps_samples_apart():
@@ -121,7 +138,14 @@ def test_pool_keeps_samples_apart():
 
 def test_reward_head_is_initialised_as_the_reference():
     head = modules.RewardHead(64)
-    assert [tuple(p.shape) for p in head.parameters()] == [(1024, 64), (1024,), (512, 1024), (512,), (1, 512), (1,)]
+    assert [tuple(p.shape) for p in head.parameters()] == [
+        (1024, 64),
+        (1024,),
+        (512, 1024),
+        (512,),
+        (1, 512),
+        (1,),
+    ]
     for layer in (head.fc1, head.fc2, head.fc3):
         bound = (6 / sum(layer.weight.shape)) ** 0.5
         assert layer.bias.abs().max() == 0
@@ -132,9 +156,15 @@ def test_reward_head_is_initialised_as_the_reference():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: modules.QueryAttentionPool(30, 8), "num_heads is 8, expected a divisor of dim = 30"),
+        (
+            lambda: modules.QueryAttentionPool(30, 8),
+            "num_heads is 8, expected a divisor of dim = 30",
+        ),
         (lambda: modules.QueryAttentionPool(32, 8, 0), "num_queries is 0"),
-        (lambda: modules.QueryAttentionPool(32)(torch.randn(2, 32)), r"x is \[2, 32\], expected \[B, L, 32\]"),
+        (
+            lambda: modules.QueryAttentionPool(32)(torch.randn(2, 32)),
+            r"x is \[2, 32\], expected \[B, L, 32\]",
+        ),
         (lambda: modules.TimestepConditionedAttention(48, 5), "heads is 5"),
         (
             lambda: modules.QueryAttentionPool.from_multihead_attention(

@@ -1,4 +1,6 @@
-"""Patched against unpatched diffusers Wan: outputs, every gradient, reversibility, checkpointing, peft."""
+"""Patched against unpatched diffusers Wan: outputs, every gradient, reversibility, checkpointing,
+peft.
+"""
 
 import copy
 import types
@@ -26,8 +28,10 @@ def build(case, layout, seed=0):
 def test_outputs_and_gradients_within_twice(case, layout):
     """Per parameter, errors are pooled over seeds.
 
-    A gradient like that of a cross-attention query bias is a sum whose rounding errors have few degrees of freedom:
-    between two equally exact computations one seed's error ratio reaches 2.7, while over many seeds it averages 1.0.
+    A gradient like that of a cross-attention query bias is a sum whose rounding errors have few
+    degrees of freedom:
+    between two equally exact computations one seed's error ratio reaches 2.7, while over many seeds
+    it averages 1.0.
     """
     squares = {}
     for seed in range(3):
@@ -50,7 +54,9 @@ def test_outputs_and_gradients_within_twice(case, layout):
             sums[1] += (theirs - exact).square().mean().item()
     ratios = {name: (ours / theirs) ** 0.5 for name, (ours, theirs) in squares.items()}
     worst = max(ratios, key=ratios.__getitem__)
-    print(f"output error ratio {ratios['output']:.2f}, worst gradient {ratios[worst]:.2f} ({worst})")
+    print(
+        f"output error ratio {ratios['output']:.2f}, worst gradient {ratios[worst]:.2f} ({worst})"
+    )
     assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
 
 
@@ -85,7 +91,9 @@ def test_deepcopy_of_a_patched_model_is_independent():
     with torch.no_grad():
         twin.blocks[0].ffn.net[2].weight.zero_()
     x, timestep, conditions = wan.inputs()
-    assert not torch.equal(wan.run(model, x, timestep, conditions)[0], wan.run(twin, x, timestep, conditions)[0])
+    assert not torch.equal(
+        wan.run(model, x, timestep, conditions)[0], wan.run(twin, x, timestep, conditions)[0]
+    )
 
 
 @pytest.mark.parametrize("case", wan.CASES)
@@ -157,7 +165,9 @@ def test_without_cross_attention_norm():
     plain, model = (wan.tiny_wan(cross_attn_norm=False) for _ in range(2))
     prfl_fast.patch(model)
     oracle, _ = wan.run(plain, *wan.inputs(), double=True)
-    numerics.assert_within_twice(wan.run(model, *wan.inputs())[0], wan.run(plain, *wan.inputs())[0], oracle)
+    numerics.assert_within_twice(
+        wan.run(model, *wan.inputs())[0], wan.run(plain, *wan.inputs())[0], oracle
+    )
 
 
 def test_block_called_with_diffusers_own_rotary_tables():
@@ -175,14 +185,18 @@ def test_compiles_without_graph_breaks():
     compiled_out, compiled = wan.run(model, x, timestep, conditions)
     assert torch.allclose(out, compiled_out, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
-        assert gradient is None or torch.allclose(gradient, compiled[name], rtol=1e-4, atol=1e-5), name
+        assert gradient is None or torch.allclose(gradient, compiled[name], rtol=1e-4, atol=1e-5), (
+            name
+        )
 
 
 def test_frozen_model_gives_only_the_input_gradient():
     model = prfl_fast.patch(wan.tiny_wan()).requires_grad_(False)
     x, timestep, conditions = wan.inputs()
     x.requires_grad_()
-    model(x, timestep, conditions["encoder_hidden_states"], return_dict=False)[0].square().sum().backward()
+    model(x, timestep, conditions["encoder_hidden_states"], return_dict=False)[
+        0
+    ].square().sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.parameters())
 

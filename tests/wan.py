@@ -8,12 +8,26 @@ import torch
 CASES = ("t2v", "i2v", "per-token")
 
 
-def tiny_wan(case: str = "t2v", *, layers: int = 2, heads: int = 2, head_dim: int = 24, seed: int = 0, **overrides):
-    """A randomly initialised ``WanTransformer3DModel``; norms and biases are perturbed so that every gradient counts."""
+def tiny_wan(
+    case: str = "t2v",
+    *,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 24,
+    seed: int = 0,
+    **overrides,
+):
+    """A randomly initialised ``WanTransformer3DModel``; norms and biases are perturbed so that
+    every gradient counts.
+    """
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
-    image = {"image_dim": 20, "added_kv_proj_dim": heads * head_dim, "in_channels": 36} if case == "i2v" else {}
+    image = (
+        {"image_dim": 20, "added_kv_proj_dim": heads * head_dim, "in_channels": 36}
+        if case == "i2v"
+        else {}
+    )
     config = {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
@@ -33,7 +47,9 @@ def tiny_wan(case: str = "t2v", *, layers: int = 2, heads: int = 2, head_dim: in
     return model
 
 
-def inputs(case: str = "t2v", *, batch: int = 2, size=(3, 4, 6), text_tokens: int = 7, seed: int = 1):
+def inputs(
+    case: str = "t2v", *, batch: int = 2, size=(3, 4, 6), text_tokens: int = 7, seed: int = 1
+):
     """Latents ``[B, 16, F, H, W]``, timesteps and conditions for :func:`tiny_wan`, float32."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -61,7 +77,9 @@ def mixed_layout(model):
 
 @contextlib.contextmanager
 def float_means_double():
-    """Within, ``Tensor.float()`` gives float64, so that diffusers' fp32 sites do not limit a float64 oracle."""
+    """Within, ``Tensor.float()`` gives float64, so that diffusers' fp32 sites do not limit a
+    float64 oracle.
+    """
     original = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double
     try:
@@ -71,7 +89,9 @@ def float_means_double():
 
 
 def run(model, x, timestep, conditions, *, double: bool = False):
-    """Output and every gradient (input, text, parameters) of one forward and backward with a fixed cotangent."""
+    """Output and every gradient (input, text, parameters) of one forward and backward with a fixed
+    cotangent.
+    """
     model = copy.deepcopy(model).double() if double else model
     dtype = torch.float64 if double else model.patch_embedding.weight.dtype
     leaves = {"x": x, **conditions}

@@ -1,4 +1,6 @@
-"""Model families: which submodule plays which part. The only place that knows foreign class names."""
+"""Model families: which submodule plays which part. The only place that knows foreign class
+names.
+"""
 
 from typing import Any, Protocol
 
@@ -28,7 +30,12 @@ class Adapter(Protocol):
         self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor: ...
     def features(
-        self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions, num_blocks: int
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: Conditions,
+        num_blocks: int,
     ) -> torch.Tensor: ...
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module: ...
     def backbone_config(self, model: nn.Module) -> dict[str, Any]: ...
@@ -53,8 +60,8 @@ def find_adapter(model: nn.Module) -> Adapter:
             return adapter
     known = ", ".join(adapter.name for adapter in ADAPTERS)
     raise TypeError(
-        f"prfl_fast does not know {type(model).__module__}.{type(model).__qualname__}; supported: {known}. "
-        "For other models, build from prfl_fast.modules"
+        f"prfl_fast does not know {type(model).__module__}.{type(model).__qualname__}; "
+        f"supported: {known}. For other models, build from prfl_fast.modules"
     )
 
 

@@ -1,9 +1,11 @@
 """Looks through the wrappers trainers put around a model."""
 
+from typing import Any
+
 from torch import nn
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The model inside torch.compile, DistributedDataParallel and peft wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile

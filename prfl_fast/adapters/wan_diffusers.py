@@ -1,4 +1,6 @@
-"""diffusers' ``WanTransformer3DModel``: Wan2.1/2.2 text-to-video, image-to-video and per-token timesteps."""
+"""diffusers' ``WanTransformer3DModel``: Wan2.1/2.2 text-to-video, image-to-video and per-token
+timesteps.
+"""
 
 import copy
 import re
@@ -13,7 +15,8 @@ from prfl_fast.modules import TEXT_TOKENS, Modulation, Rope, transformer_block
 
 _CLASS = "WanTransformer3DModel"
 
-# Names of diffusers' parameters and of official Wan's (which HY-Video-PRFL's checkpoints use), in this order.
+# Names of diffusers' parameters and of official Wan's (which HY-Video-PRFL's checkpoints use), in
+# this order.
 _RENAMES = (
     ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
     ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
@@ -45,7 +48,8 @@ _BLOCK_RENAMES = (
 
 
 def _rename(key: str, to_reference: bool) -> str:
-    """One parameter name in the other convention; a name without a counterpart is returned as it is."""
+    """One parameter name in the other convention; unchanged if it has no counterpart."""
+    renames: tuple[tuple[str, str], ...]
     block = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
     if block:
         path, renames = block[2], _BLOCK_RENAMES
@@ -69,7 +73,9 @@ def _block_forward(
     temb: torch.Tensor,
     rotary_emb: Any,
 ) -> torch.Tensor:
-    """Replaces ``WanTransformerBlock.forward``; resolves submodules at every call, so adapters added later count."""
+    """Replaces ``WanTransformerBlock.forward``; resolves submodules at every call, so adapters
+    added later count.
+    """
     if not isinstance(rotary_emb, Rope):  # called by code that computed diffusers' own cos/sin
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
     return transformer_block(
@@ -87,7 +93,9 @@ def _block_forward(
 
 
 def _rope_forward(self: Any, hidden_states: torch.Tensor) -> Rope:
-    """Replaces ``WanRotaryPosEmbed.forward``: the compact table instead of [L, head_dim] cosines and sines."""
+    """Replaces ``WanRotaryPosEmbed.forward``: the compact table instead of [L, head_dim] cosines
+    and sines.
+    """
     sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
     grid = [size // patch for size, patch in sizes]
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)
@@ -101,31 +109,39 @@ class WanDiffusersAdapter:
     def matches(self, model: nn.Module) -> bool:
         """True for the diffusers class, its subclasses, and wrappers around them."""
         return any(
-            c.__name__ == _CLASS and c.__module__.startswith("diffusers.") for c in type(unwrap(model)).__mro__
+            c.__name__ == _CLASS and c.__module__.startswith("diffusers.")
+            for c in type(unwrap(model)).__mro__
         )
 
     def patch(self, model: nn.Module) -> None:
-        """Give every block and the rotary embedding our forward, per instance; parameters are not touched.
+        """Give every block and the rotary embedding our forward, per instance; parameters are not
+        touched.
 
         Raises:
-            ValueError: a block uses another attention processor, context parallelism, or a forward of its own.
+            ValueError: a block uses another attention processor, context parallelism, or a forward
+                of its own.
         """
         base: Any = unwrap(model)
         targets = [(block, _block_forward) for block in base.blocks] + [(base.rope, _rope_forward)]
-        todo = [(m, f) for m, f in targets if getattr(m.__dict__.get("forward"), "__func__", None) is not f]
+        todo = [
+            (m, f)
+            for m, f in targets
+            if getattr(m.__dict__.get("forward"), "__func__", None) is not f
+        ]
         for module, _ in todo:
             if "forward" in module.__dict__:
                 raise ValueError(
-                    f"{type(module).__name__} already has a forward of its own (a hook of accelerate?), expected the "
-                    "class's; remove the hook, patch, then add it again"
+                    f"{type(module).__name__} already has a forward of its own (a hook of "
+                    "accelerate?), expected the class's; remove the hook, patch, then add it again"
                 )
         for index, block in enumerate(base.blocks):
             for name in ("attn1", "attn2"):
                 processor = getattr(block, name).processor
                 if type(processor).__name__ != "WanAttnProcessor":
                     raise ValueError(
-                        f"blocks.{index}.{name} has attention processor {type(processor).__name__}, expected "
-                        "WanAttnProcessor; call model.set_attn_processor(WanAttnProcessor()) first"
+                        f"blocks.{index}.{name} has attention processor "
+                        f"{type(processor).__name__}, expected WanAttnProcessor; call "
+                        "model.set_attn_processor(WanAttnProcessor()) first"
                     )
                 if getattr(processor, "_parallel_config", None) is not None:
                     raise ValueError(
@@ -139,7 +155,10 @@ class WanDiffusersAdapter:
         """Take our forwards away again; a model that is not patched is left alone."""
         base: Any = unwrap(model)
         for module in (*base.blocks, base.rope):
-            if getattr(module.__dict__.get("forward"), "__func__", None) in (_block_forward, _rope_forward):
+            if getattr(module.__dict__.get("forward"), "__func__", None) in (
+                _block_forward,
+                _rope_forward,
+            ):
                 del module.forward
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
@@ -155,7 +174,9 @@ class WanDiffusersAdapter:
         base: Any = unwrap(model)
         return [base.patch_embedding, base.condition_embedder]
 
-    def check_latents(self, model: nn.Module, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> None:
+    def check_latents(
+        self, model: nn.Module, x: torch.Tensor, conditions: dict[str, torch.Tensor]
+    ) -> None:
         """Check latents and conditions against the model before any work.
 
         Raises:
@@ -164,21 +185,29 @@ class WanDiffusersAdapter:
         config: Any = unwrap(model).config
         if not isinstance(conditions, dict) or "encoder_hidden_states" not in conditions:
             came = sorted(conditions) if isinstance(conditions, dict) else type(conditions).__name__
-            raise ValueError(f"conditions is {came}, expected a dict with 'encoder_hidden_states' [B, T, C]")
+            raise ValueError(
+                f"conditions is {came}, expected a dict with 'encoder_hidden_states' [B, T, C]"
+            )
         known = {"encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"}
         if set(conditions) - known:
-            raise ValueError(f"conditions has {sorted(set(conditions) - known)}, expected keys {sorted(known)}")
+            raise ValueError(
+                f"conditions has {sorted(set(conditions) - known)}, expected keys {sorted(known)}"
+            )
         for name, value in conditions.items():
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                came = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ValueError(f"conditions[{name!r}] is {came}, expected a floating-point tensor")
+                kind = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(
+                    f"conditions[{name!r}] is {kind}, expected a floating-point tensor"
+                )
         extra = conditions.get("latent_condition")
         if extra is not None and extra.ndim != 5:
             raise ValueError(
                 f"conditions['latent_condition'] is {list(extra.shape)}, expected [B, C, F, H, W]"
             )
         if x.ndim != 5 or not x.is_floating_point():
-            raise ValueError(f"latents are {x.dtype} {list(x.shape)}, expected floating-point [B, C, F, H, W]")
+            raise ValueError(
+                f"latents are {x.dtype} {list(x.shape)}, expected floating-point [B, C, F, H, W]"
+            )
         channels = x.shape[1] + (extra.shape[1] if extra is not None else 0)
         if channels != config.in_channels:
             raise ValueError(
@@ -188,19 +217,26 @@ class WanDiffusersAdapter:
             )
         for axis, size, patch in zip("FHW", x.shape[2:], config.patch_size, strict=True):
             if size % patch or size == 0:
-                raise ValueError(f"latents have {axis} = {size}, expected a multiple of the patch size {patch}")
+                raise ValueError(
+                    f"latents have {axis} = {size}, expected a multiple of the patch size {patch}"
+                )
             if size // patch > config.rope_max_seq_len:
                 limit = patch * config.rope_max_seq_len
-                raise ValueError(f"latents have {axis} = {size}, expected at most {limit} (rope_max_seq_len)")
+                raise ValueError(
+                    f"latents have {axis} = {size}, expected at most {limit} (rope_max_seq_len)"
+                )
         for name, value in conditions.items():
             if value.shape[0] != x.shape[0]:
-                raise ValueError(f"conditions[{name!r}] has batch {value.shape[0]}, expected {x.shape[0]}")
+                raise ValueError(
+                    f"conditions[{name!r}] has batch {value.shape[0]}, expected {x.shape[0]}"
+                )
             if value.device != x.device:
                 raise ValueError(f"conditions[{name!r}] is on {value.device}, expected {x.device}")
         text = conditions["encoder_hidden_states"]
         if text.ndim != 3 or text.shape[-1] != config.text_dim:
             raise ValueError(
-                f"conditions['encoder_hidden_states'] is {list(text.shape)}, expected [B, T, {config.text_dim}]"
+                f"conditions['encoder_hidden_states'] is {list(text.shape)}, "
+                f"expected [B, T, {config.text_dim}]"
             )
         image = conditions.get("encoder_hidden_states_image")
         if (image is None) != (config.image_dim is None):
@@ -217,14 +253,21 @@ class WanDiffusersAdapter:
             )
         if extra is not None and extra.shape[2:] != x.shape[2:]:
             raise ValueError(
-                f"conditions['latent_condition'] is {list(extra.shape)}, expected [B, C, *{list(x.shape[2:])}]"
+                f"conditions['latent_condition'] is {list(extra.shape)}, "
+                f"expected [B, C, *{list(x.shape[2:])}]"
             )
 
     def _inputs(
-        self, base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
+        self,
+        base: Any,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         dtype = base.patch_embedding.weight.dtype
-        latents = [x] + ([conditions["latent_condition"]] if "latent_condition" in conditions else [])
+        latents = [x] + (
+            [conditions["latent_condition"]] if "latent_condition" in conditions else []
+        )
         image = conditions.get("encoder_hidden_states_image")
         timestep = timestep.to(x.device)
         return (
@@ -235,11 +278,19 @@ class WanDiffusersAdapter:
         )
 
     def velocity(
-        self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Velocity ``[B, C, F, H, W]`` in ``x.dtype``; timestep 1000·σ: ``[]``, ``[B]`` or per token ``[B, L]``."""
+        """Velocity ``[B, C, F, H, W]`` in ``x.dtype``; timestep 1000·σ: ``[]``, ``[B]`` or per
+        token ``[B, L]``.
+        """
         latents, timestep, text, image = self._inputs(unwrap(model), x, timestep, conditions)
-        (out,) = model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)
+        (out,) = model(
+            latents, timestep, text, encoder_hidden_states_image=image, return_dict=False
+        )
         return out.to(x.dtype)
 
     def features(
@@ -250,7 +301,9 @@ class WanDiffusersAdapter:
         conditions: dict[str, torch.Tensor],
         num_blocks: int,
     ) -> torch.Tensor:
-        """The residual stream ``[B, L, D]`` after block ``num_blocks``; later blocks and the head do not run."""
+        """The residual stream ``[B, L, D]`` after block ``num_blocks``; later blocks and the head
+        do not run.
+        """
         base: Any = unwrap(model)
         latents, timestep, text, image = self._inputs(base, x, timestep, conditions)
         tokens_per_sample = timestep.shape[1] if timestep.ndim == 2 else None
@@ -269,17 +322,23 @@ class WanDiffusersAdapter:
         return h
 
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
-        """A deep copy of the embeddings and the first blocks, without the head; patched if the source is.
+        """A deep copy of the embeddings and the first blocks, without the head; patched if the
+        source is.
 
         Raises:
             ValueError: ``num_blocks`` is not between 1 and the model's number of blocks.
         """
         base: Any = unwrap(model)
         if not 1 <= num_blocks <= len(base.blocks):
-            raise ValueError(f"num_blocks is {num_blocks}, expected 1 to {len(base.blocks)} (the model's blocks)")
-        # What the memo holds is taken instead of being copied: the unused blocks and the head cost no memory.
+            raise ValueError(
+                f"num_blocks is {num_blocks}, expected 1 to {len(base.blocks)} (the model's blocks)"
+            )
+        # What the memo holds is taken instead of being copied: the unused blocks and the head cost
+        # no memory.
         memo = {
-            id(base.blocks): nn.ModuleList(copy.deepcopy(block) for block in base.blocks[:num_blocks]),
+            id(base.blocks): nn.ModuleList(
+                copy.deepcopy(block) for block in base.blocks[:num_blocks]
+            ),
             id(base.norm_out): nn.Identity(),
             id(base.proj_out): nn.Identity(),
         }
@@ -295,8 +354,13 @@ class WanDiffusersAdapter:
 
     def backbone_config(self, model: nn.Module) -> dict[str, Any]:
         """What :meth:`backbone_from_config` needs, as plain JSON values."""
-        config = dict(unwrap(model).config)  # type: ignore[call-overload]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+        base: Any = unwrap(model)
+        config = dict(base.config)
+        return {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in config.items()
+            if not k.startswith("_")
+        }
 
     def backbone_from_config(self, config: dict[str, Any]) -> nn.Module:
         """A randomly initialised headless backbone of that configuration.
@@ -307,7 +371,9 @@ class WanDiffusersAdapter:
         try:
             from diffusers import WanTransformer3DModel
         except ImportError as error:
-            raise ValueError("reading a Wan reward model needs diffusers: pip install prfl_fast[train]") from error
+            raise ValueError(
+                "reading a Wan reward model needs diffusers: pip install prfl_fast[train]"
+            ) from error
         try:
             base = WanTransformer3DModel(**config)
         except TypeError as error:
@@ -319,9 +385,17 @@ class WanDiffusersAdapter:
         return {_rename(key, to_reference=True): value for key, value in state.items()}
 
     def reference_config(self, model: nn.Module) -> dict[str, Any]:
-        """Official Wan's ``config.json`` for this model, without the defaults that no released Wan changes."""
+        """Official Wan's ``config.json`` for this model, without the defaults that no released Wan
+        changes.
+        """
         config: Any = unwrap(model).config
-        kind = "t2v" if config.image_dim is None else "i2v" if config.pos_embed_seq_len is None else "flf2v"
+        kind = (
+            "t2v"
+            if config.image_dim is None
+            else "i2v"
+            if config.pos_embed_seq_len is None
+            else "flf2v"
+        )
         return {
             "_class_name": "WanModel",
             "model_type": kind,
