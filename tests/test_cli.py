@@ -1,0 +1,552 @@
+"""The command line: what it prints and writes, and how it refuses bad input."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import config, log, make_world, samples, write_config
+
+from prfl_fast import cli
+from prfl_fast.data import write_dataset
+from prfl_fast.reward import LatentRewardModel
+from prfl_fast.training_state import load_tensors, save_tensors
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(root, tmp_path):
+    """A private copy, to be damaged."""
+    return shutil.copytree(root, tmp_path / "world")
+
+
+def call(command, root, out, changes=None, *arguments):
+    path = write_config(out.parent / f"{command}.yaml", config(command, root, out, changes))
+    return cli.main([command, str(path), *arguments])
+
+
+def test_doctor_says_which_backend_and_why(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text and "CUDA C++ extension: " in text
+    assert (
+        any(line.split()[:2] == ["norm_modulate", "reference"] for line in text.splitlines())
+        or torch.cuda.is_available()
+    )
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["operations"]["query_pool"]) == {"backend", "reason"}
+    assert report["packages"]["diffusers"] and "flash_attn" in report["attention"]
+
+
+def test_doctor_needs_torch_alone(tmp_path):
+    names = (
+        "diffusers",
+        "peft",
+        "yaml",
+        "safetensors",
+        "tqdm",
+        "triton",
+        "tensorboard",
+        "transformers",
+    )
+    path = tmp_path / "c.yaml"
+    script = (
+        f"import sys\nfor n in {names}: sys.modules[n] = None\nfrom prfl_fast.cli import main\n"
+        f"assert main(['doctor']) == 0\nsys.exit(main(['train', {str(path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "diffusers not installed" in done.stdout and "triton is not installed" not in done.stderr
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1]
+        == "prfl-fast train: yaml is not installed: pip install 'prfl_fast[train]'"
+    )
+
+
+def test_check_prints_the_configuration_and_writes_nothing(root, tmp_path, capsys):
+    for command in ("train", "train-reward", "score"):
+        out = tmp_path / command / "out"
+        out.parent.mkdir()
+        assert call(command, root, out, None, "--check") == 0
+        printed = capsys.readouterr().out
+        again = write_config(tmp_path / "again.yaml", printed)
+        assert cli.main([command, str(again), "--check"]) == 0
+        assert capsys.readouterr().out == printed and "seed: 0" in printed
+        assert [p.name for p in out.parent.iterdir()] == [f"{command}.yaml"]
+
+
+def test_train_then_go_on(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    changes = {"run.steps": 2, "prfl.points": 2, "prfl.solver": "euler", "run.tensorboard": True}
+    assert call("train", root, out, changes) == 0
+    assert f"step 2, 0 updates skipped; saved in {out / 'step-00000002'}" in capsys.readouterr().out
+    assert call("train", root, out, {**changes, "run.steps": 3}) == 0
+    records = log(out)
+    assert [r["step"] for r in records] == [1, 2, 3] and all(
+        0 < r["prfl/reward"] < 1 for r in records
+    )
+    names = {p.name for p in out.iterdir()}
+    assert names == {"config.yaml", "log.jsonl", "step-00000003", "tensorboard"}
+
+
+def test_train_reward_then_score(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    changes = {"run.steps": 2, "eval_data": str(root / "data"), "timesteps": [400, 1000]}
+    assert call("train-reward", root, out, changes) == 0
+    assert set(json.loads((out / "evaluation.json").read_text())) == {"400", "1000"}
+    assert "t = 400: accuracy" in capsys.readouterr().out
+    trained = LatentRewardModel.load(out / "reward").state_dict()
+    saved = load_tensors(out / "step-00000002" / "model" / "model.safetensors")
+    assert saved.keys() == trained.keys() and all(torch.equal(saved[n], trained[n]) for n in saved)
+    scores = {"reward": str(out / "reward")}
+    assert call("score", root, tmp_path / "one", scores) == 0
+    assert (
+        call(
+            "score",
+            root,
+            tmp_path / "three",
+            {**scores, "batch_size": 3, "out": str(tmp_path / "three.csv")},
+        )
+        == 0
+    )
+    one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    three = list(csv.DictReader((tmp_path / "three.csv").open()))
+    assert (
+        [row["id"] for row in one] == [row["id"] for row in three] == [f"{i:06d}" for i in range(4)]
+    )
+    for a, b in zip(one, three, strict=True):
+        assert set(a) == {"id", "t201", "t800"} and 0 < a["t201"] < 1
+        assert all(float(b[key]) == pytest.approx(a[key], rel=1e-5) for key in ("t201", "t800"))
+
+
+def test_preference_pairs_and_the_reference_layout(root, tmp_path):
+    changes = {
+        "run.steps": 1,
+        "data": str(root / "pairs"),
+        "loss": "bt",
+        "hardware.precision": "bf16",
+    }
+    assert call("train-reward", root, tmp_path / "out", changes) == 0
+    reward = LatentRewardModel.load(root / "reward")
+    folder, mlp, pool = reward.save_reference(tmp_path / "reference")
+    layout = {"transformer": str(folder), "mlp": str(mlp), "pool": str(pool), "num_heads": 2}
+    assert call("score", root, tmp_path / "ours") == 0
+    assert (
+        call("score", root, tmp_path / "theirs", {"reward": layout, "model": str(root / "model")})
+        == 0
+    )
+    assert (tmp_path / "ours.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
+
+
+def test_lora_bf16_and_checkpointing_together(root, tmp_path):
+    changes = {
+        "run.steps": 1,
+        "lora.rank": 2,
+        "hardware.precision": "bf16",
+        "hardware.gradient_checkpointing": True,
+        "hardware.patch": False,
+    }
+    assert call("train", root, tmp_path / "out", changes) == 0
+    assert (tmp_path / "out/step-00000001/model/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_supervised_alone_loads_no_reward(root, tmp_path):
+    assert (
+        call(
+            "train", root, tmp_path / "out", {"run.steps": 1, "objectives": ["sft"], "reward": ...}
+        )
+        == 0
+    )
+    assert not any(key.startswith("prfl") for key in log(tmp_path / "out")[0])
+
+
+def test_non_finite_training_has_its_own_exit_code(root, tmp_path, monkeypatch, capsys):
+    import prfl_fast.trainer
+
+    monkeypatch.setattr(
+        prfl_fast.trainer,
+        "sft_loss",
+        lambda velocity, x, *_, **__: (x.sum() * torch.nan).requires_grad_(),
+    )
+    out = tmp_path / "out"
+    assert call("train", root, out, {"run.steps": 9, "objectives": ["sft"]}) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("prfl-fast train: 5 steps in a row")
+    assert (out / "step-00000005").is_dir()
+
+
+# Bad input: what to change in a valid configuration or in the files it names, and a part of the
+# error line.
+
+
+def truncate(path, keep=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def new_data(world, **options):
+    shutil.rmtree(world / "data")
+    write_dataset(world / "data", samples(4, **options))
+
+
+def nan_latents(world):
+    for path in (world / "data" / "samples").iterdir():
+        tensors = load_tensors(path)
+        tensors["latents"][0, 0, 0, 0] = torch.nan
+        save_tensors(tensors, path)
+
+
+def retensor(path, change):
+    tensors = load_tensors(path)
+    change(tensors)
+    save_tensors(tensors, path)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def relabel(world, value):
+    path = world / "data" / "manifest.jsonl"
+    path.write_text(path.read_text().replace('"motion_quality": 1', f'"motion_quality": {value}'))
+
+
+DATA, WEIGHTS = "data/samples/000001.safetensors", "model/diffusion_pytorch_model.safetensors"
+BAD = {
+    # configuration
+    "unknown key": ("train", {"prlf": 1}, None, "unknown key 'prlf': did you mean 'prfl'?"),
+    "unknown nested key": (
+        "train",
+        {"optimizer.lerning_rate": 1},
+        None,
+        "did you mean 'learning_rate'?",
+    ),
+    "unknown key of score": (
+        "score",
+        {"timestep": [1]},
+        None,
+        "unknown key 'timestep': did you mean 'timesteps'?",
+    ),
+    "negative rate": (
+        "train",
+        {"optimizer.learning_rate": -1e-5},
+        None,
+        "optimizer.learning_rate is -1e-05",
+    ),
+    "rate not a number": (
+        "train",
+        {"optimizer.learning_rate": "high"},
+        None,
+        "'high', expected a number",
+    ),
+    "steps a float": (
+        "train",
+        {"run.steps": 1.5},
+        None,
+        "run.steps is 1.5, expected a whole number",
+    ),
+    "steps missing": ("train", {"run.steps": ...}, None, "run.steps is missing"),
+    "zero accumulation": (
+        "train",
+        {"run.accumulation": 0},
+        None,
+        "run.accumulation is 0, expected a value at least 1",
+    ),
+    "no objectives": (
+        "train",
+        {"objectives": []},
+        None,
+        "objectives is [], expected a list of one or more",
+    ),
+    "no timesteps": (
+        "score",
+        {"timesteps": []},
+        None,
+        "timesteps is [], expected a list of one or more",
+    ),
+    "timestep too large": ("score", {"timesteps": [2000]}, None, "timesteps[0] is 2000"),
+    "too many points": ("train", {"prfl.points": 9}, None, "prfl.points is 9, expected at most"),
+    "unknown precision": (
+        "train",
+        {"hardware.precision": "fp16"},
+        None,
+        "expected one of fp32, bf16",
+    ),
+    "unknown device": (
+        "train",
+        {"hardware.device": "gpu"},
+        None,
+        "hardware.device is 'gpu', expected auto, cpu",
+    ),
+    "absent device": (
+        "train",
+        {"hardware.device": "cuda:99"},
+        None,
+        "hardware.device is 'cuda:99', but there are",
+    ),
+    "no reward": (
+        "train",
+        {"reward": ...},
+        None,
+        "reward is missing: the prfl objective needs a reward model",
+    ),
+    "odd score file": (
+        "score",
+        {"out": "scores.txt"},
+        None,
+        "expected a name that ends in .jsonl or .csv",
+    ),
+    # files that are missing, unreadable or in the way
+    "no model": ("train", {"model": "nowhere"}, None, "model: nowhere has no config.json"),
+    "no data": ("train", {"data": "nowhere"}, None, "nowhere: no manifest.jsonl there"),
+    "no reward folder": (
+        "train",
+        {"reward": "nowhere"},
+        None,
+        "nowhere is not a saved reward model",
+    ),
+    "no resume": (
+        "train",
+        {"run.resume": "nowhere"},
+        None,
+        "nowhere: not a checkpoint of this library",
+    ),
+    "out under a file": ("train", {"out": "FILE/out"}, None, "is a file"),
+    "score to a folder": (
+        "score",
+        {"out": "FOLDER.jsonl"},
+        None,
+        "which is a folder, expected a file",
+    ),
+    "model not json": (
+        "train",
+        {},
+        lambda w: truncate(w / "model/config.json"),
+        "is not the configuration of a diffusers",
+    ),
+    "model of another class": (
+        "train",
+        {},
+        lambda w: edit_json(w / "model/config.json", _class_name="FluxTransformer2DModel"),
+        "model/config.json",
+    ),
+    "model of no class": (
+        "train",
+        {},
+        lambda w: edit_json(w / "model/config.json", _class_name="X"),
+        "names 'X'",
+    ),
+    "corrupt model": ("train", {}, lambda w: truncate(w / WEIGHTS), "model cannot be loaded"),
+    "model lacks tensors": (
+        "train",
+        {},
+        lambda w: retensor(w / WEIGHTS, lambda t: t.pop("proj_out.bias")),
+        "has missing keys: proj_out.bias",
+    ),
+    "corrupt reward": (
+        "train",
+        {},
+        lambda w: truncate(w / "reward/model.safetensors"),
+        "not a whole safetensors file",
+    ),
+    "reward of another shape": (
+        "train",
+        {},
+        lambda w: retensor(
+            w / "reward/model.safetensors", lambda t: t.update({"head.fc3.bias": torch.ones(2)})
+        ),
+        "head.fc3.bias [2], expected [1]",
+    ),
+    "reward not json": (
+        "score",
+        {},
+        lambda w: truncate(w / "reward/config.json"),
+        "not the configuration of a reward",
+    ),
+    # data
+    "empty manifest": (
+        "train",
+        {},
+        lambda w: (w / "data/manifest.jsonl").write_text(""),
+        "manifest.jsonl: empty",
+    ),
+    "manifest not json": (
+        "train",
+        {},
+        lambda w: truncate(w / "data/manifest.jsonl", 0.9),
+        "manifest.jsonl:4: not JSON",
+    ),
+    "missing sample": ("train", {}, lambda w: (w / DATA).unlink(), "manifest.jsonl:2: latents: "),
+    "corrupt sample": (
+        "train",
+        {},
+        lambda w: truncate(w / DATA),
+        "is not a whole safetensors file",
+    ),
+    "integer latents": (
+        "train",
+        {},
+        lambda w: retensor(w / DATA, lambda t: t.update(latents=t["latents"].long())),
+        "is I64, expected one of F32",
+    ),
+    "latents without frames": (
+        "train",
+        {},
+        lambda w: retensor(w / DATA, lambda t: t.update(latents=t["latents"][:, 0].clone())),
+        "latents in ",
+    ),
+    "one sample smaller": (
+        "train",
+        {},
+        lambda w: retensor(w / DATA, lambda t: t.update(latents=t["latents"][:, :1].clone())),
+        "earlier lines have",
+    ),
+    "grid not a multiple of the patch": (
+        "train",
+        {},
+        lambda w: new_data(w, size=(2, 5, 4)),
+        "does not fit",
+    ),
+    "text of another width": ("train", {}, lambda w: new_data(w, width=24), "expected [B, T, 20]"),
+    "score text of another width": (
+        "score",
+        {},
+        lambda w: new_data(w, width=24),
+        "does not fit the reward model",
+    ),
+    "batch larger than the data": (
+        "train",
+        {"run.batch_size": 5},
+        None,
+        "the dataset has 4 samples",
+    ),
+    "pairs for train": ("train", {"data": "WORLD/pairs"}, None, "train needs single videos"),
+    "singles for bt": ("train-reward", {"loss": "bt"}, None, "ce takes single videos, bt pairs"),
+    "unknown label": (
+        "train-reward",
+        {"label": "beauty"},
+        None,
+        "label is 'beauty', expected one of",
+    ),
+    "label missing": (
+        "train-reward",
+        {"label": "blur_quality"},
+        None,
+        "label blur_quality is missing",
+    ),
+    "label not 0 or 1": (
+        "train-reward",
+        {},
+        lambda w: relabel(w, 3),
+        "manifest.jsonl:2: label motion_quality is 3",
+    ),
+    "too many blocks": (
+        "train-reward",
+        {"num_blocks": 9},
+        None,
+        "num_blocks is 9, expected 1 to 1",
+    ),
+    "heads do not divide": ("train-reward", {"num_heads": 7}, None, "num_heads"),
+    "lora on no layer": ("train", {"lora": {"rank": 2, "targets": ["zzz"]}}, None, "zzz"),
+}
+
+
+def one_line(capsys, command):
+    error = capsys.readouterr().err
+    assert error.startswith(f"prfl-fast {command}: ") and error.count("\n") == 1, error
+    assert "Traceback" not in error and len(error) < 600
+    return error
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(root, tmp_path, monkeypatch, capsys, case):
+    command, changes, damage, message = BAD[case]
+    world = root
+    if damage is not None:
+        world = shutil.copytree(root, tmp_path / "world")
+        damage(world)
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "FOLDER.jsonl").mkdir()
+    replacements = {
+        "FILE/out": tmp_path / "FILE/out",
+        "FOLDER.jsonl": tmp_path / "FOLDER.jsonl",
+        "WORLD/pairs": root / "pairs",
+    }
+    changes = {
+        k: str(replacements[v]) if isinstance(v, str) and v in replacements else v
+        for k, v in changes.items()
+    }
+    before = {p: p.stat().st_mtime_ns for p in world.rglob("*")}
+    path = write_config(tmp_path / "c.yaml", config(command, world, place / "out", changes))
+    assert cli.main([command, str(path)]) == 2
+    assert message in one_line(capsys, command)
+    assert list(place.iterdir()) == [] and (tmp_path / "FILE").read_text() == "x"
+    assert {p: p.stat().st_mtime_ns for p in world.rglob("*")} == before
+
+
+def test_there_are_at_least_25_bad_inputs():
+    assert len(BAD) >= 25
+
+
+def test_nan_latents_stop_the_run_and_leave_whole_files(world, tmp_path, capsys):
+    nan_latents(world)
+    out = tmp_path / "out"
+    assert call("train", world, out) == 2
+    assert "1 NaN or infinite values" in one_line(capsys, "train")
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "log.jsonl"} and log(out) == []
+    assert call("score", world, out) == 2
+    assert "1 NaN or infinite values" in one_line(capsys, "score")
+    assert not out.with_suffix(".jsonl").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("train", root, out, {"run.steps": 1}) == 0
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for changes, message in (
+        ({"optimizer.learning_rate": 1.0}, "made with learning_rate = 0.001, this run has 1.0"),
+        ({"prfl.num_steps": 5}, "made with prfl.num_steps = 3, this run has 5"),
+        ({"lora.rank": 2}, "made with lora"),
+        ({"run.resume": None}, "holds step-00000001; resume it, or choose a new folder"),
+    ):
+        assert call("train", root, out, changes) == 2
+        assert message in one_line(capsys, "train")
+    truncate(out / "step-00000001" / "state.pt")
+    assert call("train", root, out) == 2
+    assert "state.pt has" in one_line(capsys, "train")
+    before.pop(out / "step-00000001" / "state.pt")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("text", ["a: [", "", "- 1\n", "model: m\nmodel: m\n"])
+def test_unreadable_yaml(tmp_path, capsys, text):
+    path = write_config(tmp_path / "c.yaml", text)
+    assert cli.main(["train", str(path)]) == 2
+    assert str(path) in one_line(capsys, "train")
+
+
+def test_yaml_that_is_not_there(tmp_path, capsys):
+    assert cli.main(["score", str(tmp_path / "c.yaml")]) == 2
+    assert "cannot be read: No such file" in one_line(capsys, "score")
+
+
+def test_the_installed_command_prints_one_line(tmp_path):
+    path = write_config(tmp_path / "c.yaml", "modell: m\n")
+    command = [sys.executable, "-m", "prfl_fast.cli", "train", str(path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"prfl-fast train: {path}: unknown key 'modell': did you mean 'model'?\n"

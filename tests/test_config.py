@@ -1,0 +1,179 @@
+"""YAML configurations: defaults, types, ranges, spelling."""
+
+import dataclasses
+
+import pytest
+
+from prfl_fast.config import (
+    ConfigError,
+    ReferenceReward,
+    ScoreConfig,
+    TrainConfig,
+    TrainRewardConfig,
+    from_mapping,
+    load_config,
+    to_yaml,
+)
+
+BASE = "model: m\ndata: d\nout: o\nreward: r\nrun: {steps: 3}\n"
+SCORE = "reward: r\ndata: d\nout: s.csv\n"
+
+
+def load(tmp_path, text, kind=TrainConfig):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return load_config(kind, path)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = load(tmp_path, BASE)
+    assert (config.prfl.num_steps, config.prfl.shift, config.prfl.target, config.prfl.weight) == (
+        40,
+        5.0,
+        2.0,
+        0.1,
+    )
+    assert (config.prfl.points, config.prfl.solver, config.objectives) == (
+        1,
+        "unipc",
+        ("prfl", "sft"),
+    )
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.eps) == (5e-6, (0.9, 0.999), 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm, config.run.accumulation) == (0.01, 1.0, 5)
+    assert config.lora is None and config.run.ema_decay is None
+    reward = load(tmp_path, BASE.replace("reward: r\n", ""), TrainRewardConfig)
+    assert (reward.optimizer.learning_rate, reward.optimizer.clip_norm, reward.num_blocks) == (
+        1e-6,
+        1.0,
+        8,
+    )
+    assert reward.timesteps == (201, 400, 600, 800, 1000)
+
+
+def test_values_are_read_as_people_write_them(tmp_path):
+    text = (
+        BASE
+        + "optimizer: {learning_rate: 5e-6, weight_decay: 0, betas: [0.9, 0.95], clip_norm: null}\n"
+    )
+    optimizer = load(tmp_path, text).optimizer
+    assert (
+        optimizer.learning_rate == 5e-6
+        and optimizer.clip_norm is None
+        and optimizer.betas == (0.9, 0.95)
+    )
+    assert optimizer.weight_decay == 0.0 and isinstance(optimizer.weight_decay, float)
+    three = load(
+        tmp_path, BASE.replace("reward: r", "reward: {transformer: a, mlp: b, pool: c}")
+    ).reward
+    assert three == ReferenceReward("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(TrainConfig, BASE + "lora: {rank: 4}\n"), (ScoreConfig, SCORE + "timesteps: [5]\n")],
+)
+def test_what_is_printed_reads_back(tmp_path, kind, text):
+    config = load(tmp_path, text, kind)
+    assert load(tmp_path, to_yaml(config), kind) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.out = "x"
+
+
+BAD = {
+    "optimizer: {learning_rte: 1}": "'optimizer.learning_rte': did you mean 'learning_rate'?",
+    "objectivs: [sft]": "unknown key 'objectivs': did you mean 'objectives'?",
+    "zzz: 1": "unknown key 'zzz': expected one of model, data, out, run",
+    "optimizer: {learning_rate: -1}": "optimizer.learning_rate is -1, expected a value above 0",
+    "optimizer: {learning_rate: .nan}": "optimizer.learning_rate is nan, expected a finite number",
+    "optimizer: {learning_rate: fast}": "optimizer.learning_rate is 'fast', expected a number",
+    "optimizer: {learning_rate: true}": "optimizer.learning_rate is True, expected a number",
+    "optimizer: {betas: [0.9]}": "optimizer.betas is [0.9], expected a list of 2, each a number",
+    "optimizer: {betas: [0.9, 1]}": "betas[1] is 1, expected a value at least 0 and below 1",
+    "optimizer: 3": "optimizer is 3, expected a mapping with keys learning_rate",
+    "objectives: []": "objectives is [], expected a list of one or more, each one of prfl, sft",
+    "objectives: sft": "objectives is 'sft', expected a list",
+    "objectives: [sfd]": "objectives[0] is 'sfd', expected one of prfl, sft; did you mean 'sft'?",
+    "objectives: [sft, sft]": "objectives is ['sft', 'sft'], expected no repeats",
+    "prfl: {num_steps: 4.5}": "prfl.num_steps is 4.5, expected a whole number",
+    "prfl: {num_steps: true}": "prfl.num_steps is True, expected a whole number",
+    "prfl: {num_steps: 1}": "prfl.num_steps is 1, expected a value at least 2",
+    "prfl: {num_steps: 3, points: 3}": "prfl.points is 3, expected at most prfl.num_steps - 1 = 2",
+    "prfl: {solver: unipd}": "did you mean 'unipc'?",
+    "lora: {}": "lora.rank is missing, expected a whole number",
+    "lora: {rank: 2, targets: []}": "lora.targets is [], expected a list of one or more",
+    "hardware: {patch: 1}": "hardware.patch is 1, expected true or false",
+    "hardware: {device: ''}": "hardware.device is '', expected a string",
+    "model: twice": "key 'model' appears twice",
+    "1: 2": "key 1 is not a string",
+    "a: [": "not YAML",
+    "? {a: b}\n: c": "not a string",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_values_name_the_key(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, BASE + text + "\n")
+    message = str(caught.value)
+    assert BAD[text] in message and str(tmp_path / "c.yaml") in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds empty, expected keys and values"),
+        ("- 1\n", "holds [1], expected keys and values"),
+        ("model: m\n", "data is missing, expected a string"),
+        (
+            BASE.replace("reward: r\n", ""),
+            "reward is missing: the prfl objective needs a reward model",
+        ),
+        (BASE.replace("reward: r", "reward: 3"), "reward is 3, expected a string or a mapping"),
+        (BASE.replace("reward: r", "reward: {transformer: a, mlp: b}"), "reward.pool is missing"),
+        (BASE.replace("{steps: 3}", "{}"), "run.steps is missing, expected a whole number"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_sft_alone_needs_no_reward(tmp_path):
+    assert load(tmp_path, BASE.replace("reward: r\n", "objectives: [sft]\n")).reward is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            SCORE.replace("s.csv", "s.txt"),
+            "out is 's.txt', expected a name that ends in .jsonl or .csv",
+        ),
+        (
+            SCORE + "timesteps: [1001]\n",
+            "timesteps[0] is 1001, expected a value at least 0 and at most 1000",
+        ),
+        (
+            SCORE.replace("reward: r", "reward: {transformer: a, mlp: b, pool: c}"),
+            "model is missing",
+        ),
+    ],
+)
+def test_bad_score_configurations(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, ScoreConfig)
+    assert message in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml: cannot be read: No such file"):
+        load_config(TrainConfig, tmp_path / "nowhere.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load_config(TrainConfig, tmp_path / "b.yaml")
+
+
+def test_mappings_build_without_a_file():
+    assert from_mapping(ScoreConfig, {"reward": "r", "data": "d", "out": "o.csv"}).batch_size == 1

@@ -1,0 +1,197 @@
+"""kill -9 anywhere: nothing visible is truncated; resuming repeats the run bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import config, log, make_world, write_config
+
+from prfl_fast.training_state import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_tensors,
+    read_checkpoint,
+)
+
+STEPS = 5
+
+
+class Runner:
+    """Talks to ``killable.py``."""
+
+    def __init__(self, output):
+        script = Path(__file__).with_name("killable.py")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=pipe, stdout=pipe, env=environment, text=True
+        )
+        self.output = output
+
+    def expect(self, word):
+        line = self.process.stdout.readline().split()
+        assert line and line[0] == word, (
+            f"expected {word!r}, got {line}: {self.output.read_text()[-2000:]}"
+        )
+        return int(line[1]) if len(line) > 1 else None
+
+    def run(self, *arguments, place=None, count=1, sends=signal.SIGKILL, here=False):
+        """Exit status of a command; with a place, of one that got a signal there."""
+        job = {"arguments": arguments, "output": str(self.output), "place": place, "count": count}
+        self.process.stdin.write(json.dumps({**job, "here": here}) + "\n")
+        self.process.stdin.flush()
+        if here:
+            return self.expect("exit")
+        pid = self.expect("pid")
+        if place is not None:
+            self.expect("paused")
+            os.kill(pid, sends)
+        return self.expect("exit")
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def runner(root):
+    runner = Runner(root / "output.txt")
+    yield runner
+    runner.close()
+
+
+def train(runner, root, out, changes=None, **options):
+    path = write_config(
+        root / "train.yaml", config("train", root, out, {"run.steps": STEPS, **(changes or {})})
+    )
+    return runner.run("train", str(path), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(root, runner):
+    assert train(runner, root, root / "whole", here=True) == 0
+    assert [r["step"] for r in log(root / "whole")] == list(range(1, STEPS + 1))
+    return root / "whole"
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_equal_runs(a, b):
+    assert log(a) == log(b)
+    paths = [folder / f"step-{STEPS:08d}" for folder in (a, b)]
+    for file in ("model/diffusion_pytorch_model.safetensors", "ema.safetensors"):
+        assert (paths[0] / file).read_bytes() == (paths[1] / file).read_bytes()
+    states = [torch.load(path / "state.pt", weights_only=True) for path in paths]
+    assert same(*states)
+
+
+def assert_nothing_truncated(folder):
+    """Every file under a final name loads."""
+    checked = 0
+    for path in folder.rglob("*"):
+        if ".tmp-" in str(path.relative_to(folder)) or not path.is_file():
+            continue
+        checked += 1
+        if path.suffix == ".safetensors":
+            assert load_tensors(path)
+        elif path.suffix == ".pt":
+            assert torch.load(path, weights_only=True)["step"] > 0
+        elif path.suffix in (".json", ".yaml"):
+            assert path.read_text().endswith("\n")
+        else:
+            assert path.name == "log.jsonl"
+            assert all(json.loads(line)["step"] for line in path.read_text().splitlines())
+    for step, path in list_checkpoints(folder):
+        assert read_checkpoint(path)["step"] == step
+    return checked
+
+
+# Each step makes two optimizer steps, and rolls out one or two forwards; a save, every second step,
+# writes the weights and # the average. Counts are chosen to lie after the first checkpoint, or at
+# the second.
+KILLS = [
+    ("a rollout", 5, 2),
+    ("two optimizer steps", 7, 2),
+    ("a weights file", 1, None),
+    ("a weights file", 3, 2),
+    ("a weights file", 4, 2),
+    ("a state file", 2, 2),
+    ("the rename", 2, 2),
+    ("the pruning", 1, 4),
+]
+
+
+@pytest.mark.parametrize(("place", "count", "survives"), KILLS)
+def test_killed_in_the_middle_and_resumed(root, runner, whole, tmp_path, place, count, survives):
+    out = tmp_path / "out"
+    assert train(runner, root, out, place=place, count=count) == -signal.SIGKILL
+    assert assert_nothing_truncated(out) >= 2
+    newest = latest_checkpoint(out)
+    if place not in ("a rollout", "two optimizer steps"):
+        assert list(out.glob("*.tmp-*")), "the kill came too late to test anything"
+        assert (newest and newest.name) == (survives and f"step-{survives:08d}")
+    assert train(runner, root, out) == 0
+    assert_equal_runs(out, whole)
+    assert not list(out.glob("*.tmp-*")) and assert_nothing_truncated(out) >= 6
+
+
+def test_killed_again_and_again(root, runner, whole, tmp_path):
+    out = tmp_path / "out"
+    for place, count in (
+        ("two optimizer steps", 5),
+        ("the rewriting of the log", 1),
+        ("a state file", 1),
+        ("a rollout", 4),
+    ):
+        assert train(runner, root, out, place=place, count=count) == -signal.SIGKILL
+        assert_nothing_truncated(out)
+    assert train(runner, root, out) == 0
+    assert_equal_runs(out, whole)
+
+
+def test_sigterm_finishes_the_step_and_saves(root, runner, whole, tmp_path):
+    out = tmp_path / "out"
+    status = train(runner, root, out, place="a signal", count=5, sends=signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert [step for step, _ in list_checkpoints(out)] == [3] and [r["step"] for r in log(out)] == [
+        1,
+        2,
+        3,
+    ]
+    assert train(runner, root, out) == 0
+    assert_equal_runs(out, whole)
+
+
+def test_reward_training_resumes_too(root, runner, tmp_path):
+    def fit(out, **options):
+        path = write_config(
+            tmp_path / "r.yaml", config("train-reward", root, out, {"run.steps": 4})
+        )
+        return runner.run("train-reward", str(path), **options)
+
+    assert fit(tmp_path / "whole") == 0
+    assert fit(tmp_path / "out", place="two optimizer steps", count=3) == -signal.SIGKILL
+    assert fit(tmp_path / "out") == 0
+    assert log(tmp_path / "out") == log(tmp_path / "whole")
+    for file in ("step-00000004/model/model.safetensors", "reward/model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
