@@ -1,0 +1,508 @@
+"""LayerNorm or RMSNorm, optional affine, then modulation by compact rows, in one pass over x.
+
+    y = (x̂·w + b)·(1 + s_r) + h_r,    s_r = scale_table + scale[r],    h_r = shift_table + shift[r]
+    x̂ = (x - mean x)·ρ, ρ = 1/√(var x + ε)  for kind "layer";
+    x̂ = x·ρ,            ρ = 1/√(mean x² + ε)  for "rms";      x̂ = x  for "none"
+
+r is the modulation row of a token: n // (N / R) for token n of N and R rows (R = 1, B, B·F and B·L
+are this one rule), or ``row_index[n]``. With g_r = w·(1 + s_r), and the sums A_r = Σ dy·x̂ and
+B_r = Σ dy over the tokens of row r:
+
+    d_x = ρ·(g·dy - mean(g·dy) - x̂·mean(g·dy·x̂))  "layer";   no first mean  "rms";   g·dy  "none"
+    d_scale_r = A_r·w + B_r·b        d_weight = Σ_r (1 + s_r)·A_r      d_scale_table = Σ_r d_scale_r
+    d_shift_r = B_r                  d_bias = Σ_r (1 + s_r)·B_r        d_shift_table = Σ_r d_shift_r
+
+Shapes: x, y ``[B, L, D]`` or ``[N, D]``; w, b, tables ``[D]``; scale, shift ``[R, D]``; row_index
+as x without D. Dtypes: any mix of float32, bfloat16, float16. Statistics, rows, products, A and B
+are float32 (float64 for float64 x); y and every gradient are rounded once, to their tensor's dtype.
+Saved for backward: the inputs only; mean and ρ come again from the row of x that d_x loads anyway.
+Bytes: forward reads x and writes y; backward reads x and dy and writes d_x. The rows are few.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prfl_fast.kernels._checks import compute_dtype, require
+from prfl_fast.kernels._registry import register
+from prfl_fast.kernels._rows import (
+    by_row,
+    check_rows,
+    check_tokens,
+    count_rows,
+    load_sum,
+    per_token,
+    segments,
+    sum_by_row,
+    table_plus_rows,
+    token_offset,
+    token_strides,
+)
+from prfl_fast.kernels._triton import AotCase, argument_types, capability, tl, triton
+
+KINDS = ("layer", "rms", "none")
+
+
+# Reference: what the CPU runs, and with upcast=torch.float64 the oracle of the tests.
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale_table: torch.Tensor | None,
+    shift_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    kind: str,
+    eps: float,
+    upcast: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y in differentiable PyTorch; ``upcast`` names the dtype computed in and returned."""
+    dtype = compute_dtype(x, upcast)
+    modulation = table_plus_rows(scale_table, scale, dtype)
+    gain = _gain(weight, modulation, dtype)
+    offset = table_plus_rows(shift_table, shift, dtype)
+    if bias is not None:
+        lifted = bias.to(dtype)[None] if modulation is None else bias.to(dtype) * (1 + modulation)
+        offset = lifted if offset is None else offset + lifted
+    rows = max(1 if t is None else t.shape[0] for t in (gain, offset))
+    if kind == "layer" and rows == 1:  # ATen's affine is one row of gain and offset: a single pass
+        w, b = (None if t is None else t[0] for t in (gain, offset))
+        y = torch.nn.functional.layer_norm(x.to(dtype), list(x.shape[-1:]), w, b, eps)
+    else:
+        y = by_row(_normalise(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
+        gain, offset = (
+            t if t is None else per_token(t, row_index if len(t) > 1 else None)
+            for t in (gain, offset)
+        )
+        if gain is not None and offset is not None:
+            y = torch.addcmul(offset, y, gain)
+        elif gain is not None:
+            y = y * gain
+        elif offset is not None:
+            y = y + offset
+    return y.to(upcast or x.dtype).reshape(x.shape).contiguous()
+
+
+def reference_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scale_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    rows: int,
+    kind: str,
+    eps: float,
+    need_x: bool,
+    need_dot: bool,
+    need_total: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(d_x, A [R, D], B [R, D])`` of the formulas above; an empty tensor for each not needed."""
+    dtype = compute_dtype(x)
+    d_x, dot, total = x.new_empty(0), x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    dy = by_row(grad.to(dtype), rows, row_index)
+    if need_total:
+        total = sum_by_row(dy, rows, row_index)
+    if not need_x and not need_dot:
+        return d_x, dot, total
+    wide = by_row(x.to(dtype), rows, row_index)
+    x_hat, mean, rho = _normalise(wide, kind, eps)
+    if need_dot:
+        dot = sum_by_row(dy * x_hat, rows, row_index)
+    if need_x:
+        gain = _gain(weight, table_plus_rows(scale_table, scale, dtype), dtype)
+        one_row = gain is not None and len(gain) == 1
+        d_hat = dy
+        if gain is not None and not (one_row and kind == "layer"):
+            d_hat = dy * per_token(gain, None if one_row else row_index)
+        if kind == "layer":  # ATen's is the same formula, and one row of gain fits into its pass
+            row = gain[0] if gain is not None and one_row else None
+            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                d_hat, wide, wide.shape[-1:], mean, rho, row, None, [True, False, False]
+            )
+        elif kind == "rms":
+            d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
+        else:
+            d_x = d_hat.clone()
+        d_x = d_x.to(x.dtype).reshape(x.shape).contiguous()
+    return d_x, dot, total
+
+
+def parameter_gradients(
+    dot: torch.Tensor,
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scale_table: torch.Tensor | None,
+    needs: Sequence[bool],
+    dtypes: Sequence[torch.dtype | None],
+) -> list[torch.Tensor | None]:
+    """Gradients of weight, bias, scale, shift, scale_table, shift_table from A and B.
+
+    ``needs`` and ``dtypes`` are in that order; a gradient that is not needed is None. Over R rows
+    only, so plain PyTorch.
+    """
+    need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
+    modulation = table_plus_rows(scale_table, scale, dot.dtype)
+    d_scale = dot
+    if need_scale or need_scale_table:
+        d_scale = dot if weight is None else dot * weight.to(dot.dtype)
+        d_scale = d_scale if bias is None else d_scale + total * bias.to(dot.dtype)
+
+    def modulated_sum(rows: torch.Tensor) -> torch.Tensor:
+        return (rows if modulation is None else rows * (1 + modulation)).sum(0)
+
+    gradients = (
+        modulated_sum(dot) if need_weight else None,
+        modulated_sum(total) if need_bias else None,
+        d_scale if need_scale else None,
+        total if need_shift else None,
+        d_scale.sum(0) if need_scale_table else None,
+        total.sum(0) if need_shift_table else None,
+    )
+    return [g if g is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True)]
+
+
+def _gain(
+    weight: torch.Tensor | None, modulation: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """g = w·(1 + s) as ``[R, D]`` or ``[1, D]``; None where it is one everywhere."""
+    if modulation is None:
+        return None if weight is None else weight.to(dtype)[None]
+    return 1 + modulation if weight is None else weight.to(dtype) * (1 + modulation)
+
+
+def _normalise(
+    x: torch.Tensor, kind: str, eps: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x̂, and the mean and ρ ``[..., 1]`` where the kind has them."""
+    if kind == "layer":
+        return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    if kind == "rms":
+        rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return x * rho, None, rho
+    return x, None, None
+
+
+# Triton: a program holds g and the offset of one row in registers while it walks over its tokens.
+@triton.jit
+def _normalise_block(b_x, m_d, eps, D: tl.constexpr, KIND: tl.constexpr):
+    """x̂ (zero beyond D) and ρ of one token."""
+    b_hat = b_x  # [BD]
+    rho = 1.0
+    if KIND == "layer":
+        b_hat = tl.where(m_d, b_x - tl.sum(b_x, 0) * (1.0 / D), 0.0)
+    if KIND != "none":
+        rho = tl.rsqrt(tl.sum(b_hat * b_hat, 0) * (1.0 / D) + eps)
+        b_hat = b_hat * rho
+    return b_hat, rho
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
+    row_index_ptr, stride_xb, stride_xl, length_x, stride_scale, stride_shift,
+    tokens, tokens_per_row, tokens_per_program, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
+    end = tl.minimum(i_token + tokens_per_program, tokens)
+    i_row = i_token * 0 - 1  # no row loaded yet
+    row_end = i_token
+    b_gain = tl.zeros([BLOCK_D], tl.float32)
+    b_offset = tl.zeros([BLOCK_D], tl.float32)
+    while i_token < end:  # with numpy ≥ 2.4 the interpreter takes no tensors as bounds of range()
+        p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
+        b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+        if row_index_ptr is not None:
+            i_next = tl.load(row_index_ptr + i_token).to(tl.int64)
+        else:
+            i_next = i_row + (i_token >= row_end)
+        if i_next != i_row:
+            i_row = i_next
+            if row_index_ptr is None:
+                i_row = (i_token.to(tl.int32) // tokens_per_row).to(tl.int64)
+                row_end = (i_row + 1) * tokens_per_row
+            b_gain = 1.0 + load_sum(
+                scale_ptr, scale_table_ptr, i_row, stride_scale, o_d, m_d, BLOCK_D
+            )
+            b_offset = load_sum(shift_ptr, shift_table_ptr, i_row, stride_shift, o_d, m_d, BLOCK_D)
+            if bias_ptr is not None:
+                b_offset += b_gain * tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+            if weight_ptr is not None:
+                b_gain *= tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_hat, rho = _normalise_block(b_x, m_d, eps, D, KIND)
+        b_y = b_hat * b_gain + b_offset  # [BD]
+        tl.store(y_ptr + i_token * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
+        i_token += 1
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, x_ptr, dx_ptr, dot_ptr, total_ptr, weight_ptr, scale_ptr, scale_table_ptr,
+    order_ptr, bounds_ptr, stride_gb, stride_gl, length_g, stride_xb, stride_xl, length_x,
+    stride_scale, tokens_per_row, programs, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    pid = tl.program_id(0).to(tl.int64)
+    i_row = (tl.program_id(0) // programs).to(tl.int64)
+    if bounds_ptr is not None:
+        i = tl.load(bounds_ptr + i_row)
+        end = tl.load(bounds_ptr + i_row + 1)
+    else:
+        i = i_row * tokens_per_row
+        end = i + tokens_per_row
+    share = tl.cdiv((end - i).to(tl.int32), programs)
+    i += (pid - i_row * programs) * share
+    end = tl.minimum(i + share, end)
+    b_gain = 1.0 + load_sum(scale_ptr, scale_table_ptr, i_row, stride_scale, o_d, m_d, BLOCK_D)
+    if weight_ptr is not None:
+        b_gain *= tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_dot = tl.zeros([BLOCK_D], tl.float32)
+    b_total = tl.zeros([BLOCK_D], tl.float32)
+    while i < end:
+        i_token = i
+        if order_ptr is not None:
+            i_token = tl.load(order_ptr + i)
+        p_dy = grad_ptr + token_offset(i_token, stride_gb, stride_gl, length_g)
+        b_dy = tl.load(p_dy + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+        if total_ptr is not None:
+            b_total += b_dy
+        if KIND != "none" or dot_ptr is not None:
+            p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
+            b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+            b_hat, rho = _normalise_block(b_x, m_d, eps, D, KIND)
+            if dot_ptr is not None:
+                b_dot += b_dy * b_hat
+        if dx_ptr is not None:
+            b_dx = b_dy * b_gain  # [BD]
+            if KIND == "layer":
+                mean = tl.sum(b_dx, 0) * (1.0 / D)
+                b_dx = (b_dx - b_hat * (tl.sum(b_dx * b_hat, 0) * (1.0 / D)) - mean) * rho
+            elif KIND == "rms":
+                b_dx = (b_dx - b_hat * (tl.sum(b_dx * b_hat, 0) * (1.0 / D))) * rho
+            tl.store(dx_ptr + i_token * D + o_d, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)
+        i += 1
+    if dot_ptr is not None:
+        tl.store(dot_ptr + pid * D + o_d, b_dot, mask=m_d)
+    if total_ptr is not None:
+        tl.store(total_ptr + pid * D + o_d, b_total, mask=m_d)
+
+
+# Launch.
+@dataclass(frozen=True)
+class Launch:
+    """Launch of a kernel; ``programs`` in all (forward) or for each modulation row (backward)."""
+
+    block_d: int
+    num_warps: int
+    programs: int
+
+
+# Multiprocessors by major compute capability. A constant rather than the device's own count, so
+# that the order of summation, hence every bit of a gradient, is the same on all its boards.
+_PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
+
+
+def _block(dim: int) -> tuple[int, int]:
+    """BLOCK_D, and warps for 16 elements a thread: two 16-byte loads of bfloat16, no spills."""
+    block_d = max(32, 1 << (dim - 1).bit_length())
+    return block_d, min(16, max(1, block_d // 512))
+
+
+def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> Launch:
+    """8 tokens a program share one load of the rows; fewer where processors would stand idle."""
+    block_d, num_warps = _block(dim)
+    wave = 4 * _PROCESSORS.get(capability[0], 132)
+    return Launch(block_d, num_warps, max(1, min(tokens, max(wave, -(-tokens // 8)))))
+
+
+def backward_launch(tokens: int, rows: int, dim: int, capability: tuple[int, int]) -> Launch:
+    """About one resident wave over all rows: each program writes one partial row of A and B."""
+    block_d, num_warps = _block(dim)
+    wave = 16 // num_warps * _PROCESSORS.get(capability[0], 132)
+    return Launch(block_d, num_warps, max(1, min(-(-wave // rows), tokens // rows)))
+
+
+def _triton_forward(
+    x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, eps
+):  # fmt: skip
+    y = x.new_empty(x.shape)
+    dim = x.shape[-1]
+    tokens = x.numel() // dim
+    if tokens == 0:
+        return y
+    launch = forward_launch(tokens, dim, capability(x.device))
+    vectors = [t if t is None else t.contiguous() for t in (weight, bias, scale_table, shift_table)]
+    _forward_kernel[(launch.programs,)](
+        x, y, *vectors[:2], scale, shift, *vectors[2:],
+        None if row_index is None else row_index.contiguous(),
+        *token_strides(x),
+        0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
+        tokens, tokens // count_rows(scale, shift), -(-tokens // launch.programs), eps,
+        D=dim, BLOCK_D=launch.block_d, KIND=kind, num_warps=launch.num_warps,
+    )  # fmt: skip
+    return y
+
+
+def _triton_backward(
+    grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
+):  # fmt: skip
+    dim = x.shape[-1]
+    tokens_per_row = x.numel() // (dim * rows)
+    launch = backward_launch(x.numel() // dim, rows, dim, capability(x.device))
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    order, bounds = (None, None) if row_index is None else segments(row_index, rows)
+    d_x = x.new_empty(x.shape) if need_x else None
+    dot, total = (
+        x.new_empty(rows, launch.programs, dim, dtype=torch.float32) if need else None
+        for need in (need_dot, need_total)
+    )
+    vectors = [t if t is None else t.contiguous() for t in (weight, scale_table)]
+    _backward_kernel[(rows * launch.programs,)](
+        grad, x, d_x, dot, total, vectors[0], scale, vectors[1], order, bounds,
+        *token_strides(grad), *token_strides(x), 0 if scale is None else scale.stride(0),
+        tokens_per_row, launch.programs, eps,
+        D=dim, BLOCK_D=launch.block_d, KIND=kind, num_warps=launch.num_warps,
+    )  # fmt: skip
+    empty = x.new_empty(0, dtype=torch.float32)
+    sums = [empty.clone() if t is None else t.sum(1) for t in (dot, total)]
+    return x.new_empty(0) if d_x is None else d_x, *sums
+
+
+def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
+    """What Wan compiles at 480p, D of the 1.3B, 5B, 14B models; ``every``: all flags, D to 8192."""
+    rows: tuple[str, ...] = ("scale_ptr", "shift_ptr", "scale_table_ptr", "shift_table_ptr")
+    indexed = (*rows, "row_index_ptr", "order_ptr", "bounds_ptr")
+    affine: tuple[str, ...] = ("weight_ptr", "bias_ptr")
+    dx: tuple[str, ...] = ("dx_ptr",)
+    sums = ("dot_ptr", "total_ptr")
+    chosen = [
+        (1536, "bf16", "layer", rows, dx + sums),
+        (3072, "bf16", "layer", indexed, dx + sums),
+        (5120, "bf16", "layer", rows, dx + sums),
+        (5120, "bf16", "layer", affine, dx + sums),
+        (5120, "fp32", "layer", rows, dx + sums),
+    ]
+    if every:
+        chosen = [
+            (dim, dtype, kind, given, results)
+            for dim, dtype, kind in itertools.product((1536, 5120, 8192), ("bf16", "fp32"), KINDS)
+            for given in ((), affine, rows, rows + affine, indexed)
+            for results in (dx, sums, dx + sums)
+        ]
+    cases = {}
+    for dim, dtype, kind, given, results in chosen:
+        pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", *given, *results), dtype)
+        pointers |= {name: "fp32" for name in pointers if name in rows + affine + sums}
+        pointers |= {name: "i64" for name in pointers if name in indexed[4:]}
+        lengths = {"length_x": "i32" if given == indexed else None, "length_g": None}
+        for kernel, launch in (
+            (_forward_kernel, forward_launch(32760, dim, capability)),
+            (_backward_kernel, backward_launch(32760, 1, dim, capability)),
+        ):
+            types = argument_types(kernel, pointers, lengths)
+            flags = "+".join(n.removesuffix("_ptr") for n in given + results if n in types)
+            label = f"{kernel.__name__.split('_')[1]} {dtype} D={dim} {kind} {flags}"
+            constexprs = {"D": dim, "BLOCK_D": launch.block_d, "KIND": kind}
+            cases[label] = AotCase(label, kernel, types, constexprs, launch.num_warps)
+    return list(cases.values())
+
+
+# Registration.
+def _fake_backward(
+    grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
+):  # fmt: skip
+    sums, dtype = (rows, x.shape[-1]), compute_dtype(x)
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(sums if need_dot else 0, dtype=dtype),
+        x.new_empty(sums if need_total else 0, dtype=dtype),
+    )
+
+
+_forward_op = register(
+    "norm_modulate", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward
+)
+_backward_op = register(
+    "norm_modulate_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, scale, shift, scale_table, _, row_index, ctx.kind, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias, scale, scale_table, row_index)
+    ctx.rows = count_rows(scale, shift)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[1:7]]
+
+
+def _backward(ctx, grad):
+    x, weight, bias, scale, scale_table, row_index = ctx.saved_tensors
+    need_x, *needs = ctx.needs_input_grad[:7]
+    need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
+    need_scale = need_scale or need_scale_table
+    d_x, dot, total = _backward_op(
+        grad, x, weight, scale, scale_table, row_index, ctx.rows, ctx.kind, ctx.eps, need_x,
+        need_weight or need_scale,
+        need_bias or need_shift or need_shift_table or (need_scale and bias is not None),
+    )  # fmt: skip
+    rest = parameter_gradients(dot, total, weight, bias, scale, scale_table, needs, ctx.dtypes)
+    return d_x if need_x else None, *rest, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Public function.
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    scale_table: torch.Tensor | None = None,
+    shift_table: torch.Tensor | None = None,
+    row_index: torch.Tensor | None = None,
+    kind: str = "layer",
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Normalise each token and modulate it: ``(norm(x)·w + b)·(1 + s) + h``, rounded once.
+
+    Args:
+        x: ``[B, L, D]`` or ``[N, D]``; the last axis is contiguous, the others have any stride.
+        weight, bias: ``[D]``, the affine part of the norm; one and zero where absent.
+        scale, shift: ``[R, D]``; R divides the tokens, and token n of N uses row n // (N / R).
+            Slices of ``[R, 6, D]`` are welcome: only the last axis has to be contiguous.
+        scale_table, shift_table: ``[D]``, added to every row of scale and shift in float32.
+        row_index: int32 or int64, x's shape without D: names the row of each token instead.
+            Values outside [0, R) are an error on the CPU and undefined behaviour on CUDA,
+            where looking at them would stall the stream.
+        kind: "layer" (LayerNorm), "rms" (RMSNorm) or "none".
+        eps: added to the variance (layer) or the mean square (rms).
+
+    Returns:
+        y, of x's shape and dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device, ``kind`` or ``eps`` other than the above.
+    """
+    op = "norm_modulate"
+    check_tokens(op, "x", x)
+    vectors = {
+        "weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table,
+    }  # fmt: skip
+    check_rows(op, x, vectors, {"scale": scale, "shift": shift}, row_index)
+    require(kind in KINDS, op, "kind", kind, f"one of {', '.join(KINDS)}")
+    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
+    return _forward_op(
+        x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, float(eps)
+    )
