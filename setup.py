@@ -113,7 +113,7 @@ class BuildExtension(build_ext):
         ]
         flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
         flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
-        flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
+        flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
 
         def compile_one(source: str) -> str:
             target = str(build / (Path(source).name + ".o"))

@@ -78,9 +78,8 @@ class Operation:
         implementation = getattr(self, self.choose(tensor.device, tensor.dtype).backend)
         if tensor.device.type != "cuda":
             return implementation(*args)
-        with torch.cuda.device(
-            tensor.device
-        ):  # Triton launches on the current device, whatever the tensors say
+        # Triton launches on the current device, whatever the tensors say.
+        with torch.cuda.device(tensor.device):
             return implementation(*args)
 
 

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a bare machine: Python, torch, triton, nvcc, compute-sanitizer; no network.
+#
+#   bench/gpu.sh STAGE [WHEELS]
+#
+# STAGE   test      pytest -m gpu
+#         sanitize  compute-sanitizer memcheck and racecheck over every operation on small shapes
+#         facts     ceilings of the device (suite facts) and the eager and compiled block
+#         bench     kernels at every real size, the block at 14B, the methods at 1.3B
+#         all       these in this order
+# WHEELS  a folder of wheels for what the machine lacks (diffusers, say); installed without looking further
+#
+# Results go to $OUT (bench-out unless set). A step that fails is listed at the end and in failures.txt and does not
+# stop the next one; a stage ends within ten minutes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+stage=${1:-}
+wheels=${2:-}
+case "$stage" in
+    test | sanitize | facts | bench | all) ;;
+    *)
+        echo "bench/gpu.sh: STAGE is '$stage', expected test, sanitize, facts, bench or all" >&2
+        exit 2
+        ;;
+esac
+if [ -n "$wheels" ] && [ ! -d "$wheels" ]; then
+    echo "bench/gpu.sh: WHEELS is '$wheels', which is not a folder" >&2
+    exit 2
+fi
+OUT=${OUT:-bench-out}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+failures=()
+
+# step SECONDS NAME COMMAND…: run with a time limit, log to $OUT/NAME.log, remember a failure.
+step() {
+    local limit=$1 name=$2
+    shift 2
+    echo "== $name: $*"
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    local status=${PIPESTATUS[0]}
+    if [ "$status" -ne 0 ]; then
+        failures+=("$name (status $status)")
+        echo "== $name: status $status" >&2
+    fi
+}
+
+install() {
+    local site
+    site=$(mktemp -d)
+    if [ -n "$wheels" ]; then
+        "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+            --target "$site" "$wheels"/*.whl || failures+=("wheels")
+    fi
+    # Built where it runs, into a folder of its own; nothing of the machine's Python changes.
+    PRFL_FAST_CUDA=${PRFL_FAST_CUDA:-auto} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} \
+        "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$site" . \
+        || failures+=("install")
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    (cd / && "$python" -c "import prfl_fast; print('prfl_fast', prfl_fast.__version__, prfl_fast.__file__)")
+}
+
+run_test() {
+    # Safe path: without it the checkout's prfl_fast, which has no kernels inside, would shadow the installed one.
+    step 540 gpu-tests env PYTHONSAFEPATH=1 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+}
+
+run_sanitize() {
+    local tool
+    for tool in memcheck racecheck; do
+        step 270 "sanitize-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude \
+            kernel_substring=at:: "$python" bench/sanitize.py
+    done
+}
+
+run_facts() {
+    step 280 facts "$python" bench/run.py --suite facts --out "$OUT/facts"
+    step 260 block-1.3b "$python" bench/run.py --suite block --preset wan1.3b-480p --out "$OUT/block-1.3b"
+}
+
+run_bench() {
+    step 110 kernels-1.3b "$python" bench/run.py --suite kernels --preset wan1.3b-480p --out "$OUT/kernels-1.3b"
+    step 100 kernels-14b-480p "$python" bench/run.py --suite kernels --preset wan14b-480p --out "$OUT/kernels-14b-480p"
+    step 130 kernels-14b-720p "$python" bench/run.py --suite kernels --preset wan14b-720p --out "$OUT/kernels-14b-720p"
+    step 240 methods-1.3b "$python" bench/run.py --suite methods --preset wan1.3b-480p --out "$OUT/methods-1.3b"
+}
+
+install
+case "$stage" in
+    all)
+        run_test
+        run_sanitize
+        run_facts
+        run_bench
+        ;;
+    *) "run_$stage" ;;
+esac
+
+printf '%s\n' "${failures[@]+"${failures[@]}"}" > "$OUT/failures.txt"
+if [ ${#failures[@]} -gt 0 ]; then
+    echo "failed: ${failures[*]}" >&2
+    exit 1
+fi
+echo "all steps of '$stage' finished; results in $OUT"

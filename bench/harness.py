@@ -1,0 +1,515 @@
+"""Timing, memory, FLOPs and records: what every suite measures with and what it hands back."""
+
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prfl_fast import __version__, kernels
+from prfl_fast.kernels._registry import OPERATIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMAT = "prfl_fast bench 1"
+
+CACHE_BYTES = 64 << 20  # at least the last-level cache of common CPUs and of an H200 (60 MB)
+# Seconds. GPU work below this is queued behind a pause, so that launches are not timed.
+SHORT = 2e-3
+
+
+class Unavailable(RuntimeError):
+    """Something cannot be measured here; the message is the reason, one line, for tables and
+    records.
+    """
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
+
+    name: str
+    dim: int
+    heads: int
+    ffn_dim: int
+    layers: int
+    latent: tuple[int, int, int]
+    text_tokens: int = 512
+    text_dim: int = 4096
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, height, width in tokens."""
+        frames, height, width = self.latent
+        return frames, height // 2, width // 2
+
+    @property
+    def tokens(self) -> int:
+        """L."""
+        frames, height, width = self.grid
+        return frames * height * width
+
+
+PRESETS = {
+    p.name: p
+    for p in (
+        Preset("tiny", 256, 4, 1024, 4, (5, 24, 40), text_tokens=128, text_dim=64),
+        Preset("wan1.3b-480p", 1536, 12, 8960, 30, (21, 60, 104)),
+        Preset("wan14b-480p", 5120, 40, 13824, 40, (21, 60, 104)),
+        Preset("wan14b-720p", 5120, 40, 13824, 40, (21, 90, 160)),
+    )
+}
+
+
+@dataclass
+class Context:
+    """What a suite is told.
+
+    Attributes:
+        device, preset, seed, seeds: as given on the command line, or their defaults.
+        baselines: of ``eager``, ``compiled``, ``reference``.
+        reference: the checkout of HY-Video-PRFL if ``reference`` is a baseline.
+        compile_ops: also compile each naive operation of the kernels suite; seconds each on a CPU.
+        out: the folder results go to.
+        bar: makes a progress bar, ``bar(total, description)``.
+    """
+
+    device: torch.device
+    preset: Preset
+    seed: int = 0
+    seeds: int = 1
+    baselines: tuple[str, ...] = ("eager", "compiled")
+    reference: Path | None = None
+    compile_ops: bool = False
+    out: Path = Path("bench-out")
+    bar: Callable[[int, str], Any] = lambda total, description: contextlib.nullcontext(NoBar())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and weights: bfloat16 on CUDA, float32 on the CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """A generator on the device, seeded by the run's seed."""
+        return torch.Generator(self.device).manual_seed(self.seed + offset)
+
+
+class NoBar:
+    """A progress bar that shows nothing."""
+
+    def update(self, n: int = 1) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+@dataclass
+class Table:
+    """Rows of already formatted cells; ``name`` is what the README's markers ask for."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SuiteResult:
+    """What a suite returns.
+
+    Attributes:
+        tables: for the terminal, report.md and the README.
+        cases: every measurement as plain JSON values (seconds, bytes, FLOPs; no units hidden in
+            strings).
+        figures: file name (without folder) → matplotlib figure, see :func:`report.new_figure`.
+        problems: checks that failed, one line each; the run ends with exit status 1 if there are
+            any.
+    """
+
+    tables: list[Table]
+    cases: list[dict[str, Any]]
+    figures: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median, 20th and 80th percentile over ``runs`` runs."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """From single measurements."""
+        ordered = sorted(seconds)
+        last = len(ordered) - 1
+        return cls(
+            statistics.median(ordered),
+            ordered[round(0.2 * last)],
+            ordered[round(0.8 * last)],
+            len(ordered),
+        )
+
+    def record(self) -> dict[str, float | int]:
+        """As plain values, in seconds."""
+        return {"median_s": self.median, "p20_s": self.p20, "p80_s": self.p80, "runs": self.runs}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+Thunk = Callable[[], object]
+
+
+def time_side_by_side(
+    candidates: Mapping[str, Sequence[Thunk] | Thunk],
+    device: torch.device,
+    *,
+    seconds: float = 0.3,
+    at_least: int = 5,
+    at_most: int = 200,
+) -> dict[str, Timing]:
+    """Time several versions of the same work in turns, so that drift of the machine falls on all
+    alike.
+
+    Args:
+        candidates: name → a function, or several that do the same work on different inputs and are
+            taken in turn, so that no run finds its inputs in a cache.
+        seconds: time given to each candidate, warm-up not counted.
+        at_least, at_most: rounds. One that takes longer than ``seconds`` in its first, untimed run
+            gets two rounds, and a single one if it takes over five times as long; then that first
+            run counts too.
+
+    Returns:
+        Timings by name. On CUDA the device's own events are read, and work below 2 ms is queued
+        behind a short pause first, so that gaps between launches are not counted.
+    """
+    lists = {name: [c] if callable(c) else list(c) for name, c in candidates.items()}
+    clock = _cuda_clock if device.type == "cuda" else _host_clock
+    samples: dict[str, list[float]] = {name: [] for name in lists}
+    first = {name: clock(thunks[0], device, 0.0) for name, thunks in lists.items()}
+    rounds = dict.fromkeys(lists, at_most)
+    for name, duration in first.items():
+        if duration > 5 * seconds and duration > 2:
+            samples[name], rounds[name] = [duration], 1
+        elif duration > seconds:
+            rounds[name] = 2
+    spent = dict.fromkeys(lists, 0.0)
+    for i in range(at_most):
+        active = [
+            n
+            for n in lists
+            if i < rounds[n] and (spent[n] < seconds or i < min(at_least, rounds[n]))
+        ]
+        if not active:
+            break
+        for name in active if i % 2 == 0 else reversed(active):
+            thunks = lists[name]
+            duration = clock(thunks[(i + 1) % len(thunks)], device, first[name])
+            samples[name].append(duration)
+            spent[name] += duration
+            first[name] = min(first[name], duration)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def _host_clock(thunk: Thunk, device: torch.device, expected: float) -> float:
+    start = time.perf_counter()
+    result = thunk()
+    duration = time.perf_counter() - start
+    del result
+    return duration
+
+
+def _cuda_clock(thunk: Thunk, device: torch.device, expected: float) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    if expected < SHORT:
+        torch.cuda._sleep(
+            2_000_000
+        )  # clock cycles, about 1 ms: the host queues everything meanwhile
+    start.record()
+    result = thunk()
+    end.record()
+    torch.cuda.synchronize(device)
+    del result
+    return start.elapsed_time(end) / 1e3
+
+
+def input_sets(nbytes: int, device: torch.device, limit: int = 24) -> int:
+    """How many sets of ``nbytes`` of inputs to take in turn so that a set is out of the cache when
+    its turn comes.
+    """
+    cache = CACHE_BYTES
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(limit, -(-2 * cache // max(1, nbytes))))
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes per second, read plus written, of a copy far larger than the caches."""
+    count = (1 << 31) if device.type == "cuda" else (1 << 27)
+    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    timing = time_side_by_side({"copy": lambda: target.copy_(source)}, device, seconds=0.2)["copy"]
+    return 2 * count / timing.median
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    try:
+        return tensor.untyped_storage()
+    except NotImplementedError:  # sparse tensors have none
+        return None
+
+
+def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes autograd keeps for the backward of ``forward()``, each storage once; ``exclude``:
+    weights, say.
+    """
+    skip = {t.untyped_storage()._cdata for t in exclude}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = _storage(tensor)
+        if storage is not None and storage._cdata not in skip:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Live and peak bytes of tensor storages that are allocated inside the context, on any device.
+
+    Every operation's new storages are entered when it returns and struck out when they are freed.
+    prfl_fast's own operations are opened up, so that their temporaries count as those of plain
+    PyTorch do. What one ATen kernel allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def _enter(self, tensor: object, new: bool) -> None:
+        storage = _storage(tensor) if isinstance(tensor, torch.Tensor) else None
+        if storage is None or storage._cdata in self._known:
+            return
+        key, size = storage._cdata, storage.nbytes() if new else 0
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._strike, key, size).atexit = False
+
+    def _strike(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            self._enter(leaf, new=False)
+        operation = OPERATIONS.get(func._opname) if func.namespace == "prfl_fast" else None
+        if operation is not None and not kwargs:
+            with self:
+                out = operation(*args)
+        else:
+            out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            self._enter(leaf, new=True)
+        return out
+
+
+def peak_bytes(thunk: Thunk, device: torch.device) -> int:
+    """Most bytes alive at once of what ``thunk()`` allocates: by the allocator on CUDA, by the
+    ledger on the CPU.
+
+    Raises:
+        Unavailable: out of memory.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        with MemoryLedger() as ledger:
+            thunk()
+        return ledger.peak
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        thunk()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError as error:
+        raise Unavailable("out of memory") from error
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, heads, length, size = query
+    return 4 * batch * heads * length * key[2] * size
+
+
+def _attention_backward_flops(
+    grad: Any, query: Sequence[int], key: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    batch, heads, length, size = query
+    return (
+        10 * batch * heads * length * key[2] * size
+    )  # five products, as PyTorch counts the CUDA kernels
+
+
+def _pool_flops(x: Sequence[int], queries: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, length, dim = x
+    return 4 * batch * length * dim * queries[0]
+
+
+def _pool_backward_flops(
+    grad: Any, grad_lse: Any, x: Sequence[int], queries: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    products = 4 + 2 * bool(args[-1]) + 4 * bool(args[-2])  # need_queries, need_x
+    return products * x[0] * x[1] * x[2] * queries[0]
+
+
+def count_flops(thunk: Thunk) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in
+    ``thunk()``.
+    """
+    aten = torch.ops.aten
+    formulas = {
+        # PyTorch counts attention on CUDA but not the CPU kernels.
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        torch.ops.prfl_fast.query_pool: _pool_flops,
+        torch.ops.prfl_fast.query_pool_backward: _pool_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        thunk()
+    return counter.get_total_flops()
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖out - expected‖ / ‖expected‖, in float64 where it fits; infinite if one is not finite."""
+    wide = torch.float64 if out.numel() <= 1 << 26 else torch.float32
+    out, expected = out.detach().to(wide), expected.detach().to(wide)
+    norm = expected.norm().item()
+    error = (out - expected).norm().item()
+    if norm == 0:
+        return error
+    return error / norm if error == error else float("inf")
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Run with another kernel backend.
+
+    Raises:
+        Unavailable: it is not installed.
+    """
+    before = kernels.get_backend()
+    try:
+        kernels.set_backend(name)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+    try:
+        yield
+    finally:
+        kernels.set_backend(before)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's name as its vendor writes it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_slug(device: torch.device) -> str:
+    """Folder name under ``bench/results``: ``cpu-2core``, ``h200``."""
+    if device.type == "cpu":
+        return f"cpu-{len(os.sched_getaffinity(0))}core"
+    words = device_name(device).lower().replace("nvidia", "").replace("geforce", "").split()
+    return "-".join(words)
+
+
+def git_state(root: Path = ROOT) -> dict[str, Any]:
+    """Commit and whether tracked files differ from it; the package's version outside a checkout."""
+
+    def git(*words: str) -> str | None:
+        with contextlib.suppress(OSError):
+            run = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+            if run.returncode == 0:
+                return run.stdout.strip()
+        return None
+
+    sha = git("rev-parse", "HEAD")
+    if sha is None:
+        return {"sha": __version__.partition("+g")[2] or __version__, "dirty": None}
+    return {"sha": sha, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a measurement needs to be repeated: commit, versions, command, date, device, seed."""
+    argv = sys.argv if argv is None else argv
+    versions = {
+        name: _package_version(name)
+        for name in ("triton", "diffusers", "peft", "numpy", "flash-attn")
+    }
+    versions |= {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "prfl_fast": __version__,
+    }
+    if context.device.type == "cuda":
+        versions["cuda"] = torch.version.cuda
+    return {
+        "format": FORMAT,
+        "git": git_state(),
+        "versions": {name: version for name, version in sorted(versions.items()) if version},
+        "command": shlex.join(["python", *argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": {
+            "type": context.device.type,
+            "name": device_name(context.device),
+            "slug": device_slug(context.device),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+        },
+        "seed": context.seed,
+        "preset": context.preset.name,
+        "dtype": str(context.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,177 @@
+"""Measure prfl_fast: ``python bench/run.py`` runs every suite at the size that suits the machine.
+
+Tables appear as suites finish. ``--out`` receives results.json (every measurement, with commit,
+versions and command), report.md and the plots; each file is replaced only when its successor is
+complete.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import report
+import suites
+import torch
+from harness import PRESETS, Context, SuiteResult, Unavailable, device_name, run_record
+
+from prfl_fast._extras import need
+
+BASELINES = ("eager", "compiled", "reference")
+REFERENCE_FILE = Path("diffusers_lite/wan/modules/model.py")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
+    """The run that the arguments ask for; exits with status 2 and one line if they are wrong."""
+    parser = _Parser(
+        prog="bench/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="NAME",
+        choices=tuple(suites.DESCRIPTIONS),
+        default=list(suites.DEFAULT),
+        help="; ".join(f"{name}: {text}" for name, text in suites.DESCRIPTIONS.items())
+        + " (* only if asked for)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="sizes; tiny on a CPU and wan1.3b-480p on a GPU unless given",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="LIST",
+        help="comma-separated: eager, compiled, reference:PATH (a checkout of HY-Video-PRFL); "
+        "eager,compiled unless given. Naming compiled also compiles every single operation, which "
+        "takes minutes on a CPU",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("bench-out"), help="default: bench-out"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="repetitions of the alignment's arms"
+    )
+    args = parser.parse_args(argv)
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device; use --device cpu")
+    kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if "facts" in args.suite and kind == "cpu":
+        parser.error("--suite facts: it measures a GPU, and there is none here; drop it")
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}, expected a non-negative integer")
+    if args.seeds < 1:
+        parser.error(f"--seeds is {args.seeds}, expected a positive integer")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file, expected a folder or a new name")
+    # What every result is checked against, so measured whether named or not.
+    baselines, reference = ["eager"], None
+    for item in (args.baseline or "eager,compiled").split(","):
+        name, _, path = item.strip().partition(":")
+        if name not in BASELINES or (path and name != "reference"):
+            parser.error(f"--baseline: {item.strip()!r} is none of eager, compiled, reference:PATH")
+        if name == "reference":
+            reference = Path(path).expanduser().absolute()
+            if not path or not (reference / REFERENCE_FILE).is_file():
+                shown = path or "(no path)"
+                parser.error(
+                    f"--baseline: {shown} is not a checkout of HY-Video-PRFL: no {REFERENCE_FILE}"
+                )
+            if kind == "cpu":
+                parser.error("--baseline: the reference runs on CUDA only; the device is the CPU")
+        if name not in baselines:
+            baselines.append(name)
+    context = Context(
+        device=torch.device(kind),
+        preset=PRESETS[args.preset or ("tiny" if kind == "cpu" else "wan1.3b-480p")],
+        seed=args.seed,
+        seeds=args.seeds,
+        baselines=tuple(baselines),
+        reference=reference,
+        compile_ops="compiled" in baselines and (kind == "cuda" or args.baseline is not None),
+        out=args.out,
+        bar=_bar,
+    )
+    return context, tuple(dict.fromkeys(args.suite))
+
+
+def _bar(total: int, description: str) -> Any:
+    tqdm = need("tqdm", "bench").tqdm
+    # disable=None: no bar where the output is not a terminal; the tables tell the progress there.
+    return tqdm(total=total, desc=description, leave=False, disable=None, dynamic_ncols=True)
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
+    """results.json and report.md of what is there so far."""
+    report.write_json(out / "results.json", record)
+    report.write_markdown(out / "report.md", record)
+
+
+def run_suite(name: str, context: Context) -> dict[str, Any]:
+    """Run one suite, print its tables, save its plots; an error is recorded and goes no further."""
+    start = time.perf_counter()
+    try:
+        torch.manual_seed(context.seed)
+        result: SuiteResult = suites.load(name)(context)
+        for table in result.tables:
+            print(f"\n{report.to_text(table)}", flush=True)
+        for file, figure in result.figures.items():
+            report.save_figure(context.out / file, figure)
+    except Exception as error:
+        reason = (
+            str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+        )
+        print(f"{name}: did not finish: {reason}", file=sys.stderr, flush=True)
+        return {
+            "error": reason,
+            "traceback": traceback.format_exc(),
+            "wall_s": round(time.perf_counter() - start, 1),
+        }
+    for problem in result.problems:
+        print(f"{name}: check failed: {problem}", file=sys.stderr, flush=True)
+    return report.suite_record(result, time.perf_counter() - start)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the suites; 0 if all finished and every check held, else 1."""
+    context, names = parse(argv)
+    try:
+        context.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench/run.py: error: --out: {error}", file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {
+        "run": run_record(context, None if argv is None else ["bench/run.py", *argv]),
+        "suites": {},
+    }
+    where = os.path.abspath(context.out)
+    print(f"{device_name(context.device)}, preset {context.preset.name}, {where}", flush=True)
+    for name in names:
+        print(f"\n== {name}: {suites.DESCRIPTIONS[name].lstrip('* ')}", flush=True)
+        record["suites"][name] = run_suite(name, context)
+        print(f"   {record['suites'][name]['wall_s']} s", flush=True)
+        write(context.out, record)
+    failed = [n for n, s in record["suites"].items() if "error" in s or s["problems"]]
+    print(
+        f"\nresults.json, report.md and plots: {context.out}"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

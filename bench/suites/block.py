@@ -1,0 +1,326 @@
+"""One transformer block and one PRFL step: the unpatched model, the same under torch.compile, and
+prfl_fast.
+"""
+
+import copy
+import time as clock
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import harness
+import report
+import torch
+from harness import Context, Preset, SuiteResult, Table, Unavailable
+
+import prfl_fast
+from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.reward import LatentRewardModel
+from prfl_fast.schedulers import FlowUniPC
+from prfl_fast.step import PRFL
+from suites import wan
+from suites.kernels import TOLERANCE
+
+LABELS = {
+    "eager": "eager",
+    "compiled": "torch.compile",
+    "reference": "reference",
+    "prfl_fast": "prfl_fast",
+}
+STEP_LAYERS = 4
+STEP_SOLVER_STEPS = 10
+STEP_INDEX = 4
+STEP_LATENT_ON_CPU = (5, 16, 16)
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _block_run(
+    model: torch.nn.Module, preset: Preset, context: Context, compiled: bool = False
+) -> Run:
+    block = torch.compile(model.blocks[0], dynamic=False) if compiled else model.blocks[0]
+    # Once a forward for all blocks in the model, so outside of what is timed.
+    rope = model.rope(torch.empty((1, 16, *preset.latent), device=context.device))
+
+    def run(x: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return block(x, text, time, rope)
+
+    run.parameters = list(model.blocks[0].parameters())  # type: ignore[attr-defined]
+    return run
+
+
+def _variants(context: Context) -> tuple[dict[str, Run], dict[str, str]]:
+    """Name → block, and the reasons for those that are missing."""
+    preset = context.preset
+    model = wan.build(preset, context, layers=1)
+    patched = prfl_fast.patch(copy.deepcopy(model))
+    runs: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+    for name in context.baselines:
+        if name == "reference":
+            try:
+                runs[name] = wan.reference_block(model, preset, context)
+            except Unavailable as error:
+                missing[name] = str(error)
+        else:
+            runs[name] = _block_run(model, preset, context, compiled=name == "compiled")
+    runs["prfl_fast"] = _block_run(patched, preset, context)
+    return runs, missing
+
+
+def _inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, text, time and the cotangent of the output."""
+    preset, generator = context.preset, context.generator(7)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=context.device).to(context.dtype)
+
+    x = randn(1, preset.tokens, preset.dim).requires_grad_()
+    return (
+        x,
+        randn(1, preset.text_tokens, preset.dim),
+        randn(1, 6, preset.dim),
+        randn(1, preset.tokens, preset.dim),
+    )
+
+
+def _error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(harness.relative_error(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Cases, notes and failed checks of the block."""
+    runs, missing = _variants(context)
+    notes = [f"{LABELS[name]}: not measured, {reason}." for name, reason in missing.items()]
+    problems: list[str] = []
+    x, text, time, cotangent = _inputs(context)
+
+    def train(run: Run) -> list[torch.Tensor]:
+        y = run(x, text, time)
+        leaves = [x, *run.parameters]  # type: ignore[attr-defined]
+        return [y.detach(), *torch.autograd.grad(y, leaves, cotangent.type_as(y))]
+
+    def infer(run: Run) -> torch.Tensor:
+        with torch.no_grad():
+            return run(x, text, time)
+
+    record: dict[str, Any] = {
+        "case": "block",
+        "preset": context.preset.name,
+        "kept_bytes": {},
+        "peak_bytes": {},
+    }
+    record["tokens"], record["dim"] = context.preset.tokens, context.preset.dim
+    expected = None
+    for name, run in list(runs.items()):
+        bar.set_postfix_str(LABELS[name])
+        start = clock.perf_counter()
+        try:
+            # The reference has its parameters in another order: output and input gradient compare.
+            results = train(run)[: 2 if name == "reference" else None]
+        except Exception as error:
+            if name == "prfl_fast":
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            notes.append(f"{LABELS[name]}: not measured, {reason}.")
+            del runs[name]
+            bar.update()
+            continue
+        if name == "compiled":
+            record["compile_s"] = clock.perf_counter() - start
+        if name == "eager":
+            expected = results
+        elif expected is not None:
+            error = _error(results, expected[: len(results)])
+            record.setdefault("difference", {})[name] = error
+            if name == "prfl_fast" and error > TOLERANCE[context.dtype]:
+                problems.append(
+                    f"block: output or a gradient is {error:.1e} off the unpatched one's"
+                )
+        del results
+        record["kept_bytes"][name] = harness.saved_bytes(
+            lambda run=run: run(x, text, time),
+            exclude=[x, *run.parameters],  # type: ignore[attr-defined]
+        )
+        # What compiled code allocates on a CPU does not pass through PyTorch's dispatcher.
+        if context.device.type == "cuda" or name != "compiled":
+            record["peak_bytes"][name] = harness.peak_bytes(
+                lambda run=run: train(run), context.device
+            )
+        bar.update()
+    on_cpu = context.device.type == "cpu"
+    # A second compilation, for inference, is not worth its time on a CPU.
+    forward = {
+        n: (lambda run=run: infer(run))
+        for n, run in runs.items()
+        if not (on_cpu and n == "compiled")
+    }
+    both = {n: (lambda run=run: train(run)) for n, run in runs.items()}
+    seconds = 0.8
+    times = {
+        "forward, no gradient": harness.time_side_by_side(forward, context.device, seconds=seconds),
+        "forward + backward": harness.time_side_by_side(both, context.device, seconds=seconds),
+    }
+    record["times"] = {
+        part: {n: t.record() for n, t in each.items()} for part, each in times.items()
+    }
+    bar.update()
+    return [record], notes, problems
+
+
+def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
+    """One PRFL step of a model with few blocks, unpatched and patched, and failed checks."""
+    preset = replace(context.preset, layers=min(STEP_LAYERS, context.preset.layers))
+    if context.device.type == "cpu" and preset.name == "tiny":
+        preset = replace(preset, latent=STEP_LATENT_ON_CPU)
+    model = wan.build(preset, context)
+    noise, conditions = wan.latents(preset, context), wan.conditions(preset, context)
+    if context.device.type == "cuda":
+        model.enable_gradient_checkpointing()
+    models = {"eager": model, "prfl_fast": prfl_fast.patch(copy.deepcopy(model))}
+    pool = LatentRewardModel.from_backbone(model, num_blocks=1).freeze()
+    thunks = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for name, transformer in models.items():
+        reward = copy.deepcopy(pool)
+        if name == "prfl_fast":
+            prfl_fast.patch(reward.backbone)
+        step = PRFL(
+            transformer, reward, FlowUniPC(), GradientPlan.prfl(), num_steps=STEP_SOLVER_STEPS
+        )
+
+        def thunk(step: PRFL = step, transformer: Any = transformer) -> None:
+            transformer.zero_grad(set_to_none=True)
+            step(noise, conditions, indices=(STEP_INDEX,))
+
+        thunk()
+        gradients[name] = [
+            p.grad.detach().clone() for p in transformer.parameters() if p.grad is not None
+        ]
+        thunks[name] = thunk
+    difference = _total_error(gradients["prfl_fast"], gradients["eager"])
+    gradients.clear()
+    record: dict[str, Any] = {
+        "case": "PRFL step",
+        "preset": preset.name,
+        "tokens": preset.tokens,
+        "dim": preset.dim,
+        "layers": preset.layers,
+        "solver_steps": STEP_SOLVER_STEPS,
+        "index": STEP_INDEX,
+        "difference": {"prfl_fast": difference},
+    }
+    problems = []
+    # Five steps of an untrained model amplify rounding; a wrong gradient is off by far more.
+    if difference > 10 * TOLERANCE[context.dtype]:
+        problems.append(f"PRFL step: the gradient is {difference:.1e} off the unpatched model's")
+    record["peak_bytes"] = {n: harness.peak_bytes(t, context.device) for n, t in thunks.items()}
+    timings = harness.time_side_by_side(thunks, context.device, seconds=1.5, at_least=3)
+    record["times"] = {"step": {n: t.record() for n, t in timings.items()}}
+    bar.update()
+    return record, problems
+
+
+def _total_error(values: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Relative error of all gradients taken as one vector."""
+    off = sum(
+        (a.double() - b.double()).square().sum().item()
+        for a, b in zip(values, expected, strict=True)
+    )
+    return (off / sum(b.double().square().sum().item() for b in expected)) ** 0.5
+
+
+def _rows(record: dict[str, Any], names: list[str], failed: bool) -> list[list[str]]:
+    lines = []
+    for part, times in record["times"].items():
+        ours = times["prfl_fast"]["median_s"]
+        step = record["case"] == "PRFL step"
+        label = (
+            f"{record['case']}, {record['layers']} blocks" if step else f"{record['case']}, {part}"
+        )
+        line = [label] + [
+            report.seconds(times[n]["median_s"]) if n in times else report.BLANK for n in names
+        ]
+        for name in names[:-1]:
+            value = report.ratio(times[name]["median_s"] / ours) if name in times else report.BLANK
+            line.append("check failed" if failed else value)
+        training = part != "forward, no gradient"
+        for kind in ("kept_bytes", "peak_bytes"):
+            for name in (names[0], "prfl_fast"):
+                line.append(
+                    report.size(record.get(kind, {}).get(name)) if training else report.BLANK
+                )
+        lines.append(line)
+    return lines
+
+
+def run(context: Context) -> SuiteResult:
+    """The block at the preset's size and one PRFL step of a model with few blocks."""
+    if context.device.type == "cpu" and context.preset.name != "tiny":
+        raise Unavailable(
+            f"a block of {context.preset.name} takes a CPU minutes and tens of gigabytes; "
+            "use --preset tiny, or a GPU"
+        )
+    with context.bar(len(context.baselines) + 3, "block") as bar:
+        cases, notes, problems = block_cases(context, bar)
+        step, step_problems = step_case(context, bar)
+        cases.append(step)
+    names = [*context.baselines, "prfl_fast"]
+    columns = ["work", *(LABELS[n] for n in names)]
+    columns += [f"over {LABELS[n]}" for n in names[:-1]]
+    first = LABELS[names[0]]
+    columns += [f"kept, {first}", "kept, prfl_fast", f"peak, {first}", "peak, prfl_fast"]
+    body = _rows(cases[0], names, bool(problems)) + _rows(step, names, bool(step_problems))
+    preset = context.preset
+    notes = [
+        f"Block: L = {preset.tokens}, D = {preset.dim}, {preset.text_tokens} text tokens; "
+        f"step: L = {step['tokens']}, {step['solver_steps']} solver steps, gradient at step "
+        f"{step['index']}; "
+        f"{str(context.dtype).removeprefix('torch.')}. Measured in turns in one run.",
+        "kept: for the backward of one block, weights and input not counted; peak: most bytes "
+        "alive "
+        "of what the work allocates, gradients included.",
+        *notes,
+    ]
+    if "compile_s" in cases[0]:
+        notes.append(
+            f"Compiling the block took {report.seconds(cases[0]['compile_s'])}, not counted."
+        )
+    table = Table("block", "Transformer block and PRFL step", columns, body, notes)
+    return SuiteResult(
+        [table], cases, {"block.png": _figure(cases, names, context)}, problems + step_problems
+    )
+
+
+def _figure(cases: list[dict[str, Any]], names: list[str], context: Context) -> Any:
+    figure, (left, right) = report.new_figure(10, 3.6, ncols=2, width_ratios=(3, 2))
+    groups = [("block,\n" + part, times) for part, times in cases[0]["times"].items()]
+    groups += [(f"PRFL step,\n{cases[1]['layers']} blocks", cases[1]["times"]["step"])]
+    series = {n: [t[n]["median_s"] * 1e3 if n in t else None for _, t in groups] for n in names}
+    labels = {
+        n: [report.seconds(t[n]["median_s"]) if n in t else "" for _, t in groups] for n in names
+    }
+    report.grouped_bars(
+        left,
+        [g for g, _ in groups],
+        series,
+        title="Time",
+        unit="milliseconds",
+        labels=labels,
+    )
+    left.legend(fontsize=8)
+    peaks = [("block", cases[0]["peak_bytes"]), ("PRFL step", cases[1]["peak_bytes"])]
+    shown = [n for n in names if any(n in p for _, p in peaks)]
+    series = {n: [p[n] / 1e6 if n in p else None for _, p in peaks] for n in shown}
+    labels = {n: [report.size(p[n]) if n in p else "" for _, p in peaks] for n in shown}
+    report.grouped_bars(
+        right,
+        [g for g, _ in peaks],
+        series,
+        title="Peak of what training allocates",
+        unit="megabytes",
+        labels=labels,
+    )
+    preset = context.preset
+    on = harness.device_name(context.device)
+    figure.suptitle(f"Wan block, L = {preset.tokens}, D = {preset.dim}, on {on}", fontsize=11)
+    return figure

@@ -1,0 +1,174 @@
+"""What this GPU can do: device copy, bf16 and FP8 matrix products, attention backends, pinned
+copies to and from the host.
+
+The ceilings that the other suites' times are judged by. CUDA only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import report
+import torch
+import torch.nn.functional as F
+from harness import PRESETS, Context, Preset, SuiteResult, Table, Unavailable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MATMUL = 8192
+SHAPES = tuple(PRESETS[name] for name in ("wan1.3b-480p", "wan14b-480p", "wan14b-720p"))
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+HOST_BYTES = 1 << 30
+FP8 = torch.float8_e4m3fn
+
+
+def _time(
+    thunk: Callable[[], object], device: torch.device, seconds: float = 0.3
+) -> harness.Timing:
+    return harness.time_side_by_side({"it": thunk}, device, seconds=seconds)["it"]
+
+
+def _case(name: str, timing: harness.Timing, **work: float) -> dict[str, Any]:
+    return {"fact": name, "times": timing.record(), **work}
+
+
+def _matmul(device: torch.device) -> Callable[[], object]:
+    a, b = (torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return lambda: a @ b
+
+
+def _matmul_fp8(device: torch.device) -> Callable[[], object]:
+    """One scale per row of the first and per column of the second operand."""
+
+    def quantised() -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.randn(MATMUL, MATMUL, device=device)
+        scale = wide.abs().amax(1, keepdim=True) / torch.finfo(FP8).max
+        return (wide / scale).to(FP8), scale
+
+    (a, scale_a), (b, scale_b) = quantised(), quantised()
+    return lambda: torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16)
+
+
+def _host_copies(device: torch.device) -> dict[str, Callable[[], object]]:
+    host = torch.empty(HOST_BYTES, dtype=torch.uint8).random_().pin_memory()
+    there = torch.empty(HOST_BYTES, dtype=torch.uint8, device=device)
+    return {
+        "host to device, pinned": lambda: there.copy_(host, non_blocking=True),
+        "device to host, pinned": lambda: host.copy_(there, non_blocking=True),
+    }
+
+
+def _simple(device: torch.device) -> list[dict[str, Any]]:
+    """Copies and matrix products; what this GPU or PyTorch lacks is recorded with the reason."""
+    cases = [{"fact": "device copy, read + write", "bytes_per_s": harness.copy_ceiling(device)}]
+    work = 2.0 * MATMUL**3
+    for name, make in (("matmul bf16", _matmul), ("matmul FP8, row-wise scales", _matmul_fp8)):
+        name = f"{name}, {MATMUL}³"
+        try:
+            timing = _time(make(device), device)
+            cases.append(_case(name, timing, flops_per_s=work / timing.median))
+        except RuntimeError as error:
+            cases.append({"fact": name, "skipped": str(error).splitlines()[0]})
+    for name, thunk in _host_copies(device).items():
+        timing = _time(thunk, device, seconds=1.0)
+        cases.append(_case(name, timing, bytes_per_s=HOST_BYTES / timing.median))
+    return cases
+
+
+def _attention_case(preset: Preset, name: str, device: torch.device) -> dict[str, Any]:
+    """One backend of scaled_dot_product_attention at one size, forward and backward."""
+    shape = (1, preset.heads, preset.tokens, preset.dim // preset.heads)
+    q, k, v = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    case: dict[str, Any] = {
+        "fact": f"attention {name}, {preset.name}",
+        "tokens": preset.tokens,
+        "heads": preset.heads,
+    }
+    try:
+        with sdpa_kernel(BACKENDS[name]):
+            out = F.scaled_dot_product_attention(q, k, v)
+            grad = torch.randn_like(out)
+            thunks: dict[str, Callable[[], object]] = {
+                "forward": lambda: F.scaled_dot_product_attention(q, k, v),
+                "backward": lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
+            }
+            times = {n: _time(t, device, seconds=0.5) for n, t in thunks.items()}
+    except RuntimeError as error:
+        return case | {"skipped": str(error).splitlines()[0]}
+    work = 4.0 * preset.tokens**2 * preset.dim
+    rates = {
+        "forward": work / times["forward"].median,
+        "backward": 2.5 * work / times["backward"].median,
+    }
+    return case | {"times": {n: t.record() for n, t in times.items()}, "flops_per_s": rates}
+
+
+def _attention(device: torch.device, bar: Any) -> list[dict[str, Any]]:
+    """Every backend at the real sizes."""
+    cases = []
+    for preset in SHAPES:
+        for name in BACKENDS:
+            cases.append(_attention_case(preset, name, device))
+            torch.cuda.empty_cache()
+            bar.update()
+    return cases
+
+
+def run(context: Context) -> SuiteResult:
+    """Measure the device.
+
+    Raises:
+        Unavailable: not a CUDA device.
+    """
+    if context.device.type != "cuda":
+        raise Unavailable("the facts suite measures a GPU; run it on a machine with one")
+    with context.bar(1 + len(SHAPES) * len(BACKENDS), "facts") as bar:
+        simple = _simple(context.device)
+        bar.update()
+        attention = _attention(context.device, bar)
+    body = []
+    for case in simple:
+        if "skipped" in case:
+            body.append([case["fact"], report.BLANK, case["skipped"]])
+            continue
+        rate = (
+            f"{case['bytes_per_s'] / 1e9:.4g} GB/s"
+            if "bytes_per_s" in case
+            else f"{case['flops_per_s'] / 1e12:.4g} TFLOP/s"
+        )
+        body.append(
+            [
+                case["fact"],
+                report.seconds(case["times"]["median_s"]) if "times" in case else report.BLANK,
+                rate,
+            ]
+        )
+    rows = []
+    for case in attention:
+        if "skipped" in case:
+            rows.append([case["fact"], *[report.BLANK] * 3, case["skipped"]])
+            continue
+        line = [case["fact"]]
+        for part in ("forward", "backward"):
+            line += [
+                report.seconds(case["times"][part]["median_s"]),
+                f"{case['flops_per_s'][part] / 1e12:.3g} TFLOP/s",
+            ]
+        rows.append(line)
+    tables = [
+        Table("facts", "Device facts", ["what", "time", "rate"], body, ["Random data; medians."]),
+        Table(
+            "facts-attention",
+            "Attention backends",
+            ["backend and size", "forward", "rate", "backward", "rate"],
+            rows,
+            ["Backward counted as 2.5 times the forward's FLOPs."],
+        ),
+    ]
+    return SuiteResult(tables, [*simple, *attention])
