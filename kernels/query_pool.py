@@ -1,0 +1,527 @@
+"""Folded query attention pooling: H queries attend over tokens that are their own keys and values.
+
+    s_lh = x_l · u_h      p_h = softmax over l of s_lh      pooled_h = Σ_l p_lh x_l
+    lse_h = log Σ_l exp s_lh
+
+The u_h are queries folded through a key projection, W_k,hᵀ q_h / √d_h: the key bias cancels in
+the softmax and the value projection commutes with the weighted mean, so attention pooling needs
+neither keys nor values. Gradient, with g = d pooled, c = d lse and p recomputed from lse:
+
+    ds_lh = p_lh (g_h · x_l − g_h · pooled_h + c_h)
+    dx_l  = Σ_h p_lh g_h + ds_lh u_h                du_h = Σ_b,l ds_lh x_l
+
+Shapes: x ``[B, L, D]``, u ``[H, D]``, pooled and g ``[B, H, D]``, lse ``[B, H]``.
+Dtypes: scores, weights, sums, pooled and lse are float32 (float64 for float64 x); dx and du are
+rounded once, to the dtypes of x and u. Triton multiplies 16-bit x in TF32, in which x is exact and
+u, g, p keep 11 bits; CUDA C++ (``csrc/query_pool.cu``, forward only) splits u in two 16-bit halves
+and rounds p to the dtype of x. Sums over tokens have two stages, chunks and then all: no atomics.
+Saved for backward: x, u, pooled, lse.
+Bytes: the forward reads x (Triton twice, the second time from L2 while the chunk is still there;
+CUDA C++ once), the backward reads x and writes dx; a chunk leaves 4·H·D bytes of partials.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from prfl_fast.kernels._checks import compute_dtype, require, require_float, require_same_device
+from prfl_fast.kernels._registry import register
+from prfl_fast.kernels._triton import (
+    HAS_TRITON,
+    AotCase,
+    argument_types,
+    capability,
+    tl,
+    triton,
+)
+
+
+# Reference.
+def reference(
+    x: torch.Tensor, queries: torch.Tensor, upcast: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """pooled and lse in PyTorch; ``upcast`` names the dtype computed in and returned."""
+    dtype = compute_dtype(x, upcast)
+    u = queries.to(dtype)
+    pooled = torch.empty(x.shape[0], *u.shape, dtype=dtype, device=x.device)
+    lse = torch.empty(x.shape[0], u.shape[0], dtype=dtype, device=x.device)
+    for b in range(x.shape[0]):  # matmul of a strided batch would copy x
+        tokens = x[b].to(dtype)
+        scores = tokens @ u.t()  # [L, H]
+        lse[b] = torch.logsumexp(scores, 0)
+        # Not exp(scores - lse): softmax's weights add up to one whatever lse rounds to.
+        pooled[b] = torch.softmax(scores, 0).t() @ tokens
+    return pooled, lse
+
+
+def reference_backward(
+    grad_pooled: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    x: torch.Tensor,
+    queries: torch.Tensor,
+    pooled: torch.Tensor,
+    lse: torch.Tensor,
+    need_x: bool,
+    need_queries: bool,
+    upcast: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(dx, du)`` in PyTorch; one that is not needed is an empty tensor."""
+    dtype = compute_dtype(x, upcast)
+    u = queries.to(dtype)
+    dx = torch.empty(x.shape if need_x else 0, dtype=upcast or x.dtype, device=x.device)
+    du = torch.zeros(u.shape if need_queries else 0, dtype=dtype, device=x.device)
+    for b in range(x.shape[0]):
+        tokens = x[b].to(dtype)
+        both = torch.cat((u, grad_pooled[b].to(dtype)))  # [2H, D]
+        scores, products = (tokens @ both.t()).split(u.shape[0], dim=1)
+        p = torch.softmax(scores, 0)
+        # g · pooled as Σ p g · x: what cancels is rounded alike, and one token leaves nothing.
+        ds = (products - (p * products).sum(0)).mul_(p)
+        if grad_lse is not None:
+            ds += p * grad_lse[b]
+        if need_x:
+            weights = torch.cat((ds, p), dim=1)  # [L, 2H]
+            if dtype == dx.dtype:
+                torch.mm(weights, both, out=dx[b])
+            else:
+                dx[b] = weights @ both
+        if need_queries:
+            du += ds.t() @ tokens
+    return dx, du.to(upcast or queries.dtype)
+
+
+# Kernels.
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, u_ptr, max_ptr, sum_ptr, partial_ptr, tokens, heads, stride_xb, stride_xt,
+    DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A chunk of tokens of a batch row: scores in a pass over D, weighted sums in another."""
+    i_c = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    i_p = i_b * tl.num_programs(0) + i_c
+    o_t = i_c * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
+    o_h = tl.arange(0, BLOCK_H).to(tl.int64)  # [BH]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_t = o_t < tokens
+    m_h = o_h < heads
+    p_x = x_ptr + i_b * stride_xb + o_t[:, None] * stride_xt  # [BT, 1]
+    p_u = u_ptr + o_h[:, None] * DIM  # [BH, 1]
+
+    b_s = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    for i_d in range(0, DIM, BLOCK_D):
+        m_d = i_d + o_d < DIM
+        b_x = tl.load(
+            p_x + (i_d + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
+        )  # [BT, BD]
+        b_u = tl.load(
+            p_u + (i_d + o_d)[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0
+        )  # [BH, BD]
+        b_s = tl.dot(
+            b_x.to(tl.float32), tl.trans(b_u.to(tl.float32)), b_s, input_precision=PRECISION
+        )
+
+    b_s = tl.where(m_t[:, None], b_s, float("-inf"))  # [BT, BH]
+    b_max = tl.max(b_s, axis=0)  # [BH]
+    b_p = tl.exp(b_s - b_max[None, :])  # [BT, BH]
+    tl.store(max_ptr + i_p * heads + o_h, b_max, mask=m_h)
+    tl.store(sum_ptr + i_p * heads + o_h, tl.sum(b_p, axis=0), mask=m_h)
+
+    b_pt = tl.trans(b_p)  # [BH, BT]
+    p_o = partial_ptr + (i_p * heads + o_h[:, None]) * DIM  # [BH, 1]
+    for i_d in range(0, DIM, BLOCK_D):
+        m_d = i_d + o_d < DIM
+        b_x = tl.load(
+            p_x + (i_d + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
+        )  # [BT, BD]
+        b_o = tl.dot(b_pt, b_x.to(tl.float32), input_precision=PRECISION)  # [BH, BD]
+        tl.store(p_o + (i_d + o_d)[None, :], b_o, mask=m_h[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    max_ptr, sum_ptr, partial_ptr, pooled_ptr, lse_ptr, chunks, heads, dim,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merges the chunks of one batch row and head over one slice of D, always in the same order."""
+    i_d = tl.program_id(0).to(tl.int64)
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    o_c = tl.arange(0, BLOCK_C)  # [BC]
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < dim
+
+    b_max = tl.full([BLOCK_C], float("-inf"), tl.float32)
+    i_c = 0  # numpy 2.4 makes the interpreter refuse tensors as bounds of range()
+    while i_c < chunks:
+        o_s = (i_b * chunks + i_c + o_c) * heads + i_h  # [BC]
+        b_max = tl.maximum(
+            b_max, tl.load(max_ptr + o_s, mask=i_c + o_c < chunks, other=float("-inf"))
+        )
+        i_c += BLOCK_C
+    top = tl.max(b_max, axis=0)
+
+    b_sum = tl.zeros([BLOCK_C], tl.float32)
+    b_acc = tl.zeros([BLOCK_D], tl.float32)
+    i_c = 0
+    while i_c < chunks:
+        m_c = i_c + o_c < chunks
+        o_s = (i_b * chunks + i_c + o_c) * heads + i_h  # [BC]
+        b_w = tl.exp(tl.load(max_ptr + o_s, mask=m_c, other=float("-inf")) - top)  # [BC]
+        b_sum += b_w * tl.load(sum_ptr + o_s, mask=m_c, other=0.0)
+        b_part = tl.load(
+            partial_ptr + o_s[:, None] * dim + o_d[None, :],
+            mask=m_c[:, None] & m_d[None, :],
+            other=0.0,
+        )  # [BC, BD]
+        b_acc += tl.sum(b_w[:, None] * b_part, axis=0)
+        i_c += BLOCK_C
+    total = tl.sum(b_sum, axis=0)
+    tl.store(pooled_ptr + i_bh * dim + o_d, b_acc / total, mask=m_d)
+    if i_d == 0:
+        tl.store(lse_ptr + i_bh, top + tl.log(total))
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, u_ptr, g_ptr, lse_ptr, delta_ptr, dx_ptr, du_ptr, tokens, heads, stride_xb, stride_xt,
+    DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_X: tl.constexpr, NEED_QUERIES: tl.constexpr,
+):  # fmt: skip
+    """A chunk of tokens of a batch row: x·u and x·g in a pass over D, dx and its du in another."""
+    i_c = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    i_p = i_b * tl.num_programs(0) + i_c
+    o_t = i_c * BLOCK_T + tl.arange(0, BLOCK_T)  # [BT]
+    o_h = tl.arange(0, BLOCK_H).to(tl.int64)  # [BH]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_t = o_t < tokens
+    m_h = o_h < heads
+    p_x = x_ptr + i_b * stride_xb + o_t[:, None] * stride_xt  # [BT, 1]
+    p_u = u_ptr + o_h[:, None] * DIM  # [BH, 1]
+    p_g = g_ptr + (i_b * heads + o_h[:, None]) * DIM  # [BH, 1]
+
+    b_s = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    b_gx = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    for i_d in range(0, DIM, BLOCK_D):
+        m_d = i_d + o_d < DIM
+        m_hd = m_h[:, None] & m_d[None, :]
+        b_x = tl.load(
+            p_x + (i_d + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
+        )  # [BT, BD]
+        b_u = tl.load(p_u + (i_d + o_d)[None, :], mask=m_hd, other=0.0)  # [BH, BD]
+        b_g = tl.load(p_g + (i_d + o_d)[None, :], mask=m_hd, other=0.0)  # [BH, BD]
+        b_x = b_x.to(tl.float32)
+        b_s = tl.dot(b_x, tl.trans(b_u.to(tl.float32)), b_s, input_precision=PRECISION)
+        b_gx = tl.dot(b_x, tl.trans(b_g), b_gx, input_precision=PRECISION)
+
+    b_lse = tl.load(lse_ptr + i_b * heads + o_h, mask=m_h, other=float("inf"))  # [BH]
+    b_delta = tl.load(delta_ptr + i_b * heads + o_h, mask=m_h, other=0.0)  # [BH]
+    b_p = tl.where(m_t[:, None], tl.exp(b_s - b_lse[None, :]), 0.0)  # [BT, BH]
+    b_ds = b_p * (b_gx - b_delta[None, :])  # [BT, BH]
+    b_dst = tl.trans(b_ds)  # [BH, BT]
+
+    p_dx = dx_ptr + (i_b * tokens + o_t[:, None]) * DIM  # [BT, 1]
+    p_du = du_ptr + (i_p * heads + o_h[:, None]) * DIM  # [BH, 1]
+    for i_d in range(0, DIM, BLOCK_D):
+        m_d = i_d + o_d < DIM
+        m_hd = m_h[:, None] & m_d[None, :]
+        m_td = m_t[:, None] & m_d[None, :]
+        if NEED_X:
+            b_u = tl.load(p_u + (i_d + o_d)[None, :], mask=m_hd, other=0.0)  # [BH, BD]
+            b_g = tl.load(p_g + (i_d + o_d)[None, :], mask=m_hd, other=0.0)  # [BH, BD]
+            b_dx = tl.dot(b_p, b_g, input_precision=PRECISION)  # [BT, BD]
+            b_dx = tl.dot(b_ds, b_u.to(tl.float32), b_dx, input_precision=PRECISION)
+            tl.store(p_dx + (i_d + o_d)[None, :], b_dx.to(dx_ptr.dtype.element_ty), mask=m_td)
+        if NEED_QUERIES:
+            b_x = tl.load(p_x + (i_d + o_d)[None, :], mask=m_td, other=0.0).to(
+                tl.float32
+            )  # [BT, BD]
+            b_du = tl.dot(b_dst, b_x, input_precision=PRECISION)  # [BH, BD]
+            tl.store(p_du + (i_d + o_d)[None, :], b_du, mask=m_hd)
+
+
+# Launch.
+@dataclass(frozen=True)
+class Launch:
+    """Tokens, heads and columns of a tile of the Triton kernels, and how many warps share it."""
+
+    block_t: int
+    block_h: int
+    block_d: int
+    precision: str
+    num_warps: int
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class CudaLaunch:
+    """CUDA C++: columns of a warp, warps of a block, blocks that share D, ranges of tokens."""
+
+    width: int
+    warps: int
+    cluster: int
+    splits: int
+
+
+MAX_TRITON_HEADS = 64  # a tile holds the scores of all heads
+MERGE_BLOCK = {"BLOCK_C": 16, "BLOCK_D": 64}
+CUDA_MAX_WARPS = {64: 8, 128: 12, 256: 12, 320: 8}  # max_warps() of csrc/query_pool.cu
+
+
+def launch_config(heads: int, dtype: torch.dtype) -> Launch:
+    """Launch choice of the Triton kernels: one that spills nothing from sm_80 to sm_120."""
+    block_h = max(16, 1 << (heads - 1).bit_length())
+    if dtype == torch.float32:
+        return Launch(64, block_h, 32 if heads <= 16 else 16, "ieee", 8)
+    return Launch(64, block_h, 64 if heads <= 32 else 32, "tf32", 8)
+
+
+def cuda_launch_config(
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    multiprocessors: int,
+) -> CudaLaunch | None:
+    """Launch choice of the CUDA C++ kernel; None where it cannot run.
+
+    Two blocks on a multiprocessor hide one's reductions behind the other's loads; their sums and
+    tiles fit its registers up to 1536 columns each. A larger D is shared by a cluster, from 9.0 on.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or dim % 8 or capability < (8, 0):
+        return None
+    if batch > 65535 or heads > 65535:
+        return None
+    kilobytes = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+    shared = 1024 * kilobytes.get(capability[0] * 10 + capability[1], 99)
+    fitting = []
+    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
+        for width, most in CUDA_MAX_WARPS.items():
+            warps = max(4, -(-dim // (width * cluster)))  # the softmax takes four
+            if warps <= most and cuda_shared_bytes(width, warps, cluster) <= shared:
+                columns = width * warps
+                key = (columns > 1536, columns * cluster - dim, cluster, -width)
+                fitting.append((key, width, warps, cluster))
+    if not fitting:
+        return None
+    _, width, warps, cluster = min(fitting)
+    blocks = cluster * batch * -(-heads // 8)
+    splits = min(-(-tokens // 16), max(1, 2 * multiprocessors // blocks))
+    return CudaLaunch(width, warps, cluster, splits)
+
+
+def cuda_shared_bytes(width: int, warps: int, cluster: int) -> int:
+    """Dynamic shared memory of a block, bytes: ``shared_bytes()`` of csrc/query_pool.cu."""
+    return warps * width * 32 + cluster * warps * 1280 + 416
+
+
+def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, dim = x.shape
+    heads = queries.shape[0]
+    if heads > MAX_TRITON_HEADS:
+        return reference(x, queries)
+    launch = launch_config(heads, x.dtype)
+    chunks = triton.cdiv(tokens, launch.block_t)
+    maxima = x.new_empty(batch, chunks, heads, dtype=torch.float32)
+    sums = torch.empty_like(maxima)
+    partials = x.new_empty(batch, chunks, heads, dim, dtype=torch.float32)
+    pooled = x.new_empty(batch, heads, dim, dtype=torch.float32)
+    lse = x.new_empty(batch, heads, dtype=torch.float32)
+    _forward_kernel[(chunks, batch)](
+        x, queries.contiguous(), maxima, sums, partials, tokens, heads, x.stride(0), x.stride(1),
+        **_constants(dim, launch), num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    _merge_kernel[(triton.cdiv(dim, MERGE_BLOCK["BLOCK_D"]), batch * heads)](
+        maxima, sums, partials, pooled, lse, chunks, heads, dim, **MERGE_BLOCK
+    )
+    return pooled, lse
+
+
+def _triton_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_queries):
+    batch, tokens, dim = x.shape
+    heads = queries.shape[0]
+    if heads > MAX_TRITON_HEADS:
+        return reference_backward(
+            grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_queries
+        )
+    launch = launch_config(heads, x.dtype)
+    chunks = triton.cdiv(tokens, launch.block_t)
+    dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
+    partials = torch.empty(
+        (batch * chunks, heads, dim) if need_queries else 0, dtype=torch.float32, device=x.device
+    )
+    delta = (grad_pooled * pooled).sum(-1)  # [B, H]
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    _backward_kernel[(chunks, batch)](
+        x, queries.contiguous(), grad_pooled.contiguous(), lse.contiguous(),
+        delta, dx, partials, tokens, heads, x.stride(0), x.stride(1),
+        **_constants(dim, launch), NEED_X=need_x, NEED_QUERIES=need_queries,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    return dx, partials.sum(0).to(queries.dtype) if need_queries else queries.new_empty(0)
+
+
+def _constants(dim: int, launch: Launch) -> dict[str, int | str]:
+    tile = {"BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h, "BLOCK_D": launch.block_d}
+    return {"DIM": dim, **tile, "PRECISION": launch.precision}
+
+
+def _cuda(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0
+    aligned = aligned and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    heads, dim = queries.shape
+    launch = cuda_launch_config(
+        x.shape[0], x.shape[1], heads, dim, x.dtype, capability(x.device), processors
+    )
+    if launch is None or not aligned:
+        return _triton(x, queries) if HAS_TRITON else reference(x, queries)
+    return torch.ops.prfl_fast_cuda.query_pool(
+        x, queries.float().contiguous(), launch.width, launch.warps, launch.cluster, launch.splits
+    )
+
+
+def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
+    """Eight heads at D of the 1.3B, 5B, 14B models; ``every``: up to 64, each gradient alone."""
+    merged = dict.fromkeys(("max_ptr", "sum_ptr", "partial_ptr", "pooled_ptr", "lse_ptr"), "fp32")
+    cases = []
+    for label, ones in (("merge", {}), ("merge of one", {"chunks": 1, "heads": 1})):
+        types = argument_types(_merge_kernel, merged, dict.fromkeys(ones))
+        cases.append(AotCase(label, _merge_kernel, types, {**MERGE_BLOCK, **ones}, 4))
+    for dim in (1536, 3072, 5120):
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            for heads in (8, 32, 64) if every else (8,):
+                launch = launch_config(heads, dtype)
+                chosen: list[tuple[str, Any, dict]] = [("forward", _forward_kernel, {})]
+                for x, u in ((True, True), (True, False), (False, True))[: 3 if every else 1]:
+                    flags = {"NEED_X": x, "NEED_QUERIES": u}
+                    chosen.append((f"backward x={x} u={u}", _backward_kernel, flags))
+                for label, kernel, flags in chosen:
+                    pointers = dict.fromkeys(
+                        (n for n in kernel.arg_names if n.endswith("_ptr")), "fp32"
+                    )
+                    pointers |= {n: name for n in ("x_ptr", "dx_ptr") if n in pointers}
+                    cases.append(
+                        AotCase(
+                            f"{label} {name} D={dim} H={heads}",
+                            kernel,
+                            argument_types(kernel, pointers, {"stride_xb": "i64:16"}),
+                            {**_constants(dim, launch), **flags},
+                            launch.num_warps,
+                            launch.num_stages,
+                        )
+                    )
+    return cases
+
+
+# Registration.
+def _fake(x, queries):
+    shape, dtype = (x.shape[0], *queries.shape), compute_dtype(x)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape[:2], dtype=dtype)
+
+
+def _fake_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_queries):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        queries.new_empty(queries.shape if need_queries else 0),
+    )
+
+
+_op = register("query_pool", reference, fake=_fake, triton=_triton, cuda=_cuda)
+_op_backward = register(
+    "query_pool_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, grad_pooled, grad_lse):
+    need_x, need_queries = ctx.needs_input_grad
+    if grad_pooled is None and grad_lse is None:
+        return None, None
+    x, queries, pooled, lse = ctx.saved_tensors
+    if grad_pooled is None:
+        grad_pooled = torch.zeros_like(pooled)
+    dx, du = _op_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_queries)
+    return dx if need_x else None, du if need_queries else None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.prfl_fast.query_pool)
+def _flops(x, queries, *args, out_shape=None, **kwargs):
+    batch, tokens, dim = x
+    return 4 * batch * tokens * dim * queries[0]
+
+
+@register_flop_formula(torch.ops.prfl_fast.query_pool_backward)
+def _flops_backward(
+    grad, grad_lse, x, queries, pooled, lse, need_x, need_queries, out_shape=None, **kwargs
+):
+    batch, tokens, dim = x
+    return (4 + 4 * need_x + 2 * need_queries) * batch * tokens * dim * queries[0]
+
+
+# Public functions.
+def query_pool(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax-weighted mean of the tokens under each query.
+
+    Args:
+        x: tokens ``[B, L, D]``, floating point, the last dimension contiguous.
+        queries: ``[H, D]``, folded and scaled (see the top of this file); float32 or as x.
+
+    Returns:
+        pooled ``[B, H, D]`` and the scores' log-sum-exp ``[B, H]`` (natural logarithm), float32
+        (float64 for float64 ``x``); :func:`merge_pooled` joins those of shards of a sequence.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype, device or stride.
+    """
+    op = "query_pool"
+    require_float(op, "x", x)
+    require_float(op, "queries", queries)
+    require(x.dim() == 3 and x.numel() > 0, op, "x", x, "[B, L, D] without an empty dimension")
+    dim = x.shape[-1]
+    require(x.stride(-1) == 1 or dim == 1, op, "x", x, "a last dimension of stride 1")
+    fits = queries.dim() == 2 and queries.shape[0] > 0 and queries.shape[1] == dim
+    require(fits, op, "queries", queries, f"[H, {dim}]")
+    expected = f"float32 or {str(x.dtype).removeprefix('torch.')}"
+    require(queries.dtype in (x.dtype, torch.float32), op, "queries", queries, expected)
+    require_same_device(op, x=x, queries=queries)
+    return _op(x, queries)
+
+
+def merge_pooled(pooled: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pools of a whole sequence from those of its S shards, by log-sum-exp; differentiable.
+
+    Args:
+        pooled: ``[S, B, H, D]``, lse: ``[S, B, H]``: stacked results of :func:`query_pool`.
+            An empty shard is zeros with an lse of -inf.
+
+    Returns:
+        pooled ``[B, H, D]`` and lse ``[B, H]``, as :func:`query_pool` of the whole would.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together.
+    """
+    op = "merge_pooled"
+    require_float(op, "pooled", pooled)
+    require_float(op, "lse", lse)
+    require(pooled.dim() == 4 and pooled.shape[0] > 0, op, "pooled", pooled, "[S, B, H, D]")
+    require(lse.shape == pooled.shape[:3], op, "lse", lse, f"{list(pooled.shape[:3])}")
+    require(lse.dtype == pooled.dtype, op, "lse", lse, f"the dtype of pooled, {pooled.dtype}")
+    require_same_device(op, pooled=pooled, lse=lse)
+    total = torch.logsumexp(lse, 0)
+    return ((lse - total).exp().unsqueeze(-1) * pooled).sum(0), total

@@ -1,0 +1,53 @@
+// csrc/query_pool.cu on the CPU, behind a C function for ctypes.
+#define PRFL_FAST_EMULATE
+#include <cstdio>
+
+#include "query_pool.cu"
+
+namespace {
+
+template <typename T, int WIDTH>
+void run(const void* x, const float* queries, float* maxima, float* sums, float* partials, float* pooled, float* lse,
+         int64_t x_batch, int64_t x_token, int batch, int tokens, int heads, int dim, int warps, int cluster,
+         int splits, int order) {
+  using namespace prfl_fast;
+  const emulation::Dim3 grid{splits * cluster, (heads + HEADS - 1) / HEADS, batch};
+  emulation::launch(grid, warps * 32, cluster, shared_bytes(WIDTH, warps, cluster), order, [&] {
+    query_pool_partial<T, WIDTH>(static_cast<const T*>(x), queries, maxima, sums, partials, x_batch, x_token, tokens,
+                                 heads, dim, splits, cluster);
+  });
+  emulation::launch({(dim + 127) / 128, heads, batch}, 128, 1, 0, order, [&] {
+    query_pool_merge(maxima, sums, partials, pooled, lse, heads, dim, splits, weight_exponent<T> / LOG2E);
+  });
+}
+
+}  // namespace
+
+extern "C" int query_pool_emulated(const void* x, const float* queries, float* maxima, float* sums, float* partials,
+                                   float* pooled, float* lse, int64_t x_batch, int64_t x_token, int batch, int tokens,
+                                   int heads, int dim, int half, int width, int warps, int cluster, int splits,
+                                   int order) {
+  auto call = [&](auto kernel) {
+    kernel(x, queries, maxima, sums, partials, pooled, lse, x_batch, x_token, batch, tokens, heads, dim, warps,
+           cluster, splits, order);
+    return 0;
+  };
+  using namespace prfl_fast;
+  switch (width) {
+#ifdef NARROW
+    case 64: return half ? 1 : call(run<bf16, 64>);
+#else
+    case 64: return half ? call(run<fp16, 64>) : call(run<bf16, 64>);
+    case 128: return half ? call(run<fp16, 128>) : call(run<bf16, 128>);
+    case 256: return half ? call(run<fp16, 256>) : call(run<bf16, 256>);
+    case 320: return half ? call(run<fp16, 320>) : call(run<bf16, 320>);
+#endif
+  }
+  return 1;
+}
+
+extern "C" int query_pool_max_warps(int width) { return prfl_fast::max_warps(width); }
+
+extern "C" int64_t query_pool_shared_bytes(int width, int warps, int cluster) {
+  return prfl_fast::shared_bytes(width, warps, cluster);
+}
