@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= bench-out
 BIN := $(VENV)/bin
+JOBS ?= $(shell nproc | awk '{print ($$1 < 8) ? $$1 : 8}')
 # A machine without an NVIDIA driver gets the CPU build of torch: a plain "torch" would pull gigabytes of CUDA.
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -17,7 +18,7 @@ bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
 
 test: lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

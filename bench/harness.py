@@ -382,18 +382,6 @@ def _attention_backward_flops(
     )  # five products, as PyTorch counts the CUDA kernels
 
 
-def _pool_flops(x: Sequence[int], queries: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    batch, length, dim = x
-    return 4 * batch * length * dim * queries[0]
-
-
-def _pool_backward_flops(
-    grad: Any, grad_lse: Any, x: Sequence[int], queries: Sequence[int], *args: Any, **kwargs: Any
-) -> int:
-    products = 4 + 2 * bool(args[-1]) + 4 * bool(args[-2])  # need_queries, need_x
-    return products * x[0] * x[1] * x[2] * queries[0]
-
-
 def count_flops(thunk: Thunk) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in
     ``thunk()``.
@@ -403,8 +391,6 @@ def count_flops(thunk: Thunk) -> int:
         # PyTorch counts attention on CUDA but not the CPU kernels.
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        torch.ops.prfl_fast.query_pool: _pool_flops,
-        torch.ops.prfl_fast.query_pool_backward: _pool_backward_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         thunk()
