@@ -2,10 +2,9 @@
 
 PRFL_FAST_CUDA=0     never build the extension
 PRFL_FAST_CUDA=1     build it or fail
-PRFL_FAST_CUDA=auto  build it if nvcc and torch are here; a failure is printed and the install goes
-on (default)
-TORCH_CUDA_ARCH_LIST architectures, for example "8.0;9.0a" (default below); MAX_JOBS parallel nvcc
-processes
+PRFL_FAST_CUDA=auto  (default) build it if nvcc and torch are here; print a failure and go on
+TORCH_CUDA_ARCH_LIST architectures, for example "8.0;9.0a" (default below)
+MAX_JOBS             parallel nvcc processes
 """
 
 import os
@@ -103,15 +102,8 @@ class BuildExtension(build_ext):
         include = Path(torch.__file__).parent / "include"
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        flags = [
-            "-O3",
-            "-std=c++17",
-            "--expt-relaxed-constexpr",
-            "-Xcompiler",
-            "-fPIC",
-            "-DUSE_CUDA",
-        ]
-        flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
+        flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
         flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
 
@@ -124,18 +116,11 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_one, ext.sources))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        # libtorch.so names libtorch_cuda.so only where there is one: with it among the dependencies
-        # the weak
-        # CUDA symbol of bindings.cpp resolves there and stays null elsewhere. No path is written:
-        # both are
-        # in the process before this library is.
-        link = [
-            "-Xlinker",
-            "--no-as-needed",
-            f"-L{Path(torch.__file__).parent / 'lib'}",
-            "-ltorch",
-            "-ltorch_cpu",
-        ]
+        # libtorch.so needs libtorch_cuda.so only where there is one: so the weak CUDA symbol of
+        # bindings.cpp resolves there and stays null elsewhere. No search path: both libraries are
+        # in the process before this one is.
+        link = ["-Xlinker", "--no-as-needed", f"-L{Path(torch.__file__).parent / 'lib'}"]
+        link += ["-ltorch", "-ltorch_cpu"]
         command = [compiler, "-shared", "-cudart", "static", "-o", str(output), *objects, *link]
         subprocess.run(command, check=True)
 
