@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
+# torch.device contexts list the functions they redirect at their first use, and would list poisoned
+# ones.
+with torch.device("meta"):
+    torch.empty(0)
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Triton decorates kernels for the interpreter only if this is set before prfl_fast.kernels is
