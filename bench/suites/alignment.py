@@ -10,6 +10,7 @@ which tracks bodies in decoded frames and which no training sees.
 
 import copy
 import multiprocessing
+import pickle
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -429,9 +430,16 @@ class _Inline(Executor):
         return future
 
 
-def _one_thread(function: Any, *args: Any) -> Any:
+def _one_thread(work: bytes) -> Any:
     torch.set_num_threads(1)
+    function, args = pickle.loads(work)
     return function(*args)
+
+
+def _submit(pool: Executor, function: Any, *args: Any) -> "Future[Any]":
+    # Pickled here and now: left to the pool, a thread would move these very tensors to shared
+    # memory while this one computes with them (seen once: a cross-entropy of 6e7).
+    return pool.submit(_one_thread, pickle.dumps((function, args)))
 
 
 def run(context: Context) -> SuiteResult:
@@ -456,12 +464,12 @@ def run(context: Context) -> SuiteResult:
 def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
     began = time.perf_counter()
     half = s.clips // 2
-    halves = [pool.submit(_one_thread, Clips.make, half, 1000 + i * half) for i in range(2)]
+    halves = [_submit(pool, Clips.make, half, 1000 + i * half) for i in range(2)]
     held_out = Clips.make(s.held_out, 999_000)
     parts = [job.result() for job in halves]
     clips = Clips(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     device, seed = context.device, context.seed
-    pixel = pool.submit(_one_thread, train_pixel_reward, clips, s, seed, device)
+    pixel = _submit(pool, train_pixel_reward, clips, s, seed, device)
     samples = clips.samples()
     generator = train_generator(samples, s, context)
     reward = train_reward(generator, samples, s, context)
@@ -473,7 +481,7 @@ def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
     start = Start(generator, reward, pixel.result(), clips, {"encoder_hidden_states": text}, s)
     trained = time.perf_counter() - began
     jobs = [
-        pool.submit(_one_thread, run_arm, start, arm, seed + i)
+        _submit(pool, run_arm, start, arm, seed + i)
         for i in range(context.seeds)
         for arm in ("prfl", "rgb_refl", "sft")
     ]
