@@ -4,10 +4,6 @@ dtype.
 
 import torch
 
-INTERPRETED_BF16_SLACK = (
-    2.0  # the interpreter truncates bf16 casts where hardware rounds to nearest
-)
-
 
 def errors(out: torch.Tensor, oracle: torch.Tensor) -> tuple[float, float]:
     """Largest absolute and root-mean-square error of ``out`` against ``oracle`` (float64)."""
