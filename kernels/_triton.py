@@ -38,6 +38,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
+# Multiprocessors by major compute capability. A constant rather than the device's own count, so
+# that the order of summation, hence every bit of a gradient, is the same on all its boards.
+_PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
+
+
+def processors(capability: tuple[int, int]) -> int:
+    """Multiprocessors that launches count on for a compute capability."""
+    return _PROCESSORS.get(capability[0], 132)
+
+
 @dataclass(frozen=True)
 class AotCase:
     """One specialisation of a kernel, to be compiled ahead of time by ``_aot.py``.
@@ -90,6 +100,7 @@ __all__ = [
     "AotCase",
     "argument_types",
     "capability",
+    "processors",
     "tl",
     "triton",
 ]

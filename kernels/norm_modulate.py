@@ -20,12 +20,18 @@ Bytes: forward reads x and writes y; backward reads x and dy and writes d_x. The
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from prfl_fast.kernels._checks import compute_dtype, require
+from prfl_fast.kernels._norm import (
+    normalise,
+    normalise_block,
+    parameter_gradients,
+    row_gain,
+    token_block,
+)
 from prfl_fast.kernels._registry import register
 from prfl_fast.kernels._rows import (
     by_row,
@@ -40,7 +46,7 @@ from prfl_fast.kernels._rows import (
     token_offset,
     token_strides,
 )
-from prfl_fast.kernels._triton import AotCase, argument_types, capability, tl, triton
+from prfl_fast.kernels._triton import AotCase, argument_types, capability, processors, tl, triton
 
 KINDS = ("layer", "rms", "none")
 
@@ -62,7 +68,7 @@ def reference(
     """y in differentiable PyTorch; ``upcast`` names the dtype computed in and returned."""
     dtype = compute_dtype(x, upcast)
     modulation = table_plus_rows(scale_table, scale, dtype)
-    gain = _gain(weight, modulation, dtype)
+    gain = row_gain(weight, modulation, dtype)
     offset = table_plus_rows(shift_table, shift, dtype)
     if bias is not None:
         lifted = bias.to(dtype)[None] if modulation is None else bias.to(dtype) * (1 + modulation)
@@ -72,7 +78,7 @@ def reference(
         w, b = (None if t is None else t[0] for t in (gain, offset))
         y = torch.nn.functional.layer_norm(x.to(dtype), list(x.shape[-1:]), w, b, eps)
     else:
-        y = by_row(_normalise(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
+        y = by_row(normalise(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
         gain, offset = (
             t if t is None else per_token(t, row_index if len(t) > 1 else None)
             for t in (gain, offset)
@@ -109,11 +115,11 @@ def reference_backward(
     if not need_x and not need_dot:
         return d_x, dot, total
     wide = by_row(x.to(dtype), rows, row_index)
-    x_hat, mean, rho = _normalise(wide, kind, eps)
+    x_hat, mean, rho = normalise(wide, kind, eps)
     if need_dot:
         dot = sum_by_row(dy * x_hat, rows, row_index)
     if need_x:
-        gain = _gain(weight, table_plus_rows(scale_table, scale, dtype), dtype)
+        gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype)
         one_row = gain is not None and len(gain) == 1
         d_hat = dy
         if gain is not None and not (one_row and kind == "layer"):
@@ -131,77 +137,7 @@ def reference_backward(
     return d_x, dot, total
 
 
-def parameter_gradients(
-    dot: torch.Tensor,
-    total: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    scale_table: torch.Tensor | None,
-    needs: Sequence[bool],
-    dtypes: Sequence[torch.dtype | None],
-) -> list[torch.Tensor | None]:
-    """Gradients of weight, bias, scale, shift, scale_table, shift_table from A and B.
-
-    ``needs`` and ``dtypes`` are in that order; a gradient that is not needed is None. Over R rows
-    only, so plain PyTorch.
-    """
-    need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
-    modulation = table_plus_rows(scale_table, scale, dot.dtype)
-    d_scale = dot
-    if need_scale or need_scale_table:
-        d_scale = dot if weight is None else dot * weight.to(dot.dtype)
-        d_scale = d_scale if bias is None else d_scale + total * bias.to(dot.dtype)
-
-    def modulated_sum(rows: torch.Tensor) -> torch.Tensor:
-        return (rows if modulation is None else rows * (1 + modulation)).sum(0)
-
-    gradients = (
-        modulated_sum(dot) if need_weight else None,
-        modulated_sum(total) if need_bias else None,
-        d_scale if need_scale else None,
-        total if need_shift else None,
-        d_scale.sum(0) if need_scale_table else None,
-        total.sum(0) if need_shift_table else None,
-    )
-    return [g if g is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True)]
-
-
-def _gain(
-    weight: torch.Tensor | None, modulation: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """g = w·(1 + s) as ``[R, D]`` or ``[1, D]``; None where it is one everywhere."""
-    if modulation is None:
-        return None if weight is None else weight.to(dtype)[None]
-    return 1 + modulation if weight is None else weight.to(dtype) * (1 + modulation)
-
-
-def _normalise(
-    x: torch.Tensor, kind: str, eps: float
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """x̂, and the mean and ρ ``[..., 1]`` where the kind has them."""
-    if kind == "layer":
-        return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    if kind == "rms":
-        rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return x * rho, None, rho
-    return x, None, None
-
-
 # Triton: a program holds g and the offset of one row in registers while it walks over its tokens.
-@triton.jit
-def _normalise_block(b_x, m_d, eps, D: tl.constexpr, KIND: tl.constexpr):
-    """x̂ (zero beyond D) and ρ of one token."""
-    b_hat = b_x  # [BD]
-    rho = 1.0
-    if KIND == "layer":
-        b_hat = tl.where(m_d, b_x - tl.sum(b_x, 0) * (1.0 / D), 0.0)
-    if KIND != "none":
-        rho = tl.rsqrt(tl.sum(b_hat * b_hat, 0) * (1.0 / D) + eps)
-        b_hat = b_hat * rho
-    return b_hat, rho
-
-
 @triton.jit
 def _forward_kernel(
     x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
@@ -237,7 +173,7 @@ def _forward_kernel(
                 b_offset += b_gain * tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
             if weight_ptr is not None:
                 b_gain *= tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_hat, rho = _normalise_block(b_x, m_d, eps, D, KIND)
+        b_hat, rho = normalise_block(b_x, m_d, eps, D, KIND)
         b_y = b_hat * b_gain + b_offset  # [BD]
         tl.store(y_ptr + i_token * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
         i_token += 1
@@ -279,7 +215,7 @@ def _backward_kernel(
         if KIND != "none" or dot_ptr is not None:
             p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
             b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-            b_hat, rho = _normalise_block(b_x, m_d, eps, D, KIND)
+            b_hat, rho = normalise_block(b_x, m_d, eps, D, KIND)
             if dot_ptr is not None:
                 b_dot += b_dy * b_hat
         if dx_ptr is not None:
@@ -307,28 +243,17 @@ class Launch:
     programs: int
 
 
-# Multiprocessors by major compute capability. A constant rather than the device's own count, so
-# that the order of summation, hence every bit of a gradient, is the same on all its boards.
-_PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
-
-
-def _block(dim: int) -> tuple[int, int]:
-    """BLOCK_D, and warps for 16 elements a thread: two 16-byte loads of bfloat16, no spills."""
-    block_d = max(32, 1 << (dim - 1).bit_length())
-    return block_d, min(16, max(1, block_d // 512))
-
-
 def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> Launch:
     """8 tokens a program share one load of the rows; fewer where processors would stand idle."""
-    block_d, num_warps = _block(dim)
-    wave = 4 * _PROCESSORS.get(capability[0], 132)
+    block_d, num_warps = token_block(dim)
+    wave = 4 * processors(capability)
     return Launch(block_d, num_warps, max(1, min(tokens, max(wave, -(-tokens // 8)))))
 
 
 def backward_launch(tokens: int, rows: int, dim: int, capability: tuple[int, int]) -> Launch:
     """About one resident wave over all rows: each program writes one partial row of A and B."""
-    block_d, num_warps = _block(dim)
-    wave = 16 // num_warps * _PROCESSORS.get(capability[0], 132)
+    block_d, num_warps = token_block(dim)
+    wave = 16 // num_warps * processors(capability)
     return Launch(block_d, num_warps, max(1, min(-(-wave // rows), tokens // rows)))
 
 

@@ -21,8 +21,9 @@ import torch
 
 from prfl_fast.kernels import _rows
 from prfl_fast.kernels._checks import compute_dtype, require, require_same_device
+from prfl_fast.kernels._norm import parameter_gradients
 from prfl_fast.kernels._registry import register
-from prfl_fast.kernels.norm_modulate import KINDS, parameter_gradients
+from prfl_fast.kernels.norm_modulate import KINDS
 from prfl_fast.kernels.norm_modulate import reference as norm_reference
 from prfl_fast.kernels.norm_modulate import reference_backward as norm_reference_backward
 
