@@ -1,14 +1,12 @@
 """The parts of a timestep-conditioned video transformer on prfl_fast's kernels, as plain modules.
 
 For people whose model prfl_fast does not know: build a model from these, or load a Wan block's
-    weights into
-them. :func:`prfl_fast.patch` runs the same functions (``self_attention``, ``cross_attention``,
-``feed_forward``,
-``transformer_block``) on the submodules that a foreign block already owns.
+weights into them. :func:`prfl_fast.patch` runs the same functions (``self_attention``,
+``cross_attention``, ``feed_forward``, ``transformer_block``) on the submodules that a foreign block
+already owns.
 
 Sources: the Wan block is that of diffusers' ``transformer_wan.py``; the query pool and the reward
-    head are
-those of PRFL (arXiv 2511.21541).
+head are those of PRFL (arXiv 2511.21541).
 """
 
 from collections.abc import Iterable
@@ -68,8 +66,8 @@ class Modulation(NamedTuple):
     Attributes:
         table: ``[n, D]``, one row per modulation vector.
         time: ``[R, n, D]``; R divides the number of tokens and each row serves as many consecutive
-            tokens,
-            so R = B is one timestep per sample, B·F one per latent frame, B·L one per token.
+            tokens, so R = B is one timestep per sample, B·F one per latent frame, B·L one per
+            token.
         row_index: optional integer ``[B, L]`` naming the row of each token instead.
     """
 
@@ -95,6 +93,50 @@ def _is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+class _Projections(torch.autograd.Function):
+    """Linear layers of one input: its gradients add up inside the matrix products.
+
+    Autograd would form one ``[B, L, D]`` gradient for each layer and add them in passes of their
+    own; three layers at 14B and 720p move 4.6 GB for that.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, *parameters: Any
+    ) -> tuple[torch.Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1::2]) else None, *weights)
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        d_x: torch.Tensor | None = None
+        d_parameters: list[torch.Tensor | None] = []
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            need_weight, need_bias = ctx.needs_input_grad[1 + 2 * i : 3 + 2 * i]
+            if grad is None:
+                d_parameters += [None, None]
+                continue
+            grad = grad.flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                d_x = grad @ weight if d_x is None else d_x.addmm_(grad, weight)
+            d_parameters.append(grad.t() @ x.flatten(0, -2) if need_weight else None)
+            d_parameters.append(grad.sum(0) if need_bias else None)
+        return d_x if d_x is None else d_x.view(ctx.shape), *d_parameters
+
+
+def _project(layers: Iterable[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Every layer's output for x."""
+    layers = list(layers)
+    # Autocast would apply to the products of the forward and not to those of the backward.
+    if torch.is_autocast_enabled(x.device.type) or not all(map(_is_plain_linear, layers)):
+        return tuple(layer(x) for layer in layers)
+    return _Projections.apply(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+
+
 def _project_out(to_out: nn.Module, x: torch.Tensor) -> torch.Tensor:
     for layer in to_out if isinstance(to_out, nn.ModuleList) else (to_out,):
         x = layer(x)
@@ -106,14 +148,14 @@ def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
     Args:
         parts: owns ``to_q, to_k, to_v, to_out, norm_q, norm_k, heads`` (a
-            :class:`TimestepConditionedAttention` or
-            a diffusers ``WanAttention``; fused q/k/v projections are used when present).
+            :class:`TimestepConditionedAttention` or a diffusers ``WanAttention``; fused q/k/v
+            projections are used when present).
         x: ``[B, L, D]``, already normalised and modulated.
     """
     if getattr(parts, "fused_projections", False):
         q, k, v = parts.to_qkv(x).chunk(3, dim=-1)
     else:
-        q, k, v = parts.to_q(x), parts.to_k(x), parts.to_v(x)
+        q, k, v = _project((parts.to_q, parts.to_k, parts.to_v), x)
     q, k = qk_norm_rope(
         q,
         k,
@@ -131,14 +173,12 @@ def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """Attention of the video tokens to text tokens and, for image-to-video models, to image tokens;
-    summed.
+    """Attention of video tokens to text tokens and, in image-to-video models, image tokens; summed.
 
     Args:
         parts: owns what :func:`self_attention` needs; with ``add_k_proj, add_v_proj, norm_added_k``
-            that are not
-            None, the tokens before the last 512 of ``context`` are image tokens and go through
-            those.
+            that are not None, the tokens before the last 512 of ``context`` are image tokens and
+            go through those.
         x: ``[B, L, D]``. context: ``[B, T, D]``.
     """
     image = None
@@ -149,7 +189,7 @@ def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch
     k, v = (
         parts.to_kv(context).chunk(2, dim=-1)
         if fused
-        else (parts.to_k(context), parts.to_v(context))
+        else _project((parts.to_k, parts.to_v), context)
     )
     q, k = qk_norm_rope(
         q, k, parts.norm_q.weight, parts.norm_k.weight, heads=parts.heads, eps=parts.norm_q.eps
@@ -159,7 +199,7 @@ def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch
         if fused:
             extra_k, extra_v = parts.to_added_kv(image).chunk(2, dim=-1)
         else:
-            extra_k, extra_v = parts.add_k_proj(image), parts.add_v_proj(image)
+            extra_k, extra_v = _project((parts.add_k_proj, parts.add_v_proj), image)
         norm = parts.norm_added_k
         extra_k = norm_modulate(extra_k, norm.weight, kind="rms", eps=norm.eps)
     out, _ = attention(q, k, v, heads=parts.heads, extra_k=extra_k, extra_v=extra_v)
@@ -193,15 +233,13 @@ def transformer_block(
 
     Args:
         x: ``[B, L, D]``. context: ``[B, T, D]``. modulation: six vectors (shift, scale, gate for
-            the attention,
-            then for the feed-forward).
+            the attention, then for the feed-forward).
         cross_norm: LayerNorm before the cross-attention, or a module without weight for none.
         eps: of the norms before the self-attention and before the feed-forward.
 
     Returns:
         ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32
-        and rounded
-        once, where Wan rounds.
+        and rounded once, where Wan rounds.
     """
     (shift, shift_table), (scale, scale_table), (gate, gate_table), *mlp = modulation.vectors()
     rows = modulation.row_index
@@ -275,9 +313,7 @@ class TimestepConditionedAttention(_Attention):
 
     @classmethod
     def from_wan_block(cls, block: Any) -> "TimestepConditionedAttention":
-        """A copy of a diffusers ``WanTransformerBlock``'s self-attention, in its dtype and on its
-        device.
-        """
+        """A copy of a diffusers ``WanTransformerBlock``'s self-attention, its dtype and device."""
         module = cls(block.attn1.inner_dim, block.attn1.heads, eps=block.norm1.eps)
         module.to(block.attn1.to_q.weight)
         module._load(block.attn1)
@@ -312,8 +348,7 @@ class CrossAttention(_Attention):
 
     Args:
         image_dim: channels of the image tokens; None for a text-only model. With it, the last 512
-            context tokens
-            are text and those before them image tokens.
+            context tokens are text and those before them image tokens.
     """
 
     def __init__(
@@ -334,9 +369,7 @@ class CrossAttention(_Attention):
 
     @classmethod
     def from_wan_block(cls, block: Any) -> "CrossAttention":
-        """A copy of a diffusers ``WanTransformerBlock``'s cross-attention and the norm before
-        it.
-        """
+        """A copy of a diffusers ``WanTransformerBlock``'s cross-attention and its norm."""
         attn = block.attn2
         affine = getattr(block.norm2, "weight", None) is not None
         image_dim = attn.add_k_proj.in_features if attn.add_k_proj is not None else None
@@ -376,9 +409,7 @@ class ModulatedFeedForward(nn.Module):
 
     @classmethod
     def from_wan_block(cls, block: Any) -> "ModulatedFeedForward":
-        """A copy of a diffusers ``WanTransformerBlock``'s feed-forward, in its dtype and on its
-        device.
-        """
+        """A copy of a diffusers ``WanTransformerBlock``'s feed-forward, its dtype and device."""
         up, down = block.ffn.net[0].proj, block.ffn.net[2]
         module = cls(up.in_features, up.out_features, eps=block.norm3.eps).to(up.weight)
         module.up.load_state_dict(up.state_dict())
