@@ -82,6 +82,7 @@ class Context:
 
     Attributes:
         device, preset, seed, seeds: as given on the command line, or their defaults.
+        preset_given: the preset was named, so that no other is measured.
         baselines: of ``eager``, ``compiled``, ``reference``.
         reference: the checkout of HY-Video-PRFL if ``reference`` is a baseline.
         compile_ops: also compile each naive operation of the kernels suite; seconds each on a CPU.
@@ -97,6 +98,7 @@ class Context:
     reference: Path | None = None
     compile_ops: bool = False
     out: Path = Path("bench-out")
+    preset_given: bool = False
     bar: Callable[[int, str], Any] = lambda total, description: contextlib.nullcontext(NoBar())
 
     @property
@@ -273,6 +275,14 @@ def copy_ceiling(device: torch.device) -> float:
     target = torch.empty_like(source)
     timing = time_side_by_side({"copy": lambda: target.copy_(source)}, device, seconds=0.2)["copy"]
     return 2 * count / timing.median
+
+
+def matmul_ceiling(context: Context) -> float:
+    """FLOPs per second of one large matrix product of random data, in the context's dtype."""
+    device, side = context.device, 8192 if context.device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=context.dtype) for _ in range(2))
+    timing = time_side_by_side({"matmul": lambda: a @ b}, device, seconds=0.2)["matmul"]
+    return 2 * side**3 / timing.median
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:

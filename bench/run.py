@@ -49,7 +49,7 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="sizes; tiny on a CPU and wan1.3b-480p on a GPU unless given",
+        help="sizes; unless given, tiny on a CPU and wan1.3b-480p on a GPU (kernels: all of Wan's)",
     )
     parser.add_argument(
         "--baseline",
@@ -98,6 +98,7 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
     context = Context(
         device=torch.device(kind),
         preset=PRESETS[args.preset or ("tiny" if kind == "cpu" else "wan1.3b-480p")],
+        preset_given=args.preset is not None,
         seed=args.seed,
         seeds=args.seeds,
         baselines=tuple(baselines),

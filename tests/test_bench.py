@@ -20,10 +20,10 @@ import report  # noqa: E402
 import run as bench_run  # noqa: E402
 import suites  # noqa: E402
 from harness import MemoryLedger, Preset, Table, Unavailable  # noqa: E402
-from suites import block, facts  # noqa: E402
+from suites import block, facts, resources  # noqa: E402
 from suites import kernels as kernel_suite  # noqa: E402
 
-from prfl_fast.kernels import attention, query_pool  # noqa: E402
+from prfl_fast.kernels import _aot, attention, query_pool  # noqa: E402
 
 CPU = torch.device("cpu")
 KIB = 256  # float32 elements in a kibibyte
@@ -241,9 +241,15 @@ def quick(monkeypatch, two_rounds):
     )
     few = [c for c in kernel_suite.CASES if c.op in ("norm_modulate", "query_pool")]
     monkeypatch.setattr(kernel_suite, "CASES", tuple(few))
+    monkeypatch.setattr(resources, "CASES", tuple(few))
     monkeypatch.setattr(kernel_suite, "PRESETS", {"wan1.3b-480p": replace(SMALL, name="large")})
     monkeypatch.setattr(harness, "CACHE_BYTES", 1)
     monkeypatch.setattr(harness, "copy_ceiling", lambda device: 1e10)
+    monkeypatch.setattr(harness, "matmul_ceiling", lambda context: 1e11)
+    used = [_aot.Resources("op", "forward", c, 4, 40 + c, 0, 2048) for c in _aot.CAPABILITIES]
+    monkeypatch.setattr(
+        _aot, "measure", lambda ops, only: [u for u in used if u.capability in only]
+    )
 
 
 def test_a_run_writes_records_report_and_plots(quick, tmp_path, capsys):
@@ -262,7 +268,11 @@ def test_a_run_writes_records_report_and_plots(quick, tmp_path, capsys):
     assert case["kept_bytes"]["prfl_fast reference"] < case["kept_bytes"]["naive"]
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| norm_modulate | forward |" in text and "![kernels](kernels.png)" in text
-    assert (tmp_path / "out" / "kernels.png").stat().st_size > 1000
+    for name in ("kernels.png", "roofline.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    (table,) = [t for t in suite["tables"] if t["name"] == "resources"]
+    cells = [f"{40 + c} / 0 / 2.0" for c in _aot.CAPABILITIES]
+    assert table["rows"] == [["op", "1", *cells]]
     assert "Operations against plain PyTorch" in capsys.readouterr().out
 
 
@@ -272,7 +282,7 @@ def test_no_speed_up_for_a_wrong_operation(quick, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(kernel_suite, "CASES", (wrong,))
     assert bench_run.main(["--suite", "kernels", "--device", "cpu", "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
-    (row,) = [line for line in captured.out.splitlines() if line.startswith("norm_modulate")]
+    (row,) = [line for line in captured.out.splitlines() if "check failed" in line]
     assert row.split() == ["norm_modulate", "check", "failed"]
     assert "norm_modulate: output 0: error 1.0e-03" in captured.err
 
@@ -295,7 +305,26 @@ def test_a_suite_that_fails_is_recorded_and_the_next_one_runs(quick, monkeypatch
 
 @pytest.mark.parametrize("case", kernel_suite.CASES, ids=lambda case: case.name)
 def test_every_operation_passes_its_check(case):
-    assert kernel_suite.verify(case, context()) < 1e-5
+    assert kernel_suite.verify(case, context()) < (case.tolerance or 1e-5)
+
+
+@pytest.mark.parametrize("case", kernel_suite.CASES, ids=lambda case: case.name)
+def test_bytes_follow_from_shapes(case):
+    """The count of the ahead-of-time report is that of a measured case."""
+    moved = resources.moved_bytes(case, SMALL, torch.float32)
+    tensors = kernel_suite.make_tensors(case, SMALL, context())
+    outputs = case.ours(tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    read = sum(tensors[name].nbytes for name in case.reads)
+    assert moved["forward"] == read + sum(o.nbytes for o in outputs)
+    assert ("backward" in moved) == bool(case.leaves)
+
+
+def test_a_gpu_measures_every_wan_size_unless_one_is_named():
+    cuda = replace(context(), device=torch.device("cuda"))
+    assert [p.name for p in kernel_suite._presets(cuda)] == list(resources.SIZES)
+    assert kernel_suite._presets(replace(cuda, preset_given=True)) == (SMALL,)
+    assert kernel_suite._presets(context()) == (SMALL,)
 
 
 def test_block_and_step_agree_with_the_unpatched_model(two_rounds):

@@ -18,6 +18,7 @@ from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowUniPC
 from prfl_fast.step import PRFL
+from suites import kept as kept_bytes
 from suites import wan
 from suites.kernels import TOLERANCE
 
@@ -286,8 +287,13 @@ def run(context: Context) -> SuiteResult:
             f"Compiling the block took {report.seconds(cases[0]['compile_s'])}, not counted."
         )
     table = Table("block", "Transformer block and PRFL step", columns, body, notes)
+    kept, counted = kept_bytes.measure(context)
+    cases += counted
     return SuiteResult(
-        [table], cases, {"block.png": _figure(cases, names, context)}, problems + step_problems
+        [table, kept],
+        cases,
+        {"block.png": _figure(cases, names, context)},
+        problems + step_problems,
     )
 
 

@@ -14,11 +14,18 @@ from torch import nn
 from prfl_fast.adapters import find_adapter
 
 
-def build(preset: Preset, context: Context, *, layers: int | None = None) -> nn.Module:
+def build(
+    preset: Preset,
+    context: Context,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> nn.Module:
     """diffusers' ``WanTransformer3DModel``, text to video, in diffusers' own mixed layout.
 
-    Weights are made on the device in its dtype; norms, modulation tables and the time embedder stay
-    in float32.
+    Weights are made on the context's device in its dtype unless others are given; norms, modulation
+    tables and the time embedder stay in float32.
 
     Raises:
         Unavailable: diffusers is not installed.
@@ -29,9 +36,9 @@ def build(preset: Preset, context: Context, *, layers: int | None = None) -> nn.
         raise Unavailable("needs diffusers: pip install 'prfl_fast[bench]'") from error
     torch.manual_seed(context.seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(context.dtype)
+    torch.set_default_dtype(dtype or context.dtype)
     try:
-        with torch.device(context.device):
+        with torch.device(device or context.device):
             model = WanTransformer3DModel(
                 num_attention_heads=preset.heads,
                 attention_head_dim=preset.dim // preset.heads,

@@ -1,0 +1,563 @@
+"""Every operation of prfl_fast.kernels at any size, with the formula that models write for it.
+
+"Naive" is that formula as diffusers' Wan and its schedulers have it, in eager mode.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import Preset
+from torch import nn
+from torch.func import functional_call
+
+from prfl_fast import kernels
+from prfl_fast.modules import QueryAttentionPool
+
+PASSES = ("forward", "backward", "both")
+POOL_HEADS = 8
+EPS = 1e-6
+# Wan2.2 gives the first frame another timestep than the rest: two rows of modulation.
+TIME_ROWS = 2
+FP8_MAX = 448.0
+FP8_ERROR = 6e-2  # three mantissa bits: 2⁻⁴ at worst, 2.6 % root-mean-square, operand by operand
+UNIPC_TERMS = (0.9, -0.15, 0.3, -0.05)
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at any size.
+
+    Attributes:
+        name: row of the table. op: registered name, decides which backends there are.
+        make: ``(preset, randn, device, dtype) -> tensors``; ``randn(*shape)`` is seeded and in the
+            activations' dtype.
+        leaves: names of tensors that get a gradient.
+        naive: ``(tensors, wide) -> outputs``; ``wide`` is the dtype of the formula's fp32 sites.
+        ours: ``tensors -> outputs``.
+        reads, kept: inputs that a forward and a backward must read; ``out0`` in ``kept`` is the
+            first output.
+        arithmetic: floating-point operations of a forward and a backward for each element of the
+            first input read, counted in the formula (a square root, an exponential are one each).
+        writes: inputs whose gradients a backward must write; ``leaves`` unless given.
+        forward_flops: if the operation is bound by arithmetic; no bandwidth is reported then.
+        passes: what is timed.
+        decode: outputs as what the formula gives, where they come quantised.
+        tolerance: relative error allowed where quantised arithmetic cannot obey the twice rule.
+    """
+
+    name: str
+    op: str
+    make: Callable[[Preset, Callable[..., torch.Tensor], torch.device, torch.dtype], Tensors]
+    leaves: tuple[str, ...]
+    naive: Callable[[Tensors, torch.dtype], Any]
+    ours: Callable[[Tensors], Any]
+    reads: tuple[str, ...]
+    kept: tuple[str, ...]
+    arithmetic: tuple[int, int] = (0, 0)
+    writes: tuple[str, ...] | None = None
+    forward_flops: Callable[[Preset], float] | None = None
+    naive_flops: Callable[[Preset], float] = lambda preset: 0.0
+    passes: tuple[str, ...] = PASSES
+    decode: Callable[[Any], Any] = lambda outputs: outputs
+    tolerance: float | None = None
+
+
+def _tokens(preset: Preset, randn: Any) -> torch.Tensor:
+    return randn(1, preset.tokens, preset.dim)
+
+
+def _param(randn: Any, *shape: int) -> torch.Tensor:
+    return randn(*shape).float() * 0.1
+
+
+def _modulation(
+    tensors: Tensors, wide: torch.dtype, rows: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Modulation vectors as diffusers computes them: table + time in fp32, expanded over tokens by
+    broadcasting.
+    """
+    time_rows = tensors["time"] if rows is None else tensors["time"][rows[0].long()][None]
+    summed = tensors["table"].to(wide) + time_rows.to(wide)  # [B, n, D] or [B, L, n, D]
+    if rows is not None:
+        return [part.squeeze(2) for part in summed.chunk(summed.shape[2], dim=2)]
+    return list(summed.chunk(summed.shape[1], dim=1))
+
+
+def _make_norm(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    table = _param(randn, 2, preset.dim)
+    return {"x": _tokens(preset, randn), "time": randn(1, 2, preset.dim), "table": table}
+
+
+def _naive_norm(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    shift, scale = _modulation(t, wide, t.get("rows"))
+    x = t["x"]
+    return (F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale) + shift).type_as(x)
+
+
+def _norm(t: Tensors) -> torch.Tensor:
+    (shift, scale), (shift_table, scale_table) = t["time"].unbind(1), t["table"].unbind(0)
+    return kernels.norm_modulate(
+        t["x"],
+        scale=scale,
+        shift=shift,
+        scale_table=scale_table,
+        shift_table=shift_table,
+        row_index=t.get("rows"),
+        eps=EPS,
+    )
+
+
+def _make_norm_rows(
+    preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype
+) -> Tensors:
+    frames = preset.grid[0]
+    rows = torch.arange(preset.tokens, device=device) >= preset.tokens // frames
+    tensors = _make_norm(preset, randn, device, dtype)
+    return tensors | {"time": randn(TIME_ROWS, 2, preset.dim), "rows": rows[None].int()}
+
+
+def _make_residual(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {
+        "x": _tokens(preset, randn),
+        "y": _tokens(preset, randn),
+        "time": randn(1, 3, preset.dim),
+        "table": _param(randn, 3, preset.dim),
+    }
+
+
+def _naive_residual(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, shift, scale = _modulation(t, wide)
+    x = t["x"]
+    x = (x.to(wide) + t["y"] * gate).type_as(x)
+    return x, (F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale) + shift).type_as(x)
+
+
+def _residual(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    (gate, shift, scale), (gate_table, shift_table, scale_table) = (
+        t["time"].unbind(1),
+        t["table"].unbind(0),
+    )
+    return kernels.residual_norm_modulate(
+        t["x"],
+        t["y"],
+        gate,
+        gate_table=gate_table,
+        scale=scale,
+        shift=shift,
+        scale_table=scale_table,
+        shift_table=shift_table,
+        eps=EPS,
+    )
+
+
+def _make_gated(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {
+        "x": _tokens(preset, randn),
+        "y": _tokens(preset, randn),
+        "time": randn(1, 1, preset.dim),
+        "table": _param(randn, 1, preset.dim),
+    }
+
+
+def _naive_gated(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    (gate,) = _modulation(t, wide)
+    return (t["x"].to(wide) + t["y"].to(wide) * gate).type_as(t["x"])
+
+
+def _gated(t: Tensors) -> torch.Tensor:
+    return kernels.gated_residual(t["x"], t["y"], t["time"][:, 0], gate_table=t["table"][0])
+
+
+def _make_rope(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    head_dim = preset.dim // preset.heads
+    cos, sin = kernels.rope_table(max(preset.grid), head_dim, device=device)
+    pairs = head_dim // 2
+    parts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+
+    def per_token(table: torch.Tensor) -> torch.Tensor:
+        columns = []
+        for axis, (part, side) in enumerate(zip(table.split(parts, 1), preset.grid, strict=True)):
+            shape = [side if i == axis else 1 for i in range(3)]
+            columns.append(part[:side].view(*shape, -1).expand(*preset.grid, -1))
+        return torch.cat(columns, -1).reshape(1, preset.tokens, 1, pairs)
+
+    return {
+        "q": _tokens(preset, randn),
+        "k": _tokens(preset, randn),
+        "q_weight": 1 + _param(randn, preset.dim),
+        "k_weight": 1 + _param(randn, preset.dim),
+        "cos": cos,
+        "sin": sin,
+        # As in diffusers, made once a forward for all blocks, so not part of what is timed.
+        "token_cos": per_token(cos),
+        "token_sin": per_token(sin),
+        "grid": torch.tensor(preset.grid),
+        "heads": torch.tensor(preset.heads),
+    }
+
+
+def _naive_rope(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+    outputs = []
+    for name in ("q", "k"):
+        x = t[name]
+        x = F.rms_norm(x, x.shape[-1:], t[f"{name}_weight"].to(x.dtype), EPS).unflatten(
+            2, (int(t["heads"]), -1)
+        )
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = t["token_cos"].to(wide), t["token_sin"].to(wide)
+        out = torch.empty_like(x)
+        out[..., 0::2] = even * cos - odd * sin
+        out[..., 1::2] = even * sin + odd * cos
+        outputs.append(out.flatten(2))
+    return tuple(outputs)
+
+
+def _rope(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernels.qk_norm_rope(
+        t["q"],
+        t["k"],
+        t["q_weight"],
+        t["k_weight"],
+        heads=int(t["heads"]),
+        cos=t["cos"],
+        sin=t["sin"],
+        grid=tuple(t["grid"].tolist()),
+        eps=EPS,
+    )
+
+
+def _make_gelu(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {"x": randn(1, preset.tokens, preset.ffn_dim), "bias": _param(randn, preset.ffn_dim)}
+
+
+def _naive_gelu(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    return F.gelu(t["x"] + t["bias"].type_as(t["x"]), approximate="tanh")
+
+
+def _make_attention(
+    preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype
+) -> Tensors:
+    return {name: _tokens(preset, randn) for name in "qkv"} | {"heads": torch.tensor(preset.heads)}
+
+
+def _naive_attention(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    q, k, v = (t[name].unflatten(2, (int(t["heads"]), -1)).transpose(1, 2) for name in "qkv")
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _make_pool(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    dim, gain = preset.dim, 10 / preset.dim**0.5
+    return {
+        "x": _tokens(preset, randn),
+        "queries": _param(randn, 1, dim) * 10,
+        "multihead_attn.in_proj_weight": _param(randn, 3 * dim, dim) * gain,
+        "multihead_attn.in_proj_bias": _param(randn, 3 * dim),
+        "multihead_attn.out_proj.weight": _param(randn, dim, dim) * gain,
+        "multihead_attn.out_proj.bias": _param(randn, dim),
+    }
+
+
+def _naive_pool(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    x = t["x"]
+    prefix = "multihead_attn."
+    weights = {n.removeprefix(prefix): p.type_as(x) for n, p in t.items() if n.startswith(prefix)}
+    with torch.device("meta"):
+        module = nn.MultiheadAttention(x.shape[-1], POOL_HEADS, batch_first=True)
+    query = t["queries"].type_as(x).expand(len(x), -1, -1)
+    attended, _ = functional_call(module, weights, (query, x, x), {"need_weights": False})
+    return (attended + query).mean(1)
+
+
+def _pool(t: Tensors) -> torch.Tensor:
+    with torch.device("meta"):
+        module = QueryAttentionPool(t["x"].shape[-1], POOL_HEADS)
+    return functional_call(module, {n: p for n, p in t.items() if n != "x"}, (t["x"],)).type_as(
+        t["x"]
+    )
+
+
+_POOL_LEAVES = (
+    "x",
+    "queries",
+    "multihead_attn.in_proj_weight",
+    "multihead_attn.in_proj_bias",
+    "multihead_attn.out_proj.weight",
+    "multihead_attn.out_proj.bias",
+)
+
+
+def _latents(preset: Preset, randn: Any) -> torch.Tensor:
+    return randn(1, 16, *preset.latent).float()
+
+
+def _make_step(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {name: _latents(preset, randn) for name in ("x", "velocity", "previous", "older")}
+
+
+def _naive_step(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    terms = (
+        c * t[n].to(wide)
+        for c, n in zip(UNIPC_TERMS, ("x", "velocity", "previous", "older"), strict=True)
+    )
+    return sum(terms, torch.zeros((), dtype=wide, device=t["x"].device)).type_as(t["x"])
+
+
+def _step(t: Tensors) -> torch.Tensor:
+    return kernels.flow_step([t["x"], t["velocity"], t["previous"], t["older"]], list(UNIPC_TERMS))
+
+
+def _make_loss(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {
+        "velocity": _latents(preset, randn).to(dtype),
+        "noise": _latents(preset, randn),
+        "latents": _latents(preset, randn),
+    }
+
+
+def _naive_loss(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    return F.mse_loss(t["velocity"].to(wide), (t["noise"] - t["latents"]).to(wide))
+
+
+def _make_rms(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    return {"x": _tokens(preset, randn), "weight": 1 + _param(randn, preset.dim)}
+
+
+def _naive_rms(t: Tensors, wide: torch.dtype) -> torch.Tensor:
+    x = t["x"]
+    rho = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + EPS)
+    return (x.to(wide) * rho * t["weight"]).type_as(x)
+
+
+def _dequantised(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    quantised, scale = outputs
+    return quantised.to(scale.dtype) * scale
+
+
+def _naive_fp8(y: torch.Tensor, wide: torch.dtype) -> Any:
+    """Quantised token by token; exact where the oracle asks in float64."""
+    if wide == torch.float64:
+        return y, torch.ones((), dtype=wide, device=y.device)
+    scale = y.abs().amax(-1, keepdim=True).float() / FP8_MAX
+    return (y.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def _norm_fp8(t: Tensors) -> Any:
+    (shift, scale), (shift_table, scale_table) = t["time"].unbind(1), t["table"].unbind(0)
+    modulation = {"scale": scale, "shift": shift}
+    tables = {"scale_table": scale_table, "shift_table": shift_table}
+    return kernels.norm_modulate_fp8(t["x"], **modulation, **tables, eps=EPS)
+
+
+def _make_linear(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+    x, weight = _tokens(preset, randn), randn(preset.dim, preset.dim) / preset.dim**0.5
+    (x_q, x_scale), (w_q, w_scale) = kernels.quantise_fp8(x), kernels.quantise_fp8(weight)
+    return {
+        "x": x, "weight": weight,
+        "x_q": x_q, "x_scale": x_scale, "weight_q": w_q, "weight_scale": w_scale,
+    }  # fmt: skip
+
+
+def _fp8_linear(t: Tensors) -> torch.Tensor:
+    return kernels.fp8_linear(*(t[n] for n in ("x_q", "x_scale", "weight_q", "weight_scale")))
+
+
+def _rollout_attention(t: Tensors) -> torch.Tensor:
+    return kernels.rollout_attention(t["q"], t["k"], t["v"], heads=int(t["heads"]))
+
+
+def _attention_flops(preset: Preset) -> float:
+    return 4.0 * preset.tokens**2 * preset.dim
+
+
+def _pool_flops(preset: Preset) -> float:
+    return 12.0 * preset.tokens * preset.dim**2  # key and value projections, forward and backward
+
+
+POOL = Case(
+    "query_pool (vs nn.MultiheadAttention)",
+    "query_pool",
+    _make_pool,
+    _POOL_LEAVES,
+    _naive_pool,
+    _pool,
+    reads=("x",),
+    kept=("x",),
+    arithmetic=(32, 80),
+    writes=("x",),
+    naive_flops=_pool_flops,
+)
+CASES = (
+    Case(
+        "norm_modulate",
+        "norm_modulate",
+        _make_norm,
+        ("x", "time", "table"),
+        _naive_norm,
+        _norm,
+        reads=("x",),
+        kept=("x",),
+        arithmetic=(7, 16),
+    ),
+    Case(
+        "norm_modulate, time per token",
+        "norm_modulate",
+        _make_norm_rows,
+        ("x", "time", "table"),
+        _naive_norm,
+        _norm,
+        reads=("x", "rows"),
+        kept=("x", "rows"),
+        arithmetic=(7, 16),
+    ),
+    Case(
+        "residual_norm_modulate",
+        "residual_norm_modulate",
+        _make_residual,
+        ("x", "y", "time", "table"),
+        _naive_residual,
+        _residual,
+        reads=("x", "y"),
+        kept=("out0", "y"),
+        arithmetic=(9, 20),
+    ),
+    Case(
+        "gated_residual",
+        "gated_residual",
+        _make_gated,
+        ("x", "y", "time", "table"),
+        _naive_gated,
+        _gated,
+        reads=("x", "y"),
+        kept=("y",),
+        arithmetic=(2, 3),
+        writes=("y",),
+    ),
+    Case(
+        "qk_norm_rope",
+        "qk_norm_rope",
+        _make_rope,
+        ("q", "k", "q_weight", "k_weight"),
+        _naive_rope,
+        _rope,
+        reads=("q", "k"),
+        kept=("q", "k"),
+        arithmetic=(14, 28),
+    ),
+    Case(
+        "bias_gelu",
+        "bias_gelu",
+        _make_gelu,
+        ("x", "bias"),
+        _naive_gelu,
+        lambda t: kernels.bias_gelu(t["x"], t["bias"]),
+        reads=("x",),
+        kept=("x",),
+        arithmetic=(10, 20),
+    ),
+    Case(
+        "attention",
+        "attention",
+        _make_attention,
+        ("q", "k", "v"),
+        _naive_attention,
+        lambda t: kernels.attention(t["q"], t["k"], t["v"], heads=int(t["heads"]))[0],
+        reads=("q", "k", "v"),
+        kept=("q", "k", "v", "out0"),
+        forward_flops=_attention_flops,
+        naive_flops=lambda p: 3.5 * _attention_flops(p),
+    ),
+    POOL,
+    Case(
+        "flow_step, UniPC",
+        "flow_step",
+        _make_step,
+        ("velocity",),
+        _naive_step,
+        _step,
+        reads=("x", "velocity", "previous", "older"),
+        kept=(),
+        arithmetic=(7, 1),
+    ),
+    Case(
+        "flow_loss",
+        "flow_loss",
+        _make_loss,
+        ("velocity",),
+        _naive_loss,
+        lambda t: kernels.flow_loss(t["velocity"], t["noise"], t["latents"]),
+        reads=("velocity", "noise", "latents"),
+        kept=("velocity", "noise", "latents"),
+        arithmetic=(4, 4),
+    ),
+    Case(
+        "rms_norm",
+        "rms_norm",
+        _make_rms,
+        ("x", "weight"),
+        _naive_rms,
+        lambda t: kernels.rms_norm(t["x"], t["weight"], eps=EPS),
+        reads=("x",),
+        kept=("x",),
+        arithmetic=(4, 10),
+    ),
+    Case(
+        "norm_modulate_fp8",
+        "norm_modulate_fp8",
+        _make_norm,
+        (),
+        lambda t, wide: _naive_fp8(_naive_norm(t, wide), wide),
+        _norm_fp8,
+        reads=("x",),
+        kept=(),
+        arithmetic=(10, 0),
+        passes=("forward",),
+        decode=_dequantised,
+        tolerance=FP8_ERROR,
+    ),
+    Case(
+        "gelu_fp8",
+        "gelu_fp8",
+        _make_gelu,
+        (),
+        lambda t, wide: _naive_fp8(_naive_gelu(t, wide), wide),
+        lambda t: kernels.gelu_fp8(t["x"], t["bias"]),
+        reads=("x",),
+        kept=(),
+        arithmetic=(13, 0),
+        passes=("forward",),
+        decode=_dequantised,
+        tolerance=FP8_ERROR,
+    ),
+    Case(
+        "fp8_linear (vs bf16)",
+        "fp8_linear",
+        _make_linear,
+        (),
+        lambda t, wide: F.linear(t["x"], t["weight"]),
+        _fp8_linear,
+        reads=("x_q", "weight_q"),
+        kept=(),
+        forward_flops=lambda p: 2.0 * p.tokens * p.dim**2,
+        naive_flops=lambda p: 2.0 * p.tokens * p.dim**2,
+        passes=("forward",),
+        tolerance=FP8_ERROR,
+    ),
+    Case(
+        "rollout_attention (vs bf16)",
+        "rollout_attention",
+        _make_attention,
+        (),
+        _naive_attention,
+        _rollout_attention,
+        reads=("q", "k", "v"),
+        kept=(),
+        forward_flops=_attention_flops,
+        naive_flops=_attention_flops,
+        passes=("forward",),
+        tolerance=FP8_ERROR,
+    ),
+)

@@ -1,0 +1,118 @@
+"""What each compiled Triton kernel uses of each architecture, and the bytes an operation must move.
+
+No GPU takes part: kernels are compiled ahead of time, bytes follow from shapes.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import report
+import torch
+from harness import PRESETS, Context, Preset, Table
+
+from prfl_fast.kernels import _aot
+from prfl_fast.kernels._triton import HAS_TRITON
+from suites.kernel_cases import CASES, Case
+
+SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
+
+
+def moved_bytes(case: Case, preset: Preset, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that a forward and a backward must read and write, each tensor once."""
+    meta = torch.device("meta")
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=meta, dtype=dtype)
+
+    tensors = case.make(preset, randn, meta, dtype)
+    found = case.ours(tensors)
+    outputs = found if isinstance(found, tuple) else (found,)
+    known = tensors | {"out0": outputs[0]}
+
+    def nbytes(names: Any) -> int:
+        return sum(known[name].nbytes for name in names)
+
+    written = sum(t.nbytes for t in outputs)
+    moved = {"forward": nbytes(case.reads) + written}
+    if case.leaves:
+        gradients = case.leaves if case.writes is None else case.writes
+        moved["backward"] = nbytes(case.kept) + written + nbytes(gradients)
+    return moved
+
+
+def measure(context: Context) -> tuple[list[Table], list[dict[str, Any]]]:
+    """Tables ``resources``, ``resources-kernels``, ``bytes``, and their records."""
+    cases: list[dict[str, Any]] = []
+    body = []
+    for case in CASES:
+        line = [case.name]
+        for name in SIZES:
+            moved = moved_bytes(case, PRESETS[name], torch.bfloat16)
+            cases.append({"case": f"bytes of {case.name}", "preset": name, "bytes": moved})
+            line.append(" / ".join(report.size(moved[part]) for part in moved))
+        body.append(line)
+    notes = [
+        "bfloat16 activations, one sample; forward / backward, every tensor read or written once, "
+        "weights and modulation rows included.",
+    ]
+    title = "Bytes an operation must move"
+    tables = [Table("bytes", title, ["operation", *SIZES], body, notes)]
+    if not HAS_TRITON:
+        return tables, cases
+    with context.bar(len(_aot.CAPABILITIES), "compiling kernels") as bar:
+
+        def compiled(capability: int) -> list[_aot.Resources]:
+            found = _aot.measure([], [capability])
+            bar.update()
+            return found
+
+        with ThreadPoolExecutor(2) as pool:
+            used = [r for found in pool.map(compiled, _aot.CAPABILITIES) for r in found]
+    cases += [{"case": f"{r.op} {r.label}, sm_{r.capability}", **vars(r)} for r in used]
+    return [*_resource_tables(used), *tables], cases
+
+
+def _resource_tables(used: list[_aot.Resources]) -> list[Table]:
+    architectures = [f"sm_{c}" for c in _aot.CAPABILITIES]
+    by_op: dict[str, list[_aot.Resources]] = {}
+    by_kernel: dict[tuple[str, str], dict[int, _aot.Resources]] = {}
+    for r in used:
+        by_op.setdefault(r.op, []).append(r)
+        by_kernel.setdefault((r.op, r.label), {})[r.capability] = r
+
+    def cell(found: list[_aot.Resources]) -> str:
+        if not found:
+            return report.BLANK
+        registers = max(r.registers for r in found)
+        spilled = sum(r.spilled_bytes for r in found)
+        return f"{registers} / {spilled} / {max(r.shared_bytes for r in found) / 1024:.1f}"
+
+    rows = []
+    for op, found in by_op.items():
+        here = [cell([r for r in found if r.capability == c]) for c in _aot.CAPABILITIES]
+        rows.append([op, str(len({r.label for r in found})), *here])
+    each = []
+    for (op, label), found in by_kernel.items():
+        here = [cell([found[c]] if c in found else []) for c in _aot.CAPABILITIES]
+        each.append([op, label, str(next(iter(found.values())).num_warps), *here])
+    notes = [
+        "registers of a thread / spilled bytes of a thread / shared KiB of a program; the worst of "
+        "the operation's kernels, the sum of their spills.",
+        "Wan's widths, D = 1536 to 5120; compiled by Triton ahead of time, not run.",
+    ]
+    return [
+        Table(
+            "resources",
+            "Compiled Triton kernels",
+            ["operation", "variants", *architectures],
+            rows,
+            notes,
+        ),
+        Table(
+            "resources-kernels",
+            "Every compiled variant",
+            ["operation", "kernel", "warps", *architectures],
+            each,
+            [notes[0].partition(";")[0] + "."],
+        ),
+    ]
