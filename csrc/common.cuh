@@ -27,6 +27,26 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
+// Launches `kernel` in clusters of `cluster` blocks along x; `what` names the operation in an error.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, int cluster,
+                     int64_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), what);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
 extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
 
 __device__ __forceinline__ unsigned char* shared_memory() { return dynamic_shared_memory; }
@@ -44,6 +64,33 @@ __device__ __forceinline__ fp16 from_float<fp16>(float value) {
 __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(fp16 value) { return __half2float(value); }
 
+// Two 16-bit values of a register, the first in its lower half, to floats and back.
+template <typename T>
+__device__ __forceinline__ void unpack(uint32_t word, float& first, float& second);
+template <>
+__device__ __forceinline__ void unpack<bf16>(uint32_t word, float& first, float& second) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+template <>
+__device__ __forceinline__ void unpack<fp16>(uint32_t word, float& first, float& second) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  first = both.x;
+  second = both.y;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float first, float second) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<fp16>(float first, float second) {
+  const __half2 both = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 // Sixteen bytes read once: past L1, so that what is read again stays there.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
   uint4 v;
@@ -51,6 +98,27 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+}
+
+__device__ __forceinline__ void store_vector(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
+
+// The nearest number of 11 significand bits, and the one next to zero: both are tf32, which has no other.
+__device__ __forceinline__ float round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+__device__ __forceinline__ float truncate_tf32(float value) {
+  return __uint_as_float(__float_as_uint(value) & 0xffffe000u);
+}
+
+// c[16, 8] += a[16, 8] · b[8, 8], fragments as in the PTX manual's m16n8k8 for tf32: bits below tf32's are ignored.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 // c[16, 8] += a[16, 16] · b[16, 8], fragments as in the PTX manual's m16n8k16 for 16-bit types.

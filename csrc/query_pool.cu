@@ -32,11 +32,11 @@ template <>
 constexpr float weight_exponent<fp16> = 14.0f;
 
 // Largest block of a width: registers are 65536 a multiprocessor, WIDTH / 2 of a thread's hold x and sums.
-constexpr int max_warps(int width) { return width == 64 || width == 320 ? 8 : 12; }
+static constexpr int max_warps(int width) { return width == 64 || width == 320 ? 8 : 12; }
 
 // Bytes of dynamic shared memory: query halves, scores (two tiles, so that one barrier a tile separates writers
 // from readers), weights, and the factors by which sums shrink when a maximum grows.
-inline int64_t shared_bytes(int width, int warps, int cluster) {
+static int64_t shared_bytes(int width, int warps, int cluster) {
   return int64_t(warps) * width * HEADS * 2 * 2 + int64_t(2) * cluster * warps * SLOT * 4 + HEADS * P_ROW * 2 +
          HEADS * 4;
 }
@@ -247,28 +247,13 @@ __global__ void query_pool_merge(
 
 #ifndef PRFL_FAST_EMULATE
 template <typename T, int WIDTH>
-void launch(const void* x, const float* queries, float* maxima, float* sums, float* partials, float* pooled,
-            float* lse, int64_t x_batch, int64_t x_token, int batch, int tokens, int heads, int dim, int warps,
-            int cluster, int splits, cudaStream_t stream) {
-  auto kernel = query_pool_partial<T, WIDTH>;
-  const int64_t bytes = shared_bytes(WIDTH, warps, cluster);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
-        "query_pool: shared memory");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(splits * cluster, (heads + HEADS - 1) / HEADS, batch);
-  config.blockDim = dim3(warps * 32);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(x), queries, maxima, sums, partials, x_batch,
-                           x_token, tokens, heads, dim, splits, cluster),
-        "query_pool: partial kernel");
+static void launch(const void* x, const float* queries, float* maxima, float* sums, float* partials, float* pooled,
+                   float* lse, int64_t x_batch, int64_t x_token, int batch, int tokens, int heads, int dim, int warps,
+                   int cluster, int splits, cudaStream_t stream) {
+  launch_clusters("query_pool: partial kernel", query_pool_partial<T, WIDTH>,
+                  dim3(splits * cluster, (heads + HEADS - 1) / HEADS, batch), warps * 32, cluster,
+                  shared_bytes(WIDTH, warps, cluster), stream, static_cast<const T*>(x), queries, maxima, sums,
+                  partials, x_batch, x_token, tokens, heads, dim, splits, cluster);
   query_pool_merge<<<dim3((dim + 127) / 128, heads, batch), 128, 0, stream>>>(
       maxima, sums, partials, pooled, lse, heads, dim, splits, weight_exponent<T> / LOG2E);
   check(cudaGetLastError(), "query_pool: merge kernel");

@@ -13,29 +13,24 @@ neither keys nor values. Gradient, with g = d pooled, c = d lse and p recomputed
 Shapes: x ``[B, L, D]``, u ``[H, D]``, pooled and g ``[B, H, D]``, lse ``[B, H]``.
 Dtypes: scores, weights, sums, pooled and lse are float32 (float64 for float64 x); dx and du are
 rounded once, to the dtypes of x and u. Triton multiplies 16-bit x in TF32, in which x is exact and
-u, g, p keep 11 bits; CUDA C++ (``csrc/query_pool.cu``, forward only) splits u in two 16-bit halves
-and rounds p to the dtype of x. Sums over tokens have two stages, chunks and then all: no atomics.
-Saved for backward: x, u, pooled, lse.
-Bytes: the forward reads x (Triton twice, the second time from L2 while the chunk is still there;
-CUDA C++ once), the backward reads x and writes dx; a chunk leaves 4·H·D bytes of partials.
+u, g, p keep 11 bits; CUDA C++ (``csrc/query_pool*.cu``) splits u, and g in g · x, in two halves,
+and rounds p to the dtype of x in the forward. Sums over tokens have two stages, chunks and then
+all: no atomics. Saved for backward: x, u, pooled, lse.
+Bytes: the forward reads x, the backward reads x and writes dx (Triton reads x twice, the second
+time from L2 while the chunk is still there); a chunk leaves 4·H·D bytes of partials.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from prfl_fast.kernels import _cuda
 from prfl_fast.kernels._checks import compute_dtype, require, require_float, require_same_device
 from prfl_fast.kernels._registry import register
-from prfl_fast.kernels._triton import (
-    HAS_TRITON,
-    AotCase,
-    argument_types,
-    capability,
-    tl,
-    triton,
-)
+from prfl_fast.kernels._triton import AotCase, argument_types, tl, triton
 
 
 # Reference.
@@ -114,15 +109,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     b_s = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     for i_d in range(0, DIM, BLOCK_D):
         m_d = i_d + o_d < DIM
-        b_x = tl.load(
-            p_x + (i_d + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
-        )  # [BT, BD]
-        b_u = tl.load(
-            p_u + (i_d + o_d)[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0
-        )  # [BH, BD]
-        b_s = tl.dot(
-            b_x.to(tl.float32), tl.trans(b_u.to(tl.float32)), b_s, input_precision=PRECISION
-        )
+        m_hd = m_h[:, None] & m_d[None, :]
+        m_td = m_t[:, None] & m_d[None, :]
+        b_x = tl.load(p_x + (i_d + o_d)[None, :], mask=m_td, other=0.0).to(tl.float32)  # [BT, BD]
+        b_u = tl.load(p_u + (i_d + o_d)[None, :], mask=m_hd, other=0.0).to(tl.float32)  # [BH, BD]
+        b_s = tl.dot(b_x, tl.trans(b_u), b_s, input_precision=PRECISION)
 
     b_s = tl.where(m_t[:, None], b_s, float("-inf"))  # [BT, BH]
     b_max = tl.max(b_s, axis=0)  # [BH]
@@ -134,9 +125,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     p_o = partial_ptr + (i_p * heads + o_h[:, None]) * DIM  # [BH, 1]
     for i_d in range(0, DIM, BLOCK_D):
         m_d = i_d + o_d < DIM
-        b_x = tl.load(
-            p_x + (i_d + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
-        )  # [BT, BD]
+        m_td = m_t[:, None] & m_d[None, :]
+        b_x = tl.load(p_x + (i_d + o_d)[None, :], mask=m_td, other=0.0)  # [BT, BD]
         b_o = tl.dot(b_pt, b_x.to(tl.float32), input_precision=PRECISION)  # [BH, BD]
         tl.store(p_o + (i_d + o_d)[None, :], b_o, mask=m_h[:, None] & m_d[None, :])
 
@@ -159,9 +149,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     i_c = 0  # numpy 2.4 makes the interpreter refuse tensors as bounds of range()
     while i_c < chunks:
         o_s = (i_b * chunks + i_c + o_c) * heads + i_h  # [BC]
-        b_max = tl.maximum(
-            b_max, tl.load(max_ptr + o_s, mask=i_c + o_c < chunks, other=float("-inf"))
-        )
+        b_part = tl.load(max_ptr + o_s, mask=i_c + o_c < chunks, other=float("-inf"))  # [BC]
+        b_max = tl.maximum(b_max, b_part)
         i_c += BLOCK_C
     top = tl.max(b_max, axis=0)
 
@@ -173,11 +162,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
         o_s = (i_b * chunks + i_c + o_c) * heads + i_h  # [BC]
         b_w = tl.exp(tl.load(max_ptr + o_s, mask=m_c, other=float("-inf")) - top)  # [BC]
         b_sum += b_w * tl.load(sum_ptr + o_s, mask=m_c, other=0.0)
-        b_part = tl.load(
-            partial_ptr + o_s[:, None] * dim + o_d[None, :],
-            mask=m_c[:, None] & m_d[None, :],
-            other=0.0,
-        )  # [BC, BD]
+        p_part = partial_ptr + o_s[:, None] * dim + o_d[None, :]
+        b_part = tl.load(p_part, mask=m_c[:, None] & m_d[None, :], other=0.0)  # [BC, BD]
         b_acc += tl.sum(b_w[:, None] * b_part, axis=0)
         i_c += BLOCK_C
     total = tl.sum(b_sum, axis=0)
@@ -210,13 +196,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     for i_d in range(0, DIM, BLOCK_D):
         m_d = i_d + o_d < DIM
         m_hd = m_h[:, None] & m_d[None, :]
-        b_x = tl.load(
-            p_x + (i_d + o_d)[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
-        )  # [BT, BD]
-        b_u = tl.load(p_u + (i_d + o_d)[None, :], mask=m_hd, other=0.0)  # [BH, BD]
+        m_td = m_t[:, None] & m_d[None, :]
+        b_x = tl.load(p_x + (i_d + o_d)[None, :], mask=m_td, other=0.0).to(tl.float32)  # [BT, BD]
+        b_u = tl.load(p_u + (i_d + o_d)[None, :], mask=m_hd, other=0.0).to(tl.float32)  # [BH, BD]
         b_g = tl.load(p_g + (i_d + o_d)[None, :], mask=m_hd, other=0.0)  # [BH, BD]
-        b_x = b_x.to(tl.float32)
-        b_s = tl.dot(b_x, tl.trans(b_u.to(tl.float32)), b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_x, tl.trans(b_u), b_s, input_precision=PRECISION)
         b_gx = tl.dot(b_x, tl.trans(b_g), b_gx, input_precision=PRECISION)
 
     b_lse = tl.load(lse_ptr + i_b * heads + o_h, mask=m_h, other=float("inf"))  # [BH]
@@ -238,10 +222,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             b_dx = tl.dot(b_ds, b_u.to(tl.float32), b_dx, input_precision=PRECISION)
             tl.store(p_dx + (i_d + o_d)[None, :], b_dx.to(dx_ptr.dtype.element_ty), mask=m_td)
         if NEED_QUERIES:
-            b_x = tl.load(p_x + (i_d + o_d)[None, :], mask=m_td, other=0.0).to(
-                tl.float32
-            )  # [BT, BD]
-            b_du = tl.dot(b_dst, b_x, input_precision=PRECISION)  # [BH, BD]
+            b_x = tl.load(p_x + (i_d + o_d)[None, :], mask=m_td, other=0.0)  # [BT, BD]
+            b_du = tl.dot(b_dst, b_x.to(tl.float32), input_precision=PRECISION)  # [BH, BD]
             tl.store(p_du + (i_d + o_d)[None, :], b_du, mask=m_hd)
 
 
@@ -258,19 +240,8 @@ class Launch:
     num_stages: int = 2
 
 
-@dataclass(frozen=True)
-class CudaLaunch:
-    """CUDA C++: columns of a warp, warps of a block, blocks that share D, ranges of tokens."""
-
-    width: int
-    warps: int
-    cluster: int
-    splits: int
-
-
 MAX_TRITON_HEADS = 64  # a tile holds the scores of all heads
 MERGE_BLOCK = {"BLOCK_C": 16, "BLOCK_D": 64}
-CUDA_MAX_WARPS = {64: 8, 128: 12, 256: 12, 320: 8}  # max_warps() of csrc/query_pool.cu
 
 
 def launch_config(heads: int, dtype: torch.dtype) -> Launch:
@@ -279,47 +250,6 @@ def launch_config(heads: int, dtype: torch.dtype) -> Launch:
     if dtype == torch.float32:
         return Launch(64, block_h, 32 if heads <= 16 else 16, "ieee", 8)
     return Launch(64, block_h, 64 if heads <= 32 else 32, "tf32", 8)
-
-
-def cuda_launch_config(
-    batch: int,
-    tokens: int,
-    heads: int,
-    dim: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    multiprocessors: int,
-) -> CudaLaunch | None:
-    """Launch choice of the CUDA C++ kernel; None where it cannot run.
-
-    Two blocks on a multiprocessor hide one's reductions behind the other's loads; their sums and
-    tiles fit its registers up to 1536 columns each. A larger D is shared by a cluster, from 9.0 on.
-    """
-    if dtype not in (torch.bfloat16, torch.float16) or dim % 8 or capability < (8, 0):
-        return None
-    if batch > 65535 or heads > 65535:
-        return None
-    kilobytes = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
-    shared = 1024 * kilobytes.get(capability[0] * 10 + capability[1], 99)
-    fitting = []
-    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
-        for width, most in CUDA_MAX_WARPS.items():
-            warps = max(4, -(-dim // (width * cluster)))  # the softmax takes four
-            if warps <= most and cuda_shared_bytes(width, warps, cluster) <= shared:
-                columns = width * warps
-                key = (columns > 1536, columns * cluster - dim, cluster, -width)
-                fitting.append((key, width, warps, cluster))
-    if not fitting:
-        return None
-    _, width, warps, cluster = min(fitting)
-    blocks = cluster * batch * -(-heads // 8)
-    splits = min(-(-tokens // 16), max(1, 2 * multiprocessors // blocks))
-    return CudaLaunch(width, warps, cluster, splits)
-
-
-def cuda_shared_bytes(width: int, warps: int, cluster: int) -> int:
-    """Dynamic shared memory of a block, bytes: ``shared_bytes()`` of csrc/query_pool.cu."""
-    return warps * width * 32 + cluster * warps * 1280 + 416
 
 
 def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -348,15 +278,13 @@ def _triton_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, nee
     batch, tokens, dim = x.shape
     heads = queries.shape[0]
     if heads > MAX_TRITON_HEADS:
-        return reference_backward(
-            grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_queries
-        )
+        given = (grad_pooled, grad_lse, x, queries, pooled, lse)
+        return reference_backward(*given, need_x, need_queries)
     launch = launch_config(heads, x.dtype)
     chunks = triton.cdiv(tokens, launch.block_t)
     dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
-    partials = torch.empty(
-        (batch * chunks, heads, dim) if need_queries else 0, dtype=torch.float32, device=x.device
-    )
+    shape = (batch * chunks, heads, dim) if need_queries else (0,)
+    partials = x.new_empty(shape, dtype=torch.float32)
     delta = (grad_pooled * pooled).sum(-1)  # [B, H]
     if grad_lse is not None:
         delta = delta - grad_lse
@@ -374,21 +302,6 @@ def _constants(dim: int, launch: Launch) -> dict[str, int | str]:
     return {"DIM": dim, **tile, "PRECISION": launch.precision}
 
 
-def _cuda(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    aligned = x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0
-    aligned = aligned and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    heads, dim = queries.shape
-    launch = cuda_launch_config(
-        x.shape[0], x.shape[1], heads, dim, x.dtype, capability(x.device), processors
-    )
-    if launch is None or not aligned:
-        return _triton(x, queries) if HAS_TRITON else reference(x, queries)
-    return torch.ops.prfl_fast_cuda.query_pool(
-        x, queries.float().contiguous(), launch.width, launch.warps, launch.cluster, launch.splits
-    )
-
-
 def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
     """Eight heads at D of the 1.3B, 5B, 14B models; ``every``: up to 64, each gradient alone."""
     merged = dict.fromkeys(("max_ptr", "sum_ptr", "partial_ptr", "pooled_ptr", "lse_ptr"), "fp32")
@@ -396,29 +309,22 @@ def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]
     for label, ones in (("merge", {}), ("merge of one", {"chunks": 1, "heads": 1})):
         types = argument_types(_merge_kernel, merged, dict.fromkeys(ones))
         cases.append(AotCase(label, _merge_kernel, types, {**MERGE_BLOCK, **ones}, 4))
-    for dim in (1536, 3072, 5120):
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            for heads in (8, 32, 64) if every else (8,):
-                launch = launch_config(heads, dtype)
-                chosen: list[tuple[str, Any, dict]] = [("forward", _forward_kernel, {})]
-                for x, u in ((True, True), (True, False), (False, True))[: 3 if every else 1]:
-                    flags = {"NEED_X": x, "NEED_QUERIES": u}
-                    chosen.append((f"backward x={x} u={u}", _backward_kernel, flags))
-                for label, kernel, flags in chosen:
-                    pointers = dict.fromkeys(
-                        (n for n in kernel.arg_names if n.endswith("_ptr")), "fp32"
-                    )
-                    pointers |= {n: name for n in ("x_ptr", "dx_ptr") if n in pointers}
-                    cases.append(
-                        AotCase(
-                            f"{label} {name} D={dim} H={heads}",
-                            kernel,
-                            argument_types(kernel, pointers, {"stride_xb": "i64:16"}),
-                            {**_constants(dim, launch), **flags},
-                            launch.num_warps,
-                            launch.num_stages,
-                        )
-                    )
+    chosen: list[tuple[str, Any, dict]] = [("forward", _forward_kernel, {})]
+    for x, u in ((True, True), (True, False), (False, True))[: 3 if every else 1]:
+        flags = {"NEED_X": x, "NEED_QUERIES": u}
+        chosen.append((f"backward x={x} u={u}", _backward_kernel, flags))
+    every_heads, dims = (8, 32, 64) if every else (8,), (1536, 3072, 5120)
+    dtypes = (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    for dim, (name, dtype), heads in itertools.product(dims, dtypes, every_heads):
+        launch = launch_config(heads, dtype)
+        for label, kernel, flags in chosen:
+            pointers = dict.fromkeys((n for n in kernel.arg_names if n.endswith("_ptr")), "fp32")
+            pointers |= {n: name for n in ("x_ptr", "dx_ptr") if n in pointers}
+            types = argument_types(kernel, pointers, {"stride_xb": "i64:16"})
+            constants = {**_constants(dim, launch), **flags}
+            label = f"{label} {name} D={dim} H={heads}"
+            sizes = (launch.num_warps, launch.num_stages)
+            cases.append(AotCase(label, kernel, types, constants, *sizes))
     return cases
 
 
@@ -435,10 +341,14 @@ def _fake_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_
     )
 
 
-_op = register("query_pool", reference, fake=_fake, triton=_triton, cuda=_cuda)
+_op = register(
+    "query_pool", reference, fake=_fake, triton=_triton,
+    cuda=_cuda.with_fallback(_cuda.query_pool, _triton, reference),
+)  # fmt: skip
 _op_backward = register(
-    "query_pool_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
-)
+    "query_pool_backward", reference_backward, fake=_fake_backward, triton=_triton_backward,
+    cuda=_cuda.with_fallback(_cuda.query_pool_backward, _triton_backward, reference_backward),
+)  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):

@@ -26,10 +26,17 @@
 #define __device__
 #define __forceinline__ inline
 #define __restrict__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct float2 {
+  float x, y;
 };
 
 namespace emulation {
@@ -78,6 +85,7 @@ inline Fibre* current = nullptr;
 inline jmp_buf scheduler;
 inline Dim3 block_dim, grid_dim;
 inline const std::function<void()>* body = nullptr;
+inline int64_t steps = 0;  // barriers left and threads ended
 
 // ucontext only starts a fibre: its switches cost a system call each, these do not.
 inline void yield() {
@@ -103,6 +111,7 @@ inline bool arrive(Barrier& barrier, bool flag = false) {
   } else {
     while (barrier.generation == generation) yield();
   }
+  ++steps;
   return barrier.result;
 }
 
@@ -123,10 +132,23 @@ void exchange(const uint32_t* words, int count, Read read) {
 inline void entry() {
   (*body)();
   current->done = true;
+  ++steps;
   yield();
 }
 
-// Runs `kernel()` once for every thread of the grid. order: 0 as numbered, 1 backwards, more: shuffled by that seed.
+// Gives each fibre that is not done a turn, in this order; whether one is left.
+inline bool round(std::vector<Fibre>& fibres, const int* begin, const int* end) {
+  bool running = false;
+  for (const int* i = begin; i < end; ++i) {
+    if (fibres[*i].done) continue;
+    resume(fibres[*i]);
+    running |= !fibres[*i].done;
+  }
+  return running;
+}
+
+// Runs `kernel()` once for every thread of the grid. order: turns as numbered (0), backwards (1), shuffled (2); the
+// first warps (3) or the last ones (4) ahead.
 inline void launch(Dim3 grid, int threads, int cluster_size, size_t shared_bytes, int order,
                    const std::function<void()>& kernel) {
   constexpr size_t STACK = 32 * 1024;
@@ -163,15 +185,18 @@ inline void launch(Dim3 grid, int threads, int cluster_size, size_t shared_bytes
         }
         std::vector<int> turn(fibres.size());
         std::iota(turn.begin(), turn.end(), 0);
-        if (order == 1) std::reverse(turn.begin(), turn.end());
-        if (order > 1) std::shuffle(turn.begin(), turn.end(), std::mt19937(order));
-        for (bool running = true; running;) {
-          running = false;
-          for (int i : turn) {
-            if (fibres[i].done) continue;
-            resume(fibres[i]);
-            running |= !fibres[i].done;
+        if (order == 1 || order == 4) std::reverse(turn.begin(), turn.end());
+        if (order == 2) std::shuffle(turn.begin(), turn.end(), std::mt19937(order));
+        const int* const end = turn.data() + turn.size();
+        if (order < 3) {
+          while (round(fibres, turn.data(), end)) {
           }
+          continue;
+        }
+        for (const int* warp = turn.data(); warp < end;) {
+          const int64_t before = steps;
+          round(fibres, warp, warp + 32);
+          warp = steps == before ? warp + 32 : turn.data();  // who moved may have freed those ahead
         }
       }
     }
@@ -187,6 +212,8 @@ inline void launch(Dim3 grid, int threads, int cluster_size, size_t shared_bytes
 
 inline void __syncthreads() { emulation::arrive(emulation::current->block->barrier); }
 inline int __syncthreads_or(int flag) { return emulation::arrive(emulation::current->block->barrier, flag != 0); }
+
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 namespace prfl_fast {
 
@@ -222,14 +249,23 @@ inline float to_float(fp16 value) { return float(value.value); }
 
 inline unsigned char* shared_memory() { return emulation::current->block->shared.data(); }
 
-inline uint4 load_streaming(const void* address) {
+inline void check_alignment(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-    std::fprintf(stderr, "misaligned 16-byte load\n");
+    std::fprintf(stderr, "misaligned 16-byte access\n");
     std::abort();
   }
+}
+
+inline uint4 load_streaming(const void* address) {
+  check_alignment(address);
   uint4 out;
   std::memcpy(&out, address, 16);
   return out;
+}
+
+inline void store_vector(void* address, uint4 value) {
+  check_alignment(address);
+  std::memcpy(address, &value, 16);
 }
 
 // Element `half` (0 low, 1 high) of a 32-bit register.
@@ -239,6 +275,60 @@ float element(uint32_t word, int half) {
   T value;
   std::memcpy(&value, &bits, 2);
   return to_float(value);
+}
+
+template <typename T>
+void unpack(uint32_t word, float& first, float& second) {
+  first = element<T>(word, 0);
+  second = element<T>(word, 1);
+}
+
+template <typename T>
+uint32_t pack(float first, float second) {
+  const T both[2] = {from_float<T>(first), from_float<T>(second)};
+  uint32_t word;
+  std::memcpy(&word, both, 4);
+  return word;
+}
+
+inline float truncate_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits &= 0xffffe000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float round_tf32(float value) {
+  if (!std::isfinite(value)) return value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits += 0x1000u;
+  std::memcpy(&value, &bits, 4);
+  return truncate_tf32(value);
+}
+
+inline void mma_tf32(float (&c)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  const float values[6] = {a0, a1, a2, a3, b0, b1};
+  uint32_t words[6];
+  std::memcpy(words, values, 24);
+  emulation::exchange(words, 6, [&](const uint32_t (*all)[6]) {
+    const auto value = [&](int lane, int word) {
+      float out;
+      std::memcpy(&out, &all[lane][word], 4);
+      return truncate_tf32(out);
+    };
+    const int group = emulation::lane() / 4, in_group = emulation::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+      const int row = group + (i < 2 ? 0 : 8), column = in_group * 2 + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 8; ++k) {
+        // a_n: row = group + 8·(n%2), column = in_group + 4·(n/2). b_n: row = in_group + 4n, column = group.
+        sum += double(value(row % 8 * 4 + k % 4, row / 8 + k / 4 * 2)) * double(value(column * 4 + k % 4, 4 + k / 4));
+      }
+      c[i] = float(sum);
+    }
+  });
 }
 
 template <typename T>
