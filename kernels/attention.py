@@ -5,16 +5,20 @@
     d_s = p ⊙ (d_out vᵀ - δ),  δ_i = d_out_i · out_i
     d_q = scale · d_s k,  d_k = scale · d_sᵀ q
 
-Attention itself is PyTorch's; this file makes one op of it that returns ``lse``, so that
-checkpointing can keep (out, lse) and recompute everything else. A second key set (the image tokens
-of Wan I2V) is a second call whose output is added.
+Attention itself is others' work; this file makes one op of it that returns ``lse``, so that
+checkpointing can keep (out, lse) and recompute everything else. The kernels it can run are listed
+in ``_attention_choice.py``, how they are called in ``_attention_backends.py``. A second key set
+(the image tokens of Wan I2V) is a second call whose output is added.
 
 Shapes: q ``[B, Lq, D]``, k and v ``[B, Lk, D]`` with D = heads · d, rows may be strided; out ``[B,
-Lq, D]``; lse ``[B, heads, Lq]``.
+Lq, D]``; lse ``[B, heads, Lq]``; key_lengths ``[B]``: j above stops at ``key_lengths[b]``, and the
+gradient of the keys and values past it is zero.
 Dtypes: scores, softmax and sums in float32 (float64 for float64), out rounded once to q's dtype;
-lse float32 (float64 for float64).
+lse natural, float32 (float64 for float64), whichever kernel ran: the backward of one kernel takes
+what the forward of another returned.
 Saved for backward: q, k, v, out, lse. No L×L matrix is stored on any path.
-FLOPs: 4·B·heads·Lq·Lk·d forward, 2.5 times that backward (the scores are computed again).
+FLOPs: 4·B·heads·Lq·Lk·d forward, 2.5 times that backward (the scores are computed again). The
+formula counts every key: how many key_lengths leave is known to the device alone.
 """
 
 import math
@@ -22,14 +26,15 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from prfl_fast.kernels._attention_backends import CALLS
+from prfl_fast.kernels._attention_choice import choose, describe_case, explain
 from prfl_fast.kernels._checks import compute_dtype, require, require_float, require_same_device
 from prfl_fast.kernels._registry import register
 
 CHUNK = 1 << 26  # score elements held at once by the plain path: 256 MB of float32
 
-_aten = torch.ops.aten
 
-
+# Plain PyTorch: what runs where nothing else does, and with upcast the oracle of the tests.
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """``[B, L, D]`` seen as ``[B, heads, L, d]``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -40,21 +45,14 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2).contiguous()
 
 
-def _kernel(q: torch.Tensor, heads: int) -> str:
-    """Which kernel takes tensors like ``q``: ``cpu`` or ``flash`` of ATen, or ``plain`` PyTorch."""
-    if q.device.type == "cpu":
-        return "cpu"
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    head_dim = q.shape[-1] // heads
-    if q.device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256:
-        if torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0):
-            return "flash"
-    return "plain"
-
-
 def _query_chunks(q: torch.Tensor, k: torch.Tensor) -> list[slice]:
     rows = max(1, CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     return [slice(start, start + rows) for start in range(0, q.shape[2], rows)]
+
+
+def _beyond(k: torch.Tensor, key_lengths: torch.Tensor) -> torch.Tensor:
+    """The keys of ``[B, Lk, …]`` that no query sees: ``[B, Lk]``."""
+    return torch.arange(k.shape[1], device=k.device) >= key_lengths[:, None]
 
 
 def plain(
@@ -63,15 +61,19 @@ def plain(
     v: torch.Tensor,
     heads: int,
     scale: float,
+    key_lengths: torch.Tensor | None = None,
     upcast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Explicit softmax, a piece of the queries at a time; ``upcast``: the dtype of all of it."""
     dtype = compute_dtype(q, upcast)
+    beyond = None if key_lengths is None else _beyond(k, key_lengths)[:, None, None]
     q, k, v = (_heads(t, heads) for t in (q, k, v))
     k, v = k.to(dtype), v.to(dtype)
     outs, lses = [], []
     for rows in _query_chunks(q, k):
         scores = (q[:, :, rows].to(dtype) * scale) @ k.transpose(-1, -2)
+        if beyond is not None:
+            scores.masked_fill_(beyond, -torch.inf)
         lse = scores.logsumexp(-1, keepdim=True)
         outs.append(scores.sub_(lse).exp_() @ v)
         lses.append(lse.squeeze(-1))
@@ -88,40 +90,54 @@ def plain_backward(
     lse: torch.Tensor,
     heads: int,
     scale: float,
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(d_q, d_k, d_v)`` of :func:`plain` as ``[B, heads, L, d]``, in the dtype computed in."""
+    """``(d_q, d_k, d_v)`` of :func:`plain` as ``[B, L, D]``, in the dtype computed in."""
     dtype = compute_dtype(q)
+    beyond = None if key_lengths is None else _beyond(k, key_lengths)[:, None, None]
     grad, q, k, v, out = (_heads(t, heads) for t in (grad, q, k, v, out))
     k, v = k.to(dtype), v.to(dtype)
     d_q, d_k, d_v = [], torch.zeros_like(k), torch.zeros_like(v)
     for rows in _query_chunks(q, k):
         g, queries = grad[:, :, rows].to(dtype), q[:, :, rows].to(dtype) * scale
         p = (queries @ k.transpose(-1, -2)).sub_(lse[:, :, rows, None]).exp_()
+        if beyond is not None:
+            p.masked_fill_(beyond, 0)
         d_v += p.transpose(-1, -2) @ g
         delta = (g * out[:, :, rows]).sum(-1, keepdim=True)
         d_s = (g @ v.transpose(-1, -2)).sub_(delta).mul_(p)
         d_q.append(d_s @ k * scale)
         d_k += d_s.transpose(-1, -2) @ queries
-    return torch.cat(d_q, 2), d_k, d_v
+    return _tokens(torch.cat(d_q, 2)), _tokens(d_k), _tokens(d_v)
 
 
+# The op: the kernel that the choice names.
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    scale: float,
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(out, lse)`` by the best kernel PyTorch has for these tensors; both contiguous."""
-    kernel = _kernel(q, heads)
-    if kernel == "plain":
-        return plain(q, k, v, heads, scale)
-    q, k, v = (_heads(t, heads) for t in (q, k, v))
-    if kernel == "cpu":
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    else:
-        out, lse = _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    return _tokens(out), lse.contiguous()
+    """``(out, lse)`` by the backend in force; both contiguous."""
+    if q.numel() == 0:
+        return _fake(q, k, v, heads, scale)
+    name = choose(describe_case(heads, key_lengths, q, k, v))
+    if name == "plain":
+        return plain(q, k, v, heads, scale, key_lengths)
+    forward, _ = CALLS[name]
+    out, lse = forward(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v)), scale, key_lengths)
+    return out.flatten(2).contiguous(), lse.contiguous()
 
 
 def _fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    scale: float,
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = q.new_empty((q.shape[0], heads, q.shape[1]), dtype=compute_dtype(q))
     return q.new_empty(q.shape), lse
@@ -137,41 +153,36 @@ def reference_backward(
     heads: int,
     scale: float,
     needed: list[bool],
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(d_q, d_k, d_v)``, contiguous; an empty tensor where none is needed."""
-    kernel = _kernel(q, heads)
+    if q.numel() == 0:
+        d_q, d_k, d_v = (
+            t.new_zeros(t.shape if need else (0,))
+            for t, need in zip((q, k, v), needed, strict=True)
+        )
+        return d_q, d_k, d_v
     # The kernels want the last dimension dense; an expanded gradient (of a sum, say) is not.
-    grad = grad.to(q.dtype).contiguous()
-    if kernel == "plain":
-        gradients = plain_backward(grad, q, k, v, out, lse, heads, scale)
+    grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
+    name = choose(describe_case(heads, key_lengths, q, k, v, grad, out))
+    if name == "plain":
+        gradients = plain_backward(grad, q, k, v, out, lse, heads, scale, key_lengths)
     else:
-        args = [_heads(t, heads) for t in (grad, q, k, v, out)]
-        if kernel == "cpu":
-            # 13 times faster in float32 than in bfloat16 without matrix units (L 3120, D 1536).
-            args = [t.to(compute_dtype(q)) for t in args]
-            gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *args, lse, 0.0, False, scale=scale
-            )
-        else:
-            # Without dropout the random state is not read; dense batches have no lengths.
-            state = torch.empty(0, dtype=torch.int64, device=q.device)
-            gradients = _aten._scaled_dot_product_flash_attention_backward(
-                *args,
-                lse,
-                None,
-                None,
-                q.shape[1],
-                k.shape[1],
-                0.0,
-                False,
-                state,
-                state,
-                scale=scale,
-            )
+        _, backward = CALLS[name]
+        split = [t.unflatten(-1, (heads, -1)) for t in (grad, q, k, v, out)]
+        gradients = tuple(
+            g.flatten(2) for g in backward(*split, lse.contiguous(), scale, key_lengths)
+        )
     d_q, d_k, d_v = (
-        _tokens(g).to(q.dtype) if need else q.new_empty(0)
+        g.to(q.dtype).contiguous() if need else q.new_empty(0)
         for g, need in zip(gradients, needed, strict=True)
     )
+    if key_lengths is not None:
+        # A kernel may leave there what the memory held before.
+        beyond = _beyond(k, key_lengths)[..., None]
+        for gradient, need in ((d_k, needed[1]), (d_v, needed[2])):
+            if need:
+                gradient.masked_fill_(beyond, 0)
     return d_q, d_k, d_v
 
 
@@ -185,6 +196,7 @@ def _fake_backward(
     heads: int,
     scale: float,
     needed: list[bool],
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     d_q, d_k, d_v = (
         t.new_empty(t.shape if need else (0,)) for t, need in zip((q, k, v), needed, strict=True)
@@ -192,8 +204,10 @@ def _fake_backward(
     return d_q, d_k, d_v
 
 
-_forward_op = register("attention", reference, fake=_fake)
-_backward_op = register("attention_backward", reference_backward, fake=_fake_backward)
+_forward_op = register("attention", reference, fake=_fake, report=explain)
+_backward_op = register(
+    "attention_backward", reference_backward, fake=_fake_backward, report=explain
+)
 
 
 @register_flop_formula(torch.ops.prfl_fast.attention)
@@ -207,17 +221,21 @@ def _flops_backward(grad, q, k, *args, out_shape=None, **kwargs):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.heads, ctx.scale = inputs
+    q, k, v, ctx.heads, ctx.scale, key_lengths = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.set_materialize_grads(False)  # or lse would get a gradient of zeros
+    ctx.save_for_backward(q, k, v, out, lse, key_lengths)
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
+    *tensors, key_lengths = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(grad, *ctx.saved_tensors, ctx.heads, ctx.scale, needed)
+    gradients = _backward_op(grad, *tensors, ctx.heads, ctx.scale, needed, key_lengths)
     kept = [g if need else None for g, need in zip(gradients, needed, strict=True)]
-    return (*kept, None, None)
+    return (*kept, None, None, None)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -238,6 +256,19 @@ def _check_keys(q: torch.Tensor, **pair: torch.Tensor) -> None:
     require_same_device(op, q=q, **pair)
 
 
+def _check_lengths(q: torch.Tensor, k: torch.Tensor, key_lengths: torch.Tensor) -> None:
+    op, name = "attention", "key_lengths"
+    ok = isinstance(key_lengths, torch.Tensor) and key_lengths.dtype == torch.int32
+    ok = ok and key_lengths.shape == q.shape[:1]
+    require(ok, op, name, key_lengths, f"int32 of shape [{q.shape[0]}], one for each sample")
+    require_same_device(op, q=q, key_lengths=key_lengths)
+    # Reading them on a GPU would stall it, in a trace it would break the graph.
+    if key_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = key_lengths.tolist()
+        ok = all(0 < n <= k.shape[1] for n in values)
+        require(ok, op, name, values, f"numbers from 1 to Lk = {k.shape[1]}")
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -247,8 +278,9 @@ def attention(
     extra_k: torch.Tensor | None = None,
     extra_v: torch.Tensor | None = None,
     scale: float | None = None,
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention of every query over every key, no mask, no dropout.
+    """Softmax attention of every query over every key, no dropout, no mask but key lengths.
 
     Args:
         q: ``[B, Lq, D]``, last dimension dense, rows may be strided (a slice of a packed
@@ -259,6 +291,10 @@ def attention(
             to q's dtype, is added to the first's (Wan I2V attends to text and image tokens this
             way).
         scale: factor of the scores, 1/√d unless given.
+        key_lengths: int32 ``[B]`` on q's device: sample b attends to its first ``key_lengths[b]``
+            keys, 1 to Lk of them (not checked on a GPU), of ``k`` and ``v``, and what follows
+            must be finite; of ``extra_k`` and ``extra_v`` always to all. Not every backend takes
+            lengths; ``auto`` takes one that does.
 
     Returns:
         ``out [B, Lq, D]`` in q's dtype and ``lse [B, heads, Lq]`` in float32 (float64 for float64):
@@ -266,11 +302,12 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match, D not a multiple of ``heads``, no
-            keys, or only one of ``extra_k`` and ``extra_v``.
+            keys, key lengths out of range, only one of ``extra_k`` and ``extra_v``; or the backend
+            of :func:`set_attention_backend` does not take these tensors.
     """
     op, extra = "attention", {"extra_k": extra_k, "extra_v": extra_v}
     require_float(op, "q", q)
-    require(q.ndim == 3, op, "q", q, "a shape [B, Lq, D]")
+    require(q.ndim == 3 and q.shape[2] > 0, op, "q", q, "a shape [B, Lq, D] with D > 0")
     dim = q.shape[2]
     require(q.stride(-1) == 1 or dim == 1, op, "q", q, "a contiguous last axis")
     require(heads > 0 and dim % heads == 0, op, "heads", heads, f"a divisor of D = {dim}")
@@ -278,8 +315,10 @@ def attention(
     for name, other in (("extra_k", "extra_v"), ("extra_v", "extra_k")):
         ok = extra[name] is not None or extra[other] is None
         require(ok, op, name, extra[name], f"a tensor, as {other} is given")
+    if key_lengths is not None:
+        _check_lengths(q, k, key_lengths)
     scale = 1 / math.sqrt(dim // heads) if scale is None else float(scale)
-    out, lse = _forward_op(q, k, v, heads, scale)
+    out, lse = _forward_op(q, k, v, heads, scale, key_lengths)
     if extra_k is not None and extra_v is not None:
         _check_keys(q, extra_k=extra_k, extra_v=extra_v)
         out = out + _forward_op(q, extra_k, extra_v, heads, scale)[0]

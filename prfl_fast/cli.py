@@ -26,6 +26,7 @@ import torch
 from prfl_fast import kernels
 from prfl_fast._extras import MissingExtra, need
 from prfl_fast._version import __version__
+from prfl_fast.kernels._attention_choice import report as attention_report
 from prfl_fast.kernels._registry import extension_report
 
 if TYPE_CHECKING:
@@ -161,6 +162,11 @@ def report() -> dict[str, Any]:
         "backend": kernels.get_backend(),
         "extension": extension_report(),
         "operations": {name: choice._asdict() for name, choice in operations.items()},
+        "attention_backend": kernels.get_attention_backend(),
+        "attention_backends": {
+            name: {"usable": reason is None, "reason": reason}
+            for name, reason in attention_report("cuda" if cuda else "cpu").items()
+        },
     }
 
 
@@ -188,6 +194,14 @@ def _doctor(as_json: bool) -> int:
     width = max(map(len, found["operations"]), default=0)
     for name, choice in found["operations"].items():
         print(f"  {name:<{width}}  {choice['backend']:<9}  {choice['reason']}")
+    print(
+        f"attention backend: {found['attention_backend']}; for bfloat16 heads of 128 on the device "
+        "above, best first:"
+    )
+    width = max(map(len, found["attention_backends"]))
+    for name, backend in found["attention_backends"].items():
+        verdict = "usable" if backend["usable"] else f"refused: {backend['reason']}"
+        print(f"  {name:<{width}}  {verdict}")
     return 0
 
 

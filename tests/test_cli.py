@@ -47,6 +47,26 @@ def test_doctor_says_which_backend_and_why(capsys):
     assert report["packages"]["diffusers"] and "flash_attn" in report["attention"]
 
 
+def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
+    from prfl_fast.kernels import _attention_choice
+
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.partition("attention backend: auto; ")[2].splitlines()
+    listed = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:]}
+    assert set(listed) == set(_attention_choice.BACKENDS)
+    assert listed["plain"] == "usable"
+    assert all(v == "usable" or v.startswith("refused: ") for v in listed.values())
+    if not torch.cuda.is_available():
+        assert lines[1].split() == ["cpu", "usable"]
+        assert listed["cudnn"] == "refused: it takes cuda tensors, these are on cpu"
+    monkeypatch.setattr(_attention_choice, "_current", "plain")
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["attention_backend"] == "plain"
+    assert report["attention_backends"]["plain"] == {"usable": True, "reason": None}
+    assert "attention backend plain" in report["operations"]["attention"]["reason"]
+
+
 def test_doctor_needs_torch_alone(tmp_path):
     names = (
         "diffusers",

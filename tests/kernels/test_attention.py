@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import assert_within_twice
 from op_checks import (
     check_compiled,
@@ -16,25 +18,49 @@ from op_checks import (
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from prfl_fast import kernels
+from prfl_fast.kernels import _attention_choice as choice
 from prfl_fast.kernels import attention
 
 # `prfl_fast.kernels.attention` as an attribute is the function.
 module = importlib.import_module("prfl_fast.kernels.attention")
 
 
+@pytest.fixture(autouse=True)
+def _backend_as_before(monkeypatch):
+    monkeypatch.setattr(choice, "_current", choice._current)
+
+
+@pytest.fixture(params=["cpu", "plain"])
+def backend(request):
+    kernels.set_attention_backend(request.param)
+    return request.param
+
+
 def split(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def sdpa(q, k, v, heads, scale=None):
-    out = F.scaled_dot_product_attention(*(split(t, heads) for t in (q, k, v)), scale=scale)
+def sdpa(q, k, v, heads, scale=None, lengths=None):
+    mask = None if lengths is None else ~beyond(k, lengths)
+    q, k, v = (split(t, heads) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
-def softmax_attention(q, k, v, heads, scale=None):
+def beyond(k, lengths):
+    """The keys past the lengths, to mask ``[B, heads, Lq, Lk]`` with."""
+    past = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
+    return past[:, None, None]
+
+
+def softmax_attention(q, k, v, heads, scale=None, lengths=None):
     """The formula itself; float64 tensors make it the oracle."""
+    past = None if lengths is None else beyond(k, lengths)
     q, k, v = (split(t, heads) for t in (q, k, v))
     scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(q.shape[-1]))
+    if past is not None:
+        scores = scores.masked_fill(past, -math.inf)
     out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     return out, scores.logsumexp(-1)
 
@@ -139,7 +165,7 @@ def test_slices_of_a_packed_projection(dtype):
 def test_plain_path(dtype, monkeypatch):
     """What runs where PyTorch has no kernel, in several pieces of queries."""
     monkeypatch.setattr(module, "CHUNK", 2 * 2 * 17 * 4)
-    monkeypatch.setattr(module, "_kernel", lambda q, heads: "plain")
+    kernels.set_attention_backend("plain")
     compare(
         lambda q, k, v: attention(q, k, v, heads=2, scale=0.2)[0],
         lambda q, k, v: sdpa(q, k, v, 2, 0.2),
@@ -153,6 +179,76 @@ def test_plain_path(dtype, monkeypatch):
     torch.testing.assert_close((out, lse), exact)
 
 
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+LENGTHS = [int32(1, 21), int32(21, 21), int32(13, 1)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_key_lengths(dtype, lengths, backend):
+    tensors = make(2, 9, 21, 48, dtype)
+    compare(
+        lambda q, k, v: attention(q, k, v, heads=3, key_lengths=lengths)[0],
+        lambda q, k, v: sdpa(q, k, v, 3, lengths=lengths),
+        lambda q, k, v: softmax_attention(q, k, v, 3, lengths=lengths)[0],
+        tensors,
+        rounding=32 if dtype == torch.float64 else 1,
+    )
+    lse = attention(**tensors, heads=3, key_lengths=lengths)[1]
+    exact = softmax_attention(*(t.double() for t in tensors.values()), 3, lengths=lengths)[1]
+    close = 1e-5 if dtype.itemsize > 2 else 1e-4  # with a mask ATen's exp in 16 bits is coarser
+    torch.testing.assert_close(lse.double(), exact, rtol=close, atol=close)
+    grad = torch.randn(2, 9, 48).to(dtype)
+    function = lambda q, k, v: attention(q, k, v, heads=3, key_lengths=lengths)[0]  # noqa: E731
+    found = run(function, tensors, [grad])[1]
+    for b, n in enumerate(lengths.tolist()):
+        assert not found["k"][b, n:].any() and not found["v"][b, n:].any()
+
+
+def test_what_lies_past_the_lengths_is_not_read(backend):
+    tensors, lengths = make(2, 9, 21, 48, torch.float32), int32(4, 20)
+    grad = torch.randn(2, 9, 48)
+    function = lambda q, k, v: attention(q, k, v, heads=3, key_lengths=lengths)[0]  # noqa: E731
+    first = run(function, tensors, [grad])
+    for b, n in enumerate(lengths.tolist()):
+        tensors["k"][b, n:] = 7.0
+        tensors["v"][b, n:] = -5.0
+    second = run(function, tensors, [grad])
+    assert torch.equal(first[0][0], second[0][0])
+    assert all(torch.equal(first[1][n], second[1][n]) for n in "qkv")
+
+
+def test_a_sample_of_length_n_is_a_sample_of_n_keys(backend):
+    tensors, lengths = make(3, 6, 12, 32, torch.float32), int32(1, 12, 5)
+    out, lse = attention(**tensors, heads=2, key_lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        alone = {"q": tensors["q"][b : b + 1]} | {t: tensors[t][b : b + 1, :n] for t in "kv"}
+        torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), attention(**alone, heads=2))
+
+
+def test_key_lengths_are_of_the_first_key_set():
+    tensors, lengths = make(2, 9, 21, 48, torch.float32), int32(3, 9)
+    extra = {f"extra_{n}": torch.randn(2, 30, 48) for n in "kv"}
+    out, lse = attention(**tensors, **extra, heads=2, key_lengths=lengths)
+    first = attention(**tensors, heads=2, key_lengths=lengths)
+    second = attention(tensors["q"], *extra.values(), heads=2)[0]
+    assert torch.equal(out, first[0] + second) and torch.equal(lse, first[1])
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 5), (2, 0, 5), (1, 1, 1)])
+def test_no_queries(sizes, backend):
+    tensors = {n: t.requires_grad_() for n, t in make(*sizes, 16, torch.float32).items()}
+    for lengths in (None, torch.ones(sizes[0], dtype=torch.int32)):
+        out, lse = attention(**tensors, heads=2, key_lengths=lengths)
+        assert out.shape == tensors["q"].shape and lse.shape == (sizes[0], 2, sizes[1])
+        gradients = torch.autograd.grad(out.sum(), list(tensors.values()))
+        for gradient, tensor in zip(gradients, tensors.values(), strict=True):
+            assert gradient.shape == tensor.shape and gradient.isfinite().all()
+
+
 def test_long_sequences_store_no_score_matrix():
     tensors = {n: t.requires_grad_() for n, t in make(1, 2048, 2048, 64, torch.float32).items()}
     kept = saved_bytes(lambda: attention(**tensors, heads=2)[0])
@@ -160,11 +256,14 @@ def test_long_sequences_store_no_score_matrix():
     attention(**tensors, heads=2)[0].square().sum().backward()
 
 
-def test_deterministic_for_any_gradient_layout():
+def test_deterministic_for_any_gradient_layout(backend):
     tensors = make(2, 37, 29, 48, torch.bfloat16)
-    function = lambda q, k, v: attention(q, k, v, heads=2)[0]  # noqa: E731
-    check_deterministic(function, tensors)
-    check_expanded_gradient(function, tensors)
+    for lengths in (None, int32(29, 8)):
+        function = lambda q, k, v, n=lengths: attention(  # noqa: E731
+            q, k, v, heads=2, key_lengths=n
+        )[0]
+        check_deterministic(function, tensors)
+        check_expanded_gradient(function, tensors)
 
 
 def test_only_needed_gradients_and_none_through_lse():
@@ -179,45 +278,62 @@ def test_only_needed_gradients_and_none_through_lse():
     assert tensors["q"].grad is None and tensors["v"].grad is None
 
 
-def test_gradcheck():
-    inputs = [t.requires_grad_() for t in make(1, 3, 4, 8, torch.float64).values()]
-    extra = [t.requires_grad_() for t in make(1, 3, 2, 8, torch.float64).values()][1:]
+@pytest.mark.parametrize("lengths", [None, int32(4, 1)])
+def test_gradcheck(lengths, backend):
+    inputs = [t.requires_grad_() for t in make(2, 3, 4, 8, torch.float64).values()]
+    extra = [t.requires_grad_() for t in make(2, 3, 2, 8, torch.float64).values()][1:]
     function = lambda q, k, v, ek, ev: attention(  # noqa: E731
-        q, k, v, heads=2, extra_k=ek, extra_v=ev
+        q, k, v, heads=2, extra_k=ek, extra_v=ev, key_lengths=lengths
     )[0]
     assert torch.autograd.gradcheck(function, inputs + extra)
 
 
-def test_flops():
+@pytest.mark.parametrize("lengths", [None, int32(5, 48)])
+def test_flops(lengths):
+    """All keys count: the lengths are known to the device alone."""
     tensors = {n: t.requires_grad_() for n, t in make(2, 32, 48, 64, torch.float32).items()}
     counter = FlopCounterMode(display=False)
     with counter:
-        out = attention(**tensors, heads=4)[0]
+        out = attention(**tensors, heads=4, key_lengths=lengths)[0]
         forward = counter.get_total_flops()
         out.sum().backward()
     assert forward == 4 * 2 * 32 * 48 * 64
     assert counter.get_total_flops() - forward == 2.5 * forward
 
 
-def test_opcheck():
+@pytest.mark.parametrize("lengths", [None, int32(2, 5)])
+def test_opcheck(lengths, backend):
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     q, k, v = (t.requires_grad_() for t in make(2, 6, 5, 16, torch.bfloat16).values())
-    torch.library.opcheck(torch.ops.prfl_fast.attention, (q, k, v, 2, 0.3))
+    forward, backward = torch.ops.prfl_fast.attention, torch.ops.prfl_fast.attention_backward
+    inputs = (q, k, v, 2, 0.3, lengths)
+    torch.library.opcheck(forward, inputs, test_utils=(*tests, "test_aot_dispatch_dynamic"))
     q, k, v = (t.detach() for t in (q, k, v))
-    out, lse = torch.ops.prfl_fast.attention(q, k, v, 2, 0.3)
+    out, lse = forward(q, k, v, 2, 0.3, lengths)
     grad = torch.randn_like(out)
     for needed in ([True, True, True], [True, False, False]):
-        args = (grad, q, k, v, out, lse, 2, 0.3, needed)
-        torch.library.opcheck(
-            torch.ops.prfl_fast.attention_backward,
-            args,
-            test_utils=["test_schema", "test_faketensor"],
-        )
+        args = (grad, q, k, v, out, lse, 2, 0.3, needed, lengths)
+        torch.library.opcheck(backward, args, test_utils=tests[:2])
 
 
 def test_compiles_without_graph_break():
+    tensors = make(2, 6, 5, 16, torch.bfloat16)
+    check_compiled(lambda q, k, v: attention(q, k, v, heads=2)[0], tensors)
+    extra = {f"extra_{n}": torch.randn(2, 3, 16).bfloat16() for n in "kv"}
     check_compiled(
-        lambda q, k, v: attention(q, k, v, heads=2)[0], make(1, 6, 5, 16, torch.bfloat16)
+        lambda key_lengths, **t: attention(**t, heads=2, key_lengths=key_lengths)[0],
+        tensors | extra | {"key_lengths": int32(1, 4)},
     )
+
+
+def test_compiles_once_for_all_lengths():
+    torch._dynamo.reset()
+    function = lambda q, k, v, n: attention(q, k, v, heads=2, key_lengths=n)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for queries, keys in ((6, 5), (8, 12), (34, 7)):
+            args = (*make(2, queries, keys, 16, torch.float32).values(), int32(2, keys))
+            torch.testing.assert_close(compiled(*args), function(*args))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +349,15 @@ def test_compiles_without_graph_break():
         ({"q": torch.ones(2, 8, 4).transpose(1, 2)}, "q is .*last"),
         ({"k": torch.ones(2, 5, 8, dtype=torch.int64)}, "k is int64.*floating-point"),
         ({"k": torch.ones(2, 5, 8, device="meta")}, "k is .*meta.*on cpu"),
+        ({"q": torch.ones(2, 4, 0)}, r"q is .*with D > 0"),
+        ({"key_lengths": [1, 5]}, r"key_lengths is \[1, 5\].*int32 of shape \[2\]"),
+        ({"key_lengths": torch.ones(2)}, r"key_lengths is float32\[2\].*int32"),
+        ({"key_lengths": torch.ones(2).long()}, r"key_lengths is int64\[2\].*int32"),
+        ({"key_lengths": torch.ones(3).int()}, r"key_lengths is int32\[3\].*shape \[2\]"),
+        ({"key_lengths": torch.ones(2, 1).int()}, r"key_lengths is int32\[2, 1\].*shape \[2\]"),
+        ({"key_lengths": int32(0, 5)}, r"key_lengths is \[0, 5\].*from 1 to Lk = 5"),
+        ({"key_lengths": int32(6, 5)}, r"key_lengths is \[6, 5\].*from 1 to Lk = 5"),
+        ({"key_lengths": torch.ones(2, dtype=torch.int32, device="meta")}, "key_lengths.* on cpu"),
         ({"extra_k": torch.ones(2, 3, 8)}, "extra_v is None"),
         ({"extra_v": torch.ones(2, 3, 8)}, "extra_k is None"),
         (
@@ -262,3 +387,64 @@ def test_on_cuda(shape, dtype):
     lse = attention(**tensors, heads=heads)[1]
     exact = softmax_attention(*(t.double() for t in tensors.values()), heads)[1]
     torch.testing.assert_close(lse.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@st.composite
+def arguments(draw):
+    batch, lq, lk = (draw(st.integers(1, n)) for n in (3, 20, 20))
+    heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 24))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    pad = {name: draw(st.integers(0, 3)) for name in "qkv"}  # rows further apart than D
+    tensors = {}
+    for name, length in zip("qkv", (lq, lk, lk), strict=True):
+        wide = torch.randn(batch, length, heads * head_dim + pad[name]).to(dtype)
+        tensors[name] = wide[..., pad[name] :]
+    if draw(st.booleans()):
+        extra = draw(st.integers(1, 9))
+        for name in "kv":
+            tensors[f"extra_{name}"] = torch.randn(batch, extra, heads * head_dim).to(dtype)
+    fixed = {"heads": heads, "scale": draw(st.sampled_from([None, 0.05, 0.7]))}
+    if draw(st.booleans()):
+        numbers = st.lists(st.integers(1, lk), min_size=batch, max_size=batch)
+        fixed["key_lengths"] = int32(*draw(numbers))
+    return tensors, fixed, draw(st.sampled_from(["dense", "expanded", "transposed"]))
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@given(arguments())
+@pytest.mark.parametrize("name", ["cpu", "plain"])
+def test_any_arguments(name, given_arguments):
+    kernels.set_attention_backend(name)
+    tensors, fixed, layout = given_arguments
+    heads, scale, lengths = fixed["heads"], fixed["scale"], fixed.get("key_lengths")
+
+    def both(one):
+        def call(q, k, v, extra_k=None, extra_v=None):
+            out = one(q, k, v, heads, scale, lengths)
+            return out if extra_k is None else out + one(q, extra_k, extra_v, heads, scale, None)
+
+        return call
+
+    grad = torch.randn_like(tensors["q"])
+    if layout == "expanded":
+        grad = grad[:, :1].expand_as(grad)
+    elif layout == "transposed":
+        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    functions = (
+        lambda **t: attention(**t, **fixed)[0],
+        both(sdpa),
+        both(lambda *a: softmax_attention(*a)[0]),
+    )
+    results = [run(f, tensors, [grad], double=f is functions[2]) for f in functions]
+    # A single key leaves the gradient of its query to the rounding of g · v, much larger than it.
+    rounding = 32.0 if tensors["q"].dtype == torch.float32 else 4.0
+    assert_within_twice(*(r[0][0] for r in results), rounding=rounding)
+    size = tensors["q"].double().norm() + tensors["k"].double().norm()
+    for name_ in tensors:
+        ours, plain, oracle = (r[1][name_] for r in results)
+        if oracle.abs().max() < 1e-12 * size:
+            assert ours.abs().max() < 1e-2
+        else:
+            assert_within_twice(ours, plain, oracle, f"d_{name_}", rounding)
