@@ -1,6 +1,6 @@
 """Compiles Triton kernels ahead of time, without a GPU, and reads what they would use of one.
 
-    python -m prfl_fast.kernels._aot [op ...] [--capability 80 90 100 120] [--every]
+    python -m prfl_fast.kernels._aot [op ...] [--capability 80 90 100 120] [--every] [--ttir DIR]
 
 prints a JSON list of :class:`Resources`, one per operation, case and architecture, with progress on
 stderr. An operation takes part if its file has ``aot_cases(capability, every) -> list[AotCase]``.
@@ -70,6 +70,8 @@ def compile_case(case: AotCase, capability: int) -> Any:
     )
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
     return triton.compile(source, target=target, options=options)
 
 
@@ -87,9 +89,8 @@ def cuobjdump() -> str:
     return str(path)
 
 
-def resources(op: str, case: AotCase, capability: int) -> Resources:
-    """Compile a case; read its registers, spills and shared memory."""
-    kernel = compile_case(case, capability)
+def resources(op: str, case: AotCase, capability: int, kernel: Any) -> Resources:
+    """Registers, spills and shared memory of a compiled case."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -115,15 +116,21 @@ def operations() -> dict[str, Any]:
 
 
 def measure(
-    ops: Sequence[str] = (), capabilities: Sequence[int] = CAPABILITIES, every: bool = False
+    ops: Sequence[str] = (),
+    capabilities: Sequence[int] = CAPABILITIES,
+    every: bool = False,
+    ttir: Path | None = None,
 ) -> list[Resources]:
     """:class:`Resources` of the cases of ``ops`` (none named: all), from a process of its own.
+
+    ``ttir`` is a folder for the kernels' Triton IR, ``<op>-<n>-sm_<capability>.ttir``.
 
     Raises:
         RuntimeError: that process failed; the message is the last line of its stderr.
     """
     command = [sys.executable, "-m", "prfl_fast.kernels._aot", *ops]
     command += ["--capability", *map(str, capabilities), *(["--every"] if every else [])]
+    command += [] if ttir is None else ["--ttir", str(ttir)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -143,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--capability", type=int, nargs="+", default=CAPABILITIES, choices=COMPILABLE
     )
     parser.add_argument("--every", action="store_true", help="every combination of flags")
+    parser.add_argument("--ttir", metavar="DIR", type=Path, help="an existing folder for the IR")
     options = parser.parse_args(arguments)
     modules = operations()
     unknown = sorted(set(options.ops) - modules.keys())
@@ -152,8 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for op in options.ops or modules:
             for capability in options.capability:
-                for case in modules[op].aot_cases(divmod(capability, 10), options.every):
-                    found.append(resources(op, case, capability))
+                cases = modules[op].aot_cases(divmod(capability, 10), options.every)
+                for i, case in enumerate(cases):
+                    kernel = compile_case(case, capability)
+                    found.append(resources(op, case, capability, kernel))
+                    if options.ttir is not None:
+                        path = options.ttir / f"{op}-{i}-sm_{capability}.ttir"
+                        path.write_text(kernel.asm["ttir"])
                     line = f"{found[-1].registers:4d} registers  sm_{capability} {op} {case.label}"
                     print(line, file=sys.stderr)
     except Exception as error:  # Triton's own failures come as a dozen unrelated types

@@ -64,6 +64,7 @@ class AotCase:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int = 3  # Triton's default
+    maxnreg: int | None = None  # registers of a thread; None: ptxas chooses
 
 
 def argument_types(
