@@ -9,15 +9,25 @@ Shapes: every tensor the same shape, any number of them. Coefficients are Python
 Dtypes: the sum is kept in float32 (float64 if any tensor is float64) and rounded once to the first
 tensor's dtype.
 Saved for backward: nothing.
-Bytes: every tensor is read once and the result is written once.
+Bytes: every tensor is read once and the result is written once; backward reads its gradient once
+and writes the needed ones. Latents are small, so it is the number of launches that costs: one each
+way, up to ``TERMS`` tensors. Strided latents are gathered first.
 """
 
+import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 
 from prfl_fast.kernels._checks import require, require_float, require_same_device
-from prfl_fast.kernels._registry import register
+from prfl_fast.kernels._registry import KERNEL_DTYPES, register
+from prfl_fast.kernels._triton import AotCase, argument_types, tl, triton
+
+TERMS = 8  # tensors of one launch: UniPC of third order with guidance has seven
+
+
+# Reference.
 
 
 def _sum_dtype(tensors: list[torch.Tensor]) -> torch.dtype:
@@ -33,37 +43,180 @@ def reference(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.T
     return total.to(first.dtype)
 
 
+def reference_backward(
+    grad: torch.Tensor, coefficients: list[float], dtypes: str
+) -> list[torch.Tensor]:
+    """``coefficients[i] · grad`` for each, in the dtype that ``dtypes`` names at that place."""
+    gradients = []
+    for coefficient, dtype in zip(coefficients, _dtypes(dtypes), strict=True):
+        wide = torch.float64 if torch.float64 in (grad.dtype, dtype) else torch.float32
+        gradients.append((grad.to(wide) * coefficient).to(dtype).contiguous())
+    return gradients
+
+
+def _dtypes(names: str) -> list[torch.dtype]:
+    """``"float32 bfloat16"`` as dtypes: a schema has no list of them."""
+    return [getattr(torch, name) for name in names.split()]
+
+
+# Triton: the coefficients are arguments, so the steps of a schedule share one compiled kernel.
+@triton.jit
+def _term(t_ptr, coefficient, o, m, BLOCK: tl.constexpr):
+    b_term = tl.zeros([BLOCK], tl.float32)
+    if t_ptr is not None:
+        b_term = tl.load(t_ptr + o, mask=m, other=0.0).to(tl.float32) * coefficient
+    return b_term
+
+
+@triton.jit
+def _forward_kernel(
+    t0_ptr, t1_ptr, t2_ptr, t3_ptr, t4_ptr, t5_ptr, t6_ptr, t7_ptr,
+    c0, c1, c2, c3, c4, c5, c6, c7, y_ptr, elements, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < elements
+    b_y = _term(t0_ptr, c0, o, m, BLOCK)  # [B]
+    b_y += _term(t1_ptr, c1, o, m, BLOCK)
+    b_y += _term(t2_ptr, c2, o, m, BLOCK)
+    b_y += _term(t3_ptr, c3, o, m, BLOCK)
+    b_y += _term(t4_ptr, c4, o, m, BLOCK)
+    b_y += _term(t5_ptr, c5, o, m, BLOCK)
+    b_y += _term(t6_ptr, c6, o, m, BLOCK)
+    b_y += _term(t7_ptr, c7, o, m, BLOCK)
+    tl.store(y_ptr + o, b_y.to(y_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _store_scaled(d_ptr, b_g, coefficient, o, m):
+    if d_ptr is not None:
+        tl.store(d_ptr + o, (b_g * coefficient).to(d_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _backward_kernel(
+    d0_ptr, d1_ptr, d2_ptr, d3_ptr, d4_ptr, d5_ptr, d6_ptr, d7_ptr,
+    c0, c1, c2, c3, c4, c5, c6, c7, grad_ptr, elements, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < elements
+    b_g = tl.load(grad_ptr + o, mask=m, other=0.0).to(tl.float32)  # [B]
+    _store_scaled(d0_ptr, b_g, c0, o, m)
+    _store_scaled(d1_ptr, b_g, c1, o, m)
+    _store_scaled(d2_ptr, b_g, c2, o, m)
+    _store_scaled(d3_ptr, b_g, c3, o, m)
+    _store_scaled(d4_ptr, b_g, c4, o, m)
+    _store_scaled(d5_ptr, b_g, c5, o, m)
+    _store_scaled(d6_ptr, b_g, c6, o, m)
+    _store_scaled(d7_ptr, b_g, c7, o, m)
+
+
+# Launch.
+@dataclass(frozen=True)
+class Launch:
+    """Elements of a program and how many share them: 8 a thread, a 16-byte load of bfloat16."""
+
+    block: int
+    num_warps: int
+    programs: int
+
+
+def launch_config(elements: int) -> Launch:
+    """Programs of 1024 elements; the choice does not depend on dtypes or on the number of terms."""
+    return Launch(1024, 4, -(-elements // 1024))
+
+
+def _run(kernel, terms: list[torch.Tensor], coefficients: list[float], other: torch.Tensor) -> None:
+    """Launch ``kernel`` on up to ``TERMS`` tensors and the one that comes after them."""
+    launch = launch_config(other.numel())
+    missing = TERMS - len(terms)
+    kernel[(launch.programs,)](
+        *terms, *[None] * missing, *coefficients, *[None] * missing, other, other.numel(),
+        BLOCK=launch.block, num_warps=launch.num_warps,
+    )  # fmt: skip
+
+
+def _triton_forward(tensors, coefficients):
+    if any(t.dtype not in KERNEL_DTYPES for t in tensors):
+        return reference(tensors, coefficients)
+    y = tensors[0].new_empty(tensors[0].shape)
+    terms = [t.contiguous() for t in tensors]
+    while y.numel() > 0:
+        last = len(terms) <= TERMS
+        out = y if last else torch.empty_like(y, dtype=torch.float32)
+        _run(_forward_kernel, terms[:TERMS], coefficients[:TERMS], out)
+        if last:
+            break
+        terms, coefficients = [out, *terms[TERMS:]], [1.0, *coefficients[TERMS:]]
+    return y
+
+
+def _triton_backward(grad, coefficients, dtypes):
+    kinds = _dtypes(dtypes)
+    if any(kind not in KERNEL_DTYPES for kind in kinds):
+        return reference_backward(grad, coefficients, dtypes)
+    gradients = [grad.new_empty(grad.shape, dtype=kind) for kind in kinds]
+    grad = grad.contiguous()
+    for start in range(0, len(kinds) if grad.numel() else 0, TERMS):
+        group = slice(start, start + TERMS)
+        _run(_backward_kernel, gradients[group], coefficients[group], grad)
+    return gradients
+
+
+def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
+    """Euler and UniPC with guidance on float32 latents; ``every``: any number of terms."""
+    chosen = [("fp32", "bf16", 2), ("fp32", "bf16", 7)]
+    if every:
+        dtypes = ("fp32", "bf16", "fp16")
+        chosen = list(itertools.product(dtypes, dtypes, range(1, TERMS + 1)))
+    launch = launch_config(2**22)
+    cases = []
+    for first, rest, count in chosen:
+        for kernel in (_forward_kernel, _backward_kernel):
+            terms = [n for n in kernel.arg_names if n[1].isdigit() and n.endswith("_ptr")]
+            pointers = dict.fromkeys(terms[:count], rest) | {terms[0]: first}
+            pointers |= {"y_ptr": first, "grad_ptr": first}
+            numbers = {f"c{i}": "fp32" if i < count else None for i in range(TERMS)}
+            types = argument_types(kernel, pointers, {"elements": "i32:16", **numbers})
+            label = f"{kernel.__name__.split('_')[1]} {first} + {count - 1} {rest}"
+            cases.append(AotCase(label, kernel, types, {"BLOCK": launch.block}, launch.num_warps))
+    return cases
+
+
+# Registration.
 def _fake(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
     return tensors[0].new_empty(tensors[0].shape)
 
 
-def reference_backward(grad: torch.Tensor, coefficient: float, dtype: torch.dtype) -> torch.Tensor:
-    """Gradient to one tensor, ``coefficient · grad``, in that tensor's ``dtype``."""
-    wide = torch.float64 if torch.float64 in (grad.dtype, dtype) else torch.float32
-    return (grad.to(wide) * coefficient).to(dtype).contiguous()
+def _fake_backward(
+    grad: torch.Tensor, coefficients: list[float], dtypes: str
+) -> list[torch.Tensor]:
+    return [grad.new_empty(grad.shape, dtype=dtype) for dtype in _dtypes(dtypes)]
 
 
-def _fake_backward(grad: torch.Tensor, coefficient: float, dtype: torch.dtype) -> torch.Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)
-
-
-_forward_op = register("flow_step", reference, fake=_fake)
-_backward_op = register("flow_step_backward", reference_backward, fake=_fake_backward)
+_forward_op = register("flow_step", reference, fake=_fake, triton=_triton_forward)
+_backward_op = register(
+    "flow_step_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+)
 
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.coefficients = inputs
-    ctx.dtypes = [t.dtype for t in tensors]
+    ctx.dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors]
 
 
 def _backward(ctx, grad):
-    terms = zip(ctx.coefficients, ctx.dtypes, ctx.needs_input_grad[0], strict=True)
-    return [_backward_op(grad, c, dtype) if needed else None for c, dtype, needed in terms], None
+    needs = ctx.needs_input_grad[0]
+    coefficients = list(itertools.compress(ctx.coefficients, needs))
+    gradients = iter(
+        _backward_op(grad, coefficients, " ".join(itertools.compress(ctx.dtypes, needs)))
+    )
+    return [next(gradients) if needed else None for needed in needs], None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+# Public function.
 def flow_step(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
     """The weighted sum ``Σ coefficients[i] · tensors[i]``.
 
@@ -102,5 +255,6 @@ def flow_step(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.T
     )
     numbers = [float(c) for c in coefficients]
     for i, number in enumerate(numbers):
-        require(math.isfinite(number), "flow_step", f"coefficients[{i}]", number, "a finite float")
+        if not abs(number) < math.inf:  # math.isfinite() takes no number that torch.compile traces
+            require(False, "flow_step", f"coefficients[{i}]", number, "a finite float")
     return _forward_op(tensors, numbers)
