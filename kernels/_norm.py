@@ -1,11 +1,10 @@
-"""What the operations with a norm share: reference pieces, the norm of one token, launch sizes."""
+"""What the operations with a norm share: reference pieces and launch sizes."""
 
 from collections.abc import Sequence
 
 import torch
 
 from prfl_fast.kernels._rows import table_plus_rows
-from prfl_fast.kernels._triton import tl, triton
 
 
 def parameter_gradients(
@@ -63,19 +62,6 @@ def normalise(
         rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return x * rho, None, rho
     return x, None, None
-
-
-@triton.jit
-def normalise_block(b_x, m_d, eps, D: tl.constexpr, KIND: tl.constexpr):
-    """x̂ (zero beyond D) and ρ of one token."""
-    b_hat = b_x  # [BD]
-    rho = 1.0
-    if KIND == "layer":
-        b_hat = tl.where(m_d, b_x - tl.sum(b_x, 0) * (1.0 / D), 0.0)
-    if KIND != "none":
-        rho = tl.rsqrt(tl.sum(b_hat * b_hat, 0) * (1.0 / D) + eps)
-        b_hat = b_hat * rho
-    return b_hat, rho
 
 
 def token_block(dim: int) -> tuple[int, int]:

@@ -34,6 +34,7 @@ class Operation:
     reference: Callable[..., Any]
     triton: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
+    report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """Pick the implementation for tensors of this device and dtype.
@@ -101,6 +102,7 @@ def register(
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
+    report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None,
 ) -> Any:
     """Register ``prfl_fast::name`` and return the custom op.
 
@@ -112,8 +114,10 @@ def register(
         triton, cuda: the same signature; called only with CUDA tensors (Triton also with CPU
             tensors when
             interpreted) of float32, bfloat16 or float16.
+        report: what :func:`report` shows, from what :meth:`Operation.choose` says, for an operation
+            that chooses once more by itself.
     """
-    operation = Operation(name, reference, triton, cuda)
+    operation = Operation(name, reference, triton, cuda, report)
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:
@@ -134,10 +138,11 @@ def report(
     """For every operation: the backend it will use for tensors of ``device`` and ``dtype``, and
     why.
     """
-    choices = {}
+    choices, device = {}, torch.device(device)
     for name, operation in sorted(OPERATIONS.items()):
         try:
-            choices[name] = operation.choose(torch.device(device), dtype)
+            choice = operation.choose(device, dtype)
+            choices[name] = operation.report(choice, device, dtype) if operation.report else choice
         except ValueError as error:
             choices[name] = Choice("none", str(error))
     return choices

@@ -4,6 +4,8 @@ A modulation (scale, shift, gate) is ``table [D] + rows [R, D]``, either part op
 float32. Token n of N uses row n // (N / R), or ``row_index[n]``; nothing is expanded to N rows.
 """
 
+import math
+
 import torch
 
 from prfl_fast.kernels._checks import require, require_float, require_same_device
@@ -66,6 +68,34 @@ def segments(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Te
     return order, torch.searchsorted(by_row, bounds)
 
 
+def common_rows(first: int, second: int, row_index: torch.Tensor | None) -> int:
+    """R such that the tokens of one of R rows share a row of two tensors with other numbers of it.
+
+    Row r of R is row ``r // row_group(R, first)`` of the first. Both numbers divide the tokens,
+    hence so does their least common multiple. An index names rows that both tensors have.
+    """
+    if row_index is None:
+        return math.lcm(first, second)
+    return min((rows for rows in (first, second) if rows > 1), default=1)
+
+
+def row_group(common: int, rows: int) -> int:
+    """How many of the rows of :func:`common_rows` make one of ``rows``."""
+    return max(1, common // rows)
+
+
+def fold_rows(partial: torch.Tensor, rows: int) -> torch.Tensor:
+    """Second stage of a sum over tokens: ``[R, programs, D]`` of :func:`common_rows` to [rows, D].
+
+    Rows past R are those that no index can name: zero.
+    """
+    common, _, dim = partial.shape
+    if rows > common:
+        return torch.cat((partial.sum(1), partial.new_zeros(rows - common, dim)))
+    parts = partial.view(rows, -1, dim)
+    return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
+
+
 def token_strides(x: torch.Tensor) -> tuple[int, int, int | None]:
     """Stride of a batch, stride of a token, tokens in a batch.
 
@@ -86,6 +116,33 @@ def token_offset(i_token, stride_b, stride_l, length):
         i_b = (i_token.to(tl.int32) // length).to(tl.int64)  # 64-bit division is far slower
         offset = i_b * stride_b + (i_token - i_b * length) * stride_l
     return offset
+
+
+@triton.jit
+def load_token(ptr, i_token, stride_b, stride_l, length, o_d, m_d):
+    """Token ``i_token`` in float32 ``[BLOCK_D]``, zero beyond D."""
+    p_token = ptr + token_offset(i_token, stride_b, stride_l, length)
+    return tl.load(p_token + o_d, mask=m_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_share(i_row, i_part, parts, tokens_per_row, bounds_ptr):
+    """First token and end of part ``i_part`` of ``parts`` of a row (int64), in sorted order."""
+    if bounds_ptr is not None:
+        start = tl.load(bounds_ptr + i_row)
+        end = tl.load(bounds_ptr + i_row + 1)
+    else:
+        start = i_row * tokens_per_row
+        end = start + tokens_per_row
+    share = tl.cdiv((end - start).to(tl.int32), parts)
+    start += i_part * share
+    return start, tl.minimum(start + share, end)
+
+
+@triton.jit
+def coarse_row(i_row, group):
+    """The row of ``group`` common rows each that has common row ``i_row`` (int64)."""
+    return (i_row.to(tl.int32) // group).to(tl.int64)
 
 
 @triton.jit

@@ -20,17 +20,16 @@ Bytes: forward reads x and writes y; backward reads x and dy and writes d_x. The
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 
 from prfl_fast.kernels._checks import compute_dtype, require
-from prfl_fast.kernels._norm import (
-    normalise,
-    normalise_block,
-    parameter_gradients,
-    row_gain,
-    token_block,
+from prfl_fast.kernels._norm import normalise, parameter_gradients, row_gain
+from prfl_fast.kernels._norm_modulate import (
+    backward_kernel,
+    backward_launch,
+    forward_kernel,
+    forward_launch,
 )
 from prfl_fast.kernels._registry import register
 from prfl_fast.kernels._rows import (
@@ -38,15 +37,13 @@ from prfl_fast.kernels._rows import (
     check_rows,
     check_tokens,
     count_rows,
-    load_sum,
     per_token,
     segments,
     sum_by_row,
     table_plus_rows,
-    token_offset,
     token_strides,
 )
-from prfl_fast.kernels._triton import AotCase, argument_types, capability, processors, tl, triton
+from prfl_fast.kernels._triton import AotCase, argument_types, capability
 
 KINDS = ("layer", "rms", "none")
 
@@ -137,126 +134,7 @@ def reference_backward(
     return d_x, dot, total
 
 
-# Triton: a program holds g and the offset of one row in registers while it walks over its tokens.
-@triton.jit
-def _forward_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
-    row_index_ptr, stride_xb, stride_xl, length_x, stride_scale, stride_shift,
-    tokens, tokens_per_row, tokens_per_program, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
-    end = tl.minimum(i_token + tokens_per_program, tokens)
-    i_row = i_token * 0 - 1  # no row loaded yet
-    row_end = i_token
-    b_gain = tl.zeros([BLOCK_D], tl.float32)
-    b_offset = tl.zeros([BLOCK_D], tl.float32)
-    while i_token < end:  # with numpy ≥ 2.4 the interpreter takes no tensors as bounds of range()
-        p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
-        b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-        if row_index_ptr is not None:
-            i_next = tl.load(row_index_ptr + i_token).to(tl.int64)
-        else:
-            i_next = i_row + (i_token >= row_end)
-        if i_next != i_row:
-            i_row = i_next
-            if row_index_ptr is None:
-                i_row = (i_token.to(tl.int32) // tokens_per_row).to(tl.int64)
-                row_end = (i_row + 1) * tokens_per_row
-            b_gain = 1.0 + load_sum(
-                scale_ptr, scale_table_ptr, i_row, stride_scale, o_d, m_d, BLOCK_D
-            )
-            b_offset = load_sum(shift_ptr, shift_table_ptr, i_row, stride_shift, o_d, m_d, BLOCK_D)
-            if bias_ptr is not None:
-                b_offset += b_gain * tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-            if weight_ptr is not None:
-                b_gain *= tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_hat, rho = normalise_block(b_x, m_d, eps, D, KIND)
-        b_y = b_hat * b_gain + b_offset  # [BD]
-        tl.store(y_ptr + i_token * D + o_d, b_y.to(y_ptr.dtype.element_ty), mask=m_d)
-        i_token += 1
-
-
-@triton.jit
-def _backward_kernel(
-    grad_ptr, x_ptr, dx_ptr, dot_ptr, total_ptr, weight_ptr, scale_ptr, scale_table_ptr,
-    order_ptr, bounds_ptr, stride_gb, stride_gl, length_g, stride_xb, stride_xl, length_x,
-    stride_scale, tokens_per_row, programs, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    pid = tl.program_id(0).to(tl.int64)
-    i_row = (tl.program_id(0) // programs).to(tl.int64)
-    if bounds_ptr is not None:
-        i = tl.load(bounds_ptr + i_row)
-        end = tl.load(bounds_ptr + i_row + 1)
-    else:
-        i = i_row * tokens_per_row
-        end = i + tokens_per_row
-    share = tl.cdiv((end - i).to(tl.int32), programs)
-    i += (pid - i_row * programs) * share
-    end = tl.minimum(i + share, end)
-    b_gain = 1.0 + load_sum(scale_ptr, scale_table_ptr, i_row, stride_scale, o_d, m_d, BLOCK_D)
-    if weight_ptr is not None:
-        b_gain *= tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_dot = tl.zeros([BLOCK_D], tl.float32)
-    b_total = tl.zeros([BLOCK_D], tl.float32)
-    while i < end:
-        i_token = i
-        if order_ptr is not None:
-            i_token = tl.load(order_ptr + i)
-        p_dy = grad_ptr + token_offset(i_token, stride_gb, stride_gl, length_g)
-        b_dy = tl.load(p_dy + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-        if total_ptr is not None:
-            b_total += b_dy
-        if KIND != "none" or dot_ptr is not None:
-            p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
-            b_x = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-            b_hat, rho = normalise_block(b_x, m_d, eps, D, KIND)
-            if dot_ptr is not None:
-                b_dot += b_dy * b_hat
-        if dx_ptr is not None:
-            b_dx = b_dy * b_gain  # [BD]
-            if KIND == "layer":
-                mean = tl.sum(b_dx, 0) * (1.0 / D)
-                b_dx = (b_dx - b_hat * (tl.sum(b_dx * b_hat, 0) * (1.0 / D)) - mean) * rho
-            elif KIND == "rms":
-                b_dx = (b_dx - b_hat * (tl.sum(b_dx * b_hat, 0) * (1.0 / D))) * rho
-            tl.store(dx_ptr + i_token * D + o_d, b_dx.to(dx_ptr.dtype.element_ty), mask=m_d)
-        i += 1
-    if dot_ptr is not None:
-        tl.store(dot_ptr + pid * D + o_d, b_dot, mask=m_d)
-    if total_ptr is not None:
-        tl.store(total_ptr + pid * D + o_d, b_total, mask=m_d)
-
-
 # Launch.
-@dataclass(frozen=True)
-class Launch:
-    """Launch of a kernel; ``programs`` in all (forward) or for each modulation row (backward)."""
-
-    block_d: int
-    num_warps: int
-    programs: int
-
-
-def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> Launch:
-    """8 tokens a program share one load of the rows; fewer where processors would stand idle."""
-    block_d, num_warps = token_block(dim)
-    wave = 4 * processors(capability)
-    return Launch(block_d, num_warps, max(1, min(tokens, max(wave, -(-tokens // 8)))))
-
-
-def backward_launch(tokens: int, rows: int, dim: int, capability: tuple[int, int]) -> Launch:
-    """About one resident wave over all rows: each program writes one partial row of A and B."""
-    block_d, num_warps = token_block(dim)
-    wave = 16 // num_warps * processors(capability)
-    return Launch(block_d, num_warps, max(1, min(-(-wave // rows), tokens // rows)))
-
-
 def _triton_forward(
     x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, eps
 ):  # fmt: skip
@@ -265,15 +143,15 @@ def _triton_forward(
     tokens = x.numel() // dim
     if tokens == 0:
         return y
-    launch = forward_launch(tokens, dim, capability(x.device))
+    launch = forward_launch(tokens, dim, kind, capability(x.device))
     vectors = [t if t is None else t.contiguous() for t in (weight, bias, scale_table, shift_table)]
-    _forward_kernel[(launch.programs,)](
-        x, y, *vectors[:2], scale, shift, *vectors[2:],
+    forward_kernel[(launch.programs,)](
+        x, y, None, *vectors[:2], scale, shift, *vectors[2:],
         None if row_index is None else row_index.contiguous(),
         *token_strides(x),
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
         tokens, tokens // count_rows(scale, shift), -(-tokens // launch.programs), eps,
-        D=dim, BLOCK_D=launch.block_d, KIND=kind, num_warps=launch.num_warps,
+        **launch.constants(dim, kind), CONVERTS=False, **launch.options(),
     )  # fmt: skip
     return y
 
@@ -282,8 +160,14 @@ def _triton_backward(
     grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
 ):  # fmt: skip
     dim = x.shape[-1]
-    tokens_per_row = x.numel() // (dim * rows)
-    launch = backward_launch(x.numel() // dim, rows, dim, capability(x.device))
+    tokens = x.numel() // dim
+    if tokens == 0:
+        needs = (need_x, need_dot, need_total)
+        return reference_backward(
+            grad, x, weight, scale, scale_table, None, rows, kind, eps, *needs
+        )
+    itemsize, sums = max(grad.itemsize, x.itemsize), need_dot or need_total
+    launch = backward_launch(tokens, rows, dim, itemsize, capability(x.device), sums)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     order, bounds = (None, None) if row_index is None else segments(row_index, rows)
     d_x = x.new_empty(x.shape) if need_x else None
@@ -292,11 +176,12 @@ def _triton_backward(
         for need in (need_dot, need_total)
     )
     vectors = [t if t is None else t.contiguous() for t in (weight, scale_table)]
-    _backward_kernel[(rows * launch.programs,)](
-        grad, x, d_x, dot, total, vectors[0], scale, vectors[1], order, bounds,
+    needed = x if need_dot or (need_x and kind != "none") else None
+    backward_kernel[(rows * launch.programs,)](
+        grad, needed, d_x, dot, total, vectors[0], scale, vectors[1], order, bounds,
         *token_strides(grad), *token_strides(x), 0 if scale is None else scale.stride(0),
-        tokens_per_row, launch.programs, eps,
-        D=dim, BLOCK_D=launch.block_d, KIND=kind, num_warps=launch.num_warps,
+        tokens // rows, launch.programs, eps,
+        **launch.constants(dim, kind), **launch.options(),
     )  # fmt: skip
     empty = x.new_empty(0, dtype=torch.float32)
     sums = [empty.clone() if t is None else t.sum(1) for t in (dot, total)]
@@ -330,15 +215,18 @@ def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]
         pointers |= {name: "fp32" for name in pointers if name in rows + affine + sums}
         pointers |= {name: "i64" for name in pointers if name in indexed[4:]}
         lengths = {"length_x": "i32" if given == indexed else None, "length_g": None}
+        itemsize = 4 if dtype == "fp32" else 2
+        backward = backward_launch(32760, 1, dim, itemsize, capability, results != dx)
         for kernel, launch in (
-            (_forward_kernel, forward_launch(32760, dim, capability)),
-            (_backward_kernel, backward_launch(32760, 1, dim, capability)),
+            (forward_kernel, forward_launch(32760, dim, kind, capability)),
+            (backward_kernel, backward),
         ):
             types = argument_types(kernel, pointers, lengths)
             flags = "+".join(n.removesuffix("_ptr") for n in given + results if n in types)
-            label = f"{kernel.__name__.split('_')[1]} {dtype} D={dim} {kind} {flags}"
-            constexprs = {"D": dim, "BLOCK_D": launch.block_d, "KIND": kind}
-            cases[label] = AotCase(label, kernel, types, constexprs, launch.num_warps)
+            label = f"{kernel.__name__.split('_')[0]} {dtype} D={dim} {kind} {flags}"
+            constexprs = launch.constants(dim, kind)
+            constexprs |= {"CONVERTS": False} if kernel is forward_kernel else {}
+            cases[label] = AotCase(label, kernel, types, constexprs, **launch.options())
     return list(cases.values())
 
 

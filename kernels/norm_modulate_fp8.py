@@ -59,7 +59,7 @@ def _triton(x, weight, bias, scale, shift, scale_table, shift_table, row_index, 
     if tokens == 0:
         return y, y_scale
     chip = capability(x.device)
-    launch = forward_launch(tokens, dim, chip)
+    launch = forward_launch(tokens, dim, kind, chip, fp8=True)
     vectors = [t if t is None else t.contiguous() for t in (weight, bias, scale_table, shift_table)]
     forward_kernel[(launch.programs,)](
         x, y.view(torch.uint8), y_scale, *vectors[:2], scale, shift, *vectors[2:],
@@ -93,7 +93,7 @@ def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]
         pointers |= {name: "i64" if name == "row_index_ptr" else "fp32" for name in given}
         lengths = {"length_x": "i32" if given == indexed else None}
         types = argument_types(forward_kernel, pointers, lengths)
-        launch = forward_launch(32760, dim, capability)
+        launch = forward_launch(32760, dim, kind, capability, fp8=True)
         constexprs = launch.constants(dim, kind) | {"CONVERTS": converts(capability)}
         flags = "+".join(name.removesuffix("_ptr") for name in given)
         label = f"{dtype} D={dim} {kind} {flags}"

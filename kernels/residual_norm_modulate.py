@@ -1,6 +1,6 @@
 """Gated residual sum, and the next norm with its modulation.
 
-    x_out = x + y·γ_r,  γ_r = gate_table + gate[r]
+    x_out = x + y·γ_r,  γ_r = gate_table + gate[r]       see gated_residual.py
     h = norm_modulate(x_out, …)                          of the rounded x_out; see norm_modulate.py
 
 r is the row of a token (see _rows.py); gate may have another number of rows than scale and shift.
@@ -12,73 +12,43 @@ Shapes: x, y, x_out, h ``[B, L, D]`` or ``[N, D]``; gate ``[R, D]``, gate_table 
 norm_modulate. Dtypes: any mix; sums and products are float32 (float64 for float64 x); x_out and h
 are rounded once each, to x's dtype; t is not rounded between the two paths that form it.
 Saved for backward: x_out (which the model keeps anyway) and the rows; y only if the gate needs a
-gradient. gated_residual saves no x at all.
+gradient.
 Bytes: forward reads x and y and writes x_out and h; backward reads x_out, y and both gradients and
-writes d_x and d_y.
+writes d_x and d_y. Past D 6144 the sums over tokens take passes of their own over what they need.
 """
+
+import itertools
 
 import torch
 
-from prfl_fast.kernels import _rows
-from prfl_fast.kernels._checks import compute_dtype, require, require_same_device
+from prfl_fast.kernels._checks import compute_dtype, require
 from prfl_fast.kernels._norm import parameter_gradients
 from prfl_fast.kernels._registry import register
+from prfl_fast.kernels._residual_norm import (
+    backward_kernel,
+    backward_launch,
+    forward_kernel,
+    forward_launch,
+)
+from prfl_fast.kernels._rows import (
+    check_rows,
+    common_rows,
+    count_rows,
+    fold_rows,
+    row_group,
+    segments,
+    token_strides,
+)
+from prfl_fast.kernels._triton import AotCase, argument_types, capability
+from prfl_fast.kernels.gated_residual import check_residual, gate_gradients, gated_gradients
+from prfl_fast.kernels.gated_residual import reference as gated_reference
+from prfl_fast.kernels.gated_residual import reference_backward as gated_reference_backward
 from prfl_fast.kernels.norm_modulate import KINDS
 from prfl_fast.kernels.norm_modulate import reference as norm_reference
 from prfl_fast.kernels.norm_modulate import reference_backward as norm_reference_backward
 
 
 # Reference.
-def gated_reference(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_table: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-    upcast: torch.dtype | None = None,
-) -> torch.Tensor:
-    """x_out in plain PyTorch; ``upcast`` names the dtype computed in and returned."""
-    dtype = compute_dtype(x, upcast)
-    rows = _rows.table_plus_rows(gate_table, gate, dtype)
-    if rows is None:
-        # Two tensors of one dtype add with a single rounding in ATen already.
-        x_out = x + y if upcast is None else x.to(dtype) + y.to(dtype)
-        return x_out.to(upcast or x.dtype).contiguous()
-    row_index = row_index if gate is not None else None
-    wide_x, wide_y = (_rows.by_row(t.to(dtype), len(rows), row_index) for t in (x, y))
-    x_out = torch.addcmul(wide_x, wide_y, _rows.per_token(rows, row_index))
-    return x_out.to(upcast or x.dtype).reshape(x.shape).contiguous()
-
-
-def gated_reference_backward(
-    grad: torch.Tensor,
-    y: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    gate_table: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-    y_dtype: torch.dtype,
-    need_y: bool,
-    need_gate: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(d_y, d_gate [R, D])``, the latter in the wide dtype; an empty tensor for each not needed.
-
-    ``y`` may be absent if the gate needs no gradient.
-    """
-    dtype = compute_dtype(grad)
-    d_y, d_gate = grad.new_empty(0, dtype=y_dtype), grad.new_empty(0, dtype=dtype)
-    rows = _rows.table_plus_rows(gate_table, gate, dtype)
-    if rows is None:
-        return (grad.to(y_dtype, copy=True).contiguous() if need_y else d_y), d_gate
-    row_index = row_index if gate is not None else None
-    wide = _rows.by_row(grad.to(dtype), len(rows), row_index)
-    if need_gate and y is not None:
-        product = wide * _rows.by_row(y.to(dtype), len(rows), row_index)
-        d_gate = _rows.sum_by_row(product, len(rows), row_index)
-    if need_y:
-        d_y = (wide * _rows.per_token(rows, row_index)).to(y_dtype).reshape(grad.shape)
-    return d_y.contiguous(), d_gate
-
-
 def reference(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -158,16 +128,125 @@ def _norm_index(
     return row_index if scale is not None or shift is not None else None
 
 
+# Launch. The kernels are in _residual_norm.py.
+def _triton_forward(
+    x, y, gate, weight, bias, gate_table, scale, shift, scale_table, shift_table, row_index, kind,
+    eps,
+):  # fmt: skip
+    out, h = x.new_empty(x.shape), x.new_empty(x.shape)
+    dim = x.shape[-1]
+    tokens = x.numel() // dim
+    if tokens == 0:
+        return out, h
+    launch = forward_launch(tokens, dim, capability(x.device))
+    gate_rows, norm_rows = count_rows(gate), count_rows(scale, shift)
+    rows = common_rows(gate_rows, norm_rows, row_index)
+    row_index = row_index if rows > 1 else None
+    vectors = [
+        t if t is None else t.contiguous()
+        for t in (gate_table, weight, bias, scale_table, shift_table)
+    ]
+    forward_kernel[(launch.programs,)](
+        x, y, out, h, gate, *vectors[:3], scale, shift, *vectors[3:],
+        None if row_index is None else row_index.contiguous(),
+        *token_strides(x), *token_strides(y),
+        *(0 if t is None else t.stride(0) for t in (gate, scale, shift)),
+        row_group(rows, gate_rows), row_group(rows, norm_rows),
+        tokens, tokens // rows, -(-tokens // launch.programs), eps,
+        **launch.constants(dim, kind), **launch.options(),
+    )  # fmt: skip
+    return out, h
+
+
+def _triton_backward(
+    grad, grad_h, x_out, y, gate, weight, gate_table, scale, scale_table, row_index, gate_rows,
+    norm_rows, kind, eps, y_dtype, need_x, need_y, need_gate, need_dot, need_total,
+):  # fmt: skip
+    dim = x_out.shape[-1]
+    tokens = x_out.numel() // dim
+    rows = common_rows(gate_rows, norm_rows, row_index)
+    row_index = row_index if rows > 1 else None
+    itemsize = max(x_out.itemsize, y.itemsize if need_gate else 0)
+    sums = need_gate or need_dot or need_total
+    launch = backward_launch(tokens, rows, dim, itemsize, capability(x_out.device), sums)
+    grad, grad_h = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (grad, grad_h))
+    order, bounds = (None, None) if row_index is None else segments(row_index, rows)
+    needs = {"dx": need_x, "dy": need_y, "gate_sum": need_gate, "dot": need_dot}
+    needs |= {"total": need_total}
+    results = {}
+    for name, need in needs.items():
+        dtype = {"dx": x_out.dtype, "dy": y_dtype}.get(name, torch.float32)
+        shape = x_out.shape if name in ("dx", "dy") else (rows, launch.programs, dim)
+        results[name] = x_out.new_empty(shape if need else 0, dtype=dtype)
+    vectors = [t if t is None else t.contiguous() for t in (gate_table, weight, scale_table)]
+    for names in launch.passes:
+        written = [results[n] if needs[n] and n in names else None for n in needs]
+        if all(t is None for t in written):
+            continue
+        x = x_out if kind != "none" or written[3] is not None else None
+        tokenwise = (grad, grad_h, x, y if written[2] is not None else None)
+        strides = [(0, 0, None) if t is None else token_strides(t) for t in tokenwise]
+        backward_kernel[(rows * launch.programs,)](
+            *tokenwise, *written, gate, *vectors[:2], scale, vectors[2], order, bounds,
+            *itertools.chain(*strides), *(0 if t is None else t.stride(0) for t in (gate, scale)),
+            row_group(rows, gate_rows), row_group(rows, norm_rows), tokens // rows,
+            launch.programs, eps, **launch.constants(dim, kind), **launch.options(),
+        )  # fmt: skip
+    for name, count in (("gate_sum", gate_rows), ("dot", norm_rows), ("total", norm_rows)):
+        if needs[name]:
+            results[name] = fold_rows(results[name], count)
+    return tuple(results.values())
+
+
+def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
+    """The joints of a Wan block, D of the 1.3B and 14B models; ``every``: all flags, D to 8192."""
+    gate: tuple[str, ...] = ("gate_ptr", "gate_table_ptr")
+    rows: tuple[str, ...] = ("scale_ptr", "shift_ptr", "scale_table_ptr", "shift_table_ptr")
+    affine: tuple[str, ...] = ("weight_ptr", "bias_ptr")
+    indexed = (*gate, *rows, "row_index_ptr", "order_ptr", "bounds_ptr")
+    sums: tuple[str, ...] = ("gate_sum_ptr", "dot_ptr", "total_ptr")
+    results: tuple[str, ...] = ("dx_ptr", "dy_ptr")
+    chosen = [
+        (1536, "bf16", "layer", gate + affine, results + sums),
+        (5120, "bf16", "layer", gate + affine, results + sums),
+        (5120, "bf16", "layer", rows, results[:1] + sums[1:]),
+        (5120, "fp32", "layer", gate + rows, results + sums),
+    ]
+    if every:
+        chosen = [
+            (dim, dtype, kind, given, wanted)
+            for dim, dtype, kind in itertools.product((1536, 5120, 8192), ("bf16", "fp32"), KINDS)
+            for given in ((), gate + affine, rows, gate + rows + affine, indexed)
+            for wanted in (results, sums, results + sums)
+        ]
+    cases = {}
+    for dim, dtype, kind, given, wanted in chosen:
+        tokens = ("x_ptr", "y_ptr", "out_ptr", "h_ptr", "grad_ptr", "grad_h_ptr", *results)
+        pointers = dict.fromkeys((*tokens[:6], *given, *wanted), dtype)
+        pointers |= {name: "fp32" for name in pointers if name not in tokens}
+        pointers |= {name: "i64" for name in pointers if name in indexed[6:]}
+        others: dict[str, str | None] = dict.fromkeys(("gate_group", "norm_group"))
+        others |= {f"length_{name}": "i32" if given == indexed else None for name in "xygh"}
+        itemsize = 4 if dtype == "fp32" else 2
+        backward = backward_launch(32760, 1, dim, itemsize, capability, wanted != results)
+        launches = [(forward_kernel, forward_launch(32760, dim, capability), pointers)]
+        for names in backward.passes:
+            later = {name for name in wanted if name.removesuffix("_ptr") not in names}
+            if later < set(wanted):
+                now = {name: t for name, t in pointers.items() if name not in later}
+                launches.append((backward_kernel, backward, now))
+        for kernel, launch, passed in launches:
+            types = argument_types(kernel, passed, others)
+            flags = "+".join(n.removesuffix("_ptr") for n in given + wanted if n in types)
+            label = f"{kernel.__name__.split('_')[0]} {dtype} D={dim} {kind} {flags}"
+            constexprs = launch.constants(dim, kind) | {"gate_group": 1, "norm_group": 1}
+            cases[label] = AotCase(label, kernel, types, constexprs, **launch.options())
+    return list(cases.values())
+
+
 # Registration.
 def _fake(x, y, *_):
     return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def _fake_gated_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need_gate):
-    d_y = grad.new_empty(grad.shape if need_y else 0, dtype=y_dtype)
-    has_gate = need_gate and not (gate is None and gate_table is None)
-    sums = (_rows.count_rows(gate), grad.shape[-1]) if has_gate else 0
-    return d_y, grad.new_empty(sums, dtype=compute_dtype(grad))
 
 
 def _fake_backward(
@@ -184,54 +263,15 @@ def _fake_backward(
     )
 
 
-_gated_op = register("gated_residual", gated_reference, fake=lambda x, *_: x.new_empty(x.shape))
-_gated_backward_op = register(
-    "gated_residual_backward", gated_reference_backward, fake=_fake_gated_backward
-)
-_forward_op = register("residual_norm_modulate", reference, fake=_fake)
-_backward_op = register("residual_norm_modulate_backward", reference_backward, fake=_fake_backward)
-
-
-def _gate_gradients(d_gate, needs, dtypes):
-    """Gradients of gate and gate_table (or None) from the sums over the tokens of each row."""
-    sums = (d_gate, d_gate.sum(0) if needs[1] else None)
-    return [s.to(d) if need else None for s, need, d in zip(sums, needs, dtypes, strict=True)]
+_forward_op = register("residual_norm_modulate", reference, fake=_fake, triton=_triton_forward)
+_backward_op = register(
+    "residual_norm_modulate_backward", reference_backward, fake=_fake_backward,
+    triton=_triton_backward,
+)  # fmt: skip
 
 
 def _dtypes(*tensors):
     return [None if t is None else t.dtype for t in tensors]
-
-
-def _setup_gated_context(ctx, inputs, output):
-    _, y, gate, gate_table, row_index = inputs
-    ctx.y_dtype, ctx.dtypes = y.dtype, _dtypes(gate, gate_table)
-    need_gate = any(ctx.needs_input_grad[2:4])
-    ctx.save_for_backward(y if need_gate else None, gate, gate_table, row_index)
-
-
-def _gated_backward(ctx, grad):
-    y, gate, gate_table, row_index = ctx.saved_tensors
-    return *_gated_gradients(ctx, grad, y, gate, gate_table, row_index, ctx.needs_input_grad), None
-
-
-def _gated_gradients(ctx, grad, y, gate, gate_table, row_index, needs_input_grad):
-    """Gradients of x, y, gate, gate_table of the gated sum alone."""
-    need_x, need_y, *needs = needs_input_grad[:4]
-    if gate is None and gate_table is None:
-        return grad if need_x else None, grad.to(ctx.y_dtype) if need_y else None, None, None
-    d_y = d_gate = None
-    if need_y or any(needs):
-        d_y, d_gate = _gated_backward_op(
-            grad, y, gate, gate_table, row_index, ctx.y_dtype, need_y, any(needs)
-        )
-    return (
-        grad if need_x else None,
-        d_y if need_y else None,
-        *_gate_gradients(d_gate, needs, ctx.dtypes[:2]),
-    )
-
-
-_gated_op.register_autograd(_gated_backward, setup_context=_setup_gated_context)
 
 
 def _setup_context(ctx, inputs, output):
@@ -240,7 +280,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.y_dtype = y.dtype
     ctx.dtypes = _dtypes(gate, gate_table, weight, bias, scale, shift, scale_table, shift_table)
-    ctx.rows = _rows.count_rows(scale, shift)
+    ctx.rows = count_rows(scale, shift)
     need_gate = ctx.needs_input_grad[2] or ctx.needs_input_grad[5]
     kept_y = y if need_gate else None
     ctx.save_for_backward(
@@ -258,7 +298,7 @@ def _backward(ctx, grad, grad_h):
         return (None,) * 13
     if grad_h is None:
         flags = (need_x, need_y, *gate_needs)
-        d_x, d_y, d_gate, d_table = _gated_gradients(
+        d_x, d_y, d_gate, d_table = gated_gradients(
             ctx, grad, y, gate, gate_table, row_index, flags
         )
         return d_x, d_y, d_gate, None, None, d_table, *(None,) * 7
@@ -268,12 +308,12 @@ def _backward(ctx, grad, grad_h):
     same = not gated and ctx.y_dtype == x_out.dtype  # then d_y is d_x
     d_x, d_y, d_rows, dot, total = _backward_op(
         grad, grad_h, x_out, y, gate, weight, gate_table, scale, scale_table, row_index,
-        _rows.count_rows(gate), ctx.rows, ctx.kind, ctx.eps, ctx.y_dtype,
+        count_rows(gate), ctx.rows, ctx.kind, ctx.eps, ctx.y_dtype,
         need_x or (same and need_y), need_y and not same, any(gate_needs),
         need_weight or need_scale,
         need_bias or need_shift or need_shift_table or (need_scale and bias is not None),
     )  # fmt: skip
-    d_gate, d_table = _gate_gradients(d_rows, gate_needs, ctx.dtypes[:2])
+    d_gate, d_table = gate_gradients(d_rows, gate_needs, ctx.dtypes[:2])
     d_weight, d_bias, *rest = parameter_gradients(
         dot, total, weight, bias, scale, scale_table, needs, ctx.dtypes[2:]
     )
@@ -286,48 +326,7 @@ def _backward(ctx, grad, grad_h):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# Public functions.
-def _check_residual(
-    op: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_table: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> None:
-    _rows.check_tokens(op, "x", x)
-    _rows.check_tokens(op, "y", y)
-    require(y.shape == x.shape, op, "y", y, f"x's shape {list(x.shape)}")
-    require_same_device(op, x=x, y=y)
-    _rows.check_rows(op, x, {"gate_table": gate_table}, {"gate": gate}, row_index)
-
-
-def gated_residual(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None = None,
-    *,
-    gate_table: torch.Tensor | None = None,
-    row_index: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``x + y·(gate_table + gate[row])``, or ``x + y`` without a gate, rounded once to x's dtype.
-
-    Args:
-        x, y: ``[B, L, D]`` or ``[N, D]``; the last axis is contiguous, the others have any stride.
-        gate: ``[R, D]``; R divides the tokens, and token n of N uses row n // (N / R).
-        gate_table: ``[D]``, added to every row of gate in float32, or the whole gate.
-        row_index: int32 or int64, x's shape without D: names the row of each token instead.
-
-    Returns:
-        x_out, of x's shape and dtype, contiguous.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device other than the above.
-    """
-    _check_residual("gated_residual", x, y, gate, gate_table, row_index)
-    return _gated_op(x, y, gate, gate_table, row_index)
-
-
+# Public function.
 def residual_norm_modulate(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -361,11 +360,11 @@ def residual_norm_modulate(
     op = "residual_norm_modulate"
     norm_index = _norm_index(row_index, scale, shift)
     gate_index = row_index if gate is not None or norm_index is None else None
-    _check_residual(op, x, y, gate, gate_table, gate_index)
+    check_residual(op, x, y, gate, gate_table, gate_index)
     vectors = {
         "weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table,
     }  # fmt: skip
-    _rows.check_rows(op, x, vectors, {"scale": scale, "shift": shift}, norm_index)
+    check_rows(op, x, vectors, {"scale": scale, "shift": shift}, norm_index)
     require(kind in KINDS, op, "kind", kind, f"one of {', '.join(KINDS)}")
     require(eps >= 0, op, "eps", eps, "a number ≥ 0")
     return _forward_op(

@@ -24,6 +24,7 @@ from prfl_fast.kernels import (
     qk_norm_rope,
     query_pool,
     residual_norm_modulate,
+    rms_norm,
     rope_table,
 )
 
@@ -201,7 +202,7 @@ def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch
         else:
             extra_k, extra_v = _project((parts.add_k_proj, parts.add_v_proj), image)
         norm = parts.norm_added_k
-        extra_k = norm_modulate(extra_k, norm.weight, kind="rms", eps=norm.eps)
+        extra_k = rms_norm(extra_k, norm.weight, eps=norm.eps)
     out, _ = attention(q, k, v, heads=parts.heads, extra_k=extra_k, extra_v=extra_v)
     return _project_out(parts.to_out, out)
 

@@ -39,7 +39,8 @@ BACKWARD = {
     "prfl_fast::attention_backward": 2,
     "prfl_fast::qk_norm_rope_backward": 2,
     "prfl_fast::norm_modulate_backward": 1,
-    # The residual stream enters the first norm and the first residual sum: autograd adds the two.
+    # The residual stream enters the first norm and the first residual sum; autograd adds the two
+    # gradients: to do that itself, an operation would have to return its input, which none may.
     "aten::add": 1,
 }
 # Training adds a weight gradient for each product and the sum over tokens for each bias but up's.

@@ -353,20 +353,29 @@ def test_offsets_past_int32(triton_backend, tmp_path):
 @pytest.mark.parametrize("dim", [1, 64, 96, 1536, 3072, 5120, 8192])
 def test_launches_are_sane(dim, capability):
     for tokens, rows in ((1, 1), (2, 2), (32760, 1), (32760, 21), (75600, 75600), (10**6, 3)):
-        forward = module.forward_launch(tokens, dim, capability)
-        backward = module.backward_launch(tokens, rows, dim, capability)
-        for launch in (forward, backward):
-            assert dim <= launch.block_d < max(2 * dim, 64)
+        forward, bare = (
+            module.forward_launch(tokens, dim, kind, capability) for kind in ("layer", "none")
+        )
+        backward = [
+            module.backward_launch(tokens, rows, dim, itemsize, capability, sums)
+            for itemsize, sums in itertools.product((2, 4), (False, True))
+        ]
+        for launch in (forward, bare, *backward):
+            threads, elements = 32 * launch.num_warps, launch.head + launch.tail
+            assert dim <= elements < max(2 * dim, 65)
             assert launch.num_warps in (1, 2, 4, 8, 16)
-            assert (
-                launch.block_d <= 16 * 32 * launch.num_warps
-            )  # what keeps registers from spilling
-        assert 1 <= forward.programs <= tokens <= forward.programs * -(-tokens // forward.programs)
-        assert 1 <= backward.programs <= max(1, tokens // rows)
-    assert module.forward_launch(8, dim, capability) == module.forward_launch(8, dim, capability)
+            assert min(launch.head, launch.tail) >= threads  # a piece is at least one each
+            assert elements <= 20 * threads  # what keeps registers from spilling
+            assert 1 <= launch.programs <= max(1, tokens)
+        assert tokens <= forward.programs * -(-tokens // forward.programs)
+        assert all(launch.programs <= max(1, tokens // rows) for launch in backward)
+        assert all(launch.head + launch.tail <= 512 * launch.num_warps for launch in backward[1::2])
     # A million tokens write no more partial rows than thirty thousand.
-    many, few = (module.backward_launch(n, 1, dim, capability) for n in (10**6, 32760))
+    many, few = (module.backward_launch(n, 1, dim, 2, capability, True) for n in (10**6, 32760))
     assert many == few
+    # Two programs a processor of the forward at Wan's largest D, in the registers of 16 warps.
+    wide_launch = module.forward_launch(32760, 5120, "rms", capability)
+    assert (wide_launch.num_warps, wide_launch.registers) == (8, 128)
 
 
 def test_token_strides_spare_the_division():
