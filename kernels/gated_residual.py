@@ -158,7 +158,10 @@ def _backward_kernel(
         tl.store(sum_ptr + i_partial * D + o_d, b_sum, mask=m_d)
 
 
-# Launch.
+# Launch. Without a limit ptxas may spill a register or two to fit one more program.
+REGISTERS = 64
+
+
 @dataclass(frozen=True)
 class Launch:
     """``chunks`` × ``programs`` of a kernel, in all (forward) or for each gate row (backward)."""
@@ -206,6 +209,7 @@ def _triton_forward(x, y, gate, gate_table, row_index):
         *token_strides(x), *token_strides(y), 0 if gate is None else gate.stride(0),
         tokens, tokens // count_rows(gate), -(-tokens // launch.programs),
         D=dim, BLOCK_D=launch.block_d, CHUNKS=launch.chunks, num_warps=launch.num_warps,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     return out
 
@@ -229,6 +233,7 @@ def _triton_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need
         *token_strides(grad), *(token_strides(y) if need_gate else (0, 0, None)),
         0 if gate is None else gate.stride(0), tokens // rows, launch.programs,
         D=dim, BLOCK_D=launch.block_d, CHUNKS=launch.chunks, num_warps=launch.num_warps,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     if partial is None:
         return d_y, grad.new_empty(0, dtype=torch.float32)
@@ -269,7 +274,8 @@ def aot_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]
             flags = "+".join(n.removesuffix("_ptr") for n in given + wanted if n in types)
             label = f"{kernel.__name__.split('_')[1]} {dtype} D={dim} {flags}"
             constexprs = {"D": dim, "BLOCK_D": launch.block_d, "CHUNKS": launch.chunks}
-            cases[label] = AotCase(label, kernel, types, constexprs, launch.num_warps)
+            options = {"num_warps": launch.num_warps, "maxnreg": REGISTERS}
+            cases[label] = AotCase(label, kernel, types, constexprs, **options)
     return list(cases.values())
 
 
