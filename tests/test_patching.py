@@ -3,6 +3,7 @@ peft.
 """
 
 import copy
+import math
 import types
 
 import numerics
@@ -58,6 +59,33 @@ def test_outputs_and_gradients_within_twice(case, layout):
         f"output error ratio {ratios['output']:.2f}, worst gradient {ratios[worst]:.2f} ({worst})"
     )
     assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", wan.CASES)
+def test_triton_kernels_through_a_whole_model(case, triton_backend):
+    """Every kernel of a block, forward and backward, as the adapter calls it.
+
+    One seed: a single gradient's error ratio scatters (see above), their geometric mean does not.
+    """
+    size = {"size": (1, 4, 4), "batch": 1, "text_tokens": 3}
+    model = wan.tiny_wan(case, layers=1)
+    arguments = wan.inputs(case, **size)
+    oracle_out, oracle = wan.run(model, *arguments, double=True)
+    plain_out, plain = wan.run(model, *arguments)
+    out, gradients = wan.run(prfl_fast.patch(model), *arguments)
+    numerics.assert_within_twice(out, plain_out, oracle_out, rounding=4)
+    ratios = {}
+    for name, exact in oracle.items():
+        assert (gradients[name] is None) == (exact is None), name
+        if exact is not None:
+            assert torch.isfinite(gradients[name]).all(), name
+            ours, theirs = (g[name].double() - exact for g in (gradients, plain))
+            ratios[name] = (ours.norm() / theirs.norm().clamp_min(1e-12)).item()
+    mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    worst = max(ratios, key=ratios.__getitem__)
+    print(f"errors over the unpatched model's: {mean:.2f}, worst {ratios[worst]:.2f} ({worst})")
+    assert mean <= 1.5 and ratios[worst] <= 6
 
 
 def test_patch_is_reversible_idempotent_and_per_instance():
