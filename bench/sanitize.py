@@ -129,8 +129,8 @@ def main() -> int:
         nonlocal status
         try:
             print(f"{name}: error {run():.1e}")
-        except AssertionError as failure:
-            print(f"{name}: {failure}", file=sys.stderr)
+        except Exception as failure:  # whatever it is, the other operations are still to be watched
+            print(f"{name}: {type(failure).__name__}: {failure}", file=sys.stderr)
             status = 1
 
     for preset in PRESETS:

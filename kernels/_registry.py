@@ -77,11 +77,13 @@ class Operation:
     def __call__(self, *args: Any) -> Any:
         tensor = next(a for a in _tensors(args))
         implementation = getattr(self, self.choose(tensor.device, tensor.dtype).backend)
-        if tensor.device.type != "cuda":
-            return implementation(*args)
-        # Triton launches on the current device, whatever the tensors say.
-        with torch.cuda.device(tensor.device):
-            return implementation(*args)
+        # The caller's autocast has cast what comes in; inside it would round sums of ours.
+        with torch.autocast(tensor.device.type, enabled=False):
+            if tensor.device.type != "cuda":
+                return implementation(*args)
+            # Triton launches on the current device, whatever the tensors say.
+            with torch.cuda.device(tensor.device):
+                return implementation(*args)
 
 
 def _tensors(args: tuple[Any, ...]) -> Any:

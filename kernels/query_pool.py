@@ -241,6 +241,7 @@ class Launch:
 
 
 MAX_TRITON_HEADS = 64  # a tile holds the scores of all heads
+MAX_GRID = 65535  # programs on the second axis of a grid
 MERGE_BLOCK = {"BLOCK_C": 16, "BLOCK_D": 64}
 
 
@@ -255,7 +256,7 @@ def launch_config(heads: int, dtype: torch.dtype) -> Launch:
 def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, dim = x.shape
     heads = queries.shape[0]
-    if heads > MAX_TRITON_HEADS:
+    if heads > MAX_TRITON_HEADS or batch * heads > MAX_GRID:
         return reference(x, queries)
     launch = launch_config(heads, x.dtype)
     chunks = triton.cdiv(tokens, launch.block_t)
@@ -277,7 +278,7 @@ def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch
 def _triton_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_queries):
     batch, tokens, dim = x.shape
     heads = queries.shape[0]
-    if heads > MAX_TRITON_HEADS:
+    if heads > MAX_TRITON_HEADS or batch * heads > MAX_GRID:
         given = (grad_pooled, grad_lse, x, queries, pooled, lse)
         return reference_backward(*given, need_x, need_queries)
     launch = launch_config(heads, x.dtype)

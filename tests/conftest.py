@@ -31,8 +31,11 @@ import prfl_fast.kernels as kernels  # noqa: E402
 from prfl_fast.kernels._triton import HAS_TRITON  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if HAS_GPU and "triton" in item.keywords:
+            item.add_marker(pytest.mark.gpu)  # there the kernels run compiled: -m gpu takes them
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if "triton" in item.keywords and not HAS_TRITON:

@@ -10,6 +10,7 @@ which tracks bodies in decoded frames and which no training sees.
 
 import copy
 import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from prfl_fast.trainer import RewardFeedback, RewardFit, SupervisedFlow, Trainer
 
 LABEL = "motion_quality"
 CHANCE = 0.5  # half of the clips have a defect
+PATCHED = os.environ.get("PRFL_FAST_BENCH_PATCHED") == "1"  # also on a CPU
 ARMS = {"sft": "SFT only", "rgb_refl": "RGB ReFL + SFT", "prfl": "PRFL + SFT"}
 
 
@@ -254,6 +256,11 @@ def run_arm(start: Start, arm: str, seed: int) -> dict[str, Any]:
     s, began = start.settings, time.perf_counter()
     model = copy.deepcopy(start.generator).requires_grad_(True)
     device = next(model.parameters()).device
+    if PATCHED or device.type == "cuda":
+        # At the CPU's sizes dispatching dominates and the fused operations have nothing to gain.
+        # Patched here, as a patched model does not pickle.
+        prfl_fast.patch(model)
+        prfl_fast.patch(start.reward.backbone)
     batches = partial(Batches, start.clips.samples())
     sft = SupervisedFlow(model, batches(32, 10 * seed + 1))
     if arm == "prfl":
@@ -473,10 +480,6 @@ def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
     samples = clips.samples()
     generator = train_generator(samples, s, context)
     reward = train_reward(generator, samples, s, context)
-    if device.type == "cuda":
-        # At the CPU's sizes dispatching dominates and the fused operations have nothing to gain.
-        prfl_fast.patch(generator)
-        prfl_fast.patch(reward.backbone)
     text = held_out.text[: s.prompts].to(device)
     start = Start(generator, reward, pixel.result(), clips, {"encoder_hidden_states": text}, s)
     trained = time.perf_counter() - began

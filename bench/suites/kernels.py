@@ -6,6 +6,7 @@ result at the timed size. On a GPU all Wan sizes are measured unless one is name
 shapes, with what the compiled kernels would use of each architecture (resources.py).
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -175,6 +176,8 @@ def _compiled(case: Case) -> Callable[[Tensors], Any]:
 
 def _free_bytes(context: Context) -> int:
     if context.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(context.device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
@@ -184,7 +187,7 @@ def _free_bytes(context: Context) -> int:
 
 def _check_fits(case: Case, preset: Preset, context: Context) -> None:
     """Raise ``Unavailable`` for a case that this machine cannot hold or finish."""
-    widest = preset.ffn_dim if case.op == "bias_gelu" else preset.dim
+    widest = preset.ffn_dim if case.op in ("bias_gelu", "gelu_fp8") else preset.dim
     # Inputs, outputs, cotangents, gradients and the naive formula's fp32 temporaries, twice.
     need = 24 * preset.tokens * widest * 4
     free = _free_bytes(context)
@@ -285,8 +288,12 @@ def measure(
 
 
 def run_on(name: str, case: Case, tensors: Tensors) -> Any:
-    """The case's outputs by one backend."""
-    with harness.backend(name):
+    """The case's outputs by one backend.
+
+    "reference" is how an operation without kernels of ours shows up, fp8_linear say: it runs as it
+    would by itself.
+    """
+    with harness.backend("auto" if name == "reference" else name):
         return case.ours(tensors)
 
 
@@ -354,9 +361,15 @@ def run(context: Context) -> SuiteResult:
                 record = measure(case, preset, replace(context, preset=preset), copy)
             except Unavailable as error:
                 record["skipped"] = str(error)
+            except KeyboardInterrupt:  # bench/gpu.sh's time limit: what was measured is kept
+                problems.append(f"interrupted in {preset.name} {case.name}")
+                break
             except AssertionError as error:
                 problems.append(f"{case.name}: {error}")
                 record["failed"] = str(error)
+            except Exception as error:  # one operation's failure must not cost the others' numbers
+                record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                problems.append(f"{case.name}: {record['failed']}")
             cases.append(record)
             bar.update()
     tables, figures = [], {}

@@ -82,6 +82,8 @@ def test_forward_and_gradients(backend, shape, dtype):
     # The Triton backward has g·pooled from the forward: g·x - g·pooled leaves the rounding of both
     # where plain PyTorch, with Σ p (g·x) instead, has an exact zero. One token shows it.
     rounding = 4 if backend == "reference" else 16
+    if backend == "triton" and dtype == HALF and not INTERPRETING:
+        rounding = 2**14  # on a GPU the products of a 16-bit x are TF32: 2⁻¹¹ of a score's terms
     check(query_pool, naive, make(*shape, dtype, torch.float32), rounding=rounding)
 
 

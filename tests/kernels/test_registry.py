@@ -181,3 +181,12 @@ def test_everything_imports_and_runs_without_triton():
     assert run.returncode == 0, run.stderr
     assert "triton is not installed: pip install triton" in run.stdout
     assert "triton is not installed" in run.stdout.splitlines()[1]
+
+
+def test_autocast_does_not_reach_inside():
+    """A caller's autocast casts what it passes on, not the sums of an operation."""
+    x, queries = torch.randn(1, 40, 16), torch.randn(2, 16)
+    expected, _ = kernels.query_pool(x, queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, _ = kernels.query_pool(x, queries)
+    assert torch.equal(pooled, expected)
