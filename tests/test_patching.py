@@ -85,7 +85,7 @@ def test_triton_kernels_through_a_whole_model(case, triton_backend):
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     worst = max(ratios, key=ratios.__getitem__)
     print(f"errors over the unpatched model's: {mean:.2f}, worst {ratios[worst]:.2f} ({worst})")
-    assert mean <= 1.5 and ratios[worst] <= 6
+    assert mean <= 1.5 and ratios[worst] <= 4
 
 
 def test_patch_is_reversible_idempotent_and_per_instance():
