@@ -11,19 +11,17 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from prfl_fast import __version__, kernels
-from prfl_fast.kernels._registry import OPERATIONS
+from prfl_fast.costs import CPU_FLOPS
+from prfl_fast.ledger import Ledger, storage_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "prfl_fast bench 1"
@@ -285,13 +283,6 @@ def matmul_ceiling(context: Context) -> float:
     return 2 * side**3 / timing.median
 
 
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    try:
-        return tensor.untyped_storage()
-    except NotImplementedError:  # sparse tensors have none
-        return None
-
-
 def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
     """Bytes autograd keeps for the backward of ``forward()``, each storage once; ``exclude``:
     weights, say.
@@ -300,7 +291,7 @@ def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if storage is not None and storage._cdata not in skip:
             kept[storage._cdata] = storage
         return tensor
@@ -312,49 +303,6 @@ def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
     return total
 
 
-class MemoryLedger(TorchDispatchMode):
-    """Live and peak bytes of tensor storages that are allocated inside the context, on any device.
-
-    Every operation's new storages are entered when it returns and struck out when they are freed.
-    prfl_fast's own operations are opened up, so that their temporaries count as those of plain
-    PyTorch do. What one ATen kernel allocates and frees inside itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def _enter(self, tensor: object, new: bool) -> None:
-        storage = _storage(tensor) if isinstance(tensor, torch.Tensor) else None
-        if storage is None or storage._cdata in self._known:
-            return
-        key, size = storage._cdata, storage.nbytes() if new else 0
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._strike, key, size).atexit = False
-
-    def _strike(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            self._enter(leaf, new=False)
-        operation = OPERATIONS.get(func._opname) if func.namespace == "prfl_fast" else None
-        if operation is not None and not kwargs:
-            with self:
-                out = operation(*args)
-        else:
-            out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            self._enter(leaf, new=True)
-        return out
-
-
 def peak_bytes(thunk: Thunk, device: torch.device) -> int:
     """Most bytes alive at once of what ``thunk()`` allocates: by the allocator on CUDA, by the
     ledger on the CPU.
@@ -364,7 +312,7 @@ def peak_bytes(thunk: Thunk, device: torch.device) -> int:
     """
     gc.collect()
     if device.type != "cuda":
-        with MemoryLedger() as ledger:
+        with Ledger(open_operations=True) as ledger:
             thunk()
         return ledger.peak
     torch.cuda.empty_cache()
@@ -378,31 +326,11 @@ def peak_bytes(thunk: Thunk, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _attention_flops(query: Sequence[int], key: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    batch, heads, length, size = query
-    return 4 * batch * heads * length * key[2] * size
-
-
-def _attention_backward_flops(
-    grad: Any, query: Sequence[int], key: Sequence[int], *args: Any, **kwargs: Any
-) -> int:
-    batch, heads, length, size = query
-    return (
-        10 * batch * heads * length * key[2] * size
-    )  # five products, as PyTorch counts the CUDA kernels
-
-
 def count_flops(thunk: Thunk) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in
     ``thunk()``.
     """
-    aten = torch.ops.aten
-    formulas = {
-        # PyTorch counts attention on CUDA but not the CPU kernels.
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
         thunk()
     return counter.get_total_flops()
 

@@ -120,7 +120,8 @@ def _backward_one(
     nothing = grad.new_empty(0)
     d_z = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if turns is not None:
-        _pairs(d_z, heads).mul_(turns.conj())
+        # Not conj(): under a dispatch mode PyTorch drops the lazy conjugate in a custom operation.
+        _pairs(d_z, heads).mul_(turns.conj_physical())
     if x is None or weight is None:
         return (d_z.to(grad.dtype) if need_x else nothing), nothing
     groups, d_z = _grouped(x, heads, per_head), _grouped(d_z, heads, per_head)

@@ -5,13 +5,23 @@
     plan = prfl_fast.GradientPlan.prfl(points=5)
     step = prfl_fast.PRFL(transformer, reward, prfl_fast.FlowUniPC(), plan)
     loss = step(noise, conditions).loss  # gradients are in .grad
+
+To fit a GPU, before adapters and the optimizer:
+
+    found = prfl_fast.plan(transformer, budget="48GiB")
+    prfl_fast.apply_memory(transformer, reward, found.memory)
 """
 
 from prfl_fast import kernels, modules
 from prfl_fast._version import __version__
+from prfl_fast.checkpointing import checkpoint
+from prfl_fast.config import Memory
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.kernels import set_backend
+from prfl_fast.memory import apply_memory
 from prfl_fast.patching import patch, unpatch
+from prfl_fast.planner import plan
+from prfl_fast.quantised import quantise
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rgb_refl import RGBReFL
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
@@ -24,14 +34,19 @@ __all__ = [
     "FlowUniPC",
     "GradientPlan",
     "LatentRewardModel",
+    "Memory",
     "PRFLOutput",
     "RGBReFL",
     "TrainSettings",
     "Trainer",
     "__version__",
+    "apply_memory",
+    "checkpoint",
     "kernels",
     "modules",
     "patch",
+    "plan",
+    "quantise",
     "rollout",
     "set_backend",
     "sft_loss",

@@ -1,9 +1,9 @@
-"""``prfl-fast``: doctor, train-reward, train, score.
+"""``prfl-fast``: doctor, plan, train-reward, train, score.
 
 Everything a run needs is read, checked and loaded before the first file is written. A problem is
-one line on stderr and exit code 2; 3 if training stopped over non-finite losses; 128 + the signal's
-number if a signal ended it. Optional packages are imported by the command that needs them, so
-``doctor`` works with torch alone.
+one line on stderr and exit code 2. Others are 1 if no plan fits, 3 if training stopped over
+non-finite losses, 4 if a device was full, 128 + the signal's number if a signal ended the run.
+Optional packages are imported by the command that needs them, so ``doctor`` works with torch alone.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import logging
 import os
 import platform
 import random
@@ -26,6 +27,7 @@ import torch
 from prfl_fast import kernels
 from prfl_fast._extras import MissingExtra, need
 from prfl_fast._version import __version__
+from prfl_fast.cli_plan import add_options, run_plan
 from prfl_fast.kernels._attention_choice import report as attention_report
 from prfl_fast.kernels._registry import extension_report
 
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
     )
     from prfl_fast.data import LatentDataset
     from prfl_fast.reward import LatentRewardModel
-    from prfl_fast.trainer import Trainer, TrainSettings
+    from prfl_fast.trainer import Precision, Trainer, TrainSettings
 
-BAD_INPUT, NON_FINITE = 2, 3
+BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
 _PACKAGES = (
     "triton",
     "diffusers",
@@ -53,6 +55,7 @@ _PACKAGES = (
     "yaml",
     "tensorboard",
     "bitsandbytes",
+    "torchao",
 )
 _ATTENTION = ("flash_attn", "flash_attn_interface", "xformers")
 
@@ -68,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor", help="what is installed, and which backend each operation uses and why"
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(
+        commands.add_parser(
+            "plan",
+            usage="prfl-fast plan [options]",
+            help="choose what training keeps where, so that it fits a GPU; needs none",
+        )
+    )
     for name, text in (
         ("train-reward", "train a latent reward model"),
         ("train", "train a generator with reward feedback and supervised steps"),
@@ -85,14 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)
     except KeyboardInterrupt:
         return 130
-    except torch.OutOfMemoryError as error:
-        advice = "lower run.batch_size, or turn hardware.gradient_checkpointing on"
-        problem = f"{str(error).splitlines()[0]} To do: {advice}"
     except (ValueError, TypeError, OSError, MissingExtra) as error:
         problem = str(error)
     except RuntimeError as error:
-        from prfl_fast.trainer import NonFiniteTraining
+        from prfl_fast.trainer import NonFiniteTraining, OutOfMemory
 
+        if isinstance(error, OutOfMemory):  # its message has lines: what held the memory
+            print(f"prfl-fast {options.command}: {error}", file=sys.stderr)
+            return OUT_OF_MEMORY
+        if isinstance(error, torch.OutOfMemoryError):  # before or after the training loop
+            _complain(options.command, str(error).splitlines()[0])
+            return OUT_OF_MEMORY
         if not isinstance(error, NonFiniteTraining):
             raise
         _complain(options.command, str(error))
@@ -108,6 +121,9 @@ def _complain(command: str, problem: str) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.command == "doctor":
         return _doctor(options.json)
+    _quiet_libraries()
+    if options.command == "plan":
+        return run_plan(options)
     from prfl_fast import config
 
     if options.command == "train":
@@ -117,6 +133,13 @@ def _run(options: argparse.Namespace) -> int:
             config.load_config(config.TrainRewardConfig, options.config), options.check
         )
     return _score(config.load_config(config.ScoreConfig, options.config), options.check)
+
+
+def _quiet_libraries() -> None:
+    """Keep what other packages say about themselves when imported off the terminal."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 # doctor
@@ -289,14 +312,15 @@ def _check_model(folder: str, dataset: "LatentDataset") -> None:
     _check_data(dataset, model, folder)
 
 
-def _load_transformer(folder: str, device: torch.device) -> "nn.Module":
+def _load_transformer(folder: str, dtype: torch.dtype = torch.float32) -> "nn.Module":
+    """The transformer in a folder, on the CPU; in bfloat16, what diffusers keeps in float32 is."""
     found, _ = _transformer_class(folder)
     need(
         "diffusers"
     ).utils.logging.set_verbosity_error()  # what it would warn about is an error here
     try:
         model, info = found.from_pretrained(
-            folder, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # diffusers raises whatever its readers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -308,27 +332,35 @@ def _load_transformer(folder: str, device: torch.device) -> "nn.Module":
             raise ValueError(
                 f"model: {folder} has {kind.replace('_', ' ')}: {', '.join(map(str, keys[:3]))}"
             )
-    return model.to(device)
+    return model
 
 
 def _load_reward(
-    source: "str | ReferenceReward", transformer: "nn.Module | None", device: torch.device
+    source: "str | ReferenceReward", transformer: "nn.Module | None"
 ) -> "LatentRewardModel":
+    """A saved reward model, on the CPU, in its own dtypes or those of ``transformer``."""
     from prfl_fast.reward import LatentRewardModel
 
     if isinstance(source, str):
-        return LatentRewardModel.load(source).float().to(device)
+        return LatentRewardModel.load(source)
     assert transformer is not None
     return LatentRewardModel.load_reference(
         transformer, source.transformer, source.mlp, source.pool, num_heads=source.num_heads
-    ).to(device)
+    )
 
 
-def _settings(run: Any, optimizer: Any) -> "TrainSettings":
+def _autocast_of(weights: str, precision: "Precision") -> "Precision":
+    """Autocast is for float32 weights: the others compute in bfloat16 by themselves."""
+    return precision if weights == "fp32" else "fp32"
+
+
+def _settings(config: Any) -> "TrainSettings":
     from prfl_fast.trainer import TrainSettings
 
     names = {field.name for field in dataclasses.fields(TrainSettings)}
-    values = {**dataclasses.asdict(optimizer), **dataclasses.asdict(run)}
+    values: dict[str, Any] = {}
+    for part in (config.optimizer, config.run, config.memory):
+        values |= dataclasses.asdict(part)
     return TrainSettings(**{name: value for name, value in values.items() if name in names})
 
 
@@ -344,9 +376,10 @@ def _identity(config: Any) -> dict[str, Any]:
             if isinstance(value, dict)
             else {name: value}
         )
-    # A run may move to another device, or to one with less memory.
-    for name in ("hardware.device", "hardware.gradient_checkpointing"):
-        del flat[name]
+    # A run may move to another device, or one with less memory. The optimizer is in the settings.
+    del flat["hardware.device"]
+    for name in (*config.memory.FREE, "optimizer", "gradients"):
+        del flat[f"memory.{name}"]
     return flat
 
 
@@ -382,8 +415,11 @@ def _print_check(config: Any) -> int:
 
 
 def _train(config: "TrainConfig", check: bool) -> int:
+    from prfl_fast.cli_plan import choose_memory, next_policy
+    from prfl_fast.config import ReferenceReward
     from prfl_fast.data import Batches, LatentDataset
     from prfl_fast.gradient_plan import GradientPlan
+    from prfl_fast.memory import apply_memory, check_available
     from prfl_fast.patching import patch
     from prfl_fast.schedulers import FlowEuler, FlowUniPC
     from prfl_fast.step import PRFL
@@ -404,31 +440,39 @@ def _train(config: "TrainConfig", check: bool) -> int:
         raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
     batches = Batches(dataset, config.run.batch_size, config.run.seed)
     _check_model(config.model, dataset)
+    memory, plan = choose_memory(config, dataset, device)
+    config = dataclasses.replace(config, memory=memory)
+    check_available(memory, device)
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    transformer = _load_transformer(config.model, device)
+    kinds = {memory.weights}
+    if isinstance(config.reward, ReferenceReward):
+        kinds.add(memory.reward_weights)  # a reward in the reference's layout is built from it
+    dtype = torch.float32 if "fp32" in kinds else torch.bfloat16
+    transformer = _load_transformer(config.model, dtype)
     reward = None
     if config.reward is not None and "prfl" in config.objectives:
-        reward = _load_reward(config.reward, transformer, device)
+        reward = _load_reward(config.reward, transformer)
         _check_data(dataset, reward.backbone, "the reward model")
+    apply_memory(transformer, reward, memory, device=device)
     if config.lora is not None:
         add_lora(
             transformer, config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets
         )
-    if config.hardware.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if config.hardware.patch:
         patch(transformer)
         if reward is not None:
             patch(reward.backbone)
-    precision, feedback = config.hardware.precision, config.prfl
+    precision = _autocast_of(memory.weights, config.hardware.precision)
+    reward_precision = _autocast_of(memory.reward_weights, config.hardware.precision)
+    feedback = config.prfl
     objectives: dict[str, Objective] = {}
     for name in config.objectives:
         if name == "prfl":
             assert reward is not None
             step = PRFL(
                 velocity_call(transformer, precision),
-                reward_call(reward, precision),
+                reward_call(reward, reward_precision),
                 {"unipc": FlowUniPC, "euler": FlowEuler}[feedback.solver](shift=feedback.shift),
                 GradientPlan.prfl(points=feedback.points),
                 num_steps=feedback.num_steps,
@@ -446,18 +490,21 @@ def _train(config: "TrainConfig", check: bool) -> int:
     trainer = Trainer(
         transformer,
         objectives,
-        _settings(config.run, config.optimizer),
+        _settings(config),
         folder=out,
         resume=config.run.resume,
         identity=_identity(config),
         progress=True,
         tensorboard=config.run.tensorboard,
+        advise=lambda: next_policy(config, dataset, device, plan),
     )
     return _print_check(config) if check else _finish(trainer, config)
 
 
 def _train_reward(config: "TrainRewardConfig", check: bool) -> int:
+    from prfl_fast.config import Memory
     from prfl_fast.data import Batches, LatentDataset
+    from prfl_fast.memory import apply_memory, check_available
     from prfl_fast.patching import patch, unpatch
     from prfl_fast.reward import LatentRewardModel
     from prfl_fast.reward_training import label_of
@@ -485,17 +532,20 @@ def _train_reward(config: "TrainRewardConfig", check: bool) -> int:
                 raise ValueError(f"{place}: {error}") from error
     batches = Batches(dataset, config.run.batch_size, config.run.seed)
     _check_model(config.model, dataset)
+    memory = config.memory
+    check_available(memory, device)
     random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    transformer = _load_transformer(config.model, device)
+    dtype = torch.float32 if memory.weights == "fp32" else torch.bfloat16
+    transformer = _load_transformer(config.model, dtype)
     reward = LatentRewardModel.from_backbone(
         transformer, config.num_blocks, num_heads=config.num_heads, num_queries=config.num_queries
     )
     del transformer
     for source in (d for d in (dataset, held_out) if d is not None):
         _check_data(source, reward.backbone, "the reward model")
-    if config.hardware.gradient_checkpointing:
-        reward.backbone.enable_gradient_checkpointing()  # type: ignore[operator]
+    apply_memory(reward.backbone, None, Memory(**dataclasses.asdict(memory)), device=device)
+    reward.to(device)
     if config.hardware.patch:
         patch(reward.backbone)
     fit = RewardFit(
@@ -504,12 +554,12 @@ def _train_reward(config: "TrainRewardConfig", check: bool) -> int:
         loss=config.loss,
         label=config.label,
         shift=config.shift,
-        precision=config.hardware.precision,
+        precision=_autocast_of(memory.weights, config.hardware.precision),
     )
     trainer = Trainer(
         reward,
         {"reward": fit},
-        _settings(config.run, config.optimizer),
+        _settings(config),
         folder=out,
         resume=config.run.resume,
         identity=_identity(config),
@@ -548,7 +598,7 @@ def _evaluate(
             labels = torch.tensor([label_of(record, config.label) for record in batch.labels])
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
-    with autocast(device, config.hardware.precision):
+    with autocast(device, _autocast_of(config.memory.weights, config.hardware.precision)):
         metrics = evaluate(reward, batches(), config.timesteps, seed=config.run.seed)
     with write_atomic(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -572,8 +622,8 @@ def _score(config: "ScoreConfig", check: bool) -> int:
     transformer = None
     if not isinstance(config.reward, str):
         assert config.model is not None
-        transformer = _load_transformer(config.model, torch.device("cpu"))
-    reward = _load_reward(config.reward, transformer, device).freeze()
+        transformer = _load_transformer(config.model)
+    reward = _load_reward(config.reward, transformer).float().to(device).freeze()
     _check_data(dataset, reward.backbone, "the reward model")
     if config.hardware.patch:
         patch(reward.backbone)

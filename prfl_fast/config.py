@@ -19,6 +19,11 @@ from typing import Any, Literal, TypeVar
 from prfl_fast._extras import need
 
 Config = TypeVar("Config")
+Policy = Literal["none", "full", "attention"]
+Offload = Literal["cpu"]
+Weights = Literal["fp32", "bf16", "fp8", "nf4"]
+OptimizerKind = Literal["adamw", "adamw-sr", "adamw8bit", "paged-adamw8bit", "adamw-cpu"]
+Gradients = Literal["parameter", "fp32"]
 # YAML 1.1 takes 5e-6 and 1e3 for strings; people write learning rates that way.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
@@ -99,12 +104,75 @@ class ReferenceReward:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Device and precision. Weights are float32; ``bf16`` runs the models under autocast."""
+    """Device and precision. ``bf16`` runs float32 weights under autocast; see :class:`Memory`."""
 
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     patch: bool = True
-    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is kept where during training: the explicit form of ``memory``, and what a plan chooses.
+
+    Attributes:
+        weights: of the generator's linear layers in the blocks; ``fp32`` trains under autocast if
+            ``hardware.precision`` is bf16, the others run in bfloat16 without it. ``fp8`` and
+            ``nf4`` need LoRA.
+        policy, offload: of the generator, see :func:`prfl_fast.checkpoint`.
+        reward_weights, reward_policy, reward_offload: the same of the frozen reward model.
+        feed_forward_chunk: tokens at a time in the feed-forward layers of both; None is all.
+        optimizer: see :mod:`prfl_fast.optimizers`.
+        gradients: accumulated in the parameter's dtype, or in float32.
+    """
+
+    weights: Weights = "fp32"
+    policy: Policy = "none"
+    offload: Offload | None = None
+    reward_weights: Weights = "fp32"
+    reward_policy: Policy = "none"
+    reward_offload: Offload | None = None
+    feed_forward_chunk: int | None = _ranged(None, least=1)
+    optimizer: OptimizerKind = "adamw"
+    gradients: Gradients = "parameter"
+
+    # Another of these gives the same numbers; another of the rest makes it another run.
+    FREE = ("policy", "offload", "reward_policy", "reward_offload", "feed_forward_chunk")
+
+
+@dataclass(frozen=True)
+class RewardMemory:
+    """The keys of :class:`Memory` that apply to a reward model in training, whose blocks train."""
+
+    weights: Literal["fp32", "bf16"] = "fp32"
+    policy: Policy = "none"
+    offload: Offload | None = None
+    feed_forward_chunk: int | None = _ranged(None, least=1)
+    optimizer: OptimizerKind = "adamw"
+    gradients: Gradients = "parameter"
+
+    FREE = ("policy", "offload", "feed_forward_chunk")
+
+
+def _check_memory(memory: Memory | RewardMemory, precision: str, lora: bool) -> None:
+    """Refuse weights and optimizers that do not go together."""
+    for name in ("weights", "reward_weights"):
+        kind = getattr(memory, name, "fp32")
+        if kind != "fp32" and precision != "bf16":
+            raise ConfigError(
+                f"memory.{name} is {kind}, which computes in bfloat16: set hardware.precision: "
+                "bf16, or leave the weights in fp32"
+            )
+    if memory.weights in ("fp8", "nf4") and not lora:
+        raise ConfigError(
+            f"memory.weights is {memory.weights}, which cannot be trained: add lora: {{rank: 16}}, "
+            "or choose bf16"
+        )
+    if memory.optimizer == "paged-adamw8bit" and memory.weights != "fp32":
+        raise ConfigError(
+            f"memory.optimizer is paged-adamw8bit, which needs memory.weights: fp32, not "
+            f"{memory.weights}; adamw8bit takes every kind"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +189,7 @@ class TrainConfig:
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None
     hardware: Hardware = Hardware()
+    memory: Literal["auto"] | Memory = Memory()
 
     def __post_init__(self) -> None:
         if len(set(self.objectives)) != len(self.objectives):
@@ -131,6 +200,12 @@ class TrainConfig:
             raise ConfigError(
                 f"prfl.points is {self.prfl.points}, expected at most prfl.num_steps - 1 = "
                 f"{self.prfl.num_steps - 1}"
+            )
+        if isinstance(self.memory, Memory):
+            _check_memory(self.memory, self.hardware.precision, self.lora is not None)
+        elif self.hardware.precision != "bf16":
+            raise ConfigError(
+                "memory is auto, which plans for bfloat16: set hardware.precision: bf16"
             )
 
 
@@ -152,6 +227,10 @@ class TrainRewardConfig:
     shift: float = _ranged(5.0, above=0)
     optimizer: RewardOptimizer = RewardOptimizer()
     hardware: Hardware = Hardware()
+    memory: RewardMemory = RewardMemory()
+
+    def __post_init__(self) -> None:
+        _check_memory(self.memory, self.hardware.precision, False)
 
 
 @dataclass(frozen=True)
@@ -182,6 +261,20 @@ def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, or a key is unknown, repeated, missing, of the
             wrong type, or out of range.
+        MissingExtra: pyyaml is not installed.
+    """
+    content = read_yaml(path)
+    try:
+        return from_mapping(kind, content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is repeated or not a string.
         MissingExtra: pyyaml is not installed.
     """
     yaml = need("yaml")
@@ -216,10 +309,7 @@ def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {_shown(content)}, expected keys and values")
-    try:
-        return from_mapping(kind, content)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return content
 
 
 def from_mapping(kind: type[Config], content: Mapping[str, Any], prefix: str = "") -> Config:
@@ -299,6 +389,8 @@ def _may_be(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str) and value != ""
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
     return hint is not bool or isinstance(value, bool)
 
 
@@ -326,7 +418,7 @@ def _wanted(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_wanted(a) for a in arguments)
     if origin is Literal:
-        return f"one of {', '.join(arguments)}"
+        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
     if origin is tuple:
         count = "one or more" if arguments[-1] is Ellipsis else str(len(arguments))
         return f"a list of {count}, each {_wanted(arguments[0])}"

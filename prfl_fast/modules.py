@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prfl_fast.chunks import in_chunks
 from prfl_fast.kernels import (
     attention,
     bias_gelu,
@@ -27,6 +28,7 @@ from prfl_fast.kernels import (
     rms_norm,
     rope_table,
 )
+from prfl_fast.norm_attention import norm_attention
 
 # Wan pads every prompt to 512 tokens; what precedes them in the context is the image.
 TEXT_TOKENS = 512
@@ -157,19 +159,16 @@ def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         q, k, v = parts.to_qkv(x).chunk(3, dim=-1)
     else:
         q, k, v = _project((parts.to_q, parts.to_k, parts.to_v), x)
-    q, k = qk_norm_rope(
+    out = norm_attention(
         q,
         k,
+        v,
         parts.norm_q.weight,
         parts.norm_k.weight,
         heads=parts.heads,
-        cos=rope.cos,
-        sin=rope.sin,
-        grid=rope.grid,
-        offset=rope.offset,
         eps=parts.norm_q.eps,
+        **rope._asdict(),
     )
-    out, _ = attention(q, k, v, heads=parts.heads)
     return _project_out(parts.to_out, out)
 
 
@@ -192,28 +191,34 @@ def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch
         if fused
         else _project((parts.to_k, parts.to_v), context)
     )
-    q, k = qk_norm_rope(
-        q, k, parts.norm_q.weight, parts.norm_k.weight, heads=parts.heads, eps=parts.norm_q.eps
-    )
-    extra_k = extra_v = None
-    if image is not None:
-        if fused:
-            extra_k, extra_v = parts.to_added_kv(image).chunk(2, dim=-1)
-        else:
-            extra_k, extra_v = _project((parts.add_k_proj, parts.add_v_proj), image)
-        norm = parts.norm_added_k
-        extra_k = rms_norm(extra_k, norm.weight, eps=norm.eps)
+    norms: dict[str, Any] = {"heads": parts.heads, "eps": parts.norm_q.eps}
+    weights = parts.norm_q.weight, parts.norm_k.weight
+    if image is None:
+        return _project_out(parts.to_out, norm_attention(q, k, v, *weights, **norms))
+    q, k = qk_norm_rope(q, k, *weights, **norms)
+    if fused:
+        extra_k, extra_v = parts.to_added_kv(image).chunk(2, dim=-1)
+    else:
+        extra_k, extra_v = _project((parts.add_k_proj, parts.add_v_proj), image)
+    norm = parts.norm_added_k
+    extra_k = rms_norm(extra_k, norm.weight, eps=norm.eps)
     out, _ = attention(q, k, v, heads=parts.heads, extra_k=extra_k, extra_v=extra_v)
     return _project_out(parts.to_out, out)
 
 
-def feed_forward(up: Any, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def feed_forward(
+    up: Any, down: nn.Module, x: torch.Tensor, chunk: int | None = None
+) -> torch.Tensor:
     """``down(gelu_tanh(up(x)))``; the bias of a plain ``nn.Linear`` is added inside the activation
-    kernel.
+    kernel. ``chunk`` tokens at a time, see :func:`prfl_fast.chunks.in_chunks`.
     """
-    if _is_plain_linear(up):
-        return down(bias_gelu(F.linear(x, up.weight), up.bias))
-    return down(bias_gelu(up(x)))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if _is_plain_linear(up):
+            return down(bias_gelu(F.linear(x, up.weight), up.bias))
+        return down(bias_gelu(up(x)))
+
+    return in_chunks(run, x, chunk)
 
 
 def transformer_block(
@@ -228,6 +233,7 @@ def transformer_block(
     up: nn.Module,
     down: nn.Module,
     eps: tuple[float, float],
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """One Wan block: modulated self-attention, cross-attention, modulated feed-forward, each with
     its residual.
@@ -237,6 +243,7 @@ def transformer_block(
             the attention, then for the feed-forward).
         cross_norm: LayerNorm before the cross-attention, or a module without weight for none.
         eps: of the norms before the self-attention and before the feed-forward.
+        chunk: tokens of the feed-forward at a time, see :func:`prfl_fast.chunks.in_chunks`.
 
     Returns:
         ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32
@@ -253,11 +260,11 @@ def transformer_block(
         row_index=rows,
         eps=eps[0],
     )
-    y = self_attention(attn, h, rope)
+    # Results are used where they are made, so that none outlives it: one is 0.77 GB at 14B, 720p.
     affine = getattr(cross_norm, "weight", None) is not None
     x, h = residual_norm_modulate(
         x,
-        y,
+        self_attention(attn, h, rope),
         gate,
         cross_norm.weight if affine else None,
         cross_norm.bias if affine else None,
@@ -266,11 +273,10 @@ def transformer_block(
         kind="layer" if affine else "none",
         eps=cross_norm.eps if affine else 0.0,
     )
-    y = cross_attention(cross, h, context)
     (shift, shift_table), (scale, scale_table), (gate, gate_table) = mlp
     x, h = residual_norm_modulate(
         x,
-        y,
+        cross_attention(cross, h, context),
         scale=scale,
         shift=shift,
         scale_table=scale_table,
@@ -278,7 +284,9 @@ def transformer_block(
         row_index=rows,
         eps=eps[1],
     )
-    return gated_residual(x, feed_forward(up, down, h), gate, gate_table=gate_table, row_index=rows)
+    return gated_residual(
+        x, feed_forward(up, down, h, chunk), gate, gate_table=gate_table, row_index=rows
+    )
 
 
 class _Attention(nn.Module):

@@ -163,7 +163,7 @@ class LatentRewardModel(nn.Module):
 
         Raises:
             ValueError: ``folder`` holds something else, or the backbone has tensors its class does
-                not have (adapters of peft: merge them first).
+                not have (adapters of peft: merge them first; quantised layers: save before).
             OSError: it cannot be written.
         """
         _check_replaceable(folder, re.escape(_CONFIG), re.escape(_WEIGHTS))

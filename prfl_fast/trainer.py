@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,17 @@ from torch import nn
 
 from prfl_fast._extras import need
 from prfl_fast.adapters import Conditions, find_adapter
+from prfl_fast.config import Gradients, OptimizerKind
 from prfl_fast.data import Batch, PairBatch
+from prfl_fast.live_bytes import is_out_of_memory, live_bytes, memory_report, phase_of
+from prfl_fast.optimizers import (
+    GRADIENTS,
+    KINDS,
+    check_dtypes,
+    gradient_norm,
+    make_optimizer,
+    set_learning_rate,
+)
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.reward_training import bt_loss, ce_loss, label_of
 from prfl_fast.step import PRFLOutput, sft_loss
@@ -51,6 +62,10 @@ ModelCall = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
 
 class NonFiniteTraining(RuntimeError):
     """Training stopped over NaN or infinity; the message says what is on disk."""
+
+
+class OutOfMemory(RuntimeError):
+    """A device is full; the message says where, what holds its memory, and what to try next."""
 
 
 class Objective(Protocol):
@@ -217,6 +232,8 @@ def add_lora(
 ) -> None:
     """Freeze a transformer and add trainable low-rank adapters through peft, in place.
 
+    They are float32 on float32 layers and bfloat16 on all others, quantised ones too.
+
     Args:
         rank: of the adapters; ``alpha / rank`` scales them, ``alpha`` is ``rank`` unless given.
         targets: ends of the names of the linear layers that get one.
@@ -235,6 +252,13 @@ def add_lora(
         transformer.add_adapter(config)  # type: ignore[operator]
     else:
         peft.inject_adapter_in_model(config, transformer)
+    # peft makes some of them float32, depending on how it was called.
+    for layer in transformer.modules():
+        base: Any = getattr(layer, "base_layer", None)
+        if base is not None and base.weight.dtype.itemsize < 4:
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -243,6 +267,7 @@ class TrainSettings:
 
     Attributes:
         steps: optimizer steps per objective, in total.
+        optimizer, gradients: see :func:`prfl_fast.optimizers.make_optimizer`.
         learning_rate: reached after ``warmup_steps`` linear steps, then constant.
         clip_norm: largest norm of all gradients together; None turns clipping off.
         accumulation: micro-batches per optimizer step.
@@ -252,6 +277,8 @@ class TrainSettings:
     """
 
     steps: int
+    optimizer: OptimizerKind = "adamw"
+    gradients: Gradients = "parameter"
     learning_rate: float = 5e-6
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -277,6 +304,11 @@ class TrainSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}, expected a whole number, at least {least}")
+        for name, known in (("optimizer", KINDS), ("gradients", GRADIENTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
 
     def fixed(self) -> dict[str, Any]:
         """The settings a resumed run must repeat."""
@@ -351,6 +383,9 @@ class Trainer:
     An update whose loss or gradient is not finite is skipped: weights, optimizer and average stay
     as they are. Five steps in a row with a skipped update end the run.
 
+    A run that ends with :class:`OutOfMemory` in a forward or backward leaves the trainer as it was
+    before that update: :meth:`run` goes on from there, under a checkpoint policy that needs less.
+
     Args:
         model: parameters and persistent buffers are the state that is saved; an adapter's only, if
             it has one.
@@ -362,10 +397,13 @@ class Trainer:
         progress: show a progress bar if stderr is a terminal. tensorboard: write TensorBoard's
             files; needs a folder.
         on_step: called with each step's record after the step.
+        advise: called when a device is full; returns a sentence on which memory policy to try next.
 
     Raises:
-        ValueError: no objectives, nothing to train, parameters in half precision, or a checkpoint
-            that is truncated, foreign, or of other settings. Nothing is written before :meth:`run`.
+        ValueError: no objectives, nothing to train, parameters the optimizer does not train, or a
+            checkpoint that is truncated, foreign, or of other settings. Nothing is written before
+            :meth:`run`.
+        MissingExtra: the optimizer's library is not installed.
     """
 
     def __init__(
@@ -380,6 +418,7 @@ class Trainer:
         progress: bool = False,
         tensorboard: bool = False,
         on_step: Callable[[dict[str, Any]], object] | None = None,
+        advise: Callable[[], str] | None = None,
     ) -> None:
         if not objectives:
             raise ValueError("objectives is empty, expected at least one")
@@ -388,32 +427,35 @@ class Trainer:
         self.model, self.objectives, self.settings = model, dict(objectives), settings
         self.folder = None if folder is None else Path(folder)
         self.progress, self.tensorboard, self.on_step = progress, tensorboard, on_step
+        self.advise = advise
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError(
                 "the model has no parameter that requires a gradient: nothing to train"
             )
-        for name, parameter in self.parameters.items():
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"{name} is {parameter.dtype}: steps of {settings.learning_rate} vanish in its "
-                    "rounding; load the "
-                    "model in float32 and choose precision bf16"
-                )
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=settings.learning_rate,
+        check_dtypes(settings.optimizer, self.parameters)
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.parameters.values(),
+            learning_rate=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            gradients=settings.gradients,
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.ema: dict[str, torch.Tensor] | None = None
         if settings.ema_decay is not None:
-            self.ema = {n: p.detach().clone() for n, p in self.parameters.items()}
+            # In bfloat16 an average would stand still: (1 - decay) of a difference is rounded away.
+            self.ema = {
+                n: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for n, p in self.parameters.items()
+            }
         self.result = TrainResult()
         self._updates = self._in_a_row = 0
         self._draws = dict.fromkeys(self.objectives, 0)
+        self._done: dict[str, tuple[dict[str, float], bool]] = {}  # updates of the step in progress
+        self._torn = False  # an update was interrupted between two parameters
         self._identity = {
             **settings.fixed(),
             **(identity or {}),
@@ -476,12 +518,18 @@ class Trainer:
         """Write a checkpoint of the current state.
 
         Raises:
-            ValueError: the trainer has no folder.
+            ValueError: the trainer has no folder, or is in the middle of a step.
             NonFiniteTraining: a parameter is NaN or infinite; earlier checkpoints are kept.
             OSError: the folder is not writable or the disk is full; earlier checkpoints are kept.
         """
         if self.folder is None:
             raise ValueError("this trainer has no folder to save to")
+        self._check_whole()
+        if self._done:
+            raise ValueError(
+                f"step {self.result.step + 1} has had the update of {', '.join(self._done)} only: "
+                "run() finishes it, then save"
+            )
         for name, parameter in self.parameters.items():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteTraining(
@@ -515,9 +563,11 @@ class Trainer:
         Raises:
             NonFiniteTraining: five steps in a row had a non-finite loss or gradient. The state,
                 whose weights are those of the last good update, is saved first.
+            OutOfMemory: a device is full. Gradients are dropped and nothing is saved.
             ValueError: an objective left no gradient; whatever the objectives raise.
             OSError: a log or checkpoint could not be written.
         """
+        self._check_whole()
         log = None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -536,6 +586,13 @@ class Trainer:
                 log.close()
         return self.result
 
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise ValueError(
+                "the device was full in the middle of an optimizer step, so some weights are of "
+                "the step before: start again from the last checkpoint"
+            )
+
     def _save_with(self, log: _Log | None) -> Path:
         # The log first: a checkpoint must not know steps the log does not.
         if log is not None:
@@ -546,18 +603,20 @@ class Trainer:
         start = time.perf_counter()
         step = self.result.step + 1
         rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         record: dict[str, Any] = {"step": step, "lr": rate}
         bad = []
         for name, objective in self.objectives.items():
-            metrics, finite = self._update(name, objective)
+            if name not in self._done:
+                self._done[name] = self._update(name, objective)
+            metrics, finite = self._done[name]
             record |= {
                 f"{name}/{key}": value if math.isfinite(value) else None
                 for key, value in metrics.items()
             }
             if not finite:
                 bad.append(name)
+        self._done = {}
         self.result.step = step
         self.result.skipped += len(bad)
         self._in_a_row = self._in_a_row + 1 if bad else 0
@@ -587,8 +646,30 @@ class Trainer:
 
     def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
         """One optimizer step of one objective; returns its metrics and whether it was taken."""
-        parameters = list(self.parameters.values())
         self.optimizer.zero_grad(set_to_none=True)
+        draws, random = self._draws[name], random_state(self.generator)
+        try:
+            means = self._gradients(name, objective)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
+            message = self._full(f"objective {name!r}, {place}", error)
+            self._draws[name] = draws
+            restore_random_state(random, self.generator)
+            raise OutOfMemory(message) from error
+        try:
+            return means, self._apply(name, means)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._torn = True
+            raise OutOfMemory(
+                self._full(f"the optimizer step of objective {name!r}", error)
+            ) from error
+
+    def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
+        """Accumulate the gradient of one update; returns the means of its metrics."""
         sums: dict[str, torch.Tensor] = {}
         for _ in range(self.settings.accumulation):
             metrics = objective(self._draws[name], self.generator, 1 / self.settings.accumulation)
@@ -598,13 +679,17 @@ class Trainer:
                 sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + value
             if not math.isfinite(metrics["loss"]):
                 break
-        means = {key: float(total) / self.settings.accumulation for key, total in sums.items()}
+        return {key: float(total) / self.settings.accumulation for key, total in sums.items()}
+
+    def _apply(self, name: str, means: dict[str, float]) -> bool:
+        """Clip, step and average, if all is finite; drops the gradients and adds their norm."""
+        parameters = list(self.parameters.values())
         finite = math.isfinite(means["loss"])
         if finite:
             gradients = [p.grad for p in parameters if p.grad is not None]
             if not gradients:
                 raise ValueError(f"objective {name!r} left no gradient in any trainable parameter")
-            norm = nn.utils.get_total_norm(gradients)
+            norm = gradient_norm(gradients)
             means["grad_norm"] = float(norm)
             finite = math.isfinite(means["grad_norm"])
             if finite:
@@ -614,16 +699,38 @@ class Trainer:
                 self._updates += 1
                 self._average()
         self.optimizer.zero_grad(set_to_none=True)
-        return means, finite
+        return finite
 
     @torch.no_grad()
     def _average(self) -> None:
         if self.ema is None or self.settings.ema_decay is None:
             return
-        update = torch.optim.swa_utils.get_ema_multi_avg_fn(self.settings.ema_decay)
-        update(
-            list(self.ema.values()), [p.detach() for p in self.parameters.values()], self._updates
+        for name, average in self.ema.items():
+            parameter = self.parameters[name].detach().to(average.dtype)
+            average.lerp_(parameter, 1 - self.settings.ema_decay)
+
+    def _full(self, place: str, error: RuntimeError) -> str:
+        """What to say about a full device; drops the gradients and what the error holds on to."""
+        step = self.result.step + 1
+        device = next(iter(self.parameters.values())).device
+        live = live_bytes(
+            device,
+            self.model,
+            self.optimizer,
+            average=self.ema or {},
+            others=self.objectives,
         )
+        first = str(error).partition("\n")[0]
+        lines = [f"out of memory in {place}, step {step}: {first}", *memory_report(device, live)]
+        # The frames of the traceback hold the activations of the forward that failed.
+        traceback.clear_frames(error.__traceback__)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.advise is not None:
+            try:
+                lines.append(self.advise())
+            except Exception as failure:  # noqa: BLE001 - the report matters more than the advice
+                lines.append(f"(no advice: {failure})")
+        return "\n".join(lines)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[list[signal.Signals]]:

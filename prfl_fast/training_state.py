@@ -4,7 +4,8 @@ A checkpoint is a folder ``step-00000012``::
 
     checkpoint.json     format, step, settings, and the size in bytes of every other file
     model/              config.json + diffusion_pytorch_model.safetensors (a diffusers model),
-                        pytorch_lora_weights.safetensors (a model with an adapter: only that),
+                        pytorch_lora_weights.safetensors (a model with an adapter: only that, as
+                        diffusers' load_lora_weights reads it),
                         or model.safetensors (any other module)
     ema.safetensors     the averaged trainable parameters, if averaging is on
     state.pt            optimizer, counters, random number generators: tensors and plain values
@@ -32,6 +33,9 @@ from prfl_fast._extras import need
 FORMAT = "prfl_fast checkpoint 1"
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
+# What a diffusers pipeline calls the model that an adapter in its file belongs to.
+_PIPELINE_PART = "transformer."
+_ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def _temporary(path: Path) -> Path:
@@ -243,35 +247,73 @@ def _model_file(model: torch.nn.Module) -> str:
     )
 
 
+def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under the names of ``load_lora_weights``; not copies."""
+    return {
+        _PIPELINE_PART + name.removeprefix("base_model.model."): tensor
+        for name, tensor in stored_tensors(model).items()
+    }
+
+
+def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """The adapter's configuration as plain values: diffusers reads rank and alpha there."""
+    name = adapter_name(model)
+    config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
+    return {
+        _PIPELINE_PART + key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+    }
+
+
 def save_model(model: torch.nn.Module, folder: Path) -> None:
     """Write ``model`` into ``folder`` in the layout its library reads; see the top of this file."""
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt"}
-    name = adapter_name(model)
-    if name is not None:
-        config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        metadata["lora_adapter_metadata"] = json.dumps(
-            plain, sort_keys=True
-        )  # diffusers reads rank and alpha here
-    elif hasattr(model, "save_config"):
+    path = folder / _model_file(model)
+    if adapter_name(model) is not None:
+        settings = json.dumps(_adapter_settings(model), sort_keys=True)
+        save_tensors(_adapter_tensors(model), path, {"format": "pt", _ADAPTER_METADATA: settings})
+        return
+    if hasattr(model, "save_config"):
         model.save_config(folder)  # type: ignore[operator]
-    save_tensors(stored_tensors(model), folder / _model_file(model), metadata)
+    save_tensors(stored_tensors(model), path)
 
 
 def load_model(model: torch.nn.Module, folder: Path) -> None:
     """Copy what :func:`save_model` wrote into ``model``, in place.
 
+    An adapter may also come from diffusers (``save_lora_weights``, ``save_lora_adapter``), and is
+    cast to the dtype it has in ``model``.
+
     Raises:
-        ValueError: the file is missing, truncated, or of another model; the model is then
-            unchanged.
+        ValueError: the file is missing, truncated, or of another model, or the adapter in it is
+            scaled otherwise; the model is then unchanged.
     """
     path = folder / _model_file(model)
     if not path.is_file():
         raise ValueError(
             f"{folder}: holds no {path.name}; was it written by a run with other adapter settings?"
         )
-    copy_into(load_tensors(path), stored_tensors(model), path)
+    tensors = load_tensors(path)
+    if adapter_name(model) is None:
+        copy_into(tensors, stored_tensors(model), path)
+        return
+    with need("safetensors").safe_open(path, framework="pt") as opened:
+        saved = json.loads((opened.metadata() or {}).get(_ADAPTER_METADATA, "{}"))
+    wanted = _adapter_settings(model)
+    rank = wanted[_PIPELINE_PART + "r"]
+    # Without a word in the file, diffusers takes alpha for the rank.
+    for name, default in (("r", rank), ("lora_alpha", rank), ("use_rslora", False)):
+        key = _PIPELINE_PART + name
+        found = saved.get(key, saved.get(name, default))
+        if found != wanted[key]:
+            raise ValueError(
+                f"{path}: its adapter has {name} = {found!r}, this model's has {wanted[key]!r}: "
+                "add the adapter with the file's value"
+            )
+    targets = _adapter_tensors(model)
+    tensors = {_PIPELINE_PART + n.removeprefix(_PIPELINE_PART): t for n, t in tensors.items()}
+    tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
+    copy_into(tensors, targets, path)
 
 
 def random_state(generator: torch.Generator) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import readme_tables  # noqa: E402
 import report  # noqa: E402
 import run as bench_run  # noqa: E402
 import suites  # noqa: E402
-from harness import MemoryLedger, Preset, Table, Unavailable  # noqa: E402
+from harness import Preset, Table, Unavailable  # noqa: E402
 from suites import block, facts, resources  # noqa: E402
 from suites import kernels as kernel_suite  # noqa: E402
 
@@ -35,52 +35,6 @@ def context(**changes):
 
 
 # Memory.
-
-
-def test_ledger_of_a_hand_computed_case():
-    with MemoryLedger() as ledger:
-        a = torch.zeros(KIB)  # 1 KiB live
-        b = torch.zeros(2 * KIB)  # 3
-        view = a.view(2, -1)[0]  # a view allocates nothing
-        del a  # and keeps its base alive: 3
-        b.add_(1)  # in place: 3
-        del view  # 2
-        c = torch.zeros(4 * KIB)  # 6, the peak
-        del b, c  # 0
-        d = torch.zeros(KIB)  # 1
-    assert (ledger.peak, ledger.live) == (6 * 1024, 1024)
-    del d
-    assert ledger.live == 0
-
-
-def test_ledger_does_not_count_what_was_there_before():
-    x = torch.zeros(64 * KIB)
-    with MemoryLedger() as ledger:
-        y = x.view(-1)[: 2 * KIB] + 1
-    assert ledger.peak == y.numel() * 4 == 2048
-
-
-def test_ledger_sees_what_backward_holds_and_frees():
-    w = torch.zeros(KIB, requires_grad=True)
-    with MemoryLedger() as ledger:
-        h = w.exp()  # kept: 1 KiB
-        loss = h.sum()  # 4 bytes
-        held = ledger.live
-        loss.backward()
-    assert held == 1024 + 4
-    # At the peak: h, the loss, the seed of ones, and the gradient exp makes; sum's is a view.
-    assert ledger.peak == 2 * 1024 + 8
-    del h, loss
-    assert ledger.live == 1024  # w.grad
-
-
-def test_ledger_looks_inside_our_operations():
-    x, u = torch.randn(1, 512, 16), torch.randn(4, 16)
-    with MemoryLedger() as ledger:
-        query_pool(x, u)
-    # The reference holds scores [512, 4] at least; the outputs are [4, 16] and [4].
-    assert ledger.peak >= 512 * 4 * 4
-    assert ledger.live == 0
 
 
 def test_saved_bytes_counts_each_storage_once_and_not_the_excluded():

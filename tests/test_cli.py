@@ -12,7 +12,9 @@ import torch
 from runs import config, log, make_world, samples, write_config
 
 from prfl_fast import cli
+from prfl_fast.config import Memory, TrainConfig, load_config
 from prfl_fast.data import write_dataset
+from prfl_fast.planner import Candidate
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.training_state import load_tensors, save_tensors
 
@@ -167,16 +169,215 @@ def test_preference_pairs_and_the_reference_layout(root, tmp_path):
     assert (tmp_path / "ours.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
 
 
-def test_lora_bf16_and_checkpointing_together(root, tmp_path):
-    changes = {
-        "run.steps": 1,
-        "lora.rank": 2,
-        "hardware.precision": "bf16",
-        "hardware.gradient_checkpointing": True,
-        "hardware.patch": False,
+QLORA = {"hardware.precision": "bf16", "lora.rank": 2}
+EVERY_KEY = {
+    "weights": "nf4",
+    "policy": "attention",
+    "offload": "cpu",
+    "reward_weights": "fp8",
+    "reward_policy": "full",
+    "reward_offload": "cpu",
+    "feed_forward_chunk": 3,
+    "optimizer": "adamw8bit",
+    "gradients": "fp32",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**QLORA, "memory.policy": "full", "hardware.patch": False},
+        {**QLORA, "memory": EVERY_KEY},
+        {"hardware.precision": "bf16", "memory": {"weights": "bf16", "optimizer": "adamw-sr"}},
+        {"hardware.precision": "bf16", "memory": {"weights": "bf16", "gradients": "fp32"}},
+        {"hardware.precision": "bf16", "memory": {"reward_weights": "nf4"}},
+    ],
+)
+def test_train_under_a_memory_policy(root, tmp_path, changes):
+    assert call("train", root, tmp_path / "out", {"run.steps": 2, **changes}) == 0
+    saved = tmp_path / "out/step-00000002/model"
+    name = "pytorch_lora_weights" if "lora.rank" in changes else "diffusion_pytorch_model"
+    tensors = load_tensors(saved / f"{name}.safetensors")
+    narrow = changes.get("memory", {}).get("weights", "fp32") != "fp32"
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    assert torch.bfloat16 in dtypes if narrow else dtypes == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert all(record["sft/grad_norm"] > 0 for record in log(tmp_path / "out"))
+
+
+def test_the_weights_that_train_start_as_the_file_has_them(root, tmp_path, monkeypatch):
+    """bf16 is read from float32 and rounded once; what diffusers keeps in float32 is not."""
+    from prfl_fast import memory
+
+    seen = {}
+    cast = memory.cast_weights
+    monkeypatch.setattr(
+        memory,
+        "cast_weights",
+        lambda model, kind, **options: seen.setdefault(kind, cast(model, kind, **options)),
+    )
+    monkeypatch.setattr(
+        "prfl_fast.trainer.Trainer.run", lambda self: (_ for _ in ()).throw(OSError)
+    )
+    file = load_tensors(root / "model/diffusion_pytorch_model.safetensors")
+    changes = {"hardware.precision": "bf16", "memory": {"weights": "bf16"}}
+    assert call("train", root, tmp_path / "out", changes) == 2
+    state = seen["bf16"].state_dict()
+    assert state.keys() == file.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, file[name].to(tensor.dtype))
+        kept = any(part in name for part in ("time_embedder", "scale_shift_table", "norm2"))
+        assert (tensor.dtype == torch.float32) == kept, name
+
+
+def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, tmp_path, capsys):
+    base = {"hardware.precision": "bf16", "lora.rank": 2, "memory.weights": "nf4"}
+    policies = {
+        "memory.policy": "attention",
+        "memory.offload": "cpu",
+        "memory.reward_policy": "full",
+        "memory.reward_offload": "cpu",
     }
-    assert call("train", root, tmp_path / "out", changes) == 0
-    assert (tmp_path / "out/step-00000001/model/pytorch_lora_weights.safetensors").is_file()
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert call("train", root, whole, {**base, "run.steps": 4}) == 0
+    assert call("train", root, halves, {**base, "run.steps": 2}) == 0
+    assert call("train", root, halves, {**base, **policies, "run.steps": 4}) == 0
+    assert log(whole) == log(halves)
+    name = "step-00000004/model/pytorch_lora_weights.safetensors"
+    a, b = load_tensors(whole / name), load_tensors(halves / name)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    capsys.readouterr()
+    for changes, message in (
+        ({"memory.weights": "fp8"}, "made with memory.weights = 'nf4', this run has 'fp8'"),
+        ({"memory.reward_weights": "bf16"}, "made with memory.reward_weights = 'fp32', this run"),
+        ({"memory.optimizer": "adamw-sr"}, "made with optimizer = 'adamw', this run has"),
+        ({"memory.gradients": "fp32"}, "made with gradients = 'parameter', this run has 'fp32'"),
+    ):
+        assert call("train", root, halves, {**base, **changes, "run.steps": 6}) == 2
+        assert message in one_line(capsys, "train")
+
+
+def test_train_reward_under_a_memory_policy(root, tmp_path):
+    memory = {"weights": "bf16", "policy": "attention", "offload": "cpu", "optimizer": "adamw-sr"}
+    changes = {"run.steps": 2, "hardware.precision": "bf16", "memory": memory}
+    out = tmp_path / "out"
+    changes |= {"eval_data": str(root / "data"), "timesteps": [400]}
+    assert call("train-reward", root, out, changes) == 0
+    reward = LatentRewardModel.load(out / "reward")
+    assert reward.backbone.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert reward.head.fc1.weight.dtype == torch.float32
+    assert call("score", root, tmp_path / "one", {"reward": str(out / "reward")}) == 0
+
+
+class FakePlan:
+    """A plan whose choice does not take a search."""
+
+    def __init__(self, memory, less=None, feasible=True, **arguments):
+        self.memory, self.less, self.feasible, self.arguments = memory, less, feasible, arguments
+        self.peak, self.reserve, self.budget = 3 << 30, 1 << 30, 8 << 30
+
+    def smaller(self, memory):
+        return self.less
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Calls of the planner; what it finds is ``planned.plan``."""
+    from prfl_fast import planner
+
+    calls = []
+
+    def plan(model, **arguments):
+        calls.append({"model": model, **arguments})
+        return calls_plan[0]
+
+    calls_plan = [FakePlan(Memory(weights="bf16", reward_weights="bf16", policy="full"))]
+    monkeypatch.setattr(planner, "plan", plan)
+    monkeypatch.setattr(calls_plan[0], "calls", calls, raising=False)
+    return calls_plan
+
+
+AUTO = {"hardware.precision": "bf16", "memory": "auto"}
+
+
+def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
+    root, tmp_path, planned, capsys
+):
+    out = tmp_path / "out"
+    changes = {**AUTO, "lora.rank": 3, "run.steps": 1, "run.accumulation": 2, "prfl.points": 2}
+    assert call("train", root, out, changes) == 0
+    (asked,) = planned[0].calls
+    assert asked["model"] == str(root / "model") and asked["rollout"].points == 2
+    sizes = {"frames": 5, "height": 32, "width": 32, "text_tokens": 3}
+    expected = {"train": "lora", "lora_rank": 3, "batch": 1, "accumulation": 2, "num_steps": 3}
+    expected |= {**sizes, "reward_blocks": 1, "sft": True, "host_budget": 1}
+    assert {key: asked[key] for key in expected} == expected
+    assert asked["budget"] > 1 << 20
+    error = capsys.readouterr().err
+    assert error == (
+        "prfl-fast train: memory: auto is {weights: bf16, policy: full, reward_weights: bf16}, "
+        "predicted to take 4.0 of 8.0 GiB\n"
+    )
+    stored = load_config(TrainConfig, out / "config.yaml")
+    assert stored.memory == planned[0].memory
+    planned[0].memory = Memory(weights="fp8", reward_weights="fp8")
+    assert call("train", root, out, {**changes, "run.steps": 2}) == 0
+    assert "as this run began" in capsys.readouterr().err and len(planned[0].calls) == 1
+    assert load_config(TrainConfig, out / "config.yaml").memory == stored.memory
+
+
+def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):
+    planned[0].feasible, planned[0].peak = False, 9 << 30
+    assert call("train", root, tmp_path / "out", AUTO) == 2
+    error = one_line(capsys, "train")
+    assert "memory is auto, but no plan fits 8.0 GiB: the nearest, {weights: bf16" in error
+    assert "takes 10.0 GiB" in error and not (tmp_path / "out").exists()
+
+
+def test_check_prints_what_auto_is(root, tmp_path, planned, capsys):
+    assert call("train", root, tmp_path / "out", AUTO, "--check") == 0
+    printed = capsys.readouterr().out
+    content = load_config(TrainConfig, write_config(tmp_path / "again.yaml", printed))
+    assert content.memory == planned[0].memory and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("memory", ["auto", {"policy": "full"}, {"weights": "bf16"}])
+def test_out_of_memory_says_what_to_try(root, tmp_path, planned, monkeypatch, capsys, memory):
+    import prfl_fast.trainer
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(prfl_fast.trainer, "sft_loss", full)
+    less = Memory(weights="bf16", reward_weights="bf16", policy="full", offload="cpu")
+    planned[0].less = Candidate(less, 2 << 30, 0, 1.0, "fits, slower")
+    changes = {"run.steps": 1, "hardware.precision": "bf16", "memory": memory}
+    assert call("train", root, tmp_path / "out", changes) == 4
+    error = capsys.readouterr().err
+    assert "out of memory in objective 'sft', forward of micro-batch 1, step 1: CUDA out" in error
+    assert "live: weights" in error and "Traceback" not in error
+    assert (
+        "try memory: {weights: bf16, policy: full, offload: cpu, reward_weights: bf16}, predicted "
+        "to peak at 2.0 GiB" in error
+    )
+    assert not list((tmp_path / "out").glob("step-*")) and len(planned[0].calls) == 1
+    planned[0].less, planned[0].memory = (
+        None,
+        load_config(TrainConfig, tmp_path / "out" / "config.yaml").memory,
+    )
+    assert call("train", root, tmp_path / "out", changes) == 4
+    assert "no policy is known to take less: fewer frames" in capsys.readouterr().err
+
+
+def test_out_of_memory_before_training_is_one_line(root, tmp_path, monkeypatch, capsys):
+    from prfl_fast import memory
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+
+    monkeypatch.setattr(memory, "cast_weights", full)
+    assert call("train", root, tmp_path / "out") == 4
+    assert one_line(capsys, "train") == "prfl-fast train: CUDA out of memory.\n"
 
 
 def test_supervised_alone_loads_no_reward(root, tmp_path):
@@ -312,6 +513,65 @@ BAD = {
         None,
         "hardware.device is 'cuda:99', but there are",
     ),
+    "unknown policy": (
+        "train",
+        {"memory.policy": "atention"},
+        None,
+        "memory.policy is 'atention', expected one of none, full, attention; did you mean",
+    ),
+    "checkpointing under its old name": (
+        "train",
+        {"hardware.gradient_checkpointing": True},
+        None,
+        "unknown key 'hardware.gradient_checkpointing'",
+    ),
+    "memory a size": ("train", {"memory": "24GiB"}, None, "memory is '24GiB', expected auto or"),
+    "auto in float32": ("train", {"memory": "auto"}, None, "set hardware.precision: bf16"),
+    "offload to disk": ("train", {"memory.offload": "disk"}, None, "expected cpu or null"),
+    "no tokens in a chunk": (
+        "train",
+        {"memory.feed_forward_chunk": 0},
+        None,
+        "memory.feed_forward_chunk is 0, expected a value at least 1",
+    ),
+    "4 bits that should train": (
+        "train",
+        {"memory.weights": "nf4", "hardware.precision": "bf16"},
+        None,
+        "memory.weights is nf4, which cannot be trained: add lora",
+    ),
+    "4 bits in float32": (
+        "train",
+        {"memory.weights": "nf4", "lora.rank": 2},
+        None,
+        "memory.weights is nf4, which computes in bfloat16: set hardware.precision: bf16",
+    ),
+    "unknown optimizer": ("train", {"memory.optimizer": "lion"}, None, "expected one of adamw, "),
+    "paged states without CUDA": (
+        "train",
+        {"memory.optimizer": "paged-adamw8bit"},
+        None,
+        "memory.optimizer is paged-adamw8bit, which needs a CUDA device",
+    ),
+    "paged states of a reward without CUDA": (
+        "train-reward",
+        {"memory.optimizer": "paged-adamw8bit"},
+        None,
+        "memory.optimizer is paged-adamw8bit, which needs a CUDA device",
+    ),
+    "auto for a reward": (
+        "train-reward",
+        {"memory": "auto"},
+        None,
+        "memory is 'auto', expected a mapping with keys weights, policy",
+    ),
+    "a reward in 4 bits that trains": (
+        "train-reward",
+        {"memory.weights": "nf4"},
+        None,
+        "memory.weights is 'nf4', expected one of fp32, bf16",
+    ),
+    "memory of score": ("score", {"memory.policy": "full"}, None, "unknown key 'memory'"),
     "no reward": (
         "train",
         {"reward": ...},

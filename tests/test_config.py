@@ -1,12 +1,16 @@
 """YAML configurations: defaults, types, ranges, spelling."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from prfl_fast.config import (
     ConfigError,
+    Memory,
     ReferenceReward,
+    RewardMemory,
     ScoreConfig,
     TrainConfig,
     TrainRewardConfig,
@@ -15,6 +19,8 @@ from prfl_fast.config import (
     to_yaml,
 )
 
+BF16 = "hardware: {precision: bf16}\n"
+LORA = "lora: {rank: 4}\n"
 BASE = "model: m\ndata: d\nout: o\nreward: r\nrun: {steps: 3}\n"
 SCORE = "reward: r\ndata: d\nout: s.csv\n"
 
@@ -71,13 +77,38 @@ def test_values_are_read_as_people_write_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(TrainConfig, BASE + "lora: {rank: 4}\n"), (ScoreConfig, SCORE + "timesteps: [5]\n")],
+    [
+        (TrainConfig, BASE + LORA),
+        (TrainConfig, BASE + BF16 + "memory: auto\n"),
+        (TrainConfig, BASE + "memory: {policy: attention, offload: cpu}\n"),
+        (TrainRewardConfig, BASE.replace("reward: r\n", "memory: {policy: full}\n")),
+        (ScoreConfig, SCORE + "timesteps: [5]\n"),
+    ],
 )
 def test_what_is_printed_reads_back(tmp_path, kind, text):
     config = load(tmp_path, text, kind)
     assert load(tmp_path, to_yaml(config), kind) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.out = "x"
+
+
+def test_memory_is_auto_or_explicit(tmp_path):
+    assert load(tmp_path, BASE).memory == Memory()
+    assert load(tmp_path, BASE + BF16 + "memory: auto\n").memory == "auto"
+    text = BASE + BF16 + LORA + "memory: {weights: nf4, policy: none, feed_forward_chunk: 512}\n"
+    assert load(tmp_path, text).memory == Memory(weights="nf4", feed_forward_chunk=512)
+    text = BASE + BF16 + "memory: {weights: bf16, optimizer: adamw-sr, gradients: fp32}\n"
+    expected = {"weights": "bf16", "optimizer": "adamw-sr", "gradients": "fp32"}
+    assert load(tmp_path, text).memory == Memory(**expected)
+    reward = text.replace("reward: r\n", "")
+    assert load(tmp_path, reward, TrainRewardConfig).memory == RewardMemory(**expected)
+
+
+@pytest.mark.parametrize("kind", [Memory, RewardMemory])
+def test_what_may_change_between_runs_is_not_arithmetic(kind):
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert names - set(kind.FREE) - {"reward_weights"} == {"weights", "optimizer", "gradients"}
+    assert names <= {field.name for field in dataclasses.fields(Memory)}
 
 
 BAD = {
@@ -104,6 +135,29 @@ BAD = {
     "lora: {rank: 2, targets: []}": "lora.targets is [], expected a list of one or more",
     "hardware: {patch: 1}": "hardware.patch is 1, expected true or false",
     "hardware: {device: ''}": "hardware.device is '', expected a string",
+    "hardware: {gradient_checkpointing: true}": "unknown key 'hardware.gradient_checkpointing'",
+    "memory: atuo": "memory is 'atuo', expected auto or a mapping with keys weights, policy",
+    "memory:": "memory is empty, expected auto or a mapping",
+    "memory: 24GiB": "memory is '24GiB', expected auto or a mapping",
+    "memory: [full]": "memory is ['full'], expected auto or a mapping",
+    "memory: auto": "memory is auto, which plans for bfloat16: set hardware.precision: bf16",
+    "memory: {polcy: full}": "unknown key 'memory.polcy': did you mean 'policy'?",
+    "memory: {policy: ful}": "memory.policy is 'ful', expected one of none, full, attention; did",
+    "memory: {policy: null}": "memory.policy is empty, expected one of none, full, attention",
+    "memory: {policy: true}": "memory.policy is True, expected one of none, full, attention",
+    "memory: {offload: gpu}": "memory.offload is 'gpu', expected cpu or null",
+    "memory: {offload: true}": "memory.offload is True, expected cpu or null",
+    "memory: {reward_policy: cpu}": "memory.reward_policy is 'cpu', expected one of none, full",
+    "memory: {reward_offload: disk}": "memory.reward_offload is 'disk', expected cpu or null",
+    "memory: {feed_forward_chunk: 0}": "memory.feed_forward_chunk is 0, expected a value at least",
+    "memory: {feed_forward_chunk: 1.5}": "feed_forward_chunk is 1.5, expected a whole number or",
+    "memory: {optimizer: adam}": "memory.optimizer is 'adam', expected one of adamw, adamw-sr",
+    "memory: {gradients: bf16}": "memory.gradients is 'bf16', expected one of parameter, fp32",
+    "memory: {weights: int4}": "memory.weights is 'int4', expected one of fp32, bf16, fp8, nf4",
+    "memory: {weights: bf16}": "weights is bf16, which computes in bfloat16: set hardware.prec",
+    "memory: {reward_weights: nf4}": "memory.reward_weights is nf4, which computes in bfloat16",
+    f"{BF16}memory: {{weights: nf4}}": "memory.weights is nf4, which cannot be trained: add lora",
+    f"{BF16}memory: {{weights: bf16, optimizer: paged-adamw8bit}}": "needs memory.weights: fp32",
     "model: twice": "key 'model' appears twice",
     "1: 2": "key 1 is not a string",
     "a: [": "not YAML",
@@ -140,6 +194,21 @@ def test_bad_files(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memory: auto\n", "memory is 'auto', expected a mapping with keys weights, policy"),
+        ("memory: {reward_policy: full}\n", "unknown key 'memory.reward_policy': did you mean"),
+        (BF16 + "memory: {weights: nf4}\n", "memory.weights is 'nf4', expected one of fp32, bf16"),
+        ("memory: {weights: bf16}\n", "set hardware.precision: bf16"),
+    ],
+)
+def test_bad_memory_of_a_reward_model(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, BASE.replace("reward: r\n", text), TrainRewardConfig)
+    assert message in str(caught.value)
+
+
 def test_sft_alone_needs_no_reward(tmp_path):
     assert load(tmp_path, BASE.replace("reward: r\n", "objectives: [sft]\n")).reward is None
 
@@ -173,6 +242,15 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_config(TrainConfig, tmp_path / "b.yaml")
+
+
+def test_the_readmes_files_are_valid(tmp_path):
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    memory, reward, train = sorted(blocks, key=lambda block: block.startswith("# train.yaml"))
+    assert "memory:" in memory and load(tmp_path, BASE + memory).memory.policy == "attention"
+    assert load(tmp_path, reward, TrainRewardConfig).run.steps == 2000
+    assert load(tmp_path, train).memory == "auto"
 
 
 def test_mappings_build_without_a_file():

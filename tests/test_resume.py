@@ -182,6 +182,26 @@ def test_sigterm_finishes_the_step_and_saves(root, runner, whole, tmp_path):
     assert_equal_runs(out, whole)
 
 
+def test_bfloat16_weights_and_8bit_states_resume_too(root, runner, tmp_path):
+    changes = {
+        "hardware.precision": "bf16",
+        "memory": {"weights": "bf16", "optimizer": "adamw8bit", "gradients": "fp32"},
+    }
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(runner, root, whole, changes) == 0
+    assert train(runner, root, out, changes, place="a state file", count=2) == -signal.SIGKILL
+    assert latest_checkpoint(out).name == "step-00000002"
+    assert train(runner, root, out, changes) == 0
+    assert log(out) == log(whole)
+    for file, dtype in (
+        ("model/diffusion_pytorch_model.safetensors", torch.bfloat16),
+        ("ema.safetensors", torch.float32),
+    ):
+        files = [folder / f"step-{STEPS:08d}" / file for folder in (whole, out)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert load_tensors(files[0])["blocks.0.ffn.net.2.weight"].dtype is dtype
+
+
 def test_reward_training_resumes_too(root, runner, tmp_path):
     def fit(out, **options):
         path = write_config(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from prfl_fast.schedulers import FlowEuler
 from prfl_fast.step import PRFL
 from prfl_fast.trainer import (
     NonFiniteTraining,
+    OutOfMemory,
     RewardFeedback,
     RewardFit,
     SupervisedFlow,
@@ -42,7 +44,8 @@ class Noisy:
     def __call__(self, draw, generator, loss_scale):
         self.draws.append(draw)
         x = torch.randn(4, 3, generator=generator)
-        loss = (self.model(x) - torch.randn(4, 2, generator=generator)).square().mean()
+        y = self.model(x.to(self.model.weight.dtype))
+        loss = (y - torch.randn(4, 2, generator=generator)).square().mean()
         loss = loss * torch.rand(())  # the global generator counts too
         if draw in self.bad:
             loss = loss * math.nan
@@ -59,7 +62,7 @@ def linear(seed=0):
 
 def trainer(model=None, folder=None, names=("a",), **options):
     model = model or linear()
-    keys = ("resume", "identity", "on_step", "tensorboard", "objectives")
+    keys = ("resume", "identity", "on_step", "tensorboard", "objectives", "advise")
     rest = {key: options.pop(key) for key in keys if key in options}
     objectives = rest.pop("objectives", None) or {name: Noisy(model) for name in names}
     settings = TrainSettings(**{"steps": 4, "learning_rate": 0.1, **options})
@@ -177,6 +180,164 @@ def test_the_average_follows_its_formula():
     torch.testing.assert_close(run.ema["weight"], expected)
 
 
+def test_the_average_of_bfloat16_weights_is_float32():
+    model = linear().bfloat16()
+    expected = model.weight.detach().float()
+
+    def follow(record):
+        expected.lerp_(model.weight.detach().float(), 0.001)
+
+    run = trainer(model, ema_decay=0.999, on_step=follow)
+    run.run()
+    assert run.ema["weight"].dtype is torch.float32
+    torch.testing.assert_close(run.ema["weight"], expected, rtol=1e-6, atol=0)
+    assert not torch.equal(run.ema["weight"], run.ema["weight"].bfloat16().float())
+
+
+KINDS_HERE = ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"]
+
+
+@pytest.mark.parametrize("gradients", ["parameter", "fp32"])
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_every_optimizer_resumes_bit_for_bit_on_bfloat16(tmp_path, kind, gradients):
+    def run(folder, steps, seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 4096).bfloat16()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
+        torch.manual_seed(8)
+        options = {"optimizer": kind, "gradients": gradients, "accumulation": 2, "clip_norm": 1e-3}
+        run = trainer(model, folder, objectives={"a": Wide(model)}, steps=steps, **options)
+        run.run()
+        return run
+
+    whole = run(tmp_path / "whole", 4, 0)
+    before = whole.model.weight.detach().clone()
+    run(tmp_path / "broken", 2, 0)
+    resumed = run(tmp_path / "broken", 4, 1)
+    assert log(tmp_path / "broken") == log(tmp_path / "whole")
+    assert torch.equal(resumed.model.weight, before) and before.std() > 0
+    states = [
+        torch.load(tmp_path / name / "step-00000004" / "state.pt", weights_only=True)["random"]
+        for name in ("whole", "broken")
+    ]
+    assert torch.equal(states[0]["torch"], states[1]["torch"])
+
+
+class Wide(Noisy):
+    """Noisy, for a layer of any width."""
+
+    def __call__(self, draw, generator, loss_scale):
+        x = torch.randn(4, 3, generator=generator).to(self.model.weight.dtype)
+        loss = (self.model(x) * torch.rand(())).square().mean()
+        (loss * loss_scale).backward()
+        return {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_a_bfloat16_generator_trains(kind):
+    transformer = patch(tiny_wan(layers=1, heads=1)).bfloat16()
+    before = {n: p.detach().clone() for n, p in transformer.named_parameters()}
+    objectives = {"sft": SupervisedFlow(transformer, Batches(samples(4), 2))}
+    settings = TrainSettings(steps=8, learning_rate=3e-3, optimizer=kind, gradients="fp32")
+    history = Trainer(transformer, objectives, settings).run().history
+    losses = [record["sft/loss"] for record in history]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert not any(torch.equal(before[n], p) for n, p in transformer.named_parameters())
+    assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
+
+
+class Full(Noisy):
+    """Runs out of memory on the given draws, in the forward or in the backward."""
+
+    def __init__(self, model, draws, place="forward"):
+        super().__init__(model)
+        self.full, self.place, self.kept = list(draws), place, []
+
+    def __call__(self, draw, generator, loss_scale):
+        activation = torch.ones(4, requires_grad=True)
+        self.kept.append(weakref.ref(activation))
+        if draw in self.full:
+            self.full.remove(draw)
+            torch.randn(3, generator=generator)
+            if self.place == "backward":
+                activation.register_hook(no_memory)
+                activation.sum().backward()
+            no_memory()
+        return super().__call__(draw, generator, loss_scale)
+
+
+def no_memory(*_):
+    torch.rand(())
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_out_of_memory_says_where_and_what_and_can_be_gone_on_from(tmp_path, place):
+    model = linear()
+    objectives = {"a": Noisy(model), "b": Full(model, [3], place)}
+    other = nn.Linear(256, 256)
+    objectives["b"].step = [lambda x, reward=None: other(x)]
+    advice = ["attention, offloaded, needs 30 GiB"]
+    options = {"steps": 4, "accumulation": 2, "save_every": 1, "ema_decay": 0.9}
+    torch.manual_seed(1)
+    run = trainer(
+        model, tmp_path / "broken", objectives=objectives, advise=lambda: advice[0], **options
+    )
+    with pytest.raises(OutOfMemory) as caught:
+        run.run()
+    told = str(caught.value).splitlines()
+    assert told[0] == (
+        f"out of memory in objective 'b', {place} of micro-batch 2, step 2: "
+        "CUDA out of memory. Tried to allocate 7.00 GiB."
+    )
+    # 8 weights: 4 bytes each of weight, gradient, average, twice that and two counters of states.
+    sizes = {"weights": 32, "gradients": 32, "optimizer": 72, "average": 32}
+    expected = [f"{n} {b / 2**20:.2f} MiB" for n, b in sizes.items()]
+    assert told[1] == "live: " + ", ".join([*expected, "other models 0.25 MiB"])
+    assert told[2:] == advice
+    # Nothing of the update is left, in memory (though the error is) or on disk.
+    assert all(p.grad is None for p in model.parameters())
+    assert objectives["b"].kept[-1]() is None
+    assert [step for step, _ in list_checkpoints(tmp_path / "broken")] == [1]
+    with pytest.raises(ValueError, match="step 2 has had the update of a only: run.. finishes it"):
+        run.save()
+    run.run()
+    whole = linear()
+    torch.manual_seed(1)
+    trainer(
+        whole,
+        tmp_path / "whole",
+        objectives={"a": Noisy(whole), "b": Full(whole, [])},
+        **options,
+    ).run()
+    assert log(tmp_path / "broken") == log(tmp_path / "whole")
+    assert torch.equal(model.weight, whole.weight)
+
+
+def test_out_of_memory_in_the_optimizer_step_ends_the_run(tmp_path, monkeypatch):
+    run = trainer(folder=tmp_path, save_every=1, advise=lambda: 1 / 0)
+    run.on_step = lambda record: monkeypatch.setattr(run.optimizer, "step", no_memory)
+    with pytest.raises(OutOfMemory, match="in the optimizer step of objective 'a', step 2") as e:
+        run.run()
+    assert "(no advice: division by zero)" in str(e.value)
+    assert run.model.weight.grad is None
+    for call in (run.run, run.save):
+        with pytest.raises(ValueError, match="start again from the last checkpoint"):
+            call()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+
+
+def test_other_errors_pass_as_they_are():
+    def fail(*_):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        trainer(objectives={"a": fail}).run()
+    assert type(caught.value) is RuntimeError
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
     options = {"names": ("a", "b"), "ema_decay": 0.9, "save_every": 1, "warmup_steps": 3}
@@ -243,6 +404,8 @@ def test_resuming_elsewhere_and_refusing_to_overwrite(tmp_path):
         ({"learning_rate": 0.2}, "made with learning_rate = 0.1, this run has 0.2"),
         ({"seed": 1}, "made with seed = 0, this run has 1"),
         ({"accumulation": 2}, "made with accumulation = 1"),
+        ({"optimizer": "adamw-sr"}, "made with optimizer = 'adamw', this run has 'adamw-sr'"),
+        ({"gradients": "fp32"}, "made with gradients = 'parameter', this run has 'fp32'"),
         ({"ema_decay": 0.5}, "made with ema_decay = None, this run has 0.5"),
         ({"identity": {"batch_size": 2}}, "made with batch_size = None, this run has 2"),
         ({"names": ("b",)}, r"made with objectives = \['a'\], this run has \['b'\]"),
@@ -310,8 +473,16 @@ def test_a_log_with_a_cut_line_is_repaired(tmp_path):
         (lambda: Trainer(linear(), {}, TrainSettings(steps=1)), "objectives is empty"),
         (lambda: trainer(linear().requires_grad_(False)), "nothing to train"),
         (
-            lambda: trainer(linear().bfloat16()),
-            "weight is torch.bfloat16: .* load the model in float32",
+            lambda: trainer(linear().half()),
+            "weight is torch.float16: adamw trains torch.float32, torch.float64, torch.bfloat16",
+        ),
+        (
+            lambda: trainer(optimizer="adam8bit"),
+            "optimizer is 'adam8bit', expected one of adamw, adamw-sr, adamw8bit",
+        ),
+        (
+            lambda: trainer(gradients="bf16"),
+            "gradients is 'bf16', expected one of parameter, fp32",
         ),
         (lambda: trainer(tensorboard=True), "tensorboard is on, but there is no folder"),
         (lambda: trainer(steps=0), "steps is 0, expected a whole number, at least 1"),
@@ -444,12 +615,15 @@ def test_lora_trains_saves_and_resumes_the_adapter_alone(tmp_path):
         set(resumed)
         == set(uninterrupted)
         == {
-            f"blocks.0.attn{i}.to_{x}.lora_{ab}.weight" for i in (1, 2) for x in "qv" for ab in "AB"
+            f"transformer.blocks.0.attn{i}.to_{x}.lora_{ab}.weight"
+            for i in (1, 2)
+            for x in "qv"
+            for ab in "AB"
         }
     )
     # What diffusers reads back is the adapter that was trained.
     fresh = tiny_wan(layers=1, heads=1)
-    fresh.load_lora_adapter(tmp_path / "half" / weights, prefix=None)
+    fresh.load_lora_adapter(tmp_path / "half" / weights)
     trained = {n: p for n, p in whole.named_parameters() if "lora" in n}
     loaded = {n: p for n, p in fresh.named_parameters() if "lora" in n}
     assert {n.replace("default_0", "default") for n in loaded} == set(trained)

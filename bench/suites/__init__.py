@@ -13,6 +13,7 @@ DESCRIPTIONS = {
     "block": "one transformer block and one PRFL step: unpatched, compiled, prfl_fast",
     "methods": "RGB ReFL and PRFL: time, memory and FLOPs per gradient point",
     "alignment": "train a small generator and its reward model, compare methods over training",
+    "memory": "* peak and time of a PRFL step by checkpoint policy, offload and weights; plans",
     "facts": "* what the GPU can do: copies, matrix products, attention backends, host copies",
 }
 DEFAULT = tuple(name for name, text in DESCRIPTIONS.items() if not text.startswith("*"))

@@ -5,12 +5,14 @@ timesteps.
 import copy
 import re
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from prfl_fast.adapters._unwrap import unwrap
+from prfl_fast.chunks import in_chunks
 from prfl_fast.modules import TEXT_TOKENS, Modulation, Rope, transformer_block
 
 _CLASS = "WanTransformer3DModel"
@@ -89,7 +91,13 @@ def _block_forward(
         up=self.ffn.net[0].proj,
         down=self.ffn.net[2],
         eps=(self.norm1.eps, self.norm3.eps),
+        chunk=getattr(self.ffn, "chunk", None),
     )
+
+
+def _feed_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Replaces the forward of a block's ``FeedForward`` where it runs in chunks."""
+    return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
 
 
 def _rope_forward(self: Any, hidden_states: torch.Tensor) -> Rope:
@@ -160,6 +168,42 @@ class WanDiffusersAdapter:
                 _rope_forward,
             ):
                 del module.forward
+
+    def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
+        """Run the feed-forward of every block ``tokens`` at a time, see
+        :func:`prfl_fast.chunks.in_chunks`; None undoes it. The last call wins.
+
+        Raises:
+            ValueError: ``tokens`` is not positive, or a feed-forward has a forward of its own.
+        """
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens is {tokens}, expected a positive number or None")
+        layers = [block.ffn for block in unwrap(model).blocks]  # type: ignore[union-attr]
+        for layer in layers:
+            forward = layer.__dict__.get("forward")
+            if forward is not None and getattr(forward, "__func__", None) is not _feed_forward:
+                raise ValueError(
+                    f"{type(layer).__name__} already has a forward of its own (a hook of "
+                    "accelerate?), expected the class's; remove the hook first"
+                )
+        for layer in layers:
+            if tokens is not None:
+                layer.chunk, layer.forward = tokens, types.MethodType(_feed_forward, layer)
+            elif "forward" in layer.__dict__:
+                del layer.chunk, layer.forward
+
+    def checkpoint_blocks(
+        self, model: nn.Module, run: Callable[..., torch.Tensor] | None
+    ) -> None:
+        """With gradients enabled, call every block as ``run(block, *args)``; None: as it was built.
+
+        ``args`` are the residual stream ``[B, L, D]`` and what all blocks share.
+        """
+        base: Any = unwrap(model)
+        if run is None:
+            base.disable_gradient_checkpointing()
+        else:
+            base.enable_gradient_checkpointing(run)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The transformer blocks, in order."""

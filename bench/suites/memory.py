@@ -1,0 +1,415 @@
+"""Memory and time of a PRFL step under every policy, beside the unpatched model with diffusers' own
+checkpointing.
+
+On a CPU the real sizes are simulated on fake tensors, and a tiny model is run. On a GPU the preset
+is run, the allocator's peak beside the prediction; at 14B also the plans that have to fit a budget.
+"""
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import harness
+import report
+import torch
+from harness import PRESETS, Context, SuiteResult, Table, Unavailable
+
+from prfl_fast.config import Memory
+from prfl_fast.machines import machine, this_machine
+from prfl_fast.planner import plan
+from suites.memory_step import Case, Step, cuda_step, predict, release, run_capped, uniform
+
+GIB = 1 << 30
+SIZES = ("wan14b-720p", "wan14b-480p", "wan1.3b-480p")
+MACHINE = "h200"  # whose rates the estimates of time take
+POLICIES = tuple((p, o) for p in ("none", "full", "attention") for o in (None, "cpu"))
+BASELINE = "unpatched, diffusers' checkpointing"
+CHUNK = 16384
+CHUNKED = f"full, offloaded, feed-forward {CHUNK} tokens at a time"
+NARROW = ("fp8", "nf4")
+
+# Curves: label → what runs; pixels, with 1080 rounded up to a multiple of 16, and frames.
+CURVES = {
+    BASELINE: (uniform("full"), False),
+    "attention, offloaded": (uniform("attention", "cpu"), True),
+    "full, offloaded": (uniform("full", "cpu"), True),
+    "full, offloaded, NF4 weights": (uniform("full", "cpu", "nf4"), True),
+}
+COLOURS = dict(zip(CURVES, ("#8c8c8c", "#56b4e9", "#0072b2", "#009e73"), strict=True))
+FRAMES = (17, 49, 81, 121)
+RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920)}
+
+SMALL_LATENT = (5, 16, 24)  # of what a CPU runs
+# Of a GPU, at the preset's size: generator depth above which a part of the model is run.
+FEW_LAYERS, WHOLE_UP_TO = 4, 30
+# What has to fit: preset → (label, training, weights, budget in GiB).
+PLANS: dict[str, tuple[tuple[str, str, str, int], ...]] = {
+    "wan14b-720p": (
+        ("14B LoRA, 720p, bf16 weights", "lora", "bf16", 48),
+        ("14B LoRA, 720p, NF4 weights", "lora", "nf4", 24),
+    ),
+    "wan14b-480p": (("14B, all parameters, 480p", "full", "bf16", 141),),
+}
+HOST_SHARE = 0.8  # of the host's available memory, for plans
+
+
+def label(policy: str, offload: str | None) -> str:
+    """A policy in words."""
+    return policy + (", offloaded" if offload else "")
+
+
+def rows() -> dict[str, tuple[Memory, bool]]:
+    """Label → memory with bf16 weights and whether the model is patched."""
+    named = {BASELINE: (uniform("full"), False)}
+    named |= {label(p, o): (uniform(p, o), True) for p, o in POLICIES}
+    return named | {CHUNKED: (uniform("full", "cpu", feed_forward_chunk=CHUNK), True)}
+
+
+def narrowed(memory: Memory, weights: str) -> Memory:
+    """The same with other weights in both models."""
+    return replace(memory, weights=weights, reward_weights=weights)  # type: ignore[arg-type]
+
+
+def _curve_case(memory: Memory, patched: bool, frames: int, pixels: tuple[int, int]) -> Case:
+    latent = ((frames - 1) // 4 + 1, pixels[0] // 8, pixels[1] // 8)
+    return Case(replace(PRESETS["wan14b-720p"], latent=latent), memory, patched)
+
+
+def table_cases() -> dict[tuple[str, str, str], Case]:
+    """(preset, row, weights) → case of the simulated table."""
+    cases = {}
+    for name in SIZES:
+        for row, (memory, patched) in rows().items():
+            for weights in ("bf16", *NARROW):
+                # Without prfl_fast there are no such weights; at 1.3B they are 3 GB in all.
+                if weights == "bf16" or (patched and name == SIZES[0]):
+                    case = Case(PRESETS[name], narrowed(memory, weights), patched)
+                    cases[name, row, weights] = case
+    return cases
+
+
+def curve_cases() -> dict[tuple[str, int, str], Case]:
+    """(curve, frames, resolution) → case."""
+    cases = {}
+    for name, (memory, patched) in CURVES.items():
+        for frames in FRAMES:
+            cases[name, frames, "720p"] = _curve_case(memory, patched, frames, RESOLUTIONS["720p"])
+        for resolution, pixels in RESOLUTIONS.items():
+            cases[name, 81, resolution] = _curve_case(memory, patched, 81, pixels)
+    return cases
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # optional libraries of peft, in every process
+
+
+def _predicted(case: Case) -> dict[str, Any]:
+    return predict(case, machine(MACHINE))
+
+
+def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str, Any]]:
+    """Each case once, in as many processes as there are cores."""
+    wanted = list(dict.fromkeys(cases))
+    cores = min(8, len(os.sched_getaffinity(0)))
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(cores, spawn, initializer=_quiet) as pool,
+        context.bar(len(wanted), "simulating") as bar,
+    ):
+        found = {}
+        for case, record in zip(wanted, pool.map(_predicted, wanted), strict=True):
+            found[case] = record
+            bar.update()
+    return found
+
+
+def _identity(case: Case) -> dict[str, Any]:
+    """A case as plain values."""
+    preset = case.preset
+    return {
+        "preset": preset.name,
+        "tokens": preset.tokens,
+        "layers": preset.layers,
+        "patched": case.patched,
+        "train": case.train,
+        "memory": vars(case.memory),
+    }
+
+
+def _simulated_table(found: dict[Case, dict[str, Any]]) -> Table:
+    cases = table_cases()
+    body = []
+    for name in SIZES:
+        for row in rows():
+            line = [name if row == BASELINE else "", row]
+            for weights in ("bf16", *NARROW):
+                case = cases.get((name, row, weights))
+                line.append(report.BLANK if case is None else _gib(found[case]["peak_bytes"]))
+            exact = found[cases[name, row, "bf16"]]
+            line += [_gib(exact["host_bytes"]) if exact["host_bytes"] else report.BLANK]
+            body.append([*line, report.seconds(exact["seconds"])])
+    notes = [
+        "Simulated, not run: one PRFL step with LoRA of rank 16 on the attention, 81 frames, "
+        "reward of 8 blocks, the same policy for both models; GiB of tensors at the peak, weights, "
+        "gradients and optimizer included. CUDA's context and the allocator's rounding come on "
+        "top.",
+        "in host memory: what is offloaded. estimated time: of the forward with gradient, reward "
+        f"and backward, without rollouts, from FLOPs and bytes at an {MACHINE.upper()}'s rates "
+        "(prfl_fast/machines.py), transfers hidden where compute takes longer.",
+    ]
+    columns = ["", "blocks keep", "bf16 weights", "FP8", "NF4", "in host memory", "estimated time"]
+    return Table("memory", "Memory of a PRFL step, 81 frames", columns, body, notes)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def simulated(context: Context) -> tuple[Table, list[dict[str, Any]], Any]:
+    """Table, records and figure of the real sizes."""
+    curves = curve_cases()
+    found = predictions([*table_cases().values(), *curves.values()], context)
+    records = [{"case": "simulated", **_identity(case), **found[case]} for case in found]
+    return _simulated_table(found), records, _curves({k: found[c] for k, c in curves.items()})
+
+
+def _curves(found: dict[tuple[str, int, str], dict[str, Any]]) -> Any:
+    figure, (left, right) = report.new_figure(11, 4.4, ncols=2, sharey=True)
+    for name in CURVES:
+        style = {"label": name, "color": COLOURS[name], "marker": "o", "markersize": 4}
+        left.plot(FRAMES, [found[name, f, "720p"]["peak_bytes"] / GIB for f in FRAMES], **style)
+        peaks = [found[name, 81, r]["peak_bytes"] / GIB for r in RESOLUTIONS]
+        right.plot([h * w / 1e6 for h, w in RESOLUTIONS.values()], peaks, **style)
+    left.set_title("720 × 1280 pixels", fontsize=10)
+    left.set_xlabel("frames", fontsize=9)
+    left.set_xticks(FRAMES)
+    left.set_ylabel("GiB at the peak", fontsize=9)
+    right.set_title("81 frames", fontsize=10)
+    right.set_xlabel("resolution", fontsize=9)
+    pixels = [h * w / 1e6 for h, w in RESOLUTIONS.values()]
+    right.set_xticks(pixels, list(RESOLUTIONS))
+    for axes in (left, right):
+        for budget in (24, 48, 80, 141):
+            axes.axhline(budget, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.2)
+        axes.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    for budget in (24, 48, 80, 141):
+        right.annotate(
+            f"{budget} GiB", (1, budget), xycoords=("axes fraction", "data"), fontsize=7,
+            xytext=(3, -2), textcoords="offset points", color="#777777", annotation_clip=False,
+        )  # fmt: skip
+    left.legend(fontsize=8, loc="upper left")
+    figure.suptitle("Peak memory of a PRFL step, Wan2.1 14B with LoRA, simulated", fontsize=11)
+    return figure
+
+
+def small_cases(context: Context) -> dict[str, Case]:
+    """Label → what is run here: all parameters in float32 on a CPU, LoRA over bf16 on a GPU."""
+    preset, cpu = context.preset, context.device.type == "cpu"
+    if cpu:
+        preset = replace(preset, latent=SMALL_LATENT)
+    if preset.layers > WHOLE_UP_TO:
+        preset = replace(preset, layers=FEW_LAYERS)
+    weights, train = ("fp32", "full") if cpu else ("bf16", "lora")
+    cases = {
+        name: Case(preset, narrowed(memory, weights), patched, train)
+        for name, (memory, patched) in rows().items()
+        if name != CHUNKED
+    }
+    if not cpu:
+        for narrow in NARROW:
+            memory = uniform("attention", None, narrow)
+            cases[f"attention, {narrow.upper()} weights"] = Case(preset, memory, True, train)
+    return cases
+
+
+def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
+    """Kept and peak bytes and times of each case, and failed checks."""
+    records, problems = [], []
+    steps: dict[str, Step] = {}
+    expected: list[torch.Tensor] = []
+    cases = small_cases(context)
+    with context.bar(len(cases) + 1, "memory") as bar:
+        for name, case in cases.items():
+            bar.set_postfix_str(name)
+            step = steps[name] = Step(case, context)
+            kept, host = step.kept()
+            peak = harness.peak_bytes(step.feedback, context.device)
+            gradients = [p.grad.clone() for p in step.parameters if p.grad is not None]
+            if name == label("none", None):
+                expected = gradients
+            elif expected and not all(map(torch.equal, gradients, expected)):
+                problems.append(f"{name}: a gradient is not that of policy none, bit for bit")
+            record = {"case": "run", "row": name, **_identity(case), "kept_bytes": kept}
+            records.append({**record, "host_bytes": host, "peak_bytes": peak})
+            bar.update()
+        timings = harness.time_side_by_side(
+            {name: step.feedback for name, step in steps.items()},
+            context.device,
+            seconds=0.4,
+            at_least=3,
+        )
+        bar.update()
+    for record in records:
+        record["times"] = timings[record["row"]].record()
+    return records, problems
+
+
+def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
+    """Peaks by the allocator beside the prediction and times, one case at a time."""
+    records = []
+    rates, cases = this_machine(context.device), small_cases(context)
+    with context.bar(len(cases), "memory") as bar:
+        for name, case in cases.items():
+            bar.set_postfix_str(name)
+            record = {"case": "run", "row": name, **_identity(case)}
+            record["predicted"] = predict(case, rates)
+            try:
+                step = Step(case, context)
+                step.step()  # compiles the kernels, makes the optimizer's states
+                record |= cuda_step(step, context.device, runs=3)
+                del step
+            except (torch.OutOfMemoryError, Unavailable) as error:
+                oom = isinstance(error, torch.OutOfMemoryError)
+                record["skipped"] = "out of memory" if oom else str(error)
+            release()
+            records.append(record)
+            bar.update()
+    return records, []
+
+
+def _small_table(records: list[dict[str, Any]], context: Context) -> Table:
+    preset = next(iter(small_cases(context).values())).preset
+    shape = f"{preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}"
+    step = "PRFL step with one rollout forward"
+    if context.device.type == "cpu":
+        columns = ["blocks keep", "kept on the device", "in host memory", "peak", "time"]
+        body = [
+            [
+                record["row"],
+                report.size(record["kept_bytes"]),
+                report.size(record["host_bytes"]) if record["host_bytes"] else report.BLANK,
+                report.size(record["peak_bytes"]),
+                report.seconds(record["times"]["median_s"]),
+            ]
+            for record in records
+        ]
+        notes = [
+            f"Run here: {shape}, float32, all parameters train. kept: between the generator's "
+            f"forward and its backward, the block inputs included. peak, time: of a {step}; bytes "
+            "of tensors, weights not counted. On a CPU both sides of an offload are one memory.",
+            "Gradients are those of policy none bit for bit, or the run reports a failed check.",
+        ]
+        return Table("memory-small", "Policies, measured", columns, body, notes)
+    columns = ["blocks keep", "peak", "predicted", "off by", "in host memory", "time", "over kept"]
+    times = {r["row"]: r["times"]["median_s"] for r in records if "times" in r}
+    body = []
+    for record in records:
+        line = [record["row"]]
+        predicted = record["predicted"]
+        if "skipped" in record:
+            line += [record["skipped"], _gib(predicted["peak_bytes"]), *[report.BLANK] * 4]
+        else:
+            off = predicted["peak_bytes"] / record["peak_bytes"] - 1
+            base = times.get(record["row"].replace(", offloaded", ""))
+            line += [_gib(record["peak_bytes"]), _gib(predicted["peak_bytes"]), f"{off:+.1%}"]
+            line.append(_gib(predicted["host_bytes"]) if predicted["host_bytes"] else report.BLANK)
+            line.append(report.seconds(times[record["row"]]))
+            offloaded = base is not None and ", offloaded" in record["row"]
+            line.append(report.ratio(times[record["row"]] / base) if offloaded else report.BLANK)
+        body.append(line)
+    notes = [
+        f"Run here: {shape}, bf16 weights unless named, LoRA of rank 16; {step} and the "
+        "optimizer's. peak: torch.cuda.max_memory_allocated, weights included; predicted: by the "
+        "simulation. over kept: time over that of the same policy without offloading.",
+    ]
+    return Table("memory-small", "Policies, measured", columns, body, notes)
+
+
+def run_plans(context: Context) -> tuple[list[Table], list[dict[str, Any]], list[str]]:
+    """The plans of the preset's size, searched and run with the process held to their budget."""
+    records: list[dict[str, Any]] = []
+    problems, body = [], []
+    total = torch.cuda.get_device_properties(context.device).total_memory
+    for name, train, weights, gib in PLANS.get(context.preset.name, ()):
+        budget = min(gib * GIB, total)
+        workload = Case(context.preset, Memory(), True, train).workload()
+        found = plan(
+            dict(workload.config),
+            frames=workload.frames,
+            height=workload.height,
+            width=workload.width,
+            train=train,  # type: ignore[arg-type]
+            weights=weights,
+            sft=False,
+            budget=budget,
+            host_budget=int(HOST_SHARE * _available_host_bytes()),
+            machine=this_machine(context.device),
+        )
+        case = Case(context.preset, found.memory, True, train)
+        record = {"case": "plan", "row": name, "budget_bytes": budget, **_identity(case)}
+        record["predicted"] = {"peak_bytes": found.peak, "host_bytes": found.host}
+        line = [name, f"{gib} GiB", _chosen(found.memory), _gib(found.peak)]
+        if not found.feasible:
+            record["skipped"] = f"no policy fits, {_gib(found.missing)} are missing"
+        elif total < budget:
+            record["skipped"] = "the device has less memory"
+        else:
+            try:
+                record |= run_capped(case, context, budget)
+            except Unavailable as error:
+                record["skipped"] = str(error)
+        if "skipped" in record:
+            problems.append(f"{name} in {gib} GiB: {record['skipped']}")
+            line += [record["skipped"], report.BLANK, report.BLANK]
+        else:
+            off = found.peak / record["peak_bytes"] - 1
+            seconds = report.seconds(record["times"]["median_s"])
+            line += [_gib(record["peak_bytes"]), f"{off:+.1%}", seconds]
+        records.append(record)
+        body.append(line)
+    notes = [
+        "The planner's choice, run with random weights and the process held to the budget by "
+        "torch.cuda.set_per_process_memory_fraction, CUDA's context included. time: one PRFL step "
+        "with one rollout forward, and the optimizer's step; no supervised step.",
+    ]
+    columns = ["plan", "budget", "chosen", "predicted", "peak", "off by", "time"]
+    tables = [Table("memory-plans", "Plans, run within their budget", columns, body, notes)]
+    return (tables if body else []), records, problems
+
+
+def _chosen(memory: Memory) -> str:
+    parts = [label(memory.policy, memory.offload)]
+    parts.append(f"reward {label(memory.reward_policy, memory.reward_offload)}")
+    if memory.feed_forward_chunk is not None:
+        parts.append(f"chunks of {memory.feed_forward_chunk}")
+    return "; ".join([*parts, memory.optimizer])
+
+
+def _available_host_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def run(context: Context) -> SuiteResult:
+    """Simulated sizes and a small run on a CPU; runs and plans on a GPU."""
+    if context.device.type == "cpu":
+        if context.preset.name != "tiny":
+            raise Unavailable(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+        table, records, figure = simulated(context)
+        measured, problems = run_small_on_cpu(context)
+        tables = [table, _small_table(measured, context)]
+        return SuiteResult(tables, records + measured, {"memory.png": figure}, problems)
+    measured, problems = run_small_on_gpu(context)
+    tables, records, failed = run_plans(context)
+    tables.insert(0, _small_table(measured, context))
+    return SuiteResult(tables, measured + records, {}, problems + failed)

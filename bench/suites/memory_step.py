@@ -1,0 +1,261 @@
+"""One PRFL step under a memory policy: predicted on fake tensors at any size, and run."""
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+from harness import Context, Preset, Unavailable
+from torch import nn
+
+import prfl_fast
+from prfl_fast.adapters import find_adapter
+from prfl_fast.config import Memory
+from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.ledger import Ledger
+from prfl_fast.machines import Machine
+from prfl_fast.optimizers import make_optimizer
+from prfl_fast.plan_search import DEPTHS, Shallow, phase_seconds
+from prfl_fast.quantised import QuantisedLinear
+from prfl_fast.reward import LatentRewardModel
+from prfl_fast.schedulers import FlowUniPC
+from prfl_fast.simulation import Simulation, Workload, build, materialise, simulate
+from prfl_fast.step import PRFL
+
+REWARD_BLOCKS = 8
+INDEX = 1  # one rollout forward, one with gradient
+# What a policy changes: the rollout before is the same under all.
+TRAINING_PHASES = ("forward", "reward", "reward backward", "backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained and how.
+
+    Attributes:
+        preset: sizes; its latent gives the video.
+        patched: on prfl_fast's kernels; otherwise diffusers' own blocks and, for policy ``full``,
+            its own checkpointing.
+        train: ``lora`` or ``full``.
+    """
+
+    preset: Preset
+    memory: Memory
+    patched: bool = True
+    train: str = "lora"
+
+    def workload(self) -> Workload:
+        """As the simulation takes it; the reward has at most half of the generator's blocks."""
+        preset = self.preset
+        frames, height, width = preset.latent
+        config = {
+            "num_attention_heads": preset.heads,
+            "attention_head_dim": preset.dim // preset.heads,
+            "ffn_dim": preset.ffn_dim,
+            "num_layers": preset.layers,
+            "text_dim": preset.text_dim,
+        }
+        return Workload(
+            config,
+            frames=4 * (frames - 1) + 1,
+            height=8 * height,
+            width=8 * width,
+            text_tokens=preset.text_tokens,
+            train=self.train,  # type: ignore[arg-type]
+            reward_blocks=min(REWARD_BLOCKS, max(1, preset.layers // 2)),
+            sft=False,
+            patched=self.patched,
+        )
+
+
+def uniform(policy: str, offload: str | None = None, weights: str = "bf16", **rest: Any) -> Memory:
+    """The same weights and policy for generator and reward."""
+    return Memory(
+        weights=weights,  # type: ignore[arg-type]
+        policy=policy,  # type: ignore[arg-type]
+        offload=offload,  # type: ignore[arg-type]
+        reward_weights=weights,  # type: ignore[arg-type]
+        reward_policy=policy,  # type: ignore[arg-type]
+        reward_offload=offload,  # type: ignore[arg-type]
+        **rest,
+    )
+
+
+def predict(case: Case, machine: Machine) -> dict[str, Any]:
+    """Bytes at the peak, in host memory, and seconds of the training phases at a machine's rates.
+
+    Deep models are simulated at two small depths, as the planner does: bytes and work of a phase
+    are affine in the depth from there.
+    """
+    workload = case.workload()
+    layers, reward_layers = case.preset.layers, workload.reward_blocks
+    if layers <= max(DEPTHS):
+        return _record(simulate(workload, case.memory), machine)
+    runs = [simulate(workload, case.memory, layers=d, reward_layers=d) for d in DEPTHS]
+    shallow = Shallow(runs)
+    start = shallow.start_of_reward(layers, reward_layers)
+    moments = shallow.moments(layers, reward_layers)
+    moments += [
+        {name: start[name] + more for name, more in added.items()}
+        for added in shallow.added_by_reward(reward_layers)
+    ]
+    highest = {k: int(v) for k, v in max(moments, key=lambda m: sum(m.values())).items()}
+    costs = shallow.costs(layers, reward=False) | shallow.costs(reward_layers, reward=True)
+    host = shallow.other_host(layers)
+    host += sum(costs[phase].to_host_bytes for phase in ("forward", "reward"))
+    deep = Simulation(sum(highest.values()), "", highest, int(host), [], costs)
+    return _record(deep, machine)
+
+
+def _record(run: Simulation, machine: Machine) -> dict[str, Any]:
+    return {
+        "peak_bytes": run.peak,
+        "categories": run.categories,
+        "host_bytes": run.host,
+        "seconds": sum(phase_seconds(run.costs[phase], machine) for phase in TRAINING_PHASES),
+    }
+
+
+class Step:
+    """Both models of a case on a device, random weights, and what a PRFL step needs.
+
+    Models are made without values and get them on the device, tensor by tensor: at no time does
+    more than the finished models lie there.
+
+    Raises:
+        Unavailable: a package that the case needs is missing.
+    """
+
+    def __init__(self, case: Case, context: Context) -> None:
+        try:
+            self.generator, reward = build(case.workload(), case.memory)
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        torch.manual_seed(context.seed)
+        for model in (self.generator, reward):
+            with torch.device(context.device):
+                materialise(model)
+            _fill(model)
+        if case.patched:
+            prfl_fast.patch(self.generator)
+            prfl_fast.patch(reward.backbone)
+        elif case.memory.policy == "full":
+            for model in (self.generator, reward.backbone):
+                model.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.adapter = find_adapter(self.generator)
+        self.parameters = [p for p in self.generator.parameters() if p.requires_grad]
+        self._prfl = _prfl(self.generator, reward)
+        self._optimizer = make_optimizer(
+            case.memory.optimizer,
+            self.parameters,
+            learning_rate=5e-6,
+            gradients=case.memory.gradients,
+        )
+        text = (1, case.preset.text_tokens, case.preset.text_dim)
+        draw = context.generator(1)
+        self.conditions = {
+            "encoder_hidden_states": torch.randn(text, generator=draw, device=context.device)
+        }
+        self.noise = torch.randn(
+            (1, 16, *case.preset.latent), generator=draw, device=context.device
+        )
+
+    def feedback(self, noise: torch.Tensor | None = None) -> None:
+        """Rollout, gradient step, reward and backward; gradients of before are dropped."""
+        self._optimizer.zero_grad(set_to_none=True)
+        latents = self.noise if noise is None else noise
+        self._prfl(latents, self.conditions, indices=(INDEX,))
+
+    def step(self, noise: torch.Tensor | None = None) -> None:
+        """The same, and the optimizer's step."""
+        self.feedback(noise)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def kept(self) -> tuple[int, int]:
+        """Bytes on the device and in host memory between the generator's forward and backward."""
+        timestep = torch.full((1,), 500.0, device=self.noise.device)
+        with Ledger(open_operations=True) as ledger:
+            v = self.adapter.velocity(self.generator, self.noise, timestep, self.conditions)
+            kept = ledger.live - v.untyped_storage().nbytes(), ledger.host
+        del v
+        return kept
+
+
+def _prfl(generator: nn.Module, reward: LatentRewardModel) -> PRFL:
+    return PRFL(generator, reward, FlowUniPC(), GradientPlan.prfl(), num_steps=40)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    """Random weights that keep activations finite."""
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_floating_point():
+                continue
+            if tensor.ndim > 1:
+                tensor.normal_(0, 0.02)
+            else:
+                tensor.fill_(float(name != "bias"))
+        if isinstance(module, QuantisedLinear):
+            device = module.qweight.device
+            wide = nn.Linear(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                device=device,
+                dtype=torch.bfloat16,
+            )
+            module.qweight.copy_(QuantisedLinear(wide, module.kind).qweight)
+
+
+def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
+    """A CUDA step with the whole process held to ``budget`` bytes of device memory.
+
+    A short video first compiles the kernels and makes the optimizer's states.
+
+    Raises:
+        Unavailable: out of memory.
+    """
+    device = context.device
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)  # the context and libraries
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total), device)
+    try:
+        step = Step(case, context)
+        step.step(step.noise[:, :, :5])
+        record = cuda_step(step, device)
+        record["outside_bytes"] = outside
+        return record
+    except torch.OutOfMemoryError as error:
+        raise Unavailable("out of memory") from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        release()
+
+
+def cuda_step(step: Step, device: torch.device, runs: int = 1) -> dict[str, Any]:
+    """The allocator's peaks and the seconds of ``runs`` steps."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(runs):
+        harness.synchronize(device)
+        start = time.perf_counter()
+        step.step()
+        harness.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "times": harness.Timing.of(times).record(),
+    }
+
+
+def release() -> None:
+    """Give memory of models that are gone back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,322 @@
+"""A plan for people: the printed table, the timeline of live bytes, and the trainer's YAML."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prfl_fast._extras import need
+from prfl_fast.ledger import CATEGORIES
+from prfl_fast.plan_search import CHOSEN, GIB, Candidate
+from prfl_fast.training_state import write_atomic
+
+if TYPE_CHECKING:
+    from prfl_fast.planner import Plan
+
+_FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen one
+# Okabe and Ito's colours, told apart by colour-blind readers too; bottom of the stack first.
+_COLOURS = {
+    "weights": "#0072b2",
+    "reward": "#56b4e9",
+    "optimizer": "#cc79a7",
+    "gradients": "#d55e00",
+    "checkpoints": "#009e73",
+    "rollout": "#8c8c8c",
+    "workspace": "#e69f00",
+}
+_LIMIT = "#d00000"
+_NARROWEST = 0.06  # of a phase in the figure, as a share of all moments
+_MEANING = {
+    "weights": "of the generator, adapters included",
+    "reward": "weights of the reward model",
+    "optimizer": "states and fp32 masters",
+    "gradients": "of what is trained",
+    "checkpoints": "kept for the backward",
+    "rollout": "latents, conditions, all that a forward without gradient holds",
+    "workspace": "all else: activations at work, their gradients, kernels' scratch",
+}
+
+
+def gib(value: float) -> str:
+    """Bytes as ``12.34 GiB``."""
+    return f"{value / GIB:.2f} GiB"
+
+
+def seconds(value: float) -> str:
+    """``1.2 s``, ``3 min 20 s``."""
+    if value < 1:
+        return f"{1e3 * value:.3g} ms"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{int(value) // 60} min {int(value) % 60:02} s"
+
+
+def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of candidates in order of time, those with less device memory than every faster one."""
+    shown: list[Candidate] = []
+    for candidate in candidates:
+        if candidate.reason == CHOSEN or all(candidate.peak < c.peak for c in shown):
+            shown.append(candidate)
+    return shown
+
+
+def table(plan: "Plan") -> str:
+    """The plan for a terminal of 100 columns."""
+    lines = [*_headline(plan), "", *_ledger(plan), "", *_times(plan), "", *_candidates(plan)]
+    return "\n".join([*lines, *plan.notes])
+
+
+def _headline(plan: "Plan") -> list[str]:
+    work = plan.workload
+    kind = f"LoRA rank {work.lora_rank}" if work.train == "lora" else "all parameters"
+    points = f"{work.points} gradient point{'s' if work.points > 1 else ''}"
+    size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens, batch {work.batch}"
+    lines = [
+        f"PRFL step: {plan.workload.config['num_layers']} blocks, {kind}, {size}",
+        f"{work.num_steps} steps, {points}, reward of {work.reward_blocks} blocks"
+        + (", then a supervised step" if work.sft else ""),
+    ]
+    room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
+    if plan.feasible:
+        lines.append(f"fits: {room}; {seconds(plan.step_seconds)} per step on {plan.machine.name}")
+    else:
+        short = [f"{gib(plan.missing)} of device memory"] if plan.missing else []
+        if plan.host_budget is not None and plan.host > plan.host_budget:
+            short.append(f"{gib(plan.host - plan.host_budget)} of host memory")
+        lines.append(f"no plan fits: the nearest takes {room}")
+        lines.append(
+            f"short of {' and '.join(short)}: fewer frames or pixels, or a budget of "
+            f"{gib(plan.peak + plan.reserve)}"
+        )
+    memory = plan.memory
+    chunk = memory.feed_forward_chunk
+    lines += [
+        "",
+        f"  weights {memory.weights}, policy {memory.policy}, offload {memory.offload}",
+        f"  reward weights {memory.reward_weights}, policy {memory.reward_policy}, offload "
+        f"{memory.reward_offload}",
+        f"  optimizer {memory.optimizer}, gradients in "
+        + ("the parameter's dtype" if memory.gradients == "parameter" else memory.gradients)
+        + ", feed-forward "
+        + ("whole" if chunk is None else f"in chunks of {chunk} tokens"),
+    ]
+    return lines
+
+
+def _ledger(plan: "Plan") -> list[str]:
+    lines = [f"Ledger at the peak, in the {plan.peak_phase} phase"]
+    rows = [(name, plan.categories.get(name, 0), _MEANING[name]) for name in CATEGORIES]
+    rows.append(("total", plan.peak, "live bytes of tensors on the device"))
+    rows.append(("host", plan.host, "pinned host memory, at its own peak"))
+    for name, value, meaning in rows:
+        if value or name in ("total", "host"):
+            lines.append(f"  {name:<12}{gib(value):>12}  {meaning}")
+    return lines
+
+
+def _times(plan: "Plan") -> list[str]:
+    lines = [f"Time of a step, predicted for {plan.machine.name}"]
+    for phase, value in plan.seconds.items():
+        share = value / (plan.step_seconds or 1)
+        what = f"  {plan.rollout_forwards:g} forwards expected" if phase == "rollout" else ""
+        lines.append(f"  {phase:<16}{seconds(value):>14}{share:>7.0%}{what}")
+    return lines
+
+
+def _candidates(plan: "Plan") -> list[str]:
+    head = f"  {'generator':<15}{'reward':<15}{'chunk':<7}{'peak':>12}{'host':>12}{'per step':>13}"
+    lines = ["Candidates, fastest first", f"{head}  verdict"]
+    groups = itertools.groupby(plan.candidates, lambda c: (c.memory.weights, c.memory.optimizer))
+    for (weights, optimizer), group in groups:
+        found = list(group)
+        rows = frontier(found)
+        chosen = next((i for i, c in enumerate(rows) if c.reason == CHOSEN), len(rows) - 1)
+        # The nearest faster ones matter most.
+        rows = rows[max(0, chosen - _FASTER) : chosen + 1 + _SLOWER]
+        hidden = len(found) - len(rows)
+        less = f", without {hidden} that are slower and no smaller than another" if hidden else ""
+        lines.append(f"  with {weights} weights and {optimizer}{less}:")
+        lines += [_row(candidate) for candidate in rows]
+    return lines
+
+
+def _row(candidate: Candidate) -> str:
+    memory = candidate.memory
+    chunk = "all" if memory.feed_forward_chunk is None else str(memory.feed_forward_chunk)
+    generator, reward = (
+        policy + ("+cpu" if offload else "")
+        for policy, offload in (
+            (memory.policy, memory.offload),
+            (memory.reward_policy, memory.reward_offload),
+        )
+    )
+    return (
+        f"  {generator:<15}{reward:<15}{chunk:<7}{gib(candidate.peak):>12}"
+        f"{gib(candidate.host):>12}{seconds(candidate.seconds):>13}  {candidate.reason}"
+    )
+
+
+def timeline_figure(plan: "Plan") -> Any:
+    """Live bytes by category, stacked, through one step; phases apart, the budget as a line.
+
+    The horizontal axis counts allocations and releases, not seconds: phases of a second and of
+    minutes both show.
+    """
+    need("matplotlib", "bench")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [n for n in CATEGORIES if any(live.get(n) for _, live in plan.timeline)]
+    spans = _spans(plan.timeline)
+    places, edges = _places(spans, len(plan.timeline))
+    moments = [live for _, live in plan.timeline]
+    axes.stackplot(
+        [*places, edges[-1]],
+        [[live.get(name, 0) / GIB for live in (*moments, moments[-1])] for name in names],
+        labels=names,
+        colors=[_COLOURS[name] for name in names],
+        step="post",
+        linewidth=0,
+    )
+    budget = plan.budget / GIB
+    axes.axhline(budget, color=_LIMIT, linewidth=1.5)
+    axes.axhline(budget - plan.reserve / GIB, color=_LIMIT, linewidth=0.8, linestyle="--")
+    axes.text(edges[-1], budget, f"budget {budget:.4g} GiB", color=_LIMIT, va="bottom", ha="right")
+    top = max(budget, plan.peak / GIB) * 1.22
+    for (phase, _, _), left, right in zip(spans, edges[:-1], edges[1:], strict=True):
+        axes.axvline(left, color="black", linewidth=0.6, alpha=0.5)
+        middle = (left + right) / 2
+        axes.text(middle, top * 0.99, _label(plan, phase), va="top", ha="center", fontsize=8)
+    high = max(range(len(moments)), key=lambda i: sum(moments[i].values()))
+    axes.annotate(
+        f"peak {plan.peak / GIB:.2f} GiB",
+        (places[high], plan.peak / GIB),
+        xytext=(-8, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=9,
+    )
+    axes.set_xlim(0, edges[-1])
+    axes.set_ylim(0, top)
+    axes.set_ylabel("live device memory, GiB")
+    axes.set_xlabel("allocations and releases in order, not to the scale of time")
+    axes.set_xticks([])
+    axes.set_title(_headline(plan)[0], fontsize=10)
+    axes.legend(*_reversed(axes), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def _reversed(axes: Any) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[::-1], labels[::-1]
+
+
+def _spans(timeline: Sequence[tuple[str, Any]]) -> list[tuple[str, int, int]]:
+    """Phases with their first index and the index after their last."""
+    starts = [i for i, (p, _) in enumerate(timeline) if i == 0 or timeline[i - 1][0] != p]
+    return [
+        (timeline[start][0], start, end)
+        for start, end in zip(starts, [*starts[1:], len(timeline)], strict=True)
+    ]
+
+
+def _places(spans: Sequence[tuple[str, int, int]], count: int) -> tuple[list[float], list[float]]:
+    """Where each moment stands, and where the phases begin and the last ends.
+
+    A short phase is stretched, so that its name fits above it.
+    """
+    places: list[float] = []
+    edges = [0.0]
+    for _, start, end in spans:
+        width = max(end - start, _NARROWEST * count)
+        places += [edges[-1] + width * i / (end - start) for i in range(end - start)]
+        edges.append(edges[-1] + width)
+    return places, edges
+
+
+def _label(plan: "Plan", phase: str) -> str:
+    times = f"\n{plan.rollout_forwards:g} times" if phase == "rollout" else ""
+    value = plan.seconds.get(phase)
+    return phase.replace(" ", "\n") + times + ("" if value is None else f"\n{seconds(value)}")
+
+
+def to_yaml(plan: "Plan") -> str:
+    """The keys of the trainer's YAML that the plan decides."""
+    text: str = need("yaml").safe_dump(_keys(plan, {}), sort_keys=False)
+    return text
+
+
+def _keys(plan: "Plan", present: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan's keys, with what ``present`` has beside them inside the same mappings."""
+    work = plan.workload
+    keys: dict[str, Any] = {"memory": dataclasses.asdict(plan.memory)}
+    hardware = present.get("hardware") or {}
+    if hardware.get("precision") != "bf16":
+        keys["hardware"] = {**hardware, "precision": "bf16"}
+    if work.train == "lora" and not present.get("lora"):
+        keys["lora"] = {"rank": work.lora_rank, "targets": list(work.lora_targets)}
+    if "prfl" not in present:
+        keys["prfl"] = {"points": work.points, "num_steps": work.num_steps}
+    if "run" not in present:
+        keys["run"] = {"batch_size": work.batch, "accumulation": work.accumulation}
+    return keys
+
+
+def _says(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
+    try:
+        return bool(yaml.safe_load(text) == content)
+    except yaml.YAMLError:
+        return False
+
+
+def apply(plan: "Plan", path: str | os.PathLike[str]) -> None:
+    """Write the plan's keys into a YAML file, section by section; the rest stays as it is.
+
+    Raises:
+        ValueError: nothing fits, so there is nothing to apply; or the file is not YAML with keys.
+        OSError: the file cannot be read or written.
+    """
+    if not plan.feasible:
+        raise ValueError(f"no plan fits {gib(plan.budget)}: nothing is written to {path}")
+    yaml, path = need("yaml"), Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        content = yaml.safe_load(text) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds {type(content).__name__}, expected keys and values")
+        keys = _keys(plan, content)
+        for key, value in keys.items():
+            text = _with_section(yaml, text, key, value)
+        if not _says(yaml, text, {**content, **keys}):  # {…} around it all, as JSON has
+            text = yaml.safe_dump({**content, **keys}, sort_keys=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    with write_atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _with_section(yaml: Any, text: str, key: str, value: Any) -> str:
+    """``text`` with one top-level key set; comments outside that section stay."""
+    section = yaml.safe_dump({key: value}, sort_keys=False)
+    root = yaml.compose(text)
+    lines = text.splitlines(keepends=True)
+    for name, node in root.value if root is not None else ():
+        if name.value == key:
+            first, last = name.start_mark.line, node.end_mark.line
+            if node.end_mark.column:  # a scalar or {…} ends inside its line
+                last += 1
+            # A block's end is where the next key starts: comments before that belong to it.
+            while last > first + 1 and (
+                not lines[last - 1].strip() or lines[last - 1].startswith("#")
+            ):
+                last -= 1
+            return "".join([*lines[:first], section, *lines[last:]])
+    return text + ("\n" if text and not text.endswith("\n") else "") + section

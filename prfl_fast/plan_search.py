@@ -1,0 +1,307 @@
+"""The planner's search: candidates from shallow simulations, the best one simulated whole.
+
+Candidates are the generator's checkpoint policy and offload, the reward model's, and whether the
+feed-forward layers run in token chunks. Each policy is simulated once for both models at two small
+depths. Blocks are alike, so bytes and FLOPs of a phase are affine in the depth from there; and what
+the generator keeps adds to what a reward phase takes, so every pair of policies follows from sums.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prfl_fast.config import Memory
+from prfl_fast.machines import Machine
+from prfl_fast.simulation import Cost, Simulation, Workload, simulate
+
+GIB = 1 << 30
+# What the ledger does not hold: the CUDA context with its kernels (0.4 to 0.5 GiB on Hopper with
+# cuBLAS and cuDNN loaded) and the allocator's rounding and splits, taken as 2.5 % of the budget.
+RESERVE_LEAST, RESERVE_SHARE = int(0.6 * GIB), 0.025
+CHUNK = 8192  # tokens: the feed-forward no longer sets the peak, and products stay large
+# Offloading all that an uncheckpointed block saves takes longer than computing it again on any PCIe
+# link, so that pair is left out. The last one needs the least device memory.
+POLICIES: tuple[tuple[Any, Any], ...] = (
+    ("none", None),
+    ("attention", None),
+    ("attention", "cpu"),
+    ("full", None),
+    ("full", "cpu"),
+)
+# The offload keeps two blocks on the device: bytes are affine in the depth from three.
+DEPTHS = (3, 4)
+REWARD_PHASES = ("reward", "reward backward")
+CHOSEN, SLOWER = "chosen", "fits, slower"
+
+Bytes = Mapping[str, float]
+Tier = tuple[str, str]  # weights of both models, optimizer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One memory policy that was considered: predicted bytes and seconds per step, and its fate."""
+
+    memory: Memory
+    peak: int
+    host: int
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with: a policy, its simulation at full depth, and all it looked at."""
+
+    memory: Memory
+    simulation: Simulation
+    feasible: bool
+    candidates: list[Candidate]
+    unused: list[Tier]
+
+
+def reserve_of(budget: int) -> int:
+    """Bytes of a budget that the plan leaves free."""
+    return max(RESERVE_LEAST, int(RESERVE_SHARE * budget))
+
+
+def phase_seconds(cost: Cost, rates: Machine) -> float:
+    """Compute, or the slower direction of the transfers if they take longer: they overlap."""
+    compute = cost.matmul_flops / rates.matmul + cost.attention_flops / rates.attention
+    compute += cost.moved_bytes / rates.copy
+    return max(compute, cost.to_host_bytes / rates.to_host, cost.to_device_bytes / rates.to_device)
+
+
+def step_seconds(
+    costs: Mapping[str, Cost], rates: Machine, workload: Workload, rollout_forwards: float
+) -> dict[str, float]:
+    """Seconds of a whole step by phase, however often each runs."""
+    once = {phase: phase_seconds(cost, rates) for phase, cost in costs.items() if phase}
+    if workload.sft and "sft forward" not in once:
+        once |= {f"sft {phase}": once[phase] for phase in ("forward", "backward")}
+    times = {"rollout": rollout_forwards, "optimizer": 1.0 + workload.sft}
+    per_point = ("forward", *REWARD_PHASES, "backward")
+    times |= dict.fromkeys(per_point, float(workload.points))
+    return {phase: times.get(phase, 1.0) * value for phase, value in once.items()}
+
+
+class Shallow:
+    """Both models under one policy, simulated at two depths, and from that at any depth."""
+
+    def __init__(self, runs: Sequence[Simulation], depths: Sequence[int] = DEPTHS) -> None:
+        self._runs, self._depths = runs, depths
+        self._highs = [_highs(run) for run in runs]
+        self._starts, self._middles = (
+            [next(live for name, live in run.timeline if name == phase) for run in runs]
+            for phase in REWARD_PHASES
+        )
+
+    def moments(self, layers: int, reward_layers: int) -> list[dict[str, float]]:
+        """Bytes by category at the highest moment of each of the generator's phases."""
+        return [
+            self._mixed([high[phase] for high in self._highs], layers, reward_layers)
+            for phase in self._highs[0]
+            if phase not in REWARD_PHASES
+        ]
+
+    def start_of_reward(self, layers: int, reward_layers: int) -> dict[str, float]:
+        """What is alive when the reward model begins."""
+        return self._mixed(self._starts, layers, reward_layers)
+
+    def added_by_reward(self, reward_layers: int) -> list[dict[str, float]]:
+        """What the highest moment of each of the reward's phases adds to that."""
+        added = []
+        for phase in REWARD_PHASES:
+            few, more = (
+                _sum((1, high[phase]), (-1, start))
+                for high, start in zip(self._highs, self._starts, strict=True)
+            )
+            added.append(self._at(few, more, reward_layers))
+        return added
+
+    def kept_by_reward(self, reward_layers: int) -> dict[str, float]:
+        """What the reward model adds until its backward begins."""
+        few, more = (
+            _sum((1, middle), (-1, start))
+            for middle, start in zip(self._middles, self._starts, strict=True)
+        )
+        return self._at(few, more, reward_layers)
+
+    def costs(self, layers: int, *, reward: bool) -> dict[str, Cost]:
+        """Of the reward's phases at its depth, or of the others at the generator's."""
+        few, more = ({p: dataclasses.asdict(c) for p, c in r.costs.items()} for r in self._runs)
+        return {
+            phase: Cost(**{k: int(v) for k, v in self._at(few[phase], more[phase], layers).items()})
+            for phase in few
+            if (phase in REWARD_PHASES) == reward
+        }
+
+    def other_host(self, layers: int) -> float:
+        """Host bytes but for what the forwards offload: optimizer states."""
+        few, more = (
+            {"": run.host - sum(run.costs[p].to_host_bytes for p in ("forward", "reward"))}
+            for run in self._runs
+        )
+        return max(0.0, self._at(few, more, layers)[""])
+
+    def _at(self, few: Bytes, more: Bytes, depth: int) -> dict[str, float]:
+        first, second = self._depths
+        factor = (depth - first) / (second - first)
+        return _sum((1 - factor, few), (factor, more))
+
+    def _mixed(self, pair: Sequence[Bytes], layers: int, reward_layers: int) -> dict[str, float]:
+        # Of a generator's phase, only the reward model's weights depend on the reward's depth.
+        mixed = self._at(pair[0], pair[1], layers)
+        return mixed | {"reward": self._at(pair[0], pair[1], reward_layers)["reward"]}
+
+
+def _sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
+    """The weighted sum of vectors by category."""
+    total: dict[str, float] = {}
+    for weight, part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + weight * value
+    return total
+
+
+def _highs(run: Simulation) -> dict[str, dict[str, int]]:
+    """The highest moment of each phase, by category."""
+    highs: dict[str, dict[str, int]] = {}
+    for phase, live in run.timeline:
+        if phase not in highs or sum(live.values()) > sum(highs[phase].values()):
+            highs[phase] = live
+    return highs
+
+
+class Search:
+    """The candidates of one workload on one machine within one budget.
+
+    Args:
+        budget, host_budget: bytes; no limit on the host's if None.
+        rollout_forwards: expected forwards without gradient per trajectory.
+        shown: called before each simulation with a few words on it.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        rates: Machine,
+        *,
+        budget: int,
+        host_budget: int | None,
+        rollout_forwards: float,
+        shown: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        self.workload, self.rates, self.shown = workload, rates, shown
+        self.limit, self.host_budget = budget - reserve_of(budget), host_budget
+        self.rollout_forwards = rollout_forwards
+        self.layers = int(workload.config["num_layers"])
+        self._seen: dict[tuple[Any, ...], Shallow] = {}
+
+    def run(self, tiers: Sequence[Tier]) -> Found:
+        """The fastest policy that fits, of the first tier in which one does.
+
+        If none does, the one that misses by least. A tier whose leanest policy is too large is
+        not looked at further.
+        """
+        considered: list[Candidate] = []
+        for index, tier in enumerate(tiers):
+            lean = self._candidate(tier, POLICIES[-1], POLICIES[-1], CHUNK)
+            found = [lean] if lean.peak > self.limit else self._candidates(tier)
+            found.sort(key=lambda c: (c.seconds, c.peak))
+            considered += found
+            for candidate in found:
+                if candidate.reason != SLOWER:
+                    continue
+                place = considered.index(candidate)
+                run = self._simulate(candidate.memory)
+                seconds = self._seconds(run.costs)
+                reason = self._refusal(run.peak, run.host)
+                considered[place] = Candidate(
+                    candidate.memory, run.peak, run.host, seconds, reason or CHOSEN
+                )
+                if not reason:
+                    unused = list(tiers[index + 1 :])
+                    return Found(candidate.memory, run, True, considered, unused)
+        nearest = min(considered, key=self._miss)
+        return Found(nearest.memory, self._simulate(nearest.memory), False, considered, [])
+
+    def _candidates(self, tier: Tier) -> list[Candidate]:
+        """Every pair of policies; in chunks, those that could fit and be faster than what does.
+
+        Chunks only add work to a pair, and what checkpointed blocks keep does not depend on them.
+        """
+        pairs = list(itertools.product(POLICIES, POLICIES))
+        found = [self._candidate(tier, *pair, None) for pair in pairs]
+        fits = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
+        for pair, whole in zip(pairs, list(found), strict=True):
+            kept = self._kept(tier, *pair)
+            if ("none", None) not in pair and whole.seconds < fits and kept <= self.limit:
+                found.append(self._candidate(tier, *pair, CHUNK))
+        return found
+
+    def _kept(self, tier: Tier, generator: Any, reward: Any) -> float:
+        """Bytes alive between the forwards and the backwards."""
+        depths = self.layers, self.workload.reward_blocks
+        start = self._shallow(tier, generator, None).start_of_reward(*depths)
+        added = self._shallow(tier, reward, None).kept_by_reward(depths[1])
+        return sum(start.values()) + sum(added.values())
+
+    def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
+        ours, theirs = self._shallow(tier, generator, chunk), self._shallow(tier, reward, chunk)
+        depth, reward_depth = self.layers, self.workload.reward_blocks
+        start = ours.start_of_reward(depth, reward_depth)
+        moments = ours.moments(depth, reward_depth)
+        moments += [_sum((1, start), (1, added)) for added in theirs.added_by_reward(reward_depth)]
+        costs = ours.costs(depth, reward=False) | theirs.costs(reward_depth, reward=True)
+        peak = int(max(sum(moment.values()) for moment in moments))
+        host = sum(costs[p].to_host_bytes for p in ("forward", "reward"))
+        host += int(ours.other_host(depth))
+        return Candidate(
+            memory_of(tier, generator, reward, chunk),
+            peak,
+            host,
+            self._seconds(costs),
+            self._refusal(peak, host) or SLOWER,
+        )
+
+    def _shallow(self, tier: Tier, policy: Any, chunk: int | None) -> Shallow:
+        key = (tier, policy, chunk)
+        if key not in self._seen:
+            memory = memory_of(tier, policy, policy, chunk)
+            self._seen[key] = Shallow([self._simulate(memory, depth) for depth in DEPTHS])
+        return self._seen[key]
+
+    def _simulate(self, memory: Memory, depth: int | None = None) -> Simulation:
+        self.shown(f"{memory.weights}, {memory.policy}, {depth or 'all'} blocks")
+        if depth is None:
+            return simulate(self.workload, memory)
+        # A supervised step is the generator's phases again with less beside them: never the peak.
+        short = dataclasses.replace(self.workload, sft=False)
+        return simulate(short, memory, layers=depth, reward_layers=depth)
+
+    def _seconds(self, costs: Mapping[str, Cost]) -> float:
+        times = step_seconds(costs, self.rates, self.workload, self.rollout_forwards)
+        return sum(times.values())
+
+    def _refusal(self, peak: int, host: int) -> str:
+        """Why a candidate of that size cannot be taken; empty if it can."""
+        if peak > self.limit:
+            return f"{(peak - self.limit) / GIB:.1f} GiB over"
+        if self.host_budget is not None and host > self.host_budget:
+            return f"{(host - self.host_budget) / GIB:.1f} GiB over on the host"
+        return ""
+
+    def _miss(self, candidate: Candidate) -> tuple[int, int]:
+        host = 0 if self.host_budget is None else max(0, candidate.host - self.host_budget)
+        return host + max(0, candidate.peak - self.limit), candidate.peak
+
+
+def memory_of(tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Memory:
+    """The settings of a candidate; generator and reward are (policy, offload)."""
+    values: dict[str, Any] = {"weights": tier[0], "reward_weights": tier[0], "optimizer": tier[1]}
+    values |= {"policy": generator[0], "offload": generator[1]}
+    values |= {"reward_policy": reward[0], "reward_offload": reward[1]}
+    return Memory(**values, feed_forward_chunk=chunk)

@@ -1,0 +1,253 @@
+"""``prfl-fast plan``: options, the trainer's YAML it reads and writes, and what it refuses."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from runs import make_world, write_config
+
+from prfl_fast import cli, plan_search, planner
+from prfl_fast.config import TrainConfig, load_config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def first(root, tmp_path_factory):
+    """A search for the tiny model, one policy short of the full set: the plan and what it left."""
+    folder, found = tmp_path_factory.mktemp("first"), []
+    options = "--frames 5 --height 32 --width 32 --reward-blocks 1 --weights bf16 --budget 8GiB"
+    with pytest.MonkeyPatch.context() as patch:
+        plan = planner.plan
+        patch.setattr(planner, "plan", lambda *a, **b: found.append(plan(*a, **b)) or found[0])
+        patch.setattr(plan_search, "POLICIES", (("full", None),))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            arguments = ["--model", root / "model", "--plot", folder / "a.png", *options.split()]
+            assert run(*arguments) == 0
+    return found[0], out.getvalue(), (folder / "a.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def searched(first):
+    return first[0]
+
+
+@pytest.fixture
+def calls(searched, monkeypatch):
+    """The planner's calls, which all return that plan, for what was asked."""
+    made = []
+
+    def plan(model, **arguments):
+        made.append({"model": model, **arguments})
+        options = ("frames", "height", "width", "batch", "accumulation", "train", "lora_rank")
+        asked = {name: arguments[name] for name in (*options, "num_steps", "sft")}
+        asked["points"] = arguments["rollout"].points
+        return dataclasses.replace(
+            searched, workload=dataclasses.replace(searched.workload, **asked)
+        )
+
+    monkeypatch.setattr(planner, "plan", plan)
+    return made
+
+
+def run(*arguments):
+    return cli.main(["plan", *map(str, arguments)])
+
+
+FILE = """\
+# my run
+model: {root}/model  # weights
+data: {root}/data
+reward: {root}/reward
+out: runs/a
+run: {{steps: 10, accumulation: 2}}
+# the sampler
+prfl:
+  points: 3   # three
+  num_steps: 9
+hardware:
+  patch: true
+lora: {{rank: 4, targets: [to_q]}}
+memory: {{policy: none}}  # before
+# the end
+"""
+
+
+@pytest.fixture
+def file(root, tmp_path):
+    return write_config(tmp_path / "train.yaml", FILE.format(root=root))
+
+
+def test_a_search_prints_the_ledger_and_draws_the_timeline(first):
+    plan, out, picture = first
+    assert "PRFL step: 1 blocks, LoRA rank 16, 5 x 32 x 32, 8 tokens, batch 1" in out
+    assert "fits: " in out and "Ledger at the peak" in out and "chosen" in out
+    assert picture.startswith(b"\x89PNG")
+    assert plan.feasible and plan.peak == sum(plan.categories.values())
+
+
+def test_without_options_it_plans_the_14b_model_at_720p(calls, capsys):
+    assert run() == 0
+    (asked,) = calls
+    expected = {"model": "wan2.1-t2v-14b", "frames": 81, "height": 720, "width": 1280}
+    expected |= {"train": "lora", "lora_rank": 16, "batch": 1, "num_steps": 40, "sft": True}
+    expected |= {"weights": "auto", "reward_blocks": 8, "accumulation": 1, "budget": None}
+    assert {name: asked[name] for name in expected} == expected
+    if not torch.cuda.is_available():
+        assert asked["machine"] == "h200" and asked["host_budget"] is None
+
+
+def test_json_is_all_that_is_printed(calls, searched, capsys):
+    assert run("--json", "--points", 4, "--no-sft", "--train", "full", "--host-budget", "64GB") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["memory"] == dataclasses.asdict(searched.memory) and content["feasible"] is True
+    assert content["peak"] == sum(content["categories"].values()) == searched.peak
+    assert content["step_seconds"] == pytest.approx(sum(content["seconds"].values()))
+    assert (content["workload"]["points"], content["workload"]["train"]) == (4, "full")
+    assert any(candidate["reason"] == "chosen" for candidate in content["candidates"])
+    assert calls[0]["sft"] is False and calls[0]["host_budget"] == "64GB"
+
+
+def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, searched, capsys):
+    before = file.read_text()
+    assert run("--apply", file, "--budget", "24GiB") == 0
+    asked = calls[0]
+    expected = {"frames": 5, "height": 32, "width": 32, "num_steps": 9, "accumulation": 2}
+    expected |= {"lora_rank": 4, "lora_targets": ("to_q",), "reward_blocks": 1, "batch": 1}
+    expected |= {"model": f"{root}/model", "train": "lora", "sft": True, "budget": "24GiB"}
+    assert {name: asked[name] for name in expected} == expected and asked["rollout"].points == 3
+    after = file.read_text()
+    config = load_config(TrainConfig, file)
+    assert config.memory == searched.memory and config.memory.weights == "bf16"
+    assert config.hardware.precision == "bf16" and config.hardware.patch
+    assert config.lora.targets == ("to_q",) and config.prfl.points == 3
+    kept = [line for line in before.splitlines() if not line.startswith(("memory", "hardware"))]
+    assert [line for line in after.splitlines() if line in kept] == kept
+    assert capsys.readouterr().err == f"prfl-fast plan: written: {file}\n"
+    assert run("--apply", file) == 0 and file.read_text() == after
+
+
+@pytest.mark.parametrize("form", ["json", "missing"])
+def test_apply_to_other_files(root, tmp_path, calls, form):
+    path = tmp_path / "train.yaml"
+    if form == "json":
+        write_config(path, yaml.safe_load(FILE.format(root=root)))
+    assert run("--apply", path, *(() if form == "json" else ("--rank", 32, "--points", 2))) == 0
+    content = yaml.safe_load(path.read_text())
+    assert content["memory"]["weights"] == "bf16"
+    assert content["hardware"]["precision"] == "bf16"
+    if form == "json":
+        assert content["prfl"] == {"points": 3, "num_steps": 9} and content["out"] == "runs/a"
+    else:
+        assert content["lora"]["rank"] == 32
+        assert content["prfl"]["points"] == 2 and content["run"]["accumulation"] == 1
+        assert run("--apply", path) == 0  # a part of a file is read back
+        assert calls[-1]["lora_rank"] == 32 and calls[-1]["rollout"].points == 2
+
+
+def test_train_lora_adds_adapters_to_a_file_without(root, file, calls):
+    text = "".join(line for line in file.open() if not line.startswith("lora"))
+    file.write_text(text)
+    assert run("--apply", file) == 0 and calls[-1]["train"] == "full"
+    assert "lora" not in yaml.safe_load(file.read_text())
+    assert run("--apply", file, "--train", "lora", "--rank", 8) == 0
+    assert load_config(TrainConfig, file).lora.rank == 8
+
+
+def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, monkeypatch, capsys):
+    short = dataclasses.replace(searched, feasible=False, budget=1 << 30, peak=3 << 30)
+    monkeypatch.setattr(planner, "plan", lambda *_, **__: short)
+    before = file.read_text()
+    assert run("--apply", file) == 1
+    out, error = capsys.readouterr()
+    assert "no plan fits: the nearest takes 3.00 GiB" in out
+    assert error == f"prfl-fast plan: no plan fits: {file} is left as it is\n"
+    assert file.read_text() == before
+    assert run("--json") == 1
+    assert json.loads(capsys.readouterr().out)["feasible"] is False
+
+
+BAD = {
+    "--budget 24gigs": "budget is '24gigs', expected bytes or a size like 24GiB",
+    "--budget 0": "budget is '0', expected",
+    "--budget nan": "budget is 'nan', expected",
+    "--host-budget much": "host_budget is 'much', expected",
+    "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
+    "--machine b9000": "machine is 'b9000', expected one of h200",
+    "--frames 80": "frames is 80, expected 4n + 1",
+    "--frames 0": "frames is 0, expected a whole number, at least 1",
+    "--frames 1000001": "frames is 1000001: 250001 positions, expected at most 1024",
+    "--height 100": "height is 100, expected a multiple of 16",
+    "--rank 0": "rank is 0, expected a whole number, at least 1",
+    "--batch -1": "batch is -1, expected",
+    "--accumulation 0": "accumulation is 0, expected",
+    "--points 0": "points is 0, expected",
+    "--points 40": "points is 40, expected at most num_steps - 1",
+    "--num-steps 1": "num_steps is 1, expected",
+    "--reward-blocks 41": "reward_blocks is 41, expected at most the model's 40",
+    "--train full --weights nf4": "weights is 'nf4', which cannot be trained",
+    "--plot plan.txt": "--plot is 'plan.txt', expected a name that ends in .png",
+    "--plot nowhere/plan.png": "nowhere is not a folder",
+    "--apply nowhere/train.yaml": "nowhere is not a folder",
+    "--apply FOLDER": "cannot be read: Is a directory",
+    "--apply FILE --rank 8": "--rank is 8, but FILE has lora.rank: 4: leave the option out",
+    "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
+    "--apply FILE --num-steps 40": "--num-steps is 40, but FILE has prfl.num_steps: 9",
+    "--apply FILE --accumulation 5": "--accumulation is 5, but FILE has run.accumulation: 2",
+    "--apply FILE --batch 2": "--batch is 2, but FILE has run.batch_size: 1",
+    "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
+    "--apply FILE --train full": "--train is full, but FILE has a lora section",
+    "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
+    "--apply EMPTY": "holds empty, expected keys and values",
+    "--apply BROKEN": "not YAML",
+    "--apply WRONG": "unknown key 'lora.rnk': did you mean 'rank'?",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line_before_any_work(
+    root, file, tmp_path, monkeypatch, capsys, arguments
+):
+    def search(*_, **__):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("prfl_fast.simulation.simulate", search)
+    monkeypatch.chdir(tmp_path)
+    text = file.read_text()
+    shutil.copy(file, "FILE")
+    (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "BROKEN").write_text("a: [\n")
+    (tmp_path / "WRONG").write_text("lora: {rnk: 2}\n")
+    (tmp_path / "FOLDER").mkdir()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert run(*arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prfl-fast plan: ") and error.count("\n") == 1, error
+    assert BAD[arguments] in error
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("arguments", ["--weights int4", "--train some", "--rank many", "more"])
+def test_options_argparse_refuses(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments.split())
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and len(error.splitlines()) == 2
+
+
+def test_a_missing_package_is_named(monkeypatch, calls, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("--plot", "a.png") == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "prfl-fast plan: matplotlib is not installed: pip install 'prfl_fast[bench]'\n"
+    )
