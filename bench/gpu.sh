@@ -8,6 +8,8 @@
 #         facts     ceilings of the device (suite facts) and the eager and compiled block
 #         bench     kernels at every real size
 #         methods   the methods at 1.3B
+#         memory    checkpoint policies at 1.3B, all of 14B trained at 480p within 141 GiB
+#         memory-720p  policies at 14B and 720p, its LoRA plans within 48 and 24 GiB
 #         all       these in this order
 # WHEELS  a folder of wheels for what the machine lacks (diffusers, say); installed without looking further
 #
@@ -19,9 +21,10 @@ cd "$(dirname "$0")/.."
 stage=${1:-}
 wheels=${2:-}
 case "$stage" in
-    test | sanitize | facts | bench | methods | all) ;;
+    test | sanitize | facts | bench | methods | memory | memory-720p | all) ;;
     *)
-        echo "bench/gpu.sh: STAGE is '$stage', expected test, sanitize, facts, bench, methods or all" >&2
+        echo "bench/gpu.sh: STAGE is '$stage', expected test, sanitize, facts, bench, methods, memory," \
+            "memory-720p or all" >&2
         exit 2
         ;;
 esac
@@ -94,6 +97,15 @@ run_methods() {
     step 300 methods-1.3b "$python" bench/run.py --suite methods --preset wan1.3b-480p --out "$OUT/methods-1.3b"
 }
 
+run_memory() {
+    step 240 memory-1.3b "$python" bench/run.py --suite memory --preset wan1.3b-480p --out "$OUT/memory-1.3b"
+    step 320 memory-14b-480p "$python" bench/run.py --suite memory --preset wan14b-480p --out "$OUT/memory-14b-480p"
+}
+
+run_memory-720p() {
+    step 560 memory-14b-720p "$python" bench/run.py --suite memory --preset wan14b-720p --out "$OUT/memory-14b-720p"
+}
+
 install
 case "$stage" in
     all)
@@ -102,6 +114,8 @@ case "$stage" in
         run_facts
         run_bench
         run_methods
+        run_memory
+        run_memory-720p
         ;;
     *) "run_$stage" ;;
 esac

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.utils.checkpoint as torch_checkpoint
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from prfl_fast.adapters import find_adapter
 from prfl_fast.ledger import mark
 from prfl_fast.offload import Handle, Offloader
+from prfl_fast.recompute import recomputed
 
 Model = TypeVar("Model", bound=nn.Module)
 Run = Callable[..., torch.Tensor]
@@ -126,7 +126,7 @@ def offload_bytes(model: nn.Module) -> dict[str, int]:
 # Closures, not objects: a deep copy of the model shares them, as it shares its class.
 def _run_full(block: nn.Module, *args: Any) -> torch.Tensor:
     mark(args[0], "checkpoints")
-    return torch_checkpoint.checkpoint(block, *args, use_reentrant=False)
+    return recomputed(block, *args)
 
 
 def _runner(policy: str, offloader: Offloader | None) -> Run:
@@ -148,14 +148,9 @@ def _runner(policy: str, offloader: Offloader | None) -> Run:
             if policy == "none":
                 return block(*args)
             if policy == "full":
-                return torch_checkpoint.checkpoint(block, *args, use_reentrant=False)
+                return recomputed(block, *args)
             kept: deque[Any] = deque()
-            out = torch_checkpoint.checkpoint(
-                block,
-                *args,
-                use_reentrant=False,
-                context_fn=lambda: (_Keep(pack, kept), _Replay(kept)),
-            )
+            out = recomputed(block, *args, context_fn=lambda: (_Keep(pack, kept), _Replay(kept)))
         if not (kept or warned):
             warned = True
             warnings.warn(

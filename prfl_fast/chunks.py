@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+
+from prfl_fast.recompute import recomputed
 
 
 class _Take(torch.autograd.Function):
@@ -71,11 +72,11 @@ def in_chunks(
         return function(x)
     if torch.compiler.is_compiling():  # which takes neither views nor writes from a Function
         pieces = x.split(chunk, dim=1)
-        return torch.cat([checkpoint(function, p, use_reentrant=False) for p in pieces], dim=1)
+        return torch.cat([recomputed(function, p) for p in pieces], dim=1)
     out: torch.Tensor | None = None
     for start in range(0, length, chunk):
         x, piece = _Take.apply(x, start, min(start + chunk, length))
-        piece = checkpoint(function, piece, use_reentrant=False)
+        piece = recomputed(function, piece)
         if out is None:
             out = piece.new_empty(*x.shape[:2], piece.shape[-1])
         out = _Put.apply(out, piece, start)

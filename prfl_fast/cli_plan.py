@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,6 +119,11 @@ def run_plan(options: argparse.Namespace) -> int:
     from prfl_fast.offload import host_memory
     from prfl_fast.planner import plan
 
+    for name in ("budget", "host_budget"):
+        size = getattr(options, name)
+        if size is not None and size.isdigit() and int(size) < 1 << 20:
+            name = name.replace("_", "-")
+            raise ValueError(f"--{name} is {size} bytes, expected a size like {size}GiB")
     arguments = _arguments(options)
     _check_plot(options.plot)
     machine, host_budget = options.machine or "h200", options.host_budget
@@ -158,10 +164,20 @@ def _check_plot(path: str | None) -> None:
         return
     if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot is {path!r}, expected a name that ends in .png, .pdf or .svg")
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"--plot is {path!r}, but {Path(path).parent} is not a folder")
+    _check_target("--plot", Path(path))
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtra("matplotlib is not installed: pip install 'prfl_fast[bench]'")
+
+
+def _check_target(name: str, path: Path) -> None:
+    """Refuse a file that could not be written, before the search."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{name} is {str(path)!r}, but {path.parent} is not a folder")
+    if path.is_dir():
+        raise ValueError(f"{name} is {str(path)!r}, which is a folder, expected a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{name} is {str(path)!r}, but {path.parent} is not writable")
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
@@ -185,9 +201,8 @@ def _named_for_plan(values: dict[str, Any]) -> dict[str, Any]:
 
 def _from_file(path: Path, given: Mapping[str, Any], sft: bool) -> dict[str, Any]:
     """What a trainer's YAML decides. A file that is missing, or has parts only, decides less."""
+    _check_target("--apply", path)
     if not path.exists():
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"--apply is {str(path)!r}, but {path.parent} is not a folder")
         return {}
     content = read_yaml(path)
     # The plan replaces the section, so it may be out of date.
@@ -253,6 +268,8 @@ def planned_for(config: TrainConfig) -> dict[str, Any]:
         "points": config.prfl.points,
         "num_steps": config.prfl.num_steps,
         "sft": "sft" in config.objectives,
+        "average": config.run.ema_decay is not None,
+        "patched": config.hardware.patch,
         "reward_blocks": _reward_blocks(config),
     }
 
@@ -265,6 +282,8 @@ def sizes_of(dataset: "LatentDataset") -> dict[str, int]:
 
 def _reward_blocks(config: TrainConfig) -> int:
     """Blocks of the saved reward model; the paper's eight where the file does not say."""
+    if "prfl" not in config.objectives:
+        return 1  # the planner has no step without a reward: the smallest
     if isinstance(config.reward, str):
         path = Path(config.reward) / "config.json"
         if path.is_file():

@@ -1,5 +1,6 @@
 """What holds a device's memory when it is full."""
 
+import contextlib
 import functools
 import inspect
 import traceback
@@ -113,7 +114,9 @@ def modules_in(*roots: Any) -> list[nn.Module]:
         elif inspect.ismethod(value):
             queue.append(value.__self__)
         elif inspect.isfunction(value):
-            queue += inspect.getclosurevars(value).nonlocals.values()
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a variable that has no value yet
+                    queue.append(cell.cell_contents)
         else:
             queue += getattr(value, "__dict__", {}).values()
     return found

@@ -13,7 +13,7 @@ window and pool hold no tensor of a graph.
 On CUDA, copies run on a stream of their own. Device memory belongs to the compute stream, which
 waits for the last copy from or to it before it is freed. Host memory is page-locked and touched by
 the copy stream alone, in order, so that a buffer may serve again at once. On the CPU the same code
-copies in place of the caller.
+runs, and every copy is made at once.
 """
 
 import contextlib

@@ -201,6 +201,7 @@ def timeline_figure(plan: "Plan") -> Any:
         ha="right",
         va="center",
         fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )
     axes.set_xlim(0, edges[-1])
     axes.set_ylim(0, top)

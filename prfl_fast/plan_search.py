@@ -106,26 +106,38 @@ class Shallow:
             if phase not in REWARD_PHASES
         ]
 
+    @property
+    def window(self) -> Bytes:
+        """What an offloaded model's last two blocks have on the device after its forward.
+
+        They leave it for the other model's, if that is offloaded too.
+        """
+        return {"checkpoints": 2 * self.sent_by_block("forward")}
+
+    def sent_by_block(self, phase: str) -> float:
+        """Bytes that one block sends to the host, in ``forward`` or ``reward``."""
+        few, more = (run.costs[phase].to_host_bytes for run in self._runs)
+        return (more - few) / (self._depths[1] - self._depths[0])
+
     def start_of_reward(self, layers: int, reward_layers: int) -> dict[str, float]:
         """What is alive when the reward model begins."""
         return self._mixed(self._starts, layers, reward_layers)
 
     def added_by_reward(self, reward_layers: int) -> list[dict[str, float]]:
         """What the highest moment of each of the reward's phases adds to that."""
-        added = []
-        for phase in REWARD_PHASES:
-            few, more = (
-                _sum((1, high[phase]), (-1, start))
-                for high, start in zip(self._highs, self._starts, strict=True)
-            )
-            added.append(self._at(few, more, reward_layers))
-        return added
+        return [
+            self._added([high[phase] for high in self._highs], reward_layers)
+            for phase in REWARD_PHASES
+        ]
 
     def kept_by_reward(self, reward_layers: int) -> dict[str, float]:
         """What the reward model adds until its backward begins."""
+        return self._added(self._middles, reward_layers)
+
+    def _added(self, moments: Sequence[Bytes], reward_layers: int) -> dict[str, float]:
         few, more = (
-            _sum((1, middle), (-1, start))
-            for middle, start in zip(self._middles, self._starts, strict=True)
+            _sum((1, moment), (-1, start), (1, self.window))
+            for moment, start in zip(moments, self._starts, strict=True)
         )
         return self._at(few, more, reward_layers)
 
@@ -164,6 +176,12 @@ def _sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
         for name, value in part.items():
             total[name] = total.get(name, 0) + weight * value
     return total
+
+
+def _start(ours: Shallow, theirs: Shallow, layers: int, reward_layers: int) -> dict[str, float]:
+    """What of the generator, under ``ours``, is alive beside a reward model under ``theirs``."""
+    evicted = ours.window if theirs.window["checkpoints"] else {}
+    return _sum((1, ours.start_of_reward(layers, reward_layers)), (-1, evicted))
 
 
 def _highs(run: Simulation) -> dict[str, dict[str, int]]:
@@ -245,19 +263,21 @@ class Search:
     def _kept(self, tier: Tier, generator: Any, reward: Any) -> float:
         """Bytes alive between the forwards and the backwards."""
         depths = self.layers, self.workload.reward_blocks
-        start = self._shallow(tier, generator, None).start_of_reward(*depths)
-        added = self._shallow(tier, reward, None).kept_by_reward(depths[1])
+        ours, theirs = (self._shallow(tier, policy, None) for policy in (generator, reward))
+        start, added = _start(ours, theirs, *depths), theirs.kept_by_reward(depths[1])
         return sum(start.values()) + sum(added.values())
 
     def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
         ours, theirs = self._shallow(tier, generator, chunk), self._shallow(tier, reward, chunk)
         depth, reward_depth = self.layers, self.workload.reward_blocks
-        start = ours.start_of_reward(depth, reward_depth)
+        start = _start(ours, theirs, depth, reward_depth)
         moments = ours.moments(depth, reward_depth)
         moments += [_sum((1, start), (1, added)) for added in theirs.added_by_reward(reward_depth)]
         costs = ours.costs(depth, reward=False) | theirs.costs(reward_depth, reward=True)
         peak = int(max(sum(moment.values()) for moment in moments))
-        host = sum(costs[p].to_host_bytes for p in ("forward", "reward"))
+        sent, reward_sent = ours.sent_by_block("forward"), theirs.sent_by_block("reward")
+        # The last block of all stays on the device: the backward begins with it.
+        host = int(depth * sent + reward_depth * reward_sent - (reward_sent or sent))
         host += int(ours.other_host(depth))
         return Candidate(
             memory_of(tier, generator, reward, chunk),

@@ -18,7 +18,7 @@ from torch import nn
 
 from prfl_fast import machines, plan_report
 from prfl_fast._extras import need
-from prfl_fast.adapters import find_adapter
+from prfl_fast.adapters import adapter_by_name, find_adapter
 from prfl_fast.config import Lora, Memory
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.machines import Machine
@@ -151,6 +151,8 @@ def plan(
     num_steps: int = 40,
     reward_blocks: int = 8,
     sft: bool = True,
+    average: bool = False,
+    patched: bool = True,
     budget: int | str | None = None,
     host_budget: int | str | None = None,
     weights: str = "auto",
@@ -174,6 +176,8 @@ def plan(
         num_steps: of the sampler.
         reward_blocks: blocks of the reward model, a copy of the generator's first.
         sft: a supervised step follows each PRFL step.
+        average: the trainer keeps a running average of what it trains.
+        patched: both models run on prfl_fast's kernels.
         budget: device memory, bytes or ``"24GiB"``; the machine's unless given.
         host_budget: host memory for offloaded tensors and states; unlimited unless given.
         weights: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, of generator and reward.
@@ -201,6 +205,8 @@ def plan(
         lora_targets=tuple(lora_targets),
         reward_blocks=reward_blocks,
         sft=sft,
+        average=average,
+        patched=patched,
         num_steps=num_steps,
         points=points.points,
     )
@@ -234,7 +240,7 @@ def plan(
         seconds=step_seconds(run.costs, rates, workload, forwards),
         timeline=run.timeline,
         candidates=found.candidates,
-        notes=[f"not considered, for a more faithful choice fits: {unused}"] if unused else [],
+        notes=[f"not considered, since an earlier choice fits: {unused}"] if unused else [],
         workload=workload,
         machine=rates,
         **limits,
@@ -256,14 +262,26 @@ def model_config(model: nn.Module | Mapping[str, Any] | str | os.PathLike[str]) 
         return MODELS[str(model).lower()]
     for path in (Path(model) / "config.json", Path(model) / "transformer" / "config.json"):
         if path.is_file():
-            try:
-                return model_config(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"model: {path} is not a configuration: {error}") from error
+            return _read_config(path)
     raise ValueError(
         f"model is {str(model)!r}, expected one of {', '.join(MODELS)}, or the folder of a "
         "diffusers transformer with a config.json"
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "_class_name" in config:
+            adapter_by_name(f"diffusers {config['_class_name']}")
+        if not isinstance(config["num_layers"], int):
+            raise ValueError(f"num_layers is {config['num_layers']!r}, expected a whole number")
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"model: {path} is not a configuration of a transformer: {what}"
+        ) from error
+    return model_config(config)
 
 
 def size_of(value: int | str, name: str) -> int:

@@ -7,10 +7,9 @@ memory; a ledger sees every storage come and go.
 """
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from prfl_fast._extras import need
 from prfl_fast.adapters import find_adapter
-from prfl_fast.config import Lora, Memory
+from prfl_fast.config import Memory
 from prfl_fast.costs import CUBLAS_BYTES, Cost, CostLedger
 from prfl_fast.kernels import flow_loss
 from prfl_fast.ledger import HOST, Ledger, mark
 from prfl_fast.memory import apply_memory
-from prfl_fast.modules import TEXT_TOKENS, QueryAttentionPool, RewardHead
+from prfl_fast.modules import QueryAttentionPool, RewardHead
 from prfl_fast.optimizers import state_bytes
 from prfl_fast.patching import patch
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowUniPC, detach_state
 from prfl_fast.step import TIMESTEPS_PER_SIGMA
 from prfl_fast.trainer import add_lora, autocast
+from prfl_fast.workload import IMAGE_TOKENS, LATENT_CHANNELS, Workload
 
 PHASES = (
     "rollout",
@@ -41,127 +41,9 @@ PHASES = (
     "sft forward",
     "sft backward",
 )
-# Wan's VAE (8 pixels, 4 frames but for the first) and the transformer's patches.
-_VAE_STRIDE, _VAE_FRAMES, _LATENT_CHANNELS, _IMAGE_TOKENS = 8, 4, 16, 257
 # Float32 copies of the largest bfloat16 parameter's gradient or moments at once in an optimizer's
 # step. Of torchao's, whose compiled step holds some of them in registers, at most.
 _WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained, on what sizes.
-
-    Attributes:
-        config: of a diffusers Wan transformer, as ``adapter.backbone_config`` gives it.
-        frames, height, width: of the videos, in pixels; frames is one more than a multiple of 4.
-        batch: samples of a forward. text_tokens: rows of the text states.
-        train: ``lora``, or ``full`` for all parameters. lora_rank, lora_targets: as ``add_lora``.
-        reward_blocks: of the generator's, in the frozen reward model.
-        sft: the supervised step is part of a step.
-        num_steps: solver steps of the schedule.
-        points: gradient points of a trajectory. accumulation: micro-batches of an optimizer step.
-            More than one of either, and gradients are there while the next forward runs.
-        patched: both models run on prfl_fast's kernels.
-        precision: under which float32 weights run: autocast to ``bf16``, or ``fp32``.
-
-    Raises:
-        ValueError: names the argument, what came, and what is expected.
-    """
-
-    config: Mapping[str, Any]
-    frames: int = 81
-    height: int = 720
-    width: int = 1280
-    batch: int = 1
-    text_tokens: int = 512
-    train: Literal["lora", "full"] = "lora"
-    lora_rank: int = 16
-    lora_targets: tuple[str, ...] = Lora(1).targets
-    reward_blocks: int = 8
-    sft: bool = True
-    num_steps: int = 40
-    points: int = 1
-    accumulation: int = 1
-    patched: bool = True
-    precision: Literal["fp32", "bf16"] = "bf16"
-
-    def __post_init__(self) -> None:
-        least = {"num_steps": 2}
-        for name in (
-            "frames",
-            "height",
-            "width",
-            "batch",
-            "text_tokens",
-            "lora_rank",
-            "reward_blocks",
-            "num_steps",
-            "points",
-            "accumulation",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least.get(name, 1):
-                raise ValueError(
-                    f"{name} is {value!r}, expected a whole number, at least {least.get(name, 1)}"
-                )
-        if self.frames % _VAE_FRAMES != 1:
-            raise ValueError(f"frames is {self.frames}, expected 4n + 1, as 81")
-        for name, patch_size in zip(("height", "width"), self._patch[1:], strict=True):
-            multiple = _VAE_STRIDE * patch_size
-            if getattr(self, name) % multiple:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected a multiple of {multiple}"
-                )
-        longest = self.config.get("rope_max_seq_len", 1024)
-        for name, size, patch_size in zip(
-            ("frames", "height", "width"), self.latent_shape[2:], self._patch, strict=True
-        ):
-            if size // patch_size > longest:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}: {size // patch_size} positions, expected at "
-                    f"most {longest} (the model's rope_max_seq_len)"
-                )
-        for name, known in (("train", ("lora", "full")), ("precision", ("fp32", "bf16"))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-                )
-        if self.reward_blocks > self.config["num_layers"]:
-            raise ValueError(
-                f"reward_blocks is {self.reward_blocks}, expected at most the model's "
-                f"{self.config['num_layers']}"
-            )
-        if self.points > self.num_steps - 1:
-            raise ValueError(
-                f"points is {self.points}, expected at most num_steps - 1 = {self.num_steps - 1}"
-            )
-        if self.config.get("image_dim") is not None and self.text_tokens != TEXT_TOKENS:
-            raise ValueError(
-                f"text_tokens is {self.text_tokens}, expected {TEXT_TOKENS}: this is an "
-                "image-to-video model"
-            )
-
-    @property
-    def _patch(self) -> tuple[int, int, int]:
-        frames, height, width = self.config.get("patch_size", (1, 2, 2))
-        return frames, height, width
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int, int]:
-        """``[B, C, F, H, W]`` of the latents."""
-        return (
-            self.batch,
-            _LATENT_CHANNELS,
-            (self.frames - 1) // _VAE_FRAMES + 1,
-            self.height // _VAE_STRIDE,
-            self.width // _VAE_STRIDE,
-        )
-
-    @property
-    def tokens(self) -> int:
-        """L, of one sample."""
-        return math.prod(self.latent_shape[2:]) // math.prod(self._patch)
 
 
 @dataclass(frozen=True)
@@ -174,7 +56,7 @@ class Simulation:
         timeline: (phase, live bytes by category), in order of time.
         costs: by phase. ``rollout`` is one forward without gradient; ``forward``, ``reward``,
             ``reward backward`` and ``backward`` are of one gradient point, ``sft …`` of one
-            micro-batch, ``optimizer`` of one optimizer step (there is one for each objective).
+            micro-batch, ``optimizer`` of one update for each objective.
     """
 
     peak: int
@@ -253,11 +135,10 @@ class Step:
             parameter.register_post_accumulate_grad_hook(_mark_gradient)
             if memory.gradients == "fp32" and parameter.dtype == torch.bfloat16:
                 parameter.grad_dtype = torch.float32
-        sizes = [state_bytes(memory.optimizer, p.shape, p.dtype) for p in self.parameters]
-        self.states = [
-            self._make(sum(column), category=category, dtype=torch.uint8)
-            for column, category in zip(zip(*sizes, strict=True), ("optimizer", HOST), strict=True)
-        ]
+        self.device_states, self.host_states = self._states()
+        if workload.average:
+            count = sum(parameter.numel() for parameter in self.parameters)
+            self.average = self._make(count, category="optimizer")
         self.conditions = self._conditions()
         with unset_fake_temporarily():
             self.scheduler = FlowUniPC()
@@ -271,14 +152,28 @@ class Step:
         self.ledger.mark(tensor, category)
         return tensor
 
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The optimizer's, on the device and on the host."""
+        kind = self.memory.optimizer
+        sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.parameters]
+        device, host = (sum(column) for column in zip(*sizes, strict=True))
+        if kind == "adamw-cpu":  # gradients and weights pass through two buffers
+            host += 2 * max(
+                p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.parameters
+            )
+        return (
+            self._make(device, category="optimizer", dtype=torch.uint8),
+            self._make(host, category=HOST, dtype=torch.uint8),
+        )
+
     def _conditions(self) -> dict[str, torch.Tensor]:
         config, batch = self.workload.config, self.workload.batch
         text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
         conditions = {"encoder_hidden_states": text}
         if config.get("image_dim") is not None:
-            image = self._make(batch, _IMAGE_TOKENS, config["image_dim"])
+            image = self._make(batch, IMAGE_TOKENS, config["image_dim"])
             conditions["encoder_hidden_states_image"] = image
-        extra = config.get("in_channels", _LATENT_CHANNELS) - _LATENT_CHANNELS
+        extra = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
         if extra:
             shape = self.workload.latent_shape
             conditions["latent_condition"] = self._make(batch, extra, *shape[2:])
@@ -305,7 +200,7 @@ class Step:
     def _hold_gradients(self) -> None:
         """Those of earlier points and micro-batches."""
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
             self.ledger.mark(parameter.grad, "gradients")
 
     def _feedback(self, several: bool) -> None:
@@ -351,28 +246,29 @@ class Step:
         (loss * 1.0).backward()
 
     def _update(self) -> None:
-        """The optimizer's step by formula: its kernels are one a parameter."""
+        """The optimizer's step by formula."""
         self.ledger.phase("optimizer")
-        kind, (device, host) = self.memory.optimizer, (t.nbytes for t in self.states)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        read, weights = (sum(t.nbytes for t in ts) for ts in (gradients, self.parameters))
-        if kind == "adamw-cpu":
-            size = max(max(p.nbytes, g.nbytes) for p, g in zip(self.parameters, gradients))
-            staging = self._make(2 * size, category=HOST, dtype=torch.uint8)
-        largest = max(p.numel() for p in self.parameters)
-        narrow = any(g.dtype == torch.bfloat16 for g in gradients)
-        self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * largest * narrow)
+        kind, gradients = self.memory.optimizer, [p.grad for p in self.parameters]
+        narrow = [g.numel() for g in gradients if g is not None and g.dtype == torch.bfloat16]
+        self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * max(narrow, default=0))
         if isinstance(self.ledger, CostLedger):
-            moved = 3 * read  # norm, and clipping in place
+            read = sum(g.nbytes for g in gradients if g is not None)
+            weights = sum(p.nbytes for p in self.parameters)
+            paged = self.host_states.nbytes
+            norm_and_clip = 3 * read
             if kind == "adamw-cpu":
-                self.ledger.count(to_host_bytes=read, to_device_bytes=weights)
-            elif kind == "paged-adamw8bit":
-                self.ledger.count(to_host_bytes=host, to_device_bytes=host)
-            if kind != "adamw-cpu":
-                moved += read + 2 * weights + 2 * device
-            self.ledger.count(moved_bytes=moved)
+                self.ledger.count(
+                    moved_bytes=norm_and_clip, to_host_bytes=read, to_device_bytes=weights
+                )
+            else:
+                moved = norm_and_clip + read + 2 * weights + 2 * self.device_states.nbytes
+                self.ledger.count(moved_bytes=moved, to_host_bytes=paged, to_device_bytes=paged)
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _grad_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return parameter.grad_dtype or parameter.dtype
 
 
 def _mark_gradient(parameter: torch.Tensor) -> None:
@@ -417,7 +313,8 @@ def simulate(
         ValueError: the policy does not go with the workload.
     """
     with fake_models(workload, memory, layers, reward_layers) as (generator, reward):
-        with CostLedger() as ledger:
+        ledger = CostLedger()
+        with ledger:
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
             step = Step(workload, memory, generator, reward, ledger)
             step.run()

@@ -106,6 +106,16 @@ def test_lora(patched):
         assert_empty(model)
 
 
+def test_under_autocast():
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(model)
+        for setting in SETTINGS:
+            checkpoint(model, *setting)
+            assert_same_bits(run(model), plain)
+            assert_empty(model)
+
+
 def compiled_case(backend, patched, trains):
     model = build(patched=patched, layers=2).requires_grad_(False)
     for name, parameter in model.named_parameters():

@@ -230,6 +230,32 @@ def test_the_weights_that_train_start_as_the_file_has_them(root, tmp_path, monke
         assert (tensor.dtype == torch.float32) == kept, name
 
 
+def test_a_reward_in_the_reference_layout_keeps_its_float32(root, tmp_path, monkeypatch):
+    """Its structure comes from the generator, which is read in bfloat16; its weights must not."""
+    from prfl_fast import memory
+
+    folder, mlp, pool = LatentRewardModel.load(root / "reward").save_reference(tmp_path / "theirs")
+    layout = {"transformer": str(folder), "mlp": str(mlp), "pool": str(pool), "num_heads": 2}
+    seen = []
+    apply = memory.apply_memory
+
+    def note(transformer, reward, *rest, **options):
+        apply(transformer, reward, *rest, **options)
+        seen.append((transformer, reward))
+
+    monkeypatch.setattr(memory, "apply_memory", note)
+    changes = {"hardware.precision": "bf16", "reward": layout, "run.steps": 1}
+    assert call("train", root, tmp_path / "a", {**changes, "memory": {"weights": "bf16"}}) == 0
+    both = {"weights": "bf16", "reward_weights": "bf16"}
+    assert call("train", root, tmp_path / "b", {**changes, "memory": both}) == 0
+    file = load_tensors(root / "reward/model.safetensors")
+    for (transformer, reward), dtype in zip(seen, (torch.float32, torch.bfloat16), strict=True):
+        assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+        weight = reward.backbone.blocks[0].attn1.to_q.weight
+        assert weight.dtype == dtype
+        assert torch.equal(weight, file["backbone.blocks.0.attn1.to_q.weight"].to(dtype))
+
+
 def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, tmp_path, capsys):
     base = {"hardware.precision": "bf16", "lora.rank": 2, "memory.weights": "nf4"}
     policies = {
@@ -257,8 +283,9 @@ def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, t
         assert message in one_line(capsys, "train")
 
 
-def test_train_reward_under_a_memory_policy(root, tmp_path):
-    memory = {"weights": "bf16", "policy": "attention", "offload": "cpu", "optimizer": "adamw-sr"}
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-sr"])
+def test_train_reward_under_a_memory_policy(root, tmp_path, optimizer):
+    memory = {"weights": "bf16", "policy": "attention", "offload": "cpu", "optimizer": optimizer}
     changes = {"run.steps": 2, "hardware.precision": "bf16", "memory": memory}
     out = tmp_path / "out"
     changes |= {"eval_data": str(root / "data"), "timesteps": [400]}
@@ -311,6 +338,7 @@ def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
     sizes = {"frames": 5, "height": 32, "width": 32, "text_tokens": 3}
     expected = {"train": "lora", "lora_rank": 3, "batch": 1, "accumulation": 2, "num_steps": 3}
     expected |= {**sizes, "reward_blocks": 1, "sft": True, "host_budget": 1}
+    expected |= {"average": True, "patched": True}
     assert {key: asked[key] for key in expected} == expected
     assert asked["budget"] > 1 << 20
     error = capsys.readouterr().err
@@ -326,12 +354,27 @@ def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
     assert load_config(TrainConfig, out / "config.yaml").memory == stored.memory
 
 
+@pytest.mark.slow
+def test_memory_auto_by_a_whole_search(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("train", root, out, {**AUTO, "lora.rank": 2, "run.steps": 1}) == 0
+    memory = load_config(TrainConfig, out / "config.yaml").memory
+    assert memory == Memory(weights="bf16", reward_weights="bf16")
+    assert "memory: auto is {weights: bf16, reward_weights: bf16}" in capsys.readouterr().err
+
+
 def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):
     planned[0].feasible, planned[0].peak = False, 9 << 30
     assert call("train", root, tmp_path / "out", AUTO) == 2
     error = one_line(capsys, "train")
     assert "memory is auto, but no plan fits 8.0 GiB: the nearest, {weights: bf16" in error
     assert "takes 10.0 GiB" in error and not (tmp_path / "out").exists()
+
+
+def test_memory_auto_of_supervised_training_alone(root, tmp_path, planned):
+    changes = {**AUTO, "run.steps": 1, "objectives": ["sft"], "reward": ...}
+    assert call("train", root, tmp_path / "out", changes) == 0
+    assert planned[0].calls[0]["reward_blocks"] == 1
 
 
 def test_check_prints_what_auto_is(root, tmp_path, planned, capsys):

@@ -50,6 +50,7 @@ def calls(searched, monkeypatch):
         options = ("frames", "height", "width", "batch", "accumulation", "train", "lora_rank")
         asked = {name: arguments[name] for name in (*options, "num_steps", "sft")}
         asked["points"] = arguments["rollout"].points
+        asked["config"] = planner.MODELS["wan2.1-t2v-14b"]  # which takes any size
         return dataclasses.replace(
             searched, workload=dataclasses.replace(searched.workload, **asked)
         )
@@ -177,10 +178,16 @@ def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, m
 
 BAD = {
     "--budget 24gigs": "budget is '24gigs', expected bytes or a size like 24GiB",
-    "--budget 0": "budget is '0', expected",
+    "--budget 0": "--budget is 0 bytes, expected",
+    "--budget 24": "--budget is 24 bytes, expected a size like 24GiB",
+    "--host-budget 64": "--host-budget is 64 bytes, expected a size like 64GiB",
     "--budget nan": "budget is 'nan', expected",
     "--host-budget much": "host_budget is 'much', expected",
     "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
+    "--model FLUX": "FLUX/config.json is not a configuration of a transformer: adapter is",
+    "--model LIST": "LIST/config.json is not a configuration of a transformer: ",
+    "--model BRACE": "BRACE/config.json is not a configuration of a transformer: Expecting",
+    "--model NOTHING": "NOTHING/config.json is not a configuration of a transformer: it has no",
     "--machine b9000": "machine is 'b9000', expected one of h200",
     "--frames 80": "frames is 80, expected 4n + 1",
     "--frames 0": "frames is 0, expected a whole number, at least 1",
@@ -197,7 +204,7 @@ BAD = {
     "--plot plan.txt": "--plot is 'plan.txt', expected a name that ends in .png",
     "--plot nowhere/plan.png": "nowhere is not a folder",
     "--apply nowhere/train.yaml": "nowhere is not a folder",
-    "--apply FOLDER": "cannot be read: Is a directory",
+    "--apply FOLDER": "--apply is 'FOLDER', which is a folder, expected a file",
     "--apply FILE --rank 8": "--rank is 8, but FILE has lora.rank: 4: leave the option out",
     "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
     "--apply FILE --num-steps 40": "--num-steps is 40, but FILE has prfl.num_steps: 9",
@@ -228,6 +235,10 @@ def test_bad_input_is_one_line_before_any_work(
     (tmp_path / "BROKEN").write_text("a: [\n")
     (tmp_path / "WRONG").write_text("lora: {rnk: 2}\n")
     (tmp_path / "FOLDER").mkdir()
+    configs = {"FLUX": '{"_class_name": "Flux"}', "LIST": "[1]", "BRACE": "{", "NOTHING": "{}"}
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert run(*arguments.split()) == 2
     error = capsys.readouterr().err

@@ -75,6 +75,15 @@ def test_models_are_found_behind_closures_attributes_and_bound_arguments(objecti
     assert len(modules_in(hidden)) == 2
 
 
+def test_a_closure_over_a_variable_without_a_value_is_no_obstacle():
+    def run():
+        return extra, missing
+
+    extra = nn.Linear(2, 2)
+    assert modules_in(run) == [extra]
+    missing = None
+
+
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_every_storage_counts_once(kind):
     model = nn.Sequential(nn.Linear(64, 256, bias=False), nn.BatchNorm1d(256)).bfloat16()

@@ -44,6 +44,7 @@ POLICIES = {
     "attention": Memory(policy="attention", reward_policy="attention"),
     "offloaded": OFFLOADED,
     "bf16": Memory("bf16", "full", None, "bf16", "none"),
+    "autocast": Memory(policy="full"),
     "fp8": Memory("fp8", "attention", None, "fp8", "full"),
 }
 
@@ -71,15 +72,27 @@ def ledger_of(workload, memory, fake):
     return ledger
 
 
+def some_slow(*fast, leave=""):
+    """All policies, those that are not ``fast`` in the slow tier."""
+    return [
+        pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+        for name in POLICIES
+        if name not in leave.split()
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _poison_empty():
     """Not here: real tensors would be filled and fake ones not, which is one operation more."""
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", some_slow("none", "offloaded", "fp8"))
 def test_fake_and_real_tensors_give_the_same_bytes(name):
     memory = POLICIES[name]
-    workload = replace(SMALL, train="full" if name in ("none", "bf16") else "lora", accumulation=2)
+    full = name in ("none", "bf16")
+    precision = "bf16" if name == "autocast" else "fp32"
+    changes = {"train": "full" if full else "lora", "sft": full, "precision": precision}
+    workload = replace(SMALL, accumulation=2, **changes)
     real, fake = (ledger_of(workload, memory, fake) for fake in (False, True))
     assert fake.peak == real.peak and fake.peak_phase == real.peak_phase
     assert fake.peak_categories == real.peak_categories
@@ -89,11 +102,16 @@ def test_fake_and_real_tensors_give_the_same_bytes(name):
     assert (fake.host_peak > 0) == (memory.offload is not None)
 
 
-@pytest.mark.parametrize("name", [n for n in POLICIES if n != "fp8"])
+# Not in bfloat16: where operands of one operation differ in dtype, the CPU casts one of them inside
+# the kernel, in memory that no ledger sees and that CUDA does without.
+@pytest.mark.parametrize(
+    "name", some_slow("none", "attention", "offloaded", leave="bf16 fp8 autocast")
+)
 def test_the_peak_is_what_training_really_allocates(name):
     """PRFL, the supervised loss and the optimizer as a user runs them, on PyTorch's allocator."""
     memory = POLICIES[name]
-    workload = replace(SMALL, train="full" if name == "none" else "lora")
+    full = name == "none"
+    workload = replace(SMALL, train="full" if full else "lora", sft=full)
     predicted = ledger_of(workload, memory, fake=True)
     generator, reward = models(workload, memory)
     parameters = [p for p in generator.parameters() if p.requires_grad]
@@ -112,8 +130,9 @@ def test_the_peak_is_what_training_really_allocates(name):
     def step():
         assert prfl(torch.randn(SMALL.latent_shape), conditions, indices=[3]).finite
         update()
-        sft_loss(velocity_call(generator, "fp32"), latents, conditions).backward()
-        update()
+        if workload.sft:
+            sft_loss(velocity_call(generator, "fp32"), latents, conditions).backward()
+            update()
 
     step()  # the optimizer's states and the host buffers are made in the first
     held = [latents, *conditions.values()]
@@ -127,12 +146,9 @@ def test_the_peak_is_what_training_really_allocates(name):
     assert predicted.peak > 2 * predicted.peak_categories["weights"]
 
 
-def difference(workload, memory, deep=(4, 2), shallow=(3, 2)):
-    """Costs of one more block of the generator, or of the reward model, by phase."""
-    runs = [
-        simulate(workload, memory, layers=layers, reward_layers=reward)
-        for layers, reward in (deep, shallow)
-    ]
+def one_more_block(workload, memory):
+    """Costs of one more block of the generator, by phase."""
+    runs = [simulate(workload, memory, layers=layers, reward_layers=1) for layers in (2, 1)]
     deep_costs, shallow_costs = (run.costs for run in runs)
     return {
         phase: Cost(
@@ -154,7 +170,7 @@ def test_work_of_a_block():
     plain = 2 * dim * (dim * (6 * length + 2 * text) + 2 * length * FFN)
     adapters = 2 * 2 * dim * rank * (6 * length + 2 * text)
     products = 4 * length * (length + text) * dim
-    none, full, kept = (difference(SMALL, POLICIES[n]) for n in ("none", "full", "attention"))
+    none, full, kept = (one_more_block(SMALL, POLICIES[n]) for n in ("none", "full", "attention"))
     for costs in (none, full, kept):
         for phase in ("rollout", "forward", "sft forward"):
             assert costs[phase].matmul_flops == plain + adapters
@@ -171,12 +187,13 @@ def test_work_of_a_block():
 
 
 def test_offloaded_bytes_and_depth():
-    runs = [simulate(SMALL, OFFLOADED, layers=n, reward_layers=2) for n in (3, 4, 5)]
+    workload = replace(SMALL, sft=False)
+    runs = [simulate(workload, OFFLOADED, layers=n, reward_layers=2) for n in (3, 4, 5)]
     for read in (
         lambda run: run.peak,
         lambda run: run.host,
         *(lambda run, p=p, f=f: getattr(run.costs[p], f.name)
-          for p in PHASES for f in fields(Cost)),
+          for p in PHASES[:6] for f in fields(Cost)),
     ):  # fmt: skip
         first, second, third = (read(run) for run in runs)
         assert third - second == second - first
@@ -218,6 +235,17 @@ def test_optimizer_states_are_held_from_the_start(kind):
     assert (cost.to_host_bytes > 0) == (host > 0)
 
 
+def test_a_running_average_takes_float32():
+    workload, memory = replace(SMALL, train="full"), POLICIES["bf16"]
+    without, average = (
+        simulate(replace(workload, average=kept), memory, layers=1, reward_layers=1)
+        for kept in (False, True)
+    )
+    count = sum(p.numel() for p in build(workload, memory, layers=1)[0].parameters())
+    assert average.peak - without.peak == 4 * count
+    assert average.categories["optimizer"] == without.categories["optimizer"] + 4 * count
+
+
 def test_float32_gradients_of_bfloat16_parameters():
     workload = replace(SMALL, train="full", accumulation=2)
     narrow = simulate(workload, Memory("bf16", "full", optimizer="adamw8bit"), layers=2)
@@ -235,6 +263,7 @@ def test_what_a_workload_refuses():
         ({"frames": 80}, "frames is 80, expected 4n \\+ 1"),
         ({"frames": 0}, "frames is 0, expected a whole number, at least 1"),
         ({"height": 100}, "height is 100, expected a multiple of 16"),
+        ({"frames": 4097}, "frames is 4097: 1025 positions, expected at most 1024"),
         ({"train": "all"}, "train is 'all', expected one of lora, full"),
         ({"precision": "fp16"}, "precision is 'fp16', expected one of fp32, bf16"),
         ({"reward_blocks": 4}, "reward_blocks is 4, expected at most the model's 3"),

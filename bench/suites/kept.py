@@ -8,10 +8,27 @@ from harness import PRESETS, Context, Preset, Table, saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prfl_fast
+from prfl_fast.checkpointing import POLICIES
+from prfl_fast.ledger import Ledger
 from suites import wan
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
 PARAMETERS = {"all parameters train": True, "frozen (LoRA's base, a reward model)": False}
+
+
+def _block(
+    preset: Preset, context: Context, *, patched: bool, train: bool
+) -> tuple[Any, tuple[Any, ...]]:
+    """A bfloat16 model of one block and that block's arguments, under a ``FakeTensorMode``."""
+    # Fake CUDA tensors need a CUDA build; what is kept does not depend on the device.
+    model = wan.build(preset, context, layers=1, dtype=torch.bfloat16, device="cpu")
+    model.requires_grad_(train)
+    if patched:
+        prfl_fast.patch(model)
+    x = torch.empty(1, preset.tokens, preset.dim, dtype=torch.bfloat16, requires_grad=True)
+    text = torch.empty(1, preset.text_tokens, preset.dim, dtype=torch.bfloat16)
+    rope: Any = model.rope(torch.empty(1, 16, *preset.latent))  # type: ignore[operator]
+    return model, (x, text, torch.empty(1, 6, preset.dim), rope)
 
 
 def kept_bytes(preset: Preset, context: Context, *, patched: bool, train: bool) -> int:
@@ -20,16 +37,25 @@ def kept_bytes(preset: Preset, context: Context, *, patched: bool, train: bool) 
     Raises:
         Unavailable: diffusers is not installed.
     """
-    # Fake CUDA tensors need a CUDA build; what is kept does not depend on the device.
     with FakeTensorMode():
-        model = wan.build(preset, context, layers=1, dtype=torch.bfloat16, device="cpu")
-        model.requires_grad_(train)
-        if patched:
-            prfl_fast.patch(model)
-        x = torch.empty(1, preset.tokens, preset.dim, dtype=torch.bfloat16, requires_grad=True)
-        text = torch.empty(1, preset.text_tokens, preset.dim, dtype=torch.bfloat16)
-        rest = (text, torch.empty(1, 6, preset.dim), model.rope(torch.empty(1, 16, *preset.latent)))
-        return saved_bytes(lambda: model.blocks[0](x, *rest), exclude=[x, *model.parameters()])
+        model, args = _block(preset, context, patched=patched, train=train)
+        return saved_bytes(lambda: model.blocks[0](*args), exclude=[args[0], *model.parameters()])
+
+
+def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) -> int:
+    """Bytes a patched block leaves on the device until its backward, its input among them.
+
+    Raises:
+        Unavailable: diffusers is not installed.
+    """
+    with FakeTensorMode():
+        model, args = _block(preset, context, patched=True, train=train)
+        prfl_fast.checkpoint(model, policy)  # type: ignore[arg-type]
+        run = model._gradient_checkpointing_func if policy != "none" else lambda f, *a: f(*a)
+        with Ledger() as ledger:
+            ledger.mark(args[0], "checkpoints")
+            out = run(model.blocks[0], *args)
+            return ledger.live - out.untyped_storage().nbytes()
 
 
 def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
@@ -54,3 +80,28 @@ def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
     columns = ["block", "parameters", "diffusers", "prfl_fast", "ratio"]
     notes = ["bfloat16, one sample, 512 text tokens; counted on shapes, without a GPU."]
     return Table("kept", "Kept for the backward of one block", columns, body, notes), cases
+
+
+def policies(context: Context) -> tuple[Table, list[dict[str, Any]]]:
+    """The table ``kept-policies`` and its records.
+
+    Raises:
+        Unavailable: diffusers is not installed.
+    """
+    cases: list[dict[str, Any]] = []
+    body = []
+    for name in SIZES:
+        for what, train in PARAMETERS.items():
+            kept = {p: policy_bytes(PRESETS[name], context, p, train=train) for p in POLICIES}
+            cases.append({"case": f"kept by policy, {what}", "preset": name, **kept})
+            first = what == next(iter(PARAMETERS))
+            share = f"1/{kept['none'] / kept['attention']:.1f}"
+            line = [name if first else "", what, *map(report.size, kept.values()), share]
+            body.append(line)
+    columns = ["block", "parameters", *POLICIES, "attention of none"]
+    notes = [
+        "prfl_fast's block, bfloat16, one sample, 512 text tokens; the block's input counts. "
+        "Counted on shapes, without a GPU.",
+    ]
+    title = "Kept for the backward of one block, by checkpoint policy"
+    return Table("kept-policies", title, columns, body, notes), cases

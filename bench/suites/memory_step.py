@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import nn
 import prfl_fast
 from prfl_fast.adapters import find_adapter
 from prfl_fast.config import Memory
+from prfl_fast.costs import Cost
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.ledger import Ledger
 from prfl_fast.machines import Machine
 from prfl_fast.optimizers import make_optimizer
-from prfl_fast.plan_search import DEPTHS, Shallow, phase_seconds
+from prfl_fast.plan_search import phase_seconds
 from prfl_fast.quantised import QuantisedLinear
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowUniPC
@@ -25,9 +27,13 @@ from prfl_fast.simulation import Simulation, Workload, build, materialise, simul
 from prfl_fast.step import PRFL
 
 REWARD_BLOCKS = 8
+# From where bytes are affine in the depth: two blocks are at work at a time, and offloading keeps
+# two on the device.
+DEPTHS = {False: (2, 3), True: (3, 4)}
 INDEX = 1  # one rollout forward, one with gradient
 # What a policy changes: the rollout before is the same under all.
-TRAINING_PHASES = ("forward", "reward", "reward backward", "backward")
+REWARD_PHASES = ("reward", "reward backward")
+TRAINING_PHASES = ("forward", *REWARD_PHASES, "backward")
 
 
 @dataclass(frozen=True)
@@ -91,22 +97,59 @@ def predict(case: Case, machine: Machine) -> dict[str, Any]:
     """
     workload = case.workload()
     layers, reward_layers = case.preset.layers, workload.reward_blocks
-    if layers <= max(DEPTHS):
+    depths = DEPTHS["cpu" in (case.memory.offload, case.memory.reward_offload)]
+    if layers <= max(depths):
         return _record(simulate(workload, case.memory), machine)
-    runs = [simulate(workload, case.memory, layers=d, reward_layers=d) for d in DEPTHS]
-    shallow = Shallow(runs)
-    start = shallow.start_of_reward(layers, reward_layers)
-    moments = shallow.moments(layers, reward_layers)
-    moments += [
-        {name: start[name] + more for name, more in added.items()}
-        for added in shallow.added_by_reward(reward_layers)
-    ]
-    highest = {k: int(v) for k, v in max(moments, key=lambda m: sum(m.values())).items()}
-    costs = shallow.costs(layers, reward=False) | shallow.costs(reward_layers, reward=True)
-    host = shallow.other_host(layers)
-    host += sum(costs[phase].to_host_bytes for phase in ("forward", "reward"))
-    deep = Simulation(sum(highest.values()), "", highest, int(host), [], costs)
-    return _record(deep, machine)
+    runs = [simulate(workload, case.memory, layers=d, reward_layers=d) for d in depths]
+    highest = _highest(runs, depths, layers, reward_layers)
+    costs = {}
+    for phase in TRAINING_PHASES:
+        depth = reward_layers if phase in REWARD_PHASES else layers
+        few, more = (vars(run.costs[phase]) for run in runs)
+        costs[phase] = Cost(**_at(few, more, depths, dict.fromkeys(few, depth)))
+    host = sum(costs[phase].to_host_bytes for phase in ("forward", "reward"))
+    return _record(Simulation(sum(highest.values()), "", highest, host, [], costs), machine)
+
+
+def _at(
+    few: Mapping[str, int], more: Mapping[str, int], depths: tuple[int, int], at: dict[str, int]
+) -> dict[str, int]:
+    """The lines through the values at two depths, each at its own depth."""
+    first, second = depths
+    return {k: few[k] + (more[k] - few[k]) * (at[k] - first) // (second - first) for k in few}
+
+
+def _highest(
+    runs: list[Simulation], depths: tuple[int, int], layers: int, reward_layers: int
+) -> dict[str, int]:
+    """Bytes by category at the highest moment of all phases.
+
+    Of a generator's phase, only the reward model's weights depend on the reward's depth; of a
+    reward phase, all that it adds to its start.
+    """
+    highs: list[dict[str, dict[str, int]]] = [{} for _ in runs]
+    starts = []
+    for run, high in zip(runs, highs, strict=True):
+        for phase, live in run.timeline:
+            if phase not in high or sum(live.values()) > sum(high[phase].values()):
+                high[phase] = live
+        starts.append(next(live for phase, live in run.timeline if phase == REWARD_PHASES[0]))
+    categories = starts[0].keys()
+    generator = {name: reward_layers if name == "reward" else layers for name in categories}
+    start = _at(starts[0], starts[1], depths, generator)
+    moments = []
+    for phase in highs[0]:
+        few, more = (high[phase] for high in highs)
+        if phase in REWARD_PHASES:
+            few, more = (
+                {name: live[name] - begun[name] for name in categories}
+                for live, begun in zip((few, more), starts, strict=True)
+            )
+            added = _at(few, more, depths, dict.fromkeys(categories, reward_layers))
+            moments.append({name: start[name] + added[name] for name in categories})
+        else:
+            moments.append(_at(few, more, depths, generator))
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _record(run: Simulation, machine: Machine) -> dict[str, Any]:
