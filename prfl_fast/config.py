@@ -136,7 +136,8 @@ class Memory:
     optimizer: OptimizerKind = "adamw"
     gradients: Gradients = "parameter"
 
-    # Another of these gives the same numbers; another of the rest makes it another run.
+    # Another of these gives the same numbers (but chunks add up gradients of weights in another
+    # order); another of the rest makes it another run.
     FREE = ("policy", "offload", "reward_policy", "reward_offload", "feed_forward_chunk")
 
 

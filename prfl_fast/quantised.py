@@ -35,10 +35,6 @@ _ZEROS = 0x77  # two codes of the level 0
 _ALIGN = 16
 
 
-def _aligned(nbytes: int) -> int:
-    return nbytes + -nbytes % _ALIGN
-
-
 class _Layout(NamedTuple):
     """How a matrix lies in its bytes: codes, then its scales, each part from a multiple of 16.
 
@@ -84,35 +80,45 @@ class _Layout(NamedTuple):
         torch.compile makes equal expressions in forward and backward one, and then keeps the wide
         matrix from forward to backward.
         """
-        size = self.codes()
-        start, codes = _aligned(size), packed[:size]
-        numbers = (
-            packed.view(torch.float32)[start // 4 :]
-            if again
-            else packed[start:].view(torch.float32)
-        )
+        numel = self.rows * self.columns
+        codes, floats, small = self._parts(packed, again)
         if self.kind == "fp8":
             codes = codes.view(torch.float8_e4m3fn).view(self.rows, self.columns)
             # The product with a float32 scale is rounded once, to dtype.
-            return codes.to(dtype).mul_(numbers[: self.rows].unsqueeze(1))
-        count = -(-self.rows * self.columns // NF4_BLOCK)
-        end = _MAP + 1 + -(-count // SCALE_BLOCK)
-        start += _aligned(4 * end)
+            return codes.to(dtype).mul_(floats[: self.rows].unsqueeze(1))
         ops = torch.ops.bitsandbytes
-        scales = ops.dequantize_blockwise(
-            packed[start : start + count],
-            numbers[_MAP + 1 : end],
-            numbers[:_MAP],
-            SCALE_BLOCK,
-            torch.float32,
-        )
-        scales = scales + numbers[_MAP]
+        table, mean, blocks = floats.split_with_sizes([_MAP, 1, floats.numel() - _MAP - 1])
+        scales = ops.dequantize_blockwise(small, blocks, table, SCALE_BLOCK, torch.float32) + mean
         direct = dtype in (torch.bfloat16, torch.float16, torch.float32)
         # One row of an even length: bitsandbytes' CPU kernel takes no other for every matrix.
         wide = ops.dequantize_4bit(
-            codes, scales, NF4_BLOCK, "nf4", [1, 2 * size], dtype if direct else torch.float32
+            codes,
+            scales,
+            NF4_BLOCK,
+            "nf4",
+            [1, 2 * codes.numel()],
+            dtype if direct else torch.float32,
         )
-        return wide[0, : self.rows * self.columns].view(self.rows, self.columns).to(dtype)
+        if numel % 2:
+            wide = wide[0, :numel]
+        return wide.view(self.rows, self.columns).to(dtype)
+
+    def _parts(
+        self, packed: torch.Tensor, again: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes, float32 numbers, 8-bit scales; few operations, each costs a launch's time."""
+        size, count = self.codes(), -(-self.rows * self.columns // NF4_BLOCK)
+        numbers = self.rows if self.kind == "fp8" else _MAP + 1 + -(-count // SCALE_BLOCK)
+        sizes = [size, -size % _ALIGN, 4 * numbers, -4 * numbers % _ALIGN]
+        if self.kind == "nf4":
+            sizes += [count, -count % _ALIGN]
+        codes, _, floats, _, *rest = packed.split_with_sizes(sizes)
+        if again:
+            start = (size + sizes[1]) // 4
+            floats = packed.view(torch.float32)[start : start + numbers]
+        else:
+            floats = floats.view(torch.float32)
+        return codes, floats, rest[0] if rest else packed
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -31,7 +31,7 @@ def parameters(dtype=torch.float32, shapes=SHAPES):
 def give_gradients(params, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.grad_dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.grad_dtype)
 
 
 def take(optimizer, params, seeds):
@@ -365,3 +365,45 @@ def test_the_compiled_step_is_the_eager_one(kind, dtype):
     # Stochastic rounding draws other numbers: a spacing for each of the three steps.
     tolerance = {"rtol": 3 * 2**-7, "atol": 3e-4} if dtype is torch.bfloat16 else {}
     torch.testing.assert_close(*results, **{"rtol": 1e-4, "atol": 1e-5, **tolerance})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cuda(kind, dtype, device="cuda"):
+    """Real copies and compiled steps: near float32's trajectory; loaded, it goes on bit for bit."""
+    if kind == "paged-adamw8bit" and dtype is torch.bfloat16:
+        pytest.skip("paged-adamw8bit trains float32")
+    shapes = [(1024, 512)] * 5 + SHAPES
+    wide, start = parameters(shapes=shapes), parameters(dtype, shapes)
+    with torch.no_grad():
+        for q, p in zip(wide, start, strict=True):
+            q.copy_(p)
+    oracle = torch.optim.AdamW(wide, lr=0.1)
+    states = []
+
+    def make(values):
+        params = [nn.Parameter(p.detach().to(device, copy=True)) for p in values]
+        return params, make_optimizer(kind, params, learning_rate=0.1)
+
+    params, optimizer = make(start)
+    for seed in range(4):
+        if seed == 2:
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            resumed, again = make(params)
+            again.load_state_dict(torch.load(file, weights_only=True))
+            states.append((again, resumed))
+        for some, theirs in ((optimizer, params), *states):
+            take(some, theirs, [seed])
+        for p, q in zip(params, wide, strict=True):
+            q.grad = p.grad.cpu().float()
+        oracle.step()
+    for p, twin, q, before in zip(params, resumed, wide, start, strict=True):
+        assert torch.equal(p, twin)
+        moved, expected = p.detach().cpu().float() - before.float(), q.detach() - before.float()
+        assert (moved - expected).abs().median() < 0.05 * expected.abs().median()
+        if kind in ("adamw", "adamw-cpu"):
+            tolerance = {"rtol": 2**-8} if dtype is torch.bfloat16 else {"rtol": 1e-4}
+            torch.testing.assert_close(p.detach().cpu().float(), q.detach(), atol=1e-5, **tolerance)

@@ -425,3 +425,25 @@ def test_layers_of_bitsandbytes_itself_keep_working():
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
     out, grad = call(model, grad=True)
     assert (out - theirs).norm() < 0.02 * theirs.norm() and grad.abs().max() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cuda(kind, shape, device="cuda"):
+    """The kernels of bitsandbytes there, on slices of one vector: the matrix is that of the CPU."""
+    host = QuantisedLinear(linear(shape), kind)
+    expected = host.dequantise(torch.float32)
+    layer = copy.deepcopy(host).to(device)
+    torch.testing.assert_close(layer.dequantise(torch.float32).cpu(), expected)
+    there = QuantisedLinear(linear(shape), kind, device=device)
+    error = there.dequantise(torch.float32).cpu() - expected
+    assert error.norm() < 0.01 * expected.norm()  # ties may round otherwise
+    layer.bfloat16()
+    wide = layer.dequantise(torch.bfloat16)
+    x = torch.randn(5, shape[1], device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(5, shape[0], device=device, dtype=torch.bfloat16)
+    y = layer(x)
+    y.backward(grad)
+    assert torch.equal(y, nn.functional.linear(x, wide, layer.bias))
+    assert torch.equal(x.grad, grad @ wide)

@@ -16,7 +16,7 @@ from typing import Any
 import harness
 import report
 import torch
-from harness import PRESETS, Context, SuiteResult, Table, Unavailable
+from harness import PRESETS, Context, Preset, SuiteResult, Table, Unavailable
 
 from prfl_fast.config import Memory
 from prfl_fast.machines import machine, this_machine
@@ -89,7 +89,8 @@ def table_cases() -> dict[tuple[str, str, str], Case]:
                 continue
             # Narrow weights are for the largest size, where nothing else is left to save.
             lean = largest and memory.policy != "none" and memory.offload is not None
-            for weights in ("bf16", *(NARROW if lean else ())):
+            narrow = () if not lean else NARROW if row != CHUNKED else NARROW[1:]
+            for weights in ("bf16", *narrow):
                 case = Case(PRESETS[name], narrowed(memory, weights), patched)
                 cases[name, row, weights] = case
     return cases
@@ -111,23 +112,29 @@ def _quiet() -> None:
     logging.disable(logging.WARNING)  # optional libraries of peft, in every process
 
 
-def _predicted(case: Case) -> dict[str, Any]:
-    return predict(case, machine(MACHINE))
+def _predicted(cases: list[Case]) -> list[dict[str, Any]]:
+    return [predict(case, machine(MACHINE)) for case in cases]
 
 
 def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str, Any]]:
-    """Each case once, in as many processes as there are cores."""
-    wanted = list(dict.fromkeys(cases))
+    """Each case once, in as many processes as there are cores.
+
+    A process takes all cases of a size: PyTorch remembers the shapes of results it has seen.
+    """
+    sizes: dict[Preset, list[Case]] = {}
+    for case in dict.fromkeys(cases):
+        sizes.setdefault(case.preset, []).append(case)
     cores = min(8, len(os.sched_getaffinity(0)))
     spawn = multiprocessing.get_context("spawn")
+    found: dict[Case, dict[str, Any]] = {}
     with (
         ProcessPoolExecutor(cores, spawn, initializer=_quiet) as pool,
-        context.bar(len(wanted), "simulating") as bar,
+        context.bar(sum(map(len, sizes.values())), "simulating") as bar,
     ):
-        found = {}
-        for case, record in zip(wanted, pool.map(_predicted, wanted), strict=True):
-            found[case] = record
-            bar.update()
+        largest_first = sorted(sizes.values(), key=len, reverse=True)
+        for group, records in zip(largest_first, pool.map(_predicted, largest_first), strict=True):
+            found |= zip(group, records, strict=True)
+            bar.update(len(group))
     return found
 
 
