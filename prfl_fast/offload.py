@@ -13,7 +13,7 @@ window and pool hold no tensor of a graph.
 On CUDA, copies run on a stream of their own. Device memory belongs to the compute stream, which
 waits for the last copy from or to it before it is freed. Host memory is page-locked and touched by
 the copy stream alone, in order, so that a buffer may serve again at once. On the CPU the same code
-runs, and every copy is made at once.
+runs, and every copy is made at once. The models on a device are expected to train on one thread.
 """
 
 import contextlib
@@ -48,7 +48,10 @@ class Offloader:
         self.bytes = dict.fromkeys(
             ("device_now", "device_peak", "host_now", "host_peak", "host_pool", "transferred"), 0
         )
-        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        # By size and copy stream: a stream's own order is what makes a buffer free at once.
+        self._free: defaultdict[tuple[int, torch.cuda.Stream | None], list[torch.Tensor]] = (
+            defaultdict(list)
+        )
 
     def open(self, block: nn.Module, x: torch.Tensor, shared: Iterable[Any]) -> "Group":
         """The group of one call of a block.
@@ -77,8 +80,8 @@ class Offloader:
             RuntimeError: it would exceed the limit.
         """
         nbytes = source.nbytes
-        if self._free[nbytes]:
-            buffer = self._free[nbytes].pop()
+        if self._free[nbytes, stream]:
+            buffer = self._free[nbytes, stream].pop()
         else:
             if not isinstance(source, FakeTensor) or self.host_limit is not None:
                 self._make_room(nbytes)
@@ -91,9 +94,9 @@ class Offloader:
         self.count("host", nbytes)
         return buffer
 
-    def give(self, buffer: torch.Tensor) -> None:
+    def give(self, buffer: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         """Take a buffer back."""
-        self._free[buffer.nbytes].append(buffer)
+        self._free[buffer.nbytes, stream].append(buffer)
         self.count("host", -buffer.nbytes)
 
     def _limit(self) -> int:
@@ -106,7 +109,9 @@ class Offloader:
         """Let go of buffers of other sizes if it takes that, or raise."""
         if self.bytes["host_pool"] + nbytes <= self._limit():
             return
-        self.bytes["host_pool"] -= sum(n * len(free) for n, free in self._free.items())
+        self.bytes["host_pool"] -= sum(
+            nbytes * len(free) for (nbytes, _), free in self._free.items()
+        )
         self._free.clear()
         held, limit = self.bytes["host_pool"], self._limit()
         if held + nbytes > limit:
@@ -229,7 +234,7 @@ class _Saved:
         try:
             self._copied = window.copy(buffer, self._device, self._stream)
         except BaseException:
-            offloader.give(buffer)
+            offloader.give(buffer, window.stream)
             raise
         self._host = buffer
         offloader.bytes["transferred"] += buffer.nbytes
@@ -271,7 +276,7 @@ class _Saved:
     def __del__(self) -> None:
         self._drop()
         if self._host is not None:
-            self._group.offloader.give(self._host)
+            self._group.offloader.give(self._host, self._group.window.stream)
 
 
 class _Window:
@@ -372,6 +377,9 @@ def _page_locked(nbytes: int, stream: torch.cuda.Stream) -> torch.Tensor:
     address, runtime = buffer.data_ptr(), torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(address, nbytes + -nbytes % mmap.PAGESIZE, 0))
     if code != 0:
+        # CUDA remembers the error, and the next kernel would report it as its own.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=stream.device)
         raise RuntimeError(
             f"CUDA could not lock {nbytes} bytes of host memory (error {code}); lower host_limit, "
             "or use offload=None"

@@ -296,8 +296,6 @@ class Search:
 
     def _simulate(self, memory: Memory, depth: int | None = None) -> Simulation:
         self.shown(f"{memory.weights}, {memory.policy}, {depth or 'all'} blocks")
-        if depth is None:
-            return simulate(self.workload, memory)
         # A supervised step is the generator's phases again with less beside them: never the peak.
         short = dataclasses.replace(self.workload, sft=False)
         return simulate(short, memory, layers=depth, reward_layers=depth)

@@ -75,50 +75,51 @@ class _Layout(NamedTuple):
     def unpack(
         self, packed: torch.Tensor, dtype: torch.dtype, *, again: bool = False
     ) -> torch.Tensor:
-        """The matrix; ``again`` reads the scales through another view of the same bytes.
+        """The matrix; ``again`` says so in another way.
 
         torch.compile makes equal expressions in forward and backward one, and then keeps the wide
         matrix from forward to backward.
         """
-        numel = self.rows * self.columns
-        codes, floats, small = self._parts(packed, again)
-        if self.kind == "fp8":
-            codes = codes.view(torch.float8_e4m3fn).view(self.rows, self.columns)
-            # The product with a float32 scale is rounded once, to dtype.
-            return codes.to(dtype).mul_(floats[: self.rows].unsqueeze(1))
-        ops = torch.ops.bitsandbytes
-        table, mean, blocks = floats.split_with_sizes([_MAP, 1, floats.numel() - _MAP - 1])
-        scales = ops.dequantize_blockwise(small, blocks, table, SCALE_BLOCK, torch.float32) + mean
-        direct = dtype in (torch.bfloat16, torch.float16, torch.float32)
-        # One row of an even length: bitsandbytes' CPU kernel takes no other for every matrix.
-        wide = ops.dequantize_4bit(
-            codes,
-            scales,
-            NF4_BLOCK,
-            "nf4",
-            [1, 2 * codes.numel()],
-            dtype if direct else torch.float32,
-        )
-        if numel % 2:
-            wide = wide[0, :numel]
-        return wide.view(self.rows, self.columns).to(dtype)
-
-    def _parts(
-        self, packed: torch.Tensor, again: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes, float32 numbers, 8-bit scales; few operations, each costs a launch's time."""
-        size, count = self.codes(), -(-self.rows * self.columns // NF4_BLOCK)
-        numbers = self.rows if self.kind == "fp8" else _MAP + 1 + -(-count // SCALE_BLOCK)
-        sizes = [size, -size % _ALIGN, 4 * numbers, -4 * numbers % _ALIGN]
         if self.kind == "nf4":
-            sizes += [count, -count % _ALIGN]
-        codes, _, floats, _, *rest = packed.split_with_sizes(sizes)
-        if again:
-            start = (size + sizes[1]) // 4
-            floats = packed.view(torch.float32)[start : start + numbers]
-        else:
-            floats = floats.view(torch.float32)
-        return codes, floats, rest[0] if rest else packed
+            return _dequantise_nf4(packed, self.rows, self.columns, dtype, again)
+        size = self.codes()
+        start = size + -size % _ALIGN
+        scales = (
+            packed.view(torch.float32)[start // 4 :]
+            if again
+            else packed[start:].view(torch.float32)
+        )
+        codes = packed[:size].view(torch.float8_e4m3fn).view(self.rows, self.columns)
+        # The product with a float32 scale is rounded once, to dtype.
+        return codes.to(dtype).mul_(scales[: self.rows].unsqueeze(1))
+
+
+# One operation of bitsandbytes' two: fewer steps for whoever traces or simulates the model.
+@torch.library.custom_op("prfl_fast::dequantise_nf4", mutates_args=())
+def _dequantise_nf4(
+    packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, again: bool
+) -> torch.Tensor:
+    layout, ops = _Layout("nf4", rows, columns), torch.ops.bitsandbytes
+    size, count = layout.codes(), -(-rows * columns // NF4_BLOCK)
+    numbers = _MAP + 1 + -(-count // SCALE_BLOCK)
+    sizes = [size, -size % _ALIGN, 4 * numbers, -4 * numbers % _ALIGN, count, -count % _ALIGN]
+    codes, _, floats, _, small, _ = packed.split_with_sizes(sizes)
+    table, mean, blocks = floats.view(torch.float32).split_with_sizes([_MAP, 1, numbers - _MAP - 1])
+    scales = ops.dequantize_blockwise(small, blocks, table, SCALE_BLOCK, torch.float32) + mean
+    direct = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    wide_dtype = dtype if direct else torch.float32
+    # One row of an even length: bitsandbytes' CPU kernel takes no other for every matrix.
+    wide = ops.dequantize_4bit(codes, scales, NF4_BLOCK, "nf4", [1, 2 * size], wide_dtype)
+    if rows * columns % 2:
+        wide = wide[0, :-1].clone()
+    return wide.view(rows, columns).to(dtype)
+
+
+@_dequantise_nf4.register_fake
+def _(
+    packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, again: bool
+) -> torch.Tensor:
+    return packed.new_empty((rows, columns), dtype=dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -209,6 +209,8 @@ def test_page_locked_buffers_are_whole_pages_and_unlocked_after_the_copies(monke
             calls.append(("unlock", address))
 
     class Stream:
+        device = torch.device("cpu")
+
         def synchronize(self):
             calls.append("wait")
 
