@@ -98,12 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MissingExtra) as error:
         problem = str(error)
     except RuntimeError as error:
+        from prfl_fast.live_bytes import is_out_of_memory
         from prfl_fast.trainer import NonFiniteTraining, OutOfMemory
 
         if isinstance(error, OutOfMemory):  # its message has lines: what held the memory
             print(f"prfl-fast {options.command}: {error}", file=sys.stderr)
             return OUT_OF_MEMORY
-        if isinstance(error, torch.OutOfMemoryError):  # before or after the training loop
+        if is_out_of_memory(error):  # before or after the training loop
             _complain(options.command, str(error).splitlines()[0])
             return OUT_OF_MEMORY
         if not isinstance(error, NonFiniteTraining):

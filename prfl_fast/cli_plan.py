@@ -116,7 +116,6 @@ def run_plan(options: argparse.Namespace) -> int:
         OSError: a file cannot be written.
     """
     from prfl_fast.machines import this_machine
-    from prfl_fast.offload import host_memory
     from prfl_fast.planner import plan
 
     for name in ("budget", "host_budget"):
@@ -129,7 +128,7 @@ def run_plan(options: argparse.Namespace) -> int:
     machine, host_budget = options.machine or "h200", options.host_budget
     if options.machine is None and torch.cuda.is_available():
         machine = this_machine()
-        host_budget = host_memory()[0] if host_budget is None else host_budget
+        host_budget = _host_room() if host_budget is None else host_budget
     found = plan(
         **arguments,
         budget=options.budget,
@@ -152,6 +151,14 @@ def run_plan(options: argparse.Namespace) -> int:
     for path in written:
         _note(f"written: {path}")
     return 0 if found.feasible else NOTHING_FITS
+
+
+def _host_room() -> int:
+    """Bytes that offloading may take here: it refuses more."""
+    from prfl_fast.offload import RESERVE, host_memory
+
+    available, total = host_memory()
+    return max(1, int(available - RESERVE * total))
 
 
 def _note(text: str) -> None:
@@ -216,7 +223,7 @@ def _from_file(path: Path, given: Mapping[str, Any], sft: bool) -> dict[str, Any
         raise ValueError(f"{path}: {error}") from error
     decided = planned_for(config)
     for name, (section, key) in _DECIDED.items():
-        if section not in content:
+        if content.get(section) is None:
             decided.pop(name)
         elif given[name] not in (None, decided[name]):
             raise ValueError(
@@ -233,7 +240,8 @@ def _from_file(path: Path, given: Mapping[str, Any], sft: bool) -> dict[str, Any
         raise ValueError(f"--no-sft, but {path} has sft among its objectives: change the file")
     if given["model"] is not None or "model" not in content:
         decided.pop("model")
-    if "reward" not in content or given["reward_blocks"] is not None:
+    known = "reward" in content or "prfl" not in config.objectives
+    if not known or given["reward_blocks"] is not None:
         decided.pop("reward_blocks")
     return decided | _sizes(config, given, path)
 
@@ -361,8 +369,11 @@ def next_policy(
     elif found.memory != config.memory and found.feasible:
         memory, peak = found.memory, found.peak
     else:
-        return "no policy is known to take less: fewer frames or pixels, or a smaller batch"
-    return f"try memory: {_in_words(memory)}, predicted to peak at {peak / GIB:.1f} GiB"
+        narrower = config.lora is not None and config.memory.weights in ("fp32", "bf16")
+        other = "fp8 or nf4 weights in a new run, " if narrower else ""
+        return f"no policy is known to take less: {other}fewer frames or pixels, or a smaller batch"
+    precision = "" if config.hardware.precision == "bf16" else " with hardware.precision: bf16"
+    return f"try memory: {_in_words(memory)}{precision}, predicted to peak at {peak / GIB:.1f} GiB"
 
 
 def _in_words(memory: Memory) -> str:
@@ -395,15 +406,14 @@ def _plan_training(
 ) -> "Plan":
     """The plan of a run on its own data. ``budget``: bytes, all of the device's unless given."""
     from prfl_fast.machines import this_machine
-    from prfl_fast.offload import host_memory
     from prfl_fast.planner import plan
 
     text = {"text_tokens": dataset.shapes["encoder_hidden_states"][0]}
     arguments = _named_for_plan(planned_for(config)) | sizes_of(dataset) | text
-    available, _ = host_memory()
+    room = _host_room()
     if device.type == "cuda":
         machine: Any = this_machine(device)
     else:
         # Offloading from the CPU to itself saves nothing.
-        machine, budget, available = "h200", available, 1
-    return plan(**arguments, budget=budget, host_budget=available, machine=machine, progress=True)
+        machine, budget, room = "h200", room, 1
+    return plan(**arguments, budget=budget, host_budget=room, machine=machine, progress=True)

@@ -15,7 +15,12 @@ from prfl_fast.step import Trajectory
 
 GIB = 2**30
 # torch raises plain RuntimeErrors where its caching allocator is not the one that fails.
-_SIGNS = ("CUDA error: out of memory", "ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+_SIGNS = (
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "bytes of host memory",  # prfl_fast.offload's own
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -149,7 +149,7 @@ def machine(name: "str | Machine") -> Machine:
 def this_machine(device: torch.device | str = "cuda") -> Machine:
     """The preset whose name is in the CUDA device's, with the memory the device reports.
 
-    A device without a preset gets the A100's rates: they only rank the candidates.
+    A device without a preset gets the A100's rates, and its name says so: they rank the candidates.
 
     Raises:
         ValueError: not a CUDA device.
@@ -159,5 +159,7 @@ def this_machine(device: torch.device | str = "cuda") -> Machine:
         raise ValueError(f"device is {device}, expected a CUDA device; name a machine instead")
     properties = torch.cuda.get_device_properties(device)
     spelled = properties.name.lower().replace(" ", "")
-    known = next((m for name, m in MACHINES.items() if name in spelled), MACHINES["a100"])
-    return dataclasses.replace(known, name=properties.name, memory=properties.total_memory)
+    known = next((m for name, m in MACHINES.items() if name in spelled), None)
+    name = properties.name if known else f"{properties.name} (at an A100's rates)"
+    rates = known or MACHINES["a100"]
+    return dataclasses.replace(rates, name=name, memory=properties.total_memory)

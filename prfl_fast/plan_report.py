@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prfl_fast._extras import need
 from prfl_fast.ledger import CATEGORIES
-from prfl_fast.plan_search import CHOSEN, GIB, Candidate
+from prfl_fast.plan_search import CHOSEN, GIB, Candidate, budget_for
 from prfl_fast.training_state import write_atomic
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def _headline(plan: "Plan") -> list[str]:
     work = plan.workload
     kind = f"LoRA rank {work.lora_rank}" if work.train == "lora" else "all parameters"
     points = f"{work.points} gradient point{'s' if work.points > 1 else ''}"
-    size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens, batch {work.batch}"
+    size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens, "
+    size += f"batch {work.batch}, accumulation {work.accumulation}"
     lines = [
         f"PRFL step: {plan.workload.config['num_layers']} blocks, {kind}, {size}",
         f"{work.num_steps} steps, {points}, reward of {work.reward_blocks} blocks"
@@ -83,13 +84,11 @@ def _headline(plan: "Plan") -> list[str]:
         lines.append(f"fits: {room}; {seconds(plan.step_seconds)} per step on {plan.machine.name}")
     else:
         short = [f"{gib(plan.missing)} of device memory"] if plan.missing else []
+        larger = f", or a budget of {gib(budget_for(plan.peak))}" if plan.missing else ""
         if plan.host_budget is not None and plan.host > plan.host_budget:
             short.append(f"{gib(plan.host - plan.host_budget)} of host memory")
         lines.append(f"no plan fits: the nearest takes {room}")
-        lines.append(
-            f"short of {' and '.join(short)}: fewer frames or pixels, or a budget of "
-            f"{gib(plan.peak + plan.reserve)}"
-        )
+        lines.append(f"short of {' and '.join(short)}: fewer frames or pixels{larger}")
     memory = plan.memory
     chunk = memory.feed_forward_chunk
     lines += [
@@ -120,7 +119,8 @@ def _times(plan: "Plan") -> list[str]:
     lines = [f"Time of a step, predicted for {plan.machine.name}"]
     for phase, value in plan.seconds.items():
         share = value / (plan.step_seconds or 1)
-        what = f"  {plan.rollout_forwards:g} forwards expected" if phase == "rollout" else ""
+        forwards = plan.rollout_forwards * plan.workload.accumulation
+        what = f"  {forwards:g} forwards expected" if phase == "rollout" else ""
         lines.append(f"  {phase:<16}{seconds(value):>14}{share:>7.0%}{what}")
     return lines
 
@@ -136,7 +136,7 @@ def _candidates(plan: "Plan") -> list[str]:
         # The nearest faster ones matter most.
         rows = rows[max(0, chosen - _FASTER) : chosen + 1 + _SLOWER]
         hidden = len(found) - len(rows)
-        less = f", without {hidden} that are slower and no smaller than another" if hidden else ""
+        less = f", {len(rows)} of {len(found)} that matter most" if hidden else ""
         lines.append(f"  with {weights} weights and {optimizer}{less}:")
         lines += [_row(candidate) for candidate in rows]
     return lines
@@ -244,7 +244,8 @@ def _places(spans: Sequence[tuple[str, int, int]], count: int) -> tuple[list[flo
 
 
 def _label(plan: "Plan", phase: str) -> str:
-    times = f"\n{plan.rollout_forwards:g} times" if phase == "rollout" else ""
+    forwards = plan.rollout_forwards * plan.workload.accumulation
+    times = f"\n{forwards:g} times" if phase == "rollout" else ""
     value = plan.seconds.get(phase)
     return phase.replace(" ", "\n") + times + ("" if value is None else f"\n{seconds(value)}")
 

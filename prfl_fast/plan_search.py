@@ -67,6 +67,12 @@ def reserve_of(budget: int) -> int:
     return max(RESERVE_LEAST, int(RESERVE_SHARE * budget))
 
 
+def budget_for(peak: int) -> int:
+    """The smallest budget, in hundredths of a GiB, that holds a peak and its own reserve."""
+    least = max(peak + RESERVE_LEAST, peak / (1 - RESERVE_SHARE))
+    return math.ceil(100 * least / GIB) * GIB // 100
+
+
 def phase_seconds(cost: Cost, rates: Machine) -> float:
     """Compute, or the slower direction of the transfers if they take longer: they overlap."""
     compute = cost.matmul_flops / rates.matmul + cost.attention_flops / rates.attention
@@ -84,7 +90,11 @@ def step_seconds(
     times = {"rollout": rollout_forwards, "optimizer": 1.0 + workload.sft}
     per_point = ("forward", *REWARD_PHASES, "backward")
     times |= dict.fromkeys(per_point, float(workload.points))
-    return {phase: times.get(phase, 1.0) * value for phase, value in once.items()}
+    found = {phase: times.get(phase, 1.0) * value for phase, value in once.items()}
+    return {
+        phase: value if phase == "optimizer" else workload.accumulation * value
+        for phase, value in found.items()
+    }
 
 
 class Shallow:
@@ -233,18 +243,22 @@ class Search:
             for candidate in found:
                 if candidate.reason != SLOWER:
                     continue
-                place = considered.index(candidate)
-                run = self._simulate(candidate.memory)
-                seconds = self._seconds(run.costs)
-                reason = self._refusal(run.peak, run.host)
-                considered[place] = Candidate(
-                    candidate.memory, run.peak, run.host, seconds, reason or CHOSEN
-                )
-                if not reason:
+                run, whole = self._whole(candidate)
+                considered[considered.index(candidate)] = whole
+                if whole.reason == CHOSEN:
                     unused = list(tiers[index + 1 :])
                     return Found(candidate.memory, run, True, considered, unused)
         nearest = min(considered, key=self._miss)
-        return Found(nearest.memory, self._simulate(nearest.memory), False, considered, [])
+        run, whole = self._whole(nearest)
+        considered[considered.index(nearest)] = whole
+        return Found(nearest.memory, run, whole.reason == CHOSEN, considered, [])
+
+    def _whole(self, candidate: Candidate) -> tuple[Simulation, Candidate]:
+        """A candidate at full depth: its simulation, and the candidate with those numbers."""
+        run = self._simulate(candidate.memory)
+        reason = self._refusal(run.peak, run.host) or CHOSEN
+        seconds = self._seconds(run.costs)
+        return run, Candidate(candidate.memory, run.peak, run.host, seconds, reason)
 
     def _candidates(self, tier: Tier) -> list[Candidate]:
         """Every pair of policies; in chunks, those that could fit and be faster than what does.
@@ -298,7 +312,8 @@ class Search:
         self.shown(f"{memory.weights}, {memory.policy}, {depth or 'all'} blocks")
         # A supervised step is the generator's phases again with less beside them: never the peak.
         short = dataclasses.replace(self.workload, sft=False)
-        return simulate(short, memory, layers=depth, reward_layers=depth)
+        depths = {} if depth is None else {"layers": depth, "reward_layers": depth}
+        return simulate(short, memory, **depths)
 
     def _seconds(self, costs: Mapping[str, Cost]) -> float:
         times = step_seconds(costs, self.rates, self.workload, self.rollout_forwards)

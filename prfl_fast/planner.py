@@ -7,6 +7,7 @@ plan.
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Plan:
     """A memory policy with its prediction; if nothing fits, the one that misses by least.
 
-    One step is what the trainer does for one batch: a trajectory with its gradient points, a
-    supervised batch if ``workload.sft``, and the optimizer's step after each.
+    One step is the trainer's: ``workload.accumulation`` trajectories with their gradient points, as
+    many supervised batches if ``workload.sft``, and the optimizer's step after each kind.
 
     Attributes:
         memory: what the trainer's ``memory:`` takes.
@@ -127,12 +128,13 @@ class Plan:
     def smaller(self, memory: Memory) -> Candidate | None:
         """The fastest candidate whose predicted peak is below that of ``memory``, to try next.
 
-        None if ``memory`` was not considered or nothing is smaller.
+        One that the host has room for. None if ``memory`` was not considered or nothing is smaller.
         """
         now = next((c for c in self.candidates if c.memory == memory), None)
         if now is None:
             return None
-        return next((c for c in self.candidates if c.peak < now.peak), None)
+        room = math.inf if self.host_budget is None else self.host_budget
+        return next((c for c in self.candidates if c.peak < now.peak and c.host <= room), None)
 
 
 def plan(
@@ -181,7 +183,8 @@ def plan(
         budget: device memory, bytes or ``"24GiB"``; the machine's unless given.
         host_budget: host memory for offloaded tensors and states; unlimited unless given.
         weights: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, of generator and reward.
-        optimizer: ``"auto"`` or one of :class:`prfl_fast.config.Memory`'s.
+        optimizer: ``"auto"`` or one of :class:`prfl_fast.config.Memory`'s, but not
+            ``"paged-adamw8bit"``, which trains no bf16 weights.
         machine: rates for the time estimate, see :mod:`prfl_fast.machines`.
         progress: show a tqdm bar.
 

@@ -120,6 +120,8 @@ def test_the_report_is_in_units_people_read():
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("offloading asks for 5 bytes of host memory with 4 bytes in use"), True),
+        (RuntimeError("CUDA could not lock 5 bytes of host memory (error 2)"), True),
         (RuntimeError("size mismatch"), False),
         (ValueError("CUDA error: out of memory"), False),
     ],

@@ -1,9 +1,11 @@
 """The planner: its search against brute force, predictions against full depth, what it writes."""
 
+import dataclasses
 import io
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,16 @@ from prfl_fast.config import Memory, TrainConfig, load_config
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.machines import MACHINES, Machine, machine, this_machine
 from prfl_fast.plan_report import frontier
-from prfl_fast.plan_search import CHUNK, GIB, POLICIES, SLOWER, Search, memory_of, phase_seconds
+from prfl_fast.plan_search import (
+    CHUNK,
+    GIB,
+    POLICIES,
+    SLOWER,
+    Candidate,
+    Search,
+    memory_of,
+    phase_seconds,
+)
 from prfl_fast.simulation import Cost, Simulation, Workload, simulate
 
 diffusers = pytest.importorskip("diffusers")
@@ -222,6 +233,14 @@ def test_only_the_host_is_too_small(calls):
     assert any("on the host" in c.reason for c in found.candidates)
 
 
+@pytest.mark.parametrize("peak", [1, GIB, 23 * GIB + 1, 24 * GIB, 40 * GIB, 200 * GIB + 12345])
+def test_the_budget_for_a_peak_holds_it(peak):
+    budget = plan_search.budget_for(peak)
+    assert peak + plan_search.reserve_of(budget) <= budget + 2
+    short = budget - GIB // 50
+    assert peak + plan_search.reserve_of(short) > short
+
+
 def test_seconds():
     rates = Machine("m", 1e12, 5e11, 1e9, to_device=1e9, to_host=2e9, memory=1)
     cost = Cost(matmul_flops=10**12, attention_flops=10**12, moved_bytes=10**9)
@@ -243,6 +262,9 @@ def test_step_counts_every_phase_as_often_as_it_runs():
         "sft forward": 1,
         "sft backward": 1,
     }
+    work = Workload(config=SMALL, points=5, accumulation=3, **SIZE)
+    several = plan_search.step_seconds(dict.fromkeys(names, one), RATES, work, 30.0)
+    assert several == {k: v if k == "optimizer" else 3 * v for k, v in found.items()}
 
 
 @pytest.mark.parametrize("points", [1, 2, 5])
@@ -286,7 +308,17 @@ def check_prediction(pair, chunk=None, optimizer="adamw", **options):
     assert predicted.host == pytest.approx(run.host, rel=0.01)
 
 
-@pytest.mark.parametrize("pair", [(FULL_CPU, ATTENTION_CPU), (ATTENTION, FULL_CPU)], ids=str)
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
+def test_a_supervised_step_is_never_the_peak(policy, train):
+    memory = memory_of(("bf16", "adamw"), policy, policy, None)
+    with_it, without = (
+        simulate(workload(train=train, sft=sft), memory, **SHALLOW) for sft in (True, False)
+    )
+    assert with_it.peak == without.peak and "sft" not in with_it.peak_phase
+
+
+@pytest.mark.parametrize("pair", [(ATTENTION, FULL_CPU)], ids=str)
 def test_prediction_is_what_full_depth_says(remembered, pair):
     check_prediction(pair)
 
@@ -329,6 +361,15 @@ def test_plan_of_a_small_model(real):
     assert real.smaller(Memory(policy="full")) is None
 
 
+def test_what_to_try_next_has_room_on_the_host(real):
+    now = Candidate(Memory(), 3, 0, 1.0, "chosen")
+    offloaded = Candidate(Memory(policy="full", offload="cpu"), 1, 9, 2.0, "over on the host")
+    full = Candidate(Memory(policy="full"), 2, 0, 3.0, "fits, slower")
+    plan = dataclasses.replace(real, candidates=[now, offloaded, full], host_budget=5)
+    assert plan.smaller(now.memory) == full
+    assert dataclasses.replace(plan, host_budget=None).smaller(now.memory) == offloaded
+
+
 def test_table_says_what_there_is_to_know(real):
     text = str(real)
     assert max(map(len, text.splitlines())) <= 100
@@ -361,7 +402,7 @@ def test_timeline_figure(real):
     shown = [name for name, value in real.categories.items() if value]
     assert {t.get_text() for t in axes.get_legend().get_texts()} >= set(shown)
     names = {t.get_text().split("\n")[0] for t in axes.texts}
-    assert names >= {"rollout", "forward", "reward", "backward", "optimizer", "sft"}
+    assert names >= {"rollout", "forward", "reward", "backward", "optimizer"}
     top = max(path.vertices[:, 1].max() for c in axes.collections for path in c.get_paths())
     assert top == pytest.approx(real.peak / GIB)
     assert any(line.get_ydata()[0] == pytest.approx(real.budget / GIB) for line in axes.lines)
@@ -491,6 +532,16 @@ def test_bad_arguments(calls, options, message):
 
 
 # Machines.
+def test_the_device_at_hand(monkeypatch):
+    found = {"name": "NVIDIA H100 80GB HBM3", "total_memory": 5}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**found))
+    here = this_machine("cuda")
+    assert here == dataclasses.replace(MACHINES["h100"], name=found["name"], memory=5)
+    found["name"] = "NVIDIA T4"
+    assert this_machine("cuda").name == "NVIDIA T4 (at an A100's rates)"
+    assert this_machine("cuda").matmul == MACHINES["a100"].matmul
+
+
 def test_presets():
     h200 = machine("h200")
     assert (h200.matmul, h200.attention, h200.copy) == (790e12, 620e12, 4.3e12)

@@ -19,7 +19,9 @@ import torch
 from harness import PRESETS, Context, Preset, SuiteResult, Table, Unavailable
 
 from prfl_fast.config import Memory
+from prfl_fast.live_bytes import is_out_of_memory
 from prfl_fast.machines import machine, this_machine
+from prfl_fast.offload import host_memory
 from prfl_fast.planner import plan
 from suites import kept
 from suites.memory_step import Case, Step, cuda_step, predict, release, run_capped, uniform
@@ -289,9 +291,11 @@ def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
                 step.step()  # compiles the kernels, makes the optimizer's states
                 record |= cuda_step(step, context.device, runs=2 if case.preset.dim < 5120 else 1)
                 del step
-            except (torch.OutOfMemoryError, Unavailable) as error:
-                oom = isinstance(error, torch.OutOfMemoryError)
-                record["skipped"] = "out of memory" if oom else str(error)
+            except RuntimeError as error:
+                full = is_out_of_memory(error)
+                if not (full or isinstance(error, Unavailable)):
+                    raise
+                record["skipped"] = "out of memory" if full else str(error)
             release()
             records.append(record)
             bar.update()
@@ -363,24 +367,23 @@ def run_plans(context: Context) -> tuple[list[Table], list[dict[str, Any]], list
             weights=weights,
             sft=False,
             budget=budget,
-            host_budget=int(HOST_SHARE * _available_host_bytes()),
+            host_budget=int(HOST_SHARE * host_memory()[0]),
             machine=this_machine(context.device),
         )
         case = Case(context.preset, found.memory, True, train)
         record = {"case": "plan", "row": name, "budget_bytes": budget, **_identity(case)}
         record["predicted"] = {"peak_bytes": found.peak, "host_bytes": found.host}
-        line = [name, f"{gib} GiB", _chosen(found.memory), _gib(found.peak)]
+        room = f"{budget / GIB:.4g} GiB"
+        line = [name, room, _chosen(found.memory), _gib(found.peak)]
         if not found.feasible:
             record["skipped"] = f"no policy fits, {_gib(found.missing)} are missing"
-        elif total < budget:
-            record["skipped"] = "the device has less memory"
         else:
             try:
                 record |= run_capped(case, context, budget)
             except Unavailable as error:
                 record["skipped"] = str(error)
         if "skipped" in record:
-            problems.append(f"{name} in {gib} GiB: {record['skipped']}")
+            problems.append(f"{name} in {room}: {record['skipped']}")
             line += [record["skipped"], report.BLANK, report.BLANK]
         else:
             off = found.peak / record["peak_bytes"] - 1
@@ -404,12 +407,6 @@ def _chosen(memory: Memory) -> str:
     if memory.feed_forward_chunk is not None:
         parts.append(f"chunks of {memory.feed_forward_chunk}")
     return "; ".join([*parts, memory.optimizer])
-
-
-def _available_host_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
-    return 1024 * int(fields["MemAvailable"].split()[0])
 
 
 def run(context: Context) -> SuiteResult:

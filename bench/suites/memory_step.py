@@ -17,6 +17,7 @@ from prfl_fast.config import Memory
 from prfl_fast.costs import Cost
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.ledger import Ledger
+from prfl_fast.live_bytes import is_out_of_memory
 from prfl_fast.machines import Machine
 from prfl_fast.optimizers import make_optimizer
 from prfl_fast.plan_search import phase_seconds
@@ -272,7 +273,9 @@ def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
         record = cuda_step(step, device)
         record["outside_bytes"] = outside
         return record
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise Unavailable("out of memory") from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -192,9 +192,7 @@ class WanDiffusersAdapter:
             elif "forward" in layer.__dict__:
                 del layer.chunk, layer.forward
 
-    def checkpoint_blocks(
-        self, model: nn.Module, run: Callable[..., torch.Tensor] | None
-    ) -> None:
+    def checkpoint_blocks(self, model: nn.Module, run: Callable[..., torch.Tensor] | None) -> None:
         """With gradients enabled, call every block as ``run(block, *args)``; None: as it was built.
 
         ``args`` are the residual stream ``[B, L, D]`` and what all blocks share.
