@@ -20,7 +20,7 @@ from harness import PRESETS, Context, Preset, SuiteResult, Table, Unavailable
 
 from prfl_fast.config import Memory
 from prfl_fast.live_bytes import is_out_of_memory
-from prfl_fast.machines import machine, this_machine
+from prfl_fast.machines import this_machine
 from prfl_fast.offload import host_memory
 from prfl_fast.planner import plan
 from suites import kept
@@ -28,7 +28,6 @@ from suites.memory_step import Case, Step, cuda_step, predict, release, run_capp
 
 GIB = 1 << 30
 SIZES = ("wan14b-720p", "wan14b-480p", "wan1.3b-480p")
-MACHINE = "h200"  # whose rates the estimates of time take
 POLICIES = tuple((p, o) for p in ("none", "full", "attention") for o in (None, "cpu"))
 BASELINE = "unpatched, diffusers' checkpointing"
 CHUNK = 8192
@@ -115,7 +114,7 @@ def _quiet() -> None:
 
 
 def _predicted(cases: list[Case]) -> list[dict[str, Any]]:
-    return [predict(case, machine(MACHINE)) for case in cases]
+    return [predict(case) for case in cases]
 
 
 def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str, Any]]:
@@ -166,17 +165,17 @@ def _simulated_table(found: dict[Case, dict[str, Any]]) -> Table:
                 line.append(report.BLANK if case is None else _gib(found[case]["peak_bytes"]))
             exact = found[cases[name, row, "bf16"]]
             line += [_gib(exact["host_bytes"]) if exact["host_bytes"] else report.BLANK]
-            body.append([*line, report.seconds(exact["seconds"])])
+            body.append([*line, report.flops(exact["flops"])])
     notes = [
         "Simulated, not run: one PRFL step with LoRA of rank 16 on the attention, 81 frames, "
         "reward of 8 blocks, the same policy for both models; GiB of tensors at the peak, weights, "
         "gradients and optimizer included. CUDA's context and the allocator's rounding come on "
         "top.",
-        "in host memory: what is offloaded. estimated time: of the forward with gradient, reward "
-        f"and backward, without rollouts, from FLOPs and bytes at an {MACHINE.upper()}'s rates "
-        "(prfl_fast/machines.py), transfers hidden where compute takes longer.",
+        "in host memory: what is offloaded. FLOPs: of the forward with gradient, reward and "
+        "backward, recomputation included, rollouts not; counted from shapes. How long that takes "
+        "has not been measured.",
     ]
-    columns = ["", "blocks keep", "bf16 weights", "FP8", "NF4", "in host memory", "estimated time"]
+    columns = ["", "blocks keep", "bf16 weights", "FP8", "NF4", "in host memory", "FLOPs"]
     return Table("memory", "Memory of a PRFL step, 81 frames", columns, body, notes)
 
 
@@ -280,12 +279,12 @@ def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
 def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
     """Peaks by the allocator beside the prediction and times, one case at a time."""
     records = []
-    rates, cases = this_machine(context.device), small_cases(context)
+    cases = small_cases(context)
     with context.bar(len(cases), "memory") as bar:
         for name, case in cases.items():
             bar.set_postfix_str(name)
             record = {"case": "run", "row": name, **_identity(case)}
-            record["predicted"] = predict(case, rates)
+            record["predicted"] = predict(case)
             try:
                 step = Step(case, context)
                 step.step()  # compiles the kernels, makes the optimizer's states

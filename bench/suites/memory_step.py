@@ -18,9 +18,7 @@ from prfl_fast.costs import Cost
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.ledger import Ledger
 from prfl_fast.live_bytes import is_out_of_memory
-from prfl_fast.machines import Machine
 from prfl_fast.optimizers import make_optimizer
-from prfl_fast.plan_search import phase_seconds
 from prfl_fast.quantised import QuantisedLinear
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowUniPC
@@ -90,8 +88,8 @@ def uniform(policy: str, offload: str | None = None, weights: str = "bf16", **re
     )
 
 
-def predict(case: Case, machine: Machine) -> dict[str, Any]:
-    """Bytes at the peak, in host memory, and seconds of the training phases at a machine's rates.
+def predict(case: Case) -> dict[str, Any]:
+    """Bytes at the peak and in host memory, and FLOPs of the training phases.
 
     Deep models are simulated at two small depths, as the planner does: bytes and work of a phase
     are affine in the depth from there.
@@ -100,7 +98,7 @@ def predict(case: Case, machine: Machine) -> dict[str, Any]:
     layers, reward_layers = case.preset.layers, workload.reward_blocks
     depths = DEPTHS["cpu" in (case.memory.offload, case.memory.reward_offload)]
     if layers <= max(depths):
-        return _record(simulate(workload, case.memory), machine)
+        return _record(simulate(workload, case.memory))
     runs = [simulate(workload, case.memory, layers=d, reward_layers=d) for d in depths]
     highest = _highest(runs, depths, layers, reward_layers)
     costs = {}
@@ -109,7 +107,7 @@ def predict(case: Case, machine: Machine) -> dict[str, Any]:
         few, more = (vars(run.costs[phase]) for run in runs)
         costs[phase] = Cost(**_at(few, more, depths, dict.fromkeys(few, depth)))
     host = sum(costs[phase].to_host_bytes for phase in ("forward", "reward"))
-    return _record(Simulation(sum(highest.values()), "", highest, host, [], costs), machine)
+    return _record(Simulation(sum(highest.values()), "", highest, host, [], costs))
 
 
 def _at(
@@ -153,12 +151,13 @@ def _highest(
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
-def _record(run: Simulation, machine: Machine) -> dict[str, Any]:
+def _record(run: Simulation) -> dict[str, Any]:
+    costs = [run.costs[phase] for phase in TRAINING_PHASES]
     return {
         "peak_bytes": run.peak,
         "categories": run.categories,
         "host_bytes": run.host,
-        "seconds": sum(phase_seconds(run.costs[phase], machine) for phase in TRAINING_PHASES),
+        "flops": sum(cost.matmul_flops + cost.attention_flops for cost in costs),
     }
 
 
