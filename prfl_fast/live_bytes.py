@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prfl_fast.offload import HostMemoryError
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.step import Trajectory
 
@@ -19,13 +20,12 @@ _SIGNS = (
     "CUDA error: out of memory",
     "ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
-    "bytes of host memory",  # prfl_fast.offload's own
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, (torch.OutOfMemoryError, HostMemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
     )
 

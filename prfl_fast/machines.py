@@ -1,9 +1,10 @@
 """What a GPU does per second, for the planner's time estimate: presets, a bench record, or the
 device at hand.
 
-Only the H200's rates are measured. The others are data-sheet figures (dense, fp32 accumulation)
-times the fractions the H200 reached of its own: 790 of 989 TFLOP/s in matrix products, 620 of 989
-in attention, 4.3 of 4.8 TB/s in copies. Of a PCIe link's raw rate per direction (Gen5: 64 GB/s,
+Presets rank policies; no record under bench/results stands behind them. The H200's are the rates
+this project's targets are set with. The others are data-sheet figures (dense, fp32 accumulation)
+times the fractions these are of its own data sheet: 790 of 989 TFLOP/s in matrix products, 620 of
+989 in attention, 4.3 of 4.8 TB/s in copies. Of a PCIe link's raw rate per direction (Gen5: 64 GB/s,
 Gen4: 32 GB/s) pinned copies are taken to reach 0.8; the rest is headers and flow control.
 """
 
@@ -116,7 +117,7 @@ def _from_data_sheet(
 
 # Memory is what the driver leaves of the nominal 141, 80, 48, 24 and 32 GB.
 MACHINES = {
-    # Measured: copy, matmul on random data, attention at 75 600 tokens. Link: data sheet, Gen5 x16.
+    # The targets' copy, matrix product on random data and attention. Link: data sheet, Gen5 x16.
     "h200": Machine(
         "h200", 790e12, 620e12, 4.3e12, _LINK * _GEN5, _LINK * _GEN5, int(139.8 * 2**30)
     ),

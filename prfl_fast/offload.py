@@ -35,6 +35,10 @@ SMALLEST = 64 << 10  # bytes; below, a copy costs more than the memory is worth
 RESERVE = 0.1  # of the host's memory stays free unless a limit is given
 
 
+class HostMemoryError(RuntimeError):
+    """The host has no memory left for what a device should be relieved of."""
+
+
 class Offloader:
     """Host buffers and counts of one model's blocks.
 
@@ -77,7 +81,7 @@ class Offloader:
         """A host buffer of the source's size.
 
         Raises:
-            RuntimeError: it would exceed the limit.
+            HostMemoryError: it would exceed the limit.
         """
         nbytes = source.nbytes
         if self._free[nbytes, stream]:
@@ -115,7 +119,7 @@ class Offloader:
         self._free.clear()
         held, limit = self.bytes["host_pool"], self._limit()
         if held + nbytes > limit:
-            raise RuntimeError(
+            raise HostMemoryError(
                 f"offloading asks for {nbytes} bytes of host memory with {held} bytes in use, "
                 f"expected at most {limit} together (host_limit, or what is available less a tenth "
                 "of the machine's memory): raise host_limit or free host memory, choose policy "
@@ -380,7 +384,7 @@ def _page_locked(nbytes: int, stream: torch.cuda.Stream) -> torch.Tensor:
         # CUDA remembers the error, and the next kernel would report it as its own.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=stream.device)
-        raise RuntimeError(
+        raise HostMemoryError(
             f"CUDA could not lock {nbytes} bytes of host memory (error {code}); lower host_limit, "
             "or use offload=None"
         )

@@ -15,6 +15,9 @@ adamw-cpu         float32 master and moments, computed on the CPU           12 n
 paged-adamw8bit   (float32 parameters only) 8-bit moments, paged    0.03 n  2 n
 ================= ================================================= ======= ======
 
+8-bit moments share a scale in blocks of 256: a second moment far below its block's largest rounds
+to zero, and its weight then moves too far.
+
 Float32 parameters need no master and no rounding. ``adamw-sr`` and ``adamw8bit`` are torchao's,
 ``paged-adamw8bit`` is bitsandbytes' and needs CUDA. Gradients come on top: 2 n, or 4 n in float32.
 """

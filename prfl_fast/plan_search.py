@@ -18,12 +18,12 @@ from prfl_fast.machines import Machine
 from prfl_fast.simulation import Cost, Simulation, Workload, simulate
 
 GIB = 1 << 30
-# What the ledger does not hold: the CUDA context with its kernels (0.4 to 0.5 GiB on Hopper with
-# cuBLAS and cuDNN loaded) and the allocator's rounding and splits, taken as 2.5 % of the budget.
+# What the ledger does not hold: the CUDA context with its kernels and the allocator's rounding and
+# splits. Both are assumptions that no GPU has confirmed yet.
 RESERVE_LEAST, RESERVE_SHARE = int(0.6 * GIB), 0.025
 CHUNK = 8192  # tokens: the feed-forward no longer sets the peak, and products stay large
-# Offloading all that an uncheckpointed block saves takes longer than computing it again on any PCIe
-# link, so that pair is left out. The last one needs the least device memory.
+# Policy none with offload is left out: it fills host memory with hundreds of GiB (455 at 14B, 720p,
+# in the bench's memory table). The last pair needs the least device memory.
 POLICIES: tuple[tuple[Any, Any], ...] = (
     ("none", None),
     ("attention", None),

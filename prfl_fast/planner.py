@@ -166,7 +166,8 @@ def plan(
 
     Weights and optimizer are chosen by faithfulness, the rest by time: bf16 weights if anything
     fits with them, else FP8, else NF4 (LoRA only); for ``train="full"`` AdamW with fp32 masters,
-    else bf16 with stochastic rounding, else 8-bit states, else states in host memory.
+    else bf16 with stochastic rounding, else 8-bit states, else states in host memory. Policy none
+    with offload is not looked at: its host memory goes into the hundreds of GiB.
 
     Args:
         model: a supported transformer, its configuration, a folder with ``config.json``, or one of

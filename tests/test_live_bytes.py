@@ -11,6 +11,7 @@ from wan import tiny_wan
 from prfl_fast.data import Batches
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.live_bytes import is_out_of_memory, live_bytes, memory_report, modules_in, phase_of
+from prfl_fast.offload import HostMemoryError
 from prfl_fast.optimizers import make_optimizer, state_bytes
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowEuler
@@ -120,8 +121,7 @@ def test_the_report_is_in_units_people_read():
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
-        (RuntimeError("offloading asks for 5 bytes of host memory with 4 bytes in use"), True),
-        (RuntimeError("CUDA could not lock 5 bytes of host memory (error 2)"), True),
+        (HostMemoryError("offloading asks for 5 bytes of host memory with 4 bytes in use"), True),
         (RuntimeError("size mismatch"), False),
         (ValueError("CUDA error: out of memory"), False),
     ],

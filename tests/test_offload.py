@@ -13,7 +13,7 @@ import prfl_fast
 from prfl_fast import offload as offloading
 from prfl_fast.checkpointing import POLICIES, checkpoint, offload_bytes
 from prfl_fast.ledger import Ledger
-from prfl_fast.offload import Handle, Offloader, host_memory
+from prfl_fast.offload import Handle, HostMemoryError, Offloader, host_memory
 
 pytest.importorskip("diffusers")
 
@@ -158,7 +158,7 @@ def test_host_limit_raises_before_it_is_passed():
     assert_equal(gradients(model), plain)
     checkpoint(model, "none", "cpu", host_limit=need - 1)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="bytes in use, expected at most") as caught:
+        with pytest.raises(HostMemoryError, match="bytes in use, expected at most") as caught:
             loss(model)
         assert str(need - 1) in str(caught.value) and "raise host_limit" in str(caught.value)
         del caught
@@ -222,7 +222,7 @@ def test_page_locked_buffers_are_whole_pages_and_unlocked_after_the_copies(monke
     del buffer
     assert calls == [("lock", address, 2 * page), "wait", ("unlock", address)]
     Runtime.code = 2
-    with pytest.raises(RuntimeError, match=r"could not lock 9 bytes of host memory \(error 2\)"):
+    with pytest.raises(HostMemoryError, match=r"could not lock 9 bytes of host memory \(error 2\)"):
         offloading._page_locked(9, Stream())
 
 
