@@ -18,6 +18,7 @@ from prfl_fast.checkpointing import checkpoint
 from prfl_fast.config import Memory
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.kernels import set_backend
+from prfl_fast.losses import sft_loss
 from prfl_fast.memory import apply_memory
 from prfl_fast.patching import patch, unpatch
 from prfl_fast.planner import plan
@@ -25,8 +26,9 @@ from prfl_fast.quantised import quantise
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rgb_refl import RGBReFL
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
-from prfl_fast.step import PRFL, PRFLOutput, rollout, sft_loss
+from prfl_fast.step import PRFL, PRFLOutput
 from prfl_fast.trainer import Trainer, TrainSettings
+from prfl_fast.trajectory import rollout
 
 __all__ = [
     "PRFL",

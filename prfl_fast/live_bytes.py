@@ -12,7 +12,7 @@ from torch import nn
 
 from prfl_fast.offload import HostMemoryError
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.step import Trajectory
+from prfl_fast.trajectory import Trajectory
 
 GIB = 2**30
 # torch raises plain RuntimeErrors where its caching allocator is not the one that fails.

@@ -10,18 +10,16 @@ from torch import nn
 from prfl_fast.adapters import Conditions
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
+from prfl_fast.rewards import check_frozen
 from prfl_fast.schedulers import fresh_copy
 from prfl_fast.step import (
     PRFLOutput,
-    Trajectory,
-    Velocity,
-    check_frozen,
     check_hinge,
     check_indices,
-    check_transformer,
     differentiable_velocity,
     hinge_backward,
 )
+from prfl_fast.trajectory import Trajectory, Velocity, check_transformer
 
 
 class RGBReFL:

@@ -28,6 +28,7 @@ from prfl_fast.adapters import Conditions, find_adapter
 from prfl_fast.config import Gradients, OptimizerKind
 from prfl_fast.data import Batch, PairBatch
 from prfl_fast.live_bytes import is_out_of_memory, live_bytes, memory_report, phase_of
+from prfl_fast.losses import sft_loss
 from prfl_fast.optimizers import (
     GRADIENTS,
     KINDS,
@@ -38,7 +39,7 @@ from prfl_fast.optimizers import (
 )
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.reward_training import bt_loss, ce_loss, label_of
-from prfl_fast.step import PRFLOutput, sft_loss
+from prfl_fast.step import PRFLOutput
 from prfl_fast.training_state import (
     adapter_name,
     clean_temporaries,
@@ -146,7 +147,7 @@ class RewardFeedback:
 
 
 class SupervisedFlow:
-    """Flow matching on real latents: :func:`prfl_fast.step.sft_loss`."""
+    """Flow matching on real latents: :func:`prfl_fast.losses.sft_loss`."""
 
     def __init__(
         self,

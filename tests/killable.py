@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from diffusers import WanTransformer3DModel  # noqa: F401 - imported once for all children
 
-import prfl_fast.step
+import prfl_fast.trajectory
 from prfl_fast.cli import main
 
 REPORT = os.dup(1)
@@ -80,7 +80,7 @@ def to_checkpoint(_, target):
 
 
 PLACES = {
-    "a rollout": lambda n: at(prfl_fast.step.Trajectory, "velocity", n, after=nothing),
+    "a rollout": lambda n: at(prfl_fast.trajectory.Trajectory, "velocity", n, after=nothing),
     "a signal": lambda n: at(torch.optim.AdamW, "step", n, after=nothing, how=wait_for_a_signal),
     "two optimizer steps": lambda n: at(torch.optim.AdamW, "step", n, after=nothing),
     "a weights file": lambda n: at(safetensors.torch, "save_file", n, after=halve),

@@ -8,7 +8,7 @@ from torch import nn
 
 from prfl_fast.rgb_refl import RGBReFL
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
-from prfl_fast.step import rollout
+from prfl_fast.trajectory import rollout
 
 SHAPE = (2, 4, 3, 4, 4)
 

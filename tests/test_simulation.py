@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prfl_fast.config import Memory
 from prfl_fast.costs import Cost
 from prfl_fast.ledger import Ledger
+from prfl_fast.losses import sft_loss
 from prfl_fast.optimizers import make_optimizer, state_bytes
 from prfl_fast.patching import patch
 from prfl_fast.schedulers import FlowUniPC
 from prfl_fast.simulation import PHASES, Step, Workload, build, materialise, simulate
-from prfl_fast.step import PRFL, sft_loss
+from prfl_fast.step import PRFL
 from prfl_fast.trainer import reward_call, velocity_call
 
 HEADS, HEAD_DIM, FFN, TEXT = 4, 32, 512, 64

@@ -13,9 +13,11 @@ from diffusers import (
 from torch import nn
 
 from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.losses import sft_loss
 from prfl_fast.patching import patch
 from prfl_fast.schedulers import FlowEuler, FlowUniPC, training_sigmas
-from prfl_fast.step import PRFL, rollout, sft_loss
+from prfl_fast.step import PRFL
+from prfl_fast.trajectory import rollout
 
 SHAPE = (2, 16, 2, 4, 4)
 CONDITIONS = {

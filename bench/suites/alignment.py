@@ -33,8 +33,9 @@ from prfl_fast.reward import LatentRewardModel
 from prfl_fast.reward_training import EVALUATION_TIMESTEPS, evaluate
 from prfl_fast.rgb_refl import RGBReFL
 from prfl_fast.schedulers import FlowEuler
-from prfl_fast.step import PRFL, Trajectory
+from prfl_fast.step import PRFL
 from prfl_fast.trainer import RewardFeedback, RewardFit, SupervisedFlow, Trainer, TrainSettings
+from prfl_fast.trajectory import Trajectory
 
 LABEL = "motion_quality"
 CHANCE = 0.5  # half of the clips have a defect

@@ -20,10 +20,11 @@ from torch import nn
 
 import prfl_fast
 from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.losses import sft_loss
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rgb_refl import RGBReFL
 from prfl_fast.schedulers import FlowUniPC
-from prfl_fast.step import PRFL, sft_loss
+from prfl_fast.step import PRFL
 from suites import wan
 
 SOLVER_STEPS = 40
