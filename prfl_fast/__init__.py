@@ -24,7 +24,6 @@ from prfl_fast.patching import patch, unpatch
 from prfl_fast.planner import plan
 from prfl_fast.quantised import quantise
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rgb_refl import RGBReFL
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL, PRFLOutput
 from prfl_fast.trainer import Trainer, TrainSettings
@@ -38,7 +37,8 @@ __all__ = [
     "LatentRewardModel",
     "Memory",
     "PRFLOutput",
-    "RGBReFL",
+    "PixelReward",
+    "RewardEnsemble",
     "TrainSettings",
     "Trainer",
     "__version__",

@@ -9,7 +9,7 @@ Sources: the Wan block is that of diffusers' ``transformer_wan.py``; the query p
 head are those of PRFL (arXiv 2511.21541).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -135,31 +135,35 @@ def _project(layers: Iterable[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor
     """Every layer's output for x."""
     layers = list(layers)
     # Autocast would apply to the products of the forward and not to those of the backward.
-    if torch.is_autocast_enabled(x.device.type) or not all(map(_is_plain_linear, layers)):
+    if not all(map(_is_plain_linear, layers)) or torch.is_autocast_enabled(x.device.type):
         return tuple(layer(x) for layer in layers)
     return _Projections.apply(x, *(p for layer in layers for p in (layer.weight, layer.bias)))
 
 
-def _project_out(to_out: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    for layer in to_out if isinstance(to_out, nn.ModuleList) else (to_out,):
+def _project_out(to_out: Any, x: torch.Tensor) -> torch.Tensor:
+    for layer in to_out if isinstance(to_out, (nn.ModuleList, tuple)) else (to_out,):
         x = layer(x)
     return x
 
 
-def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+def self_attention(
+    parts: Any, x: Any, rope: Rope, attend: Callable[..., torch.Tensor] = norm_attention
+) -> torch.Tensor:
     """q/k/v projections, whole-D RMSNorm and RoPE on q and k, attention, output projection.
 
     Args:
         parts: owns ``to_q, to_k, to_v, to_out, norm_q, norm_k, heads`` (a
             :class:`TimestepConditionedAttention` or a diffusers ``WanAttention``; fused q/k/v
             projections are used when present).
-        x: ``[B, L, D]``, already normalised and modulated.
+        x: ``[B, L, D]``, already normalised and modulated; anything that the q/k/v projections take
+            in its place.
+        attend: in place of :func:`prfl_fast.norm_attention.norm_attention`, with its arguments.
     """
     if getattr(parts, "fused_projections", False):
         q, k, v = parts.to_qkv(x).chunk(3, dim=-1)
     else:
         q, k, v = _project((parts.to_q, parts.to_k, parts.to_v), x)
-    out = norm_attention(
+    out = attend(
         q,
         k,
         v,
@@ -172,36 +176,61 @@ def self_attention(parts: Any, x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return _project_out(parts.to_out, out)
 
 
-def cross_attention(parts: Any, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+class ContextKeys(NamedTuple):
+    """What a block's cross-attention makes of the context, whatever the video tokens are.
+
+    Attributes:
+        k, v: ``[B, T, D]`` of the text, keys before their norm.
+        extra_k, extra_v: ``[B, N, D]`` of the image, keys normalised; None in text-only models.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    extra_k: torch.Tensor | None = None
+    extra_v: torch.Tensor | None = None
+
+
+def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
+    """Keys and values of the context; arguments as for :func:`cross_attention`."""
+    image = None
+    if getattr(parts, "add_k_proj", None) is not None:
+        image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+    fused = getattr(parts, "fused_projections", False)
+    k, v = (
+        parts.to_kv(context).chunk(2, dim=-1)
+        if fused
+        else _project((parts.to_k, parts.to_v), context)
+    )
+    if image is None:
+        return ContextKeys(k, v)
+    if fused:
+        extra_k, extra_v = parts.to_added_kv(image).chunk(2, dim=-1)
+    else:
+        extra_k, extra_v = _project((parts.add_k_proj, parts.add_v_proj), image)
+    norm = parts.norm_added_k
+    return ContextKeys(k, v, rms_norm(extra_k, norm.weight, eps=norm.eps), extra_v)
+
+
+def cross_attention(
+    parts: Any, x: torch.Tensor, context: torch.Tensor | ContextKeys
+) -> torch.Tensor:
     """Attention of video tokens to text tokens and, in image-to-video models, image tokens; summed.
 
     Args:
         parts: owns what :func:`self_attention` needs; with ``add_k_proj, add_v_proj, norm_added_k``
             that are not None, the tokens before the last 512 of ``context`` are image tokens and
             go through those.
-        x: ``[B, L, D]``. context: ``[B, T, D]``.
+        x: ``[B, L, D]``. context: ``[B, T, D]``, or what :func:`context_keys` made of it.
     """
-    image = None
-    if getattr(parts, "add_k_proj", None) is not None:
-        image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
-    fused = getattr(parts, "fused_projections", False)
     q = parts.to_q(x)
-    k, v = (
-        parts.to_kv(context).chunk(2, dim=-1)
-        if fused
-        else _project((parts.to_k, parts.to_v), context)
-    )
+    if not isinstance(context, ContextKeys):
+        context = context_keys(parts, context)
+    k, v, extra_k, extra_v = context
     norms: dict[str, Any] = {"heads": parts.heads, "eps": parts.norm_q.eps}
     weights = parts.norm_q.weight, parts.norm_k.weight
-    if image is None:
+    if extra_k is None:
         return _project_out(parts.to_out, norm_attention(q, k, v, *weights, **norms))
     q, k = qk_norm_rope(q, k, *weights, **norms)
-    if fused:
-        extra_k, extra_v = parts.to_added_kv(image).chunk(2, dim=-1)
-    else:
-        extra_k, extra_v = _project((parts.add_k_proj, parts.add_v_proj), image)
-    norm = parts.norm_added_k
-    extra_k = rms_norm(extra_k, norm.weight, eps=norm.eps)
     out, _ = attention(q, k, v, heads=parts.heads, extra_k=extra_k, extra_v=extra_v)
     return _project_out(parts.to_out, out)
 
@@ -249,9 +278,34 @@ def transformer_block(
         ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32
         and rounded once, where Wan rounds.
     """
+    return modulated_block(
+        x,
+        modulation,
+        lambda h: self_attention(attn, h, rope),
+        lambda h: cross_attention(cross, h, context),
+        lambda h: feed_forward(up, down, h, chunk),
+        cross_norm=cross_norm,
+        eps=eps,
+    )
+
+
+def modulated_block(
+    x: torch.Tensor,
+    modulation: Modulation,
+    attend: Callable[[Any], torch.Tensor],
+    look: Callable[[torch.Tensor], torch.Tensor],
+    feed: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    cross_norm: Any,
+    eps: tuple[float, float],
+    norm: Callable[..., Any] = norm_modulate,
+) -> torch.Tensor:
+    """:func:`transformer_block` around three functions of the normed tokens: self-attention, cross-
+    attention, feed-forward. ``norm`` makes the first one's argument.
+    """
     (shift, shift_table), (scale, scale_table), (gate, gate_table), *mlp = modulation.vectors()
     rows = modulation.row_index
-    h = norm_modulate(
+    h = norm(
         x,
         scale=scale,
         shift=shift,
@@ -264,7 +318,7 @@ def transformer_block(
     affine = getattr(cross_norm, "weight", None) is not None
     x, h = residual_norm_modulate(
         x,
-        self_attention(attn, h, rope),
+        attend(h),
         gate,
         cross_norm.weight if affine else None,
         cross_norm.bias if affine else None,
@@ -276,7 +330,7 @@ def transformer_block(
     (shift, shift_table), (scale, scale_table), (gate, gate_table) = mlp
     x, h = residual_norm_modulate(
         x,
-        cross_attention(cross, h, context),
+        look(h),
         scale=scale,
         shift=shift,
         scale_table=scale_table,
@@ -284,9 +338,7 @@ def transformer_block(
         row_index=rows,
         eps=eps[1],
     )
-    return gated_residual(
-        x, feed_forward(up, down, h, chunk), gate, gate_table=gate_table, row_index=rows
-    )
+    return gated_residual(x, feed(h), gate, gate_table=gate_table, row_index=rows)
 
 
 class _Attention(nn.Module):

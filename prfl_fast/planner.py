@@ -175,7 +175,8 @@ def plan(
         frames, height, width: of the video, in pixels.
         batch, accumulation: videos of a forward, forwards of an optimizer step.
         text_tokens: rows of a sample's text states.
-        rollout: which steps carry gradient; ``GradientPlan()`` unless given.
+        rollout: which steps carry gradient, of plans with one step a point; ``GradientPlan()``
+            unless given.
         num_steps: of the sampler.
         reward_blocks: blocks of the reward model, a copy of the generator's first.
         sft: a supervised step follows each PRFL step.
@@ -196,6 +197,11 @@ def plan(
     """
     rates = machines.machine(machine)
     points = GradientPlan.prfl() if rollout is None else rollout
+    if points.depth != 1 or points.to != "parameters" or points.renoised:
+        raise ValueError(
+            f"rollout is {points}, expected gradient points of one step to the parameters: a chain "
+            "adds a latent and a recomputed forward per step, which the simulation does not run"
+        )
     workload = Workload(
         config=model_config(model),
         frames=frames,
@@ -218,7 +224,7 @@ def plan(
     limits: dict[str, Any] = {
         "budget": rates.memory if budget is None else size_of(budget, "budget"),
         "host_budget": None if host_budget is None else size_of(host_budget, "host_budget"),
-        "rollout_forwards": expected_forwards(points, num_steps),
+        "rollout_forwards": points.expected_forwards(num_steps),
     }
     bar = None
     if progress:
@@ -300,15 +306,6 @@ def size_of(value: int | str, name: str) -> int:
     if match is None or unit is None or isinstance(value, bool) or float(match[1]) <= 0:
         raise ValueError(f"{name} is {value!r}, expected bytes or a size like 24GiB or 24GB")
     return int(float(match[1]) * unit)
-
-
-def expected_forwards(points: GradientPlan, num_steps: int) -> float:
-    """Forwards without gradient per trajectory, over the plan's draws; exact, then rounded.
-
-    Raises:
-        ValueError: more points than steps.
-    """
-    return float(sum(p * (max(steps) + 1 - len(steps)) for p, steps in points.outcomes(num_steps)))
 
 
 def _tiers(train: str, weights: str, optimizer: str) -> list[tuple[str, str]]:

@@ -82,6 +82,14 @@ class _Layout(NamedTuple):
         """
         if self.kind == "nf4":
             return _dequantise_nf4(packed, self.rows, self.columns, dtype, again)
+        codes, scales = self.fp8_rows(packed, again=again)
+        # The product with a float32 scale is rounded once, to dtype.
+        return codes.to(dtype).mul_(scales)
+
+    def fp8_rows(
+        self, packed: torch.Tensor, *, again: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of an FP8 matrix, views."""
         size = self.codes()
         start = size + -size % _ALIGN
         scales = (
@@ -90,8 +98,7 @@ class _Layout(NamedTuple):
             else packed[start:].view(torch.float32)
         )
         codes = packed[:size].view(torch.float8_e4m3fn).view(self.rows, self.columns)
-        # The product with a float32 scale is rounded once, to dtype.
-        return codes.to(dtype).mul_(scales[: self.rows].unsqueeze(1))
+        return codes, scales[: self.rows].unsqueeze(1)
 
 
 # One operation of bitsandbytes' two: fewer steps for whoever traces or simulates the model.
@@ -223,6 +230,17 @@ class QuantisedLinear(nn.Linear):
     def dequantise(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The matrix ``[out_features, in_features]`` that the layer multiplies by, widened."""
         return self._layout.unpack(self.qweight, dtype)
+
+    def fp8_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes ``[out_features, in_features]`` and scales ``[out_features, 1]`` as
+        :func:`prfl_fast.kernels.fp8_linear` takes them, views.
+
+        Raises:
+            ValueError: the layer is of another kind.
+        """
+        if self.kind != "fp8":
+            raise ValueError(f"the layer's kind is {self.kind!r}, expected 'fp8'")
+        return self._layout.fp8_rows(self.qweight.detach())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type

@@ -113,6 +113,42 @@ class _FlowScheduler:
         self._step_index = None
         self._reset()
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Let the trajectory that :meth:`set_timesteps` started begin at step ``begin_index``.
+
+        Raises:
+            ValueError: called before ``set_timesteps``, or no step of the schedule.
+        """
+        if not 0 <= begin_index < len(self._times):
+            raise ValueError(
+                f"begin_index is {begin_index!r}, expected a step of the schedule, which has "
+                f"{len(self._times)}; set_timesteps makes one"
+            )
+        self._step_index = begin_index
+
+    def restrict(self, indices: Sequence[int]) -> None:
+        """Take fewer steps: of the schedule, only the steps ``indices`` and their noise levels.
+
+        Each then leads to the next one's level, the last to 0, with the coefficients of that
+        distance. Starts the trajectory anew.
+
+        Raises:
+            ValueError: called before ``set_timesteps``, or indices that are not increasing steps of
+                the schedule.
+        """
+        kept, count = list(indices), len(self._times)
+        if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < count:
+            raise ValueError(
+                f"indices is {kept}, expected increasing steps of the schedule, which has {count}; "
+                "set_timesteps makes one"
+            )
+        self.sigmas = self.sigmas[[*kept, count]]
+        self.timesteps = self.timesteps[kept]
+        self._sigmas = tuple(self._sigmas[i] for i in (*kept, count))
+        self._times = tuple(self._times[i] for i in kept)
+        self._step_index = None
+        self._reset()
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -443,11 +479,13 @@ def fresh_copy(scheduler: Any) -> Any:
     return copy.deepcopy(clone)
 
 
-def start_trajectory(scheduler: Any, num_steps: int) -> tuple[Any, Sequence[torch.Tensor]]:
+def start_trajectory(
+    scheduler: Any, num_steps: int, start: int = 0
+) -> tuple[Any, Sequence[torch.Tensor]]:
     """A fresh copy of ``scheduler`` set to ``num_steps``, and its timesteps, to pass to ``step``.
 
     The timesteps are 0-d tensors on the CPU, so that neither this package's samplers nor diffusers'
-    wait for the device at every step.
+    wait for the device at every step. The first step will be step ``start``.
 
     Raises:
         ValueError: the scheduler takes more or fewer model calls than ``num_steps``.
@@ -460,4 +498,53 @@ def start_trajectory(scheduler: Any, num_steps: int) -> tuple[Any, Sequence[torc
             f"scheduler {type(scheduler).__name__} makes {len(timesteps)} model calls for "
             f"{num_steps} steps; one call per step is expected"
         )
+    # Truncated timesteps may repeat, so a start inside the schedule is better said than searched.
+    if start and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
     return scheduler, list(timesteps.unbind())
+
+
+def schedule_sigmas(scheduler: Any, timesteps: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """Noise level before every step and after the last: ``len(timesteps) + 1`` floats.
+
+    From the scheduler's ``sigmas``; of a scheduler without them, the timesteps divided by its
+    ``num_train_timesteps`` (1000 if it names none), and 0 at the end.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1):
+        levels = [float(sigma) for sigma in sigmas]
+    else:
+        config = getattr(scheduler, "config", None)
+        scale = config.get("num_train_timesteps", 1000) if isinstance(config, Mapping) else 1000
+        levels = [float(t) / scale for t in timesteps]
+    return tuple([*levels, 0.0][: len(timesteps) + 1])
+
+
+def keep_levels(scheduler: Any, indices: Sequence[int]) -> None:
+    """:meth:`FlowEuler.restrict`, or a message for schedulers that have none.
+
+    Raises:
+        ValueError: a foreign scheduler.
+    """
+    if not isinstance(scheduler, _FlowScheduler):
+        raise ValueError(
+            f"scheduler is {type(scheduler).__name__}, expected FlowUniPC or FlowEuler for a "
+            "rollout with stride above 1: only they can leave out levels of their schedule"
+        )
+    scheduler.restrict(indices)
+
+
+def strided_steps(start: int, num_steps: int, stride: int, visit: Sequence[int]) -> list[int]:
+    """Steps of a rollout that takes every ``stride``-th, from ``start`` to ``num_steps``, both
+    included.
+
+    It lands on each step of ``visit`` and on the one after, and counts anew from there.
+    """
+    landings = sorted({start, num_steps, *visit, *(step + 1 for step in visit)})
+    landings = [step for step in landings if step >= start]
+    steps = [
+        step
+        for here, there in zip(landings, landings[1:], strict=False)
+        for step in range(here, there, stride)
+    ]
+    return [*steps, num_steps]

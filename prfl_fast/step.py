@@ -1,108 +1,139 @@
-"""The PRFL step: a trajectory, and gradient where its plan asks for it.
+"""Reward feedback: a trajectory, and gradient where its plan asks for it.
 
-Source: "Video Generation Models Are Good Latent Reward Models" (PRFL, arXiv 2511.21541).
+Source of the step: "Video Generation Models Are Good Latent Reward Models" (PRFL, arXiv
+2511.21541); of the other plans: :class:`prfl_fast.gradient_plan.GradientPlan`.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from prfl_fast.adapters import Conditions
-from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.divergence import has_adapters
+from prfl_fast.feedback import PRFLOutput, Run
+from prfl_fast.gradient_plan import GradientPlan, Point
+from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
 from prfl_fast.rewards import Reward, check_frozen
+from prfl_fast.rollout import RolloutEngine, RolloutSettings
 from prfl_fast.schedulers import fresh_copy
-from prfl_fast.trajectory import Trajectory, Velocity, check_transformer
-
-
-@dataclass(frozen=True)
-class PRFLOutput:
-    """What one reward-feedback step did; no tensor carries a graph.
-
-    Attributes:
-        loss: scalar, mean over the gradient points of ``weight · relu(target - r)``, without
-            ``loss_scale``.
-        rewards: ``[K, B]``, float32 (float64 for float64 rewards); NaN at points that were not
-            reached.
-        indices: the K solver steps that carried gradient, increasing.
-        timesteps: the K timesteps (1000·σ) at which the latents were rewarded.
-        latents: ``[B, C, F, H, W]``, the last latents that were rewarded.
-        finite: False if a reward or loss was NaN or infinite. That point was not differentiated and
-            the trajectory ended there, but gradients of earlier points are already in ``.grad``:
-            zero them and skip the update.
-    """
-
-    loss: torch.Tensor
-    rewards: torch.Tensor
-    indices: tuple[int, ...]
-    timesteps: tuple[float, ...]
-    latents: torch.Tensor
-    finite: bool
+from prfl_fast.trajectory import (
+    Guidance,
+    ModelCall,
+    Trajectory,
+    Velocity,
+    check_finite,
+    check_transformer,
+    model_of,
+)
 
 
 class PRFL:
-    """Process reward feedback learning on latents; a call leaves the gradients in ``.grad``.
+    """Reward feedback learning on a trajectory; a call leaves the gradients in ``.grad``.
 
-    One call samples a trajectory from ``noise``. At each index m drawn by ``plan`` it takes the
-    solver step with gradient, ``x_{m+1} = solver(x_m, v_θ(x_m, t_m, c))`` with ``x_m`` and the
-    solver's history constant, scores the result where it is, ``r = r_φ(x_{m+1}, t_{m+1}, c)``, and
-    runs backward on ``weight · relu(target - r)``, averaged over the batch and over the K drawn
-    indices (arXiv 2511.21541). Then it goes on from the same ``x_{m+1}`` without the graph, so the
-    forward of a gradient step is also a rollout step, and only one step's graph is alive at a time.
-    After the last index it stops.
+    With the default plan, process reward feedback learning (arXiv 2511.21541). One call samples a
+    trajectory from ``noise``. At each index m drawn by ``plan`` it takes the solver step with
+    gradient, ``x_{m+1} = solver(x_m, v_θ(x_m, t_m, c))`` with ``x_m`` and the solver's history
+    constant, scores the result where it is, ``r = r_φ(x_{m+1}, t_{m+1}, c)``, and runs backward on
+    ``weight · relu(target - r)``, averaged over the batch and over the K drawn indices. Then it
+    goes on from the same ``x_{m+1}`` without the graph, so the forward of a gradient step is also a
+    rollout step, and only one step's graph is alive at a time. After the last index it stops.
+
+    Other plans send the gradient through chains of steps (each keeps its latents and nothing else,
+    see :mod:`prfl_fast.chain`), reward a one-step estimate of x0, start from corrupted data, or
+    send the gradient to the noise or the latents instead of the parameters.
 
     The transformer's train/eval mode is left alone. Only the reward's input gets a gradient from
-    the reward. Randomness comes from the given generator only, and only if ``indices`` are not
-    given.
+    the reward, one reward at a time. Randomness comes from the given generator only.
 
     Args:
-        transformer: a supported model (patched or not, with or without LoRA), or a function
-            ``(x, timestep [B], conditions) -> velocity`` for any other.
-        reward: ``(x, timestep [B], conditions) -> [B]``, e.g. a frozen ``LatentRewardModel``.
+        transformer: a supported model (patched or not, with or without LoRA), a
+            :class:`prfl_fast.trajectory.ModelCall`, or a function ``(x, timestep [B], conditions)
+            -> velocity`` for any other.
+        reward: ``(x, timestep [B], conditions) -> [B]``, e.g. a frozen ``LatentRewardModel``; or
+            several by name.
         scheduler: ``FlowUniPC``, ``FlowEuler`` or a diffusers flow scheduler. It is copied here and
             again for every trajectory: the caller's object never moves, and nothing passes from one
             call to the next.
-        plan: which steps carry gradient.
-        num_steps: solver steps of the schedule, at least 2.
+        plan: which steps carry gradient, and where it goes.
+        num_steps: solver steps of the schedule.
         target: rewards at or above it give no gradient. The default 2 lies above a sigmoid's range:
-            never reached.
-        weight: factor of the loss.
+            never reached. None takes ``-r`` for the hinge.
+        weight: factor of the reward loss; of a guided trajectory, the guidance's strength.
+        reward_weights: factors of several rewards' losses by name; 1 unless given.
+        guidance: classifier-free guidance, in gradient steps too.
+        rollout: how steps without gradient are computed.
+        divergence: factor of the mean squared difference between the velocities with and without
+            adapters at the gradient steps.
 
     Raises:
         TypeError: an unsupported model, reward or scheduler.
-        ValueError: ``num_steps`` below 2 or too small for the plan's points; ``target`` or
-            ``weight`` not finite.
+        ValueError: a schedule too short for the plan; numbers that are not finite; weights of
+            unknown rewards; a divergence without adapters or with gradients that do not go to the
+            parameters.
     """
 
     def __init__(
         self,
-        transformer: nn.Module | Velocity,
-        reward: nn.Module | Reward,
+        transformer: nn.Module | ModelCall | Velocity,
+        reward: nn.Module | Reward | Mapping[str, Reward],
         scheduler: Any,
         plan: GradientPlan | None = None,
         *,
         num_steps: int = 40,
-        target: float = 2.0,
+        target: float | None = 2.0,
         weight: float = 0.1,
+        reward_weights: Mapping[str, float] | None = None,
+        guidance: Guidance | None = None,
+        rollout: RolloutSettings | None = None,
+        divergence: float = 0.0,
     ) -> None:
         check_transformer(transformer)
-        if not callable(reward):
-            raise TypeError(
-                f"reward is {type(reward).__name__}, expected a callable "
-                "(x, timestep, conditions) -> [B]"
+        self.rewards = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+        for name, function in self.rewards.items():
+            if not callable(function):
+                label = f"reward[{name!r}]" if isinstance(reward, Mapping) else "reward"
+                raise TypeError(
+                    f"{label} is {type(function).__name__}, expected a callable "
+                    "(x, timestep, conditions) -> [B]"
+                )
+        weights = dict(reward_weights or {})
+        if not self.rewards or set(weights) - set(self.rewards):
+            raise ValueError(
+                f"reward_weights names {sorted(weights)}, expected names of the rewards, "
+                f"{sorted(self.rewards)}"
             )
-        check_hinge(target, weight)
-        self.transformer = transformer
-        self.reward = reward
+        self.reward_weights = {name: weights.get(name, 1.0) for name in self.rewards}
+        numbers = {"weight": weight, "divergence": divergence}
+        numbers |= {f"reward_weights[{k!r}]": w for k, w in self.reward_weights.items()}
+        for name, value in (numbers | ({} if target is None else {"target": target})).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}, expected a finite number")
         self.plan = GradientPlan.prfl() if plan is None else plan
-        self.plan.outcomes(num_steps)  # raises if the plan does not fit the schedule
+        self.plan.steps(num_steps)  # raises if the plan does not fit the schedule
+        if divergence:
+            model = model_of(transformer)
+            if divergence < 0 or self.plan.to != "parameters":
+                raise ValueError(
+                    f"divergence is {divergence}, expected at least 0, and above 0 only where the "
+                    "gradient goes to the parameters"
+                )
+            if model is None or not has_adapters(model):
+                raise ValueError(
+                    f"divergence is {divergence}, but there are no adapters to switch off: add "
+                    "LoRA layers (prfl_fast.trainer.add_lora), or set it to 0"
+                )
+        self.transformer = transformer
         self.num_steps = num_steps
         self.target = target
         self.weight = weight
+        self.guidance = guidance
+        self.divergence = divergence
+        self.engine = RolloutEngine(transformer, rollout or RolloutSettings())
         self._scheduler = fresh_copy(scheduler)
 
     def __call__(
@@ -110,20 +141,22 @@ class PRFL:
         noise: torch.Tensor,
         conditions: Conditions,
         *,
+        latents: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int | Point] | None = None,
         loss_scale: float = 1.0,
     ) -> PRFLOutput:
-        """Run one trajectory and accumulate the gradient of the reward loss into ``.grad``.
+        """Run one trajectory and accumulate the gradient of its loss.
 
         Args:
             noise: ε ~ N(0, I), ``[B, C, F, H, W]``; the latents keep its dtype along the
                 trajectory.
             conditions: tensors of batch B for the transformer and the reward.
-            generator: draws the plan's indices; ranks that share the trajectory need the same
-                state.
-            indices: the gradient steps instead of a draw: increasing, without repeats, in 0 …
-                num_steps-2.
+            latents: real x0 like ``noise``, for plans that start from data.
+            generator: draws the plan's points, then frames and noise where the plan has such; ranks
+                that share the trajectory need the same state.
+            indices: the gradient steps instead of a draw, increasing, without repeats: points, or
+                steps with equal weights and the plan's depth.
             loss_scale: factor of the gradients only, e.g. ``1 / accumulation``.
 
         Returns:
@@ -131,118 +164,100 @@ class PRFL:
 
         Raises:
             TypeError: an unsupported model.
-            ValueError: noise or conditions of the wrong shape or not finite; indices out of order
-                or range; a reward with trainable parameters, of the wrong shape, or without a graph
-                to its input; a transformer without trainable parameters.
+            ValueError: noise, latents or conditions of the wrong shape or not finite; indices out
+                of order or range; a reward with trainable parameters, of the wrong shape, or
+                without a graph to its input; a transformer without trainable parameters; fewer
+                latent frames than segments.
         """
-        check_frozen(self.reward)
-        chosen = self._indices(indices, generator)
+        for reward in self.rewards.values():
+            check_frozen(reward)
+        self._check_latents(noise, latents)
+        points = self._points(indices, generator)
+        begin = self.plan.begin(self.num_steps)
+        if self.plan.start == "data" and self.plan.strength is None:
+            begin = points[0].first
         trajectory = Trajectory(
-            self.transformer, noise, conditions, self._scheduler, self.num_steps
+            self.transformer,
+            noise,
+            conditions,
+            self._scheduler,
+            self.num_steps,
+            guidance=self.guidance,
+            engine=self.engine,
+            start=begin,
+            visit=[step for point in points for step in range(point.first, point.step + 1)],
         )
-        scores: list[torch.Tensor] = []
-        losses: list[torch.Tensor] = []
-        finite = True
-        for index in chosen:
-            trajectory.run(index)
-            score, loss, finite = self._point(trajectory, loss_scale, len(chosen))
-            scores.append(score)
-            losses.append(loss)
-            if not finite:
-                break
-        missing = [torch.full_like(scores[0], math.nan)] * (len(chosen) - len(scores))
-        return PRFLOutput(
-            loss=torch.stack(losses).sum(),
-            rewards=torch.stack(scores + missing),
-            indices=chosen,
-            timesteps=tuple(float(trajectory.timesteps[i + 1]) for i in chosen),
-            latents=trajectory.x,
-            finite=finite,
-        )
+        if latents is not None:
+            sigma = trajectory.sigma(begin)
+            trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
+        if self.plan.to == "latent":
+            return Run(self, trajectory, generator, loss_scale).guided(points)
+        if self.plan.to == "noise":
+            with _frozen(self.transformer):
+                return Run(self, trajectory, generator, loss_scale).feedback(points)
+        return Run(self, trajectory, generator, loss_scale).feedback(points)
 
-    def _indices(
-        self, indices: Sequence[int] | None, generator: torch.Generator | None
-    ) -> tuple[int, ...]:
+    def _check_latents(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
+        if (latents is not None) != (self.plan.start == "data"):
+            raise ValueError(
+                "latents is missing: the plan starts from corrupted data"
+                if latents is None
+                else "latents is given, expected none: the plan starts from noise"
+            )
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or latents.shape != noise.shape:
+                raise ValueError(
+                    f"latents is {describe(latents)}, expected the shape of noise, "
+                    f"{describe(noise)}"
+                )
+            check_finite("latents", latents)
+
+    def _points(
+        self, indices: Sequence[int | Point] | None, generator: torch.Generator | None
+    ) -> tuple[Point, ...]:
         if indices is None:
             return self.plan.draw(self.num_steps, generator)
-        return check_indices(indices, self.num_steps - 1)
-
-    @torch.enable_grad()
-    def _point(
-        self, trajectory: Trajectory, loss_scale: float, points: int
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Take the next step with gradient and run backward: rewards ``[B]``, loss, finite."""
-        x = trajectory.solve(differentiable_velocity(trajectory))
-        timestep = trajectory.model_timestep(trajectory.index + 1)
-        score = self.reward(x, timestep, trajectory.conditions)
-        trajectory.move_to(x)
-        return hinge_backward(score, len(x), self.target, self.weight / points, loss_scale)
-
-
-def differentiable_velocity(trajectory: Trajectory) -> torch.Tensor:
-    """The velocity at the trajectory's next step, with its graph.
-
-    Raises:
-        ValueError: nothing in the transformer requires a gradient.
-    """
-    v = trajectory.velocity()
-    if not v.requires_grad:
-        raise ValueError(
-            "the transformer's velocity needs no gradient: no parameter of it requires one; call "
-            "requires_grad_(True) on what should train, or add LoRA layers"
-        )
-    return v
-
-
-def hinge_backward(
-    score: torch.Tensor, batch: int, target: float, weight: float, loss_scale: float
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Backward of ``weight · relu(target - score).mean() · loss_scale``, if all is finite.
-
-    Returns:
-        Detached: scores ``[B]`` in float32 (or float64), the loss without ``loss_scale``, and
-        whether it was finite.
-
-    Raises:
-        ValueError: the scores are not ``[batch]``, or carry no graph.
-    """
-    if not isinstance(score, torch.Tensor) or score.shape != (batch,):
-        raise ValueError(
-            f"the reward returned {describe(score)}, expected one score per sample, [{batch}]"
-        )
-    if not score.requires_grad:
-        raise ValueError(
-            "the reward's scores carry no graph to its input; it must not detach it or run under "
-            "no_grad"
-        )
-    score = score if score.dtype == torch.float64 else score.float()
-    loss = weight * torch.relu(target - score).mean()
-    # One wait for the device. The scores are looked at too: relu would hide an infinite one.
-    finite = bool(torch.isfinite(score.detach()).all() & torch.isfinite(loss.detach()))
-    if finite:
-        (loss * loss_scale).backward()
-    return score.detach(), loss.detach(), finite
+        if self.plan.to == "latent":
+            raise ValueError("indices is given, expected none: the window says what is guided")
+        begin = self.plan.begin(self.num_steps)
+        depth = self.plan.depth
+        points, good = [], True
+        for item in indices:
+            if isinstance(item, Point):
+                points.append(item)
+            elif not isinstance(item, int) or isinstance(item, bool):
+                good = False
+            elif isinstance(depth, tuple):
+                raise ValueError(
+                    f"indices is {indices!r}, expected points: the plan draws their depth"
+                )
+            else:
+                points.append(
+                    Point(item, item + 1 - begin if depth is None else depth, 1 / len(indices))
+                )
+        last = self.num_steps - (self.plan.window[1] == -1)
+        good = good and bool(points) and all(p.depth >= 1 for p in points)
+        if good:
+            edges = [begin - 1] + [edge for p in points for edge in (p.first, p.step)]
+            firsts, steps = edges[1::2], edges[0::2]
+            good = steps[-1] < last and all(a > b for a, b in zip(firsts, steps, strict=False))
+        if not good or (self.plan.depth != 1 and len(points) > 1):
+            raise ValueError(
+                f"indices is {indices!r}, expected increasing integers without repeats in "
+                f"{begin} … {last - 1}"
+            )
+        return tuple(points)
 
 
-def check_hinge(target: float, weight: float) -> None:
-    """Raise ``ValueError`` unless both are finite numbers."""
-    for name, value in (("target", target), ("weight", weight)):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}, expected a finite number")
-
-
-def check_indices(indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """Gradient steps as a tuple; ``ValueError`` unless increasing, unique, in 0 … count-1."""
-    chosen = tuple(indices)
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in chosen)
-    if (
-        not chosen
-        or not whole
-        or list(chosen) != sorted(set(chosen))
-        or not 0 <= chosen[0] <= chosen[-1] < count
-    ):
-        raise ValueError(
-            f"indices is {indices!r}, expected increasing integers without repeats in 0 … "
-            f"{count - 1}"
-        )
-    return chosen
+@contextlib.contextmanager
+def _frozen(transformer: nn.Module | ModelCall | Velocity) -> Iterator[None]:
+    """Within, no parameter of a model requires a gradient, so none is computed on the way."""
+    model = model_of(transformer)
+    parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,13 +1,14 @@
 """One training loop for reward feedback, supervised and reward-model training.
 
 A step of the loop visits every objective in turn, and each visit ends with an optimizer step of its
-own: PRFL alternated with supervised flow matching (arXiv 2511.21541) is two objectives;
-either alone, RGB ReFL, or the training of a reward model is one. With a folder, the loop logs,
+own: reward feedback alternated with supervised flow matching (arXiv 2511.21541) is two
+objectives; either alone, or the training of a reward model, is one. With a folder, the loop logs,
 saves and resumes; a run killed at any moment and resumed computes what the uninterrupted run
 computes, bit for bit on CPU.
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from prfl_fast._extras import need
-from prfl_fast.adapters import Conditions, find_adapter
+from prfl_fast.adapters import Conditions
 from prfl_fast.config import Gradients, OptimizerKind
 from prfl_fast.data import Batch, PairBatch
 from prfl_fast.live_bytes import is_out_of_memory, live_bytes, memory_report, phase_of
@@ -39,7 +40,7 @@ from prfl_fast.optimizers import (
 )
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.reward_training import bt_loss, ce_loss, label_of
-from prfl_fast.step import PRFLOutput
+from prfl_fast.step import PRFL
 from prfl_fast.training_state import (
     adapter_name,
     clean_temporaries,
@@ -52,13 +53,12 @@ from prfl_fast.training_state import (
     save_checkpoint,
     write_atomic,
 )
+from prfl_fast.trajectory import ModelCall
 
 NON_FINITE_LIMIT = 5
 LOG = "log.jsonl"
 Precision = Literal["fp32", "bf16"]
 Metrics = Mapping[str, torch.Tensor | float]
-# (x [B, C, F, H, W], timestep [B], conditions) → velocity like x, or reward [B].
-ModelCall = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
 
 
 class NonFiniteTraining(RuntimeError):
@@ -70,7 +70,11 @@ class OutOfMemory(RuntimeError):
 
 
 class Objective(Protocol):
-    """What a step of the loop optimizes."""
+    """What a step of the loop optimizes.
+
+    One that carries something from call to call also has ``state_dict()``, of tensors and plain
+    values, and ``load_state_dict(state)``: it is saved with the run.
+    """
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         """Forward and backward of one micro-batch; add ``loss_scale`` · gradient to ``.grad``.
@@ -81,7 +85,7 @@ class Objective(Protocol):
 
         Returns:
             ``"loss"`` (unscaled; NaN or infinite if the update must be skipped) and anything else
-            worth logging, scalars.
+            worth logging, scalars; logged is the mean over the micro-batches that returned it.
         """
         ...
 
@@ -99,51 +103,81 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 def velocity_call(transformer: nn.Module, precision: Precision) -> nn.Module | ModelCall:
     """The transformer as :class:`prfl_fast.step.PRFL` takes it, its forward under autocast."""
-    if precision == "fp32":
-        return transformer
-    adapter, device = find_adapter(transformer), next(transformer.parameters()).device
-
-    def velocity(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        with autocast(device, precision):
-            return adapter.velocity(transformer, x, timestep, conditions)
-
-    return velocity
+    return transformer if precision == "fp32" else ModelCall(transformer, precision)
 
 
-def reward_call(reward: LatentRewardModel, precision: Precision) -> nn.Module | ModelCall:
-    """The frozen reward as :class:`prfl_fast.step.PRFL` takes it, its forward under autocast."""
+class RewardCall:
+    """A latent reward model as a reward, its forward under autocast."""
+
+    def __init__(self, model: LatentRewardModel, precision: Precision) -> None:
+        self.model, self.precision = model, precision
+
+    def __call__(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        with autocast(x.device, self.precision):
+            score: torch.Tensor = self.model(x, timestep, conditions)
+        return score
+
+
+def reward_call(reward: LatentRewardModel, precision: Precision) -> LatentRewardModel | RewardCall:
+    """The reward, frozen, as :class:`prfl_fast.step.PRFL` takes it, its forward under autocast."""
     reward.freeze()
-    if precision == "fp32":
-        return reward
-    device = next(reward.parameters()).device
-
-    def score(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        with autocast(device, precision):
-            return reward(x, timestep, conditions)
-
-    return score
+    return reward if precision == "fp32" else RewardCall(reward, precision)
 
 
 class RewardFeedback:
-    """Reward feedback from noise: the objective of a ``PRFL`` or ``RGBReFL`` step.
+    """Reward feedback: the objective of a :class:`prfl_fast.step.PRFL` step.
+
+    Logged are the loss, the rewards' weighted sum as ``reward``, each of several as
+    ``reward/<name>``, the ``divergence``, and the largest ``drift`` of the rollouts that the engine
+    checked.
 
     Args:
-        step: called as ``step(noise, conditions, generator=, loss_scale=)``.
-        batches: ``batches[n]`` gives the conditions of micro-batch n; its latents give the shape of
-            the noise only.
+        step: one whose gradient goes to the parameters.
+        batches: ``batches[n]`` gives the conditions of micro-batch n. Its latents are what plans
+            that start from data corrupt; of others, they give the shape of the noise only.
+
+    Raises:
+        ValueError: the step's gradient goes elsewhere.
     """
 
-    def __init__(
-        self, step: Callable[..., PRFLOutput], batches: Any, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, step: PRFL, batches: Any, device: torch.device | str = "cpu") -> None:
+        if step.plan.to != "parameters":
+            raise ValueError(
+                f"the step's plan sends its gradient to the {step.plan.to}, expected 'parameters': "
+                "nothing would train; see prfl_fast.sampling"
+            )
         self.step, self.batches, self.device = step, batches, device
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw]
         noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
-        conditions = batch.to(self.device).conditions
-        out = self.step(noise, conditions, generator=generator, loss_scale=loss_scale)
-        return {"loss": out.loss if out.finite else math.nan, "reward": out.rewards.mean()}
+        batch = batch.to(self.device)
+        from_data = self.step.plan.start == "data"
+        out = self.step(
+            noise,
+            batch.conditions,
+            latents=batch.latents if from_data else None,
+            generator=generator,
+            loss_scale=loss_scale,
+        )
+        metrics = {"loss": out.loss if out.finite else math.nan, "reward": out.rewards.mean()}
+        if len(out.by_reward) > 1:
+            metrics |= {f"reward/{name}": r.mean() for name, r in out.by_reward.items()}
+        if out.divergence is not None:
+            metrics["divergence"] = out.divergence
+        if out.drift:
+            metrics["drift"] = max(out.drift.values())
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rollout engine knows of the trajectories so far."""
+        return self.step.engine.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.step.engine.load_state_dict(state)
 
 
 class SupervisedFlow:
@@ -511,9 +545,22 @@ class Trainer:
             state["in_a_row"],
             dict(state["draws"]),
         )
+        self._load_objectives(state.get("objectives", {}))
         restore_random_state(state["random"], self.generator)
         if self.folder is not None and path.resolve().parent == self.folder.resolve():
             self._saved_step = self.result.step
+
+    def _objective_states(self) -> dict[str, Any]:
+        """What objectives carry from call to call; a copy."""
+        return {
+            name: copy.deepcopy(objective.state_dict())
+            for name, objective in self.objectives.items()
+            if hasattr(objective, "state_dict")
+        }
+
+    def _load_objectives(self, states: Mapping[str, Any]) -> None:
+        for name, state in states.items():
+            self.objectives[name].load_state_dict(state)  # type: ignore[attr-defined]
 
     def save(self) -> Path:
         """Write a checkpoint of the current state.
@@ -544,6 +591,7 @@ class Trainer:
             "draws": dict(self._draws),
             "parameters": list(self.parameters),
             "optimizer": self.optimizer.state_dict(),
+            "objectives": self._objective_states(),
             "random": random_state(self.generator),
         }
         path = save_checkpoint(
@@ -649,6 +697,7 @@ class Trainer:
         """One optimizer step of one objective; returns its metrics and whether it was taken."""
         self.optimizer.zero_grad(set_to_none=True)
         draws, random = self._draws[name], random_state(self.generator)
+        carried = self._objective_states()
         try:
             means = self._gradients(name, objective)
         except RuntimeError as error:
@@ -657,6 +706,7 @@ class Trainer:
             place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
             message = self._full(f"objective {name!r}, {place}", error)
             self._draws[name] = draws
+            self._load_objectives(carried)
             restore_random_state(random, self.generator)
             raise OutOfMemory(message) from error
         try:
@@ -671,16 +721,16 @@ class Trainer:
 
     def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one update; returns the means of its metrics."""
-        sums: dict[str, torch.Tensor] = {}
+        seen: dict[str, list[torch.Tensor]] = {}
         for _ in range(self.settings.accumulation):
             metrics = objective(self._draws[name], self.generator, 1 / self.settings.accumulation)
             self._draws[name] += 1
             for key, value in metrics.items():
                 value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-                sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64)) + value
+                seen.setdefault(key, []).append(value)
             if not math.isfinite(metrics["loss"]):
                 break
-        return {key: float(total) / self.settings.accumulation for key, total in sums.items()}
+        return {key: float(sum(values)) / len(values) for key, values in seen.items()}
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
         """Clip, step and average, if all is finite; drops the gradients and adds their norm."""

@@ -1,4 +1,4 @@
-"""The draw of gradient steps: exact probabilities, marginals, agreement of draw and enumeration."""
+"""The draw of gradient points: exact probabilities, and agreement of draw and enumeration."""
 
 from collections import Counter
 from dataclasses import FrozenInstanceError
@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.gradient_plan import GradientPlan, Point
 
 CASES = [
     (points, steps)
@@ -15,6 +15,25 @@ CASES = [
     for points in range(1, steps)
     if points <= 8 or points == steps - 1
 ]
+NAMED = {
+    "prfl": GradientPlan.prfl(),
+    "prfl 3": GradientPlan.prfl(3),
+    "prfl 3, independent": GradientPlan.prfl(3, draws="independent"),
+    "refl": GradientPlan.refl(),
+    "draft": GradientPlan.draft(2),
+    "draft full": GradientPlan.draft(None),
+    "draft-lv": GradientPlan.draft_lv(),
+    "alignprop": GradientPlan.alignprop(),
+    "controlnet++": GradientPlan.controlnet_plus_plus(),
+    "instructvideo": GradientPlan.instruct_video(steps=2),
+    "reno": GradientPlan.reno(),
+    "flow-nrg": GradientPlan.flow_nrg(),
+    "rg-lcd": GradientPlan.rg_lcd(),
+}
+
+
+def steps_of(points):
+    return tuple(point.step for point in points)
 
 
 @pytest.mark.parametrize("points,num_steps", CASES)
@@ -23,10 +42,12 @@ def test_outcomes_are_a_distribution_with_equal_marginals(points, num_steps):
     assert sum(p for p, _ in outcomes) == 1 and all(
         isinstance(p, Fraction) and p > 0 for p, _ in outcomes
     )
-    assert len({indices for _, indices in outcomes}) == len(outcomes)
+    assert len({drawn for _, drawn in outcomes}) == len(outcomes)
     chosen = Counter()
-    for probability, indices in outcomes:
+    for probability, drawn in outcomes:
+        indices = steps_of(drawn)
         assert len(indices) == points and list(indices) == sorted(set(indices))
+        assert all(point.weight == 1 / points and point.depth == 1 for point in drawn)
         for index in indices:
             chosen[index] += probability
     # Equal inclusion probabilities are what makes the mean over the points unbiased.
@@ -34,38 +55,115 @@ def test_outcomes_are_a_distribution_with_equal_marginals(points, num_steps):
 
 
 def test_one_point_is_uniform_and_all_points_are_certain():
-    assert GradientPlan.prfl().outcomes(6) == [(Fraction(1, 5), (m,)) for m in range(5)]
-    assert GradientPlan.prfl(5).outcomes(6) == [(Fraction(1), (0, 1, 2, 3, 4))]
+    assert GradientPlan.prfl().outcomes(6) == [(Fraction(1, 5), (Point(m),)) for m in range(5)]
+    ((probability, drawn),) = GradientPlan.prfl(5).outcomes(6)
+    assert probability == 1 and steps_of(drawn) == (0, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("points,num_steps", [(1, 6), (2, 6), (3, 8), (5, 40), (5, 6)])
-def test_draws_follow_the_enumerated_distribution(points, num_steps):
-    plan, generator, draws = GradientPlan.prfl(points), torch.Generator().manual_seed(1), 4000
-    counts = Counter(plan.draw(num_steps, generator) for _ in range(draws))
-    expected = {indices: float(p) for p, indices in plan.outcomes(num_steps)}
+@pytest.mark.parametrize("points,num_steps", [(1, 5), (2, 5), (3, 6), (4, 4)])
+def test_independent_draws_weigh_every_step_alike(points, num_steps):
+    outcomes = GradientPlan.prfl(points, draws="independent").outcomes(num_steps)
+    assert sum(p for p, _ in outcomes) == 1
+    expected = Counter()
+    for probability, drawn in outcomes:
+        assert sum(point.weight for point in drawn) == pytest.approx(1)
+        assert steps_of(drawn) == tuple(sorted(set(steps_of(drawn))))
+        for point in drawn:
+            expected[point.step] += float(probability) * point.weight
+    assert expected == pytest.approx({m: 1 / (num_steps - 1) for m in range(num_steps - 1)})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_draws_follow_the_enumerated_distribution(name):
+    plan, generator, draws, steps = NAMED[name], torch.Generator().manual_seed(1), 4000, 7
+    counts = Counter(plan.draw(steps, generator) for _ in range(draws))
+    expected = {drawn: float(p) for p, drawn in plan.outcomes(steps)}
     assert set(counts) == set(expected)
-    for indices, probability in expected.items():
+    for drawn, probability in expected.items():
         # Five standard deviations of a binomial share.
         slack = 5 * (probability * (1 - probability) / draws) ** 0.5
-        assert abs(counts[indices] / draws - probability) <= slack
+        assert abs(counts[drawn] / draws - probability) <= slack
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_expected_forwards_are_the_mean_over_outcomes(name):
+    plan, steps = NAMED[name], 7
+    begin = plan.begin(steps)
+
+    def forwards(points):
+        if plan.to == "latent":
+            return steps
+        if plan.start == "data" and plan.strength is None:
+            return 0
+        return points[-1].step + 1 - begin - sum(point.depth for point in points)
+
+    mean = sum(float(p) * forwards(drawn) for p, drawn in plan.outcomes(steps))
+    assert plan.expected_forwards(steps) == pytest.approx(mean)
+
+
+def test_expected_forwards_of_the_paper():
+    assert GradientPlan.prfl().expected_forwards(40) == 19
+    assert GradientPlan.draft(3).expected_forwards(40) == 37
+    assert GradientPlan.draft(None).expected_forwards(40) == 0
+    assert GradientPlan.instruct_video().expected_forwards(20) == 11
+
+
+def test_named_plans_draw_what_their_papers_say():
+    def outcomes(plan, steps=40):
+        return [(p, *drawn) for p, drawn in plan.outcomes(steps)]
+
+    assert outcomes(GradientPlan.refl()) == [(Fraction(1, 10), Point(m)) for m in range(30, 40)]
+    assert outcomes(GradientPlan.refl(), 7) == [(Fraction(1, 2), Point(m)) for m in (5, 6)]
+    assert outcomes(GradientPlan.draft()) == [(1, Point(39, 1))]
+    assert outcomes(GradientPlan.draft(5)) == [(1, Point(39, 5))]
+    assert (
+        outcomes(GradientPlan.draft(None)) == outcomes(GradientPlan.reno()) == [(1, Point(39, 40))]
+    )
+    assert outcomes(GradientPlan.draft_lv(3)) == [(1, Point(39, 1))]
+    assert outcomes(GradientPlan.alignprop()) == [
+        (Fraction(1, 40), Point(39, k)) for k in range(1, 41)
+    ]
+    assert outcomes(GradientPlan.alignprop(2, 4)) == [
+        (Fraction(1, 3), Point(39, k)) for k in (2, 3, 4)
+    ]
+    late = outcomes(GradientPlan.controlnet_plus_plus(), 1000)
+    assert [p.step for _, p in late] == list(range(800, 1000))
+    partial = GradientPlan.instruct_video()
+    assert partial.begin(20) == 8 and outcomes(partial, 20) == [(1, Point(19, 1))]
+    assert [p.step for _, p in outcomes(GradientPlan.rg_lcd(), 9)] == list(range(9))
+    assert GradientPlan.flow_nrg().outcomes(4) == [
+        (1, tuple(Point(m, 1, 1 / 3) for m in (1, 2, 3)))
+    ]
+
+
+def test_a_chain_is_no_longer_than_its_trajectory():
+    assert [p.depth for _, (p,) in GradientPlan.alignprop(2, 9).outcomes(4)] == [2, 3, 4]
+    partial = GradientPlan.instruct_video(strength=0.5, steps=3)
+    assert partial.begin(6) == 3 and partial.draw(6) == (Point(5, 3),)
+    with pytest.raises(ValueError, match="num_steps is 4, too few"):
+        partial.draw(4)
+    with pytest.raises(ValueError, match="num_steps is 2, too few"):
+        GradientPlan.draft(3).draw(2)
 
 
 def test_the_draw_is_the_systematic_sample_of_one_uniform_number():
     plan = GradientPlan.prfl(5)
     uniform = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(7)).item()
     drawn = plan.draw(40, torch.Generator().manual_seed(7))
-    assert drawn == tuple(int((i + uniform) * 39 / 5) for i in range(5))
+    assert steps_of(drawn) == tuple(int((i + uniform) * 39 / 5) for i in range(5))
 
 
-def test_the_largest_uniform_number_stays_in_range(monkeypatch):
+@pytest.mark.parametrize("draws", ["systematic", "independent"])
+def test_the_largest_uniform_number_stays_in_range(monkeypatch, draws):
     """In floating point (4 + u)·39/5 rounds up to 39, one past the last index."""
     largest = 1 - 2**-53
     assert int((4 + largest) * 39 / 5) == 39
     monkeypatch.setattr(
         torch, "rand", lambda *args, **kwargs: torch.tensor(largest, dtype=torch.float64)
     )
-    assert GradientPlan.prfl(5).draw(40) == (7, 15, 23, 31, 38)
-    assert GradientPlan.prfl(1).draw(40) == (38,)
+    five = steps_of(GradientPlan.prfl(5, draws=draws).draw(40))
+    assert five == ((7, 15, 23, 31, 38) if draws == "systematic" else (38,))
+    assert steps_of(GradientPlan.prfl(1, draws=draws).draw(40)) == (38,)
 
 
 def test_draws_use_only_the_given_generator():
@@ -99,10 +197,48 @@ def test_wrong_points_are_refused(points):
         GradientPlan.prfl(points)
 
 
-@pytest.mark.parametrize("method", ["draw", "outcomes"])
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"draws": "random"}, "draws is 'random'"),
+        ({"to": "weights"}, "to is 'weights'"),
+        ({"window": (0.5, 1.5)}, "window is"),
+        ({"window": (True, None)}, "window is"),
+        ({"depth": 0}, "depth is 0"),
+        ({"depth": (3, 2)}, "smaller number first"),
+        ({"depth": 2, "points": 2}, "chains of several points would overlap"),
+        ({"strength": 0.5}, "strength is 0.5"),
+        ({"start": "data", "depth": None}, "without strength"),
+        ({"start": "data", "points": 2}, "every point corrupts the data anew"),
+        ({"to": "latent"}, "'latent' and 'current' go together"),
+        ({"reward_at": "current"}, "'latent' and 'current' go together"),
+        ({"to": "noise"}, "the gradient reaches the noise"),
+        ({"to": "noise", "depth": None, "start": "data", "strength": 1.0}, "to is 'noise'"),
+        ({"renoised": 2}, "renoised is 2"),
+        ({"renoised": -1, "window": (-1, None)}, "renoised is -1"),
+        ({"segments": 0}, "segments is 0"),
+        ({"attenuation": 1.0}, "with segments only"),
+        ({"segments": 2, "attenuation": -1.0}, "attenuation is -1.0"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        GradientPlan(**fields)
+
+
+@pytest.mark.parametrize("share", [0, 1.5, True, "0.2"])
+def test_wrong_shares_are_refused(share):
+    for make in (GradientPlan.refl, GradientPlan.controlnet_plus_plus):
+        with pytest.raises(ValueError, match="window is"):
+            make(share)
+
+
+@pytest.mark.parametrize("method", ["draw", "outcomes", "expected_forwards"])
 def test_wrong_schedules_are_refused(method):
     with pytest.raises(ValueError, match="points is 6, but 6 steps have only 5"):
         getattr(GradientPlan.prfl(6), method)(6)
-    for num_steps in (1, 0, 2.0, True):
+    with pytest.raises(ValueError, match="num_steps is 1, too few"):
+        getattr(GradientPlan.prfl(), method)(1)
+    for num_steps in (0, 2.0, True):
         with pytest.raises(ValueError, match="num_steps is"):
             getattr(GradientPlan.prfl(), method)(num_steps)

@@ -2,13 +2,14 @@
 names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from prfl_fast.adapters.wan_diffusers import WanDiffusersAdapter
+from prfl_fast.rollout_block import RolloutModel
 
 Conditions = dict[str, torch.Tensor]
 
@@ -34,6 +35,16 @@ class Adapter(Protocol):
     def velocity(
         self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor: ...
+    def open_rollout(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timesteps: Sequence[torch.Tensor],
+        conditions: Conditions,
+        *,
+        merge_lora: bool = False,
+        compile: bool = False,
+    ) -> RolloutModel: ...
     def features(
         self,
         model: nn.Module,

@@ -5,15 +5,23 @@ timesteps.
 import copy
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from prfl_fast.adapters._unwrap import unwrap
+from prfl_fast.adapters._unwrap import layers_of, unwrap
 from prfl_fast.chunks import in_chunks
-from prfl_fast.modules import TEXT_TOKENS, Modulation, Rope, transformer_block
+from prfl_fast.kernels._checks import describe
+from prfl_fast.modules import TEXT_TOKENS, Modulation, Rope, context_keys, transformer_block
+from prfl_fast.rollout_block import (
+    BlockParts,
+    RolloutModel,
+    Unsupported,
+    check_rollout,
+    replaced_forwards,
+)
 
 _CLASS = "WanTransformer3DModel"
 
@@ -68,6 +76,22 @@ def _rename(key: str, to_reference: bool) -> str:
     return (block[1] if block else "") + path
 
 
+def _parts(block: Any) -> BlockParts:
+    return BlockParts(
+        attn=block.attn1,
+        cross=block.attn2,
+        cross_norm=block.norm2,
+        up=block.ffn.net[0].proj,
+        down=block.ffn.net[2],
+        eps=(block.norm1.eps, block.norm3.eps),
+        chunk=getattr(block.ffn, "chunk", None),
+    )
+
+
+def _modulation(block: Any, temb: torch.Tensor) -> Modulation:
+    return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
+
+
 def _block_forward(
     self: Any,
     hidden_states: torch.Tensor,
@@ -83,15 +107,9 @@ def _block_forward(
     return transformer_block(
         hidden_states,
         encoder_hidden_states,
-        Modulation(self.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb),
+        _modulation(self, temb),
         rotary_emb,
-        attn=self.attn1,
-        cross=self.attn2,
-        cross_norm=self.norm2,
-        up=self.ffn.net[0].proj,
-        down=self.ffn.net[2],
-        eps=(self.norm1.eps, self.norm3.eps),
-        chunk=getattr(self.ffn, "chunk", None),
+        **_parts(self)._asdict(),
     )
 
 
@@ -107,6 +125,11 @@ def _rope_forward(self: Any, hidden_states: torch.Tensor) -> Rope:
     sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
     grid = [size // patch for size, patch in sizes]
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)
+
+
+def _targets(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
+    """What :func:`prfl_fast.patch` replaces, and by what."""
+    return [(block, _block_forward) for block in base.blocks] + [(base.rope, _rope_forward)]
 
 
 class WanDiffusersAdapter:
@@ -130,10 +153,9 @@ class WanDiffusersAdapter:
                 of its own.
         """
         base: Any = unwrap(model)
-        targets = [(block, _block_forward) for block in base.blocks] + [(base.rope, _rope_forward)]
         todo = [
             (m, f)
-            for m, f in targets
+            for m, f in _targets(base)
             if getattr(m.__dict__.get("forward"), "__func__", None) is not f
         ]
         for module, _ in todo:
@@ -334,6 +356,107 @@ class WanDiffusersAdapter:
             latents, timestep, text, encoder_hidden_states_image=image, return_dict=False
         )
         return out.to(x.dtype)
+
+    def open_rollout(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timesteps: Sequence[torch.Tensor],
+        conditions: dict[str, torch.Tensor],
+        *,
+        merge_lora: bool = False,
+        compile: bool = False,
+    ) -> RolloutModel:
+        """The model for one rollout, with everything computed that no step changes.
+
+        Call it under the autocast of the rollout; see :mod:`prfl_fast.rollout_block`.
+
+        Args:
+            x: latents ``[B, C, F, H, W]``, for their shape, dtype and device.
+            timesteps: ``[B]`` each, 1000·σ of every step.
+            merge_lora: run LoRA as part of the matrices it is on.
+            compile: run the blocks through ``torch.compile``.
+
+        Raises:
+            Unsupported: the model is not patched, compiled as a whole, or has hooks; the message
+                says which and what to do.
+            ValueError: latents, timesteps or conditions of the wrong shape.
+        """
+        base: Any = unwrap(model)
+        for module, forward in _targets(base):
+            own = module.__dict__.get("forward")
+            if own is None:
+                raise Unsupported(
+                    "the model is not patched, expected one that runs on prfl_fast's kernels; call "
+                    "prfl_fast.patch(model)"
+                )
+            if getattr(own, "__func__", None) is not forward:
+                raise Unsupported(
+                    f"{type(module).__name__} has a forward of its own over prfl_fast's (a hook of "
+                    "accelerate or of diffusers?); remove the hook"
+                )
+        if not type(base).forward.__module__.startswith("diffusers."):
+            raise Unsupported(
+                f"{type(base).__name__} has a forward that is not diffusers', which may use its "
+                "embeddings in another way"
+            )
+        check_rollout(
+            list(layers_of(model)), (_block_forward, _rope_forward, _feed_forward), compile
+        )
+        self.check_latents(model, x, conditions)
+        if len(timesteps) == 0:
+            raise ValueError("timesteps is empty, expected one of every step")
+        for index, timestep in enumerate(timesteps):
+            if not isinstance(timestep, torch.Tensor) or timestep.shape != x.shape[:1]:
+                raise ValueError(
+                    f"timesteps[{index}] is {describe(timestep)}, expected shape [{len(x)}], the "
+                    "latents' batch"
+                )
+        return self._open(model, x, list(timesteps), conditions, merge_lora, compile)
+
+    @torch.no_grad()
+    def _open(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timesteps: list[torch.Tensor],
+        conditions: dict[str, torch.Tensor],
+        merge_lora: bool,
+        compile: bool,
+    ) -> RolloutModel:
+        base: Any = unwrap(model)
+        embedder = base.condition_embedder
+        latents, _, raw_text, raw_image = self._inputs(base, x, timesteps[0], conditions)
+        rope = base.rope(latents)
+        text = embedder.text_embedder(raw_text)
+        image = None if raw_image is None else embedder.image_embedder(raw_image)
+        # The class's own forward computes the time rows, one timestep at a time: products of
+        # another batch size round otherwise.
+        known = [(embedder.text_embedder, lambda *_: text)]
+        if image is not None:
+            known.append((embedder.image_embedder, lambda *_: image))
+        with replaced_forwards(known):
+            times = [embedder(t.to(x.device), raw_text, raw_image)[:2] for t in timesteps]
+        context = text if image is None else torch.cat([image, text], dim=1)
+
+        def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
+            return [
+                (embedder, lambda *_, **__: (*times[step], text, image)),
+                (base.rope, lambda _: rope),
+            ]
+
+        return RolloutModel(
+            lambda x, step: self.velocity(model, x, timesteps[step], conditions),
+            x,
+            blocks=list(base.blocks),
+            parts=_parts,
+            keys=[context_keys(block.attn2, context) for block in base.blocks],
+            cached=cached,
+            modulation=_modulation,
+            steps=len(timesteps),
+            merge_lora=merge_lora,
+            compile=compile,
+        )
 
     def features(
         self,
