@@ -12,7 +12,7 @@ To fit a GPU, before adapters and the optimizer:
     prfl_fast.apply_memory(transformer, reward, found.memory)
 """
 
-from prfl_fast import kernels, modules
+from prfl_fast import kernels, modules, sampling
 from prfl_fast._version import __version__
 from prfl_fast.checkpointing import checkpoint
 from prfl_fast.config import Memory
@@ -24,21 +24,26 @@ from prfl_fast.patching import patch, unpatch
 from prfl_fast.planner import plan
 from prfl_fast.quantised import quantise
 from prfl_fast.reward import LatentRewardModel
+from prfl_fast.rewards import PixelReward, RewardEnsemble
+from prfl_fast.rollout import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL, PRFLOutput
 from prfl_fast.trainer import Trainer, TrainSettings
-from prfl_fast.trajectory import rollout
+from prfl_fast.trajectory import Guidance, rollout
 
 __all__ = [
     "PRFL",
     "FlowEuler",
     "FlowUniPC",
     "GradientPlan",
+    "Guidance",
     "LatentRewardModel",
     "Memory",
     "PRFLOutput",
     "PixelReward",
     "RewardEnsemble",
+    "RolloutPrecision",
+    "RolloutSettings",
     "TrainSettings",
     "Trainer",
     "__version__",
@@ -50,6 +55,7 @@ __all__ = [
     "plan",
     "quantise",
     "rollout",
+    "sampling",
     "set_backend",
     "sft_loss",
     "unpatch",

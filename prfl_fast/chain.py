@@ -45,5 +45,5 @@ def recomputed_step(evaluate: Evaluation, x: torch.Tensor) -> tuple[torch.Tensor
         x: all that is kept.
     """
     # What makes the outputs require a gradient where x is a constant.
-    anchor = torch.empty(0, requires_grad=True)
+    anchor = torch.zeros(0, requires_grad=True)
     return _Recomputed.apply(evaluate, x, anchor)

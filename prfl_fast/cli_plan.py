@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prfl_fast._extras import MissingExtra
-from prfl_fast.config import Memory, TrainConfig, from_mapping, load_config, read_yaml
+from prfl_fast.config import Memory, TrainConfig
+from prfl_fast.config_file import from_mapping, load_config, read_yaml
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.training_state import latest_checkpoint
 
@@ -199,9 +200,10 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _named_for_plan(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
+    points = values.pop("points")
     return {
         "lora_rank": values.pop("rank"),
-        "rollout": GradientPlan.prfl(values.pop("points")),
+        "rollout": values.pop("plan", None) or GradientPlan.prfl(points),
         **values,
     }
 
@@ -225,6 +227,8 @@ def _from_file(path: Path, given: Mapping[str, Any], sft: bool) -> dict[str, Any
     for name, (section, key) in _DECIDED.items():
         if content.get(section) is None:
             decided.pop(name)
+            if name == "points":
+                decided.pop("plan")
         elif given[name] not in (None, decided[name]):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {given[name]}, but {path} has {key}: "
@@ -263,8 +267,20 @@ def _sizes(config: TrainConfig, given: Mapping[str, Any], path: Path) -> dict[st
 
 
 def planned_for(config: TrainConfig) -> dict[str, Any]:
-    """What a training configuration says about its run, under the names of the options."""
+    """What a training configuration says about its run, under the names of the options.
+
+    Raises:
+        ValueError: the run has what the planner does not simulate: gradients through several
+            solver steps, or several reward models.
+    """
     lora = config.lora
+    plan = config.prfl.plan() if "prfl" in config.objectives else GradientPlan.prfl()
+    if plan.depth != 1 or plan.renoised:
+        raise ValueError(
+            f"prfl.method is {config.prfl.method}, whose gradient goes through several solver "
+            "steps: the planner knows one step a point only, so say what memory is, as {policy: "
+            "full}"
+        )
     targets = {} if lora is None else {"lora_targets": lora.targets}
     return {
         **targets,
@@ -274,6 +290,7 @@ def planned_for(config: TrainConfig) -> dict[str, Any]:
         "batch": config.run.batch_size,
         "accumulation": config.run.accumulation,
         "points": config.prfl.points,
+        "plan": plan,
         "num_steps": config.prfl.num_steps,
         "sft": "sft" in config.objectives,
         "average": config.run.ema_decay is not None,
@@ -292,6 +309,11 @@ def _reward_blocks(config: TrainConfig) -> int:
     """Blocks of the saved reward model; the paper's eight where the file does not say."""
     if "prfl" not in config.objectives:
         return 1  # the planner has no step without a reward: the smallest
+    if isinstance(config.reward, tuple):
+        raise ValueError(
+            f"reward lists {len(config.reward)} rewards, but the planner knows one model only: say "
+            "what memory is, as {policy: full}"
+        )
     if isinstance(config.reward, str):
         path = Path(config.reward) / "config.json"
         if path.is_file():

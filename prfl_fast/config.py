@@ -1,94 +1,165 @@
-"""Configuration of the command line: frozen dataclasses read from YAML, every key checked.
-
-A field's annotation is its type, its ``metadata`` its range. Unknown keys are refused with the
-nearest known spelling, and every error names the dotted key, what came, and what is expected.
-"""
+"""Configuration of the command line: frozen dataclasses, read by :mod:`prfl_fast.config_file`."""
 
 import dataclasses
-import difflib
-import math
-import os
-import re
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from prfl_fast._extras import need
+from prfl_fast.config_file import ConfigError, ranged
+from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.rewards import EnsembleMode
+from prfl_fast.rollout import RolloutSettings
 
-Config = TypeVar("Config")
 Policy = Literal["none", "full", "attention"]
 Offload = Literal["cpu"]
 Weights = Literal["fp32", "bf16", "fp8", "nf4"]
 OptimizerKind = Literal["adamw", "adamw-sr", "adamw8bit", "paged-adamw8bit", "adamw-cpu"]
 Gradients = Literal["parameter", "fp32"]
-# YAML 1.1 takes 5e-6 and 1e3 for strings; people write learning rates that way.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-class ConfigError(ValueError):
-    """A file cannot be read, or a key is unknown, missing, of the wrong type or out of range."""
-
-
-def _ranged(default: Any = MISSING, **limits: float) -> Any:
-    """A field with limits: ``least`` ≤ value ≤ ``most``, ``above`` < value < ``below``."""
-    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW. The learning rate rises linearly over ``warmup_steps``, then stays."""
 
-    learning_rate: float = _ranged(5e-6, above=0)
-    betas: tuple[float, float] = _ranged((0.9, 0.999), least=0, below=1)
-    eps: float = _ranged(1e-8, above=0)
-    weight_decay: float = _ranged(0.01, least=0)
-    clip_norm: float | None = _ranged(1.0, above=0)
-    warmup_steps: int = _ranged(0, least=0)
+    learning_rate: float = ranged(5e-6, above=0)
+    betas: tuple[float, float] = ranged((0.9, 0.999), least=0, below=1)
+    eps: float = ranged(1e-8, above=0)
+    weight_decay: float = ranged(0.01, least=0)
+    clip_norm: float | None = ranged(1.0, above=0)
+    warmup_steps: int = ranged(0, least=0)
 
 
 @dataclass(frozen=True)
 class RewardOptimizer(Optimizer):
     """AdamW at the reward model's rate."""
 
-    learning_rate: float = _ranged(1e-6, above=0)
+    learning_rate: float = ranged(1e-6, above=0)
 
 
 @dataclass(frozen=True)
 class Run:
     """Length, batches, checkpoints and logs of a training run."""
 
-    steps: int = _ranged(least=1)
-    batch_size: int = _ranged(1, least=1)
-    accumulation: int = _ranged(5, least=1)
-    save_every: int = _ranged(100, least=1)
-    keep_last: int = _ranged(2, least=1)
-    ema_decay: float | None = _ranged(None, above=0, below=1)
-    seed: int = _ranged(0, least=0)
+    steps: int = ranged(least=1)
+    batch_size: int = ranged(1, least=1)
+    accumulation: int = ranged(5, least=1)
+    save_every: int = ranged(100, least=1)
+    keep_last: int = ranged(2, least=1)
+    ema_decay: float | None = ranged(None, above=0, below=1)
+    seed: int = ranged(0, least=0)
     tensorboard: bool = True
     resume: str | None = "auto"
 
 
 @dataclass(frozen=True)
-class Feedback:
-    """The PRFL step; with ``points`` above 1, lower ``run.accumulation`` by as much."""
+class GuidanceFile:
+    """Classifier-free guidance of the trajectories.
 
-    num_steps: int = _ranged(40, least=2)
-    points: int = _ranged(1, least=1)
+    Attributes:
+        scale: of the difference between the velocity with the prompt and the one without.
+        negative: a safetensors file of the negative prompt's conditions, as a sample of the dataset
+            without latents: ``encoder_hidden_states [T, D]``. What it lacks is the sample's own.
+        batched: both in one forward of twice the batch, or one after the other.
+    """
+
+    scale: float
+    negative: str
+    batched: bool = True
+
+
+# Constructors of GradientPlan, and the keys of the prfl section that are their arguments.
+_METHODS: dict[str, tuple[Callable[..., GradientPlan], dict[str, str]]] = {
+    "prfl": (GradientPlan.prfl, {"points": "points", "draws": "draws"}),
+    "refl": (GradientPlan.refl, {"window": "window"}),
+    "draft": (GradientPlan.draft, {"depth": "steps"}),
+    "draft-lv": (GradientPlan.draft_lv, {"renoised": "renoised"}),
+    "alignprop": (GradientPlan.alignprop, {"depth": "most"}),
+    "controlnet++": (GradientPlan.controlnet_plus_plus, {"window": "window"}),
+    "instructvideo": (
+        GradientPlan.instruct_video,
+        {
+            "strength": "strength",
+            "depth": "steps",
+            "segments": "segments",
+            "attenuation": "attenuation",
+        },
+    ),
+    "rg-lcd": (GradientPlan.rg_lcd, {}),
+}
+_METHOD_KEYS = sorted({key for _, keys in _METHODS.values() for key in keys})
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The reward's step: which steps of a trajectory carry gradient, and its loss.
+
+    Attributes:
+        method: a constructor of :class:`prfl_fast.GradientPlan`. Its arguments are ``points``
+            (with more than 1, lower ``run.accumulation`` by as much), ``draws``, ``window``,
+            ``depth`` (steps of the chain; the most of them for ``alignprop``; ``all``),
+            ``renoised``, ``strength``, ``segments`` and ``attenuation``; null is the method's own.
+        target: rewards at or above it give no gradient; null maximises the reward without end.
+        divergence: weight of the squared distance to the velocity without adapters; needs ``lora``.
+    """
+
+    method: Literal[
+        "prfl",
+        "refl",
+        "draft",
+        "draft-lv",
+        "alignprop",
+        "controlnet++",
+        "instructvideo",
+        "rg-lcd",
+    ] = "prfl"
+    num_steps: int = ranged(40, least=2)
+    points: int = ranged(1, least=1)
+    draws: Literal["systematic", "independent"] | None = None
+    window: float | None = ranged(None, above=0, most=1)
+    depth: int | Literal["all"] | None = ranged(None, least=1)
+    renoised: int | None = ranged(None, least=0)
+    strength: float | None = ranged(None, above=0, most=1)
+    segments: int | None = ranged(None, least=1)
+    attenuation: float | None = ranged(None, least=0)
     solver: Literal["unipc", "euler"] = "unipc"
-    shift: float = _ranged(5.0, above=0)
-    target: float = 2.0
-    weight: float = _ranged(0.1, above=0)
+    shift: float = ranged(5.0, above=0)
+    target: float | None = 2.0
+    weight: float = ranged(0.1, above=0)
+    divergence: float = ranged(0.0, least=0)
+    guidance: GuidanceFile | None = None
+
+    def __post_init__(self) -> None:
+        _, taken = _METHODS[self.method]
+        given = {name: getattr(self, name) for name in _METHOD_KEYS}
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, value in given.items():
+            if value != default[name] and name not in taken:
+                raise ConfigError(
+                    f"prfl.{name} is {value}, but prfl.method is {self.method}, which takes "
+                    f"{', '.join(taken) or 'none of these'}"
+                )
+        if self.depth == "all" and self.method == "instructvideo":
+            raise ConfigError("prfl.depth is all, expected a whole number for instructvideo")
+        try:
+            self.plan().steps(self.num_steps)
+        except ValueError as error:
+            raise ConfigError(f"prfl.{error}") from error
+
+    def plan(self) -> GradientPlan:
+        """What the method and its keys stand for."""
+        make, taken = _METHODS[self.method]
+        values = {argument: getattr(self, key) for key, argument in taken.items()}
+        given = {key: value for key, value in values.items() if value is not None}
+        return make(**{key: None if value == "all" else value for key, value in given.items()})
 
 
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters instead of full training."""
 
-    rank: int = _ranged(least=1)
-    alpha: float | None = _ranged(None, above=0)
+    rank: int = ranged(least=1)
+    alpha: float | None = ranged(None, above=0)
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -99,7 +170,25 @@ class ReferenceReward:
     transformer: str
     mlp: str
     pool: str
-    num_heads: int = _ranged(8, least=1)
+    num_heads: int = ranged(8, least=1)
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """One of several rewards, whose weighted sum trains.
+
+    Attributes:
+        name: of its scores in the log.
+        path: a saved reward model, one in the reference's layout, or a list of saved models, which
+            form an ensemble.
+        ensemble, coefficient: see :class:`prfl_fast.RewardEnsemble`; for a list.
+    """
+
+    name: str
+    path: str | ReferenceReward | tuple[str, ...]
+    weight: float = ranged(1.0, above=0)
+    ensemble: EnsembleMode | None = None
+    coefficient: float | None = ranged(None, least=0)
 
 
 @dataclass(frozen=True)
@@ -132,7 +221,7 @@ class Memory:
     reward_weights: Weights = "fp32"
     reward_policy: Policy = "none"
     reward_offload: Offload | None = None
-    feed_forward_chunk: int | None = _ranged(None, least=1)
+    feed_forward_chunk: int | None = ranged(None, least=1)
     optimizer: OptimizerKind = "adamw"
     gradients: Gradients = "parameter"
 
@@ -148,7 +237,7 @@ class RewardMemory:
     weights: Literal["fp32", "bf16"] = "fp32"
     policy: Policy = "none"
     offload: Offload | None = None
-    feed_forward_chunk: int | None = _ranged(None, least=1)
+    feed_forward_chunk: int | None = ranged(None, least=1)
     optimizer: OptimizerKind = "adamw"
     gradients: Gradients = "parameter"
 
@@ -176,6 +265,32 @@ def _check_memory(memory: Memory | RewardMemory, precision: str, lora: bool) -> 
         )
 
 
+def _check_rewards(rewards: tuple[NamedReward, ...]) -> None:
+    names = [reward.name for reward in rewards]
+    for i, reward in enumerate(rewards):
+        if reward.name in names[:i]:
+            raise ConfigError(f"reward[{i}].name is {reward.name!r}, which another reward has")
+        several = isinstance(reward.path, tuple)
+        if isinstance(reward.path, tuple) and len(reward.path) < 2:
+            raise ConfigError(
+                f"reward[{i}].path is a list of one, expected at least two, or a string"
+            )
+        if several and reward.ensemble is None:
+            raise ConfigError(
+                f"reward[{i}].ensemble is missing, expected mean, worst or uncertainty for a list "
+                "of paths"
+            )
+        if not several and reward.ensemble is not None:
+            raise ConfigError(
+                f"reward[{i}].ensemble is {reward.ensemble}, which needs a list of paths"
+            )
+        if reward.coefficient is not None and reward.ensemble != "uncertainty":
+            raise ConfigError(
+                f"reward[{i}].coefficient is {reward.coefficient:g}, which only ensemble: "
+                "uncertainty takes"
+            )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """``prfl-fast train``: reward feedback alternated with supervised training, or either alone."""
@@ -184,9 +299,10 @@ class TrainConfig:
     data: str
     out: str
     run: Run
-    reward: str | ReferenceReward | None = None
+    reward: str | ReferenceReward | tuple[NamedReward, ...] | None = None
     objectives: tuple[Literal["prfl", "sft"], ...] = ("prfl", "sft")
     prfl: Feedback = Feedback()
+    rollout: RolloutSettings = RolloutSettings()
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None
     hardware: Hardware = Hardware()
@@ -197,11 +313,17 @@ class TrainConfig:
             raise ConfigError(f"objectives is {list(self.objectives)}, expected no repeats")
         if "prfl" in self.objectives and self.reward is None:
             raise ConfigError("reward is missing: the prfl objective needs a reward model")
-        if self.prfl.points > self.prfl.num_steps - 1:
-            raise ConfigError(
-                f"prfl.points is {self.prfl.points}, expected at most prfl.num_steps - 1 = "
-                f"{self.prfl.num_steps - 1}"
-            )
+        if isinstance(self.reward, tuple):
+            _check_rewards(self.reward)
+        for name, wanted in (
+            ("prfl.divergence", self.prfl.divergence > 0),
+            ("rollout.merge_lora", self.rollout.merge_lora),
+        ):
+            if wanted and self.lora is None:
+                raise ConfigError(
+                    f"{name} is set, but there are no adapters: add lora: {{rank: 16}}, or leave "
+                    "it out"
+                )
         if isinstance(self.memory, Memory):
             _check_memory(self.memory, self.hardware.precision, self.lora is not None)
         elif self.hardware.precision != "bf16":
@@ -219,13 +341,13 @@ class TrainRewardConfig:
     out: str
     run: Run
     eval_data: str | None = None
-    timesteps: tuple[int, ...] = _ranged((201, 400, 600, 800, 1000), least=0, most=1000)
-    num_blocks: int = _ranged(8, least=1)
-    num_heads: int = _ranged(8, least=1)
-    num_queries: int = _ranged(1, least=1)
+    timesteps: tuple[int, ...] = ranged((201, 400, 600, 800, 1000), least=0, most=1000)
+    num_blocks: int = ranged(8, least=1)
+    num_heads: int = ranged(8, least=1)
+    num_queries: int = ranged(1, least=1)
     loss: Literal["ce", "bt"] = "ce"
     label: str = "motion_quality"
-    shift: float = _ranged(5.0, above=0)
+    shift: float = ranged(5.0, above=0)
     optimizer: RewardOptimizer = RewardOptimizer()
     hardware: Hardware = Hardware()
     memory: RewardMemory = RewardMemory()
@@ -242,9 +364,9 @@ class ScoreConfig:
     data: str
     out: str
     model: str | None = None
-    timesteps: tuple[int, ...] = _ranged((201, 400, 600, 800, 1000), least=0, most=1000)
-    batch_size: int = _ranged(1, least=1)
-    seed: int = _ranged(0, least=0)
+    timesteps: tuple[int, ...] = ranged((201, 400, 600, 800, 1000), least=0, most=1000)
+    batch_size: int = ranged(1, least=1)
+    seed: int = ranged(0, least=0)
     hardware: Hardware = Hardware()
 
     def __post_init__(self) -> None:
@@ -254,194 +376,3 @@ class ScoreConfig:
             raise ConfigError(
                 "model is missing: a reward in the reference's layout needs the generator's folder"
             )
-
-
-def load_config(kind: type[Config], path: str | os.PathLike[str]) -> Config:
-    """Read a YAML file as ``kind``.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, or a key is unknown, repeated, missing, of the
-            wrong type, or out of range.
-        MissingExtra: pyyaml is not installed.
-    """
-    content = read_yaml(path)
-    try:
-        return from_mapping(kind, content)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, or a key is repeated or not a string.
-        MissingExtra: pyyaml is not installed.
-    """
-    yaml = need("yaml")
-
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
-        """Refuses a key that appears twice, of which YAML would keep the last."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = loader.construct_object(key, deep=True)
-            if not isinstance(name, str):
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {name!r} is not a string")
-            if name in seen:
-                raise ConfigError(f"{path}:{key.start_mark.line + 1}: key {name!r} appears twice")
-            seen.add(name)
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from error
-    try:
-        content = yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        raise ConfigError(
-            f"{where}: not YAML: {getattr(error, 'problem', None) or error}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds {_shown(content)}, expected keys and values")
-    return content
-
-
-def from_mapping(kind: type[Config], content: Mapping[str, Any], prefix: str = "") -> Config:
-    """Build a configuration dataclass from plain values.
-
-    Raises:
-        ConfigError: as :func:`load_config`.
-    """
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    for key in content:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(fields)}"
-            raise ConfigError(f"unknown key {prefix + str(key)!r}: {hint}")
-    values = {}
-    for name, spec in fields.items():
-        if name in content:
-            values[name] = _value(content[name], hints[name], prefix + name, spec.metadata)
-        elif spec.default is MISSING:
-            raise ConfigError(f"{prefix}{name} is missing, expected {_wanted(hints[name])}")
-    return kind(**values)
-
-
-def _value(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:
-    """``value`` as the annotated type, or a ConfigError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(f"{key} is {_shown(value)}, expected {_wanted(hint)}")
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        options = [a for a in arguments if a is not type(None)]
-        # A mapping can only be the nested dataclass, anything else only the plain type.
-        options = [
-            a for a in options if dataclasses.is_dataclass(a) == isinstance(value, dict)
-        ] or options
-        if len(options) > 1:
-            raise wrong
-        if not _may_be(value, options[0]):
-            raise wrong
-        return _value(value, options[0], key, limits)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise wrong
-        return from_mapping(hint, value, f"{key}.")  # type: ignore[arg-type]
-    if origin is Literal:
-        if value in arguments and isinstance(value, str):
-            return value
-        near = difflib.get_close_matches(str(value), arguments, n=1)
-        raise ConfigError(f"{wrong}{f'; did you mean {near[0]!r}?' if near else ''}")
-    if origin is tuple:
-        if not isinstance(value, list) or not value:
-            raise wrong
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise wrong
-        return tuple(
-            _value(item, arguments[0], f"{key}[{i}]", limits) for i, item in enumerate(value)
-        )
-    if hint is float and isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = float(value)
-    if not _may_be(value, hint):
-        raise wrong
-    if hint is float:
-        value = float(value)
-        if not math.isfinite(value):
-            raise ConfigError(f"{key} is {value}, expected a finite number")
-    if hint in (int, float):
-        _check_limits(value, key, limits)
-    return value
-
-
-def _may_be(value: Any, hint: Any) -> bool:
-    if hint is float:
-        number = isinstance(value, str) and _NUMBER.fullmatch(value)
-        return bool(number) or isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str) and value != ""
-    if typing.get_origin(hint) is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    return hint is not bool or isinstance(value, bool)
-
-
-def _check_limits(value: float, key: str, limits: Mapping[str, float]) -> None:
-    tests = {
-        "least": (lambda v, limit: v >= limit, "at least"),
-        "most": (lambda v, limit: v <= limit, "at most"),
-        "above": (lambda v, limit: v > limit, "above"),
-        "below": (lambda v, limit: v < limit, "below"),
-    }
-    if not all(tests[name][0](value, limit) for name, limit in limits.items()):
-        expected = " and ".join(f"{tests[name][1]} {limit:g}" for name, limit in limits.items())
-        raise ConfigError(f"{key} is {value:g}, expected a value {expected}")
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "empty"
-    return "a mapping" if isinstance(value, dict) else repr(value)
-
-
-def _wanted(hint: Any) -> str:
-    """A type in the words of somebody who writes YAML."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_wanted(a) for a in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
-    if origin is tuple:
-        count = "one or more" if arguments[-1] is Ellipsis else str(len(arguments))
-        return f"a list of {count}, each {_wanted(arguments[0])}"
-    if dataclasses.is_dataclass(hint):
-        return f"a mapping with keys {', '.join(f.name for f in dataclasses.fields(hint))}"
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-    }
-    return names[hint]
-
-
-def to_yaml(config: Any) -> str:
-    """The configuration with all its defaults, as YAML that :func:`load_config` reads back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    text: str = need("yaml").safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
-    return text

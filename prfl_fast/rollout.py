@@ -63,7 +63,8 @@ class RolloutPrecision:
             value = getattr(self, name)
             if value is None:
                 continue
-            if len(tuple(value)) != 2 or not 0 <= value[0] <= value[1] <= 1:
+            pair = isinstance(value, (tuple, list)) and len(value) == 2
+            if not pair or not 0 <= value[0] <= value[1] <= 1:
                 raise ValueError(
                     f"{name} is {value!r}, expected noise levels (lowest, highest) in "
                     "0 … 1, or None"
@@ -96,7 +97,7 @@ class RolloutSettings:
         precision: what may be inexact; None: nothing.
 
     Raises:
-        ValueError: another value of ``compile``, or without ``cache`` what needs it.
+        ValueError: another value of ``compile`` or ``precision``; without ``cache`` what needs it.
     """
 
     cache: bool = True
@@ -107,6 +108,10 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         if self.compile not in ("auto", "on", "off"):
             raise ValueError(f"compile is {self.compile!r}, expected 'auto', 'on' or 'off'")
+        if not isinstance(self.precision, RolloutPrecision | None):
+            raise ValueError(
+                f"precision is {self.precision!r}, expected a RolloutPrecision or None"
+            )
         if not self.cache and self.needs_model:
             raise ValueError(
                 "cache is False, expected True with merge_lora, compile='on' or FP8: they are "
@@ -145,7 +150,7 @@ def why_not_compiled(
     if mode == "off":
         return "compile is 'off'"
     if device != "cuda":
-        return f"the latents are on {device}, where bits must not change and launches cost little"
+        return f"the latents are on {device}, where no bit must change and launches cost little"
     if positions * width > LARGE_BLOCK:
         return (
             f"{positions} positions of width {width} keep the GPU busy without (above "

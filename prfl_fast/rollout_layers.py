@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.kernels import fp8_linear, quantise_fp8
 from prfl_fast.kernels.fp8_linear import refusal
@@ -117,8 +118,8 @@ class Matrix(NamedTuple):
 
 
 def _has_matrix(layer: nn.Module) -> bool:
-    if _is_plain_linear(layer):
-        return type(layer.weight) in (nn.Parameter, torch.Tensor)
+    if _is_plain_linear(layer):  # torchao's quantised weights lie in linear layers too
+        return not is_traceable_wrapper_subclass(layer.weight)
     return hasattr(layer, "dequantise")  # prfl_fast.quantised.QuantisedLinear
 
 

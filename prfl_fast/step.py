@@ -32,6 +32,10 @@ from prfl_fast.trajectory import (
 )
 
 
+# Below 1 by less than this a noise level is 1 but for a solver's sake (UniPC: 1e-6).
+PURE_NOISE = 1e-5
+
+
 class PRFL:
     """Reward feedback learning on a trajectory; a call leaves the gradients in ``.grad``.
 
@@ -191,6 +195,7 @@ class PRFL:
             sigma = trajectory.sigma(begin)
             trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
         if self.plan.to == "latent":
+            self._check_guided(trajectory, points)
             return Run(self, trajectory, generator, loss_scale).guided(points)
         if self.plan.to == "noise":
             with _frozen(self.transformer):
@@ -211,6 +216,15 @@ class PRFL:
                     f"{describe(noise)}"
                 )
             check_finite("latents", latents)
+
+    def _check_guided(self, trajectory: Trajectory, points: tuple[Point, ...]) -> None:
+        sigma = trajectory.sigma(points[0].step)
+        if sigma > 1 - PURE_NOISE:
+            raise ValueError(
+                f"the plan's window {self.plan.window} starts at step {points[0].step}, where sigma "
+                f"is {sigma:g} and the guidance's factor sigma / (1 - sigma) has no bound; start "
+                "one step later"
+            )
 
     def _points(
         self, indices: Sequence[int | Point] | None, generator: torch.Generator | None
