@@ -210,7 +210,7 @@ class RolloutEngine:
     Give it to :class:`prfl_fast.trajectory.Trajectory`. Between runs it holds no tensor.
 
     Args:
-        transformer: a supported model, a :class:`prfl_fast.trajectory.ModelCall`, or a function,
+        transformer: a supported model, a :class:`prfl_fast.model_call.ModelCall`, or a function,
             for which only fewer steps can be taken.
         settings: see there.
 

@@ -31,7 +31,6 @@ from prfl_fast.trajectory import (
     model_of,
 )
 
-
 # Below 1 by less than this a noise level is 1 but for a solver's sake (UniPC: 1e-6).
 PURE_NOISE = 1e-5
 
@@ -56,7 +55,7 @@ class PRFL:
 
     Args:
         transformer: a supported model (patched or not, with or without LoRA), a
-            :class:`prfl_fast.trajectory.ModelCall`, or a function ``(x, timestep [B], conditions)
+            :class:`prfl_fast.model_call.ModelCall`, or a function ``(x, timestep [B], conditions)
             -> velocity`` for any other.
         reward: ``(x, timestep [B], conditions) -> [B]``, e.g. a frozen ``LatentRewardModel``; or
             several by name.
@@ -221,9 +220,9 @@ class PRFL:
         sigma = trajectory.sigma(points[0].step)
         if sigma > 1 - PURE_NOISE:
             raise ValueError(
-                f"the plan's window {self.plan.window} starts at step {points[0].step}, where sigma "
-                f"is {sigma:g} and the guidance's factor sigma / (1 - sigma) has no bound; start "
-                "one step later"
+                f"the plan's window {self.plan.window} starts at step {points[0].step}, where "
+                f"sigma is {sigma:g} and the guidance's factor sigma / (1 - sigma) has no bound; "
+                "start one step later"
             )
 
     def _points(

@@ -720,3 +720,14 @@ def test_bad_velocities_are_refused():
         PRFL(lambda x, t, c: x, reward, FlowUniPC(), num_steps=3)(make_noise(), {})
     with pytest.raises(ValueError, match="the transformer returned"):
         PRFL(lambda x, t, c: x[:, :1], reward, FlowUniPC(), num_steps=3)(make_noise(), {})
+
+
+@pytest.mark.parametrize("scheduler", [FlowEuler, FlowUniPC])
+def test_guidance_at_pure_noise_is_refused(scheduler):
+    """Where sigma is 1 the factor sigma / (1 - sigma) has no bound."""
+    plan = GradientPlan.flow_nrg(window=(0, None))
+    step = PRFL(Affine().velocity, TinyReward(), scheduler(), plan, num_steps=4)
+    with pytest.raises(ValueError, match="starts at step 0, where sigma is"):
+        step(make_noise(), CONDITIONS)
+    later = PRFL(Affine().velocity, TinyReward(), scheduler(), GradientPlan.flow_nrg(), num_steps=4)
+    assert later(make_noise(), CONDITIONS).indices == (1, 2, 3)
