@@ -140,6 +140,7 @@ class Run:
         result = trajectory.x
         if clean:
             result = flow_step([x, v], [1.0, -trajectory.sigma(point.step)])
+        del x, v  # two latents less while the rewards run
         index = self.step.num_steps if clean else point.step + 1
         self._backward(result, index, penalties, weight)
         trajectory.cut()

@@ -6,14 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from runs import config, log, make_world, samples, write_config
 
 from prfl_fast import cli
-from prfl_fast.config import Memory, TrainConfig, load_config
+from prfl_fast.config import Memory, TrainConfig
+from prfl_fast.config_file import load_config
 from prfl_fast.data import write_dataset
+from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.planner import Candidate
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.training_state import load_tensors, save_tensors
@@ -169,6 +172,158 @@ def test_preference_pairs_and_the_reference_layout(root, tmp_path):
     assert (tmp_path / "ours.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
 
 
+METHODS = [
+    {"method": "prfl", "points": 3, "draws": "independent"},
+    {"method": "refl", "window": 0.5},
+    {"method": "draft", "depth": "all"},
+    {"method": "draft-lv", "renoised": 1},
+    {"method": "alignprop", "depth": 2},
+    {"method": "controlnet++"},
+    {"method": "instructvideo", "strength": 0.9, "depth": 2, "segments": 2, "attenuation": 0.5},
+    {"method": "rg-lcd", "target": None},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
+def test_train_by_every_method(root, tmp_path, method):
+    changes = {"run.steps": 2, "objectives": ["prfl"], "prfl": {"num_steps": 4, **method}}
+    assert call("train", root, tmp_path / "out", changes) == 0
+    for record in log(tmp_path / "out"):
+        assert 0 < record["prfl/reward"] < 1 and record["prfl/grad_norm"] > 0
+    stored = load_config(TrainConfig, tmp_path / "out" / "config.yaml")
+    assert stored.prfl.method == method["method"] and stored.prfl.num_steps == 4
+
+
+def other_reward(root, folder, seed):
+    torch.manual_seed(seed)
+    reward = LatentRewardModel.load(root / "reward")
+    with torch.no_grad():
+        for parameter in reward.head.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    reward.save(folder)
+    return str(folder)
+
+
+def test_several_rewards_are_weighted_and_logged_by_name(root, tmp_path):
+    paths = [other_reward(root, tmp_path / f"r{i}", i) for i in range(2)]
+    rewards = [
+        {"name": "motion", "path": str(root / "reward")},
+        {"name": "look", "path": paths[0], "weight": 0.5},
+        {"name": "worst", "path": paths, "weight": 2.0, "ensemble": "worst"},
+    ]
+    changes = {"run.steps": 2, "objectives": ["prfl"], "reward": rewards}
+    assert call("train", root, tmp_path / "out", changes) == 0
+    for record in log(tmp_path / "out"):
+        scores = {name: record[f"prfl/reward/{name}"] for name in ("motion", "look", "worst")}
+        total = scores["motion"] + 0.5 * scores["look"] + 2 * scores["worst"]
+        assert record["prfl/reward"] == pytest.approx(total, rel=1e-5)
+        assert scores["worst"] <= scores["look"] + 1e-6 and scores["motion"] != scores["look"]
+
+
+def test_a_policy_of_the_rewards_changes_no_bit_of_an_ensemble(root, tmp_path):
+    paths = [other_reward(root, tmp_path / f"r{i}", i) for i in range(2)]
+    reward = [{"name": "a", "path": paths, "ensemble": "uncertainty", "coefficient": 0.3}]
+    base = {"run.steps": 2, "objectives": ["prfl"], "reward": reward}
+    policy = {"memory.reward_policy": "attention", "memory.reward_offload": "cpu"}
+    assert call("train", root, tmp_path / "plain", base) == 0
+    assert call("train", root, tmp_path / "kept", {**base, **policy}) == 0
+    assert log(tmp_path / "plain") == log(tmp_path / "kept")
+    assert all(record["prfl/grad_norm"] > 0 for record in log(tmp_path / "plain"))
+
+
+def test_check_prints_methods_rewards_and_rollouts(root, tmp_path, capsys):
+    changes = {
+        "lora.rank": 2,
+        "prfl": {"num_steps": 5, "method": "draft", "depth": "all", "divergence": 0.1},
+        "reward": [{"name": "a", "path": str(root / "reward"), "weight": 2}],
+        "rollout": {"merge_lora": True, "precision": {"linears": [0.2, 1]}},
+    }
+    assert call("train", root, tmp_path / "out", changes, "--check") == 0
+    printed = load_config(TrainConfig, write_config(tmp_path / "p.yaml", capsys.readouterr().out))
+    assert printed == load_config(TrainConfig, tmp_path / "train.yaml")
+    assert printed.prfl.depth == "all" and printed.rollout.precision.linears == (0.2, 1.0)
+
+
+def test_divergence_is_zero_before_the_first_update_and_logged(root, tmp_path):
+    changes = {
+        "run.steps": 3,
+        "objectives": ["prfl"],
+        "lora.rank": 2,
+        "rollout.merge_lora": True,
+        "prfl.divergence": 0.5,
+    }
+    assert call("train", root, tmp_path / "out", changes) == 0
+    moved = [record["prfl/divergence"] for record in log(tmp_path / "out")]
+    assert moved[0] == 0 and moved[1] > 0 and moved[2] > 0
+
+
+def negative_file(path, *shape, name="encoder_hidden_states", value=None):
+    generator = torch.Generator().manual_seed(5)
+    tensor = torch.randn(*shape, generator=generator)
+    save_tensors({name: tensor if value is None else tensor + value}, path)
+    return str(path)
+
+
+def test_guidance_is_read_from_a_file_and_changes_the_trajectory(root, tmp_path):
+    same = negative_file(tmp_path / "n.safetensors", 3, 20)
+    longer = negative_file(tmp_path / "l.safetensors", 5, 20)
+    first = {}
+    for name, guidance in {
+        "none": None,
+        "batched": {"scale": 4, "negative": same},
+        "in turn": {"scale": 4, "negative": same, "batched": False},
+        "longer": {"scale": 4, "negative": longer, "batched": False},
+    }.items():
+        changes = {"run.steps": 1, "objectives": ["prfl"], "prfl.guidance": guidance}
+        assert call("train", root, tmp_path / name, changes) == 0
+        first[name] = log(tmp_path / name)[0]["prfl/reward"]
+    assert first["batched"] == pytest.approx(first["in turn"], rel=1e-5)
+    assert len({round(value, 7) for value in first.values()}) >= 3
+
+
+def test_a_run_with_a_drift_guard_resumes_as_it_would_have_gone_on(root, tmp_path):
+    """Fewer steps with a limit: the guard's counts and its fall back are part of the run."""
+    changes = {
+        "objectives": ["prfl"],
+        "prfl": {"num_steps": 9, "points": 2},
+        "rollout.precision": {"stride": 3, "check_every": 3, "drift_limit": 1e-3},
+    }
+    for limit, fallen in ((1e-9, True), (1e3, False)):
+        changes["rollout.precision"]["drift_limit"] = limit
+        whole, halves = tmp_path / f"whole{fallen}", tmp_path / f"halves{fallen}"
+        with (
+            pytest.warns(RuntimeWarning, match="past drift_limit 1e-09")
+            if fallen
+            else nullcontext()
+        ):
+            assert call("train", root, whole, {**changes, "run.steps": 5}) == 0
+            assert call("train", root, halves, {**changes, "run.steps": 2}) == 0
+        assert call("train", root, halves, {**changes, "run.steps": 5}) == 0
+        records = log(whole)
+        assert records == log(halves)
+        name = "step-00000005/model/diffusion_pytorch_model.safetensors"
+        assert (whole / name).read_bytes() == (halves / name).read_bytes()
+        checked = [record["step"] for record in records if "prfl/drift" in record]
+        assert checked == ([1] if fallen else [1, 4])
+
+
+def test_what_of_the_rollout_may_change_between_runs(root, tmp_path, capsys):
+    base = {"lora.rank": 2, "objectives": ["prfl"]}
+    out = tmp_path / "out"
+    assert call("train", root, out, {**base, "run.steps": 1}) == 0
+    free = {"rollout.cache": False, "rollout.compile": "off"}
+    assert call("train", root, out, {**base, **free, "run.steps": 2}) == 0
+    capsys.readouterr()
+    for changes, message in (
+        ({"rollout.merge_lora": True}, "made with rollout.merge_lora = False, this run has True"),
+        ({"rollout.precision": {"stride": 2}}, "made with rollout.precision = None, this run has"),
+        ({"prfl.method": "refl"}, "made with prfl.method = 'prfl', this run has 'refl'"),
+        ({"prfl.divergence": 0.1}, "made with prfl.divergence = 0.0, this run has 0.1"),
+    ):
+        assert call("train", root, out, {**base, **changes, "run.steps": 3}) == 2
+        assert message in one_line(capsys, "train")
+
+
 QLORA = {"hardware.precision": "bf16", "lora.rank": 2}
 EVERY_KEY = {
     "weights": "nf4",
@@ -237,19 +392,19 @@ def test_a_reward_in_the_reference_layout_keeps_its_float32(root, tmp_path, monk
     folder, mlp, pool = LatentRewardModel.load(root / "reward").save_reference(tmp_path / "theirs")
     layout = {"transformer": str(folder), "mlp": str(mlp), "pool": str(pool), "num_heads": 2}
     seen = []
-    apply = memory.apply_memory
 
     def note(transformer, reward, *rest, **options):
-        apply(transformer, reward, *rest, **options)
-        seen.append((transformer, reward))
+        memory.apply_memory(transformer, reward, *rest, **options)
+        seen.append(reward if transformer is None else transformer)
 
-    monkeypatch.setattr(memory, "apply_memory", note)
+    monkeypatch.setattr("prfl_fast.cli_train.apply_memory", note)
     changes = {"hardware.precision": "bf16", "reward": layout, "run.steps": 1}
     assert call("train", root, tmp_path / "a", {**changes, "memory": {"weights": "bf16"}}) == 0
     both = {"weights": "bf16", "reward_weights": "bf16"}
     assert call("train", root, tmp_path / "b", {**changes, "memory": both}) == 0
     file = load_tensors(root / "reward/model.safetensors")
-    for (transformer, reward), dtype in zip(seen, (torch.float32, torch.bfloat16), strict=True):
+    runs = zip(seen[::2], seen[1::2], (torch.float32, torch.bfloat16), strict=True)
+    for transformer, reward, dtype in runs:
         assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         weight = reward.backbone.blocks[0].attn1.to_q.weight
         assert weight.dtype == dtype
@@ -369,6 +524,19 @@ def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):
     error = one_line(capsys, "train")
     assert "memory is auto, but no plan fits 8.0 GiB: the nearest, {weights: bf16" in error
     assert "takes 10.0 GiB" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("objectives", [["prfl", "sft"], ["sft"]])
+def test_memory_auto_of_a_chain_is_refused_where_it_trains(
+    root, tmp_path, planned, capsys, objectives
+):
+    changes = {**AUTO, "run.steps": 1, "objectives": objectives, "prfl.method": "draft-lv"}
+    code = call("train", root, tmp_path / "out", changes)
+    if objectives == ["sft"]:
+        assert code == 0 and planned[0].calls[0]["rollout"] == GradientPlan.prfl()
+    else:
+        assert code == 2 and "so say what memory is, as {policy: full}" in one_line(capsys, "train")
+        assert not planned[0].calls and not (tmp_path / "out").exists()
 
 
 def test_memory_auto_of_supervised_training_alone(root, tmp_path, planned):
@@ -537,7 +705,7 @@ BAD = {
         "timesteps is [], expected a list of one or more",
     ),
     "timestep too large": ("score", {"timesteps": [2000]}, None, "timesteps[0] is 2000"),
-    "too many points": ("train", {"prfl.points": 9}, None, "prfl.points is 9, expected at most"),
+    "too many points": ("train", {"prfl.points": 9}, None, "prfl.points is 9, but 3 steps have"),
     "unknown precision": (
         "train",
         {"hardware.precision": "fp16"},
@@ -620,6 +788,54 @@ BAD = {
         {"reward": ...},
         None,
         "reward is missing: the prfl objective needs a reward model",
+    ),
+    "a method's key for another": (
+        "train",
+        {"prfl.method": "refl", "prfl.points": 2},
+        None,
+        "prfl.points is 2, but prfl.method is refl, which takes window",
+    ),
+    "divergence without adapters": (
+        "train",
+        {"prfl.divergence": 0.1},
+        None,
+        "prfl.divergence is set, but there are no adapters: add lora",
+    ),
+    "too few frames for the segments": (
+        "train",
+        {"prfl.method": "instructvideo"},
+        None,
+        "prfl.segments is 4, but the latents of the dataset have 2 frames",
+    ),
+    "a second reward that is not there": (
+        "train",
+        {"reward": [{"name": "a", "path": "nowhere"}, {"name": "b", "path": "nowhere"}]},
+        None,
+        "nowhere is not a saved reward model",
+    ),
+    "no negative conditions": (
+        "train",
+        {"prfl.guidance": {"scale": 5, "negative": "nowhere"}},
+        None,
+        "nowhere: no such file",
+    ),
+    "negative conditions of another length": (
+        "train",
+        {"prfl.guidance": {"scale": 5, "negative": "NEGATIVE/5/20"}},
+        None,
+        "expected the dataset's [3, 20]; pad it, or set batched: false",
+    ),
+    "negative conditions of another width": (
+        "train",
+        {"prfl.guidance": {"scale": 5, "negative": "NEGATIVE/3/24", "batched": False}},
+        None,
+        "encoder_hidden_states is float32[3, 24] on cpu, expected the dataset's [3, 20]",
+    ),
+    "negative conditions that are none": (
+        "train",
+        {"prfl.guidance": {"scale": 5, "negative": "SAMPLE"}},
+        None,
+        "holds ['encoder_hidden_states', 'latents'], expected some of ['encoder_hidden_states']",
     ),
     "odd score file": (
         "score",
@@ -801,6 +1017,8 @@ def test_bad_input_is_one_line_and_writes_nothing(root, tmp_path, monkeypatch, c
     monkeypatch.chdir(place)
     (tmp_path / "FILE").write_text("x")
     (tmp_path / "FOLDER.jsonl").mkdir()
+    for shape in ((5, 20), (3, 24)):
+        negative_file(tmp_path / "NEGATIVE-{}-{}".format(*shape), *shape)
     replacements = {
         "FILE/out": tmp_path / "FILE/out",
         "FOLDER.jsonl": tmp_path / "FOLDER.jsonl",
@@ -810,6 +1028,12 @@ def test_bad_input_is_one_line_and_writes_nothing(root, tmp_path, monkeypatch, c
         k: str(replacements[v]) if isinstance(v, str) and v in replacements else v
         for k, v in changes.items()
     }
+    guidance = changes.get("prfl.guidance", {})
+    for mark, file in {"NEGATIVE/5/20": "NEGATIVE-5-20", "NEGATIVE/3/24": "NEGATIVE-3-24"}.items():
+        if guidance.get("negative") == mark:
+            changes["prfl.guidance"] = {**guidance, "negative": str(tmp_path / file)}
+    if guidance.get("negative") == "SAMPLE":
+        changes["prfl.guidance"] = {**guidance, "negative": str(world / DATA)}
     before = {p: p.stat().st_mtime_ns for p in world.rglob("*")}
     path = write_config(tmp_path / "c.yaml", config(command, world, place / "out", changes))
     assert cli.main([command, str(path)]) == 2

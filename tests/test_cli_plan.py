@@ -12,7 +12,9 @@ import yaml
 from runs import make_world, write_config
 
 from prfl_fast import cli, plan_search, planner
-from prfl_fast.config import TrainConfig, load_config
+from prfl_fast.config import TrainConfig
+from prfl_fast.config_file import load_config
+from prfl_fast.gradient_plan import GradientPlan
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,15 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
     assert run("--apply", file) == 0 and file.read_text() == after
 
 
+def test_apply_plans_for_the_files_method(file, calls):
+    text = file.read_text()
+    file.write_text(text.replace("points: 3   # three", "method: refl"))
+    assert run("--apply", file) == 0 and calls[-1]["rollout"] == GradientPlan.refl()
+    file.write_text(text.replace("points: 3 ", "draws: independent\n  points: 3 "))
+    assert run("--apply", file) == 0
+    assert calls[-1]["rollout"] == GradientPlan.prfl(3, "independent")
+
+
 @pytest.mark.parametrize("form", ["json", "missing"])
 def test_apply_to_other_files(root, tmp_path, calls, form):
     path = tmp_path / "train.yaml"
@@ -213,6 +224,8 @@ BAD = {
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
+    "--apply DRAFT": "prfl.method is draft, whose gradient goes through several solver steps",
+    "--apply SEVERAL": "reward lists 2 rewards, but the planner knows one model only",
     "--apply EMPTY": "holds empty, expected keys and values",
     "--apply BROKEN": "not YAML",
     "--apply WRONG": "unknown key 'lora.rnk': did you mean 'rank'?",
@@ -231,6 +244,10 @@ def test_bad_input_is_one_line_before_any_work(
     text = file.read_text()
     shutil.copy(file, "FILE")
     (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
+    (tmp_path / "DRAFT").write_text(text.replace("points: 3", "method: draft\n  depth: 2"))
+    two = "reward: [{name: a, path: x}, {name: b, path: y}]"
+    lines = [two if line.startswith("reward") else line for line in text.splitlines()]
+    (tmp_path / "SEVERAL").write_text("\n".join(lines))
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "BROKEN").write_text("a: [\n")
     (tmp_path / "WRONG").write_text("lora: {rnk: 2}\n")

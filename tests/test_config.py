@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from prfl_fast.config import (
-    ConfigError,
     Memory,
+    NamedReward,
     ReferenceReward,
     RewardMemory,
     ScoreConfig,
     TrainConfig,
     TrainRewardConfig,
-    from_mapping,
-    load_config,
-    to_yaml,
 )
+from prfl_fast.config_file import ConfigError, from_mapping, load_config, to_yaml
+from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.rollout import RolloutPrecision, RolloutSettings
 
 BF16 = "hardware: {precision: bf16}\n"
 LORA = "lora: {rank: 4}\n"
@@ -92,6 +92,87 @@ def test_what_is_printed_reads_back(tmp_path, kind, text):
         config.out = "x"
 
 
+METHODS = {
+    "prfl": GradientPlan.prfl(),
+    "prfl, points: 3, draws: independent": GradientPlan.prfl(3, "independent"),
+    "refl": GradientPlan.refl(),
+    "refl, window: 0.5": GradientPlan.refl(0.5),
+    "draft": GradientPlan.draft(),
+    "draft, depth: 3": GradientPlan.draft(3),
+    "draft, depth: all": GradientPlan.draft(None),
+    "draft-lv, renoised: 4": GradientPlan.draft_lv(4),
+    "alignprop": GradientPlan.alignprop(),
+    "alignprop, depth: 5": GradientPlan.alignprop(most=5),
+    "controlnet++, window: 0.3, num_steps: 1000": GradientPlan.controlnet_plus_plus(0.3),
+    "instructvideo": GradientPlan.instruct_video(),
+    "instructvideo, strength: 0.5, depth: 2, segments: 3, attenuation: 0.2": (
+        GradientPlan.instruct_video(0.5, 2, 3, 0.2)
+    ),
+    "rg-lcd": GradientPlan.rg_lcd(),
+}
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_methods_are_the_constructors_of_the_plan(tmp_path, text):
+    config = load(tmp_path, BASE + f"prfl: {{method: {text}}}\n")
+    assert config.prfl.plan() == METHODS[text]
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+def test_rollout_settings_are_the_librarys(tmp_path):
+    assert load(tmp_path, BASE).rollout == RolloutSettings()
+    text = "rollout: {merge_lora: true, compile: on, precision: {linears: [0.3, 1], stride: 2}}\n"
+    precision = RolloutPrecision(linears=(0.3, 1.0), stride=2)
+    expected = RolloutSettings(merge_lora=True, compile="on", precision=precision)
+    config = load(tmp_path, BASE + LORA + text)
+    assert config.rollout == expected and load(tmp_path, to_yaml(config)) == config
+    assert load(tmp_path, BASE + "rollout: {compile: off}\n").rollout.compile == "off"
+    assert load(tmp_path, BASE + "rollout: {compile: 'off'}\n").rollout.compile == "off"
+
+
+SEVERAL = """\
+reward:
+  - {name: motion, path: a}
+  - {name: text, path: {transformer: b, mlp: c, pool: d}, weight: 0.5}
+  - {name: look, path: [e, f], ensemble: uncertainty, coefficient: 0.2}
+"""
+
+
+def test_several_rewards(tmp_path):
+    config = load(tmp_path, BASE.replace("reward: r\n", SEVERAL))
+    assert config.reward == (
+        NamedReward("motion", "a"),
+        NamedReward("text", ReferenceReward("b", "c", "d"), 0.5),
+        NamedReward("look", ("e", "f"), 1.0, "uncertainty", 0.2),
+    )
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: text", "name: motion", "reward[1].name is 'motion', which another reward has"),
+        ("name: text", "nam: text", "unknown key 'reward[1].nam': did you mean 'name'?"),
+        ("weight: 0.5", "weight: 0", "reward[1].weight is 0, expected a value above 0"),
+        ("path: a", "path: 3", "reward[0].path is 3, expected a string or a mapping with keys"),
+        ("path: a", "path: [a]", "reward[0].path is a list of one, expected at least two, or a s"),
+        ("path: a", "path: [a, b]", "reward[0].ensemble is missing, expected mean, worst or unc"),
+        ("path: a", "path: a, ensemble: mean", "reward[0].ensemble is mean, which needs a list"),
+        ("ensemble: uncertainty", "ensemble: worst", "reward[2].coefficient is 0.2, which only en"),
+        (
+            "ensemble: uncertainty",
+            "ensemble: all",
+            "reward[2].ensemble is 'all', expected one",
+        ),
+    ],
+)
+def test_bad_lists_of_rewards(tmp_path, old, new, message):
+    text = BASE.replace("reward: r\n", SEVERAL.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+
+
 def test_memory_is_auto_or_explicit(tmp_path):
     assert load(tmp_path, BASE).memory == Memory()
     assert load(tmp_path, BASE + BF16 + "memory: auto\n").memory == "auto"
@@ -129,7 +210,32 @@ BAD = {
     "prfl: {num_steps: 4.5}": "prfl.num_steps is 4.5, expected a whole number",
     "prfl: {num_steps: true}": "prfl.num_steps is True, expected a whole number",
     "prfl: {num_steps: 1}": "prfl.num_steps is 1, expected a value at least 2",
-    "prfl: {num_steps: 3, points: 3}": "prfl.points is 3, expected at most prfl.num_steps - 1 = 2",
+    "prfl: {num_steps: 3, points: 3}": "prfl.points is 3, but 3 steps have only 2 in the",
+    "prfl: {method: refll}": "prfl.method is 'refll', expected one of prfl, refl, draft, draft-lv",
+    "prfl: {method: refl, points: 2}": "prfl.points is 2, but prfl.method is refl, which takes",
+    "prfl: {depth: 3}": "prfl.depth is 3, but prfl.method is prfl, which takes points, draws",
+    "prfl: {method: rg-lcd, window: 0.5}": "prfl.window is 0.5, but prfl.method is rg-lcd, which",
+    "prfl: {method: draft, draws: independent}": "prfl.draws is independent, but prfl.meth",
+    "prfl: {method: draft, depth: 41}": "prfl.num_steps is 40, too few: no step lies in the window",
+    "prfl: {method: draft, depth: al}": "prfl.depth is 'al', expected a whole number or all or",
+    "prfl: {method: draft, depth: 0}": "prfl.depth is 0, expected a value at least 1",
+    "prfl: {method: refl, window: 0}": "prfl.window is 0, expected a value above 0 and at most 1",
+    "prfl: {method: instructvideo, strength: 2}": "prfl.strength is 2, expected a value above 0 an",
+    "prfl: {method: instructvideo, depth: all}": "prfl.depth is all, expected a whole number for i",
+    "prfl: {target: high}": "prfl.target is 'high', expected a number or null",
+    "prfl: {divergence: 0.1}": "prfl.divergence is set, but there are no adapters: add lora: {rank",
+    f"{LORA}prfl: {{divergence: -1}}": "prfl.divergence is -1, expected a value at least 0",
+    "prfl: {guidance: 5}": "prfl.guidance is 5, expected a mapping with keys scale, negat",
+    "prfl: {guidance: {scale: 5}}": "prfl.guidance.negative is missing, expected a string",
+    "rollout: {merge_lora: true}": "rollout.merge_lora is set, but there are no adapters: add lora",
+    "rollout: {cash: true}": "unknown key 'rollout.cash': did you mean 'cache'?",
+    "rollout: {compile: maybe}": "rollout.compile is 'maybe', expected one of auto, on, off",
+    f"{LORA}rollout: {{merge_lora: true, cache: false}}": "rollout.cache is False, expected True",
+    "rollout: {precision: fp8}": "rollout.precision is 'fp8', expected a mapping with keys linears",
+    "rollout: {precision: {linears: [0.9, 0.1]}}": "rollout.precision.linears is (0.9, 0.1), expe",
+    "rollout: {precision: {linears: [0]}}": "rollout.precision.linears is [0], expected a list of",
+    "rollout: {precision: {stride: 0}}": "rollout.precision.stride is 0, expected a positive",
+    "rollout: {precision: {drift_limit: -1}}": "rollout.precision.drift_limit is -1.0, expected",
     "prfl: {solver: unipd}": "did you mean 'unipc'?",
     "lora: {}": "lora.rank is missing, expected a whole number",
     "lora: {rank: 2, targets: []}": "lora.targets is [], expected a list of one or more",
@@ -247,10 +353,16 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_the_readmes_files_are_valid(tmp_path):
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", readme, re.S)
-    memory, reward, train = sorted(blocks, key=lambda block: block.startswith("# train.yaml"))
-    assert "memory:" in memory and load(tmp_path, BASE + memory).memory.policy == "attention"
-    assert load(tmp_path, reward, TrainRewardConfig).run.steps == 2000
+    named = {block.partition("\n")[0]: block for block in blocks if block.startswith("#")}
+    (memory,) = (block for block in blocks if not block.startswith("#"))
+    assert load(tmp_path, BASE + memory).memory.policy == "attention"
+    assert load(tmp_path, named["# reward.yaml"], TrainRewardConfig).run.steps == 2000
+    train = named["# train.yaml"]
     assert load(tmp_path, train).memory == "auto"
+    other = named["# other-methods.yaml, keys of train.yaml"]
+    config = load(tmp_path, BASE.replace("reward: r\n", "") + other)
+    assert config.prfl.plan() == GradientPlan.alignprop(most=8)
+    assert config.reward[1].ensemble == "worst" and config.rollout.precision.check_every == 20
 
 
 def test_mappings_build_without_a_file():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prfl_fast import plan_search, planner
-from prfl_fast.config import Memory, TrainConfig, load_config
+from prfl_fast.config import Memory, TrainConfig
+from prfl_fast.config_file import load_config
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.machines import MACHINES, Machine, machine, this_machine
 from prfl_fast.plan_report import frontier

@@ -202,6 +202,20 @@ def test_bfloat16_weights_and_8bit_states_resume_too(root, runner, tmp_path):
         assert load_tensors(files[0])["blocks.0.ffn.net.2.weight"].dtype is dtype
 
 
+def test_the_count_of_a_drift_guard_resumes_too(root, runner, tmp_path):
+    changes = {
+        "prfl": {"num_steps": 9, "points": 2},
+        "rollout.precision": {"stride": 3, "check_every": 3, "drift_limit": 1e3},
+    }
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(runner, root, whole, changes) == 0
+    assert train(runner, root, out, changes, place="a state file", count=2) == -signal.SIGKILL
+    assert latest_checkpoint(out).name == "step-00000002"
+    assert train(runner, root, out, changes) == 0
+    assert_equal_runs(out, whole)
+    assert [r["step"] for r in log(out) if "prfl/drift" in r] == [1, 4]
+
+
 def test_reward_training_resumes_too(root, runner, tmp_path):
     def fit(out, **options):
         path = write_config(

@@ -16,6 +16,7 @@ from prfl_fast.data import Batches, Pair
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.patching import patch
 from prfl_fast.reward import LatentRewardModel
+from prfl_fast.rollout import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler
 from prfl_fast.step import PRFL
 from prfl_fast.trainer import (
@@ -102,6 +103,17 @@ def test_every_objective_has_its_own_step_and_draws():
         f"{name}/{key}" for name in "ab" for key in ("loss", "half", "grad_norm")
     }
     assert run.model.weight.grad is None
+
+
+def test_a_metric_is_the_mean_over_the_micro_batches_that_returned_it():
+    class Sometimes(Noisy):
+        def __call__(self, draw, generator, loss_scale):
+            metrics = super().__call__(draw, generator, loss_scale)
+            return metrics | ({"drift": float(draw)} if draw in (1, 2, 7) else {})
+
+    model = linear()
+    history = trainer(model, objectives={"a": Sometimes(model)}, steps=3, accumulation=3).run()
+    assert [record.get("a/drift") for record in history.history] == [1.5, None, 7.0]
 
 
 @pytest.mark.parametrize("kind", ["bad", "bad_gradient"])
@@ -316,6 +328,52 @@ def test_out_of_memory_says_where_and_what_and_can_be_gone_on_from(tmp_path, pla
     assert torch.equal(model.weight, whole.weight)
 
 
+class Counting(Full):
+    """Carries a count from call to call, which its loss depends on."""
+
+    def __init__(self, model, draws=()):
+        super().__init__(model, draws)
+        self.model, self.count = model, 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+    def __call__(self, draw, generator, loss_scale):
+        self.count += 1
+        metrics = super().__call__(draw, generator, loss_scale * self.count)
+        return metrics | {"count": float(self.count)}
+
+
+def test_what_an_objective_carries_is_saved_and_resumed(tmp_path):
+    def run(folder, steps, draws=()):
+        model = linear()
+        objectives = {"a": Counting(model, draws), "b": Noisy(model)}
+        options = {"steps": steps, "accumulation": 2, "save_every": 1, "clip_norm": 0.1}
+        return trainer(model, folder, objectives=objectives, **options)
+
+    torch.manual_seed(5)
+    whole = run(tmp_path / "whole", 4)
+    whole.run()
+    torch.manual_seed(5)
+    run(tmp_path / "halves", 2).run()
+    resumed = run(tmp_path / "halves", 4)
+    assert resumed.objectives["a"].count == 4
+    resumed.run()
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    # A micro-batch that found the device full is not counted twice.
+    torch.manual_seed(5)
+    full = run(tmp_path / "full", 4, draws=[5])
+    with pytest.raises(OutOfMemory):
+        full.run()
+    assert full.objectives["a"].count == 4
+    full.run()
+    assert log(tmp_path / "full") == log(tmp_path / "whole")
+
+
 def test_out_of_memory_in_the_optimizer_step_ends_the_run(tmp_path, monkeypatch):
     run = trainer(folder=tmp_path, save_every=1, advise=lambda: 1 / 0)
     run.on_step = lambda record: monkeypatch.setattr(run.optimizer, "step", no_memory)
@@ -504,23 +562,70 @@ def test_a_folder_that_is_a_file(tmp_path):
         trainer(folder=tmp_path / "f")
 
 
-def feedback(transformer, precision="fp32", points=1):
+def feedback(transformer, precision="fp32", plan=None, rewards=("reward",), **options):
     torch.manual_seed(4)
-    reward = LatentRewardModel.from_backbone(transformer, num_blocks=1, num_heads=2)
+    models = {
+        name: LatentRewardModel.from_backbone(transformer, num_blocks=1, num_heads=2)
+        for name in rewards
+    }
     step = PRFL(
         velocity_call(transformer, precision),
-        reward_call(reward, precision),
+        {name: reward_call(model, precision) for name, model in models.items()},
         FlowEuler(),
-        GradientPlan.prfl(points=points),
-        num_steps=4,
+        plan,
+        **{"num_steps": 4, **options},
     )
     return RewardFeedback(step, Batches(samples(4)))
+
+
+def test_feedback_from_data_takes_the_batchs_latents():
+    transformer = patch(tiny_wan(layers=1, heads=1))
+    objective = feedback(transformer, plan=GradientPlan.rg_lcd())
+    metrics = objective(3, torch.Generator().manual_seed(0), 0.5)
+    gradients = [p.grad.clone() for p in transformer.parameters()]
+    transformer.zero_grad()
+    batch, generator = objective.batches[3], torch.Generator().manual_seed(0)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    given = {"latents": batch.latents, "generator": generator, "loss_scale": 0.5}
+    out = objective.step(noise, batch.conditions, **given)
+    assert torch.equal(out.loss, metrics["loss"]) and set(metrics) == {"loss", "reward"}
+    assert all(
+        torch.equal(a, p.grad) for a, p in zip(gradients, transformer.parameters(), strict=True)
+    )
+
+
+def test_feedback_reports_every_reward_the_divergence_and_the_largest_drift():
+    transformer = patch(tiny_wan(layers=1, heads=1))
+    add_lora(transformer, 2)
+    objective = feedback(
+        transformer,
+        plan=GradientPlan.prfl(points=2),
+        rewards=("a", "b"),
+        num_steps=9,
+        divergence=0.1,
+        rollout=RolloutSettings(precision=RolloutPrecision(stride=3, check_every=2)),
+    )
+    first, second = (objective(0, torch.Generator().manual_seed(i), 1.0) for i in range(2))
+    assert set(second) == {"loss", "reward", "reward/a", "reward/b", "divergence"}
+    assert set(first) == {*second, "drift"}
+    assert first["drift"] == max(objective.step.engine.drift.values()) > 0
+    assert first["divergence"] == 0  # adapters start at zero
+    torch.testing.assert_close(first["reward"], first["reward/a"] + first["reward/b"])
+    assert objective.step.engine.trajectories == 2
+    again = feedback(transformer, num_steps=9)
+    again.load_state_dict(objective.state_dict())
+    assert again.state_dict() == objective.state_dict()
+
+
+def test_feedback_that_would_train_nothing_is_refused():
+    with pytest.raises(ValueError, match="sends its gradient to the noise, expected 'parameters'"):
+        feedback(tiny_wan(layers=1, heads=1), plan=GradientPlan.reno())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_parameter_gets_its_gradient_in_either_precision(precision):
     transformer = patch(tiny_wan(layers=1, heads=1))
-    objective = feedback(transformer, precision, points=2)
+    objective = feedback(transformer, precision, GradientPlan.prfl(points=2))
     metrics = objective(0, torch.Generator().manual_seed(0), 1.0)
     assert math.isfinite(metrics["loss"]) and 0 < float(metrics["reward"]) < 1
     without = [n for n, p in transformer.named_parameters() if p.grad is None or not p.grad.any()]
