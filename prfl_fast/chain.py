@@ -6,6 +6,7 @@ kept: the solver's own operations are linear with known coefficients and keep no
 the forward that is run again follow the model's checkpoint policy, as in a single step.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,37 +14,43 @@ import torch
 
 # x → velocity, and further terms of the loss at x.
 Evaluation = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, evaluate: Evaluation, x: torch.Tensor, anchor: torch.Tensor
+        ctx: Any, evaluate: Evaluation, context: Context, x: torch.Tensor, anchor: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.evaluate = evaluate
+        ctx.evaluate, ctx.context = evaluate, context
         ctx.save_for_backward(x)
-        return evaluate(x.detach())
+        with context():
+            return evaluate(x.detach())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.enable_grad():
-            outputs = ctx.evaluate(x)
-        pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-        # Not autograd.grad: gradients of parameters go where they belong as they are made.
-        torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-        return None, x.grad, None
+        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        with ctx.context():
+            with torch.enable_grad():
+                outputs = ctx.evaluate(x)
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            # Not autograd.grad: gradients of parameters go where they belong as they are made.
+            torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+        return None, None, x.grad, None
 
 
-def recomputed_step(evaluate: Evaluation, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def recomputed_step(
+    evaluate: Evaluation, x: torch.Tensor, context: Context = contextlib.nullcontext
+) -> tuple[torch.Tensor, ...]:
     """``evaluate(x)`` now without a graph, and again with one in the backward.
 
     Args:
         evaluate: gives the same values each time; its parameters get their gradients in ``.grad``
             during the backward.
         x: all that is kept.
+        context: in force during ``evaluate`` and its backward.
     """
     # What makes the outputs require a gradient where x is a constant.
     anchor = torch.zeros(0, requires_grad=True)
-    return _Recomputed.apply(evaluate, x, anchor)
+    return _Recomputed.apply(evaluate, context, x, anchor)

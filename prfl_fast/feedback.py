@@ -127,6 +127,13 @@ class Run:
     @torch.enable_grad()
     def _point(self, point: Point, weight: float, last: bool) -> None:
         """Take the steps of a point with gradient and run backward."""
+        try:
+            self._chain(point, weight, last)
+        finally:
+            # Also after an exception: the chain's graph knows this object, which knows the latents.
+            self.trajectory.cut()
+
+    def _chain(self, point: Point, weight: float, last: bool) -> None:
         trajectory, penalties = self.trajectory, []
         clean = self.plan.reward_at == "clean"
         for index in range(point.first, point.step + 1):
@@ -143,7 +150,6 @@ class Run:
         del x, v  # two latents less while the rewards run
         index = self.step.num_steps if clean else point.step + 1
         self._backward(result, index, penalties, weight)
-        trajectory.cut()
 
     @torch.enable_grad()
     def _renoised(self, point: Point, weight: float) -> None:
@@ -163,8 +169,18 @@ class Run:
             return (v,)
         model = model_of(self.step.transformer)
         assert model is not None
-        with torch.no_grad(), adapters_off(model):
-            base = self.trajectory.velocity(x.detach(), index)
+
+        def initial(x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.trajectory.velocity(x, index),)
+
+        off = partial(adapters_off, model)
+        if x.requires_grad and torch.is_grad_enabled():
+            # In a chain the latents depend on the parameters, and the initial velocity on the
+            # latents. Blocks that are run again in its backward must find the adapters off.
+            (base,) = recomputed_step(initial, x, off)
+        else:
+            with torch.no_grad(), off():
+                (base,) = initial(x)
         wide = torch.promote_types(v.dtype, torch.float32)
         return v, (v.to(wide) - base.to(wide)).square().mean()
 

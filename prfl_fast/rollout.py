@@ -91,7 +91,9 @@ class RolloutSettings:
     Attributes:
         cache: compute once what all steps of a rollout share. Changes no bit.
         merge_lora: add low-rank adapters to the weights, block by block as they run; stored weights
-            are not touched. Equals the unmerged result to rounding.
+            are not touched. Equals the unmerged result to rounding: of a bfloat16 weight a change
+            below half a unit in its last place is rounded away, so young adapters may have less
+            effect on the rollout than on the gradient step.
         compile: ``torch.compile`` of the blocks; ``"auto"`` where :func:`why_not_compiled` finds
             nothing against it.
         precision: what may be inexact; None: nothing.
