@@ -20,6 +20,7 @@ from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.kernels import set_backend
 from prfl_fast.losses import sft_loss
 from prfl_fast.memory import apply_memory
+from prfl_fast.model_call import Guidance
 from prfl_fast.patching import patch, unpatch
 from prfl_fast.planner import plan
 from prfl_fast.quantised import quantise
@@ -29,7 +30,7 @@ from prfl_fast.rollout import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL, PRFLOutput
 from prfl_fast.trainer import Trainer, TrainSettings
-from prfl_fast.trajectory import Guidance, rollout
+from prfl_fast.trajectory import rollout
 
 __all__ = [
     "PRFL",

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from prfl_fast._checks import check_count
 from prfl_fast._extras import need
 from prfl_fast.adapters import Conditions
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
+from prfl_fast.model_call import Guidance, Velocity, bind_velocity
 from prfl_fast.rewards import Reward
 from prfl_fast.rollout import RolloutEngine, RolloutSettings
 from prfl_fast.scheduler_rows import take_rows
 from prfl_fast.schedulers import FlowEuler
-from prfl_fast.trajectory import Guidance, Trajectory, Velocity, bind_velocity
+from prfl_fast.trajectory import Trajectory
 
 
 class Forwards(NamedTuple):
@@ -373,9 +375,3 @@ def _finite_rows(x: torch.Tensor) -> list[int]:
 
 def _take(conditions: Conditions, rows: list[int]) -> Conditions:
     return {key: value[rows] for key, value in conditions.items()}
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ``ValueError`` unless a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")

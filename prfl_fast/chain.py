@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+NO_GRADIENT = (
+    "the transformer's velocity needs no gradient: no parameter of it requires one; call "
+    "requires_grad_(True) on what should train, or add LoRA layers"
+)
 # x → velocity, and further terms of the loss at x.
 Evaluation = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -35,6 +39,8 @@ class _Recomputed(torch.autograd.Function):
             with torch.enable_grad():
                 outputs = ctx.evaluate(x)
             pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            if not pairs:
+                raise ValueError(NO_GRADIENT)
             # Not autograd.grad: gradients of parameters go where they belong as they are made.
             torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
         return None, None, x.grad, None

@@ -7,6 +7,7 @@ Optional packages are imported by the command that needs them, so ``doctor`` wor
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import io
@@ -15,7 +16,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,10 +118,26 @@ def _run(options: argparse.Namespace) -> int:
     from prfl_fast.config_file import load_config
 
     if options.command == "train":
-        return train(load_config(TrainConfig, options.config), options.check)
+        with _reasons_shown():
+            return train(load_config(TrainConfig, options.config), options.check)
     if options.command == "train-reward":
         return train_reward(load_config(TrainRewardConfig, options.config), options.check)
     return _score(load_config(ScoreConfig, options.config), options.check)
+
+
+@contextlib.contextmanager
+def _reasons_shown() -> Iterator[None]:
+    """Within, stderr shows what the package logs: why rollouts are not compiled or not cached."""
+    logger, handler = logging.getLogger("prfl_fast"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("prfl-fast: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _quiet_libraries() -> None:
@@ -229,8 +246,8 @@ def _score(config: "ScoreConfig", check: bool) -> int:
     )
     from prfl_fast.config_file import to_yaml
     from prfl_fast.data import Batch, LatentDataset, collate
+    from prfl_fast.model_call import autocast
     from prfl_fast.patching import patch
-    from prfl_fast.trainer import autocast
     from prfl_fast.training_state import write_atomic
 
     device, out = device_of(config.hardware), Path(config.out)

@@ -14,11 +14,11 @@ from prfl_fast.adapters import find_adapter
 from prfl_fast.config import GuidanceFile, Hardware, NamedReward, ReferenceReward, TrainConfig
 from prfl_fast.data import LatentDataset
 from prfl_fast.kernels._checks import describe
+from prfl_fast.model_call import Guidance, check_finite
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rewards import Reward, RewardEnsemble
 from prfl_fast.trainer import Precision, reward_call
 from prfl_fast.training_state import load_tensors
-from prfl_fast.trajectory import Guidance, check_finite
 
 
 def device_of(hardware: Hardware) -> torch.device:

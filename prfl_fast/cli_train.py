@@ -26,6 +26,7 @@ from prfl_fast.config import Memory, ReferenceReward, TrainConfig, TrainRewardCo
 from prfl_fast.config_file import to_yaml
 from prfl_fast.data import Batch, Batches, LatentDataset, collate
 from prfl_fast.memory import apply_memory, check_available
+from prfl_fast.model_call import Guidance
 from prfl_fast.patching import patch, unpatch
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.reward_training import evaluate, label_of
@@ -43,7 +44,6 @@ from prfl_fast.trainer import (
     velocity_call,
 )
 from prfl_fast.training_state import latest_checkpoint, write_atomic
-from prfl_fast.trajectory import Guidance
 
 SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
 # Of the rollout: another value gives the same numbers.

@@ -1,5 +1,6 @@
 """One call of reward feedback: what is rewarded on a trajectory, and its backward."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prfl_fast.adapters import Conditions
-from prfl_fast.chain import recomputed_step
+from prfl_fast.chain import NO_GRADIENT, recomputed_step
 from prfl_fast.divergence import adapters_off
 from prfl_fast.gradient_plan import Point
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
+from prfl_fast.model_call import model_of
 from prfl_fast.rewards import Reward
-from prfl_fast.trajectory import Trajectory, model_of
+from prfl_fast.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from prfl_fast.step import PRFL
@@ -59,6 +61,10 @@ class PRFLOutput:
     divergence: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     drift: dict[int, float] | None = None
+
+
+class _NotFinite(Exception):
+    """Ends a guided trajectory."""
 
 
 class Run:
@@ -106,7 +112,8 @@ class Run:
         t/(1-t)·∇loss to v. The gradient is of each sample's own loss: no mean over the batch.
         """
         trajectory, chosen = self.trajectory, {point.step for point in points}
-        trajectory.run(self.step.num_steps, adjust=partial(self._guide, chosen))
+        with contextlib.suppress(_NotFinite):
+            trajectory.run(self.step.num_steps, adjust=partial(self._guide, chosen))
         self.rewarded = trajectory.x
         return self._output(points[: len(self.scores)], None)
 
@@ -114,14 +121,14 @@ class Run:
     def _guide(self, chosen: set[int], index: int, v: torch.Tensor) -> torch.Tensor:
         """The velocity of step ``index``, guided."""
         trajectory = self.trajectory
-        if index not in chosen or not self.finite:
+        if index not in chosen:
             return v
         sigma = trajectory.sigma(index)
         batch, count = len(trajectory.x), len(chosen)
         gradient = self._reward(trajectory.x, index, batch * self.step.weight, 1.0)
         self.losses[-1] = self.losses[-1] / (batch * count)
         if gradient is None:
-            return v
+            raise _NotFinite
         return flow_step([v, gradient], [1.0, sigma / (1 - sigma)])
 
     @torch.enable_grad()
@@ -198,7 +205,7 @@ class Run:
         if gradient is None:
             return
         factor = self.step.divergence * weight * self.loss_scale / max(1, len(penalties))
-        gradients = [gradient, *(p.new_tensor(factor) for p in penalties)]
+        gradients = [gradient, *(torch.full_like(p, factor) for p in penalties)]
         if divergence is not None:
             self.losses[-1] = self.losses[-1] + self.step.divergence * weight * divergence
         torch.autograd.backward([result, *penalties], gradients)
@@ -249,10 +256,6 @@ class Run:
             return lambda reward, x, timestep, conditions: reward(x, timestep, conditions)
         batch, count = x.shape[0], x.shape[2]
         span = count // plan.segments
-        if not span:
-            raise ValueError(
-                f"the plan has {plan.segments} segments, but latents have {count} frames"
-            )
         device = self.generator.device if self.generator is not None else torch.device("cpu")
         drawn = torch.randint(span, (batch, plan.segments), generator=self.generator, device=device)
         chosen = drawn.to(x.device) + span * torch.arange(plan.segments, device=x.device)
@@ -328,7 +331,4 @@ def _check_score(score: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _check_graph(v: torch.Tensor) -> None:
     if not v.requires_grad:
-        raise ValueError(
-            "the transformer's velocity needs no gradient: no parameter of it requires one; call "
-            "requires_grad_(True) on what should train, or add LoRA layers"
-        )
+        raise ValueError(NO_GRADIENT)

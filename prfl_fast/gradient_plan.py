@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from prfl_fast._checks import check_count, is_number
+
 Bound = int | float | None
 
 
@@ -91,7 +93,7 @@ class GradientPlan:
     attenuation: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_count("points", self.points)
+        check_count("points", self.points)
         for name, known in (
             ("draws", ("systematic", "independent")),
             ("reward_at", ("next", "clean", "current")),
@@ -102,26 +104,34 @@ class GradientPlan:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
-        if len(self.window) != 2 or not all(map(_is_bound, self.window)):
+        for name in ("window", "depth"):  # a list comes from a configuration
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        window = self.window
+        if not (isinstance(window, tuple) and len(window) == 2 and all(map(_is_bound, window))):
             raise ValueError(
                 f"window is {self.window!r}, expected (first, end): integers, shares in [0, 1], or "
                 "None"
             )
         if isinstance(self.depth, tuple):
+            if len(self.depth) != 2:
+                raise ValueError(f"depth is {self.depth}, expected a number or (least, most)")
             least, most = self.depth
-            _check_count("depth[0]", least)
+            check_count("depth[0]", least)
             if most is not None:
-                _check_count("depth[1]", most)
+                check_count("depth[1]", most)
                 if most < least:
                     raise ValueError(f"depth is {self.depth}, expected the smaller number first")
         elif self.depth is not None:
-            _check_count("depth", self.depth)
+            check_count("depth", self.depth)
         if self.depth != 1 and self.points > 1:
             raise ValueError(
                 f"points is {self.points} with depth {self.depth}, expected points=1: chains of "
                 "several points would overlap"
             )
-        if self.strength is not None and not (self.start == "data" and 0 < self.strength <= 1):
+        if self.strength is not None and not (
+            self.start == "data" and is_number(self.strength) and 0 < self.strength <= 1
+        ):
             raise ValueError(
                 f"strength is {self.strength!r}, expected a share in (0, 1], with start='data' only"
             )
@@ -137,6 +147,11 @@ class GradientPlan:
                 f"to is {self.to!r} with reward_at {self.reward_at!r}: 'latent' and 'current' go "
                 "together"
             )
+        if self.to == "latent" and (self.points, self.depth) != (1, 1):
+            raise ValueError(
+                f"points is {self.points} and depth {self.depth!r}, expected 1 and 1 with "
+                "to='latent': every step of the window is guided"
+            )
         if self.to != "parameters" and (self.start == "data" or self.renoised):
             raise ValueError(
                 f"to is {self.to!r}, expected 'parameters' with data or re-noised results"
@@ -146,16 +161,16 @@ class GradientPlan:
                 f"depth is {self.depth!r}, expected None: the gradient reaches the noise through "
                 "the whole trajectory"
             )
-        if isinstance(self.renoised, bool) or not isinstance(self.renoised, int):
-            raise ValueError(f"renoised is {self.renoised!r}, expected a whole number")
-        if self.renoised < 0 or (self.renoised and (self.window, self.depth) != ((-1, None), 1)):
+        check_count("renoised", self.renoised, least=0)
+        of_result = (self.window, self.depth, self.reward_at) == ((-1, None), 1, "next")
+        if self.renoised and not of_result:
             raise ValueError(
-                f"renoised is {self.renoised}, expected at least 0, above that with "
-                "window=(-1, None) and depth=1 only"
+                f"renoised is {self.renoised}, expected 0, or window=(-1, None), depth=1 and "
+                "reward_at='next', which lead to a result to noise again"
             )
         if self.segments is not None:
-            _check_count("segments", self.segments)
-        if not (math.isfinite(self.attenuation) and self.attenuation >= 0) or (
+            check_count("segments", self.segments)
+        if not (is_number(self.attenuation) and self.attenuation >= 0) or (
             self.attenuation and self.segments is None
         ):
             raise ValueError(
@@ -217,9 +232,12 @@ class GradientPlan:
         """ControlNet++ (arXiv 2404.07987): noise real latents a little, reward the estimate of x0.
 
         No rollout; set ``num_steps`` to the number of training levels (1000), which costs nothing.
+        The batch shares one level, where the paper draws one per sample.
 
         Args:
-            window: the last share of the levels that is drawn from; the paper has t ≤ 200 of 1000.
+            window: the last share of the levels that is drawn from. The paper has t ≤ 200 of 1000,
+                which the default is on a schedule with shift 1; with more shift its levels are
+                noisier.
         """
         _check_share("window", window)
         return cls(window=(1.0 - window, None), reward_at="clean", start="data")
@@ -236,7 +254,8 @@ class GradientPlan:
         frames with weights that fall off from the middle.
 
         Args:
-            strength: share of the schedule that is run. steps: of them, how many carry gradient.
+            strength: share of the schedule that is run; the paper starts its 0.6 at t = 551, as a
+                schedule with shift 1 does about. steps: of them, how many carry gradient.
             segments, attenuation: latent frames rewarded, and how their weights fall; None rewards
                 the video as a whole.
         """
@@ -262,7 +281,8 @@ class GradientPlan:
 
         Args:
             window: the steps that are guided. Not the first, where σ is 1 and the guidance's factor
-                σ/(1-σ) infinite.
+                σ/(1-σ) infinite; with shift 5 it is large for some steps more, and a later start
+                spares the weight from being small for their sake.
         """
         return cls(window=window, to="latent", reward_at="current")
 
@@ -414,13 +434,8 @@ class GradientPlan:
         return tuple(Point(m, depth, repeats[m] / len(chosen)) for m in sorted(repeats))
 
 
-def _check_count(name: str, count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} is {count!r}, expected a positive integer")
-
-
 def _check_share(name: str, share: float) -> None:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+    if not (is_number(share) and 0 < share <= 1):  # type: ignore[operator]
         raise ValueError(f"{name} is {share!r}, expected a share in (0, 1]")
 
 

@@ -1,15 +1,14 @@
 """Losses on real latents: supervised flow matching, and consistency distillation."""
 
-import math
-
 import torch
 from torch import nn
 
+from prfl_fast._checks import check_count, check_positive
 from prfl_fast.adapters import Conditions
 from prfl_fast.kernels import flow_loss
 from prfl_fast.kernels._checks import describe
+from prfl_fast.model_call import Guidance, Velocity, bind_velocity, check_finite
 from prfl_fast.schedulers import training_sigmas
-from prfl_fast.trajectory import Guidance, Velocity, bind_velocity, check_finite
 
 TIMESTEPS_PER_SIGMA = 1000
 
@@ -116,10 +115,8 @@ def consistency_loss(
         ValueError: latents, conditions, noise or index of the wrong shape, out of range or not
             finite; ``huber`` not positive; a model that returns another shape.
     """
-    if not (math.isfinite(huber) and huber > 0):
-        raise ValueError(f"huber is {huber!r}, expected a positive number")
-    if isinstance(num_levels, bool) or not isinstance(num_levels, int) or num_levels < 1:
-        raise ValueError(f"num_levels is {num_levels!r}, expected a positive integer")
+    check_positive("huber", huber)
+    check_count("num_levels", num_levels)
     of_student = bind_velocity(student, latents, conditions, "latents")
     of_target = bind_velocity(target, latents, conditions, "latents")
     of_teacher = bind_velocity(teacher, latents, conditions, "latents")

@@ -19,6 +19,20 @@ from prfl_fast.kernels._checks import describe
 Velocity = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
 
 
+Precision = Literal["fp32", "bf16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16 for ``"bf16"``, nothing for ``"fp32"``; weights stay float32 in both.
+
+    For one forward at a time: backward runs outside, and the casts of a rollout without gradient
+    are gone before the gradient step looks for its weights' casts.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 class ModelCall:
     """A supported model as a function ``(x, timestep [B], conditions) → velocity``, its forward
     under autocast.
@@ -41,12 +55,8 @@ class ModelCall:
         self.model, self.precision = model, precision
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What a forward runs under. For one forward at a time: backward runs outside, and the
-        casts of a rollout without gradient are gone before the gradient step looks for its own.
-        """
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
+        """What a forward runs under."""
+        return autocast(next(self.model.parameters()).device, self.precision)
 
     def __call__(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions

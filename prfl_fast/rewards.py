@@ -1,5 +1,6 @@
 """What scores latents: the contract of a reward, rewards on pixels, ensembles of rewards."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,9 @@ EnsembleMode = Literal["mean", "worst", "uncertainty"]
 def check_frozen(reward: object) -> None:
     """Raise ``ValueError`` if a reward has trainable parameters.
 
-    Looked at are a module, the module of a bound method, and what an object lists in ``members``
-    (:class:`PixelReward`, :class:`RewardEnsemble`) or holds as ``model``. A closure is not looked
-    into.
+    Looked at are a module, the module of a bound method or of a partial call, and what an object
+    lists in ``members`` (:class:`PixelReward`, :class:`RewardEnsemble`) or holds as ``model``. A
+    closure is not looked into.
     """
     for module in _modules(reward):
         trainable = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -38,6 +39,8 @@ def _modules(reward: object) -> Iterator[nn.Module]:
         yield reward
     elif inspect.ismethod(reward):
         yield from _modules(reward.__self__)
+    elif isinstance(reward, functools.partial):
+        yield from _modules(reward.func)
     elif reward is not None:
         members = getattr(reward, "members", ())
         for part in (*members, getattr(reward, "model", None)):

@@ -9,7 +9,6 @@ runs beside, and past a limit the engine becomes exact for good.
 
 import contextlib
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prfl_fast._checks import check_count, check_positive, is_number
 from prfl_fast.adapters import Conditions, find_adapter
 from prfl_fast.model_call import ModelCall, Velocity, check_transformer, model_of
 from prfl_fast.rollout_block import How, RolloutModel, Unsupported
@@ -45,7 +45,7 @@ class RolloutPrecision:
         drift_limit: the relative L2 distance from an exact rollout that is allowed; past it, the
             engine becomes exact for good. None: any.
         check_every: trajectories from one check to the next; the first is always checked. A check
-            costs an exact rollout.
+            costs an exact rollout. Of a model with dropout at work it sees other masks, too.
 
     Raises:
         ValueError: an interval outside 0 … 1, a stride or check_every that is no positive integer,
@@ -64,19 +64,16 @@ class RolloutPrecision:
             if value is None:
                 continue
             pair = isinstance(value, (tuple, list)) and len(value) == 2
-            if not pair or not 0 <= value[0] <= value[1] <= 1:
+            if not pair or not all(map(is_number, value)) or not 0 <= value[0] <= value[1] <= 1:
                 raise ValueError(
                     f"{name} is {value!r}, expected noise levels (lowest, highest) in "
                     "0 … 1, or None"
                 )
             object.__setattr__(self, name, (float(value[0]), float(value[1])))
-        for name in ("stride", "check_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive integer")
-        limit = self.drift_limit
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
-            raise ValueError(f"drift_limit is {limit!r}, expected a positive number or None")
+        check_count("stride", self.stride)
+        check_count("check_every", self.check_every)
+        if self.drift_limit is not None:
+            check_positive("drift_limit", self.drift_limit)
 
     @property
     def fp8(self) -> bool:
@@ -238,6 +235,7 @@ class RolloutEngine:
         self.context: Callable[[], contextlib.AbstractContextManager[Any]] = (
             transformer.context if isinstance(transformer, ModelCall) else contextlib.nullcontext
         )
+        self._call_precision = transformer.precision if isinstance(transformer, ModelCall) else None
         self.fallen_back = False
         self.trajectories = 0
         self.drift: dict[int, float] | None = None
@@ -245,6 +243,11 @@ class RolloutEngine:
         self._supported = self.model is not None
         self._compiled_shapes: Any = None
         self._compiler_fails = False
+
+    def runs(self, transformer: object) -> bool:
+        """Whether the engine was made for this model, called in this precision."""
+        precision = transformer.precision if isinstance(transformer, ModelCall) else None
+        return model_of(transformer) is self.model and precision == self._call_precision
 
     @property
     def _precision(self) -> RolloutPrecision:
@@ -270,10 +273,9 @@ class RolloutEngine:
             for name, interval in intervals.items()
         }
 
-    def begin(self) -> bool:
-        """Count a trajectory of the inexact kind; whether an exact one is to run beside it."""
-        self.trajectories += 1
-        return (self.trajectories - 1) % self._precision.check_every == 0
+    def due(self) -> bool:
+        """Whether an exact trajectory is to run beside the next one of the inexact kind."""
+        return self.trajectories % self._precision.check_every == 0
 
     @contextlib.contextmanager
     def open(

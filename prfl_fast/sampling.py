@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from prfl_fast._checks import check_count, check_positive, is_number
 from prfl_fast._extras import need
 from prfl_fast.adapters import Conditions
-from prfl_fast.candidates import Candidates, Forwards, SearchResult, check_count
+from prfl_fast.candidates import Candidates, Forwards, SearchResult
 from prfl_fast.gradient_plan import Bound, GradientPlan
+from prfl_fast.model_call import Guidance, Velocity, bind_velocity
 from prfl_fast.rewards import Reward
 from prfl_fast.rollout import RolloutSettings
 from prfl_fast.search import beam_search, prune
 from prfl_fast.step import PRFL
-from prfl_fast.trajectory import Guidance, Velocity, bind_velocity
 
 __all__ = [
     "Forwards",
@@ -106,7 +107,7 @@ def optimise_noise(
 
     Args:
         transformer: a supported model, a ``ModelCall`` of one, or a differentiable function ``(x,
-            timestep [B], conditions) -> velocity``. Its parameters get no gradient.
+            timestep [B], conditions) -> velocity``. A model's parameters get no gradient.
         reward: ``(x, timestep [B], conditions) -> [B]``, differentiable, higher is better; or
             several by name.
         noise: ε, ``[B, C, F, H, W]``; optimised in float32 (float64 if it is).
@@ -131,12 +132,11 @@ def optimise_noise(
             without a finite value for a prompt.
     """
     check_count("iterations", iterations)
-    for name, value in (("lr", lr), ("clip", clip)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value!r}, expected a positive number")
-    if not 0 <= momentum < 1:
+    check_positive("lr", lr)
+    check_positive("clip", clip)
+    if not (is_number(momentum) and 0 <= momentum < 1):
         raise ValueError(f"momentum is {momentum!r}, expected a number in [0, 1)")
-    if not (math.isfinite(prior) and prior >= 0):
+    if not (is_number(prior) and prior >= 0):
         raise ValueError(f"prior is {prior!r}, expected a number of at least 0")
     bind_velocity(transformer, noise, conditions, "noise")
     step = PRFL(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from prfl_fast._checks import check_count
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
 from prfl_fast.unipc import unipc_updates
@@ -55,7 +56,7 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
         ValueError: ``shift`` is not positive, or ``num`` is not a positive integer.
     """
     _check_shift(shift)
-    _check_count("num", num)
+    check_count("num", num)
     sigmas = [_shifted(1 - i / num, shift) for i in range(num)]
     return torch.tensor(sigmas, dtype=torch.float64).to(torch.float32)
 
@@ -67,17 +68,12 @@ def _check_shift(shift: float) -> None:
         )
 
 
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} is {count!r}, expected a positive integer")
-
-
 class _FlowScheduler:
     """Schedule, step counter and argument checks shared by the samplers."""
 
     def __init__(self, shift: float, num_train_timesteps: int) -> None:
         _check_shift(shift)
-        _check_count("num_train_timesteps", num_train_timesteps)
+        check_count("num_train_timesteps", num_train_timesteps)
         self.shift = float(shift)
         self.num_train_timesteps = num_train_timesteps
         self.timesteps = torch.empty(0)
@@ -102,7 +98,7 @@ class _FlowScheduler:
         Raises:
             ValueError: ``num_inference_steps`` is not a positive integer.
         """
-        _check_count("num_inference_steps", num_inference_steps)
+        check_count("num_inference_steps", num_inference_steps)
         sigmas, timesteps = self._schedule(num_inference_steps)
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64).to(torch.float32)
         self.timesteps = timesteps.to(device) if device is not None else timesteps
@@ -396,7 +392,7 @@ def start_trajectory(
             f"{num_steps} steps; one call per step is expected"
         )
     # Truncated timesteps may repeat, so a start inside the schedule is better said than searched.
-    if start and hasattr(scheduler, "set_begin_index"):
+    if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     return scheduler, list(timesteps.unbind())
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prfl_fast._checks import check_count, is_number
 from prfl_fast.adapters import Conditions
-from prfl_fast.candidates import Candidates, SearchResult, check_count
+from prfl_fast.candidates import Candidates, SearchResult
+from prfl_fast.model_call import Guidance, Velocity
 from prfl_fast.rewards import Reward
 from prfl_fast.rollout import RolloutSettings
-from prfl_fast.trajectory import Guidance, Velocity
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def beam_search(
     check_count("beams", beams)
     check_count("candidates", candidates)
     check_count("lookahead", lookahead, least=0)
-    if isinstance(eta, bool) or not 0 <= eta <= 1:
+    if not (is_number(eta) and 0 <= eta <= 1):
         raise ValueError(f"eta is {eta!r}, expected a number in [0, 1]")
     if eta == 0 and candidates > 1:
         raise ValueError(

@@ -23,12 +23,13 @@ from prfl_fast.kernels import flow_loss
 from prfl_fast.ledger import HOST, Ledger, mark
 from prfl_fast.losses import TIMESTEPS_PER_SIGMA
 from prfl_fast.memory import apply_memory
+from prfl_fast.model_call import autocast
 from prfl_fast.modules import QueryAttentionPool, RewardHead
 from prfl_fast.optimizers import state_bytes
 from prfl_fast.patching import patch
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowUniPC, detach_state
-from prfl_fast.trainer import add_lora, autocast
+from prfl_fast.trainer import add_lora
 from prfl_fast.workload import IMAGE_TOKENS, LATENT_CHANNELS, Workload
 
 PHASES = (

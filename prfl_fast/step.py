@@ -5,31 +5,33 @@ Source of the step: "Video Generation Models Are Good Latent Reward Models" (PRF
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from prfl_fast._checks import check_number, is_number
 from prfl_fast.adapters import Conditions
-from prfl_fast.divergence import has_adapters
+from prfl_fast.chain import NO_GRADIENT
+from prfl_fast.divergence import check_adapters
 from prfl_fast.feedback import PRFLOutput, Run
 from prfl_fast.gradient_plan import GradientPlan, Point
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
-from prfl_fast.rewards import Reward, check_frozen
-from prfl_fast.rollout import RolloutEngine, RolloutSettings
-from prfl_fast.schedulers import fresh_copy
-from prfl_fast.trajectory import (
+from prfl_fast.model_call import (
     Guidance,
     ModelCall,
-    Trajectory,
     Velocity,
     check_finite,
     check_transformer,
     model_of,
 )
+from prfl_fast.rewards import Reward, check_frozen
+from prfl_fast.rollout import RolloutEngine, RolloutSettings
+from prfl_fast.schedulers import fresh_copy
+from prfl_fast.trajectory import Trajectory
 
 # Below 1 by less than this a noise level is 1 but for a solver's sake (UniPC: 1e-6).
 PURE_NOISE = 1e-5
@@ -74,7 +76,8 @@ class PRFL:
             adapters at the gradient steps.
 
     Raises:
-        TypeError: an unsupported model, reward or scheduler.
+        TypeError: an unsupported model, reward or scheduler; a plan, guidance or settings of
+            another kind.
         ValueError: a schedule too short for the plan; numbers that are not finite; weights of
             unknown rewards; a divergence without adapters or with gradients that do not go to the
             parameters.
@@ -114,8 +117,10 @@ class PRFL:
         numbers = {"weight": weight, "divergence": divergence}
         numbers |= {f"reward_weights[{k!r}]": w for k, w in self.reward_weights.items()}
         for name, value in (numbers | ({} if target is None else {"target": target})).items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}, expected a finite number")
+            check_number(name, value)
+        for given, kind in ((plan, GradientPlan), (guidance, Guidance), (rollout, RolloutSettings)):
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"{given!r} came, expected a {kind.__name__} or None")
         self.plan = GradientPlan.prfl() if plan is None else plan
         self.plan.steps(num_steps)  # raises if the plan does not fit the schedule
         if divergence:
@@ -125,11 +130,12 @@ class PRFL:
                     f"divergence is {divergence}, expected at least 0, and above 0 only where the "
                     "gradient goes to the parameters"
                 )
-            if model is None or not has_adapters(model):
+            if model is None:
                 raise ValueError(
-                    f"divergence is {divergence}, but there are no adapters to switch off: add "
-                    "LoRA layers (prfl_fast.trainer.add_lora), or set it to 0"
+                    f"divergence is {divergence}, but the transformer is a function: pass the "
+                    "model, or a ModelCall of it"
                 )
+            check_adapters(model)
         self.transformer = transformer
         self.num_steps = num_steps
         self.target = target
@@ -167,14 +173,17 @@ class PRFL:
 
         Raises:
             TypeError: an unsupported model.
-            ValueError: noise, latents or conditions of the wrong shape or not finite; indices out
+            ValueError: for a chain of steps, dropout at work, or a sharded or DDP model; noise,
+                latents or conditions of the wrong shape or not finite; indices out
                 of order or range; a reward with trainable parameters, of the wrong shape, or
                 without a graph to its input; a transformer without trainable parameters; fewer
                 latent frames than segments.
         """
         for reward in self.rewards.values():
             check_frozen(reward)
-        self._check_latents(noise, latents)
+        check_number("loss_scale", loss_scale)
+        self._check_inputs(noise, latents)
+        self._check_model()
         points = self._points(indices, generator)
         begin = self.plan.begin(self.num_steps)
         if self.plan.start == "data" and self.plan.strength is None:
@@ -201,7 +210,43 @@ class PRFL:
                 return Run(self, trajectory, generator, loss_scale).feedback(points)
         return Run(self, trajectory, generator, loss_scale).feedback(points)
 
-    def _check_latents(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
+    def _check_model(self) -> None:
+        """What only a chain, or only a gradient to the parameters, asks of the model."""
+        model = model_of(self.transformer)
+        if model is None:
+            return
+        if self.plan.to == "parameters" and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(NO_GRADIENT)
+        if self.plan.depth == 1:
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+                raise ValueError(
+                    f"{name} drops out a share of {module.p}, but a chain of steps runs each "
+                    "forward again in its backward, where another share would be dropped; call "
+                    "model.eval() or train adapters without dropout"
+                )
+        if self.plan.to != "parameters":
+            return
+        kinds = {type(model).__name__} | {type(p).__name__ for p in model.parameters()}
+        for kind in kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "DTensor"}:
+            raise ValueError(
+                f"the transformer is of {kind}, expected a plain model for a chain of steps: its "
+                "gradients come from several backwards, which those do not add up; use a plan of "
+                "depth 1"
+            )
+
+    def _check_inputs(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
+        if not isinstance(noise, torch.Tensor) or noise.ndim != 5:
+            raise ValueError(
+                f"noise is {describe(noise)}, expected a floating-point tensor [B, C, F, H, W]"
+            )
+        segments = self.plan.segments
+        if segments is not None and noise.shape[2] < segments:
+            raise ValueError(
+                f"noise has {noise.shape[2]} latent frames, expected at least the plan's "
+                f"{segments} segments"
+            )
         if (latents is not None) != (self.plan.start == "data"):
             raise ValueError(
                 "latents is missing: the plan starts from corrupted data"
@@ -209,10 +254,11 @@ class PRFL:
                 else "latents is given, expected none: the plan starts from noise"
             )
         if latents is not None:
-            if not isinstance(latents, torch.Tensor) or latents.shape != noise.shape:
+            like = isinstance(latents, torch.Tensor) and latents.shape == noise.shape
+            if not like or latents.device != noise.device:
                 raise ValueError(
-                    f"latents is {describe(latents)}, expected the shape of noise, "
-                    f"{describe(noise)}"
+                    f"latents is {describe(latents)} on {getattr(latents, 'device', None)}, "
+                    f"expected the shape and device of noise, {describe(noise)} on {noise.device}"
                 )
             check_finite("latents", latents)
 
@@ -234,8 +280,8 @@ class PRFL:
             raise ValueError("indices is given, expected none: the window says what is guided")
         begin = self.plan.begin(self.num_steps)
         depth = self.plan.depth
-        points, good = [], True
-        for item in indices:
+        points, good = [], isinstance(indices, Sequence)
+        for item in indices if good else ():
             if isinstance(item, Point):
                 points.append(item)
             elif not isinstance(item, int) or isinstance(item, bool):
@@ -249,7 +295,18 @@ class PRFL:
                     Point(item, item + 1 - begin if depth is None else depth, 1 / len(indices))
                 )
         last = self.num_steps - (self.plan.window[1] == -1)
-        good = good and bool(points) and all(p.depth >= 1 for p in points)
+        good = good and bool(points)
+        for point in points:
+            for number in (point.step, point.depth):
+                good = good and isinstance(number, int) and not isinstance(number, bool)
+            good = good and point.depth >= 1 and is_number(point.weight)
+        if good and abs(sum(point.weight for point in points) - 1) > 1e-6:
+            raise ValueError(f"indices is {indices!r}, expected points whose weights add up to 1")
+        if good and self.plan.renoised and points[-1].step != self.num_steps - 1:
+            raise ValueError(
+                f"indices is {indices!r}, expected the last step, {self.num_steps - 1}: its result "
+                "is noised again"
+            )
         if good:
             edges = [begin - 1] + [edge for p in points for edge in (p.first, p.step)]
             firsts, steps = edges[1::2], edges[0::2]

@@ -30,6 +30,7 @@ from prfl_fast.config import Gradients, OptimizerKind
 from prfl_fast.data import Batch, PairBatch
 from prfl_fast.live_bytes import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.losses import sft_loss
+from prfl_fast.model_call import ModelCall, Precision, autocast
 from prfl_fast.optimizers import (
     GRADIENTS,
     KINDS,
@@ -53,11 +54,9 @@ from prfl_fast.training_state import (
     save_checkpoint,
     write_atomic,
 )
-from prfl_fast.trajectory import ModelCall
 
 NON_FINITE_LIMIT = 5
 LOG = "log.jsonl"
-Precision = Literal["fp32", "bf16"]
 Metrics = Mapping[str, torch.Tensor | float]
 
 
@@ -88,17 +87,6 @@ class Objective(Protocol):
             worth logging, scalars; logged is the mean over the micro-batches that returned it.
         """
         ...
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to bfloat16 for ``"bf16"``, nothing for ``"fp32"``; weights stay float32 in both.
-
-    For one forward at a time: backward runs outside, and the casts of a rollout without gradient
-    are gone before the gradient step looks for its weights' casts.
-    """
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 def velocity_call(transformer: nn.Module, precision: Precision) -> nn.Module | ModelCall:

@@ -13,12 +13,8 @@ from prfl_fast.adapters import Conditions
 from prfl_fast.kernels._checks import describe
 from prfl_fast.model_call import (
     Guidance,
-    ModelCall,
     Velocity,
     bind_velocity,
-    check_finite,
-    check_transformer,
-    model_of,
 )
 from prfl_fast.rollout import RolloutEngine, RolloutSession, RolloutSettings
 from prfl_fast.schedulers import (
@@ -28,18 +24,6 @@ from prfl_fast.schedulers import (
     start_trajectory,
     strided_steps,
 )
-
-__all__ = [
-    "Guidance",
-    "ModelCall",
-    "Trajectory",
-    "Velocity",
-    "bind_velocity",
-    "check_finite",
-    "check_transformer",
-    "model_of",
-    "rollout",
-]
 
 # (index, velocity) → velocity like it.
 Adjust = Callable[[int, torch.Tensor], torch.Tensor]
@@ -88,6 +72,11 @@ class Trajectory:
         visit: Sequence[int] = (),
     ) -> None:
         self._velocity = bind_velocity(transformer, noise, conditions, "noise")
+        if engine is not None and not engine.runs(transformer):
+            raise ValueError(
+                "engine was made for another transformer, or another precision of it; expected "
+                "RolloutEngine of this one"
+            )
         self.conditions = conditions
         self.guidance = guidance
         self._branches = (conditions,) if guidance is None else guidance.branches(conditions)
@@ -227,6 +216,8 @@ class Trajectory:
         Raises:
             ValueError: the engine takes fewer steps, and ``stop`` is not among them.
         """
+        if isinstance(stop, bool) or not isinstance(stop, int) or stop > len(self.timesteps):
+            raise ValueError(f"stop is {stop!r}, expected a step in 0 … {len(self.timesteps)}")
         stop, shadow = max(stop, self.index), self._shadow
         if stop == self.index and (shadow is None or shadow.index == stop):
             return
@@ -245,6 +236,9 @@ class Trajectory:
                 self.move_to(self._solve(v))
                 on_step()
                 self._compare(index, shift)
+        if torch.is_autocast_enabled(self.x.device.type):
+            # Casts of weights made here have no graph; PyTorch has handed them to gradient steps.
+            torch.clear_autocast_cache()
 
     @contextlib.contextmanager
     def _opened(self, stop: int) -> Iterator[None]:
@@ -253,19 +247,21 @@ class Trajectory:
         if engine is None:
             yield
             return
-        if self._inexact and not self._counted:
-            self._counted = True
-            if engine.begin():
-                self._shadow = self._again(self.x if self._first_x is None else self._first_x)
+        if self._inexact and not self._counted and engine.due():
+            self._shadow = self._again(self.x if self._first_x is None else self._first_x)
         needed = {index for index in self._kept if self.index <= index < stop}
         if self._shadow is not None:
             needed |= set(range(self._shadow.index, stop))
         copies = 2 if self.guidance is not None and self.guidance.batched else 1
-        x = self.x.repeat(copies, 1, 1, 1, 1)
+        # Its size is what counts: no copy.
+        x = self.x[:1].expand(copies * len(self.x), *self.x.shape[1:])
         timesteps = {index: self.model_timestep(index).repeat(copies) for index in sorted(needed)}
         with engine.open(x, timesteps, self._branches) as session:
             if session is None and engine.stride == 1:
                 self._inexact, self._shadow = False, None
+            if self._inexact and not self._counted:
+                self._counted = True
+                engine.trajectories += 1
             self._session = session
             try:
                 yield

@@ -15,11 +15,11 @@ from prfl_fast.adapters import find_adapter
 from prfl_fast.checkpointing import POLICIES, checkpoint, offload_bytes
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.ledger import Ledger
+from prfl_fast.model_call import Guidance
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL
 from prfl_fast.trainer import add_lora
-from prfl_fast.trajectory import Guidance
 
 pytest.importorskip("diffusers")
 

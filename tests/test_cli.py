@@ -1097,3 +1097,13 @@ def test_the_installed_command_prints_one_line(tmp_path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"prfl-fast train: {path}: unknown key 'modell': did you mean 'model'?\n"
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_training_says_why_its_rollouts_are_as_they_are(root, tmp_path, capsys, patched):
+    changes = {"hardware.patch": patched, "run.steps": 1}
+    assert call("train", root, tmp_path / "out", changes) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prfl-fast:")]
+    assert len(told) == len(set(told)) > 0
+    reason = "are not compiled: the latents are on cpu" if patched else "the model is not patched"
+    assert reason in told[-1]

@@ -8,8 +8,8 @@ from torch import nn
 from wan import inputs, tiny_wan
 
 from prfl_fast.losses import consistency_loss
+from prfl_fast.model_call import Guidance
 from prfl_fast.schedulers import training_sigmas
-from prfl_fast.trajectory import Guidance
 
 SHAPE = (3, 2, 2, 4, 4)
 

@@ -1,5 +1,6 @@
 """Rewards on pixels and ensembles, and RGB ReFL made of them, against plain PyTorch."""
 
+import functools
 import math
 import weakref
 
@@ -186,6 +187,7 @@ class Holder:
     [
         lambda m: m,
         lambda m: m.forward,
+        lambda m: functools.partial(m, None),
         lambda m: Holder(model=m),
         lambda m: Holder(members=[m]),
         lambda m: PixelReward(lambda x: x, m),

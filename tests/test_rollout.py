@@ -7,15 +7,18 @@ import math
 import warnings
 import weakref
 
+import e4m3
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from wan import float_means_double, inputs, tiny_wan
 
 import prfl_fast.adapters
 from prfl_fast import rollout_block
 from prfl_fast.adapters import find_adapter
 from prfl_fast.kernels import fp8_linear, quantise_fp8
+from prfl_fast.model_call import Guidance, ModelCall
 from prfl_fast.patching import patch
 from prfl_fast.rollout import (
     LARGE_BLOCK,
@@ -27,9 +30,7 @@ from prfl_fast.rollout import (
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL
 from prfl_fast.trainer import add_lora
-from prfl_fast.trajectory import Guidance, ModelCall, Trajectory, rollout
-from tests import e4m3
-from tests.wan import float_means_double, inputs, tiny_wan
+from prfl_fast.trajectory import Trajectory, rollout
 
 EVERYWHERE = (0.0, 1.0)
 
@@ -684,3 +685,31 @@ def test_bad_settings_are_refused():
             RolloutSettings(cache=False, **kwargs)
     with pytest.raises(TypeError, match="supported"):
         RolloutEngine(nn.Linear(2, 2))
+
+
+def test_an_engine_of_another_model_or_precision_is_refused():
+    model, other = make_wan(), make_wan(seed=1)
+    x, conditions = wan_inputs()
+    engine = RolloutEngine(model)
+    rollout(model, x, conditions, FlowEuler(), 3, settings=engine)
+    for transformer in (other, ModelCall(model, "bf16")):
+        with pytest.raises(ValueError, match="engine was made for another"):
+            rollout(transformer, x, conditions, FlowEuler(), 3, settings=engine)
+
+
+def test_the_first_trajectory_that_runs_inexactly_is_the_first_that_is_checked():
+    """One that ran exactly, as the model could not be opened, does not use the check up."""
+    model = make_wan(lora=True)
+    x, conditions = wan_inputs()
+    engine = RolloutEngine(model, precise(linears=EVERYWHERE, drift_limit=1e-9))
+    dropout = nn.Dropout(0.5)
+    model.blocks[0].attn1.to_out[1] = dropout
+    with pytest.warns(UserWarning, match="drops out"):
+        rollout(model, x, conditions, FlowEuler(), 3, settings=engine)
+    assert engine.trajectories == 0 and engine.drift is None
+    model.eval()
+    rollout(model, x, conditions, FlowEuler(), 3, settings=engine)  # exact; finds it can be opened
+    assert engine.trajectories == 0
+    with pytest.warns(RuntimeWarning, match="past drift_limit"):
+        rollout(model, x, conditions, FlowEuler(), 3, settings=engine)
+    assert engine.fallen_back

@@ -11,11 +11,12 @@ from wan import inputs, tiny_wan
 
 from prfl_fast import sampling, search
 from prfl_fast.candidates import Forwards
+from prfl_fast.model_call import Guidance
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rollout import RolloutSettings
 from prfl_fast.sampling import guide, optimise_noise
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
-from prfl_fast.trajectory import Guidance, rollout
+from prfl_fast.trajectory import rollout
 
 SIZE = (3, 2, 2, 2)
 STEPS = 4
@@ -391,7 +392,7 @@ def test_a_trainable_reward_is_refused_under_a_bar_too():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"iterations": 0}, "iterations is 0, expected a whole number of at least 1"),
+        ({"iterations": 0}, "iterations is 0, expected a positive integer"),
         ({"lr": 0.0}, "lr is 0.0, expected a positive number"),
         ({"clip": math.inf}, "clip is inf, expected a positive number"),
         ({"momentum": 1.0}, r"momentum is 1.0, expected a number in \[0, 1\)"),

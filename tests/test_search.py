@@ -10,11 +10,12 @@ from torch import nn
 from wan import inputs, tiny_wan
 
 from prfl_fast.candidates import Forwards
+from prfl_fast.model_call import Guidance
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rollout import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.search import beam_search, prune
-from prfl_fast.trajectory import Guidance, rollout
+from prfl_fast.trajectory import rollout
 
 SIZE = (3, 2, 2, 2)
 STEPS = 6
@@ -603,7 +604,7 @@ PRUNE = {"candidates": 4, "keep": {1: 2}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidates": 0}, "candidates is 0, expected a whole number of at least 1"),
+        ({"candidates": 0}, "candidates is 0, expected a positive integer"),
         ({"candidates": True}, "candidates is True"),
         ({"num_steps": 2.0}, "num_steps is 2.0"),
         ({"keep": [1]}, r"keep is \[1\]"),

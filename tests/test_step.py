@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import nn
 
-from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.gradient_plan import GradientPlan, Point
 from prfl_fast.losses import sft_loss
 from prfl_fast.patching import patch
 from prfl_fast.schedulers import FlowEuler, FlowUniPC, training_sigmas
@@ -731,3 +731,135 @@ def test_guidance_at_pure_noise_is_refused(scheduler):
         step(make_noise(), CONDITIONS)
     later = PRFL(Affine().velocity, TinyReward(), scheduler(), GradientPlan.flow_nrg(), num_steps=4)
     assert later(make_noise(), CONDITIONS).indices == (1, 2, 3)
+
+
+def lora_wan(dropout=0.0):
+    peft = pytest.importorskip("peft")
+    model = make_wan().requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], lora_dropout=dropout))
+    return model
+
+
+@pytest.mark.parametrize(
+    "plan", [GradientPlan.draft(2), GradientPlan.reno()], ids=["draft", "reno"]
+)
+def test_chains_with_dropout_at_work_are_refused(plan):
+    """The forward that is run again would drop out something else."""
+    model = lora_wan(dropout=0.5).train()
+    step = PRFL(model, TinyReward(), FlowEuler(), plan, num_steps=3)
+    with pytest.raises(ValueError, match="drops out a share of 0.5"):
+        step(make_noise(), CONDITIONS)
+    assert step.transformer.eval() is model and step(make_noise(), CONDITIONS).finite
+
+
+@pytest.mark.parametrize(
+    "plan", [GradientPlan.prfl(), GradientPlan.draft(2)], ids=["prfl", "draft"]
+)
+def test_a_frozen_transformer_is_refused(plan):
+    model = make_wan().requires_grad_(False)
+    step = PRFL(model, TinyReward(), FlowEuler(), plan, num_steps=3)
+    with pytest.raises(ValueError, match="no parameter of it requires one"):
+        step(make_noise(), CONDITIONS)
+    frozen = PRFL(lambda x, t, c: x.detach() * 0.5, TinyReward(), FlowEuler(), plan, num_steps=3)
+    with pytest.raises(ValueError, match="no parameter of it requires one"):
+        frozen(make_noise(), CONDITIONS)
+
+
+def test_a_chain_through_ddp_is_refused():
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    wrapped = DistributedDataParallel(make_wan())
+    step = PRFL(wrapped, TinyReward(), FlowEuler(), GradientPlan.draft(2), num_steps=3)
+    with pytest.raises(ValueError, match="is of DistributedDataParallel"):
+        step(make_noise(), CONDITIONS)
+
+
+def test_a_divergence_needs_nothing_but_adapters_to_train():
+    def make(model, plan=None):
+        return PRFL(model, TinyReward(), FlowEuler(), plan, num_steps=3, divergence=0.1)
+
+    with pytest.raises(ValueError, match="there are none: add LoRA"):
+        make(make_wan())
+    with pytest.raises(ValueError, match="the transformer is a function"):
+        make(Affine().velocity)
+    model = lora_wan()
+    with pytest.raises(ValueError, match="divergence is 0.1"):
+        make(model, GradientPlan.reno())
+    assert make(model)(make_noise(), CONDITIONS).divergence == 0  # B starts at zero
+    model.proj_out.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="proj_out.weight trains too"):
+        make(model)
+    model.proj_out.weight.requires_grad_(False)
+    next(m for m in model.modules() if hasattr(m, "lora_A")).base_layer.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="base_layer.bias trains too"):
+        make(model)
+    merged = lora_wan()
+    next(m for m in merged.modules() if hasattr(m, "lora_A")).merge()
+    with pytest.raises(ValueError, match="merged into the weights"):
+        make(merged)
+
+
+@pytest.mark.parametrize(
+    "plan,indices,message",
+    [
+        (None, [Point(1, 1, 5.0)], "weights add up to 1"),
+        (None, [Point(1, 1, math.nan)], "expected increasing"),
+        (None, [Point(1.5)], "expected increasing"),
+        (None, 3, "expected increasing"),
+        (GradientPlan.draft_lv(1), [1], "the last step, 3"),
+        (GradientPlan.alignprop(), [3], "the plan draws their depth"),
+        (GradientPlan.flow_nrg(), [1], "the window says what is guided"),
+    ],
+)
+def test_wrong_points_are_refused(plan, indices, message):
+    step = PRFL(Affine().velocity, TinyReward(), FlowEuler(), plan, num_steps=4)
+    with pytest.raises(ValueError, match=message):
+        step(make_noise(), CONDITIONS, indices=indices)
+
+
+def test_wrong_data_and_arguments_are_refused():
+    velocity, reward = Affine().velocity, TinyReward()
+    data = PRFL(velocity, reward, FlowEuler(), GradientPlan.rg_lcd(), num_steps=4)
+    with pytest.raises(ValueError, match="latents is missing"):
+        data(make_noise(), CONDITIONS)
+    with pytest.raises(ValueError, match="expected the shape and device of noise"):
+        data(make_noise(), CONDITIONS, latents=make_noise()[:1])
+    bad = make_noise()
+    bad[0, 0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="latents has 1 NaN"):
+        data(make_noise(), CONDITIONS, latents=bad)
+    plain = PRFL(velocity, reward, FlowEuler(), num_steps=4)
+    with pytest.raises(ValueError, match="latents is given"):
+        plain(make_noise(), CONDITIONS, latents=make_noise())
+    with pytest.raises(ValueError, match="noise is None"):
+        plain(None, CONDITIONS)
+    with pytest.raises(ValueError, match="loss_scale is nan"):
+        plain(make_noise(), CONDITIONS, loss_scale=math.nan)
+    frames = PRFL(
+        velocity, reward, FlowEuler(), GradientPlan.instruct_video(segments=4), num_steps=4
+    )
+    with pytest.raises(ValueError, match="noise has 2 latent frames, expected at least"):
+        frames(make_noise(), CONDITIONS, latents=make_noise())
+    for wrong in ({"plan": "prfl"}, {"guidance": 3.0}, {"rollout": True}):
+        with pytest.raises(TypeError, match="expected a"):
+            PRFL(velocity, reward, FlowEuler(), **wrong)
+    with pytest.raises(ValueError, match="reward_weights names"):
+        PRFL(velocity, {"a": reward}, FlowEuler(), reward_weights={"b": 1.0})
+
+
+def test_a_guided_trajectory_ends_where_a_reward_is_not_finite():
+    calls = []
+
+    def velocity(x, timestep, conditions):
+        calls.append(float(timestep[0]))
+        return x * 0.1
+
+    def reward(x, timestep, conditions):
+        return x.mean((1, 2, 3, 4)) * (math.nan if len(calls) > 2 else 1.0)
+
+    step = PRFL(velocity, reward, FlowEuler(), GradientPlan.flow_nrg(), num_steps=6)
+    output = step(make_noise(), CONDITIONS)
+    assert not output.finite and len(calls) == 3 and output.indices == (1, 2)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from prfl_fast.gradient_plan import GradientPlan, Point
+from prfl_fast.model_call import Guidance
 from prfl_fast.patching import patch
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL
-from prfl_fast.trajectory import Guidance
 
 diffusers = pytest.importorskip("diffusers")
 

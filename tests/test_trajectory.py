@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import nn
+from wan import inputs, tiny_wan
 
+from prfl_fast.model_call import Guidance, ModelCall, model_of
 from prfl_fast.rollout import RolloutEngine, RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC, schedule_sigmas, strided_steps
-from prfl_fast.trajectory import Guidance, ModelCall, Trajectory, model_of, rollout
-from tests.wan import inputs, tiny_wan
+from prfl_fast.trajectory import Trajectory, rollout
 
 SHAPE = (2, 16, 2, 4, 4)
 
