@@ -7,7 +7,13 @@
 #         sanitize  compute-sanitizer memcheck and racecheck over every operation on small shapes
 #         facts     ceilings of the device (suite facts) and the eager and compiled block
 #         bench     kernels at every real size
-#         methods   the methods at 1.3B
+#         methods   the paper's four methods at 1.3B
+#         methods-chains  their neighbours at 1.3B: partial and whole chains, one-step rewards, guidance
+#         rollout   the rollout by option at 1.3B
+#         rollout-14b  the same with a part of 14B at 480p
+#         step      a PRFL step by part at 1.3B: eager, compiled, prfl_fast; REFERENCE=PATH adds the checkout of
+#                   HY-Video-PRFL at PATH, which needs flash_attn
+#         step-14b  the same with a part of 14B at 480p and at 720p
 #         memory    checkpoint policies at 1.3B, all of 14B trained at 480p within 141 GiB
 #         memory-720p  policies at 14B and 720p, its LoRA plans within 48 and 24 GiB
 #         all       these in this order
@@ -21,10 +27,11 @@ cd "$(dirname "$0")/.."
 stage=${1:-}
 wheels=${2:-}
 case "$stage" in
-    test | sanitize | facts | bench | methods | memory | memory-720p | all) ;;
+    test | sanitize | facts | bench | methods | methods-chains | rollout | rollout-14b | step | step-14b) ;;
+    memory | memory-720p | all) ;;
     *)
-        echo "bench/gpu.sh: STAGE is '$stage', expected test, sanitize, facts, bench, methods, memory," \
-            "memory-720p or all" >&2
+        echo "bench/gpu.sh: STAGE is '$stage', expected test, sanitize, facts, bench, methods," \
+            "methods-chains, rollout, rollout-14b, step, step-14b, memory, memory-720p or all" >&2
         exit 2
         ;;
 esac
@@ -94,7 +101,39 @@ run_bench() {
 }
 
 run_methods() {
-    step 300 methods-1.3b "$python" bench/run.py --suite methods --preset wan1.3b-480p --out "$OUT/methods-1.3b"
+    step 560 methods-1.3b env PRFL_FAST_BENCH_METHODS=RGB,PRFL "$python" bench/run.py --suite methods \
+        --preset wan1.3b-480p --out "$OUT/methods-1.3b"
+}
+
+run_methods-chains() {
+    # A whole chain of 40 steps alone takes minutes, FLOPs and peak counted in runs of their own.
+    step 290 methods-late env PRFL_FAST_BENCH_METHODS="DRaFT-1,DRaFT-LV,ControlNet,Instruct,RG-LCD,ReNO" \
+        "$python" bench/run.py --suite methods --preset wan1.3b-480p --out "$OUT/methods-late"
+    step 290 methods-long env PRFL_FAST_BENCH_METHODS=AlignProp,Flow-NRG "$python" bench/run.py --suite methods \
+        --preset wan1.3b-480p --out "$OUT/methods-long"
+}
+
+run_rollout() {
+    step 560 rollout-1.3b "$python" bench/run.py --suite rollout --preset wan1.3b-480p --out "$OUT/rollout-1.3b"
+}
+
+run_rollout-14b() {
+    step 560 rollout-14b-480p "$python" bench/run.py --suite rollout --preset wan14b-480p \
+        --out "$OUT/rollout-14b-480p"
+}
+
+baselines=eager,compiled${REFERENCE:+,reference:$REFERENCE}
+
+run_step() {
+    step 560 step-1.3b "$python" bench/run.py --suite step --preset wan1.3b-480p --baseline "$baselines" \
+        --out "$OUT/step-1.3b"
+}
+
+run_step-14b() {
+    step 200 step-14b-480p "$python" bench/run.py --suite step --preset wan14b-480p --baseline "$baselines" \
+        --out "$OUT/step-14b-480p"
+    step 390 step-14b-720p "$python" bench/run.py --suite step --preset wan14b-720p --baseline "$baselines" \
+        --out "$OUT/step-14b-720p"
 }
 
 run_memory() {
@@ -114,6 +153,11 @@ case "$stage" in
         run_facts
         run_bench
         run_methods
+        run_methods-chains
+        run_rollout
+        run_rollout-14b
+        run_step
+        run_step-14b
         run_memory
         run_memory-720p
         ;;

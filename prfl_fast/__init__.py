@@ -26,7 +26,7 @@ from prfl_fast.planner import plan
 from prfl_fast.quantised import quantise
 from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rewards import PixelReward, RewardEnsemble
-from prfl_fast.rollout import RolloutPrecision, RolloutSettings
+from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.step import PRFL, PRFLOutput
 from prfl_fast.trainer import Trainer, TrainSettings

@@ -19,7 +19,7 @@ from prfl_fast.kernels import flow_step
 from prfl_fast.kernels._checks import describe
 from prfl_fast.model_call import Guidance, Velocity, bind_velocity
 from prfl_fast.rewards import Reward
-from prfl_fast.rollout import RolloutEngine, RolloutSettings
+from prfl_fast.rollout_engine import RolloutEngine, RolloutSettings
 from prfl_fast.scheduler_rows import take_rows
 from prfl_fast.schedulers import FlowEuler
 from prfl_fast.trajectory import Trajectory

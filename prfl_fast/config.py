@@ -9,7 +9,7 @@ from typing import Literal
 from prfl_fast.config_file import ConfigError, ranged
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.rewards import EnsembleMode
-from prfl_fast.rollout import RolloutSettings
+from prfl_fast.rollout_engine import RolloutSettings
 
 Policy = Literal["none", "full", "attention"]
 Offload = Literal["cpu"]

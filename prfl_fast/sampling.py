@@ -21,7 +21,7 @@ from prfl_fast.candidates import Candidates, Forwards, SearchResult
 from prfl_fast.gradient_plan import Bound, GradientPlan
 from prfl_fast.model_call import Guidance, Velocity, bind_velocity
 from prfl_fast.rewards import Reward
-from prfl_fast.rollout import RolloutSettings
+from prfl_fast.rollout_engine import RolloutSettings
 from prfl_fast.search import beam_search, prune
 from prfl_fast.step import PRFL
 

@@ -15,7 +15,7 @@ from prfl_fast.adapters import Conditions
 from prfl_fast.candidates import Candidates, SearchResult
 from prfl_fast.model_call import Guidance, Velocity
 from prfl_fast.rewards import Reward
-from prfl_fast.rollout import RolloutSettings
+from prfl_fast.rollout_engine import RolloutSettings
 
 
 @torch.no_grad()

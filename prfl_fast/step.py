@@ -29,7 +29,7 @@ from prfl_fast.model_call import (
     model_of,
 )
 from prfl_fast.rewards import Reward, check_frozen
-from prfl_fast.rollout import RolloutEngine, RolloutSettings
+from prfl_fast.rollout_engine import RolloutEngine, RolloutSettings
 from prfl_fast.schedulers import fresh_copy
 from prfl_fast.trajectory import Trajectory
 

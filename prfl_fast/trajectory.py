@@ -16,7 +16,7 @@ from prfl_fast.model_call import (
     Velocity,
     bind_velocity,
 )
-from prfl_fast.rollout import RolloutEngine, RolloutSession, RolloutSettings
+from prfl_fast.rollout_engine import RolloutEngine, RolloutSession, RolloutSettings
 from prfl_fast.schedulers import (
     detach_state,
     keep_levels,
@@ -41,7 +41,7 @@ class Trajectory:
         transformer: see :func:`bind_velocity`.
         noise: latents at step ``start``, ``[B, C, F, H, W]``.
         guidance: of every velocity, with and without gradient.
-        engine: runs the steps without gradient (:mod:`prfl_fast.rollout`).
+        engine: runs the steps without gradient (:mod:`prfl_fast.rollout_engine`).
         start: the first step; ``noise`` then is at ``sigma(start)``.
         visit: the steps that :meth:`solve` will take. An engine that takes fewer steps lands on
             each of them and on the step after it.

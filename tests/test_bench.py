@@ -335,7 +335,7 @@ def test_bad_arguments_give_one_line_and_status_2(arguments, message, capsys):
 
 def test_defaults():
     told, names = bench_run.parse(["--device", "cpu"])
-    assert names == ("kernels", "block", "methods", "alignment")
+    assert names == ("kernels", "block", "alignment")
     assert told.preset.name == "tiny" and told.baselines == ("eager", "compiled")
     assert not told.compile_ops
     told, _ = bench_run.parse(["--device", "cpu", "--baseline", "compiled"])

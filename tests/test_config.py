@@ -17,7 +17,7 @@ from prfl_fast.config import (
 )
 from prfl_fast.config_file import ConfigError, from_mapping, load_config, to_yaml
 from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.rollout import RolloutPrecision, RolloutSettings
+from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
 
 BF16 = "hardware: {precision: bf16}\n"
 LORA = "lora: {rank: 4}\n"

@@ -13,7 +13,7 @@ from prfl_fast import sampling, search
 from prfl_fast.candidates import Forwards
 from prfl_fast.model_call import Guidance
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rollout import RolloutSettings
+from prfl_fast.rollout_engine import RolloutSettings
 from prfl_fast.sampling import guide, optimise_noise
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.trajectory import rollout

@@ -12,7 +12,7 @@ from wan import inputs, tiny_wan
 from prfl_fast.candidates import Forwards
 from prfl_fast.model_call import Guidance
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rollout import RolloutPrecision, RolloutSettings
+from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.search import beam_search, prune
 from prfl_fast.trajectory import rollout

@@ -16,7 +16,7 @@ from prfl_fast.data import Batches, Pair
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.patching import patch
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rollout import RolloutPrecision, RolloutSettings
+from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler
 from prfl_fast.step import PRFL
 from prfl_fast.trainer import (

@@ -9,7 +9,7 @@ from torch import nn
 from wan import inputs, tiny_wan
 
 from prfl_fast.model_call import Guidance, ModelCall, model_of
-from prfl_fast.rollout import RolloutEngine, RolloutPrecision, RolloutSettings
+from prfl_fast.rollout_engine import RolloutEngine, RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowEuler, FlowUniPC, schedule_sigmas, strided_steps
 from prfl_fast.trajectory import Trajectory, rollout
 

@@ -9,15 +9,12 @@ which tracks bodies in decoded frames and which no training sees.
 """
 
 import copy
-import multiprocessing
 import os
-import pickle
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import report
 import torch
@@ -26,39 +23,26 @@ from harness import Context, SuiteResult, Table
 from torch import nn
 
 import prfl_fast
-from prfl_fast._extras import need
-from prfl_fast.data import Batches, Sample
+from prfl_fast.data import Batches
 from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.reward import LatentRewardModel
 from prfl_fast.reward_training import EVALUATION_TIMESTEPS, evaluate
-from prfl_fast.rgb_refl import RGBReFL
+from prfl_fast.rewards import PixelReward
 from prfl_fast.schedulers import FlowEuler
 from prfl_fast.step import PRFL
-from prfl_fast.trainer import RewardFeedback, RewardFit, SupervisedFlow, Trainer, TrainSettings
-from prfl_fast.trajectory import Trajectory
+from prfl_fast.trainer import RewardFeedback, SupervisedFlow, Trainer, TrainSettings
+from suites import small_world
+from suites.small_world import CHANCE, Start, assess, submit
 
-LABEL = "motion_quality"
-CHANCE = 0.5  # half of the clips have a defect
 PATCHED = os.environ.get("PRFL_FAST_BENCH_PATCHED") == "1"  # also on a CPU
 ARMS = {"sft": "SFT only", "rgb_refl": "RGB ReFL + SFT", "prfl": "PRFL + SFT"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(small_world.Settings):
     """Sizes of the experiment; the defaults fit a few minutes of two CPU cores."""
 
-    clips: int = 8192
-    held_out: int = 1024
-    prompts: int = 128
-    generator_steps: int = 700
-    generator_batch: int = 32
-    reward_blocks: int = 2
-    reward_steps: int = 450
-    reward_batch: int = 64
-    pixel_steps: int = 120
     updates: int = 60
     checkpoints: int = 4
-    solver_steps: int = 10
     points: int = 5
     feedback_batch: int = 16
     # The latent reward's gradient is a tenth of the flow loss's here; at the paper's 0.1 AdamW's
@@ -69,192 +53,9 @@ class Settings:
     feedback_rate: float = 2e-4
 
 
-def build() -> nn.Module:
-    """The tiny generator: 4 blocks of D = 96 on 5×4×4 latents, 20 tokens."""
-    return need("diffusers", "bench").WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        ffn_dim=256,
-        num_layers=4,
-        text_dim=world.TEXT_DIM,
-        freq_dim=64,
-        rope_max_seq_len=32,
-    )
-
-
-class PixelReward(nn.Module):
-    """What RGB ReFL is rewarded by: a small video classifier, trained on decoded clips' labels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv3d(3, 16, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv3d(16, 32, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv3d(32, 64, 3, stride=(1, 2, 2), padding=1),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool3d((5, 1, 1)),
-            nn.Flatten(),
-            nn.Linear(5 * 64, 64),
-            nn.SiLU(),
-            nn.Linear(64, 1),
-        )
-
-    def logits(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, F, H, W]`` → ``[B]``."""
-        return self.layers(frames).squeeze(-1)
-
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, F, H, W]`` → ``[B]`` in (0, 1)."""
-        return torch.sigmoid(self.logits(frames))
-
-
-class Clips(NamedTuple):
-    """Encoded clips, half of them with a defect: latents, text states, 1 for good ones."""
-
-    latents: torch.Tensor
-    text: torch.Tensor
-    good: torch.Tensor
-
-    @classmethod
-    def make(cls, count: int, seed: int) -> "Clips":
-        """``count`` clips of the world."""
-        parts = []
-        for start in range(0, count, 512):
-            clips = world.generate(min(512, count - start), seed=seed + start)
-            parts.append((world.encode(clips.frames), clips.text, clips.labels[LABEL]))
-        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-    def samples(self) -> list[Sample]:
-        """As :class:`prfl_fast.data.Batches` takes them."""
-        labels = [{LABEL: int(good)} for good in self.good]
-        return [
-            Sample(latents, {"encoder_hidden_states": text}, label)
-            for latents, text, label in zip(self.latents, self.text, labels, strict=True)
-        ]
-
-    def batches(self, device: torch.device, size: int = 128) -> Iterator[tuple[Any, Any, Any]]:
-        """As :func:`prfl_fast.reward_training.evaluate` takes them."""
-        for latents, text, good in zip(*(t.to(device).split(size) for t in self), strict=True):
-            yield latents, {"encoder_hidden_states": text}, good
-
-
-def _progress(bar: Any, **names: str) -> Any:
-    def show(record: dict[str, Any]) -> None:
-        bar.update()
-        bar.set_postfix_str(", ".join(f"{k} {record[v]:.3f}" for k, v in names.items()))
-
-    return show
-
-
-def train_generator(samples: list[Sample], s: Settings, context: Context) -> nn.Module:
-    """Flow matching from scratch; returns the running average of the weights."""
-    model = build().to(context.device)
-    objective = SupervisedFlow(model, Batches(samples, s.generator_batch, context.seed), shift=3.0)
-    settings = TrainSettings(
-        s.generator_steps,
-        learning_rate=2e-3,
-        betas=(0.9, 0.99),
-        warmup_steps=30,
-        ema_decay=0.98,
-        seed=context.seed,
-    )
-    with context.bar(s.generator_steps, "generator") as bar:
-        trainer = Trainer(
-            model, {"sft": objective}, settings, on_step=_progress(bar, loss="sft/loss")
-        )
-        trainer.run()
-    model.load_state_dict(trainer.ema)
-    return model
-
-
-def train_reward(
-    generator: nn.Module, samples: list[Sample], s: Settings, context: Context
-) -> LatentRewardModel:
-    """PAVRM on 0/1 labels, from the generator's first blocks; frozen on return."""
-    reward = LatentRewardModel.from_backbone(generator, num_blocks=s.reward_blocks)
-    objective = RewardFit(reward, Batches(samples, s.reward_batch, context.seed), label=LABEL)
-    settings = TrainSettings(
-        s.reward_steps,
-        learning_rate=6e-4,
-        warmup_steps=20,
-        ema_decay=0.98,
-        seed=context.seed,
-    )
-    with context.bar(s.reward_steps, "reward model") as bar:
-        trainer = Trainer(reward, {"ce": objective}, settings, on_step=_progress(bar, ce="ce/loss"))
-        trainer.run()
-    reward.load_state_dict(trainer.ema, strict=False)
-    return reward.freeze()
-
-
-def train_pixel_reward(clips: Clips, s: Settings, seed: int, device: torch.device) -> PixelReward:
-    """The pixel classifier on decoded clips; frozen on return."""
-    torch.manual_seed(seed)
-    pixel = PixelReward().to(device)
-
-    def objective(draw: int, generator: torch.Generator, loss_scale: float) -> dict[str, Any]:
-        batch = batches[draw].to(device)
-        labels = torch.tensor([float(r[LABEL]) for r in batch.labels], device=device)
-        logits = pixel.logits(world.decode(batch.latents))
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
-        (loss * loss_scale).backward()
-        return {"loss": loss.detach()}
-
-    batches = Batches(clips.samples(), 64, seed)
-    settings = TrainSettings(s.pixel_steps, learning_rate=2e-3, warmup_steps=20, seed=seed)
-    Trainer(pixel, {"bce": objective}, settings).run()
-    return pixel.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def assess(
-    model: nn.Module,
-    reward: LatentRewardModel,
-    conditions: dict[str, torch.Tensor],
-    latent: tuple[int, ...],
-    s: Settings,
-    seed: int,
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Sample the held-out prompts: reward along the sampler, motion metric, and the frames.
-
-    Every arm of a seed starts from the same noise.
-    """
-    count = len(conditions["encoder_hidden_states"])
-    device = conditions["encoder_hidden_states"].device
-    noise = torch.randn(count, *latent, generator=torch.Generator().manual_seed(seed)).to(device)
-    trajectory = Trajectory(model, noise, conditions, FlowEuler(), s.solver_steps)
-    scores = []
-    for index in range(1, s.solver_steps):
-        trajectory.run(index)
-        scores.append(reward(trajectory.x, trajectory.model_timestep(index), conditions))
-    trajectory.run(s.solver_steps)
-    frames = world.decode(trajectory.x)
-    motion = world.motion_score(frames)
-    result = {
-        "reward": float(torch.stack(scores).mean()),
-        "motion": float(motion.mean()),
-        "motion_sem": float(motion.std() / count**0.5),
-    }
-    return result, frames
-
-
-@dataclass(frozen=True)
-class Start:
-    """What every arm starts from; picklable, so that arms can run in processes of their own."""
-
-    generator: nn.Module
-    reward: LatentRewardModel
-    pixel: PixelReward
-    clips: Clips
-    conditions: dict[str, torch.Tensor]
-    settings: Settings
-
-
-def run_arm(start: Start, arm: str, seed: int) -> dict[str, Any]:
+def run_arm(start: Start, s: Settings, arm: str, seed: int) -> dict[str, Any]:
     """Train one arm from the common start; metrics at each checkpoint, a few frames at the end."""
-    s, began = start.settings, time.perf_counter()
+    began = time.perf_counter()
     model = copy.deepcopy(start.generator).requires_grad_(True)
     device = next(model.parameters()).device
     if PATCHED or device.type == "cuda":
@@ -264,35 +65,21 @@ def run_arm(start: Start, arm: str, seed: int) -> dict[str, Any]:
         prfl_fast.patch(start.reward.backbone)
     batches = partial(Batches, start.clips.samples())
     sft = SupervisedFlow(model, batches(32, 10 * seed + 1))
-    if arm == "prfl":
-        plan = GradientPlan.prfl(s.points)
-        step: Any = PRFL(
-            model,
-            start.reward,
-            FlowEuler(),
-            plan,
-            num_steps=s.solver_steps,
-            weight=s.prfl_weight,
-        )
-    elif arm == "rgb_refl":
-        step = RGBReFL(
-            model,
-            world.decode,
-            start.pixel,
-            FlowEuler(),
-            num_steps=s.solver_steps,
-            weight=s.rgb_weight,
-        )
     # As many optimizer updates for every arm: SFT alone takes two of its own.
     first: Any = SupervisedFlow(model, batches(32, 10 * seed + 2))
     if arm != "sft":
+        reward: Any = start.reward
+        plan, weight = GradientPlan.prfl(s.points), s.prfl_weight
+        if arm == "rgb_refl":
+            reward = PixelReward(world.decode, start.pixel)
+            plan, weight = GradientPlan.refl(), s.rgb_weight
+        step = PRFL(model, reward, FlowEuler(), plan, num_steps=s.solver_steps, weight=weight)
         first = RewardFeedback(step, batches(s.feedback_batch, 10 * seed + 2), device)
-    latent = tuple(start.clips.latents.shape[1:])
     every = max(1, s.updates // (s.checkpoints - 1))
     points: list[dict[str, Any]] = []
 
     def measure(update: int) -> torch.Tensor:
-        found, frames = assess(model, start.reward, start.conditions, latent, s, 1000 + seed)
+        found, frames = assess(model, start, s.solver_steps, 1000 + seed)
         points.append({"update": update, **found})
         return frames
 
@@ -429,67 +216,22 @@ def _accuracy_figure(accuracy: dict[float, dict[str, float]]) -> Any:
     return figure
 
 
-class _Inline(Executor):
-    """Runs what it is given at once: on a GPU the arms share the device, one after the other."""
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-def _one_thread(work: bytes) -> Any:
-    torch.set_num_threads(1)
-    function, args = pickle.loads(work)
-    return function(*args)
-
-
-def _submit(pool: Executor, function: Any, *args: Any) -> "Future[Any]":
-    # Pickled here and now: left to the pool, a thread would move these very tensors to shared
-    # memory while this one computes with them (seen once: a cross-entropy of 6e7).
-    return pool.submit(_one_thread, pickle.dumps((function, args)))
-
-
 def run(context: Context) -> SuiteResult:
-    """Train everything and compare the arms; ``context.seeds`` repeats the arms.
-
-    On a CPU each process has one thread: on 20 tokens of width 96 a second one waits more than it
-    works. Arms run side by side instead.
-    """
-    threads = torch.get_num_threads()
-    if context.device.type != "cpu":
-        return _run(Settings(), context, _Inline())
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(threads, spawn)
-    try:
-        torch.set_num_threads(1)
+    """Train everything and compare the arms; ``context.seeds`` repeats the arms."""
+    with small_world.workers(context) as pool:
         return _run(Settings(), context, pool)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
-    began = time.perf_counter()
-    half = s.clips // 2
-    halves = [_submit(pool, Clips.make, half, 1000 + i * half) for i in range(2)]
-    held_out = Clips.make(s.held_out, 999_000)
-    parts = [job.result() for job in halves]
-    clips = Clips(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    start, held_out, trained = small_world.prepare(s, context, pool)
     device, seed = context.device, context.seed
-    pixel = _submit(pool, train_pixel_reward, clips, s, seed, device)
-    samples = clips.samples()
-    generator = train_generator(samples, s, context)
-    reward = train_reward(generator, samples, s, context)
-    text = held_out.text[: s.prompts].to(device)
-    start = Start(generator, reward, pixel.result(), clips, {"encoder_hidden_states": text}, s)
-    trained = time.perf_counter() - began
     jobs = [
-        _submit(pool, run_arm, start, arm, seed + i)
+        submit(pool, run_arm, start, s, arm, seed + i)
         for i in range(context.seeds)
         for arm in ("prfl", "rgb_refl", "sft")
     ]
-    accuracy = evaluate(reward, list(held_out.batches(device)), EVALUATION_TIMESTEPS, seed=seed)
+    held_batches = list(held_out.batches(device))
+    accuracy = evaluate(start.reward, held_batches, EVALUATION_TIMESTEPS, seed=seed)
     arms = []
     with context.bar(len(jobs), "arms") as bar:
         for job in jobs:
@@ -506,5 +248,5 @@ def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
     cases += [{k: v for k, v in arm.items() if k != "frames"} for arm in arms]
     cases.append({"case": "real clips", "motion_good": real[0], "motion_defect": real[1]})
     tables = [_accuracy_table(accuracy, s), _arms_table(arms, s, real)]
-    tables[0].notes.append(f"Generator and reward models trained in {report.seconds(trained)}.")
+    tables[0].notes.append(trained)
     return SuiteResult(tables, cases, figures)

@@ -1,15 +1,16 @@
-"""Reward feedback learning four ways: RGB ReFL on all frames or the first, PRFL with 1 or 5
-gradient points.
+"""Every gradient plan side by side: RGB ReFL on all frames or the first, PRFL with 1 or 5 gradient
+points, and its neighbours.
 
-The comparison of the paper's Table 4 (arXiv 2511.21541) at this machine's size: time, peak memory
-and FLOPs per gradient point, with and without the supervised step each point is paired with. All
-methods run on the same patched generator.
+Time, peak memory and FLOPs per gradient point at this machine's size, the first four also with the
+supervised step each point is paired with (the paper's Table 4, arXiv 2511.21541); all run on the
+same patched generator. The variance of their gradients is measured in the small world.
 """
 
 import gc
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import harness
@@ -19,21 +20,11 @@ from harness import Context, Preset, SuiteResult, Table, Timing, Unavailable
 from torch import nn
 
 import prfl_fast
-from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.losses import sft_loss
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rgb_refl import RGBReFL
-from prfl_fast.schedulers import FlowUniPC
-from prfl_fast.step import PRFL
-from suites import wan
+from suites import plans, variance, wan
+from suites.plans import METHODS, POINTS, SOLVER_STEPS, Method
 
-SOLVER_STEPS = 40
-POINTS = 5
-# The middle of each method's draw. RGB ReFL draws from the last ten steps, 34.5 on average: the
-# earlier, cheaper one.
-RGB_INDEX = (34,)
-PRFL_INDEX = (19,)
-PRFL_INDICES = (3, 11, 19, 27, 35)
 TINY = Preset("tiny", 128, 4, 512, 4, (5, 8, 16), text_tokens=32, text_dim=64)
 # parameters; a generator larger than this trains LoRA layers, as in bf16 its gradients alone are 28
 # GB
@@ -42,9 +33,12 @@ LORA_RANK = 16
 TOO_LONG_TO_REPEAT = 5.0  # seconds of a call on a GPU
 PAPER_FRACTION = 8 / 30  # blocks of the reward over blocks of the generator (Wan2.1 1.3B)
 FLOPS_TARGET = 0.5
+ONE, SFT = "PRFL, 1 point", "SFT"
+# Parts of names: which methods are measured, where all take longer than there is time.
+CHOSEN = tuple(filter(None, os.environ.get("PRFL_FAST_BENCH_METHODS", "").split(",")))
 
 
-class PixelReward(nn.Module):
+class PixelClassifier(nn.Module):
     """Stand-in for a frame-level reward: four strided 3-D convolutions, mean, sigmoid; random
     weights, frozen.
     """
@@ -61,18 +55,23 @@ class PixelReward(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """``[B, 3, F, H, W]`` → ``[B]`` in (0, 1)."""
+        frames = frames.to(self.head.weight.dtype)
         for layer in self.layers:
             frames = torch.nn.functional.silu(layer(frames))
         return torch.sigmoid(self.head(frames.mean((2, 3, 4)))).squeeze(-1)
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to get reward gradients; ``points`` gradient points a call."""
+def chosen() -> tuple[Method, ...]:
+    """The methods to measure, by ``PRFL_FAST_BENCH_METHODS``.
 
-    name: str
-    points: int
-    call: Callable[[], object]
+    Raises:
+        Unavailable: a part of a name that no method has.
+    """
+    for part in CHOSEN:
+        if not any(part in method.name for method in METHODS):
+            names = "; ".join(method.name for method in METHODS)
+            raise Unavailable(f"PRFL_FAST_BENCH_METHODS: {part!r} is part of none of {names}")
+    return tuple(m for m in METHODS if not CHOSEN or any(part in m.name for part in CHOSEN))
 
 
 def _decoder(
@@ -103,72 +102,59 @@ def _generator(preset: Preset, context: Context) -> tuple[nn.Module, str]:
         model.enable_gradient_checkpointing()
     if sum(p.numel() for p in model.parameters()) < LORA_ABOVE:
         return model, "all parameters train"
-    from peft import LoraConfig
+    from prfl_fast.trainer import add_lora
 
-    model.requires_grad_(False)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
+    add_lora(model, LORA_RANK)
     return model, f"LoRA of rank {LORA_RANK} on the attention projections trains"
 
 
-def _methods(preset: Preset, context: Context) -> tuple[list[Method], Callable[[], None], str]:
-    """The four methods, one supervised step, and notes."""
+def _calls(preset: Preset, context: Context) -> tuple[dict[str, Callable[[], object]], str]:
+    """One call of every method and one supervised step, and notes."""
+    methods = chosen()
     model, trains = _generator(preset, context)
     blocks = max(1, round(PAPER_FRACTION * preset.layers)) if preset.layers < 30 else 8
     reward = LatentRewardModel.from_backbone(model, num_blocks=blocks).freeze()
     decode, decoder = _decoder(preset, context)
-    pixel = PixelReward().to(context.device, context.dtype)
+    pixel = PixelClassifier().to(context.device, context.dtype)
     noise, clean = wan.latents(preset, context), wan.latents(preset, context, 3)
     conditions = wan.conditions(preset, context)
-    scheduler = FlowUniPC()
+    rewards = plans.rewards(reward, decode, pixel)
 
-    def fresh(call: Callable[[], object]) -> Callable[[], object]:
-        def run() -> object:
-            model.zero_grad(set_to_none=True)
-            return call()
+    def fresh(call: Callable[..., object], *arguments: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        call(*arguments)
 
-        return run
-
-    def pixels(frames: torch.Tensor) -> torch.Tensor:
-        return pixel(frames.to(context.dtype))
-
-    methods = []
-    for frames in ("all", "first"):
-        step = RGBReFL(model, decode, pixels, scheduler, num_steps=SOLVER_STEPS, frames=frames)
-        label = "RGB ReFL, all frames" if frames == "all" else "RGB ReFL, first frame"
-        methods.append(
-            Method(label, 1, fresh(lambda step=step: step(noise, conditions, indices=RGB_INDEX)))
-        )
-    for points, indices in ((1, PRFL_INDEX), (POINTS, PRFL_INDICES)):
-        prfl = PRFL(model, reward, scheduler, GradientPlan.prfl(points), num_steps=SOLVER_STEPS)
-        label = f"PRFL, {points} point{'s' if points > 1 else ''}"
-        call = fresh(lambda prfl=prfl, indices=indices: prfl(noise, conditions, indices=indices))
-        methods.append(Method(label, points, call))
+    calls: dict[str, Callable[[], object]] = {}
+    for method in methods:
+        call = plans.call_of(method, model, rewards, latents=clean, generator=context.generator(5))
+        calls[method.name] = partial(fresh, call, noise, conditions)
 
     def supervised() -> None:
         loss = sft_loss(model, clean, conditions, generator=context.generator(4))
         loss.backward()
 
+    calls[SFT] = partial(fresh, supervised)
     notes = (
         f"{preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, reward of {blocks} block"
-        f"{'s' if blocks > 1 else ''}; {trains}; {SOLVER_STEPS} solver steps. "
-        f"Pixels come from {decoder}."
+        f"{'s' if blocks > 1 else ''}; {trains}; {SOLVER_STEPS} solver steps. RGB ReFL is rewarded "
+        f"by pixels, which come from {decoder}; all others by the latent reward."
     )
-    return methods, fresh(supervised), notes
+    return calls, notes
 
 
-def _measure(method: Method, device: torch.device) -> dict[str, Any]:
+def _measure(name: str, call: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """FLOPs, then peak bytes, of one call each; on CUDA also the seconds of the second call.
 
     Two calls, because PyTorch's FLOP counter keeps tensors alive a little longer than the call
     alone does: half as much again at the peak of RGB ReFL. The CPU's ledger slows a call down, so
-        its seconds mean nothing.
+    its seconds mean nothing.
     """
-    record: dict[str, Any] = {"method": method.name, "points": method.points}
+    points = next((m.points for m in METHODS if m.name == name), 1)
+    record: dict[str, Any] = {"method": name, "points": points}
     try:
-        record["flops"] = harness.count_flops(method.call)
+        record["flops"] = harness.count_flops(call)
         start = time.perf_counter()
-        record["peak_bytes"] = harness.peak_bytes(method.call, device)
+        record["peak_bytes"] = harness.peak_bytes(call, device)
         if device.type == "cuda":
             record["first_s"] = time.perf_counter() - start
     except (Unavailable, torch.OutOfMemoryError) as error:
@@ -177,35 +163,49 @@ def _measure(method: Method, device: torch.device) -> dict[str, Any]:
     return record
 
 
-def run(context: Context) -> SuiteResult:
-    """Measure every method; per gradient point, with and without SFT."""
-    preset = TINY if context.preset.name == "tiny" else context.preset
-    if context.device.type == "cpu" and preset is not TINY:
-        raise Unavailable(f"{preset.name} on a CPU takes hours; use --preset tiny, or a GPU")
-    methods, supervised, notes = _methods(preset, context)
-    methods.append(Method("SFT", 1, supervised))
+def costs(preset: Preset, context: Context) -> tuple[list[dict[str, Any]], str]:
+    """Records of every method and of a supervised step, the last, and notes."""
+    calls, notes = _calls(preset, context)
     cases = []
-    with context.bar(len(methods) + 1, "methods") as bar:
-        for method in methods:
-            bar.set_postfix_str(method.name)
-            cases.append(_measure(method, context.device))
+    with context.bar(len(calls) + 1, "methods") as bar:
+        for name, call in calls.items():
+            bar.set_postfix_str(name)
+            cases.append(_measure(name, call, context.device))
             gc.collect()
             bar.update()
         short = {
-            m.name: m.call
-            for m, c in zip(methods, cases, strict=True)
+            c["method"]: calls[c["method"]]
+            for c in cases
             if "flops" in c and c.get("first_s", 0.0) < TOO_LONG_TO_REPEAT
         }
-        timings = harness.time_side_by_side(short, context.device, seconds=1.5, at_least=3)
+        timings = harness.time_side_by_side(short, context.device, seconds=0.3, at_least=2)
         bar.update()
     for case in cases:
         if case["method"] in timings:
             case["times"] = timings[case["method"]].record()
         elif "first_s" in case:
             case["times"] = Timing.of([case["first_s"]]).record()
-    table, problems = _table(cases, notes)
-    figures = {"methods.png": _figure(cases, preset, context)}
-    return SuiteResult([table], cases, figures, problems)
+    return cases, notes
+
+
+def run(context: Context) -> SuiteResult:
+    """Measure every method, per gradient point; then the variance of gradients."""
+    preset = TINY if context.preset.name == "tiny" else context.preset
+    if context.device.type == "cpu" and preset is not TINY:
+        raise Unavailable(f"{preset.name} on a CPU takes hours; use --preset tiny, or a GPU")
+    with plans.one_thread(context.device):
+        cases, notes = costs(preset, context)
+    spread: dict[str, float | None] = {}
+    tables, figures, problems = [], {}, []
+    if context.device.type == "cpu":  # the same on every machine
+        by_points, figure, spread, records, problems = variance.study(
+            context, [method.name for method in chosen() if method.trains]
+        )
+        tables, figures["variance.png"] = [by_points], figure
+    table, failed = _table(cases, notes, spread)
+    figures["methods.png"] = _figure(cases, preset, context)
+    every = cases if not tables else [*cases, *records]
+    return SuiteResult([table, *tables], every, figures, failed + problems)
 
 
 def _per_point(case: dict[str, Any], sft: dict[str, Any] | None) -> tuple[float, float, float]:
@@ -220,15 +220,23 @@ def _per_point(case: dict[str, Any], sft: dict[str, Any] | None) -> tuple[float,
     )
 
 
-def _table(cases: list[dict[str, Any]], notes: str) -> tuple[Table, list[str]]:
+def _paired(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = {m.name for m in METHODS if m.paired}
+    return [case for case in cases if case["method"] in names]
+
+
+def _table(
+    cases: list[dict[str, Any]], notes: str, spread: dict[str, float | None]
+) -> tuple[Table, list[str]]:
     *methods, sft = cases
     body, problems = [], []
-    base = next((c for c in methods if c["method"] == "PRFL, 1 point" and "flops" in c), None)
-    for with_sft in (False, True):
-        for case in methods:
+    base = next((c for c in methods if c["method"] == ONE and "flops" in c), None)
+    for with_sft, rows in ((False, methods), (True, _paired(methods))):
+        for case in rows:
             label = [case["method"] + (" + SFT" if with_sft else "")]
-            if "skipped" in case:
-                body.append([*label, case["skipped"], *[report.BLANK] * 4])
+            if "skipped" in case or (with_sft and "skipped" in sft):
+                reason = case.get("skipped") or sft["skipped"]
+                body.append([*label, reason, *[report.BLANK] * 5])
                 continue
             extra = sft if with_sft else None
             seconds, peak, work = _per_point(case, extra)
@@ -236,19 +244,27 @@ def _table(cases: list[dict[str, Any]], notes: str) -> tuple[Table, list[str]]:
             if base is not None:
                 one = _per_point(base, extra)
                 relative = [report.ratio(seconds / one[0]), report.ratio(work / one[2])]
-            body.append(
-                [*label, report.seconds(seconds), report.size(peak), report.flops(work), *relative]
-            )
+            line = [report.seconds(seconds), report.size(peak), report.flops(work), *relative]
+            value = None if with_sft else spread.get(case["method"])
+            body.append([*label, *line, report.number(value, 1)])
     columns = ["method", "time", "peak", "FLOPs", "time, PRFL 1 = 1", "FLOPs, PRFL 1 = 1"]
-    many = next((c for c in methods if c["points"] == POINTS and "flops" in c), None)
+    many = next((c for c in methods if c["method"] != ONE and _is_prfl(c) and "flops" in c), None)
+    drawn = "; ".join(f"{m.name} {_steps(m)}" for m in METHODS if m.typical)
     lines = [
         notes,
-        "Per gradient point. Gradient at the middle of each method's draw: step "
-        f"{RGB_INDEX[0]} for RGB ReFL (the last ten), {PRFL_INDEX[0]} and "
-        f"{', '.join(map(str, PRFL_INDICES))} for PRFL. peak: most bytes alive of what one call "
-        "allocates, gradients included, weights not.",
-        "+ SFT: one supervised step a point; its peak is that of the larger of the two steps.",
+        "Per gradient point, where a call has several. Steps with gradient, in the middle of each "
+        f"method's draw: {drawn}. peak: most bytes alive of what one call allocates, gradients "
+        "included, weights not.",
+        "+ SFT: one supervised step a point; its peak is that of the larger of the two steps. "
+        "RG-LCD is without its distillation loss.",
     ]
+    if spread:
+        lines.append(
+            "variance: E‖ĝ - g‖² / ‖g‖² of one call's gradient over noises, prompts and draws, "
+            f"from {variance.SETTINGS.calls} calls in the small world, PRFL's from the table "
+            f"below; methods differ in what g is. {report.BLANK}: the gradient does not go to the "
+            "parameters, or its mean is lost in the noise."
+        )
     if base is not None and many is not None:
         saved = _per_point(many, None)[2] / _per_point(base, None)[2]
         lines.append(
@@ -259,28 +275,44 @@ def _table(cases: list[dict[str, Any]], notes: str) -> tuple[Table, list[str]]:
             problems.append(
                 f"{POINTS} points cost {saved:.3f} of one point's FLOPs each, target {FLOPS_TARGET}"
             )
-    return Table("methods", "Cost of a gradient point", columns, body, lines), problems
+    title = "Cost of a gradient point"
+    return Table("methods", title, [*columns, "variance"], body, lines), problems
+
+
+def _is_prfl(case: dict[str, Any]) -> bool:
+    return case["method"].startswith("PRFL")
+
+
+def _steps(method: Method) -> str:
+    shown = []
+    for point in method.typical or ():
+        first = point if isinstance(point, int) else point.first
+        last = point if isinstance(point, int) else point.step
+        shown.append(str(first) if first == last else f"{first} … {last}")
+    return ", ".join(shown)
 
 
 def _figure(cases: list[dict[str, Any]], preset: Preset, context: Context) -> Any:
     *methods, sft = cases
     shown = [c for c in methods if "flops" in c]
-    figure, panels = report.new_figure(11, 3.6, ncols=3, sharey=True)
-    names = [c["method"].replace(", ", ",\n") for c in shown]
-    plain, paired = ([_per_point(c, extra) for c in shown] for extra in (None, sft))
+    paired = [c for c in _paired(shown) if "flops" in sft]
+    figure, panels = report.new_figure(11, 1.4 + 0.34 * len(shown), ncols=3, sharey=True)
+    names = [c["method"] for c in shown]
+    plain = [_per_point(c, None) for c in shown]
+    both = [_per_point(c, sft) if c in paired else None for c in shown]
     sizes = (
         (0, "Time per gradient point", "seconds", 1.0, report.seconds),
-        (1, "Peak memory of a step", "megabytes", 1e6, report.size),
+        (1, "Peak memory of a call", "megabytes", 1e6, report.size),
         (2, "FLOPs per gradient point", "GFLOP", 1e9, report.flops),
     )
     for axes, (i, title, unit, scale, text) in zip(panels, sizes, strict=True):
         series = {
             "without SFT": [p[i] / scale for p in plain],
-            "with SFT": [p[i] / scale for p in paired],
+            "with SFT": [p[i] / scale if p else None for p in both],
         }
         labels = {
             "without SFT": [text(p[i]) for p in plain],
-            "with SFT": [text(p[i]) for p in paired],
+            "with SFT": [text(p[i]) if p else "" for p in both],
         }
         report.grouped_bars(axes, names, series, title=title, unit=unit, labels=labels)
         axes.margins(x=0.3)

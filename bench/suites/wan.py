@@ -1,15 +1,18 @@
-"""Randomly initialised Wan models of any preset, and the block of a HY-Video-PRFL checkout."""
+"""Randomly initialised Wan models of any preset, and models of a HY-Video-PRFL checkout."""
 
+import functools
 import importlib
 import importlib.util
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import Context, Preset, Unavailable
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prfl_fast.adapters import find_adapter
 
@@ -48,10 +51,15 @@ def build(
             )
     finally:
         torch.set_default_dtype(before)
-    keep = model._keep_in_fp32_modules or []
+    return mixed(model, dtype or context.dtype)
+
+
+def mixed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model's weights in ``dtype``, those in float32 that diffusers keeps there; in place."""
+    keep = model._keep_in_fp32_modules or []  # type: ignore[union-attr, operator]
     for name, parameter in model.named_parameters():
-        if any(part in keep for part in name.split(".")):
-            parameter.data = parameter.data.float()
+        wide = any(part in keep for part in name.split("."))  # type: ignore[operator]
+        parameter.data = parameter.data.to(torch.float32 if wide else dtype)
     return model
 
 
@@ -87,6 +95,105 @@ def _import_block(checkout: Path) -> types.ModuleType:
         raise Unavailable(f"the reference at {checkout} does not import: {error}") from error
 
 
+def _reference(context: Context) -> types.ModuleType:
+    """The module that holds the reference's models.
+
+    Raises:
+        Unavailable: something it needs is missing.
+    """
+    assert context.reference is not None
+    source = _import_block(context.reference)
+    if not any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface")):
+        raise Unavailable("the reference needs flash_attn, which is not installed")
+    return source
+
+
+class ProjectedPool(nn.Module):
+    """Query attention pooling that projects all tokens to keys and values, as
+    ``nn.MultiheadAttention`` does. ``[B, L, D]`` → ``[B, D]``.
+
+    Args:
+        pool: whose parameters it uses.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.multihead_attn, self.queries = pool.multihead_attn, pool.queries
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The pooled vector, mean over the queries."""
+        x = x.to(self.queries.dtype)
+        queries = self.queries.expand(len(x), *self.queries.shape)
+        attended, _ = self.multihead_attn(queries, x, x, need_weights=False)
+        return (attended + queries).mean(1)
+
+
+def _reference_model(
+    source: Any, model: nn.Module, layers: int, preset: Preset, context: Context
+) -> Any:
+    """The reference's ``WanModel`` with a diffusers model's weights in the context's dtype, every
+    block checkpointed. Head and norms that the model lacks stay as they were made.
+    """
+    config: Any = model.config
+    made = source.WanModel(
+        "t2v",
+        text_len=preset.text_tokens,
+        dim=config.num_attention_heads * config.attention_head_dim,
+        ffn_dim=config.ffn_dim,
+        freq_dim=config.freq_dim,
+        text_dim=config.text_dim,
+        num_heads=config.num_attention_heads,
+        num_layers=layers,
+        cross_attn_norm=config.cross_attn_norm,
+        eps=config.eps,
+    )
+    made.enable_teacache = False  # its trainer sets it on the class
+    found = made.load_state_dict(find_adapter(model).to_reference(model.state_dict()), strict=False)
+    if found.unexpected_keys:
+        raise Unavailable(f"the reference has no {found.unexpected_keys[0]}")
+    for block in made.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return made.to(context.device, context.dtype)
+
+
+def reference_models(
+    model: nn.Module, reward: Any, preset: Preset, context: Context
+) -> tuple[nn.Module, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """The reference's generator with a model's weights, its velocity, and the reward on its blocks.
+
+    As its trainer runs them: bfloat16 autocast, every block checkpointed, the reward's blocks with
+    weight gradients, pooling by projections of all tokens.
+
+    Args:
+        model: a diffusers Wan. reward: a latent reward model made from it.
+
+    Raises:
+        Unavailable: something it needs (flash_attn, diffusers) is missing.
+    """
+    source = _reference(context)
+    depth = len(reward.backbone.blocks)
+    generator = _reference_model(source, model, preset.layers, preset, context)
+    backbone = _reference_model(source, reward.backbone, depth, preset, context)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name.startswith("blocks."))
+    pool, head = ProjectedPool(reward.pool), reward.head
+
+    def call(which: nn.Module, x: Any, timestep: Any, conditions: Any, **rest: Any) -> Any:
+        text = list(conditions["encoder_hidden_states"])
+        with torch.autocast(context.device.type, dtype=torch.bfloat16):
+            return which(list(x), timestep, text, preset.tokens, **rest)
+
+    def velocity(x: torch.Tensor, timestep: torch.Tensor, conditions: Any) -> torch.Tensor:
+        return torch.stack(call(generator, x, timestep, conditions))
+
+    def score(x: torch.Tensor, timestep: torch.Tensor, conditions: Any) -> torch.Tensor:
+        rest = {"output_features": True, "selected_layers": [depth]}
+        (features,) = call(backbone, x, timestep, conditions, **rest)
+        return torch.sigmoid(head(pool(features)))
+
+    return generator, velocity, score
+
+
 def reference_block(
     model: nn.Module, preset: Preset, context: Context
 ) -> Callable[..., torch.Tensor]:
@@ -100,10 +207,7 @@ def reference_block(
         Unavailable: something it needs (flash_attn, diffusers) is missing, or its block is not as
             expected.
     """
-    assert context.reference is not None
-    source = _import_block(context.reference)
-    if not any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface")):
-        raise Unavailable("the reference needs flash_attn, which is not installed")
+    source = _reference(context)
     block = source.WanAttentionBlock(
         "t2v_cross_attn", preset.dim, preset.ffn_dim, preset.heads, cross_attn_norm=True, eps=1e-6
     ).to(context.device)

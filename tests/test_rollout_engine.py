@@ -20,7 +20,7 @@ from prfl_fast.adapters import find_adapter
 from prfl_fast.kernels import fp8_linear, quantise_fp8
 from prfl_fast.model_call import Guidance, ModelCall
 from prfl_fast.patching import patch
-from prfl_fast.rollout import (
+from prfl_fast.rollout_engine import (
     LARGE_BLOCK,
     RolloutEngine,
     RolloutPrecision,
@@ -192,7 +192,7 @@ def field(x, timestep, conditions):
 def test_a_plain_function_is_called_as_it_is_and_that_is_said_once(caplog):
     x, _ = wan_inputs()
     engine = RolloutEngine(field)
-    with caplog.at_level(logging.INFO, "prfl_fast.rollout"), warnings.catch_warnings():
+    with caplog.at_level(logging.INFO, "prfl_fast.rollout_engine"), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
             out = rollout(field, x, {}, FlowEuler(), 4, settings=engine)

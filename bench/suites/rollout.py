@@ -1,0 +1,226 @@
+"""The rollout, 19 of PRFL's about 24 forwards: what each option of the engine costs, and how far it
+drifts.
+
+Costs are of whole rollouts at the size that suits the machine, with random weights; drift is that
+of a tiny model trained in the small world, whose velocities point somewhere. At Wan's sizes FLOPs,
+bytes moved and caches are counted on fake tensors. Beside it, the work of a whole step by part.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
+
+import harness
+import report
+import torch
+from harness import PRESETS, Context, SuiteResult, Table, Unavailable
+
+from prfl_fast.trajectory import relative_distance
+from suites import rollout_counts, small_world, split
+from suites.plans import SOLVER_STEPS, one_thread
+from suites.rollout_options import (
+    GUIDANCE,
+    LORA_RANK,
+    SAMPLES,
+    Subject,
+    options,
+    subject,
+    timed_size,
+    trained_subject,
+)
+
+SHOWN = (10, 20, 30, SOLVER_STEPS)  # steps whose drift the table has
+
+
+def drift_curve(
+    latents: dict[int, torch.Tensor], exact: dict[int, torch.Tensor]
+) -> dict[int, float]:
+    """Relative L2 distance by step, the largest of the batch, at the steps that both passed."""
+    steps = sorted(set(latents) & set(exact))
+    return {step: relative_distance(latents[step], exact[step]) for step in steps}
+
+
+def drift_records(trained: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
+    """The drift curve of every option against the one it is compared with."""
+    known: dict[str, dict[int, torch.Tensor]] = {}
+    records = []
+    for name, option in options(context).items():
+        bar.set_postfix_str(name)
+        if option.against not in known:
+            known[option.against] = trained.latents(option.against)
+        mine = known[name] if name in known else trained.latents(name)
+        curve = drift_curve(mine, known[option.against])
+        records.append(
+            {"case": "drift", "option": name, "against": option.against, "by_step": curve}
+        )
+        bar.update()
+    return records
+
+
+def cost_records(timed: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
+    """FLOPs, peak bytes and seconds of a whole rollout of every option.
+
+    Of what a CPU emulates, only FLOPs: what emulating allocates and takes says nothing.
+    """
+    on_cpu = context.device.type == "cpu"
+    records: dict[str, dict[str, Any]] = {}
+    thunks: dict[str, Callable[[], object]] = {}
+    for name, option in options(context).items():
+        bar.set_postfix_str(name)
+        run = partial(timed.run, name)
+        record: dict[str, Any] = {"case": "rollout", "option": name}
+        try:
+            run()  # compiles, and has the engine's check
+            record["flops"] = harness.count_flops(run)
+            if not (on_cpu and option.eight_bits):
+                record["peak_bytes"] = harness.peak_bytes(run, context.device)
+                thunks[name] = run
+        except (Unavailable, torch.OutOfMemoryError) as error:
+            record["skipped"] = str(error).splitlines()[0]
+            thunks.pop(name, None)
+        if name in timed.engines:
+            record["notes"] = list(timed.engines[name].notes)
+        records[name] = record
+        bar.update()
+    seconds = 0.8 if on_cpu else 2.0
+    timings = harness.time_side_by_side(thunks, context.device, seconds=seconds, at_least=3)
+    bar.update()
+    for name, timing in timings.items():
+        records[name]["times"] = timing.record()
+    return list(records.values())
+
+
+def table(
+    costs: list[dict[str, Any]], drifts: list[dict[str, Any]], context: Context, about: str
+) -> Table:
+    """Costs and drift by option."""
+    by_name = {r["option"]: r for r in costs}
+    body = []
+    for drift in drifts:
+        name, curve = drift["option"], drift["by_step"]
+        cost, base = by_name[name], by_name[drift["against"]]
+        if "skipped" in cost:
+            time_cells = [cost["skipped"], report.BLANK]
+        else:
+            mine, theirs = (r.get("times", {}).get("median_s") for r in (cost, base))
+            over = mine / theirs if mine and theirs else None
+            time_cells = [report.seconds(mine), report.ratio(over)]
+        same = name == drift["against"]
+        drift_cells = [report.BLANK if same else _drift(curve.get(step)) for step in SHOWN]
+        body.append(
+            [
+                name,
+                *time_cells,
+                report.flops(cost.get("flops")),
+                report.size(cost.get("peak_bytes")),
+                *drift_cells,
+                report.BLANK if same else drift["against"],
+            ]
+        )
+    notes = [
+        about,
+        "drift: relative L2 distance of the latents before a step to those of the option named "
+        f"last, largest of {SAMPLES} samples. Of the small world's tiny generator with heads of 32 "
+        f"channels, trained briefly; {SOLVER_STEPS} UniPC steps, guidance {GUIDANCE:g}, adapters "
+        f"of rank {LORA_RANK} with random values. 0: no bit differs.",
+    ]
+    if context.device.type == "cpu":
+        notes.append(
+            "FP8 is emulated on a CPU: its drift is real, its time and bytes mean nothing and are "
+            "left out. FLOPs count its products like any other."
+        )
+    columns = ["rollout", "time", "of compared", "FLOPs", "peak"]
+    columns += [f"drift, step {step}" for step in SHOWN] + ["compared with"]
+    return Table("rollout", "A rollout, by option", columns, body, notes)
+
+
+def _drift(value: float | None) -> str:
+    return report.BLANK if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def drift_figure(drifts: list[dict[str, Any]]) -> Any:
+    """Drift by step of what is not exact."""
+    figure, axes = report.new_figure(8, 4.2)
+    colours = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c", "#56b4e9")
+    shown = [r for r in drifts if any(r["by_step"].values())]
+    for i, record in enumerate(shown):
+        curve = {step: value for step, value in record["by_step"].items() if value > 0}
+        axes.plot(
+            list(curve),
+            list(curve.values()),
+            label=record["option"],
+            color=colours[i % len(colours)],
+            linestyle="-" if i < len(colours) else "--",
+            marker="o",
+            markersize=2.5,
+            # The first is nearly covered by what includes it.
+            linewidth=3.5 if i == 0 else 1.2,
+            alpha=0.5 if i == 0 else 1.0,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("solver step", fontsize=9)
+    axes.set_ylabel("relative L2 distance of the latents", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.set_title("Drift of inexact rollouts from exact ones, small world", fontsize=10)
+    return figure
+
+
+def run(context: Context) -> SuiteResult:
+    """Options at this machine's size and their drift; on a CPU also what is counted at Wan's sizes,
+    which is the same on every machine.
+    """
+    on_cpu = context.device.type == "cpu"
+    if on_cpu and context.preset.name != "tiny":
+        raise Unavailable(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+    tables, figures, counted, splits = [], {}, [], []
+    if on_cpu:
+        with small_world.workers(context) as pool:
+            counted, splits = _counts(context, pool)
+        tables = [rollout_counts.table(counted), split.table(splits)]
+        figures["split.png"] = split.flops_figure(splits)
+    trained = trained_subject(context)
+    with context.bar(2 * len(options(context)) + 1, "rollout") as bar:
+        drifts = drift_records(trained, context, bar)
+        with one_thread(context.device):
+            costs = cost_records(subject(context), context, bar)
+    preset, num_steps = timed_size(context)
+    about = (
+        f"Costs: {preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, random weights, "
+        f"{num_steps} steps{', one thread' if on_cpu else ''}."
+    )
+    tables.insert(0, table(costs, drifts, context, about))
+    figures["rollout_drift.png"] = drift_figure(drifts)
+    records = [*costs, *drifts, *counted, *splits]
+    return SuiteResult(tables, records, figures, exactness(drifts) if on_cpu else [])
+
+
+def exactness(drifts: list[dict[str, Any]]) -> list[str]:
+    """Failed checks: on a CPU, caches change no bit."""
+    return [
+        f"{r['option']}: latents are {max(r['by_step'].values()):.1e} off, expected the same bits"
+        for r in drifts
+        if r["option"] in ("caches", "LoRA, caches") and any(r["by_step"].values())
+    ]
+
+
+def _counts(context: Context, pool: Executor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is counted on fake tensors: rollouts, and the split of a step."""
+    presets = [PRESETS[name] for name in split.SIZES]
+    jobs = [
+        [small_world.submit(pool, count, preset) for preset in presets]
+        for count in (rollout_counts.count, split.count)
+    ]
+    found: list[list[dict[str, Any]]] = []
+    with context.bar(2 * len(presets), "counting") as bar:
+        for group in jobs:
+            records = []
+            for job in group:
+                records += job.result()
+                bar.update()
+            found.append(records)
+    return found[0], found[1]

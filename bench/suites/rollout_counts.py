@@ -1,0 +1,177 @@
+"""What a rollout computes and moves at Wan's sizes, by option, counted on fake tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import report
+import torch
+from harness import Preset, Table
+
+from prfl_fast.adapters import find_adapter
+from prfl_fast.costs import Cost, CostLedger
+from prfl_fast.simulation import fake_models
+from suites.memory_step import DEPTHS, Case, uniform
+from suites.plans import SOLVER_STEPS
+from suites.split import flops_of, line, total
+
+EIGHT_BITS = ("prfl_fast::fp8_linear", "prfl_fast::rollout_attention", "aten::_scaled_mm")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A way to run the rollout.
+
+    Attributes:
+        patched: on prfl_fast's kernels. cache: in the engine. lora: with adapters, merge: merged.
+        linears, attention: in FP8.
+    """
+
+    patched: bool = True
+    cache: bool = True
+    lora: bool = False
+    merge: bool = False
+    linears: bool = False
+    attention: bool = False
+
+
+OPTIONS = {
+    "unpatched": Counted(patched=False, cache=False),
+    "patched": Counted(cache=False),
+    "caches": Counted(),
+    "LoRA, unpatched": Counted(patched=False, cache=False, lora=True),
+    "LoRA, caches": Counted(lora=True),
+    "LoRA merged": Counted(lora=True, merge=True),
+    "FP8 linears": Counted(linears=True),
+    "FP8 both": Counted(linears=True, attention=True),
+}
+
+
+class EightBits(CostLedger):
+    """Also sums up, by phase, the FLOPs of products of 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eight_bits: dict[str, int] = {}
+
+    def _ran(self, func, args, kwargs, given, fresh, out):  # type: ignore[no-untyped-def]
+        before = flops_of(self.costs().get(self._phase, Cost()))
+        super()._ran(func, args, kwargs, given, fresh, out)
+        if func._schema.name in EIGHT_BITS:
+            added = flops_of(self.costs()[self._phase]) - before
+            self.eight_bits[self._phase] = self.eight_bits.get(self._phase, 0) + added
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Costs of opening a rollout and of each of its forwards, bytes of the caches, and FLOPs of a
+    forward in 8 bits.
+    """
+
+    opening: Cost
+    forward: Cost
+    cache_bytes: int
+    eight_bits: int
+
+
+def _tally(preset: Preset, option: Counted, depth: int, num_steps: int) -> Tally:
+    train = "lora" if option.lora else "full"
+    memory = uniform("none")
+    workload = Case(preset, memory, option.patched, train).workload()
+    with fake_models(workload, memory, depth, 1) as (generator, _), torch.no_grad():
+        adapter = find_adapter(generator)
+        x = torch.zeros(workload.latent_shape)
+        text = torch.zeros(1, workload.text_tokens, preset.text_dim)
+        conditions = {"encoder_hidden_states": text}
+        times = [torch.full((1,), 1000.0 - i) for i in range(num_steps)]
+        ledger = EightBits()
+        with ledger:
+            ledger.phase("opening")
+            run, held = None, ledger.live
+            if option.cache:
+                run = adapter.open_rollout(generator, x, times, conditions, merge_lora=option.merge)
+                held = ledger.live - held
+            ledger.phase("forward")
+            if run is None:
+                adapter.velocity(generator, x, times[0], conditions)
+            else:
+                run.velocity(
+                    x,
+                    0,
+                    linears="fp8" if option.linears else "exact",
+                    attention="fp8" if option.attention else "exact",
+                )
+            costs = ledger.costs()
+            cache = held if run is not None else 0
+            opening = costs.get("opening", Cost())
+            return Tally(opening, costs["forward"], cache, ledger.eight_bits.get("forward", 0))
+
+
+def tally(preset: Preset, option: Counted, num_steps: int = SOLVER_STEPS) -> Tally:
+    """At the preset's depth, by the line through two small depths."""
+    depths = DEPTHS[False]
+    few, more = (_tally(preset, option, depth, num_steps) for depth in depths)
+
+    def at(name: str) -> int:
+        first, second = getattr(few, name), getattr(more, name)
+        return first + (second - first) * (preset.layers - depths[0]) // (depths[1] - depths[0])
+
+    return Tally(
+        line(few.opening, more.opening, depths, preset.layers),
+        line(few.forward, more.forward, depths, preset.layers),
+        at("cache_bytes"),
+        at("eight_bits"),
+    )
+
+
+def count(preset: Preset, num_steps: int = SOLVER_STEPS) -> list[dict[str, Any]]:
+    """Records of a whole rollout at a size: FLOPs, those in 8 bits, bytes moved and cached."""
+    records = []
+    for name, option in OPTIONS.items():
+        found = tally(preset, option, num_steps)
+        whole = total(found.opening, *[found.forward] * num_steps)
+        records.append(
+            {
+                "case": "rollout counted",
+                "preset": preset.name,
+                "option": name,
+                "num_steps": num_steps,
+                "flops": flops_of(whole),
+                "eight_bit_flops": num_steps * found.eight_bits,
+                "moved_bytes": whole.moved_bytes,
+                "cache_bytes": found.cache_bytes,
+            }
+        )
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """By size and option, beside the rollout of the unpatched model."""
+    body = []
+    for size in dict.fromkeys(r["preset"] for r in records):
+        rows = {r["option"]: r for r in records if r["preset"] == size}
+        for i, (name, r) in enumerate(rows.items()):
+            base = rows["LoRA, unpatched" if OPTIONS[name].lora else "unpatched"]
+            less = r["flops"] / base["flops"] - 1
+            share = r["eight_bit_flops"] / r["flops"]
+            body.append(
+                [
+                    "" if i else size,
+                    name,
+                    report.flops(r["flops"]),
+                    report.BLANK if r is base else f"{less:+.3%}",
+                    f"{share:.0%}" if share else report.BLANK,
+                    report.size(r["moved_bytes"]),
+                    report.BLANK if r is base else f"{r['moved_bytes'] / base['moved_bytes']:.3f}",
+                    report.size(r["cache_bytes"]) if r["cache_bytes"] else report.BLANK,
+                ]
+            )
+    columns = ["size", "rollout", "FLOPs", "over unpatched", "in 8 bits", "moved", "of unpatched"]
+    steps = records[0]["num_steps"]
+    notes = [
+        f"A whole rollout of {steps} steps, bf16 weights, one sample, 512 text tokens; LoRA of "
+        "rank 16. Counted on fake tensors; no time was measured.",
+        "moved: what everything but products and attention reads and writes, fused operations "
+        "once; caches: bytes held from the rollout's first step to its last.",
+    ]
+    title = "A rollout at Wan's sizes, counted"
+    return Table("rollout-wan", title, [*columns, "caches"], body, notes)

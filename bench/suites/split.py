@@ -1,0 +1,262 @@
+"""Where a reward step's work goes, by part: rollout, gradient, reward, supervised step, optimizer.
+
+Counted at the real sizes on fake tensors, by the code that trains: once as the reference does it,
+once as prfl_fast does. Per gradient point; expected over the draws of the plan.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import report
+import torch
+from harness import Preset, Table
+
+from prfl_fast.costs import Cost, CostLedger
+from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.reward import LatentRewardModel
+from prfl_fast.simulation import Step, fake_models
+from suites import plans, wan
+from suites.memory_step import DEPTHS, Case, uniform
+
+SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
+# Phases of the simulation that make up a part, of which the first depends on the generator's depth
+# or on the reward's.
+PARTS = {
+    "rollout": ("rollout",),
+    "gradient": ("forward", "backward"),
+    "reward": ("reward", "reward backward"),
+    "SFT": ("sft forward", "sft backward"),
+    "optimizer": ("optimizer",),
+}
+COLOURS = dict(zip(PARTS, ("#8c8c8c", "#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+ACCUMULATION = 5  # gradient points of an optimizer update, as the paper's
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do the step.
+
+    Attributes:
+        points: gradient points of a trajectory.
+        reference: as the reference's code: diffusers' unpatched blocks standing for its own, all
+            checkpointed; weight gradients of the reward computed and thrown away; two projections
+            of all tokens in the reward's pooling.
+    """
+
+    name: str
+    points: int
+    reference: bool = False
+
+    @property
+    def plan(self) -> GradientPlan:
+        """Where its gradient is."""
+        return GradientPlan.prfl(self.points)
+
+
+WAYS = (
+    Way("as the reference, 1 point", 1, reference=True),
+    Way("prfl_fast, 1 point", 1),
+    Way(f"prfl_fast, {plans.POINTS} points", plans.POINTS),
+)
+
+
+def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
+    """Costs by phase with ``depth`` blocks in both models."""
+    memory = uniform("full" if way.reference else "attention")
+    workload = Case(preset, memory, not way.reference, "full").workload()
+    workload = replace(workload, sft=True)
+    with fake_models(workload, memory, depth, depth) as (generator, reward):
+        if way.reference:
+            _as_the_reference(reward)
+        ledger = CostLedger()
+        with ledger:
+            step = Step(workload, memory, generator, reward, ledger)
+            step.run()
+            if not way.reference:
+                _cached_forward(step)
+    costs = ledger.costs()
+    costs.setdefault("caches", Cost())
+    return costs
+
+
+@torch.no_grad()
+def _cached_forward(step: Step) -> None:
+    """A rollout's caches, and its forward with them in place of the one without."""
+    ledger = step.ledger
+    ledger.phase("caches")
+    x = torch.zeros(step.workload.latent_shape)
+    times = [torch.full((len(x),), time) for time in step.times]
+    rollout = step.adapter.open_rollout(step.generator, x, times, step.conditions)
+    ledger.phase("cached rollout")
+    rollout.velocity(x, 0)
+
+
+def _as_the_reference(reward: LatentRewardModel) -> None:
+    """Weight gradients in the blocks, and pooling by projecting all tokens."""
+    for parameter in reward.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    reward.pool = wan.ProjectedPool(reward.pool)  # type: ignore[assignment]
+
+
+def line(few: Cost, more: Cost, depths: tuple[int, int], depth: int) -> Cost:
+    """The cost at a depth, on the line through those at two others."""
+    first, second = depths
+    values = {
+        name: low + (getattr(more, name) - low) * (depth - first) // (second - first)
+        for name, low in vars(few).items()
+    }
+    return Cost(**values)
+
+
+def parts(preset: Preset, way: Way) -> dict[str, Cost]:
+    """Cost of each part once: one rollout forward, the caches of one rollout, one gradient point,
+    one supervised step, one update for each of both losses. By two small depths, from where costs
+    are affine.
+    """
+    depths = DEPTHS[False]
+    few, more = (_phases(preset, way, depth) for depth in depths)
+    reward_blocks = Case(preset, uniform("full")).workload().reward_blocks
+    phases = {**PARTS, "caches": ("caches",)}
+    if not way.reference:
+        phases["rollout"] = ("cached rollout",)
+    found = {}
+    for part, names in phases.items():
+        depth = reward_blocks if part == "reward" else preset.layers
+        found[part] = total(*(line(few[p], more[p], depths, depth) for p in names))
+    return found
+
+
+def total(*costs: Cost) -> Cost:
+    """Their sum."""
+    return Cost(**{name: sum(getattr(c, name) for c in costs) for name in vars(costs[0])})
+
+
+def repeats(way: Way, num_steps: int = plans.SOLVER_STEPS) -> dict[str, float]:
+    """How often each part is done for one gradient point, on average."""
+    return {
+        "rollout": way.plan.expected_forwards(num_steps) / way.points,
+        "caches": 1 / way.points,
+        "gradient": 1.0,
+        "reward": 1.0,
+        "SFT": 1.0,
+        "optimizer": 1 / ACCUMULATION,
+    }
+
+
+def flops_of(cost: Cost) -> int:
+    """Of products and attention."""
+    return cost.matmul_flops + cost.attention_flops
+
+
+def count(preset: Preset) -> list[dict[str, Any]]:
+    """Records: FLOPs and moved bytes by part, of each way at a size, per gradient point."""
+    records = []
+    counted: dict[bool, dict[str, Cost]] = {}
+    for way in WAYS:
+        if way.reference not in counted:
+            counted[way.reference] = parts(preset, way)
+        times, costs = repeats(way), counted[way.reference]
+        records.append(
+            {
+                "case": "split",
+                "preset": preset.name,
+                "way": way.name,
+                "points": way.points,
+                "rollout_forwards": times["rollout"],
+                "flops": {part: _sum(times, costs, part, flops_of) for part in PARTS},
+                "moved_bytes": {
+                    part: _sum(times, costs, part, lambda cost: cost.moved_bytes) for part in PARTS
+                },
+            }
+        )
+    return records
+
+
+def _sum(
+    times: dict[str, float],
+    costs: dict[str, Cost],
+    part: str,
+    measure: Callable[[Cost], int],
+) -> float:
+    value = times[part] * measure(costs[part])
+    # A rollout's caches, once a trajectory.
+    return value + (times["caches"] * measure(costs["caches"]) if part == "rollout" else 0)
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """FLOPs by part, their sum with and without SFT over the reference's, and moved bytes."""
+    body = []
+    for size in dict.fromkeys(r["preset"] for r in records):
+        rows = [r for r in records if r["preset"] == size]
+        base = rows[0]
+        for r in rows:
+            first = r is base
+            line = [size if first else "", r["way"], report.number(r["rollout_forwards"], 1)]
+            line += [report.flops(r["flops"][part] or None) for part in PARTS]
+            for without in ((), ("SFT",)):
+                mine, theirs = (
+                    sum(v for part, v in record["flops"].items() if part not in without)
+                    for record in (r, base)
+                )
+                line.append(report.ratio(mine / theirs))
+            line.append(report.size(sum(r["moved_bytes"].values())))
+            body.append(line)
+    columns = ["size", "way", "rollout forwards", *PARTS]
+    columns += ["all, reference = 1", "without SFT", "moved"]
+    notes = [
+        "FLOPs of matrix products and attention per gradient point, recomputation included, "
+        f"counted on fake tensors: {plans.SOLVER_STEPS} solver steps, a reward of 8 blocks, all "
+        f"parameters train, one supervised step a point, {ACCUMULATION} points an update. The "
+        "optimizer has none. No time was measured.",
+        "as the reference: diffusers' unpatched blocks in place of its own, every block "
+        "checkpointed, weight gradients of the frozen reward's blocks, pooling with two "
+        "projections of all tokens. prfl_fast: policy attention in both models, rollouts with "
+        "caches.",
+        "moved: what everything else reads and writes, fused operations once.",
+    ]
+    return Table("split", "Work of a gradient point, by part", columns, body, notes)
+
+
+def figure(
+    rows: dict[str, dict[str, dict[str, float]]], *, unit: str, scale: float, title: str
+) -> Any:
+    """Stacked bars: panel → way → part → value."""
+    made, panels = report.new_figure(11, 1.2 + 0.9 * len(rows), nrows=len(rows), squeeze=False)
+    for axes, (panel, ways) in zip(panels[:, 0], rows.items(), strict=True):
+        for i, values in enumerate(ways.values()):
+            left = 0.0
+            for part, colour in COLOURS.items():
+                width = values.get(part, 0.0) / scale
+                axes.barh(i, width, left=left, color=colour, label=part if i == 0 else None)
+                left += width
+            axes.annotate(
+                f"{left:.3g}", (left, i), xytext=(4, 0), textcoords="offset points", va="center",
+                fontsize=8,
+            )  # fmt: skip
+        axes.set_yticks(range(len(ways)), list(ways))
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=8)
+        axes.set_title(panel, fontsize=9, loc="left")
+        axes.margins(x=0.08)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[-1, 0].set_xlabel(unit, fontsize=9)
+    shown = [part for part in PARTS if any(w.get(part) for p in rows.values() for w in p.values())]
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    kept = [(h, lab) for h, lab in zip(handles, labels, strict=True) if lab in shown]
+    made.legend(*zip(*kept, strict=True), fontsize=8, loc="outside upper right", ncols=len(kept))
+    made.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return made
+
+
+def flops_figure(records: list[dict[str, Any]]) -> Any:
+    """The counted split."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for r in records:
+        rows.setdefault(r["preset"], {})[r["way"]] = r["flops"]
+    return figure(
+        rows, unit="PFLOP per gradient point", scale=1e15, title="Work of a gradient point, by part"
+    )

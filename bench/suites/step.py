@@ -1,0 +1,304 @@
+"""Seconds of a whole PRFL step by part: the reference's own code, diffusers eager and compiled, and
+prfl_fast.
+
+Every way takes the same trajectories: the same weights, noise, conditions and gradient steps. What
+is timed is one call, an SFT step and two optimizer updates.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import harness
+import report
+import torch
+from harness import Context, Preset, SuiteResult, Table, Unavailable
+from torch import nn
+
+import prfl_fast
+from prfl_fast.gradient_plan import GradientPlan
+from prfl_fast.losses import sft_loss
+from prfl_fast.reward import LatentRewardModel
+from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
+from prfl_fast.schedulers import FlowUniPC
+from prfl_fast.step import PRFL
+from prfl_fast.trajectory import Trajectory
+from suites import split, wan
+from suites.plans import POINTS, SOLVER_STEPS, one_thread
+from suites.rollout_options import FEW_LAYERS, TINY, WHOLE_UP_TO
+
+ONE, MANY = (19,), (3, 11, 19, 27, 35)
+# The reference's time over prfl_fast's with 1 point.
+TARGETS = {"wan1.3b-480p": 1.25, "wan14b-480p": 1.15, "wan14b-720p": 1.15}
+FP8 = RolloutSettings(
+    precision=RolloutPrecision(linears=(0, 1), attention=(0, 1), check_every=1 << 30)
+)
+
+
+class Parts:
+    """Seconds by part of what runs inside the contexts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(split.PARTS, 0.0)
+
+    def now(self) -> float:
+        """The time, once the device has done what it was given."""
+        harness.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add what runs within to a part."""
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+    def reward(self, function: Any) -> Callable[..., torch.Tensor]:
+        """The reward, from its call to when its gradient has reached the latents."""
+
+        def timed(x: torch.Tensor, timestep: torch.Tensor, conditions: Any) -> torch.Tensor:
+            start = self.now()
+
+            def reached(gradient: torch.Tensor) -> None:
+                self.seconds["reward"] += self.now() - start
+
+            x.register_hook(reached)
+            return function(x, timestep, conditions)
+
+        return timed
+
+    @contextlib.contextmanager
+    def rollouts(self) -> Iterator[None]:
+        """Within, what trajectories run without gradient is the rollout."""
+        run = Trajectory.run
+
+        def timed(trajectory: Trajectory, *arguments: Any, **options: Any) -> None:
+            with self.part("rollout"):
+                run(trajectory, *arguments, **options)
+
+        Trajectory.run = timed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Trajectory.run = run  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the step.
+
+    Attributes:
+        model: which models: ``reference``, ``eager``, ``compiled`` or ``prfl_fast``.
+        indices: the gradient steps. settings: of the rollout engine; None runs without caches.
+    """
+
+    name: str
+    model: str
+    indices: tuple[int, ...] = ONE
+    settings: RolloutSettings | None = None
+
+
+_EXACT = RolloutSettings()
+_NO_ENGINE = RolloutSettings(cache=False, compile="off")
+
+
+def ways(context: Context) -> tuple[Way, ...]:
+    """Baselines as asked for, then prfl_fast's."""
+    asked = [name for name in ("reference", "eager", "compiled") if name in context.baselines]
+    if context.device.type == "cpu" and not context.compile_ops:  # minutes, unless asked for
+        asked.remove("compiled")
+    found = [Way(name, name, ONE, _NO_ENGINE) for name in asked]
+    found += [
+        Way("prfl_fast, 1 point", "prfl_fast", ONE, _EXACT),
+        Way(f"prfl_fast, {POINTS} points", "prfl_fast", MANY, _EXACT),
+    ]
+    if context.device.type == "cuda":  # a CPU emulates FP8
+        found.append(Way(f"prfl_fast, {POINTS} points, FP8 rollout", "prfl_fast", MANY, FP8))
+    return tuple(found)
+
+
+@dataclass
+class Models:
+    """A generator that trains and a reward, as a step takes them.
+
+    Attributes:
+        module: holds the generator's parameters. velocity: what PRFL and SFT call.
+    """
+
+    module: nn.Module
+    velocity: Any
+    reward: Any
+
+
+def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Context) -> Models:
+    """Models of a way with the weights of ``base``.
+
+    Raises:
+        Unavailable: the reference's, if something it needs is missing.
+    """
+    own = LatentRewardModel.from_backbone(base, num_blocks=blocks)
+    if name == "reference":
+        module, velocity, score = wan.reference_models(base, own, preset, context)
+        return Models(module, velocity, score)
+    module, reward = copy.deepcopy(base), own.freeze()
+    if name == "prfl_fast":
+        prfl_fast.patch(module)
+        prfl_fast.patch(reward.backbone)
+        prfl_fast.checkpoint(module, "attention")
+        prfl_fast.checkpoint(reward.backbone, "attention")
+    else:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
+        reward.backbone.enable_gradient_checkpointing()  # type: ignore[operator]
+    if name == "compiled":
+        for model in (module, reward.backbone):
+            for block in model.blocks:  # type: ignore[union-attr]
+                block.compile(dynamic=False)
+    return Models(module, module, reward)
+
+
+def measure_way(
+    way: Way, models: Models, preset: Preset, context: Context, num_steps: int = SOLVER_STEPS
+) -> dict[str, Any]:
+    """Seconds by part and peak bytes of a step, after a short one that compiles what compiles."""
+    device = context.device
+    parameters = [p for p in models.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-12, fused=device.type == "cuda")
+    noise, clean = wan.latents(preset, context), wan.latents(preset, context, 3)
+    conditions = wan.conditions(preset, context)
+    parts = Parts(device)
+    plan = GradientPlan.prfl(len(way.indices))
+    step = PRFL(
+        models.velocity,
+        parts.reward(models.reward),
+        FlowUniPC(),
+        plan,
+        num_steps=num_steps,
+        rollout=way.settings,
+    )
+
+    def whole(indices: tuple[int, ...]) -> None:
+        with parts.rollouts(), parts.part("gradient"):
+            step(noise, conditions, indices=indices)
+        with parts.part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with parts.part("SFT"):
+            loss = sft_loss(models.velocity, clean, conditions, generator=context.generator(4))
+            loss.backward()
+        with parts.part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    # Two solver steps with the shapes, dtypes and code of the timed ones; the engine's check too.
+    whole((1, *range(2, 1 + len(way.indices))))
+    parts.seconds = dict.fromkeys(parts.seconds, 0.0)
+    if device.type == "cuda":
+        peak = harness.peak_bytes(lambda: whole(way.indices), device)
+        seconds = parts.seconds
+    else:  # whose ledger of bytes slows a call down
+        whole(way.indices)
+        seconds = dict(parts.seconds)
+        peak = harness.peak_bytes(lambda: whole(way.indices), device)
+    seconds["gradient"] -= seconds["rollout"] + seconds["reward"]
+    points = len(way.indices)
+    per_point = {part: value / points for part, value in seconds.items()}
+    # The supervised step was run once, and is done for each point.
+    per_point["SFT"] = seconds["SFT"]
+    per_point["optimizer"] = seconds["optimizer"] / split.ACCUMULATION
+    return {
+        "case": "step",
+        "way": way.name,
+        "points": points,
+        "seconds_per_point": per_point,
+        "peak_bytes": peak,
+    }
+
+
+def run(context: Context) -> SuiteResult:
+    """Every way at the preset's size, one after the other."""
+    if context.device.type == "cpu" and context.preset.name != "tiny":
+        raise Unavailable(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+    preset, blocks = context.preset, 8
+    if preset.layers > WHOLE_UP_TO:
+        blocks = max(1, round(blocks * FEW_LAYERS / preset.layers))
+        preset = replace(preset, layers=FEW_LAYERS)
+    if context.device.type == "cpu":
+        preset = TINY
+    blocks = min(blocks, max(1, preset.layers // 3))
+    base = wan.build(preset, context).cpu()
+    records, notes = [], []
+    models: tuple[str, Models | None] = ("", None)
+    with context.bar(len(ways(context)), "steps") as bar:
+        for way in ways(context):
+            bar.set_postfix_str(way.name)
+            record: dict[str, Any] = {"case": "step", "way": way.name, "points": len(way.indices)}
+            try:
+                if models[0] != way.model:
+                    models = ("", None)
+                    made = _models(way.model, base.to(context.device), blocks, preset, context)
+                    base.cpu()
+                    models = (way.model, made)
+                assert models[1] is not None
+                with one_thread(context.device):
+                    record = measure_way(way, models[1], preset, context)
+            except (Unavailable, torch.OutOfMemoryError) as error:
+                full = isinstance(error, torch.OutOfMemoryError)
+                record["skipped"] = "out of memory" if full else str(error)
+                models = ("", None)
+            records.append(record)
+            bar.update()
+    notes.append(
+        f"{preset.layers} blocks of {context.preset.layers}, D = {preset.dim}, L = "
+        f"{preset.tokens}, reward of {blocks}; random weights, all parameters train. Seconds per "
+        f"gradient point of one call with gradient at {ONE[0]} or {', '.join(map(str, MANY))} of "
+        f"{SOLVER_STEPS} steps; one supervised step a point; two updates of AdamW for "
+        f"{split.ACCUMULATION} points. peak: above weights and optimizer states."
+    )
+    table = _table(records, notes, context)
+    rows = {
+        context.preset.name: {
+            r["way"]: r["seconds_per_point"] for r in records if "skipped" not in r
+        }
+    }
+    figure = split.figure(
+        rows,
+        unit="seconds per gradient point",
+        scale=1.0,
+        title="Time of a gradient point, by part",
+    )
+    return SuiteResult([table], records, {"step.png": figure})
+
+
+def _total(record: dict[str, Any], *without: str) -> float:
+    return sum(v for part, v in record["seconds_per_point"].items() if part not in without)
+
+
+def _table(records: list[dict[str, Any]], notes: list[str], context: Context) -> Table:
+    measured = {r["way"]: r for r in records if "skipped" not in r}
+    bases = [name for name in ("reference", "eager", "compiled") if name in measured]
+    body = []
+    columns = ["per gradient point", *split.PARTS, "all", "without SFT", "peak"]
+    for name in bases:
+        columns += [f"{name} over it", "without SFT"]
+    for r in records:
+        if "skipped" in r:
+            body.append([r["way"], r["skipped"], *[report.BLANK] * (len(columns) - 2)])
+            continue
+        line = [r["way"], *(report.seconds(r["seconds_per_point"][part]) for part in split.PARTS)]
+        line += [report.seconds(_total(r)), report.seconds(_total(r, "SFT"))]
+        line.append(report.size(r["peak_bytes"]))
+        for name in bases:
+            for without in ((), ("SFT",)):
+                line.append(report.ratio(_total(measured[name], *without) / _total(r, *without)))
+        body.append(line)
+    target = TARGETS.get(context.preset.name)
+    if target is not None:
+        notes.append(
+            f"Targets over the reference: {target}× with 1 point; {POINTS} points with FP8 "
+            "rollout 2.5×, without SFT 3×."
+        )
+    return Table("prfl-step", "A PRFL step, by part", columns, body, notes)
