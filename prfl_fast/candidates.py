@@ -110,6 +110,10 @@ class Candidates:
             )
         if batch is not None:
             check_count("batch", batch)
+        if settings is not None and not isinstance(settings, RolloutSettings):
+            raise TypeError(f"settings is {settings!r}, expected RolloutSettings or None")
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise TypeError(f"guidance is {guidance!r}, expected a Guidance or None")
         if settings is not None and settings.precision is not None:
             raise ValueError(
                 "settings has a precision, expected None: a search cuts trajectories where it "

@@ -318,7 +318,7 @@ def _sampled(
             scheduler,
             step.num_steps,
             step.guidance,
-            None,
+            RolloutSettings(compile="off"),  # not for one trajectory, nor to round otherwise
             None,
         )
         one.begin(noise, 1, None)

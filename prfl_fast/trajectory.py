@@ -72,6 +72,8 @@ class Trajectory:
         visit: Sequence[int] = (),
     ) -> None:
         self._velocity = bind_velocity(transformer, noise, conditions, "noise")
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise TypeError(f"guidance is {guidance!r}, expected a Guidance or None")
         if engine is not None and not engine.runs(transformer):
             raise ValueError(
                 "engine was made for another transformer, or another precision of it; expected "
@@ -336,6 +338,10 @@ def rollout(
         ValueError: noise or conditions of the wrong shape or not finite, or ``stop`` outside 0 …
             num_steps; guidance or settings that do not fit them.
     """
+    if settings is not None and not isinstance(settings, (RolloutSettings, RolloutEngine)):
+        raise TypeError(
+            f"settings is {settings!r}, expected RolloutSettings, a RolloutEngine or None"
+        )
     engine = (
         RolloutEngine(transformer, settings) if isinstance(settings, RolloutSettings) else settings
     )

@@ -10,6 +10,7 @@ from wan import inputs, tiny_wan
 
 from prfl_fast.model_call import Guidance, ModelCall, model_of
 from prfl_fast.rollout_engine import RolloutEngine, RolloutPrecision, RolloutSettings
+from prfl_fast.sampling import prune
 from prfl_fast.schedulers import FlowEuler, FlowUniPC, schedule_sigmas, strided_steps
 from prfl_fast.trajectory import Trajectory, rollout
 
@@ -422,3 +423,16 @@ def test_a_model_call_is_checked_like_its_model():
         ModelCall(tiny_wan(), "fp16")
     with pytest.raises(TypeError, match="supported"):
         ModelCall(nn.Linear(2, 2))
+
+
+def test_settings_and_guidance_of_another_kind_are_refused():
+    def field(x, timestep, conditions):
+        return x
+
+    x = torch.zeros(1, 2, 1, 2, 2)
+    with pytest.raises(TypeError, match="guidance is 3.0, expected a Guidance"):
+        rollout(field, x, {}, FlowEuler(), 2, guidance=3.0)
+    with pytest.raises(TypeError, match="settings is .*, expected RolloutSettings"):
+        rollout(field, x, {}, FlowEuler(), 2, settings=RolloutPrecision())
+    with pytest.raises(TypeError, match="settings is 3, expected RolloutSettings"):
+        prune(field, field, x, {}, FlowEuler(), 2, candidates=2, keep={}, settings=3)
