@@ -271,15 +271,22 @@ def planned_for(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: the run has what the planner does not simulate: gradients through several
-            solver steps, or several reward models.
+            solver steps, guidance, or several reward models.
     """
     lora = config.lora
-    plan = config.prfl.plan() if "prfl" in config.objectives else GradientPlan.prfl()
+    feedback = "prfl" in config.objectives
+    plan = config.prfl.plan() if feedback else GradientPlan.prfl()
     if plan.depth != 1 or plan.renoised:
         raise ValueError(
             f"prfl.method is {config.prfl.method}, whose gradient goes through several solver "
             "steps: the planner knows one step a point only, so say what memory is, as {policy: "
             "full}"
+        )
+    if feedback and config.prfl.guidance is not None:
+        raise ValueError(
+            "prfl.guidance is set, which doubles the batch of the generator's forwards, or their "
+            "number: the planner knows steps without guidance only, so say what memory is, as "
+            "{policy: full}"
         )
     targets = {} if lora is None else {"lora_targets": lora.targets}
     return {

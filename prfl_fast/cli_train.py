@@ -66,7 +66,7 @@ def train(config: TrainConfig, check: bool) -> int:
             f"prfl.segments is {segments}, but the latents of the dataset have {frames} frames"
         )
     guidance = None
-    if feedback and config.prfl.guidance is not None:
+    if config.prfl.guidance is not None:  # read without the prfl objective too: a check of the file
         guidance = load_guidance(config.prfl.guidance, dataset, device)
     memory, plan = choose_memory(config, dataset, device)
     config = dataclasses.replace(config, memory=memory)

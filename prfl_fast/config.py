@@ -57,14 +57,14 @@ class GuidanceFile:
     """Classifier-free guidance of the trajectories.
 
     Attributes:
-        scale: of the difference between the velocity with the prompt and the one without.
+        scale: of the difference between the velocity with the prompt and the one without, above 0.
         negative: a safetensors file of the negative prompt's conditions, as a sample of the dataset
             without latents: ``encoder_hidden_states [T, D]``. What it lacks is the sample's own.
         batched: both in one forward of twice the batch, or one after the other.
     """
 
-    scale: float
-    negative: str
+    scale: float = ranged(above=0)
+    negative: str = ranged()
     batched: bool = True
 
 
@@ -98,7 +98,8 @@ class Feedback:
         method: a constructor of :class:`prfl_fast.GradientPlan`. Its arguments are ``points``
             (with more than 1, lower ``run.accumulation`` by as much), ``draws``, ``window``,
             ``depth`` (steps of the chain; the most of them for ``alignprop``; ``all``),
-            ``renoised``, ``strength``, ``segments`` and ``attenuation``; null is the method's own.
+            ``renoised``, ``strength``, ``segments`` (``all`` rewards the video as a whole) and
+            ``attenuation``; null is the method's own.
         target: rewards at or above it give no gradient; null maximises the reward without end.
         divergence: weight of the squared distance to the velocity without adapters; needs ``lora``.
     """
@@ -120,7 +121,7 @@ class Feedback:
     depth: int | Literal["all"] | None = ranged(None, least=1)
     renoised: int | None = ranged(None, least=0)
     strength: float | None = ranged(None, above=0, most=1)
-    segments: int | None = ranged(None, least=1)
+    segments: int | Literal["all"] | None = ranged(None, least=1)
     attenuation: float | None = ranged(None, least=0)
     solver: Literal["unipc", "euler"] = "unipc"
     shift: float = ranged(5.0, above=0)
@@ -141,8 +142,19 @@ class Feedback:
                 )
         if self.depth == "all" and self.method == "instructvideo":
             raise ConfigError("prfl.depth is all, expected a whole number for instructvideo")
+        if self.segments == "all" and self.attenuation:
+            raise ConfigError(
+                f"prfl.attenuation is {self.attenuation:g}, but prfl.segments is all, which has no "
+                "single frames to weigh: leave it out"
+            )
         try:
-            self.plan().steps(self.num_steps)
+            plan = self.plan()
+            run = self.num_steps - plan.begin(self.num_steps)
+            if isinstance(self.depth, int) and self.depth > run:
+                raise ValueError(
+                    f"depth is {self.depth}, expected at most {run}, the steps of a trajectory"
+                )
+            plan.steps(self.num_steps)
         except ValueError as error:
             raise ConfigError(f"prfl.{error}") from error
 

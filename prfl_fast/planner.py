@@ -192,10 +192,12 @@ def plan(
 
     Raises:
         ValueError: an argument of the wrong kind or range, naming it.
-        TypeError: a model that no adapter knows.
+        TypeError: a model that no adapter knows, or another rollout than a plan.
         MissingExtra: diffusers or peft is not installed.
     """
     rates = machines.machine(machine)
+    if not isinstance(rollout, GradientPlan | None):
+        raise TypeError(f"rollout is {rollout!r}, expected a GradientPlan or None")
     points = GradientPlan.prfl() if rollout is None else rollout
     if points.depth != 1 or points.to != "parameters" or points.renoised:
         raise ValueError(

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from runs import config, log, make_world, samples, write_config
+from runs import SIZE, config, log, make_world, samples, write_config
 
 from prfl_fast import cli
 from prfl_fast.config import Memory, TrainConfig
@@ -192,6 +192,25 @@ def test_train_by_every_method(root, tmp_path, method):
         assert 0 < record["prfl/reward"] < 1 and record["prfl/grad_norm"] > 0
     stored = load_config(TrainConfig, tmp_path / "out" / "config.yaml")
     assert stored.prfl.method == method["method"] and stored.prfl.num_steps == 4
+
+
+def test_instructvideo_may_reward_the_whole_video(root, tmp_path, monkeypatch, capsys):
+    feedback = {"num_steps": 4, "method": "instructvideo", "segments": "all"}
+    changes = {"run.steps": 1, "objectives": ["prfl"], "prfl": feedback}
+    assert call("train", root, tmp_path / "out", changes, "--check") == 0
+    assert "segments: all\n" in capsys.readouterr().out
+    shapes, score = [], LatentRewardModel.forward
+
+    def seen(self, x, *rest, **options):
+        shapes.append(tuple(x.shape))
+        return score(self, x, *rest, **options)
+
+    monkeypatch.setattr(LatentRewardModel, "forward", seen)
+    assert call("train", root, tmp_path / "out", changes) == 0
+    assert shapes == [(1, 16, *SIZE)]  # one score of all frames
+    changes["prfl.segments"] = 2
+    assert call("train", root, tmp_path / "frames", changes) == 0
+    assert len(shapes) > 1 and all(shape[2] == 1 for shape in shapes[1:])
 
 
 def other_reward(root, folder, seed):
@@ -539,6 +558,29 @@ def test_memory_auto_of_a_chain_is_refused_where_it_trains(
         assert not planned[0].calls and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_guided_steps_are_not_planned(root, tmp_path, planned, monkeypatch, capsys, batched):
+    negative = negative_file(tmp_path / "n.safetensors", 3, 20)
+    guidance = {"scale": 5, "negative": negative, "batched": batched}
+    changes = {**AUTO, "run.steps": 1, "prfl.guidance": guidance}
+    assert call("train", root, tmp_path / "out", changes) == 2
+    assert "prfl.guidance is set" in one_line(capsys, "train")
+    assert not planned[0].calls and not (tmp_path / "out").exists()
+    alone = {**changes, "objectives": ["sft"]}
+    assert call("train", root, tmp_path / "sft", alone) == 0 and len(planned[0].calls) == 1
+
+    import prfl_fast.trainer
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(prfl_fast.trainer, "sft_loss", full)
+    assert call("train", root, tmp_path / "out", {**changes, "memory": {"policy": "full"}}) == 4
+    error = capsys.readouterr().err
+    assert "no plan: prfl.guidance is set" in error and "steps without guidance only" in error
+    assert len(planned[0].calls) == 1
+
+
 def test_memory_auto_of_supervised_training_alone(root, tmp_path, planned):
     changes = {**AUTO, "run.steps": 1, "objectives": ["sft"], "reward": ...}
     assert call("train", root, tmp_path / "out", changes) == 0
@@ -816,6 +858,12 @@ BAD = {
     "no negative conditions": (
         "train",
         {"prfl.guidance": {"scale": 5, "negative": "nowhere"}},
+        None,
+        "nowhere: no such file",
+    ),
+    "no negative conditions, supervised alone": (
+        "train",
+        {"prfl.guidance": {"scale": 5, "negative": "nowhere"}, "objectives": ["sft"]},
         None,
         "nowhere: no such file",
     ),

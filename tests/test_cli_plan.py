@@ -147,6 +147,12 @@ def test_apply_plans_for_the_files_method(file, calls):
     assert calls[-1]["rollout"] == GradientPlan.prfl(3, "independent")
 
 
+def test_apply_plans_supervised_training_beside_unused_guidance(file, calls):
+    guided = "prfl:\n  guidance: {scale: 5, negative: n.safetensors}\n"
+    file.write_text(file.read_text().replace("prfl:\n", guided) + "objectives: [sft]\n")
+    assert run("--apply", file) == 0 and calls[-1]["rollout"] == GradientPlan.prfl()
+
+
 @pytest.mark.parametrize("form", ["json", "missing"])
 def test_apply_to_other_files(root, tmp_path, calls, form):
     path = tmp_path / "train.yaml"
@@ -225,6 +231,7 @@ BAD = {
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
     "--apply DRAFT": "prfl.method is draft, whose gradient goes through several solver steps",
+    "--apply GUIDED": "prfl.guidance is set, which doubles the batch of the generator's forwards",
     "--apply SEVERAL": "reward lists 2 rewards, but the planner knows one model only",
     "--apply EMPTY": "holds empty, expected keys and values",
     "--apply BROKEN": "not YAML",
@@ -245,6 +252,8 @@ def test_bad_input_is_one_line_before_any_work(
     shutil.copy(file, "FILE")
     (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
     (tmp_path / "DRAFT").write_text(text.replace("points: 3", "method: draft\n  depth: 2"))
+    guided = "points: 3\n  guidance: {scale: 5, negative: n.safetensors}"
+    (tmp_path / "GUIDED").write_text(text.replace("points: 3", guided))
     two = "reward: [{name: a, path: x}, {name: b, path: y}]"
     lines = [two if line.startswith("reward") else line for line in text.splitlines()]
     (tmp_path / "SEVERAL").write_text("\n".join(lines))

@@ -26,6 +26,7 @@ from prfl_fast.plan_search import (
     memory_of,
     phase_seconds,
 )
+from prfl_fast.rollout_engine import RolloutSettings
 from prfl_fast.simulation import Cost, Simulation, Workload, simulate
 
 diffusers = pytest.importorskip("diffusers")
@@ -529,6 +530,12 @@ def test_models(tmp_path):
 def test_bad_arguments(calls, options, message):
     with pytest.raises(ValueError, match=message):
         planner.plan(SMALL, **{**SIZE, **options})
+    assert not calls
+
+
+def test_a_rollout_is_a_gradient_plan(calls):
+    with pytest.raises(TypeError, match=r"rollout is RolloutSettings\(.*expected a GradientPlan"):
+        planner.plan(SMALL, **SIZE, rollout=RolloutSettings())
     assert not calls
 
 
