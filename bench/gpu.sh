@@ -8,7 +8,7 @@
 #         facts     ceilings of the device (suite facts) and the eager and compiled block
 #         bench     kernels at every real size
 #         methods   the paper's four methods at 1.3B
-#         methods-chains  their neighbours at 1.3B: partial and whole chains, one-step rewards, guidance
+#         methods-chains  their neighbours at 1.3B beside PRFL with 1 point: partial chains, one-step rewards, guidance
 #         rollout   the rollout by option at 1.3B
 #         rollout-14b  the same with a part of 14B at 480p
 #         step      a PRFL step by part at 1.3B: eager, compiled, prfl_fast; REFERENCE=PATH adds the checkout of
@@ -19,13 +19,24 @@
 #         all       these in this order
 # WHEELS  a folder of wheels for what the machine lacks (diffusers, say); installed without looking further
 #
+# WHEELS and REFERENCE are relative to where this is called.
+#
 # Results go to $OUT (bench-out unless set). A step that fails is listed at the end and in failures.txt and does not
 # stop the next one; a stage ends within ten minutes.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+
+# absolute PATH: seen from where the script was called; nothing for nothing.
+absolute() {
+    case "$1" in
+        "" | /*) printf '%s' "$1" ;;
+        *) printf '%s' "$PWD/$1" ;;
+    esac
+}
 
 stage=${1:-}
-wheels=${2:-}
+wheels=$(absolute "${2:-}")
+REFERENCE=$(absolute "${REFERENCE:-}")
+cd "$(dirname "$0")/.."
 case "$stage" in
     test | sanitize | facts | bench | methods | methods-chains | rollout | rollout-14b | step | step-14b) ;;
     memory | memory-720p | all) ;;
@@ -101,15 +112,19 @@ run_bench() {
 }
 
 run_methods() {
-    step 560 methods-1.3b env PRFL_FAST_BENCH_METHODS=RGB,PRFL "$python" bench/run.py --suite methods \
+    local names="RGB ReFL, all frames;RGB ReFL, first frame;PRFL, 1 point;PRFL, 5 points"
+    step 560 methods-1.3b env PRFL_FAST_BENCH_METHODS="$names" "$python" bench/run.py --suite methods \
         --preset wan1.3b-480p --out "$OUT/methods-1.3b"
 }
 
 run_methods-chains() {
-    # A whole chain of 40 steps alone takes minutes, FLOPs and peak counted in runs of their own.
-    step 290 methods-late env PRFL_FAST_BENCH_METHODS="DRaFT-1,DRaFT-LV,ControlNet,Instruct,RG-LCD,ReNO" \
-        "$python" bench/run.py --suite methods --preset wan1.3b-480p --out "$OUT/methods-late"
-    step 290 methods-long env PRFL_FAST_BENCH_METHODS=AlignProp,Flow-NRG "$python" bench/run.py --suite methods \
+    # Not the whole chain: its 40 steps alone take minutes, FLOPs counted in a run of their own. Nor DRaFT-10, which
+    # lies between DRaFT-1 and AlignProp's half a chain. The others are compared with PRFL, 1 point.
+    local late="PRFL, 1 point;DRaFT-1;DRaFT-LV;ControlNet++;InstructVideo;RG-LCD;ReNO, one-step generator"
+    local long="PRFL, 1 point;AlignProp;Flow-NRG, a guided sample"
+    step 290 methods-late env PRFL_FAST_BENCH_METHODS="$late" "$python" bench/run.py --suite methods \
+        --preset wan1.3b-480p --out "$OUT/methods-late"
+    step 290 methods-long env PRFL_FAST_BENCH_METHODS="$long" "$python" bench/run.py --suite methods \
         --preset wan1.3b-480p --out "$OUT/methods-long"
 }
 

@@ -303,9 +303,13 @@ def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
     return total
 
 
-def peak_bytes(thunk: Thunk, device: torch.device) -> int:
+def peak_bytes(thunk: Thunk, device: torch.device, *, empty_cache: bool = True) -> int:
     """Most bytes alive at once of what ``thunk()`` allocates: by the allocator on CUDA, by the
     ledger on the CPU.
+
+    Args:
+        empty_cache: hand CUDA's cached memory back first. Without, a call that was run before may
+            be timed inside ``thunk``: it asks the driver for no memory again.
 
     Raises:
         Unavailable: out of memory.
@@ -315,7 +319,8 @@ def peak_bytes(thunk: Thunk, device: torch.device) -> int:
         with Ledger(open_operations=True) as ledger:
             thunk()
         return ledger.peak
-    torch.cuda.empty_cache()
+    if empty_cache:
+        torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:

@@ -1,4 +1,5 @@
-"""Measure prfl_fast: ``python bench/run.py`` runs every suite at the size that suits the machine.
+"""Measure prfl_fast: ``python bench/run.py`` runs the default suites at the size that suits the
+machine.
 
 Tables appear as suites finish. ``--out`` receives results.json (every measurement, with commit,
 versions and command), report.md and the plots; each file is replaced only when its successor is
@@ -63,7 +64,11 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="repetitions of the alignment's arms"
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="repetitions of the arms of alignment and family",
     )
     args = parser.parse_args(argv)
 

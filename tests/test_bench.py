@@ -343,13 +343,17 @@ def test_defaults():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_gpu_script_refuses_unknown_stages():
+def test_gpu_script_refuses_unknown_stages(tmp_path):
     script = ROOT / "bench" / "gpu.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     run = subprocess.run(["bash", script, "everything"], capture_output=True, text=True)
     assert run.returncode == 2 and "expected test, sanitize" in run.stderr
     run = subprocess.run(["bash", script, "test", "/nowhere"], capture_output=True, text=True)
     assert run.returncode == 2 and "not a folder" in run.stderr
+    # Relative to where it is called, not to the repository.
+    call = ["bash", script, "test", "bench"]
+    run = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and f"'{tmp_path}/bench'" in run.stderr
 
 
 # README tables.

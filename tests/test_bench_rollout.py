@@ -5,6 +5,7 @@ counts on fake tensors, tables, and each suite end to end at a minimal size.
 import functools
 import itertools
 import json
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ from suites import (  # noqa: E402
 )
 
 from prfl_fast.costs import Cost  # noqa: E402
-from prfl_fast.gradient_plan import GradientPlan  # noqa: E402
+from prfl_fast.gradient_plan import GradientPlan, Point  # noqa: E402
 from prfl_fast.modules import QueryAttentionPool  # noqa: E402
 from prfl_fast.reward import LatentRewardModel  # noqa: E402
 from prfl_fast.rollout_engine import RolloutEngine  # noqa: E402
@@ -154,10 +155,17 @@ def test_gradients_by_step_are_prfls():
 
 def test_variance_of_samples():
     # Mean 2, sum of squared distances 2 over 2: spread 1, squared mean 4 - 1/3.
-    assert variance.sample_variance(torch.tensor([[1.0], [2.0], [3.0]])) == pytest.approx(
-        1 / (4 - 1 / 3)
-    )
+    found = variance.sample_variance(torch.tensor([[1.0], [2.0], [3.0]]))
+    assert found.value == pytest.approx(1 / (4 - 1 / 3))
+    # Without a row: spreads 1/2, 2 and 1/2 around 2.5, 2 and 1.5.
+    left = torch.tensor([0.5 / 6, 2 / 3, 0.5 / 2])
+    squares = (left - left.mean()).square().sum().item()
+    assert found.error == pytest.approx((2 / 3 * squares) ** 0.5)
+    assert str(found) == "0.3 ± 0.3"
     assert variance.sample_variance(torch.tensor([[1.0], [-1.0]])) is None
+    # The mean is there, but not without the first row.
+    unsure = variance.sample_variance(torch.tensor([[9.0], [1.0], [-1.0]]))
+    assert unsure is None or unsure.error is None
 
 
 def test_records_of_points_relate_to_one_point():
@@ -175,12 +183,21 @@ def test_records_of_points_relate_to_one_point():
     assert five["per_flop"] == pytest.approx(
         five["variance"] * five["flops"] / (one["variance"] * one["flops"])
     )
-    table, problems = variance._table(records, s, "Trained.")
+    table, _ = variance._table(records, s, "Trained.")
     assert len(table.rows) == 2 and all(len(r) == len(table.columns) for r in table.rows)
-    assert table.rows[0][3] == "1.00" and problems == []
-    worse = [{**r, "per_flop": 1.5} if r["points"] == 5 else r for r in records]
-    _, problems = variance._table(worse, s, "Trained.")
-    assert problems == ["batch 1: at equal FLOPs 5 points have 1.50 times the variance of 1 point"]
+    assert table.rows[0][3] == "1.00"
+    assert five["variance_error"] > 0
+
+    def problems_of(value, error):
+        other = {"per_flop": value, "per_flop_error": error}
+        changed = [{**r, **other} if r["points"] == 5 else r for r in records]
+        return variance._table(changed, s, "Trained.")[1]
+
+    assert problems_of(0.75, 0.12) == []
+    assert problems_of(0.75, 0.13) == [
+        "batch 1: at equal FLOPs 5 points have 0.75 ± 0.13 times the variance of 1 point, "
+        "expected below 1 by two standard errors"
+    ]
 
 
 # The split of a step.
@@ -286,6 +303,8 @@ def tiny(monkeypatch):
         monkeypatch.setattr(module, "TINY", size)
     for module in (rollout, rollout_options):
         monkeypatch.setattr(module, "SOLVER_STEPS", 4)
+    for module in (rollout, rollout_options):
+        monkeypatch.setattr(module, "MANY", (2,))
     monkeypatch.setattr(rollout, "SHOWN", (2, 4))
     monkeypatch.setattr(rollout_options, "TRAINING_CLIPS", 32)
     monkeypatch.setattr(rollout_options, "TRAINING_STEPS", 2)
@@ -321,27 +340,54 @@ def test_what_a_cpu_emulates_has_no_time(inline, tiny, tmp_path, capsys):
     assert list(tables) == ["rollout", "rollout-wan", "split"]
     rows = {row[0]: row[1:] for row in tables["rollout"]["rows"]}
     assert "caches, compiled blocks" not in rows
-    for name, (seconds, of_compared, flops, peak, *drift, against) in rows.items():
+    for name, (seconds, of_compared, flops, peak, *drift, off, cosine, against) in rows.items():
         emulated = rollout_options.OPTIONS[name].eight_bits
         assert (seconds == "–") == (of_compared == "–") == (peak == "–") == emulated, name
         assert flops != "–"
-        assert (drift[0] == "–") == (against == "–")
-    assert rows["caches"][4:] == ["0", "0", rollout_options.PLAIN]
-    assert rows["FP8 both"][5] not in ("0", "–")
+        assert (drift[0] == "–") == (off == "–") == (cosine == "–") == (against == "–")
+    assert rows["caches"][4:] == ["0", "0", "0", "1.00000", rollout_options.PLAIN]
+    for name in ("FP8 both", "every second step"):
+        assert rows[name][5] not in ("0", "–") and rows[name][6] not in ("0", "–")
     assert suite["figures"] == ["rollout_drift.png", "split.png"]
     assert any("emulated" in note for note in tables["rollout"]["notes"])
     costs = {c["option"]: c for c in suite["cases"] if c["case"] == "rollout"}
-    half = costs["every second step"]["flops"] / costs["caches"]["flops"]
-    assert half == pytest.approx(0.5, abs=0.1)
+    # Of 4 steps: the caches are those of 2, too.
+    half = replace(rollout_options.subject(context()), num_steps=2)
+    assert costs["every second step"]["flops"] == harness.count_flops(lambda: half.run("caches"))
 
 
 def test_caches_that_change_a_bit_are_a_problem():
     records = [
-        {"option": "caches", "by_step": {1: 0.0, 2: 1e-9}},
-        {"option": "LoRA, caches", "by_step": {1: 0.0}},
-        {"option": "FP8 both", "by_step": {1: 0.1}},
+        {"option": "caches", "by_step": {1: 0.0, 2: 1e-9}, "gradient": {"relative_l2": 0.0}},
+        {"option": "LoRA, caches", "by_step": {1: 0.0}, "gradient": {"relative_l2": 1e-8}},
+        {"option": "FP8 both", "by_step": {1: 0.1}, "gradient": {"relative_l2": 0.1}},
     ]
-    assert rollout.exactness(records) == ["caches: latents are 1.0e-09 off, expected the same bits"]
+    assert rollout.exactness(records) == [
+        "caches: latents are 1.0e-09 off, expected the same bits",
+        "LoRA, caches: the gradient is 1.0e-08 off, expected the same bits",
+    ]
+
+
+def test_gradient_off_of_a_hand_case():
+    found = rollout.compared(torch.tensor([4.0, 3.0]), torch.tensor([4.0, 0.0]))
+    assert found == pytest.approx({"relative_l2": 0.75, "cosine": 0.8})
+
+
+def test_gradient_of_an_option_is_prfls_after_its_rollout(tiny):
+    trained = rollout_options.trained_subject(context())
+    exact = trained.gradient(rollout_options.PLAIN)
+    assert torch.equal(trained.gradient("caches"), exact) and exact.norm() > 0
+    reward, model = trained.reward, trained.model
+    prfl = PRFL(model, reward, FlowUniPC(), num_steps=4, weight=1.0)
+    prfl(trained.noise, trained.conditions, indices=(2,))
+    assert torch.equal(variance.flat_gradient(list(model.parameters())), exact)
+    other = trained.gradient("FP8 both")
+    assert 0 < harness.relative_error(other, exact) < 1
+
+
+def test_options_that_choose_by_noise_level_have_no_time_on_a_gpu():
+    chosen = [name for name, option in rollout_options.OPTIONS.items() if option.by_level]
+    assert chosen == ["FP8 both, σ ≥ 0.8", "FP8 both, σ ≤ 0.8"]
 
 
 # Methods and steps.
@@ -352,17 +398,31 @@ def test_every_method_has_a_draw_of_its_plan():
         drawn = method.plan.draw(method.num_steps, torch.Generator().manual_seed(0))
         points = 1 if method.plan.to == "latent" else len(drawn) + method.plan.renoised
         assert points == method.points, method.name
-        steps = method.plan.steps(method.num_steps)
-        for point in method.typical or ():
-            assert (point if isinstance(point, int) else point.step) in steps
+        if method.typical is None:
+            continue
+        outcomes = method.plan.outcomes(method.num_steps)
+        typical = [Point(p, 1, 0.0) if isinstance(p, int) else p for p in method.typical]
+        assert len(typical) == len(drawn), method.name
+        for i, point in enumerate(typical):
+            for value in ("step", "depth"):
+                expected = sum(p * getattr(points[i], value) for p, points in outcomes)
+                assert abs(getattr(point, value) - expected) <= 1, (method.name, value)
 
 
-def test_methods_by_parts_of_names(monkeypatch):
-    monkeypatch.setattr(methods, "CHOSEN", ("DRaFT-1", "PRFL, 5"))
-    assert [m.name for m in methods.chosen()] == ["PRFL, 5 points", "DRaFT-1", "DRaFT-10"]
-    monkeypatch.setattr(methods, "CHOSEN", ("Draft",))
-    with pytest.raises(Unavailable, match="'Draft' is part of none of RGB ReFL, all frames"):
+def test_methods_by_name(monkeypatch):
+    monkeypatch.setattr(methods, "CHOSEN", ("DRaFT-1", "PRFL, 5 points"))
+    assert [m.name for m in methods.chosen()] == ["PRFL, 5 points", "DRaFT-1"]
+    monkeypatch.setattr(methods, "CHOSEN", ("DRaFT",))
+    with pytest.raises(Unavailable, match="'DRaFT' is none of RGB ReFL, all frames"):
         methods.chosen()
+
+
+def test_methods_of_the_gpu_script_exist():
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    names = [
+        n for found in re.findall(r'(?:names|late|long)="(.+)"', script) for n in found.split(";")
+    ]
+    assert len(names) == 14 and set(names) <= {m.name for m in plans.METHODS}
 
 
 def test_methods_table_is_per_point_and_relative_to_one():
@@ -381,19 +441,30 @@ def test_methods_table_is_per_point_and_relative_to_one():
         {"method": "DRaFT-1", "points": 1, "skipped": "out of memory"},
         case("SFT", 1, 1.0, 1e9, 3e6),
     ]
-    table, problems = methods._table(cases, "Sizes.", {"PRFL, 1 point": 2.5})
+    spread = {"PRFL, 1 point": variance.Estimate(2.5, 0.25)}
+    table, problems = methods._table(cases, "Sizes.", spread)
     rows = {row[0]: row[1:] for row in table.rows}
     assert problems == []
-    assert rows["PRFL, 1 point"] == ["2.00 s", "1.00 MB", "4.00 GFLOP", "1.00×", "1.00×", "2.5"]
+    assert rows["PRFL, 1 point"] == [
+        "2.00 s",
+        "1.00 MB",
+        "4.00 GFLOP",
+        "1.00×",
+        "1.00×",
+        "2.5 ± 0.2",
+    ]
     assert rows["PRFL, 5 points"][2:5] == ["1.60 GFLOP", "0.500×", "0.400×"]
     # One supervised step a point: (1 + 1) / (2 + 1) seconds, (1.6 + 1) / (4 + 1) GFLOP.
     assert rows["PRFL, 5 points + SFT"][1:5] == ["3.00 MB", "2.60 GFLOP", "0.667×", "0.520×"]
     assert rows["DRaFT-1"][0] == "out of memory" and "DRaFT-1 + SFT" not in rows
     assert all(len(row) == len(table.columns) for row in table.rows)
+    drawn = next(note for note in table.notes if "Steps with gradient" in note)
+    assert "PRFL, 5 points 3, 11, 19, 27, 35." in drawn and "RGB ReFL" not in drawn
     cases[1]["flops"] = 16e9
-    assert methods._table(cases, "", {})[1] == [
-        "5 points cost 0.800 of one point's FLOPs each, target 0.5"
-    ]
+    table, problems = methods._table(cases, "", {})
+    assert "variance" not in table.columns
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert problems == ["5 points cost 0.800 of one point's FLOPs each, target 0.5"]
 
 
 @pytest.mark.slow
@@ -434,6 +505,45 @@ def test_a_step_is_split_into_its_parts(tiny):
     both = [sum(r["seconds_per_point"].values()) for r in (eager, one)]
     assert table.rows[1][-2] == harness_ratio(both[0] / both[1])
     assert all(len(row) == len(table.columns) for row in table.rows)
+    assert found.problems == [] and [r["reward_off"] < 1e-6 for r in records] == [True] * 3
+    assert [r.get("latents_off", -1) < 1e-4 for r in records] == [True] * 3
+    assert 0 < one["latents_off"] and "latents_off" not in records[2]
+    assert set(records[2]["rewards"]) == {str(index) for index in plans.MANY}
+
+
+def test_steps_without_compiled_models():
+    names = [way.name for way in step.ways(context(baselines=("eager",), compile_ops=True))]
+    assert names == ["eager", "prfl_fast, 1 point", "prfl_fast, 5 points"]
+    assert [way.name for way in step.ways(context(baselines=("eager",)))] == names
+    assert [way.name for way in step.ways(context(baselines=("eager", "compiled")))] == names
+
+
+def test_a_way_with_another_reward_is_a_problem():
+    names = ["eager", "prfl_fast, 1 point", "prfl_fast, 5 points, FP8 rollout"]
+    values = [0.5, 0.51, 0.6]
+    records = [{"way": n, "rewards": {"19": v}} for n, v in zip(names, values, strict=True)]
+
+    def add_latents(value):
+        for record, latents in zip(records, (torch.ones(4), torch.full((4,), value)), strict=False):
+            record["latents"] = latents
+
+    add_latents(1.01)
+    records.append({"way": "reference", "skipped": "no flash_attn"})
+    on_cuda = context(device=torch.device("cuda"), baselines=("eager", "reference"))
+    assert step.compare_rewards(records, on_cuda) == []
+    add_latents(1.03)
+    records[1]["rewards"]["19"] = 0.53
+    assert step.compare_rewards(records, on_cuda) == [
+        "prfl_fast, 1 point: the reward after step 19 is 3.0e-02 off eager's, expected at most "
+        "2e-02",
+        "prfl_fast, 1 point: the latents after step 19 are 3.0e-02 off eager's, expected at most "
+        "2e-02",
+    ]
+    assert all("latents" not in record for record in records)
+    assert records[2]["reward_off"] == pytest.approx(0.1) and "reward_off" not in records[3]
+    add_latents(1.0)
+    records[1]["rewards"]["19"] = float("nan")
+    assert len(step.compare_rewards(records, on_cuda)) == 1
 
 
 def harness_ratio(value):

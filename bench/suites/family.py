@@ -15,7 +15,7 @@ import world
 from harness import Context, SuiteResult, Table
 
 from suites import small_world
-from suites.family_sampling import USERS, run_user
+from suites.family_sampling import PRUNE_AT, USERS, run_user
 from suites.family_training import DATA, LATE, METHODS, PROCESS, Settings, run_arm
 from suites.small_world import submit
 
@@ -26,6 +26,7 @@ SHOWN = {
 }
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 GREY = "#8c8c8c"
+ONE_RUN = "Standard errors are over prompts; how runs of training differ is not in them."
 
 
 def run(context: Context) -> SuiteResult:
@@ -135,8 +136,13 @@ def _training_table(arms: list[dict[str, Any]], s: Settings) -> tuple[Table, lis
         "the prompts, each against its own start from the same noise.",
         "moved: relative L2 distance of the velocity from the start's, on noised real clips.",
         "time, FLOPs: of one round, a reward update and its supervised one; peak: of the reward "
-        "update; forwards: of the generator for one rewarded clip, on average, recomputed ones "
-        "not counted.",
+        "update; forwards: of the generator for one rewarded clip, on average; not those "
+        "recomputed, of the divergence penalty's base and of RG-LCD's distillation loss, which are "
+        "in the FLOPs.",
+        f"Chosen for this small world: reward weights {s.latent_weight:g} (latent) and "
+        f"{s.pixel_weight:g} (pixel), learning rates {s.feedback_rate:g} and {s.lora_rate:g} "
+        f"(LoRA of rank {s.lora_rank}), divergence factor {METHODS['divergence'].divergence:g}.",
+        ONE_RUN,
         "No rise by more than two standard errors: " + (", ".join(still) or "none") + ".",
     ]
     return Table("family", "Training methods in the small world", columns, rows, notes), still
@@ -187,6 +193,9 @@ def _sampling_table(users: list[dict[str, Any]], s: Settings) -> tuple[Table, li
         f"The untouched generator, {s.solver_steps} Euler steps, {s.users} held-out prompts. end: "
         "latent reward of the result, which all but plain sampling seek; over plain: mean ± "
         "standard error over the prompts, each against plain sampling from the same first noise.",
+        f"Chosen for this small world: pruned after steps {', '.join(map(str, PRUNE_AT))}; the "
+        "guidance weights, on these very prompts. ReNO's learning rate is the default of "
+        f"optimise_noise, its paper's. {ONE_RUN}",
         "Cost of one clip: generator and reward forwards, all FLOPs (backward and recomputed "
         "forwards included), peak with one prompt at a time, time with all of them.",
         "The motion metric falls by two standard errors, the reward being exploited: "

@@ -129,14 +129,14 @@ def _guided(weight: float) -> User:
     return User(label, "guidance, by weight", partial(_bent, weight=weight))
 
 
-# Pruned where the latent reward sees something: after these steps σ is 0.80 and 0.59; near 1 it is
-# blind.
+# Where the latent reward sees something: after these steps σ is 0.80 and 0.59; near 1 it is blind.
+PRUNE_AT = {4: 0.5, 6: 0.5}
 USERS = {
     "plain": User("plain", "plain", _plain),
     "best4": _best_of(4),
     "best8": _best_of(8),
-    "prune8": _pruned(8, {4: 0.5, 6: 0.5}),
-    "prune16": _pruned(16, {4: 0.5, 6: 0.5}),
+    "prune8": _pruned(8, PRUNE_AT),
+    "prune16": _pruned(16, PRUNE_AT),
     "beam2": _beams(2, 2, 1),
     "beam4": _beams(4, 2, 1),
     "reno5": _noise(5),

@@ -351,10 +351,10 @@ def _cost(
     device = batch.latents.device
     generator = torch.Generator().manual_seed(0)
 
-    # A gradient that is not there yet is part of what an update allocates.
+    # A gradient that is not there yet is part of what an update allocates, so none is left behind.
     def supervise(batch: Batch) -> None:
-        model.zero_grad(set_to_none=True)
         sft_loss(model, batch.latents, batch.conditions, generator=generator).backward()
+        model.zero_grad(set_to_none=True)
 
     try:
         sft_flops = harness.count_flops(partial(supervise, _single(batch))) * s.sft_batch
@@ -365,12 +365,12 @@ def _cost(
         real = method.plan.start == "data"
 
         def call(batch: Batch, points: tuple[Point, ...]) -> None:
-            model.zero_grad(set_to_none=True)
             noise = torch.randn(batch.latents.shape, generator=generator).to(device)
             latents = batch.latents if real else None
             step(noise, batch.conditions, latents=latents, generator=generator, indices=points)
             if method.distilled:
                 objectives["first"].distill(batch, generator).backward()
+            model.zero_grad(set_to_none=True)
 
         cost = stated_cost(step, call, batch, device)
         cost["round_flops"] = cost.pop("flops") * s.feedback_batch + sft_flops * method.sft

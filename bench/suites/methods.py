@@ -23,9 +23,8 @@ import prfl_fast
 from prfl_fast.losses import sft_loss
 from prfl_fast.reward import LatentRewardModel
 from suites import plans, variance, wan
-from suites.plans import METHODS, POINTS, SOLVER_STEPS, Method
+from suites.plans import METHODS, POINTS, SOLVER_STEPS, TINY, Method
 
-TINY = Preset("tiny", 128, 4, 512, 4, (5, 8, 16), text_tokens=32, text_dim=64)
 # parameters; a generator larger than this trains LoRA layers, as in bf16 its gradients alone are 28
 # GB
 LORA_ABOVE = 3e9
@@ -33,9 +32,9 @@ LORA_RANK = 16
 TOO_LONG_TO_REPEAT = 5.0  # seconds of a call on a GPU
 PAPER_FRACTION = 8 / 30  # blocks of the reward over blocks of the generator (Wan2.1 1.3B)
 FLOPS_TARGET = 0.5
-ONE, SFT = "PRFL, 1 point", "SFT"
-# Parts of names: which methods are measured, where all take longer than there is time.
-CHOSEN = tuple(filter(None, os.environ.get("PRFL_FAST_BENCH_METHODS", "").split(",")))
+SINGLE, SFT = "PRFL, 1 point", "SFT"
+# Names, between semicolons: which methods are measured, where all take longer than there is time.
+CHOSEN = tuple(filter(None, os.environ.get("PRFL_FAST_BENCH_METHODS", "").split(";")))
 
 
 class PixelClassifier(nn.Module):
@@ -65,18 +64,16 @@ def chosen() -> tuple[Method, ...]:
     """The methods to measure, by ``PRFL_FAST_BENCH_METHODS``.
 
     Raises:
-        Unavailable: a part of a name that no method has.
+        Unavailable: a name that no method has.
     """
-    for part in CHOSEN:
-        if not any(part in method.name for method in METHODS):
-            names = "; ".join(method.name for method in METHODS)
-            raise Unavailable(f"PRFL_FAST_BENCH_METHODS: {part!r} is part of none of {names}")
-    return tuple(m for m in METHODS if not CHOSEN or any(part in m.name for part in CHOSEN))
+    names = [method.name for method in METHODS]
+    for name in CHOSEN:
+        if name not in names:
+            raise Unavailable(f"PRFL_FAST_BENCH_METHODS: {name!r} is none of {'; '.join(names)}")
+    return tuple(method for method in METHODS if not CHOSEN or method.name in CHOSEN)
 
 
-def _decoder(
-    preset: Preset, context: Context
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
     """Latents → frames, and what it is: the small world's linear codec, or the Wan VAE with random
     weights.
     """
@@ -114,15 +111,18 @@ def _calls(preset: Preset, context: Context) -> tuple[dict[str, Callable[[], obj
     model, trains = _generator(preset, context)
     blocks = max(1, round(PAPER_FRACTION * preset.layers)) if preset.layers < 30 else 8
     reward = LatentRewardModel.from_backbone(model, num_blocks=blocks).freeze()
-    decode, decoder = _decoder(preset, context)
+    decode, decoder = _decoder(context)
     pixel = PixelClassifier().to(context.device, context.dtype)
     noise, clean = wan.latents(preset, context), wan.latents(preset, context, 3)
     conditions = wan.conditions(preset, context)
     rewards = plans.rewards(reward, decode, pixel)
 
+    # Nothing is left to be freed in the next call: its gradients are part of its peak.
     def fresh(call: Callable[..., object], *arguments: Any) -> None:
-        model.zero_grad(set_to_none=True)
-        call(*arguments)
+        try:
+            call(*arguments)
+        finally:
+            model.zero_grad(set_to_none=True)
 
     calls: dict[str, Callable[[], object]] = {}
     for method in methods:
@@ -146,17 +146,25 @@ def _measure(name: str, call: Callable[[], object], device: torch.device) -> dic
     """FLOPs, then peak bytes, of one call each; on CUDA also the seconds of the second call.
 
     Two calls, because PyTorch's FLOP counter keeps tensors alive a little longer than the call
-    alone does: half as much again at the peak of RGB ReFL. The CPU's ledger slows a call down, so
-    its seconds mean nothing.
+    alone does: half as much again at the peak of RGB ReFL. On CUDA the second runs in what the
+    first has cached. The CPU's ledger slows a call down, so its seconds mean nothing.
     """
+
+    def timed() -> None:
+        harness.synchronize(device)
+        start = time.perf_counter()
+        call()
+        harness.synchronize(device)
+        record["first_s"] = time.perf_counter() - start
+
     points = next((m.points for m in METHODS if m.name == name), 1)
     record: dict[str, Any] = {"method": name, "points": points}
     try:
         record["flops"] = harness.count_flops(call)
-        start = time.perf_counter()
-        record["peak_bytes"] = harness.peak_bytes(call, device)
         if device.type == "cuda":
-            record["first_s"] = time.perf_counter() - start
+            record["peak_bytes"] = harness.peak_bytes(timed, device, empty_cache=False)
+        else:
+            record["peak_bytes"] = harness.peak_bytes(call, device)
     except (Unavailable, torch.OutOfMemoryError) as error:
         record.pop("flops", None)
         record["skipped"] = str(error) if isinstance(error, Unavailable) else "out of memory"
@@ -195,7 +203,7 @@ def run(context: Context) -> SuiteResult:
         raise Unavailable(f"{preset.name} on a CPU takes hours; use --preset tiny, or a GPU")
     with plans.one_thread(context.device):
         cases, notes = costs(preset, context)
-    spread: dict[str, float | None] = {}
+    spread: dict[str, variance.Estimate | None] = {}
     tables, figures, problems = [], {}, []
     if context.device.type == "cpu":  # the same on every machine
         by_points, figure, spread, records, problems = variance.study(
@@ -226,17 +234,17 @@ def _paired(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _table(
-    cases: list[dict[str, Any]], notes: str, spread: dict[str, float | None]
+    cases: list[dict[str, Any]], notes: str, spread: dict[str, variance.Estimate | None]
 ) -> tuple[Table, list[str]]:
     *methods, sft = cases
     body, problems = [], []
-    base = next((c for c in methods if c["method"] == ONE and "flops" in c), None)
+    base = next((c for c in methods if c["method"] == SINGLE and "flops" in c), None)
     for with_sft, rows in ((False, methods), (True, _paired(methods))):
         for case in rows:
             label = [case["method"] + (" + SFT" if with_sft else "")]
             if "skipped" in case or (with_sft and "skipped" in sft):
                 reason = case.get("skipped") or sft["skipped"]
-                body.append([*label, reason, *[report.BLANK] * 5])
+                body.append([*label, reason, *[report.BLANK] * (5 if spread else 4)])
                 continue
             extra = sft if with_sft else None
             seconds, peak, work = _per_point(case, extra)
@@ -245,15 +253,22 @@ def _table(
                 one = _per_point(base, extra)
                 relative = [report.ratio(seconds / one[0]), report.ratio(work / one[2])]
             line = [report.seconds(seconds), report.size(peak), report.flops(work), *relative]
-            value = None if with_sft else spread.get(case["method"])
-            body.append([*label, *line, report.number(value, 1)])
+            if spread:
+                value = None if with_sft else spread.get(case["method"])
+                line.append(report.BLANK if value is None else str(value))
+            body.append([*label, *line])
     columns = ["method", "time", "peak", "FLOPs", "time, PRFL 1 = 1", "FLOPs, PRFL 1 = 1"]
-    many = next((c for c in methods if c["method"] != ONE and _is_prfl(c) and "flops" in c), None)
-    drawn = "; ".join(f"{m.name} {_steps(m)}" for m in METHODS if m.typical)
+    columns += ["variance"] if spread else []
+    many = next(
+        (c for c in methods if c["method"] != SINGLE and _is_prfl(c) and "flops" in c), None
+    )
+    names = {case["method"] for case in methods}
+    drawn = "; ".join(f"{m.name} {_steps(m)}" for m in METHODS if m.typical and m.name in names)
     lines = [
         notes,
-        "Per gradient point, where a call has several. Steps with gradient, in the middle of each "
-        f"method's draw: {drawn}. peak: most bytes alive of what one call allocates, gradients "
+        "Per gradient point, where a call has several. "
+        + (f"Steps with gradient, in the middle of a method's draw: {drawn}. " if drawn else "")
+        + "peak: most bytes alive of what one call allocates, gradients "
         "included, weights not.",
         "+ SFT: one supervised step a point; its peak is that of the larger of the two steps. "
         "RG-LCD is without its distillation loss.",
@@ -262,7 +277,9 @@ def _table(
         lines.append(
             "variance: E‖ĝ - g‖² / ‖g‖² of one call's gradient over noises, prompts and draws, "
             f"from {variance.SETTINGS.calls} calls in the small world, PRFL's from the table "
-            f"below; methods differ in what g is. {report.BLANK}: the gradient does not go to the "
+            "below; ± one standard error, by leaving out a call (PRFL: "
+            f"{variance.SETTINGS.trajectories} trajectories) at a time; of so few it is rough "
+            f"itself. Methods differ in what g is. {report.BLANK}: the gradient does not go to the "
             "parameters, or its mean is lost in the noise."
         )
     if base is not None and many is not None:
@@ -276,7 +293,7 @@ def _table(
                 f"{POINTS} points cost {saved:.3f} of one point's FLOPs each, target {FLOPS_TARGET}"
             )
     title = "Cost of a gradient point"
-    return Table("methods", title, [*columns, "variance"], body, lines), problems
+    return Table("methods", title, columns, body, lines), problems
 
 
 def _is_prfl(case: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from harness import Preset
 from torch import nn
 
 from prfl_fast.gradient_plan import GradientPlan, Point
@@ -15,6 +16,9 @@ from prfl_fast.step import PRFL, PRFLOutput
 
 SOLVER_STEPS = 40
 POINTS = 5
+ONE, MANY = (19,), (3, 11, 19, 27, 35)  # PRFL's typical draws of 1 and of 5 points
+# What a CPU runs in place of a Wan model.
+TINY = Preset("tiny", 128, 4, 512, 4, (5, 8, 16), text_tokens=32, text_dim=64)
 RewardName = Literal["latent", "frames", "first frame"]
 
 
@@ -52,14 +56,8 @@ METHODS = (
     # ReFL draws from the last ten steps, 34.5 on average: the earlier, cheaper one.
     Method("RGB ReFL, all frames", GradientPlan.refl(), (34,), reward="frames", paired=True),
     Method("RGB ReFL, first frame", GradientPlan.refl(), (34,), reward="first frame", paired=True),
-    Method("PRFL, 1 point", GradientPlan.prfl(), (19,), paired=True),
-    Method(
-        f"PRFL, {POINTS} points",
-        GradientPlan.prfl(POINTS),
-        (3, 11, 19, 27, 35),
-        POINTS,
-        paired=True,
-    ),
+    Method("PRFL, 1 point", GradientPlan.prfl(), ONE, paired=True),
+    Method(f"PRFL, {POINTS} points", GradientPlan.prfl(POINTS), MANY, POINTS, paired=True),
     Method("DRaFT-1", GradientPlan.draft(1)),
     Method("DRaFT-10", GradientPlan.draft(10)),
     Method("DRaFT-LV", GradientPlan.draft_lv(2), points=3),

@@ -18,10 +18,11 @@ from harness import PRESETS, Context, SuiteResult, Table, Unavailable
 
 from prfl_fast.trajectory import relative_distance
 from suites import rollout_counts, small_world, split
-from suites.plans import SOLVER_STEPS, one_thread
+from suites.plans import MANY, SOLVER_STEPS, one_thread
 from suites.rollout_options import (
     GUIDANCE,
     LORA_RANK,
+    REWARD_BLOCKS,
     SAMPLES,
     Subject,
     options,
@@ -42,26 +43,39 @@ def drift_curve(
 
 
 def drift_records(trained: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
-    """The drift curve of every option against the one it is compared with."""
+    """The drift curve of every option against the one it is compared with, and what the drift does
+    to PRFL's gradient.
+    """
     known: dict[str, dict[int, torch.Tensor]] = {}
+    gradients: dict[str, torch.Tensor] = {}
     records = []
     for name, option in options(context).items():
         bar.set_postfix_str(name)
         if option.against not in known:
             known[option.against] = trained.latents(option.against)
+            gradients[option.against] = trained.gradient(option.against)
         mine = known[name] if name in known else trained.latents(name)
         curve = drift_curve(mine, known[option.against])
-        records.append(
-            {"case": "drift", "option": name, "against": option.against, "by_step": curve}
-        )
+        record = {"case": "drift", "option": name, "against": option.against, "by_step": curve}
+        if name != option.against:
+            record["gradient"] = compared(trained.gradient(name), gradients[option.against])
+        records.append(record)
         bar.update()
     return records
+
+
+def compared(gradient: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Relative L2 distance of a gradient to the exact one, and their cosine."""
+    a, b = gradient.double(), exact.double()
+    cosine = (a @ b / (a.norm() * b.norm())).item()
+    return {"relative_l2": harness.relative_error(a, b), "cosine": cosine}
 
 
 def cost_records(timed: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
     """FLOPs, peak bytes and seconds of a whole rollout of every option.
 
-    Of what a CPU emulates, only FLOPs: what emulating allocates and takes says nothing.
+    Of what a CPU emulates, only FLOPs: what emulating allocates and takes says nothing. On a GPU no
+    seconds of what chooses steps by σ: the few steps that are run there have other shares of them.
     """
     on_cpu = context.device.type == "cpu"
     records: dict[str, dict[str, Any]] = {}
@@ -75,7 +89,8 @@ def cost_records(timed: Subject, context: Context, bar: Any) -> list[dict[str, A
             record["flops"] = harness.count_flops(run)
             if not (on_cpu and option.eight_bits):
                 record["peak_bytes"] = harness.peak_bytes(run, context.device)
-                thunks[name] = run
+                if on_cpu or not option.by_level:
+                    thunks[name] = run
         except (Unavailable, torch.OutOfMemoryError) as error:
             record["skipped"] = str(error).splitlines()[0]
             thunks.pop(name, None)
@@ -106,7 +121,7 @@ def table(
             mine, theirs = (r.get("times", {}).get("median_s") for r in (cost, base))
             over = mine / theirs if mine and theirs else None
             time_cells = [report.seconds(mine), report.ratio(over)]
-        same = name == drift["against"]
+        same, off = name == drift["against"], drift.get("gradient")
         drift_cells = [report.BLANK if same else _drift(curve.get(step)) for step in SHOWN]
         body.append(
             [
@@ -115,6 +130,8 @@ def table(
                 report.flops(cost.get("flops")),
                 report.size(cost.get("peak_bytes")),
                 *drift_cells,
+                report.BLANK if off is None else _drift(off["relative_l2"]),
+                report.BLANK if off is None else report.number(off["cosine"], 5),
                 report.BLANK if same else drift["against"],
             ]
         )
@@ -124,14 +141,23 @@ def table(
         f"last, largest of {SAMPLES} samples. Of the small world's tiny generator with heads of 32 "
         f"channels, trained briefly; {SOLVER_STEPS} UniPC steps, guidance {GUIDANCE:g}, adapters "
         f"of rank {LORA_RANK} with random values. 0: no bit differs.",
+        "gradient off: relative L2 distance of PRFL's gradient after such a rollout to the one of "
+        f"the option named last, at steps {', '.join(map(str, MANY))} with the same noise, and "
+        "their cosine: of all parameters, with LoRA of the adapters; the reward reads "
+        f"{REWARD_BLOCKS} blocks of the generator, its head is not trained.",
     ]
     if context.device.type == "cpu":
         notes.append(
             "FP8 is emulated on a CPU: its drift is real, its time and bytes mean nothing and are "
             "left out. FLOPs count its products like any other."
         )
+    else:
+        notes.append(
+            f"By σ: no time, as few steps have other shares above and below than {SOLVER_STEPS} do."
+        )
     columns = ["rollout", "time", "of compared", "FLOPs", "peak"]
-    columns += [f"drift, step {step}" for step in SHOWN] + ["compared with"]
+    columns += [f"drift, step {step}" for step in SHOWN]
+    columns += ["gradient off", "cosine", "compared with"]
     return Table("rollout", "A rollout, by option", columns, body, notes)
 
 
@@ -200,12 +226,17 @@ def run(context: Context) -> SuiteResult:
 
 
 def exactness(drifts: list[dict[str, Any]]) -> list[str]:
-    """Failed checks: on a CPU, caches change no bit."""
-    return [
+    """Failed checks: on a CPU, caches change no bit of the latents or the gradient."""
+    cached = [r for r in drifts if r["option"] in ("caches", "LoRA, caches")]
+    problems = [
         f"{r['option']}: latents are {max(r['by_step'].values()):.1e} off, expected the same bits"
-        for r in drifts
-        if r["option"] in ("caches", "LoRA, caches") and any(r["by_step"].values())
+        for r in cached
+        if any(r["by_step"].values())
     ]
+    for r in cached:
+        if off := r["gradient"]["relative_l2"]:
+            problems.append(f"{r['option']}: the gradient is {off:.1e} off, expected the same bits")
+    return problems
 
 
 def _counts(context: Context, pool: Executor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -12,23 +12,28 @@ from torch import nn
 import prfl_fast
 from prfl_fast._extras import need
 from prfl_fast.data import Batches
+from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.model_call import Guidance
+from prfl_fast.reward import LatentRewardModel
 from prfl_fast.rollout_engine import RolloutEngine, RolloutPrecision, RolloutSettings
 from prfl_fast.schedulers import FlowUniPC
+from prfl_fast.step import PRFL
 from prfl_fast.trainer import SupervisedFlow, Trainer, TrainSettings, add_lora
 from prfl_fast.trajectory import Trajectory
-from suites import small_world, wan
-from suites.plans import SOLVER_STEPS
+from suites import small_world, variance, wan
+from suites.plans import MANY, SOLVER_STEPS, TINY
 
-TINY = Preset("tiny", 128, 4, 512, 4, (5, 8, 16), text_tokens=32, text_dim=64)
 LORA_RANK = 16
 GUIDANCE = 5.0
 TRAINING_CLIPS, TRAINING_STEPS, SAMPLES = 1024, 150, 4  # of the model whose drift is measured
+REWARD_BLOCKS = 2  # of the reward whose gradient is
 EVERYWHERE = (0.0, 1.0)
-NOISY, CLEAN = (0.8, 1.0), (0.0, 0.8)  # of 40 steps at shift 5, 22 lie in the first
-# On a GPU, whose forwards take seconds: fewer steps of the same cost, and a part of deep models.
+NOISY, CLEAN = (0.8, 1.0), (0.0, 0.8)  # of 40 UniPC steps 23 lie in the first
+# On a GPU, whose forwards take seconds: fewer steps, and a part of deep models. All steps
+# cost the same, but for options that choose by σ.
 FEW_STEPS, FEW_LAYERS, WHOLE_UP_TO = 4, 8, 30
 PLAIN = "no engine"
+NO_ENGINE = RolloutSettings(cache=False, compile="off")  # for a step, which always has one
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,17 @@ class Option:
         precision = self.settings.precision if self.settings else None
         return precision is not None and precision.fp8
 
+    @property
+    def by_level(self) -> bool:
+        """Steps differ in cost, by their noise level."""
+        precision = self.settings.precision if self.settings else None
+        if precision is None:
+            return False
+        return not {precision.linears, precision.attention} <= {None, EVERYWHERE}
 
-def _precise(**precision: Any) -> RolloutSettings:
-    # The check runs an exact rollout beside the first one, which is not timed.
+
+def precise(**precision: Any) -> RolloutSettings:
+    """An inexact rollout; the check runs an exact one beside the first, which is not timed."""
     return RolloutSettings(precision=RolloutPrecision(**precision, check_every=1 << 30))
 
 
@@ -64,12 +77,12 @@ OPTIONS = {
     PLAIN: Option(None),
     "caches": Option(RolloutSettings(compile="off")),
     "caches, compiled blocks": Option(RolloutSettings(compile="on"), cuda=True),
-    "FP8 linears": Option(_precise(linears=EVERYWHERE)),
-    "FP8 attention": Option(_precise(attention=EVERYWHERE)),
-    "FP8 both": Option(_precise(linears=EVERYWHERE, attention=EVERYWHERE)),
-    f"FP8 both, σ ≥ {NOISY[0]}": Option(_precise(linears=NOISY, attention=NOISY)),
-    f"FP8 both, σ ≤ {CLEAN[1]}": Option(_precise(linears=CLEAN, attention=CLEAN)),
-    "every second step": Option(_precise(stride=2)),
+    "FP8 linears": Option(precise(linears=EVERYWHERE)),
+    "FP8 attention": Option(precise(attention=EVERYWHERE)),
+    "FP8 both": Option(precise(linears=EVERYWHERE, attention=EVERYWHERE)),
+    f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(linears=NOISY, attention=NOISY)),
+    f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(linears=CLEAN, attention=CLEAN)),
+    "every second step": Option(precise(stride=2)),
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
     "LoRA, caches": Option(RolloutSettings(compile="off"), "LoRA, no engine", lora=True),
     "LoRA merged": Option(
@@ -92,7 +105,9 @@ def options(context: Context) -> dict[str, Option]:
 
 @dataclass
 class Subject:
-    """A patched model with and without adapters, and what a rollout of it starts from."""
+    """A patched model with and without adapters, what a rollout of it starts from, and a reward if
+    gradients are asked for.
+    """
 
     model: nn.Module
     adapted: nn.Module
@@ -100,6 +115,7 @@ class Subject:
     conditions: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor]
     num_steps: int
+    reward: LatentRewardModel | None = None
     engines: dict[str, RolloutEngine] = field(default_factory=dict)
 
     def run(self, name: str, on_step: Callable[[Trajectory], object] | None = None) -> Trajectory:
@@ -108,22 +124,44 @@ class Subject:
         model = self.adapted if option.lora else self.model
         if option.settings is not None and name not in self.engines:
             self.engines[name] = RolloutEngine(model, option.settings)
-        guidance = None
-        if option.guidance is not None:
-            guidance = Guidance(GUIDANCE, self.negative, batched=option.guidance)
         trajectory = Trajectory(
             model,
             self.noise,
             self.conditions,
             FlowUniPC(),
             self.num_steps,
-            guidance=guidance,
+            guidance=self._guidance(option),
             engine=self.engines.get(name),
         )
         with torch.no_grad():
             show = on_step or (lambda trajectory: None)
             trajectory.run(self.num_steps, lambda: show(trajectory))
         return trajectory
+
+    def _guidance(self, option: Option) -> Guidance | None:
+        if option.guidance is None:
+            return None
+        return Guidance(GUIDANCE, self.negative, batched=option.guidance)
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """PRFL's gradient ``[P]`` after an option's rollout, at the same steps for all options: of
+        all parameters, or of the adapters.
+        """
+        assert self.reward is not None
+        option = OPTIONS[name]
+        model = self.adapted if option.lora else self.model
+        step = PRFL(
+            model,
+            self.reward,
+            FlowUniPC(),
+            GradientPlan.prfl(len(MANY)),
+            num_steps=self.num_steps,
+            weight=1.0,
+            guidance=self._guidance(option),
+            rollout=option.settings or NO_ENGINE,
+        )
+        step(self.noise, self.conditions, indices=MANY)
+        return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])
 
     def latents(self, name: str) -> dict[int, torch.Tensor]:
         """Latents by the step they lie before, of a whole rollout."""
@@ -214,12 +252,16 @@ def trained_subject(context: Context) -> Subject:
 
     held_out = small_world.Clips.make(SAMPLES, 999_000)
     text = held_out.text.to(context.device, context.dtype)
+    patched = prfl_fast.patch(build())
+    torch.manual_seed(context.seed)
+    reward = LatentRewardModel.from_backbone(patched, num_blocks=REWARD_BLOCKS).freeze()
     noise = torch.randn(held_out.latents.shape, generator=torch.Generator().manual_seed(5))
     return Subject(
-        prfl_fast.patch(build()),
+        patched.requires_grad_(True),
         with_adapters(build, context.seed),
         noise.to(context.device),
         {"encoder_hidden_states": text},
         {"encoder_hidden_states": torch.zeros_like(text)},
         SOLVER_STEPS,
+        reward,
     )

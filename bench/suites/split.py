@@ -40,8 +40,8 @@ class Way:
     Attributes:
         points: gradient points of a trajectory.
         reference: as the reference's code: diffusers' unpatched blocks standing for its own, all
-            checkpointed; weight gradients of the reward computed and thrown away; two projections
-            of all tokens in the reward's pooling.
+            checkpointed; weight gradients of the reward's blocks (not of its pooling and head)
+            computed and never used; two projections of all tokens in the reward's pooling.
     """
 
     name: str
@@ -93,9 +93,11 @@ def _cached_forward(step: Step) -> None:
 
 
 def _as_the_reference(reward: LatentRewardModel) -> None:
-    """Weight gradients in the blocks, and pooling by projecting all tokens."""
-    for parameter in reward.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    """Weight gradients in the blocks alone, as in ``wan.reference_models``, and pooling by
+    projecting all tokens.
+    """
+    for name, parameter in reward.named_parameters():
+        parameter.requires_grad_("blocks." in name and parameter.is_floating_point())
     reward.pool = wan.ProjectedPool(reward.pool)  # type: ignore[assignment]
 
 
@@ -210,7 +212,7 @@ def table(records: list[dict[str, Any]]) -> Table:
         f"parameters train, one supervised step a point, {ACCUMULATION} points an update. The "
         "optimizer has none. No time was measured.",
         "as the reference: diffusers' unpatched blocks in place of its own, every block "
-        "checkpointed, weight gradients of the frozen reward's blocks, pooling with two "
+        "checkpointed, weight gradients of the frozen reward's blocks alone, pooling with two "
         "projections of all tokens. prfl_fast: policy attention in both models, rollouts with "
         "caches.",
         "moved: what everything else reads and writes, fused operations once.",

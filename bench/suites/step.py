@@ -22,20 +22,19 @@ import prfl_fast
 from prfl_fast.gradient_plan import GradientPlan
 from prfl_fast.losses import sft_loss
 from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
+from prfl_fast.rollout_engine import RolloutSettings
 from prfl_fast.schedulers import FlowUniPC
 from prfl_fast.step import PRFL
 from prfl_fast.trajectory import Trajectory
 from suites import split, wan
-from suites.plans import POINTS, SOLVER_STEPS, one_thread
-from suites.rollout_options import FEW_LAYERS, TINY, WHOLE_UP_TO
+from suites.plans import MANY, ONE, POINTS, SOLVER_STEPS, TINY, one_thread
+from suites.rollout_options import EVERYWHERE, FEW_LAYERS, NO_ENGINE, WHOLE_UP_TO, precise
 
-ONE, MANY = (19,), (3, 11, 19, 27, 35)
 # The reference's time over prfl_fast's with 1 point.
 TARGETS = {"wan1.3b-480p": 1.25, "wan14b-480p": 1.15, "wan14b-720p": 1.15}
-FP8 = RolloutSettings(
-    precision=RolloutPrecision(linears=(0, 1), attention=(0, 1), check_every=1 << 30)
-)
+FP8 = precise(linears=EVERYWHERE, attention=EVERYWHERE)
+# To eager on the same trajectory: of a reward in (0, 1), and relative of the rewarded latents.
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 class Parts:
@@ -103,15 +102,16 @@ class Way:
 
 
 _EXACT = RolloutSettings()
-_NO_ENGINE = RolloutSettings(cache=False, compile="off")
 
 
 def ways(context: Context) -> tuple[Way, ...]:
     """Baselines as asked for, then prfl_fast's."""
-    asked = [name for name in ("reference", "eager", "compiled") if name in context.baselines]
-    if context.device.type == "cpu" and not context.compile_ops:  # minutes, unless asked for
-        asked.remove("compiled")
-    found = [Way(name, name, ONE, _NO_ENGINE) for name in asked]
+    slow = context.device.type == "cpu" and not context.compile_ops  # minutes, unless asked for
+    found = [
+        Way(name, name, ONE, NO_ENGINE)
+        for name in ("reference", "eager", "compiled")
+        if name in context.baselines and not (slow and name == "compiled")
+    ]
     found += [
         Way("prfl_fast, 1 point", "prfl_fast", ONE, _EXACT),
         Way(f"prfl_fast, {POINTS} points", "prfl_fast", MANY, _EXACT),
@@ -127,10 +127,12 @@ class Models:
 
     Attributes:
         module: holds the generator's parameters. velocity: what PRFL and SFT call.
+        judge: holds the reward's parameters. reward: what PRFL calls.
     """
 
     module: nn.Module
     velocity: Any
+    judge: nn.Module
     reward: Any
 
 
@@ -140,10 +142,10 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
     Raises:
         Unavailable: the reference's, if something it needs is missing.
     """
+    torch.manual_seed(context.seed)  # the same head for every way
     own = LatentRewardModel.from_backbone(base, num_blocks=blocks)
     if name == "reference":
-        module, velocity, score = wan.reference_models(base, own, preset, context)
-        return Models(module, velocity, score)
+        return Models(*wan.reference_models(base, own, preset, context))
     module, reward = copy.deepcopy(base), own.freeze()
     if name == "prfl_fast":
         prfl_fast.patch(module)
@@ -157,13 +159,15 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
         for model in (module, reward.backbone):
             for block in model.blocks:  # type: ignore[union-attr]
                 block.compile(dynamic=False)
-    return Models(module, module, reward)
+    return Models(module, module, reward, reward)
 
 
 def measure_way(
     way: Way, models: Models, preset: Preset, context: Context, num_steps: int = SOLVER_STEPS
 ) -> dict[str, Any]:
-    """Seconds by part and peak bytes of a step, after a short one that compiles what compiles."""
+    """Seconds by part, peak bytes and rewards of a step, after a short one that compiles what
+    compiles.
+    """
     device = context.device
     parameters = [p for p in models.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-12, fused=device.type == "cuda")
@@ -180,9 +184,13 @@ def measure_way(
         rollout=way.settings,
     )
 
+    rewards: dict[int, float] = {}
+    latents = noise
+
     def whole(indices: tuple[int, ...]) -> None:
+        nonlocal latents
         with parts.rollouts(), parts.part("gradient"):
-            step(noise, conditions, indices=indices)
+            out = step(noise, conditions, indices=indices)
         with parts.part("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -192,12 +200,17 @@ def measure_way(
         with parts.part("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        # The reference's reward has weight gradients: each call's peak is to have them.
+        models.judge.zero_grad(set_to_none=True)
+        found = out.rewards.float().mean(1).tolist()
+        rewards.update(zip(out.indices, found, strict=True))
+        latents = out.latents
 
     # Two solver steps with the shapes, dtypes and code of the timed ones; the engine's check too.
     whole((1, *range(2, 1 + len(way.indices))))
     parts.seconds = dict.fromkeys(parts.seconds, 0.0)
-    if device.type == "cuda":
-        peak = harness.peak_bytes(lambda: whole(way.indices), device)
+    if device.type == "cuda":  # in what the short call has cached: nothing waits for the driver
+        peak = harness.peak_bytes(lambda: whole(way.indices), device, empty_cache=False)
         seconds = parts.seconds
     else:  # whose ledger of bytes slows a call down
         whole(way.indices)
@@ -215,7 +228,42 @@ def measure_way(
         "points": points,
         "seconds_per_point": per_point,
         "peak_bytes": peak,
+        "rewards": {str(index): rewards[index] for index in way.indices},
+        "latents": latents.cpu() if way.indices == ONE else None,
     }
+
+
+def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str]:
+    """Add to each record how far its reward is from eager's at the step that all share, and with 1
+    point its latents, which the record no longer holds; the ways that are further off than rounding
+    explains, those with an inexact rollout aside.
+
+    Rewards of random weights hardly depend on the latents: they show a wrong reward model, the
+    latents a wrong trajectory.
+    """
+    shared = str(ONE[0])
+    latents = {r["way"]: r.pop("latents", None) for r in records}
+    rewards = {r["way"]: r["rewards"][shared] for r in records if "rewards" in r}
+    inexact = {way.name for way in ways(context) if way.settings is FP8}
+    tolerance, problems = TOLERANCES[context.dtype], []
+    for r in records:
+        if r["way"] not in rewards or "eager" not in rewards:
+            continue
+        off = r["reward_off"] = abs(rewards[r["way"]] - rewards["eager"])
+        if r["way"] not in inexact and not off <= tolerance:
+            problems.append(
+                f"{r['way']}: the reward after step {shared} is {off:.1e} off eager's, expected at "
+                f"most {tolerance:.0e}"
+            )
+        if latents[r["way"]] is not None:
+            off = harness.relative_error(latents[r["way"]], latents["eager"])
+            r["latents_off"] = off
+            if not off <= tolerance:
+                problems.append(
+                    f"{r['way']}: the latents after step {shared} are {off:.1e} off eager's, "
+                    f"expected at most {tolerance:.0e}"
+                )
+    return problems
 
 
 def run(context: Context) -> SuiteResult:
@@ -256,8 +304,12 @@ def run(context: Context) -> SuiteResult:
         f"{preset.tokens}, reward of {blocks}; random weights, all parameters train. Seconds per "
         f"gradient point of one call with gradient at {ONE[0]} or {', '.join(map(str, MANY))} of "
         f"{SOLVER_STEPS} steps; one supervised step a point; two updates of AdamW for "
-        f"{split.ACCUMULATION} points. peak: above weights and optimizer states."
+        f"{split.ACCUMULATION} points. peak: above weights and optimizer states, the reference's "
+        f"unused gradients of its reward included. reward off, latents off: of the reward and, "
+        f"relative, of the latents after step {ONE[0]}, to eager's on the same trajectory; with "
+        "random weights the reward hardly depends on the latents."
     )
+    problems = compare_rewards(records, context)
     table = _table(records, notes, context)
     rows = {
         context.preset.name: {
@@ -270,7 +322,7 @@ def run(context: Context) -> SuiteResult:
         scale=1.0,
         title="Time of a gradient point, by part",
     )
-    return SuiteResult([table], records, {"step.png": figure})
+    return SuiteResult([table], records, {"step.png": figure}, problems)
 
 
 def _total(record: dict[str, Any], *without: str) -> float:
@@ -281,7 +333,15 @@ def _table(records: list[dict[str, Any]], notes: list[str], context: Context) ->
     measured = {r["way"]: r for r in records if "skipped" not in r}
     bases = [name for name in ("reference", "eager", "compiled") if name in measured]
     body = []
-    columns = ["per gradient point", *split.PARTS, "all", "without SFT", "peak"]
+    columns = [
+        "per gradient point",
+        *split.PARTS,
+        "all",
+        "without SFT",
+        "peak",
+        "reward off",
+        "latents off",
+    ]
     for name in bases:
         columns += [f"{name} over it", "without SFT"]
     for r in records:
@@ -291,6 +351,8 @@ def _table(records: list[dict[str, Any]], notes: list[str], context: Context) ->
         line = [r["way"], *(report.seconds(r["seconds_per_point"][part]) for part in split.PARTS)]
         line += [report.seconds(_total(r)), report.seconds(_total(r, "SFT"))]
         line.append(report.size(r["peak_bytes"]))
+        for off in (r.get("reward_off"), r.get("latents_off")):
+            line.append(report.BLANK if off is None else f"{off:.1e}")
         for name in bases:
             for without in ((), ("SFT",)):
                 line.append(report.ratio(_total(measured[name], *without) / _total(r, *without)))

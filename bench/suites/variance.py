@@ -49,6 +49,24 @@ class Settings:
 SETTINGS, WORLD = Settings(), small_world.Settings()
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A relative variance, and its standard error if there is one."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        value = report.number(self.value, 1)
+        return value if self.error is None else f"{value} ± {report.number(self.error, 1)}"
+
+
+def jackknife(left: Sequence[float]) -> float:
+    """Standard error of an estimate, from those that leave one part of the data out."""
+    values = torch.tensor(left, dtype=torch.float64)
+    return ((len(values) - 1) * values.var(correction=0)).sqrt().item()
+
+
 class Products:
     """Inner products of the gradients by step ``g_b`` ``[M, P]`` of trajectories b, by groups.
 
@@ -171,16 +189,32 @@ def measure_group(
     return total.cpu().numpy(), within.cpu().numpy()
 
 
-def sample_variance(gradients: torch.Tensor) -> float | None:
-    """Relative variance of the rows ``[n, P]``; None where their mean is lost in their noise."""
-    count = len(gradients)
-    mean = gradients.mean(0, dtype=torch.float64)
-    spread = sum((g.double() - mean).square().sum().item() for g in gradients) / (count - 1)
-    square = mean.square().sum().item() - spread / count  # without bias
+def _ratio(products: torch.Tensor) -> float | None:
+    """Relative variance from the inner products ``[n, n]`` of n gradients."""
+    count, every = len(products), products.sum().item()
+    spread = (products.trace().item() - every / count) / (count - 1)
+    square = every / count**2 - spread / count  # without bias
     return spread / square if square > 0 else None
 
 
-def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) -> float | None:
+def sample_variance(gradients: torch.Tensor) -> Estimate | None:
+    """Relative variance of the rows ``[n, P]``; None where their mean is lost in their noise, with
+    no error where it is so without some row.
+    """
+    wide = gradients.double()
+    products = wide @ wide.T
+    value = _ratio(products)
+    if value is None:
+        return None
+    left = []
+    for i in range(len(products) if len(products) > 2 else 0):
+        kept = [j for j in range(len(products)) if j != i]
+        left.append(_ratio(products[kept][:, kept]))
+    known = [ratio for ratio in left if ratio is not None]
+    return Estimate(value, jackknife(known) if known and len(known) == len(left) else None)
+
+
+def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) -> Estimate | None:
     """Relative variance of one call's gradient, over noises, prompts, clips and draws."""
     method = next(m for m in plans.METHODS if m.name == name)
     model, generator = trainable(start), torch.Generator().manual_seed(seed)
@@ -215,7 +249,7 @@ def _costs(start: small_world.Start, s: Settings) -> tuple[int, int]:
 
 def study(
     context: Context, names: Sequence[str]
-) -> tuple[Table, Any, dict[str, float | None], list[dict[str, Any]], list[str]]:
+) -> tuple[Table, Any, dict[str, Estimate | None], list[dict[str, Any]], list[str]]:
     """Train or read back the small world's models, and measure PRFL's points and the named methods.
 
     Returns:
@@ -235,16 +269,19 @@ def study(
             methods[method.name] = _of_points(records, method.points)
     cases = [{"case": "variance", "forward_flops": costs[0], "point_flops": costs[1]}]
     cases[0]["points"] = records
-    cases += [{"case": "variance", "method": n, "variance": v} for n, v in methods.items()]
+    for name, found in methods.items():
+        value, error = (found.value, found.error) if found else (None, None)
+        case = {"case": "variance", "method": name, "variance": value, "variance_error": error}
+        cases.append(case)
     table, problems = _table(records, s, note)
     return table, _figure(records, s), methods, cases, problems
 
 
-def _of_points(records: list[dict[str, Any]], points: int) -> float | None:
+def _of_points(records: list[dict[str, Any]], points: int) -> Estimate | None:
     """Variance of a single trajectory's systematic points, if it was measured."""
     wanted = (1, DRAWS[0], points)
     found = (r for r in records if (r["batch"], r["draws"], r["points"]) == wanted)
-    return next((r["variance"] for r in found), None)
+    return next((Estimate(r["variance"], r["variance_error"]) for r in found), None)
 
 
 def _few(clips: small_world.Clips, count: int = 256) -> small_world.Clips:
@@ -269,7 +306,7 @@ def _products(start: small_world.Start, s: Settings, context: Context, pool: Exe
 
 def _methods(
     start: small_world.Start, s: Settings, names: Sequence[str], context: Context, pool: Executor
-) -> dict[str, float | None]:
+) -> dict[str, Estimate | None]:
     seed = 8000 + 100 * context.seed
     jobs = [small_world.submit(pool, measure_method, start, s, name, seed) for name in names]
     found = {}
@@ -282,7 +319,7 @@ def _methods(
 
 def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> list[dict[str, Any]]:
     """Variance, FLOPs of a call and variance times FLOPs over that of 1 point, by draws, points and
-    batch; the standard error of the last by leaving out one group of trajectories at a time.
+    batch; standard errors by leaving out one group of trajectories at a time.
     """
     everything = [products.moments()]
     everything += [products.moments(leave=i) for i in range(len(products.within))]
@@ -296,21 +333,19 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
                 plan = GradientPlan.prfl(points, draws)  # type: ignore[arg-type]
                 a = second_moment(plan, s.num_steps)
                 flops = expected_flops(plan, s.num_steps, *costs)
-                ratios = [
-                    variance(a, w, c, batch) * flops / (variance(base, w, c, batch) * unit)
-                    for w, c in everything
-                ]
-                left = torch.tensor(ratios[1:], dtype=torch.float64)
-                error = ((len(left) - 1) * left.var(correction=0)).sqrt().item()
+                own = [variance(a, w, c, batch) for w, c in everything]
+                ones = [variance(base, w, c, batch) for w, c in everything]
+                ratios = [v * flops / (u * unit) for v, u in zip(own, ones, strict=True)]
                 records.append(
                     {
                         "batch": batch,
                         "draws": draws,
                         "points": points,
-                        "variance": variance(a, *everything[0], batch),
+                        "variance": own[0],
+                        "variance_error": jackknife(own[1:]),
                         "flops": flops,
                         "per_flop": ratios[0],
-                        "per_flop_error": error,
+                        "per_flop_error": jackknife(ratios[1:]),
                     }
                 )
     return records
@@ -330,10 +365,11 @@ def _table(records: list[dict[str, Any]], s: Settings, note: str) -> tuple[Table
         body.append(line)
     several = [r for r in records if r["points"] == plans.POINTS and r["draws"] == DRAWS[0]]
     for r in several:
-        if r["per_flop"] >= 1:
+        if not r["per_flop"] + 2 * r["per_flop_error"] < 1:
             problems.append(
                 f"batch {r['batch']}: at equal FLOPs {plans.POINTS} points have "
-                f"{r['per_flop']:.2f} times the variance of 1 point"
+                f"{r['per_flop']:.2f} ± {r['per_flop_error']:.2f} times the variance of 1 point, "
+                "expected below 1 by two standard errors"
             )
     columns = ["points", "FLOPs", *(f"variance, batch {b}" for b in s.batches)]
     columns += [f"at equal FLOPs, batch {b}" for b in s.batches]

@@ -158,8 +158,9 @@ def _reference_model(
 
 def reference_models(
     model: nn.Module, reward: Any, preset: Preset, context: Context
-) -> tuple[nn.Module, Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    """The reference's generator with a model's weights, its velocity, and the reward on its blocks.
+) -> tuple[nn.Module, Callable[..., torch.Tensor], nn.Module, Callable[..., torch.Tensor]]:
+    """The reference's generator with a model's weights, its velocity; its reward's blocks, and the
+    reward on them.
 
     As its trainer runs them: bfloat16 autocast, every block checkpointed, the reward's blocks with
     weight gradients, pooling by projections of all tokens.
@@ -191,7 +192,7 @@ def reference_models(
         (features,) = call(backbone, x, timestep, conditions, **rest)
         return torch.sigmoid(head(pool(features)))
 
-    return generator, velocity, score
+    return generator, velocity, backbone, score
 
 
 def reference_block(
