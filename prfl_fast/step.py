@@ -118,9 +118,14 @@ class PRFL:
         numbers |= {f"reward_weights[{k!r}]": w for k, w in self.reward_weights.items()}
         for name, value in (numbers | ({} if target is None else {"target": target})).items():
             check_number(name, value)
-        for given, kind in ((plan, GradientPlan), (guidance, Guidance), (rollout, RolloutSettings)):
+        kinds: dict[str, tuple[object, type]] = {
+            "plan": (plan, GradientPlan),
+            "guidance": (guidance, Guidance),
+            "rollout": (rollout, RolloutSettings),
+        }
+        for name, (given, kind) in kinds.items():
             if given is not None and not isinstance(given, kind):
-                raise TypeError(f"{given!r} came, expected a {kind.__name__} or None")
+                raise TypeError(f"{name} is {given!r}, expected a {kind.__name__} or None")
         self.plan = GradientPlan.prfl() if plan is None else plan
         self.plan.steps(num_steps)  # raises if the plan does not fit the schedule
         if divergence:

@@ -844,7 +844,7 @@ def test_wrong_data_and_arguments_are_refused():
     with pytest.raises(ValueError, match="noise has 2 latent frames, expected at least"):
         frames(make_noise(), CONDITIONS, latents=make_noise())
     for wrong in ({"plan": "prfl"}, {"guidance": 3.0}, {"rollout": True}):
-        with pytest.raises(TypeError, match="expected a"):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} is .*, expected a"):
             PRFL(velocity, reward, FlowEuler(), **wrong)
     with pytest.raises(ValueError, match="reward_weights names"):
         PRFL(velocity, {"a": reward}, FlowEuler(), reward_weights={"b": 1.0})
