@@ -135,7 +135,7 @@ def why_not_compiled(
     """Why blocks are not compiled; None if they are.
 
     Compiling fuses what is left between the kernels and takes the launches off a slow host. It
-    costs tens of seconds for each new shape, and large blocks do not wait for launches.
+    costs time for each new shape, and large blocks do not wait for launches.
 
     Args:
         mode: of the settings; ``"on"`` compiles whatever the rest says.

@@ -259,8 +259,7 @@ def guide(
             reward with trainable parameters, of the wrong shape, without a graph to its input, or
             not finite.
     """
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"weight is {weight!r}, expected a positive number")
+    check_positive("weight", weight)
     plan = GradientPlan.flow_nrg(window)
     steps = len(plan.steps(num_steps))
     with _bar("guided sampling", "guided step", steps if progress else None) as tick:
