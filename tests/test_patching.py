@@ -4,6 +4,7 @@ peft.
 
 import copy
 import math
+import re
 import types
 
 import numerics
@@ -27,12 +28,13 @@ def build(case, layout, seed=0):
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed"])
 @pytest.mark.parametrize("case", wan.CASES)
 def test_outputs_and_gradients_within_twice(case, layout):
-    """Per parameter, errors are pooled over seeds.
+    """Per kind of parameter, relative errors are pooled over seeds and blocks.
 
     A gradient like that of a cross-attention query bias is a sum whose rounding errors have few
     degrees of freedom:
     between two equally exact computations one seed's error ratio reaches 2.7, while over many seeds
-    it averages 1.0.
+    it averages 1.0. Absolute errors of one block are mostly those of one seed: their ratio over
+    three seeds reaches 1.6, that of relative errors of both blocks 1.2.
     """
     squares = {}
     for seed in range(3):
@@ -50,9 +52,10 @@ def test_outputs_and_gradients_within_twice(case, layout):
                 continue
             assert ours.dtype == theirs.dtype, name
             assert torch.isfinite(ours).all(), name
-            sums = squares.setdefault(name, [0.0, 0.0])
-            sums[0] += (ours - exact).square().mean().item()
-            sums[1] += (theirs - exact).square().mean().item()
+            kind = re.sub(r"^blocks\.\d+", "blocks", name)
+            sums, size = squares.setdefault(kind, [0.0, 0.0]), exact.square().mean().item()
+            sums[0] += (ours - exact).square().mean().item() / size
+            sums[1] += (theirs - exact).square().mean().item() / size
     ratios = {name: (ours / theirs) ** 0.5 for name, (ours, theirs) in squares.items()}
     worst = max(ratios, key=ratios.__getitem__)
     print(

