@@ -1,6 +1,6 @@
 # make bench   set up .venv and run the main job: python bench/run.py, results under bench-out/
 # make test    set up .venv, lint, run the tests (what CI runs)
-# make lint    ruff and mypy
+# make lint    ruff check, ruff format --check and mypy
 # make install set up .venv only
 
 PYTHON ?= python3
@@ -22,6 +22,7 @@ test: lint
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 install: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""Builds prfl_fast: pure Python, plus the optional CUDA C++ extension of ``csrc/``.
+"""Build prfl_fast: pure Python, plus the optional CUDA C++ extension of ``csrc/``.
 
 PRFL_FAST_CUDA=0     never build the extension
 PRFL_FAST_CUDA=1     build it or fail
@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
@@ -28,7 +28,7 @@ if MODE not in ("0", "1", "auto"):
 
 
 def git_revision() -> str:
-    """Short commit hash, or an empty string outside a checkout."""
+    """Return the short commit hash, or an empty string outside a checkout."""
     try:
         run = subprocess.run(
             ["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -39,7 +39,7 @@ def git_revision() -> str:
 
 
 def version() -> str:
-    """``0.1.0+g<commit>`` in a checkout; in an sdist, what the checkout wrote."""
+    """Return ``0.1.0+g<commit>`` in a checkout; in an sdist, the version the checkout wrote."""
     revision = git_revision()
     written = ROOT / "prfl_fast" / "_version.py"
     if not revision and written.exists():
@@ -50,7 +50,7 @@ def version() -> str:
 
 
 def nvcc() -> str | None:
-    """Path of the CUDA compiler: CUDA_HOME, then PATH."""
+    """Return the path of the CUDA compiler: from CUDA_HOME, else from PATH."""
     home = os.environ.get("CUDA_HOME")
     if home and (Path(home) / "bin" / "nvcc").exists():
         return str(Path(home) / "bin" / "nvcc")
@@ -58,7 +58,7 @@ def nvcc() -> str | None:
 
 
 def architecture_flags(listed: str) -> list[str]:
-    """``8.0;9.0a+PTX`` as nvcc ``-gencode`` flags."""
+    """Return ``8.0;9.0a+PTX`` as nvcc ``-gencode`` flags."""
     flags = []
     for entry in re.split(r"[;\s]+", listed.strip()):
         number = entry.removesuffix("+PTX").replace(".", "")
@@ -73,7 +73,7 @@ def architecture_flags(listed: str) -> list[str]:
 
 
 class BuildExtension(build_ext):
-    """Compiles ``csrc/*.cu`` with nvcc against torch's stable ABI: no Python ABI, CPU-only torch is
+    """Compile ``csrc/*.cu`` with nvcc against torch's stable ABI: no Python ABI, CPU-only torch is
     enough.
     """
 
@@ -134,7 +134,11 @@ if MODE == "0":
 
 setup(
     version=version(),
-    packages=["prfl_fast", "prfl_fast.adapters", "prfl_fast.kernels"],
+    packages=[
+        *find_packages(include=["prfl_fast", "prfl_fast.*"]),
+        "prfl_fast.kernels",
+        *(f"prfl_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"prfl_fast.kernels": "kernels"},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension},

@@ -3,12 +3,13 @@
 #
 #   bench/gpu.sh STAGE [WHEELS]
 #
-# STAGE   test      pytest -m gpu
-#         sanitize  compute-sanitizer memcheck and racecheck over every operation on small shapes
-#         facts     ceilings of the device (suite facts) and the eager and compiled block
-#         bench     kernels at every real size
+# STAGE   quick     gpu_quick.py: nine minutes of evidence, most valuable first; run this one before the others
+#         test      pytest -m gpu
+#         racecheck compute-sanitizer racecheck over every operation on small shapes (quick runs memcheck)
+#         facts     rates of the device that the planner can read (suite facts)
+#         bench     kernels at every real size, the eager and compiled block
 #         methods   the paper's four methods at 1.3B
-#         methods-chains  their neighbours at 1.3B beside PRFL with 1 point: partial chains, one-step rewards, guidance
+#         methods-chains  their neighbors at 1.3B beside PRFL with 1 point: partial chains, one-step rewards, guidance
 #         rollout   the rollout by option at 1.3B
 #         rollout-14b  the same with a part of 14B at 480p
 #         step      a PRFL step by part at 1.3B: eager, compiled, prfl_fast; REFERENCE=PATH adds the checkout of
@@ -20,6 +21,8 @@
 # WHEELS  a folder of wheels for what the machine lacks (diffusers, say); installed without looking further
 #
 # WHEELS and REFERENCE are relative to where this is called.
+#
+# quick passes the arguments after WHEELS to gpu_quick.py: `bench/gpu.sh quick "" --dry --device cpu` tries it on a CPU.
 #
 # Results go to $OUT (bench-out unless set). A step that fails is listed at the end and in failures.txt and does not
 # stop the next one; a stage ends within ten minutes.
@@ -35,13 +38,14 @@ absolute() {
 
 stage=${1:-}
 wheels=$(absolute "${2:-}")
+quick=("${@:3}")
 REFERENCE=$(absolute "${REFERENCE:-}")
 cd "$(dirname "$0")/.."
 case "$stage" in
-    test | sanitize | facts | bench | methods | methods-chains | rollout | rollout-14b | step | step-14b) ;;
+    quick | test | racecheck | facts | bench | methods | methods-chains | rollout | rollout-14b | step | step-14b) ;;
     memory | memory-720p | all) ;;
     *)
-        echo "bench/gpu.sh: STAGE is '$stage', expected test, sanitize, facts, bench, methods," \
+        echo "bench/gpu.sh: STAGE is '$stage', expected quick, test, racecheck, facts, bench, methods," \
             "methods-chains, rollout, rollout-14b, step, step-14b, memory, memory-720p or all" >&2
         exit 2
         ;;
@@ -90,22 +94,24 @@ run_test() {
     step 540 gpu-tests env PYTHONSAFEPATH=1 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 }
 
-run_sanitize() {
-    # First without: it compiles the kernels, which the tools would watch for minutes, and checks their results.
-    step 150 sanitize-none "$python" bench/sanitize.py
-    # PyTorch's allocator packs small tensors into large blocks, where an overrun would go unnoticed.
-    step 210 sanitize-memcheck env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
-        --error-exitcode 9 --kernel-name-exclude kernel_substring=2at6native "$python" bench/sanitize.py
-    step 210 sanitize-racecheck compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name-exclude \
+run_quick() {
+    # From a copy of this folder's parent nothing is read: gpu_quick.py imports the installed prfl_fast.
+    step 600 quick env PYTHONSAFEPATH=1 PYTHONPATH="$PWD/bench:$PYTHONPATH" "$python" bench/gpu_quick.py --out "$OUT" "${quick[@]+"${quick[@]}"}"
+}
+
+run_racecheck() {
+    # First without: it compiles the kernels, which the tool would watch for minutes, and checks their results.
+    step 150 racecheck-none "$python" bench/sanitize.py
+    step 210 racecheck compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name-exclude \
         kernel_substring=2at6native "$python" bench/sanitize.py
 }
 
 run_facts() {
     step 280 facts "$python" bench/run.py --suite facts --out "$OUT/facts"
-    step 260 block-1.3b "$python" bench/run.py --suite block --preset wan1.3b-480p --out "$OUT/block-1.3b"
 }
 
 run_bench() {
+    step 260 block-1.3b "$python" bench/run.py --suite block --preset wan1.3b-480p --out "$OUT/block-1.3b"
     step 190 kernels-1.3b "$python" bench/run.py --suite kernels --preset wan1.3b-480p --out "$OUT/kernels-1.3b"
     step 180 kernels-14b-480p "$python" bench/run.py --suite kernels --preset wan14b-480p --out "$OUT/kernels-14b-480p"
     step 200 kernels-14b-720p "$python" bench/run.py --suite kernels --preset wan14b-720p --out "$OUT/kernels-14b-720p"
@@ -163,8 +169,9 @@ run_memory-720p() {
 install
 case "$stage" in
     all)
+        run_quick
         run_test
-        run_sanitize
+        run_racecheck
         run_facts
         run_bench
         run_methods

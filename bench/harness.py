@@ -1,7 +1,6 @@
-"""Timing, memory, FLOPs and records: what every suite measures with and what it hands back."""
+"""Measure time, memory and FLOPs, and record results: shared by all suites."""
 
 import contextlib
-import datetime
 import gc
 import importlib.metadata
 import os
@@ -20,8 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prfl_fast import __version__, kernels
-from prfl_fast.costs import CPU_FLOPS
-from prfl_fast.ledger import Ledger, storage_of
+from prfl_fast.kernels.runtime.registry import get_backend
+from prfl_fast.memory.ledger import Ledger, storage_of
+from prfl_fast.planning.costs import CPU_FLOPS
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "prfl_fast bench 1"
@@ -31,10 +31,8 @@ CACHE_BYTES = 64 << 20  # at least the last-level cache of common CPUs and of an
 SHORT = 2e-3
 
 
-class Unavailable(RuntimeError):
-    """Something cannot be measured here; the message is the reason, one line, for tables and
-    records.
-    """
+class UnavailableError(RuntimeError):
+    """Say that a measurement is impossible here; the message is the reason in one line."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Preset:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Frames, height, width in tokens."""
+        """Return frames, height and width in tokens."""
         frames, height, width = self.latent
         return frames, height // 2, width // 2
 
     @property
     def tokens(self) -> int:
-        """L."""
+        """Return the number of tokens, L."""
         frames, height, width = self.grid
         return frames * height * width
 
@@ -76,15 +74,15 @@ PRESETS = {
 
 @dataclass
 class Context:
-    """What a suite is told.
+    """Settings of a run, passed to every suite.
 
     Attributes:
         device, preset, seed, seeds: as given on the command line, or their defaults.
-        preset_given: the preset was named, so that no other is measured.
+        preset_given: True if the command line named the preset; no other is measured then.
         baselines: of ``eager``, ``compiled``, ``reference``.
         reference: the checkout of HY-Video-PRFL if ``reference`` is a baseline.
         compile_ops: also compile each naive operation of the kernels suite; seconds each on a CPU.
-        out: the folder results go to.
+        out: folder of the results.
         bar: makes a progress bar, ``bar(total, description)``.
     """
 
@@ -101,16 +99,16 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and weights: bfloat16 on CUDA, float32 on the CPU."""
+        """Return the dtype of activations and weights: bfloat16 on CUDA, float32 on the CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def generator(self, offset: int = 0) -> torch.Generator:
-        """A generator on the device, seeded by the run's seed."""
+        """Return a generator on the device, seeded by the run's seed."""
         return torch.Generator(self.device).manual_seed(self.seed + offset)
 
 
 class NoBar:
-    """A progress bar that shows nothing."""
+    """Progress bar that shows nothing."""
 
     def update(self, n: int = 1) -> None: ...
 
@@ -119,7 +117,7 @@ class NoBar:
 
 @dataclass
 class Table:
-    """Rows of already formatted cells; ``name`` is what the README's markers ask for."""
+    """Rows of formatted cells; markers in RESULTS.md refer to ``name``."""
 
     name: str
     title: str
@@ -130,7 +128,7 @@ class Table:
 
 @dataclass
 class SuiteResult:
-    """What a suite returns.
+    """Results of a suite.
 
     Attributes:
         tables: for the terminal, report.md and the README.
@@ -158,7 +156,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """From single measurements."""
+        """Return the quantiles of single measurements."""
         ordered = sorted(seconds)
         last = len(ordered) - 1
         return cls(
@@ -169,7 +167,7 @@ class Timing:
         )
 
     def record(self) -> dict[str, float | int]:
-        """As plain values, in seconds."""
+        """Return plain values, in seconds."""
         return {"median_s": self.median, "p20_s": self.p20, "p80_s": self.p80, "runs": self.runs}
 
 
@@ -190,8 +188,7 @@ def time_side_by_side(
     at_least: int = 5,
     at_most: int = 200,
 ) -> dict[str, Timing]:
-    """Time several versions of the same work in turns, so that drift of the machine falls on all
-    alike.
+    """Time versions of the same work in turns, so that drift of the machine affects all alike.
 
     Args:
         candidates: name → a function, or several that do the same work on different inputs and are
@@ -257,9 +254,7 @@ def _cuda_clock(thunk: Thunk, device: torch.device, expected: float) -> float:
 
 
 def input_sets(nbytes: int, device: torch.device, limit: int = 24) -> int:
-    """How many sets of ``nbytes`` of inputs to take in turn so that a set is out of the cache when
-    its turn comes.
-    """
+    """Return how many sets of ``nbytes`` of inputs must take turns to be read from memory."""
     cache = CACHE_BYTES
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -267,7 +262,7 @@ def input_sets(nbytes: int, device: torch.device, limit: int = 24) -> int:
 
 
 def copy_ceiling(device: torch.device) -> float:
-    """Bytes per second, read plus written, of a copy far larger than the caches."""
+    """Return bytes per second, read plus written, of a copy far larger than the caches."""
     count = (1 << 31) if device.type == "cuda" else (1 << 27)
     source = torch.empty(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -276,7 +271,7 @@ def copy_ceiling(device: torch.device) -> float:
 
 
 def matmul_ceiling(context: Context) -> float:
-    """FLOPs per second of one large matrix product of random data, in the context's dtype."""
+    """Return FLOPs per second of one large matrix product, in the context's dtype."""
     device, side = context.device, 8192 if context.device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=context.dtype) for _ in range(2))
     timing = time_side_by_side({"matmul": lambda: a @ b}, device, seconds=0.2)["matmul"]
@@ -284,9 +279,7 @@ def matmul_ceiling(context: Context) -> float:
 
 
 def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes autograd keeps for the backward of ``forward()``, each storage once; ``exclude``:
-    weights, say.
-    """
+    """Return bytes that autograd saves in ``forward()``, each storage once, without ``exclude``."""
     skip = {t.untyped_storage()._cdata for t in exclude}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -304,15 +297,16 @@ def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
 
 
 def peak_bytes(thunk: Thunk, device: torch.device, *, empty_cache: bool = True) -> int:
-    """Most bytes alive at once of what ``thunk()`` allocates: by the allocator on CUDA, by the
-    ledger on the CPU.
+    """Return the peak of the bytes that ``thunk()`` allocates.
+
+    CUDA's allocator counts them on a GPU, the ledger on a CPU.
 
     Args:
-        empty_cache: hand CUDA's cached memory back first. Without, a call that was run before may
-            be timed inside ``thunk``: it asks the driver for no memory again.
+        empty_cache: free CUDA's cached memory first. Pass False if ``thunk`` is timed: it then
+            needs no memory from the driver.
 
     Raises:
-        Unavailable: out of memory.
+        UnavailableError: if memory runs out.
     """
     gc.collect()
     if device.type != "cuda":
@@ -327,21 +321,19 @@ def peak_bytes(thunk: Thunk, device: torch.device, *, empty_cache: bool = True) 
         thunk()
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError as error:
-        raise Unavailable("out of memory") from error
+        raise UnavailableError("out of memory") from error
     return torch.cuda.max_memory_allocated(device) - before
 
 
 def count_flops(thunk: Thunk) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention in
-    ``thunk()``.
-    """
+    """Return FLOPs of the matrix products, convolutions and attention in ``thunk()``."""
     with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
         thunk()
     return counter.get_total_flops()
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖out - expected‖ / ‖expected‖, in float64 where it fits; infinite if one is not finite."""
+    """Return ‖out - expected‖ / ‖expected‖; infinity if a value is not finite."""
     wide = torch.float64 if out.numel() <= 1 << 26 else torch.float32
     out, expected = out.detach().to(wide), expected.detach().to(wide)
     norm = expected.norm().item()
@@ -356,13 +348,13 @@ def backend(name: str):
     """Run with another kernel backend.
 
     Raises:
-        Unavailable: it is not installed.
+        UnavailableError: if it is not installed.
     """
-    before = kernels.get_backend()
+    before = get_backend()
     try:
         kernels.set_backend(name)
     except ValueError as error:
-        raise Unavailable(str(error)) from error
+        raise UnavailableError(str(error)) from error
     try:
         yield
     finally:
@@ -370,7 +362,7 @@ def backend(name: str):
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's name as its vendor writes it."""
+    """Return the processor's name as its vendor writes it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -381,7 +373,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """Folder name under ``bench/results``: ``cpu-2core``, ``h200``."""
+    """Return the folder under ``bench/results``: ``cpu-2core``, ``h200``."""
     if device.type == "cpu":
         return f"cpu-{len(os.sched_getaffinity(0))}core"
     words = device_name(device).lower().replace("nvidia", "").replace("geforce", "").split()
@@ -389,7 +381,7 @@ def device_slug(device: torch.device) -> str:
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any]:
-    """Commit and whether tracked files differ from it; the package's version outside a checkout."""
+    """Return the commit and if tracked files differ; outside a checkout the package's version."""
 
     def git(*words: str) -> str | None:
         with contextlib.suppress(OSError):
@@ -412,7 +404,7 @@ def _package_version(name: str) -> str | None:
 
 
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What a measurement needs to be repeated: commit, versions, command, date, device, seed."""
+    """Return what is needed to repeat a run: commit, versions, command, date, device, seed."""
     argv = sys.argv if argv is None else argv
     versions = {
         name: _package_version(name)
@@ -430,7 +422,7 @@ def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str,
         "git": git_state(),
         "versions": {name: version for name, version in sorted(versions.items()) if version},
         "command": shlex.join(["python", *argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "device": {
             "type": context.device.type,
             "name": device_name(context.device),

@@ -1,6 +1,4 @@
-"""Tables and plots: text for the terminal, Markdown for report.md and the README, PNG,
-results.json.
-"""
+"""Write results: tables as text and Markdown, figures as PNG, records as JSON."""
 
 import json
 import math
@@ -10,18 +8,17 @@ from typing import Any
 
 from harness import SuiteResult, Table
 
-from prfl_fast._extras import need
-from prfl_fast.training_state import write_atomic
+from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.optional import need
 
-# One colour per role in every plot (Okabe and Ito's set, told apart by colour-blind readers too).
-COLOURS = {
+# One color per role in every plot (Okabe and Ito's set, told apart by color-blind readers too).
+COLORS = {
     "eager": "#8c8c8c",
     "naive": "#8c8c8c",
     "compiled": "#e69f00",
     "reference": "#56b4e9",
     "prfl_fast": "#0072b2",
-    "triton": "#0072b2",
-    "cuda": "#009e73",
+    "prfl_fast cuda": "#009e73",
     "without": "#0072b2",
     "with": "#56b4e9",
 }
@@ -29,7 +26,7 @@ BLANK = "–"
 
 
 def seconds(value: float | None) -> str:
-    """``1.23 s``, ``45.6 ms``, ``7.89 µs``."""
+    """Return seconds as text: ``1.23 s``, ``45.6 ms``, ``7.89 µs``."""
     if value is None or not math.isfinite(value):
         return BLANK
     for factor, unit in ((1, "s"), (1e3, "ms")):
@@ -39,7 +36,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """``12.3 MB``, in powers of ten as the memory makers count."""
+    """Return bytes as text in powers of ten: ``12.3 MB``."""
     if value is None:
         return BLANK
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -49,7 +46,7 @@ def size(value: float | None) -> str:
 
 
 def flops(value: float | None) -> str:
-    """``1.23 TFLOP``."""
+    """Return floating-point operations as text: ``1.23 TFLOP``."""
     if value is None:
         return BLANK
     for factor, unit in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
@@ -59,12 +56,12 @@ def flops(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """``1.23×``."""
+    """Return a ratio as text: ``1.23×``."""
     return BLANK if value is None or not math.isfinite(value) else f"{_three(value)}×"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Plain decimals, or the exponent form for what they would round away."""
+    """Return decimals as text, in exponent form if they would round to zero."""
     if value is None:
         return BLANK
     if value != 0 and abs(value) < 10**-digits:
@@ -77,7 +74,7 @@ def _three(value: float) -> str:
 
 
 def to_text(table: Table) -> str:
-    """The table with aligned columns: the first to the left, the others to the right."""
+    """Return the table as text: the first column aligned left, the others right."""
     rows = [table.columns, *table.rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
 
@@ -95,7 +92,7 @@ def to_text(table: Table) -> str:
 
 
 def to_markdown(table: Table, *, title: bool = True) -> str:
-    """The table in GitHub's Markdown, its notes below."""
+    """Return the table in GitHub's Markdown, followed by its notes."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -109,12 +106,12 @@ def to_markdown(table: Table, *, title: bool = True) -> str:
 
 
 def table_from_record(record: Mapping[str, Any]) -> Table:
-    """A table read back from results.json."""
+    """Return a table of results.json."""
     return Table(**{key: record[key] for key in ("name", "title", "columns", "rows", "notes")})
 
 
 def suite_record(result: SuiteResult, wall: float) -> dict[str, Any]:
-    """A suite's part of results.json."""
+    """Return a suite's part of results.json."""
     return {
         "wall_s": round(wall, 1),
         "tables": [vars(table) for table in result.tables],
@@ -125,19 +122,18 @@ def suite_record(result: SuiteResult, wall: float) -> dict[str, Any]:
 
 
 def describe_run(run: Mapping[str, Any]) -> str:
-    """One line on where, when and from what commit a record comes."""
+    """Return one line with device, date and commit of a record."""
     commit = run["git"]["sha"][:9] + (" with local changes" if run["git"]["dirty"] else "")
     device, versions = run["device"], run["versions"]
     cores = f", {device['cores']} cores" if device["type"] == "cpu" else ""
     return (
         f"{device['name']}{cores}; preset {run['preset']}, {run['dtype']}, seed {run['seed']}; "
-        f"torch "
-        f"{versions['torch']}; commit {commit}; {run['date'][:10]}; `{run['command']}`"
+        f"torch {versions['torch']}; commit {commit}; {run['date'][:10]}; `{run['command']}`"
     )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Numbers that are not finite become null, which JSON has."""
+    """Write JSON atomically. Infinity and NaN become null, because JSON has neither."""
     with write_atomic(path) as temporary:
         temporary.write_text(
             json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -155,7 +151,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_markdown(path: Path, record: Mapping[str, Any]) -> None:
-    """report.md: the run, then each suite's tables and plots."""
+    """Write report.md: the run, then tables and figures of each suite."""
     lines = ["# prfl_fast benchmark", "", describe_run(record["run"]), ""]
     for name, suite in record["suites"].items():
         lines += [f"## {name}", ""]
@@ -173,7 +169,7 @@ def write_markdown(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def new_figure(width: float = 8.0, height: float = 4.5, **grid: Any) -> tuple[Any, Any]:
-    """A figure without a display and its axes, ``grid`` as ``Figure.subplots`` takes it."""
+    """Return a figure that needs no display, and its axes; ``grid`` goes to ``Figure.subplots``."""
     need("matplotlib", "bench")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -190,35 +186,52 @@ def grouped_bars(
     *,
     title: str,
     unit: str,
-    log: bool = False,
     labels: Mapping[str, Sequence[str]] | None = None,
+    errors: Mapping[str, Sequence[tuple[float, float] | None]] | None = None,
 ) -> None:
-    """Horizontal bars, one group per row from the top; a value that is missing leaves a gap."""
+    """Draw horizontal bars from zero, one group per row from the top.
+
+    Args:
+        series: name → one value per group; None leaves a gap.
+        labels: name → text behind each bar.
+        errors: name → distances from each value to its lower and upper bound; None draws none.
+    """
     height = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
         at = [row + (i - (len(series) - 1) / 2) * height for row in range(len(groups))]
         shown = [math.nan if value is None else value for value in values]
+        bounds = [pair or (math.nan, math.nan) for pair in (errors or {}).get(name, ())]
         bars = axes.barh(
-            at, shown, height * 0.92, label=name, color=COLOURS.get(name.split()[0], None)
+            at,
+            shown,
+            height * 0.92,
+            label=name,
+            color=COLORS.get(name, COLORS.get(name.split()[0])),
+            xerr=list(zip(*bounds, strict=True)) or None,
+            error_kw={"elinewidth": 0.8, "capsize": 2},
         )
         if labels is not None:
             axes.bar_label(bars, labels=list(labels[name]), padding=3, fontsize=7)
     axes.set_yticks(range(len(groups)), groups)
-    axes.tick_params(labelsize=8)
     if not axes.yaxis_inverted():  # panels that share the axis are inverted together
         axes.invert_yaxis()
-    axes.set_xlabel(unit, fontsize=9)
-    axes.set_title(title, fontsize=10)
-    if log:
-        axes.set_xscale("log")
+    label_axes(axes, title=title, x=unit, grid="x")
     axes.margins(x=0.14)
-    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlim(left=0)
+
+
+def label_axes(axes: Any, *, title: str = "", x: str = "", y: str = "", grid: str = "both") -> None:
+    """Set title and axis labels in the style of every figure: a light grid, no upper frame."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis=grid, alpha=0.3)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_figure(path: Path, figure: Any) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     with write_atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

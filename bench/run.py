@@ -1,9 +1,7 @@
-"""Measure prfl_fast: ``python bench/run.py`` runs the default suites at the size that suits the
-machine.
+"""Measure prfl_fast: without options, run the default suites at a size that fits the machine.
 
-Tables appear as suites finish. ``--out`` receives results.json (every measurement, with commit,
-versions and command), report.md and the plots; each file is replaced only when its successor is
-complete.
+Tables are printed as suites finish. ``--out`` receives results.json (every measurement, with
+commit, versions and command), report.md and the figures. Files are replaced atomically.
 """
 
 import argparse
@@ -17,9 +15,10 @@ from typing import Any, NoReturn
 import report
 import suites
 import torch
-from harness import PRESETS, Context, SuiteResult, Unavailable, device_name, run_record
+from harness import PRESETS, Context, SuiteResult, UnavailableError, device_name, run_record
 
-from prfl_fast._extras import need
+from prfl_fast.utils.optional import need
+from prfl_fast.utils.quiet import quiet_libraries
 
 BASELINES = ("eager", "compiled", "reference")
 REFERENCE_FILE = Path("diffusers_lite/wan/modules/model.py")
@@ -31,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
-    """The run that the arguments ask for; exits with status 2 and one line if they are wrong."""
+    """Return settings and suites of the arguments; exit with status 2 and one line if wrong."""
     parser = _Parser(
         prog="bench/run.py",
         description=__doc__,
@@ -63,13 +62,8 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         "--out", metavar="DIR", type=Path, default=Path("bench-out"), help="default: bench-out"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        metavar="N",
-        help="repetitions of the arms of alignment and family",
-    )
+    repeats = "repetitions of the arms of alignment and family"
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help=repeats)
     args = parser.parse_args(argv)
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -83,7 +77,7 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         parser.error(f"--seeds is {args.seeds}, expected a positive integer")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file, expected a folder or a new name")
-    # What every result is checked against, so measured whether named or not.
+    # Eager results are the reference of every check: measured even if not named.
     baselines, reference = ["eager"], None
     for item in (args.baseline or "eager,compiled").split(","):
         name, _, path = item.strip().partition(":")
@@ -122,13 +116,13 @@ def _bar(total: int, description: str) -> Any:
 
 
 def write(out: Path, record: dict[str, Any]) -> None:
-    """results.json and report.md of what is there so far."""
+    """Write results.json and report.md with the suites that have finished."""
     report.write_json(out / "results.json", record)
     report.write_markdown(out / "report.md", record)
 
 
 def run_suite(name: str, context: Context) -> dict[str, Any]:
-    """Run one suite, print its tables, save its plots; an error is recorded and goes no further."""
+    """Run one suite, print its tables, save its figures; record an error instead of raising it."""
     start = time.perf_counter()
     try:
         torch.manual_seed(context.seed)
@@ -139,7 +133,9 @@ def run_suite(name: str, context: Context) -> dict[str, Any]:
             report.save_figure(context.out / file, figure)
     except Exception as error:
         reason = (
-            str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+            str(error)
+            if isinstance(error, UnavailableError)
+            else f"{type(error).__name__}: {error}"
         )
         print(f"{name}: did not finish: {reason}", file=sys.stderr, flush=True)
         return {
@@ -153,7 +149,8 @@ def run_suite(name: str, context: Context) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suites; 0 if all finished and every check held, else 1."""
+    """Run the suites and return 0 if all finished and every check held, else 1."""
+    quiet_libraries()  # before a suite imports diffusers, peft or torchao: they warn at import
     context, names = parse(argv)
     try:
         context.out.mkdir(parents=True, exist_ok=True)

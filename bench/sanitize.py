@@ -1,7 +1,6 @@
-"""Every operation, forward and backward, on small odd shapes, on the GPU: the program
-compute-sanitizer watches.
+"""Run every operation on small odd shapes on the GPU, under compute-sanitizer.
 
-The cases of the kernels suite first, by every backend; then what the CUDA C++ kernels branch on.
+First come the cases of the kernels suite on every backend, then the branches of the CUDA kernels.
 """
 
 import sys
@@ -101,7 +100,7 @@ def _results(call: Call, tensors: Tensors, backend: str, wide: bool) -> list[tor
 
 
 def run_call(call: Call, dtype: torch.dtype, backend: str, device: torch.device) -> float:
-    """The largest relative error of outputs and gradients against float64.
+    """Return the largest relative error of outputs and gradients against float64.
 
     Raises:
         AssertionError: it is above ``TOLERANCE``.

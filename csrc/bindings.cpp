@@ -1,5 +1,5 @@
-// Registers the kernels of csrc/ as torch.ops.prfl_fast_cuda.*, against PyTorch's stable ABI: one binary serves every
-// Python and every torch from 2.10 on. Loads without CUDA too, so that schemas can be tested anywhere.
+// Register the kernels of csrc/ as torch.ops.prfl_fast_cuda.*, against PyTorch's stable ABI: one binary serves every
+// Python and every torch from 2.10 on. It loads without CUDA too, so that schemas can be tested anywhere.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -202,8 +202,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope_forward(Tensor q, Tensor k, Optional q_w
   return {out[0], out[1]};
 }
 
-// Gradients [B, L, D], inputs where they were normalised -> d_q, d_k, and the blocks' sums [blocks, D] fp32 of
-// d_q_weight and d_k_weight; [0] for what is not needed. A side without blocks has nothing to do.
+// Gradients [B, L, D], inputs where they were normalized -> d_q, d_k, and the blocks' sums [blocks, D] fp32 of
+// d_q_weight and d_k_weight; [0] for what is not needed. A side without blocks is skipped.
 std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
     Optional q_grad, Optional k_grad, Optional q, Optional k, Optional q_weight, Optional k_weight, Optional cos,
     Optional sin, std::vector<int64_t> grid, std::vector<int64_t> offset, int64_t heads, bool per_head, double eps,

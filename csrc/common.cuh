@@ -1,7 +1,7 @@
-// What every kernel of csrc/ shares: 16-bit types, warp-level PTX instructions, error checks.
+// Shared by all kernels of csrc/: 16-bit types, warp-level PTX instructions, error checks.
 //
 // The functions under PRFL_FAST_EMULATE are the only ones that name the hardware. A host build that defines the
-// macro supplies them (tests/kernels/cuda_emulation.hpp), so the very source of a kernel runs without a GPU.
+// macro supplies them (tests/helpers/cuda_emulation.hpp), so the source of a kernel runs without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -91,7 +91,7 @@ __device__ __forceinline__ uint32_t pack<fp16>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// Sixteen bytes read once: past L1, so that what is read again stays there.
+// Load sixteen bytes that are read once, past L1, so that reused data stays there.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -164,7 +164,7 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// The place in the shared memory of block `rank` of the cluster that `address` has in this block's.
+// Map `address` in this block's shared memory to the same place in that of block `rank` of the cluster.
 template <typename T>
 __device__ __forceinline__ T* cluster_address(T* address, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900

@@ -1,10 +1,10 @@
-// RMSNorm and rotary positions of q and k in one launch, forward and backward (mathematics: kernels/qk_norm_rope.py).
+// RMSNorm and rotary positions of q and k in one launch, forward and backward (formulas: kernels/attn/norm_rope.py).
 //
 // A block is one group of warps and has one row (token) at a time, 16 elements a thread in two 16-byte vectors; a
-// fixed number of blocks walks the rows of q, the rest those of k. The next row is on its way while one is reduced.
-// A norm over D adds up in the warps, then through shared memory; one over a head, whose vectors lie in neighbouring
-// lanes, by shuffles alone. Cosines and sines of a row are put in shared memory once for all heads, from the compact
-// tables. Two sets of shared memory, taken in turns, leave one barrier a row.
+// fixed number of blocks walks the rows of q, the rest those of k. A block loads the next row while it reduces one.
+// A norm over D adds up in the warps, then through shared memory; one over a head, whose vectors lie in neighboring
+// lanes, by shuffles alone. The block puts cosines and sines of a row in shared memory once for all heads, from the
+// compact tables. Two sets of shared memory, used in turns, leave one barrier a row.
 //
 // All arithmetic is fp32; 16-bit values are converted two at a time, and rounded once, at the end. Weight gradients
 // are summed in registers over the rows of a block; the caller adds up the blocks' sums.
@@ -43,7 +43,7 @@ __device__ __forceinline__ void stage(const Rotation& rotation, int index, int h
   }
 }
 
-// Turns four pairs by the angles of `pair` onwards; by their opposites if `back`.
+// Rotate four pairs by the angles of `pair` onwards; by their opposites if `back`.
 __device__ __forceinline__ void turn(float (&z)[8], const float* place, int pair, int pairs, bool back) {
   const float4 c = *reinterpret_cast<const float4*>(place + pair);
   const float4 s = *reinterpret_cast<const float4*>(place + pairs + pair);
@@ -72,7 +72,7 @@ __device__ __forceinline__ uint4 narrow(const float (&values)[8]) {
                pack<T>(values[6], values[7])};
 }
 
-// The weights of a thread's vectors wait in shared memory, where only it reads them: registers are scarcer. Each half
+// The weights of a thread's vectors stay in shared memory, where only it reads them: registers are scarcer. Each half
 // of a vector is an array over the block, free of bank conflicts. Ones without a weight.
 template <typename T>
 __device__ __forceinline__ void keep_weight(const Side& side, int column, int v, float4* weights) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void kept_weight(const float4* weights, int v, float 
   }
 }
 
-// Sum over neighbouring `lanes` (a power of two) of a warp, in each of them.
+// Sum over neighboring `lanes` (a power of two) of a warp, in each of them.
 __device__ __forceinline__ float sum_lanes(float value, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) value += shuffle_xor(value, step);
   return value;
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(BACKWARD_BOUND, 1)
 }
 
 #ifndef PRFL_FAST_EMULATE
-// Runs one of the kernels on `stream`. `half`: tensors are fp16, else bf16.
+// Run one of the kernels on `stream`. `half`: tensors are fp16, else bf16.
 void qk_norm_rope(const Sides& sides, const Rotation& rotation, int dim, int head_dim, bool per_head, float eps,
                   bool backward, bool half, int threads, cudaStream_t stream) {
   if (threads > MAX_THREADS || threads * VECTORS * 8 < dim) {

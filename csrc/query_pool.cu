@@ -1,4 +1,4 @@
-// Folded query attention pooling, forward, one pass over x (mathematics: kernels/query_pool.py).
+// Folded query attention pooling, forward, one pass over x (formulas: kernels/attn/pool.py).
 //
 // A block, or a cluster of blocks that share D, walks a range of tokens in tiles of 16. Warp w owns WIDTH columns:
 //   1. its slice of the tile comes straight into registers, 16 bytes a load, as the A operand of an mma
@@ -6,14 +6,14 @@
 //   2. 128 threads add them up and run the online softmax;
 //   3. the same registers, transposed by movmatrix, are the A operand of the second mma
 //      (columns are M, heads are N, tokens are K), and each is refilled from the next tile once it is used.
-// x is thus read once, and the next tile travels while this one is reduced.
+// So x is read once, and the next tile is loaded while this one is reduced.
 //
-// A dot product does not care about the order of its terms, so K is permuted to suit 16-byte loads: in a 32-column
+// The order of a dot product's terms is free, so K is permuted to suit 16-byte loads: in a 32-column
 // block, lane 4g+t loads columns 8t..8t+7 of tokens g and g+8; mma step s (of two) takes its columns 8t+4s..8t+4s+3.
 //
 // Precision: scores are fp32 sums of exact products of x with queries split into two 16-bit halves (16 bits of
 // significand in bf16, 22 in fp16). Weights are rounded to x's type for the second mma, and the denominator is the
-// sum of the rounded ones, so weights add up to one; what is left is a relative error ≤ 2^-9 (bf16) or 2^-12 (fp16)
+// sum of the rounded ones, so weights add up to one; the rest is a relative error ≤ 2^-9 (bf16) or 2^-12 (fp16)
 // of each weight. lse comes from the exact ones.
 #include "common.cuh"
 
@@ -25,7 +25,7 @@ constexpr int SLOT = HEADS * 20;   // floats of one warp's scores; a row of 20 k
 constexpr int P_ROW = TOKENS + 8;  // elements of a head's row of weights, likewise
 constexpr float LOG2E = 1.4426950408889634f;
 
-// fp16 has no exponents to spare for small weights: 2^14 more, which the division by their sum takes out again.
+// fp16 has too few exponents for small weights: scale them by 2^14, which the division by their sum cancels.
 template <typename T>
 constexpr float weight_exponent = 0.0f;
 template <>
@@ -259,7 +259,7 @@ static void launch(const void* x, const float* queries, float* maxima, float* su
   check(cudaGetLastError(), "query_pool: merge kernel");
 }
 
-// Runs both kernels on `stream`; pointers as named there. `half`: x is fp16, else bf16.
+// Run both kernels on `stream`; pointers as named there. `half`: x is fp16, else bf16.
 void query_pool_forward(const void* x, const float* queries, float* maxima, float* sums, float* partials,
                         float* pooled, float* lse, int64_t x_batch, int64_t x_token, int batch, int tokens,
                         int heads, int dim, bool half, int width, int warps, int cluster, int splits,

@@ -1,4 +1,4 @@
-// Folded query attention pooling, backward, one pass over x (mathematics: kernels/query_pool.py).
+// Folded query attention pooling, backward, one pass over x (formulas: kernels/attn/pool.py).
 //
 // As in the forward, a block, or a cluster of blocks that share D, walks a range of tokens in tiles of 16, and warp w
 // owns WIDTH columns of x, which come into registers 16 bytes a load:
@@ -250,7 +250,7 @@ static void launch(const void* x, const float* queries, const float* grad, const
                   cluster);
 }
 
-// Runs the kernel on `stream`; pointers as named there. `half`: x is fp16, else bf16.
+// Run the kernel on `stream`; pointers as named there. `half`: x is fp16, else bf16.
 void query_pool_gradients(const void* x, const float* queries, const float* grad, const float* lse,
                           const float* delta, void* d_x, float* partials, int64_t x_batch, int64_t x_token, int batch,
                           int tokens, int heads, int dim, bool half, int width, int warps, int cluster, int splits,

@@ -1,4 +1,4 @@
-// What qk_norm_rope.cu takes from bindings.cpp.
+// Arguments that bindings.cpp passes to qk_norm_rope.cu.
 #pragma once
 
 #include <cstdint>

@@ -8,56 +8,47 @@
 
 To fit a GPU, before adapters and the optimizer:
 
-    found = prfl_fast.plan(transformer, budget="48GiB")
-    prfl_fast.apply_memory(transformer, reward, found.memory)
+    found = prfl_fast.plan_memory(transformer, budget="48GiB")
+    prfl_fast.apply_memory(transformer, found.memory)
+    prfl_fast.apply_memory(reward, found.reward_memory)
 """
 
-from prfl_fast import kernels, modules, sampling
-from prfl_fast._version import __version__
-from prfl_fast.checkpointing import checkpoint
-from prfl_fast.config import Memory
-from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.kernels import set_backend
-from prfl_fast.losses import sft_loss
-from prfl_fast.memory import apply_memory
-from prfl_fast.model_call import Guidance
-from prfl_fast.patching import patch, unpatch
-from prfl_fast.planner import plan
-from prfl_fast.quantised import quantise
-from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rewards import PixelReward, RewardEnsemble
-from prfl_fast.rollout_engine import RolloutPrecision, RolloutSettings
-from prfl_fast.schedulers import FlowEuler, FlowUniPC
-from prfl_fast.step import PRFL, PRFLOutput
-from prfl_fast.trainer import Trainer, TrainSettings
-from prfl_fast.trajectory import rollout
+import importlib.util
+import pathlib
+
+# Python started in a checkout imports this folder, but the kernels lie beside it (an installation
+# maps ../kernels to prfl_fast.kernels).
+if importlib.util.find_spec("prfl_fast.kernels") is None:
+    _checkout = pathlib.Path(__file__).resolve().parents[1]
+    if not (_checkout / "kernels" / "__init__.py").exists():
+        raise ImportError(
+            f"prfl_fast at {_checkout / 'prfl_fast'} has no kernels: install it with pip install ."
+        )
+    __path__.append(str(_checkout))
+
+from prfl_fast.feedback import PRFL, GradientPlan
+from prfl_fast.memory import MemoryConfig, apply_memory
+from prfl_fast.models import is_patched, patch, unpatch
+from prfl_fast.planning import plan_memory
+from prfl_fast.rewards import LatentRewardModel
+from prfl_fast.rollout import FlowEuler, FlowUniPC, Guidance, RolloutConfig
+from prfl_fast.training import TrainConfig, Trainer
+from prfl_fast.utils.version import __version__ as __version__
 
 __all__ = [
-    "PRFL",
     "FlowEuler",
     "FlowUniPC",
     "GradientPlan",
     "Guidance",
     "LatentRewardModel",
-    "Memory",
-    "PRFLOutput",
-    "PixelReward",
-    "RewardEnsemble",
-    "RolloutPrecision",
-    "RolloutSettings",
-    "TrainSettings",
+    "MemoryConfig",
+    "PRFL",
+    "RolloutConfig",
+    "TrainConfig",
     "Trainer",
-    "__version__",
     "apply_memory",
-    "checkpoint",
-    "kernels",
-    "modules",
+    "is_patched",
     "patch",
-    "plan",
-    "quantise",
-    "rollout",
-    "sampling",
-    "set_backend",
-    "sft_loss",
+    "plan_memory",
     "unpatch",
 ]

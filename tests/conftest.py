@@ -5,16 +5,9 @@ reasons in words.
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-# `python -m pytest` puts the checkout on the path, where `kernels` would shadow Hugging Face's
-# package of that name.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
 # torch.device contexts list the functions they redirect at their first use, and would list poisoned
 # ones.
@@ -28,17 +21,18 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import prfl_fast.kernels as kernels  # noqa: E402
-from prfl_fast.kernels._triton import HAS_TRITON  # noqa: E402
+from prfl_fast.kernels.runtime.registry import get_backend  # noqa: E402
+from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if HAS_GPU and "triton" in item.keywords:
+        if HAS_GPU and {"triton", "gpu_smoke"} & set(item.keywords):
             item.add_marker(pytest.mark.gpu)  # there the kernels run compiled: -m gpu takes them
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-        if "triton" in item.keywords and not HAS_TRITON:
+        if {"triton", "aot"} & set(item.keywords) and not HAS_TRITON:
             item.add_marker(pytest.mark.skip(reason="needs triton"))
         if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow tier: run pytest -m slow"))
@@ -55,7 +49,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def _seed_and_backend():
     torch.manual_seed(0)
-    backend = kernels.get_backend()
+    backend = get_backend()
     yield
     kernels.set_backend(backend)
 

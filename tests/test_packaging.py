@@ -1,6 +1,7 @@
 """What a wheel and an sdist hold, and what importing the wrong way says."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,9 +20,7 @@ def run(*command, **environment):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """An sdist of the tree and a wheel built from that sdist, so that what the sdist lacks
-    shows.
-    """
+    """Build an sdist of the tree, and a wheel from it: a file that the sdist lacks is missed."""
     folder = tmp_path_factory.mktemp("dist")
     built = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder))
     assert built.returncode == 0, built.stdout + built.stderr
@@ -33,8 +32,8 @@ def test_wheel_installs_kernels_inside_prfl_fast_only(dist):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"prfl_fast"}
-    for file in (ROOT / "kernels").glob("*.py"):
-        assert f"prfl_fast/kernels/{file.name}" in names
+    for file in (ROOT / "kernels").rglob("*.py"):
+        assert f"prfl_fast/{file.relative_to(ROOT)}" in names
     for file in (ROOT / "prfl_fast").rglob("*.py"):
         assert str(file.relative_to(ROOT)) in names
 
@@ -80,22 +79,54 @@ def test_installed_wheel_imports_and_leaves_the_name_kernels_free(dist, tmp_path
     assert ran.returncode == 0, ran.stderr
 
 
-def test_kernels_refuses_to_be_a_top_level_package():
-    ran = run(sys.executable, "-c", "import kernels", PYTHONPATH=str(ROOT))
-    assert ran.returncode == 1
-    assert "this package is prfl_fast.kernels" in ran.stderr.splitlines()[-1]
+def test_kernels_is_no_top_level_package():
+    """In the checkout's root the folder looks like a missing package, or gives way to another."""
+    for line in ("from kernels import get_kernel", "import kernels; kernels.norm_modulate"):
+        ran = run(sys.executable, "-c", line, PYTHONPATH=str(ROOT))
+        assert ran.returncode == 1
+        error = ran.stderr.splitlines()[-1]
+        assert error.startswith("ModuleNotFoundError: No package 'kernels'"), error
+        assert "installs as prfl_fast.kernels" in error
+    ran = run(sys.executable, "-c", "import kernels.layer", PYTHONPATH=str(ROOT))
+    assert "ModuleNotFoundError: No module named 'kernels.layer'" in ran.stderr
 
 
-def test_imports_point_downwards():
-    """prfl_fast → prfl_fast.kernels → torch/triton: nothing in kernels/ imports the API, no jit
-    outside it.
-    """
-    for file in (ROOT / "kernels").glob("*.py"):
-        for line in file.read_text().splitlines():
-            if line.lstrip().startswith(("import prfl_fast", "from prfl_fast")):
-                assert "prfl_fast.kernels" in line, f"{file.name}: {line}"
-    for file in (ROOT / "prfl_fast").rglob("*.py"):
-        assert "triton.jit" not in file.read_text(), file
+def test_an_installed_package_kernels_is_found_from_the_root(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__, get_kernel = '0.1', 3\n")
+    (tmp_path / "kernels" / "layer.py").write_text("Mode = 4\n")
+    code = (
+        "import importlib.util, kernels; from kernels import get_kernel; "
+        "from kernels.layer import Mode; "
+        "print(get_kernel, Mode, kernels.__version__, importlib.util.find_spec('kernels').origin)"
+    )
+    ran = run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path))
+    assert ran.stdout.split() == ["3", "4", "0.1", str(tmp_path / "kernels" / "__init__.py")]
+
+
+def test_diffusers_imports_from_the_root():
+    """Transformers and diffusers probe for a package `kernels`."""
+    pytest.importorskip("diffusers")
+    code = "from diffusers import WanTransformer3DModel; import prfl_fast.kernels as k; k.rms_norm"
+    ran = run(sys.executable, "-c", code)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_checkout_runs_without_being_installed(tmp_path):
+    """Python in the root of a clone imports the kernels beside prfl_fast, or says why not."""
+    for name in ("prfl_fast", "kernels"):
+        ignore = shutil.ignore_patterns("_version.py", "*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    code = "import prfl_fast; print(prfl_fast.__version__, prfl_fast.kernels.__file__)"
+    # -S keeps the editable install of this checkout out of the way.
+    paths = os.pathsep.join(p for p in sys.path if "site-packages" in p)
+    command, environment = [sys.executable, "-S", "-c", code], os.environ | {"PYTHONPATH": paths}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    ran = subprocess.run(command, **options)
+    assert ran.stdout.split() == ["0+checkout", str(tmp_path / "kernels" / "__init__.py")]
+    shutil.rmtree(tmp_path / "kernels")
+    ran = subprocess.run(command, **options)
+    assert "has no kernels: install it with pip install ." in ran.stderr.splitlines()[-1]
 
 
 def test_installs_without_triton(tmp_path):
@@ -103,9 +134,10 @@ def test_installs_without_triton(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('blocked by the test')\n")
     code = (
         "import torch, prfl_fast, prfl_fast.kernels as k; "
-        "assert all(c.backend == 'reference' for c in k.report().values()); "
+        "from prfl_fast.kernels.runtime import registry; "
+        "assert all(c.backend == 'reference' for c in registry.report().values()); "
         "x = torch.randn(1, 3, 8, requires_grad=True); k.norm_modulate(x).sum().backward(); "
-        "reason = k.report('cuda')['norm_modulate'].reason; "
+        "reason = registry.report('cuda')['norm_modulate'].reason; "
         "assert 'not installed' in reason, reason"
     )
     ran = run(sys.executable, "-c", code, PYTHONPATH=str(tmp_path), TRITON_INTERPRET="0")

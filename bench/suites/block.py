@@ -1,6 +1,4 @@
-"""One transformer block and one PRFL step: the unpatched model, the same under torch.compile, and
-prfl_fast.
-"""
+"""Measure one transformer block and one PRFL step: eager, torch.compile, prfl_fast."""
 
 import copy
 import time as clock
@@ -11,13 +9,13 @@ from typing import Any
 import harness
 import report
 import torch
-from harness import Context, Preset, SuiteResult, Table, Unavailable
+from harness import Context, Preset, SuiteResult, Table, UnavailableError
 
 import prfl_fast
-from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.reward import LatentRewardModel
-from prfl_fast.schedulers import FlowUniPC
-from prfl_fast.step import PRFL
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.schedulers import FlowUniPC
 from suites import kept as kept_bytes
 from suites import wan
 from suites.kernels import TOLERANCE
@@ -50,7 +48,7 @@ def _block_run(
 
 
 def _variants(context: Context) -> tuple[dict[str, Run], dict[str, str]]:
-    """Name → block, and the reasons for those that are missing."""
+    """Return name → block, and name → reason for those that cannot run."""
     preset = context.preset
     model = wan.build(preset, context, layers=1)
     patched = prfl_fast.patch(copy.deepcopy(model))
@@ -60,7 +58,7 @@ def _variants(context: Context) -> tuple[dict[str, Run], dict[str, str]]:
         if name == "reference":
             try:
                 runs[name] = wan.reference_block(model, preset, context)
-            except Unavailable as error:
+            except UnavailableError as error:
                 missing[name] = str(error)
         else:
             runs[name] = _block_run(model, preset, context, compiled=name == "compiled")
@@ -69,7 +67,7 @@ def _variants(context: Context) -> tuple[dict[str, Run], dict[str, str]]:
 
 
 def _inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, text, time and the cotangent of the output."""
+    """Return x, text, time and the cotangent of the output."""
     preset, generator = context.preset, context.generator(7)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -89,7 +87,7 @@ def _error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Cases, notes and failed checks of the block."""
+    """Return cases, notes and failed checks of the block."""
     runs, missing = _variants(context)
     notes = [f"{LABELS[name]}: not measured, {reason}." for name, reason in missing.items()]
     problems: list[str] = []
@@ -169,7 +167,7 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
 
 
 def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
-    """One PRFL step of a model with few blocks, unpatched and patched, and failed checks."""
+    """Measure one PRFL step of a model with few blocks; return its case and failed checks."""
     preset = replace(context.preset, layers=min(STEP_LAYERS, context.preset.layers))
     if context.device.type == "cpu" and preset.name == "tiny":
         preset = replace(preset, latent=STEP_LATENT_ON_CPU)
@@ -186,7 +184,11 @@ def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
         if name == "prfl_fast":
             prfl_fast.patch(reward.backbone)
         step = PRFL(
-            transformer, reward, FlowUniPC(), GradientPlan.prfl(), num_steps=STEP_SOLVER_STEPS
+            transformer,
+            reward,
+            FlowUniPC(),
+            GradientPlan.prfl(),
+            num_inference_steps=STEP_SOLVER_STEPS,
         )
 
         def thunk(step: PRFL = step, transformer: Any = transformer) -> None:
@@ -222,7 +224,7 @@ def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _total_error(values: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Relative error of all gradients taken as one vector."""
+    """Return the relative error of all gradients taken as one vector."""
     off = sum(
         (a.double() - b.double()).square().sum().item()
         for a, b in zip(values, expected, strict=True)
@@ -255,9 +257,9 @@ def _rows(record: dict[str, Any], names: list[str], failed: bool) -> list[list[s
 
 
 def run(context: Context) -> SuiteResult:
-    """The block at the preset's size and one PRFL step of a model with few blocks."""
+    """Measure the block at the preset's size and one PRFL step of a model with few blocks."""
     if context.device.type == "cpu" and context.preset.name != "tiny":
-        raise Unavailable(
+        raise UnavailableError(
             f"a block of {context.preset.name} takes a CPU minutes and tens of gigabytes; "
             "use --preset tiny, or a GPU"
         )
@@ -292,41 +294,64 @@ def run(context: Context) -> SuiteResult:
     return SuiteResult(
         [table, kept],
         cases,
-        {"block.png": _figure(cases, names, context)},
+        figures(cases, names, harness.device_name(context.device)),
         problems + step_problems,
     )
 
 
-def _figure(cases: list[dict[str, Any]], names: list[str], context: Context) -> Any:
-    figure, (left, right) = report.new_figure(10, 3.6, ncols=2, width_ratios=(3, 2))
-    groups = [("block,\n" + part, times) for part, times in cases[0]["times"].items()]
-    groups += [(f"PRFL step,\n{cases[1]['layers']} blocks", cases[1]["times"]["step"])]
-    series = {n: [t[n]["median_s"] * 1e3 if n in t else None for _, t in groups] for n in names}
-    labels = {
-        n: [report.seconds(t[n]["median_s"]) if n in t else "" for _, t in groups] for n in names
-    }
+def _relative(parts: dict[str, dict[str, Any]], names: list[str], **text: Any) -> Any:
+    """Draw part → name → (low, value, high) relative to the first name, its values = 1."""
+    figure, axes = report.new_figure(8, 0.8 + 0.9 * len(parts))
+    shown = [n for n in names if any(n in values for values in parts.values())]
+    series: dict[str, list[float | None]] = {n: [] for n in shown}
+    labels: dict[str, list[str]] = {n: [] for n in shown}
+    errors: dict[str, list[tuple[float, float] | None]] = {n: [] for n in shown}
+    write = text.pop("write")
+    for values in parts.values():
+        base = values[names[0]][1]
+        for name in shown:
+            low, value, high = values.get(name, (0, 0, 0))
+            series[name].append(value / base if name in values else None)
+            labels[name].append(write(value) if name in values else "")
+            spread = ((value - low) / base, (high - value) / base)
+            errors[name].append(spread if high > low else None)
+    ours = [f"{v:.2f}" for v in sorted(v for v in series["prfl_fast"] if v is not None)]
+    title = text.pop("title").format(" to ".join(dict.fromkeys((ours[0], ours[-1]))))
     report.grouped_bars(
-        left,
-        [g for g, _ in groups],
-        series,
-        title="Time",
-        unit="milliseconds",
-        labels=labels,
+        axes, list(parts), series, labels=labels, errors=errors, title=title, **text
     )
-    left.legend(fontsize=8)
-    peaks = [("block", cases[0]["peak_bytes"]), ("PRFL step", cases[1]["peak_bytes"])]
-    shown = [n for n in names if any(n in p for _, p in peaks)]
-    series = {n: [p[n] / 1e6 if n in p else None for _, p in peaks] for n in shown}
-    labels = {n: [report.size(p[n]) if n in p else "" for _, p in peaks] for n in shown}
-    report.grouped_bars(
-        right,
-        [g for g, _ in peaks],
-        series,
-        title="Peak of what training allocates",
-        unit="megabytes",
-        labels=labels,
-    )
-    preset = context.preset
-    on = harness.device_name(context.device)
-    figure.suptitle(f"Wan block, L = {preset.tokens}, D = {preset.dim}, on {on}", fontsize=11)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(1, 0))
     return figure
+
+
+def figures(cases: list[dict[str, Any]], names: list[str], on: str) -> dict[str, Any]:
+    """Draw times and peaks of the block and the step relative to the unpatched model."""
+    parts = {f"block, {part}": times for part, times in cases[0]["times"].items()}
+    step = f"PRFL step, {cases[1]['layers']} blocks"
+    parts[step] = cases[1]["times"]["step"]
+    times = {
+        part: {n: (t["p20_s"], t["median_s"], t["p80_s"]) for n, t in each.items()}
+        for part, each in parts.items()
+    }
+    peaks = {
+        part: {n: (b, b, b) for n, b in case["peak_bytes"].items()}
+        for part, case in (("block, forward + backward", cases[0]), (step, cases[1]))
+    }
+    about = f"Wan block, L = {cases[0]['tokens']}, D = {cases[0]['dim']}, {on}"
+    first = LABELS[names[0]]
+    return {
+        "block.png": _relative(
+            times,
+            names,
+            write=report.seconds,
+            title=f"prfl_fast takes {{}} times as long as {first}\n{about}",
+            unit=f"time, {first} = 1 (bars: 20 … 80 %)",
+        ),
+        "block-memory.png": _relative(
+            peaks,
+            names,
+            write=report.size,
+            title=f"prfl_fast's peak is {{}} times that of {first}\n{about}",
+            unit=f"peak of the bytes that training allocates, {first} = 1",
+        ),
+    }

@@ -1,7 +1,6 @@
-"""What this GPU can do: device copy, bf16 and FP8 matrix products, attention backends, pinned
-copies to and from the host.
+"""Measure a GPU's ceilings: copies, bf16 and FP8 products, attention backends, host copies.
 
-The ceilings that the other suites' times are judged by. CUDA only.
+Other suites compare their times with these. CUDA only.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import harness
 import report
 import torch
 import torch.nn.functional as F
-from harness import PRESETS, Context, Preset, SuiteResult, Table, Unavailable
+from harness import PRESETS, Context, Preset, SuiteResult, Table, UnavailableError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MATMUL = 8192
@@ -43,12 +42,12 @@ def _matmul(device: torch.device) -> Callable[[], object]:
 def _matmul_fp8(device: torch.device) -> Callable[[], object]:
     """One scale per row of the first and per column of the second operand."""
 
-    def quantised() -> tuple[torch.Tensor, torch.Tensor]:
+    def quantized() -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.randn(MATMUL, MATMUL, device=device)
         scale = wide.abs().amax(1, keepdim=True) / torch.finfo(FP8).max
         return (wide / scale).to(FP8), scale
 
-    (a, scale_a), (b, scale_b) = quantised(), quantised()
+    (a, scale_a), (b, scale_b) = quantized(), quantized()
     return lambda: torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=torch.bfloat16)
 
 
@@ -62,7 +61,7 @@ def _host_copies(device: torch.device) -> dict[str, Callable[[], object]]:
 
 
 def _simple(device: torch.device) -> list[dict[str, Any]]:
-    """Copies and matrix products; what this GPU or PyTorch lacks is recorded with the reason."""
+    """Measure copies and matrix products; record the reason for those that cannot run."""
     cases = [{"fact": "device copy, read + write", "bytes_per_s": harness.copy_ceiling(device)}]
     work = 2.0 * MATMUL**3
     for name, make in (("matmul bf16", _matmul), ("matmul FP8, row-wise scales", _matmul_fp8)):
@@ -124,10 +123,10 @@ def run(context: Context) -> SuiteResult:
     """Measure the device.
 
     Raises:
-        Unavailable: not a CUDA device.
+        UnavailableError: not a CUDA device.
     """
     if context.device.type != "cuda":
-        raise Unavailable("the facts suite measures a GPU; run it on a machine with one")
+        raise UnavailableError("the facts suite measures a GPU; run it on a machine with one")
     with context.bar(1 + len(SHAPES) * len(BACKENDS), "facts") as bar:
         simple = _simple(context.device)
         bar.update()

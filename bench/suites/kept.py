@@ -1,4 +1,4 @@
-"""Bytes that one Wan block keeps for its backward at real sizes, counted on fake tensors."""
+"""Count the bytes that one Wan block keeps for its backward at real sizes, on fake tensors."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from harness import PRESETS, Context, Preset, Table, saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prfl_fast
-from prfl_fast.checkpointing import POLICIES
-from prfl_fast.ledger import Ledger
+from prfl_fast.memory.checkpointing import POLICIES
+from prfl_fast.memory.ledger import Ledger
 from suites import wan
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
@@ -19,7 +19,7 @@ PARAMETERS = {"all parameters train": True, "frozen (LoRA's base, a reward model
 def _block(
     preset: Preset, context: Context, *, patched: bool, train: bool
 ) -> tuple[Any, tuple[Any, ...]]:
-    """A bfloat16 model of one block and that block's arguments, under a ``FakeTensorMode``."""
+    """Return a bfloat16 model of one block and its arguments, under a ``FakeTensorMode``."""
     # Fake CUDA tensors need a CUDA build; what is kept does not depend on the device.
     model = wan.build(preset, context, layers=1, dtype=torch.bfloat16, device="cpu")
     model.requires_grad_(train)
@@ -35,7 +35,7 @@ def kept_bytes(preset: Preset, context: Context, *, patched: bool, train: bool) 
     """Bytes autograd keeps for one bfloat16 block; its input and parameters are not counted.
 
     Raises:
-        Unavailable: diffusers is not installed.
+        UnavailableError: diffusers is not installed.
     """
     with FakeTensorMode():
         model, args = _block(preset, context, patched=patched, train=train)
@@ -46,11 +46,11 @@ def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) 
     """Bytes a patched block leaves on the device until its backward, its input among them.
 
     Raises:
-        Unavailable: diffusers is not installed.
+        UnavailableError: diffusers is not installed.
     """
     with FakeTensorMode():
         model, args = _block(preset, context, patched=True, train=train)
-        prfl_fast.checkpoint(model, policy)  # type: ignore[arg-type]
+        prfl_fast.memory.activation_checkpointing(model, policy)  # type: ignore[arg-type]
         run = model._gradient_checkpointing_func if policy != "none" else lambda f, *a: f(*a)
         with Ledger() as ledger:
             ledger.mark(args[0], "checkpoints")
@@ -59,10 +59,10 @@ def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) 
 
 
 def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
-    """The table ``kept`` and its records.
+    """Return the table ``kept`` and its records.
 
     Raises:
-        Unavailable: diffusers is not installed.
+        UnavailableError: diffusers is not installed.
     """
     cases: list[dict[str, Any]] = []
     body = []
@@ -83,10 +83,10 @@ def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
 
 
 def policies(context: Context) -> tuple[Table, list[dict[str, Any]]]:
-    """The table ``kept-policies`` and its records.
+    """Return the table ``kept-policies`` and its records.
 
     Raises:
-        Unavailable: diffusers is not installed.
+        UnavailableError: diffusers is not installed.
     """
     cases: list[dict[str, Any]] = []
     body = []
@@ -101,7 +101,7 @@ def policies(context: Context) -> tuple[Table, list[dict[str, Any]]]:
     columns = ["block", "parameters", *POLICIES, "attention of none"]
     notes = [
         "prfl_fast's block, bfloat16, one sample, 512 text tokens; the block's input counts. "
-        "Counted on shapes, without a GPU.",
+        "Counted on shapes, without a GPU."
     ]
     title = "Kept for the backward of one block, by checkpoint policy"
     return Table("kept-policies", title, columns, body, notes), cases

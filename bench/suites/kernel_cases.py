@@ -1,6 +1,6 @@
-"""Every operation of prfl_fast.kernels at any size, with the formula that models write for it.
+"""Define a case for every operation of prfl_fast.kernels, beside its naive formula.
 
-"Naive" is that formula as diffusers' Wan and its schedulers have it, in eager mode.
+"Naive" is the formula as diffusers' Wan and its schedulers write it, in eager mode.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from prfl_fast import kernels
-from prfl_fast.modules import QueryAttentionPool
+from prfl_fast.rewards.pooling import QueryAttentionPool
 
 PASSES = ("forward", "backward", "both")
 POOL_HEADS = 8
@@ -43,10 +43,10 @@ class Case:
         arithmetic: floating-point operations of a forward and a backward for each element of the
             first input read, counted in the formula (a square root, an exponential are one each).
         writes: inputs whose gradients a backward must write; ``leaves`` unless given.
-        forward_flops: if the operation is bound by arithmetic; no bandwidth is reported then.
-        passes: what is timed.
-        decode: outputs as what the formula gives, where they come quantised.
-        tolerance: relative error allowed where quantised arithmetic cannot obey the twice rule.
+        forward_flops: given if arithmetic bounds the operation; no bandwidth is reported then.
+        passes: passes to time.
+        decode: converts quantized outputs to those of the formula.
+        tolerance: relative error allowed where quantized arithmetic cannot obey the twice rule.
     """
 
     name: str
@@ -77,9 +77,7 @@ def _param(randn: Any, *shape: int) -> torch.Tensor:
 def _modulation(
     tensors: Tensors, wide: torch.dtype, rows: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """Modulation vectors as diffusers computes them: table + time in fp32, expanded over tokens by
-    broadcasting.
-    """
+    """Return modulation vectors as diffusers computes them: table + time in fp32, broadcast."""
     time_rows = tensors["time"] if rows is None else tensors["time"][rows[0].long()][None]
     summed = tensors["table"].to(wide) + time_rows.to(wide)  # [B, n, D] or [B, L, n, D]
     if rows is not None:
@@ -98,17 +96,11 @@ def _naive_norm(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     return (F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale) + shift).type_as(x)
 
 
-def _norm(t: Tensors) -> torch.Tensor:
+def _norm(t: Tensors, **options: Any) -> Any:
     (shift, scale), (shift_table, scale_table) = t["time"].unbind(1), t["table"].unbind(0)
-    return kernels.norm_modulate(
-        t["x"],
-        scale=scale,
-        shift=shift,
-        scale_table=scale_table,
-        shift_table=shift_table,
-        row_index=t.get("rows"),
-        eps=EPS,
-    )
+    options |= {"scale": scale, "shift": shift, "row_index": t.get("rows")}
+    options |= {"scale_table": scale_table, "shift_table": shift_table}
+    return kernels.norm_modulate(t["x"], **options, eps=EPS)
 
 
 def _make_norm_rows(
@@ -137,20 +129,11 @@ def _naive_residual(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, torch.
 
 
 def _residual(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    (gate, shift, scale), (gate_table, shift_table, scale_table) = (
-        t["time"].unbind(1),
-        t["table"].unbind(0),
-    )
+    gate, shift, scale = t["time"].unbind(1)
+    names = ("gate_table", "shift_table", "scale_table")
+    tables = dict(zip(names, t["table"].unbind(0), strict=True))
     return kernels.residual_norm_modulate(
-        t["x"],
-        t["y"],
-        gate,
-        gate_table=gate_table,
-        scale=scale,
-        shift=shift,
-        scale_table=scale_table,
-        shift_table=shift_table,
-        eps=EPS,
+        t["x"], t["y"], gate, scale=scale, shift=shift, **tables, eps=EPS
     )
 
 
@@ -217,17 +200,9 @@ def _naive_rope(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 
 def _rope(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    return kernels.qk_norm_rope(
-        t["q"],
-        t["k"],
-        t["q_weight"],
-        t["k_weight"],
-        heads=int(t["heads"]),
-        cos=t["cos"],
-        sin=t["sin"],
-        grid=tuple(t["grid"].tolist()),
-        eps=EPS,
-    )
+    tensors = (t[name] for name in ("q", "k", "q_weight", "k_weight"))
+    table = {"cos": t["cos"], "sin": t["sin"], "grid": tuple(t["grid"].tolist())}
+    return kernels.qk_norm_rope(*tensors, heads=int(t["heads"]), **table, eps=EPS)
 
 
 def _make_gelu(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
@@ -332,29 +307,22 @@ def _naive_rms(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     return (x.to(wide) * rho * t["weight"]).type_as(x)
 
 
-def _dequantised(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    quantised, scale = outputs
-    return quantised.to(scale.dtype) * scale
+def _dequantized(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    quantized, scale = outputs
+    return quantized.to(scale.dtype) * scale
 
 
 def _naive_fp8(y: torch.Tensor, wide: torch.dtype) -> Any:
-    """Quantised token by token; exact where the oracle asks in float64."""
+    """Quantize token by token; return exact values for the oracle in float64."""
     if wide == torch.float64:
         return y, torch.ones((), dtype=wide, device=y.device)
     scale = y.abs().amax(-1, keepdim=True).float() / FP8_MAX
     return (y.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def _norm_fp8(t: Tensors) -> Any:
-    (shift, scale), (shift_table, scale_table) = t["time"].unbind(1), t["table"].unbind(0)
-    modulation = {"scale": scale, "shift": shift}
-    tables = {"scale_table": scale_table, "shift_table": shift_table}
-    return kernels.norm_modulate_fp8(t["x"], **modulation, **tables, eps=EPS)
-
-
 def _make_linear(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
     x, weight = _tokens(preset, randn), randn(preset.dim, preset.dim) / preset.dim**0.5
-    (x_q, x_scale), (w_q, w_scale) = kernels.quantise_fp8(x), kernels.quantise_fp8(weight)
+    (x_q, x_scale), (w_q, w_scale) = kernels.quantize_fp8(x), kernels.quantize_fp8(weight)
     return {
         "x": x, "weight": weight,
         "x_q": x_q, "x_scale": x_scale, "weight_q": w_q, "weight_scale": w_scale,
@@ -383,187 +351,83 @@ def _pool_flops(preset: Preset) -> float:
     return 12.0 * preset.tokens * preset.dim**2  # key and value projections, forward and backward
 
 
+# Formatted by hand as a table: ruff would put each argument on a line of its own.
+# fmt: off
 POOL = Case(
-    "query_pool (vs nn.MultiheadAttention)",
-    "query_pool",
-    _make_pool,
-    _POOL_LEAVES,
-    _naive_pool,
-    _pool,
-    reads=("x",),
-    kept=("x",),
-    arithmetic=(32, 80),
-    writes=("x",),
-    naive_flops=_pool_flops,
+    "query_pool (vs nn.MultiheadAttention)", "query_pool", _make_pool, _POOL_LEAVES, _naive_pool,
+    _pool, reads=("x",), kept=("x",), arithmetic=(32, 80), writes=("x",), naive_flops=_pool_flops,
 )
 CASES = (
     Case(
-        "norm_modulate",
-        "norm_modulate",
-        _make_norm,
-        ("x", "time", "table"),
-        _naive_norm,
-        _norm,
-        reads=("x",),
-        kept=("x",),
-        arithmetic=(7, 16),
+        "norm_modulate", "norm_modulate", _make_norm, ("x", "time", "table"), _naive_norm, _norm,
+        reads=("x",), kept=("x",), arithmetic=(7, 16),
     ),
     Case(
-        "norm_modulate, time per token",
-        "norm_modulate",
-        _make_norm_rows,
-        ("x", "time", "table"),
-        _naive_norm,
-        _norm,
-        reads=("x", "rows"),
-        kept=("x", "rows"),
-        arithmetic=(7, 16),
+        "norm_modulate, time per token", "norm_modulate", _make_norm_rows, ("x", "time", "table"),
+        _naive_norm, _norm, reads=("x", "rows"), kept=("x", "rows"), arithmetic=(7, 16),
     ),
     Case(
-        "residual_norm_modulate",
-        "residual_norm_modulate",
-        _make_residual,
-        ("x", "y", "time", "table"),
-        _naive_residual,
-        _residual,
-        reads=("x", "y"),
-        kept=("out0", "y"),
-        arithmetic=(9, 20),
+        "residual_norm_modulate", "residual_norm_modulate", _make_residual,
+        ("x", "y", "time", "table"), _naive_residual, _residual, reads=("x", "y"),
+        kept=("out0", "y"), arithmetic=(9, 20),
     ),
     Case(
-        "gated_residual",
-        "gated_residual",
-        _make_gated,
-        ("x", "y", "time", "table"),
-        _naive_gated,
-        _gated,
-        reads=("x", "y"),
-        kept=("y",),
-        arithmetic=(2, 3),
-        writes=("y",),
+        "gated_residual", "gated_residual", _make_gated, ("x", "y", "time", "table"), _naive_gated,
+        _gated, reads=("x", "y"), kept=("y",), arithmetic=(2, 3), writes=("y",),
     ),
     Case(
-        "qk_norm_rope",
-        "qk_norm_rope",
-        _make_rope,
-        ("q", "k", "q_weight", "k_weight"),
-        _naive_rope,
-        _rope,
-        reads=("q", "k"),
-        kept=("q", "k"),
-        arithmetic=(14, 28),
+        "qk_norm_rope", "qk_norm_rope", _make_rope, ("q", "k", "q_weight", "k_weight"), _naive_rope,
+        _rope, reads=("q", "k"), kept=("q", "k"), arithmetic=(14, 28),
     ),
     Case(
-        "bias_gelu",
-        "bias_gelu",
-        _make_gelu,
-        ("x", "bias"),
-        _naive_gelu,
-        lambda t: kernels.bias_gelu(t["x"], t["bias"]),
-        reads=("x",),
-        kept=("x",),
+        "bias_gelu", "bias_gelu", _make_gelu, ("x", "bias"), _naive_gelu,
+        lambda t: kernels.bias_gelu(t["x"], t["bias"]), reads=("x",), kept=("x",),
         arithmetic=(10, 20),
     ),
     Case(
-        "attention",
-        "attention",
-        _make_attention,
-        ("q", "k", "v"),
-        _naive_attention,
+        "attention", "attention", _make_attention, ("q", "k", "v"), _naive_attention,
         lambda t: kernels.attention(t["q"], t["k"], t["v"], heads=int(t["heads"]))[0],
-        reads=("q", "k", "v"),
-        kept=("q", "k", "v", "out0"),
-        forward_flops=_attention_flops,
+        reads=("q", "k", "v"), kept=("q", "k", "v", "out0"), forward_flops=_attention_flops,
         naive_flops=lambda p: 3.5 * _attention_flops(p),
     ),
     POOL,
     Case(
-        "flow_step, UniPC",
-        "flow_step",
-        _make_step,
-        ("velocity",),
-        _naive_step,
-        _step,
-        reads=("x", "velocity", "previous", "older"),
-        kept=(),
-        arithmetic=(7, 1),
+        "flow_step, UniPC", "flow_step", _make_step, ("velocity",), _naive_step, _step,
+        reads=("x", "velocity", "previous", "older"), kept=(), arithmetic=(7, 1),
     ),
     Case(
-        "flow_loss",
-        "flow_loss",
-        _make_loss,
-        ("velocity",),
-        _naive_loss,
+        "flow_loss", "flow_loss", _make_loss, ("velocity",), _naive_loss,
         lambda t: kernels.flow_loss(t["velocity"], t["noise"], t["latents"]),
-        reads=("velocity", "noise", "latents"),
-        kept=("velocity", "noise", "latents"),
+        reads=("velocity", "noise", "latents"), kept=("velocity", "noise", "latents"),
         arithmetic=(4, 4),
     ),
     Case(
-        "rms_norm",
-        "rms_norm",
-        _make_rms,
-        ("x", "weight"),
-        _naive_rms,
-        lambda t: kernels.rms_norm(t["x"], t["weight"], eps=EPS),
-        reads=("x",),
-        kept=("x",),
+        "rms_norm", "rms_norm", _make_rms, ("x", "weight"), _naive_rms,
+        lambda t: kernels.rms_norm(t["x"], t["weight"], eps=EPS), reads=("x",), kept=("x",),
         arithmetic=(4, 10),
     ),
     Case(
-        "norm_modulate_fp8",
-        "norm_modulate_fp8",
-        _make_norm,
-        (),
+        "norm_modulate_fp8", "norm_modulate_fp8", _make_norm, (),
         lambda t, wide: _naive_fp8(_naive_norm(t, wide), wide),
-        _norm_fp8,
-        reads=("x",),
-        kept=(),
-        arithmetic=(10, 0),
-        passes=("forward",),
-        decode=_dequantised,
-        tolerance=FP8_ERROR,
+        lambda t: _norm(t, out_dtype=torch.float8_e4m3fn), reads=("x",), kept=(),
+        arithmetic=(10, 0), passes=("forward",), decode=_dequantized, tolerance=FP8_ERROR,
     ),
     Case(
-        "gelu_fp8",
-        "gelu_fp8",
-        _make_gelu,
-        (),
+        "gelu_fp8", "gelu_fp8", _make_gelu, (),
         lambda t, wide: _naive_fp8(_naive_gelu(t, wide), wide),
-        lambda t: kernels.gelu_fp8(t["x"], t["bias"]),
-        reads=("x",),
-        kept=(),
-        arithmetic=(13, 0),
-        passes=("forward",),
-        decode=_dequantised,
-        tolerance=FP8_ERROR,
+        lambda t: kernels.bias_gelu(t["x"], t["bias"], out_dtype=torch.float8_e4m3fn), reads=("x",),
+        kept=(), arithmetic=(13, 0), passes=("forward",), decode=_dequantized, tolerance=FP8_ERROR,
     ),
     Case(
-        "fp8_linear (vs bf16)",
-        "fp8_linear",
-        _make_linear,
-        (),
-        lambda t, wide: F.linear(t["x"], t["weight"]),
-        _fp8_linear,
-        reads=("x_q", "weight_q"),
-        kept=(),
-        forward_flops=lambda p: 2.0 * p.tokens * p.dim**2,
-        naive_flops=lambda p: 2.0 * p.tokens * p.dim**2,
-        passes=("forward",),
-        tolerance=FP8_ERROR,
+        "fp8_linear (vs bf16)", "fp8_linear", _make_linear, (),
+        lambda t, wide: F.linear(t["x"], t["weight"]), _fp8_linear, reads=("x_q", "weight_q"),
+        kept=(), forward_flops=lambda p: 2.0 * p.tokens * p.dim**2,
+        naive_flops=lambda p: 2.0 * p.tokens * p.dim**2, passes=("forward",), tolerance=FP8_ERROR,
     ),
     Case(
-        "rollout_attention (vs bf16)",
-        "rollout_attention",
-        _make_rollout,
-        (),
-        _naive_attention,
-        _rollout_attention,
-        reads=("q", "k", "v"),
-        kept=(),
-        forward_flops=_attention_flops,
-        naive_flops=_attention_flops,
-        passes=("forward",),
-        tolerance=FP8_ERROR,
+        "rollout_attention (vs bf16)", "rollout_attention", _make_rollout, (), _naive_attention,
+        _rollout_attention, reads=("q", "k", "v"), kept=(), forward_flops=_attention_flops,
+        naive_flops=_attention_flops, passes=("forward",), tolerance=FP8_ERROR,
     ),
 )
+# fmt: on

@@ -1,4 +1,4 @@
-"""Every operation of prfl_fast.kernels against plain PyTorch, forward, backward and both.
+"""Measure every operation of prfl_fast.kernels against plain PyTorch.
 
 An operation whose result is off gets no speed-up: outputs and every gradient are compared with
 float64 on a small grid (error at most twice the naive one's, plus rounding), and with the naive
@@ -7,6 +7,7 @@ shapes, with what the compiled kernels would use of each architecture (resources
 """
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,9 +17,9 @@ from typing import Any
 import harness
 import report
 import torch
-from harness import PRESETS, Context, Preset, SuiteResult, Table, Timing, Unavailable
+from harness import PRESETS, Context, Preset, SuiteResult, Table, Timing, UnavailableError
 
-from prfl_fast import kernels
+from prfl_fast.kernels.runtime import registry
 from suites import resources
 from suites.kernel_cases import CASES, PASSES, POOL, POOL_HEADS, Case, Tensors
 
@@ -30,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def make_tensors(case: Case, preset: Preset, context: Context, offset: int = 0) -> Tensors:
-    """Inputs of a case; leaves require a gradient."""
+    """Return inputs of a case; leaves require a gradient."""
     generator = context.generator(offset)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -65,10 +66,10 @@ def _gradients(
 
 
 def verify(case: Case, context: Context) -> float:
-    """The worst relative error of outputs and gradients against float64, on a small grid.
+    """Return the worst relative error of outputs and gradients against float64, on a small grid.
 
     Raises:
-        AssertionError: one error exceeds twice that of the naive formula plus rounding.
+        AssertionError: if an error exceeds twice that of the naive formula plus rounding.
     """
     frames, height, width = (
         min(side, limit) for side, limit in zip(context.preset.grid, (3, 6, 10), strict=True)
@@ -103,18 +104,18 @@ def _nbytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def backends(case: Case, context: Context) -> list[str]:
-    """Backends that have this operation for these tensors, the automatic choice last."""
+    """Return the backends that have this operation, the automatic choice last."""
     available = []
     # Triton's interpreter is for tests, not for timing; the reference is there for the CPU.
     names = ("reference",) if context.device.type == "cpu" else ("triton", "cuda")
     for name in names:
         try:
             with harness.backend(name):
-                if kernels.report(context.device, context.dtype)[case.op].backend == name:
+                if registry.report(context.device, context.dtype)[case.op].backend == name:
                     available.append(name)
-        except Unavailable:
+        except UnavailableError:
             continue
-    chosen = kernels.report(context.device, context.dtype)[case.op].backend
+    chosen = registry.report(context.device, context.dtype)[case.op].backend
     return sorted({*available, chosen}, key=lambda name: (name == chosen, name))
 
 
@@ -138,19 +139,19 @@ class Variant:
         self.first = time.perf_counter() - start
 
     def results(self) -> list[torch.Tensor]:
-        """Outputs and gradients of the first run."""
+        """Return outputs and gradients of the first run."""
         first = self.outputs[0]
         outputs = _tuple(self.case.decode(first if len(first) > 1 else first[0]))
         return [*outputs, *self.gradients]
 
     def forget(self) -> None:
-        """Free what the comparison needed."""
+        """Free the tensors that only the comparison needed."""
         del self.gradients
         if "backward" not in self.case.passes:
             self.outputs.clear()
 
     def thunks(self, part: str) -> list[Callable[[], object]]:
-        """One function per set of inputs that runs ``forward``, ``backward`` or ``both``."""
+        """Return one function per set of inputs that runs ``forward``, ``backward`` or ``both``."""
         case, run, cotangents = self.case, self.run, self.cotangents
         if part == "forward":
             return [lambda t=t: run(t) for t in self.sets]
@@ -186,25 +187,26 @@ def _free_bytes(context: Context) -> int:
 
 
 def _check_fits(case: Case, preset: Preset, context: Context) -> None:
-    """Raise ``Unavailable`` for a case that this machine cannot hold or finish."""
+    """Raise ``UnavailableError`` for a case that this machine cannot hold or finish."""
     widest = preset.ffn_dim if case.op in ("bias_gelu", "gelu_fp8") else preset.dim
     # Inputs, outputs, cotangents, gradients and the naive formula's fp32 temporaries, twice.
     need = 24 * preset.tokens * widest * 4
     free = _free_bytes(context)
     if need > free:
-        raise Unavailable(f"needs about {report.size(need)}, {report.size(free)} are free")
+        raise UnavailableError(f"needs about {report.size(need)}, {report.size(free)} are free")
     work = case.naive_flops(preset)
     if context.device.type == "cpu" and work > CPU_FLOPS:
-        raise Unavailable(f"{report.flops(work)} for the baseline, minutes on a CPU")
+        raise UnavailableError(f"{report.flops(work)} for the baseline, minutes on a CPU")
 
 
 def measure(
     case: Case, preset: Preset, context: Context, ceiling: float, seconds: float = 0.15
 ) -> dict[str, Any]:
-    """Check and time one case; a record of plain values.
+    """Check and time one case, and return a record of plain values.
 
     Raises:
-        Unavailable: it does not fit here. AssertionError: a check failed; the message says which.
+        UnavailableError: if it does not fit this machine.
+        AssertionError: if a check failed; the message names it.
     """
     _check_fits(case, preset, context)
     record: dict[str, Any] = {"case": case.name, "op": case.op, "preset": preset.name}
@@ -247,9 +249,7 @@ def measure(
     )
     known = sets[0] | {"out0": outputs[0]}
     written = case.leaves if case.writes is None else case.writes
-    moved = {
-        "forward": _nbytes([sets[0][n] for n in case.reads]) + _nbytes(outputs),
-    }
+    moved = {"forward": _nbytes([sets[0][n] for n in case.reads]) + _nbytes(outputs)}
     if case.leaves:
         moved["backward"] = (
             _nbytes([known[n] for n in case.kept])
@@ -288,29 +288,28 @@ def measure(
 
 
 def run_on(name: str, case: Case, tensors: Tensors) -> Any:
-    """The case's outputs by one backend.
+    """Return the case's outputs by one backend.
 
-    "reference" is how an operation without kernels of ours shows up, fp8_linear say: it runs as it
-    would by itself.
+    An operation without own kernels, as fp8_linear, is listed as "reference": it runs on "auto".
     """
     with harness.backend("auto" if name == "reference" else name):
         return case.ours(tensors)
 
 
 def _ours(times: dict[str, Any]) -> str:
-    """The variant reported as prfl_fast: the automatic choice, which is measured last."""
+    """Return the variant reported as prfl_fast: the automatic choice, which is measured last."""
     return [name for name in times if name.startswith("prfl_fast")][-1]
 
 
 def _columns(measured: list[dict[str, Any]]) -> list[str]:
-    """Implementations that have a column: the naive formula first, prfl_fast's behind."""
+    """Return the implementations that have a column: naive first, prfl_fast's last."""
     found = {name for c in measured for times in c["times"].values() for name in times}
     order = ["naive", "compiled", "prfl_fast reference", "prfl_fast triton", "prfl_fast cuda"]
     return [name for name in order if name in found]
 
 
 def rows(record: dict[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """The table's rows of one measured case."""
+    """Return the table's rows of one measured case."""
     lines = []
     for part, times in record["times"].items():
         ours = _ours(times)
@@ -336,15 +335,15 @@ def rows(record: dict[str, Any], columns: Sequence[str]) -> list[list[str]]:
 
 
 def _presets(context: Context) -> tuple[Preset, ...]:
-    """The sizes to measure: all of Wan's on a GPU, unless the command line names one."""
+    """Return the sizes to measure: all of Wan's on a GPU, unless the command line names one."""
     if context.device.type == "cuda" and not context.preset_given:
         return tuple(p for name, p in PRESETS.items() if name != "tiny")
     return (context.preset,)
 
 
 def run(context: Context) -> SuiteResult:
-    """All cases at each size; at the tiny one also the pooling at Wan2.1-1.3B's 480p size."""
-    copy, matmul = harness.copy_ceiling(context.device), harness.matmul_ceiling(context)
+    """Measure all cases at each size; at the tiny one also pooling at Wan2.1-1.3B's 480p size."""
+    copy = harness.copy_ceiling(context.device)
     presets = _presets(context)
     todo = [(case, preset) for preset in presets for case in CASES]
     large = PRESETS["wan1.3b-480p"]
@@ -359,7 +358,7 @@ def run(context: Context) -> SuiteResult:
             record: dict[str, Any] = {"case": case.name, "preset": preset.name}
             try:
                 record = measure(case, preset, replace(context, preset=preset), copy)
-            except Unavailable as error:
+            except UnavailableError as error:
                 record["skipped"] = str(error)
             except KeyboardInterrupt:  # bench/gpu.sh's time limit: what was measured is kept
                 problems.append(f"interrupted in {preset.name} {case.name}")
@@ -373,16 +372,15 @@ def run(context: Context) -> SuiteResult:
             cases.append(record)
             bar.update()
     tables, figures = [], {}
+    on = harness.device_name(context.device)
     for preset in presets:
         here = [c for c in cases if c["preset"] == preset.name or preset.name == "tiny"]
         suffix = "" if preset is presets[0] else f"-{preset.name}"
         tables.append(_table(here, preset, context, copy, f"kernels{suffix}"))
-        measured = [c for c in here if "times" in c]
+        measured = [c for c in here if "times" in c and c["preset"] == preset.name]
         if measured:
-            figures[f"kernels{suffix}.png"] = _figure(measured, preset, context)
-        apart = [c for c in measured if "forward" in c["times"]]
-        if apart:
-            figures[f"roofline{suffix}.png"] = _roofline(apart, preset, context, copy, matmul)
+            figures[f"kernels{suffix}.png"] = speed_figure(measured, preset, on)
+            figures[f"kernels{suffix}-kept.png"] = kept_figure(measured, preset, on)
     pool = next((c for c in cases if c["case"].startswith("query_pool, L") and "times" in c), None)
     if pool is not None and context.device.type == "cpu":
         times = pool["times"]["both"]
@@ -425,66 +423,54 @@ def _table(
     return Table(name, "Operations against plain PyTorch", columns, body, notes)
 
 
-def _figure(measured: list[dict[str, Any]], preset: Preset, context: Context) -> Any:
-    figure, (left, right) = report.new_figure(11, 0.45 * len(measured) + 1.4, ncols=2, sharey=True)
-    names = [c["case"] for c in measured]
+def _bars(measured: list[dict[str, Any]], series: dict[str, Any], **text: Any) -> Any:
+    figure, axes = report.new_figure(8, 0.32 * len(measured) * len(series) ** 0.5 + 1.4)
+    report.grouped_bars(axes, [c["case"] for c in measured], series, **text)
+    axes.axvline(1, color="#8c8c8c", linewidth=1, linestyle="--")
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+    return figure
+
+
+def speed_figure(measured: list[dict[str, Any]], preset: Preset, on: str) -> Any:
+    """Draw the speed-up over plain PyTorch of each operation, from its longest timed pass."""
     last = [list(c["times"].values())[-1] for c in measured]
-    kinds = _columns(measured)
-    times = {k: [t[k]["median_s"] * 1e3 if k in t else None for t in last] for k in kinds}
-    speedups = [report.ratio(t["naive"]["median_s"] / t[_ours(t)]["median_s"]) for t in last]
-    labels = {
-        k: [s if k == _ours(t) else "" for s, t in zip(speedups, last, strict=True)] for k in kinds
+    naive = [t["naive"]["median_s"] for t in last]
+    kinds = _columns(measured)[1:]
+    speed = {
+        k: [n / t[k]["median_s"] if k in t else None for n, t in zip(naive, last, strict=True)]
+        for k in kinds
     }
-    title = "Forward + backward, or forward alone (label: speed-up over naive)"
-    report.grouped_bars(
-        left, names, times, title=title, unit="milliseconds", log=True, labels=labels
+    errors = {
+        k: [
+            (s - n / t[k]["p80_s"], n / t[k]["p20_s"] - s) if s is not None else None
+            for s, n, t in zip(speed[k], naive, last, strict=True)
+        ]
+        for k in kinds
+    }
+    ours = [n / t[_ours(t)]["median_s"] for n, t in zip(naive, last, strict=True)]
+    title = (
+        f"{sum(s > 1 for s in ours)} of {len(ours)} operations are faster than plain PyTorch; "
+        f"the median speed-up is {report.ratio(statistics.median(ours))}\n"
+        f"L = {preset.tokens}, D = {preset.dim}, {on}"
     )
-    kept = {k: [c["kept_bytes"].get(k, 0) / 1e6 for c in measured] for k in kinds}
-    report.grouped_bars(
-        right, names, kept, title="Kept for the backward", unit="megabytes", log=True
-    )
-    right.legend(fontsize=8, loc="upper right")
-    on = harness.device_name(context.device)
-    figure.suptitle(f"Operations on {on}, L = {preset.tokens}, D = {preset.dim}", fontsize=11)
-    return figure
+    unit = "speed-up over plain PyTorch, forward + backward where there is one (bars: 20 … 80 %)"
+    labels = {k: [report.ratio(s) if s else "" for s in speed[k]] for k in kinds}
+    return _bars(measured, speed, title=title, unit=unit, labels=labels, errors=errors)
 
 
-def _roofline(
-    measured: list[dict[str, Any]], preset: Preset, context: Context, copy: float, matmul: float
-) -> Any:
-    """Arithmetic of every pass against the bytes it must move, under this run's two ceilings."""
-    figure, axes = report.new_figure(8.5, 5.5)
-    points: dict[str, list[tuple[float, float]]] = {}
-    for c in measured:
-        for part in ("forward", "backward"):
-            if part not in c["times"]:
-                continue
-            work = c["flops"][part] if "flops" in c else c["arithmetic"][part]
-            if not work:
-                continue
-            seconds = c["times"][part][_ours(c["times"][part])]["median_s"]
-            points.setdefault(c["case"], []).append((work / c["bytes"][part], work / seconds))
-    across = [x for values in points.values() for x, _ in values] + [matmul / copy]
-    low, high = min(across) / 2, max(across) * 2
-    ridge = matmul / copy
-    axes.plot([low, ridge, high], [low * copy, matmul, matmul], color="#444444", linewidth=1.2)
-    axes.text(low, low * copy * 1.35, f"copy {copy / 1e9:.3g} GB/s", fontsize=8, rotation=0)
-    axes.text(high, matmul * 1.1, f"matmul {matmul / 1e12:.3g} TFLOP/s", fontsize=8, ha="right")
-    markers = "os^vD<>pP*Xhd8"
-    for i, (name, values) in enumerate(points.items()):
-        colour = f"C{i % 10}"
-        for j, (x, y) in enumerate(values):
-            axes.scatter(
-                x, y, s=34, marker=markers[i % len(markers)], edgecolors=colour, linewidths=1.2,
-                facecolors=colour if j == 0 else "none", label=name if j == 0 else None,
-            )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("FLOPs of the formula per byte that must move", fontsize=9)
-    axes.set_ylabel("FLOP/s reached", fontsize=9)
-    axes.set_title("Roofline (filled: forward, open: backward)", fontsize=10)
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    on = harness.device_name(context.device)
-    figure.suptitle(f"{on}, L = {preset.tokens}, D = {preset.dim}", fontsize=11)
-    return figure
+def kept_figure(measured: list[dict[str, Any]], preset: Preset, on: str) -> Any:
+    """Draw the bytes kept for the backward of each operation, plain PyTorch's = 1."""
+    shown = [c for c in measured if c["leaves"] and c["kept_bytes"]["naive"]]
+    share, labels = [], []
+    for case in shown:
+        kept = case["kept_bytes"]
+        ours = kept[_ours(list(case["times"].values())[-1])]
+        share.append(ours / kept["naive"])
+        labels.append(f"{report.size(ours)} of {report.size(kept['naive'])}")
+    title = (
+        f"Fused operations keep {100 * statistics.median(share):.0f} % of plain PyTorch's bytes "
+        f"for the backward (median)\nL = {preset.tokens}, D = {preset.dim}, {on}"
+    )
+    unit = "bytes kept for the backward, plain PyTorch = 1"
+    return _bars(shown, {"prfl_fast": share}, title=title, unit=unit, labels={"prfl_fast": labels})

@@ -1,11 +1,9 @@
-"""Memory and time of a PRFL step under every policy, beside the unpatched model with diffusers' own
-checkpointing.
+"""Measure a PRFL step under every memory policy, beside diffusers' own checkpointing.
 
 On a CPU the real sizes are simulated on fake tensors, and a tiny model is run. On a GPU the preset
 is run, the allocator's peak beside the prediction; at 14B also the plans that have to fit a budget.
 """
 
-import logging
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -16,13 +14,14 @@ from typing import Any
 import harness
 import report
 import torch
-from harness import PRESETS, Context, Preset, SuiteResult, Table, Unavailable
+from harness import PRESETS, Context, Preset, SuiteResult, Table, UnavailableError
 
-from prfl_fast.config import Memory
-from prfl_fast.live_bytes import is_out_of_memory
-from prfl_fast.machines import this_machine
-from prfl_fast.offload import host_memory
-from prfl_fast.planner import plan
+from prfl_fast.memory.offload import host_memory
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning.gpu_specs import this_gpu
+from prfl_fast.planning.planner import plan_memory
+from prfl_fast.training.oom import is_out_of_memory
+from prfl_fast.utils.quiet import quiet_libraries
 from suites import kept
 from suites.memory_step import Case, Step, cuda_step, predict, release, run_capped, uniform
 
@@ -40,7 +39,7 @@ CURVES = {
     "full, offloaded": (uniform("full", "cpu"), True),
     "full, offloaded, NF4 weights": (uniform("full", "cpu", "nf4"), True),
 }
-COLOURS = dict(zip(CURVES, ("#8c8c8c", "#0072b2", "#009e73"), strict=True))
+COLORS = dict(zip(CURVES, ("#8c8c8c", "#0072b2", "#009e73"), strict=True))
 FRAMES = (17, 81, 121)
 RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920)}
 
@@ -59,29 +58,29 @@ HOST_SHARE = 0.8  # of the host's available memory, for plans
 
 
 def label(policy: str, offload: str | None) -> str:
-    """A policy in words."""
+    """Return a policy in words."""
     return policy + (", offloaded" if offload else "")
 
 
-def rows() -> dict[str, tuple[Memory, bool]]:
-    """Label → memory with bf16 weights and whether the model is patched."""
+def rows() -> dict[str, tuple[MemoryConfig, bool]]:
+    """Return label → memory with bf16 weights and whether the model is patched."""
     named = {BASELINE: (uniform("full"), False)}
     named |= {label(p, o): (uniform(p, o), True) for p, o in POLICIES}
     return named | {CHUNKED: (uniform("full", "cpu", feed_forward_chunk=CHUNK), True)}
 
 
-def narrowed(memory: Memory, weights: str) -> Memory:
-    """The same with other weights in both models."""
-    return replace(memory, weights=weights, reward_weights=weights)  # type: ignore[arg-type]
+def narrowed(memory: MemoryConfig, weights: str) -> MemoryConfig:
+    """Return the policy with another weight dtype."""
+    return replace(memory, weight_dtype=weights)  # type: ignore[arg-type]
 
 
-def _curve_case(memory: Memory, patched: bool, frames: int, pixels: tuple[int, int]) -> Case:
+def _curve_case(memory: MemoryConfig, patched: bool, frames: int, pixels: tuple[int, int]) -> Case:
     latent = ((frames - 1) // 4 + 1, pixels[0] // 8, pixels[1] // 8)
     return Case(replace(PRESETS["wan14b-720p"], latent=latent), memory, patched)
 
 
 def table_cases() -> dict[tuple[str, str, str], Case]:
-    """(preset, row, weights) → case of the simulated table."""
+    """Return (preset, row, weights) → case of the simulated table."""
     cases = {}
     for name in SIZES:
         for row, (memory, patched) in rows().items():
@@ -89,7 +88,9 @@ def table_cases() -> dict[tuple[str, str, str], Case]:
             if row == CHUNKED and not largest:
                 continue
             # Narrow weights are for the largest size, where nothing else is left to save.
-            lean = largest and memory.policy != "none" and memory.offload is not None
+            lean = (
+                largest and memory.activation_checkpointing != "none" and memory.offload is not None
+            )
             narrow = () if not lean else NARROW if row != CHUNKED else NARROW[1:]
             for weights in ("bf16", *narrow):
                 case = Case(PRESETS[name], narrowed(memory, weights), patched)
@@ -98,7 +99,7 @@ def table_cases() -> dict[tuple[str, str, str], Case]:
 
 
 def curve_cases() -> dict[tuple[str, int, str], Case]:
-    """(curve, frames, resolution) → case."""
+    """Return (curve, frames, resolution) → case."""
     cases = {}
     for name, (memory, patched) in CURVES.items():
         for frames in FRAMES:
@@ -108,9 +109,9 @@ def curve_cases() -> dict[tuple[str, int, str], Case]:
     return cases
 
 
-def _quiet() -> None:
+def _start_process() -> None:
+    quiet_libraries()
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # optional libraries of peft, in every process
 
 
 def _predicted(cases: list[Case]) -> list[dict[str, Any]]:
@@ -118,7 +119,7 @@ def _predicted(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str, Any]]:
-    """Each case once, in as many processes as there are cores.
+    """Simulate each case once, in as many processes as there are cores.
 
     A process takes all cases of a size: PyTorch remembers the shapes of results it has seen.
     """
@@ -129,7 +130,7 @@ def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str,
     spawn = multiprocessing.get_context("spawn")
     found: dict[Case, dict[str, Any]] = {}
     with (
-        ProcessPoolExecutor(cores, spawn, initializer=_quiet) as pool,
+        ProcessPoolExecutor(cores, spawn, initializer=_start_process) as pool,
         context.bar(sum(map(len, sizes.values())), "simulating") as bar,
     ):
         largest_first = sorted(sizes.values(), key=len, reverse=True)
@@ -140,7 +141,7 @@ def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str,
 
 
 def _identity(case: Case) -> dict[str, Any]:
-    """A case as plain values."""
+    """Return a case as plain values."""
     preset = case.preset
     return {
         "preset": preset.name,
@@ -148,7 +149,8 @@ def _identity(case: Case) -> dict[str, Any]:
         "layers": preset.layers,
         "patched": case.patched,
         "train": case.train,
-        "memory": vars(case.memory),
+        "memory": vars(case.memories[0]),
+        "reward_memory": vars(case.memories[1]),
     }
 
 
@@ -184,48 +186,47 @@ def _gib(size: float) -> str:
 
 
 def simulated(context: Context) -> tuple[Table, list[dict[str, Any]], Any]:
-    """Table, records and figure of the real sizes."""
+    """Return table, records and figure of the real sizes."""
     curves = curve_cases()
     found = predictions([*table_cases().values(), *curves.values()], context)
     records = [{"case": "simulated", **_identity(case), **found[case]} for case in found]
-    return _simulated_table(found), records, _curves({k: found[c] for k, c in curves.items()})
+    return _simulated_table(found), records, curves_figure({k: found[c] for k, c in curves.items()})
 
 
-def _curves(found: dict[tuple[str, int, str], dict[str, Any]]) -> Any:
+def curves_figure(found: dict[tuple[str, int, str], dict[str, Any]]) -> Any:
+    """Draw the simulated peak against frames and against resolution."""
     figure, (left, right) = report.new_figure(11, 4.4, ncols=2, sharey=True)
-    for name in CURVES:
-        style = {"label": name, "color": COLOURS[name], "marker": "o", "markersize": 4}
-        left.plot(FRAMES, [found[name, f, "720p"]["peak_bytes"] / GIB for f in FRAMES], **style)
-        peaks = [found[name, 81, r]["peak_bytes"] / GIB for r in RESOLUTIONS]
-        right.plot([h * w / 1e6 for h, w in RESOLUTIONS.values()], peaks, **style)
-    left.set_title("720 × 1280 pixels", fontsize=10)
-    left.set_xlabel("frames", fontsize=9)
-    left.set_xticks(FRAMES)
-    left.set_ylabel("GiB at the peak", fontsize=9)
-    right.set_title("81 frames", fontsize=10)
-    right.set_xlabel("resolution", fontsize=9)
+    peak = {key: record["peak_bytes"] / GIB for key, record in found.items()}
     pixels = [h * w / 1e6 for h, w in RESOLUTIONS.values()]
+    for name in CURVES:
+        style = {"label": name, "color": COLORS[name], "marker": "o", "markersize": 4}
+        left.plot(FRAMES, [peak[name, f, "720p"] for f in FRAMES], **style)
+        right.plot(pixels, [peak[name, 81, r] for r in RESOLUTIONS], **style)
+    report.label_axes(left, title="720 × 1280 pixels", x="frames", y="GiB at the peak")
+    report.label_axes(right, title="81 frames", x="resolution")
+    left.set_xticks(FRAMES)
     right.set_xticks(pixels, list(RESOLUTIONS))
-    for axes in (left, right):
-        for budget in (24, 48, 80, 141):
-            axes.axhline(budget, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.2)
-        axes.tick_params(labelsize=8)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+    left.set_ylim(bottom=0)
     for budget in (24, 48, 80, 141):
+        for axes in (left, right):
+            axes.axhline(budget, color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
         right.annotate(
             f"{budget} GiB", (1, budget), xycoords=("axes fraction", "data"), fontsize=7,
             xytext=(3, -2), textcoords="offset points", color="#777777", annotation_clip=False,
         )  # fmt: skip
     left.legend(fontsize=8, loc="upper left")
-    figure.suptitle("Peak memory of a PRFL step, Wan2.1 14B with LoRA, simulated", fontsize=11)
+    first, least = peak[BASELINE, 81, "720p"], min(CURVES, key=lambda n: peak[n, 81, "720p"])
+    lowest = peak[least, 81, "720p"]
+    figure.suptitle(
+        f"{first / lowest:.1f}× less memory for a PRFL step at 81 frames, 720p: {first:.0f} GiB "
+        f"unpatched, {lowest:.0f} GiB with {least}\nWan2.1 14B with LoRA, simulated",
+        fontsize=11,
+    )
     return figure
 
 
 def small_cases(context: Context) -> dict[str, Case]:
-    """Label → what is run here: all parameters in float32 on a CPU, LoRA over bf16 on a GPU."""
+    """Return label → case to run: all parameters in float32 on a CPU, LoRA over bf16 on a GPU."""
     preset, cpu = context.preset, context.device.type == "cpu"
     if cpu:
         preset = replace(preset, latent=SMALL_LATENT)
@@ -245,7 +246,7 @@ def small_cases(context: Context) -> dict[str, Case]:
 
 
 def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
-    """Kept and peak bytes and times of each case, and failed checks."""
+    """Return kept and peak bytes and times of each case, and failed checks."""
     records, problems = [], []
     steps: dict[str, Step] = {}
     expected: list[torch.Tensor] = []
@@ -277,7 +278,7 @@ def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
 
 
 def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
-    """Peaks by the allocator beside the prediction and times, one case at a time."""
+    """Measure peak, against its prediction, and time of one case after the other."""
     records = []
     cases = small_cases(context)
     with context.bar(len(cases), "memory") as bar:
@@ -292,7 +293,7 @@ def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
                 del step
             except RuntimeError as error:
                 full = is_out_of_memory(error)
-                if not (full or isinstance(error, Unavailable)):
+                if not (full or isinstance(error, UnavailableError)):
                     raise
                 record["skipped"] = "out of memory" if full else str(error)
             release()
@@ -344,42 +345,37 @@ def _small_table(records: list[dict[str, Any]], context: Context) -> Table:
     notes = [
         f"Run here: {shape}, bf16 weights unless named, LoRA of rank 16; {step} and the "
         "optimizer's. peak: torch.cuda.max_memory_allocated, weights included; predicted: by the "
-        "simulation. over kept: time over that of the same policy without offloading.",
+        "simulation. over kept: time over that of the same policy without offloading."
     ]
     return Table("memory-small", "Policies, measured", columns, body, notes)
 
 
 def run_plans(context: Context) -> tuple[list[Table], list[dict[str, Any]], list[str]]:
-    """The plans of the preset's size, searched and run with the process held to their budget."""
+    """Search the plans of the preset's size and run each capped at its budget."""
     records: list[dict[str, Any]] = []
     problems, body = [], []
     total = torch.cuda.get_device_properties(context.device).total_memory
     for name, train, weights, gib in PLANS.get(context.preset.name, ()):
         budget = min(gib * GIB, total)
-        workload = Case(context.preset, Memory(), True, train).workload()
-        found = plan(
-            dict(workload.config),
-            frames=workload.frames,
-            height=workload.height,
-            width=workload.width,
-            train=train,  # type: ignore[arg-type]
-            weights=weights,
-            sft=False,
+        workload = Case(context.preset, MemoryConfig(), True, train).workload()
+        found = plan_memory(
+            workload,
+            weight_dtype=weights,
             budget=budget,
             host_budget=int(HOST_SHARE * host_memory()[0]),
-            machine=this_machine(context.device),
+            gpu=this_gpu(context.device),
         )
-        case = Case(context.preset, found.memory, True, train)
+        case = Case(context.preset, found.memory, True, train, found.reward_memory)
         record = {"case": "plan", "row": name, "budget_bytes": budget, **_identity(case)}
         record["predicted"] = {"peak_bytes": found.peak, "host_bytes": found.host}
         room = f"{budget / GIB:.4g} GiB"
-        line = [name, room, _chosen(found.memory), _gib(found.peak)]
+        line = [name, room, _chosen(*case.memories), _gib(found.peak)]
         if not found.feasible:
             record["skipped"] = f"no policy fits, {_gib(found.missing)} are missing"
         else:
             try:
                 record |= run_capped(case, context, budget)
-            except Unavailable as error:
+            except UnavailableError as error:
                 record["skipped"] = str(error)
         if "skipped" in record:
             problems.append(f"{name} in {room}: {record['skipped']}")
@@ -393,26 +389,26 @@ def run_plans(context: Context) -> tuple[list[Table], list[dict[str, Any]], list
     notes = [
         "The planner's choice, run with random weights and the process held to the budget by "
         "torch.cuda.set_per_process_memory_fraction, CUDA's context included. time: one PRFL step "
-        "with one rollout forward, and the optimizer's step; no supervised step.",
+        "with one rollout forward, and the optimizer's step; no supervised step."
     ]
     columns = ["plan", "budget", "chosen", "predicted", "peak", "off by", "time"]
     tables = [Table("memory-plans", "Plans, run within their budget", columns, body, notes)]
     return (tables if body else []), records, problems
 
 
-def _chosen(memory: Memory) -> str:
-    parts = [label(memory.policy, memory.offload)]
-    parts.append(f"reward {label(memory.reward_policy, memory.reward_offload)}")
+def _chosen(memory: MemoryConfig, reward: MemoryConfig) -> str:
+    parts = [label(memory.activation_checkpointing, memory.offload)]
+    parts.append(f"reward {label(reward.activation_checkpointing, reward.offload)}")
     if memory.feed_forward_chunk is not None:
         parts.append(f"chunks of {memory.feed_forward_chunk}")
     return "; ".join([*parts, memory.optimizer])
 
 
 def run(context: Context) -> SuiteResult:
-    """Simulated sizes and a small run on a CPU; runs and plans on a GPU."""
+    """Run the suite: simulated sizes and a small run on a CPU; runs and plans on a GPU."""
     if context.device.type == "cpu":
         if context.preset.name != "tiny":
-            raise Unavailable(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+            raise UnavailableError(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
         table, records, figure = simulated(context)
         by_policy, counted = kept.policies(context)
         measured, problems = run_small_on_cpu(context)

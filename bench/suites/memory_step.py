@@ -1,4 +1,4 @@
-"""One PRFL step under a memory policy: predicted on fake tensors at any size, and run."""
+"""Run one PRFL step under a memory policy, or predict it on fake tensors at any size."""
 
 import gc
 import time
@@ -8,22 +8,23 @@ from typing import Any
 
 import harness
 import torch
-from harness import Context, Preset, Unavailable
+from harness import Context, Preset, UnavailableError
 from torch import nn
 
 import prfl_fast
-from prfl_fast.adapters import find_adapter
-from prfl_fast.config import Memory
-from prfl_fast.costs import Cost
-from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.ledger import Ledger
-from prfl_fast.live_bytes import is_out_of_memory
-from prfl_fast.optimizers import make_optimizer
-from prfl_fast.quantised import QuantisedLinear
-from prfl_fast.reward import LatentRewardModel
-from prfl_fast.schedulers import FlowUniPC
-from prfl_fast.simulation import Simulation, Workload, build, materialise, simulate
-from prfl_fast.step import PRFL
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.memory.ledger import Ledger
+from prfl_fast.memory.optimizers import make_optimizer
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.memory.quantized import QuantizedLinear
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.planning.costs import Cost
+from prfl_fast.planning.simulation import Simulation, build, materialize, simulate
+from prfl_fast.planning.workload import Workload
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.training.oom import is_out_of_memory
 
 REWARD_BLOCKS = 8
 # From where bytes are affine in the depth: two blocks are at work at a time, and offloading keeps
@@ -37,22 +38,30 @@ TRAINING_PHASES = ("forward", *REWARD_PHASES, "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained and how.
+    """Sizes, memory policies and trained parameters of a step.
 
     Attributes:
         preset: sizes; its latent gives the video.
+        memory, reward_memory: policies of generator and reward; the reward's is the generator's
+            unless given.
         patched: on prfl_fast's kernels; otherwise diffusers' own blocks and, for policy ``full``,
             its own checkpointing.
         train: ``lora`` or ``full``.
     """
 
     preset: Preset
-    memory: Memory
+    memory: MemoryConfig
     patched: bool = True
     train: str = "lora"
+    reward_memory: MemoryConfig | None = None
+
+    @property
+    def memories(self) -> tuple[MemoryConfig, MemoryConfig]:
+        """Return the policies of generator and reward."""
+        return self.memory, self.reward_memory or self.memory
 
     def workload(self) -> Workload:
-        """As the simulation takes it; the reward has at most half of the generator's blocks."""
+        """Return the simulated workload; the reward has at most half of the blocks."""
         preset = self.preset
         frames, height, width = preset.latent
         config = {
@@ -75,17 +84,11 @@ class Case:
         )
 
 
-def uniform(policy: str, offload: str | None = None, weights: str = "bf16", **rest: Any) -> Memory:
-    """The same weights and policy for generator and reward."""
-    return Memory(
-        weights=weights,  # type: ignore[arg-type]
-        policy=policy,  # type: ignore[arg-type]
-        offload=offload,  # type: ignore[arg-type]
-        reward_weights=weights,  # type: ignore[arg-type]
-        reward_policy=policy,  # type: ignore[arg-type]
-        reward_offload=offload,  # type: ignore[arg-type]
-        **rest,
-    )
+def uniform(
+    policy: str, offload: str | None = None, weights: str = "bf16", **rest: Any
+) -> MemoryConfig:
+    """Return the policy that generator and reward share."""
+    return MemoryConfig(weights, policy, offload, **rest)  # type: ignore[arg-type]
 
 
 def predict(case: Case) -> dict[str, Any]:
@@ -96,10 +99,10 @@ def predict(case: Case) -> dict[str, Any]:
     """
     workload = case.workload()
     layers, reward_layers = case.preset.layers, workload.reward_blocks
-    depths = DEPTHS["cpu" in (case.memory.offload, case.memory.reward_offload)]
+    depths = DEPTHS["cpu" in (memory.offload for memory in case.memories)]
     if layers <= max(depths):
-        return _record(simulate(workload, case.memory))
-    runs = [simulate(workload, case.memory, layers=d, reward_layers=d) for d in depths]
+        return _record(simulate(workload, *case.memories))
+    runs = [simulate(workload, *case.memories, layers=d, reward_layers=d) for d in depths]
     highest = _highest(runs, depths, layers, reward_layers)
     costs = {}
     for phase in TRAINING_PHASES:
@@ -113,7 +116,7 @@ def predict(case: Case) -> dict[str, Any]:
 def _at(
     few: Mapping[str, int], more: Mapping[str, int], depths: tuple[int, int], at: dict[str, int]
 ) -> dict[str, int]:
-    """The lines through the values at two depths, each at its own depth."""
+    """Extrapolate values at two depths linearly, each to its own depth."""
     first, second = depths
     return {k: few[k] + (more[k] - few[k]) * (at[k] - first) // (second - first) for k in few}
 
@@ -168,23 +171,23 @@ class Step:
     more than the finished models lie there.
 
     Raises:
-        Unavailable: a package that the case needs is missing.
+        UnavailableError: a package that the case needs is missing.
     """
 
     def __init__(self, case: Case, context: Context) -> None:
         try:
-            self.generator, reward = build(case.workload(), case.memory)
+            self.generator, reward = build(case.workload(), *case.memories)
         except ImportError as error:
-            raise Unavailable(str(error)) from error
+            raise UnavailableError(str(error)) from error
         torch.manual_seed(context.seed)
         for model in (self.generator, reward):
             with torch.device(context.device):
-                materialise(model)
+                materialize(model)
             _fill(model)
         if case.patched:
             prfl_fast.patch(self.generator)
             prfl_fast.patch(reward.backbone)
-        elif case.memory.policy == "full":
+        elif case.memory.activation_checkpointing == "full":
             for model in (self.generator, reward.backbone):
                 model.enable_gradient_checkpointing()  # type: ignore[operator]
         self.adapter = find_adapter(self.generator)
@@ -194,7 +197,7 @@ class Step:
             case.memory.optimizer,
             self.parameters,
             learning_rate=5e-6,
-            gradients=case.memory.gradients,
+            gradient_dtype=case.memory.gradient_dtype,
         )
         text = (1, case.preset.text_tokens, case.preset.text_dim)
         draw = context.generator(1)
@@ -212,7 +215,7 @@ class Step:
         self._prfl(latents, self.conditions, indices=(INDEX,))
 
     def step(self, noise: torch.Tensor | None = None) -> None:
-        """The same, and the optimizer's step."""
+        """Run :meth:`feedback` and the optimizer's step."""
         self.feedback(noise)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -228,7 +231,7 @@ class Step:
 
 
 def _prfl(generator: nn.Module, reward: LatentRewardModel) -> PRFL:
-    return PRFL(generator, reward, FlowUniPC(), GradientPlan.prfl(), num_steps=40)
+    return PRFL(generator, reward, FlowUniPC(), GradientPlan.prfl(), num_inference_steps=40)
 
 
 @torch.no_grad()
@@ -242,7 +245,7 @@ def _fill(model: nn.Module) -> None:
                 tensor.normal_(0, 0.02)
             else:
                 tensor.fill_(float(name != "bias"))
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             device = module.qweight.device
             wide = nn.Linear(
                 module.in_features,
@@ -251,16 +254,16 @@ def _fill(model: nn.Module) -> None:
                 device=device,
                 dtype=torch.bfloat16,
             )
-            module.qweight.copy_(QuantisedLinear(wide, module.kind).qweight)
+            module.qweight.copy_(QuantizedLinear(wide, module.kind).qweight)
 
 
 def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
-    """A CUDA step with the whole process held to ``budget`` bytes of device memory.
+    """Run a CUDA step with the process capped at ``budget`` bytes of device memory.
 
     A short video first compiles the kernels and makes the optimizer's states.
 
     Raises:
-        Unavailable: out of memory.
+        UnavailableError: out of memory.
     """
     device = context.device
     free, total = torch.cuda.mem_get_info(device)
@@ -275,14 +278,14 @@ def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise Unavailable("out of memory") from error
+        raise UnavailableError("out of memory") from error
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         release()
 
 
 def cuda_step(step: Step, device: torch.device, runs: int = 1) -> dict[str, Any]:
-    """The allocator's peaks and the seconds of ``runs`` steps."""
+    """Measure the allocator's peaks and the seconds of ``runs`` steps."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     times = []

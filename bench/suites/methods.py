@@ -1,5 +1,4 @@
-"""Every gradient plan side by side: RGB ReFL on all frames or the first, PRFL with 1 or 5 gradient
-points, and its neighbours.
+"""Compare every gradient plan: time, memory, FLOPs and variance of a gradient point.
 
 Time, peak memory and FLOPs per gradient point at this machine's size, the first four also with the
 supervised step each point is paired with (the paper's Table 4, arXiv 2511.21541); all run on the
@@ -14,16 +13,18 @@ from functools import partial
 from typing import Any
 
 import harness
+import method_specs as plans
 import report
 import torch
-from harness import Context, Preset, SuiteResult, Table, Timing, Unavailable
+from experiments import variance
+from harness import Context, Preset, SuiteResult, Table, Timing, UnavailableError
+from method_specs import METHODS, POINTS, SOLVER_STEPS, TINY, Method
 from torch import nn
 
 import prfl_fast
-from prfl_fast.losses import sft_loss
-from prfl_fast.reward import LatentRewardModel
-from suites import plans, variance, wan
-from suites.plans import METHODS, POINTS, SOLVER_STEPS, TINY, Method
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.training.losses import sft_loss
+from suites import wan
 
 # parameters; a generator larger than this trains LoRA layers, as in bf16 its gradients alone are 28
 # GB
@@ -61,15 +62,17 @@ class PixelClassifier(nn.Module):
 
 
 def chosen() -> tuple[Method, ...]:
-    """The methods to measure, by ``PRFL_FAST_BENCH_METHODS``.
+    """Return the methods to measure, by ``PRFL_FAST_BENCH_METHODS``.
 
     Raises:
-        Unavailable: a name that no method has.
+        UnavailableError: a name that no method has.
     """
     names = [method.name for method in METHODS]
     for name in CHOSEN:
         if name not in names:
-            raise Unavailable(f"PRFL_FAST_BENCH_METHODS: {name!r} is none of {'; '.join(names)}")
+            raise UnavailableError(
+                f"PRFL_FAST_BENCH_METHODS: {name!r} is none of {'; '.join(names)}"
+            )
     return tuple(method for method in METHODS if not CHOSEN or method.name in CHOSEN)
 
 
@@ -78,9 +81,12 @@ def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], 
     weights.
     """
     if context.device.type == "cpu":
-        from world import decode
+        from experiments.world import decode
 
-        return decode, "the linear codec of bench/world, which keeps nothing for its backward"
+        return (
+            decode,
+            "the linear codec of bench/experiments/world, which keeps nothing for its backward",
+        )
     from diffusers import AutoencoderKLWan
 
     with torch.device(context.device):
@@ -93,13 +99,13 @@ def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], 
 
 
 def _generator(preset: Preset, context: Context) -> tuple[nn.Module, str]:
-    """The patched generator in training mode and a description of what trains."""
+    """Return the patched generator in training mode and a description of what trains."""
     model = prfl_fast.patch(wan.build(preset, context))
     if context.device.type == "cuda":
         model.enable_gradient_checkpointing()
     if sum(p.numel() for p in model.parameters()) < LORA_ABOVE:
         return model, "all parameters train"
-    from prfl_fast.trainer import add_lora
+    from prfl_fast.training.lora import add_lora
 
     add_lora(model, LORA_RANK)
     return model, f"LoRA of rank {LORA_RANK} on the attention projections trains"
@@ -165,14 +171,14 @@ def _measure(name: str, call: Callable[[], object], device: torch.device) -> dic
             record["peak_bytes"] = harness.peak_bytes(timed, device, empty_cache=False)
         else:
             record["peak_bytes"] = harness.peak_bytes(call, device)
-    except (Unavailable, torch.OutOfMemoryError) as error:
+    except (UnavailableError, torch.OutOfMemoryError) as error:
         record.pop("flops", None)
-        record["skipped"] = str(error) if isinstance(error, Unavailable) else "out of memory"
+        record["skipped"] = str(error) if isinstance(error, UnavailableError) else "out of memory"
     return record
 
 
 def costs(preset: Preset, context: Context) -> tuple[list[dict[str, Any]], str]:
-    """Records of every method and of a supervised step, the last, and notes."""
+    """Return records of every method and of a supervised step, the last, and notes."""
     calls, notes = _calls(preset, context)
     cases = []
     with context.bar(len(calls) + 1, "methods") as bar:
@@ -200,7 +206,7 @@ def run(context: Context) -> SuiteResult:
     """Measure every method, per gradient point; then the variance of gradients."""
     preset = TINY if context.preset.name == "tiny" else context.preset
     if context.device.type == "cpu" and preset is not TINY:
-        raise Unavailable(f"{preset.name} on a CPU takes hours; use --preset tiny, or a GPU")
+        raise UnavailableError(f"{preset.name} on a CPU takes hours; use --preset tiny, or a GPU")
     with plans.one_thread(context.device):
         cases, notes = costs(preset, context)
     spread: dict[str, variance.Estimate | None] = {}
@@ -334,8 +340,14 @@ def _figure(cases: list[dict[str, Any]], preset: Preset, context: Context) -> An
         report.grouped_bars(axes, names, series, title=title, unit=unit, labels=labels)
         axes.margins(x=0.3)
     panels[0].legend(fontsize=8, loc="lower right")
+    finding = ""
+    seconds = {c["method"]: p[0] for c, p in zip(shown, plain, strict=True)}
+    many = f"PRFL, {POINTS} points"
+    if {SINGLE, many} <= set(seconds):
+        saved = seconds[SINGLE] / seconds[many]
+        finding = f"{POINTS} gradient points on one trajectory: {saved:.1f}× less time each\n"
     missing = [f"{c['method']}: {c['skipped']}" for c in methods if "skipped" in c]
     on = harness.device_name(context.device)
     about = f"{preset.layers} blocks, L = {preset.tokens}, D = {preset.dim}, on {on}"
-    figure.suptitle("; ".join([about, *missing]), fontsize=11)
+    figure.suptitle(finding + "; ".join([about, *missing]), fontsize=11)
     return figure

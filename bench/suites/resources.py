@@ -1,4 +1,4 @@
-"""What each compiled Triton kernel uses of each architecture, and the bytes an operation must move.
+"""Report the resources of each compiled Triton kernel and the bytes an operation must move.
 
 No GPU takes part: kernels are compiled ahead of time, bytes follow from shapes.
 """
@@ -6,12 +6,12 @@ No GPU takes part: kernels are compiled ahead of time, bytes follow from shapes.
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import aot
 import report
 import torch
 from harness import PRESETS, Context, Preset, Table
 
-from prfl_fast.kernels import _aot
-from prfl_fast.kernels._triton import HAS_TRITON
+from prfl_fast.kernels.runtime.triton import HAS_TRITON
 from suites.kernel_cases import CASES, Case
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
@@ -53,34 +53,34 @@ def measure(context: Context) -> tuple[list[Table], list[dict[str, Any]]]:
         body.append(line)
     notes = [
         "bfloat16 activations, one sample; forward / backward, every tensor read or written once, "
-        "weights and modulation rows included.",
+        "weights and modulation rows included."
     ]
     title = "Bytes an operation must move"
     tables = [Table("bytes", title, ["operation", *SIZES], body, notes)]
     if not HAS_TRITON:
         return tables, cases
-    with context.bar(len(_aot.CAPABILITIES), "compiling kernels") as bar:
+    with context.bar(len(aot.CAPABILITIES), "compiling kernels") as bar:
 
-        def compiled(capability: int) -> list[_aot.Resources]:
-            found = _aot.measure([], [capability])
+        def compiled(capability: int) -> list[aot.Resources]:
+            found = aot.measure([], [capability])
             bar.update()
             return found
 
         with ThreadPoolExecutor(2) as pool:
-            used = [r for found in pool.map(compiled, _aot.CAPABILITIES) for r in found]
+            used = [r for found in pool.map(compiled, aot.CAPABILITIES) for r in found]
     cases += [{"case": f"{r.op} {r.label}, sm_{r.capability}", **vars(r)} for r in used]
     return [*_resource_tables(used), *tables], cases
 
 
-def _resource_tables(used: list[_aot.Resources]) -> list[Table]:
-    architectures = [f"sm_{c}" for c in _aot.CAPABILITIES]
-    by_op: dict[str, list[_aot.Resources]] = {}
-    by_kernel: dict[tuple[str, str], dict[int, _aot.Resources]] = {}
+def _resource_tables(used: list[aot.Resources]) -> list[Table]:
+    architectures = [f"sm_{c}" for c in aot.CAPABILITIES]
+    by_op: dict[str, list[aot.Resources]] = {}
+    by_kernel: dict[tuple[str, str], dict[int, aot.Resources]] = {}
     for r in used:
         by_op.setdefault(r.op, []).append(r)
         by_kernel.setdefault((r.op, r.label), {})[r.capability] = r
 
-    def cell(found: list[_aot.Resources]) -> str:
+    def cell(found: list[aot.Resources]) -> str:
         if not found:
             return report.BLANK
         registers = max(r.registers for r in found)
@@ -89,11 +89,11 @@ def _resource_tables(used: list[_aot.Resources]) -> list[Table]:
 
     rows = []
     for op, found in by_op.items():
-        here = [cell([r for r in found if r.capability == c]) for c in _aot.CAPABILITIES]
+        here = [cell([r for r in found if r.capability == c]) for c in aot.CAPABILITIES]
         rows.append([op, str(len({r.label for r in found})), *here])
     each = []
     for (op, label), found in by_kernel.items():
-        here = [cell([found[c]] if c in found else []) for c in _aot.CAPABILITIES]
+        here = [cell([found[c]] if c in found else []) for c in aot.CAPABILITIES]
         each.append([op, label, str(next(iter(found.values())).num_warps), *here])
     notes = [
         "registers of a thread / spilled bytes of a thread / shared KiB of a program; the worst of "

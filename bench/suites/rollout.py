@@ -1,5 +1,4 @@
-"""The rollout, 19 of PRFL's about 24 forwards: what each option of the engine costs, and how far it
-drifts.
+"""Measure the cost and drift of each option of the rollout engine.
 
 Costs are of whole rollouts at the size that suits the machine, with random weights; drift is that
 of a tiny model trained in the small world, whose velocities point somewhere. At Wan's sizes FLOPs,
@@ -14,12 +13,8 @@ from typing import Any
 import harness
 import report
 import torch
-from harness import PRESETS, Context, SuiteResult, Table, Unavailable
-
-from prfl_fast.trajectory import relative_distance
-from suites import rollout_counts, small_world, split
-from suites.plans import MANY, SOLVER_STEPS, one_thread
-from suites.rollout_options import (
+from experiments import small_world
+from experiments.rollout_options import (
     GUIDANCE,
     LORA_RANK,
     REWARD_BLOCKS,
@@ -30,6 +25,11 @@ from suites.rollout_options import (
     timed_size,
     trained_subject,
 )
+from harness import PRESETS, Context, SuiteResult, Table, UnavailableError
+from method_specs import MANY, SOLVER_STEPS, one_thread
+
+from prfl_fast.rollout.trajectory import relative_distance
+from suites import rollout_counts, split
 
 SHOWN = (10, 20, 30, SOLVER_STEPS)  # steps whose drift the table has
 
@@ -43,9 +43,7 @@ def drift_curve(
 
 
 def drift_records(trained: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
-    """The drift curve of every option against the one it is compared with, and what the drift does
-    to PRFL's gradient.
-    """
+    """Return each option's drift from its exact form, and the error of PRFL's gradient."""
     known: dict[str, dict[int, torch.Tensor]] = {}
     gradients: dict[str, torch.Tensor] = {}
     records = []
@@ -91,7 +89,7 @@ def cost_records(timed: Subject, context: Context, bar: Any) -> list[dict[str, A
                 record["peak_bytes"] = harness.peak_bytes(run, context.device)
                 if on_cpu or not option.by_level:
                     thunks[name] = run
-        except (Unavailable, torch.OutOfMemoryError) as error:
+        except (UnavailableError, torch.OutOfMemoryError) as error:
             record["skipped"] = str(error).splitlines()[0]
             thunks.pop(name, None)
         if name in timed.engines:
@@ -168,7 +166,7 @@ def _drift(value: float | None) -> str:
 def drift_figure(drifts: list[dict[str, Any]]) -> Any:
     """Drift by step of what is not exact."""
     figure, axes = report.new_figure(8, 4.2)
-    colours = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c", "#56b4e9")
+    colors = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c", "#56b4e9")
     shown = [r for r in drifts if any(r["by_step"].values())]
     for i, record in enumerate(shown):
         curve = {step: value for step, value in record["by_step"].items() if value > 0}
@@ -176,8 +174,8 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
             list(curve),
             list(curve.values()),
             label=record["option"],
-            color=colours[i % len(colours)],
-            linestyle="-" if i < len(colours) else "--",
+            color=colors[i % len(colors)],
+            linestyle="-" if i < len(colors) else "--",
             marker="o",
             markersize=2.5,
             # The first is nearly covered by what includes it.
@@ -185,14 +183,11 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
             alpha=0.5 if i == 0 else 1.0,
         )
     axes.set_yscale("log")
-    axes.set_xlabel("solver step", fontsize=9)
-    axes.set_ylabel("relative L2 distance of the latents", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes.set_title("Drift of inexact rollouts from exact ones, small world", fontsize=10)
+    last = {r["option"]: list(r["by_step"].values())[-1] for r in shown}
+    least = min(last, key=lambda name: last[name]) if last else report.BLANK
+    title = f"Of the inexact rollouts, {least} drifts least ({last.get(least, 0):.1e}), small world"
+    report.label_axes(axes, title=title, x="solver step", y="relative L2 distance of the latents")
     return figure
 
 
@@ -202,7 +197,7 @@ def run(context: Context) -> SuiteResult:
     """
     on_cpu = context.device.type == "cpu"
     if on_cpu and context.preset.name != "tiny":
-        raise Unavailable(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+        raise UnavailableError(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
     tables, figures, counted, splits = [], {}, [], []
     if on_cpu:
         with small_world.workers(context) as pool:
@@ -214,10 +209,10 @@ def run(context: Context) -> SuiteResult:
         drifts = drift_records(trained, context, bar)
         with one_thread(context.device):
             costs = cost_records(subject(context), context, bar)
-    preset, num_steps = timed_size(context)
+    preset, num_inference_steps = timed_size(context)
     about = (
         f"Costs: {preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, random weights, "
-        f"{num_steps} steps{', one thread' if on_cpu else ''}."
+        f"{num_inference_steps} steps{', one thread' if on_cpu else ''}."
     )
     tables.insert(0, table(costs, drifts, context, about))
     figures["rollout_drift.png"] = drift_figure(drifts)
@@ -240,7 +235,7 @@ def exactness(drifts: list[dict[str, Any]]) -> list[str]:
 
 
 def _counts(context: Context, pool: Executor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What is counted on fake tensors: rollouts, and the split of a step."""
+    """Count rollouts and the split of a step on fake tensors."""
     presets = [PRESETS[name] for name in split.SIZES]
     jobs = [
         [small_world.submit(pool, count, preset) for preset in presets]

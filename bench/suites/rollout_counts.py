@@ -1,4 +1,4 @@
-"""What a rollout computes and moves at Wan's sizes, by option, counted on fake tensors."""
+"""Count the work and traffic of a rollout at Wan's sizes, by option, on fake tensors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import report
 import torch
 from harness import Preset, Table
+from method_specs import SOLVER_STEPS
 
-from prfl_fast.adapters import find_adapter
-from prfl_fast.costs import Cost, CostLedger
-from prfl_fast.simulation import fake_models
+from prfl_fast.models.inference import RolloutOptions
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.planning.costs import Cost, CostLedger
+from prfl_fast.planning.simulation import fake_models
 from suites.memory_step import DEPTHS, Case, uniform
-from suites.plans import SOLVER_STEPS
 from suites.split import flops_of, line, total
 
 EIGHT_BITS = ("prfl_fast::fp8_linear", "prfl_fast::rollout_attention", "aten::_scaled_mm")
@@ -73,24 +74,26 @@ class Tally:
     eight_bits: int
 
 
-def _tally(preset: Preset, option: Counted, depth: int, num_steps: int) -> Tally:
+def _tally(preset: Preset, option: Counted, depth: int, num_inference_steps: int) -> Tally:
     train = "lora" if option.lora else "full"
     memory = uniform("none")
     workload = Case(preset, memory, option.patched, train).workload()
-    with fake_models(workload, memory, depth, 1) as (generator, _), torch.no_grad():
+    models = fake_models(workload, memory, memory, layers=depth, reward_layers=1)
+    with models as (generator, _), torch.no_grad():
         adapter = find_adapter(generator)
         x = torch.zeros(workload.latent_shape)
         text = torch.zeros(1, workload.text_tokens, preset.text_dim)
         conditions = {"encoder_hidden_states": text}
-        times = [torch.full((1,), 1000.0 - i) for i in range(num_steps)]
+        times = [torch.full((1,), 1000.0 - i) for i in range(num_inference_steps)]
         ledger = EightBits()
         with ledger:
-            ledger.phase("opening")
+            ledger.start_phase("opening")
             run, held = None, ledger.live
             if option.cache:
-                run = adapter.open_rollout(generator, x, times, conditions, merge_lora=option.merge)
+                options = RolloutOptions(merge_lora=option.merge)
+                run = adapter.open_rollout(generator, x, times, conditions, options)
                 held = ledger.live - held
-            ledger.phase("forward")
+            ledger.start_phase("forward")
             if run is None:
                 adapter.velocity(generator, x, times[0], conditions)
             else:
@@ -106,10 +109,10 @@ def _tally(preset: Preset, option: Counted, depth: int, num_steps: int) -> Tally
             return Tally(opening, costs["forward"], cache, ledger.eight_bits.get("forward", 0))
 
 
-def tally(preset: Preset, option: Counted, num_steps: int = SOLVER_STEPS) -> Tally:
+def tally(preset: Preset, option: Counted, num_inference_steps: int = SOLVER_STEPS) -> Tally:
     """At the preset's depth, by the line through two small depths."""
     depths = DEPTHS[False]
-    few, more = (_tally(preset, option, depth, num_steps) for depth in depths)
+    few, more = (_tally(preset, option, depth, num_inference_steps) for depth in depths)
 
     def at(name: str) -> int:
         first, second = getattr(few, name), getattr(more, name)
@@ -123,20 +126,20 @@ def tally(preset: Preset, option: Counted, num_steps: int = SOLVER_STEPS) -> Tal
     )
 
 
-def count(preset: Preset, num_steps: int = SOLVER_STEPS) -> list[dict[str, Any]]:
-    """Records of a whole rollout at a size: FLOPs, those in 8 bits, bytes moved and cached."""
+def count(preset: Preset, num_inference_steps: int = SOLVER_STEPS) -> list[dict[str, Any]]:
+    """Return records of a whole rollout: FLOPs, those in 8 bits, bytes moved and cached."""
     records = []
     for name, option in OPTIONS.items():
-        found = tally(preset, option, num_steps)
-        whole = total(found.opening, *[found.forward] * num_steps)
+        found = tally(preset, option, num_inference_steps)
+        whole = total(found.opening, *[found.forward] * num_inference_steps)
         records.append(
             {
                 "case": "rollout counted",
                 "preset": preset.name,
                 "option": name,
-                "num_steps": num_steps,
+                "num_inference_steps": num_inference_steps,
                 "flops": flops_of(whole),
-                "eight_bit_flops": num_steps * found.eight_bits,
+                "eight_bit_flops": num_inference_steps * found.eight_bits,
                 "moved_bytes": whole.moved_bytes,
                 "cache_bytes": found.cache_bytes,
             }
@@ -166,7 +169,7 @@ def table(records: list[dict[str, Any]]) -> Table:
                 ]
             )
     columns = ["size", "rollout", "FLOPs", "over unpatched", "in 8 bits", "moved", "of unpatched"]
-    steps = records[0]["num_steps"]
+    steps = records[0]["num_inference_steps"]
     notes = [
         f"A whole rollout of {steps} steps, bf16 weights, one sample, 512 text tokens; LoRA of "
         "rank 16. Counted on fake tensors; no time was measured.",

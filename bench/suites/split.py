@@ -1,4 +1,4 @@
-"""Where a reward step's work goes, by part: rollout, gradient, reward, supervised step, optimizer.
+"""Split the work of a reward step: rollout, gradient, reward, supervised step, optimizer.
 
 Counted at the real sizes on fake tensors, by the code that trains: once as the reference does it,
 once as prfl_fast does. Per gradient point; expected over the draws of the plan.
@@ -8,15 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import method_specs as plans
 import report
 import torch
 from harness import Preset, Table
 
-from prfl_fast.costs import Cost, CostLedger
-from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.reward import LatentRewardModel
-from prfl_fast.simulation import Step, fake_models
-from suites import plans, wan
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.planning.costs import Cost, CostLedger
+from prfl_fast.planning.simulation import Step, fake_models
+from prfl_fast.rewards.latent import LatentRewardModel
+from suites import wan
 from suites.memory_step import DEPTHS, Case, uniform
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
@@ -29,7 +30,7 @@ PARTS = {
     "SFT": ("sft forward", "sft backward"),
     "optimizer": ("optimizer",),
 }
-COLOURS = dict(zip(PARTS, ("#8c8c8c", "#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+COLORS = dict(zip(PARTS, ("#8c8c8c", "#0072b2", "#e69f00", "#009e73", "#cc79a7"), strict=True))
 ACCUMULATION = 5  # gradient points of an optimizer update, as the paper's
 
 
@@ -50,7 +51,7 @@ class Way:
 
     @property
     def plan(self) -> GradientPlan:
-        """Where its gradient is."""
+        """Return the gradient plan."""
         return GradientPlan.prfl(self.points)
 
 
@@ -66,12 +67,13 @@ def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
     memory = uniform("full" if way.reference else "attention")
     workload = Case(preset, memory, not way.reference, "full").workload()
     workload = replace(workload, sft=True)
-    with fake_models(workload, memory, depth, depth) as (generator, reward):
+    depths = {"layers": depth, "reward_layers": depth}
+    with fake_models(workload, memory, memory, **depths) as (generator, reward):
         if way.reference:
             _as_the_reference(reward)
         ledger = CostLedger()
         with ledger:
-            step = Step(workload, memory, generator, reward, ledger)
+            step = Step(workload, memory, memory, generator, reward, ledger)
             step.run()
             if not way.reference:
                 _cached_forward(step)
@@ -82,13 +84,13 @@ def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
 
 @torch.no_grad()
 def _cached_forward(step: Step) -> None:
-    """A rollout's caches, and its forward with them in place of the one without."""
+    """Count a rollout's caches and its forward with them."""
     ledger = step.ledger
-    ledger.phase("caches")
+    ledger.start_phase("caches")
     x = torch.zeros(step.workload.latent_shape)
     times = [torch.full((len(x),), time) for time in step.times]
     rollout = step.adapter.open_rollout(step.generator, x, times, step.conditions)
-    ledger.phase("cached rollout")
+    ledger.start_phase("cached rollout")
     rollout.velocity(x, 0)
 
 
@@ -102,7 +104,7 @@ def _as_the_reference(reward: LatentRewardModel) -> None:
 
 
 def line(few: Cost, more: Cost, depths: tuple[int, int], depth: int) -> Cost:
-    """The cost at a depth, on the line through those at two others."""
+    """Return the cost at a depth, on the line through those at two others."""
     first, second = depths
     values = {
         name: low + (getattr(more, name) - low) * (depth - first) // (second - first)
@@ -134,10 +136,10 @@ def total(*costs: Cost) -> Cost:
     return Cost(**{name: sum(getattr(c, name) for c in costs) for name in vars(costs[0])})
 
 
-def repeats(way: Way, num_steps: int = plans.SOLVER_STEPS) -> dict[str, float]:
-    """How often each part is done for one gradient point, on average."""
+def repeats(way: Way, num_inference_steps: int = plans.SOLVER_STEPS) -> dict[str, float]:
+    """Return the mean number of times each part runs for one gradient point."""
     return {
-        "rollout": way.plan.expected_forwards(num_steps) / way.points,
+        "rollout": way.plan.expected_forwards(num_inference_steps) / way.points,
         "caches": 1 / way.points,
         "gradient": 1.0,
         "reward": 1.0,
@@ -152,7 +154,7 @@ def flops_of(cost: Cost) -> int:
 
 
 def count(preset: Preset) -> list[dict[str, Any]]:
-    """Records: FLOPs and moved bytes by part, of each way at a size, per gradient point."""
+    """Return records: FLOPs and moved bytes by part, of each way at a size, per gradient point."""
     records = []
     counted: dict[bool, dict[str, Cost]] = {}
     for way in WAYS:
@@ -176,10 +178,7 @@ def count(preset: Preset) -> list[dict[str, Any]]:
 
 
 def _sum(
-    times: dict[str, float],
-    costs: dict[str, Cost],
-    part: str,
-    measure: Callable[[Cost], int],
+    times: dict[str, float], costs: dict[str, Cost], part: str, measure: Callable[[Cost], int]
 ) -> float:
     value = times[part] * measure(costs[part])
     # A rollout's caches, once a trajectory.
@@ -228,9 +227,9 @@ def figure(
     for axes, (panel, ways) in zip(panels[:, 0], rows.items(), strict=True):
         for i, values in enumerate(ways.values()):
             left = 0.0
-            for part, colour in COLOURS.items():
+            for part, color in COLORS.items():
                 width = values.get(part, 0.0) / scale
-                axes.barh(i, width, left=left, color=colour, label=part if i == 0 else None)
+                axes.barh(i, width, left=left, color=color, label=part if i == 0 else None)
                 left += width
             axes.annotate(
                 f"{left:.3g}", (left, i), xytext=(4, 0), textcoords="offset points", va="center",
@@ -238,27 +237,23 @@ def figure(
             )  # fmt: skip
         axes.set_yticks(range(len(ways)), list(ways))
         axes.invert_yaxis()
-        axes.tick_params(labelsize=8)
-        axes.set_title(panel, fontsize=9, loc="left")
         axes.margins(x=0.08)
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    panels[-1, 0].set_xlabel(unit, fontsize=9)
+        report.label_axes(axes, title=panel, grid="x", x=unit if axes is panels[-1, 0] else "")
     shown = [part for part in PARTS if any(w.get(part) for p in rows.values() for w in p.values())]
     handles, labels = panels[0, 0].get_legend_handles_labels()
     kept = [(h, lab) for h, lab in zip(handles, labels, strict=True) if lab in shown]
-    made.legend(*zip(*kept, strict=True), fontsize=8, loc="outside upper right", ncols=len(kept))
+    made.legend(*zip(*kept, strict=True), fontsize=8, loc="outside lower right", ncols=len(kept))
     made.suptitle(title, fontsize=11, x=0.01, ha="left")
     return made
 
 
 def flops_figure(records: list[dict[str, Any]]) -> Any:
-    """The counted split."""
+    """Draw the counted split; the title compares its first and last way at the largest size."""
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for r in records:
         rows.setdefault(r["preset"], {})[r["way"]] = r["flops"]
-    return figure(
-        rows, unit="PFLOP per gradient point", scale=1e15, title="Work of a gradient point, by part"
-    )
+    size, ways = list(rows.items())[-1]
+    first, last = list(ways)[0], list(ways)[-1]
+    factor = sum(ways[first].values()) / sum(ways[last].values())
+    title = f"{size}: a gradient point takes {factor:.1f}× fewer FLOPs with {last} than {first}"
+    return figure(rows, unit="PFLOP per gradient point", scale=1e15, title=title)

@@ -1,5 +1,4 @@
-"""Seconds of a whole PRFL step by part: the reference's own code, diffusers eager and compiled, and
-prfl_fast.
+"""Time a whole PRFL step by part: reference, diffusers eager and compiled, prfl_fast.
 
 Every way takes the same trajectories: the same weights, noise, conditions and gradient steps. What
 is timed is one call, an SFT step and two optimizer updates.
@@ -15,24 +14,24 @@ from typing import Any
 import harness
 import report
 import torch
-from harness import Context, Preset, SuiteResult, Table, Unavailable
+from experiments.rollout_options import EVERYWHERE, FEW_LAYERS, NO_ENGINE, WHOLE_UP_TO, precise
+from harness import Context, Preset, SuiteResult, Table, UnavailableError
+from method_specs import MANY, ONE, POINTS, SOLVER_STEPS, TINY, one_thread
 from torch import nn
 
 import prfl_fast
-from prfl_fast.gradient_plan import GradientPlan
-from prfl_fast.losses import sft_loss
-from prfl_fast.reward import LatentRewardModel
-from prfl_fast.rollout_engine import RolloutSettings
-from prfl_fast.schedulers import FlowUniPC
-from prfl_fast.step import PRFL
-from prfl_fast.trajectory import Trajectory
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.training.losses import sft_loss
 from suites import split, wan
-from suites.plans import MANY, ONE, POINTS, SOLVER_STEPS, TINY, one_thread
-from suites.rollout_options import EVERYWHERE, FEW_LAYERS, NO_ENGINE, WHOLE_UP_TO, precise
 
 # The reference's time over prfl_fast's with 1 point.
 TARGETS = {"wan1.3b-480p": 1.25, "wan14b-480p": 1.15, "wan14b-720p": 1.15}
-FP8 = precise(linears=EVERYWHERE, attention=EVERYWHERE)
+FP8 = precise(fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)
 # To eager on the same trajectory: of a reward in (0, 1), and relative of the rewarded latents.
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
@@ -45,7 +44,7 @@ class Parts:
         self.seconds = dict.fromkeys(split.PARTS, 0.0)
 
     def now(self) -> float:
-        """The time, once the device has done what it was given."""
+        """Return the time after all queued work of the device."""
         harness.synchronize(self.device)
         return time.perf_counter()
 
@@ -57,7 +56,7 @@ class Parts:
         self.seconds[name] += self.now() - start
 
     def reward(self, function: Any) -> Callable[..., torch.Tensor]:
-        """The reward, from its call to when its gradient has reached the latents."""
+        """Wrap the reward to time it, from its call to the gradient of the latents."""
 
         def timed(x: torch.Tensor, timestep: torch.Tensor, conditions: Any) -> torch.Tensor:
             start = self.now()
@@ -98,10 +97,10 @@ class Way:
     name: str
     model: str
     indices: tuple[int, ...] = ONE
-    settings: RolloutSettings | None = None
+    settings: RolloutConfig | None = None
 
 
-_EXACT = RolloutSettings()
+_EXACT = RolloutConfig()
 
 
 def ways(context: Context) -> tuple[Way, ...]:
@@ -140,7 +139,7 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
     """Models of a way with the weights of ``base``.
 
     Raises:
-        Unavailable: the reference's, if something it needs is missing.
+        UnavailableError: the reference's, if something it needs is missing.
     """
     torch.manual_seed(context.seed)  # the same head for every way
     own = LatentRewardModel.from_backbone(base, num_blocks=blocks)
@@ -150,8 +149,8 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
     if name == "prfl_fast":
         prfl_fast.patch(module)
         prfl_fast.patch(reward.backbone)
-        prfl_fast.checkpoint(module, "attention")
-        prfl_fast.checkpoint(reward.backbone, "attention")
+        prfl_fast.memory.activation_checkpointing(module, "attention")
+        prfl_fast.memory.activation_checkpointing(reward.backbone, "attention")
     else:
         module.enable_gradient_checkpointing()  # type: ignore[operator]
         reward.backbone.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -163,7 +162,11 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
 
 
 def measure_way(
-    way: Way, models: Models, preset: Preset, context: Context, num_steps: int = SOLVER_STEPS
+    way: Way,
+    models: Models,
+    preset: Preset,
+    context: Context,
+    num_inference_steps: int = SOLVER_STEPS,
 ) -> dict[str, Any]:
     """Seconds by part, peak bytes and rewards of a step, after a short one that compiles what
     compiles.
@@ -180,7 +183,7 @@ def measure_way(
         parts.reward(models.reward),
         FlowUniPC(),
         plan,
-        num_steps=num_steps,
+        num_inference_steps=num_inference_steps,
         rollout=way.settings,
     )
 
@@ -269,7 +272,7 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
 def run(context: Context) -> SuiteResult:
     """Every way at the preset's size, one after the other."""
     if context.device.type == "cpu" and context.preset.name != "tiny":
-        raise Unavailable(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+        raise UnavailableError(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
     preset, blocks = context.preset, 8
     if preset.layers > WHOLE_UP_TO:
         blocks = max(1, round(blocks * FEW_LAYERS / preset.layers))
@@ -293,7 +296,7 @@ def run(context: Context) -> SuiteResult:
                 assert models[1] is not None
                 with one_thread(context.device):
                     record = measure_way(way, models[1], preset, context)
-            except (Unavailable, torch.OutOfMemoryError) as error:
+            except (UnavailableError, torch.OutOfMemoryError) as error:
                 full = isinstance(error, torch.OutOfMemoryError)
                 record["skipped"] = "out of memory" if full else str(error)
                 models = ("", None)

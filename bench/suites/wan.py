@@ -1,4 +1,4 @@
-"""Randomly initialised Wan models of any preset, and models of a HY-Video-PRFL checkout."""
+"""Build randomly initialized Wan models of any preset, and those of a HY-Video-PRFL checkout."""
 
 import functools
 import importlib
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Context, Preset, Unavailable
+from harness import Context, Preset, UnavailableError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prfl_fast.adapters import find_adapter
+from prfl_fast.models.registry import find_adapter
 
 
 def build(
@@ -31,12 +31,12 @@ def build(
     tables and the time embedder stay in float32.
 
     Raises:
-        Unavailable: diffusers is not installed.
+        UnavailableError: diffusers is not installed.
     """
     try:
         from diffusers import WanTransformer3DModel
     except ImportError as error:
-        raise Unavailable("needs diffusers: pip install 'prfl_fast[bench]'") from error
+        raise UnavailableError("needs diffusers: pip install 'prfl_fast[bench]'") from error
     torch.manual_seed(context.seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or context.dtype)
@@ -55,7 +55,7 @@ def build(
 
 
 def mixed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model's weights in ``dtype``, those in float32 that diffusers keeps there; in place."""
+    """Cast weights to ``dtype`` in place, except those that diffusers keeps in float32."""
     keep = model._keep_in_fp32_modules or []  # type: ignore[union-attr, operator]
     for name, parameter in model.named_parameters():
         wide = any(part in keep for part in name.split("."))  # type: ignore[operator]
@@ -92,19 +92,19 @@ def _import_block(checkout: Path) -> types.ModuleType:
     try:
         return importlib.import_module("diffusers_lite.wan.modules.model")
     except ImportError as error:
-        raise Unavailable(f"the reference at {checkout} does not import: {error}") from error
+        raise UnavailableError(f"the reference at {checkout} does not import: {error}") from error
 
 
 def _reference(context: Context) -> types.ModuleType:
-    """The module that holds the reference's models.
+    """Return the module that holds the reference's models.
 
     Raises:
-        Unavailable: something it needs is missing.
+        UnavailableError: something it needs is missing.
     """
     assert context.reference is not None
     source = _import_block(context.reference)
     if not any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface")):
-        raise Unavailable("the reference needs flash_attn, which is not installed")
+        raise UnavailableError("the reference needs flash_attn, which is not installed")
     return source
 
 
@@ -121,7 +121,7 @@ class ProjectedPool(nn.Module):
         self.multihead_attn, self.queries = pool.multihead_attn, pool.queries
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled vector, mean over the queries."""
+        """Return the pooled vector, mean over the queries."""
         x = x.to(self.queries.dtype)
         queries = self.queries.expand(len(x), *self.queries.shape)
         attended, _ = self.multihead_attn(queries, x, x, need_weights=False)
@@ -131,8 +131,9 @@ class ProjectedPool(nn.Module):
 def _reference_model(
     source: Any, model: nn.Module, layers: int, preset: Preset, context: Context
 ) -> Any:
-    """The reference's ``WanModel`` with a diffusers model's weights in the context's dtype, every
-    block checkpointed. Head and norms that the model lacks stay as they were made.
+    """Return the reference's ``WanModel``, each block checkpointed, with a given model's weights.
+
+    Weights have the context's dtype. Head and norms that the model lacks keep their initial values.
     """
     config: Any = model.config
     made = source.WanModel(
@@ -150,7 +151,7 @@ def _reference_model(
     made.enable_teacache = False  # its trainer sets it on the class
     found = made.load_state_dict(find_adapter(model).to_reference(model.state_dict()), strict=False)
     if found.unexpected_keys:
-        raise Unavailable(f"the reference has no {found.unexpected_keys[0]}")
+        raise UnavailableError(f"the reference has no {found.unexpected_keys[0]}")
     for block in made.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return made.to(context.device, context.dtype)
@@ -159,8 +160,7 @@ def _reference_model(
 def reference_models(
     model: nn.Module, reward: Any, preset: Preset, context: Context
 ) -> tuple[nn.Module, Callable[..., torch.Tensor], nn.Module, Callable[..., torch.Tensor]]:
-    """The reference's generator with a model's weights, its velocity; its reward's blocks, and the
-    reward on them.
+    """Return the reference's generator, its velocity, its reward's blocks and the reward.
 
     As its trainer runs them: bfloat16 autocast, every block checkpointed, the reward's blocks with
     weight gradients, pooling by projections of all tokens.
@@ -169,7 +169,7 @@ def reference_models(
         model: a diffusers Wan. reward: a latent reward model made from it.
 
     Raises:
-        Unavailable: something it needs (flash_attn, diffusers) is missing.
+        UnavailableError: something it needs (flash_attn, diffusers) is missing.
     """
     source = _reference(context)
     depth = len(reward.backbone.blocks)
@@ -198,15 +198,15 @@ def reference_models(
 def reference_block(
     model: nn.Module, preset: Preset, context: Context
 ) -> Callable[..., torch.Tensor]:
-    """The reference's ``WanAttentionBlock`` with the weights of the model's first block.
+    """Return the reference's ``WanAttentionBlock`` with the weights of the model's first block.
 
     Returns:
         ``(x, text, time [1, 6, D]) -> x``, run as its trainer does, under bfloat16 autocast; and as
         an attribute ``parameters`` the block's parameters.
 
     Raises:
-        Unavailable: something it needs (flash_attn, diffusers) is missing, or its block is not as
-            expected.
+        UnavailableError: something it needs (flash_attn, diffusers) is missing, or its block is not
+            as expected.
     """
     source = _reference(context)
     block = source.WanAttentionBlock(

@@ -1,32 +1,30 @@
 """Ahead-of-time compilation of every Triton kernel for every architecture, without a GPU."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-import types
 
+import aot
 import pytest
 import ttir
+from aot_types import AotCase, argument_types
 
-from prfl_fast.kernels import _aot
-from prfl_fast.kernels._triton import INTERPRETING, AotCase, argument_types
+from prfl_fast.kernels.runtime.triton import INTERPRETING
 
-pytestmark = pytest.mark.triton
-OPERATIONS = list(_aot.operations())
+pytestmark = pytest.mark.aot
+OPERATIONS = list(aot.OPERATIONS)
 
 
 def python(*arguments):
-    """A Python process whose kernels are not decorated for the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True
-    )
+    """Run a Python process whose kernels are not decorated for the interpreter."""
+    command = [sys.executable, *arguments]
+    environment = aot.compiler_environment()
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def command_line(*arguments):
-    return python("-m", "prfl_fast.kernels._aot", *arguments)
+    return python(aot.__file__, *arguments)
 
 
 def assert_fits(found):
@@ -47,8 +45,8 @@ def test_no_kernel_spills_and_no_address_wraps(op, tmp_path):
     there even if it is widened afterwards. Tests beside each operation run such strides in the
     interpreter as well.
     """
-    found = _aot.measure([op], ttir=tmp_path)
-    assert {r.capability for r in found} == set(_aot.CAPABILITIES)
+    found = aot.measure([op], ttir=tmp_path)
+    assert {r.capability for r in found} == set(aot.CAPABILITIES)
     assert {r.op for r in found} == {op}
     assert len({(r.label, r.capability) for r in found}) == len(found)
     assert_fits(found)
@@ -60,16 +58,16 @@ def test_no_kernel_spills_and_no_address_wraps(op, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", _aot.CAPABILITIES)
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_no_combination_of_flags_spills(op, capability):
-    assert_fits(_aot.measure([op], [capability], every=True))
+    assert_fits(aot.measure([op], [capability], every=True))
 
 
 KERNEL = """
 import json, triton, triton.language as tl
-from prfl_fast.kernels import _aot
-from prfl_fast.kernels._triton import AotCase
+import aot
+from aot_types import AotCase
 
 @triton.jit
 def kernel(x_ptr, y_ptr, stride, tokens, WIDE: tl.constexpr, LOOP: tl.constexpr):
@@ -91,7 +89,7 @@ def kernel(x_ptr, y_ptr, stride, tokens, WIDE: tl.constexpr, LOOP: tl.constexpr)
 types = dict(x_ptr="*bf16:16", y_ptr="*bf16:16", stride="i32:16", tokens="i32")
 cases = {f"{wide} {loop}": AotCase("", kernel, types, dict(WIDE=wide, LOOP=loop), 1)
          for wide in (0, 1) for loop in (0, 1)}
-print(json.dumps({k: _aot.compile_case(c, 90).asm["ttir"] for k, c in cases.items()}))
+print(json.dumps({k: aot.compile_case(c, 90).asm["ttir"] for k, c in cases.items()}))
 """
 
 
@@ -107,39 +105,38 @@ def test_the_check_of_addresses_finds_a_kernel_that_would_wrap(tmp_path):
 
 def test_operations_are_found():
     assert "norm_modulate" in OPERATIONS
-    for module in _aot.operations().values():
-        labels = [case.label for case in module.aot_cases((9, 0))]
+    for cases in aot.OPERATIONS.values():
+        labels = [case.label for case in cases((9, 0), False)]
         assert labels and len(set(labels)) == len(labels)
 
 
 def test_an_unknown_operation_is_refused():
     run = command_line("no_such_op")
     assert run.returncode == 2 and not run.stdout
-    assert "no aot_cases in no_such_op; there are " in run.stderr
-    with pytest.raises(RuntimeError, match="no aot_cases in no_such_op"):
-        _aot.measure(["no_such_op"])
+    assert "no cases of no_such_op; there are " in run.stderr
+    with pytest.raises(RuntimeError, match="no cases of no_such_op"):
+        aot.measure(["no_such_op"])
 
 
 def test_a_failure_is_one_line_and_a_status(monkeypatch, capsys):
-    broken = types.SimpleNamespace(aot_cases=lambda capability, every: [None])
-    monkeypatch.setattr(_aot, "operations", lambda: {"broken": broken})
-    assert _aot.main(["broken", "--capability", "90"]) == 1
+    monkeypatch.setitem(aot.OPERATIONS, "broken", lambda capability, every: [None])
+    assert aot.main(["broken", "--capability", "90"]) == 1
     out, err = capsys.readouterr()
     assert not out and re.fullmatch(r"error: \w+: [^\n]+\n", err)
 
 
 def test_an_architecture_triton_cannot_compile_for_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        _aot.main(["--capability", "35"])
+        aot.main(["--capability", "35"])
     assert "invalid choice: 35" in capsys.readouterr().err
 
 
 def test_interpreted_kernels_are_refused():
     if not INTERPRETING:
         pytest.skip("the kernels of this process are compiled ones")
-    case = _aot.operations()["norm_modulate"].aot_cases((9, 0))[0]
+    case = aot.OPERATIONS["norm_modulate"]((9, 0), False)[0]
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        _aot.compile_case(case, 90)
+        aot.compile_case(case, 90)
 
 
 class _Kernel:
@@ -148,13 +145,8 @@ class _Kernel:
 
 def test_argument_types_follow_the_names():
     found = argument_types(_Kernel, {"x_ptr": "bf16"})
-    assert found == {
-        "x_ptr": "*bf16:16",
-        "stride_xt": "i32:16",
-        "length": "i32",
-        "eps": "fp32",
-        "softmax_scale": "fp32",
-    }
+    floats = dict.fromkeys(("eps", "softmax_scale"), "fp32")
+    assert found == {"x_ptr": "*bf16:16", "stride_xt": "i32:16", "length": "i32"} | floats
     others = {"length": None, "stride_xt": "i64"}
     found = argument_types(_Kernel, {"x_ptr": "fp32", "bias_ptr": "fp16"}, others)
     assert found["bias_ptr"] == "*fp16:16" and found["stride_xt"] == "i64"
@@ -162,13 +154,13 @@ def test_argument_types_follow_the_names():
 
 
 def test_a_case_that_names_no_parameter_is_refused(monkeypatch):
-    monkeypatch.setattr(_aot, "INTERPRETING", False)
+    monkeypatch.setattr(aot, "INTERPRETING", False)
     case = AotCase("typo", _Kernel, {"z_ptr": "*fp32"}, {"BLOCK": 1}, 4)
     with pytest.raises(ValueError, match="typo: _Kernel has no parameter BLOCK, z_ptr"):
-        _aot.compile_case(case, 90)
+        aot.compile_case(case, 90)
 
 
 def test_without_triton_it_says_so(monkeypatch):
-    monkeypatch.setattr(_aot, "HAS_TRITON", False)
+    monkeypatch.setattr(aot, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="pip install triton"):
-        _aot.compile_case(AotCase("any", _Kernel, {}, {}, 4), 90)
+        aot.compile_case(AotCase("any", _Kernel, {}, {}, 4), 90)

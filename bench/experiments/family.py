@@ -1,0 +1,279 @@
+"""Compare every method of the reward-gradient family in the small world.
+
+From one generator and one latent reward model: each training method for the same number of reward
+updates (``experiments.family_training``), then the ways of sampling better without training
+(``experiments.family_sampling``), each with what it costs. All are rewarded by models that training
+saw; the motion metric of ``bench/experiments/world`` is the judge that none of them saw.
+"""
+
+from concurrent.futures import Executor
+from typing import Any
+
+import report
+import torch
+from harness import Context, SuiteResult, Table
+
+from experiments import small_world, world
+from experiments.family_sampling import PRUNE_AT, USERS, run_user
+from experiments.family_training import DATA, LATE, METHODS, PROCESS, Settings, run_arm
+from experiments.small_world import submit
+
+SHOWN = {
+    "along": "Latent reward along the sampler",
+    "end": "Latent reward of the result",
+    "motion": "Independent motion metric",
+}
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+GREY = "#8c8c8c"
+ONE_RUN = "Standard errors are over prompts; how runs of training differ is not in them."
+
+
+def run(context: Context) -> SuiteResult:
+    """Train the generator and its rewards, then every method, then sample with every user."""
+    with small_world.workers(context) as pool:
+        return _run(Settings(), context, pool)
+
+
+def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
+    start, held_out, trained = small_world.prepare(s, context, pool)
+    seeds = [context.seed + i for i in range(context.seeds)]
+    work: list[tuple[Any, str]] = [(run_user, name) for name in USERS]
+    # SFT last: it is short, so that no process waits long for the last one.
+    work += [(run_arm, name) for name in sorted(METHODS, key=lambda n: METHODS[n].plan is None)]
+    jobs = [
+        submit(pool, function, start, s, name, seed) for seed in seeds for function, name in work
+    ]
+    results = []
+    with context.bar(len(jobs), "methods") as bar:
+        for job in jobs:
+            results.append(job.result())
+            bar.update()
+    arms = [r for r in results if "arm" in r]
+    users = [r for r in results if "user" in r]
+    good = held_out.good > 0
+    real = world.motion_score(world.decode(held_out.latents))
+    training, still = _training_table(arms, s)
+    sampling, problems = _sampling_table(users, s)
+    training.notes += [
+        f"Real clips have a motion metric of {real[good].mean():.3f} without a defect and "
+        f"{real[~good].mean():.3f} with one.",
+        trained,
+    ]
+    cases = [_plain(r) for r in results]
+    cases.append({"case": "no rise of its own reward", "methods": still})
+    figures = {"family_curves.png": _curves(arms), "family_cost.png": _cost(users)}
+    return SuiteResult([training, sampling], cases, figures, problems)
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result as JSON: means instead of one number per prompt."""
+    found = {k: v for k, v in result.items() if k not in ("before", "after", "scores")}
+    for key in ("before", "after", "scores"):
+        if key in result:
+            found[key] = {name: float(value.mean()) for name, value in result[key].items()}
+    if "before" in result:
+        found["gain"] = {
+            name: dict(zip(("mean", "sem"), _mean_sem(value - result["before"][name]), strict=True))
+            for name, value in result["after"].items()
+        }
+    return found
+
+
+def _mean_sem(values: torch.Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def _signed(values: torch.Tensor) -> str:
+    mean, sem = _mean_sem(values)
+    return f"{mean:+.3f} ± {sem:.3f}"
+
+
+def _joined(runs: list[dict[str, Any]], key: str, name: str) -> torch.Tensor:
+    return torch.cat([r[key][name] for r in runs])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_cost(runs: list[dict[str, Any]], name: str) -> float:
+    return _mean([r["cost"][name] for r in runs])
+
+
+def _training_table(arms: list[dict[str, Any]], s: Settings) -> tuple[Table, list[str]]:
+    """Return the table, and the methods whose own reward did not rise."""
+    rows, still = [], []
+    scores = ("along", "end", "pixel", "motion")
+    for name, label in (("sft", "start"), ("rglcd", f"start, {s.few_steps} steps")):
+        runs = [a for a in arms if a["arm"] == name]
+        means = [f"{_joined(runs, 'before', key).mean():.3f}" for key in scores]
+        rows.append([label, *means, *[report.BLANK] * 6])
+    for name, method in METHODS.items():
+        runs = [a for a in arms if a["arm"] == name]
+        gain = _joined(runs, "after", method.goal) - _joined(runs, "before", method.goal)
+        mean, sem = _mean_sem(gain)
+        if method.plan is not None and not mean > 2 * sem:
+            still.append(method.label)
+        rows.append(
+            [
+                method.label,
+                *(f"{_joined(runs, 'after', key).mean():.3f}" for key in scores),
+                f"{method.goal} {_signed(gain)}" if method.plan is not None else report.BLANK,
+                f"{sum(a['moved'] for a in runs) / len(runs):.3f}",
+                report.seconds(_mean_cost(runs, "seconds")),
+                report.size(_mean_cost(runs, "peak_bytes")),
+                f"{_mean_cost(runs, 'forwards'):.1f}",
+                report.flops(_mean_cost(runs, "round_flops")),
+            ]
+        )
+    columns = ["method", "along", "end", "pixel", "motion", "its own reward's rise", "moved"]
+    columns += ["time", "peak", "forwards", "FLOPs"]
+    notes = [
+        f"{s.updates} reward updates of {s.feedback_batch} clips each, + SFT: as many supervised "
+        f"ones of {s.sft_batch} between them (SFT only: {2 * s.updates}); {s.solver_steps} Euler "
+        f"steps, RG-LCD is sampled in {s.few_steps}. InstructVideo's reward reads the clip as a "
+        "whole: one latent frame shows no motion.",
+        "along, end: latent reward along the sampler and of its result; pixel: of the video "
+        f"classifier; motion: the metric no training sees. {s.prompts} held-out prompts.",
+        "its own reward's rise: of what the method's gradient raises, mean ± standard error over "
+        "the prompts, each against its own start from the same noise.",
+        "moved: relative L2 distance of the velocity from the start's, on noised real clips.",
+        "time, FLOPs: of one round, a reward update and its supervised one; peak: of the reward "
+        "update; forwards: of the generator for one rewarded clip, on average; not those "
+        "recomputed, of the divergence penalty's base and of RG-LCD's distillation loss, which are "
+        "in the FLOPs.",
+        f"Chosen for this small world: reward weights {s.latent_weight:g} (latent) and "
+        f"{s.pixel_weight:g} (pixel), learning rates {s.feedback_rate:g} and {s.lora_rate:g} "
+        f"(LoRA of rank {s.lora_rank}), divergence factor {METHODS['divergence'].divergence:g}.",
+        ONE_RUN,
+        "No rise by more than two standard errors: " + (", ".join(still) or "none") + ".",
+    ]
+    return Table("family", "Training methods in the small world", columns, rows, notes), still
+
+
+def _sampling_table(users: list[dict[str, Any]], s: Settings) -> tuple[Table, list[str]]:
+    rows, problems, unsure, fallen = [], [], [], []
+    plain = [u for u in users if u["user"] == "plain"]
+    for name, user in USERS.items():
+        runs = [u for u in users if u["user"] == name]
+        gains = {
+            key: _joined(runs, "scores", key) - _joined(plain, "scores", key)
+            for key in ("end", "motion")
+        }
+        mean, sem = _mean_sem(gains["end"])
+        shown = [report.BLANK] * 2
+        if name != "plain":
+            shown = [_signed(gains["end"]), _signed(gains["motion"])]
+            if not mean > 2 * sem:
+                problems.append(
+                    f"{user.label} does not beat plain sampling: {_signed(gains['end'])}"
+                )
+            motion, sem = _mean_sem(gains["motion"])
+            if motion < -2 * sem:
+                fallen.append(user.label)
+            elif not motion > 2 * sem:
+                unsure.append(user.label)
+        means = [f"{_joined(runs, 'scores', key).mean():.3f}" for key in ("end", "pixel", "motion")]
+        rows.append(
+            [
+                user.label,
+                means[0],
+                shown[0],
+                means[1],
+                means[2],
+                shown[1],
+                f"{_mean_cost(runs, 'forwards'):.0f}",
+                f"{_mean_cost(runs, 'reward_forwards'):.0f}",
+                report.flops(_mean_cost(runs, "flops")),
+                report.ratio(_mean_cost(runs, "flops") / _mean_cost(plain, "flops")),
+                report.size(_mean_cost(runs, "peak_bytes")),
+                report.seconds(_mean_cost(runs, "seconds")),
+            ]
+        )
+    columns = ["sampling", "end", "over plain", "pixel", "motion", "over plain", "forwards"]
+    columns += ["rewards", "FLOPs", "plain = 1", "peak", "time"]
+    notes = [
+        f"The untouched generator, {s.solver_steps} Euler steps, {s.users} held-out prompts. end: "
+        "latent reward of the result, which all but plain sampling seek; over plain: mean ± "
+        "standard error over the prompts, each against plain sampling from the same first noise.",
+        f"Chosen for this small world: pruned after steps {', '.join(map(str, PRUNE_AT))}; the "
+        "guidance weights, on these very prompts. ReNO's learning rate is the default of "
+        f"optimize_noise, its paper's. {ONE_RUN}",
+        "Cost of one clip: generator and reward forwards, all FLOPs (backward and recomputed "
+        "forwards included), peak with one prompt at a time, time with all of them.",
+        "The motion metric falls by two standard errors, the reward being exploited: "
+        f"{', '.join(fallen) or 'none'}. It neither rises nor falls by as much: "
+        f"{', '.join(unsure) or 'none'}.",
+    ]
+    return Table(
+        "family-sampling", "Better samples without training", columns, rows, notes
+    ), problems
+
+
+def _curves(arms: list[dict[str, Any]]) -> Any:
+    groups = (PROCESS, LATE, DATA)
+    figure, panels = report.new_figure(12, 10, nrows=len(SHOWN), ncols=len(groups), sharey="row")
+
+    def draw(axes: Any, name: str, key: str, color: str, label: str) -> None:
+        runs = [a["points"] for a in arms if a["arm"] == name]
+        values = torch.tensor([[p[key] for p in run] for run in runs]).mean(0)
+        axes.plot([p["update"] for p in runs[0]], values, "o-", color=color, label=label, ms=4)
+
+    for line, (key, title) in zip(panels, SHOWN.items(), strict=True):
+        for axes, group in zip(line, groups, strict=True):
+            draw(axes, "sft", key, GREY, METHODS["sft"].label)
+            members = [(n, m) for n, m in METHODS.items() if m.group == group]
+            for color, (name, method) in zip(COLORS, members, strict=False):
+                draw(axes, name, key, color, method.label)
+            report.label_axes(
+                axes,
+                title=group if line is panels[0] else "",
+                x="reward updates" if line is panels[-1] else "",
+                y=title if group is groups[0] else "",
+            )
+    for axes in panels[-1]:
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    seeds = len({a["seed"] for a in arms})
+    final = {
+        name: _mean([a["points"][-1]["motion"] for a in arms if a["arm"] == name])
+        for name in METHODS
+    }
+    best = max(final, key=lambda name: final[name])
+    figure.suptitle(
+        f"{METHODS[best].label} ends highest on the motion metric: {final[best]:.3f}, "
+        f"SFT only {final['sft']:.3f} ({seeds} seed{'s' if seeds > 1 else ''})",
+        fontsize=11,
+    )
+    return figure
+
+
+def _cost(users: list[dict[str, Any]]) -> Any:
+    """Reward and motion against cost; ways that differ in their budget only are joined."""
+    figure, panels = report.new_figure(11, 4.5, ncols=2)
+    plain = _mean_cost([u for u in users if u["user"] == "plain"], "flops")
+    groups = dict.fromkeys(user.group for user in USERS.values())
+    for axes, key in zip(panels, ("end", "motion"), strict=True):
+        for color, group in zip((GREY, *COLORS), groups, strict=False):
+            at, means, errors = [], [], []
+            for name, user in USERS.items():
+                if user.group == group:
+                    runs = [u for u in users if u["user"] == name]
+                    at.append(_mean_cost(runs, "flops") / plain)
+                    mean, sem = _mean_sem(_joined(runs, "scores", key))
+                    means.append(mean)
+                    errors.append(sem)
+            axes.errorbar(at, means, errors, fmt="o-", color=color, label=group, capsize=3, ms=5)
+        axes.set_xscale("log")
+        axes.set_xticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
+        axes.minorticks_off()
+        report.label_axes(axes, title=SHOWN[key], x="FLOPs of a clip, plain sampling = 1")
+        axes.set_ylim(bottom=0)
+    panels[0].legend(fontsize=8)
+    motion = {n: _joined([u for u in users if u["user"] == n], "scores", "motion") for n in USERS}
+    best = max(motion, key=lambda name: motion[name].mean())
+    figure.suptitle(
+        f"{USERS[best].label} has the highest motion metric: {motion[best].mean():.3f}, plain "
+        f"sampling {motion['plain'].mean():.3f} (± standard error over prompts)",
+        fontsize=11,
+    )
+    return figure

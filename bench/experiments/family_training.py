@@ -1,0 +1,382 @@
+"""Define the training methods of the family suite and run any of them.
+
+All train the same tiny generator with the same frozen rewards (``experiments.small_world``) for the
+same number of reward updates; where a paper pairs its reward with a loss on real data, each reward
+update is followed by one of that.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import harness
+import torch
+from torch import nn
+
+import prfl_fast
+from experiments import small_world, world
+from experiments.small_world import Start
+from prfl_fast.data.dataset import Batch, Batches
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.points import Point
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.models.velocity import bind_velocity
+from prfl_fast.rewards.functions import PixelReward
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.schedulers import FlowEuler
+from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.training import TrainConfig, Trainer
+from prfl_fast.training.lora import add_lora
+from prfl_fast.training.losses import consistency_loss, sft_loss
+from prfl_fast.training.objectives import RewardFeedback, SupervisedFlow
+
+# What a method's gradient raises: rewards along the sampler, of its result, or of its pixels.
+Goal = Literal["along", "end", "pixel"]
+
+
+@dataclass(frozen=True)
+class Settings(small_world.Settings):
+    """Sizes of the experiment; the defaults fit about six minutes of two CPU cores."""
+
+    updates: int = 45
+    checkpoints: int = 4
+    feedback_batch: int = 16
+    sft_batch: int = 32
+    feedback_rate: float = 2e-4
+    lora_rank: int = 8
+    lora_rate: float = 2e-3
+    # As in experiments.alignment: at the paper's 0.1 SFT's gradient hides the latent reward's, and
+    # the pixel reward's is larger.
+    latent_weight: float = 1.0
+    pixel_weight: float = 0.1
+    few_steps: int = 4
+    # Prompts that every sampling user takes, see experiments.family_sampling.
+    users: int = 128
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train on from the common generator.
+
+    Attributes:
+        label: for tables. plan: None is supervised flow matching alone.
+        group: the panel its curve is drawn in.
+        sft: each reward update is followed by a supervised one.
+        goal: which measured reward its gradient raises.
+        rewards: which are asked. levels: steps of the plan's schedule, those of the sampler unless
+            given. shift: of that schedule.
+        lora: adapters train instead of the weights; divergence: from the weights without them.
+        distilled: a consistency loss in the same update; sampled in few steps.
+    """
+
+    label: str
+    plan: GradientPlan | None
+    group: str
+    sft: bool = False
+    goal: Goal = "end"
+    rewards: tuple[str, ...] = ("latent",)
+    levels: int | None = None
+    shift: float = 5.0
+    lora: bool = False
+    divergence: float = 0.0
+    distilled: bool = False
+
+
+PROCESS, LATE, DATA = "Along the sampler", "Its last steps", "From real data"
+METHODS = {
+    "sft": Method("SFT only", None, ""),
+    "prfl1": Method("PRFL, 1 point + SFT", GradientPlan.prfl(), PROCESS, True, "along"),
+    "prfl5": Method("PRFL, 5 points + SFT", GradientPlan.prfl(5), PROCESS, True, "along"),
+    "lora": Method(
+        "PRFL, 5 points, LoRA + SFT", GradientPlan.prfl(5), PROCESS, True, "along", lora=True
+    ),
+    "divergence": Method(
+        "PRFL, 5 points, LoRA, divergence penalty + SFT",
+        GradientPlan.prfl(5),
+        PROCESS,
+        True,
+        "along",
+        lora=True,
+        divergence=1.0,
+    ),
+    # A pixel reward reads clean frames, so both rewards read the estimate of x0.
+    "two": Method(
+        "PRFL, 5 points at x̂0, latent and pixel reward + SFT",
+        GradientPlan(points=5, window=(0, None), reward_at="clean"),
+        PROCESS,
+        True,
+        rewards=("latent", "pixel"),
+    ),
+    "refl": Method(
+        "ReFL, pixel reward + SFT", GradientPlan.refl(), LATE, True, "pixel", ("pixel",)
+    ),
+    "draft1": Method("DRaFT-1", GradientPlan.draft(), LATE),
+    "draftk": Method("DRaFT-4", GradientPlan.draft(4), LATE),
+    "draftlv": Method("DRaFT-LV", GradientPlan.draft_lv(), LATE),
+    "alignprop": Method("AlignProp", GradientPlan.alignprop(), LATE),
+    "controlnet": Method(
+        "ControlNet++ reward + SFT",
+        GradientPlan.controlnet_plus_plus(),
+        DATA,
+        True,
+        levels=1000,
+        shift=1.0,
+    ),
+    # One latent frame shows no motion: this world's reward reads the clip as a whole.
+    "instruct": Method("InstructVideo", GradientPlan.instruct_video(segments=None), DATA),
+    "rglcd": Method("RG-LCD", GradientPlan.rg_lcd(), DATA, levels=50, distilled=True),
+}
+
+
+class RewardedDistillation:
+    """RG-LCD's update: the reward of the student's one-step output beside its consistency loss.
+
+    The target is a running average of the student, which starts as the teacher, taken at the start
+    of each update (arXiv 2403.11027: 0.95).
+    """
+
+    def __init__(
+        self, feedback: RewardFeedback, student: nn.Module, teacher: nn.Module, batches: Batches
+    ) -> None:
+        self.feedback, self.student, self.teacher, self.batches = (
+            feedback,
+            student,
+            teacher,
+            batches,
+        )
+        self.target = copy.deepcopy(teacher).requires_grad_(False)
+
+    def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Any:
+        with torch.no_grad():
+            for average, value in zip(
+                self.target.parameters(), self.student.parameters(), strict=True
+            ):
+                average.lerp_(value, 0.05)
+        metrics = dict(self.feedback(draw, generator, loss_scale))
+        loss = self.distill(self.batches[draw].to(self.feedback.device), generator)
+        (loss * loss_scale).backward()
+        return {**metrics, "loss": metrics["loss"] + loss.detach(), "distill": loss.detach()}
+
+    def distill(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """Return the consistency loss of a batch."""
+        return consistency_loss(
+            self.student,
+            self.target,
+            self.teacher,
+            batch.latents,
+            batch.conditions,
+            generator=generator,
+        )
+
+
+def make_step(method: Method, start: Start, model: nn.Module, s: Settings) -> PRFL:
+    """Return the PRFL step of a method that has a reward."""
+    known = {"latent": start.reward, "pixel": PixelReward(world.decode, start.pixel)}
+    weights = {"latent": s.latent_weight, "pixel": s.pixel_weight}
+    return PRFL(
+        model,
+        {name: known[name] for name in method.rewards},
+        FlowEuler(shift=method.shift),
+        method.plan,
+        num_inference_steps=method.levels or s.solver_steps,
+        weight=1.0,
+        reward_weights={name: weights[name] for name in method.rewards},
+        divergence=method.divergence,
+    )
+
+
+@torch.no_grad()
+def sample_few(
+    model: nn.Module,
+    start: Start,
+    conditions: dict[str, torch.Tensor],
+    noise: torch.Tensor,
+    steps: int,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multistep consistency sampling: an estimate of x0 per level, noised anew for the next.
+
+    Returns latents, and rewards of the noised ones, ``[steps - 1, B]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    levels = Trajectory(Sampler(model, FlowEuler(), steps), noise, conditions)
+    scores, clean = [], noise
+    for index in range(steps):
+        if index:
+            sigma = levels.sigma(index)
+            fresh = torch.randn(noise.shape, generator=generator).to(noise.device)
+            levels.x = (1 - sigma) * clean + sigma * fresh
+            levels.index = index
+            scores.append(start.reward(levels.x, levels.model_timestep(index), conditions))
+        clean = levels.x - levels.sigma(index) * levels.velocity()
+    return clean, torch.stack(scores)
+
+
+def measure(
+    model: nn.Module, start: Start, method: Method, s: Settings, seed: int
+) -> dict[str, torch.Tensor]:
+    """Rewards and motion of the held-out prompts' clips, ``[B]`` each, from one noise for all."""
+    noise = small_world.held_out_noise(start, 1000 + seed)
+    if method.distilled:
+        latents, along = sample_few(model, start, start.conditions, noise, s.few_steps, 2000 + seed)
+    else:
+        latents, along = small_world.sample(
+            model, start.reward, start.conditions, noise, s.solver_steps
+        )
+    return {"along": along.mean(0).cpu(), **small_world.judge(start, latents, start.conditions)}
+
+
+@torch.no_grad()
+def moved(model: nn.Module, start: Start, count: int = 64) -> float:
+    """‖v - v₀‖ / ‖v₀‖ of a model's velocity against the start's, on noised real clips."""
+    generator = torch.Generator().manual_seed(0)
+    latents, text = start.clips.latents[:count], start.clips.text[:count]
+    sigma = (torch.arange(len(latents)) + 0.5).view(-1, 1, 1, 1, 1) / len(latents)
+    noise = torch.randn(latents.shape, generator=generator)
+    x = ((1 - sigma) * latents + sigma * noise).to(next(model.parameters()).device)
+    timestep = 1000 * sigma.flatten().to(x.device)
+    conditions = {"encoder_hidden_states": text.to(x.device)}
+    ours, first = (
+        bind_velocity(net, x, conditions, "x")(x, timestep, conditions)
+        for net in (model, start.generator)
+    )
+    return harness.relative_error(ours, first)
+
+
+def stated_cost(
+    step: PRFL, call: Callable[..., object], batch: Batch, device: torch.device
+) -> dict[str, float]:
+    """Return the cost of a reward update.
+
+    Args:
+        call: runs the update on a batch from given gradient points.
+
+    Returns:
+        ``forwards``: of the generator, a sample, expected over the plan's draws; recomputed ones
+        not counted. ``flops`` of a sample, likewise. ``peak_bytes`` of the whole batch at the
+        costliest draw.
+    """
+    plan, levels = step.plan, step.sampler.num_inference_steps
+    alone = plan.start == "data" and plan.strength is None
+    kinds: dict[tuple[int, int], tuple[float, tuple[Point, ...]]] = {}
+    for probability, points in plan.outcomes(levels):
+        depth = sum(point.depth for point in points)
+        forwards = depth if alone else points[-1].step + 1 - plan.begin(levels)
+        kind = (forwards + plan.renoised, depth)
+        share = kinds[kind][0] if kind in kinds else 0.0
+        kinds[kind] = (share + float(probability), points)
+    flops = {
+        kind: harness.count_flops(partial(call, _single(batch), points))
+        for kind, (_, points) in kinds.items()
+    }
+    _, dearest = kinds[max(kinds, key=lambda kind: flops[kind])]
+    return {
+        "forwards": sum(share * kind[0] for kind, (share, _) in kinds.items()),
+        "flops": sum(share * flops[kind] for kind, (share, _) in kinds.items()),
+        "peak_bytes": harness.peak_bytes(partial(call, batch, dearest), device),
+    }
+
+
+def _single(batch: Batch) -> Batch:
+    return Batch(batch.latents[:1], {k: v[:1] for k, v in batch.conditions.items()}, [])
+
+
+def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
+    """Train one method from the common start: its cost, and what is measured at checkpoints."""
+    method = METHODS[name]
+    torch.manual_seed(seed)
+    model = copy.deepcopy(start.generator).requires_grad_(True)
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        prfl_fast.patch(model)
+        prfl_fast.patch(start.reward.backbone)
+    if method.lora:
+        add_lora(model, s.lora_rank)
+    batches = partial(Batches, start.clips.samples())
+    supervised = SupervisedFlow(model, batches(s.sft_batch, 10 * seed + 1))
+    data, other = batches(s.feedback_batch, 10 * seed + 2), batches(s.sft_batch, 10 * seed + 2)
+    objectives: dict[str, Any] = {"first": SupervisedFlow(model, other)}
+    if method.plan is not None:
+        feedback = RewardFeedback(make_step(method, start, model, s), data, device)
+        objectives = {"first": feedback}
+        if method.distilled:
+            objectives["first"] = RewardedDistillation(feedback, model, start.generator, data)
+    if method.sft or method.plan is None:
+        objectives["second"] = supervised
+    points: list[dict[str, float]] = []
+    found: dict[str, torch.Tensor] = {}
+
+    def check(update: int) -> None:
+        nonlocal found
+        found = measure(model, start, method, s, seed)
+        points.append({"update": update, **{k: float(v.mean()) for k, v in found.items()}})
+
+    first = (other if method.plan is None else data)[0].to(device)
+    cost = _cost(method, start, model, s, first, objectives)
+    check(0)
+    before, seconds = found, 0.0
+    every = max(1, s.updates // (s.checkpoints - 1))
+
+    def on_step(record: dict[str, Any]) -> None:
+        nonlocal seconds
+        seconds += record["seconds"]
+        if record["step"] % every == 0 or record["step"] == s.updates:
+            check(record["step"])
+
+    rate = s.lora_rate if method.lora else s.feedback_rate
+    settings = TrainConfig(
+        s.updates, learning_rate=rate, weight_decay=0.01, warmup_steps=5, seed=seed
+    )
+    result = Trainer(model, objectives, settings, on_step=on_step).run()
+    return {
+        "arm": name,
+        "seed": seed,
+        "points": points,
+        "cost": {**cost, "seconds": seconds / s.updates},
+        "skipped": result.skipped,
+        "moved": moved(model, start),
+        "before": before,
+        "after": found,
+    }
+
+
+def _cost(
+    method: Method,
+    start: Start,
+    model: nn.Module,
+    s: Settings,
+    batch: Batch,
+    objectives: dict[str, Any],
+) -> dict[str, float]:
+    """Cost of a method's reward update, and the FLOPs of its whole round, data loss included."""
+    device = batch.latents.device
+    generator = torch.Generator().manual_seed(0)
+
+    # A gradient that is not there yet is part of what an update allocates, so none is left behind.
+    def supervise(batch: Batch) -> None:
+        sft_loss(model, batch.latents, batch.conditions, generator=generator).backward()
+        model.zero_grad(set_to_none=True)
+
+    try:
+        sft_flops = harness.count_flops(partial(supervise, _single(batch))) * s.sft_batch
+        if method.plan is None:
+            peak = harness.peak_bytes(partial(supervise, batch), device)
+            return {"forwards": 1.0, "peak_bytes": peak, "round_flops": 2 * sft_flops}
+        step = make_step(method, start, model, s)
+        real = method.plan.start == "data"
+
+        def call(batch: Batch, points: tuple[Point, ...]) -> None:
+            noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+            latents = batch.latents if real else None
+            step(noise, batch.conditions, latents=latents, generator=generator, indices=points)
+            if method.distilled:
+                objectives["first"].distill(batch, generator).backward()
+            model.zero_grad(set_to_none=True)
+
+        cost = stated_cost(step, call, batch, device)
+        cost["round_flops"] = cost.pop("flops") * s.feedback_batch + sft_flops * method.sft
+        return cost
+    finally:
+        model.zero_grad(set_to_none=True)

@@ -1,0 +1,95 @@
+"""Fill the tables of ``bench/RESULTS.md`` from the records under ``bench/results``.
+
+A marker pair ``<!-- bench:DEVICE/TABLE -->`` … ``<!-- /bench -->`` is filled with the table of that
+name from the newest record in ``bench/results/DEVICE/*.json`` that has it, and with a line on where
+the record comes from. ``--check`` writes nothing and exits with status 1 if a table in the README
+differs from its record.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import report
+
+from prfl_fast.utils.io import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+_MARKED = re.compile(
+    r"(<!-- bench:(?P<device>[\w.-]+)/(?P<table>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /bench -->)", re.S
+)
+_OPENING = re.compile(r"<!-- bench:.*?-->")
+
+
+def find(results: Path, device: str, table: str) -> str:
+    """Return the Markdown of a table with its origin.
+
+    Raises:
+        ValueError: no record has it, or a record cannot be read.
+    """
+    newest: tuple[str, dict[str, Any], dict[str, Any]] | None = None
+    for path in sorted((results / device).glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            tables = [t for s in record["suites"].values() for t in s.get("tables", [])]
+            date = record["run"]["date"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: not a record of bench/run.py ({type(error).__name__}: {error})"
+            ) from error
+        for candidate in tables:
+            if candidate["name"] == table and (newest is None or date > newest[0]):
+                newest = date, record["run"], candidate
+    if newest is None:
+        raise ValueError(f"no record under {results / device} has a table {table!r}")
+    _, run, found = newest
+    table_text = report.to_markdown(report.table_from_record(found))
+    return f"{table_text}\n\n<sub>{report.describe_run(run)}</sub>\n"
+
+
+def regenerate(text: str, results: Path) -> str:
+    """Return ``text`` with every marked table filled from its record.
+
+    Raises:
+        ValueError: a marker without an end, or a table without a record.
+    """
+    if len(_OPENING.findall(text)) != len(_MARKED.findall(text)):
+        raise ValueError(
+            "a <!-- bench:DEVICE/TABLE --> marker is malformed or lacks its <!-- /bench -->"
+        )
+    return _MARKED.sub(lambda m: f"{m[1]}{find(results, m['device'], m['table'])}{m[5]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0 if the file agrees with the records or was rewritten, 1 on drift or error."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="report drift, write nothing")
+    parser.add_argument("--file", type=Path, default=ROOT / "bench" / "RESULTS.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    args = parser.parse_args(argv)
+    try:
+        text = args.file.read_text()
+        wanted = regenerate(text, args.results)
+    except (OSError, ValueError) as error:
+        print(f"{args.file}: {error}", file=sys.stderr)
+        return 1
+    if wanted == text:
+        return 0
+    if args.check:
+        print(
+            f"{args.file}: tables differ from the records; run python bench/results_tables.py",
+            file=sys.stderr,
+        )
+        return 1
+    with write_atomic(args.file) as temporary:
+        temporary.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

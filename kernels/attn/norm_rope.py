@@ -1,0 +1,405 @@
+"""RMSNorm of queries and keys and 3-D rotary positions, both in one operation.
+
+    n = x · rstd,  rstd = 1/√(mean(x²) + eps),  z = n · w          mean over D, or over each head
+    y = z · e^{iφ}   on the interleaved pairs (x_{2j}, x_{2j+1}) of every head, as complex numbers
+    d_z = d_y · e^{-iφ}
+    d_w = Σ_rows d_z · n,  d_x = rstd · (d_z·w - n · mean(d_z·w · n))
+
+Token l of the grid (F, H, W) is (f, h, w), frame-major. Of a head's P = d/2 pairs the first P -
+2·(P//3) turn with f, the next P//3 with h, the last P//3 with w (22/21/21 for Wan's d = 128); pair
+i of an axis with n pairs turns by φ = position · theta^(-i/n). This is the rotary embedding of
+Wan2.1's ``rope_apply``; the norm is its ``WanRMSNorm``.
+
+Shapes: q ``[B, Lq, D]``, k ``[B, Lk, D]``, weights ``[D]`` or ``[d]``, cos and sin ``[positions,
+d/2]``.
+Dtypes: everything between x and y is float32 (float64 for float64 x), rounded once to x's dtype.
+Weights may have another dtype. The tables are computed in float64 and stored in float32.
+Saved for backward: q and k where they were normalized (a rotation alone keeps neither), weights and
+tables.
+Bytes: forward reads and writes q and k once; backward reads q, k and both gradients (Triton a
+second time from L1) and writes d_q and d_k. Sums over tokens: partial rows of programs, then all.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from prfl_fast.kernels.attn.norm_rope_triton import (
+    backward_launch,
+    backward_tokens,
+    forward_launch,
+    forward_tokens,
+)
+from prfl_fast.kernels.common.modulation_rows import token_strides
+from prfl_fast.kernels.common.rope import check_grid, rope_table, rotations
+from prfl_fast.kernels.runtime import cuda_launch as _cuda
+from prfl_fast.kernels.runtime.checks import (
+    compute_dtype,
+    require,
+    require_float,
+    require_same_device,
+)
+from prfl_fast.kernels.runtime.registry import register
+from prfl_fast.kernels.runtime.triton import capability, tl, triton
+
+__all__ = ["qk_norm_rope", "rope_table"]
+
+# Kernels are not specialized on these integers: they change with every clip.
+SIZES = ("q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w")
+
+
+# Reference.
+def _pairs(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """View a contiguous ``[B, L, D]`` as complex ``[B, L, heads, d/2]``."""
+    return torch.view_as_complex(x.view(*x.shape[:2], heads, -1, 2))
+
+
+def _rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return 1/√(mean(x²) + eps) over the last dimension, kept, without a widened copy of x."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
+    """View x with the normalized dimension last: ``[B, L, heads, d]`` or ``[B, L, D]``."""
+    return x.unflatten(-1, (heads, -1)) if per_head else x
+
+
+def _forward_one(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    turns: torch.Tensor | None,
+    heads: int,
+    per_head: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if weight is None:
+        z = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    else:
+        groups = _grouped(x, heads, per_head)
+        z = (groups * _rstd(groups, eps, dtype)).mul_(weight).reshape(x.shape).contiguous()
+    if turns is not None:
+        _pairs(z, heads).mul_(turns)
+    return z
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    grid: list[int],
+    offset: list[int],
+    heads: int,
+    per_head: bool,
+    eps: float,
+    upcast: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(q', k')``, contiguous; ``grid`` is empty for the norm alone.
+
+    ``upcast`` is the dtype computed in and returned.
+    """
+    dtype = compute_dtype(q, upcast)
+    turns = None if cos is None or sin is None else rotations(cos, sin, grid, offset, dtype)
+    q_out = _forward_one(q, q_weight, turns, heads, per_head, eps, dtype)
+    k_out = _forward_one(k, k_weight, turns, heads, per_head, eps, dtype)
+    return q_out.to(upcast or q.dtype), k_out.to(upcast or k.dtype)
+
+
+def _backward_one(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    turns: torch.Tensor | None,
+    heads: int,
+    per_head: bool,
+    eps: float,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(grad)
+    nothing = grad.new_empty(0)
+    d_z = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if turns is not None:
+        # Not conj(): a custom operation under a dispatch mode loses the lazy conjugate.
+        _pairs(d_z, heads).mul_(turns.conj_physical())
+    if x is None or weight is None:
+        return (d_z.to(grad.dtype) if need_x else nothing), nothing
+    groups, d_z = _grouped(x, heads, per_head), _grouped(d_z, heads, per_head)
+    rstd = _rstd(groups, eps, dtype)
+    normed = groups * rstd
+    product = d_z * normed
+    d_weight = weight.new_empty(0)
+    if need_weight:
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+    if not need_x:
+        return nothing, d_weight
+    mean = product.mul_(weight).mean(-1, keepdim=True)
+    d_x = d_z.mul_(weight).sub_(normed.mul_(mean)).mul_(rstd)
+    return d_x.reshape(x.shape).to(x.dtype).contiguous(), d_weight
+
+
+def reference_backward(
+    q_grad: torch.Tensor | None,
+    k_grad: torch.Tensor | None,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    grid: list[int],
+    offset: list[int],
+    heads: int,
+    per_head: bool,
+    eps: float,
+    needed: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``(d_q, d_k, d_q_weight, d_k_weight)``; an empty tensor for each absent gradient.
+
+    A gradient is absent if it is not needed, or if no gradient arrived. q and k are absent if they
+    were not normalized; ``needed`` is in the order of the result.
+    """
+    some = q_grad if q_grad is not None else k_grad
+    assert some is not None
+    turns = None
+    if cos is not None and sin is not None:
+        turns = rotations(cos, sin, grid, offset, compute_dtype(some))
+    results = []
+    for grad, x, weight, need_x, need_weight in (
+        (q_grad, q, q_weight, needed[0], needed[2]),
+        (k_grad, k, k_weight, needed[1], needed[3]),
+    ):
+        if grad is None or not (need_x or need_weight):
+            nothing = some.new_empty(0)
+            results.append((nothing, nothing.clone() if weight is None else weight.new_empty(0)))
+        else:
+            args = (grad, x, weight, turns, heads, per_head, eps, need_x, need_weight)
+            results.append(_backward_one(*args))
+    (d_q, d_q_weight), (d_k, d_k_weight) = results
+    return d_q, d_k, d_q_weight, d_k_weight
+
+
+# Triton.
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+    stride_qb, stride_ql, length_q, stride_kb, stride_kl, length_k, q_tokens, k_tokens,
+    frames, height, width, start_f, start_h, start_w, eps,
+    DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    sizes = (frames, height, width)
+    starts = (start_f, start_h, start_w)
+    if tl.program_id(1) == 0:
+        forward_tokens(
+            q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, stride_qb, stride_ql, length_q,
+            q_tokens, sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+        )  # fmt: skip
+    else:
+        forward_tokens(
+            k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, stride_kb, stride_kl, length_k,
+            k_tokens, sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    q_grad_ptr, k_grad_ptr, q_ptr, k_ptr, dq_ptr, dk_ptr, dq_weight_ptr, dk_weight_ptr,
+    q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+    stride_gqb, stride_gql, length_gq, stride_gkb, stride_gkl, length_gk,
+    stride_qb, stride_ql, length_q, stride_kb, stride_kl, length_k, q_tokens, k_tokens,
+    frames, height, width, start_f, start_h, start_w, eps,
+    DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    sizes = (frames, height, width)
+    starts = (start_f, start_h, start_w)
+    if tl.program_id(1) == 0:
+        if q_grad_ptr is not None:
+            backward_tokens(
+                q_grad_ptr, q_ptr, dq_ptr, dq_weight_ptr, q_weight_ptr, cos_ptr, sin_ptr,
+                stride_gqb, stride_gql, length_gq, stride_qb, stride_ql, length_q, q_tokens,
+                sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+            )  # fmt: skip
+    else:
+        if k_grad_ptr is not None:
+            backward_tokens(
+                k_grad_ptr, k_ptr, dk_ptr, dk_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+                stride_gkb, stride_gkl, length_gk, stride_kb, stride_kl, length_k, k_tokens,
+                sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+            )  # fmt: skip
+
+
+# Launch.
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _triton_forward(q, k, q_weight, k_weight, cos, sin, grid, offset, heads, per_head, eps):
+    results = q.new_empty(q.shape), k.new_empty(k.shape)
+    dim = q.shape[2]
+    tokens = [x.shape[0] * x.shape[1] for x in (q, k)]
+    if max(tokens) == 0:
+        return results
+    head_dim = dim // heads if per_head or grid else None
+    launch = forward_launch(max(tokens), dim, head_dim, q.dtype, capability(q.device))
+    forward_kernel[(launch.programs, 2)](
+        q, k, *results, *map(_dense, (q_weight, k_weight, cos, sin)),
+        *token_strides(q), *token_strides(k), *tokens, *(grid or (1, 1, 1)), *(offset or (0, 0, 0)),
+        eps, **launch.constants(dim, per_head),
+        num_warps=launch.num_warps, maxnreg=launch.registers,
+    )  # fmt: skip
+    return results
+
+
+def _triton_backward(
+    q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, grid, offset, heads, per_head, eps, needed
+):
+    results = _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, *(None,) * 7, needed)
+    grads = [
+        None if g is None or not any(need) else g if g.stride(2) == 1 else g.contiguous()
+        for g, need in ((q_grad, needed[::2]), (k_grad, needed[1::2]))
+    ]
+    tokens = [0 if g is None else g.shape[0] * g.shape[1] for g in grads]
+    some = next((g for g in grads if g is not None), None)
+    if some is None:
+        return results
+    dim = some.shape[2]
+    head_dim = dim // heads if per_head or grid else None
+    launch = backward_launch(max(tokens), dim, head_dim, some.dtype, capability(some.device))
+    partials = [
+        some.new_empty(launch.programs, d.numel(), dtype=torch.float32) if d.numel() else None
+        for d in results[2:]
+    ]
+    strides = [(0, 0, None) if x is None else token_strides(x) for x in (*grads, q, k)]
+    backward_kernel[(launch.programs, 2)](
+        *grads, q, k, *(d if d.numel() else None for d in results[:2]), *partials,
+        *map(_dense, (q_weight, k_weight, cos, sin)), *itertools.chain(*strides), *tokens,
+        *(grid or (1, 1, 1)), *(offset or (0, 0, 0)), eps,
+        **launch.constants(dim, per_head), num_warps=launch.num_warps, maxnreg=launch.registers,
+    )  # fmt: skip
+    sums = [
+        d if p is None else p.sum(0).to(d.dtype) for d, p in zip(results[2:], partials, strict=True)
+    ]
+    return *results[:2], *sums
+
+
+# Registration.
+def _fake(q, k, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, *rest):
+    some = q_grad if q_grad is not None else k_grad
+    came = (q_grad, k_grad, q_grad, k_grad)
+    return tuple(
+        some.new_empty(0) if x is None else x.new_empty(x.shape if need and g is not None else 0)
+        for x, g, need in zip((q_grad, k_grad, q_weight, k_weight), came, rest[-1], strict=True)
+    )
+
+
+_forward_op = register(
+    "qk_norm_rope", reference, fake=_fake, triton=_triton_forward,
+    cuda=_cuda.with_fallback(_cuda.qk_norm_rope, _triton_forward, reference),
+)  # fmt: skip
+_backward_op = register(
+    "qk_norm_rope_backward", reference_backward, fake=_fake_backward, triton=_triton_backward,
+    cuda=_cuda.with_fallback(_cuda.qk_norm_rope_backward, _triton_backward, reference_backward),
+)  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, q_weight, k_weight, cos, sin, *ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    # The gradient of a rotation needs only its angle, that of a norm also its input.
+    kept_q = None if q_weight is None else q
+    kept_k = None if k_weight is None else k
+    ctx.save_for_backward(kept_q, kept_k, q_weight, k_weight, cos, sin)
+
+
+def _backward(ctx, q_grad, k_grad):
+    if q_grad is None and k_grad is None:
+        return (None,) * 11
+    needed = list(ctx.needs_input_grad[:4])
+    gradients = _backward_op(q_grad, k_grad, *ctx.saved_tensors, *ctx.numbers, needed)
+    came = (q_grad, k_grad, q_grad, k_grad)
+    kept = [
+        g if need and c is not None else None
+        for g, need, c in zip(gradients, needed, came, strict=True)
+    ]
+    return (*kept, *(None,) * 7)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Public function.
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    *,
+    heads: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    offset: Sequence[int] = (0, 0, 0),
+    per_head: bool = False,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalize q and k (RMSNorm) if a weight is given, then rotate them if a grid is given.
+
+    Args:
+        q: ``[B, Lq, D]``; the last axis is contiguous, rows may be strided (a slice of a packed
+            projection).
+        k: ``[B, Lk, D]``, q's dtype; Lk may differ from Lq if there is no grid.
+        q_weight, k_weight: ``[D]``, or ``[d]`` if ``per_head``; any floating dtype.
+        heads: D = heads · d; d is even if there is a grid.
+        cos, sin: the tables of :func:`rope_table`, ``[positions, d/2]``; constants, no gradient.
+        grid: (F, H, W) in tokens, F·H·W = L; token l is (f, h, w), frame-major.
+        offset: added to the token's index on each axis, for a shard of a larger grid.
+        per_head: normalize each head by itself instead of the whole of D.
+        eps: added to the mean square.
+
+    Returns:
+        ``(q', k')``, contiguous, in the inputs' dtype, each rounded once.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not match; the grid's product is not L; a table
+            is shorter than an axis of the grid plus its offset; only one of grid and tables is
+            given; or neither a weight nor a grid is given.
+    """
+    op = "qk_norm_rope"
+    for name, x in (("q", q), ("k", k)):
+        require_float(op, name, x)
+        require(x.ndim == 3, op, name, x, "a shape [B, L, D]")
+        ok = x.stride(-1) == 1 or x.shape[-1] == 1
+        require(ok, op, name, x, "a contiguous last axis: call .contiguous() where it is made")
+    batch, width, dtype = q.shape[0], q.shape[2], q.dtype
+    if k.shape[::2] != q.shape[::2]:  # formatting the text would fix the batch size in a trace
+        require(False, op, "k", k, f"shape [{batch}, Lk, {width}] to match q")
+    require(k.dtype == dtype, op, "k", k, f"q's dtype {dtype}")
+    require(heads > 0 and width % heads == 0, op, "heads", heads, f"a divisor of D = {width}")
+    normed = width // heads if per_head else width
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            require_float(op, name, weight)
+            require(weight.shape == (normed,), op, name, weight, f"shape [{normed}]")
+    if grid is None:
+        for name, table in (("cos", cos), ("sin", sin)):
+            require(
+                table is None, op, name, table, "None without a grid, or grid=(F, H, W) with it"
+            )
+        ok = q_weight is not None or k_weight is not None
+        require(ok, op, "q_weight", q_weight, "a weight or a grid: there is nothing to do")
+    else:
+        check_grid(op, q, k, heads, cos, sin, grid, offset)
+    require_same_device(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
+    axes = ([], []) if grid is None else ([int(n) for n in grid], [int(n) for n in offset])
+    return _forward_op(q, k, q_weight, k_weight, cos, sin, *axes, heads, per_head, float(eps))

@@ -1,0 +1,246 @@
+"""RMSNorm and rotation of the tokens of one tensor, forward and backward, as Triton functions.
+
+A token is read in chunks of heads, of which a thread has eight neighbors: 16-byte loads, pairs
+within a thread, and one row of angles for all chunks. All loads of a token are under way at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from prfl_fast.kernels.common.modulation_rows import token_offset
+from prfl_fast.kernels.common.rope import load_turn, next_place, place, rotate
+from prfl_fast.kernels.runtime.triton import processors, tl, triton
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch of chunks of ``block_h`` heads of ``head`` columns each, padded to ``block_d``."""
+
+    head: int
+    block_h: int
+    block_d: int
+    num_warps: int
+    programs: int
+    # Registers of a thread: 16 warps fit a processor. Without a limit ptxas spills one or two
+    # registers of some kernels to fit one more program.
+    registers: int = 128
+
+    def constants(self, dim: int, per_head: bool) -> dict[str, int | bool]:
+        """Return the ``constexpr`` parameters of a kernel."""
+        tile = {"HEAD": self.head, "BLOCK_H": self.block_h, "BLOCK_D": self.block_d}
+        return {"DIM": dim, **tile, "PER_HEAD": per_head}
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Return head, block_h, block_d, num_warps; without ``head_dim`` D is cut to suit the warps.
+
+    As few warps as hold a token in 40 elements a thread without spills, 24 of float32 or of heads
+    padded to a power of two, which need masks: chunks are small then, and few lanes of the last one
+    idle. A head needs fewer pairs than there are threads, or the angles would reach them through
+    shared memory.
+    """
+    padded = head_dim is not None and head_dim != _power_of_2(head_dim)
+    most = 24 if padded or dtype == torch.float32 else 40
+    for num_warps in (1, 2, 4, 8, 16):
+        threads = 32 * num_warps
+        head = min(8 * threads, _power_of_2(dim)) if head_dim is None else head_dim
+        heads, block_d = -(-dim // head), max(2, _power_of_2(head))
+        block_h = min(_power_of_2(heads), max(1, 8 * threads // block_d))
+        held = -(-heads // block_h) * block_h * block_d
+        # 8 warps of 32 elements would need more than the 128 registers of two programs.
+        most = min(most, 24) if num_warps > 4 else most
+        if held <= most * threads and (head_dim is None or block_d < 2 * threads):
+            break
+    return head, block_h, block_d, num_warps
+
+
+def forward_launch(
+    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, int]
+) -> Launch:
+    """Choose 8 tokens a program, so that few start; fewer if processors would be idle."""
+    head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
+    programs = max(32 // num_warps * processors(capability), -(-tokens // 8))
+    return Launch(head, block_h, block_d, num_warps, max(1, min(tokens, programs)))
+
+
+def backward_launch(
+    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, int]
+) -> Launch:
+    """Choose one resident wave: each program writes a partial row of the weights' gradients."""
+    head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
+    # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps.
+    registers, warps = (168, 12) if num_warps <= 4 and dim > 768 * num_warps else (128, 16)
+    programs = max(1, min(tokens, warps // num_warps * processors(capability)))
+    return Launch(head, block_h, block_d, num_warps, programs, registers)
+
+
+@triton.jit
+def _columns(
+    i, DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Return the columns of chunk ``i`` and the mask of those that exist, ``[BH, BD]``."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_x = (i * BLOCK_H + tl.arange(0, BLOCK_H))[:, None] * HEAD + o_d[None, :]
+    if HEAD == BLOCK_D and (i + 1) * BLOCK_H * HEAD <= DIM:
+        m_x = tl.full([BLOCK_H, BLOCK_D], True, tl.int1)  # a constant: the loads need no predicate
+    else:
+        m_x = (o_x < DIM) & (o_d < HEAD)[None, :]
+    return o_x, m_x
+
+
+@triton.jit
+def _load_token(
+    p_x, DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Load the chunks of a token in its own dtype, a tuple of ``[BH, BD]``."""
+    b_xs = ()
+    for i in tl.static_range((DIM + BLOCK_H * HEAD - 1) // (BLOCK_H * HEAD)):
+        o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
+        b_xs += (tl.load(p_x + o_x, mask=m_x, other=0.0),)  # type: ignore[assignment]
+    return b_xs
+
+
+@triton.jit
+def _load_weight(weight_ptr, o_x, m_x, PER_HEAD: tl.constexpr):
+    """Load w of a chunk in float32 ``[BH, BD]``; all tokens but the first read it from L1."""
+    if PER_HEAD:  # one address per element of x: a row of w would need a change of layout
+        o_x = tl.broadcast_to(tl.arange(0, o_x.shape[1])[None, :], o_x.shape)
+    b_w = tl.load(weight_ptr + o_x, mask=m_x, other=0.0, eviction_policy="evict_last")
+    return b_w.to(tl.float32)
+
+
+@triton.jit
+def _add_at(b_sums, i: tl.constexpr, b_more):
+    """Return the tuple with ``b_more`` added to its i-th block."""
+    b_new = ()
+    for j in tl.static_range(len(b_sums)):
+        if j == i:
+            b_new += (b_sums[j] + b_more,)  # type: ignore[assignment]
+        else:
+            b_new += (b_sums[j],)  # type: ignore[assignment]
+    return b_new
+
+
+@triton.jit
+def forward_tokens(
+    x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, stride_b, stride_l, length, tokens,
+    sizes, starts, eps,
+    DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Normalize and rotate the tokens of q or of k that belong to this program."""
+    share = tl.cdiv(tokens, tl.num_programs(0))
+    i_token = tl.program_id(0).to(tl.int64) * share
+    end = tl.minimum(i_token + share, tokens)
+    i_place = place(i_token, sizes)
+    while i_token < end:  # range() takes no tensor bounds in the interpreter with numpy ≥ 2.4
+        p_x = x_ptr + token_offset(i_token, stride_b, stride_l, length)
+        b_xs = _load_token(p_x, DIM, HEAD, BLOCK_H, BLOCK_D)
+        if cos_ptr is not None:
+            b_cos, b_sin = load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD, BLOCK_D)
+            i_place = next_place(i_place, sizes)
+        rho = 1.0
+        if weight_ptr is not None and not PER_HEAD:
+            b_square = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            for i in tl.static_range(len(b_xs)):
+                b_square += b_xs[i].to(tl.float32) * b_xs[i].to(tl.float32)
+            rho = tl.rsqrt(tl.sum(b_square) * (1.0 / DIM) + eps)
+        for i in tl.static_range(len(b_xs)):
+            o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
+            b_z = b_xs[i].to(tl.float32)  # [BH, BD]
+            if weight_ptr is not None:
+                if PER_HEAD:
+                    rho = tl.rsqrt(tl.sum(b_z * b_z, 1) * (1.0 / HEAD) + eps)[:, None]
+                b_z *= _load_weight(weight_ptr, o_x, m_x, PER_HEAD)
+            if cos_ptr is not None:  # the few angles carry the factor rho to the whole token
+                b_z = rotate(b_z, b_cos * rho, b_sin * rho, BLOCK_H, BLOCK_D)
+            else:
+                b_z *= rho
+            tl.store(y_ptr + i_token * DIM + o_x, b_z.to(y_ptr.dtype.element_ty), mask=m_x)
+        i_token += 1
+
+
+@triton.jit
+def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels have few branches)
+    grad_ptr, x_ptr, dx_ptr, dw_ptr, weight_ptr, cos_ptr, sin_ptr,
+    stride_gb, stride_gl, length_g, stride_xb, stride_xl, length_x, tokens, sizes, starts, eps,
+    DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Compute d_x of this program's tokens of q or of k, and its partial row of d_w."""
+    share = tl.cdiv(tokens, tl.num_programs(0))
+    pid = tl.program_id(0).to(tl.int64)
+    i_token = pid * share
+    end = tl.minimum(i_token + share, tokens)
+    i_place = place(i_token, sizes)
+    b_dws = (tl.zeros([BLOCK_H, BLOCK_D], tl.float32),)  # one block for all chunks if heads share w
+    if not PER_HEAD:
+        for _ in tl.static_range((DIM - 1) // (BLOCK_H * HEAD)):
+            b_dws += (tl.zeros([BLOCK_H, BLOCK_D], tl.float32),)  # type: ignore[assignment]
+    while i_token < end:
+        p_g = grad_ptr + token_offset(i_token, stride_gb, stride_gl, length_g)
+        b_gs = _load_token(p_g, DIM, HEAD, BLOCK_H, BLOCK_D)
+        if weight_ptr is not None:
+            p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
+            b_xs = _load_token(p_x, DIM, HEAD, BLOCK_H, BLOCK_D)
+        if cos_ptr is not None:
+            b_cos, b_sin = load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD, BLOCK_D)
+            i_place = next_place(i_place, sizes)
+        rho = 1.0
+        if weight_ptr is not None and not PER_HEAD:
+            b_square = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            b_dot = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            for i in tl.static_range(len(b_gs)):
+                o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
+                b_n = b_xs[i].to(tl.float32)  # [BH, BD]
+                b_dz = b_gs[i].to(tl.float32)  # [BH, BD]
+                if cos_ptr is not None:
+                    b_dz = rotate(b_dz, b_cos, -b_sin, BLOCK_H, BLOCK_D)
+                b_square += b_n * b_n
+                b_w = tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+                b_dot += b_dz * b_n * b_w
+            rho = tl.rsqrt(tl.sum(b_square) * (1.0 / DIM) + eps)
+            mean = tl.sum(b_dot) * (1.0 / DIM) * rho * rho * rho
+        for i in tl.static_range(len(b_gs)):
+            o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
+            if weight_ptr is None or PER_HEAD:
+                b_g = b_gs[i]
+            else:
+                # Load again, from L1. The other eviction policy keeps the compiler from merging
+                # these with the first loads, which would cost 50 registers, half of the warps.
+                b_g = tl.load(p_g + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
+                b_x = tl.load(p_x + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
+                b_x = b_x.to(tl.float32)
+            if weight_ptr is not None and PER_HEAD:
+                b_x = b_xs[i].to(tl.float32)
+                rho = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / HEAD) + eps)[:, None]
+            b_dz = b_g.to(tl.float32)  # rho is a factor from here on
+            if cos_ptr is not None:
+                b_dz = rotate(b_dz, b_cos * rho, -b_sin * rho, BLOCK_H, BLOCK_D)
+            else:
+                b_dz *= rho
+            if weight_ptr is not None:
+                if dw_ptr is not None:
+                    # For absent heads rho is 1/√eps, which is infinite for an eps of zero.
+                    b_dw = tl.where(m_x, b_dz * b_x, 0.0)
+                    b_dws = _add_at(b_dws, 0 if PER_HEAD else i, b_dw)
+                b_dz *= _load_weight(weight_ptr, o_x, m_x, PER_HEAD)
+                if PER_HEAD:
+                    mean = tl.sum(b_dz * b_x, 1)[:, None] * (1.0 / HEAD) * rho * rho
+                b_dz -= b_x * mean
+            if dx_ptr is not None:
+                tl.store(dx_ptr + i_token * DIM + o_x, b_dz.to(dx_ptr.dtype.element_ty), mask=m_x)
+        i_token += 1
+    if dw_ptr is not None:
+        if PER_HEAD:
+            o_d = tl.arange(0, BLOCK_D)
+            tl.store(dw_ptr + pid * HEAD + o_d, tl.sum(b_dws[0], 0), mask=o_d < HEAD)
+        else:
+            for i in tl.static_range(len(b_dws)):
+                o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
+                tl.store(dw_ptr + pid * DIM + o_x, b_dws[i], mask=m_x)

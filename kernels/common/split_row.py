@@ -1,0 +1,165 @@
+"""Split a row of D columns into two power-of-two register tiles (5120 = 4096 + 1024).
+
+One tile for D 5120 has 8192 columns and wastes registers: 16 elements in each of 512 threads, where
+two tiles have 10. A split row is a tuple ``(head, tail)``: columns 0 to HEAD, and HEAD to
+HEAD + TAIL, of which the last may be beyond D.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prfl_fast.kernels.common.modulation_rows import load_sum, token_offset
+from prfl_fast.kernels.runtime.triton import tl, triton
+
+
+def split_token(dim: int, most: int = 16) -> tuple[int, int, int]:
+    """Return HEAD, TAIL and the fewest warps (up to 16) for ``most`` elements a thread."""
+    head = 1 << max(0, (dim - 1).bit_length() - 1)
+    tail = 1 << max(0, dim - head - 1).bit_length()
+    num_warps = 1
+    while num_warps < 16 and head + tail > most * 32 * num_warps:
+        num_warps *= 2
+    return max(32 * num_warps, head), max(32 * num_warps, tail), num_warps
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch of ``programs``, in all (forward) or for each row (backward); tiles of a token."""
+
+    head: int
+    tail: int
+    num_warps: int
+    registers: int | None  # most of a thread; None: the compiler chooses
+    programs: int
+
+    def options(self) -> dict[str, int]:
+        """Return the options of the compiler."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, **limit}
+
+    def constants(self, dim: int, kind: str) -> dict[str, Any]:
+        """Return the ``constexpr`` parameters of a kernel."""
+        threads = 32 * self.num_warps
+        return {"D": dim, "HEAD": self.head, "TAIL": self.tail, "THREADS": threads, "KIND": kind}
+
+
+@triton.jit
+def columns(D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Return the column numbers and the mask of those that exist."""
+    o_head = tl.arange(0, HEAD)
+    o_tail = HEAD + tl.arange(0, TAIL)
+    return (o_head, o_tail), (o_head < D, o_tail < D)
+
+
+@triton.jit
+def zeros(HEAD: tl.constexpr, TAIL: tl.constexpr):
+    return tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+
+
+@triton.jit
+def load(ptr, i_token, stride_b, stride_l, length, o_d, m_d, exists):
+    """Load token ``i_token`` in its own dtype; zeros beyond D, or if it does not exist."""
+    p_token = ptr + token_offset(i_token, stride_b, stride_l, length)
+    b_head = tl.load(p_token + o_d[0], mask=m_d[0] & exists, other=0.0)
+    return b_head, tl.load(p_token + o_d[1], mask=m_d[1] & exists, other=0.0)
+
+
+@triton.jit
+def store(ptr, i_token, b, o_d, m_d, D: tl.constexpr):
+    """Store token ``i_token`` (int64) of a contiguous tensor, rounded to its dtype."""
+    p_token = ptr + i_token * D
+    tl.store(p_token + o_d[0], b[0].to(ptr.dtype.element_ty), mask=m_d[0])
+    tl.store(p_token + o_d[1], b[1].to(ptr.dtype.element_ty), mask=m_d[1])
+
+
+@triton.jit
+def load_row(
+    rows_ptr, table_ptr, i_row, stride_row, o_d, m_d, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
+    """Load table + rows[i_row] in float32; zero if neither is given."""
+    b_head = load_sum(rows_ptr, table_ptr, i_row, stride_row, o_d[0], m_d[0], HEAD)
+    return b_head, load_sum(rows_ptr, table_ptr, i_row, stride_row, o_d[1], m_d[1], TAIL)
+
+
+@triton.jit
+def load_modulation(
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
+    i_row, stride_scale, stride_shift, o_d, m_d, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Return w·(1 + s) and b·(1 + s) + h of a row: the factor of x̂, and the offset."""
+    b_scale = load_row(scale_ptr, scale_table_ptr, i_row, stride_scale, o_d, m_d, HEAD, TAIL)
+    b_gain = (1.0 + b_scale[0], 1.0 + b_scale[1])
+    b_offset = load_row(shift_ptr, shift_table_ptr, i_row, stride_shift, o_d, m_d, HEAD, TAIL)
+    if bias_ptr is not None:
+        b_bias = load_row(None, bias_ptr, i_row, 0, o_d, m_d, HEAD, TAIL)
+        b_offset = add_product(b_offset, b_gain, b_bias)
+    if weight_ptr is not None:
+        b_gain = multiply(b_gain, load_row(None, weight_ptr, i_row, 0, o_d, m_d, HEAD, TAIL))
+    return b_gain, b_offset
+
+
+@triton.jit
+def round_to(b, ptr):
+    """Round to the dtype of a tensor."""
+    return b[0].to(ptr.dtype.element_ty), b[1].to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def widen(b):
+    return b[0].to(tl.float32), b[1].to(tl.float32)
+
+
+@triton.jit
+def add(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+@triton.jit
+def multiply(a, b):
+    return a[0] * b[0], a[1] * b[1]
+
+
+@triton.jit
+def add_product(a, b, c):
+    """Return a + b·c."""
+    return a[0] + b[0] * c[0], a[1] + b[1] * c[1]
+
+
+@triton.jit
+def mean(b, D: tl.constexpr, THREADS: tl.constexpr):
+    """Return the mean of D values: each thread adds its own, then one sum over threads."""
+    b_head = tl.sum(tl.reshape(b[0], [THREADS, b[0].shape[0] // THREADS]), 1)
+    b_tail = tl.sum(tl.reshape(b[1], [THREADS, b[1].shape[0] // THREADS]), 1)
+    return tl.sum(b_head + b_tail, 0) * (1.0 / D)
+
+
+@triton.jit
+def normalize(b_x, m_d, eps, D: tl.constexpr, THREADS: tl.constexpr, KIND: tl.constexpr):
+    """Return x̂ (zero beyond D) and ρ of one token."""
+    b_hat = b_x
+    rho = 1.0
+    if KIND == "layer":
+        center = mean(b_x, D, THREADS)
+        b_hat = (tl.where(m_d[0], b_x[0] - center, 0.0), tl.where(m_d[1], b_x[1] - center, 0.0))
+    if KIND != "none":
+        rho = tl.rsqrt(mean(multiply(b_hat, b_hat), D, THREADS) + eps)
+        b_hat = (b_hat[0] * rho, b_hat[1] * rho)
+    return b_hat, rho
+
+
+@triton.jit
+def normalize_gradient(
+    b_dhat, b_hat, rho, D: tl.constexpr, THREADS: tl.constexpr, KIND: tl.constexpr
+):
+    """Return d_x of one token from the gradient of x̂; undefined beyond D."""
+    b_dx = b_dhat
+    if KIND != "none":
+        along = mean(multiply(b_dhat, b_hat), D, THREADS)
+        center = 0.0
+        if KIND == "layer":
+            center = mean(b_dhat, D, THREADS)
+        b_dx = (
+            (b_dhat[0] - b_hat[0] * along - center) * rho,
+            (b_dhat[1] - b_hat[1] * along - center) * rho,
+        )
+    return b_dx

@@ -1,0 +1,334 @@
+"""Bias and tanh-GELU in one pass that saves the pre-activation alone.
+
+    h = x + b,  u = √(2/π)·(h + 0.044715·h³),  y = h/2 · (1 + tanh u)
+    d_x = d_y · [ (1 + tanh u)/2 + h/2 · (1 - tanh²u) · √(2/π)·(1 + 3·0.044715·h²) ]
+    d_b = Σ_rows d_x
+
+With z = 2u, (1 + tanh u)/2 is the sigmoid σ(z) and (1 - tanh²u)/4 is σ(z)·σ(-z). The kernels
+compute both from an exponential: nothing cancels, and no finite h gives an infinity or NaN.
+An FP8 output has no gradient. It is y quantized row by row, as in common/fp8.py:
+
+    y_scale = amax |y| / 448,  y_q = e4m3(y / y_scale)
+
+Shapes: x ``[..., D]``, b ``[D]`` or absent, y as x. For an FP8 output x is ``[B, L, D]`` or
+``[N, D]``, y_q as x, y_scale as x with 1 for D.
+Dtypes: x and b are any mix of float32, bfloat16, float16. h and y are computed in float32 (float64
+for float64 x) and y is rounded once, to x's dtype or from float32 to e4m3; h is never rounded; d_b
+sums the unrounded d_x.
+Saved for backward: x and b. Autograd of ``gelu(x + b)`` keeps x + b besides x's producer.
+Bytes: forward reads x and writes y (FP8: one byte an element and four a row); backward reads x and
+d_y and writes d_x.
+"""
+
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+
+from prfl_fast.kernels.common.fp8 import (
+    FP8,
+    empty_quantized,
+    quantize,
+    quantize_rows,
+    refuse_gradients,
+)
+from prfl_fast.kernels.common.modulation_rows import check_tokens
+from prfl_fast.kernels.common.strided_rows import gradient_rows, row_axes, row_offset
+from prfl_fast.kernels.runtime.checks import (
+    compute_dtype,
+    require,
+    require_float,
+    require_same_device,
+)
+from prfl_fast.kernels.runtime.registry import register
+from prfl_fast.kernels.runtime.triton import capability, processors, tl, triton
+
+CHUNK = 1 << 18  # elements widened at once on the CPU: float32 pieces fit a 2 MB cache
+
+
+# Reference.
+def _pieces(x: torch.Tensor) -> list[slice]:
+    """Split the rows of ``[N, D]`` into cache-sized slices on the CPU, one slice elsewhere."""
+    rows = max(1, CHUNK // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
+
+
+def reference(
+    x: torch.Tensor, bias: torch.Tensor | None, upcast: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return y from plain PyTorch; ``upcast`` is the dtype computed in and returned."""
+    x = x if upcast is None else x.to(upcast)
+    if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
+        return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
+    dtype = compute_dtype(x)
+    y, bias = x.new_empty(x.shape), bias.to(dtype)
+    x, out = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
+    for rows in _pieces(x):
+        h = x[rows].to(dtype) + bias
+        out[rows] = torch.ops.aten.gelu_(h, approximate="tanh")
+    return y
+
+
+def reference_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, need_x: bool, need_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(d_x, d_bias)``; an empty tensor for each not needed."""
+    if bias is None:
+        d_x = torch.ops.aten.gelu_backward(grad, x, approximate="tanh").contiguous()
+        return d_x, x.new_empty(0)
+    dtype, dim = compute_dtype(x), x.shape[-1]
+    d_x = x.new_empty(x.shape if need_x else (0,))
+    d_bias = torch.zeros(dim, dtype=dtype, device=x.device)
+    x, grad, wide_bias = x.reshape(-1, dim), grad.reshape(-1, dim), bias.to(dtype)
+    out = d_x.view(-1, dim) if need_x else d_x
+    for rows in _pieces(x):
+        h = x[rows].to(dtype) + wide_bias
+        d_h = torch.ops.aten.gelu_backward(grad[rows].to(dtype), h, approximate="tanh")
+        if need_x:
+            out[rows] = d_h
+        if need_bias:
+            d_bias += d_h.sum(0)
+    return d_x, d_bias.to(bias.dtype) if need_bias else bias.new_empty(0)
+
+
+def reference_fp8(
+    x: torch.Tensor, bias: torch.Tensor | None, upcast: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(y_q, y_scale)`` from plain PyTorch; ``upcast`` is the dtype y is computed in."""
+    dtype = compute_dtype(x, upcast)
+    h = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    return quantize(torch.nn.functional.gelu(h, approximate="tanh"))
+
+
+# Triton: a program takes a block of columns, so that it loads the bias once.
+@triton.jit
+def _tile(i, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return row and first column (int64) of tile ``i``; tiles run along a row first."""
+    columns = (D + BLOCK_D - 1) // BLOCK_D
+    return (i // columns).to(tl.int64), (i % columns).to(tl.int64) * BLOCK_D
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, bias_ptr, y_ptr, stride_x0, stride_x1, stride_x2, length_x1, length_x2, rows,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_d = _tile(tl.program_id(0), D, BLOCK_D)
+    o_r = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
+    o_d = i_d + tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < D
+    m_rd = (o_r < rows)[:, None] & m_d[None, :]
+    o_x = row_offset(o_r, stride_x0, stride_x1, stride_x2, length_x1, length_x2)
+    b_h = tl.load(x_ptr + o_x[:, None] + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        b_h += tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]  # [BR, BD]
+    b_z = b_h * (1.5957691216057308 + 1.5957691216057308 * 0.044715 * b_h * b_h)
+    b_y = b_h / (1.0 + tl.exp(-b_z))  # [BR, BD]; -0 if the exponential is infinite
+    p_y = y_ptr + o_r[:, None] * D + o_d[None, :]
+    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_rd)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr,
+    stride_g0, stride_g1, stride_g2, length_g1, length_g2,
+    stride_x0, stride_x1, stride_x2, length_x1, length_x2, rows, rows_per_program,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_d = _tile(tl.program_id(0), D, BLOCK_D)
+    o_d = i_d + tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < D
+    b_bias = tl.zeros([BLOCK_D], tl.float32)
+    if bias_ptr is not None:
+        b_bias = tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    i_row = i_chunk * rows_per_program
+    end = tl.minimum(i_row + rows_per_program, rows)
+    while i_row < end:  # range() takes no tensor bounds in the interpreter with numpy ≥ 2.4
+        o_r = i_row + tl.arange(0, BLOCK_R)  # [BR]
+        m_rd = (o_r < end)[:, None] & m_d[None, :]
+        o_x = row_offset(o_r, stride_x0, stride_x1, stride_x2, length_x1, length_x2)
+        o_g = row_offset(o_r, stride_g0, stride_g1, stride_g2, length_g1, length_g2)
+        p_g = grad_ptr + o_g[:, None] + o_d[None, :]
+        b_h = tl.load(x_ptr + o_x[:, None] + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_g, mask=m_rd, other=0.0).to(tl.float32)  # [BR, BD]
+        b_h += b_bias[None, :]  # [BR, BD]
+        b_h2 = b_h * b_h
+        b_z = b_h * (1.5957691216057308 + 1.5957691216057308 * 0.044715 * b_h2)
+        b_slope = b_h * (1.5957691216057308 + 3 * 1.5957691216057308 * 0.044715 * b_h2)  # h·dz/dh
+        b_e = tl.exp(-tl.abs(b_z))
+        b_s = 1.0 / (1.0 + b_e)  # σ(|z|)
+        # From |h| = 16 on e is zero in float32, and the slope may be infinite: avoid 0·∞.
+        b_slope = tl.where(tl.abs(b_h) < 16.0, b_slope * b_e * b_s * b_s, 0.0)
+        b_dh = b_dy * (tl.where(b_z >= 0.0, b_s, b_e * b_s) + b_slope)  # [BR, BD]
+        if partial_ptr is not None:
+            b_sum += b_dh
+        if dx_ptr is not None:
+            p_dx = dx_ptr + o_r[:, None] * D + o_d[None, :]
+            tl.store(p_dx, b_dh.to(dx_ptr.dtype.element_ty), mask=m_rd)
+        i_row += BLOCK_R
+    if partial_ptr is not None:
+        tl.store(partial_ptr + i_chunk * D + o_d, tl.sum(b_sum, 0), mask=m_d)
+
+
+# Launch.
+TILE = 2048  # elements, on 4 warps: 16 a thread, two 16-byte loads of bfloat16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A tile, the rows of a program (whole tiles), and the programs that share the rows."""
+
+    block_r: int
+    block_d: int
+    rows_per_program: int
+    chunks: int
+    num_warps: int = 4
+
+
+def _tile_shape(dim: int) -> tuple[int, int]:
+    """Return rows and columns of a tile: the widest of those with the fewest columns beyond D."""
+    widths = [min(width, 1 << (dim - 1).bit_length()) for width in (1024, 512, 256, 128, 64)]
+    width = min(widths, key=lambda width: -(-dim // width) * width)
+    return TILE // width, width
+
+
+def map_launch(rows: int, dim: int) -> Launch:
+    """Choose one tile a program, for kernels without a sum over rows."""
+    block_r, block_d = _tile_shape(dim)
+    return Launch(block_r, block_d, block_r, -(-rows // block_r))
+
+
+def sum_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
+    """Choose one resident wave, 6 programs a processor; each writes a partial row of d_bias."""
+    block_r, block_d = _tile_shape(dim)
+    tiles = -(-rows // block_r)
+    chunks = max(1, min(tiles, 6 * processors(capability) // -(-dim // block_d)))
+    share = -(-tiles // chunks)
+    return Launch(block_r, block_d, share * block_r, -(-tiles // share))
+
+
+def _grid(launch: Launch, dim: int) -> tuple[int]:
+    return (launch.chunks * -(-dim // launch.block_d),)
+
+
+def _triton_forward(x, bias):
+    axes, dim = row_axes(x), x.shape[-1]
+    if axes is None:
+        return reference(x, bias)
+    y = x.new_empty(x.shape)
+    rows = x.numel() // dim
+    if rows > 0:
+        launch = map_launch(rows, dim)
+        forward_kernel[_grid(launch, dim)](
+            x, None if bias is None else bias.contiguous(), y, *axes, rows,
+            D=dim, BLOCK_R=launch.block_r, BLOCK_D=launch.block_d, num_warps=launch.num_warps,
+        )  # fmt: skip
+    return y
+
+
+def _triton_backward(grad, x, bias, need_x, need_bias):
+    axes, dim = row_axes(x), x.shape[-1]
+    rows, need_bias = x.numel() // dim, need_bias and bias is not None
+    if axes is None or rows == 0:
+        return reference_backward(grad, x, bias, need_x, need_bias)
+    grad, grad_axes = gradient_rows(grad)
+    launch = sum_launch(rows, dim, capability(x.device)) if need_bias else map_launch(rows, dim)
+    d_x = x.new_empty(x.shape) if need_x else None
+    partials = x.new_empty(launch.chunks, dim, dtype=torch.float32) if need_bias else None
+    backward_kernel[_grid(launch, dim)](
+        grad, x, None if bias is None else bias.contiguous(), d_x, partials,
+        *grad_axes, *axes, rows, launch.rows_per_program,
+        D=dim, BLOCK_R=launch.block_r, BLOCK_D=launch.block_d, num_warps=launch.num_warps,
+    )  # fmt: skip
+    d_bias = None if partials is None else partials.sum(0).to(bias.dtype)
+    empty = x.new_empty(0) if bias is None else bias.new_empty(0)
+    return x.new_empty(0) if d_x is None else d_x, empty if d_bias is None else d_bias
+
+
+def _triton_fp8(x, bias):
+    return quantize_rows(x, bias, gelu=True)  # h, y and the row's largest |y| stay in registers
+
+
+# Registration.
+def _fake(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, need_x: bool, need_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_x = x.new_empty(x.shape if need_x else (0,))
+    if bias is None:
+        return d_x, x.new_empty(0)
+    return d_x, bias.new_empty(bias.shape if need_bias else (0,))
+
+
+_forward_op = register("bias_gelu", reference, fake=_fake, triton=_triton_forward)
+_backward_op = register(
+    "bias_gelu_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+)
+_fp8_op = register(
+    "gelu_fp8", reference_fp8, fake=lambda x, bias: empty_quantized(x), triton=_triton_fp8
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    need_x, need_bias = ctx.needs_input_grad
+    d_x, d_bias = _backward_op(grad, *ctx.saved_tensors, need_x, need_bias)
+    return d_x if need_x else None, d_bias if need_bias else None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Public function.
+@overload
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = ..., *, out_dtype: None = ...
+) -> torch.Tensor: ...
+@overload
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = ..., *, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute ``gelu(x + bias)`` with the tanh form of GELU.
+
+    Args:
+        x: ``[..., D]``, any strides; usually a linear layer's output without its bias. For an FP8
+            output ``[B, L, D]`` or ``[N, D]`` with a contiguous last axis.
+        bias: ``[D]``, any floating dtype.
+        out_dtype: None for x's dtype, or torch.float8_e4m3fn for the input of :func:`fp8_linear`.
+
+    Returns:
+        The activation, contiguous, in x's shape and dtype, rounded once from float32 (float64 for
+        float64 x). With an FP8 ``out_dtype`` the pair ``(y_q, y_scale)``: y_q float8_e4m3fn of x's
+        shape, y_scale float32 of x's shape with 1 for D, both contiguous. ``y_q.float() * y_scale``
+        is within 1/16 of each element of y or within 2⁻¹⁰·y_scale.
+
+    Raises:
+        ValueError: if a shape, dtype, stride, device or ``out_dtype`` is not as above; or if the
+            output is FP8 and an input requires a gradient while gradients are recorded.
+    """
+    op = "bias_gelu"
+    require_float(op, "x", x)
+    require(x.ndim > 0 and x.shape[-1] > 0, op, "x", x, "[..., D] with D > 0")
+    if out_dtype is not None:
+        require(out_dtype == FP8, op, "out_dtype", out_dtype, f"None or {FP8}")
+        check_tokens(op, "x", x)
+    if bias is not None:
+        require_float(op, "bias", bias)
+        # The text is made only on failure: it would fix D in a trace.
+        if bias.shape != x.shape[-1:]:
+            require(False, op, "bias", bias, f"[{x.shape[-1]}] to match x's last dimension")
+        require_same_device(op, x=x, bias=bias)
+    if out_dtype is None:
+        return _forward_op(x, bias)
+    refuse_gradients(op, x=x, bias=bias)
+    return _fp8_op(x, bias)

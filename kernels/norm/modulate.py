@@ -1,0 +1,347 @@
+"""LayerNorm or RMSNorm, optional affine, then modulation by compact rows, in one pass over x.
+
+    y = (x̂·w + b)·(1 + s_r) + h_r,    s_r = scale_table + scale[r],    h_r = shift_table + shift[r]
+    x̂ = (x - mean x)·ρ, ρ = 1/√(var x + ε)  for kind "layer";
+    x̂ = x·ρ,            ρ = 1/√(mean x² + ε)  for "rms";      x̂ = x  for "none"
+
+Token n of N uses modulation row r = n // (N / R) of R rows (R = 1, B, B·F and B·L are this one
+rule), or row ``row_index[n]``. With g_r = w·(1 + s_r), and the sums A_r = Σ dy·x̂ and B_r = Σ dy
+over the tokens of row r:
+
+    d_x = ρ·(g·dy - mean(g·dy) - x̂·mean(g·dy·x̂))  "layer";   no first mean  "rms";   g·dy  "none"
+    d_scale_r = A_r·w + B_r·b        d_weight = Σ_r (1 + s_r)·A_r      d_scale_table = Σ_r d_scale_r
+    d_shift_r = B_r                  d_bias = Σ_r (1 + s_r)·B_r        d_shift_table = Σ_r d_shift_r
+
+An FP8 output has no gradient. It is y quantized token by token, as in common/fp8.py:
+
+    y_scale = amax |y| / 448,  y_q = e4m3(y / y_scale)
+
+Shapes: x, y, y_q ``[B, L, D]`` or ``[N, D]``; y_scale as x with 1 for D; w, b, tables ``[D]``;
+scale, shift ``[R, D]``; row_index as x without D.
+Dtypes: x and parameters are any mix of float32, bfloat16, float16. Statistics, rows, products, A
+and B are float32 (float64 for float64 x). y and every gradient are rounded once, to their tensor's
+dtype; y_q is rounded once from float32.
+Saved for backward: the inputs. The backward computes mean and ρ again from the row of x that d_x
+needs anyway.
+Bytes: forward reads x and writes y (FP8: one byte an element and four a token); backward reads x
+and dy and writes d_x. The rows are few.
+"""
+
+from typing import overload
+
+import torch
+
+from prfl_fast.kernels.common.fp8 import FP8, converts, empty_quantized, quantize, refuse_gradients
+from prfl_fast.kernels.common.modulation_rows import (
+    by_row,
+    check_rows,
+    check_tokens,
+    count_rows,
+    per_token,
+    segments,
+    sum_by_row,
+    table_plus_rows,
+    token_strides,
+)
+from prfl_fast.kernels.common.norm_math import normalize, parameter_gradients, row_gain
+from prfl_fast.kernels.norm.modulate_triton import (
+    backward_kernel,
+    backward_launch,
+    forward_kernel,
+    forward_launch,
+)
+from prfl_fast.kernels.runtime.checks import compute_dtype, require
+from prfl_fast.kernels.runtime.registry import register
+from prfl_fast.kernels.runtime.triton import capability
+
+KINDS = ("layer", "rms", "none")
+
+
+# Reference: the CPU's implementation, and with upcast=torch.float64 the oracle of the tests.
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale_table: torch.Tensor | None,
+    shift_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    kind: str,
+    eps: float,
+    upcast: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return y from differentiable PyTorch; ``upcast``: dtype computed in and returned."""
+    dtype = compute_dtype(x, upcast)
+    modulation = table_plus_rows(scale_table, scale, dtype)
+    gain = row_gain(weight, modulation, dtype)
+    offset = table_plus_rows(shift_table, shift, dtype)
+    if bias is not None:
+        lifted = bias.to(dtype)[None] if modulation is None else bias.to(dtype) * (1 + modulation)
+        offset = lifted if offset is None else offset + lifted
+    rows = max(1 if t is None else t.shape[0] for t in (gain, offset))
+    if kind == "layer" and rows == 1:  # one row of gain and offset is ATen's affine: one pass
+        w, b = (None if t is None else t[0] for t in (gain, offset))
+        y = torch.nn.functional.layer_norm(x.to(dtype), list(x.shape[-1:]), w, b, eps)
+    else:
+        y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
+        gain, offset = (
+            t if t is None else per_token(t, row_index if len(t) > 1 else None)
+            for t in (gain, offset)
+        )
+        if gain is not None and offset is not None:
+            y = torch.addcmul(offset, y, gain)
+        elif gain is not None:
+            y = y * gain
+        elif offset is not None:
+            y = y + offset
+    return y.to(upcast or x.dtype).reshape(x.shape).contiguous()
+
+
+def reference_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scale_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    rows: int,
+    kind: str,
+    eps: float,
+    need_x: bool,
+    need_dot: bool,
+    need_total: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``(d_x, A [R, D], B [R, D])`` of the formulas above; empty tensors if not needed."""
+    dtype = compute_dtype(x)
+    d_x, dot, total = x.new_empty(0), x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    dy = by_row(grad.to(dtype), rows, row_index)
+    if need_total:
+        total = sum_by_row(dy, rows, row_index)
+    if not need_x and not need_dot:
+        return d_x, dot, total
+    wide = by_row(x.to(dtype), rows, row_index)
+    x_hat, mean, rho = normalize(wide, kind, eps)
+    if need_dot:
+        dot = sum_by_row(dy * x_hat, rows, row_index)
+    if need_x:
+        gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype)
+        one_row = gain is not None and len(gain) == 1
+        d_hat = dy
+        if gain is not None and not (one_row and kind == "layer"):
+            d_hat = dy * per_token(gain, None if one_row else row_index)
+        if kind == "layer":  # ATen has the same formula, and takes one row of gain
+            row = gain[0] if gain is not None and one_row else None
+            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                d_hat, wide, wide.shape[-1:], mean, rho, row, None, [True, False, False]
+            )
+        elif kind == "rms":
+            d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
+        else:
+            d_x = d_hat.clone()
+        d_x = d_x.to(x.dtype).reshape(x.shape).contiguous()
+    return d_x, dot, total
+
+
+def reference_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale_table: torch.Tensor | None,
+    shift_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    kind: str,
+    eps: float,
+    upcast: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``(y_q, y_scale)`` from plain PyTorch; ``upcast`` is the dtype y is computed in."""
+    dtype = compute_dtype(x, upcast)
+    y = reference(
+        x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, eps, upcast=dtype
+    )
+    return quantize(y)
+
+
+# Launch. The kernels are in modulate_triton.py.
+def _run_forward(y, y_scale, x, weight, bias, scale, shift, scale_table, shift_table, row_index,
+                 kind, eps):  # fmt: skip
+    """Launch the forward kernel; it writes FP8 rows where ``y_scale`` is given."""
+    dim = x.shape[-1]
+    tokens = x.numel() // dim
+    if tokens == 0:
+        return
+    chip, fp8 = capability(x.device), y_scale is not None
+    launch = forward_launch(tokens, dim, kind, chip, fp8)
+    vectors = [t if t is None else t.contiguous() for t in (weight, bias, scale_table, shift_table)]
+    forward_kernel[(launch.programs,)](
+        x, y, y_scale, *vectors[:2], scale, shift, *vectors[2:],
+        None if row_index is None else row_index.contiguous(),
+        *token_strides(x),
+        0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
+        tokens, tokens // count_rows(scale, shift), -(-tokens // launch.programs), eps,
+        **launch.constants(dim, kind), CONVERTS=fp8 and converts(chip), **launch.options(),
+    )  # fmt: skip
+
+
+def _triton_forward(x, *parameters):
+    y = x.new_empty(x.shape)
+    _run_forward(y, None, x, *parameters)
+    return y
+
+
+def _triton_fp8(x, *parameters):
+    y, y_scale = empty_quantized(x)
+    _run_forward(y.view(torch.uint8), y_scale, x, *parameters)
+    return y, y_scale
+
+
+def _triton_backward(
+    grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
+):  # fmt: skip
+    dim = x.shape[-1]
+    tokens = x.numel() // dim
+    if tokens == 0:
+        needs = (need_x, need_dot, need_total)
+        return reference_backward(
+            grad, x, weight, scale, scale_table, None, rows, kind, eps, *needs
+        )
+    itemsize, sums = max(grad.itemsize, x.itemsize), need_dot or need_total
+    launch = backward_launch(tokens, rows, dim, itemsize, capability(x.device), sums)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    order, bounds = (None, None) if row_index is None else segments(row_index, rows)
+    d_x = x.new_empty(x.shape) if need_x else None
+    dot, total = (
+        x.new_empty(rows, launch.programs, dim, dtype=torch.float32) if need else None
+        for need in (need_dot, need_total)
+    )
+    vectors = [t if t is None else t.contiguous() for t in (weight, scale_table)]
+    needed = x if need_dot or (need_x and kind != "none") else None
+    backward_kernel[(rows * launch.programs,)](
+        grad, needed, d_x, dot, total, vectors[0], scale, vectors[1], order, bounds,
+        *token_strides(grad), *token_strides(x), 0 if scale is None else scale.stride(0),
+        tokens // rows, launch.programs, eps,
+        **launch.constants(dim, kind), **launch.options(),
+    )  # fmt: skip
+    empty = x.new_empty(0, dtype=torch.float32)
+    sums = [empty.clone() if t is None else t.sum(1) for t in (dot, total)]
+    return x.new_empty(0) if d_x is None else d_x, *sums
+
+
+# Registration.
+def _fake_backward(
+    grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
+):  # fmt: skip
+    sums, dtype = (rows, x.shape[-1]), compute_dtype(x)
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(sums if need_dot else 0, dtype=dtype),
+        x.new_empty(sums if need_total else 0, dtype=dtype),
+    )
+
+
+_forward_op = register(
+    "norm_modulate", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward
+)
+_backward_op = register(
+    "norm_modulate_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+)
+_fp8_op = register(
+    "norm_modulate_fp8", reference_fp8, fake=lambda x, *_: empty_quantized(x), triton=_triton_fp8
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, scale, shift, scale_table, _, row_index, ctx.kind, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias, scale, scale_table, row_index)
+    ctx.rows = count_rows(scale, shift)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[1:7]]
+
+
+def _backward(ctx, grad):
+    x, weight, bias, scale, scale_table, row_index = ctx.saved_tensors
+    need_x, *needs = ctx.needs_input_grad[:7]
+    need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
+    need_scale = need_scale or need_scale_table
+    d_x, dot, total = _backward_op(
+        grad, x, weight, scale, scale_table, row_index, ctx.rows, ctx.kind, ctx.eps, need_x,
+        need_weight or need_scale,
+        need_bias or need_shift or need_shift_table or (need_scale and bias is not None),
+    )  # fmt: skip
+    rest = parameter_gradients(dot, total, weight, bias, scale, scale_table, needs, ctx.dtypes)
+    return d_x if need_x else None, *rest, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Public function.
+@overload
+def norm_modulate(
+    x: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ..., *,
+    scale: torch.Tensor | None = ..., shift: torch.Tensor | None = ...,
+    scale_table: torch.Tensor | None = ..., shift_table: torch.Tensor | None = ...,
+    row_index: torch.Tensor | None = ..., kind: str = ..., eps: float = ..., out_dtype: None = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def norm_modulate(
+    x: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ..., *,
+    scale: torch.Tensor | None = ..., shift: torch.Tensor | None = ...,
+    scale_table: torch.Tensor | None = ..., shift_table: torch.Tensor | None = ...,
+    row_index: torch.Tensor | None = ..., kind: str = ..., eps: float = ..., out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    scale_table: torch.Tensor | None = None,
+    shift_table: torch.Tensor | None = None,
+    row_index: torch.Tensor | None = None,
+    kind: str = "layer",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalize each token and modulate it: ``(norm(x)·w + b)·(1 + s) + h``, rounded once.
+
+    Args:
+        x: ``[B, L, D]`` or ``[N, D]``; the last axis is contiguous, the others have any stride.
+        weight, bias: ``[D]``, the affine part of the norm; one and zero where absent.
+        scale, shift: ``[R, D]``; R divides the tokens, and token n of N uses row n // (N / R).
+            Only the last axis has to be contiguous, so slices of ``[R, 6, D]`` are not copied.
+        scale_table, shift_table: ``[D]``, added to every row of scale and shift in float32.
+        row_index: int32 or int64, x's shape without D: the row of each token, in place of that
+            rule. Values outside [0, R) are an error on the CPU and undefined behavior on CUDA,
+            where a check would stall the stream.
+        kind: "layer" (LayerNorm), "rms" (RMSNorm) or "none".
+        eps: added to the variance (layer) or the mean square (rms).
+        out_dtype: None for x's dtype, or torch.float8_e4m3fn for the input of :func:`fp8_linear`.
+
+    Returns:
+        y, of x's shape and dtype, contiguous. With an FP8 ``out_dtype`` the pair
+        ``(y_q, y_scale)``: y_q float8_e4m3fn of x's shape, y_scale float32 of x's shape with 1 for
+        D, both contiguous. ``y_q.float() * y_scale`` is within 1/16 of each element of y or within
+        2⁻¹⁰·y_scale.
+
+    Raises:
+        ValueError: if a shape, dtype, stride, device, ``kind``, ``eps`` or ``out_dtype`` is not as
+            above; or if the output is FP8 and an input requires a gradient while gradients are
+            recorded.
+    """
+    op = "norm_modulate"
+    check_tokens(op, "x", x)
+    vectors = {
+        "weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table,
+    }  # fmt: skip
+    check_rows(op, x, vectors, {"scale": scale, "shift": shift}, row_index)
+    require(kind in KINDS, op, "kind", kind, f"one of {', '.join(KINDS)}")
+    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
+    run = _forward_op
+    if out_dtype is not None:
+        require(out_dtype == FP8, op, "out_dtype", out_dtype, f"None or {FP8}")
+        refuse_gradients(op, x=x, **vectors, scale=scale, shift=shift)
+        run = _fp8_op
+    return run(x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, float(eps))

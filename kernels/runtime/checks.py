@@ -1,0 +1,37 @@
+"""Checks of the arguments that the public functions take, and the dtype they compute in."""
+
+import torch
+
+
+def describe(value: object) -> str:
+    """Return a tensor as ``float32[2, 16, 64] on cpu``, anything else as its ``repr``."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def require(ok: bool, op: str, argument: str, got: object, expected: str) -> None:
+    """Raise ``ValueError`` unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{op}: {argument} is {describe(got)}, expected {expected}")
+
+
+def require_float(op: str, argument: str, value: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless ``value`` is a floating-point tensor."""
+    ok = isinstance(value, torch.Tensor) and value.is_floating_point()
+    require(ok, op, argument, value, "a floating-point tensor")
+
+
+def require_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` unless all given tensors are on the device of the first of them."""
+    given = {argument: t for argument, t in tensors.items() if t is not None}
+    device = next((t.device for t in given.values()), None)
+    for argument, tensor in given.items():
+        require(tensor.device == device, op, argument, tensor, f"a tensor on {device}")
+
+
+def compute_dtype(x: torch.Tensor, upcast: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype to compute in: ``upcast`` or, without it, float64 for float64 x, float32."""
+    if upcast is not None:
+        return upcast
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

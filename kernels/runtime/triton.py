@@ -1,0 +1,49 @@
+"""Import Triton, or a substitute that lets kernel files import; describe chips for launches."""
+
+import os
+from typing import Any
+
+import torch
+
+
+class _Absent:
+    """Substitute for the modules of Triton: it accepts the decorators of kernel files."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = _Absent()  # type: ignore[assignment]
+    HAS_TRITON = False
+
+# Triton reads the variable when it decorates a kernel, so at the import of a kernel file.
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device; (8, 0) for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+# Multiprocessors by major compute capability. Not the device's own count: with a constant the order
+# of summation, and so every bit of a gradient, is the same on all boards of a generation.
+_PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
+
+
+def processors(capability: tuple[int, int]) -> int:
+    """Return the number of multiprocessors that launches assume for a compute capability."""
+    return _PROCESSORS.get(capability[0], 132)
+
+
+__all__ = ["HAS_TRITON", "INTERPRETING", "capability", "processors", "tl", "triton"]

@@ -1,0 +1,136 @@
+"""Models of the YAML files of ``prfl-fast train``, ``train-reward`` and ``score``.
+
+``prfl-fast init`` and docs/configuration.md show each description.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self  # noqa: UP035 - Python 3.10 has none
+
+from prfl_fast.cli import sections
+from prfl_fast.cli.yaml_config import Count, Index, Positive, Section, Text, from_list, key
+from prfl_fast.memory.policy import check_compatible
+from prfl_fast.utils.checks import check
+
+Timesteps = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1), from_list
+]
+Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_list]
+Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), from_list]
+
+
+class TrainFile(Section):
+    """Train a generator: reward feedback alternated with supervised steps, or either alone."""
+
+    model: Text = key(..., "Folder of a diffusers transformer.")
+    data: Text = key(..., "Folder of a dataset of latents.")
+    out: Text = key(..., "Folder of the checkpoints and logs.")
+    run: sections.RunConfig = key(..., "Length, batches, checkpoints and logs.")
+    reward: Text | sections.ReferenceReward | Rewards | None = key(
+        None,
+        "Folder of a saved reward model, the files of HY-Video-PRFL's, or a list of several "
+        "rewards. The prfl objective requires it.",
+    )
+    objectives: Objectives = key(("prfl", "sft"), "Objectives, which take turns: one step of each.")
+    prfl: sections.FeedbackSection = key(sections.FeedbackSection(), "Reward feedback.")
+    rollout: sections.RolloutSection = key(sections.RolloutSection(), "The steps without gradient.")
+    optimizer: sections.OptimizerSection = key(sections.OptimizerSection(), "AdamW.")
+    lora: sections.LoraSection | None = key(None, "Low-rank adapters; null trains all parameters.")
+    hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
+    memory: Literal["auto"] | sections.MemorySection = key(
+        sections.MemorySection(), "Memory policy of the generator; auto plans it and reward_memory."
+    )
+    reward_memory: sections.RewardMemorySection = key(
+        sections.RewardMemorySection(), "Memory policy of the frozen reward model."
+    )
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Self:
+        unique = len(set(self.objectives)) == len(self.objectives)
+        check(unique, "objectives", list(self.objectives), "no repeats")
+        if "prfl" in self.objectives and self.reward is None:
+            raise ValueError("reward is missing, expected a reward model for the prfl objective")
+        names = [r.name for r in self.reward] if isinstance(self.reward, tuple) else []
+        for i, name in enumerate(names):
+            check(name not in names[:i], f"reward[{i}].name", name, "a name of its own")
+        for name, value, off in (
+            ("prfl.divergence", self.prfl.divergence, 0.0),
+            ("rollout.merge_lora", self.rollout.merge_lora, False),
+        ):
+            ok, wanted = not value or self.lora is not None, f"{off} without adapters"
+            check(ok, name, value, wanted, hint="Add lora: {lora_rank: 16}")
+        self._check_memory()
+        return self
+
+    def _check_memory(self) -> None:
+        precision = self.hardware.precision
+        frozen = self.reward_memory.build()
+        check_compatible(frozen, train=None, precision=precision, name="reward_memory")
+        if isinstance(self.memory, sections.MemorySection):
+            train: Literal["full", "lora"] = "full" if self.lora is None else "lora"
+            check_compatible(self.memory.build(), train=train, precision=precision)
+            return
+        wanted = "bf16 with memory: auto, which plans for bfloat16"
+        check(precision == "bf16", "hardware.precision", precision, wanted)
+        same = self.reward_memory == sections.RewardMemorySection()
+        hint = "Leave out reward_memory, which memory: auto plans too"
+        check(same, "memory", self.memory, "a mapping beside reward_memory", hint=hint)
+
+
+class TrainRewardFile(Section):
+    """Train a latent reward model from a generator's first blocks."""
+
+    model: Text = key(..., "Folder of the generator, a diffusers transformer.")
+    data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
+    out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
+    run: sections.RunConfig = key(..., "Length, batches, checkpoints and logs.")
+    eval_data: Text | None = key(
+        None, "Dataset of labeled videos to evaluate on at the end; null skips it."
+    )
+    timesteps: Timesteps = key((201, 400, 600, 800, 1000), "Timesteps of the evaluation.")
+    num_blocks: Count = key(8, "Blocks taken from the generator.")
+    num_heads: Count = key(8, "Heads of the attention pooling.")
+    num_queries: Count = key(1, "Queries of the attention pooling.")
+    loss: Literal["ce", "bt"] = key(
+        "ce", "Cross-entropy of labeled videos, or Bradley-Terry of pairs."
+    )
+    label: Text = key("motion_quality", "Label of the dataset to learn.")
+    shift: Positive = key(5.0, "Timestep shift of the noise schedule.")
+    optimizer: sections.RewardOptimizerSection = key(sections.RewardOptimizerSection(), "AdamW.")
+    hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
+    memory: sections.TrainedRewardMemorySection = key(
+        sections.TrainedRewardMemorySection(), "Memory policy of the reward model."
+    )
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        precision = self.hardware.precision
+        check_compatible(self.memory.build(), train="full", precision=precision)
+        return self
+
+
+class ScoreFile(Section):
+    """Score the videos of a dataset at several timesteps."""
+
+    reward: Text | sections.ReferenceReward = key(
+        ..., "Folder of a saved reward model, or the files of HY-Video-PRFL's."
+    )
+    data: Text = key(..., "Folder of a dataset of latents.")
+    out: Text = key(..., "File of the scores, .jsonl or .csv.")
+    model: Text | None = key(
+        None, "Folder of the generator; a reward in HY-Video-PRFL's files needs it."
+    )
+    timesteps: Timesteps = key((201, 400, 600, 800, 1000), "Timesteps of the scores.")
+    batch_size: Count = key(1, "Videos in a forward pass.")
+    seed: Index = key(0, "Seed of the noise.")
+    hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        known = Path(self.out).suffix in (".jsonl", ".csv")
+        check(known, "out", self.out, "a name that ends in .jsonl or .csv")
+        if isinstance(self.reward, sections.ReferenceReward) and self.model is None:
+            raise ValueError("model is missing, expected the generator's folder for this reward")
+        return self

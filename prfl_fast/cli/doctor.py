@@ -1,0 +1,98 @@
+"""Report versions, devices and the backend of every operation: ``prfl-fast doctor``."""
+
+import importlib.util
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from prfl_fast.cli.tables import print_table
+from prfl_fast.kernels.attn.backend_choice import get_attention_backend
+from prfl_fast.kernels.attn.backend_choice import report as attention_report
+from prfl_fast.kernels.runtime import registry
+from prfl_fast.kernels.runtime.extension import extension_reason
+from prfl_fast.utils.version import __version__
+
+_PACKAGES = (
+    "triton diffusers peft safetensors tqdm pydantic rich yaml tensorboard bitsandbytes torchao"
+).split()
+_ATTENTION = ("flash_attn", "flash_attn_interface", "xformers")
+
+
+def _version_of(module: str) -> str | None:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except ValueError:  # an entry in sys.modules without a spec
+        return None
+    names = {"yaml": "pyyaml", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}
+    try:
+        return metadata.version(names.get(module, module))
+    except metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def report() -> dict[str, Any]:
+    """Return the report of ``prfl-fast doctor`` as plain values."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count() if kind == "cuda" else 0
+    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
+    operations = registry.report(kind, torch.bfloat16)
+    return {
+        "prfl_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "packages": {name: _version_of(name) for name in _PACKAGES},
+        "attention": {name: _version_of(name) for name in _ATTENTION},
+        "devices": [
+            {
+                "name": gpu.name,
+                "capability": f"{gpu.major}.{gpu.minor}",
+                "memory_bytes": gpu.total_memory,
+            }
+            for gpu in gpus
+        ],
+        "cpu_threads": torch.get_num_threads(),
+        "backend": registry.get_backend(),
+        "extension": extension_reason(),
+        "operations": {name: choice._asdict() for name, choice in operations.items()},
+        "attention_backend": get_attention_backend(),
+        "attention_backends": {
+            name: {"usable": reason is None, "reason": reason}
+            for name, reason in attention_report(kind).items()
+        },
+    }
+
+
+def run_doctor(as_json: bool) -> int:
+    """Print the report as text and tables or as one JSON object; return the exit code."""
+    found = report()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    versions = f"Python {found['python']}, torch {found['torch']}, {found['platform']}"
+    print(f"prfl_fast {found['prfl_fast']}, {versions}")
+    for group in ("packages", "attention"):
+        listed = (f"{name} {version or 'not installed'}" for name, version in found[group].items())
+        print(f"{group}: {', '.join(listed)}")
+    for device in found["devices"]:
+        gib = device["memory_bytes"] / 2**30
+        print(f"device: {device['name']}, capability {device['capability']}, {gib:.1f} GiB")
+    if not found["devices"]:
+        print(f"device: no CUDA device; CPU with {found['cpu_threads']} threads")
+    print(f"CUDA C++ extension: {found['extension']}")
+    print(f"backend: {found['backend']}; for bfloat16 tensors on the device above:")
+    rows = [(name, c["backend"], c["reason"]) for name, c in found["operations"].items()]
+    print_table(rows, ("operation", "backend", "reason"))
+    heads = "for bfloat16 heads of 128 on the device above, best first:"
+    print(f"attention backend: {found['attention_backend']}; {heads}")
+    verdicts = [
+        (name, "usable" if backend["usable"] else f"refused: {backend['reason']}")
+        for name, backend in found["attention_backends"].items()
+    ]
+    print_table(verdicts, ("backend", "verdict"))
+    return 0

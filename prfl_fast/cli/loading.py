@@ -1,0 +1,185 @@
+"""Load and check what commands need: device, generator, reward models, guidance."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.sections import GuidanceSection, HardwareSection, NamedReward, ReferenceReward
+from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.velocity import Precision, check_finite
+from prfl_fast.rewards.functions import Reward, RewardEnsemble
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.training.objectives import reward_call
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.optional import need
+
+
+def device_of(hardware: HardwareSection) -> torch.device:
+    """Return the device that a configuration names, checked to exist."""
+    name, device = hardware.device, None
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+    wanted = "auto, cpu, cuda or cuda:<number>"
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"hardware.device is {name!r}, expected {wanted}")
+    there = torch.cuda.device_count()
+    there_is = device.type == "cpu" or (device.index or 0) < there
+    check(there_is, "hardware.device", name, f"{wanted}, but there are {there} CUDA devices")
+    return device
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Raise ``ValueError`` if ``path`` cannot be written; call it before the work starts."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    ok = existing == path or existing.is_dir()
+    check(ok, key, str(path), f"a path below a folder, but {existing} is a file")
+    ok = os.access(existing, os.W_OK)
+    check(ok, key, str(path), f"a writable path, but {existing} is not writable")
+
+
+def _transformer_class(folder: str) -> tuple[Any, Mapping[str, Any]]:
+    """Return the diffusers class and configuration of a model folder."""
+    path = Path(folder) / "config.json"
+    kind = "a diffusers transformer"
+    if not path.is_file():
+        raise ValueError(f"model: {folder} has no config.json; expected the folder of {kind}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model: {path} is not the configuration of {kind}") from error
+    found = getattr(need("diffusers"), str(name), None)
+    if found is None:
+        raise ValueError(f"model: {path} names {name!r}, which this diffusers does not have")
+    return found, config
+
+
+def check_data(dataset: LatentDataset, model: nn.Module, name: str) -> None:
+    """Check the dataset's shapes against a model or reward backbone, on meta tensors."""
+    shapes = dict(dataset.shapes)
+    x = torch.empty(1, *shapes.pop("latents"), device="meta")
+    conditions = {key: torch.empty(1, *shape, device="meta") for key, shape in shapes.items()}
+    adapter = find_adapter(model)
+    try:
+        adapter.check_latents(model, x, conditions)
+        if next(model.parameters()).is_meta:
+            with torch.no_grad():
+                adapter.velocity(model, x, torch.zeros(1, device="meta"), conditions)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{dataset.folder}: does not fit {name}: {error}") from error
+
+
+def check_model(folder: str, dataset: LatentDataset) -> None:
+    """Check the dataset's shapes against the model in a folder, before its weights are read."""
+    found, config = _transformer_class(folder)
+    try:
+        with torch.device("meta"):
+            model = found.from_config(config)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        kind = found.__name__
+        raise ValueError(f"model: {folder}/config.json builds no {kind}: {error}") from error
+    check_data(dataset, model, folder)
+
+
+def load_transformer(folder: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read the transformer in a folder to the CPU.
+
+    Modules that diffusers keeps in float32 stay float32 even if ``dtype`` is narrower.
+    """
+    found, _ = _transformer_class(folder)
+    # diffusers warns about tensors that are missing or left over; here these are errors.
+    need("diffusers").utils.logging.set_verbosity_error()
+    try:
+        model, info = found.from_pretrained(
+            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # diffusers raises whatever its readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model: {folder} cannot be loaded: {reason}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := list(info.get(kind) or ()):
+            listed = ", ".join(map(str, keys[:3]))
+            raise ValueError(f"model: {folder} has {kind.replace('_', ' ')}: {listed}")
+    return model
+
+
+def load_reward(source: str | ReferenceReward, transformer: nn.Module | None) -> LatentRewardModel:
+    """Read a reward model to the CPU, in its own dtypes or those of ``transformer``."""
+    if isinstance(source, str):
+        return LatentRewardModel.load(source)
+    assert transformer is not None
+    return LatentRewardModel.load_reference(
+        transformer, source.transformer, source.mlp, source.pool, num_heads=source.num_heads
+    )
+
+
+def load_rewards(
+    config: TrainFile, transformer: nn.Module
+) -> dict[str, tuple[LatentRewardModel, ...]]:
+    """Read the reward models of a run to the CPU, by name; models of one name form an ensemble."""
+    assert config.reward is not None
+    loaded = {}
+    for reward in _named(config.reward):
+        paths = reward.path if isinstance(reward.path, tuple) else (reward.path,)
+        loaded[reward.name] = tuple(load_reward(path, transformer) for path in paths)
+    return loaded
+
+
+def rewards_of_step(
+    config: TrainFile, models: Mapping[str, tuple[LatentRewardModel, ...]], precision: Precision
+) -> tuple[dict[str, Reward], dict[str, float]]:
+    """Return loaded models in the form that :class:`prfl_fast.PRFL` takes, and their weights."""
+    assert config.reward is not None
+    rewards: dict[str, Reward] = {}
+    weights = {}
+    for reward in _named(config.reward):
+        calls = [reward_call(model, precision) for model in models[reward.name]]
+        rewards[reward.name] = calls[0]
+        if reward.ensemble is not None:
+            given = {} if reward.coefficient is None else {"coefficient": reward.coefficient}
+            rewards[reward.name] = RewardEnsemble(calls, reward.ensemble, **given)
+        weights[reward.name] = reward.weight
+    return rewards, weights
+
+
+def _named(reward: str | ReferenceReward | tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
+    return reward if isinstance(reward, tuple) else (NamedReward(name="reward", path=reward),)
+
+
+def load_guidance(
+    source: GuidanceSection, dataset: LatentDataset, device: torch.device
+) -> Guidance:
+    """Return guidance with the negative conditions of a file.
+
+    Shapes must match the dataset's conditions; unless batched, the text length may differ.
+    """
+    key = f"prfl.guidance.negative: {source.negative}"
+    shapes = {name: shape for name, shape in dataset.shapes.items() if name != "latents"}
+    negative = load_tensors(source.negative)
+    if not negative or set(negative) - set(shapes):
+        raise ValueError(f"{key} holds {sorted(negative)}, expected some of {sorted(shapes)}")
+    for name, tensor in negative.items():
+        wanted, text = tuple(shapes[name]), name == "encoder_hidden_states"
+        fits = tensor.shape == wanted
+        if text and not source.batched:
+            fits = tensor.ndim == 2 and len(tensor) > 0 and tensor.shape[1] == wanted[1]
+        hint = "Pad it, or set batched: false" if text and source.batched else ""
+        ok = fits and tensor.is_floating_point()
+        check(ok, f"{key}: {name}", tensor, f"the dataset's {list(wanted)}", hint=hint)
+        check_finite(f"{key}: {name}", tensor)
+    conditions = {name: tensor.float()[None].to(device) for name, tensor in negative.items()}
+    return Guidance(source.guidance_scale, conditions, source.batched)

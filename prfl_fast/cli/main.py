@@ -1,0 +1,136 @@
+"""``prfl-fast``: doctor, init, plan, train-reward, train, score.
+
+All inputs of a run are checked and loaded before the first file is written. An input error is one
+line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if a
+device was full, 128 + the signal's number after a signal. Each command imports the optional
+packages that it needs, so ``doctor`` works with torch alone.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prfl_fast.cli.doctor import run_doctor
+from prfl_fast.utils.optional import MissingExtraError, need
+from prfl_fast.utils.quiet import quiet_libraries
+from prfl_fast.utils.version import __version__
+
+BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    quiet_libraries()
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    try:
+        options = _parser(command).parse_args(arguments)
+        return _run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, MissingExtraError) as error:
+        _complain(command, str(error))
+        return BAD_INPUT
+    except RuntimeError as error:
+        return _failed(command, error)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prfl-fast", description="Reward feedback learning of video models."
+    )
+    parser.add_argument("--version", action="version", version=f"prfl_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = "show versions, devices, and the backend of each operation"
+    told = commands.add_parser("doctor", help=text)
+    told.add_argument("--json", action="store_true", help="print one JSON object")
+    new = commands.add_parser("init", help="print a commented YAML file of every key")
+    new.add_argument("kind", choices=["train", "train-reward"], help="command it is for")
+    new.add_argument("path", nargs="?", help="new file to write (default: print)")
+    text = "choose a memory policy that fits a GPU; needs no GPU"
+    plan = commands.add_parser("plan", usage="prfl-fast plan [options]", help=text)
+    if command == "plan":  # its options need more packages than torch
+        need("pydantic")
+        from prfl_fast.cli.plan import add_options
+
+        add_options(plan)
+    for name, text in (
+        ("train-reward", "train a latent reward model"),
+        ("train", "train a generator with reward feedback and supervised steps"),
+        ("score", "score the videos of a dataset"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
+        text = "load and check everything, print the configuration, write nothing"
+        sub.add_argument("--check", action="store_true", help=text)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "doctor":
+        return run_doctor(options.json)
+    need("pydantic")
+    if options.command == "init":
+        from prfl_fast.cli.reference import init
+
+        return init(options.kind, options.path)
+    if options.command == "plan":
+        from prfl_fast.cli.plan import run_plan
+
+        return run_plan(options)
+    from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
+    from prfl_fast.cli.score import run_score
+    from prfl_fast.cli.train import run_train, train_reward
+    from prfl_fast.cli.yaml_config import load_config
+
+    commands: dict[str, tuple[type[Any], Any]] = {
+        "train": (TrainFile, run_train),
+        "train-reward": (TrainRewardFile, train_reward),
+        "score": (ScoreFile, run_score),
+    }
+    kind, command = commands[options.command]
+    with _reasons_shown() if options.command == "train" else contextlib.nullcontext():
+        return command(load_config(kind, options.config), options.check)
+
+
+def _failed(command: str, error: RuntimeError) -> int:
+    """Report an expected failure of a run and return its exit code; re-raise any other error."""
+    from prfl_fast.training.oom import is_out_of_memory
+    from prfl_fast.training.trainer import NonFiniteTrainingError, OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):  # lists what held the memory over several lines
+        print(f"prfl-fast {command}: {error}", file=sys.stderr)
+        return OUT_OF_MEMORY
+    if is_out_of_memory(error):  # before or after the training loop
+        _complain(command, str(error).splitlines()[0])
+        return OUT_OF_MEMORY
+    if not isinstance(error, NonFiniteTrainingError):
+        raise error
+    _complain(command, str(error))
+    return NON_FINITE
+
+
+def _complain(command: str, problem: str) -> None:
+    print(f"prfl-fast {command}: {' '.join(problem.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _reasons_shown() -> Iterator[None]:
+    """Show the package's messages about uncompiled or uncached rollouts on stderr."""
+    logger, handler = logging.getLogger("prfl_fast"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("prfl-fast: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Run ``prfl-fast plan``, choose the policies of ``memory: auto``, and advise after a full GPU."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.workload import DEFAULT_MODEL, fields_of_options, fields_of_run, sizes_of
+from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.memory.offload import RESERVE, host_memory
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning import gpu_specs, planner, report
+from prfl_fast.planning.plan import Plan
+from prfl_fast.planning.search import GIB
+from prfl_fast.planning.workload import Workload
+from prfl_fast.training.checkpoint import latest_checkpoint
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.optional import MissingExtraError
+
+NOTHING_FITS = 1
+_PRESETS = "wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.1-i2v-14b"
+# Fields of Workload with help and argparse options; "points" stands for the gradient plan. A new
+# option is a line here, and a line in cli/workload.py if a YAML key decides it.
+_COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
+_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": (f"the folder of a diffusers transformer, or one of {_PRESETS}", {}),
+    "frames": ("frames of a video, 4n + 1", _COUNT),
+    "height": ("height of a video in pixels", _COUNT),
+    "width": ("width of a video in pixels", _COUNT),
+    "train": ("train adapters, or all parameters", {"choices": ["lora", "full"]}),
+    "lora_rank": ("rank of the adapters", _COUNT),
+    "batch": ("videos per forward", _COUNT),
+    "gradient_accumulation_steps": ("forwards per optimizer step", _COUNT),
+    "points": ("gradient points per trajectory", _COUNT),
+    "num_inference_steps": ("solver steps of a trajectory", _COUNT),
+    "reward_blocks": ("blocks of the reward model", _COUNT),
+}
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of ``prfl-fast plan``."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Workload)}
+    defaults |= {"model": DEFAULT_MODEL, "points": 1}
+    group = command.add_argument_group("what is trained")
+    for name, (text, kind) in _OPTIONS.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, help=f"{text} (default: {defaults[name]})", **kind)
+    group.add_argument(
+        "--no-sft", dest="sft", action="store_false", default=None, help="no supervised steps"
+    )
+    group = command.add_argument_group("what it runs on")
+    text = "device memory: 24GiB, 80GB … (default: all of the GPU here, or of --gpu)"
+    group.add_argument("--budget", metavar="SIZE", help=text)
+    text = "host memory for offloaded tensors (default: free memory here if there is a GPU and "
+    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}no --gpu, else unlimited)")
+    text = "GPU whose rates give the times: h200, h100, a100, l40s, rtx4090, rtx5090 (default: "
+    group.add_argument("--gpu", metavar="NAME", help=f"{text}the GPU here, or h200)")
+    text = "weights of both models' blocks (default: the first of these that fits)"
+    dtypes = ["auto", "bf16", "fp8", "nf4"]
+    group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
+    group = command.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
+    group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
+    text = (
+        "write the plan into a trainer's YAML: memory, reward_memory, hardware.precision, and "
+        "those of lora, prfl and run that it lacks. The plan is for the run in the file; comments "
+        "outside these sections stay"
+    )
+    group.add_argument("--apply", metavar="FILE.yaml", help=text)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
+    for name in ("budget", "host_budget"):
+        size = getattr(options, name)
+        small = size is not None and size.isdigit() and int(size) < 1 << 20
+        option = f"--{name.replace('_', '-')}"
+        check(not small, option, f"{size} bytes", f"a size like {size}GiB")
+    path = None if options.apply is None else Path(options.apply)
+    if path is not None:
+        _check_target("--apply", path)
+    _check_plot(options.plot)
+    values = {name: getattr(options, name) for name in (*_OPTIONS, "sft")}
+    work = Workload(**fields_of_options(values, path))
+    gpu, host_budget = options.gpu or "h200", options.host_budget
+    if options.gpu is None and torch.cuda.is_available():
+        gpu = gpu_specs.this_gpu()
+        host_budget = _host_room() if host_budget is None else host_budget
+    found = planner.plan_memory(
+        work,
+        budget=options.budget,
+        host_budget=host_budget,
+        weight_dtype=options.weight_dtype,
+        gpu=gpu,
+        progress=True,
+    )
+    print(json.dumps(report.as_dict(found), indent=1) if options.json else report.table(found))
+    written: list[str | Path] = []
+    if options.plot is not None:
+        report.timeline_figure(found).savefig(options.plot, dpi=120)
+        written.append(options.plot)
+    if path is not None and found.feasible:
+        report.apply_to_yaml(found, path)
+        written.append(path)
+    elif path is not None:
+        _note(f"no plan fits: {path} is left as it is")
+    for target in written:
+        _note(f"written: {target}")
+    return 0 if found.feasible else NOTHING_FITS
+
+
+def _host_room() -> int:
+    """Return the bytes of host memory that offloading may use on this machine."""
+    available, total = host_memory()
+    return max(1, int(available - RESERVE * total))
+
+
+def _note(text: str, command: str = "plan") -> None:
+    # stdout is for the table or JSON object of plan, and the configuration of train --check.
+    print(f"prfl-fast {command}: {text}", file=sys.stderr)
+
+
+def _check_plot(path: str | None) -> None:
+    if path is None:
+        return
+    ok = Path(path).suffix.lower() in (".png", ".pdf", ".svg")
+    check(ok, "--plot", path, "a name that ends in .png, .pdf or .svg")
+    _check_target("--plot", Path(path))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib is not installed: pip install 'prfl_fast[bench]'")
+
+
+def _check_target(name: str, path: Path) -> None:
+    """Check that a file can be written, before the search starts."""
+    folder = path.absolute().parent
+    check(folder.is_dir(), name, str(path), f"a file in a folder: {path.parent} is not a folder")
+    check(not path.is_dir(), name, str(path), "a file, not a folder")
+    check(os.access(folder, os.W_OK), name, str(path), f"{path.parent} to be writable")
+
+
+def choose_memory(
+    config: TrainFile, dataset: LatentDataset, device: torch.device
+) -> tuple[MemoryConfig, MemoryConfig, Plan | None]:
+    """Return the policies of the trained and the reward model, and the plan they come from.
+
+    ``memory: auto`` is planned once: a resumed run keeps the policies it began with.
+    """
+    if config.memory != "auto":
+        return config.memory.build(), config.reward_memory.build(), None
+    began = _stored_memory(config)
+    if began is not None:
+        _note(f"memory: auto chose {_in_words(*began)}, as this run began", "train")
+        return *began, None
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    found = _plan_training(config, dataset, device, room)
+    chosen = _in_words(found.memory, found.reward_memory)
+    takes, budget = (size / GIB for size in (found.peak + found.reserve, found.budget))
+    if not found.feasible:
+        raise ValueError(
+            f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
+            f"{takes:.1f} GiB; see prfl-fast plan"
+        )
+    predicted = f"predicted to take {takes:.1f} of {budget:.1f} GiB"
+    _note(f"memory: auto chose {chosen}, {predicted}", "train")
+    return found.memory, found.reward_memory, found
+
+
+def next_policy(
+    config: TrainFile, dataset: LatentDataset, device: torch.device, found: Plan | None
+) -> str:
+    """Return advice for a run whose policies do not fit; plan the run if it has no plan yet."""
+    assert config.memory != "auto"
+    try:
+        found = found or _plan_training(config, dataset, device)
+    except (ValueError, MissingExtraError) as error:
+        return f"no plan: {error}"
+    given = (config.memory.build(), config.reward_memory.build())
+    less = found.smaller(*given)
+    if less is not None:
+        policies, peak = (less.memory, less.reward_memory), less.peak
+    elif found.feasible and (found.memory, found.reward_memory) != given:
+        policies, peak = (found.memory, found.reward_memory), found.peak
+    else:
+        narrower = config.lora is not None and config.memory.weight_dtype in ("fp32", "bf16")
+        other = "fp8 or nf4 weights in a new run, " if narrower else ""
+        return f"no policy is known to take less: {other}fewer frames or pixels, or a smaller batch"
+    precision = "" if config.hardware.precision == "bf16" else " with hardware.precision: bf16"
+    return f"try {_in_words(*policies)}{precision}, predicted to peak at {peak / GIB:.1f} GiB"
+
+
+def _in_words(memory: MemoryConfig, reward_memory: MemoryConfig) -> str:
+    """Return both memory sections on one line, as YAML, without defaults."""
+    parts = []
+    for section, config in (("memory", memory), ("reward_memory", reward_memory)):
+        values = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
+        changed = [f"{field.name}: {value}" for field, value in values if value != field.default]
+        parts.append(f"{section}: {{{', '.join(changed)}}}")
+    return ", ".join(parts)
+
+
+def _stored_memory(config: TrainFile) -> tuple[MemoryConfig, MemoryConfig] | None:
+    """Return the policies of the run that this one resumes, or None."""
+    resume = config.run.resume
+    if resume is None:
+        return None
+    checkpoint = latest_checkpoint(config.out) if resume == "auto" else Path(resume)
+    if checkpoint is None or not (checkpoint.parent / "config.yaml").is_file():
+        return None
+    stored = load_config(TrainFile, checkpoint.parent / "config.yaml")
+    if stored.memory == "auto":
+        return None
+    return stored.memory.build(), stored.reward_memory.build()
+
+
+def _plan_training(
+    config: TrainFile, dataset: LatentDataset, device: torch.device, budget: int | None = None
+) -> Plan:
+    """Return the plan of a run on its own data; a ``budget`` of None is the whole device."""
+    text = {"text_tokens": dataset.shapes["encoder_hidden_states"][0]}
+    work = Workload(**fields_of_run(config) | sizes_of(dataset) | text)
+    room, cuda = _host_room(), device.type == "cuda"
+    gpu: Any = gpu_specs.this_gpu(device) if cuda else "h200"
+    if not cuda:
+        budget, room = room, 1  # offloading from the CPU to the CPU saves nothing
+    return planner.plan_memory(work, budget=budget, host_budget=room, gpu=gpu, progress=True)

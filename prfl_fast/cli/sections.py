@@ -1,0 +1,322 @@
+"""Sections of the YAML files; :mod:`prfl_fast.cli.config` has the files.
+
+``prfl-fast init`` and docs/configuration.md show each description.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self  # noqa: UP035 - Python 3.10 has none
+
+from prfl_fast.cli.yaml_config import (
+    Count,
+    Fraction,
+    Index,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Text,
+    from_list,
+    key,
+    on_or_off,
+)
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
+from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
+from prfl_fast.rewards.functions import EnsembleMode
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.training.lora import DEFAULT_TARGETS
+from prfl_fast.utils.checks import check
+
+Level = Annotated[Number, Field(ge=0, le=1)]
+Interval = Annotated[tuple[Level, Level], from_list]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Decay = Annotated[Number, Field(gt=0, lt=1)]
+Method = Literal[
+    "prfl", "refl", "draft", "draft-lv", "alignprop", "controlnet++", "instructvideo", "rg-lcd"
+]
+# Constructors of GradientPlan, and the keys of the prfl section that are their arguments.
+_METHODS: dict[str, tuple[Callable[..., GradientPlan], dict[str, str]]] = {
+    "prfl": (GradientPlan.prfl, {"points": "points", "draws": "draws"}),
+    "refl": (GradientPlan.refl, {"window": "window"}),
+    "draft": (GradientPlan.draft, {"depth": "steps"}),
+    "draft-lv": (GradientPlan.draft_lv, {"renoised": "renoised"}),
+    "alignprop": (GradientPlan.alignprop, {"depth": "most"}),
+    "controlnet++": (GradientPlan.controlnet_plus_plus, {"window": "window"}),
+    "instructvideo": (
+        GradientPlan.instruct_video,
+        {"depth": "steps"} | {name: name for name in ("strength", "segments", "attenuation")},
+    ),
+    "rg-lcd": (GradientPlan.rg_lcd, {}),
+}
+_METHOD_KEYS = sorted({key for _, keys in _METHODS.values() for key in keys})
+
+
+class OptimizerSection(Section):
+    """AdamW, whose implementation memory.optimizer chooses."""
+
+    learning_rate: Positive = key(5e-6, "Learning rate after the warmup.")
+    betas: Annotated[tuple[Beta, Beta], from_list] = key(
+        (0.9, 0.999), "Decay rates of the first and second moment."
+    )
+    eps: Positive = key(1e-8, "Added to the root of the second moment.")
+    weight_decay: NonNegative = key(0.01, "Decoupled weight decay.")
+    max_grad_norm: Positive | None = key(
+        1.0, "Largest L2 norm of all gradients together; null turns clipping off."
+    )
+    warmup_steps: Index = key(0, "Optimizer steps in which the learning rate rises linearly.")
+
+
+class RewardOptimizerSection(OptimizerSection):
+    """AdamW with the learning rate of reward models."""
+
+    learning_rate: Positive = key(1e-6, "Learning rate after the warmup.")
+
+
+class RunConfig(Section):
+    """Length, batches, checkpoints and logs of a training run."""
+
+    steps: Count = key(..., "Optimizer steps of each objective.")
+    batch_size: Count = key(1, "Videos in a forward pass.")
+    gradient_accumulation_steps: Count = key(5, "Forward and backward passes per optimizer step.")
+    save_every: Count = key(100, "Optimizer steps between checkpoints.")
+    keep_last: Count = key(2, "Number of checkpoints that stay on disk.")
+    ema_decay: Decay | None = key(
+        None, "Decay per step of a moving average of the trained weights; null keeps none."
+    )
+    seed: Index = key(0, "Seed of all random numbers.")
+    tensorboard: bool = key(True, "Write TensorBoard logs beside log.jsonl.")
+    resume: Text | None = key(
+        "auto", "Checkpoint to resume: auto is the latest one in out, null starts a new run."
+    )
+
+
+class GuidanceSection(Section):
+    """Classifier-free guidance of the trajectories."""
+
+    guidance_scale: Positive = key(
+        ..., "Factor of the difference between velocities with and without the prompt."
+    )
+    negative: Text = key(
+        ...,
+        "Safetensors file with the conditions of the negative prompt, stored as in a sample of the "
+        "dataset: encoder_hidden_states [T, D]. The sample's own conditions replace missing ones.",
+    )
+    batched: bool = key(True, "Run both velocities as one batch of twice the size, not in turn.")
+
+
+class FeedbackSection(Section):
+    """Reward feedback: the steps of a trajectory that carry gradient, and their loss.
+
+    A null argument of the method is the method's own default.
+    """
+
+    method: Method = key("prfl", "Method that chooses the steps with gradient.")
+    num_inference_steps: Annotated[int, Field(ge=2)] = key(40, "Solver steps of a trajectory.")
+    points: Count = key(
+        1,
+        "Steps with gradient per trajectory (prfl). Divide run.gradient_accumulation_steps by it "
+        "to keep the number of gradients per update.",
+    )
+    draws: Literal["systematic", "independent"] | None = key(None, "Draw of several points (prfl).")
+    window: Fraction | None = key(
+        None,
+        "Fraction of the trajectory from which the step is drawn (refl, controlnet++).",
+    )
+    depth: Count | Literal["all"] | None = key(
+        None,
+        "Solver steps that the gradient goes through (draft, instructvideo), or the largest number "
+        "of them (alignprop).",
+    )
+    renoised: Index | None = key(None, "Number of renoised copies of the last step (draft-lv).")
+    strength: Fraction | None = key(
+        None, "Noise level at which the trajectory begins (instructvideo)."
+    )
+    segments: Count | Literal["all"] | None = key(
+        None,
+        "Frames to reward, one from each segment of the video; all rewards the whole video at once "
+        "(instructvideo).",
+    )
+    attenuation: NonNegative | None = key(
+        None, "Decay of a frame's weight with its distance from the center (instructvideo)."
+    )
+    solver: Literal["unipc", "euler"] = key("unipc", "ODE solver.")
+    shift: Positive = key(5.0, "Timestep shift of the noise schedule, of supervised steps too.")
+    target: Number | None = key(
+        2.0, "Reward at and above which no gradient flows; null maximizes without a limit."
+    )
+    weight: Positive = key(0.1, "Weight of the reward loss.")
+    divergence: NonNegative = key(
+        0.0, "Weight of the squared distance to the velocity without adapters; needs lora."
+    )
+    guidance: GuidanceSection | None = key(None, "Classifier-free guidance; null is off.")
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        _, taken = _METHODS[self.method]
+        for name in _METHOD_KEYS:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            wanted = f"no value with method {self.method}, which takes {', '.join(taken) or 'none'}"
+            check(name in taken or value == default, name, value, wanted)
+        whole_chain = self.depth == "all" and self.method == "instructvideo"
+        check(not whole_chain, "depth", "all", "a whole number with method instructvideo")
+        no_frames = self.segments == "all" and bool(self.attenuation)
+        wanted = "no value with segments: all, which rewards no single frames"
+        check(not no_frames, "attenuation", self.attenuation, wanted)
+        plan = self.plan()
+        steps = self.num_inference_steps - plan.begin(self.num_inference_steps)
+        wanted = f"at most {steps}, the steps of a trajectory"
+        check(not isinstance(self.depth, int) or self.depth <= steps, "depth", self.depth, wanted)
+        plan.steps(self.num_inference_steps)
+        return self
+
+    def plan(self) -> GradientPlan:
+        """Return the gradient plan of the method and its keys."""
+        make, taken = _METHODS[self.method]
+        values = {argument: getattr(self, name) for name, argument in taken.items()}
+        given = {name: value for name, value in values.items() if value is not None}
+        return make(**{name: None if value == "all" else value for name, value in given.items()})
+
+
+class RolloutSection(Section):
+    """The steps without gradient; all keys but cache and compile change the numbers."""
+
+    cache: bool = key(True, "Compute once what all steps of a rollout share.")
+    merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
+    compile: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
+        "auto", "torch.compile of the blocks; auto compiles small models on a GPU."
+    )
+    fp8_linears: Interval | None = key(
+        None,
+        "Noise levels [lowest, highest] at which linear layers run in FP8; null is nowhere, "
+        "[0, 1] everywhere.",
+    )
+    fp8_attention: Interval | None = key(
+        None, "Noise levels [lowest, highest] at which self-attention runs in FP8."
+    )
+    stride: Count = key(1, "Solver steps that one step far from a gradient step covers.")
+    drift_limit: Positive | None = key(
+        None,
+        "Relative L2 distance from an exact rollout beyond which all later rollouts are exact; "
+        "null is no limit.",
+    )
+    check_every: Count = key(10, "Trajectories between two measurements of the drift.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        self.build()
+        return self
+
+    def build(self) -> RolloutConfig:
+        """Return the library's configuration of these keys."""
+        return RolloutConfig(**self.model_dump())
+
+
+class LoraSection(Section):
+    """Low-rank adapters, which train instead of the weights of the model."""
+
+    lora_rank: Count = key(..., "Rank of the adapters.")
+    lora_alpha: Positive | None = key(None, "Scale: lora_alpha / lora_rank; null is lora_rank.")
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1), from_list] = key(
+        DEFAULT_TARGETS, "Ends of the names of the linear layers that get an adapter."
+    )
+
+
+class ReferenceReward(Section):
+    """A reward model in the files of HY-Video-PRFL."""
+
+    transformer: Text = key(..., "Folder of the transformer.")
+    mlp: Text = key(..., "File of the MLP head.")
+    pool: Text = key(..., "File of the attention pooling.")
+    num_heads: Count = key(8, "Heads of the attention pooling.")
+
+
+class NamedReward(Section):
+    """One of several rewards, whose weighted sum trains."""
+
+    name: Text = key(..., "Name of its scores in the log.")
+    path: Text | ReferenceReward | Annotated[tuple[Text, ...], Field(min_length=2), from_list] = (
+        key(..., "Folder of a saved reward model, or a list of folders: an ensemble.")
+    )
+    weight: Positive = key(1.0, "Factor of its score in the sum.")
+    ensemble: EnsembleMode | None = key(
+        None, "Combination of the scores; required for a list of folders."
+    )
+    coefficient: NonNegative | None = key(
+        None, "Factor of the penalty with ensemble: uncertainty; null is 0.1."
+    )
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> Self:
+        several = isinstance(self.path, tuple)
+        modes = "mean, worst or uncertainty for a list of paths"
+        ok = several == (self.ensemble is not None)
+        check(ok, "ensemble", self.ensemble, modes if several else "no value for a single path")
+        ok = self.coefficient is None or self.ensemble == "uncertainty"
+        check(ok, "coefficient", self.coefficient, "no value without ensemble: uncertainty")
+        return self
+
+
+class HardwareSection(Section):
+    """Device and precision."""
+
+    device: Text = key("auto", "auto, cpu, cuda or cuda:<number>.")
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32", "Compute dtype; bf16 runs fp32 weights under autocast."
+    )
+    patch: bool = key(True, "Run the models on fused kernels.")
+
+
+class RewardMemorySection(Section):
+    """Memory policy of the frozen reward model."""
+
+    weight_dtype: WeightDtype = key(
+        "fp32", "Dtype of the weights; all but fp32 need hardware.precision: bf16."
+    )
+    activation_checkpointing: ActivationCheckpointing = key(
+        "none",
+        "Recomputation in the backward: of nothing, of whole blocks, or of blocks without their "
+        "attention.",
+    )
+    offload: Offload | None = key(
+        None, "Keep saved activations in host memory; null keeps them on the device."
+    )
+    feed_forward_chunk: Count | None = key(
+        None, "Tokens per pass through a feed-forward layer; null is all."
+    )
+
+    def build(self) -> MemoryConfig:
+        """Return the library's configuration of these keys."""
+        return MemoryConfig(**self.model_dump())
+
+    @classmethod
+    def of(cls, config: MemoryConfig) -> Self:
+        """Return the section of a library configuration."""
+        return cls(**{name: getattr(config, name) for name in cls.model_fields})
+
+
+class MemorySection(RewardMemorySection):
+    """Memory policy of the generator."""
+
+    weight_dtype: WeightDtype = key(
+        "fp32",
+        "Dtype of the weights; all but fp32 need hardware.precision: bf16. fp8 and nf4 need lora.",
+    )
+    optimizer: OptimizerKind = key(
+        "adamw",
+        "AdamW: with fp32 states and masters, with stochastic rounding, with 8-bit states, with "
+        "paged 8-bit states (fp32 weights), or on the CPU.",
+    )
+    gradient_dtype: GradientDtype = key(
+        "parameter", "Dtype in which gradients accumulate: the weight's own, or fp32."
+    )
+
+
+class TrainedRewardMemorySection(MemorySection):
+    """Memory policy of a reward model in training."""
+
+    weight_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "Dtype of the weights; bf16 needs hardware.precision: bf16."
+    )

@@ -1,0 +1,29 @@
+"""Print tables: with rich where it is installed, else as plain columns."""
+
+from collections.abc import Iterable, Sequence
+
+from prfl_fast.utils.optional import MissingExtraError, need
+
+
+def print_table(
+    rows: Iterable[Sequence[str]], columns: Sequence[str], numbers: Sequence[str] = ()
+) -> None:
+    """Print rows under their column names; the columns ``numbers`` are aligned at the right."""
+    cells = [list(row) for row in rows]
+    try:
+        box, console, table = (need(f"rich.{name}") for name in ("box", "console", "table"))
+    except MissingExtraError:
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        for row in (columns, *cells):
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print(line.rstrip())
+        return
+    made = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        made.add_column(name, justify="right" if name in numbers else "left")
+    for row in cells:
+        made.add_row(*row)
+    screen = console.Console(markup=False, highlight=False, emoji=False)
+    if not screen.is_terminal:
+        screen.width = 1000  # a pipe has no width; wrapped cells would split one row over lines
+    screen.print(made, soft_wrap=not screen.is_terminal)

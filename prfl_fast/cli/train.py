@@ -1,0 +1,300 @@
+"""Run ``prfl-fast train`` and ``prfl-fast train-reward`` from a checked configuration."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.cli import loading
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.plan import choose_memory, next_policy
+from prfl_fast.cli.sections import MemorySection, ReferenceReward, RewardMemorySection
+from prfl_fast.cli.yaml_config import to_yaml
+from prfl_fast.data.dataset import Batch, Batches, collate
+from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
+from prfl_fast.models.registry import patch, unpatch
+from prfl_fast.models.velocity import Precision, autocast
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
+from prfl_fast.training.checkpoint import latest_checkpoint
+from prfl_fast.training.config import TrainConfig
+from prfl_fast.training.lora import add_lora
+from prfl_fast.training.objectives import (
+    Objective,
+    RewardFeedback,
+    RewardFit,
+    SupervisedFlow,
+    velocity_call,
+)
+from prfl_fast.training.reward_losses import evaluate, label_of
+from prfl_fast.training.trainer import Trainer
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import write_atomic
+
+SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
+# A resumed run may change these keys of the rollout: they change no number.
+_FREE = ("cache", "compile")
+
+
+def run_train(config: TrainFile, check_only: bool) -> int:
+    """Train a generator, or only load and check everything; return the exit code."""
+    device, out = loading.device_of(config.hardware), Path(config.out)
+    loading.check_writable(out, "out")
+    dataset = LatentDataset(config.data)
+    if dataset.pairs:
+        raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
+    batches = Batches(dataset, config.run.batch_size, config.run.seed)
+    loading.check_model(config.model, dataset)
+    segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
+    fits = "prfl" not in config.objectives or segments is None or segments <= frames
+    check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
+    guidance = None
+    if config.prfl.guidance is not None:  # without the prfl objective, too: a check of the file
+        guidance = loading.load_guidance(config.prfl.guidance, dataset, device)
+    memory, reward_memory, plan = choose_memory(config, dataset, device)
+    sections = {
+        "memory": MemorySection.of(memory),
+        "reward_memory": RewardMemorySection.of(reward_memory),
+    }
+    config = config.model_copy(update=sections)
+    for policy in (memory, reward_memory):
+        check_available(policy, device)
+    _seed(config)
+    transformer, rewards = _load_models(config, dataset, memory, reward_memory, device)
+    objectives: dict[str, Objective] = {}
+    for name in config.objectives:
+        if name == "prfl":
+            step = _step(config, transformer, rewards, guidance)
+            objectives[name] = RewardFeedback(step, batches, device)
+        else:
+            # Supervised steps in the same order would repeat the conditions of the PRFL step.
+            own = Batches(dataset, config.run.batch_size, config.run.seed + 1)
+            precision = _autocast(memory.weight_dtype, config.hardware.precision)
+            objectives[name] = SupervisedFlow(
+                transformer, own, shift=config.prfl.shift, precision=precision
+            )
+    advise = partial(next_policy, config, dataset, device, plan)
+    trainer = _trainer(config, transformer, objectives, advise=advise)
+    return _print_check(config) if check_only else _finish(trainer, config)
+
+
+def _load_models(
+    config: TrainFile,
+    dataset: LatentDataset,
+    memory: MemoryConfig,
+    reward_memory: MemoryConfig,
+    device: torch.device,
+) -> tuple[nn.Module, dict[str, tuple[LatentRewardModel, ...]]]:
+    """Return the generator and the rewards, checked and under their memory policies."""
+    dtypes = {memory.weight_dtype}
+    if _in_the_references_layout(config):  # such a reward is built from the generator
+        dtypes.add(reward_memory.weight_dtype)
+    dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
+    transformer = loading.load_transformer(config.model, dtype)
+    rewards = loading.load_rewards(config, transformer) if "prfl" in config.objectives else {}
+    models = [model for members in rewards.values() for model in members]
+    for model in models:
+        loading.check_data(dataset, model.backbone, "the reward model")
+    apply_memory(transformer, memory, device=device)
+    for model in models:
+        apply_memory(model, reward_memory, device=device)
+    if config.lora is not None:
+        add_lora(transformer, **config.lora.model_dump())
+    if config.hardware.patch:
+        for module in (transformer, *(model.backbone for model in models)):
+            patch(module)
+    return transformer, rewards
+
+
+def _in_the_references_layout(config: TrainFile) -> bool:
+    several = config.reward if isinstance(config.reward, tuple) else ()
+    sources = [config.reward, *(reward.path for reward in several)]
+    return any(isinstance(source, ReferenceReward) for source in sources)
+
+
+def _step(
+    config: TrainFile,
+    transformer: nn.Module,
+    models: dict[str, tuple[LatentRewardModel, ...]],
+    guidance: Guidance | None,
+) -> PRFL:
+    """Build the PRFL step of a configuration from its loaded models."""
+    assert isinstance(config.memory, MemorySection)
+    feedback, precision = config.prfl, config.hardware.precision
+    rewards, weights = loading.rewards_of_step(
+        config, models, _autocast(config.reward_memory.weight_dtype, precision)
+    )
+    return PRFL(
+        velocity_call(transformer, _autocast(config.memory.weight_dtype, precision)),
+        rewards,
+        SOLVERS[feedback.solver](shift=feedback.shift),
+        feedback.plan(),
+        num_inference_steps=feedback.num_inference_steps,
+        target=feedback.target,
+        weight=feedback.weight,
+        reward_weights=weights,
+        guidance=guidance,
+        rollout=config.rollout.build(),
+        divergence=feedback.divergence,
+    )
+
+
+def train_reward(config: TrainRewardFile, check_only: bool) -> int:
+    """Train a latent reward model, or only load and check everything; return the exit code."""
+    device, out = loading.device_of(config.hardware), Path(config.out)
+    loading.check_writable(out, "out")
+    dataset, held_out = _labeled_data(config)
+    batches = Batches(dataset, config.run.batch_size, config.run.seed)
+    loading.check_model(config.model, dataset)
+    memory = config.memory.build()
+    check_available(memory, device)
+    _seed(config)
+    dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
+    transformer = loading.load_transformer(config.model, dtype)
+    reward = LatentRewardModel.from_backbone(
+        transformer, config.num_blocks, num_heads=config.num_heads, num_queries=config.num_queries
+    )
+    del transformer
+    for source in (d for d in (dataset, held_out) if d is not None):
+        loading.check_data(source, reward.backbone, "the reward model")
+    apply_memory(reward, memory, device=device)
+    if config.hardware.patch:
+        patch(reward.backbone)
+    fit = RewardFit(
+        reward,
+        batches,
+        loss=config.loss,
+        label=config.label,
+        shift=config.shift,
+        precision=_autocast(memory.weight_dtype, config.hardware.precision),
+    )
+    trainer = _trainer(config, reward, {"reward": fit})
+    if check_only:
+        return _print_check(config)
+    if code := _finish(trainer, config):
+        return code
+    unpatch(reward.backbone)
+    reward.save(out / "reward")
+    print(f"reward model: {out / 'reward'}")
+    if held_out is not None:
+        _evaluate(reward, held_out, config, device, out)
+    return 0
+
+
+def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset | None]:
+    """Return the datasets for training and evaluation, with every label checked."""
+    dataset = LatentDataset(config.data)
+    held_out = LatentDataset(config.eval_data) if config.eval_data is not None else None
+    kind = "pairs" if dataset.pairs else "single videos"
+    hint = f"data: {config.data} holds {kind}; ce takes single videos, bt pairs"
+    wanted = "bt" if dataset.pairs else "ce"
+    check(config.loss == wanted, "loss", config.loss, f"{wanted} for this dataset", hint=hint)
+    if held_out is not None and held_out.pairs:
+        raise ValueError(f"eval_data: {config.eval_data} holds pairs, expected labeled videos")
+    for labeled in (d for d in (dataset, held_out) if d is not None and not d.pairs):
+        for place, labels in labeled.labels():
+            try:
+                label_of(labels, config.label)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+    return dataset, held_out
+
+
+def _evaluate(
+    reward: LatentRewardModel,
+    dataset: LatentDataset,
+    config: TrainRewardFile,
+    device: torch.device,
+    out: Path,
+) -> None:
+    def batches() -> Iterator[Any]:
+        for i in range(len(dataset)):
+            batch = collate([dataset[i]])
+            assert isinstance(batch, Batch)
+            labels = torch.tensor([label_of(record, config.label) for record in batch.labels])
+            yield batch.latents.to(device), batch.to(device).conditions, labels
+
+    with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):
+        metrics = evaluate(reward, batches(), config.timesteps, seed=config.run.seed)
+    with write_atomic(out / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    for t, values in metrics.items():
+        print(f"t = {t}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+
+def _autocast(weight_dtype: str, precision: Precision) -> Precision:
+    """Return the autocast precision of a model; narrower weights compute in bfloat16 without it."""
+    return precision if weight_dtype == "fp32" else "fp32"
+
+
+def _seed(config: TrainFile | TrainRewardFile) -> None:
+    random.seed(config.run.seed)
+    torch.manual_seed(config.run.seed)
+
+
+def _trainer(
+    config: TrainFile | TrainRewardFile,
+    model: nn.Module,
+    objectives: dict[str, Objective],
+    **options: Any,
+) -> Trainer:
+    assert isinstance(config.memory, MemorySection)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    values: dict[str, Any] = {}
+    for part in (config.optimizer, config.run, config.memory):
+        values |= part.model_dump(include=names)
+    return Trainer(
+        model,
+        objectives,
+        TrainConfig(**values),
+        folder=Path(config.out),
+        resume=config.run.resume,
+        identity=_identity(config),
+        progress=True,
+        tensorboard=config.run.tensorboard,
+        **options,
+    )
+
+
+def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
+    """Return the keys that determine a run's numbers besides the trainer's own settings."""
+    values = config.model_dump(exclude={"out", "run", "optimizer", "eval_data", "timesteps"})
+    flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
+    for name, value in values.items():
+        section = isinstance(value, dict)
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if section else {name: value}
+    # A run may move to another device, or to one with less memory. Settings hold the optimizer.
+    memory = ("optimizer", "gradient_dtype", *MemoryConfig.FREE)
+    free = {f"{section}.{k}" for section in ("memory", "reward_memory") for k in memory}
+    free |= {"hardware.device", *(f"rollout.{k}" for k in _FREE)}
+    return {name: value for name, value in flat.items() if name not in free}
+
+
+def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
+    """Save the resolved configuration beside the log, train, and print the path of the result."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with write_atomic(out / "config.yaml") as temporary:
+        temporary.write_text(to_yaml(config), encoding="utf-8")
+    result = trainer.run()
+    where = latest_checkpoint(out)
+    if result.stopped_by is not None:
+        how = f"stopped by {result.stopped_by.name} after step {result.step}"
+        print(f"{how}; saved in {where}; run again to go on")
+        return 128 + result.stopped_by
+    print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")
+    return 0
+
+
+def _print_check(config: TrainFile | TrainRewardFile) -> int:
+    print(to_yaml(config), end="")
+    return 0

@@ -1,0 +1,149 @@
+"""Workload of the planner from a trainer's YAML, its dataset, and command line options."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.yaml_config import parse_config, read_yaml
+from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.feedback.gradient_plan import GradientPlan
+
+DEFAULT_MODEL = "wan2.1-t2v-14b"
+_EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
+# Fields of Workload that a section of the file decides, with their keys; "points" stands for the
+# gradient plan.
+_KEYS = {
+    "lora_rank": ("lora", "lora.lora_rank"),
+    "batch": ("run", "run.batch_size"),
+    "gradient_accumulation_steps": ("run", "run.gradient_accumulation_steps"),
+    "points": ("prfl", "prfl.points"),
+    "num_inference_steps": ("prfl", "prfl.num_inference_steps"),
+}
+
+
+def fields_of_run(config: TrainFile) -> dict[str, Any]:
+    """Return the Workload fields that a training configuration decides, sizes excepted.
+
+    Raise ``ValueError`` for features that the planner does not simulate.
+    """
+    lora, feedback = config.lora, "prfl" in config.objectives
+    plan = config.prfl.plan() if feedback else GradientPlan()
+    if plan.depth != 1 or plan.renoised:
+        raise ValueError(
+            f"prfl.method is {config.prfl.method}, whose gradient goes through several solver "
+            f"steps. The planner handles one step per point only: {_EXPLICIT}"
+        )
+    if feedback and config.prfl.guidance is not None:
+        raise ValueError(
+            "prfl.guidance is set, which doubles the batch or the number of the generator's "
+            f"forwards. The planner handles steps without guidance only: {_EXPLICIT}"
+        )
+    fields: dict[str, Any] = {
+        "model": config.model,
+        "train": "full" if lora is None else "lora",
+        "batch": config.run.batch_size,
+        "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
+        "gradient_plan": plan,
+        "num_inference_steps": config.prfl.num_inference_steps,
+        "sft": "sft" in config.objectives,
+        "average": config.run.ema_decay is not None,
+        "patched": config.hardware.patch,
+    }
+    if lora is not None:
+        fields |= {"lora_rank": lora.lora_rank, "lora_targets": lora.target_modules}
+    return fields | _reward_blocks(config)
+
+
+def _reward_blocks(config: TrainFile) -> dict[str, int]:
+    """Return the blocks of the saved reward model, or nothing if the file does not say."""
+    if "prfl" not in config.objectives:
+        return {"reward_blocks": 1}  # the planner has no step without a reward: take the smallest
+    if isinstance(config.reward, tuple):
+        raise ValueError(
+            f"reward lists {len(config.reward)} rewards, but the planner handles one model only: "
+            f"{_EXPLICIT}"
+        )
+    path = Path(config.reward if isinstance(config.reward, str) else "") / "config.json"
+    if not isinstance(config.reward, str) or not path.is_file():
+        return {}
+    try:
+        return {"reward_blocks": int(json.loads(path.read_text())["num_blocks"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a reward model") from error
+
+
+def sizes_of(dataset: LatentDataset) -> dict[str, int]:
+    """Return frames, height and width of the videos in a dataset (Wan's VAE: 4 × 8 × 8)."""
+    _, frames, height, width = dataset.shapes["latents"]
+    return {"frames": 4 * (frames - 1) + 1, "height": 8 * height, "width": 8 * width}
+
+
+def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Workload fields that a trainer's YAML decides.
+
+    A missing file or section decides nothing. ``given`` has the options by Workload field or
+    ``points``; raise ``ValueError`` if an option contradicts the file.
+    """
+    if not path.exists():
+        return {}
+    content = read_yaml(path)
+    # The plan replaces both memory sections, so they may be out of date.
+    filled: dict[str, Any] = {k: v for k, v in content.items() if not k.endswith("memory")}
+    filled = {"model": "-", "data": "-", "reward": "-", "out": "-", "run": {}} | filled
+    if isinstance(filled["run"], dict):
+        filled["run"] = {"steps": 1} | filled["run"]
+    try:
+        config = parse_config(TrainFile, filled)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found = fields_of_run(config)
+    for name, (section, key) in _KEYS.items():
+        field = "gradient_plan" if name == "points" else name
+        value = config.prfl.points if name == "points" else found.get(name)
+        if content.get(section) is None:
+            found.pop(field, None)
+        elif name in given and given[name] != value:
+            _contradicted(name, given[name], f"{path} has {key}: {value}")
+    if given.get("train") == "full" and config.lora is not None:
+        _contradicted("train", "full", f"{path} has a lora section")
+    if given.get("sft") is False and "objectives" in content and found["sft"]:
+        raise ValueError(f"--no-sft, but {path} has sft among its objectives: change the file")
+    undecided = {"sft": "objectives" in content, "train": config.lora is not None}
+    undecided |= {"model": "model" in content and "model" not in given}
+    known = "reward" in content or "prfl" not in config.objectives
+    undecided |= {"reward_blocks": known and "reward_blocks" not in given}
+    for name, decided in undecided.items():
+        if not decided:
+            found.pop(name, None)
+    return {"train": given.get("train", "full")} | found | _sizes_of_data(config, given, path)
+
+
+def _sizes_of_data(config: TrainFile, given: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Return the sizes of the file's dataset, if it exists."""
+    if not (Path(config.data) / "manifest.jsonl").is_file():
+        return {}
+    found = sizes_of(LatentDataset(config.data))
+    for name, value in found.items():
+        if given.get(name, value) != value:
+            _contradicted(name, given[name], f"the data of {path} has {value}")
+    return found
+
+
+def _contradicted(name: str, value: object, fact: str) -> None:
+    option = name.replace("_", "-")
+    raise ValueError(f"--{option} is {value}, but {fact}: leave the option out, or change the file")
+
+
+def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
+    """Return the Workload fields of ``prfl-fast plan`` from options, defaults and a file.
+
+    An option that was not given is None in ``values``.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    fields = dict(given)
+    if path is not None:
+        fields |= fields_of_file(path, given)
+    points = fields.pop("points", 1)
+    return {"model": DEFAULT_MODEL, "gradient_plan": GradientPlan(points)} | fields

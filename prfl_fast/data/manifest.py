@@ -1,0 +1,207 @@
+"""Read and write datasets of latents and conditions: a folder of tensors and its manifest.
+
+``manifest.jsonl`` has one JSON object per line: ``{"id", "latents", "labels"}`` for a video, or
+``{"id", "win", "lose", "labels"}`` for a preference pair. ``latents``, ``win`` and ``lose`` name
+safetensors files in the folder; ``labels`` is optional.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from prfl_fast.models.velocity import check_finite
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
+
+MANIFEST = "manifest.jsonl"
+_RANKS = {
+    "latents": 4,
+    "encoder_hidden_states": 2,
+    "encoder_hidden_states_image": 2,
+    "latent_condition": 4,
+}
+_REQUIRED = ("latents", "encoder_hidden_states")
+_DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+class Sample(NamedTuple):
+    """Hold one video: ``latents [C, F, H, W]``, conditions without batch dimension, labels."""
+
+    latents: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    labels: Mapping[str, Any] = {}
+    id: str = ""
+
+
+class Pair(NamedTuple):
+    """Hold two videos; ``win`` is preferred."""
+
+    win: Sample
+    lose: Sample
+
+
+class LatentDataset:
+    """Open a dataset folder; item i is a :class:`Sample` or a :class:`Pair`.
+
+    Opening checks the header of each file, and reading an item checks its values.
+
+    Attributes:
+        pairs: True if items are pairs.
+        shapes: shape of each tensor by name, the same in all files.
+
+    Raises:
+        FileNotFoundError: if the folder or its manifest does not exist.
+        ValueError: if the manifest or a file is malformed or incomplete; names the line.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.manifest = self.folder / MANIFEST
+        if not self.manifest.is_file():
+            raise FileNotFoundError(
+                f"{self.folder}: no {MANIFEST} there. write_dataset() writes a dataset folder"
+            )
+        self._records = self._read_manifest()
+        self.pairs = "win" in self._records[0]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for record in self._records:
+            for key in ("win", "lose") if self.pairs else ("latents",):
+                self._check_file(record[key], f"{self.manifest}:{record['line']}: {key}")
+
+    def _read_manifest(self) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        ids: dict[str, int] = {}
+        try:
+            lines = self.manifest.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.manifest}: not UTF-8 text ({error.reason})") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{self.manifest}:{number}"
+            record = _parse_line(line, where)
+            kinds = ["pairs" if "win" in r else "videos" for r in (record, *records[:1])]
+            check(len(set(kinds)) == 1, f"{where}: item", kinds[0], f"{kinds[-1]} on all lines")
+            name, first = record["id"], ids.setdefault(record["id"], number)
+            check(first == number, f"{where}: id", name, f"a new one, as line {first} has it")
+            records.append({**record, "line": number})
+        check(bool(records), str(self.manifest), "", "one JSON object per line")
+        return records
+
+    def _check_file(self, name: str, where: str) -> None:
+        path = self.folder / name
+        try:
+            with open_tensors(path) as file:
+                parts = {key: file.get_slice(key) for key in file.keys()}
+                shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
+                dtypes = {key: part.get_dtype() for key, part in parts.items()}
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        where = f"{where}: {path}"
+        known = set(_REQUIRED) <= shapes.keys() <= _RANKS.keys()
+        expected = f"{' and '.join(_REQUIRED)}, and of others only {', '.join(_RANKS)}"
+        check(known, f"{where}: tensors", sorted(shapes), expected)
+        for key, shape in shapes.items():
+            check(dtypes[key] in _DTYPES, f"{where}: {key}", dtypes[key], f"one of {_DTYPES}")
+            ok = len(shape) == _RANKS[key] and 0 not in shape
+            check(ok, f"{where}: {key}", list(shape), f"{_RANKS[key]} dimensions, none 0")
+        grid = list(shapes["latents"][1:])
+        condition = shapes.get("latent_condition", shapes["latents"])
+        same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
+        check(same, f"{where}: latent_condition", list(condition), expected)
+        self.shapes = self.shapes or shapes
+        expected = f"{_listed(self.shapes)} as on earlier lines"
+        check(shapes == self.shapes, f"{where}: shapes", _listed(shapes), expected)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample | Pair:
+        """Read one item; raise ``ValueError`` if a file is damaged or has non-finite values."""
+        record = self._records[index]
+        if self.pairs:
+            return Pair(self._load(record, "win"), self._load(record, "lose"))
+        return self._load(record, "latents")
+
+    def _load(self, record: Mapping[str, Any], key: str) -> Sample:
+        path = self.folder / record[key]
+        tensors = load_tensors(path)
+        for name, tensor in tensors.items():
+            check_finite(f"{self.manifest}:{record['line']}: {key}: {name} in {path}", tensor)
+        return Sample(tensors.pop("latents"), tensors, record.get("labels", {}), record["id"])
+
+    def labels(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return ``(place, labels)`` of each item without reading tensors; place is file:line."""
+        return [(f"{self.manifest}:{r['line']}", r.get("labels", {})) for r in self._records]
+
+    def ids(self) -> list[str]:
+        """Return the ids of all items."""
+        return [record["id"] for record in self._records]
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    check(isinstance(record, dict), f"{where}: line", record, "a JSON object")
+    files = {"win", "lose"} if "win" in record or "lose" in record else {"latents"}
+    expected = {"id", "labels", *files}
+    for key in sorted(record):
+        check(key in expected, f"{where}: key", key, f"one of {', '.join(sorted(expected))}")
+    for key in sorted({"id", *files}):
+        value = record.get(key)
+        check(isinstance(value, str) and bool(value), f"{where}: {key}", value, "a string")
+    labels = record.get("labels", {})
+    check(isinstance(labels, dict), f"{where}: labels", labels, "a JSON object")
+    for name, value in labels.items():
+        ok = isinstance(value, (bool, int, float, str))
+        check(ok, f"{where}: labels.{name}", value, "a number or a string")
+    return record
+
+
+def write_dataset(
+    folder: str | os.PathLike[str], samples: Iterable[Sample] | Iterable[Pair]
+) -> LatentDataset:
+    """Write samples or pairs as a dataset folder and open it; the manifest is written last.
+
+    A sample without an id is numbered. Tensors keep their dtype.
+
+    Raises:
+        FileExistsError: if the folder already has a manifest.
+        ValueError: if there are no samples, samples are mixed with pairs, or a tensor is invalid.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise FileExistsError(f"{folder}: already has a {MANIFEST}")
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    lines = []
+
+    def save(sample: Sample, name: str) -> str:
+        file = f"samples/{name}.safetensors"
+        save_tensors({"latents": sample.latents, **sample.conditions}, folder / file)
+        return file
+
+    for number, item in enumerate(samples):
+        first = item.win if isinstance(item, Pair) else cast(Sample, item)
+        record: dict[str, Any] = {"id": first.id or f"{number:06d}"}
+        if isinstance(item, Pair):
+            for side, sample in item._asdict().items():
+                record[side] = save(sample, f"{number:06d}-{side}")
+        else:
+            record["latents"] = save(first, f"{number:06d}")
+        if first.labels:
+            record["labels"] = dict(first.labels)
+        lines.append(json.dumps(record) + "\n")
+    check(bool(lines), "samples", [], "at least one")
+    with write_atomic(folder / MANIFEST) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return LatentDataset(folder)

@@ -1,0 +1,349 @@
+"""Gradient of one trajectory's reward loss, estimated at its gradient points."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from prfl_fast.feedback.divergence import adapters_off
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.points import Point
+from prfl_fast.kernels import flow_step
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.velocity import model_of
+from prfl_fast.rewards.functions import Reward
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.recompute import NO_GRADIENT, recomputed_step
+
+
+@dataclass(frozen=True, eq=False)
+class FeedbackSpec:
+    """The loss of a PRFL step; see :class:`prfl_fast.feedback.step.PRFL` for the fields."""
+
+    sampler: Sampler
+    plan: GradientPlan
+    rewards: Mapping[str, Reward]
+    reward_weights: Mapping[str, float]
+    target: float | None
+    weight: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class PRFLOutput:
+    """Result of one reward-feedback step; no tensor carries a graph.
+
+    K counts the rewarded latents: one per gradient point, then one per re-noised sample.
+
+    Attributes:
+        loss: scalar, reward loss plus divergence loss, without ``loss_scale``.
+        rewards: ``[K, B]``, float32 (float64 for float64 rewards), the weighted sum of several; NaN
+            at points that were not reached.
+        by_reward: the same for each reward by name; a single reward is called ``reward``.
+        indices: the K solver steps, increasing.
+        depths: steps that each point's gradient went through.
+        timesteps: the K timesteps (1000·σ) at which latents were rewarded.
+        latents: ``[B, C, F, H, W]``, the last rewarded latents; the result of a guided trajectory.
+        finite: False if a reward or loss was NaN or infinite. The trajectory ended there, but
+            ``.grad`` already has the gradients of earlier points: zero them and skip the update.
+        divergence: scalar, mean squared difference of the velocities with and without adapters over
+            the gradient steps; None if it is off.
+        gradient: ``[B, C, F, H, W]``, gradient of the loss with respect to the noise for plans with
+            ``to="noise"``; else None.
+        drift: relative L2 distance of the latents from the exact rollout's, by solver step, if this
+            trajectory was checked; else None.
+    """
+
+    loss: torch.Tensor
+    rewards: torch.Tensor
+    by_reward: dict[str, torch.Tensor]
+    indices: tuple[int, ...]
+    depths: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    latents: torch.Tensor
+    finite: bool
+    divergence: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    drift: dict[int, float] | None = None
+
+
+class GradientSteps(NamedTuple):
+    """Latents ``x`` before step ``next_step``, with the graph of the steps that led to them.
+
+    ``weight`` is the factor of their loss, ``penalties`` the divergence of each step with its
+    graph, and ``divergence`` the mean of these without graph (None if there are none).
+    """
+
+    x: torch.Tensor
+    next_step: int
+    weight: float
+    penalties: Sequence[torch.Tensor] = ()
+    divergence: torch.Tensor | None = None
+
+
+class _NonFiniteRewardError(Exception):
+    """End a guided trajectory early."""
+
+
+class GradientEstimator:
+    """Estimate the gradient of one trajectory's loss, point by point.
+
+    At each point call ``backward(steps, score(steps, loss_scale))`` on the steps of :meth:`take` or
+    :meth:`take_again`. ``generator`` draws frames and noise for plans that need them. ``finite`` is
+    False once a reward or loss was not finite.
+    """
+
+    def __init__(
+        self,
+        spec: FeedbackSpec,
+        trajectory: Trajectory,
+        generator: torch.Generator | None,
+        loss_scale: float,
+    ) -> None:
+        self.spec, self.trajectory = spec, trajectory
+        self.generator, self.loss_scale = generator, loss_scale
+        self.finite = True
+        self._leaf: torch.Tensor | None = None
+        if spec.plan.to == "noise":
+            self._leaf = trajectory.x = trajectory.x.detach().requires_grad_()
+        self._rewarded = trajectory.x
+        self._scores: list[dict[str, torch.Tensor]] = []
+        self._losses: list[torch.Tensor] = []
+        self._divergences: list[torch.Tensor] = []
+        self._timesteps: list[float] = []
+
+    @torch.enable_grad()
+    def take(self, point: Point, weight: float, *, last: bool) -> GradientSteps:
+        """Take a point's steps with gradient; the trajectory must be at the first of them.
+
+        If no solver step follows (``last``), a one-step estimate of x0 needs none.
+        """
+        trajectory, penalties = self.trajectory, []
+        clean = self.spec.plan.reward_at == "clean"
+        for index in range(point.first, point.step + 1):
+            x = trajectory.x
+            if index < point.step:
+                v, *extra = recomputed_step(partial(self._evaluate, index), x)
+            else:
+                # The last step's graph is used at once, so recomputing it would save nothing.
+                v, *extra = self._evaluate(index, x)
+            _check_graph(v.requires_grad, NO_GRADIENT)
+            penalties += extra
+            if index < point.step or not clean or not last:
+                trajectory.follow(trajectory.solve(v))
+        if not clean:
+            return self._steps(trajectory.x, point.step + 1, penalties, weight)
+        x0 = flow_step([x, v], [1.0, -trajectory.sigma(point.step)])
+        return self._steps(x0, self.spec.sampler.num_inference_steps, penalties, weight)
+
+    @torch.enable_grad()
+    def take_again(self, point: Point, weight: float) -> GradientSteps:
+        """Noise the result to the last level and repeat the last step (DRaFT-LV)."""
+        index, end = point.step, self.trajectory.x
+        sigma = self.trajectory.sigma(index)
+        x = flow_step([end, _randn_like(end, self.generator)], [1 - sigma, sigma])
+        v, *penalties = self._evaluate(index, x)
+        _check_graph(v.requires_grad, NO_GRADIENT)
+        return self._steps(flow_step([x, v], [1.0, -sigma]), index + 1, penalties, weight)
+
+    def _steps(
+        self, x: torch.Tensor, index: int, penalties: list[torch.Tensor], weight: float
+    ) -> GradientSteps:
+        divergence = None
+        if penalties:
+            divergence = torch.stack([p.detach() for p in penalties]).mean()
+            self._divergences.append(divergence * weight)
+            self.finite = self.finite and bool(torch.isfinite(divergence))
+        return GradientSteps(x, index, weight, penalties, divergence)
+
+    @torch.enable_grad()
+    def score(self, steps: GradientSteps, scale: float) -> torch.Tensor | None:
+        """Return the gradient of ``scale ·`` reward loss at latents; None if it is not finite."""
+        trajectory, x, index = self.trajectory, steps.x, steps.next_step
+        end = index == self.spec.sampler.num_inference_steps
+        timestep = trajectory.model_timestep(0 if end else index)
+        timestep = torch.zeros_like(timestep) if end else timestep
+        self._timesteps.append(0.0 if end else float(trajectory.timesteps[index]))
+        weight = self.spec.weight * steps.weight
+        on_frames = _frame_scorer(self.spec.plan, x, self.generator)
+        scores, loss, gradients = {}, torch.zeros((), device=x.device), []
+        for name, reward in self.spec.rewards.items():
+            leaf = x.detach().requires_grad_()
+            if on_frames is None:
+                score = _check_score(reward(leaf, timestep, trajectory.conditions), len(x))
+            else:
+                score = on_frames(reward, leaf, timestep, trajectory.conditions)
+            target = self.spec.target
+            short = -score if target is None else torch.relu(target - score)
+            part = weight * self.spec.reward_weights[name] * short.mean()
+            scores[name] = score.detach()
+            loss = loss + part.detach()
+            # One wait for the device. The score is checked too: relu would hide an infinite one.
+            good = torch.isfinite(score.detach()).all() & torch.isfinite(part.detach())
+            self.finite = self.finite and bool(good)
+            if self.finite:
+                (part * scale).backward()
+                _check_graph(leaf.grad is not None, _NO_GRAPH)
+                assert leaf.grad is not None
+                gradients.append(leaf.grad)
+        self._scores.append(scores)
+        self._losses.append(loss)
+        self._rewarded = x.detach()
+        if not self.finite:
+            return None
+        return gradients[0] if len(gradients) == 1 else flow_step(gradients, [1.0] * len(gradients))
+
+    def backward(self, steps: GradientSteps, gradient: torch.Tensor | None) -> None:
+        """Run backward through the steps and their divergences, then drop the graph."""
+        if gradient is not None:
+            factor, penalties = self.spec.divergence * steps.weight, steps.penalties
+            if steps.divergence is not None:
+                self._losses[-1] = self._losses[-1] + factor * steps.divergence
+            share = factor * self.loss_scale / max(1, len(penalties))
+            gradients = [gradient, *(torch.full_like(p, share) for p in penalties)]
+            torch.autograd.backward([steps.x, *penalties], gradients)
+        self.trajectory.cut()
+
+    def run_guided(self, points: tuple[Point, ...]) -> PRFLOutput:
+        """Sample with the velocity moved against the gradient of the loss at each point's latents.
+
+        With x_t = (1-t)·x0 + t·ε the velocity is v = -(x + t·s)/(1-t), with s the score of the
+        latents' distribution. Weighting that distribution by exp(-loss) subtracts ∇loss from s,
+        and so adds t/(1-t)·∇loss to v. Each sample follows the gradient of its own loss, not of
+        the batch mean.
+        """
+        steps, guide = self.spec.sampler.num_inference_steps, partial(self._guide, points)
+        with contextlib.suppress(_NonFiniteRewardError):
+            self.trajectory.run(steps, adjust=guide)
+        self._rewarded = self.trajectory.x
+        return self.output(points[: len(self._scores)])
+
+    def output(self, points: Sequence[Point]) -> PRFLOutput:
+        """Return the results at ``points``; NaN where the trajectory ended before."""
+        rows, names = self._scores, list(self.spec.rewards)
+        blank = torch.full_like(next(iter(rows[0].values())), math.nan)
+        missing = [blank] * (len(points) - len(rows))
+        by_reward = {
+            name: torch.stack([row.get(name, blank) for row in rows] + missing) for name in names
+        }
+        parts = [self.spec.reward_weights[name] * by_reward[name] for name in names]
+        times = self._timesteps + [math.nan] * (len(points) - len(self._timesteps))
+        return PRFLOutput(
+            loss=torch.stack(self._losses).sum(),
+            rewards=torch.stack(parts).sum(0),
+            by_reward=by_reward,
+            indices=tuple(point.step for point in points),
+            depths=tuple(point.depth for point in points),
+            timesteps=tuple(times),
+            latents=self._rewarded.detach(),
+            finite=self.finite,
+            divergence=torch.stack(self._divergences).sum() if self._divergences else None,
+            gradient=None if self._leaf is None else self._leaf.grad,
+            drift=self.trajectory.drift,
+        )
+
+    @torch.enable_grad()
+    def _guide(self, points: tuple[Point, ...], index: int, v: torch.Tensor) -> torch.Tensor:
+        """Return the guided velocity of step ``index``."""
+        trajectory = self.trajectory
+        if index not in (point.step for point in points):
+            return v
+        sigma, batch = trajectory.sigma(index), len(trajectory.x)
+        gradient = self.score(GradientSteps(trajectory.x, index, batch), 1.0)
+        self._losses[-1] = self._losses[-1] / (batch * len(points))
+        if gradient is None:
+            raise _NonFiniteRewardError
+        return flow_step([v, gradient], [1.0, sigma / (1 - sigma)])
+
+    def _evaluate(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the velocity, and its divergence if that is on."""
+        v = self.trajectory.velocity(x, index)
+        return v, *self._divergence(x, index, v)
+
+    def _divergence(self, x: torch.Tensor, index: int, v: torch.Tensor) -> list[torch.Tensor]:
+        """Return the mean squared distance of ``v`` from the base model's velocity, if it is on."""
+        if not self.spec.divergence:
+            return []
+        model = model_of(self.spec.sampler.transformer)
+        assert model is not None
+
+        def initial(x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.trajectory.velocity(x, index),)
+
+        off = partial(adapters_off, model)
+        if x.requires_grad and torch.is_grad_enabled():
+            # After an earlier step with gradient the latents depend on the parameters, and the base
+            # velocity on the latents. Blocks recomputed in its backward must find adapters off.
+            (base,) = recomputed_step(initial, x, off)
+        else:
+            with torch.no_grad(), off():
+                (base,) = initial(x)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        return [(v.to(wide) - base.to(wide)).square().mean()]
+
+
+_NO_GRAPH = (
+    "the reward's scores carry no graph to its input. The reward must not detach its input or run "
+    "under no_grad."
+)
+
+
+def _frame_scorer(
+    plan: GradientPlan, x: torch.Tensor, generator: torch.Generator | None
+) -> Callable[[Reward, torch.Tensor, torch.Tensor, Conditions], torch.Tensor] | None:
+    """Return a function that scores weighted random frames of ``x``; None to score the video.
+
+    All rewards of a point score the same frames.
+    """
+    if plan.segments is None:
+        return None
+    batch, count = x.shape[0], x.shape[2]
+    span = count // plan.segments
+    device = generator.device if generator is not None else torch.device("cpu")
+    drawn = torch.randint(span, (batch, plan.segments), generator=generator, device=device)
+    chosen = drawn.to(x.device) + span * torch.arange(plan.segments, device=x.device)
+    weights = torch.exp(-plan.attenuation * (chosen - count // 2).abs().to(torch.float64))
+    rows = torch.arange(batch, device=x.device)
+
+    def pick(tensor: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim != 5 or tensor.shape[2] != count:
+            return tensor
+        return tensor[rows, :, frame].unsqueeze(2)
+
+    def score_frames(
+        reward: Reward, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        total: Any = 0.0
+        for segment in range(chosen.shape[1]):
+            frame = chosen[:, segment]
+            part = {key: pick(value, frame) for key, value in conditions.items()}
+            score = _check_score(reward(pick(x, frame), timestep, part), batch)
+            total = total + weights[:, segment].to(score.dtype) * score
+        return total / chosen.shape[1]
+
+    return score_frames
+
+
+def _randn_like(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    device = generator.device if generator is not None else x.device
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.randn(x.shape, generator=generator, device=device, dtype=wide).to(x)
+
+
+def _check_score(score: torch.Tensor, batch: int) -> torch.Tensor:
+    """Return the scores ``[batch]`` in float32 (or float64) after checking shape and graph."""
+    ok = isinstance(score, torch.Tensor) and score.shape == (batch,)
+    check(ok, "the reward's result", score, f"one score per sample, [{batch}]")
+    _check_graph(score.requires_grad, _NO_GRAPH)
+    return score if score.dtype == torch.float64 else score.float()
+
+
+def _check_graph(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)

@@ -1,0 +1,263 @@
+"""PRFL: one step of reward feedback learning on a sampled trajectory."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from prfl_fast.feedback.divergence import check_adapters
+from prfl_fast.feedback.estimator import FeedbackSpec, GradientEstimator, PRFLOutput
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.points import Point
+from prfl_fast.kernels import flow_step
+from prfl_fast.kernels.runtime.checks import describe
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, model_of
+from prfl_fast.rewards.functions import Reward, check_callable, check_frozen
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.engine import RolloutEngine
+from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.utils.checks import check, check_number, check_type
+from prfl_fast.utils.recompute import NO_GRADIENT
+
+# UniPC starts 1e-6 below 1, where the factor of guided sampling is as unbounded as at 1.
+PURE_NOISE = 1e-5
+
+
+class PRFL:
+    """Run reward feedback learning on a trajectory; a call leaves the gradients in ``.grad``.
+
+    Source: "Video Generation Models Are Good Latent Reward Models" (PRFL, arXiv 2511.21541). One
+    call samples a trajectory from ``noise``. At each index m drawn by the default plan it takes the
+    solver step with gradient, ``x_{m+1} = solver(x_m, v_θ(x_m, t_m, c))`` with ``x_m`` and the
+    solver's history constant, scores the result at its own noise level, ``r = r_φ(x_{m+1}, t_{m+1},
+    c)``, and runs backward on ``weight · relu(target - r)``, averaged over the batch and the K
+    drawn indices. The trajectory then continues from ``x_{m+1}`` without the graph, so only one
+    step's graph is alive at a time, and ends after the last index. Other plans:
+    :class:`prfl_fast.GradientPlan`.
+
+    The transformer's train/eval mode does not change. Random numbers come from the given generator
+    only.
+
+    Args:
+        transformer, scheduler, num_inference_steps, guidance, rollout: see
+            :class:`prfl_fast.rollout.sampler.Sampler`; guidance applies to gradient steps too.
+        reward: ``(x, timestep [B], conditions) -> [B]``, e.g. a frozen ``LatentRewardModel``; or
+            several by name.
+        plan: gradient points, and the target of the gradient; ``GradientPlan.prfl()`` by default.
+        target: rewards at or above it give no gradient. A sigmoid never reaches the default 2. None
+            replaces the hinge with ``-r``.
+        weight: factor of the reward loss; for a guided trajectory, the strength of the guidance.
+        reward_weights: factors of several rewards' losses by name; 1 unless given.
+        divergence: factor of the mean squared difference between the velocities with and without
+            adapters at the gradient steps.
+
+    Attributes:
+        engine: runs the steps without gradient and counts drift checks over all calls.
+
+    Raises:
+        TypeError: if the model, reward or scheduler is unsupported, or an argument has another
+            type.
+        ValueError: if the schedule is too short for the plan, a number is not finite, a weight
+            names no reward, or a divergence has no adapters or no gradient to the parameters.
+    """
+
+    def __init__(  # noqa: PLR0913 - the public face: one call holds every option of a step
+        self,
+        transformer: nn.Module | ModelCall | Velocity,
+        reward: nn.Module | Reward | Mapping[str, Reward],
+        scheduler: Any,
+        plan: GradientPlan | None = None,
+        *,
+        num_inference_steps: int = 40,
+        target: float | None = 2.0,
+        weight: float = 0.1,
+        reward_weights: Mapping[str, float] | None = None,
+        guidance: Guidance | None = None,
+        rollout: RolloutConfig | None = None,
+        divergence: float = 0.0,
+    ) -> None:
+        rollout = RolloutConfig() if rollout is None else rollout
+        plan = GradientPlan.prfl() if plan is None else plan
+        check_type("plan", plan, GradientPlan)
+        self.sampler = Sampler(transformer, scheduler, num_inference_steps, guidance, rollout)
+        rewards = _named_rewards(reward)
+        factors = dict.fromkeys(rewards, 1.0) | dict(reward_weights or {})
+        expected = f"names of the rewards, {sorted(rewards)}"
+        check(bool(rewards) and len(factors) == len(rewards), "reward_weights", factors, expected)
+        numbers = {"weight": weight, "divergence": divergence}
+        numbers["target"] = 0.0 if target is None else target
+        numbers |= {f"reward_weights[{name!r}]": factor for name, factor in factors.items()}
+        for name, value in numbers.items():
+            check_number(name, value)
+        plan.steps(num_inference_steps)  # raises if the plan does not fit the schedule
+        if divergence:
+            _check_divergence(divergence, transformer, plan)
+        self.plan = plan
+        self.spec = FeedbackSpec(
+            self.sampler, plan, rewards, factors, target, weight, float(divergence)
+        )
+        self.engine = RolloutEngine(transformer, rollout)
+
+    def __call__(
+        self,
+        noise: torch.Tensor,
+        conditions: Conditions,
+        *,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        indices: Sequence[int | Point] | None = None,
+        loss_scale: float = 1.0,
+    ) -> PRFLOutput:
+        """Run one trajectory and accumulate the gradient of its loss.
+
+        Args:
+            noise: ε ~ N(0, I), ``[B, C, F, H, W]``; all latents have its dtype.
+            conditions: tensors of batch B for the transformer and the reward.
+            latents: real x0 like ``noise``, for plans that start from data.
+            generator: draws points, frames and noise; ranks that share a trajectory need the same
+                state.
+            indices: gradient steps instead of a draw, increasing: points, or steps with equal
+                weights and the plan's depth.
+            loss_scale: factor of the gradients only, e.g. ``1 / gradient_accumulation_steps``.
+
+        Returns:
+            See :class:`PRFLOutput`; check ``finite`` before the optimizer step.
+
+        Raises:
+            TypeError: if the model is unsupported.
+            ValueError: if noise, latents or conditions have a wrong shape or are not finite;
+                ``indices`` are out of order or range; the reward has trainable parameters, a wrong
+                shape, or no graph to its input; the transformer has no trainable parameter; or a
+                plan of several steps finds active dropout, or a sharded or DDP model.
+        """
+        plan, spec = self.plan, self.spec
+        for reward in spec.rewards.values():
+            check_frozen(reward)
+        check_number("loss_scale", loss_scale)
+        self._check_inputs(noise, latents)
+        self._check_model()
+        steps = self.sampler.num_inference_steps
+        if indices is None:
+            points = plan.draw(steps, generator)
+        else:
+            points = plan.points_at(indices, steps)
+        begin = plan.begin(steps)
+        if plan.start == "data" and plan.strength is None:
+            begin = points[0].first
+        visit = [step for point in points for step in range(point.first, point.step + 1)]
+        trajectory = Trajectory(
+            self.sampler, noise, conditions, engine=self.engine, start=begin, visit=visit
+        )
+        if latents is not None:
+            sigma = trajectory.sigma(begin)
+            trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
+        estimator = GradientEstimator(spec, trajectory, generator, loss_scale)
+        if plan.to == "latent":
+            first = points[0].step
+            sigma, hint = (
+                trajectory.sigma(first),
+                "The factor sigma / (1 - sigma) has no bound there.",
+            )
+            expected = f"a start later than step {first}, where sigma is {sigma:g}"
+            check(sigma <= 1 - PURE_NOISE, "window", plan.window, expected, hint=hint)
+            return estimator.run_guided(points)
+        share, drawn = 1 + plan.renoised, len(points)
+        points = (*points, *[Point(points[-1].step)] * plan.renoised)
+        with _frozen(self.sampler.transformer) if plan.to == "noise" else contextlib.nullcontext():
+            try:
+                for number, point in enumerate(points):
+                    if not estimator.finite:
+                        break
+                    if number < drawn:
+                        trajectory.run(point.first)
+                        last = number == drawn - 1
+                        taken = estimator.take(point, point.weight / share, last=last)
+                    else:
+                        taken = estimator.take_again(point, 1 / share)
+                    estimator.backward(taken, estimator.score(taken, loss_scale))
+                    del taken  # frees its latents before the next rollout
+            finally:
+                # An exception's traceback would keep the graph of several steps alive.
+                trajectory.cut()
+        return estimator.output(points)
+
+    def _check_model(self) -> None:
+        """Check the model for a gradient to the parameters, or through several steps."""
+        model, plan = model_of(self.sampler.transformer), self.plan
+        if model is None:
+            return
+        if plan.to == "parameters" and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(NO_GRADIENT)
+        if plan.depth == 1:
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+                raise ValueError(
+                    f"{name} has dropout p={module.p} in train mode. This plan recomputes each "
+                    "forward in the backward, so masks would differ. Call model.eval() or set "
+                    "dropout to 0."
+                )
+        if plan.to == "parameters":
+            kinds = {type(model).__name__} | {type(p).__name__ for p in model.parameters()}
+            for kind in kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "DTensor"}:
+                raise ValueError(
+                    f"transformer is of {kind}, expected a plain model for a gradient through "
+                    "several steps: their backwards would not be summed. Use a plan of depth 1."
+                )
+
+    def _check_inputs(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
+        ok = isinstance(noise, torch.Tensor) and noise.ndim == 5
+        check(ok, "noise", noise, "a floating-point tensor [B, C, F, H, W]")
+        least = self.plan.segments or 0
+        expected = f"at least the plan's {least} segments"
+        check(noise.shape[2] >= least, "the number of latent frames", noise.shape[2], expected)
+        if self.plan.start == "noise":
+            check(latents is None, "latents", latents, "None: the plan starts from noise")
+            return
+        like = isinstance(latents, torch.Tensor) and latents.shape == noise.shape
+        like = like and latents.device == noise.device  # type: ignore[union-attr]
+        expected = f"real latents of the shape and device of noise, {describe(noise)}"
+        check(like, "latents", latents, expected)
+        assert latents is not None
+        check_finite("latents", latents)
+
+
+def _named_rewards(reward: nn.Module | Reward | Mapping[str, Reward]) -> dict[str, Reward]:
+    rewards = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+    for name, function in rewards.items():
+        label = f"reward[{name!r}]" if isinstance(reward, Mapping) else "reward"
+        check_callable(label, function, " (x, timestep, conditions) -> [B]")
+    return rewards
+
+
+def _check_divergence(
+    divergence: float, transformer: nn.Module | ModelCall | Velocity, plan: GradientPlan
+) -> None:
+    ok = divergence > 0 and plan.to == "parameters"
+    expected = "at least 0, and 0 unless the gradient goes to the parameters"
+    check(ok, "divergence", divergence, expected)
+    model = model_of(transformer)
+    hint = "Pass the model, or a ModelCall of it."
+    check(model is not None, "divergence", divergence, "0 for a function", hint=hint)
+    assert model is not None
+    check_adapters(model)
+
+
+@contextlib.contextmanager
+def _frozen(transformer: nn.Module | ModelCall | Velocity) -> Iterator[None]:
+    """Turn off the gradients of a model's parameters within the context."""
+    model = model_of(transformer)
+    parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

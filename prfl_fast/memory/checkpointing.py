@@ -1,0 +1,212 @@
+"""Activation checkpointing of transformer blocks: policies ``none``, ``full`` and ``attention``.
+
+``none`` keeps every tensor that the backward reads. ``full`` keeps only the block's input and runs
+the block again in the backward. ``attention`` also keeps the outputs of attention operations (and
+their log-sum-exp), so the second run skips the operation whose cost grows with the square of the
+tokens. Gradients are bit-identical under all policies, because the order of operations is the same.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from prfl_fast.memory.ledger import mark
+from prfl_fast.memory.offload import Handle, Offloader
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.recompute import recomputed
+
+Model = TypeVar("Model", bound=nn.Module)
+Run = Callable[..., torch.Tensor]
+
+POLICIES = ("none", "full", "attention")
+
+# By name, because the operations of a package exist only after the package is imported.
+ATTENTION_OPS = frozenset(
+    (
+        "prfl_fast::attention",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "aten::_flash_attention_forward",
+        "aten::_efficient_attention_forward",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::fwd",
+        "flash_attn_3::_flash_attn_forward",
+        "_diffusers_flash_attn_3::_flash_attn_forward",
+        "xformers_flash::flash_fwd",
+        "xformers_flash3::flash_fwd",
+        "xformers::efficient_attention_forward_cutlass",
+    )
+)
+
+_offloaders: "weakref.WeakKeyDictionary[nn.Module, Offloader]" = weakref.WeakKeyDictionary()
+
+
+def is_attention(op: Any) -> bool:
+    """Return True if an operator is the forward of fused attention."""
+    return isinstance(op, torch._ops.OpOverload) and op._schema.name in ATTENTION_OPS
+
+
+def activation_checkpointing(
+    model: Model,
+    policy: Literal["none", "full", "attention"] = "full",
+    offload: Literal["cpu"] | None = None,
+    *,
+    host_limit: int | None = None,
+) -> Model:
+    """Set the checkpointing policy of every transformer block in place; return the model.
+
+    Each call replaces the settings of the one before; ``("none", None)`` is PyTorch's own behavior.
+    Works with patched and unpatched models, adapters (peft) and compiled blocks. Calls without
+    gradients are not affected. A graph under ``attention`` supports one backward.
+
+    Args:
+        model: a supported transformer, wrapped or not; for a reward model, its backbone.
+        policy: see the module's docstring.
+        offload: ``"cpu"`` keeps saved tensors in host memory; the device holds those of two blocks
+            at most.
+        host_limit: bytes of host memory for offloading; None is the available memory at the time of
+            use, less a tenth of the machine's memory.
+
+    Raises:
+        TypeError: if the model is not supported.
+        ValueError: if a choice is unknown, or ``host_limit`` is given without offload.
+        RuntimeError: from a later forward, if host memory does not suffice.
+    """
+    check_choice("policy", policy, POLICIES)
+    check_choice("offload", offload, (None, "cpu"))
+    ok = host_limit is None or (offload is not None and host_limit >= 0)
+    check(ok, "host_limit", host_limit, "bytes, with offload='cpu' only")
+    adapter = find_adapter(model)
+    offloader = None if offload is None else Offloader(host_limit)
+    blocks = adapter.blocks(model)
+    _offloaders.pop(blocks, None)
+    if offloader is not None:
+        _offloaders[blocks] = offloader
+    run: Run | None = _runner(policy, offloader)
+    if offloader is None and policy != "attention":
+        run = None if policy == "none" else _run_full
+    adapter.checkpoint_blocks(model, run)
+    return model
+
+
+def offload_bytes(model: nn.Module) -> dict[str, int]:
+    """Return bytes of tensors offloaded for a model since :func:`activation_checkpointing`.
+
+    Returns:
+        ``device_now, device_peak``: saved tensors on the device, including those being copied;
+        ``host_now, host_peak``: host buffers of live graphs; ``host_pool``: these plus free buffers
+        for the next graph; ``transferred``: total in both directions. All are 0 without offloading.
+    """
+    offloader = _offloaders.get(find_adapter(model).blocks(model))
+    return dict((offloader or Offloader()).bytes)
+
+
+# Closures rather than objects: a deep copy of the model shares them.
+def _run_full(block: nn.Module, *args: Any) -> torch.Tensor:
+    mark(args[0], "checkpoints")
+    return recomputed(block, *args)
+
+
+def _runner(policy: str, offloader: Offloader | None) -> Run:
+    """Return the function that calls a block, for policies that PyTorch has no function for."""
+    warned = False
+
+    # When the whole model is compiled, blocks run eagerly or are compiled one by one.
+    @torch.compiler.disable
+    def run(block: nn.Module, *args: Any) -> torch.Tensor:
+        nonlocal warned
+        pack: Callable[[torch.Tensor], Handle] = _stay
+        hooks: Any = contextlib.nullcontext()
+        if offloader is None:
+            mark(args[0], "checkpoints")
+        else:
+            pack = offloader.open(block, args[0], tree_leaves(args[1:])).pack
+            hooks = saved_tensors_hooks(pack, Handle.unpack)
+        with hooks:
+            if policy == "none":
+                return block(*args)
+            if policy == "full":
+                return recomputed(block, *args)
+            kept: deque[Any] = deque()
+            out = recomputed(block, *args, context_fn=lambda: (_Keep(pack, kept), _Replay(kept)))
+        if not (kept or warned):
+            warned = True
+            warnings.warn(
+                f"policy 'attention' found no known attention operation in {type(block).__name__}; "
+                "the whole block is recomputed, as with policy 'full'",
+                stacklevel=2,
+            )
+        return out
+
+    return run
+
+
+def _stay(tensor: torch.Tensor) -> Handle:
+    """Return a handle of a tensor that stays on its device."""
+    mark(tensor, "checkpoints")
+    return Handle(tensor)
+
+
+# PyTorch's create_selective_checkpoint_contexts holds its tensors where no saved-tensor hook sees
+# them, so they could not be offloaded.
+class _Keep(TorchDispatchMode):
+    """Pack the results of attention operations in the forward."""
+
+    def __init__(self, pack: Callable[[torch.Tensor], Handle], kept: deque[Any]) -> None:
+        super().__init__()
+        self._pack, self._kept = pack, kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True, so that a compiled block stays compiled under this mode."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if is_attention(func):
+            own = out
+            if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+                # This is compiled code, which overwrites outputs that its backward does not need.
+                own = tree_map_only(torch.Tensor, torch.clone, out)
+            self._kept.append((func, tree_map_only(torch.Tensor, self._pack, own)))
+        return out
+
+
+class _Replay(TorchDispatchMode):
+    """Return the packed results of attention operations in the recompute."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True, as in the forward."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_attention(func):
+            return func(*args, **(kwargs or {}))
+        if not self._kept:
+            raise RuntimeError(
+                f"the recompute runs {func} once more than the forward did. Policy 'attention' "
+                "supports one backward per graph: choose 'full' for retain_graph"
+            )
+        expected, out = self._kept.popleft()
+        if func is not expected:
+            raise RuntimeError(f"the recompute runs {func} where the forward ran {expected}")
+        return tree_map_only(Handle, Handle.unpack, out)

@@ -1,0 +1,385 @@
+"""AdamW in variants that differ in memory, each under one name.
+
+A step of 5e-6 on a weight near 1 is a thousandth of bfloat16's spacing, so a bfloat16 weight or
+second moment that is rounded to nearest never changes. Every kind therefore keeps a float32 master
+or rounds stochastically, which is exact in expectation. Moments are float32 or quantized by blocks.
+
+================= ================================================= ======= ======
+kind              a bfloat16 parameter of n elements needs          device  host
+================= ================================================= ======= ======
+adamw             float32 master and moments                        12 n
+adamw-sr          float32 moments, stochastic rounding              8 n
+adamw8bit         8-bit moments, stochastic rounding                2.03 n
+adamw-cpu         float32 master and moments, computed on the CPU           12 n
+paged-adamw8bit   (float32 parameters only) 8-bit moments, paged    0.03 n  2 n
+================= ================================================= ======= ======
+
+8-bit moments share a scale per block of 256: a second moment far below its block's largest rounds
+to zero, and its weight then moves too far.
+
+Float32 parameters need neither master nor rounding. ``adamw-sr`` and ``adamw8bit`` are torchao's,
+``paged-adamw8bit`` is bitsandbytes' and needs CUDA. Gradients add 2 n bytes, or 4 n in float32.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.optional import need
+
+OptimizerKind = Literal["adamw", "adamw-sr", "adamw8bit", "paged-adamw8bit", "adamw-cpu"]
+GradientDtype = Literal["parameter", "fp32"]
+
+KINDS: tuple[str, ...] = typing.get_args(OptimizerKind)
+GRADIENT_DTYPES: tuple[str, ...] = typing.get_args(GradientDtype)
+_MASTERED = (torch.float32, torch.float64, torch.bfloat16)
+_DTYPES = {
+    "adamw": _MASTERED,
+    "adamw-cpu": _MASTERED,
+    "adamw-sr": (torch.float32, torch.bfloat16),
+    "adamw8bit": (torch.float32, torch.bfloat16),
+    "paged-adamw8bit": (torch.float32,),
+}
+# Constants of torchao and bitsandbytes: tensors with fewer elements are not quantized; elements per
+# scale; bytes of a codebook.
+_SMALLEST_8BIT, _BLOCK, _CODEBOOK_BYTES = 4096, 256, 256 * 4
+_SMALLEST_PAGED = 100_000  # bitsandbytes pages states of at least so many elements
+
+
+def make_optimizer(
+    kind: OptimizerKind,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    gradient_dtype: GradientDtype = "parameter",
+) -> torch.optim.Optimizer:
+    """Return AdamW of one of ``KINDS``, see the module's docstring.
+
+    ``adamw`` of float32 parameters is :class:`torch.optim.AdamW`. Change the learning rate with
+    :func:`set_learning_rate`. The first step creates the states.
+
+    Args:
+        gradient_dtype: dtype in which gradients of bfloat16 parameters accumulate: the parameter's,
+            or float32. Sets ``grad_dtype`` and drops gradients of another dtype.
+
+    Raises:
+        ValueError: if the kind is unknown or cannot train these parameters on their device.
+        MissingExtraError: if the kind's library is not installed.
+    """
+    parameters = list(parameters)
+    check_choice("optimizer", kind, KINDS)
+    check_choice("gradient_dtype", gradient_dtype, GRADIENT_DTYPES)
+    check(bool(parameters), "parameters", [], "at least one parameter")
+    check_dtypes(kind, {f"parameter {i}": p for i, p in enumerate(parameters)})
+    on_cuda = all(p.is_cuda for p in parameters)
+    ok = kind != "paged-adamw8bit" or on_cuda
+    hint = "paged-adamw8bit needs every parameter on a CUDA device; adamw8bit does not"
+    check(ok, "optimizer", kind, "another one for these devices", hint=hint)
+    for p in parameters:
+        dtype = torch.promote_types(p.dtype, torch.float32) if gradient_dtype == "fp32" else p.dtype
+        if p.grad_dtype != dtype:
+            p.grad = None  # torch refuses to change the dtype of an existing gradient
+            p.grad_dtype = dtype
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    if kind == "adamw" and all(p.dtype is not torch.bfloat16 for p in parameters):
+        # Unfused, the step would allocate temporaries as large as all parameters.
+        return torch.optim.AdamW(parameters, fused=True if on_cuda else None, **options)
+    if kind in ("adamw", "adamw-cpu"):
+        return MasterAdamW(parameters, on_host=kind == "adamw-cpu", **options)
+    if kind == "paged-adamw8bit":
+        return _paged_class()(parameters, **options)
+    return _stochastic_class(kind == "adamw8bit")(parameters, bf16_stochastic_round=True, **options)
+
+
+def check_dtypes(kind: OptimizerKind, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``ValueError`` for the first parameter whose dtype ``kind`` cannot train."""
+    known = ", ".join(map(str, _DTYPES[kind]))
+    for name, parameter in parameters.items():
+        check(parameter.dtype in _DTYPES[kind], name, parameter.dtype, f"{known} for {kind}")
+
+
+def state_bytes(kind: OptimizerKind, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
+    """Return (device, host) bytes of one parameter's master, moments, scales and step counter.
+
+    Paged states count as host memory, where they move when the device is full. In addition,
+    ``adamw-cpu`` holds two host buffers of the largest parameter, and a step of the others needs
+    float32 temporaries of one parameter at a time.
+    """
+    check_choice("optimizer", kind, KINDS)
+    check_dtypes(kind, {f"parameter {list(shape)}": torch.empty(0, dtype=dtype)})
+    n, full = math.prod(shape), torch.promote_types(dtype, torch.float32).itemsize
+    step = 4
+    moments = 2 * full * n
+    if kind == "adamw":
+        return moments + (full * n if dtype is torch.bfloat16 else 0) + step, 0
+    if kind == "adamw-cpu":
+        return 0, moments + full * n + step
+    if kind == "adamw-sr":
+        return moments + step, 0
+    if kind == "adamw8bit":
+        if n < _SMALLEST_8BIT or n % _BLOCK:
+            return moments + step, 0
+        return 2 * (n + 4 * (n // _BLOCK) + _CODEBOOK_BYTES) + step, 0
+    if n < _SMALLEST_8BIT:
+        return moments, 0  # bitsandbytes counts steps in a Python int and shares its codebooks
+    scales = 2 * 4 * -(-n // _BLOCK)
+    return (scales + 2 * n, 0) if n < _SMALLEST_PAGED else (scales, 2 * n)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every parameter group of an optimizer of any kind."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # torchao would compile a number into its step
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the 2-norm of all gradients together, a float32 scalar (float64 for float64).
+
+    Without the dtype, the norm of a bfloat16 tensor would be bfloat16, with three digits.
+    """
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in gradients
+    ]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+def _load_as_saved(
+    optimizer: torch.optim.Optimizer,
+    state_dict: Mapping[str, Any],
+    home: Callable[[torch.Tensor, str], torch.device],
+) -> None:
+    """Load states in the dtype they were saved in, each to its home device.
+
+    torch's own method would cast them to the parameter's dtype and move them to its device.
+    """
+    torch.optim.Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}})
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, p in zip(saved, parameters, strict=True):
+        if index in state_dict["state"]:
+            state = state_dict["state"][index]
+            optimizer.state[p] = {name: value.to(home(p, name)) for name, value in state.items()}
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW in float32 over float32 masters of narrower parameters.
+
+    Parameters are updated one at a time by torch's fused kernel, so at most one float32 gradient
+    copy exists. With ``on_host``, masters of every parameter and moments stay in host memory;
+    gradients and weights pass through two pinned buffers, one parameter ahead.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        on_host: bool = False,
+    ) -> None:
+        super().__init__(
+            parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+        self.home = torch.device("cpu") if on_host else None
+        self._staging: _Staging | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if self.home is None:
+                for p in parameters:
+                    self._update(group, p, p.grad)
+                    if "master" in self.state[p]:
+                        p.copy_(self.state[p]["master"])
+                continue
+            if self._staging is None:
+                self._staging = _Staging([p for g in self.param_groups for p in g["params"]])
+            for p, gradient in self._staging.gradients(parameters):
+                self._update(group, p, gradient)
+                self._staging.send(p, self.state[p]["master"])
+
+    def _update(self, group: dict[str, Any], p: torch.Tensor, gradient: torch.Tensor) -> None:
+        state = self.state[p]
+        if not state:
+            home, full = self.home or p.device, torch.promote_types(p.dtype, torch.float32)
+            if self.home is not None or p.dtype is not full:
+                state["master"] = p.detach().to(home, copy=True).to(full)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=home)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(p, dtype=full, device=home)
+        weight = state.get("master", p)
+        adamw(
+            [weight],
+            [gradient.to(weight.dtype)],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _load_as_saved(self, state_dict, lambda p, name: self.home or p.device)
+
+
+class _Staging:
+    """Two host buffers that carry gradients to the host and weights to the device.
+
+    All copies are on one stream, so a buffer is read completely before the next copy writes to it.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self.cuda = any(p.is_cuda for p in parameters)
+        device = next((p.device for p in parameters if p.is_cuda), None)
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        size = max(
+            p.numel() * max(p.itemsize, (p.grad_dtype or p.dtype).itemsize) for p in parameters
+        )
+        self.buffers = [
+            torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda) for _ in range(2)
+        ]
+        self._of: dict[torch.Tensor, torch.Tensor] = {}
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext()
+
+    def _view(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        size = p.numel() * dtype.itemsize
+        return self._of[p][:size].view(dtype).view(p.shape)
+
+    def gradients(
+        self, parameters: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each parameter with its gradient in host memory; copy the next one meanwhile."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        ahead: tuple[torch.Tensor, torch.Tensor, Any] | None = None
+        for i, p in enumerate(parameters):
+            assert p.grad is not None
+            self._of[p] = self.buffers[i % 2]
+            gradient = self._view(p, p.grad.dtype)
+            with self._on_stream():
+                gradient.copy_(p.grad, non_blocking=True)
+                event = None if self.stream is None else self.stream.record_event()
+            if ahead is not None:
+                yield self._arrived(*ahead)
+            ahead = (p, gradient, event)
+        if ahead is not None:
+            yield self._arrived(*ahead)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self._of.clear()
+
+    @staticmethod
+    def _arrived(
+        p: torch.Tensor, gradient: torch.Tensor, event: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if event is not None:
+            event.synchronize()
+        return p, gradient
+
+    def send(self, p: torch.Tensor, weight: torch.Tensor) -> None:
+        """Copy a new weight into its parameter, through the buffer of its gradient."""
+        staged = self._view(p, p.dtype)
+        staged.copy_(weight)
+        with self._on_stream():
+            p.copy_(staged, non_blocking=True)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence the log lines that torchao prints on import about kernels of other machines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _torchao() -> ModuleType:
+    with _quietly():
+        return need("torchao.optim", "optim")
+
+
+@functools.cache
+def _stochastic_class(quantized: bool) -> Any:
+    torchao = _torchao()
+    base: Any = torchao.AdamW8bit if quantized else torchao._AdamW
+
+    class StochasticAdamW(base):
+        """torchao's AdamW with float32 states in place of states in the parameter's dtype."""
+
+        def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
+            # For a quantized state this changes the reported dtype, not its bytes.
+            return super()._new_buffer(p, signed).float()
+
+        def step(self, closure: None = None) -> None:
+            devices = {p.device.type for group in self.param_groups for p in group["params"]}
+            # Compiling takes up to 20 s per shape on a CPU, too long for the small models there.
+            eager = devices == {"cpu"}
+            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+                super().step(closure)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            cpu = torch.device("cpu")
+            _load_as_saved(self, state_dict, lambda p, name: cpu if name == "step" else p.device)
+
+    return StochasticAdamW
+
+
+@functools.cache
+def _paged_class() -> Any:
+    base: Any = need("bitsandbytes.optim", "nf4").PagedAdamW8bit
+
+    class PagedAdamW8bit(base):
+        """bitsandbytes' paged AdamW with states that stay paged after loading."""
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict, move_to_device=False)
+            for p, state in self.state.items():
+                for name, value in state.items():
+                    if name in ("state1", "state2"):
+                        buffer = self.get_state_buffer(p, dtype=value.dtype)
+                        if p.is_cuda:
+                            torch.cuda.synchronize(
+                                p.device
+                            )  # wait for the zeros that are being written to it
+                        state[name] = buffer.copy_(value)
+                    elif isinstance(value, torch.Tensor):
+                        state[name] = value.to(p.device)
+
+    return PagedAdamW8bit

@@ -1,0 +1,150 @@
+"""Memory policy of one model: weight dtype, activation checkpointing, offload, optimizer."""
+
+import typing
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from prfl_fast.memory.checkpointing import activation_checkpointing
+from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
+from prfl_fast.memory.quantized import cast_weights
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.utils.checks import check, check_choice, check_count
+from prfl_fast.utils.optional import need
+
+WeightDtype = Literal["fp32", "bf16", "fp8", "nf4"]
+ActivationCheckpointing = Literal["none", "full", "attention"]
+Offload = Literal["cpu"]
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Memory policy of one model, trained or frozen.
+
+    Attributes:
+        weight_dtype: dtype of the weights. ``fp32`` weights can train under autocast; the others
+            compute in bfloat16. ``fp8`` and ``nf4`` quantize the linear layers of the blocks, which
+            then train through LoRA only.
+        activation_checkpointing: ``none``, ``full`` or ``attention``, see
+            :mod:`prfl_fast.memory.checkpointing`.
+        offload: ``cpu`` keeps saved activations in host memory; None keeps them on the device.
+        feed_forward_chunk: tokens per pass through a feed-forward layer; None runs all at once.
+        optimizer: one of :data:`prfl_fast.memory.optimizers.KINDS`; a frozen model ignores it.
+        gradient_dtype: dtype in which gradients accumulate: the parameter's own, or float32.
+    """
+
+    weight_dtype: WeightDtype = "fp32"
+    activation_checkpointing: ActivationCheckpointing = "none"
+    offload: Offload | None = None
+    feed_forward_chunk: int | None = None
+    optimizer: OptimizerKind = "adamw"
+    gradient_dtype: GradientDtype = "parameter"
+
+    # A resumed run may change these fields: none of them changes a number, except that chunks sum
+    # the weight gradients in another order.
+    FREE: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "offload", "feed_forward_chunk")
+
+    def __post_init__(self) -> None:
+        check_choice("weight_dtype", self.weight_dtype, typing.get_args(WeightDtype))
+        check_choice(
+            "activation_checkpointing",
+            self.activation_checkpointing,
+            typing.get_args(ActivationCheckpointing),
+        )
+        check_choice("offload", self.offload, (None, "cpu"))
+        if self.feed_forward_chunk is not None:
+            check_count("feed_forward_chunk", self.feed_forward_chunk)
+        check_choice("optimizer", self.optimizer, KINDS)
+        check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
+
+
+def apply_memory(
+    module: nn.Module, config: MemoryConfig, *, device: torch.device | str | None = None
+) -> None:
+    """Set weight dtype, activation checkpointing, offload and feed-forward chunks of one model.
+
+    Call it before :func:`prfl_fast.training.add_lora` and before the optimizer is made, because
+    both read the parameters. A second call cannot widen the weights. ``config.optimizer`` and
+    ``config.gradient_dtype`` are for :func:`prfl_fast.memory.make_optimizer`.
+
+    Args:
+        module: a supported transformer, or a reward model with such a transformer as its
+            ``backbone``. The other children of a reward model keep their dtype.
+        device: moves the model there layer by layer, each layer in its new dtype; None leaves the
+            model where it is.
+
+    Raises:
+        TypeError: if the model is not supported.
+        ValueError: if the weights are already quantized to another dtype.
+        MissingExtraError: if ``nf4`` is asked for and bitsandbytes is not installed.
+    """
+    backbone = getattr(module, "backbone", None)
+    transformer = backbone if isinstance(backbone, nn.Module) else module
+    cast_weights(transformer, config.weight_dtype, device=device)
+    activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
+    find_adapter(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
+    if device is not None:
+        for child in module.children() if transformer is backbone else ():
+            if child is not backbone:
+                child.to(device)
+
+
+def check_compatible(
+    config: MemoryConfig,
+    *,
+    train: str | None,
+    precision: str = "bf16",
+    name: str = "memory",
+) -> None:
+    """Check that weights, optimizer and kind of training (None: frozen) are compatible.
+
+    Raises:
+        ValueError: if weights other than float32 meet ``precision="fp32"``, quantized weights train
+            in full, ``paged-adamw8bit`` meets weights other than float32, or a frozen model is
+            given an optimizer. The message puts ``name`` before each field.
+    """
+    weights = config.weight_dtype
+    check(
+        weights == "fp32" or precision == "bf16",
+        f"{name}.weight_dtype",
+        weights,
+        "fp32 with hardware.precision: fp32",
+        hint="These weights compute in bfloat16: set hardware.precision: bf16",
+    )
+    if train is None:
+        default = (config.optimizer, config.gradient_dtype) == ("adamw", "parameter")
+        given = f"{config.optimizer} with {config.gradient_dtype} gradients"
+        check(default, f"{name}.optimizer", given, "none: the model is frozen")
+        return
+    check(
+        train == "lora" or weights in ("fp32", "bf16"),
+        f"{name}.weight_dtype",
+        weights,
+        "fp32 or bf16 without LoRA",
+        hint="Quantized weights cannot train: add a lora section, or choose bf16",
+    )
+    check(
+        config.optimizer != "paged-adamw8bit" or weights == "fp32",
+        f"{name}.optimizer",
+        config.optimizer,
+        f"another one with {name}.weight_dtype: {weights}",
+        hint="paged-adamw8bit trains fp32 weights only; adamw8bit trains all",
+    )
+
+
+def check_available(config: MemoryConfig, device: torch.device) -> None:
+    """Check, before a model is read, that the machine has the device and packages of a policy."""
+    paged = config.optimizer == "paged-adamw8bit"
+    check(
+        not paged or device.type == "cuda",
+        "optimizer",
+        config.optimizer,
+        f"another one on device {device}",
+        hint="paged-adamw8bit needs a CUDA device; adamw8bit needs none",
+    )
+    if paged or config.weight_dtype == "nf4":
+        need("bitsandbytes", "nf4")
+    if config.optimizer in ("adamw-sr", "adamw8bit"):
+        need("torchao", "optim")

@@ -1,0 +1,86 @@
+"""Interface of a model family: everything the other packages need to know about a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from prfl_fast.models.inference import RolloutModel, RolloutOptions
+from prfl_fast.utils.checks import check
+
+Conditions = dict[str, torch.Tensor]
+
+
+class Adapter(Protocol):
+    """Methods that a model family implements; :mod:`prfl_fast.models.wan` is the example.
+
+    Every ``model`` may be wrapped (peft, torch.compile, DistributedDataParallel).
+    """
+
+    name: str
+
+    def matches(self, model: nn.Module) -> bool: ...
+    def patch(self, model: nn.Module) -> None: ...
+    def unpatch(self, model: nn.Module) -> None: ...
+    def is_patched(self, model: nn.Module) -> bool: ...
+    def checkpoint_blocks(
+        self, model: nn.Module, run: Callable[..., torch.Tensor] | None
+    ) -> None: ...
+    def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None: ...
+    def blocks(self, model: nn.Module) -> nn.ModuleList: ...
+    def hidden_size(self, model: nn.Module) -> int: ...
+    def embedding_modules(self, model: nn.Module) -> list[nn.Module]: ...
+    def check_latents(self, model: nn.Module, x: torch.Tensor, conditions: Conditions) -> None: ...
+    def velocity(
+        self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor: ...
+    def open_rollout(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timesteps: Sequence[torch.Tensor],
+        conditions: Conditions,
+        options: RolloutOptions = ...,
+    ) -> RolloutModel: ...
+    def features(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: Conditions,
+        num_blocks: int,
+    ) -> torch.Tensor: ...
+    def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module: ...
+    def backbone_config(self, model: nn.Module) -> dict[str, Any]: ...
+    def backbone_from_config(self, config: dict[str, Any]) -> nn.Module: ...
+    def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+    def from_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+    def reference_config(self, model: nn.Module) -> dict[str, Any]: ...
+
+
+def check_inputs(name: str, x: Any, conditions: Any) -> None:
+    """Raise ``ValueError`` unless latents and conditions have the form of every model family.
+
+    ``x`` must be floating-point ``[B, C, F, H, W]``, called ``name`` in error messages, and
+    ``conditions`` a dict of tensors ``[B, ...]``.
+    """
+    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 5 and x.numel() > 0
+    # Only the type of other objects: the repr of a list of numbers or tensors fills pages.
+    shown = x if isinstance(x, torch.Tensor) else type(x).__name__
+    check(ok, name, shown, "a floating-point tensor [B, C, F, H, W]")
+    if not isinstance(conditions, dict):
+        kind = type(conditions).__name__
+        raise ValueError(f"conditions is {kind}, expected a dict of tensors [B, ...]")
+    expected = f"a tensor whose first dimension is the batch of {name}, {len(x)}"
+    for key, value in conditions.items():
+        ok = isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1]
+        check(ok, f"conditions[{key!r}]", value, expected)
+
+
+def check_timesteps(timesteps: Sequence[torch.Tensor], batch: int) -> None:
+    """Raise ``ValueError`` unless there is a timestep ``[B]`` for every step."""
+    check(len(timesteps) > 0, "timesteps", timesteps, "one tensor for each step")
+    for index, timestep in enumerate(timesteps):
+        matches = isinstance(timestep, torch.Tensor) and timestep.shape == (batch,)
+        check(matches, f"timesteps[{index}]", timestep, f"shape [{batch}], the latents' batch")

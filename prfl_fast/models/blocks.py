@@ -1,0 +1,269 @@
+"""Blocks of a timestep-conditioned video transformer on prfl_fast's kernels.
+
+Source: diffusers' ``transformer_wan.py``. :func:`prfl_fast.patch` runs the submodules of diffusers'
+blocks with :func:`transformer_block`. For a model without an adapter, call it, or its parts, from
+your own forward.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prfl_fast.kernels import (
+    attention,
+    bias_gelu,
+    gated_residual,
+    norm_modulate,
+    qk_norm_rope,
+    residual_norm_modulate,
+    rms_norm,
+    rope_table,
+)
+from prfl_fast.models.block_autograd import NormAttention, project
+from prfl_fast.utils.modules import is_plain_linear
+from prfl_fast.utils.recompute import in_chunks
+
+# Wan pads every prompt to 512 tokens. Image tokens precede them in the context.
+TEXT_TOKENS = 512
+
+
+class Rope(NamedTuple):
+    """3-D rotary position embedding of a token grid, as one compact table.
+
+    Attributes:
+        cos, sin: float32 ``[positions, head_dim // 2]``, see :func:`prfl_fast.kernels.rope_table`.
+        grid: number of frames, rows and columns of tokens; tokens are frame-major.
+        offset: first position on each axis (a sequence shard's place in the whole).
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    grid: tuple[int, int, int]
+    offset: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def from_grid(
+        cls,
+        grid: Iterable[int],
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        device: torch.device | None = None,
+    ) -> "Rope":
+        """Return the embedding of a whole ``(frames, height, width)`` grid of tokens."""
+        frames, height, width = grid
+        cos, sin = rope_table(max(frames, height, width), head_dim, theta=theta, device=device)
+        return cls(cos, sin, (frames, height, width))
+
+
+class Modulation(NamedTuple):
+    """Compact timestep conditioning: a learned table plus rows computed from the timesteps.
+
+    Attributes:
+        table: ``[n, D]``, one row per modulation vector; n is a multiple of 3.
+        time: ``[R, n, D]``. R divides the number of tokens and each row serves as many consecutive
+            tokens: R = B is one timestep per sample, B·F one per latent frame, B·L one per token.
+        row_index: optional integer ``[B, L]``, the row of each token.
+    """
+
+    table: torch.Tensor
+    time: torch.Tensor
+    row_index: torch.Tensor | None = None
+
+    def arguments(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return the kernels' keyword arguments for each (shift, scale, gate) triple, as views.
+
+        The first dict of a pair is for :func:`prfl_fast.kernels.norm_modulate`, the second for
+        :func:`prfl_fast.kernels.gated_residual`.
+        """
+        time, table, rows = (
+            self.time.unbind(-2),
+            self.table.unbind(-2),
+            {"row_index": self.row_index},
+        )
+        pairs = []
+        for i in range(0, len(table), 3):
+            norm = {"shift": time[i], "scale": time[i + 1]}
+            tables = {"shift_table": table[i], "scale_table": table[i + 1]}
+            gate = {"gate": time[i + 2], "gate_table": table[i + 2]}
+            pairs.append(({**norm, **tables, **rows}, {**gate, **rows}))
+        return pairs
+
+
+def _project_out(to_out: Any, x: torch.Tensor) -> torch.Tensor:
+    for layer in to_out if isinstance(to_out, (nn.ModuleList, tuple)) else (to_out,):
+        x = layer(x)
+    return x
+
+
+def self_attention(
+    parts: Any, x: Any, rope: Rope, attend: Callable[..., torch.Tensor] = NormAttention.apply
+) -> torch.Tensor:
+    """Apply q/k/v projections, whole-D RMSNorm and RoPE on q and k, attention, output projection.
+
+    Args:
+        parts: module with ``to_q, to_k, to_v, to_out, norm_q, norm_k, heads`` (a
+            :class:`prfl_fast.models.TimestepConditionedAttention` or a diffusers ``WanAttention``;
+            fused q/k/v projections are used when present).
+        x: ``[B, L, D]``, normalized and modulated, or any other input of the projections.
+        rope: position embedding of the tokens.
+        attend: replaces ``NormAttention.apply``, with the same arguments.
+
+    Returns:
+        ``[B, L, D]``.
+    """
+    if getattr(parts, "fused_projections", False):
+        q, k, v = parts.to_qkv(x).chunk(3, dim=-1)
+    else:
+        q, k, v = project(x, parts.to_q, parts.to_k, parts.to_v)
+    norm_q, norm_k = parts.norm_q, parts.norm_k
+    out = attend(q, k, v, norm_q.weight, norm_k.weight, *rope, parts.heads, norm_q.eps)
+    return _project_out(parts.to_out, out)
+
+
+class ContextKeys(NamedTuple):
+    """Keys and values of a block's cross-attention; they do not depend on the video tokens.
+
+    Attributes:
+        k, v: ``[B, T, D]`` of the text, keys before their norm.
+        extra_k, extra_v: ``[B, N, D]`` of the image, keys normalized; None in text-only models.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    extra_k: torch.Tensor | None = None
+    extra_v: torch.Tensor | None = None
+
+
+def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
+    """Compute keys and values of the context; arguments as for :func:`cross_attention`."""
+    image = None
+    if getattr(parts, "add_k_proj", None) is not None:
+        image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+    fused = getattr(parts, "fused_projections", False)
+    if fused:
+        k, v = parts.to_kv(context).chunk(2, dim=-1)
+    else:
+        k, v = project(context, parts.to_k, parts.to_v)
+    if image is None:
+        return ContextKeys(k, v)
+    if fused:
+        extra_k, extra_v = parts.to_added_kv(image).chunk(2, dim=-1)
+    else:
+        extra_k, extra_v = project(image, parts.add_k_proj, parts.add_v_proj)
+    norm = parts.norm_added_k
+    return ContextKeys(k, v, rms_norm(extra_k, norm.weight, eps=norm.eps), extra_v)
+
+
+def cross_attention(
+    parts: Any, x: torch.Tensor, context: torch.Tensor | ContextKeys
+) -> torch.Tensor:
+    """Attend from video tokens to text tokens and, in image-to-video models, to image tokens.
+
+    Args:
+        parts: as for :func:`self_attention`. If it has ``add_k_proj, add_v_proj, norm_added_k``,
+            they process the tokens before the last 512 of ``context``, which are image tokens.
+        x: ``[B, L, D]``.
+        context: ``[B, T, D]``, or the result of :func:`context_keys`.
+
+    Returns:
+        ``[B, L, D]``, the sum of both attentions after the output projection.
+    """
+    q = parts.to_q(x)
+    if not isinstance(context, ContextKeys):
+        context = context_keys(parts, context)
+    k, v, extra_k, extra_v = context
+    heads, eps, weights = parts.heads, parts.norm_q.eps, (parts.norm_q.weight, parts.norm_k.weight)
+    if extra_k is None:
+        out = NormAttention.apply(q, k, v, *weights, None, None, None, (0, 0, 0), heads, eps)
+    else:
+        # Two key sets share the normed queries, so recomputing these would not pay.
+        q, k = qk_norm_rope(q, k, *weights, heads=heads, eps=eps)
+        out, _ = attention(q, k, v, heads=heads, extra_k=extra_k, extra_v=extra_v)
+    return _project_out(parts.to_out, out)
+
+
+def feed_forward(
+    up: Any, down: nn.Module, x: torch.Tensor, chunk: int | None = None
+) -> torch.Tensor:
+    """Compute ``down(gelu_tanh(up(x)))``, ``[B, L, D]`` → ``[B, L, D]``.
+
+    Args:
+        up, down: linear layers. The bias of a plain ``nn.Linear`` is added in the GELU kernel.
+        x: ``[B, L, D]``.
+        chunk: tokens at a time, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
+    """
+    if chunk is not None:
+        return in_chunks(functools.partial(feed_forward, up, down), x, chunk)
+    if is_plain_linear(up):
+        return down(bias_gelu(F.linear(x, up.weight), up.bias))
+    return down(bias_gelu(up(x)))
+
+
+class BlockParts(NamedTuple):
+    """Modules of one block, and the functions that run them.
+
+    Attributes:
+        attn, cross: self-attention and cross-attention, see :func:`self_attention`.
+        cross_norm: LayerNorm before the cross-attention, or a module without weight for none.
+        up, down: linear layers of the feed-forward.
+        eps: epsilons of the norms before the self-attention and before the feed-forward.
+        chunk: tokens of the feed-forward at a time; None for all.
+        norm, attend, feed: called in place of :func:`prfl_fast.kernels.norm_modulate` before the
+            self-attention, of ``NormAttention.apply`` in it, and of :func:`feed_forward`.
+    """
+
+    attn: Any
+    cross: Any
+    cross_norm: Any
+    up: Any
+    down: Any
+    eps: tuple[float, float]
+    chunk: int | None = None
+    norm: Callable[..., Any] = norm_modulate
+    attend: Callable[..., torch.Tensor] = NormAttention.apply
+    feed: Callable[..., torch.Tensor] = feed_forward
+
+
+def transformer_block(
+    x: torch.Tensor,
+    context: torch.Tensor | ContextKeys,
+    modulation: Modulation,
+    rope: Rope,
+    parts: BlockParts,
+) -> torch.Tensor:
+    """Run one Wan block: self-attention, cross-attention and feed-forward, each with its residual.
+
+    Args:
+        x: ``[B, L, D]``.
+        context: ``[B, T, D]``, or the result of :func:`context_keys`.
+        modulation: six vectors: shift, scale, gate of the self-attention, then of the feed-forward.
+        rope: position embedding of the tokens.
+        parts: modules of the block.
+
+    Returns:
+        ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32
+        and rounded once, where Wan rounds.
+    """
+    (norm, gate), (ffn_norm, ffn_gate) = modulation.arguments()
+    h = parts.norm(x, **norm, eps=parts.eps[0])
+    # Attention outputs are not named, so that each is freed after use: 0.77 GB at 14B, 720p.
+    cross_norm = parts.cross_norm
+    affine = getattr(cross_norm, "weight", None) is not None
+    x, h = residual_norm_modulate(
+        x,
+        self_attention(parts.attn, h, rope, parts.attend),
+        weight=cross_norm.weight if affine else None,
+        bias=cross_norm.bias if affine else None,
+        kind="layer" if affine else "none",
+        eps=cross_norm.eps if affine else 0.0,
+        **gate,
+    )
+    x, h = residual_norm_modulate(
+        x, cross_attention(parts.cross, h, context), **ffn_norm, eps=parts.eps[1]
+    )
+    return gated_residual(x, parts.feed(parts.up, parts.down, h, parts.chunk), **ffn_gate)

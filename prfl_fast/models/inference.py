@@ -1,0 +1,283 @@
+"""Run a model's blocks in a rollout: no gradient, cached values, optional LoRA merge and FP8.
+
+The model's own forward runs; during the call the forwards of its embeddings and blocks are
+replaced. Values that depend only on the conditions and the schedule (text, image and time
+embeddings, rotary tables, keys and values of the cross-attention) are computed once. Exact rollouts
+are bit-identical to the model, because they run the same operations on the same values.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from prfl_fast.kernels import bias_gelu, norm_modulate, qk_norm_rope, rollout_attention
+from prfl_fast.kernels.attn.rollout_variants import best_variant
+from prfl_fast.models.blocks import BlockParts, ContextKeys, Modulation, Rope, transformer_block
+from prfl_fast.models.inference_linear import (
+    AttentionParts,
+    Dense,
+    Fp8Dense,
+    Layer,
+    Layers,
+    add_note,
+    half_of,
+)
+from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.recompute import in_chunks
+
+Precision = Literal["exact", "fp8"]
+PRECISIONS = ("exact", "fp8")
+# nn.Module.compile() stores its function in _compiled_call_impl, which __call__ prefers to forward.
+_REPLACED = ("forward", "_compiled_call_impl")
+
+
+class UnsupportedError(RuntimeError):
+    """Error for a model that cannot be opened; the rollout then calls its own forward."""
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """Options of an opened model's blocks; see :class:`prfl_fast.rollout.RolloutConfig`."""
+
+    merge_lora: bool = False
+    compile: bool = False
+
+
+def _eight_bit_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
+) -> torch.Tensor:
+    """Compute ``NormAttention`` with 8-bit products; the kernel takes 16-bit tensors."""
+    q_weight, k_weight, cos, sin, grid, offset, heads, eps = norm_and_rope
+    rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
+    dtype, half = q.dtype, half_of(q.dtype)
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
+    return rollout_attention(q.to(half), k.to(half), v.to(half), heads=heads).to(dtype)
+
+
+def _norm_modulate_fp8(x: torch.Tensor, **arguments: Any) -> Any:
+    """Run ``norm_modulate`` with FP8 output, so that q, k and v share one quantization."""
+    return norm_modulate(x, **arguments, out_dtype=torch.float8_e4m3fn)
+
+
+def _feed_forward(up: Layer, down: Layer, x: torch.Tensor, chunk: int | None) -> torch.Tensor:
+    """Compute the feed-forward; GELU writes FP8 tokens if the second layer runs in FP8."""
+    out = {"out_dtype": torch.float8_e4m3fn} if isinstance(down, Fp8Dense) else {}
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if isinstance(up, (Dense, Fp8Dense)):  # the bias is added in the GELU kernel
+            return down(bias_gelu(up.product(x), up.bias, **out))
+        return down(bias_gelu(up(x), None, **out))
+
+    return run(x) if chunk is None else in_chunks(run, x, chunk)
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    """Return the compiled block: one function, so that all blocks and rollouts share its cache."""
+    return torch.compile(transformer_block, dynamic=False)
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace the modules' forwards within the context, then restore their attributes."""
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for module, forward in forwards:
+            own = module.__dict__
+            before.append((module, {name: own[name] for name in _REPLACED if name in own}))
+            own.update(forward=forward, _compiled_call_impl=None)
+        yield
+    finally:
+        for module, attributes in reversed(before):
+            for name in _REPLACED:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(attributes)
+
+
+def check_rollout(
+    wrappers: Sequence[nn.Module], own: Sequence[Callable[..., Any]], compiles: bool
+) -> None:
+    """Raise :class:`UnsupportedError` if replacing forwards would change the model's behavior.
+
+    ``wrappers`` are ordered from the outside in, the bare model last. Submodules may have the
+    forwards ``own`` of prfl_fast. ``compiles`` is True if the rollout compiles its blocks.
+    """
+    *_, base = wrappers
+    for layer in wrappers:
+        _require(
+            not hasattr(layer, "_orig_mod") and layer._compiled_call_impl is None,
+            "the model is compiled as a whole, so its blocks cannot be replaced. Compile them one "
+            "by one: for block in model.blocks: block.compile()",
+        )
+        _require(
+            type(layer).__name__ != "DataParallel",
+            "DataParallel copies the model for each call. Use one process per GPU",
+        )
+    _require(
+        not base._forward_pre_hooks and "forward" not in base.__dict__,
+        f"{type(base).__name__} has forward pre-hooks or a forward of its own (accelerate or "
+        "diffusers?), which may change cached values. Remove them",
+    )
+    for name, module in base.named_modules():
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        replaced = "forward" in module.__dict__ and forward not in own
+        hooked = replaced or module._forward_hooks or module._forward_pre_hooks
+        _require(
+            module is base or not hooked,
+            f"{name} has hooks or a forward of its own (accelerate, diffusers, or yours?), which "
+            "would run once instead of at every step. Remove them",
+        )
+        drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
+        _require(
+            not drops,
+            f"{name} has dropout p={getattr(module, 'p', 0)} in train mode, with a new mask at "
+            "every step. Call model.eval() or set dropout to 0",
+        )
+        _require(
+            module._compiled_call_impl is None or compiles,
+            f"{name} is compiled, and an eager rollout would round differently. Set "
+            "RolloutConfig(compile='on') to let the rollout compile its block too",
+        )
+    for name, parameter in base.named_parameters():
+        sharded = any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__)
+        _require(not sharded, f"{name} is sharded, expected whole parameters")
+
+
+def _require(ok: bool, reason: str) -> None:
+    if not ok:
+        raise UnsupportedError(reason)
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the active autocast, or None."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+class RolloutModel:
+    """Compute velocities of one rollout; ``adapter.open_rollout`` makes it.
+
+    It is valid while the weights do not change. It holds the caches, so drop it to free them.
+
+    Args:
+        call: ``(x, timestep) -> velocity``, the model's own forward.
+        like: latents of the rollout's shape and device.
+        blocks: the transformer blocks.
+        parts: returns the :class:`BlockParts` of a block.
+        keys: keys and values of each block's cross-attention.
+        cached: returns the other modules whose forward is replaced at step i, and their forwards.
+        modulation: returns a block's modulation from the time rows that the model passes to it.
+        timesteps: ``[B]`` of every step.
+        options: LoRA merge and compilation of the blocks.
+
+    Attributes:
+        notes: distinct reasons why layers stay unmerged or exact although an option asks for more.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        like: torch.Tensor,
+        *,
+        blocks: Sequence[nn.Module],
+        parts: Callable[[Any], BlockParts],
+        keys: Sequence[ContextKeys],
+        cached: Callable[[int], list[tuple[nn.Module, Callable[..., Any]]]],
+        modulation: Callable[[nn.Module, torch.Tensor], Modulation],
+        timesteps: Sequence[torch.Tensor],
+        options: RolloutOptions,
+    ) -> None:
+        self.notes: list[str] = []
+        self._call, self._cached, self._modulation = call, cached, modulation
+        self._blocks, self._parts, self._keys, self._timesteps = blocks, parts, keys, timesteps
+        self._layers, self._compile = Layers(options.merge_lora, self.notes), options.compile
+        self._shape, self._device = like.shape, like.device
+        self._autocast = _autocast(like.device)
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        x: torch.Tensor,
+        step: int,
+        *,
+        linears: Precision = "exact",
+        attention: Precision = "exact",
+    ) -> torch.Tensor:
+        """Return the model's velocity at latents x, without a graph.
+
+        Args:
+            x: ``[B, C, F, H, W]``.
+            step: index of the timestep.
+            linears: ``"fp8"`` runs the blocks' linear layers in FP8, with adapters merged.
+            attention: ``"fp8"`` runs the self-attention in 8 bits.
+
+        Returns:
+            ``[B, C, F, H, W]`` in ``x.dtype``, bit-identical to the model's own forward if both
+            precisions are ``"exact"`` and no option is on.
+
+        Raises:
+            ValueError: if ``x`` has a different shape or device than at open, the autocast differs,
+                ``step`` is out of range, or a precision is unknown.
+        """
+        ok = x.shape == self._shape and x.device == self._device
+        expected = f"{list(self._shape)} on {self._device}, as when the rollout was opened"
+        check(ok, "x", x, expected)
+        steps = len(self._timesteps)
+        check(0 <= step < steps, "step", step, f"0 to {steps - 1}")
+        check_choice("linears", linears, PRECISIONS)
+        check_choice("attention", attention, PRECISIONS)
+        autocast = _autocast(self._device)
+        expected = f"{self._autocast}, the dtype of the caches"
+        check(autocast == self._autocast, "autocast", autocast, expected)
+        forwards = self._cached(step)
+        for index, block in enumerate(self._blocks):
+            run = functools.partial(self._run, index, linears == "fp8", attention == "fp8")
+            forwards.append((block, run))
+        with replaced_forwards(forwards):
+            return self._call(x, self._timesteps[step])
+
+    def _run(
+        self,
+        index: int,
+        fp8: bool,
+        eight_bits: bool,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        time: torch.Tensor,
+        rope: Rope,
+    ) -> torch.Tensor:
+        modulation = self._modulation(self._blocks[index], time)
+        parts = self._prepare(index, x, fp8, eight_bits)
+        run = _compiled() if self._compile else transformer_block
+        return run(x, self._keys[index], modulation, rope, parts)
+
+    def _prepare(self, index: int, x: torch.Tensor, fp8: bool, eight_bits: bool) -> BlockParts:
+        """Return the parts of a block with the layers that run in its place."""
+        parts = self._parts(self._blocks[index])
+        dtype = self._autocast or x.dtype
+        layer = functools.partial(self._layers, dtype=dtype, fp8=fp8)
+        fused = getattr(parts.attn, "fused_projections", False)
+        names = ("to_qkv",) if fused else ("to_q", "to_k", "to_v")
+        attn = AttentionParts(parts.attn, names, layer)
+        if eight_bits:
+            head_dim = parts.attn.norm_q.weight.numel() // attn.heads
+            best = best_variant(x.device, half_of(dtype), head_dim)
+            eight_bits = best.variant is not None
+            if not eight_bits:
+                add_note(self.notes, f"attention stays exact: {best.reason}")
+        shared_fp8 = all(isinstance(getattr(attn, name), Fp8Dense) for name in names)
+        return parts._replace(
+            attn=attn,
+            cross=AttentionParts(parts.cross, ("to_q",), layer),
+            up=layer(parts.up),
+            down=layer(parts.down),
+            norm=_norm_modulate_fp8 if shared_fp8 else norm_modulate,
+            attend=_eight_bit_attention if eight_bits else parts.attend,
+            feed=_feed_forward,
+        )

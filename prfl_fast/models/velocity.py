@@ -1,0 +1,109 @@
+"""Velocity functions ``(x, timestep, conditions) → velocity`` of models, and their autocast."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prfl_fast.models.adapter import Conditions, check_inputs
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.utils.checks import check_choice
+
+# (x [B, C, F, H, W], timestep [B], conditions) → velocity like x.
+Velocity = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
+
+Precision = Literal["fp32", "bf16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """Return an autocast to bfloat16 for ``"bf16"``, an empty context for ``"fp32"``.
+
+    Enter it for one forward at a time, and run the backward outside: autocast caches cast weights
+    until it exits, and those cached without gradient must not serve a forward with gradient.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+class ModelCall:
+    """Call a supported model as a velocity function, its forward under autocast.
+
+    Unlike a plain function it exposes its model, so the rollout engine can open it. ``precision``
+    is ``"bf16"`` for autocast to bfloat16 or ``"fp32"`` for none.
+
+    Raises:
+        TypeError: if the model is not supported.
+        ValueError: if the precision is neither.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision = "bf16") -> None:
+        check_choice("precision", precision, ("fp32", "bf16"))
+        self._adapter = find_adapter(model)
+        self.model, self.precision = model, precision
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the autocast of a forward, see :func:`autocast`."""
+        return autocast(next(self.model.parameters()).device, self.precision)
+
+    def __call__(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        with self.context():
+            return self._adapter.velocity(self.model, x, timestep, conditions)
+
+
+def model_of(transformer: object) -> nn.Module | None:
+    """Return the supported model that a transformer is or calls; None for a plain function."""
+    if isinstance(transformer, ModelCall):
+        return transformer.model
+    return transformer if isinstance(transformer, nn.Module) else None
+
+
+def check_transformer(transformer: object) -> None:
+    """Raise ``TypeError`` unless an adapter supports it, or it is a function and no module."""
+    if isinstance(transformer, nn.Module):
+        find_adapter(transformer)
+    elif not callable(transformer):
+        raise TypeError(
+            f"transformer is {type(transformer).__name__}, expected a supported model or a "
+            "function (x, timestep, conditions) -> velocity"
+        )
+
+
+def check_finite(name: str, x: torch.Tensor) -> None:
+    """Raise ``ValueError`` if a tensor has NaN or infinite values."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(f"{name} has {bad} NaN or infinite values of {x.numel()}")
+
+
+def bind_velocity(
+    transformer: nn.Module | Velocity, x: torch.Tensor, conditions: Conditions, name: str
+) -> Velocity:
+    """Check latents and conditions, and return the velocity function of a transformer.
+
+    Args:
+        transformer: a supported model, or a velocity function (not an ``nn.Module``).
+        x: latents ``[B, C, F, H, W]``, called ``name`` in error messages.
+        conditions: tensors ``[B, ...]``.
+
+    Raises:
+        TypeError: if a module is not supported, or ``transformer`` is not callable.
+        ValueError: if latents or conditions have the wrong type, shape or batch, or latents are not
+            finite.
+    """
+    check_inputs(name, x, conditions)
+    check_finite(name, x)
+    check_transformer(transformer)
+    model = model_of(transformer)
+    if model is None:
+        return transformer
+    adapter = find_adapter(model)
+    adapter.check_latents(model, x, conditions)
+    if isinstance(transformer, ModelCall):
+        return transformer
+    return functools.partial(adapter.velocity, model)

@@ -1,0 +1,100 @@
+"""Checks of latents, conditions and modules against a diffusers Wan model."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.models.adapter import Conditions, check_inputs
+from prfl_fast.models.inference import UnsupportedError
+from prfl_fast.models.wan_forward import instance_forward, replacements
+from prfl_fast.utils.checks import check, check_choice
+
+TEXT, IMAGE, LATENT = "encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"
+
+
+def check_wan_inputs(config: Any, x: torch.Tensor, conditions: Conditions) -> None:
+    """Raise ``ValueError`` unless a model of this config takes the latents and conditions."""
+    check_inputs("x", x, conditions)
+    check(TEXT in conditions, "conditions", sorted(conditions), f"a dict with {TEXT!r} [B, T, C]")
+    for key, value in conditions.items():
+        check_choice("a key of conditions", key, (TEXT, IMAGE, LATENT))
+        ok = value.is_floating_point() and value.device == x.device
+        check(ok, f"conditions[{key!r}]", value, f"a floating-point tensor on {x.device}")
+    _check_latents(config, x, conditions.get(LATENT))
+    _check_tokens(TEXT, conditions[TEXT], config.text_dim, "T")
+    image = conditions.get(IMAGE)
+    if config.image_dim is None:
+        check(image is None, f"conditions[{IMAGE!r}]", image, "none: the model takes no image")
+    else:
+        _check_tokens(IMAGE, image, config.image_dim, "N", hint="This is an image-to-video model")
+
+
+def _check_tokens(
+    key: str, tokens: torch.Tensor | None, dim: int, count: str, hint: str = ""
+) -> None:
+    ok = tokens is not None and tokens.ndim == 3 and tokens.shape[-1] == dim
+    check(ok, f"conditions[{key!r}]", tokens, f"[B, {count}, {dim}]", hint=hint)
+
+
+def _check_latents(config: Any, x: torch.Tensor, extra: torch.Tensor | None) -> None:
+    channels, size = x.shape[1], list(x.shape[2:])
+    came = f"{channels} of x"
+    if extra is not None:
+        ok = extra.ndim == 5 and extra.shape[2:] == x.shape[2:]
+        check(ok, f"conditions[{LATENT!r}]", extra, f"[B, C, *{size}]")
+        channels += extra.shape[1]
+        came += f" and {extra.shape[1]} of {LATENT}"
+    if channels != config.in_channels:
+        raise ValueError(
+            f"channels are {came}, expected {config.in_channels} (the model's in_channels)"
+        )
+    for axis, length, patch in zip("FHW", size, config.patch_size, strict=True):
+        check(length % patch == 0, f"{axis} of x", length, f"a multiple of the patch size {patch}")
+        limit = patch * config.rope_max_seq_len
+        check(length <= limit, f"{axis} of x", length, f"at most {limit} (rope_max_seq_len)")
+
+
+def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) -> None:
+    """Raise ``ValueError`` if a module has an instance forward that is not ``allowed``."""
+    for module in modules:
+        if "forward" in module.__dict__ and instance_forward(module) is not allowed:
+            raise ValueError(
+                f"{type(module).__name__} already has a forward of its own (a hook of "
+                "accelerate?), expected that of its class. Remove the hook, and add it again after "
+                "this call"
+            )
+
+
+def check_patchable(base: Any) -> None:
+    """Raise ``ValueError`` if our forwards would change the model's behavior."""
+    for module, forward in replacements(base):
+        check_class_forward([module], forward)
+    for index, block in enumerate(base.blocks):
+        for name in ("attn1", "attn2"):
+            processor = getattr(block, name).processor
+            kind, label = type(processor).__name__, f"attention processor of blocks.{index}.{name}"
+            hint = "Call model.set_attn_processor(WanAttnProcessor()) first"
+            check(kind == "WanAttnProcessor", label, kind, "WanAttnProcessor", hint=hint)
+            parallel = getattr(processor, "_parallel_config", None)
+            hint = "Call prfl_fast.patch without enable_parallelism"
+            label = f"context parallelism of blocks.{index}.{name}"
+            check(parallel is None, label, type(parallel), "none", hint=hint)
+
+
+def check_rollout_forwards(base: Any) -> None:
+    """Raise :class:`UnsupportedError` unless diffusers' model forward calls our block forwards."""
+    for module, forward in replacements(base):
+        if "forward" not in module.__dict__:
+            raise UnsupportedError("the model is not patched. Call prfl_fast.patch(model)")
+        if instance_forward(module) is not forward:
+            raise UnsupportedError(
+                f"{type(module).__name__} has a forward of its own over prfl_fast's (a hook of "
+                "accelerate or of diffusers?). Remove the hook"
+            )
+    if not type(base).forward.__module__.startswith("diffusers."):
+        raise UnsupportedError(
+            f"{type(base).__name__} has a forward that is not diffusers', which may use its "
+            "embeddings in another way"
+        )

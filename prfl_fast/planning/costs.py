@@ -1,0 +1,134 @@
+"""Count the FLOPs and bytes of a program by phase, as on a CUDA device."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from prfl_fast.memory.ledger import HOST, Ledger
+
+# PyTorch allocates at most this much for cuBLAS: 32 MiB on sm90, less on older GPUs.
+CUBLAS_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of a phase.
+
+    Attributes:
+        matmul_flops: FLOPs of matrix products and convolutions.
+        attention_flops: FLOPs of attention; its backward has five products.
+        moved_bytes: bytes read and written by all other operations.
+    """
+
+    matmul_flops: int = 0
+    attention_flops: int = 0
+    moved_bytes: int = 0
+    to_host_bytes: int = 0
+    to_device_bytes: int = 0
+
+
+def _attention_flops(query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, length, size = query
+    return 4 * batch * heads * length * key[2] * size
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    return 5 * _attention_flops(query, key) // 2  # five products, as in the CUDA kernels
+
+
+# Formulas by operation: PyTorch counts attention on CUDA, but not on the CPU.
+_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _CPU_BACKWARD: _attention_backward_flops,
+}
+
+
+def _is_attention(name: str) -> bool:
+    return name.startswith("prfl_fast::attention") or "dot_product" in name
+
+
+def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
+    """Return the bytes that CUDA kernels allocate inside an operation, invisible to a ledger.
+
+    The backward of FlashAttention 2 and 3 and of cuDNN accumulates d_q in float32, ``[B, L, D]``,
+    and keeps δ and the log-sum-exp in float32, ``[B, heads, L]`` each, with L padded to 128.
+    """
+    if packet is torch.ops.prfl_fast.attention_backward:
+        batch, length, width = args[1].shape
+        heads = args[5].shape[1]
+    elif packet is _CPU_BACKWARD:
+        batch, heads, length, size = args[1].shape
+        width = heads * size
+    else:
+        return 0
+    return 4 * batch * -(-length // 128) * 128 * (width + 2 * heads)
+
+
+class CostLedger(Ledger):
+    """Ledger of a CUDA device that also sums the work of each phase.
+
+    A fused operation counts as one kernel that reads its arguments and writes its results once.
+    Memory that kernels allocate internally is counted by formula.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._work: dict[str, dict[str, int]] = {}
+        cpu = {packet: shape_wrapper(formula) for packet, formula in CPU_FLOPS.items()}
+        self._formulas = {**flop_registry, **cpu}
+
+    def costs(self) -> dict[str, Cost]:
+        """Return costs by phase; work before the first phase is not counted."""
+        return {phase: Cost(**work) for phase, work in self._work.items() if phase}
+
+    def count(self, **work: int) -> None:
+        """Add work to the current phase."""
+        total = self._work.setdefault(self._phase, {})
+        for name, amount in work.items():
+            total[name] = total.get(name, 0) + amount
+
+    def _ran(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[torch.Tensor],
+        fresh: list[torch.Tensor],
+        out: Any,
+    ) -> None:
+        name, packet = func._schema.name, func._overloadpacket
+        formula = self._formulas.get(packet)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.count(**{"attention_flops" if _is_attention(name) else "matmul_flops": flops})
+        if formula is None or "query_pool" in name:  # the pool reads far more than it computes
+            self._count_moved(func, name, given, fresh)
+        scratch = kernel_scratch(packet, args)
+        if scratch:
+            self.add_transient(scratch)
+
+    def _count_moved(
+        self, func: Any, name: str, given: list[torch.Tensor], fresh: list[torch.Tensor]
+    ) -> None:
+        if name.startswith(("aten::empty", "aten::new_empty")):
+            return
+        if name == "aten::copy_":
+            to_host, from_host = (self.category_of(t) == HOST for t in given[:2])
+            if to_host != from_host:
+                way = "to_host_bytes" if to_host else "to_device_bytes"
+                return self.count(**{way: _touched(given[1])})
+        written = [*fresh]
+        if func._schema.is_mutable:
+            written += given[:1] if "foreach" not in name else given[: len(given) // 2]
+        if written:  # a view writes nothing
+            self.count(moved_bytes=sum(map(_touched, given)) + sum(map(_touched, written)))
+
+
+def _touched(tensor: torch.Tensor) -> int:
+    """Return the bytes of one pass over a tensor; repeated elements (stride 0) count once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride) * tensor.element_size()

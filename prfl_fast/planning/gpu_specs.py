@@ -1,0 +1,150 @@
+"""Rates and memory of GPUs, for the planner's time estimate.
+
+Presets rank policies; no record under bench/results confirms them. The H200 preset has the rates
+that this project's targets assume. The others are data-sheet figures (dense, fp32 accumulation)
+times the H200's fractions of its data sheet: 790 of 989 TFLOP/s in matrix products, 620 of 989 in
+attention, 4.3 of 4.8 TB/s in copies. Pinned copies are assumed to reach 0.8 of a PCIe link's raw
+rate per direction (Gen5: 64 GB/s, Gen4: 32 GB/s).
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prfl_fast.utils.checks import check, check_choice, check_positive
+
+_MATMUL, _ATTENTION, _COPY, _LINK = 790 / 989, 620 / 989, 4.3 / 4.8, 0.8
+_GEN4, _GEN5 = 32e9, 64e9
+
+
+@dataclass(frozen=True)
+class GpuSpecs:
+    """Rates and memory of one GPU and of its link to the host.
+
+    Attributes:
+        name: shown in reports.
+        matmul, attention: rate of bf16 matrix products and of bf16 attention, FLOP/s.
+        copy: device bytes read plus bytes written, per second.
+        to_device, to_host: rates of pinned copies, bytes/s.
+        memory: bytes that ``torch.cuda.get_device_properties`` reports.
+    """
+
+    name: str
+    matmul: float
+    attention: float
+    copy: float
+    to_device: float
+    to_host: float
+    memory: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            check_positive(f"{self.name}: {field.name}", getattr(self, field.name))
+
+    @classmethod
+    def from_record(cls, path: str | os.PathLike[str], memory: int) -> "GpuSpecs":
+        """Read the rates from a ``results.json`` of ``bench/run.py --suite facts``.
+
+        The record does not hold ``memory`` (bytes). The attention rate is the fastest forward among
+        the backends at the largest size. Raise ``ValueError`` if the file lacks a rate.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            name, cases = record["run"]["device"]["name"], record["suites"]["facts"]["cases"]
+            facts = {case["fact"]: case for case in cases}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not a results.json of the facts suite. Run "
+                "python bench/run.py --suite facts on the GPU"
+            ) from error
+        return cls(
+            name,
+            matmul=_rate(path, facts, "matmul bf16", "flops_per_s"),
+            attention=_attention_rate(path, facts.values()),
+            copy=_rate(path, facts, "device copy", "bytes_per_s"),
+            to_device=_rate(path, facts, "host to device", "bytes_per_s"),
+            to_host=_rate(path, facts, "device to host", "bytes_per_s"),
+            memory=memory,
+        )
+
+
+def _rate(path: Any, facts: Mapping[str, Any], start: str, key: str) -> float:
+    for name, case in facts.items():
+        if name.startswith(start) and key in case:
+            return float(case[key])
+    raise ValueError(f"{path}: the facts suite has no {key} of {start!r}")
+
+
+def _attention_rate(path: Any, cases: Iterable[Mapping[str, Any]]) -> float:
+    rates = [
+        (case["tokens"] * case["heads"], case["flops_per_s"]["forward"])
+        for case in cases
+        if case["fact"].startswith("attention") and "flops_per_s" in case
+    ]
+    if not rates:
+        raise ValueError(f"{path}: no attention backend ran in the facts suite")
+    return float(max(rates)[1])
+
+
+def _from_data_sheet(
+    name: str, teraflops: float, terabytes: float, link: float, gib: float
+) -> GpuSpecs:
+    return GpuSpecs(
+        name,
+        matmul=_MATMUL * teraflops * 1e12,
+        attention=_ATTENTION * teraflops * 1e12,
+        copy=_COPY * terabytes * 1e12,
+        to_device=_LINK * link,
+        to_host=_LINK * link,
+        memory=int(gib * 2**30),
+    )
+
+
+# The driver leaves this much of the nominal 141, 80, 48, 24 and 32 GB.
+GPUS = {
+    # The targets' rates of copies, matrix products on random data and attention; a Gen5 x16 link.
+    "h200": GpuSpecs(
+        "h200", 790e12, 620e12, 4.3e12, _LINK * _GEN5, _LINK * _GEN5, int(139.8 * 2**30)
+    ),
+    # NVIDIA H100 data sheet, SXM: 989 TFLOP/s, 3.35 TB/s, Gen5.
+    "h100": _from_data_sheet("h100", 989, 3.35, _GEN5, 79.1),
+    # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s, 2.039 TB/s, Gen4.
+    "a100": _from_data_sheet("a100", 312, 2.039, _GEN4, 79.1),
+    # NVIDIA L40S data sheet: 362 TFLOP/s, 0.864 TB/s, Gen4.
+    "l40s": _from_data_sheet("l40s", 362, 0.864, _GEN4, 44.4),
+    # NVIDIA Ada GPU architecture paper: 165.2 TFLOP/s, 1.008 TB/s, Gen4.
+    "rtx4090": _from_data_sheet("rtx4090", 165.2, 1.008, _GEN4, 23.5),
+    # NVIDIA RTX Blackwell GPU architecture paper: 209.5 TFLOP/s, 1.792 TB/s, Gen5.
+    "rtx5090": _from_data_sheet("rtx5090", 209.5, 1.792, _GEN5, 31.3),
+}
+
+
+def find_gpu(name: str | GpuSpecs) -> GpuSpecs:
+    """Return a preset by name; a :class:`GpuSpecs` is returned unchanged."""
+    if isinstance(name, GpuSpecs):
+        return name
+    check_choice("gpu", name, GPUS)
+    return GPUS[name]
+
+
+def this_gpu(device: torch.device | str = "cuda") -> GpuSpecs:
+    """Return the preset of a CUDA device, with the memory that the device reports.
+
+    A device without a preset gets the A100's rates and a name that says so.
+    """
+    device = torch.device(device)
+    check(device.type == "cuda", "device", device, "a CUDA device; name a preset instead")
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.name.lower().replace(" ", "")
+    preset = next((specs for key, specs in GPUS.items() if key in name), None)
+    return dataclasses.replace(
+        preset or GPUS["a100"],
+        name=properties.name if preset else f"{properties.name} (at an A100's rates)",
+        memory=properties.total_memory,
+    )

@@ -1,0 +1,111 @@
+"""Choose the fastest memory policies of a PRFL step that fit a budget, without a GPU.
+
+See :mod:`prfl_fast.planning.simulation` for the simulated step, :mod:`prfl_fast.planning.search`
+for the comparison of candidates, and :mod:`prfl_fast.planning.report` for the output.
+"""
+
+import itertools
+import re
+
+from prfl_fast.planning.gpu_specs import GpuSpecs, find_gpu
+from prfl_fast.planning.plan import Plan
+from prfl_fast.planning.presets import Model
+from prfl_fast.planning.search import GIB, Search, Tier, step_seconds
+from prfl_fast.planning.workload import Workload
+from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.optional import need
+
+# In order of accuracy: the search takes the first with which anything fits.
+WEIGHTS = ("bf16", "fp8", "nf4")
+OPTIMIZERS = ("adamw", "adamw-sr", "adamw8bit", "adamw-cpu")
+
+
+def plan_memory(
+    workload: Workload | Model,
+    *,
+    budget: int | str | None = None,
+    host_budget: int | str | None = None,
+    weight_dtype: str = "auto",
+    optimizer: str = "auto",
+    gpu: str | GpuSpecs = "h200",
+    progress: bool = False,
+) -> Plan:
+    """Choose the memory policies of reward feedback training by simulation.
+
+    Nothing is allocated. The search picks weights and optimizer by accuracy, the rest by time: bf16
+    weights if anything fits with them, else FP8, else NF4 (LoRA only); with ``train="full"``, AdamW
+    with float32 masters, else bf16 with stochastic rounding, else 8-bit states, else states in host
+    memory. Checkpointing ``none`` with offload is skipped: it takes hundreds of GiB on the host.
+
+    Args:
+        workload: the training run; a model stands for a :class:`Workload` of it with defaults.
+        budget: device memory, in bytes or as ``"24GiB"``; None is the GPU's memory.
+        host_budget: host memory for offloaded tensors and states; None is unlimited.
+        weight_dtype: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, for both models.
+        optimizer: ``"auto"``, ``"adamw"``, ``"adamw-sr"``, ``"adamw8bit"`` or ``"adamw-cpu"``.
+        gpu: rates for the time estimate, see :mod:`prfl_fast.planning.gpu_specs`.
+
+    Raises:
+        ValueError: if an argument is out of range, or quantized weights are to train in full.
+        TypeError: if the model is not supported.
+        MissingExtraError: if diffusers or peft is not installed.
+    """
+    specs = find_gpu(gpu)
+    work = workload if isinstance(workload, Workload) else Workload(workload)
+    tiers = _tiers(work.train, weight_dtype, optimizer)
+    size = specs.memory if budget is None else size_of(budget, "budget")
+    host_size = None if host_budget is None else size_of(host_budget, "host_budget")
+    search = Search(work, specs, budget=size, host_budget=host_size)
+    if progress:
+        with need("tqdm").tqdm(desc="plan", unit=" simulations", leave=False, disable=None) as bar:
+
+            def show(text: str) -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
+
+            search.show = show
+            found = search.run(tiers)
+    else:
+        found = search.run(tiers)
+    unused = ", ".join(f"{weights} with {kind}" for weights, kind in found.unused)
+    run, chosen = found.simulation, found.chosen
+    return Plan(
+        memory=chosen.memory,
+        reward_memory=chosen.reward_memory,
+        feasible=found.feasible,
+        peak=run.peak,
+        peak_phase=run.peak_phase,
+        categories=dict(run.categories),
+        host=run.host,
+        seconds=step_seconds(run.costs, specs, work),
+        timeline=run.timeline,
+        candidates=found.candidates,
+        notes=[f"not considered, since an earlier choice fits: {unused}"] if unused else [],
+        workload=work,
+        gpu=specs,
+        budget=size,
+        host_budget=host_size,
+    )
+
+
+def size_of(value: int | str, name: str) -> int:
+    """Return the bytes of ``24GiB`` (powers of two), ``24GB`` (powers of ten) or a whole number."""
+    units = {"": 1, "MIB": 1 << 20, "GIB": GIB, "TIB": 1 << 40, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    unit = units.get(match[2].upper()) if match else None
+    number = 0.0 if match is None or unit is None or isinstance(value, bool) else float(match[1])
+    check(number > 0, name, value, "bytes or a size like 24GiB or 24GB")
+    return int(number * (unit or 0))
+
+
+def _tiers(train: str, weight_dtype: str, optimizer: str) -> list[Tier]:
+    """Return pairs of weight dtype and optimizer in order of preference."""
+    check_choice("weight_dtype", weight_dtype, ("auto", *WEIGHTS))
+    check_choice("optimizer", optimizer, ("auto", *OPTIMIZERS))
+    ok = train == "lora" or weight_dtype in ("auto", "bf16")
+    hint = "Quantized weights cannot train: set train to lora"
+    check(ok, "weight_dtype", weight_dtype, "auto or bf16 with train full", hint=hint)
+    every = {"lora": (WEIGHTS, ("adamw",)), "full": (("bf16",), OPTIMIZERS)}[train]
+    weights = every[0] if weight_dtype == "auto" else (weight_dtype,)
+    optimizers = every[1] if optimizer == "auto" else (optimizer,)
+    return list(itertools.product(weights, optimizers))

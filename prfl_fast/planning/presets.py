@@ -1,0 +1,71 @@
+"""Configuration of the transformer that is planned for: presets, folders and models."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.utils.checks import check, check_type
+
+_WAN_14B: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "wan2.1-t2v-1.3b": _WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.1-t2v-14b": _WAN_14B,
+    "wan2.1-i2v-14b": _WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+}
+
+Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def model_config(model: Model) -> dict[str, Any]:
+    """Return the diffusers configuration of a transformer.
+
+    Args:
+        model: a supported transformer, its configuration, a folder with ``config.json`` (or with
+            ``transformer/config.json``), or one of ``MODELS``.
+
+    Raises:
+        ValueError: if there is no preset, folder or valid configuration of that name.
+    """
+    if isinstance(model, nn.Module):
+        return find_adapter(model).backbone_config(model)
+    if isinstance(model, Mapping):
+        return {key: value for key, value in model.items() if not key.startswith("_")}
+    check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
+    if str(model).lower() in MODELS:
+        return MODELS[str(model).lower()]
+    paths = (Path(model) / "config.json", Path(model) / "transformer" / "config.json")
+    path = next((path for path in paths if path.is_file()), None)
+    expected = f"one of {', '.join(MODELS)}, or the folder of a diffusers transformer"
+    check(path is not None, "model", str(model), expected, hint="The folder has a config.json")
+    assert path is not None
+    return _read_config(path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if "_class_name" in config:
+            adapter_by_name(f"diffusers {config['_class_name']}")
+        layers = config["num_layers"]
+        check(isinstance(layers, int), "num_layers", layers, "an integer")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"model: {path} is not a configuration of a transformer: {reason}"
+        ) from error
+    return model_config(config)

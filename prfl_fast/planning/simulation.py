@@ -1,0 +1,324 @@
+"""Simulate one PRFL training step on fake tensors: its bytes and its work.
+
+The training code itself runs on fake tensors (``FakeTensorMode``) while a ledger records every
+allocation and release, so a 14B model at 720p takes seconds and no memory.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from prfl_fast.kernels import flow_loss
+from prfl_fast.memory.ledger import HOST, Ledger, mark
+from prfl_fast.memory.optimizers import state_bytes
+from prfl_fast.memory.policy import MemoryConfig, apply_memory
+from prfl_fast.models.registry import find_adapter, patch
+from prfl_fast.models.velocity import autocast
+from prfl_fast.planning.costs import CUBLAS_BYTES, Cost, CostLedger
+from prfl_fast.planning.workload import IMAGE_TOKENS, LATENT_CHANNELS, Workload
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
+from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
+from prfl_fast.training.lora import add_lora
+from prfl_fast.training.losses import TIMESTEPS_PER_SIGMA
+from prfl_fast.utils.optional import need
+
+PHASES = (
+    "rollout",
+    "forward",
+    "reward",
+    "reward backward",
+    "backward",
+    "optimizer",
+    "sft forward",
+    "sft backward",
+)
+# Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
+# An upper bound for torchao's, whose compiled step holds some of them in registers.
+_WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Memory and work of one step.
+
+    Attributes:
+        peak, peak_phase, categories: device bytes at the peak, its phase, and bytes by category.
+        host: peak bytes of host buffers.
+        timeline: (phase, live bytes by category) in order of time.
+        costs: work by phase. ``rollout`` is one forward without gradient; ``forward``, ``reward``,
+            ``reward backward`` and ``backward`` are of one gradient point, ``sft …`` of one
+            micro-batch, ``optimizer`` of one update for each objective.
+    """
+
+    peak: int
+    peak_phase: str
+    categories: dict[str, int]
+    host: int
+    timeline: list[tuple[str, dict[str, int]]]
+    costs: dict[str, Cost] = field(repr=False)
+
+
+def build(
+    workload: Workload,
+    memory: MemoryConfig,
+    reward_memory: MemoryConfig,
+    *,
+    layers: int | None = None,
+    reward_layers: int | None = None,
+) -> tuple[nn.Module, LatentRewardModel]:
+    """Return generator and frozen reward model on the ``meta`` device, not patched yet."""
+    config = {k: v for k, v in workload.config.items() if not k.startswith("_")}
+    cls = need("diffusers").WanTransformer3DModel
+    depth = config["num_layers"] if layers is None else layers
+    reward_depth = workload.reward_blocks if reward_layers is None else reward_layers
+    with torch.device("meta"):
+        generator = cls(**{**config, "num_layers": depth}).train()
+        adapter = find_adapter(generator)
+        backbone = adapter.backbone_from_config({**config, "num_layers": reward_depth})
+        dim = adapter.hidden_size(backbone)
+        reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
+    apply_memory(generator, memory)
+    apply_memory(reward, reward_memory)
+    if workload.train == "lora":
+        add_lora(generator, workload.lora_rank, target_modules=workload.lora_targets)
+    return generator, reward
+
+
+def materialize(model: nn.Module) -> None:
+    """Replace ``meta`` tensors by zeros, which are fake under a ``FakeTensorMode``."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(zeros, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+class Step:
+    """Phases of one step, on fake or real tensors, under an active ledger."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        memory: MemoryConfig,
+        reward_memory: MemoryConfig,
+        generator: nn.Module,
+        reward: LatentRewardModel,
+        ledger: Ledger,
+    ) -> None:
+        self.workload, self.ledger = workload, ledger
+        self.memory, self.reward_memory = memory, reward_memory
+        self.generator, self.reward = generator, reward
+        self.adapter = find_adapter(generator)
+        self.parameters = [p for p in generator.parameters() if p.requires_grad]
+        for parameter in (*generator.parameters(), *generator.buffers()):
+            ledger.mark(parameter, "weights")
+        for parameter in (*reward.parameters(), *reward.buffers()):
+            ledger.mark(parameter, "reward")
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(_mark_gradient)
+            if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
+                parameter.grad_dtype = torch.float32
+        self.device_states, self.host_states = self._states()
+        if workload.average:
+            count = sum(parameter.numel() for parameter in self.parameters)
+            self.average = self._make(count, category="optimizer")
+        self.conditions = self._conditions()
+        with unset_fake_temporarily():
+            self.scheduler = FlowUniPC()
+            self.scheduler.set_timesteps(workload.num_inference_steps)
+            self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
+
+    def _make(
+        self, *shape: int, category: str = "rollout", dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        tensor = torch.zeros(shape, dtype=dtype)
+        self.ledger.mark(tensor, category)
+        return tensor
+
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the optimizer's states on the device and on the host, as bytes."""
+        kind = self.memory.optimizer
+        sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.parameters]
+        device, host = (sum(column) for column in zip(*sizes, strict=True))
+        if kind == "adamw-cpu":  # gradients and weights pass through two buffers
+            host += 2 * max(
+                p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.parameters
+            )
+        return (
+            self._make(device, category="optimizer", dtype=torch.uint8),
+            self._make(host, category=HOST, dtype=torch.uint8),
+        )
+
+    def _conditions(self) -> dict[str, torch.Tensor]:
+        config, batch = self.workload.config, self.workload.batch
+        text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
+        conditions = {"encoder_hidden_states": text}
+        if config.get("image_dim") is not None:
+            image = self._make(batch, IMAGE_TOKENS, config["image_dim"])
+            conditions["encoder_hidden_states_image"] = image
+        extra = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
+        if extra:
+            shape = self.workload.latent_shape
+            conditions["latent_condition"] = self._make(batch, extra, *shape[2:])
+        return conditions
+
+    def _precision(self, memory: MemoryConfig) -> contextlib.AbstractContextManager[Any]:
+        kind = self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
+        return autocast(torch.device("cpu"), kind)
+
+    def _velocity(self, x: torch.Tensor, time: float) -> torch.Tensor:
+        timestep = torch.full((len(x),), time)
+        with self._precision(self.memory):
+            return self.adapter.velocity(self.generator, x, timestep, self.conditions)
+
+    def run(self) -> None:
+        """Run reward feedback and an optimizer step, then the same for the supervised loss."""
+        several = max(self.workload.points, self.workload.gradient_accumulation_steps) > 1
+        self._feedback(several)
+        self._update()
+        if self.workload.sft:
+            self._supervised(self.workload.gradient_accumulation_steps > 1)
+            self._update()
+
+    def _hold_gradients(self) -> None:
+        """Allocate the gradients of earlier points and micro-batches."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
+            self.ledger.mark(parameter.grad, "gradients")
+
+    def _feedback(self, several: bool) -> None:
+        self.ledger.start_phase("rollout")
+        if several:
+            self._hold_gradients()
+        noise = x = self._make(*self.workload.latent_shape)
+        with torch.no_grad():
+            # One forward stands for all; the solver's history is full after two steps.
+            v = self._velocity(x, self.times[0])
+            for time in self.times[: min(2, len(self.times) - 2)]:
+                (x,) = self.scheduler.step(v, time, x)
+                detach_state(self.scheduler)
+            del v
+        self.ledger.start_phase("forward")
+        time, after = self.times[self.scheduler.step_index or 0 :][:2]
+        with self.ledger.saving():
+            (x,) = self.scheduler.step(self._velocity(x, time), time, x)
+        self.ledger.start_phase("reward")
+        with self.ledger.saving(), self._precision(self.reward_memory):
+            score = self.reward(x, torch.full((len(x),), after), self.conditions)
+        # When the gradient reaches the latents, the generator's backward begins.
+        x.register_hook(lambda grad: self.ledger.start_phase("backward"))
+        x = x.detach()
+        detach_state(self.scheduler)
+        self.ledger.start_phase("reward backward")
+        loss = 0.1 * torch.relu(2.0 - score.float()).mean()
+        (loss * 1.0).backward()
+        del noise
+
+    def _supervised(self, several: bool) -> None:
+        self.ledger.start_phase("sft forward")
+        if several:
+            self._hold_gradients()
+        clean, noise = (self._make(*self.workload.latent_shape) for _ in range(2))
+        level = torch.full((len(clean), 1, 1, 1, 1), 0.5)
+        x = (1 - level) * clean + level * noise
+        with self.ledger.saving():
+            v = self._velocity(x, TIMESTEPS_PER_SIGMA * 0.5)
+            loss = flow_loss(v, noise, clean)
+            del v, x
+        self.ledger.start_phase("sft backward")
+        (loss * 1.0).backward()
+
+    def _update(self) -> None:
+        """Count the optimizer's step by formula."""
+        self.ledger.start_phase("optimizer")
+        kind, gradients = self.memory.optimizer, [p.grad for p in self.parameters]
+        narrow = [g.numel() for g in gradients if g is not None and g.dtype == torch.bfloat16]
+        self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * max(narrow, default=0))
+        if isinstance(self.ledger, CostLedger):
+            read = sum(g.nbytes for g in gradients if g is not None)
+            weights = sum(p.nbytes for p in self.parameters)
+            paged = self.host_states.nbytes
+            norm_and_clip = 3 * read
+            if kind == "adamw-cpu":
+                self.ledger.count(
+                    moved_bytes=norm_and_clip, to_host_bytes=read, to_device_bytes=weights
+                )
+            else:
+                moved = norm_and_clip + read + 2 * weights + 2 * self.device_states.nbytes
+                self.ledger.count(moved_bytes=moved, to_host_bytes=paged, to_device_bytes=paged)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def _grad_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return parameter.grad_dtype or parameter.dtype
+
+
+def _mark_gradient(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        mark(parameter.grad, "gradients")
+
+
+@contextlib.contextmanager
+def fake_models(
+    workload: Workload,
+    memory: MemoryConfig,
+    reward_memory: MemoryConfig,
+    *,
+    layers: int | None = None,
+    reward_layers: int | None = None,
+) -> Iterator[tuple[nn.Module, LatentRewardModel]]:
+    """Yield both models as fake tensors inside an active ``FakeTensorMode``."""
+    depths = {"layers": layers, "reward_layers": reward_layers}
+    generator, reward = build(workload, memory, reward_memory, **depths)
+    with FakeTensorMode():
+        for model in (generator, reward):
+            materialize(model)
+        if workload.patched:
+            patch(generator)
+            patch(reward.backbone)
+        yield generator, reward
+
+
+def simulate(
+    workload: Workload,
+    memory: MemoryConfig,
+    reward_memory: MemoryConfig,
+    *,
+    layers: int | None = None,
+    reward_layers: int | None = None,
+) -> Simulation:
+    """Run one step of a workload under two memory policies on fake tensors, on any machine.
+
+    Args:
+        layers, reward_layers: depths in place of the workload's. Bytes and work are affine in them
+            from a depth of 3 on.
+
+    Memory that CUDA kernels allocate internally is added by formula. The allocator's rounding and
+    fragmentation and CUDA's context are not included.
+    """
+    depths = {"layers": layers, "reward_layers": reward_layers}
+    with fake_models(workload, memory, reward_memory, **depths) as (generator, reward):
+        ledger = CostLedger()
+        with ledger:
+            cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
+            step = Step(workload, memory, reward_memory, generator, reward, ledger)
+            step.run()
+        del cublas, step
+    return Simulation(
+        ledger.peak,
+        ledger.peak_phase,
+        ledger.peak_categories,
+        ledger.host_peak,
+        [point for point in ledger.timeline if point[0]],
+        ledger.costs(),
+    )

@@ -1,0 +1,151 @@
+"""Training run that is planned for: model, video size, kind of training, gradient plan."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.models.blocks import TEXT_TOKENS
+from prfl_fast.planning.presets import Model, model_config
+from prfl_fast.training.lora import DEFAULT_TARGETS
+from prfl_fast.utils.checks import check, check_choice, check_count, check_type
+
+# Wan's VAE: 8 × 8 pixels and 4 frames per latent (the first frame has a latent of its own).
+_VAE_STRIDE, _VAE_FRAMES, LATENT_CHANNELS, IMAGE_TOKENS = 8, 4, 16, 257
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Training run: input of the planner and of the simulation.
+
+    Attributes:
+        model: a supported transformer, its configuration, a folder with ``config.json`` or a preset
+            name, see :func:`prfl_fast.planning.presets.model_config`. Stored as a configuration.
+        frames, height, width: of the videos, in frames and pixels; frames is 4n + 1.
+        batch: videos per forward.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        text_tokens: rows of a sample's text states.
+        train: ``lora`` trains adapters, ``full`` all parameters.
+        lora_rank, lora_targets: as in :func:`prfl_fast.training.lora.add_lora`.
+        gradient_plan: steps that carry gradient. Every gradient point has one step, whose gradient
+            goes to the parameters.
+        num_inference_steps: solver steps of a trajectory.
+        reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks.
+        sft: a supervised step follows each PRFL step.
+        average: a float32 running average of the trained parameters is kept (``ema_decay``).
+        patched: both models run on prfl_fast's kernels.
+        precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
+
+    Raises:
+        ValueError: if a value is out of range, or the gradient plan has points of several steps.
+    """
+
+    model: Model
+    frames: int = 81
+    height: int = 720
+    width: int = 1280
+    batch: int = 1
+    gradient_accumulation_steps: int = 1
+    text_tokens: int = 512
+    train: Literal["lora", "full"] = "lora"
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = DEFAULT_TARGETS
+    gradient_plan: GradientPlan = GradientPlan()
+    num_inference_steps: int = 40
+    reward_blocks: int = 8
+    sft: bool = True
+    average: bool = False
+    patched: bool = True
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", model_config(self.model))
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for name in (
+            "frames",
+            "height",
+            "width",
+            "batch",
+            "gradient_accumulation_steps",
+            "text_tokens",
+            "lora_rank",
+            "reward_blocks",
+        ):
+            check_count(name, getattr(self, name))
+        check_count("num_inference_steps", self.num_inference_steps, 2)
+        check_choice("train", self.train, ("lora", "full"))
+        check_choice("precision", self.precision, ("fp32", "bf16"))
+        self._check_gradient_plan()
+        self._check_size()
+        self._check_model()
+
+    def _check_gradient_plan(self) -> None:
+        plan = self.gradient_plan
+        check_type("gradient_plan", plan, GradientPlan)
+        check(
+            plan.depth == 1 and plan.to == "parameters" and not plan.renoised,
+            "gradient_plan",
+            plan,
+            "gradient points of one step to the parameters",
+            hint="The simulation does not run the extra latents and forwards of longer gradients",
+        )
+        most = self.num_inference_steps - 1
+        expected = f"at most num_inference_steps - 1 = {most}"
+        check(plan.points <= most, "points", plan.points, expected)
+        plan.steps(self.num_inference_steps)
+
+    def _check_size(self) -> None:
+        check(self.frames % _VAE_FRAMES == 1, "frames", self.frames, "4n + 1, as 81")
+        sizes = zip(("frames", "height", "width"), self.latent_shape[2:], self._patch, strict=True)
+        longest = self.config.get("rope_max_seq_len", 1024)
+        for name, size, patch in sizes:
+            value, multiple = getattr(self, name), _VAE_STRIDE * patch
+            if name != "frames":
+                check(value % multiple == 0, name, value, f"a multiple of {multiple}")
+            expected = f"at most {longest} positions (the model's rope_max_seq_len)"
+            check(size // patch <= longest, name, value, f"{expected}, not {size // patch}")
+
+    def _check_model(self) -> None:
+        layers = self.config["num_layers"]
+        expected = f"at most the model's {layers} blocks"
+        check(self.reward_blocks <= layers, "reward_blocks", self.reward_blocks, expected)
+        fixed = self.config.get("image_dim") is not None
+        expected = f"{TEXT_TOKENS} for an image-to-video model"
+        ok = not fixed or self.text_tokens == TEXT_TOKENS
+        check(ok, "text_tokens", self.text_tokens, expected)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Configuration of the transformer."""
+        return self.model  # type: ignore[return-value]
+
+    @property
+    def _patch(self) -> tuple[int, int, int]:
+        frames, height, width = self.config.get("patch_size", (1, 2, 2))
+        return frames, height, width
+
+    @property
+    def points(self) -> int:
+        """Gradient points of a trajectory."""
+        return self.gradient_plan.points
+
+    @property
+    def rollout_forwards(self) -> float:
+        """Expected forwards without gradient of a trajectory."""
+        return self.gradient_plan.expected_forwards(self.num_inference_steps)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape ``[B, C, F, H, W]`` of the latents."""
+        return (
+            self.batch,
+            LATENT_CHANNELS,
+            (self.frames - 1) // _VAE_FRAMES + 1,
+            self.height // _VAE_STRIDE,
+            self.width // _VAE_STRIDE,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens L of one video."""
+        return math.prod(self.latent_shape[2:]) // math.prod(self._patch)

@@ -1,0 +1,95 @@
+"""Query attention pooling and the head of the latent reward model."""
+
+import torch
+from torch import nn
+
+from prfl_fast.kernels import query_pool
+from prfl_fast.utils.checks import check, check_count
+
+
+class QueryAttentionPool(nn.Module):
+    """Pool tokens by attention from learned queries, without computing keys or values.
+
+    Let q_h be the projected query of head h, and W_k,h and W_v,h the head's slices of the
+    in-projection. The score of token x is (W_k,hᵀ q_h)·x plus a constant that softmax drops, and
+    Σ_l p_l (W_v,h x_l + b) = W_v,h (Σ_l p_l x_l) + b. One pass over x replaces two [L, D] × [D, D]
+    projections. Parameters have the names of HY-Video-PRFL's pooling file (``queries``,
+    ``multihead_attn.in_proj_weight``, ...).
+
+    Args:
+        dim: D, channels of the tokens.
+        num_heads: a divisor of D.
+        num_queries: the outputs of the queries are averaged.
+
+    Raises:
+        ValueError: if ``num_heads`` does not divide D, or ``num_queries`` is below 1.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, num_queries: int = 1) -> None:
+        super().__init__()
+        ok = num_heads >= 1 and dim % num_heads == 0
+        check(ok, "num_heads", num_heads, f"a divisor of dim = {dim}")
+        check_count("num_queries", num_queries)
+        # Only holds and initializes the parameters; its forward is never called.
+        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        nn.init.xavier_uniform_(self.queries)
+
+    @classmethod
+    def from_multihead_attention(
+        cls, attention: nn.MultiheadAttention, queries: torch.Tensor
+    ) -> "QueryAttentionPool":
+        """Copy the weights of ``attention``, and ``queries`` ``[num_queries, D]``, into a new pool.
+
+        It raises ``ValueError`` if ``attention`` has separate key or value sizes, no bias, or extra
+        bias tokens, or the queries have another width.
+        """
+        dim = attention.embed_dim
+        packed = attention.in_proj_weight is not None and attention.in_proj_bias is not None
+        ok = packed and attention.bias_k is None
+        expected = "one with a packed in-projection and biases (no kdim, vdim, add_bias_kv)"
+        check(ok, "attention", attention, expected)
+        ok = queries.ndim == 2 and queries.shape[1] == dim
+        check(ok, "queries", queries, f"[num_queries, {dim}]")
+        pool = cls(dim, attention.num_heads, queries.shape[0]).to(attention.in_proj_weight)
+        pool.multihead_attn.load_state_dict(attention.state_dict())
+        with torch.no_grad():
+            pool.queries.copy_(queries)
+        return pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``[B, D]`` from ``[B, L, D]``, in the pool's dtype.
+
+        The result is the attention output plus the query, averaged over the queries. Other shapes
+        raise ``ValueError``.
+        """
+        mha = self.multihead_attn
+        dim, heads = mha.embed_dim, mha.num_heads
+        check(x.ndim == 3 and x.shape[-1] == dim, "x", x, f"[B, L, {dim}]")
+        w_q, w_k, w_v = mha.in_proj_weight.view(3, heads, dim // heads, dim).unbind(0)
+        b_q, _, b_v = mha.in_proj_bias.view(3, heads, dim // heads).unbind(0)
+        q = torch.einsum("nd,hed->nhe", self.queries, w_q) + b_q
+        folded = torch.einsum("nhe,hed->nhd", q, w_k) * (dim // heads) ** -0.5
+        pooled, _ = query_pool(x, folded.flatten(0, 1))
+        pooled = pooled.to(w_v.dtype).unflatten(1, (-1, heads))
+        # The average over queries commutes with the linear value and output projections.
+        values = torch.einsum("bhd,hed->bhe", pooled.mean(1), w_v) + b_v
+        return mha.out_proj(values.flatten(1)) + self.queries.mean(0)
+
+
+class RewardHead(nn.Module):
+    """Map D → 1024 → 512 → 1 channels with ReLU between and no sigmoid at the end.
+
+    Weights start Xavier-uniform, biases at zero, as in HY-Video-PRFL.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(dim, 1024), nn.Linear(1024, 512), nn.Linear(512, 1)
+        for layer in (self.fc1, self.fc2, self.fc3):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits ``[B]`` from ``[B, D]``."""
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x))))).squeeze(-1)

@@ -1,0 +1,80 @@
+"""Configuration of the steps without gradient."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prfl_fast.utils.checks import check, check_choice, check_count, check_positive, is_number
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Configure the steps without gradient; steps with gradient are always exact.
+
+    The defaults change no bit of the result on a CPU. FP8 and fewer steps are opt-in, and the
+    latent drift that they cause is measured on a sample of trajectories.
+
+    Attributes:
+        cache: compute values that all steps share, such as keys and values of the text, only once.
+        merge_lora: add low-rank adapters to the weights, block by block as the blocks run. Stored
+            weights do not change. A change of a bfloat16 weight by less than half a unit in its
+            last place is lost, so new adapters may act less on the rollout than on the gradient
+            step.
+        compile: run ``torch.compile`` on the blocks; ``"auto"`` compiles unless
+            :func:`prfl_fast.rollout.engine.why_not_compiled` gives a reason not to.
+        fp8_linears: noise levels (lowest, highest) between which linear layers run in FP8 (e4m3);
+            None for no level, ``(0, 1)`` for all.
+        fp8_attention: noise levels between which self-attention runs in 8 bits.
+        stride: solver steps of the schedule that one rollout step covers; steps with gradient
+            always are single steps.
+        drift_limit: largest relative L2 distance from an exact rollout. If a check exceeds it, all
+            later rollouts are exact. None allows any distance.
+        check_every: trajectories from one drift check to the next, starting with the first. A check
+            costs one exact rollout. Active dropout adds to the measured drift.
+
+    Raises:
+        ValueError: if an interval is not within 0 … 1, a count or limit is not positive,
+            ``compile`` is unknown, or an option needs ``cache=True``.
+    """
+
+    cache: bool = True
+    merge_lora: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    fp8_linears: Interval | None = None
+    fp8_attention: Interval | None = None
+    stride: int = 1
+    drift_limit: float | None = None
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        check_choice("compile", self.compile, ("auto", "on", "off"))
+        for name in ("fp8_linears", "fp8_attention"):
+            value = getattr(self, name)
+            if value is not None:
+                expected = "noise levels (lowest, highest) in 0 … 1, or None"
+                ok = isinstance(value, (tuple, list)) and len(value) == 2
+                ok = ok and all(map(is_number, value)) and 0 <= value[0] <= value[1] <= 1
+                check(ok, name, value, expected)
+                object.__setattr__(self, name, (float(value[0]), float(value[1])))
+        check_count("stride", self.stride)
+        check_count("check_every", self.check_every)
+        if self.drift_limit is not None:
+            check_positive("drift_limit", self.drift_limit)
+        expected = "True with merge_lora, compile='on' or FP8"
+        check(self.cache or not self.needs_model, "cache", self.cache, expected)
+
+    @property
+    def fp8(self) -> bool:
+        """Return True if any layer runs in FP8 at some noise level."""
+        return self.fp8_linears is not None or self.fp8_attention is not None
+
+    @property
+    def inexact(self) -> bool:
+        """Return True if results may differ from an exact rollout by more than rounding."""
+        return self.fp8 or self.stride > 1
+
+    @property
+    def needs_model(self) -> bool:
+        """Return True if the user set an option that needs access to the model's blocks."""
+        return self.merge_lora or self.compile == "on" or self.fp8

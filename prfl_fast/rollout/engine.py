@@ -1,0 +1,303 @@
+"""Rollout engine: run the steps without gradient as :class:`RolloutConfig` says.
+
+In PRFL with 40 steps and one gradient point these are about 19 of 24 forwards.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.inference import (
+    Precision,
+    RolloutModel,
+    RolloutOptions,
+    UnsupportedError,
+)
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.utils.checks import check
+
+logger = logging.getLogger(__name__)
+
+# Positions · width from which a block keeps a GPU busy between launches. Reading and writing a
+# quarter as many 2-byte numbers (16 MiB) takes about 10 µs at 3 TB/s, as long as a launch. The
+# threshold is an estimate, not a measurement.
+LARGE_BLOCK = 2**25
+
+
+def why_not_compiled(
+    mode: Literal["auto", "on", "off"],
+    *,
+    device: str,
+    positions: int,
+    width: int,
+    same_shape: bool,
+) -> str | None:
+    """Return the reason why blocks are not compiled; None if they are.
+
+    Compiling fuses the operations between the kernels and removes launches from a slow host. It
+    costs time for each new shape, and large blocks do not wait for launches. ``positions`` is
+    B·F·H·W of one call, ``same_shape`` is True if this engine compiled for no other shapes before.
+    """
+    if mode == "on":
+        return None
+    if mode == "off":
+        return "compile is 'off'"
+    if device != "cuda":
+        return f"the latents are on {device}, where no bit must change and launches cost little"
+    if positions * width > LARGE_BLOCK:
+        return (
+            f"{positions} positions of width {width} keep the GPU busy without (above "
+            f"{LARGE_BLOCK} together)"
+        )
+    if not same_shape:
+        return "these latents or conditions have other shapes than those compiled for before"
+    return None
+
+
+class RolloutSession:
+    """Hold the model and the caches of one run of a trajectory.
+
+    ``open`` opens the model for ``steps``, once for each branch, with or without compiled blocks.
+    """
+
+    def __init__(
+        self,
+        engine: "RolloutEngine",
+        open: Callable[[bool], list[RolloutModel]],
+        steps: Sequence[int],
+        compiled: bool,
+        guidance: Guidance | None,
+    ) -> None:
+        self._engine, self._open, self._compiled = engine, open, compiled
+        self._models, self._guidance = open(compiled), guidance
+        self._positions = {step: position for position, step in enumerate(steps)}
+
+    def velocity(self, x: torch.Tensor, step: int, sigma: float | None) -> torch.Tensor:
+        """Return the guided velocity ``[B, C, F, H, W]`` at latents ``x`` before a solver step.
+
+        The noise level ``sigma`` decides the precision; None gives an exact velocity.
+        """
+        engine, guidance, position = self._engine, self._guidance, self._positions[step]
+        precisions: dict[str, Precision] = {} if sigma is None else engine.precisions(sigma)
+        x = torch.cat([x, x]) if guidance is not None and guidance.batched else x
+        outputs: list[torch.Tensor] = []
+        while len(outputs) < len(self._models):
+            try:
+                with engine.context():
+                    v = self._models[len(outputs)].velocity(x, position, **precisions)
+                outputs.append(v)
+            except RuntimeError as error:
+                if not self._compiled or not engine.gives_up_compiling(error):
+                    raise
+                self._compiled, self._models = False, self._open(False)
+        return outputs[0] if guidance is None else guidance.combine(outputs)
+
+    def notes(self) -> list[str]:
+        """Return the reasons why layers stay unmerged or exact."""
+        return [note for model in self._models for note in model.notes]
+
+
+class RolloutEngine:
+    """Run the steps without gradient of all of one model's trajectories.
+
+    Give it to :class:`prfl_fast.rollout.trajectory.Trajectory`. Between runs it holds no tensor.
+    For a velocity function, ``stride`` is the only option that applies.
+
+    Attributes:
+        fallen_back: True once a check measured more drift than allowed; rollouts are then exact.
+        trajectories: number of trajectories that had inexact steps.
+        drift: drift of the last check, by solver step; None before the first.
+        notes: reasons why options of the configuration do not apply. Each is reported once: as a
+            warning if the user set the option, else to this module's logger.
+
+    Raises:
+        TypeError: if the model is unsupported.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module | ModelCall | Velocity,
+        config: RolloutConfig | None = None,
+    ) -> None:
+        check_transformer(transformer)
+        self.config = RolloutConfig() if config is None else config
+        self.model = model_of(transformer)
+        self.context: Callable[[], contextlib.AbstractContextManager[Any]] = (
+            transformer.context if isinstance(transformer, ModelCall) else contextlib.nullcontext
+        )
+        self._call_precision = transformer.precision if isinstance(transformer, ModelCall) else None
+        self.fallen_back = False
+        self.trajectories = 0
+        self.drift: dict[int, float] | None = None
+        self.notes: list[str] = []
+        self._supported = self.model is not None
+        self._compiled_shapes: Any = None
+        self._compiler_fails = False
+
+    def runs(self, transformer: object) -> bool:
+        """Return True if the engine was made for this model in this precision."""
+        precision = transformer.precision if isinstance(transformer, ModelCall) else None
+        return model_of(transformer) is self.model and precision == self._call_precision
+
+    @property
+    def _active(self) -> RolloutConfig:
+        """Return the configuration of the next rollout: the exact one after too much drift."""
+        return RolloutConfig() if self.fallen_back else self.config
+
+    @property
+    def stride(self) -> int:
+        """Return the steps of the schedule that a step of the next rollout covers."""
+        return self._active.stride
+
+    @property
+    def inexact(self) -> bool:
+        """Return True if the next rollout has inexact steps."""
+        return self.stride > 1 or (self._active.fp8 and self._supported)
+
+    def precisions(self, sigma: float) -> dict[str, Precision]:
+        """Return the precision of linear layers and attention at a noise level."""
+        intervals = {"linears": self._active.fp8_linears, "attention": self._active.fp8_attention}
+        return {
+            name: "fp8" if interval and interval[0] <= sigma <= interval[1] else "exact"
+            for name, interval in intervals.items()
+        }
+
+    def should_check_drift(self) -> bool:
+        """Return True if an exact rollout should run beside the next inexact one."""
+        return self.trajectories % self._active.check_every == 0
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        x: torch.Tensor,
+        timesteps: Mapping[int, torch.Tensor],
+        branches: Sequence[Conditions],
+        guidance: Guidance | None = None,
+    ) -> Iterator[RolloutSession | None]:
+        """Open the model for some steps of a trajectory; yield None if it cannot be opened.
+
+        Args:
+            x: latents of a model call, ``[B, C, F, H, W]``.
+            timesteps: ``[B]`` of each step that may be taken.
+            branches: conditions of the calls at each step.
+        """
+        session = self._session(x, timesteps, branches, guidance) if timesteps else None
+        try:
+            yield session
+        finally:
+            for note in session.notes() if session is not None else ():
+                self._say(note)
+
+    def _session(
+        self,
+        x: torch.Tensor,
+        timesteps: Mapping[int, torch.Tensor],
+        branches: Sequence[Conditions],
+        guidance: Guidance | None,
+    ) -> RolloutSession | None:
+        if self.model is None:
+            self._say(
+                "rollouts call the transformer as it is: it is a function, not a supported model "
+                "or a ModelCall of one"
+            )
+            return None
+        if not self.config.cache:
+            return None
+        model, adapter = self.model, find_adapter(self.model)
+
+        def open(compiled: bool) -> list[RolloutModel]:
+            options = RolloutOptions(self.config.merge_lora, compiled)
+            with self.context():
+                return [
+                    adapter.open_rollout(model, x, list(timesteps.values()), conditions, options)
+                    for conditions in branches
+                ]
+
+        compiled = self._compiles(x, branches, adapter.hidden_size(model))
+        try:
+            session = RolloutSession(self, open, list(timesteps), compiled, guidance)
+        except UnsupportedError as reason:
+            self._supported = False
+            self._say(f"rollouts call the model as it is: {reason}")
+            return None
+        self._supported = True
+        return session
+
+    def _compiles(self, x: torch.Tensor, branches: Sequence[Conditions], width: int) -> bool:
+        shapes = [x.shape, *({k: v.shape for k, v in c.items()} for c in branches)]
+        reason = why_not_compiled(
+            self.config.compile,
+            device=x.device.type,
+            positions=x.numel() // x.shape[1],
+            width=width,
+            same_shape=self._compiled_shapes in (None, shapes),
+        )
+        if reason is None and self._compiler_fails:
+            return False
+        if reason is None:
+            self._compiled_shapes = shapes
+        elif self.config.compile != "off":
+            self._say(f"the rollout's blocks are not compiled: {reason}", asked=False)
+        return reason is None
+
+    def gives_up_compiling(self, error: RuntimeError) -> bool:
+        """Stop compiling and return True if ``compile="auto"`` and the error is the compiler's."""
+        modules = [kind.__module__ for kind in type(error).__mro__]
+        foreign = any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules)
+        if self.config.compile != "auto" or not foreign:
+            return False
+        self._compiler_fails = True
+        first = str(error).strip().splitlines()[:1]
+        self._say(f"the rollout's blocks are not compiled: {type(error).__name__}: {first}")
+        return True
+
+    def _say(self, note: str, *, asked: bool | None = None) -> None:
+        if note in self.notes:
+            return
+        self.notes.append(note)
+        if self.config.needs_model if asked is None else asked:
+            warnings.warn(note, stacklevel=2)
+        else:
+            logger.info(note)
+
+    def record_drift(self, drift: Mapping[int, float], sigmas: Sequence[float]) -> bool:
+        """Store the measured drift; return True, and become exact, if it exceeds ``drift_limit``.
+
+        The last entry of ``drift`` is new; ``sigmas`` is the noise level before every step.
+        """
+        self.drift = dict(drift)
+        step, found = list(drift.items())[-1]
+        limit = self._active.drift_limit
+        # NaN exceeds every limit.
+        if limit is None or found <= limit:
+            return False
+        self.fallen_back = True
+        figures = ", ".join(f"{value:.3g} at step {step}" for step, value in drift.items())
+        text = (
+            f"the rollout's relative distance from an exact one is {found:.3g} at step {step} "
+            f"(sigma {sigmas[step]:.3g}), past drift_limit {limit:g}: this rollout goes on from "
+            f"the exact latents, and all after it are exact. Found: {figures}. Narrow the "
+            "FP8 intervals of RolloutConfig or raise its drift_limit, and start anew"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts that a resumed run needs to check the same trajectories."""
+        return {"trajectories": self.trajectories, "fallen_back": self.fallen_back}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; raise ``ValueError`` if the entries differ."""
+        ok, expected = set(state) == set(self.state_dict()), "fallen_back and trajectories"
+        check(ok, "the rollout engine's state", sorted(state), expected)
+        self.trajectories = int(state["trajectories"])
+        self.fallen_back = bool(state["fallen_back"])

@@ -1,0 +1,372 @@
+"""Flow-matching samplers (Euler and UniPC) and the noise schedule of supervised training.
+
+A latent at noise level σ is ``x_σ = (1-σ)·x0 + σ·ε``, the model predicts the velocity ``v = ε -
+x0``, and its timestep is ``1000·σ``. Both samplers have the interface and conventions of their
+diffusers counterparts. Their coefficients are computed in float64 before the rollout, and each
+update is one ``flow_step``, rounded once to the latents' dtype and differentiable in every tensor.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from prfl_fast.kernels import flow_step
+from prfl_fast.kernels.runtime.checks import describe, require_float
+from prfl_fast.rollout.unipc_coefficients import unipc_updates
+from prfl_fast.utils.checks import check, check_choice, check_count
+
+# UniPC's log-SNR is infinite at σ = 1; like diffusers, start this much below.
+_UNIPC_SIGMA_GAP = 1e-6
+_NO_SCHEDULE = "set_timesteps makes a schedule."
+_NEW = "set_timesteps starts a new trajectory."
+
+
+class StepOutput(NamedTuple):
+    """Result of ``step``: a 1-tuple with the attribute ``prev_sample``."""
+
+    prev_sample: torch.Tensor
+
+
+def _shifted(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _linspace(first: float, last: float, count: int) -> list[float]:
+    """Return ``count`` evenly spaced floats, ends included, rounded as numpy rounds them."""
+    if count == 1:
+        return [first]
+    spacing = (last - first) / (count - 1)
+    return [first + i * spacing for i in range(count - 1)] + [last]
+
+
+def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
+    """Return the noise levels of supervised training from 1 down, float32 ``[num]``.
+
+    They are spaced evenly from 1 to 0 without the 0, then shifted by ``σ ← shift·σ / (1 +
+    (shift-1)·σ)``. HY-Video-PRFL draws σ uniformly from them for SFT and the reward model.
+
+    Raises:
+        ValueError: if ``shift`` is not positive, or ``num`` is not a positive integer.
+    """
+    _check_shift(shift)
+    check_count("num", num)
+    sigmas = [_shifted(1 - i / num, shift) for i in range(num)]
+    return torch.tensor(sigmas, dtype=torch.float64).to(torch.float32)
+
+
+def _check_shift(shift: float) -> None:
+    ok = math.isfinite(shift) and shift > 0
+    check(ok, "shift", shift, "a positive number (Wan uses 5.0, or 3.0 at 480p)")
+
+
+class _FlowScheduler:
+    """Share the schedule, step counter and argument checks of the samplers.
+
+    Args:
+        shift: moves the steps towards high noise; 1 leaves them even.
+        num_train_timesteps: timesteps per unit of σ.
+    """
+
+    def __init__(self, shift: float, num_train_timesteps: int) -> None:
+        _check_shift(shift)
+        check_count("num_train_timesteps", num_train_timesteps)
+        self.shift = float(shift)
+        self.num_train_timesteps = num_train_timesteps
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self._sigmas: tuple[float, ...] = ()
+        self._times: tuple[float, ...] = ()
+        self._step_index: int | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Return the index of the next step; None before the first step without a begin index."""
+        return self._step_index
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Start a trajectory of ``num_inference_steps`` steps without history.
+
+        It sets ``timesteps`` ``[num_inference_steps]`` on ``device`` and ``sigmas``
+        ``[num_inference_steps + 1]``, float32 on the CPU, the last one 0. It raises ``ValueError``
+        if ``num_inference_steps`` is not a positive integer.
+        """
+        check_count("num_inference_steps", num_inference_steps)
+        sigmas, timesteps = self._schedule(num_inference_steps)
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64).to(torch.float32)
+        self.timesteps = timesteps.to(device) if device is not None else timesteps
+        # The update coefficients start from the float32 levels that diffusers uses, not from their
+        # unrounded values: near σ = 1 the rounding moves 1-σ by 1 %, and with it the log-SNR.
+        self._sigmas = tuple(self.sigmas.double().tolist())
+        self._times = tuple(float(t) for t in timesteps.tolist())
+        self._step_index = None
+        self._reset()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin the trajectory at step ``begin_index``; raise ``ValueError`` if there is none."""
+        count = len(self._times)
+        expected = f"one of the schedule's {count} steps"
+        check(0 <= begin_index < count, "begin_index", begin_index, expected, hint=_NO_SCHEDULE)
+        self._step_index = begin_index
+
+    def restrict(self, indices: Sequence[int]) -> None:
+        """Keep only the steps ``indices`` of the schedule, and start the trajectory anew.
+
+        Each then leads to the next one's noise level, the last to 0. It raises ``ValueError`` if
+        they are not increasing steps of the schedule.
+        """
+        kept, count = list(indices), len(self._times)
+        ok = bool(kept) and kept == sorted(set(kept)) and 0 <= kept[0] <= kept[-1] < count
+        expected = f"increasing ones of the schedule's {count} steps"
+        check(ok, "indices", kept, expected, hint=_NO_SCHEDULE)
+        self.sigmas = self.sigmas[[*kept, count]]
+        self.timesteps = self.timesteps[kept]
+        self._sigmas = tuple(self._sigmas[i] for i in (*kept, count))
+        self._times = tuple(self._times[i] for i in kept)
+        self._step_index = None
+        self._reset()
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = False,
+    ) -> StepOutput:
+        """Move ``sample`` from ``timestep`` to the next noise level.
+
+        Args:
+            model_output: the velocity at ``sample``, of the same shape, any floating dtype.
+            timestep: the entry of ``timesteps`` at which the velocity was computed, a number or a
+                one-element tensor. The first call may start anywhere; later ones follow in order.
+            sample: the latents, e.g. ``[B, C, F, H, W]``.
+            return_dict: ignored; diffusers has it.
+
+        Returns:
+            ``(prev_sample,)`` in ``sample``'s dtype, differentiable in ``model_output``, ``sample``
+            and the history.
+
+        Raises:
+            ValueError: if there is no schedule, ``timestep`` is not the next one, or tensors do not
+                match each other or the trajectory so far.
+        """
+        name = f"{type(self).__name__}.step"
+        if not self._sigmas:
+            raise ValueError(f"{name} was called before set_timesteps(num_inference_steps)")
+        require_float(name, "model_output", model_output)
+        require_float(name, "sample", sample)
+        ok = model_output.shape == sample.shape and model_output.device == sample.device
+        expected = f"the shape and device of sample, {describe(sample)}"
+        check(ok, f"{name}: model_output", model_output, expected)
+        index = self._index(f"{name}: timestep", timestep)
+        prev_sample = self._advance(index, model_output, sample)
+        self._step_index = index + 1
+        return StepOutput(prev_sample)
+
+    def _index(self, name: str, timestep: float | torch.Tensor) -> int:
+        one = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+        check(one, name, timestep, "one number for the whole batch")
+        time, index, count = float(timestep), self._step_index, len(self._times)
+        if index is None:
+            check(time in self._times, name, time, "an entry of timesteps")
+            return self._times.index(time)
+        check(index < count, name, time, f"no call after the last of {count} steps", hint=_NEW)
+        expected = f"{self._times[index]}, step {index} of {count}"
+        check(time == self._times[index], name, time, expected, hint=_NEW)
+        return index
+
+    def _schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+        """Return the ``count`` noise levels before the final 0, and the model's timesteps."""
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        """Forget the history of the last trajectory."""
+
+    def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class FlowEuler(_FlowScheduler):
+    """Sample by Euler's method, ``x_{i+1} = x_i + (σ_{i+1} - σ_i)·v_i``.
+
+    Schedule and updates equal diffusers' ``FlowMatchEulerDiscreteScheduler(num_train_timesteps,
+    shift)``, which applies the shift to the ends and then to the levels. ``timesteps`` are float32,
+    ``1000·σ``. Unlike diffusers, float64 latents are not rounded to float32 on the way.
+    """
+
+    def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
+        super().__init__(shift, num_train_timesteps)
+        # In float32, as diffusers derives the ends: the last timesteps depend on that rounding.
+        ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32) / num_train_timesteps
+        ends = self.shift * ends / (1 + (self.shift - 1) * ends)
+        self._ends: tuple[float, float] = (ends[0].item(), ends[1].item())
+
+    def _schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+        scale = self.num_train_timesteps
+        even = _linspace(self._ends[0] * scale, self._ends[1] * scale, count)
+        sigmas = [_shifted(t / scale, self.shift) for t in even]
+        return sigmas, torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * scale
+
+    def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        return flow_step([sample, velocity], [1.0, self._sigmas[index + 1] - self._sigmas[index]])
+
+
+class FlowUniPC(_FlowScheduler):
+    """Sample by UniPC, a multistep predictor and corrector (Zhao et al., arXiv 2302.04867).
+
+    The variant with ``B(h) = e^h - 1`` ("bh2") equals diffusers'
+    ``UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+    flow_shift=shift, solver_order=order)``: data prediction, lower orders at both ends of the
+    trajectory. ``timesteps`` are ``1000·σ`` truncated to int64, as there.
+
+    Step ``i`` first corrects ``x_i`` with the velocity found there and then predicts ``x_{i+1}``,
+    in one linear combination. ``order + 1`` tensors of ``sample``'s size and dtype are kept between
+    steps.
+
+    Args:
+        order: order of the predictor, 1, 2 or 3.
+    """
+
+    def __init__(self, shift: float = 5.0, order: int = 2, num_train_timesteps: int = 1000) -> None:
+        super().__init__(shift, num_train_timesteps)
+        check_choice("order", order, (1, 2, 3))
+        self.order = order
+        self._reset()
+
+    def _schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+        scale = self.num_train_timesteps
+        sigmas = [_shifted(s, self.shift) for s in _linspace(1, 1 / scale, count + 1)[:-1]]
+        if abs(sigmas[0] - 1) < _UNIPC_SIGMA_GAP:
+            sigmas[0] -= _UNIPC_SIGMA_GAP
+        return sigmas, torch.tensor([int(s * scale) for s in sigmas], dtype=torch.int64)
+
+    def _reset(self) -> None:
+        self._previous: torch.Tensor | None = None
+        self._predictions: list[torch.Tensor] = []
+        self._updates = unipc_updates(self._sigmas, self.order) if self._sigmas else ()
+
+    def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        tensors = [sample, velocity]
+        if self._previous is not None:
+            before = self._previous
+            ok = before.shape == sample.shape and before.device == sample.device
+            expected = f"{describe(before)}, with which this trajectory began"
+            check(ok, f"{type(self).__name__}.step: sample", sample, expected, hint=_NEW)
+            tensors += [before, *self._predictions]
+        update = self._updates[index][len(self._predictions)]
+        prev_sample = flow_step(tensors, list(update.advance))
+        if index + 1 < len(self._updates):
+            correct = update.correct
+            self._previous = sample if correct is None else flow_step(tensors, list(correct))
+            prediction = flow_step([sample, velocity], [1.0, -self._sigmas[index]])
+            self._predictions = [prediction, *self._predictions][: self.order]
+        return prev_sample
+
+
+def detach_state(scheduler: Any) -> None:
+    """Detach every tensor in a scheduler's state, so that its graph can be freed.
+
+    Tensors in attributes, lists, tuples, dicts and nested schedulers are replaced, not changed.
+    """
+    vars(scheduler).update(_detached(dict(vars(scheduler))))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.requires_grad else value
+    if type(value) is dict:
+        return {key: _detached(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_detached(item) for item in value)
+    if hasattr(value, "set_timesteps") and hasattr(value, "step"):
+        value = copy.copy(value)
+        detach_state(value)
+    return value
+
+
+def fresh_copy(scheduler: Any) -> Any:
+    """Copy a scheduler deeply, without graph, so that a rollout never steps the caller's.
+
+    An object without ``set_timesteps`` or ``step`` raises ``TypeError``; a diffusers scheduler that
+    predicts something other than the velocity raises ``ValueError``.
+    """
+    name = type(scheduler).__name__
+    if not all(callable(getattr(scheduler, method, None)) for method in ("set_timesteps", "step")):
+        raise TypeError(
+            f"scheduler is {name}, expected FlowUniPC, FlowEuler or a diffusers flow scheduler (an "
+            "object with set_timesteps and step)"
+        )
+    prediction = _config(scheduler).get("prediction_type")
+    ok, expected = prediction in (None, "flow_prediction"), "'flow_prediction'"
+    hint = "Build it with that and use_flow_sigmas=True: the model predicts a velocity."
+    check(ok, f"scheduler {name}: prediction_type", prediction, expected, hint=hint)
+    clone = copy.copy(scheduler)
+    detach_state(clone)
+    return copy.deepcopy(clone)
+
+
+def _config(scheduler: Any) -> Mapping[str, Any]:
+    config = getattr(scheduler, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def start_trajectory(
+    scheduler: Any, num_inference_steps: int, start: int = 0
+) -> tuple[Any, Sequence[torch.Tensor]]:
+    """Return a copy of ``scheduler`` that begins at step ``start``, and its timesteps.
+
+    The timesteps are 0-d tensors on the CPU, so that no sampler waits for the device at every step.
+    It raises ``ValueError`` if the scheduler does not make one model call per step.
+    """
+    scheduler = fresh_copy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps.cpu()
+    name, calls = f"model calls of scheduler {type(scheduler).__name__}", len(timesteps)
+    check(calls == num_inference_steps, name, calls, f"{num_inference_steps}, one per step")
+    # Truncated timesteps may repeat, so a search for the first one could find another step.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    return scheduler, list(timesteps.unbind())
+
+
+def schedule_sigmas(scheduler: Any, timesteps: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """Return the noise level before every step and after the last: ``len(timesteps) + 1`` floats.
+
+    They are the scheduler's ``sigmas``, or without them the timesteps divided by its
+    ``num_train_timesteps`` (1000 if it names none), and 0 at the end.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1):
+        levels = [float(sigma) for sigma in sigmas]
+    else:
+        scale = _config(scheduler).get("num_train_timesteps", 1000)
+        levels = [float(t) / scale for t in timesteps]
+    return tuple([*levels, 0.0][: len(timesteps) + 1])
+
+
+def keep_levels(scheduler: Any, indices: Sequence[int]) -> None:
+    """Keep only the steps ``indices`` of a scheduler of ours; raise ``ValueError`` for others."""
+    if not isinstance(scheduler, _FlowScheduler):
+        raise ValueError(
+            f"scheduler is {type(scheduler).__name__}, expected FlowUniPC or FlowEuler for a "
+            "rollout with stride above 1: only they can leave out levels of their schedule"
+        )
+    scheduler.restrict(indices)
+
+
+def strided_steps(
+    start: int, num_inference_steps: int, stride: int, visit: Sequence[int]
+) -> list[int]:
+    """Return every ``stride``-th step of a rollout, both ends included.
+
+    Each step of ``visit`` and the one after it are included, and the stride is counted anew from
+    there.
+    """
+    landings = sorted({start, num_inference_steps, *visit, *(step + 1 for step in visit)})
+    spans = zip(landings, landings[1:], strict=False)
+    steps = [step for here, there in spans if here >= start for step in range(here, there, stride)]
+    return [*steps, num_inference_steps]

@@ -1,0 +1,106 @@
+"""Coefficients of UniPC's steps (Zhao et al., arXiv 2302.04867), as Python floats."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Update(NamedTuple):
+    """Coefficients of a UniPC step on ``[x, v, previous corrected x, *x0 predictions]``.
+
+    The predictions are ordered newest first. A first step has only ``[x, v]`` and corrects nothing.
+    """
+
+    correct: tuple[float, ...] | None
+    advance: tuple[float, ...]
+
+
+@lru_cache(maxsize=16)
+def unipc_updates(sigmas: tuple[float, ...], order: int) -> tuple[tuple[Update, ...], ...]:
+    """Return the updates ``[step][steps taken before it, at most order]``; ``sigmas`` end in 0."""
+    return tuple(
+        tuple(_unipc_update(sigmas, order, index, taken) for taken in range(min(index, order) + 1))
+        for index in range(len(sigmas) - 1)
+    )
+
+
+def _unipc_update(sigmas: tuple[float, ...], order: int, index: int, taken: int) -> Update:
+    count = len(sigmas) - 1
+    here = sigmas[index]
+    past = [sigmas[index - 1 - k] for k in range(taken)]  # newest first, as the history
+    # Predictor: the data are x0 predicted here and at `ahead` earlier levels.
+    ahead = min(order, count - index, taken + 1) - 1
+    p_x, p_here, p_past = _bh_update(here, sigmas[index + 1], past[:ahead])
+    if taken == 0:
+        return Update(None, (p_x + p_here, -here * p_here))
+    # Corrector, of the order the last predictor had: the data are x0 at the last level, earlier
+    # ones, and here.
+    behind = min(order, count - index + 1, taken)
+    c_x, c_last, c_others = _bh_update(past[0], here, [*past[1:behind], here])
+    c_here = c_others.pop()
+    c_past = _padded([c_last, *c_others], taken)
+    correct = (c_here, -here * c_here, c_x, *c_past)
+    x0_here = p_x * c_here + p_here
+    p_past = _padded(p_past, taken)
+    advance = (
+        x0_here,
+        -here * x0_here,
+        p_x * c_x,
+        *(p_x * c + p for c, p in zip(c_past, p_past, strict=True)),
+    )
+    return Update(correct, advance)
+
+
+def _padded(values: list[float], length: int) -> list[float]:
+    return values + [0.0] * (length - len(values))
+
+
+def _bh_update(start: float, end: float, others: list[float]) -> tuple[float, float, list[float]]:
+    """Return the weights of ``x``, of x0 at ``start`` and of x0 at the ``others`` in one update.
+
+    From σ = ``start`` to ``end``, with λ = log((1-σ)/σ), h = λ_end - λ_start, m the x0 predicted at
+    ``start`` and m_k those at the others, r_k = (λ_k - λ_start)/h:
+
+        x_end = (σ_end/σ_start)·x - (1-σ_end)·B·(m + Σ_k ρ_k·(m_k - m)/r_k),   B = e^{-h} - 1
+
+    The ρ match the Taylor terms of the exact solution: Σ_k ρ_k·r_k^{i-1} = i!·φ_i/B for every i,
+    where φ_1 = -B/h - 1 and φ_{i+1} = -φ_i/h - 1/(i+1)!. A single other point takes ρ = 1/2, which
+    is as accurate.
+    """
+    h = _log_snr(end) - _log_snr(start)
+    growth = math.expm1(-h)
+    ratios = [(_log_snr(sigma) - _log_snr(start)) / h for sigma in others]
+    if len(ratios) < 2:
+        rhos = [0.5] * len(ratios)
+    else:
+        moments = []
+        phi, factorial = growth / -h - 1, 1.0
+        for i in range(1, len(ratios) + 1):
+            moments.append(phi * factorial / growth)
+            factorial *= i + 1
+            phi = phi / -h - 1 / factorial
+        rhos = _solve([[r**i for r in ratios] for i in range(len(ratios))], moments)
+    scale = -(1 - end) * growth
+    weights = [scale * rho / ratio for rho, ratio in zip(rhos, ratios, strict=True)]
+    return end / start, scale - sum(weights), weights
+
+
+def _log_snr(sigma: float) -> float:
+    return math.inf if sigma == 0 else math.log(1 - sigma) - math.log(sigma)
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Solve a 2×2 or 3×3 system by elimination with row pivoting."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    n = len(rows)
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for r in range(i + 1, n):
+            factor = rows[r][i] / rows[i][i]
+            rows[r] = [a - factor * b for a, b in zip(rows[r], rows[i], strict=True)]
+    solution = [0.0] * n
+    for i in reversed(range(n)):
+        known = sum(rows[i][j] * solution[j] for j in range(i + 1, n))
+        solution[i] = (rows[i][n] - known) / rows[i][i]
+    return solution

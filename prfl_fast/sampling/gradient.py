@@ -1,0 +1,292 @@
+"""Sampling with the reward's gradient and without training."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.points import Bound
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.velocity import bind_velocity
+from prfl_fast.rewards.functions import Reward
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.sampling.candidates import Candidates, Forwards
+from prfl_fast.utils.checks import check, check_count, check_positive, is_number
+from prfl_fast.utils.optional import progress_bar
+
+
+@dataclass(frozen=True)
+class NoiseResult:
+    """The best noise of each of B prompts.
+
+    Attributes:
+        noise: ``[B, C, F, H, W]``, in the dtype of the given noise.
+        latents: ``[B, C, F, H, W]``, the samples from it.
+        scores: ``[B]``, their (weighted) rewards at timestep 0, on the CPU, float32 (float64 for
+            float64 rewards).
+        history: ``[iterations, B]``, the rewards of all samples in order. The rows end with the
+            first reward or gradient that is not finite.
+        forwards: cost of the optimization.
+    """
+
+    noise: torch.Tensor
+    latents: torch.Tensor
+    scores: torch.Tensor
+    history: torch.Tensor
+    forwards: Forwards
+
+
+@dataclass(frozen=True)
+class GuidedResult:
+    """Guided samples of B prompts.
+
+    Attributes:
+        latents: ``[B, C, F, H, W]``, clean.
+        history: by guided step, the (weighted) rewards ``[B]`` of the latents before it.
+        forwards: cost of the samples, without exact rollouts that check their drift.
+    """
+
+    latents: torch.Tensor
+    history: dict[int, torch.Tensor]
+    forwards: Forwards
+
+
+def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
+    sampler: Sampler,
+    reward: nn.Module | Reward | Mapping[str, Reward],
+    noise: torch.Tensor,
+    conditions: Conditions,
+    *,
+    iterations: int = 50,
+    lr: float = 5.0,
+    momentum: float = 0.9,
+    clip: float = 0.1,
+    prior: float = 0.01,
+    reward_weights: Mapping[str, float] | None = None,
+    progress: bool = False,
+) -> NoiseResult:
+    """Maximize the reward of the sample over its initial noise (ReNO, arXiv 2406.04312).
+
+    Each iteration samples, and moves every prompt's ε against the gradient of its own loss
+
+        -r(x0(ε), 0, c) + prior·(‖ε‖²/2 - (d-1)·log ‖ε‖),   d = C·F·H·W
+
+    by SGD with Nesterov momentum, the gradient clipped to a norm. The second term is the negative
+    log density of the norm of Gaussian noise, least at ‖ε‖² = d - 1. The gradient goes through all
+    steps and keeps one latent of each (``GradientPlan.reno()``), at the cost of a forward, a
+    recomputed one and a backward per step. The paper's generators take one step.
+
+    The result is the noise with the best reward (without the prior) of all that were sampled, the
+    given one included. Prompts do not influence each other.
+
+    Args:
+        sampler: the generator, its schedule and guidance. A model's parameters get no gradient; a
+            function must be differentiable in x. Every step is exact; ``rollout`` is ignored.
+        reward: ``(x, timestep [B], conditions) -> [B]``, differentiable, higher is better; or
+            several by name.
+        noise: ε, ``[B, C, F, H, W]``; optimized in float32 (float64 if it is).
+        conditions: tensors of batch B.
+        iterations: number of samples; no step follows the last.
+        lr, momentum, clip: of the optimizer; ``clip`` is a norm for each prompt.
+        prior: weight of the noise's log density.
+        reward_weights: factors of several rewards by name; 1 unless given.
+        progress: show a tqdm bar.
+
+    Returns:
+        See :class:`NoiseResult`. The first reward or gradient of any prompt that is not finite ends
+        the optimization with the best noise until then.
+
+    Raises:
+        TypeError: if the model, reward or scheduler is unsupported.
+        ValueError: if noise or conditions have a wrong shape or are not finite, a number is out of
+            range, or the reward has trainable parameters, a wrong shape, no graph to its input, or
+            no finite value for a prompt.
+    """
+    check_count("iterations", iterations)
+    check_positive("lr", lr)
+    check_positive("clip", clip)
+    ok = is_number(momentum) and 0 <= momentum < 1
+    check(ok, "momentum", momentum, "a number in [0, 1)")
+    check(is_number(prior) and prior >= 0, "prior", prior, "a number of at least 0")
+    bind_velocity(sampler.transformer, noise, conditions, "noise")
+    sampler = replace(sampler, rollout=None)
+    step = _step(sampler, reward, GradientPlan.reno(), 1.0, reward_weights)
+    num_inference_steps = sampler.num_inference_steps
+    batch, size = len(noise), noise[0].numel()
+    wide = torch.promote_types(noise.dtype, torch.float32)
+    epsilon = noise.detach().to(wide)
+    velocity = torch.zeros_like(epsilon)
+    best_noise, best_latents = noise.detach().clone(), torch.zeros_like(noise)
+    history: list[torch.Tensor] = []
+    gradients, best = 0, torch.zeros(0)
+    with progress_bar("optimizing noise", "iteration", iterations if progress else None) as tick:
+        for iteration in range(iterations):
+            start = epsilon.to(noise.dtype)
+            gradient = None
+            if iteration == iterations - 1:
+                latents, scores = _sampled(step, start, conditions)
+            else:
+                out = step(start, conditions, indices=[num_inference_steps - 1])
+                latents, scores, gradient = out.latents, out.rewards[0].cpu(), out.gradient
+                gradients += gradient is not None
+            scores = torch.where(scores.isfinite(), scores, math.nan)
+            best = best if history else torch.full_like(scores, -math.inf)
+            history.append(scores)
+            better = scores > best  # False for NaN
+            best = torch.where(better, scores, best)
+            here = better.to(noise.device).view(-1, 1, 1, 1, 1)
+            best_noise = torch.where(here, start, best_noise)
+            best_latents = torch.where(here, latents, best_latents)
+            tick()
+            if gradient is None or not bool(gradient.isfinite().all()):
+                break
+            # The loss is a mean over the batch; here each prompt has its own.
+            slope = batch * gradient.to(wide)
+            norm = epsilon.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+            slope = slope + prior * (1 - (size - 1) / norm**2) * epsilon
+            norm = slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+            slope = slope * (clip / (norm + 1e-6)).clamp(max=1)
+            velocity = momentum * velocity + slope
+            epsilon = epsilon - lr * (slope + momentum * velocity)
+    lost = (best == -math.inf).nonzero().flatten().tolist()
+    if lost:
+        raise ValueError(
+            f"the rewards of prompts {lost} were never finite in {len(history)} iterations; check "
+            "the reward, and the generator's precision"
+        )
+    rewards, branches = len(step.spec.rewards), 1 if sampler.guidance is None else 2
+    steps = batch * branches * num_inference_steps
+    recomputed = batch * branches * (num_inference_steps - 1)
+    return NoiseResult(
+        noise=best_noise,
+        latents=best_latents,
+        scores=best,
+        history=torch.stack(history),
+        forwards=Forwards(
+            generator=len(history) * steps + gradients * recomputed,
+            reward=len(history) * batch * rewards,
+            generator_backward=gradients * steps,
+            reward_backward=gradients * batch * rewards,
+        ),
+    )
+
+
+def guide(
+    sampler: Sampler,
+    reward: nn.Module | Reward | Mapping[str, Reward],
+    noise: torch.Tensor,
+    conditions: Conditions,
+    *,
+    weight: float,
+    window: tuple[Bound, Bound] = (1, None),
+    reward_weights: Mapping[str, float] | None = None,
+    progress: bool = False,
+) -> GuidedResult:
+    """Sample with the velocity changed by the reward's gradient (Flow-NRG, arXiv 2501.13918).
+
+    At every step of the window, with the gradient of a latent reward at the noisy latents::
+
+        v ← v - weight·σ/(1-σ)·∇_x r(x, 1000σ, c)
+
+    This samples from the flow's distribution weighted by exp(weight·r). The generator runs forward
+    only, and each prompt follows its own gradient.
+
+    Args:
+        sampler: the generator, its schedule, guidance and rollout configuration.
+        reward, noise, conditions, reward_weights, progress: as in :func:`optimize_noise`.
+        weight: strength of the guidance; the paper names none.
+        window: the guided steps, as in :class:`prfl_fast.GradientPlan`; the factor is infinite at
+            the first step, where σ is 1.
+
+    Raises:
+        TypeError, ValueError: as :func:`optimize_noise`, or if a reward is not finite.
+    """
+    check_positive("weight", weight)
+    plan = GradientPlan.flow_nrg(window)
+    steps = len(plan.steps(sampler.num_inference_steps))
+    with progress_bar("guided sampling", "guided step", steps if progress else None) as tick:
+        judge = _ticking(reward, tick) if progress else reward
+        out = _step(sampler, judge, plan, weight, reward_weights)(noise, conditions)
+    history = dict(zip(out.indices, out.rewards.cpu().unbind(), strict=True))
+    for index, scores in history.items():
+        lost = (~scores.isfinite()).nonzero().flatten().tolist()
+        if lost:
+            raise ValueError(
+                f"the rewards of prompts {lost} at step {index} are not finite; lower weight, or "
+                "check the reward at this noise level and the generator's precision"
+            )
+    branches = 1 if sampler.guidance is None else 2
+    generated = len(noise) * branches * sampler.num_inference_steps
+    scored = len(noise) * len(history) * len(out.by_reward)
+    forwards = Forwards(generated, scored, reward_backward=scored)
+    return GuidedResult(out.latents, history, forwards)
+
+
+def _step(
+    sampler: Sampler,
+    reward: Any,
+    plan: GradientPlan,
+    weight: float,
+    reward_weights: Mapping[str, float] | None,
+) -> PRFL:
+    """Return a PRFL step of this plan that maximizes the reward without a target."""
+    return PRFL(
+        sampler.transformer,
+        reward,
+        sampler.scheduler,
+        plan,
+        num_inference_steps=sampler.num_inference_steps,
+        target=None,
+        weight=weight,
+        reward_weights=reward_weights,
+        guidance=sampler.guidance,
+        rollout=sampler.rollout,
+    )
+
+
+def _sampled(
+    step: PRFL, noise: torch.Tensor, conditions: Conditions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample without gradient; return latents and their rewards ``[B]`` on the CPU."""
+
+    def reward(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        scores = [
+            step.spec.reward_weights[name] * function(x, timestep, conditions)
+            for name, function in step.spec.rewards.items()
+        ]
+        return torch.stack(scores).sum(0)
+
+    # A compiled block would round differently from the iterations with gradient.
+    sampler = replace(step.sampler, rollout=RolloutConfig(compile="off"))
+    with torch.no_grad():
+        one = Candidates(sampler, reward, noise, conditions)
+        one.begin(noise, 1, None)
+        (batch,) = one.run(sampler.num_inference_steps - 1)
+        return batch.x, one.score([batch])
+
+
+class _Ticking:
+    """Wrap a reward, and advance a progress bar at each call."""
+
+    def __init__(self, reward: Reward, tick: Callable[[], object]) -> None:
+        self.members, self._tick = (reward,), tick
+
+    def __call__(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        self._tick()
+        return self.members[0](x, timestep, conditions)
+
+
+def _ticking(reward: Any, tick: Callable[[], object]) -> Any:
+    """Wrap the reward, or the first of several; return values that are no rewards unchanged."""
+    if isinstance(reward, Mapping):
+        first = next(iter(reward), None)
+        return {name: _ticking(r, tick) if name == first else r for name, r in reward.items()}
+    return _Ticking(reward, tick) if callable(reward) else reward

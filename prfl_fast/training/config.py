@@ -1,0 +1,72 @@
+"""Settings and result of a training run."""
+
+import signal
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
+from prfl_fast.utils.checks import check_choice, check_count
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimizer, learning-rate schedule and checkpoints of a run.
+
+    The defaults are those of PRFL (arXiv 2511.21541) except for ``gradient_accumulation_steps``.
+
+    Attributes:
+        steps: total number of optimizer steps per objective.
+        optimizer, gradient_dtype: see :func:`prfl_fast.memory.optimizers.make_optimizer`.
+        learning_rate: constant after a linear warmup over ``warmup_steps`` steps.
+        max_grad_norm: limit for the norm of all gradients together; None turns clipping off.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        ema_decay: decay of the running average of the trainable parameters; None keeps no average.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        keep_last: number of newest checkpoints to keep; 0 keeps all.
+    """
+
+    steps: int
+    optimizer: OptimizerKind = "adamw"
+    gradient_dtype: GradientDtype = "parameter"
+    learning_rate: float = 5e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+    warmup_steps: int = 0
+    gradient_accumulation_steps: int = 1
+    ema_decay: float | None = None
+    seed: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+
+    # A resumed run may change these: they do not affect the steps already taken.
+    FREE = ("steps", "save_every", "keep_last")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "gradient_accumulation_steps"):
+            check_count(name, getattr(self, name))
+        for name in ("warmup_steps", "save_every"):
+            check_count(name, getattr(self, name), least=0)
+        check_choice("optimizer", self.optimizer, KINDS)
+        check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
+
+    def fixed(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must repeat."""
+        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+
+
+@dataclass
+class TrainResult:
+    """Outcome of a run.
+
+    Attributes:
+        history: one record per step taken by this process, as in the log.
+        skipped: updates skipped since the run's first step because of non-finite values.
+        stopped_by: the signal that ended the run early, or None.
+    """
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    stopped_by: signal.Signals | None = None

@@ -1,0 +1,74 @@
+"""Metric log and progress bar of a training run."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.optional import need
+
+LOG = "log.jsonl"
+
+
+class TrainingLog:
+    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files.
+
+    Opening the log removes incomplete lines and all records after ``step``.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        path = folder / LOG
+        kept = [line for line in self._lines(path) if json.loads(line)["step"] <= step]
+        with write_atomic(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+        # Unbuffered: each record is one write, so a killed run leaves complete lines.
+        self._file = open(path, "ab", buffering=0)
+        self._board = None
+        if tensorboard:
+            writer = need("torch.utils.tensorboard").SummaryWriter
+            self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @staticmethod
+    def _lines(path: Path) -> Iterator[bytes]:
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                json.loads(line)["step"]
+                yield line
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one step's record."""
+        self._file.write(json.dumps(record).encode() + b"\n")
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        """Flush all records to disk."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class _NoBar:
+    def set_postfix(self, *_: object, **__: object) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+
+def progress_bar(enabled: bool, step: int, steps: int) -> contextlib.AbstractContextManager[Any]:
+    """Return a bar of ``steps`` steps that starts at ``step`` and shows only on a terminal."""
+    if not enabled:
+        return contextlib.nullcontext(_NoBar())
+    return need("tqdm").tqdm(disable=None, initial=step, total=steps, unit="step", desc="train")

@@ -1,0 +1,54 @@
+"""Add low-rank adapters (LoRA, arXiv 2106.09685) to a transformer through peft."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.training.checkpoint import adapter_name
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.optional import need
+
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(
+    model: nn.Module,
+    lora_rank: int,
+    lora_alpha: float | None = None,
+    target_modules: Sequence[str] = DEFAULT_TARGETS,
+) -> None:
+    """Freeze a transformer and add trainable low-rank adapters, in place.
+
+    Adapters are float32 on float32 layers and bfloat16 on all others, quantized ones included.
+
+    Args:
+        lora_rank: rank of each adapter's two matrices.
+        lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``; None means ``lora_rank``.
+        target_modules: suffixes of the names of the linear layers that receive an adapter.
+
+    Raises:
+        ValueError: if no layer matches ``target_modules``, or the model already has an adapter.
+        MissingExtraError: if peft is not installed.
+    """
+    name = adapter_name(model)
+    check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
+    peft = need("peft")
+    model.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=lora_rank,
+        lora_alpha=lora_rank if lora_alpha is None else lora_alpha,
+        target_modules=list(target_modules),
+    )
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config)  # type: ignore[operator]
+    else:
+        peft.inject_adapter_in_model(config, model)
+    # peft creates adapters in float32 or in the layer's dtype, depending on the function called.
+    for layer in model.modules():
+        base: Any = getattr(layer, "base_layer", None)
+        if base is not None and base.weight.dtype.itemsize < 4:
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)

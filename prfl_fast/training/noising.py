@@ -1,0 +1,79 @@
+"""Noise clean latents for a training loss: ``x_σ = (1-σ)·x0 + σ·ε``."""
+
+import torch
+
+from prfl_fast.kernels.runtime.checks import describe
+from prfl_fast.models.velocity import check_finite
+from prfl_fast.rollout.schedulers import training_sigmas
+from prfl_fast.utils.checks import check
+
+Device = torch.device | str
+
+
+def wide_dtype(latents: torch.Tensor) -> torch.dtype:
+    """Return the dtype of losses and noise: float64 for float64 latents, float32 for all others."""
+    return torch.float64 if latents.dtype == torch.float64 else torch.float32
+
+
+def draw_index(
+    count: int,
+    latents: torch.Tensor,
+    generator: torch.Generator | None,
+    device: Device | None = None,
+) -> torch.Tensor:
+    """Draw one of ``count`` numbers for each sample, ``[B]``, on the generator's device.
+
+    Without a generator, draw on ``device``, or on that of ``latents`` if it is None.
+    """
+    source = generator.device if generator is not None else device or latents.device
+    index = torch.randint(count, latents.shape[:1], generator=generator, device=source)
+    return index.to(latents.device)
+
+
+def check_sigma(sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
+    """Return ``sigma`` as ``[B]`` on the device of ``latents``; raise ``ValueError`` if invalid."""
+    batch = latents.shape[0]
+    sigma = torch.as_tensor(sigma, dtype=wide_dtype(latents)).to(latents.device)
+    ok = sigma.shape in ((), (batch,)) and bool(((sigma >= 0) & (sigma <= 1)).all())
+    expected = f"a number in [0, 1], or {batch} of them"
+    check(ok, "sigma", sigma.tolist(), expected, hint="Timesteps are 1000 sigma")
+    return sigma.expand(batch)
+
+
+def choose_sigma(
+    sigma: torch.Tensor | float | None,
+    latents: torch.Tensor,
+    generator: torch.Generator | None,
+    shift: float,
+    device: Device | None = None,
+) -> torch.Tensor:
+    """Return the checked ``sigma`` of each sample, ``[B]``.
+
+    If it is None, draw it uniformly from ``training_sigmas(shift)`` as in :func:`draw_index`.
+    """
+    if sigma is not None:
+        return check_sigma(sigma, latents)
+    levels = training_sigmas(shift).to(latents.device, wide_dtype(latents))
+    return levels[draw_index(len(levels), latents, generator, device)]
+
+
+def noise_like(
+    latents: torch.Tensor, noise: torch.Tensor | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Return ``noise`` with its shape, device and values checked, or draw it if it is None."""
+    if noise is None:
+        source = generator.device if generator is not None else latents.device
+        dtype = wide_dtype(latents)
+        drawn = torch.randn(latents.shape, generator=generator, device=source, dtype=dtype)
+        return drawn.to(latents.device)
+    same = isinstance(noise, torch.Tensor) and noise.shape == latents.shape
+    same = same and noise.device == latents.device
+    check(same, "noise", noise, f"the shape and device of the latents, {describe(latents)}")
+    check_finite("noise", noise)
+    return noise
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Return ``x_σ`` of every sample in the wide dtype; ``sigma`` is ``[B]``."""
+    level, wide = sigma.view(-1, *[1] * (latents.dim() - 1)), wide_dtype(latents)
+    return (1 - level) * latents.to(wide) + level * noise.to(wide)

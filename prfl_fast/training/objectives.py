@@ -1,0 +1,178 @@
+"""Objectives of the trainer: reward feedback, supervised flow matching, reward fitting."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from prfl_fast.data.dataset import Batch, PairBatch
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.velocity import ModelCall, Precision, autocast
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.training.losses import sft_loss
+from prfl_fast.training.reward_losses import bt_loss, ce_loss, label_of
+from prfl_fast.utils.checks import check
+
+Metrics = Mapping[str, torch.Tensor | float]
+
+
+class Objective(Protocol):
+    """Compute the gradient of one loss of a training step.
+
+    An objective with state also has ``state_dict()``, which returns tensors and plain values, and
+    ``load_state_dict(state)``; checkpoints contain this state.
+    """
+
+    def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
+        """Run forward and backward of one micro-batch; add ``loss_scale`` · gradient to ``.grad``.
+
+        Args:
+            draw: number of earlier micro-batches of this objective; determines the data.
+            generator: CPU generator, the only source of randomness.
+            loss_scale: factor of the gradient.
+
+        Returns:
+            ``"loss"``, unscaled (NaN or infinite if the update must be skipped), and other scalars
+            to log. The log has the mean over the micro-batches that returned the scalar.
+        """
+
+
+def velocity_call(transformer: nn.Module, precision: Precision) -> nn.Module | ModelCall:
+    """Return the transformer in the form that ``PRFL`` takes, under autocast if bf16."""
+    return transformer if precision == "fp32" else ModelCall(transformer, precision)
+
+
+class RewardCall:
+    """Call a latent reward model under autocast."""
+
+    def __init__(self, model: LatentRewardModel, precision: Precision) -> None:
+        self.model, self.precision = model, precision
+
+    def __call__(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        with autocast(x.device, self.precision):
+            score: torch.Tensor = self.model(x, timestep, conditions)
+        return score
+
+
+def reward_call(reward: LatentRewardModel, precision: Precision) -> LatentRewardModel | RewardCall:
+    """Freeze the reward and return it in the form that ``PRFL`` takes, under autocast if bf16."""
+    reward.freeze()
+    return reward if precision == "fp32" else RewardCall(reward, precision)
+
+
+class RewardFeedback:
+    """Train a generator with the reward, by a :class:`prfl_fast.feedback.step.PRFL` step.
+
+    The log has the loss, the weighted sum of the rewards as ``reward``, each of several rewards as
+    ``reward/<name>``, the ``divergence``, and the largest measured ``drift`` of the rollouts.
+
+    Args:
+        step: a step whose plan sends the gradient to the parameters.
+        batches: ``batches[n]`` returns the :class:`prfl_fast.data.dataset.Batch` of micro-batch n.
+            Plans that start from data noise its latents; for other plans the latents give only the
+            shape of the noise.
+
+    Raises:
+        ValueError: if the gradient goes elsewhere.
+    """
+
+    def __init__(self, step: PRFL, batches: Any, device: torch.device | str = "cpu") -> None:
+        hint = "Nothing would train; see prfl_fast.sampling.gradient"
+        check(step.plan.to == "parameters", "step.plan.to", step.plan.to, "'parameters'", hint=hint)
+        self.step, self.batches, self.device = step, batches, device
+
+    def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
+        batch: Batch = self.batches[draw]
+        noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
+        batch = batch.to(self.device)
+        from_data = self.step.plan.start == "data"
+        out = self.step(
+            noise,
+            batch.conditions,
+            latents=batch.latents if from_data else None,
+            generator=generator,
+            loss_scale=loss_scale,
+        )
+        metrics = {"loss": out.loss if out.finite else math.nan, "reward": out.rewards.mean()}
+        if len(out.by_reward) > 1:
+            metrics |= {f"reward/{name}": r.mean() for name, r in out.by_reward.items()}
+        if out.divergence is not None:
+            metrics["divergence"] = out.divergence
+        if out.drift:
+            metrics["drift"] = max(out.drift.values())
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rollout engine's count of trajectories and measured drift."""
+        return self.step.engine.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a :meth:`state_dict`."""
+        self.step.engine.load_state_dict(state)
+
+
+class SupervisedFlow:
+    """Train a generator on clean latents with :func:`prfl_fast.training.losses.sft_loss`."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        batches: Any,
+        *,
+        shift: float = 5.0,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.velocity = velocity_call(transformer, precision)
+        self.batches, self.shift = batches, shift
+        self.device = next(transformer.parameters()).device
+
+    def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
+        batch: Batch = self.batches[draw].to(self.device)
+        loss = sft_loss(
+            self.velocity, batch.latents, batch.conditions, generator=generator, shift=self.shift
+        )
+        (loss * loss_scale).backward()
+        return {"loss": loss.detach()}
+
+
+class RewardFit:
+    """Train a latent reward model on 0/1 labels (``ce``) or preference pairs (``bt``).
+
+    Args:
+        batches: ``batches[n]`` returns a :class:`prfl_fast.data.dataset.Batch` for ``ce``, a
+            :class:`prfl_fast.data.dataset.PairBatch` for ``bt``.
+        label: name of the label that ``ce`` fits.
+    """
+
+    def __init__(
+        self,
+        reward: LatentRewardModel,
+        batches: Any,
+        *,
+        loss: Literal["ce", "bt"] = "ce",
+        label: str = "motion_quality",
+        shift: float = 5.0,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.reward, self.batches, self.loss, self.label = reward, batches, loss, label
+        self.shift, self.precision = shift, precision
+        self.device = next(reward.parameters()).device
+
+    def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
+        batch: Batch | PairBatch = self.batches[draw].to(self.device)
+        draws: dict[str, Any] = {"generator": generator, "shift": self.shift}
+        with autocast(self.device, self.precision):
+            if isinstance(batch, PairBatch):
+                win, lose = batch
+                clean = (win.latents, lose.latents, win.conditions, lose.conditions)
+                loss = bt_loss(self.reward, *clean, **draws)
+            else:
+                labels = torch.tensor([label_of(record, self.label) for record in batch.labels])
+                loss = ce_loss(self.reward, batch.latents, batch.conditions, labels, **draws)
+        (loss * loss_scale).backward()
+        return {"loss": loss.detach()}

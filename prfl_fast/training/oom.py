@@ -1,0 +1,136 @@
+"""Report which part of a step ran out of memory, and what the memory of the device holds."""
+
+import contextlib
+import functools
+import inspect
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.memory.offload import HostMemoryError
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.trajectory import Trajectory
+
+GIB = 2**30
+# torch raises a plain RuntimeError if an allocator other than its caching allocator fails.
+_SIGNS = ("CUDA error: out of memory", "ALLOC_FAILED", "CPUAllocator: can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if ``error`` reports that a device or the host has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, HostMemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    )
+
+
+def phase_of(error: BaseException) -> str:
+    """Return the part of an objective that raised: rollout, forward, reward or backward."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = {frame.f_globals.get("__name__") for frame in frames}
+    if "torch.autograd" in modules:
+        return "backward"
+    if any(frame.f_code is inspect.unwrap(Trajectory.run).__code__ for frame in frames):
+        return "rollout"
+    return "reward" if LatentRewardModel.__module__ in modules else "forward"
+
+
+def live_bytes(
+    device: torch.device,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    average: Mapping[str, torch.Tensor],
+    others: Any,
+) -> dict[str, int]:
+    """Return the bytes on ``device`` by category; each storage counts in the first that holds it.
+
+    Categories are weights, gradients, optimizer, average and other models (modules in ``others``).
+    On CUDA, rest is all other allocated memory: activations, checkpoints and workspace.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held: dict[str, Iterable[torch.Tensor]] = {
+        "weights": _weights(model),
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimizer": [value for value in states if isinstance(value, torch.Tensor)],
+        "average": average.values(),
+        "other models": (t for module in modules_in(others) for t in _weights(module)),
+    }
+    seen: set[int] = set()
+    live = {}
+    for category, tensors in held.items():
+        live[category] = 0
+        for tensor in (plain for t in tensors for plain in _plain(t)):
+            storage = tensor.untyped_storage()
+            if storage.device == device and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                live[category] += storage.nbytes()
+    if device.type == "cuda":
+        live["rest"] = torch.cuda.memory_allocated(device) - sum(live.values())
+    return live
+
+
+def memory_report(device: torch.device, live: Mapping[str, int]) -> list[str]:
+    """Return report lines: the allocator's counters (CUDA only) and those of :func:`live_bytes`."""
+    lines = []
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        sizes = {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "free on the device": free,
+            "total": total,
+        }
+        lines.append("allocator: " + ", ".join(f"{n} {_shown(size)}" for n, size in sizes.items()))
+    return [*lines, "live: " + ", ".join(f"{n} {_shown(size)}" for n, size in live.items())]
+
+
+def modules_in(*roots: Any) -> list[nn.Module]:
+    """Return the modules that objects refer to, without modules inside modules.
+
+    The search follows attributes, lists, tuples, dicts, closures and bound arguments.
+    """
+    found: list[nn.Module] = []
+    seen: dict[int, Any] = {}  # holds the objects, so that no id is reused
+    queue = list(roots)
+    while queue:
+        value = queue.pop()
+        if id(value) in seen or isinstance(value, (torch.Tensor, type)) or inspect.ismodule(value):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            queue += value
+        elif isinstance(value, dict):
+            queue += value.values()
+        elif isinstance(value, functools.partial):
+            queue += [value.func, value.args, value.keywords]
+        elif inspect.ismethod(value):
+            queue.append(value.__self__)
+        elif inspect.isfunction(value):
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # the variable is not assigned yet
+                    queue.append(cell.cell_contents)
+        else:
+            queue += getattr(value, "__dict__", {}).values()
+    return found
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors of a tensor subclass (quantized tensors have several)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [tensor]
+
+
+def _shown(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"

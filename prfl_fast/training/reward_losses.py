@@ -1,0 +1,190 @@
+"""Losses, labels and evaluation of the latent reward model (PAVRM, arXiv 2511.21541).
+
+The clean latents of a labeled video are noised, x_σ = (1 - σ)·x_0 + σ·ε with σ uniform over the
+training schedule, and scored at model time t = 1000·σ.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.training.noising import add_noise, check_sigma, choose_sigma, noise_like
+from prfl_fast.utils.checks import check, check_choice
+
+LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
+EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
+
+
+def label_of(record: Mapping[str, Any], key: str) -> float:
+    """Return the 0/1 label ``key`` of a data record.
+
+    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``. As in the reference,
+    a record without ``motion_quality`` has good motion if its ``physics_quality`` and
+    ``human_quality`` are both good.
+
+    Raises:
+        ValueError: if the key is unknown, the record lacks it, or the label has another value.
+    """
+    check_choice("label", key, LABELS)
+    value = record.get(key)
+    if value is None and key == "motion_quality":
+        parts = ("physics_quality", "human_quality")
+        if all(record.get(part) is not None for part in parts):
+            return min(label_of(record, part) for part in parts)
+    if isinstance(value, str):
+        value = {"good": 1.0, "poor": 0.0}.get(value, value)
+    hint = "" if value is not None else f"The record has {sorted(record)}"
+    ok = isinstance(value, (bool, int, float)) and value in (0, 1)
+    check(ok, f"label {key}", value, "0, 1, 'good' or 'poor'", hint=hint)
+    return 1.0 if value else 0.0
+
+
+def ce_loss(
+    reward: LatentRewardModel,
+    latents: torch.Tensor,
+    conditions: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    *,
+    sigma: torch.Tensor | float | None = None,
+    noise: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    shift: float = 5.0,
+) -> torch.Tensor:
+    """Return the mean binary cross-entropy of the scores of noised latents with 0/1 labels.
+
+    The float32 scalar is computed from logits, so it stays finite where the sigmoid saturates.
+
+    Args:
+        latents: clean latents, ``[B, C, F, H, W]``.
+        conditions: as for :meth:`LatentRewardModel.logits`.
+        labels: ``[B]`` of zeros and ones, any dtype.
+        sigma: ``[B]`` or one number in [0, 1]; None draws one per sample from the schedule of
+            ``shift``.
+        noise: ``[B, C, F, H, W]``; drawn if None.
+        generator: draws sigma, then the noise, on its own device.
+
+    Raises:
+        ValueError: if labels are not 0 or 1, sigma is outside [0, 1], or shapes do not match.
+    """
+    labels = _checked_labels(labels, latents)
+    sigma = choose_sigma(sigma, latents, generator, shift, device="cpu")
+    x = add_noise(latents, noise_like(latents, noise, generator), sigma)
+    logits = reward.logits(x, 1000 * sigma, conditions)
+    return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def bt_loss(
+    reward: LatentRewardModel,
+    win: torch.Tensor,
+    lose: torch.Tensor,
+    conditions: Mapping[str, torch.Tensor],
+    lose_conditions: Mapping[str, torch.Tensor] | None = None,
+    *,
+    sigma: torch.Tensor | float | None = None,
+    noise: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    shift: float = 5.0,
+) -> torch.Tensor:
+    """Compute the Bradley-Terry loss of preference pairs: cross-entropy of sigmoid(s_win - s_lose).
+
+    The result is the float32 mean over the pairs. Scores are logits, and both videos of a pair have
+    the same sigma and noise. A random bit per pair chooses which video comes first. This balances
+    the labels without changing the value, because cross-entropy is symmetric under the exchange.
+
+    Args:
+        win, lose: clean latents of the preferred and the other videos, ``[B, C, F, H, W]``.
+        conditions: conditions of both videos, or of ``win`` only if ``lose_conditions`` is given.
+        sigma, noise, generator, shift: as in :func:`ce_loss`.
+
+    Raises:
+        ValueError: if win and lose differ in shape, or for sigma and noise as in :func:`ce_loss`.
+    """
+    hint = "The videos of a pair share their noise"
+    expected = f"the shape of win, {list(win.shape)}"
+    check(win.shape == lose.shape, "shape of lose", list(lose.shape), expected, hint=hint)
+    sigma = choose_sigma(sigma, win, generator, shift, device="cpu")
+    noise = noise_like(win, noise, generator)
+    if lose_conditions is None:
+        lose_conditions = conditions
+    first = reward.logits(add_noise(win, noise, sigma), 1000 * sigma, conditions)
+    second = reward.logits(add_noise(lose, noise, sigma), 1000 * sigma, lose_conditions)
+    device = generator.device if generator is not None else win.device
+    label = torch.randint(2, first.shape, generator=generator, device=device).to(first)
+    return functional.binary_cross_entropy_with_logits((first - second) * (2 * label - 1), label)
+
+
+@torch.no_grad()
+def evaluate(
+    reward: LatentRewardModel,
+    batches: Iterable[tuple[torch.Tensor, Mapping[str, torch.Tensor], torch.Tensor]],
+    timesteps: Sequence[int] = EVALUATION_TIMESTEPS,
+    *,
+    seed: int = 0,
+) -> dict[int, dict[str, float]]:
+    """Return accuracy, AUC and cross-entropy of the reward at each timestep.
+
+    The batches are read once. Each sample's noise is drawn on the CPU from ``seed`` and the
+    sample's position, and is the same at every timestep, so the result does not depend on the batch
+    size. The global random state and the modules' training modes stay unchanged.
+
+    Args:
+        batches: tuples of latents ``[B, C, F, H, W]``, conditions, and 0/1 labels ``[B]``.
+        timesteps: model times in [0, 1000]; sigma is t / 1000.
+
+    Returns:
+        ``{t: {"accuracy", "loss", "count"}}``, plus ``"auc"`` (area under the ROC curve, ties count
+        half) if both labels occur. A score above 0.5 predicts 1.
+
+    Raises:
+        ValueError: if batches or timesteps are missing or out of range, or as in :func:`ce_loss`.
+    """
+    ok = bool(timesteps) and all(0 <= t <= 1000 for t in timesteps)
+    check(ok, "timesteps", list(timesteps), "one or more numbers in [0, 1000]")
+    generator = torch.Generator().manual_seed(seed)
+    scores: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
+    truth: list[torch.Tensor] = []
+    modes = {module: module.training for module in reward.modules()}
+    reward.eval()
+    try:
+        for latents, conditions, labels in batches:
+            truth.append(_checked_labels(labels, latents).double().cpu())
+            # One draw per sample: a draw for the whole batch would depend on the batch size.
+            drawn = [torch.randn(latents.shape[1:], generator=generator) for _ in latents]
+            noise = torch.stack(drawn).to(latents.device)
+            for t in timesteps:
+                sigma = check_sigma(t / 1000, latents)
+                logits = reward.logits(add_noise(latents, noise, sigma), 1000 * sigma, conditions)
+                scores[t].append(logits.double().cpu())
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    check(bool(truth), "batches", [], "at least one batch")
+    return {t: _metrics(torch.cat(scores[t]), torch.cat(truth)) for t in timesteps}
+
+
+def _metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    metrics = {
+        "accuracy": ((logits > 0) == (labels > 0)).double().mean().item(),
+        "loss": functional.binary_cross_entropy_with_logits(logits, labels).item(),
+        "count": float(labels.numel()),
+    }
+    positives = int(labels.sum())
+    negatives = labels.numel() - positives
+    if positives and negatives:
+        # Mann-Whitney U from the ranks of the positives; equal scores share their mean rank.
+        _, inverse, counts = logits.unique(return_inverse=True, return_counts=True)
+        ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+        above = ranks[labels > 0].sum().item() - positives * (positives + 1) / 2
+        metrics["auc"] = above / (positives * negatives)
+    return metrics
+
+
+def _checked_labels(labels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    ok = isinstance(labels, torch.Tensor) and labels.shape == latents.shape[:1]
+    check(ok, "labels", labels, f"a tensor [{latents.shape[0]}], one label per sample")
+    ok = bool(((labels == 0) | (labels == 1)).all())
+    check(ok, "labels", labels.unique().tolist()[:5], "only 0 and 1")
+    return labels.to(latents.device)

@@ -1,0 +1,357 @@
+"""Training loop for reward feedback, supervised flow matching and reward models.
+
+Each step takes one optimizer step for every objective in turn: two for reward feedback alternated
+with supervised flow matching (arXiv 2511.21541), one for a reward model. A run that is killed and
+resumed computes the same numbers as an uninterrupted run, bit for bit on CPU.
+"""
+
+import copy
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.memory.optimizers import (
+    check_dtypes,
+    gradient_norm,
+    make_optimizer,
+    set_learning_rate,
+)
+from prfl_fast.training.checkpoint import (
+    copy_into,
+    find_checkpoint,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from prfl_fast.training.config import TrainConfig, TrainResult
+from prfl_fast.training.logging import TrainingLog, progress_bar
+from prfl_fast.training.objectives import Objective
+from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
+from prfl_fast.training.signals import collect_signals
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import clean_temporaries
+
+NON_FINITE_LIMIT = 5
+
+
+class NonFiniteTrainingError(RuntimeError):
+    """Error for training that NaN or infinite values ended; the message names the saved state."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Error for a full device; the message has the failing phase, the memory in use, and advice."""
+
+
+class Trainer:
+    """Train the parameters of ``model`` that require gradients.
+
+    Without a folder the run writes nothing. With one, the folder holds ``log.jsonl`` (one record
+    per step), TensorBoard's files and checkpoints (:mod:`prfl_fast.training.checkpoint`). SIGINT
+    and SIGTERM end the run after the current step and save it; a second signal ends it at once.
+
+    An update whose loss or gradient is not finite is skipped: weights, optimizer and average do not
+    change. Five steps in a row with a skipped update end the run.
+
+    After an :class:`OutOfMemoryError` in a forward or backward, :meth:`run` continues from the
+    state before that update, for example after a call of ``activation_checkpointing``.
+
+    Args:
+        model: its parameters and persistent buffers are saved; of a model with an adapter, only the
+            adapter is.
+        objectives: objectives by name, in the order of their optimizer steps.
+        resume: ``"auto"`` continues from the newest checkpoint in ``folder``, if there is one. A
+            path continues from that checkpoint. None starts a new run and rejects a folder that
+            holds checkpoints.
+        identity: plain values that describe the run (batch size, number of solver steps, ...). They
+            are saved, and a resumed run must have the same values.
+        tensorboard: write TensorBoard's files; needs a folder.
+        on_step: called with each step's record after the step.
+        advise: called when a device is full; returns a sentence that suggests a memory policy.
+
+    Raises:
+        ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype, or
+            the checkpoint is truncated, of another model or of other settings.
+        MissingExtraError: if the optimizer's library is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Mapping[str, Objective],
+        settings: TrainConfig,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | None = "auto",
+        identity: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        tensorboard: bool = False,
+        on_step: Callable[[dict[str, Any]], object] | None = None,
+        advise: Callable[[], str] | None = None,
+    ) -> None:
+        check(bool(objectives), "objectives", objectives, "at least one")
+        self.model, self.objectives, self.settings = model, dict(objectives), settings
+        self.folder = None if folder is None else Path(folder)
+        self.progress, self.tensorboard = progress, tensorboard
+        self.on_step, self.advise = on_step, advise
+        check(not tensorboard or folder is not None, "folder", folder, "a path for tensorboard")
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        hint = "Call requires_grad_(True) on the parameters to train, or add_lora(model, ...)"
+        count = len(self.parameters)
+        check(count > 0, "the number of trainable parameters", count, "at least one", hint=hint)
+        check_dtypes(settings.optimizer, self.parameters)
+        names = ("learning_rate", "betas", "eps", "weight_decay", "gradient_dtype")
+        options = {name: getattr(settings, name) for name in names}
+        parameters = self.parameters.values()
+        self.optimizer = make_optimizer(settings.optimizer, parameters, **options)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.ema: dict[str, torch.Tensor] | None = None
+        if settings.ema_decay is not None:
+            self.ema = {}
+            # In bfloat16, (1 - decay) · difference would be rounded to 0. torch's AveragedModel
+            # is not used: it copies the frozen weights too, averages in the parameter's dtype, and
+            # its first update copies the weights instead of averaging them with the initial ones.
+            for name, p in self.parameters.items():
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.ema[name] = p.detach().to(wide, copy=True)
+        self.result = TrainResult()
+        self._in_a_row = 0  # steps with a skipped update, up to the last step
+        self._draws = dict.fromkeys(self.objectives, 0)
+        # Updates already taken in the current step: metrics, and whether the update was applied.
+        self._done: dict[str, tuple[dict[str, float], bool]] = {}
+        self._torn = False  # True after an optimizer step that updated only some parameters
+        self._log: TrainingLog | None = None
+        self._identity = {**settings.fixed(), **(identity or {}), "objectives": list(objectives)}
+        self._saved_step: int | None = None
+        checkpoint = find_checkpoint(self.folder, resume)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _restore(self, path: Path) -> None:
+        state, ema = load_checkpoint(path, self.model, settings=self._identity)
+        if state["parameters"] != list(self.parameters):
+            raise ValueError(f"{path}: trained other parameters. Freeze the same ones in this run")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            copy_into(ema or {}, self.ema, path / "ema.safetensors")
+        self.result.step, self.result.skipped = state["step"], state["skipped"]
+        self._in_a_row, self._draws = state["in_a_row"], dict(state["draws"])
+        self._load_objectives(state.get("objectives", {}))
+        restore_random_state(state["random"], self.generator)
+        if self.folder is not None and path.resolve().parent == self.folder.resolve():
+            self._saved_step = self.result.step
+
+    def _objective_states(self) -> dict[str, Any]:
+        stateful = {n: o for n, o in self.objectives.items() if hasattr(o, "state_dict")}
+        return {name: copy.deepcopy(o.state_dict()) for name, o in stateful.items()}
+
+    def _load_objectives(self, states: Mapping[str, Any]) -> None:
+        for name, state in states.items():
+            self.objectives[name].load_state_dict(state)  # type: ignore[attr-defined]
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current state and return its path.
+
+        Raises:
+            ValueError: if the trainer has no folder, or a step is incomplete.
+            NonFiniteTrainingError: if a parameter is NaN or infinite. Earlier checkpoints are kept.
+            OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
+        """
+        check(self.folder is not None, "folder", self.folder, "a folder to save to")
+        assert self.folder is not None
+        self._check_not_torn()
+        if self._done:
+            raise ValueError(
+                f"Step {self.result.step + 1} is incomplete: only {', '.join(self._done)} was "
+                "updated. Call run() to finish it, then save"
+            )
+        for name, parameter in self.parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteTrainingError(
+                    f"{name} has NaN or infinite values at step {self.result.step}: not saved"
+                )
+        if self._log is not None:  # the log must hold every step that a checkpoint holds
+            self._log.flush()
+        state = {
+            "step": self.result.step,
+            "skipped": self.result.skipped,
+            "in_a_row": self._in_a_row,
+            "draws": dict(self._draws),
+            "parameters": list(self.parameters),
+            "optimizer": self.optimizer.state_dict(),
+            "objectives": self._objective_states(),
+            "random": random_state(self.generator),
+        }
+        step, keep = self.result.step, self.settings.keep_last
+        rest: Any = {"ema": self.ema, "settings": self._identity, "keep_last": keep}
+        path = save_checkpoint(self.folder, step, self.model, state, **rest)
+        self._saved_step = step
+        return path
+
+    def run(self) -> TrainResult:
+        """Train to ``settings.steps``.
+
+        Raises:
+            NonFiniteTrainingError: if five steps in a row had a non-finite loss or gradient. The
+                state, with the weights of the last good update, is saved first.
+            OutOfMemoryError: if a device is full. Gradients are dropped and nothing is saved.
+            ValueError: if an objective computes no gradient.
+        """
+        self._check_not_torn()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean_temporaries(self.folder)
+            self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
+        try:
+            steps = self.settings.steps
+            with (
+                # A run without a folder has nothing to save, so signals keep their usual effect.
+                collect_signals(self.folder is not None) as signals,
+                progress_bar(self.progress, self.result.step, steps) as bar,
+            ):
+                while self.result.step < steps and not signals:
+                    self._step(bar)
+                if signals:
+                    self.result.stopped_by = signals[0]
+            if self.folder is not None and self._saved_step != self.result.step:
+                self.save()
+        finally:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+        return self.result
+
+    def _check_not_torn(self) -> None:
+        if self._torn:
+            raise ValueError(
+                "The device was full during an optimizer step, so only some weights were updated. "
+                "Start again from the last checkpoint"
+            )
+
+    def _step(self, bar: Any) -> None:
+        start = time.perf_counter()
+        step = self.result.step + 1
+        rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))
+        set_learning_rate(self.optimizer, rate)
+        record: dict[str, Any] = {"step": step, "lr": rate}
+        bad = []
+        for name, objective in self.objectives.items():
+            if name not in self._done:
+                self._done[name] = self._update(name, objective)
+            metrics, finite = self._done[name]
+            for key, value in metrics.items():
+                record[f"{name}/{key}"] = value if math.isfinite(value) else None
+            if not finite:
+                bad.append(name)
+        self._done = {}
+        self.result.step = step
+        self.result.skipped += len(bad)
+        self._in_a_row = self._in_a_row + 1 if bad else 0
+        record |= {"skipped": self.result.skipped, "seconds": round(time.perf_counter() - start, 6)}
+        self.result.history.append(record)
+        if self._log is not None:
+            self._log.write(record)
+        shown = {k: f"{v:.4g}" for k, v in record.items() if "/" in k and v is not None}
+        bar.set_postfix({**shown, "skipped": self.result.skipped}, refresh=False)
+        bar.update()
+        if self._in_a_row >= NON_FINITE_LIMIT:
+            where = "" if self.folder is None else f"; the last good state is in {self.save()}"
+            raise NonFiniteTrainingError(
+                f"{self._in_a_row} steps in a row had a non-finite loss or gradient "
+                f"(last: {', '.join(bad)} at step {step}){where}"
+            )
+        every = self.settings.save_every
+        if self.folder is not None and every and step % every == 0:
+            self.save()
+        if self.on_step is not None:
+            self.on_step(record)
+
+    def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
+        """Take one optimizer step for one objective; return its metrics, and False if skipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        draws, random = self._draws[name], random_state(self.generator)
+        states = self._objective_states()
+        try:
+            means = self._gradients(name, objective)
+        except RuntimeError as error:
+            place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
+            failure = self._out_of_memory(f"objective {name!r}, {place}", error)
+            # Restore after the report, because advise() may draw random numbers.
+            self._draws[name] = draws
+            self._load_objectives(states)
+            restore_random_state(random, self.generator)
+            raise failure from error
+        try:
+            return means, self._apply(name, means)
+        except RuntimeError as error:
+            failure = self._out_of_memory(f"the optimizer step of objective {name!r}", error)
+            self._torn = True
+            raise failure from error
+
+    def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
+        """Accumulate the gradient of one update; return the mean of each metric."""
+        seen: dict[str, list[torch.Tensor]] = {}
+        count = self.settings.gradient_accumulation_steps
+        for _ in range(count):
+            metrics = objective(self._draws[name], self.generator, 1 / count)
+            self._draws[name] += 1
+            for key, value in metrics.items():
+                value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+                seen.setdefault(key, []).append(value)
+            if not math.isfinite(metrics["loss"]):
+                break
+        return {key: float(sum(values)) / len(values) for key, values in seen.items()}
+
+    def _apply(self, name: str, means: dict[str, float]) -> bool:
+        """Clip, step and average if all values are finite; return True if so.
+
+        Add ``grad_norm`` to ``means``, and drop the gradients.
+        """
+        parameters, limit = list(self.parameters.values()), self.settings.max_grad_norm
+        finite = math.isfinite(means["loss"])
+        if finite:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            expected = "a gradient in at least one trainable parameter"
+            check(bool(gradients), f"gradient of objective {name!r}", None, expected)
+            norm = gradient_norm(gradients)
+            means["grad_norm"] = float(norm)
+            finite = math.isfinite(means["grad_norm"])
+        if finite:
+            if limit is not None:
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            self.optimizer.step()
+            self._average()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def _average(self) -> None:
+        for name, average in (self.ema or {}).items():
+            parameter = self.parameters[name].detach().to(average.dtype)
+            average.lerp_(parameter, 1 - self.settings.ema_decay)  # type: ignore[operator]
+
+    def _out_of_memory(self, place: str, error: RuntimeError) -> OutOfMemoryError:
+        """Free gradients and the failed forward, and return the report; re-raise other errors."""
+        if not is_out_of_memory(error):
+            raise error
+        step = self.result.step + 1
+        device = next(iter(self.parameters.values())).device
+        held: Any = {"average": self.ema or {}, "others": self.objectives}
+        live = live_bytes(device, self.model, self.optimizer, **held)
+        first = str(error).partition("\n")[0]
+        lines = [f"out of memory in {place}, step {step}: {first}", *memory_report(device, live)]
+        # The frames of the traceback hold the activations of the forward that failed.
+        traceback.clear_frames(error.__traceback__)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.advise is not None:
+            try:
+                lines.append(self.advise())
+            except Exception as failure:  # noqa: BLE001 - the report matters more than the advice
+                lines.append(f"(no advice: {failure})")
+        return OutOfMemoryError("\n".join(lines))

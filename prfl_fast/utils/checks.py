@@ -1,0 +1,67 @@
+"""Checks of the arguments that users pass: one function per kind of input.
+
+Each raises an error that names the argument, shows what was passed and says what is expected.
+"""
+
+import math
+from collections.abc import Collection
+
+from prfl_fast.kernels.runtime.checks import describe
+
+
+def is_number(value: object) -> bool:
+    """Return True for a finite real number; booleans are not numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Return True for an integer of at least ``least``; booleans are not integers."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check(ok: bool, name: str, value: object, expected: str, *, hint: str = "") -> None:
+    """Raise ``ValueError`` unless ``ok``.
+
+    The message is ``{name} is {value}, expected {expected}``; tensors show dtype, shape and device.
+
+    Args:
+        hint: a second sentence that says which call fixes it.
+    """
+    if not ok:
+        text = f"{name} is {describe(value)}, expected {expected}"
+        raise ValueError(f"{text}. {hint}" if hint else text)
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
+    wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    check(is_count(value, least), name, value, wanted)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number."""
+    check(is_number(value), name, value, "a finite number")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
+    check(is_number(value) and value > 0, name, value, "a positive number")  # type: ignore[operator]
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number in (0, 1]."""
+    ok = is_number(value) and 0 < value <= 1  # type: ignore[operator]
+    check(ok, name, value, "a number in (0, 1]")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    check(value in choices, name, value, f"one of {', '.join(map(repr, choices))}")
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], expected: str = "") -> None:
+    """Raise ``TypeError`` unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = expected or " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name} is {describe(value)}, expected {names}")

@@ -1,0 +1,185 @@
+"""Write files and folders atomically; read, write and compare the tensors of safetensors files."""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prfl_fast.utils.optional import need
+
+_TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
+
+
+def _temporary(path: Path) -> Path:
+    # The suffix stays last, because writers of images and arrays choose the format by it.
+    return path.with_name(f"{path.stem}.tmp-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success flush the file and rename it to ``path``.
+
+    If the body raises, the temporary file is removed and ``path`` is unchanged. ``OSError`` is
+    raised if the parent folder is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary):
+            for name in files:
+                _flush(Path(folder) / name)
+            _flush(Path(folder))
+        if not temporary.is_dir():
+            _flush(temporary)
+        elif path.exists():  # os.replace replaces no folder that has files
+            remove_atomic(path)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def save_checkpoint_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that replaces it as in :func:`write_atomic`.
+
+    Parent folders are created. An existing folder is renamed first and removed afterwards: at any
+    moment ``path`` is the old folder, absent, or the complete new folder.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with write_atomic(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+def remove_atomic(path: str | os.PathLike[str]) -> None:
+    """Rename a file or folder to a temporary name, then remove it: no partial state is visible."""
+    path = Path(path)
+    gone = _temporary(path)
+    os.rename(path, gone)
+    _remove(gone)
+
+
+def clean_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove the temporary files of killed writers directly in ``folder``; return their paths."""
+    stale = [p for p in sorted(Path(folder).iterdir()) if _TEMPORARY.search(p.name)]
+    for path in stale:
+        _remove(path)
+    return stale
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write tensors to a safetensors file, atomically; views and shared storage are copied.
+
+    Errors are those of :func:`write_atomic`.
+    """
+    safetensors, writer = need("safetensors"), need("safetensors.torch")
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # safetensors rejects tensors that share storage, so tied weights are written twice.
+        address = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    with write_atomic(path) as temporary:
+        try:
+            writer.save_file(owned, temporary, metadata=metadata or {"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a safetensors file for reading (``safe_open``); tensors are read to the CPU.
+
+    A missing file raises ``FileNotFoundError``, a truncated or other file ``ValueError``.
+    """
+    safetensors = need("safetensors")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read a safetensors file into CPU tensors; errors are those of :func:`open_tensors`."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def load_pickled(path: str | os.PathLike[str]) -> Any:
+    """Read a file of ``torch.save`` to the CPU; only tensors and plain values are unpickled.
+
+    A missing file raises ``FileNotFoundError``, an unreadable one ``ValueError``.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except Exception as error:  # the type of error depends on the bytes in the file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason})") from error
+
+
+def check_fit(
+    expected: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    source: object,
+    *,
+    dtypes: bool = False,
+) -> None:
+    """Raise one ``ValueError`` that names the first missing, unexpected and unequal tensors.
+
+    The message names the ``source`` of the tensors. ``dtypes`` compares dtypes as well as shapes.
+    """
+
+    def form(tensor: torch.Tensor) -> str:
+        dtype = str(tensor.dtype).removeprefix("torch.") if dtypes else ""
+        return f"{dtype}{list(tensor.shape)}"
+
+    wanted, found = ({n: form(t) for n, t in group.items()} for group in (expected, tensors))
+    problems = {
+        "missing": [f"{n} {s}" for n, s in wanted.items() if n not in found],
+        "unexpected": [f"{n} {s}" for n, s in found.items() if n not in wanted],
+        "of another shape or dtype": [
+            f"{n} {s}, expected {wanted[n]}" for n, s in found.items() if wanted.get(n, s) != s
+        ],
+    }
+    parts = [
+        f"{len(names)} {kind} ({'; '.join(names[:3])}{'; …' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{source}: tensors do not fit the model: {', '.join(parts)}")

@@ -1,0 +1,34 @@
+"""Keep messages of other packages off the terminal of a command."""
+
+import logging
+import os
+import re
+import warnings
+
+_PACKAGES = (
+    "bitsandbytes",
+    "diffusers",
+    "huggingface_hub",
+    "peft",
+    "tensorboard",
+    "torchao",
+    "transformers",
+)
+
+
+def quiet_libraries() -> None:
+    """Silence warnings of the packages that commands import; errors and exceptions still show.
+
+    Call it before importing them, and only in programs: it changes the loggers, warning filters and
+    environment of the whole process.
+    """
+    for name in (*_PACKAGES, "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # diffusers and transformers set the level of their loggers at import, from these variables.
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    origin = "|".join(map(re.escape, _PACKAGES))
+    warnings.filterwarnings("ignore", module=rf"({origin})(\.|$)")
+    # torch's deprecation warnings are for the authors of the calling package, not its users.
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"torch(\.|$)")

@@ -1,0 +1,51 @@
+"""Fixtures of the benchmark's tests: minimal sizes, all work in this process."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import harness
+import pytest
+from harness import Preset
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Run all work in this process, with two rounds of timing."""
+    from experiments import small_world
+
+    @contextmanager
+    def workers(context):
+        yield small_world.Inline()
+
+    monkeypatch.setattr(small_world, "workers", workers)
+    rounds = harness.time_side_by_side
+    monkeypatch.setattr(
+        harness, "time_side_by_side", lambda *a, **k: rounds(*a, **{**k, "at_most": 1})
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Shrink the suites rollout, methods and step to minimal sizes."""
+    from experiments import rollout_options
+    from suites import methods, rollout, rollout_counts, split, step
+
+    size = Preset("tiny", 32, 2, 64, 2, (3, 4, 4), text_tokens=5, text_dim=16)
+    for module in (rollout_options, methods, step):
+        monkeypatch.setattr(module, "TINY", size)
+    for module in (rollout, rollout_options):
+        monkeypatch.setattr(module, "SOLVER_STEPS", 4)
+        monkeypatch.setattr(module, "MANY", (2,))
+    monkeypatch.setattr(rollout, "SHOWN", (2, 4))
+    monkeypatch.setattr(rollout_options, "TRAINING_CLIPS", 32)
+    monkeypatch.setattr(rollout_options, "TRAINING_STEPS", 2)
+    wanted = ("no engine", "caches", "FP8 both", "every second step", "LoRA merged")
+    shown = {n: o for n, o in rollout_options.OPTIONS.items() if n in wanted or o.cuda}
+    shown = {n: replace(o, against="no engine", lora=False) for n, o in shown.items()}
+    monkeypatch.setattr(rollout_options, "OPTIONS", shown)
+    monkeypatch.setattr(split, "SIZES", ("wan1.3b-480p",))
+    monkeypatch.setattr(rollout, "PRESETS", {"wan1.3b-480p": size})
+    few = {name: rollout_counts.OPTIONS[name] for name in ("unpatched", "FP8 both")}
+    monkeypatch.setattr(rollout_counts, "OPTIONS", few)
+    monkeypatch.setattr(split, "WAYS", split.WAYS[1:2])
+    return size

@@ -1,0 +1,340 @@
+"""The command line: memory policies of runs, ``memory: auto`` and full devices."""
+
+import pytest
+import torch
+from commands import call, negative_file, one_line
+from runs import log, write_config
+
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning import planner
+from prfl_fast.planning.presets import model_config
+from prfl_fast.planning.search import Candidate
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.utils.io import load_tensors
+
+QLORA = {"hardware.precision": "bf16", "lora.lora_rank": 2}
+
+
+MEMORY = {
+    "weight_dtype": "nf4",
+    "activation_checkpointing": "attention",
+    "offload": "cpu",
+    "feed_forward_chunk": 3,
+    "optimizer": "adamw8bit",
+    "gradient_dtype": "fp32",
+}
+
+
+REWARD_MEMORY = {
+    "weight_dtype": "fp8",
+    "activation_checkpointing": "full",
+    "offload": "cpu",
+    "feed_forward_chunk": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**QLORA, "memory.activation_checkpointing": "full", "hardware.patch": False},
+        {**QLORA, "memory": MEMORY, "reward_memory": REWARD_MEMORY},
+        {"hardware.precision": "bf16", "memory": {"weight_dtype": "bf16", "optimizer": "adamw-sr"}},
+        {
+            "hardware.precision": "bf16",
+            "memory": {"weight_dtype": "bf16", "gradient_dtype": "fp32"},
+        },
+        {"hardware.precision": "bf16", "reward_memory": {"weight_dtype": "nf4"}},
+    ],
+)
+def test_train_under_a_memory_policy(root, tmp_path, changes):
+    assert call("train", root, tmp_path / "out", {"run.steps": 2, **changes}) == 0
+    saved = tmp_path / "out/step-00000002/model"
+    name = "pytorch_lora_weights" if "lora.lora_rank" in changes else "diffusion_pytorch_model"
+    tensors = load_tensors(saved / f"{name}.safetensors")
+    narrow = changes.get("memory", {}).get("weight_dtype", "fp32") != "fp32"
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    assert torch.bfloat16 in dtypes if narrow else dtypes == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert all(record["sft/grad_norm"] > 0 for record in log(tmp_path / "out"))
+
+
+def test_the_weights_that_train_start_as_the_file_has_them(root, tmp_path, monkeypatch):
+    """bf16 is read from float32 and rounded once; what diffusers keeps in float32 is not."""
+    from prfl_fast.memory import policy as memory
+
+    seen = {}
+    cast = memory.cast_weights
+    monkeypatch.setattr(
+        memory,
+        "cast_weights",
+        lambda model, kind, **options: seen.setdefault(kind, cast(model, kind, **options)),
+    )
+    monkeypatch.setattr(
+        "prfl_fast.training.trainer.Trainer.run", lambda self: (_ for _ in ()).throw(OSError)
+    )
+    file = load_tensors(root / "model/diffusion_pytorch_model.safetensors")
+    changes = {"hardware.precision": "bf16", "memory": {"weight_dtype": "bf16"}}
+    assert call("train", root, tmp_path / "out", changes) == 2
+    state = seen["bf16"].state_dict()
+    assert state.keys() == file.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, file[name].to(tensor.dtype))
+        kept = any(part in name for part in ("time_embedder", "scale_shift_table", "norm2"))
+        assert (tensor.dtype == torch.float32) == kept, name
+
+
+def test_a_reward_in_the_reference_layout_keeps_its_float32(root, tmp_path, monkeypatch):
+    """Its structure comes from the generator, which is read in bfloat16; its weights must not."""
+    from prfl_fast.memory import policy as memory
+
+    folder, mlp, pool = LatentRewardModel.load(root / "reward").save_reference(tmp_path / "theirs")
+    layout = {"transformer": str(folder), "mlp": str(mlp), "pool": str(pool), "num_heads": 2}
+    seen = []
+
+    def note(module, *rest, **options):
+        memory.apply_memory(module, *rest, **options)
+        seen.append(module)
+
+    monkeypatch.setattr("prfl_fast.cli.train.apply_memory", note)
+    changes = {"hardware.precision": "bf16", "reward": layout, "run.steps": 1}
+    assert call("train", root, tmp_path / "a", {**changes, "memory": {"weight_dtype": "bf16"}}) == 0
+    both = dict.fromkeys(("memory", "reward_memory"), {"weight_dtype": "bf16"})
+    assert call("train", root, tmp_path / "b", {**changes, **both}) == 0
+    file = load_tensors(root / "reward/model.safetensors")
+    runs = zip(seen[::2], seen[1::2], (torch.float32, torch.bfloat16), strict=True)
+    for transformer, reward, dtype in runs:
+        assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+        weight = reward.backbone.blocks[0].attn1.to_q.weight
+        assert weight.dtype == dtype
+        assert torch.equal(weight, file["backbone.blocks.0.attn1.to_q.weight"].to(dtype))
+
+
+def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, tmp_path, capsys):
+    base = {"hardware.precision": "bf16", "lora.lora_rank": 2, "memory.weight_dtype": "nf4"}
+    policies = {
+        "memory.activation_checkpointing": "attention",
+        "memory.offload": "cpu",
+        "reward_memory.activation_checkpointing": "full",
+        "reward_memory.offload": "cpu",
+    }
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert call("train", root, whole, {**base, "run.steps": 4}) == 0
+    assert call("train", root, halves, {**base, "run.steps": 2}) == 0
+    assert call("train", root, halves, {**base, **policies, "run.steps": 4}) == 0
+    assert log(whole) == log(halves)
+    name = "step-00000004/model/pytorch_lora_weights.safetensors"
+    a, b = load_tensors(whole / name), load_tensors(halves / name)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    capsys.readouterr()
+    for changes, message in (
+        (
+            {"memory.weight_dtype": "fp8"},
+            "made with memory.weight_dtype = 'nf4', this run has 'fp8'",
+        ),
+        (
+            {"reward_memory.weight_dtype": "bf16"},
+            "made with reward_memory.weight_dtype = 'fp32', this run",
+        ),
+        ({"memory.optimizer": "adamw-sr"}, "made with optimizer = 'adamw', this run has"),
+        (
+            {"memory.gradient_dtype": "fp32"},
+            "made with gradient_dtype = 'parameter', this run has 'fp32'",
+        ),
+    ):
+        assert call("train", root, halves, {**base, **changes, "run.steps": 6}) == 2
+        assert message in one_line(capsys, "train")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-sr"])
+def test_train_reward_under_a_memory_policy(root, tmp_path, optimizer):
+    memory = {
+        "weight_dtype": "bf16",
+        "activation_checkpointing": "attention",
+        "offload": "cpu",
+        "optimizer": optimizer,
+    }
+    changes = {"run.steps": 2, "hardware.precision": "bf16", "memory": memory}
+    out = tmp_path / "out"
+    changes |= {"eval_data": str(root / "data"), "timesteps": [400]}
+    assert call("train-reward", root, out, changes) == 0
+    reward = LatentRewardModel.load(out / "reward")
+    assert reward.backbone.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert reward.head.fc1.weight.dtype == torch.float32
+    assert call("score", root, tmp_path / "one", {"reward": str(out / "reward")}) == 0
+
+
+class FakePlan:
+    """A plan whose choice does not take a search."""
+
+    def __init__(self, memory, reward_memory):
+        self.memory, self.reward_memory = memory, reward_memory
+        self.less, self.feasible, self.calls = None, True, []
+        self.peak, self.reserve, self.budget = 3 << 30, 1 << 30, 8 << 30
+
+    def smaller(self, memory, reward_memory):
+        return self.less
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Replace the planner by one that finds this plan and notes its calls in ``calls``."""
+    found = FakePlan(MemoryConfig("bf16", "full"), MemoryConfig("bf16"))
+
+    def plan_memory(workload, **arguments):
+        found.calls.append({**vars(workload), **arguments})
+        return found
+
+    monkeypatch.setattr(planner, "plan_memory", plan_memory)
+    return found
+
+
+AUTO = {"hardware.precision": "bf16", "memory": "auto"}
+
+
+def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
+    root, tmp_path, planned, capsys
+):
+    out = tmp_path / "out"
+    changes = {
+        **AUTO,
+        "lora.lora_rank": 3,
+        "run.steps": 1,
+        "run.gradient_accumulation_steps": 2,
+        "prfl.points": 2,
+    }
+    assert call("train", root, out, changes) == 0
+    (asked,) = planned.calls
+    assert asked["model"] == model_config(str(root / "model"))
+    assert asked["gradient_plan"].points == 2
+    sizes = {"frames": 5, "height": 32, "width": 32, "text_tokens": 3}
+    expected = {
+        "train": "lora",
+        "lora_rank": 3,
+        "batch": 1,
+        "gradient_accumulation_steps": 2,
+        "num_inference_steps": 3,
+    }
+    expected |= {**sizes, "reward_blocks": 1, "sft": True, "host_budget": 1}
+    expected |= {"average": True, "patched": True}
+    assert {key: asked[key] for key in expected} == expected
+    assert asked["budget"] > 1 << 20
+    assert capsys.readouterr().err == (
+        "prfl-fast train: memory: auto chose memory: {weight_dtype: bf16, "
+        "activation_checkpointing: full}, reward_memory: {weight_dtype: bf16}, "
+        "predicted to take 4.0 of 8.0 GiB\n"
+    )
+    stored = load_config(TrainFile, out / "config.yaml")
+    assert stored.memory.build() == planned.memory
+    assert stored.reward_memory.build() == planned.reward_memory
+    planned.memory = planned.reward_memory = MemoryConfig("fp8")
+    assert call("train", root, out, {**changes, "run.steps": 2}) == 0
+    assert "as this run began" in capsys.readouterr().err and len(planned.calls) == 1
+    again = load_config(TrainFile, out / "config.yaml")
+    assert (again.memory, again.reward_memory) == (stored.memory, stored.reward_memory)
+
+
+@pytest.mark.slow
+def test_memory_auto_by_a_whole_search(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("train", root, out, {**AUTO, "lora.lora_rank": 2, "run.steps": 1}) == 0
+    stored = load_config(TrainFile, out / "config.yaml")
+    assert stored.memory.build() == stored.reward_memory.build() == MemoryConfig("bf16")
+    expected = "memory: {weight_dtype: bf16}, reward_memory: {weight_dtype: bf16}"
+    assert f"memory: auto chose {expected}" in capsys.readouterr().err
+
+
+def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):
+    planned.feasible, planned.peak = False, 9 << 30
+    assert call("train", root, tmp_path / "out", AUTO) == 2
+    error = one_line(capsys, "train")
+    assert "memory is auto, but no plan fits 8.0 GiB: the nearest, memory: {weight_dtype" in error
+    assert "takes 10.0 GiB" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("objectives", [["prfl", "sft"], ["sft"]])
+def test_memory_auto_of_a_chain_is_refused_where_it_trains(
+    root, tmp_path, planned, capsys, objectives
+):
+    changes = {**AUTO, "run.steps": 1, "objectives": objectives, "prfl.method": "draft-lv"}
+    code = call("train", root, tmp_path / "out", changes)
+    if objectives == ["sft"]:
+        assert code == 0 and planned.calls[0]["gradient_plan"] == GradientPlan.prfl()
+    else:
+        assert code == 2 and "set memory explicitly" in one_line(capsys, "train")
+        assert not planned.calls and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_guided_steps_are_not_planned(root, tmp_path, planned, monkeypatch, capsys, batched):
+    negative = negative_file(tmp_path / "n.safetensors", 3, 20)
+    guidance = {"guidance_scale": 5, "negative": negative, "batched": batched}
+    changes = {**AUTO, "run.steps": 1, "prfl.guidance": guidance}
+    assert call("train", root, tmp_path / "out", changes) == 2
+    assert "prfl.guidance is set" in one_line(capsys, "train")
+    assert not planned.calls and not (tmp_path / "out").exists()
+    alone = {**changes, "objectives": ["sft"]}
+    assert call("train", root, tmp_path / "sft", alone) == 0 and len(planned.calls) == 1
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("prfl_fast.training.objectives.sft_loss", full)
+    explicit = {**changes, "memory": {"activation_checkpointing": "full"}}
+    assert call("train", root, tmp_path / "out", explicit) == 4
+    error = capsys.readouterr().err
+    assert "no plan: prfl.guidance is set" in error and "steps without guidance only" in error
+    assert len(planned.calls) == 1
+
+
+def test_memory_auto_of_supervised_training_alone(root, tmp_path, planned):
+    changes = {**AUTO, "run.steps": 1, "objectives": ["sft"], "reward": ...}
+    assert call("train", root, tmp_path / "out", changes) == 0
+    assert planned.calls[0]["reward_blocks"] == 1
+
+
+def test_check_prints_what_auto_is(root, tmp_path, planned, capsys):
+    assert call("train", root, tmp_path / "out", AUTO, "--check") == 0
+    printed = capsys.readouterr().out
+    content = load_config(TrainFile, write_config(tmp_path / "again.yaml", printed))
+    assert content.memory.build() == planned.memory and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "memory", ["auto", {"activation_checkpointing": "full"}, {"weight_dtype": "bf16"}]
+)
+def test_out_of_memory_says_what_to_try(root, tmp_path, planned, monkeypatch, capsys, memory):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr("prfl_fast.training.objectives.sft_loss", full)
+    less = MemoryConfig("bf16", "full", "cpu"), MemoryConfig("bf16")
+    planned.less = Candidate(*less, 2 << 30, 0, 1.0, "fits, slower")
+    changes = {"run.steps": 1, "hardware.precision": "bf16", "memory": memory}
+    assert call("train", root, tmp_path / "out", changes) == 4
+    error = capsys.readouterr().err
+    assert "out of memory in objective 'sft', forward of micro-batch 1, step 1: CUDA out" in error
+    assert "live: weights" in error and "Traceback" not in error
+    assert (
+        "try memory: {weight_dtype: bf16, activation_checkpointing: full, offload: cpu}, "
+        "reward_memory: {weight_dtype: bf16}, predicted to peak at 2.0 GiB" in error
+    )
+    assert not list((tmp_path / "out").glob("step-*")) and len(planned.calls) == 1
+    stored = load_config(TrainFile, tmp_path / "out" / "config.yaml")
+    planned.less = None
+    planned.memory, planned.reward_memory = stored.memory.build(), stored.reward_memory.build()
+    assert call("train", root, tmp_path / "out", changes) == 4
+    assert "no policy is known to take less: fewer frames" in capsys.readouterr().err
+
+
+def test_out_of_memory_before_training_is_one_line(root, tmp_path, monkeypatch, capsys):
+    from prfl_fast.memory import policy as memory
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+
+    monkeypatch.setattr(memory, "cast_weights", full)
+    assert call("train", root, tmp_path / "out") == 4
+    assert one_line(capsys, "train") == "prfl-fast train: CUDA out of memory.\n"

@@ -1,0 +1,304 @@
+"""``prfl-fast plan``: options, the trainer's YAML it reads and writes, and what it refuses."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import make_world, write_config
+
+from prfl_fast.cli import main as cli
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.planning import planner
+from prfl_fast.planning import search as plan_search
+from prfl_fast.planning.presets import MODELS
+from prfl_fast.planning.workload import Workload
+
+yaml = pytest.importorskip("yaml")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def first(root, tmp_path_factory):
+    """Plan for the tiny model with one policy; return the plan, the output and the picture."""
+    folder, found = tmp_path_factory.mktemp("first"), []
+    options = (
+        "--frames 5 --height 32 --width 32 --reward-blocks 1 --weight-dtype bf16 --budget 8GiB"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        plan = planner.plan_memory
+        record = lambda *a, **b: found.append(plan(*a, **b)) or found[0]  # noqa: E731
+        patch.setattr(planner, "plan_memory", record)
+        patch.setattr(plan_search, "POLICIES", (("full", None),))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            arguments = ["--model", root / "model", "--plot", folder / "a.png", *options.split()]
+            assert run(*arguments) == 0
+    return found[0], out.getvalue(), (folder / "a.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def searched(first):
+    return first[0]
+
+
+@pytest.fixture
+def calls(searched, monkeypatch):
+    """Record the planner's calls, which return that plan for the workload of the call."""
+    made = []
+
+    def plan(workload, **options):
+        made.append(SimpleNamespace(workload=workload, **options))
+        asked = dataclasses.replace(workload, model=MODELS["wan2.1-t2v-14b"])  # takes any size
+        return dataclasses.replace(searched, workload=asked)
+
+    monkeypatch.setattr(planner, "plan_memory", plan)
+    return made
+
+
+def run(*arguments):
+    return cli.main(["plan", *map(str, arguments)])
+
+
+FILE = """\
+# my run
+model: {root}/model  # weights
+data: {root}/data
+reward: {root}/reward
+out: runs/a
+run: {{steps: 10, gradient_accumulation_steps: 2}}
+# the sampler
+prfl:
+  points: 3   # three
+  num_inference_steps: 9
+hardware:
+  patch: true
+lora: {{lora_rank: 4, target_modules: [to_q]}}
+memory: {{offload: cpu}}  # before
+# the end
+"""
+
+
+@pytest.fixture
+def file(root, tmp_path):
+    return write_config(tmp_path / "train.yaml", FILE.format(root=root))
+
+
+def test_a_search_prints_the_ledger_and_draws_the_timeline(first):
+    plan, out, picture = first
+    assert "PRFL step: 1 blocks, LoRA rank 16, 5 x 32 x 32, 8 tokens, batch 1" in out
+    assert "fits: " in out and "Ledger at the peak" in out and "chosen" in out
+    assert picture.startswith(b"\x89PNG")
+    assert plan.feasible and plan.peak == sum(plan.categories.values())
+
+
+def test_without_options_it_plans_the_14b_model_at_720p(calls, capsys):
+    assert run() == 0
+    (asked,) = calls
+    assert asked.workload == Workload("wan2.1-t2v-14b")
+    assert asked.weight_dtype == "auto" and asked.budget is None
+    if not torch.cuda.is_available():
+        assert asked.gpu == "h200" and asked.host_budget is None
+
+
+def test_json_is_all_that_is_printed(calls, searched, capsys):
+    assert run("--json", "--points", 4, "--no-sft", "--train", "full", "--host-budget", "64GB") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["memory"] == dataclasses.asdict(searched.memory)
+    assert content["reward_memory"] == dataclasses.asdict(searched.reward_memory)
+    assert content["feasible"] is True
+    assert content["peak"] == sum(content["categories"].values()) == searched.peak
+    assert content["step_seconds"] == pytest.approx(sum(content["seconds"].values()))
+    assert (content["workload"]["points"], content["workload"]["train"]) == (4, "full")
+    assert any(candidate["reason"] == "chosen" for candidate in content["candidates"])
+    assert calls[0].workload.sft is False and calls[0].host_budget == "64GB"
+
+
+def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, searched, capsys):
+    before = file.read_text()
+    assert run("--apply", file, "--budget", "24GiB") == 0
+    work = calls[0].workload
+    assert (work.frames, work.height, work.width) == (5, 32, 32)
+    assert work.config["num_layers"] == 1 and work.reward_blocks == 1
+    assert (work.train, work.lora_rank, work.lora_targets) == ("lora", 4, ("to_q",))
+    assert (work.points, work.num_inference_steps) == (3, 9)
+    assert (work.batch, work.gradient_accumulation_steps, work.sft) == (1, 2, True)
+    assert calls[0].budget == "24GiB"
+    after = file.read_text()
+    config = load_config(TrainFile, file)
+    assert config.memory.build() == searched.memory and config.memory.weight_dtype == "bf16"
+    assert config.reward_memory.build() == searched.reward_memory
+    assert config.hardware.precision == "bf16" and config.hardware.patch
+    assert config.lora.target_modules == ("to_q",) and config.prfl.points == 3
+    kept = [line for line in before.splitlines() if not line.startswith(("memory", "hardware"))]
+    assert [line for line in after.splitlines() if line in kept] == kept
+    assert capsys.readouterr().err == f"prfl-fast plan: written: {file}\n"
+    assert run("--apply", file) == 0 and file.read_text() == after
+
+
+def test_apply_plans_for_the_files_method(file, calls):
+    text = file.read_text()
+    file.write_text(text.replace("points: 3   # three", "method: refl"))
+    assert run("--apply", file) == 0 and calls[-1].workload.gradient_plan == GradientPlan.refl()
+    file.write_text(text.replace("points: 3 ", "draws: independent\n  points: 3 "))
+    assert run("--apply", file) == 0
+    assert calls[-1].workload.gradient_plan == GradientPlan.prfl(3, "independent")
+
+
+def test_apply_plans_supervised_training_beside_unused_guidance(file, calls):
+    guided = "prfl:\n  guidance: {guidance_scale: 5, negative: n.safetensors}\n"
+    file.write_text(file.read_text().replace("prfl:\n", guided) + "objectives: [sft]\n")
+    assert run("--apply", file) == 0 and calls[-1].workload.gradient_plan == GradientPlan.prfl()
+
+
+@pytest.mark.parametrize("form", ["json", "missing"])
+def test_apply_to_other_files(root, tmp_path, calls, form):
+    path = tmp_path / "train.yaml"
+    if form == "json":
+        write_config(path, yaml.safe_load(FILE.format(root=root)))
+    assert (
+        run("--apply", path, *(() if form == "json" else ("--lora-rank", 32, "--points", 2))) == 0
+    )
+    content = yaml.safe_load(path.read_text())
+    assert content["memory"]["weight_dtype"] == "bf16"
+    assert content["hardware"]["precision"] == "bf16"
+    if form == "json":
+        assert (
+            content["prfl"] == {"points": 3, "num_inference_steps": 9}
+            and content["out"] == "runs/a"
+        )
+    else:
+        assert content["lora"]["lora_rank"] == 32
+        assert content["prfl"]["points"] == 2 and content["run"]["gradient_accumulation_steps"] == 1
+        assert run("--apply", path) == 0  # a part of a file is read back
+        assert calls[-1].workload.lora_rank == 32 and calls[-1].workload.gradient_plan.points == 2
+
+
+def test_train_lora_adds_adapters_to_a_file_without(root, file, calls):
+    text = "".join(line for line in file.open() if not line.startswith("lora"))
+    file.write_text(text)
+    assert run("--apply", file) == 0 and calls[-1].workload.train == "full"
+    assert "lora" not in yaml.safe_load(file.read_text())
+    assert run("--apply", file, "--train", "lora", "--lora-rank", 8) == 0
+    assert load_config(TrainFile, file).lora.lora_rank == 8
+
+
+def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, monkeypatch, capsys):
+    short = dataclasses.replace(searched, feasible=False, budget=1 << 30, peak=3 << 30)
+    monkeypatch.setattr(planner, "plan_memory", lambda *_, **__: short)
+    before = file.read_text()
+    assert run("--apply", file) == 1
+    out, error = capsys.readouterr()
+    assert "no plan fits: the nearest takes 3.00 GiB" in out
+    assert error == f"prfl-fast plan: no plan fits: {file} is left as it is\n"
+    assert file.read_text() == before
+    assert run("--json") == 1
+    assert json.loads(capsys.readouterr().out)["feasible"] is False
+
+
+BAD = {
+    "--budget 24gigs": "budget is '24gigs', expected bytes or a size like 24GiB",
+    "--budget 0": "--budget is '0 bytes', expected",
+    "--budget 24": "--budget is '24 bytes', expected a size like 24GiB",
+    "--host-budget 64": "--host-budget is '64 bytes', expected a size like 64GiB",
+    "--budget nan": "budget is 'nan', expected",
+    "--host-budget much": "host_budget is 'much', expected",
+    "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
+    "--model FLUX": "FLUX/config.json is not a configuration of a transformer: adapter is",
+    "--model LIST": "LIST/config.json is not a configuration of a transformer: ",
+    "--model BRACE": "BRACE/config.json is not a configuration of a transformer: Expecting",
+    "--model NOTHING": "NOTHING/config.json is not a configuration of a transformer: it has no",
+    "--gpu b9000": "gpu is 'b9000', expected one of 'h200'",
+    "--frames 80": "frames is 80, expected 4n + 1",
+    "--frames 0": "frames is 0, expected a positive integer",
+    "--frames 1000001": "frames is 1000001, expected at most 1024 positions",
+    "--height 100": "height is 100, expected a multiple of 16",
+    "--lora-rank 0": "lora_rank is 0, expected a positive integer",
+    "--batch -1": "batch is -1, expected",
+    "--gradient-accumulation-steps 0": "gradient_accumulation_steps is 0, expected",
+    "--points 0": "points is 0, expected",
+    "--points 40": "points is 40, expected at most num_inference_steps - 1",
+    "--num-inference-steps 1": "num_inference_steps is 1, expected",
+    "--reward-blocks 41": "reward_blocks is 41, expected at most the model's 40",
+    "--train full --weight-dtype nf4": "weight_dtype is 'nf4', expected auto or bf16",
+    "--plot plan.txt": "--plot is 'plan.txt', expected a name that ends in .png",
+    "--plot nowhere/plan.png": "nowhere is not a folder",
+    "--apply nowhere/train.yaml": "nowhere is not a folder",
+    "--apply FOLDER": "--apply is 'FOLDER', expected a file, not a folder",
+    "--apply FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4: leave",
+    "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
+    "--apply FILE --num-inference-steps 40": "is 40, but FILE has prfl.num_inference_steps: 9",
+    "--apply FILE --gradient-accumulation-steps 5": "has run.gradient_accumulation_steps: 2",
+    "--apply FILE --batch 2": "--batch is 2, but FILE has run.batch_size: 1",
+    "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
+    "--apply FILE --train full": "--train is full, but FILE has a lora section",
+    "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
+    "--apply DRAFT": "prfl.method is draft, whose gradient goes through several solver steps",
+    "--apply GUIDED": "prfl.guidance is set, which doubles the batch or the number of",
+    "--apply SEVERAL": "reward lists 2 rewards, but the planner handles one model only",
+    "--apply EMPTY": "holds empty, expected keys and values",
+    "--apply BROKEN": "not YAML",
+    "--apply WRONG": "unknown key 'lora.lora_rnk': did you mean 'lora_rank'?",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line_before_any_work(
+    root, file, tmp_path, monkeypatch, capsys, arguments
+):
+    def search(*_, **__):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("prfl_fast.planning.simulation.simulate", search)
+    monkeypatch.chdir(tmp_path)
+    text = file.read_text()
+    shutil.copy(file, "FILE")
+    (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
+    (tmp_path / "DRAFT").write_text(text.replace("points: 3", "method: draft\n  depth: 2"))
+    guided = "points: 3\n  guidance: {guidance_scale: 5, negative: n.safetensors}"
+    (tmp_path / "GUIDED").write_text(text.replace("points: 3", guided))
+    two = "reward: [{name: a, path: x}, {name: b, path: y}]"
+    lines = [two if line.startswith("reward") else line for line in text.splitlines()]
+    (tmp_path / "SEVERAL").write_text("\n".join(lines))
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "BROKEN").write_text("a: [\n")
+    (tmp_path / "WRONG").write_text("lora: {lora_rnk: 2}\n")
+    (tmp_path / "FOLDER").mkdir()
+    configs = {"FLUX": '{"_class_name": "Flux"}', "LIST": "[1]", "BRACE": "{", "NOTHING": "{}"}
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert run(*arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prfl-fast plan: ") and error.count("\n") == 1, error
+    assert BAD[arguments] in error
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--weight-dtype int4", "--train some", "--lora-rank many", "more"]
+)
+def test_options_argparse_refuses(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments.split())
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "error: " in error.splitlines()[-1]
+
+
+def test_a_missing_package_is_named(monkeypatch, calls, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("--plot", "a.png") == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "prfl-fast plan: matplotlib is not installed: pip install 'prfl_fast[bench]'\n"
+    )

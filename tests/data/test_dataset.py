@@ -1,0 +1,179 @@
+"""Datasets on disk: round trips, the order of batches, and rejected files."""
+
+import json
+
+import pytest
+import torch
+from runs import samples
+
+from prfl_fast.data.dataset import Batch, Batches, PairBatch, collate, epoch_order
+from prfl_fast.data.manifest import LatentDataset, Pair, Sample, write_dataset
+from prfl_fast.utils.io import load_tensors, save_tensors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dataset(tmp_path, samples(4))
+    return tmp_path
+
+
+FIRST = "samples/000000.safetensors"
+
+
+def rewrite(folder, **changes):
+    """Replace or (with None) remove tensors of the first file."""
+    tensors = {**load_tensors(folder / FIRST), **changes}
+    save_tensors({k: v for k, v in tensors.items() if v is not None}, folder / FIRST)
+
+
+def test_round_trip_of_singles(folder):
+    dataset = LatentDataset(folder)
+    assert len(dataset) == 4 and not dataset.pairs
+    assert dataset.shapes == {"latents": (16, 2, 4, 4), "encoder_hidden_states": (3, 20)}
+    for i, original in enumerate(samples(4)):
+        item = dataset[i]
+        assert torch.equal(item.latents, original.latents)
+        assert item.labels == {"motion_quality": i % 2}
+        texts = [s.conditions["encoder_hidden_states"] for s in (item, original)]
+        assert torch.equal(*texts)
+    assert dataset.ids() == [f"{i:06d}" for i in range(4)]
+    assert dataset.labels()[1] == (f"{folder / 'manifest.jsonl'}:2", {"motion_quality": 1})
+
+
+def test_round_trip_of_pairs_and_image_conditions(tmp_path):
+    def image(s):
+        extra = {"encoder_hidden_states_image": torch.ones(5, 7)}
+        extra["latent_condition"] = torch.ones(20, 2, 4, 4).bfloat16()
+        return Sample(s.latents.half(), {**s.conditions, **extra}, s.labels)
+
+    pairs = [Pair(image(a), image(b)) for a, b in zip(samples(3), samples(3, 1), strict=True)]
+    dataset = write_dataset(tmp_path, pairs)
+    assert dataset.pairs and isinstance(dataset[0], Pair)
+    batch = collate([dataset[i] for i in (0, 2)])
+    assert isinstance(batch, PairBatch) and batch.win.latents.shape == (2, 16, 2, 4, 4)
+    tensors = (batch.win.latents, batch.lose.conditions["latent_condition"])
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert torch.equal(batch.lose.latents[1], pairs[2].lose.latents.float())
+
+
+def test_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
+    orders = {(s, e): tuple(epoch_order(20, s, e)) for s in range(3) for e in range(3)}
+    assert all(sorted(order) == list(range(20)) for order in orders.values())
+    assert len(set(orders.values())) == 9
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    assert tuple(epoch_order(20, 1, 2)) == orders[1, 2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_can_be_asked_for_in_any_order(folder):
+    dataset = LatentDataset(folder)
+    batches = Batches(dataset, 2, seed=5)
+    forward = [batches[n].latents for n in range(6)]
+    for n in (5, 0, 3):
+        batch = Batches(dataset, 2, seed=5)[n]
+        assert isinstance(batch, Batch) and torch.equal(batch.latents, forward[n])
+    epoch = torch.cat(forward[2:4]).sum((1, 2, 3, 4)).tolist()
+    assert sorted(epoch) == sorted(s.latents.sum().item() for s in samples(4))
+    # Of a list of 5, the epoch drops the incomplete third batch.
+    assert Batches(samples(5), 2)[2].latents.shape[0] == 2
+
+
+def test_batches_refuse_what_does_not_fit():
+    for size, expected in ((5, "at most 4, the samples"), (0, "a positive integer")):
+        with pytest.raises(ValueError, match=f"batch_size is {size}, expected {expected}"):
+            Batches(samples(4), size)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_when_read(folder, value):
+    latents = torch.zeros(16, 2, 4, 4)
+    latents[3, 1, 2, 2] = value
+    rewrite(folder, latents=latents)
+    dataset = LatentDataset(folder)
+    message = "manifest.jsonl:1: latents: latents in .* has 1 NaN or infinite values"
+    with pytest.raises(ValueError, match=message):
+        dataset[0]
+
+
+FLAT, EMPTY = torch.ones(16, 4, 4), torch.ones(16, 0, 4, 4)
+INTEGERS, GRID = torch.ones(16, 2, 4, 4, dtype=torch.int64), torch.ones(20, 1, 4, 4)
+FILES = {
+    "no latents": ({"latents": None}, r"is \['encoder_hidden_states'\], expected latents and"),
+    "no text": ({"encoder_hidden_states": None}, r"tensors is \['latents'\], expected latents and"),
+    "unknown tensor": ({"pixels": torch.ones(2)}, "'pixels'], expected .* of others only latents,"),
+    "integers": ({"latents": INTEGERS}, r"latents is 'I64', expected one of \('F32'"),
+    "wrong rank": ({"latents": FLAT}, r"latents is \[16, 4, 4\], expected 4 dimensions"),
+    "empty": ({"latents": EMPTY}, "none 0"),
+    "other grid": ({"latent_condition": GRID}, r"is \[20, 1, 4, 4\], expected latents' frames"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_are_checked_before_they_are_read(folder, case):
+    changes, message = FILES[case]
+    rewrite(folder, **changes)
+    with pytest.raises(ValueError, match=rf"manifest.jsonl:1: latents: .*{message}"):
+        LatentDataset(folder)
+
+
+def test_shapes_must_agree_throughout(folder):
+    rewrite(folder, latents=torch.ones(16, 1, 4, 4))
+    message = r"manifest.jsonl:2: .*latents \[16, 2, 4, 4\]', expected .* as on earlier lines"
+    with pytest.raises(ValueError, match=message):
+        LatentDataset(folder)
+
+
+def test_truncated_and_missing_files(folder):
+    first, message = folder / FIRST, "manifest.jsonl:1: latents: .*: not a whole"
+    data = first.read_bytes()
+    for damaged in (data[:-4], data[:20], b""):
+        first.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            LatentDataset(folder)
+    first.unlink()
+    with pytest.raises(ValueError, match="manifest.jsonl:1: latents: .*: no such file"):
+        LatentDataset(folder)
+
+
+GOOD = {"id": "a", "latents": FIRST}
+PAIR = {"id": "b", "win": "x", "lose": "y"}
+MANIFESTS = {
+    "empty": ([], "manifest.jsonl is '', expected one JSON object per line"),
+    "blank": (["", "  "], "manifest.jsonl is ''"),
+    "not json": ([GOOD, "{"], "manifest.jsonl:2: not JSON"),
+    "a list": (["[]"], r"manifest.jsonl:1: line is \[\], expected a JSON object"),
+    "no id": ([{"latents": "x"}], "manifest.jsonl:1: id is None, expected a string"),
+    "no file": ([{"id": "a"}], "manifest.jsonl:1: latents is None, expected a string"),
+    "half a pair": ([{"id": "a", "win": "x"}], "manifest.jsonl:1: lose is None"),
+    "unknown key": ([{**GOOD, "label": {}}], "key is 'label', expected one of id, labels, latents"),
+    "labels a list": ([{**GOOD, "labels": [1]}], r"labels is \[1\], expected a JSON object"),
+    "label null": ([{**GOOD, "labels": {"q": None}}], "labels.q is None, expected a number or a"),
+    "same id": ([GOOD, GOOD], "manifest.jsonl:2: id is 'a', expected a new one, as line 1 has it"),
+    "mixed": ([GOOD, PAIR], "manifest.jsonl:2: item is 'pairs', expected videos on all lines"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifests_are_checked(folder, case):
+    records, message = MANIFESTS[case]
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    (folder / "manifest.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ValueError, match=message):
+        LatentDataset(folder)
+
+
+def test_manifest_that_is_not_text_or_not_there(folder):
+    (folder / "manifest.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        LatentDataset(folder)
+    (folder / "manifest.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="no manifest.jsonl there"):
+        LatentDataset(folder)
+
+
+def test_writing_refuses_nothing_and_twice(folder, tmp_path):
+    with pytest.raises(FileExistsError, match="already has a manifest.jsonl"):
+        write_dataset(folder, samples(1))
+    with pytest.raises(ValueError, match=r"samples is \[\], expected at least one"):
+        write_dataset(tmp_path / "new", [])

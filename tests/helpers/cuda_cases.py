@@ -1,0 +1,105 @@
+"""Inputs, references and comparisons of the tests of the CUDA C++ kernels on the CPU."""
+
+from types import SimpleNamespace
+
+import cuda_on_cpu as emulated
+import pytest
+import torch
+from numerics import assert_within_twice
+
+from prfl_fast.kernels.runtime import cuda_launch
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+EPS = 1e-6
+OPS = {name: name for name in ("query_pool", "query_pool_backward", "qk_norm_rope")}
+OPS["qk_norm_rope_backward"] = "qk_norm_rope"
+
+
+def install(patch, libraries, capability, processors, order=0):
+    """Set ``torch.ops.prfl_fast_cuda`` to the emulation; return the list of launches it fills."""
+    launches = []
+
+    def operator(name):
+        def run(*arguments):
+            launches.append(arguments[-3:] if "rope" in name else arguments[-4:])
+            return getattr(emulated, name)(libraries(OPS[name]), *arguments, order=order)
+
+        return run
+
+    patch.setattr(cuda_launch, "capability", lambda device: capability)
+    patch.setattr(cuda_launch, "processors", lambda capability: processors)
+    namespace = SimpleNamespace(**{name: operator(name) for name in OPS})
+    patch.setattr(torch.ops, "prfl_fast_cuda", namespace, raising=False)
+    return launches
+
+
+def slow_except(cases, fast):
+    """Return the cases as parameters, marked slow unless in ``fast``."""
+    return [c if c in fast else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
+def within(x):
+    """Return ``x`` with NaN on all sides, so that reads out of bounds show."""
+    wide = torch.full((*x.shape[:1], x.shape[1] + 2, x.shape[2] + 16), float("nan")).to(x.dtype)
+    wide[:, 1:-1, 8:-8] = x
+    return wide[:, 1:-1, 8:-8]
+
+
+def assert_all_equal(left, right):
+    assert len(left) == len(right)
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def assert_all_within_twice(ours, plain, oracle, **options):
+    for triple in zip(ours, plain, oracle, strict=True):
+        assert_within_twice(*triple, **options)
+
+
+def assert_notices(outcomes, expected):
+    """Assert that some order of threads gives an error of a fiftieth of the largest value."""
+    errors = [
+        [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(out, expected, strict=True)]
+        for out in outcomes
+    ]
+    assert not all(error < 0.02 for out in errors for error in out), errors
+
+
+def attention(x, queries):
+    """Compute attention in 16 bits: scores, weights and sums rounded to x's dtype."""
+    scores = x @ queries.to(x.dtype).t()
+    pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ x
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return pooled.to(wide), torch.logsumexp(scores, dim=1).to(wide)
+
+
+def make_pool(batch, tokens, dim, heads, dtype):
+    x = torch.randn(batch, tokens, dim).to(dtype)
+    return within(x), 3 * torch.randn(heads, dim) / dim**0.5
+
+
+def with_gradient(outputs, grads):
+    """Return the outputs that have a gradient, and the gradients in the outputs' dtypes."""
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    return [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
+
+
+def pool_gradients(x, queries, grads):
+    """Return d_x and d_queries of :func:`attention`; each incoming gradient may be None."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, queries)]
+    outputs, given = with_gradient(attention(*leaves), grads)
+    return torch.autograd.grad(outputs, leaves, given)
+
+
+def pool_backward(x, queries, grads, need_x=True, need_queries=True):
+    """Run the kernel's backward from the exact pooled and lse, rounded as the forward rounds."""
+    pooled, lse = (t.float() for t in attention(x.double(), queries.double()))
+    return cuda_launch.query_pool_backward(*grads, x, queries, pooled, lse, need_x, need_queries)
+
+
+def rope_calls(q, heads, per_head=False):
+    weight = torch.ones(q.shape[2] // heads if per_head else q.shape[2])
+    numbers = (None, None, [], [], heads, per_head, EPS)
+    return [
+        ("qk_norm_rope", (q, q, weight, weight, *numbers)),
+        ("qk_norm_rope_backward", (q, q, q, q, weight, weight, *numbers, [True] * 4)),
+    ]

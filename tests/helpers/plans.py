@@ -1,0 +1,107 @@
+"""Workloads and simulations that the planner's tests share."""
+
+import itertools
+
+from prfl_fast.planning.costs import Cost
+from prfl_fast.planning.gpu_specs import GpuSpecs
+from prfl_fast.planning.search import POLICIES
+from prfl_fast.planning.simulation import Simulation, simulate
+from prfl_fast.planning.workload import Workload
+
+# Wide enough that a block's input is worth offloading, and otherwise as small as it gets.
+SMALL = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "ffn_dim": 512,
+    "num_layers": 6,
+    "text_dim": 64,
+    "freq_dim": 64,
+}
+SIZE = {"frames": 33, "height": 480, "width": 832, "reward_blocks": 4}
+SHALLOW = {"layers": 3, "reward_layers": 3}
+BOTH = list(itertools.product(POLICIES, POLICIES))
+KEPT = {"none": 10, "attention": 3, "full": 1}
+WEIGHTS = {"bf16": 8, "fp8": 4, "nf4": 2}
+STATES = {"adamw": 12, "adamw-sr": 8, "adamw8bit": 2, "adamw-cpu": 0}
+RATES = GpuSpecs("unit", 1e12, 1e12, 1e15, 1e9, 1e9, 1 << 40)
+
+
+def small_workload(**options):
+    """Return the workload of the small model, with changed options."""
+    return Workload(SMALL, **{**SIZE, **options})
+
+
+def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None):
+    """Return a simulated step in round numbers: MiB per block, seconds per block."""
+    depth = layers or workload.config["num_layers"]
+    reward_depth = reward_layers or workload.reward_blocks
+    chunked = memory.feed_forward_chunk is not None
+    work, states = 14 - 4 * chunked, STATES[memory.optimizer] * (workload.train == "full")
+    kept, reward_kept = (
+        KEPT[memory.activation_checkpointing] * depth,
+        KEPT[reward_memory.activation_checkpointing] * reward_depth,
+    )
+    window, reward_window = (
+        2 * KEPT[memory.activation_checkpointing],
+        2 * KEPT[reward_memory.activation_checkpointing],
+    )
+    here = window if memory.offload else kept
+    there = reward_window if reward_memory.offload else reward_kept
+    left = 0 if memory.offload and reward_memory.offload else here
+    base = {
+        "weights": WEIGHTS[memory.weight_dtype] * depth + 3,
+        "reward": WEIGHTS[reward_memory.weight_dtype] * reward_depth + 2,
+        "optimizer": states * depth,
+    }
+
+    def moment(phase, checkpoints, workspace):
+        live = base | {"checkpoints": checkpoints, "workspace": workspace}
+        return phase, {name: value << 20 for name, value in live.items()}
+
+    timeline = [
+        moment("rollout", 0, 6),
+        moment("forward", here, 5),
+        moment("reward", here, 0),
+        moment("reward", left + there, 4),
+        moment("reward backward", left + there, 0),
+        moment("reward backward", left + there, work - 1),
+        moment("backward", here, work),
+        moment("optimizer", 0, 1),
+    ]
+    again = {"none": 0, "attention": 1, "full": 2}
+    extra = 0.25 * chunked
+
+    def cost(blocks, seconds, to_host=0, to_device=0):
+        return Cost(int(1e12 * blocks * seconds), 0, 0, to_host << 20, to_device << 20)
+
+    out = KEPT[memory.activation_checkpointing] * bool(memory.offload)
+    reward_out = KEPT[reward_memory.activation_checkpointing] * bool(reward_memory.offload)
+    # A block's tensors leave when the next block comes, whosever it is.
+    sent = (depth - 1) * out, bool(reward_out) * (out + (reward_depth - 1) * reward_out)
+    repeated = again[reward_memory.activation_checkpointing] + extra
+    costs = {
+        "": Cost(moved_bytes=1),
+        "rollout": cost(depth, 1),
+        "forward": cost(depth, 1, sent[0]),
+        "reward": cost(reward_depth, 1, sent[1]),
+        "reward backward": cost(reward_depth, 1 + repeated, 0, reward_depth * reward_out),
+        "backward": cost(depth, 2 + again[memory.activation_checkpointing] + extra, 0, depth * out),
+        "optimizer": cost(depth, 1),
+    }
+    if workload.sft:
+        timeline += [moment(f"sft {p}", here, work - 1) for p in ("forward", "backward")]
+        costs |= {f"sft {p}": costs[p] for p in ("forward", "backward")}
+    phase, high = max(timeline, key=lambda m: sum(m[1].values()))
+    host = (sum(sent) + (memory.optimizer == "adamw-cpu") * depth) << 20
+    return Simulation(sum(high.values()), phase, high, host, timeline, costs)
+
+
+_runs = {}
+
+
+def once(work, *memory, layers=None, reward_layers=None):
+    """Simulate, and share the result between tests with the same arguments."""
+    key = (repr(work), memory, layers, reward_layers)
+    if key not in _runs:
+        _runs[key] = simulate(work, *memory, layers=layers, reward_layers=reward_layers)
+    return _runs[key]

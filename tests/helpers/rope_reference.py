@@ -1,0 +1,39 @@
+"""RMSNorm and 3-D rotation of queries or keys in plain PyTorch."""
+
+import functools
+import math
+
+import torch
+from dtypes import FP64
+from plain_torch import wide
+
+EPS = 1e-6
+
+
+@functools.cache
+def angles(grid, head_dim, offset=(0, 0, 0), theta=10000.0):
+    """Return float64 ``[L, d/2]`` from the definition, one token and one pair at a time."""
+    pairs = head_dim // 2
+    counts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    frequencies = [[theta ** (-i / n) for i in range(n)] for n in counts]
+    rows = []
+    for token in range(math.prod(grid)):
+        place = (token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2])
+        rows.append(
+            [(p + o) * w for p, o, ws in zip(place, offset, frequencies, strict=True) for w in ws]
+        )
+    return torch.tensor(rows, dtype=FP64, device="cpu")
+
+
+def naive_one(x, weight, heads, phi, per_head):
+    """Return RMSNorm and rotation the way models write them: rounded in between, float32 inside."""
+    if weight is not None:
+        groups = wide(x.unflatten(-1, (heads, -1)) if per_head else x)
+        normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + EPS)
+        x = (normed * wide(weight)).reshape(x.shape).to(x.dtype)
+    if phi is not None:
+        cos, sin = (t.float().to(wide(x))[:, None] for t in (phi.cos(), phi.sin()))
+        even, odd = wide(x).unflatten(-1, (heads, -1, 2)).unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        x = turned.flatten(-3).to(x.dtype)
+    return x

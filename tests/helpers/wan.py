@@ -1,0 +1,99 @@
+"""Tiny diffusers Wan models, their inputs, and a float64 oracle."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+CASES = ("t2v", "i2v", "per-token")
+
+
+def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, **overrides):
+    """Build a random ``WanTransformer3DModel`` whose perturbed norms and biases make every gradient
+    count.
+    """
+    diffusers = pytest.importorskip("diffusers")
+
+    torch.manual_seed(seed)
+    dim = heads * head_dim
+    i2v = {"image_dim": 20, "added_kv_proj_dim": dim, "in_channels": 36}
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "num_layers": layers,
+        "ffn_dim": 3 * dim,
+        "text_dim": 20,
+        "freq_dim": 32,
+        "rope_max_seq_len": 64,
+        **(i2v if case == "i2v" else {}),
+        **overrides,
+    }
+    model = diffusers.WanTransformer3DModel(**config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(case="t2v", *, batch=2, size=(3, 4, 6), text_tokens=7, seed=1):
+    """Return latents ``[B, 16, F, H, W]``, timesteps and conditions for :func:`tiny_wan`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    frames, height, width = size
+    tokens = frames * (height // 2) * (width // 2)
+    timestep = torch.rand(batch, tokens if case == "per-token" else 1, generator=generator) * 1000
+    conditions = {"encoder_hidden_states": randn(batch, 512 if case == "i2v" else text_tokens, 20)}
+    if case == "i2v":
+        conditions["encoder_hidden_states_image"] = randn(batch, 5, 20)
+        conditions["latent_condition"] = randn(batch, 20, *size)
+    return randn(batch, 16, *size), timestep if case == "per-token" else timestep[:, 0], conditions
+
+
+def mixed_layout(model):
+    """Cast to diffusers' bf16 layout: norms, modulation tables and time embedder stay float32."""
+    keep = model._keep_in_fp32_modules
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not any(part in keep for part in name.split(".")):
+            tensor.data = tensor.data.to(torch.bfloat16)
+    return model
+
+
+@contextlib.contextmanager
+def float_means_double():
+    """Make ``Tensor.float()`` return float64, so that diffusers' casts keep an oracle exact."""
+    original = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.Tensor.float = original
+
+
+def run(model, x, timestep, conditions, *, double: bool = False):
+    """Return output and every gradient (inputs, parameters) of one forward and backward."""
+    model = copy.deepcopy(model).double() if double else model
+    dtype = torch.float64 if double else model.patch_embedding.weight.dtype
+    leaves = {"x": x, **conditions}
+    leaves = {name: value.to(dtype).requires_grad_() for name, value in leaves.items()}
+    latents = leaves["x"]
+    if "latent_condition" in leaves:
+        latents = torch.cat([latents, leaves["latent_condition"]], dim=1)
+    with float_means_double() if double else contextlib.nullcontext():
+        out = model(
+            latents,
+            timestep,
+            leaves["encoder_hidden_states"],
+            encoder_hidden_states_image=leaves.get("encoder_hidden_states_image"),
+            return_dict=False,
+        )[0]
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+        out.backward(cotangent)
+    gradients = {name: value.grad for name, value in leaves.items()}
+    gradients |= {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return out.detach(), gradients

@@ -1,0 +1,180 @@
+"""Backend choice, its reasons and its errors; registration; life without triton."""
+
+import os
+
+import pytest
+import torch
+from compiled import run_python
+
+import prfl_fast.kernels as kernels
+from prfl_fast.kernels.runtime import registry
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def implementation(name):
+    def function(x: torch.Tensor, upcast: torch.dtype | None = None) -> torch.Tensor:
+        return torch.full_like(x, name)
+
+    return function
+
+
+@pytest.fixture
+def operation():
+    """Return an operation that returns 0 from its reference, 1 from Triton, 2 from CUDA C++."""
+    return registry.Operation("probe", *(implementation(i) for i in range(3)))
+
+
+@pytest.fixture
+def bare():
+    return registry.Operation("bare", implementation(0), None, None)
+
+
+@pytest.fixture
+def anything_goes(monkeypatch):
+    """Let any backend be chosen, be triton, an extension or the interpreter here or not."""
+    monkeypatch.setattr(registry, "HAS_TRITON", True)
+    monkeypatch.setattr(registry, "extension_loaded", lambda: True)
+    monkeypatch.setattr(registry, "INTERPRETING", False)
+
+
+@pytest.mark.parametrize(
+    "backend, device, dtype, chosen, reason",
+    [
+        ("auto", CPU, torch.float32, "reference", "cpu tensors"),
+        ("auto", CUDA, torch.bfloat16, "triton", "CUDA tensors"),
+        ("auto", CUDA, torch.float64, "reference", "float64 runs in PyTorch"),
+        ("reference", CUDA, torch.bfloat16, "reference", "backend set to reference"),
+        ("triton", CUDA, torch.float16, "triton", "backend set to triton"),
+        ("triton", CPU, torch.float64, "reference", "float64 runs in PyTorch"),
+        ("cuda", CUDA, torch.bfloat16, "cuda", "backend set to cuda"),
+    ],
+)
+def test_choice_and_reason(anything_goes, operation, backend, device, dtype, chosen, reason):
+    kernels.set_backend(backend)
+    choice = operation.choose(device, dtype)
+    assert choice.backend == chosen and reason in choice.reason
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_an_operation_without_kernels_runs_its_reference(anything_goes, bare, backend, device):
+    kernels.set_backend(backend)
+    assert bare.choose(device, torch.bfloat16).backend == "reference"
+
+
+def test_without_triton_cuda_tensors_run_the_reference(monkeypatch, operation):
+    kernels.set_backend("auto")
+    monkeypatch.setattr(registry, "HAS_TRITON", False)
+    choice = operation.choose(CUDA, torch.bfloat16)
+    assert choice == ("reference", "triton is not installed")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_forced_backend_refuses_cpu_tensors(anything_goes, operation, backend):
+    kernels.set_backend(backend)
+    with pytest.raises(ValueError, match=f"probe: backend '{backend}' .* on cpu; move them"):
+        operation(torch.zeros(2))
+
+
+@pytest.mark.triton
+def test_the_interpreter_runs_cpu_tensors(monkeypatch, operation):
+    monkeypatch.setattr(registry, "INTERPRETING", True)
+    kernels.set_backend("triton")
+    assert operation.choose(CPU, torch.float32) == ("triton", "interpreted")
+    assert operation(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_the_first_tensor_decides_also_inside_a_list():
+    kernels.set_backend("auto")
+    operation = registry.Operation("listed", lambda tensors, c: tensors[0] * c, None, None)
+    assert operation([torch.ones(2)], 3.0).tolist() == [3, 3]
+
+
+def test_set_backend_refuses_what_is_unknown_or_missing(monkeypatch):
+    before = registry.get_backend()
+    with pytest.raises(ValueError, match="backend is 'tritn', expected one of auto, reference"):
+        kernels.set_backend("tritn")
+    monkeypatch.setattr(registry, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="triton is not installed: pip install triton"):
+        kernels.set_backend("triton")
+    monkeypatch.setattr(registry, "extension_loaded", lambda: False)
+    with pytest.raises(ValueError, match="the extension is not loaded: "):
+        kernels.set_backend("cuda")
+    assert registry.get_backend() == before
+
+
+def test_report_names_every_operation_and_never_raises(anything_goes):
+    kernels.set_backend("auto")
+    report = registry.report("cuda")
+    assert set(report) == set(registry.OPERATIONS) and list(report) == sorted(report)
+    assert report["norm_modulate"] == ("triton", "CUDA tensors")
+    assert report["norm_modulate_backward"] == ("triton", "CUDA tensors")
+    assert all(choice.backend == "reference" for choice in registry.report("cpu").values())
+    kernels.set_backend("triton")
+    refused = registry.report("cpu")["norm_modulate"]
+    assert refused.backend == "none" and "move them to a CUDA device" in refused.reason
+
+
+def test_registered_schema_leaves_upcast_out():
+    for name in registry.OPERATIONS:
+        overload = getattr(torch.ops.prfl_fast, name).default
+        assert "upcast" not in str(overload._schema)
+        assert not overload._schema.is_mutable
+
+
+def test_register_builds_a_working_op(monkeypatch):
+    monkeypatch.setattr(registry, "OPERATIONS", {})
+    op = registry.register("test_probe", implementation(5), fake=lambda x: x.new_empty(x.shape))
+    assert op(torch.zeros(3)).tolist() == [5, 5, 5]
+    assert list(registry.OPERATIONS) == ["test_probe"]
+    torch.library.opcheck(op, (torch.zeros(3),))
+
+
+def test_environment_variable_sets_the_backend():
+    script = "from prfl_fast.kernels.runtime import registry; print(registry.get_backend())"
+    run = run_python(script, environment=os.environ | {"PRFL_FAST_BACKEND": "reference"})
+    assert run.stdout.strip() == "reference", run.stderr
+    run = run_python(script, environment=os.environ | {"PRFL_FAST_BACKEND": "fastest"})
+    assert run.returncode != 0
+    assert "PRFL_FAST_BACKEND is 'fastest', expected one of auto, reference" in run.stderr
+
+
+def test_everything_imports_and_runs_without_triton():
+    run = run_python("""
+        import importlib.abc, sys
+
+        class Block(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "triton":
+                    raise ImportError("triton is blocked")
+
+        sys.meta_path.insert(0, Block())
+        import torch
+        import prfl_fast.kernels as kernels
+        from prfl_fast.kernels.runtime import registry
+
+        x = torch.randn(2, 4, 16, requires_grad=True)
+        y = kernels.norm_modulate(x, scale=torch.randn(2, 16))
+        y.square().sum().backward()
+        assert x.grad.isfinite().all()
+        try:
+            kernels.set_backend("triton")
+        except ValueError as error:
+            print(error)
+        choices = registry.report("cuda").values()
+        assert {c.backend for c in choices} == {"reference"}
+        print(sorted({c.reason for c in choices}))
+        """)
+    assert run.returncode == 0, run.stderr
+    assert "triton is not installed: pip install triton" in run.stdout
+    assert "triton is not installed" in run.stdout.splitlines()[1]
+
+
+def test_autocast_does_not_reach_inside():
+    """A caller's autocast casts what it passes on, not the sums of an operation."""
+    x, queries = torch.randn(1, 40, 16), torch.randn(2, 16)
+    expected, _ = kernels.query_pool(x, queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled, _ = kernels.query_pool(x, queries)
+    assert torch.equal(pooled, expected)

@@ -1,0 +1,75 @@
+"""Norm, rotation and attention as one step of autograd: the same bits, less kept."""
+
+import pytest
+import torch
+
+from prfl_fast.kernels import attention, qk_norm_rope, rope_table
+from prfl_fast.models.block_autograd import NormAttention
+
+HEADS, DIM, GRID = 2, 32, (2, 3, 4)
+LENGTH = 24
+NAMES = ("q", "k", "v", "q_weight", "k_weight")
+
+
+def inputs(keys, dtype, needed):
+    shapes = [(2, LENGTH, DIM), (2, keys, DIM), (2, keys, DIM), (DIM,), (DIM,)]
+    return [
+        torch.randn(shape, dtype=dtype).requires_grad_(name in needed)
+        for shape, name in zip(shapes, NAMES, strict=True)
+    ]
+
+
+def rope():
+    cos, sin = rope_table(16, DIM // HEADS)
+    return {"cos": cos, "sin": sin, "grid": GRID, "offset": (1, 0, 2)}
+
+
+def in_two_steps(q, k, v, q_weight, k_weight, **turn):
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, heads=HEADS, eps=1e-6, **turn)
+    return attention(q, k, v, heads=HEADS)[0]
+
+
+def in_one_step(*tensors, cos=None, sin=None, grid=None, offset=(0, 0, 0)):
+    return NormAttention.apply(*tensors, cos, sin, grid, offset, HEADS, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "needed", [NAMES, ("q", "k", "v"), ("q",), ("v",), ("q_weight",), ("k_weight", "v")], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("keys, turn", [(LENGTH, rope()), (7, {})], ids=["self", "cross"])
+def test_same_bits_as_two_steps(keys, turn, dtype, needed):
+    tensors = inputs(keys, dtype, needed)
+    grad = torch.randn(2, LENGTH, DIM, dtype=dtype)
+    found = []
+    for function in (in_two_steps, in_one_step):
+        out = function(*tensors, **turn)
+        leaves = [t for t in tensors if t.requires_grad]
+        found.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_keeps_queries_and_keys_once():
+    tensors = inputs(LENGTH, torch.float32, NAMES)
+    kept = []
+    for function in (in_two_steps, in_one_step):
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage()._cdata] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(*tensors, **rope())
+        kept.append(sum(storages.values()))
+    assert kept[0] - kept[1] == 2 * tensors[0].nbytes
+
+
+def test_without_gradient_nothing_is_kept():
+    tensors = inputs(LENGTH, torch.float32, ())
+    assert not in_one_step(*tensors, **rope()).requires_grad
+    tensors[0].requires_grad_()
+    with torch.no_grad():
+        out = in_one_step(*tensors, **rope())
+    assert out.grad_fn is None and torch.equal(out, in_two_steps(*tensors, **rope()))

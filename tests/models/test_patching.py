@@ -1,0 +1,256 @@
+"""Patched against unpatched diffusers Wan: outputs, every gradient, wrappers, refusals."""
+
+import copy
+import math
+import re
+import types
+
+import numerics
+import pytest
+import torch
+import wan
+from rollouts import fused, lay_out
+from torch import nn
+
+import prfl_fast
+
+pytest.importorskip("diffusers")
+
+
+@pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed"])
+@pytest.mark.parametrize("case", wan.CASES)
+def test_outputs_and_gradients_within_twice(case, layout):
+    """Per kind of parameter, relative errors are pooled over seeds and blocks.
+
+    The rounding errors of a gradient such as a cross-attention query bias's have few degrees of
+    freedom: between two equally exact computations the ratio reaches 2.7 for one seed and averages
+    1.0 over many.
+    """
+    squares = {}
+    for seed in range(3):
+        model = lay_out(wan.tiny_wan(case, seed=seed), layout)
+        arguments = wan.inputs(case, seed=seed + 10, text_tokens=24)
+        oracle_out, oracle = wan.run(model, *arguments, double=True)
+        plain_out, plain = wan.run(model, *arguments)
+        out, gradients = wan.run(prfl_fast.patch(model), *arguments)
+        numerics.assert_within_twice(out, plain_out, oracle_out)
+        assert gradients.keys() == oracle.keys()
+        for name, exact in {"output": oracle_out, **oracle}.items():
+            ours, theirs = (out, plain_out) if name == "output" else (gradients[name], plain[name])
+            if exact is None:
+                assert ours is None, name
+                continue
+            assert ours.dtype == theirs.dtype, name
+            assert torch.isfinite(ours).all(), name
+            kind = re.sub(r"^blocks\.\d+", "blocks", name)
+            sums, size = squares.setdefault(kind, [0.0, 0.0]), exact.square().mean().item()
+            sums[0] += (ours - exact).square().mean().item() / size
+            sums[1] += (theirs - exact).square().mean().item() / size
+    ratios = {name: (ours / theirs) ** 0.5 for name, (ours, theirs) in squares.items()}
+    worst = max(ratios, key=ratios.__getitem__)
+    assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", wan.CASES)
+def test_triton_kernels_through_a_whole_model(case, triton_backend):
+    """Every kernel of a block, forward and backward, as the adapter calls it.
+
+    One seed: a single gradient's error ratio scatters (see above), their geometric mean does not.
+    """
+    size = {"size": (1, 4, 4), "batch": 1, "text_tokens": 3}
+    model = wan.tiny_wan(case, layers=1)
+    arguments = wan.inputs(case, **size)
+    oracle_out, oracle = wan.run(model, *arguments, double=True)
+    plain_out, plain = wan.run(model, *arguments)
+    out, gradients = wan.run(prfl_fast.patch(model), *arguments)
+    numerics.assert_within_twice(out, plain_out, oracle_out, rounding=4)
+    ratios = {}
+    for name, exact in oracle.items():
+        assert (gradients[name] is None) == (exact is None), name
+        if exact is not None:
+            assert torch.isfinite(gradients[name]).all(), name
+            ours, theirs = (g[name].double() - exact for g in (gradients, plain))
+            ratios[name] = (ours.norm() / theirs.norm().clamp_min(1e-12)).item()
+    mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    worst = max(ratios, key=ratios.__getitem__)
+    print(f"errors over the unpatched model's: {mean:.2f}, worst {ratios[worst]:.2f} ({worst})")
+    assert mean <= 1.5 and ratios[worst] <= 4
+
+
+def test_patch_is_reversible_idempotent_and_per_instance():
+    model, other = wan.tiny_wan(), wan.tiny_wan()
+    before, _ = wan.run(model, *wan.inputs())
+    keys, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    assert prfl_fast.patch(model) is model
+    first = model.blocks[0].__dict__["forward"]
+    prfl_fast.patch(model)
+    assert model.blocks[0].__dict__["forward"] is first
+    assert "forward" not in other.blocks[0].__dict__
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_modules()] == modules
+    prfl_fast.unpatch(prfl_fast.unpatch(model))
+    assert "forward" not in model.blocks[0].__dict__ and "forward" not in model.rope.__dict__
+    after, _ = wan.run(model, *wan.inputs())
+    assert torch.equal(before, after)
+
+
+def test_importing_changes_nothing():
+    from diffusers.models.transformers import transformer_wan
+
+    assert transformer_wan.WanTransformerBlock.forward.__module__.startswith("diffusers")
+
+
+def test_deepcopy_of_a_patched_model_is_independent():
+    model = prfl_fast.patch(wan.tiny_wan())
+    twin = copy.deepcopy(model)
+    assert twin.blocks[0].forward.__self__ is twin.blocks[0]
+    with torch.no_grad():
+        twin.blocks[0].ffn.net[2].weight.zero_()
+    assert not torch.equal(wan.run(model, *wan.inputs())[0], wan.run(twin, *wan.inputs())[0])
+
+
+@pytest.mark.parametrize("case", wan.CASES)
+def test_gradient_checkpointing_gives_the_same_gradients(case):
+    model = prfl_fast.patch(wan.tiny_wan(case)).train()
+    out, plain = wan.run(model, *wan.inputs(case))
+    model.enable_gradient_checkpointing()
+    again, checkpointed = wan.run(model, *wan.inputs(case))
+    assert torch.equal(out, again)
+    for name, gradient in plain.items():
+        assert gradient is None or torch.equal(gradient, checkpointed[name]), name
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_lora_layers_are_respected(patch_first):
+    from peft import LoraConfig
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+    plain, model = wan.tiny_wan(), wan.tiny_wan()
+    for m in (plain, model):
+        if m is model and patch_first:
+            prfl_fast.patch(m)
+        torch.manual_seed(3)
+        m.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    prfl_fast.patch(model)
+    oracle_out, oracle = wan.run(plain, *wan.inputs(), double=True)
+    plain_out, theirs = wan.run(plain, *wan.inputs())
+    out, ours = wan.run(model, *wan.inputs())
+    numerics.assert_within_twice(out, plain_out, oracle_out)
+    lora = [name for name in oracle if "lora_" in name]
+    assert len(lora) == 2 * 2 * (2 * 4 + 2)
+    for name in lora:
+        numerics.assert_within_twice(ours[name], theirs[name], oracle[name], name, rounding=4)
+    assert ours["blocks.0.attn1.to_q.base_layer.weight"] is None
+
+
+def with_peft(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"]))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, with_peft, lambda m: torch.compile(m, backend="eager"), nn.DataParallel],
+    ids=["bare", "peft", "compile", "data-parallel"],
+)
+def test_is_patched_sees_through_wrappers(wrap):
+    model = wan.tiny_wan()
+    wrapped = wrap(model)
+    assert not prfl_fast.is_patched(wrapped)
+    assert prfl_fast.patch(wrapped) is wrapped
+    assert prfl_fast.is_patched(wrapped) and prfl_fast.is_patched(model)
+    prfl_fast.unpatch(wrapped)
+    assert not prfl_fast.is_patched(wrapped) and not prfl_fast.is_patched(model)
+
+
+@pytest.mark.parametrize("part", [lambda m: m.blocks[1], lambda m: m.rope], ids=["block", "rope"])
+def test_a_partly_patched_model_is_not_patched(part):
+    model = prfl_fast.patch(wan.tiny_wan())
+    del part(model).forward
+    assert not prfl_fast.is_patched(model)
+    assert prfl_fast.is_patched(prfl_fast.patch(model))
+    part(model).forward = types.MethodType(lambda self, *a: None, part(model))
+    assert not prfl_fast.is_patched(model)
+
+
+def assert_output_within_twice(plain, model, case):
+    """Patch ``model``, an equal copy of ``plain``, and compare their outputs."""
+    oracle, _ = wan.run(plain, *wan.inputs(case), double=True)
+    theirs, _ = wan.run(plain, *wan.inputs(case))
+    ours, _ = wan.run(prfl_fast.patch(model), *wan.inputs(case))
+    numerics.assert_within_twice(ours, theirs, oracle)
+
+
+def test_fused_projections_are_used():
+    assert_output_within_twice(*(fused(wan.tiny_wan("i2v")) for _ in range(2)), "i2v")
+
+
+def test_forward_hooks_of_the_first_ffn_linear_still_run():
+    model = prfl_fast.patch(wan.tiny_wan())
+    seen = []
+    model.blocks[0].ffn.net[0].proj.register_forward_hook(lambda *_: seen.append(1))
+    wan.run(model, *wan.inputs())
+    assert seen
+
+
+def test_without_cross_attention_norm():
+    models = (wan.tiny_wan(cross_attn_norm=False) for _ in range(2))
+    assert_output_within_twice(*models, "t2v")
+
+
+def test_block_called_with_diffusers_own_rotary_tables():
+    model, plain = prfl_fast.patch(wan.tiny_wan()), wan.tiny_wan()
+    args = (torch.randn(1, 6, 48), torch.randn(1, 7, 48), torch.randn(1, 6, 48))
+    rotary = plain.rope(torch.zeros(1, 16, 1, 4, 6))
+    assert torch.equal(model.blocks[0](*args, rotary), plain.blocks[0](*args, rotary))
+
+
+def test_compiles_without_graph_breaks():
+    model = prfl_fast.patch(wan.tiny_wan(layers=1))
+    out, gradients = wan.run(model, *wan.inputs())
+    model.blocks[0].compile(fullgraph=True, backend="aot_eager")
+    compiled_out, compiled = wan.run(model, *wan.inputs())
+    assert torch.allclose(out, compiled_out, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        same = gradient is None or torch.allclose(gradient, compiled[name], rtol=1e-4, atol=1e-5)
+        assert same, name
+
+
+def test_frozen_model_gives_only_the_input_gradient():
+    model = prfl_fast.patch(wan.tiny_wan()).requires_grad_(False)
+    x, timestep, conditions = wan.inputs()
+    x.requires_grad_()
+    (out,) = model(x, timestep, conditions["encoder_hidden_states"], return_dict=False)
+    out.square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_unknown_model_is_a_type_error_that_lists_what_is_supported():
+    for function, model, message in (
+        (prfl_fast.patch, nn.Linear(2, 2), "Linear.*supported: diffusers WanTransformer3DModel"),
+        (prfl_fast.unpatch, nn.Linear(2, 2), "supported"),
+        (prfl_fast.is_patched, nn.Linear(2, 2), "supported"),
+        (prfl_fast.patch, "wan", "supported"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            function(model)
+
+
+def test_refuses_what_it_would_break():
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    class Sage(WanAttnProcessor):
+        pass
+
+    model = wan.tiny_wan()
+    model.blocks[1].attn1.set_processor(Sage())
+    message = r"attention processor of blocks\.1\.attn1 is 'Sage', expected WanAttn"
+    with pytest.raises(ValueError, match=message):
+        prfl_fast.patch(model)
+    assert "forward" not in model.blocks[0].__dict__, "nothing may be half patched"
+    model = wan.tiny_wan()
+    model.blocks[0].forward = types.MethodType(lambda self, *a: None, model.blocks[0])
+    with pytest.raises(ValueError, match="forward of its own"):
+        prfl_fast.patch(model)

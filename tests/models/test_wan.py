@@ -1,0 +1,131 @@
+"""The diffusers Wan adapter: velocity, features, backbone, official parameter names, checks."""
+
+import copy
+
+import pytest
+import torch
+import wan
+
+import prfl_fast
+from prfl_fast.models.registry import adapter_by_name, find_adapter
+
+pytest.importorskip("diffusers")
+TEXT = "encoder_hidden_states"
+
+
+@pytest.mark.parametrize("case", wan.CASES)
+def test_velocity_is_the_models_output(case):
+    model = wan.tiny_wan(case)
+    x, timestep, conditions = wan.inputs(case)
+    latents = torch.cat([x, conditions["latent_condition"]], 1) if case == "i2v" else x
+    image = conditions.get("encoder_hidden_states_image")
+    expected = model(latents, timestep, conditions[TEXT], encoder_hidden_states_image=image).sample
+    adapter = find_adapter(model)
+    assert torch.equal(adapter.velocity(model, x, timestep, conditions), expected)
+    out = adapter.velocity(model.to(torch.bfloat16), x, timestep, conditions)
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("case", wan.CASES)
+def test_features_are_the_residual_stream(case, patched):
+    model = wan.tiny_wan(case, layers=3)
+    if patched:
+        prfl_fast.patch(model)
+    x, timestep, conditions = wan.inputs(case)
+    adapter = find_adapter(model)
+    seen = []
+    hook = model.blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    expected_velocity = adapter.velocity(model, x, timestep, conditions)
+    hook.remove()
+    assert expected_velocity.shape == x.shape
+    features = adapter.features(model, x, timestep, conditions, 2)
+    assert torch.equal(features, seen[0])
+    backbone = adapter.backbone(model, 2)
+    assert torch.equal(adapter.features(backbone, x, timestep, conditions, 2), seen[0])
+    assert len(backbone.blocks) == 2 and backbone.config.num_layers == 2 and len(model.blocks) == 3
+    names = {name.split(".")[0] for name, _ in backbone.named_parameters()}
+    assert names == {"patch_embedding", "condition_embedder", "blocks"}
+    with torch.no_grad():
+        backbone.blocks[0].attn1.to_q.weight.zero_()
+    assert model.blocks[0].attn1.to_q.weight.abs().sum() > 0
+
+
+def test_scalar_timestep_is_expanded():
+    model = wan.tiny_wan()
+    x, _, conditions = wan.inputs()
+    adapter = find_adapter(model)
+    one = adapter.velocity(model, x, torch.tensor(500.0), conditions)
+    assert torch.equal(one, adapter.velocity(model, x, torch.full((2,), 500.0), conditions))
+
+
+def test_backbone_from_config_round_trip():
+    adapter = find_adapter(model := wan.tiny_wan("i2v", layers=3))
+    backbone = adapter.backbone(model, 2)
+    twin = adapter.backbone_from_config(adapter.backbone_config(backbone))
+    twin.load_state_dict(backbone.state_dict())
+    x, timestep, conditions = wan.inputs("i2v")
+    features = [adapter.features(m, x, timestep, conditions, 2) for m in (twin, backbone)]
+    assert torch.equal(*features)
+    assert adapter_by_name(adapter.name) is adapter
+    for function, arguments, message in (
+        (adapter.backbone_from_config, [{"num_layers": 1, "color": "red"}], "does not fit"),
+        (adapter_by_name, ["hunyuan"], "adapter is 'hunyuan', expected one of 'diffusers Wan"),
+        (adapter.backbone, [model, 4], "num_blocks is 4, expected 1 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments)
+
+
+@pytest.mark.parametrize("case", ["t2v", "i2v"])
+def test_official_names_round_trip_and_agree_with_diffusers_converter(case):
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    overrides = {"pos_embed_seq_len": 5} if case == "i2v" else {}
+    model = wan.tiny_wan(case, **overrides)
+    adapter, state = find_adapter(model), wan.tiny_wan(case, **overrides).state_dict()
+    reference = adapter.to_reference(state)
+    shared = ("patch_embedding", "blocks.")
+    assert reference.keys().isdisjoint(k for k in state if not k.startswith(shared))
+    names = {"blocks.0.self_attn.q.weight", "blocks.1.modulation", "blocks.0.norm3.weight"}
+    assert names | {"head.modulation"} <= reference.keys()
+    back = adapter.from_reference(reference)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+    # Of first-and-last-frame models; diffusers' converter does not know it.
+    reference.pop("img_emb.emb_pos", None)
+    converted = convert_wan_transformer_to_diffusers(copy.copy(reference))
+    assert converted.keys() == state.keys() - {"condition_embedder.image_embedder.pos_embed"}
+    assert all(torch.equal(converted[k], state[k]) for k in converted)
+
+
+def test_embedding_modules_and_sizes():
+    model = wan.tiny_wan()
+    adapter = find_adapter(model)
+    assert adapter.hidden_size(model) == 48
+    assert adapter.blocks(model) is model.blocks
+    embedded = {id(p) for m in adapter.embedding_modules(model) for p in m.parameters()}
+    outside = {name.split(".")[0] for name, p in model.named_parameters() if id(p) not in embedded}
+    assert outside == {"blocks", "proj_out", "scale_shift_table"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, c: (x, None), "conditions is NoneType, expected a dict"),
+        (lambda x, c: (x, {}), "expected a dict with 'encoder_hidden_states'"),
+        (lambda x, c: (x, {**c, "prompt": x}), "key of conditions is 'prompt', expected one of"),
+        (lambda x, c: (x[0], c), "expected a floating-point tensor"),
+        (lambda x, c: (x.long(), c), r"x is int64\["),
+        (lambda x, c: (x[:, :8], c), "channels are 8 of x, expected 16"),
+        (lambda x, c: (x, {**c, "latent_condition": x}), "16 of latent_condition, expected 16"),
+        (lambda x, c: (x[..., :3], c), "W of x is 3, expected a multiple of the patch size 2"),
+        (lambda x, c: (x[:1], c), "first dimension is the batch of x, 1"),
+        (lambda x, c: (x, {TEXT: torch.randn(2, 7, 21)}), r"expected \[B, T, 20\]"),
+        (lambda x, c: (x, {TEXT: c[TEXT].to("meta")}), "on meta, expected a floating-point tensor"),
+    ],
+)
+def test_bad_latents_and_conditions(change, message):
+    model = wan.tiny_wan()
+    x, _, conditions = wan.inputs()
+    with pytest.raises(ValueError, match=message):
+        find_adapter(model).check_latents(model, *change(x, conditions))

@@ -1,0 +1,37 @@
+"""Fixtures of the planner's tests."""
+
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from plans import SHALLOW, made_up, once, small_workload  # noqa: E402
+
+from prfl_fast.planning import planner  # noqa: E402
+from prfl_fast.planning import search as plan_search  # noqa: E402
+from prfl_fast.planning.search import memory_of  # noqa: E402
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace ``simulate`` by round numbers; return the list of its calls."""
+    seen = []
+
+    def called(*args, **options):
+        seen.append((args, options))
+        return made_up(*args, **options)
+
+    monkeypatch.setattr(plan_search, "simulate", called)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def real():
+    """Return a plan of the small model that has to leave the fastest policies out."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan_search, "simulate", once)
+        none = ("none", None)
+        memory = memory_of(("bf16", "adamw"), none, none, None)
+        whole = once(small_workload(), *memory, **SHALLOW)
+        budget = plan_search.RESERVE_LEAST + int(0.8 * whole.peak)
+        return planner.plan_memory(small_workload(), budget=budget, gpu="h100")

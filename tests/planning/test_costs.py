@@ -1,0 +1,99 @@
+"""Work counted by phase, against hand-computed cases."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prfl_fast.kernels import attention, query_pool
+from prfl_fast.memory.ledger import mark
+from prfl_fast.planning.costs import Cost, CostLedger
+
+BYTES = 4096  # of x
+
+
+def cost_of(work):
+    """Return the cost of ``work(x, y)`` on two float32 tensors of 1024 elements."""
+    with FakeTensorMode():
+        x, y = torch.zeros(1024), torch.zeros(1024)
+        with CostLedger() as ledger:
+            work(x, y)  # no phase yet: not counted
+            ledger.start_phase("forward")
+            work(x, y)
+    return ledger.costs().get("forward", Cost())
+
+
+def moved(work):
+    cost = cost_of(work)
+    assert cost.matmul_flops == cost.attention_flops == 0
+    return cost.moved_bytes
+
+
+def test_bytes_that_elementwise_operations_move():
+    assert moved(lambda x, y: x + y) == 3 * BYTES
+    assert moved(lambda x, y: x.add_(y)) == 3 * BYTES
+    assert moved(lambda x, y: x.to(torch.bfloat16)) == BYTES + BYTES // 2
+    assert moved(lambda x, y: torch.zeros(1024)) == BYTES
+    assert moved(lambda x, y: x[:256] + y[0].expand(256)) == 1024 + 4 + 1024
+    assert moved(lambda x, y: x.copy_(y)) >= 2 * BYTES
+
+
+def test_views_and_empty_tensors_move_nothing():
+    assert moved(lambda x, y: x.view(2, -1)[0].t()) == 0
+    assert moved(lambda x, y: (torch.empty(1024), x.new_empty(7), torch.empty_like(y))) == 0
+
+
+def test_copies_to_and_from_the_host_cross_the_bus():
+    def out_and_back(x, y):
+        buffer = torch.empty(1024)
+        mark(buffer, "host")
+        buffer.copy_(x)
+        y.copy_(buffer)
+
+    assert cost_of(out_and_back) == Cost(to_host_bytes=BYTES, to_device_bytes=BYTES)
+
+
+def test_matrix_products_count_operations_and_no_bytes():
+    cost = cost_of(lambda x, y: x.view(32, 32) @ y.view(32, 32))
+    assert cost == Cost(matmul_flops=2 * 32**3)
+
+
+def test_attention_and_its_backward_count_apart():
+    batch, length, keys, heads, size = 2, 24, 40, 4, 8
+    forward = 4 * batch * length * keys * heads * size
+    scratch = 4 * batch * 128 * (heads * size + 2 * heads)
+
+    def run(plain):
+        with FakeTensorMode():
+            q = torch.zeros(batch, length, heads * size, requires_grad=True)
+            k = torch.zeros(batch, keys, heads * size, requires_grad=True)
+            with CostLedger() as ledger:
+                ledger.start_phase("forward")
+                if plain:
+                    split = [t.unflatten(2, (heads, size)).transpose(1, 2) for t in (q, k, k)]
+                    out = torch.nn.functional.scaled_dot_product_attention(*split)
+                else:
+                    out = attention(q, k, k, heads=heads)[0]
+                loss = out.sum()
+                ledger.start_phase("backward")
+                live = ledger.live
+                loss.backward()
+        costs = ledger.costs()
+        assert costs["forward"].attention_flops == forward
+        assert costs["backward"].attention_flops == 5 * forward // 2
+        assert costs["backward"].matmul_flops == 0
+        # What the kernel allocates inside itself is in the peak, and gone after.
+        assert ledger.peak >= live + scratch + q.nbytes + 2 * k.nbytes
+        assert ledger.live < live + scratch + q.nbytes
+
+    for plain in (False, True):
+        run(plain)
+
+
+def test_the_query_pool_counts_both_its_products_and_what_it_reads():
+    with FakeTensorMode():
+        x, queries = torch.zeros(1, 512, 16), torch.zeros(4, 16)
+        with CostLedger() as ledger:
+            ledger.start_phase("reward")
+            query_pool(x, queries)
+    cost = ledger.costs()["reward"]
+    assert cost.matmul_flops == 4 * 512 * 16 * 4
+    assert x.nbytes <= cost.moved_bytes <= 1.1 * x.nbytes

@@ -1,0 +1,143 @@
+"""The planner: its plan of a small model, its arguments, the 14B plans."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from plans import SMALL, small_workload
+
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning import planner
+from prfl_fast.planning import search as plan_search
+from prfl_fast.planning.presets import MODELS, model_config
+from prfl_fast.planning.report import table
+from prfl_fast.planning.search import CHUNK, GIB, POLICIES, Candidate, memory_of
+from prfl_fast.planning.workload import Workload
+from prfl_fast.rollout.config import RolloutConfig
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def test_nothing_fits(calls):
+    plan = planner.plan_memory(small_workload(), budget=plan_search.RESERVE_LEAST + (20 << 20))
+    assert not plan.feasible and plan.missing == plan.peak + plan.reserve - plan.budget > 0
+    leanest = memory_of(("nf4", "adamw"), POLICIES[-1], POLICIES[-1], CHUNK)
+    assert (plan.memory, plan.reward_memory) == leanest
+    assert len(plan.candidates) == 3  # the leanest of each kind of weights
+    text = table(plan)
+    assert "no plan fits" in text and "MiB" not in text
+    assert f"{plan.missing / GIB:.2f} GiB of device memory" in text
+
+
+def test_plan_of_a_small_model(real):
+    assert real.feasible and real.memory.weight_dtype == "bf16" and real.missing == 0
+    assert real.peak == sum(real.categories.values())
+    assert real.peak == max(sum(live.values()) for _, live in real.timeline)
+    chosen = next(c for c in real.candidates if c.reason == "chosen")
+    assert (chosen.memory, chosen.reward_memory) == (real.memory, real.reward_memory)
+    assert chosen.peak == real.peak
+    assert chosen.seconds == pytest.approx(real.step_seconds)
+    faster = [c for c in real.candidates if c.seconds < 0.99 * chosen.seconds]
+    assert faster and all("over" in c.reason for c in faster)
+    smaller = real.smaller(real.memory, real.reward_memory)
+    assert smaller is None or smaller.peak < real.peak
+    assert real.smaller(MemoryConfig("fp32", "full"), MemoryConfig()) is None
+
+
+def test_what_to_try_next_has_room_on_the_host(real):
+    reward = MemoryConfig()
+    now = Candidate(MemoryConfig(), reward, 3, 0, 1.0, "chosen")
+    lean = MemoryConfig("fp32", "full", "cpu")
+    offloaded = Candidate(lean, reward, 1, 9, 2.0, "over on the host")
+    full = Candidate(MemoryConfig("fp32", "full"), reward, 2, 0, 3.0, "fits, slower")
+    plan = dataclasses.replace(real, candidates=[now, offloaded, full], host_budget=5)
+    assert plan.smaller(now.memory, reward) == full
+    assert dataclasses.replace(plan, host_budget=None).smaller(now.memory, reward) == offloaded
+
+
+# Arguments.
+@pytest.mark.parametrize(
+    "value, expected",
+    [("24GiB", 24 << 30), ("1.5 gib", 3 << 29), ("80GB", 80 * 10**9), (123, 123), ("7", 7)],
+)
+def test_sizes(value, expected):
+    assert planner.size_of(value, "budget") == expected
+
+
+@pytest.mark.parametrize("value", ["24 G", "much", 0, -1, True, "GiB", "0GiB"])
+def test_bad_sizes(value):
+    with pytest.raises(ValueError, match="budget is .*expected bytes or a size"):
+        planner.size_of(value, "budget")
+
+
+def test_models(tmp_path):
+    assert model_config("WAN2.1-T2V-14B")["num_layers"] == 40
+    assert model_config("wan2.1-i2v-14b")["in_channels"] == 36
+    assert model_config({"_class_name": "x", "a": 1}) == {"a": 1}
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel(**SMALL)
+        for name, config in MODELS.items():
+            assert diffusers.WanTransformer3DModel(**{**config, "num_layers": 1}), name
+    assert model_config(model)["ffn_dim"] == 512
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(SMALL))
+    assert model_config(tmp_path) == SMALL
+    (tmp_path / "transformer" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a configuration"):
+        model_config(tmp_path)
+    with pytest.raises(ValueError, match="expected one of wan2.1-t2v-1.3b"):
+        model_config("wan9")
+    with pytest.raises(TypeError, match="supported: diffusers WanTransformer3DModel"):
+        model_config(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"weight_dtype": "int4"}, "weight_dtype is 'int4', expected one of 'auto', 'bf16'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"train": "full", "weight_dtype": "nf4"}, "weight_dtype is 'nf4', .* cannot train"),
+        ({"gpu": "tpu"}, "gpu is 'tpu', expected one of 'h200'"),
+        ({"frames": 80}, "frames is 80"),
+        ({"train": "half"}, "train is 'half'"),
+        ({"host_budget": "some"}, "host_budget is 'some'"),
+    ],
+)
+def test_bad_arguments(calls, options, message):
+    options = dict(options)
+    with pytest.raises(ValueError, match=message):
+        work = {key: options.pop(key) for key in ("train", "frames") if key in options}
+        planner.plan_memory(small_workload(**work), **options)
+    assert not calls
+
+
+def test_a_gradient_plan_is_one_with_points_of_one_step():
+    with pytest.raises(
+        TypeError, match=r"gradient_plan is .*RolloutConfig.*, expected GradientPlan"
+    ):
+        small_workload(gradient_plan=RolloutConfig())
+    with pytest.raises(ValueError, match="gradient_plan is .*expected gradient points of one step"):
+        small_workload(gradient_plan=GradientPlan.draft(2))
+
+
+# The plans this was made for, minutes of simulation.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "workload, options, weights, optimizer",
+    [
+        ({}, {"budget": "48GiB"}, "bf16", "adamw"),
+        ({}, {"budget": "24GiB", "weight_dtype": "nf4"}, "nf4", "adamw"),
+        ({"train": "full", "height": 480, "width": 832}, {"budget": "141GiB"}, "bf16", "adamw8bit"),
+    ],
+    ids=["48 GiB exact", "24 GiB NF4", "141 GiB, all parameters"],
+)
+def test_14b_fits(workload, options, weights, optimizer):
+    plan = planner.plan_memory(Workload("wan2.1-t2v-14b", **workload), **options)
+    print(table(plan))
+    assert plan.feasible
+    assert (plan.memory.weight_dtype, plan.memory.optimizer) == (weights, optimizer)
+    assert plan.peak + plan.reserve <= plan.budget
+    assert math.isfinite(plan.step_seconds)

@@ -1,0 +1,214 @@
+"""The planner's search against brute force, and its predictions against full depth."""
+
+import itertools
+
+import pytest
+import torch
+from plans import BOTH, RATES, SHALLOW, made_up, once, small_workload
+
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.planning import planner
+from prfl_fast.planning import search as plan_search
+from prfl_fast.planning.costs import Cost
+from prfl_fast.planning.gpu_specs import GpuSpecs
+from prfl_fast.planning.search import CHUNK, GIB, POLICIES, SLOWER, Search, memory_of, phase_seconds
+from prfl_fast.planning.simulation import Simulation, simulate
+from prfl_fast.planning.workload import Workload
+
+_, ATTENTION, ATTENTION_CPU, _, FULL_CPU = POLICIES
+
+
+def make_search(budget, host_budget=None, **workload):
+    work = Workload({"num_layers": 40}, **workload)
+    return Search(work, RATES, budget=budget, host_budget=host_budget)
+
+
+def all_candidates(search, tier):
+    """Every candidate of the search's space at full depth: (seconds, peak, host, memory)."""
+    found = []
+    for chunk, (ours, theirs) in itertools.product((None, CHUNK), BOTH):
+        if chunk is None or "none" not in (ours[0], theirs[0]):
+            memory = memory_of(tier, ours, theirs, chunk)
+            run = made_up(search.workload, *memory)
+            found.append((search._seconds(run.costs), run.peak, run.host, memory))
+    return found
+
+
+def test_every_pair_follows_from_shallow_runs(calls):
+    search = make_search(1 << 40)
+    for _, _, _, memory in all_candidates(search, ("bf16", "adamw")):
+        run = made_up(search.workload, *memory)
+        pair = ((m.activation_checkpointing, m.offload) for m in memory)
+        found = search._candidate(("bf16", "adamw"), *pair, memory[0].feed_forward_chunk)
+        assert (found.memory, found.reward_memory) == memory
+        assert (found.peak, found.host) == (run.peak, run.host)
+        assert found.seconds == pytest.approx(search._seconds(run.costs))
+    assert len(calls) == 2 * (2 * len(POLICIES) - 1)  # none is not run in chunks
+
+
+@pytest.mark.parametrize("host", [None, 50, 200])
+@pytest.mark.parametrize("mib", [410, 415, 430, 470, 520, 640, 800, 1000])
+def test_takes_the_fastest_that_fits(calls, mib, host):
+    budget = plan_search.RESERVE_LEAST + (mib << 20)
+    search = make_search(budget, None if host is None else host << 20)
+    fits = [
+        (seconds, peak)
+        for seconds, peak, used, _ in all_candidates(search, ("bf16", "adamw"))
+        if peak <= search.limit and (host is None or used <= host << 20)
+    ]
+    found = search.run([("bf16", "adamw")])
+    assert found.feasible == bool(fits)
+    if fits:
+        chosen = next(c for c in found.candidates if c.reason == "chosen")
+        assert (chosen.seconds, chosen.peak) == pytest.approx(min(fits))
+        assert chosen == found.chosen
+        for candidate in found.candidates:
+            faster = candidate.seconds < chosen.seconds
+            assert not (faster and candidate.reason in (SLOWER, "chosen")), candidate
+    else:
+        assert all("over" in c.reason for c in found.candidates)
+
+
+def test_faithful_weights_first(calls):
+    room = {"bf16": 440, "fp8": 250, "nf4": 150}
+    for weights, mib in room.items():
+        search = make_search(plan_search.RESERVE_LEAST + (mib << 20))
+        found = search.run(planner._tiers("lora", "auto", "auto"))
+        chosen = found.chosen
+        assert found.feasible
+        assert weights == chosen.memory.weight_dtype == chosen.reward_memory.weight_dtype
+        more_faithful = list(room)[: list(room).index(weights)]
+        considered = {
+            c.memory.weight_dtype: c.reason for c in found.candidates[: len(more_faithful)]
+        }
+        assert list(considered) == more_faithful and all("over" in r for r in considered.values())
+        assert [u[0] for u in found.unused] == list(room)[len(more_faithful) + 1 :]
+
+
+def test_faithful_optimizer_first(calls):
+    room = {"adamw": 950, "adamw-sr": 750, "adamw8bit": 520, "adamw-cpu": 430}
+    for optimizer, mib in room.items():
+        search = make_search(plan_search.RESERVE_LEAST + (mib << 20), train="full")
+        found = search.run(planner._tiers("full", "auto", "auto"))
+        assert found.feasible and found.chosen.memory.optimizer == optimizer
+        assert found.chosen.memory.weight_dtype == "bf16"
+
+
+def test_next_candidate_when_full_depth_is_larger_than_predicted(monkeypatch, calls):
+    search = make_search(plan_search.RESERVE_LEAST + (640 << 20))
+    first = search.run([("bf16", "adamw")]).chosen
+
+    def larger(workload, *memory, **depths):
+        run = made_up(workload, *memory, **depths)
+        if depths or memory != (first.memory, first.reward_memory):
+            return run
+        return Simulation(run.peak + GIB, "backward", run.categories, 0, run.timeline, run.costs)
+
+    monkeypatch.setattr(plan_search, "simulate", larger)
+    search = make_search(plan_search.RESERVE_LEAST + (640 << 20))
+    found = search.run([("bf16", "adamw")])
+    assert found.feasible and found.chosen.memory != first.memory
+    (wrong,) = [
+        c
+        for c in found.candidates
+        if c.memory == first.memory and c.reward_memory == first.reward_memory
+    ]
+    assert "over" in wrong.reason
+
+
+def test_only_the_host_is_too_small(calls):
+    budget = plan_search.RESERVE_LEAST + (415 << 20)
+    search = make_search(budget, 10 << 20)
+    found = search.run([("bf16", "adamw")])
+    assert not found.feasible
+    assert any("on the host" in c.reason for c in found.candidates)
+
+
+@pytest.mark.parametrize("peak", [1, GIB, 23 * GIB + 1, 24 * GIB, 40 * GIB, 200 * GIB + 12345])
+def test_the_budget_for_a_peak_holds_it(peak):
+    budget = plan_search.budget_for(peak)
+    assert peak + plan_search.reserve_of(budget) <= budget + 2
+    short = budget - GIB // 50
+    assert peak + plan_search.reserve_of(short) > short
+
+
+def test_seconds():
+    rates = GpuSpecs("m", 1e12, 5e11, 1e9, to_device=1e9, to_host=2e9, memory=1)
+    cost = Cost(matmul_flops=10**12, attention_flops=10**12, moved_bytes=10**9)
+    assert phase_seconds(cost, rates) == pytest.approx(1 + 2 + 1)
+    hidden = Cost(10**12, 0, 0, to_host_bytes=10**9, to_device_bytes=10**9)
+    assert phase_seconds(hidden, rates) == pytest.approx(1)  # both directions at once, behind it
+    assert phase_seconds(Cost(10**12, 0, 0, 0, 3 * 10**9), rates) == pytest.approx(3)
+
+
+def test_step_counts_every_phase_as_often_as_it_runs():
+    one = Cost(matmul_flops=10**12)
+    names = ("rollout", "forward", "reward", "reward backward", "backward", "optimizer")
+    work = small_workload(gradient_plan=GradientPlan(5))
+    found = plan_search.step_seconds(dict.fromkeys(names, one), RATES, work)
+    assert found == {
+        "rollout": work.rollout_forwards,
+        **dict.fromkeys(names[1:5], 5),
+        "optimizer": 2,
+        "sft forward": 1,
+        "sft backward": 1,
+    }
+    work = small_workload(gradient_plan=GradientPlan(5), gradient_accumulation_steps=3)
+    several = plan_search.step_seconds(dict.fromkeys(names, one), RATES, work)
+    assert several == {k: v if k == "optimizer" else 3 * v for k, v in found.items()}
+
+
+@pytest.mark.parametrize("points", [1, 2, 5])
+def test_expected_forwards(points):
+    plan, generator = GradientPlan(points), torch.Generator().manual_seed(0)
+    draws = [plan.draw(40, generator)[-1].step + 1 - points for _ in range(4000)]
+    mean = sum(draws) / len(draws)
+    spread = (sum((d - mean) ** 2 for d in draws) / len(draws) ** 2) ** 0.5
+    assert abs(plan.expected_forwards(40) - mean) < 4 * spread
+    assert points > 1 or plan.expected_forwards(40) == 19
+
+
+# Predictions against the real simulation.
+@pytest.fixture
+def remembered(monkeypatch):
+    monkeypatch.setattr(plan_search, "simulate", once)
+
+
+def check_prediction(pair, chunk=None, optimizer="adamw", **options):
+    work = small_workload(**options)
+    search = Search(work, RATES, budget=1 << 40, host_budget=None)
+    predicted = search._candidate(("bf16", optimizer), *pair, chunk)
+    run = once(work, predicted.memory, predicted.reward_memory)
+    assert predicted.peak == pytest.approx(run.peak, rel=2e-3)
+    assert predicted.seconds == pytest.approx(search._seconds(run.costs), rel=2e-3)
+    assert predicted.host == pytest.approx(run.host, rel=0.01)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
+def test_a_supervised_step_is_never_the_peak(policy, train):
+    memory = memory_of(("bf16", "adamw"), policy, policy, None)
+    with_it, without = (
+        simulate(small_workload(train=train, sft=sft), *memory, **SHALLOW) for sft in (True, False)
+    )
+    assert with_it.peak == without.peak and "sft" not in with_it.peak_phase
+
+
+@pytest.mark.parametrize("pair", [(ATTENTION, FULL_CPU)], ids=str)
+def test_prediction_is_what_full_depth_says(remembered, pair):
+    check_prediction(pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 2048])
+@pytest.mark.parametrize("pair", BOTH, ids=str)
+def test_every_prediction_is_what_full_depth_says(remembered, pair, chunk):
+    check_prediction(pair, chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"])
+def test_prediction_with_all_parameters(remembered, optimizer):
+    check_prediction(
+        (FULL_CPU, ATTENTION), None, optimizer, train="full", gradient_accumulation_steps=2
+    )

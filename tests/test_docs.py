@@ -1,0 +1,198 @@
+"""README and docs: every snippet and command runs, and generated parts agree with their source."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import readme_figure
+import results_tables
+import torch
+from wan import tiny_wan
+
+import prfl_fast
+from prfl_fast import sampling
+from prfl_fast.training import add_lora
+
+pytest.importorskip("diffusers")
+pytest.importorskip("yaml")
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDES = ("quickstart", "methods", "memory", "models", "kernels", "configuration")
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)]
+
+
+def blocks(page, *languages):
+    """Return the fenced blocks of a page as (language, text), in order."""
+    text = (ROOT / page).read_text()
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return [(language, body) for language, body in found if language in languages]
+
+
+def commands(body):
+    """Return the command lines of a block without comments, as lists of words."""
+    lines = [shlex.split(line, comments=True) for line in body.splitlines()]
+    return [words for line in lines if line for words in split_and(line)]
+
+
+def split_and(words):
+    """Split ``a && b`` into two commands."""
+    parts = [[]]
+    for word in words:
+        parts.append([]) if word == "&&" else parts[-1].append(word)
+    return parts
+
+
+def names():
+    """Return what the Python snippets take as given: tiny models and tensors."""
+    torch.manual_seed(0)
+    small = {"layers": 1, "heads": 1, "head_dim": 32}  # widths that 8-bit operations take
+    transformer = tiny_wan(**small)
+    rewards = (
+        prfl_fast.LatentRewardModel.from_backbone(tiny_wan(**small), 1, num_heads=2).freeze()
+        for _ in range(4)
+    )
+    found = dict(zip(("reward", "motion", "first", "second"), rewards, strict=True))
+    text = torch.randn(1, 3, 20)
+    return found | {
+        "prfl_fast": prfl_fast,
+        "transformer": transformer,
+        "noise": torch.randn(1, 16, 2, 4, 4),
+        "conditions": {"encoder_hidden_states": text},
+        "text": text,
+        "negative": torch.zeros(1, 3, 20),
+        "timestep": torch.tensor([500.0]),
+        "scale": 0.5,
+        "optimizer": torch.optim.SGD(transformer.parameters(), lr=1e-3),
+    }
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/methods.md", "docs/memory.md", "docs/models.md", "docs/kernels.md"]
+)
+def test_python_snippets_run(page, monkeypatch):
+    snippets = blocks(page, "python")
+    assert snippets
+    given = names()
+    # README builds its reward from the first 8 blocks of a real model.
+    real = prfl_fast.LatentRewardModel.from_backbone
+    monkeypatch.setattr(
+        prfl_fast.LatentRewardModel,
+        "from_backbone",
+        lambda model, num_blocks: real(model, 1, num_heads=2),
+    )
+    if page == "docs/methods.md":
+        add_lora(given["transformer"], 2)
+    for _, body in snippets:
+        exec(compile(body, page, "exec"), given)
+    if "out" in given:
+        assert given["out"].finite
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """Run every block of the quickstart in a new folder and return the folder."""
+    from prfl_fast.cli.main import main
+
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for language, body in blocks("docs/quickstart.md", "python", "yaml", "bash"):
+            if language == "python":
+                exec(compile(body, "quickstart", "exec"), {})
+            elif language == "yaml":
+                name = re.match(r"# (\S+\.yaml)\n", body)[1]
+                Path(name).write_text(body)
+            else:
+                for words in commands(body):
+                    assert words[0] == "prfl-fast" and main(words[1:]) == 0, words
+    return folder
+
+
+def test_the_quickstart_trains_and_scores(quickstart):
+    assert (quickstart / "runs" / "reward" / "reward").is_dir()
+    assert len((quickstart / "runs" / "scores.csv").read_text().splitlines()) > 4
+    assert list((quickstart / "runs" / "prfl").rglob("*lora*.safetensors"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/memory.md"])
+def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatch):
+    """Run the ``prfl-fast`` lines of a page on the quickstart's configurations."""
+    from prfl_fast.cli.main import main
+
+    folder = shutil.copytree(quickstart, tmp_path / "page")
+    shutil.rmtree(folder / "runs" / "prfl")  # a planned run in bf16 cannot resume one in fp32
+    monkeypatch.chdir(folder)
+    for _, body in blocks(page, "bash"):
+        for words in commands(body):
+            if words[0] != "prfl-fast":
+                continue
+            if words[1] == "init":  # the quickstart's file of that name is filled in already
+                words = [*words[:-1], f"new-{words[-1]}"]
+            assert main(words[1:]) == 0, words
+
+
+def test_other_commands_exist():
+    """Check make targets, scripts and markers that pages name, without running them."""
+    makefile = (ROOT / "Makefile").read_text()
+    seen = set()
+    for page in PAGES:
+        for _, body in blocks(page, "bash"):
+            for words in commands(body):
+                name = words[0].removeprefix(".venv/bin/")
+                seen.add(name)
+                if name == "make":
+                    assert f"\n{words[1]}:" in makefile, words
+                elif name == "pytest" and words[1] == "-m":
+                    assert f'"{words[2]}:' in (ROOT / "pyproject.toml").read_text(), words
+                elif name in ("pytest", "bash", "python"):
+                    assert (ROOT / words[1]).exists(), words
+                else:
+                    assert name in ("prfl-fast", "pip", "git", "cd"), words
+    assert {"make", "pip", "prfl-fast", "pytest", "bash"} <= seen
+
+
+@pytest.mark.parametrize("page", ["docs/memory.md", "docs/models.md"])
+def test_yaml_snippets_are_valid_keys(page):
+    """Read a page's YAML as part of a training configuration."""
+    import yaml
+
+    from prfl_fast.cli.config import TrainFile
+    from prfl_fast.cli.yaml_config import parse_config
+
+    for _, body in blocks(page, "yaml"):
+        whole = {"model": "m", "data": "d", "reward": "r", "out": "o", "run": {"steps": 1}}
+        parse_config(TrainFile, whole | yaml.safe_load(body))
+
+
+def test_the_table_of_methods_lists_every_constructor():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\(", text, re.M)
+    made = [
+        name
+        for name, value in vars(prfl_fast.GradientPlan).items()
+        if isinstance(value, classmethod) and not name.startswith("_")
+    ]
+    assert sorted(rows) == sorted(made)
+    functions = re.findall(r"^\| `(\w+)` \|", text.partition("## Sampling")[2], re.M)
+    assert sorted(functions) == sorted(sampling.__all__)
+
+
+def test_pages_are_short():
+    lengths = {page: len((ROOT / page).read_text().splitlines()) for page in PAGES}
+    assert lengths.pop("README.md") <= 250
+    assert max(lengths.values()) <= 200, lengths
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, "bench/RESULTS.md", "CHANGELOG.md"]:
+        path = ROOT / page
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]*)?\)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_generated_parts_agree_with_the_records(capsys):
+    assert results_tables.main(["--check"]) == 0, capsys.readouterr().err
+    assert readme_figure.main(["--check"]) == 0, capsys.readouterr().out

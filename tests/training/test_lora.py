@@ -1,0 +1,217 @@
+"""Adapters: those trained here give the same numbers in diffusers, and the other way round."""
+
+import copy
+import json
+
+import pytest
+import torch
+from wan import inputs, tiny_wan
+
+from prfl_fast import patch, unpatch
+from prfl_fast.memory.quantized import cast_weights
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.training import sft_loss
+from prfl_fast.training.checkpoint import load_model, save_model
+from prfl_fast.training.lora import add_lora
+
+safe_open = pytest.importorskip("safetensors").safe_open
+safetensors_torch = pytest.importorskip("safetensors.torch")
+load_file, save_file = safetensors_torch.load_file, safetensors_torch.save_file
+
+pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
+pytest.importorskip("peft", reason="adapters need peft")
+diffusers = pytest.importorskip("diffusers", reason="adapters are loaded by diffusers")
+
+LAYOUTS = ("fp32", "bf16", "fp8", "nf4")
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def base_model(layout, case="t2v"):
+    return cast_weights(tiny_wan(case), layout)
+
+
+def dtype_of(layout):
+    return torch.float32 if layout == "fp32" else torch.bfloat16
+
+
+def inputs_of(model, case):
+    dtype = model.patch_embedding.weight.dtype
+    x, timestep, conditions = inputs(case)
+    return x.to(dtype), timestep, {name: value.to(dtype) for name, value in conditions.items()}
+
+
+def call(model, case="t2v"):
+    x, timestep, conditions = inputs_of(model, case)
+    return find_adapter(model).velocity(model, x, timestep, conditions).detach()
+
+
+def train(model, case="t2v", *, steps=3, **options):
+    """Train adapters for a few steps on the patched model, which stays patched."""
+    torch.manual_seed(3)
+    add_lora(model, 4, 6.0, **options)
+    patch(model)
+    x, (_, _, conditions) = inputs(case)[0], inputs_of(model, case)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-2)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        sft_loss(model, x, conditions, generator=generator).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    return model
+
+
+def pipeline(model):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    absent = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    return diffusers.WanPipeline(**absent, scheduler=scheduler, transformer=model)
+
+
+def sample(pipe):
+    text = inputs()[2]["encoder_hidden_states"].to(pipe.transformer.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2}
+    prompts = {"prompt_embeds": text, "negative_prompt_embeds": -text}
+    generator = torch.Generator().manual_seed(5)
+    out = pipe(**prompts, **size, generator=generator, output_type="latent")
+    return out.frames
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_loads_in_a_pipeline_and_samples_the_same_bits(layout, tmp_path):
+    base = base_model(layout)
+    untrained = sample(pipeline(base))
+    model = train(copy.deepcopy(base))
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapters} == {dtype_of(layout)}
+    save_model(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {FILE}
+    pipe = pipeline(base)
+    pipe.load_lora_weights(tmp_path)
+    unpatch(model)
+    expected = sample(pipeline(model))
+    assert torch.equal(sample(pipe), expected)
+    assert (expected - untrained).norm() > 0.05 * untrained.norm()
+    assert torch.equal(call(base), call(model))
+    # The patched model rounds elsewhere, no more.
+    difference = (call(patch(model)) - call(base)).float().norm() / call(base).float().norm()
+    assert difference < (1e-5 if layout == "fp32" else 0.02)
+    # And away again.
+    pipe.unload_lora_weights()
+    assert torch.equal(sample(pipe), untrained)
+
+
+@pytest.mark.parametrize("layout", ("bf16", "nf4"))
+def test_an_adapter_from_elsewhere_loads_into_another_layout(layout, tmp_path):
+    """Trained over float32, used over bfloat16 and NF4, through diffusers and through ours."""
+    model = train(base_model("fp32"))
+    save_model(model, tmp_path)
+    theirs = base_model(layout)
+    pipeline(theirs).load_lora_weights(tmp_path)
+    ours = base_model(layout)
+    add_lora(ours, 4, 6.0)
+    load_model(ours, tmp_path)
+    assert {p.dtype for n, p in ours.named_parameters() if "lora_" in n} == {torch.bfloat16}
+    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, trained[name].bfloat16())
+            assert parameter.requires_grad
+    difference = (call(theirs) - call(ours)).float().norm()
+    assert difference < 0.01 * call(ours).float().norm()
+    reference = call(model)
+    assert (call(ours) - reference).norm() < (0.1 if layout == "nf4" else 0.02) * reference.norm()
+
+
+@pytest.mark.parametrize("how", ("pipeline", "pipeline without metadata", "model"))
+def test_a_file_that_diffusers_wrote_loads_here(how, tmp_path):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    theirs = base_model("bf16")
+    alpha = 4 if how == "pipeline without metadata" else 8
+    targets = ["to_q", "to_v"]
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+    theirs.add_adapter(config)
+    if how == "model":
+        theirs.save_lora_adapter(tmp_path)
+    else:
+        settings = None if "without" in how else theirs.peft_config["default"].to_dict()
+        if settings is not None:
+            settings["target_modules"] = sorted(settings["target_modules"])
+        given = {"transformer_lora_adapter_metadata": settings}
+        tensors = get_peft_model_state_dict(theirs)
+        diffusers.WanPipeline.save_lora_weights(tmp_path, tensors, **given)
+    ours = base_model("bf16")
+    add_lora(ours, 4, alpha, target_modules=("to_q", "to_v"))
+    load_model(ours, tmp_path)
+    # diffusers keeps these adapters in float32; ours are bfloat16.
+    difference = (call(ours) - call(theirs)).float().norm() / call(theirs).float().norm()
+    assert difference < 0.02
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(ours.get_parameter(name), parameter.bfloat16())
+
+
+def test_an_adapter_of_another_scale_rank_or_place_is_refused(tmp_path):
+    save_model(train(base_model("bf16"), steps=1), tmp_path)
+
+    def adapted(rank=4, alpha=6.0, **options):
+        model = base_model("bf16")
+        add_lora(model, rank, alpha, **options)
+        return model
+
+    for model, message in (
+        (adapted(alpha=4), "lora_alpha of the adapter in .* is 6.0, expected this model's 4"),
+        (adapted(rank=2), "r of the adapter in .* is 4, expected this model's 2"),
+        (adapted(target_modules=("to_q",)), "unexpected"),
+        (adapted(target_modules=("to_q", "to_k", "to_v", "to_out.0", "net.2")), "missing"),
+    ):
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=message):
+            load_model(model, tmp_path)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    # A file without settings has alpha equal to its rank: diffusers reads it so.
+    save_file(load_file(tmp_path / FILE), tmp_path / FILE)
+    message = "lora_alpha of the adapter in .* is 4, expected this model's 6"
+    with pytest.raises(ValueError, match=message):
+        load_model(adapted(), tmp_path)
+    load_model(adapted(alpha=4), tmp_path)
+
+
+def test_the_file_is_that_of_a_pipeline(tmp_path):
+    model = train(base_model("nf4"), steps=1, target_modules=("to_q", "net.0.proj"))
+    save_model(model, tmp_path)
+    places = ("attn1.to_q", "attn2.to_q", "ffn.net.0.proj")
+    layers = [f"{block}.{place}" for block in (0, 1) for place in places]
+    names = {f"transformer.blocks.{layer}.lora_{ab}.weight" for layer in layers for ab in "AB"}
+    with safe_open(tmp_path / FILE, framework="pt") as opened:
+        assert set(opened.keys()) == names
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert settings["transformer.r"] == 4 and settings["transformer.lora_alpha"] == 6.0
+    assert settings["transformer.target_modules"] == ["net.0.proj", "to_q"]
+
+
+def test_a_model_that_peft_wrapped_writes_the_same_file(tmp_path):
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
+    model = peft.get_peft_model(base_model("fp32"), config)
+    save_model(model, tmp_path)
+    pipe = pipeline(base_model("fp32"))
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(call(pipe.transformer), call(model.get_base_model()))
+    fresh = peft.get_peft_model(base_model("fp32"), config)
+    load_model(fresh, tmp_path)
+    assert torch.equal(call(fresh.get_base_model()), call(pipe.transformer))
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
+def test_an_image_to_video_adapter(tmp_path):
+    """diffusers adds adapters of zeros for the image projections that have none."""
+    base = base_model("nf4", "i2v")
+    model = train(copy.deepcopy(base), "i2v")
+    save_model(model, tmp_path)
+    pipe = pipeline(base)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(call(base, "i2v"), call(unpatch(model), "i2v"))

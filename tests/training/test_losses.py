@@ -1,0 +1,166 @@
+"""The consistency loss against its formula written here, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from toy_flow import gaussian
+from wan import inputs, tiny_wan
+
+from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.schedulers import training_sigmas
+from prfl_fast.training.losses import ConsistencyConfig, consistency_loss
+
+SHAPE = (3, 2, 2, 4, 4)
+
+
+LATENTS, NOISE = gaussian(*SHAPE), gaussian(*SHAPE, seed=2)
+CONDITIONS = {"text": gaussian(3, 5, seed=3)}
+NEGATIVE = {"text": gaussian(1, 5, seed=4)}
+
+
+class Net(nn.Module):
+    """Compute a velocity with parameters; called as a function, as no adapter knows its class."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.mix = nn.Parameter(gaussian(2, 2, seed=seed))
+        self.bias = nn.Parameter(gaussian(5, seed=seed + 50))
+
+    def forward(self, x, timestep, conditions):
+        text = (conditions["text"] @ self.bias).view(-1, 1, 1, 1, 1)
+        mixed = torch.einsum("dc,bcfhw->bdfhw", self.mix, x)
+        return torch.tanh(mixed + text) + x * timestep.view(-1, 1, 1, 1, 1) / 1000
+
+
+def as_function(net):
+    return lambda x, timestep, conditions: net(x, timestep, conditions)
+
+
+def textbook(student, target, teacher, indices, *, scale=None, shift=5.0, levels=50, c=1e-3):
+    grid = [shift * s / (1 + (shift - 1) * s) for s in (1 - i / levels for i in range(levels))]
+    grid = [torch.tensor(s).double().item() for s in grid] + [0.0]  # rounded as float32
+    total = 0.0
+    for b, i in enumerate(indices):
+        here, there = grid[i], grid[i + 1]
+        text = {"text": CONDITIONS["text"][b : b + 1]}
+        time = torch.tensor([1000 * here], dtype=torch.float64)
+        x = (1 - here) * LATENTS[b : b + 1] + here * NOISE[b : b + 1]
+        with torch.no_grad():
+            v = teacher(x, time, text)
+            if scale is not None:
+                v = scale * v + (1 - scale) * teacher(x, time, NEGATIVE)
+            back = x + (there - here) * v
+            later = torch.tensor([1000 * there], dtype=torch.float64)
+            goal = back - there * target(back, later, text)
+        ours = x - here * student(x, time, text)
+        total = total + (torch.sqrt((ours - goal) ** 2 + c**2) - c).sum()
+    return total / LATENTS.numel()
+
+
+@pytest.mark.parametrize("indices", [(0, 17, 49), (3, 3, 3)])
+@pytest.mark.parametrize(("scale", "batched"), [(None, True), (6.0, True), (6.0, False)])
+def test_loss_and_gradient_equal_the_textbook(indices, scale, batched):
+    student, target, teacher = Net(10), Net(11), Net(12)
+    expected = textbook(student, target, teacher, indices, scale=scale)
+    expected.backward()
+    wanted = [p.grad for p in student.parameters()]
+    student.zero_grad()
+    nets = map(as_function, (student, target, teacher))
+    given = {"noise": NOISE, "index": 3 if len(set(indices)) == 1 else torch.tensor(indices)}
+    if scale is not None:
+        given["guidance"] = Guidance(scale, NEGATIVE, batched=batched)
+    loss = consistency_loss(*nets, LATENTS, CONDITIONS, **given)
+    loss.backward()
+    found = [p.grad for p in student.parameters()]
+    torch.testing.assert_close([loss, *found], [expected, *wanted])
+    assert all(p.grad is None for net in (target, teacher) for p in net.parameters())
+
+
+def test_settings_reach_the_formula():
+    nets = Net(10), Net(11), Net(12)
+    settings = ConsistencyConfig(num_levels=4, shift=1.0, huber=0.5)
+    given = {"noise": NOISE, "index": 1, "config": settings}
+    loss = consistency_loss(*map(as_function, nets), LATENTS, CONDITIONS, **given)
+    expected = textbook(*nets, (1, 1, 1), shift=1.0, levels=4, c=0.5)
+    torch.testing.assert_close(loss, expected)
+    assert training_sigmas(1.0, 4).tolist() == [1, 0.75, 0.5, 0.25]
+
+
+def test_a_model_that_knows_the_data_has_no_loss():
+    def exact(x, timestep, conditions):  # the velocity of a world with one clean latent
+        return (x - LATENTS) / (timestep.view(-1, 1, 1, 1, 1) / 1000).clamp_min(1e-12)
+
+    generator = torch.Generator().manual_seed(5)
+    loss = consistency_loss(exact, exact, exact, LATENTS, CONDITIONS, generator=generator)
+    assert 0 <= loss.item() < 1e-12
+
+
+def test_draws_come_from_the_generator_noise_first():
+    net = as_function(Net(10))
+
+    def loss(seed, **given):
+        generator = torch.Generator().manual_seed(seed)
+        given["generator"] = generator
+        return consistency_loss(net, net, net, LATENTS, CONDITIONS, **given).item()
+
+    state = torch.get_rng_state()
+    assert loss(1) == loss(1) != loss(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    index = torch.randint(50, (3,), generator=generator)
+    assert loss(9, noise=noise, index=index) == loss(1)
+
+
+def test_a_wan_model_in_its_own_dtype():
+    student, teacher = tiny_wan(seed=0), tiny_wan(seed=1)
+    latents, _, conditions = inputs(size=(2, 4, 4))
+    given = {"guidance": Guidance(3.0, {"encoder_hidden_states": torch.zeros(1, 7, 20)})}
+    given["generator"] = torch.Generator().manual_seed(0)
+    loss = consistency_loss(student, student, teacher, latents.bfloat16(), conditions, **given)
+    assert loss.dtype == torch.float32 and loss.item() > 0
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": LATENTS[0]}, "latents is"),
+        ({"latents": LATENTS * math.inf}, "latents has"),
+        ({"conditions": {"text": torch.zeros(1, 5)}}, "conditions"),
+        ({"noise": NOISE[:1]}, "noise is"),
+        ({"noise": NOISE * math.nan}, "noise has"),
+        ({"index": 50}, "index is 50, expected an integer in 0 … 49, or 3 of them"),
+        ({"index": -1}, "index is -1"),
+        ({"index": 1.0}, "index is 1.0"),
+        ({"index": torch.tensor([1, 2])}, "index is"),
+        ({"huber": 0.0}, "huber is 0.0, expected a positive number"),
+        ({"huber": math.nan}, "huber is nan"),
+        ({"num_levels": 0}, "num_levels is 0"),
+        ({"shift": -1.0}, "shift is -1.0"),
+        ({"student": lambda x, t, c: x[:1]}, "velocity of the student is"),
+        ({"target": lambda x, t, c: x[:1]}, "velocity of the target is"),
+        ({"teacher": lambda x, t, c: x[:1]}, "velocity of the teacher is"),
+        ({"guidance": Guidance(2.0, {"image": LATENTS})}, r"negative is \['image'\], expected"),
+    ],
+)
+def test_bad_input(change, message):
+    net = as_function(Net(10))
+    arguments = {"student": net, "target": net, "teacher": net, "latents": LATENTS}
+    settings = {k: change[k] for k in change if k in ("huber", "num_levels", "shift")}
+    change = {k: change[k] for k in change if k not in settings}
+    with pytest.raises(ValueError, match=message):
+        change["config"] = ConsistencyConfig(**settings)
+        consistency_loss(**{**arguments, "conditions": CONDITIONS, **change})
+
+
+def test_unknown_models_are_refused():
+    for place in range(3):
+        models = [as_function(Net(10))] * 3
+        models[place] = Net(10)
+        with pytest.raises(TypeError, match="Net"):
+            consistency_loss(*models, LATENTS, CONDITIONS)
