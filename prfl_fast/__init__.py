@@ -16,7 +16,7 @@ To fit a GPU, before adapters and the optimizer:
 import importlib.util
 import pathlib
 
-# Python started in a checkout imports this folder, but the kernels lie beside it (an installation
+# Python started in a checkout imports this folder, but the kernels are beside it (an installation
 # maps ../kernels to prfl_fast.kernels).
 if importlib.util.find_spec("prfl_fast.kernels") is None:
     _checkout = pathlib.Path(__file__).resolve().parents[1]

@@ -56,11 +56,9 @@ class Case(NamedTuple):
 
 
 def preference(case: Case) -> tuple[str, ...]:
-    """Return the backends, best first.
-
-    This order is not measured. Kernels written for a chip's own matrix instructions come first, and
-    the flash-attn package comes before PyTorch's copy of it.
-    """
+    """Return the backends, best first."""
+    # This order is not measured. Kernels written for a chip's own matrix instructions come first,
+    # and the flash-attn package comes before PyTorch's copy of it.
     if case.device != "cuda" or case.capability is None:
         return ("cpu", "plain")
     last = ("xformers", "efficient", "plain")
@@ -172,8 +170,8 @@ def choose(case: Case) -> str:
 
 def _accept(name: str, reason: str | None) -> None:
     if reason is not None:
-        advice = "call set_attention_backend('auto') for the best one that takes these tensors"
-        raise ValueError(f"attention: backend {name!r} was refused: {reason}; {advice}")
+        advice = "Call set_attention_backend('auto') for the best one that takes these tensors"
+        raise ValueError(f"attention: backend {name!r} was refused: {reason}. {advice}")
 
 
 def _checked(name: str, argument: str) -> str:
@@ -186,8 +184,9 @@ def set_attention_backend(name: str) -> None:
     """Set the backend of ``attention`` in this process.
 
     Until the first call it is the value of ``PRFL_FAST_ATTENTION``, or ``auto``. ``auto`` chooses
-    the best backend that takes the tensors on this chip. Any other name is used, or ``attention``
-    raises an error. ``prfl-fast doctor`` lists the backends and the reasons against them.
+    the best backend that takes the tensors on this chip. With any other name, ``attention`` raises
+    ``ValueError`` for tensors that this backend does not take. ``prfl-fast doctor`` lists the
+    backends and the reasons against them.
 
     Raises:
         ValueError: if the name is unknown, or its package is not installed or does not import.

@@ -5,10 +5,9 @@ A backend is two functions on tensors ``[B, L, heads, d]`` whose last axis is de
     forward(q, k, v, scale, lengths)                     -> (out [B, Lq, heads, d], lse)
     backward(grad, q, k, v, out, lse, scale, lengths)    -> (d_q, d_k, d_v) like q, k, v
 
-lse is the natural logarithm, float32 ``[B, heads, Lq]``, for every backend. The functions undo the
-padding, unsqueezing and transposing of each backend, so the backward of one takes the lse of
-another. Gradients of keys past ``lengths`` (int32 ``[B]`` or None) are undefined: ``attention``
-sets them to zero.
+lse is the natural logarithm, float32 ``[B, heads, Lq]``, for every backend. The functions convert
+from the layout of each backend, so the backward of one takes the lse of another. Gradients of keys
+past ``lengths`` (int32 ``[B]`` or None) are undefined: ``attention`` sets them to zero.
 
 A package is imported when a call first considers its backend. Most backends sum d_q by atomics;
 ``torch.use_deterministic_algorithms(True)`` requests the fixed order where a backend has one, which
@@ -59,7 +58,7 @@ PACKAGES: dict[str, tuple[str, dict[str, str]]] = {
 
 @functools.cache
 def absent(name: str) -> str | None:
-    """Return a sentence if the package of a backend is not installed, without importing it."""
+    """Return a message if the package of a backend is not installed, without importing it."""
     root = PACKAGES[name][0].partition(".")[0]
     try:
         found = importlib.util.find_spec(root) is not None
@@ -205,7 +204,7 @@ def _flash_attn_4_backward(grad, q, k, v, out, lse, scale, lengths):
     return gradients[:3]
 
 
-# PyTorch's own. Without dropout their backward does not read the random state it takes.
+# PyTorch's own kernels. Without dropout their backward does not read the random state.
 def _flash(q, k, v, scale, lengths):
     queries, keys, fixed = q.shape[1], k.shape[1], (0.0, False, False)
     if lengths is None:

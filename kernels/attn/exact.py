@@ -5,8 +5,8 @@
     d_s = p ⊙ (d_out vᵀ - δ),  δ_i = d_out_i · out_i
     d_q = scale · d_s k,  d_k = scale · d_sᵀ q
 
-The kernels are those of other packages; this file makes one operation of them that returns ``lse``,
-so that checkpointing can keep (out, lse) and recompute everything else. ``backend_choice.py`` lists
+The kernels are those of other packages. This file makes them one operation that returns ``lse``, so
+that checkpointing can keep (out, lse) and recompute everything else. ``backend_choice.py`` lists
 the kernels, ``backends.py`` calls them. A second key set (the image tokens of Wan I2V) is a second
 call whose output is added.
 
@@ -14,8 +14,8 @@ Shapes: q ``[B, Lq, D]``, k and v ``[B, Lk, D]`` with D = heads · d, rows may b
 Lq, D]``; lse ``[B, heads, Lq]``; key_lengths ``[B]``: j above stops at ``key_lengths[b]``, and the
 gradient of the keys and values past it is zero.
 Dtypes: scores, softmax and sums in float32 (float64 for float64), out rounded once to q's dtype;
-lse natural, float32 (float64 for float64), whichever kernel ran: the backward of one kernel takes
-what the forward of another returned.
+lse natural, float32 (float64 for float64), for every kernel, so that the backward of one kernel
+takes the lse of another.
 Saved for backward: q, k, v, out, lse. No L×L matrix is stored on any path.
 FLOPs: 4·B·heads·Lq·Lk·d forward, 2.5 times that backward (the scores are computed again). The
 formula counts every key, because only the device knows key_lengths.
@@ -39,7 +39,7 @@ from prfl_fast.kernels.runtime.registry import register
 CHUNK = 1 << 26  # scores that the plain path holds at once: 256 MB of float32
 
 
-# Plain PyTorch: the fallback, and with upcast the oracle of the tests.
+# Plain PyTorch: the fallback, and with upcast the exact result that tests compare with.
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """View ``[B, L, D]`` as ``[B, heads, L, d]``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -293,12 +293,11 @@ def attention(
         k, v: ``[B, Lk, D]``, q's dtype.
         heads: D = heads · d.
         extra_k, extra_v: ``[B, Le, D]``, a second key set with its own softmax; its output, rounded
-            to q's dtype, is added to the first's (Wan I2V attends to text and image tokens this
-            way).
+            to q's dtype, is added to the first's (text and image tokens in Wan I2V).
         scale: factor of the scores, 1/√d unless given.
         key_lengths: int32 ``[B]`` on q's device, values from 1 to Lk (not checked on a GPU). Sample
-            b attends to its first ``key_lengths[b]`` keys of ``k`` and to all of ``extra_k``. The
-            keys and values past that must be finite. Not every backend takes lengths; ``auto``
+            b attends to its first ``key_lengths[b]`` keys of ``k`` and to all of ``extra_k``. Keys
+            and values past this length must be finite. Not every backend takes lengths; ``auto``
             chooses one that does.
 
     Returns:

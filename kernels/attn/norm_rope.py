@@ -14,7 +14,7 @@ Shapes: q ``[B, Lq, D]``, k ``[B, Lk, D]``, weights ``[D]`` or ``[d]``, cos and 
 d/2]``.
 Dtypes: everything between x and y is float32 (float64 for float64 x), rounded once to x's dtype.
 Weights may have another dtype. The tables are computed in float64 and stored in float32.
-Saved for backward: q and k where they were normalized (a rotation alone keeps neither), weights and
+Saved for backward: q and k if they were normalized (a rotation alone saves neither), weights and
 tables.
 Bytes: forward reads and writes q and k once; backward reads q, k and both gradients (Triton a
 second time from L1) and writes d_q and d_k. Sums over tokens: partial rows of programs, then all.
@@ -45,7 +45,7 @@ from prfl_fast.kernels.runtime.triton import capability, tl, triton
 
 __all__ = ["qk_norm_rope", "rope_table"]
 
-# Kernels are not specialized on these integers: they change with every clip.
+# Kernels are not specialized on these integers, because they change with every clip.
 SIZES = ("q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w")
 
 
@@ -125,7 +125,7 @@ def _backward_one(
     nothing = grad.new_empty(0)
     d_z = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if turns is not None:
-        # Not conj(): a custom operation under a dispatch mode loses the lazy conjugate.
+        # conj() is lazy, and a custom operation under a dispatch mode loses the lazy conjugate.
         _pairs(d_z, heads).mul_(turns.conj_physical())
     if x is None or weight is None:
         return (d_z.to(grad.dtype) if need_x else nothing), nothing

@@ -1,7 +1,8 @@
 """RMSNorm and rotation of the tokens of one tensor, forward and backward, as Triton functions.
 
-A token is read in chunks of heads, of which a thread has eight neighbors: 16-byte loads, pairs
-within a thread, and one row of angles for all chunks. All loads of a token are under way at once.
+A token is read in chunks of heads. A thread holds eight neighboring columns of a chunk: it loads 16
+bytes at a time and holds both numbers of a pair, and all chunks share one row of angles. All loads
+of a token are issued before the first is used.
 """
 
 from dataclasses import dataclass
@@ -37,13 +38,10 @@ def _power_of_2(n: int) -> int:
 
 
 def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Return head, block_h, block_d, num_warps; without ``head_dim`` D is cut to suit the warps.
-
-    As few warps as hold a token in 40 elements a thread without spills, 24 of float32 or of heads
-    padded to a power of two, which need masks: chunks are small then, and few lanes of the last one
-    idle. A head needs fewer pairs than there are threads, or the angles would reach them through
-    shared memory.
-    """
+    """Return head, block_h, block_d, num_warps; without ``head_dim`` D is cut to suit the warps."""
+    # The fewest warps that hold a token without spills, in 40 elements a thread; 24 for float32 and
+    # for heads padded to a power of two, which need masks. Small chunks leave few lanes of the last
+    # chunk idle.
     padded = head_dim is not None and head_dim != _power_of_2(head_dim)
     most = 24 if padded or dtype == torch.float32 else 40
     for num_warps in (1, 2, 4, 8, 16):
@@ -54,6 +52,7 @@ def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, in
         held = -(-heads // block_h) * block_h * block_d
         # 8 warps of 32 elements would need more than the 128 registers of two programs.
         most = min(most, 24) if num_warps > 4 else most
+        # With as many pairs in a head as threads, angles would pass through shared memory.
         if held <= most * threads and (head_dim is None or block_d < 2 * threads):
             break
     return head, block_h, block_d, num_warps
@@ -62,7 +61,7 @@ def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, in
 def forward_launch(
     tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Launch:
-    """Choose 8 tokens a program, so that few start; fewer if processors would be idle."""
+    """Choose 8 tokens a program; fewer if processors would be idle."""
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
     programs = max(32 // num_warps * processors(capability), -(-tokens // 8))
     return Launch(head, block_h, block_d, num_warps, max(1, min(tokens, programs)))
@@ -157,7 +156,7 @@ def forward_tokens(
                 if PER_HEAD:
                     rho = tl.rsqrt(tl.sum(b_z * b_z, 1) * (1.0 / HEAD) + eps)[:, None]
                 b_z *= _load_weight(weight_ptr, o_x, m_x, PER_HEAD)
-            if cos_ptr is not None:  # the few angles carry the factor rho to the whole token
+            if cos_ptr is not None:  # scale the few angles by rho instead of the whole token
                 b_z = rotate(b_z, b_cos * rho, b_sin * rho, BLOCK_H, BLOCK_D)
             else:
                 b_z *= rho

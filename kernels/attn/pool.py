@@ -49,7 +49,7 @@ def reference(
         tokens = x[b].to(dtype)
         scores = tokens @ u.t()  # [L, H]
         lse[b] = torch.logsumexp(scores, 0)
-        # Not exp(scores - lse): the weights of softmax add up to one despite lse's rounding.
+        # exp(scores - lse) would not add up to one, because lse is rounded.
         pooled[b] = torch.softmax(scores, 0).t() @ tokens
     return pooled, lse
 
@@ -75,7 +75,7 @@ def reference_backward(
         both = torch.cat((u, grad_pooled[b].to(dtype)))  # [2H, D]
         scores, products = (tokens @ both.t()).split(u.shape[0], dim=1)
         p = torch.softmax(scores, 0)
-        # g · pooled as Σ p g · x: both terms round alike, so one token gives exactly zero.
+        # Σ p g · x is g · pooled; with it both terms round alike, so one token gives exactly zero.
         ds = (products - (p * products).sum(0)).mul_(p)
         if grad_lse is not None:
             ds += p * grad_lse[b]
@@ -364,7 +364,7 @@ def _flops_backward(
 
 # Public functions.
 def query_pool(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the softmax-weighted mean of the tokens under each query.
+    """Compute the softmax-weighted mean of the tokens under each query (PAVRM, arXiv 2511.21541).
 
     Args:
         x: tokens ``[B, L, D]``, floating point, the last dimension contiguous.

@@ -12,7 +12,8 @@ kernel adds the mean to the output once (SageAttention2, arXiv 2411.10958):
     a = max |v - m| over all tokens,    v8 = e4m3((v - m) / s_v),    s_v = a / 448
 
 e4m3 keeps three bits of mantissa at any scale, so scales of blocks would not make values more
-exact. A channel's scale costs one multiplication of the output, a block's one for every block.
+accurate. A channel's scale costs one multiplication of the output, a block's scale one for every
+block.
 
 Shapes: k, v ``[B, L, D]`` with D = heads · d, rows may be strided; k8 ``[B, heads, blocks, N,
 BLOCK_D]``, s_k ``[B, heads, blocks]``, v8 ``[B, heads, blocks, BLOCK_D, N]``: transposed, as Hopper

@@ -14,10 +14,10 @@ Variants:   q k     p v        chips
   int8      int8    16 bits    Ampere, which has no e4m3; v is read as it is
 
 On the chips of the first row int8 products are as fast as e4m3's or faster, and int8 has 127 steps
-where e4m3 has three bits of mantissa. Against float64, white noise of unit q, k and v, where
-averages leave little but their errors, loses 4.1 % in int8_fp8, 5.6 % in fp8 and 1.3 % in int8
-(4096 tokens, root mean squares, by the emulation below); tokens that resemble each other lose a
-fifth to a half of that.
+where e4m3 has three bits of mantissa. The relative error against float64 for white noise of unit q,
+k and v is 4.1 % in int8_fp8, 5.6 % in fp8 and 1.3 % in int8 (4096 tokens, root mean squares, by the
+emulation below): the average of white noise is small. For tokens that resemble each other the error
+is a fifth to a half of that.
 
 Gradient: none. Elsewhere (older chips, float32, float64, head sizes other than multiples of 16 up
 to 256) the op is ``attention``, with one warning for each reason.
@@ -136,7 +136,8 @@ def _add_block(
     if SHIFT > 0:
         b_v = tl.load(v_ptr + i_tile + o_d[:, None] * BLOCK_N + o_n[None, :])  # [BD, BN]
         b_pv = tl.dot(encode_operand(b_p, False, INTERPRETED), tl.trans(b_v))  # [BM, BD]
-        # Not b_out * b_decay + b_pv: Triton would make b_out the product's accumulator.
+        # From b_out * b_decay + b_pv Triton would make b_out the product's accumulator, which adds
+        # e4m3 products with fewer bits than float32 has.
         b_out = tl.fma(b_out, tl.broadcast_to(b_decay[:, None], [BLOCK_M, BLOCK_D]), b_pv)
     else:
         p_v = v_ptr + tl.cast(i_n, tl.int64) * BLOCK_N * stride_vl

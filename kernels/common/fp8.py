@@ -5,7 +5,7 @@
 amax is the largest |y| of the token, 448 the largest e4m3 number. e4m3() rounds to nearest, ties to
 even, and saturates; NaN stays NaN. The floor keeps both quotients finite: a token of zeros has
 zeros and a scale of about 2⁻¹⁰⁹. A token with a NaN is NaN everywhere. A token with an infinity has
-an infinite scale and NaN in that place, so a product with it is NaN too.
+an infinite scale and NaN in that place, so a product with it is also NaN.
 The quotients are IEEE divisions, rounded once, and elements are multiplied, not divided: the same
 float32 y gives the same bits from PyTorch and from Triton, on every device.
 """
@@ -82,7 +82,7 @@ def scales(bits):
 
 @triton.jit
 def _load(p_x, bias_ptr, o_d, D: tl.constexpr, GELU: tl.constexpr, CONVERTS: tl.constexpr):
-    """Load columns ``o_d`` of a row, add the bias and apply GELU where asked; zero beyond D."""
+    """Load columns ``o_d`` of a row, add a given bias, apply GELU if set; zero beyond D."""
     m_d = o_d < D
     b_y = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     if bias_ptr is not None:

@@ -98,12 +98,10 @@ def fold_rows(partial: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def token_strides(x: torch.Tensor) -> tuple[int, int, int | None]:
-    """Return the stride of a batch, the stride of a token, and the tokens in a batch.
-
-    The last is None if token n is at n times its stride: the kernel then needs no division.
-    """
+    """Return the stride of a batch, the stride of a token, and the tokens in a batch."""
     if x.dim() == 2:
         return 0, x.stride(0), None
+    # Without a length, token n is at n times its stride, and the kernel needs no division.
     stride_b, stride_l, length = x.stride(0), x.stride(1), x.shape[1]
     return stride_b, stride_l, None if x.shape[0] == 1 or stride_b == length * stride_l else length
 
@@ -188,7 +186,7 @@ def check_rows(
         ok = value.dim() == 2 and value.shape[1] == dim and value.shape[0] == count > 0
         require(ok, op, name, value, f"shape [R, {dim}], R the same for {' and '.join(rows)}")
         require(value.stride(1) == 1 or dim == 1, op, name, value, "a contiguous last axis")
-        # The text is made only on failure: it would fix the token count in a trace.
+        # The text is made only on failure, because it would fix the token count in a trace.
         if row_index is None and tokens % count:
             expected = f"a divisor of the {tokens} tokens of x as number of rows, or row_index"
             require(False, op, name, value, expected)

@@ -19,9 +19,9 @@ def parameter_gradients(
 ) -> list[torch.Tensor | None]:
     """Return gradients of weight, bias, scale, shift, scale_table, shift_table from A and B.
 
-    ``needs`` and ``dtypes`` are in that order; a gradient that is not needed is None. It is plain
-    PyTorch, because the R rows are few.
+    ``needs`` and ``dtypes`` are in that order; a gradient that is not needed is None.
     """
+    # Plain PyTorch is fast enough, because the R rows are few.
     need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
     modulation = table_plus_rows(scale_table, scale, dot.dtype)
     d_scale = dot

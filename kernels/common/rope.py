@@ -27,26 +27,21 @@ def rope_table(
     """Return cosines and sines of the rotary angles of positions 0 … ``positions - 1``.
 
     Args:
-        positions: rows of the table; the largest grid side plus its offset that will be asked for.
+        positions: rows of the table: at least the largest grid side plus its offset.
         head_dim: d; even.
         theta: base of the frequencies.
-        device: where the tables go.
+        device: device of the tables; None is the CPU.
 
     Returns:
         ``(cos, sin)``, each float32 ``[positions, d/2]``, computed in float64: columns of the frame
         axis, then height, then width, each axis with its own frequencies theta^(-i/n).
 
     Raises:
-        ValueError: an odd or non-positive ``head_dim``, or no positions.
+        ValueError: if ``head_dim`` is odd or not positive, or ``positions`` is not positive.
     """
     require(positions > 0, "rope_table", "positions", positions, "a positive integer")
-    require(
-        head_dim > 0 and head_dim % 2 == 0,
-        "rope_table",
-        "head_dim",
-        head_dim,
-        "a positive even integer",
-    )
+    ok = head_dim > 0 and head_dim % 2 == 0
+    require(ok, "rope_table", "head_dim", head_dim, "a positive even integer")
     rows = torch.arange(positions, dtype=torch.float64)
     angles = torch.cat(
         [
@@ -98,10 +93,8 @@ def next_place(i_place, sizes):
 def load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load cos φ and sin φ of a place in float32, ``[1, BLOCK_D / 2]``."""
     PAIRS: tl.constexpr = HEAD // 2
-    WIDTH: tl.constexpr = (
-        PAIRS - PAIRS // 3
-    )  # first pair that turns with w; HEIGHT: first that turns with h
-    HEIGHT: tl.constexpr = WIDTH - PAIRS // 3
+    WIDTH: tl.constexpr = PAIRS - PAIRS // 3  # first pair that turns with w
+    HEIGHT: tl.constexpr = WIDTH - PAIRS // 3  # first pair that turns with h
     i_f, i_h, i_w = i_place
     start_f, start_h, start_w = starts
     o_p = tl.arange(0, BLOCK_D // 2)
@@ -115,10 +108,8 @@ def load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def rotate(b_z, b_cos, b_sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return z · (cos + i sin) on interleaved pairs ``[BH, BD]``.
-
-    A thread holds eight neighbors, so taking pairs apart and joining them moves no data.
-    """
+    """Return z · (cos + i sin) on interleaved pairs ``[BH, BD]``."""
+    # A thread holds eight neighbors, so splitting and joining pairs moves no data.
     b_even, b_odd = tl.split(tl.reshape(b_z, (BLOCK_H, BLOCK_D // 2, 2)))  # [BH, P]
     b_turned = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
     return tl.reshape(b_turned, (BLOCK_H, BLOCK_D))
@@ -139,7 +130,7 @@ def check_grid(
     require(head_dim % 2 == 0, op, "heads", heads, f"a number giving even heads, not {head_dim}")
     require(len(grid) == 3 and min(grid) > 0, op, "grid", grid, "(F, H, W), each at least 1")
     require(len(offset) == 3 and min(offset) >= 0, op, "offset", offset, "three numbers ≥ 0")
-    # Texts with a grid or a length are made only on failure: they would fix them in a trace.
+    # Texts with a grid or a length are made only on failure, because they would fix it in a trace.
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] != tokens:
             require(False, op, name, x, f"{tokens} tokens for the grid {tuple(grid)}")

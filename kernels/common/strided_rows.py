@@ -1,4 +1,4 @@
-"""Rows of a ``[..., D]`` tensor of any strides, addressed where they lie instead of copied."""
+"""Rows of a ``[..., D]`` tensor of any strides, addressed without a copy."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class RowAxes(NamedTuple):
     """Strides and lengths of at most three axes of rows, the last one innermost.
 
     Row n is at ``n·stride_2`` without lengths, at ``(n // length_2)·stride_1 + (n % length_2)·
-    stride_2`` with one, and so on: a length that is None spares the kernel its division.
+    stride_2`` with one, and so on. For a length of None the kernel needs no division.
     """
 
     stride_0: int
@@ -24,8 +24,8 @@ class RowAxes(NamedTuple):
 def row_axes(x: torch.Tensor) -> RowAxes | None:
     """Return the axes of x's rows, with neighbors merged where their strides allow.
 
-    None for what the kernels cannot address: a last axis that is not dense, rows on more than three
-    axes, or 2³¹ rows on more than one.
+    Return None if the kernels cannot address x: if its last axis is not dense, or it has rows on
+    more than three axes, or 2³¹ rows on more than one.
     """
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return None

@@ -10,10 +10,10 @@ of elements.
 Dtypes: each may differ; differences and the loss are float32 (float64 if any input is float64) and
 the target is never rounded to the velocity's dtype. The kernel adds one square of each tile of a
 program in float32, and all of these sums in float64: their error is far below the loss's rounding.
-Saved for backward: the three inputs as they came, nothing new. The caller holds noise and latents
-in any case, so what backward keeps alive is the velocity, where plain PyTorch keeps two float32
-tensors; the difference in one tensor would be written and read besides, and rounded twice in
-bfloat16. Nothing larger than a piece of ``CHUNK`` elements is widened.
+Saved for backward: the three inputs. The caller holds noise and latents anyway, so the graph keeps
+only the velocity alive; plain PyTorch saves two float32 tensors. A saved difference would be
+written and read in addition, and rounded twice in bfloat16. At most ``CHUNK`` elements are widened
+at a time.
 Bytes: forward reads the inputs once; backward reads them again and writes the gradient. Strided
 inputs are gathered first: latents are small.
 """

@@ -4,7 +4,7 @@
 
 The operations are for rollouts: they have no gradient. On chips with FP8 matrix units PyTorch
 computes the product (``torch._scaled_mm``, one scale for each row of x and of w). Elsewhere it is
-emulated: e4m3 numbers are bfloat16 numbers too and their products are exact in float32, so the
+emulated: e4m3 numbers are exact in bfloat16 and their products are exact in float32, so the
 emulation differs only in the order of the float32 sums.
 
 Shapes: x_q ``[..., K]``, x_scale ``[..., 1]``, w_q ``[N, K]``, w_scale ``[N, 1]``, bias ``[N]``,
@@ -34,7 +34,7 @@ from prfl_fast.kernels.runtime.registry import Choice, get_backend, register
 CHUNK = 1 << 26  # elements that the emulation widens at once: 256 MB of float32
 
 
-# References. CUDA tensors run the product's reference too: it has no kernel of ours.
+# References. CUDA tensors run that of the product as well, because it has no kernel of ours.
 def emulated(
     x_q: torch.Tensor,
     x_scale: torch.Tensor,
@@ -71,7 +71,7 @@ def refusal(device: torch.device) -> str:
         return f"compute capability {chip[0]}.{chip[1]} has no FP8 matrix units"
     if chip == (8, 9) and torch.__version__ < "2.12":
         return "before PyTorch 2.12 its kernel for Ada runs outside the current stream"
-    # Builds differ too: PyTorch 2.10 has no kernel for 12.0, Windows has none at all.
+    # The answer depends on the build: PyTorch 2.10 has no kernel for 12.0, Windows has none.
     q, scale = torch.ones(16, 16, device=device).to(FP8), torch.ones(16, 1, device=device)
     try:
         torch._scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ Shapes: x ``[..., D]``, b ``[D]`` or absent, y as x. For an FP8 output x is ``[B
 Dtypes: x and b are any mix of float32, bfloat16, float16. h and y are computed in float32 (float64
 for float64 x) and y is rounded once, to x's dtype or from float32 to e4m3; h is never rounded; d_b
 sums the unrounded d_x.
-Saved for backward: x and b. Autograd of ``gelu(x + b)`` keeps x + b besides x's producer.
+Saved for backward: x and b. Autograd of ``gelu(x + b)`` would save x + b, another tensor like x.
 Bytes: forward reads x and writes y (FP8: one byte an element and four a row); backward reads x and
 d_y and writes d_x.
 """
@@ -324,7 +324,7 @@ def bias_gelu(
         check_tokens(op, "x", x)
     if bias is not None:
         require_float(op, "bias", bias)
-        # The text is made only on failure: it would fix D in a trace.
+        # The text is made only on failure, because it would fix D in a trace.
         if bias.shape != x.shape[-1:]:
             require(False, op, "bias", bias, f"[{x.shape[-1]}] to match x's last dimension")
         require_same_device(op, x=x, bias=bias)

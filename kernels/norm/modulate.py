@@ -57,7 +57,7 @@ from prfl_fast.kernels.runtime.triton import capability
 KINDS = ("layer", "rms", "none")
 
 
-# Reference: the CPU's implementation, and with upcast=torch.float64 the oracle of the tests.
+# Reference: the CPU's implementation; tests compare with it in upcast=torch.float64.
 def reference(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -314,8 +314,8 @@ def norm_modulate(
             Only the last axis has to be contiguous, so slices of ``[R, 6, D]`` are not copied.
         scale_table, shift_table: ``[D]``, added to every row of scale and shift in float32.
         row_index: int32 or int64, x's shape without D: the row of each token, in place of that
-            rule. Values outside [0, R) are an error on the CPU and undefined behavior on CUDA,
-            where a check would stall the stream.
+            rule. Values outside [0, R) raise ``ValueError`` on the CPU and are undefined behavior
+            on CUDA, where a check would stall the stream.
         kind: "layer" (LayerNorm), "rms" (RMSNorm) or "none".
         eps: added to the variance (layer) or the mean square (rms).
         out_dtype: None for x's dtype, or torch.float8_e4m3fn for the input of :func:`fp8_linear`.

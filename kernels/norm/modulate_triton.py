@@ -8,7 +8,7 @@ the current one.
 from dataclasses import dataclass
 from typing import Any
 
-from prfl_fast.kernels.common import split_row as pieces
+from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.fp8 import encode_block, scales
 from prfl_fast.kernels.common.modulation_rows import row_share
 from prfl_fast.kernels.runtime.triton import processors, tl, triton
@@ -32,24 +32,24 @@ def forward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr, AHEAD: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    o_d, m_d = pieces.columns(D, HEAD, TAIL)
+    o_d, m_d = tiles.columns(D, HEAD, TAIL)
     i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
     end = tl.minimum(i_token + tokens_per_program, tokens)
     i_row = i_token * 0 - 1  # no row is loaded yet
     row_end = i_token
-    b_gain = pieces.zeros(HEAD, TAIL)
-    b_offset = pieces.zeros(HEAD, TAIL)
+    b_gain = tiles.zeros(HEAD, TAIL)
+    b_offset = tiles.zeros(HEAD, TAIL)
     if AHEAD:
         some = i_token < end
-        b_next = pieces.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, some)
+        b_next = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, some)
     while i_token < end:  # range() takes no tensor bounds in the interpreter with numpy ≥ 2.4
         if AHEAD:
-            b_x = pieces.widen(b_next)
+            b_x = tiles.widen(b_next)
             i_x = i_token + 1
-            b_next = pieces.load(x_ptr, i_x, stride_xb, stride_xl, length_x, o_d, m_d, i_x < end)
+            b_next = tiles.load(x_ptr, i_x, stride_xb, stride_xl, length_x, o_d, m_d, i_x < end)
         else:
-            b_now = pieces.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
-            b_x = pieces.widen(b_now)
+            b_now = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
+            b_x = tiles.widen(b_now)
         if row_index_ptr is not None:
             i_next = tl.load(row_index_ptr + i_token).to(tl.int64)
         else:
@@ -59,18 +59,18 @@ def forward_kernel(
             if row_index_ptr is None:
                 i_row = (i_token.to(tl.int32) // tokens_per_row).to(tl.int64)
                 row_end = (i_row + 1) * tokens_per_row
-            b_gain, b_offset = pieces.load_modulation(
+            b_gain, b_offset = tiles.load_modulation(
                 weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
                 i_row, stride_scale, stride_shift, o_d, m_d, HEAD, TAIL,
             )  # fmt: skip
-        b_hat, _ = pieces.normalize(b_x, m_d, eps, D, THREADS, KIND)
-        b_y = pieces.add_product(b_offset, b_hat, b_gain)
+        b_hat, _ = tiles.normalize(b_x, m_d, eps, D, THREADS, KIND)
+        b_y = tiles.add_product(b_offset, b_hat, b_gain)
         if y_scale_ptr is not None:
             inverse, y_scale = scales(_largest(b_y, THREADS))
             b_head = encode_block(b_y[0] * inverse, CONVERTS)
             b_y = (b_head, encode_block(b_y[1] * inverse, CONVERTS))
             tl.store(y_scale_ptr + i_token, y_scale)
-        pieces.store(y_ptr, i_token, b_y, o_d, m_d, D)
+        tiles.store(y_ptr, i_token, b_y, o_d, m_d, D)
         i_token += 1
 
 
@@ -83,10 +83,10 @@ def _load_both(
     i_token = i
     if order_ptr is not None:
         i_token = tl.load(order_ptr + i, mask=i < end, other=0)
-    b_dy = pieces.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
+    b_dy = tiles.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
     b_x = b_dy
     if x_ptr is not None:
-        b_x = pieces.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
+        b_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
     return i_token, b_dy, b_x
 
 
@@ -98,16 +98,16 @@ def backward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    o_d, m_d = pieces.columns(D, HEAD, TAIL)
+    o_d, m_d = tiles.columns(D, HEAD, TAIL)
     pid = tl.program_id(0).to(tl.int64)
     i_row = (tl.program_id(0) // programs).to(tl.int64)
     i, end = row_share(i_row, pid - i_row * programs, programs, tokens_per_row, bounds_ptr)
-    b_gain, _ = pieces.load_modulation(
+    b_gain, _ = tiles.load_modulation(
         weight_ptr, None, scale_ptr, None, scale_table_ptr, None,
         i_row, stride_scale, 0, o_d, m_d, HEAD, TAIL,
     )  # fmt: skip
-    b_dot = pieces.zeros(HEAD, TAIL)
-    b_total = pieces.zeros(HEAD, TAIL)
+    b_dot = tiles.zeros(HEAD, TAIL)
+    b_total = tiles.zeros(HEAD, TAIL)
     if AHEAD:
         i_next, next_dy, next_x = _load_both(
             grad_ptr, x_ptr, order_ptr, i, end, stride_gb, stride_gl, length_g,
@@ -125,27 +125,27 @@ def backward_kernel(
                 grad_ptr, x_ptr, order_ptr, i, end, stride_gb, stride_gl, length_g,
                 stride_xb, stride_xl, length_x, o_d, m_d,
             )  # fmt: skip
-        b_t = pieces.widen(b_dy)
+        b_t = tiles.widen(b_dy)
         if total_ptr is not None:
-            b_total = pieces.add(b_total, b_t)
+            b_total = tiles.add(b_total, b_t)
         if x_ptr is not None:
-            b_hat, rho = pieces.normalize(pieces.widen(b_x), m_d, eps, D, THREADS, KIND)
+            b_hat, rho = tiles.normalize(tiles.widen(b_x), m_d, eps, D, THREADS, KIND)
         if dot_ptr is not None:
-            b_dot = pieces.add_product(b_dot, b_t, b_hat)
+            b_dot = tiles.add_product(b_dot, b_t, b_hat)
         if dx_ptr is not None:
-            b_t = pieces.multiply(b_t, b_gain)
+            b_t = tiles.multiply(b_t, b_gain)
             if KIND != "none":
-                b_t = pieces.normalize_gradient(b_t, b_hat, rho, D, THREADS, KIND)
-            pieces.store(dx_ptr, i_token, b_t, o_d, m_d, D)
+                b_t = tiles.normalize_gradient(b_t, b_hat, rho, D, THREADS, KIND)
+            tiles.store(dx_ptr, i_token, b_t, o_d, m_d, D)
         i += 1
     if dot_ptr is not None:
-        pieces.store(dot_ptr, pid, b_dot, o_d, m_d, D)
+        tiles.store(dot_ptr, pid, b_dot, o_d, m_d, D)
     if total_ptr is not None:
-        pieces.store(total_ptr, pid, b_total, o_d, m_d, D)
+        tiles.store(total_ptr, pid, b_total, o_d, m_d, D)
 
 
 @dataclass(frozen=True)
-class Launch(pieces.Launch):
+class Launch(tiles.Launch):
     """Launch of the kernels; ``ahead``: load the next token before this one is reduced."""
 
     ahead: bool
@@ -157,15 +157,13 @@ class Launch(pieces.Launch):
 def forward_launch(
     tokens: int, dim: int, kind: str, capability: tuple[int, int], fp8: bool = False
 ) -> Launch:
-    """Choose 16 tokens a program, to load rows once; fewer if processors would be idle.
-
-    At 128 registers a processor holds 16 warps, at 96 it holds 20: at D 5120 two programs. Without
-    a norm, whose reductions keep the compiler from loading all at once, 20 elements would spill;
-    so they would with ``fp8``, whose conversion needs registers too.
-    """
-    head, tail, num_warps = pieces.split_token(dim, 12 if fp8 else 16 if kind == "none" else 20)
+    """Choose 16 tokens a program, to load rows once; fewer if processors would be idle."""
+    # 20 elements a thread spill with fp8, whose conversion needs registers, and without a norm,
+    # whose reductions keep the compiler from loading all elements at once.
+    head, tail, num_warps = tiles.split_token(dim, 12 if fp8 else 16 if kind == "none" else 20)
     small = head + tail <= 12 * 32 * num_warps
     programs = max(1, min(tokens, max(4 * processors(capability), -(-tokens // 16))))
+    # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.
     registers = 96 if small and not fp8 else 128
     return Launch(head, tail, num_warps, registers, programs, small or not fp8)
 
@@ -175,9 +173,9 @@ def backward_launch(
 ) -> Launch:
     """Choose about one resident wave over all rows if programs write partial rows of ``sums``.
 
-    ``itemsize``, the larger of dy and x in bytes, says what fits into the registers.
+    ``itemsize``, the larger of dy and x in bytes, decides if the next token fits the registers.
     """
-    head, tail, num_warps = pieces.split_token(dim, 16 if sums else 20)
+    head, tail, num_warps = tiles.split_token(dim, 16 if sums else 20)
     wave = 16 // num_warps * processors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 16))
     programs = max(1, min(-(-programs // rows), tokens // rows))

@@ -91,7 +91,7 @@ def reference_backward(
 
 
 # Triton: a program holds a chunk of one gate row in registers while it walks over its tokens.
-# There is no sum along D, so a row can be cut: 5 chunks of 1024 for D 5120 leave no lane idle.
+# There is no sum along D, so a row can be split: 5 chunks of 1024 for D 5120 leave no lane idle.
 @triton.jit
 def forward_kernel(
     x_ptr, y_ptr, out_ptr, gate_ptr, gate_table_ptr, row_index_ptr,
@@ -324,14 +324,15 @@ def gated_residual(
     Args:
         x, y: ``[B, L, D]`` or ``[N, D]``; the last axis is contiguous, the others have any stride.
         gate: ``[R, D]``; R divides the tokens, and token n of N uses row n // (N / R).
-        gate_table: ``[D]``, added to every row of gate in float32, or the whole gate.
-        row_index: int32 or int64, x's shape without D: names the row of each token instead.
+        gate_table: ``[D]``, added to every row of gate in float32; alone, the gate of all tokens.
+        row_index: int32 or int64, x's shape without D: the row of each token, in place of that
+            rule.
 
     Returns:
         x_out, of x's shape and dtype, contiguous.
 
     Raises:
-        ValueError: a shape, dtype, stride or device other than the above.
+        ValueError: if a shape, dtype, stride or device is not as above.
     """
     check_residual("gated_residual", x, y, gate, gate_table, row_index)
     return _forward_op(x, y, gate, gate_table, row_index)

@@ -303,8 +303,8 @@ def residual_norm_modulate(
     Args:
         x, y, gate, gate_table: as :func:`gated_residual`.
         weight, bias, scale, shift, scale_table, shift_table, kind, eps: as ``norm_modulate``.
-        row_index: int32 or int64, x's shape without D: names the row of each token in gate,
-            scale and shift.
+        row_index: int32 or int64, x's shape without D: the row of each token in gate, scale and
+            shift.
 
     Returns:
         ``(x_out, h)``, each of x's shape and dtype, contiguous.

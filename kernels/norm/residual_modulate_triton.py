@@ -1,14 +1,14 @@
 """Triton kernels of residual_norm_modulate, forward and backward, and their launch choices.
 
-A program holds the rows of gate, scale and shift in registers while it walks over tokens that share
-them. The reductions of a token wait for one another, and at D 5120 a processor holds one program:
-so the next token is on its way before this one is reduced.
+A program holds the rows of gate, scale and shift in registers while it processes tokens that share
+them. Each reduction of a token waits for the previous one, and at D 5120 a processor holds one
+program, so a program loads the next token before it reduces this one.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from prfl_fast.kernels.common import split_row as pieces
+from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.modulation_rows import coarse_row, row_share
 from prfl_fast.kernels.runtime.triton import processors, tl, triton
 
@@ -23,23 +23,23 @@ def forward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    o_d, m_d = pieces.columns(D, HEAD, TAIL)
+    o_d, m_d = tiles.columns(D, HEAD, TAIL)
     i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
     end = tl.minimum(i_token + tokens_per_program, tokens)
     i_row = i_token * 0 - 1  # no row is loaded yet
     row_end = i_token
-    b_gate = pieces.zeros(HEAD, TAIL)
-    b_gain = pieces.zeros(HEAD, TAIL)
-    b_offset = pieces.zeros(HEAD, TAIL)
+    b_gate = tiles.zeros(HEAD, TAIL)
+    b_gain = tiles.zeros(HEAD, TAIL)
+    b_offset = tiles.zeros(HEAD, TAIL)
     exists = i_token < end
-    next_x = pieces.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, exists)
-    next_y = pieces.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, exists)
+    next_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, exists)
+    next_y = tiles.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, exists)
     while i_token < end:  # range() takes no tensor bounds in the interpreter with numpy ≥ 2.4
-        b_x = pieces.widen(next_x)
-        b_y = pieces.widen(next_y)
+        b_x = tiles.widen(next_x)
+        b_y = tiles.widen(next_y)
         exists = i_token + 1 < end
-        next_x = pieces.load(x_ptr, i_token + 1, stride_xb, stride_xl, length_x, o_d, m_d, exists)
-        next_y = pieces.load(y_ptr, i_token + 1, stride_yb, stride_yl, length_y, o_d, m_d, exists)
+        next_x = tiles.load(x_ptr, i_token + 1, stride_xb, stride_xl, length_x, o_d, m_d, exists)
+        next_y = tiles.load(y_ptr, i_token + 1, stride_yb, stride_yl, length_y, o_d, m_d, exists)
         if row_index_ptr is not None:
             i_next = tl.load(row_index_ptr + i_token).to(tl.int64)
         else:
@@ -50,22 +50,22 @@ def forward_kernel(
                 i_row = (i_token.to(tl.int32) // tokens_per_row).to(tl.int64)
                 row_end = (i_row + 1) * tokens_per_row
             i_gate = coarse_row(i_row, gate_group)
-            b_gate = pieces.load_row(
+            b_gate = tiles.load_row(
                 gate_ptr, gate_table_ptr, i_gate, stride_gate, o_d, m_d, HEAD, TAIL
             )
             i_norm = coarse_row(i_row, norm_group)
-            b_gain, b_offset = pieces.load_modulation(
+            b_gain, b_offset = tiles.load_modulation(
                 weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
                 i_norm, stride_scale, stride_shift, o_d, m_d, HEAD, TAIL,
             )  # fmt: skip
         if gate_ptr is not None or gate_table_ptr is not None:
-            b_x = pieces.add_product(b_x, b_y, b_gate)
+            b_x = tiles.add_product(b_x, b_y, b_gate)
         else:
-            b_x = pieces.add(b_x, b_y)
-        b_out = pieces.round_to(b_x, out_ptr)
-        pieces.store(out_ptr, i_token, b_out, o_d, m_d, D)
-        b_hat, rho = pieces.normalize(pieces.widen(b_out), m_d, eps, D, THREADS, KIND)
-        pieces.store(h_ptr, i_token, pieces.add_product(b_offset, b_hat, b_gain), o_d, m_d, D)
+            b_x = tiles.add(b_x, b_y)
+        b_out = tiles.round_to(b_x, out_ptr)
+        tiles.store(out_ptr, i_token, b_out, o_d, m_d, D)
+        b_hat, rho = tiles.normalize(tiles.widen(b_out), m_d, eps, D, THREADS, KIND)
+        tiles.store(h_ptr, i_token, tiles.add_product(b_offset, b_hat, b_gain), o_d, m_d, D)
         i_token += 1
 
 
@@ -79,103 +79,100 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    o_d, m_d = pieces.columns(D, HEAD, TAIL)
+    o_d, m_d = tiles.columns(D, HEAD, TAIL)
     pid = tl.program_id(0).to(tl.int64)
     i_row = (tl.program_id(0) // programs).to(tl.int64)
     i, end = row_share(i_row, pid - i_row * programs, programs, tokens_per_row, bounds_ptr)
     i_gate = coarse_row(i_row, gate_group)
-    b_gate = pieces.load_row(gate_ptr, gate_table_ptr, i_gate, stride_gate, o_d, m_d, HEAD, TAIL)
-    b_gain, _ = pieces.load_modulation(
+    b_gate = tiles.load_row(gate_ptr, gate_table_ptr, i_gate, stride_gate, o_d, m_d, HEAD, TAIL)
+    b_gain, _ = tiles.load_modulation(
         weight_ptr, None, scale_ptr, None, scale_table_ptr, None,
         coarse_row(i_row, norm_group), stride_scale, 0, o_d, m_d, HEAD, TAIL,
     )  # fmt: skip
-    b_gate_sum = pieces.zeros(HEAD, TAIL)
-    b_dot = pieces.zeros(HEAD, TAIL)
-    b_total = pieces.zeros(HEAD, TAIL)
+    b_gate_sum = tiles.zeros(HEAD, TAIL)
+    b_dot = tiles.zeros(HEAD, TAIL)
+    b_total = tiles.zeros(HEAD, TAIL)
     i_next = i
     if order_ptr is not None:
         i_next = tl.load(order_ptr + i, mask=i < end, other=0)
     if AHEAD:
-        next_dh = pieces.load(grad_h_ptr, i_next, stride_hb, stride_hl, length_h, o_d, m_d, i < end)
+        next_dh = tiles.load(grad_h_ptr, i_next, stride_hb, stride_hl, length_h, o_d, m_d, i < end)
         next_x = next_dh
         if x_ptr is not None:
-            next_x = pieces.load(x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
+            next_x = tiles.load(x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
     while i < end:
         i_token = i_next
         if not AHEAD:
-            next_dh = pieces.load(
+            next_dh = tiles.load(
                 grad_h_ptr, i_token, stride_hb, stride_hl, length_h, o_d, m_d, True
             )
             next_x = next_dh
             if x_ptr is not None:
-                next_x = pieces.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
-        b_dh = pieces.widen(next_dh)
-        b_x = pieces.widen(next_x)
+                next_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
+        b_dh = tiles.widen(next_dh)
+        b_x = tiles.widen(next_x)
         if AHEAD and grad_ptr is not None:
-            b_grad = pieces.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, True)
+            b_grad = tiles.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, True)
         if AHEAD and gate_sum_ptr is not None:
-            b_y = pieces.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, True)
+            b_y = tiles.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, True)
         i += 1
         i_next = i
         if order_ptr is not None:
             i_next = tl.load(order_ptr + i, mask=i < end, other=0)
         if AHEAD:
-            next_dh = pieces.load(
+            next_dh = tiles.load(
                 grad_h_ptr, i_next, stride_hb, stride_hl, length_h, o_d, m_d, i < end
             )
             next_x = next_dh
             if x_ptr is not None:
-                next_x = pieces.load(
+                next_x = tiles.load(
                     x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end
                 )
         if total_ptr is not None:
-            b_total = pieces.add(b_total, b_dh)
-        b_hat, rho = pieces.normalize(b_x, m_d, eps, D, THREADS, KIND)
+            b_total = tiles.add(b_total, b_dh)
+        b_hat, rho = tiles.normalize(b_x, m_d, eps, D, THREADS, KIND)
         if dot_ptr is not None:
-            b_dot = pieces.add_product(b_dot, b_dh, b_hat)
+            b_dot = tiles.add_product(b_dot, b_dh, b_hat)
         if dx_ptr is not None or dy_ptr is not None or gate_sum_ptr is not None:
-            b_dh = pieces.multiply(b_dh, b_gain)
-            b_t = pieces.normalize_gradient(b_dh, b_hat, rho, D, THREADS, KIND)
+            b_dh = tiles.multiply(b_dh, b_gain)
+            b_t = tiles.normalize_gradient(b_dh, b_hat, rho, D, THREADS, KIND)
             if grad_ptr is not None:
                 if not AHEAD:
-                    b_grad = pieces.load(
+                    b_grad = tiles.load(
                         grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, True
                     )
-                b_t = pieces.add(b_t, pieces.widen(b_grad))
+                b_t = tiles.add(b_t, tiles.widen(b_grad))
             if dx_ptr is not None:
-                pieces.store(dx_ptr, i_token, b_t, o_d, m_d, D)
+                tiles.store(dx_ptr, i_token, b_t, o_d, m_d, D)
             if gate_sum_ptr is not None:
                 if not AHEAD:
-                    b_y = pieces.load(
-                        y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, True
-                    )
-                b_gate_sum = pieces.add_product(b_gate_sum, b_t, pieces.widen(b_y))
+                    b_y = tiles.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, True)
+                b_gate_sum = tiles.add_product(b_gate_sum, b_t, tiles.widen(b_y))
             if dy_ptr is not None:
                 if gate_ptr is not None or gate_table_ptr is not None:
-                    b_t = pieces.multiply(b_t, b_gate)
-                pieces.store(dy_ptr, i_token, b_t, o_d, m_d, D)
+                    b_t = tiles.multiply(b_t, b_gate)
+                tiles.store(dy_ptr, i_token, b_t, o_d, m_d, D)
     if gate_sum_ptr is not None:
-        pieces.store(gate_sum_ptr, pid, b_gate_sum, o_d, m_d, D)
+        tiles.store(gate_sum_ptr, pid, b_gate_sum, o_d, m_d, D)
     if dot_ptr is not None:
-        pieces.store(dot_ptr, pid, b_dot, o_d, m_d, D)
+        tiles.store(dot_ptr, pid, b_dot, o_d, m_d, D)
     if total_ptr is not None:
-        pieces.store(total_ptr, pid, b_total, o_d, m_d, D)
+        tiles.store(total_ptr, pid, b_total, o_d, m_d, D)
 
 
-def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> pieces.Launch:
+def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> tiles.Launch:
     """Choose 8 tokens a program, to load the rows once; fewer if processors would be idle."""
-    head, tail, num_warps = pieces.split_token(dim)
+    head, tail, num_warps = tiles.split_token(dim)
     wave = 4 * processors(capability)
     programs = max(1, min(tokens, max(wave, -(-tokens // 8))))
-    return pieces.Launch(head, tail, num_warps, None, programs)
+    return tiles.Launch(head, tail, num_warps, None, programs)
 
 
 @dataclass(frozen=True)
-class BackwardLaunch(pieces.Launch):
-    """Launch of kernels: ``ahead``: load the next token early; ``passes``: results of each kernel.
+class BackwardLaunch(tiles.Launch):
+    """Launch of kernels; ``ahead``: load the next token early; ``passes``: results of each one."""
 
-    Both are chosen so that 128 registers a thread hold all flags without spills.
-    """
+    # Both are chosen so that no combination of flags spills (bench/RESULTS.md, compiled kernels).
 
     ahead: bool
     passes: tuple[tuple[str, ...], ...]
@@ -191,7 +188,7 @@ def backward_launch(
 
     ``itemsize`` is that of the widest tensor of tokens, in bytes.
     """
-    head, tail, num_warps = pieces.split_token(dim)
+    head, tail, num_warps = tiles.split_token(dim)
     # All sums together need up to 168 registers a thread: 12 such warps fill a processor.
     wave = max(1, 12 // num_warps) * processors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 8))

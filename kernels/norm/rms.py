@@ -115,7 +115,7 @@ def backward_kernel(
         b_x = tl.load(x_ptr + o_x[:, None] + o_d[None, :], mask=m_rd, other=0.0).to(tl.float32)
         b_dy = tl.load(p_g, mask=m_rd, other=0.0).to(tl.float32)  # [BR, BD]
         b_rho = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / D) + eps)  # [BR]
-        # With ε = 0 it is infinite past the end.
+        # With ε = 0, rho is infinite past the end.
         b_rho = tl.where(o_r < end, b_rho, 0.0)[:, None]
         b_hat = b_x * b_rho  # [BR, BD]
         if partial_ptr is not None:

@@ -31,7 +31,7 @@ def require_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def compute_dtype(x: torch.Tensor, upcast: torch.dtype | None = None) -> torch.dtype:
-    """Return the dtype to compute in: ``upcast`` or, without it, float64 for float64 x, float32."""
+    """Return the dtype to compute in: ``upcast``, else float64 for float64 x, else float32."""
     if upcast is not None:
         return upcast
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -79,12 +79,7 @@ def pool_backward_shared_bytes(width: int, warps: int, cluster: int) -> int:
 def pool_launch(
     batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> PoolLaunch | None:
-    """Choose the launch of the forward; None if it cannot run.
-
-    Two blocks on a multiprocessor overlap the reductions of one with the loads of the other; their
-    sums and tiles fit its registers up to 1536 columns each. From 9.0 on a cluster shares a larger
-    D.
-    """
+    """Choose the launch of the forward; None if it cannot run."""
     if not _pool_takes(batch, heads, dim, dtype, capability):
         return None
     fitting = []
@@ -93,6 +88,9 @@ def pool_launch(
             warps = max(4, -(-dim // (width * cluster)))  # the softmax needs four
             shared = pool_shared_bytes(width, warps, cluster)
             if warps <= most and shared <= _shared_limit(capability):
+                # Two blocks on a multiprocessor overlap the reductions of one with the loads of the
+                # other; up to 1536 columns each fit its registers. From 9.0 on, a cluster of blocks
+                # shares a larger D.
                 columns = width * warps
                 key = (columns > 1536, columns * cluster - dim, cluster, -width)
                 fitting.append((key, width, warps, cluster))
@@ -107,11 +105,8 @@ def pool_launch(
 def pool_backward_launch(
     batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> PoolLaunch | None:
-    """Choose the launch of the backward; None if it cannot run.
-
-    A multiprocessor runs two blocks if registers and shared memory allow, for the reason above, and
-    otherwise one block of as many warps as fit. A block has all heads, because it writes their sum.
-    """
+    """Choose the launch of the backward; None if it cannot run."""
+    # A block has all heads, because it writes the sum over them.
     if not _pool_takes(batch, heads, dim, dtype, capability) or heads > POOL_BACKWARD_HEADS:
         return None
     limit = _shared_limit(capability)
@@ -121,6 +116,7 @@ def pool_backward_launch(
             warps = max(4, -(-dim // (width * cluster)))
             shared = pool_backward_shared_bytes(width, warps, cluster)
             if warps <= most and shared <= limit:
+                # Two blocks if registers and shared memory allow, else one block of many warps.
                 threads = 64 * warps
                 pair = threads * POOL_BACKWARD_REGISTERS[width] <= REGISTERS
                 pair = pair and 2 * (shared + 1024) <= limit + 1024
@@ -208,10 +204,7 @@ def rope_launch(
     capability: tuple[int, int],
     backward: bool = False,
 ) -> RopeLaunch | None:
-    """Choose the launch; None if the kernel cannot run. Rows are B·L, zero for an absent side.
-
-    As many blocks as are on the device at a time, shared by q and k in proportion to their rows.
-    """
+    """Choose the launch; None if the kernel cannot run. Rows are B·L, zero for an absent side."""
     if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0):
         return None
     head_dim, threads = dim // heads, 32 * -(-dim // 512)  # 16 elements a thread
@@ -223,6 +216,7 @@ def rope_launch(
         return None  # shuffles add up the lanes of a head
     if rope_shared_bytes(threads, head_dim, rotates) > 48 * 1024:
         return None
+    # One resident wave, shared by q and k in proportion to their rows.
     blocks = processors(capability) * min(ROPE_MAX_BLOCKS, ROPE_RESIDENT[backward] // threads)
     for_q = blocks * q_rows // (q_rows + k_rows)
     if q_rows and k_rows:

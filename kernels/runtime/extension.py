@@ -32,5 +32,5 @@ def extension_loaded() -> bool:
 
 
 def extension_reason() -> str:
-    """Return one line that says if the extension is loaded, or the reason for its absence."""
+    """Return one line: the name of the loaded extension, or the reason why none is loaded."""
     return _state[1]

@@ -1,7 +1,7 @@
 """Register operations, and choose the implementation of each: reference, Triton or CUDA C++.
 
-Every operation is a custom operator ``torch.ops.prfl_fast.<name>`` with a reference in PyTorch, and
-maybe a Triton and a CUDA C++ kernel. The backend (``auto``, ``reference``, ``triton``, ``cuda``) is
+Every operation is a custom operator ``torch.ops.prfl_fast.<name>`` with a reference in PyTorch and
+optional Triton and CUDA C++ kernels. The backend (``auto``, ``reference``, ``triton``, ``cuda``) is
 a setting of the process.
 """
 
@@ -87,13 +87,13 @@ class Operation:
                 "reference", f"kernels take float32, bfloat16, float16; {dtype} runs in PyTorch"
             )
         if wanted == "cuda" and self.cuda is not None:
-            self._require_gpu(wanted, device, "move them to a CUDA device or call", "")
+            self._require_gpu(wanted, device, "Move them to a CUDA device or call", "")
             return Choice("cuda", "backend set to cuda")
         if wanted == "triton" and self.triton is not None:
             if INTERPRETING and not on_gpu:
                 return Choice("triton", "interpreted")
             advice = ", or set TRITON_INTERPRET=1 before the first import"
-            self._require_gpu(wanted, device, "move them to a CUDA device, call", advice)
+            self._require_gpu(wanted, device, "Move them to a CUDA device, call", advice)
             return Choice("triton", "backend set to triton")
         if not on_gpu:
             return Choice("reference", f"{device.type} tensors")
@@ -106,7 +106,7 @@ class Operation:
     def _require_gpu(self, backend: str, device: torch.device, move: str, advice: str) -> None:
         if device.type != "cuda":
             raise ValueError(
-                f"{self.name}: backend {backend!r} needs CUDA tensors, these are on {device}; "
+                f"{self.name}: backend {backend!r} needs CUDA tensors, these are on {device}. "
                 f"{move} set_backend('auto'){advice}"
             )
 
@@ -145,14 +145,14 @@ def register(
     """Register ``prfl_fast::name`` and return the custom operator.
 
     Args:
-        reference: plain PyTorch that returns new tensors. Its signature is fully annotated, for the
-            operator's schema is read from it. A parameter ``upcast`` (with a default) is for the
-            tests and stays out of the schema.
+        reference: plain PyTorch that returns new tensors. Its signature is fully annotated, because
+            it determines the operator's schema. A parameter ``upcast`` (with a default) is for the
+            tests and is not in the schema.
         fake: the same signature; returns empty tensors of the right shape, dtype and device.
         triton, cuda: the same signature; called only with CUDA tensors (Triton also with CPU
             tensors when interpreted) of float32, bfloat16 or float16.
-        report: for an operation that makes a further choice of its own: returns what
-            :func:`report` shows, from the result of :meth:`Operation.choose`.
+        report: converts the result of :meth:`Operation.choose` to the choice that :func:`report`
+            shows, for an operation that makes a further choice of its own.
     """
     operation = Operation(name, reference, triton, cuda, report)
 

@@ -30,8 +30,8 @@ class TrainFile(Section):
     run: sections.RunConfig = key(..., "Length, batches, checkpoints and logs.")
     reward: Text | sections.ReferenceReward | Rewards | None = key(
         None,
-        "Folder of a saved reward model, the files of HY-Video-PRFL's, or a list of several "
-        "rewards. The prfl objective requires it.",
+        "Folder of a saved reward model, files of HY-Video-PRFL, or a list of several rewards. "
+        "The prfl objective requires it.",
     )
     objectives: Objectives = key(("prfl", "sft"), "Objectives, which take turns: one step of each.")
     prfl: sections.FeedbackSection = key(sections.FeedbackSection(), "Reward feedback.")
@@ -115,12 +115,12 @@ class ScoreFile(Section):
     """Score the videos of a dataset at several timesteps."""
 
     reward: Text | sections.ReferenceReward = key(
-        ..., "Folder of a saved reward model, or the files of HY-Video-PRFL's."
+        ..., "Folder of a saved reward model, or files of HY-Video-PRFL."
     )
     data: Text = key(..., "Folder of a dataset of latents.")
     out: Text = key(..., "File of the scores, .jsonl or .csv.")
     model: Text | None = key(
-        None, "Folder of the generator; a reward in HY-Video-PRFL's files needs it."
+        None, "Folder of the generator; required with a reward of HY-Video-PRFL."
     )
     timesteps: Timesteps = key((201, 400, 600, 800, 1000), "Timesteps of the scores.")
     batch_size: Count = key(1, "Videos in a forward pass.")

@@ -27,6 +27,7 @@ def _version_of(module: str) -> str | None:
             return None
     except ValueError:  # an entry in sys.modules without a spec
         return None
+    # Distributions whose names differ from those of their modules.
     names = {"yaml": "pyyaml", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}
     try:
         return metadata.version(names.get(module, module))

@@ -1,4 +1,4 @@
-"""Load and check what commands need: device, generator, reward models, guidance."""
+"""Load and check the inputs of commands: device, generator, reward models, guidance."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from prfl_fast.utils.optional import need
 
 
 def device_of(hardware: HardwareSection) -> torch.device:
-    """Return the device that a configuration names, checked to exist."""
+    """Return the device of a configuration; raise ``ValueError`` if it does not exist."""
     name, device = hardware.device, None
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +56,7 @@ def _transformer_class(folder: str) -> tuple[Any, Mapping[str, Any]]:
     path = Path(folder) / "config.json"
     kind = "a diffusers transformer"
     if not path.is_file():
-        raise ValueError(f"model: {folder} has no config.json; expected the folder of {kind}")
+        raise ValueError(f"model: {folder} has no config.json, expected the folder of {kind}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         name = config["_class_name"]
@@ -76,6 +76,7 @@ def check_data(dataset: LatentDataset, model: nn.Module, name: str) -> None:
     adapter = find_adapter(model)
     try:
         adapter.check_latents(model, x, conditions)
+        # A forward on meta tensors costs nothing and finds mismatches of widths.
         if next(model.parameters()).is_meta:
             with torch.no_grad():
                 adapter.velocity(model, x, torch.zeros(1, device="meta"), conditions)
@@ -96,18 +97,16 @@ def check_model(folder: str, dataset: LatentDataset) -> None:
 
 
 def load_transformer(folder: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Read the transformer in a folder to the CPU.
-
-    Modules that diffusers keeps in float32 stay float32 even if ``dtype`` is narrower.
-    """
+    """Read the transformer in a folder to the CPU."""
     found, _ = _transformer_class(folder)
     # diffusers warns about tensors that are missing or left over; here these are errors.
     need("diffusers").utils.logging.set_verbosity_error()
     try:
+        # Modules that diffusers keeps in float32 stay float32 even if dtype is narrower.
         model, info = found.from_pretrained(
             folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
         )
-    except Exception as error:  # diffusers raises whatever its readers raise
+    except Exception as error:  # diffusers passes on the errors of its readers, of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model: {folder} cannot be loaded: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -163,10 +162,7 @@ def _named(reward: str | ReferenceReward | tuple[NamedReward, ...]) -> tuple[Nam
 def load_guidance(
     source: GuidanceSection, dataset: LatentDataset, device: torch.device
 ) -> Guidance:
-    """Return guidance with the negative conditions of a file.
-
-    Shapes must match the dataset's conditions; unless batched, the text length may differ.
-    """
+    """Return guidance with the negative conditions of a file, whose shapes match the dataset's."""
     key = f"prfl.guidance.negative: {source.negative}"
     shapes = {name: shape for name, shape in dataset.shapes.items() if name != "latents"}
     negative = load_tensors(source.negative)
@@ -175,7 +171,7 @@ def load_guidance(
     for name, tensor in negative.items():
         wanted, text = tuple(shapes[name]), name == "encoder_hidden_states"
         fits = tensor.shape == wanted
-        if text and not source.batched:
+        if text and not source.batched:  # two calls may have texts of different lengths
             fits = tensor.ndim == 2 and len(tensor) > 0 and tensor.shape[1] == wanted[1]
         hint = "Pad it, or set batched: false" if text and source.batched else ""
         ok = fits and tensor.is_floating_point()

@@ -25,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_libraries()
+    # The command is read before it is parsed, because the options of plan need more packages.
     command = next((word for word in arguments if not word.startswith("-")), "")
     try:
         options = _parser(command).parse_args(arguments)
         return _run(options)
     except KeyboardInterrupt:
-        return 130
+        return 130  # 128 + SIGINT, as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
         _complain(command, str(error))
         return BAD_INPUT
@@ -101,7 +102,7 @@ def _failed(command: str, error: RuntimeError) -> int:
     from prfl_fast.training.oom import is_out_of_memory
     from prfl_fast.training.trainer import NonFiniteTrainingError, OutOfMemoryError
 
-    if isinstance(error, OutOfMemoryError):  # lists what held the memory over several lines
+    if isinstance(error, OutOfMemoryError):  # a report of the device's memory on several lines
         print(f"prfl-fast {command}: {error}", file=sys.stderr)
         return OUT_OF_MEMORY
     if is_out_of_memory(error):  # before or after the training loop

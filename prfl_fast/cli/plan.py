@@ -49,14 +49,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of ``prfl-fast plan``."""
     defaults = {field.name: field.default for field in dataclasses.fields(Workload)}
     defaults |= {"model": DEFAULT_MODEL, "points": 1}
-    group = command.add_argument_group("what is trained")
+    group = command.add_argument_group("training run")
     for name, (text, kind) in _OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
         group.add_argument(option, help=f"{text} (default: {defaults[name]})", **kind)
     group.add_argument(
         "--no-sft", dest="sft", action="store_false", default=None, help="no supervised steps"
     )
-    group = command.add_argument_group("what it runs on")
+    group = command.add_argument_group("hardware")
     text = "device memory: 24GiB, 80GB … (default: all of the GPU here, or of --gpu)"
     group.add_argument("--budget", metavar="SIZE", help=text)
     text = "host memory for offloaded tensors (default: free memory here if there is a GPU and "
@@ -72,7 +72,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = (
         "write the plan into a trainer's YAML: memory, reward_memory, hardware.precision, and "
         "those of lora, prfl and run that it lacks. The plan is for the run in the file; comments "
-        "outside these sections stay"
+        "outside these sections do not change"
     )
     group.add_argument("--apply", metavar="FILE.yaml", help=text)
 
@@ -81,6 +81,7 @@ def run_plan(options: argparse.Namespace) -> int:
     """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
     for name in ("budget", "host_budget"):
         size = getattr(options, name)
+        # A bare number is in bytes, so a small one probably lacks its unit.
         small = size is not None and size.isdigit() and int(size) < 1 << 20
         option = f"--{name.replace('_', '-')}"
         check(not small, option, f"{size} bytes", f"a size like {size}GiB")
@@ -111,7 +112,7 @@ def run_plan(options: argparse.Namespace) -> int:
         report.apply_to_yaml(found, path)
         written.append(path)
     elif path is not None:
-        _note(f"no plan fits: {path} is left as it is")
+        _note(f"no plan fits: {path} is not changed")
     for target in written:
         _note(f"written: {target}")
     return 0 if found.feasible else NOTHING_FITS
@@ -124,7 +125,7 @@ def _host_room() -> int:
 
 
 def _note(text: str, command: str = "plan") -> None:
-    # stdout is for the table or JSON object of plan, and the configuration of train --check.
+    # stdout has the table or JSON object of plan, and the configuration of train --check only.
     print(f"prfl-fast {command}: {text}", file=sys.stderr)
 
 
@@ -149,16 +150,15 @@ def _check_target(name: str, path: Path) -> None:
 def choose_memory(
     config: TrainFile, dataset: LatentDataset, device: torch.device
 ) -> tuple[MemoryConfig, MemoryConfig, Plan | None]:
-    """Return the policies of the trained and the reward model, and the plan they come from.
-
-    ``memory: auto`` is planned once: a resumed run keeps the policies it began with.
-    """
+    """Return the policies of the trained and the reward model, and the plan they come from."""
+    # A resumed run keeps its policies, because another weight dtype would change its numbers.
     if config.memory != "auto":
         return config.memory.build(), config.reward_memory.build(), None
     began = _stored_memory(config)
     if began is not None:
         _note(f"memory: auto chose {_in_words(*began)}, as this run began", "train")
         return *began, None
+    # The memory that is free now, because other processes may use the device as well.
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     found = _plan_training(config, dataset, device, room)
     chosen = _in_words(found.memory, found.reward_memory)
@@ -166,7 +166,7 @@ def choose_memory(
     if not found.feasible:
         raise ValueError(
             f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
-            f"{takes:.1f} GiB; see prfl-fast plan"
+            f"{takes:.1f} GiB. Run prfl-fast plan for all candidates"
         )
     predicted = f"predicted to take {takes:.1f} of {budget:.1f} GiB"
     _note(f"memory: auto chose {chosen}, {predicted}", "train")

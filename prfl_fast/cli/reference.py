@@ -1,6 +1,6 @@
 """Write YAML templates and docs/configuration.md from the models of :mod:`prfl_fast.cli.config`.
 
-``python -m prfl_fast.cli.reference > docs/configuration.md`` writes the reference anew.
+``python -m prfl_fast.cli.reference > docs/configuration.md`` regenerates the page.
 """
 
 import json
@@ -38,10 +38,7 @@ def init(command: str, path: str | None) -> int:
 
 
 def template(command: str) -> str:
-    """Return a YAML file of every key of ``command`` with its description and default.
-
-    Sections that are off by default, and other forms of a key, are comments.
-    """
+    """Return a YAML file of every key of ``command`` with its description and default."""
     head = f"# Configuration of prfl-fast {command}. Fill in the keys marked as required."
     return "\n".join([head, "", *_section_lines(FILES[command])]) + "\n"
 
@@ -54,6 +51,7 @@ def _section_lines(section: type[Section]) -> Iterator[str]:
             yield from (f"{name}:", *(f"  {line}" for line in _section_lines(nested)))
             continue
         yield f"{name}: {_yaml(field)}".rstrip()
+        # Sections that are off by default, and other forms of a key, are comments.
         for form in sections_in(field.annotation):
             listed = _is_listed(form, field)
             yield f"# or {'a list of mappings' if listed else 'a mapping'}:"
@@ -85,7 +83,7 @@ def _comment(field: FieldInfo) -> list[str]:
 
 def _yaml(field: FieldInfo) -> str:
     """Return a default as YAML on one line, or an empty string for a required key."""
-    # Without quotes JSON is YAML here: no default is a word that YAML reads as another type.
+    # JSON without quotes is YAML here, because YAML reads no default as a value of another type.
     return "" if field.is_required() else json.dumps(field.default).replace('"', "")
 
 

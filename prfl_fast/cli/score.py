@@ -66,8 +66,7 @@ def _scores(
             indices = range(start, min(start + config.batch_size, len(dataset)))
             batch = collate([dataset[i] for i in indices])
             assert isinstance(batch, Batch)
-            # One draw per video, the same at every timestep: scores do not depend on the batch
-            # size.
+            # One draw per video for all timesteps, so that scores do not depend on the batch size.
             noise = torch.stack([torch.randn(x.shape, generator=generator) for x in batch.latents])
             scores = []
             for t in config.timesteps:

@@ -122,8 +122,7 @@ class FeedbackSection(Section):
     )
     draws: Literal["systematic", "independent"] | None = key(None, "Draw of several points (prfl).")
     window: Fraction | None = key(
-        None,
-        "Fraction of the trajectory from which the step is drawn (refl, controlnet++).",
+        None, "Fraction of the trajectory from which the step is drawn (refl, controlnet++)."
     )
     depth: Count | Literal["all"] | None = key(
         None,
@@ -183,15 +182,15 @@ class FeedbackSection(Section):
 class RolloutSection(Section):
     """The steps without gradient; all keys but cache and compile change the numbers."""
 
-    cache: bool = key(True, "Compute once what all steps of a rollout share.")
+    cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
     merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
     compile: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
         "auto", "torch.compile of the blocks; auto compiles small models on a GPU."
     )
     fp8_linears: Interval | None = key(
         None,
-        "Noise levels [lowest, highest] at which linear layers run in FP8; null is nowhere, "
-        "[0, 1] everywhere.",
+        "Noise levels [lowest, highest] at which linear layers run in FP8; null is no level, "
+        "[0, 1] all.",
     )
     fp8_attention: Interval | None = key(
         None, "Noise levels [lowest, highest] at which self-attention runs in FP8."

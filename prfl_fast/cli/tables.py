@@ -25,5 +25,5 @@ def print_table(
         made.add_row(*row)
     screen = console.Console(markup=False, highlight=False, emoji=False)
     if not screen.is_terminal:
-        screen.width = 1000  # a pipe has no width; wrapped cells would split one row over lines
+        screen.width = 1000  # a pipe has no width, and wrapped cells would split rows
     screen.print(made, soft_wrap=not screen.is_terminal)

@@ -41,7 +41,7 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 
 SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
-# A resumed run may change these keys of the rollout: they change no number.
+# A resumed run may change these keys of the rollout, because they do not change its numbers.
 _FREE = ("cache", "compile")
 
 
@@ -58,7 +58,7 @@ def run_train(config: TrainFile, check_only: bool) -> int:
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
     check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
     guidance = None
-    if config.prfl.guidance is not None:  # without the prfl objective, too: a check of the file
+    if config.prfl.guidance is not None:  # the file is checked even without the prfl objective
         guidance = loading.load_guidance(config.prfl.guidance, dataset, device)
     memory, reward_memory, plan = choose_memory(config, dataset, device)
     sections = {
@@ -68,7 +68,7 @@ def run_train(config: TrainFile, check_only: bool) -> int:
     config = config.model_copy(update=sections)
     for policy in (memory, reward_memory):
         check_available(policy, device)
-    _seed(config)
+    _seed(config)  # adapters are initialized at random
     transformer, rewards = _load_models(config, dataset, memory, reward_memory, device)
     objectives: dict[str, Objective] = {}
     for name in config.objectives:
@@ -98,6 +98,7 @@ def _load_models(
     dtypes = {memory.weight_dtype}
     if _in_the_references_layout(config):  # such a reward is built from the generator
         dtypes.add(reward_memory.weight_dtype)
+    # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
     transformer = loading.load_transformer(config.model, dtype)
     rewards = loading.load_rewards(config, transformer) if "prfl" in config.objectives else {}
@@ -157,13 +158,13 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
     loading.check_model(config.model, dataset)
     memory = config.memory.build()
     check_available(memory, device)
-    _seed(config)
+    _seed(config)  # pool and head are initialized at random
     dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
     transformer = loading.load_transformer(config.model, dtype)
     reward = LatentRewardModel.from_backbone(
         transformer, config.num_blocks, num_heads=config.num_heads, num_queries=config.num_queries
     )
-    del transformer
+    del transformer  # the reward has copies, and no later step reads the generator
     for source in (d for d in (dataset, held_out) if d is not None):
         loading.check_data(source, reward.backbone, "the reward model")
     apply_memory(reward, memory, device=device)
@@ -182,7 +183,7 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
         return _print_check(config)
     if code := _finish(trainer, config):
         return code
-    unpatch(reward.backbone)
+    unpatch(reward.backbone)  # a saved model is plain diffusers
     reward.save(out / "reward")
     print(f"reward model: {out / 'reward'}")
     if held_out is not None:
@@ -232,7 +233,8 @@ def _evaluate(
 
 
 def _autocast(weight_dtype: str, precision: Precision) -> Precision:
-    """Return the autocast precision of a model; narrower weights compute in bfloat16 without it."""
+    """Return the autocast precision of a model."""
+    # Narrower weights compute in bfloat16 without autocast.
     return precision if weight_dtype == "fp32" else "fp32"
 
 
@@ -266,13 +268,14 @@ def _trainer(
 
 
 def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
-    """Return the keys that determine a run's numbers besides the trainer's own settings."""
+    """Return the keys that determine a run's numbers, without the trainer's own settings."""
     values = config.model_dump(exclude={"out", "run", "optimizer", "eval_data", "timesteps"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
     for name, value in values.items():
         section = isinstance(value, dict)
         flat |= {f"{name}.{k}": v for k, v in value.items()} if section else {name: value}
-    # A run may move to another device, or to one with less memory. Settings hold the optimizer.
+    # A run may move to another device, or to one with less memory. The trainer's settings contain
+    # the optimizer.
     memory = ("optimizer", "gradient_dtype", *MemoryConfig.FREE)
     free = {f"{section}.{k}" for section in ("memory", "reward_memory") for k in memory}
     free |= {"hardware.device", *(f"rollout.{k}" for k in _FREE)}
@@ -289,7 +292,7 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
     where = latest_checkpoint(out)
     if result.stopped_by is not None:
         how = f"stopped by {result.stopped_by.name} after step {result.step}"
-        print(f"{how}; saved in {where}; run again to go on")
+        print(f"{how}; saved in {where}; run again to continue")
         return 128 + result.stopped_by
     print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")
     return 0

@@ -57,7 +57,7 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
 
 
 def _reward_blocks(config: TrainFile) -> dict[str, int]:
-    """Return the blocks of the saved reward model, or nothing if the file does not say."""
+    """Return the number of blocks of the saved reward model, by name; empty if it is unknown."""
     if "prfl" not in config.objectives:
         return {"reward_blocks": 1}  # the planner has no step without a reward: take the smallest
     if isinstance(config.reward, tuple):
@@ -91,6 +91,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     content = read_yaml(path)
     # The plan replaces both memory sections, so they may be out of date.
     filled: dict[str, Any] = {k: v for k, v in content.items() if not k.endswith("memory")}
+    # Required keys may be missing here, because the plan needs only some of them.
     filled = {"model": "-", "data": "-", "reward": "-", "out": "-", "run": {}} | filled
     if isinstance(filled["run"], dict):
         filled["run"] = {"steps": 1} | filled["run"]
@@ -109,7 +110,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("train") == "full" and config.lora is not None:
         _contradicted("train", "full", f"{path} has a lora section")
     if given.get("sft") is False and "objectives" in content and found["sft"]:
-        raise ValueError(f"--no-sft, but {path} has sft among its objectives: change the file")
+        raise ValueError(f"--no-sft, but {path} has sft among its objectives. Change the file")
     undecided = {"sft": "objectives" in content, "train": config.lora is not None}
     undecided |= {"model": "model" in content and "model" not in given}
     known = "reward" in content or "prfl" not in config.objectives
@@ -133,14 +134,12 @@ def _sizes_of_data(config: TrainFile, given: Mapping[str, Any], path: Path) -> d
 
 def _contradicted(name: str, value: object, fact: str) -> None:
     option = name.replace("_", "-")
-    raise ValueError(f"--{option} is {value}, but {fact}: leave the option out, or change the file")
+    raise ValueError(f"--{option} is {value}, but {fact}. Leave the option out, or change the file")
 
 
 def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """Return the Workload fields of ``prfl-fast plan`` from options, defaults and a file.
-
-    An option that was not given is None in ``values``.
-    """
+    """Return the Workload fields of ``prfl-fast plan`` from options, defaults and a file."""
+    # argparse gives None for an absent option, so that defaults do not contradict the file.
     given = {name: value for name, value in values.items() if value is not None}
     fields = dict(given)
     if path is not None:

@@ -1,4 +1,4 @@
-"""Read YAML files into the pydantic models of :mod:`prfl_fast.cli.config`, every key checked.
+"""Read YAML files into the pydantic models of :mod:`prfl_fast.cli.config` and check every key.
 
 Every error is one line that names the dotted key, the given value and the expected value.
 """
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from prfl_fast.utils.optional import need
 
-# YAML 1.1 reads 5e-6 and 1e3 as strings; people write learning rates that way.
+# YAML 1.1 reads 5e-6 and 1e3 as strings, but learning rates are written in this form.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LIMITS = (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
@@ -74,7 +74,7 @@ def parse_config(kind: type[Config], content: Mapping[str, Any]) -> Config:
         return kind.model_validate(dict(content))
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        # A misspelled key is also a missing one; the spelling says more.
+        # A misspelled required key is also missing; the error about its spelling comes first.
         problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
         lines = (_explained(kind, content, problem) for problem in problems)
         raise ConfigError(next(filter(None, lines), str(error))) from error
@@ -91,7 +91,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     yaml = need("yaml")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
-        """Loader that rejects duplicate keys, of which YAML would keep the last."""
+        """Loader that rejects duplicate keys; YAML would use the last one."""
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -146,7 +146,7 @@ def is_section(hint: Any) -> bool:
 def expected(hint: Any, metadata: Sequence[Any] = (), *, short: bool = False) -> str:
     """Return a type and its range in words, as ``a number above 0``.
 
-    ``metadata`` has constraints outside the annotation; ``short`` leaves out a mapping's keys.
+    ``metadata`` has constraints outside the annotation; ``short`` omits a mapping's keys.
     """
     hint, inner = _unwrapped(hint)
     metadata = (*metadata, *inner)
@@ -190,7 +190,7 @@ def _flat(metadata: Sequence[Any]) -> Iterator[Any]:
 
 
 def _explained(kind: type[Section], content: Any, problem: Any) -> str | None:
-    """Return a pydantic error in terms of the file; None if it is of another union member."""
+    """Return a pydantic error in terms of the file; None if it is about another union member."""
     *parents, last = problem["loc"] or (None,)
     if problem["type"] == "extra_forbidden":
         found = _follow(kind, content, parents)

@@ -42,6 +42,7 @@ def collate(samples: Sequence[Sample | Pair]) -> Batch | PairBatch:
 
 
 def _stack(samples: Sequence[Sample]) -> Batch:
+    # Files may be bfloat16; losses and noise are float32.
     conditions = {
         name: torch.stack([s.conditions[name].float() for s in samples])
         for name in samples[0].conditions
@@ -61,24 +62,28 @@ def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
 class Batches:
     """Index the endless, shuffled batches of a dataset: ``batches[n]`` depends on n and the seed.
 
-    There is no position to save: a resumed run asks for the next n. An epoch drops its incomplete
-    last batch. (A DataLoader with this order would need a sampler that starts at n and an iterator
-    state per objective.)
+    There is no position to save: a resumed run reads the next n. An epoch drops its incomplete last
+    batch.
 
     Args:
         dataset: a :class:`LatentDataset`, or any object with ``len()`` and ``[i]`` that returns a
             :class:`Sample` or :class:`Pair`.
+        batch_size: samples, or pairs, of a batch.
+        seed: seed of the order.
 
     Raises:
         ValueError: if ``batch_size`` is not positive or larger than the dataset.
     """
+
+    # A DataLoader with this order would need a sampler that starts at n, and an iterator state for
+    # each objective.
 
     def __init__(self, dataset: Any, batch_size: int = 1, seed: int = 0) -> None:
         check_count("batch_size", batch_size)
         expected = f"at most {len(dataset)}, the samples of the dataset"
         check(batch_size <= len(dataset), "batch_size", batch_size, expected)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self._epoch, self._order = -1, [0]
+        self._epoch, self._order = -1, [0]  # the permutation of one epoch is cached
 
     def __getitem__(self, n: int) -> Batch | PairBatch:
         epoch, position = divmod(n, len(self.dataset) // self.batch_size)

@@ -25,7 +25,9 @@ _RANKS = {
     "latent_condition": 4,
 }
 _REQUIRED = ("latents", "encoder_hidden_states")
-_DTYPES = ("F32", "BF16", "F16", "F64")
+# torch's names of dtypes by those of safetensors; a dataset has floating-point tensors only.
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 
 
 class Sample(NamedTuple):
@@ -47,7 +49,7 @@ class Pair(NamedTuple):
 class LatentDataset:
     """Open a dataset folder; item i is a :class:`Sample` or a :class:`Pair`.
 
-    Opening checks the header of each file, and reading an item checks its values.
+    The constructor checks the header of each file, and reading an item checks its values.
 
     Attributes:
         pairs: True if items are pairs.
@@ -55,7 +57,8 @@ class LatentDataset:
 
     Raises:
         FileNotFoundError: if the folder or its manifest does not exist.
-        ValueError: if the manifest or a file is malformed or incomplete; names the line.
+        ValueError: if the manifest or a file is malformed or incomplete; the message names the
+            line.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -106,7 +109,9 @@ class LatentDataset:
         expected = f"{' and '.join(_REQUIRED)}, and of others only {', '.join(_RANKS)}"
         check(known, f"{where}: tensors", sorted(shapes), expected)
         for key, shape in shapes.items():
-            check(dtypes[key] in _DTYPES, f"{where}: {key}", dtypes[key], f"one of {_DTYPES}")
+            kind = (_FLOATS | _INTEGERS).get(dtypes[key], dtypes[key])
+            expected, hint = f"one of {', '.join(_FLOATS.values())}", "Convert it with .float()"
+            check(kind in _FLOATS.values(), f"{where}: dtype of {key}", kind, expected, hint=hint)
             ok = len(shape) == _RANKS[key] and 0 not in shape
             check(ok, f"{where}: {key}", list(shape), f"{_RANKS[key]} dimensions, none 0")
         grid = list(shapes["latents"][1:])
@@ -181,7 +186,7 @@ def write_dataset(
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        raise FileExistsError(f"{folder}: already has a {MANIFEST}")
+        raise FileExistsError(f"{folder}: already has a {MANIFEST}. Choose a new folder")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     lines = []
 
@@ -202,6 +207,7 @@ def write_dataset(
             record["labels"] = dict(first.labels)
         lines.append(json.dumps(record) + "\n")
     check(bool(lines), "samples", [], "at least one")
+    # Last, so that an interrupted call leaves no manifest and thus no dataset.
     with write_atomic(folder / MANIFEST) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return LatentDataset(folder)

@@ -5,9 +5,4 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Point
 from prfl_fast.feedback.step import PRFL
 
-__all__ = [
-    "GradientPlan",
-    "PRFL",
-    "PRFLOutput",
-    "Point",
-]
+__all__ = ["GradientPlan", "PRFL", "PRFLOutput", "Point"]

@@ -1,6 +1,7 @@
 """Divergence of a model with low-rank adapters from the same model without them.
 
-A divergence loss limits reward hacking, and needs no second model.
+A divergence loss limits reward hacking and needs no second model. In the small world it lowers the
+relative change of the velocity by training from 0.135 to 0.116 (bench/RESULTS.md).
 """
 
 import contextlib
@@ -15,10 +16,7 @@ _BASES = ("base_layer.", "original_module.")
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise ``ValueError`` unless switching the adapters off restores the initial model.
-
-    The model needs adapters, none of them merged, and no other trainable parameter.
-    """
+    """Raise ``ValueError`` unless switching the adapters off restores the initial model."""
     layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
     problem = ""
     if not layers:
@@ -33,11 +31,12 @@ def check_adapters(model: nn.Module) -> None:
         for name, parameter in layer.named_parameters()
         if not name.startswith(_BASES)
     }
+    # With another trainable parameter, the model without adapters would change as well.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in switched:
             raise ValueError(
                 f"divergence is the distance from the model without adapters, but {name} trains "
-                "too and is no part of one: freeze it, or set divergence to 0"
+                "too and is not part of an adapter. Freeze it, or set divergence to 0"
             )
 
 

@@ -37,7 +37,7 @@ class FeedbackSpec:
 
 @dataclass(frozen=True)
 class PRFLOutput:
-    """Result of one reward-feedback step; no tensor carries a graph.
+    """Hold the result of one reward-feedback step; no tensor carries a graph.
 
     K counts the rewarded latents: one per gradient point, then one per re-noised sample.
 
@@ -96,7 +96,7 @@ class GradientEstimator:
 
     At each point call ``backward(steps, score(steps, loss_scale))`` on the steps of :meth:`take` or
     :meth:`take_again`. ``generator`` draws frames and noise for plans that need them. ``finite`` is
-    False once a reward or loss was not finite.
+    False after a reward or loss was not finite.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class GradientEstimator:
     def take(self, point: Point, weight: float, *, last: bool) -> GradientSteps:
         """Take a point's steps with gradient; the trajectory must be at the first of them.
 
-        If no solver step follows (``last``), a one-step estimate of x0 needs none.
+        ``last`` is True for the last point of the trajectory.
         """
         trajectory, penalties = self.trajectory, []
         clean = self.spec.plan.reward_at == "clean"
@@ -135,6 +135,7 @@ class GradientEstimator:
                 v, *extra = self._evaluate(index, x)
             _check_graph(v.requires_grad, NO_GRADIENT)
             penalties += extra
+            # After the last point nothing needs x_{m+1}, if the reward reads the estimate of x0.
             if index < point.step or not clean or not last:
                 trajectory.follow(trajectory.solve(v))
         if not clean:
@@ -184,7 +185,7 @@ class GradientEstimator:
             part = weight * self.spec.reward_weights[name] * short.mean()
             scores[name] = score.detach()
             loss = loss + part.detach()
-            # One wait for the device. The score is checked too: relu would hide an infinite one.
+            # Both are checked at once, to wait for the device once; relu hides an infinite score.
             good = torch.isfinite(score.detach()).all() & torch.isfinite(part.detach())
             self.finite = self.finite and bool(good)
             if self.finite:
@@ -211,13 +212,7 @@ class GradientEstimator:
         self.trajectory.cut()
 
     def run_guided(self, points: tuple[Point, ...]) -> PRFLOutput:
-        """Sample with the velocity moved against the gradient of the loss at each point's latents.
-
-        With x_t = (1-t)·x0 + t·ε the velocity is v = -(x + t·s)/(1-t), with s the score of the
-        latents' distribution. Weighting that distribution by exp(-loss) subtracts ∇loss from s,
-        and so adds t/(1-t)·∇loss to v. Each sample follows the gradient of its own loss, not of
-        the batch mean.
-        """
+        """Sample with the velocity changed by the gradient of the loss at each point's latents."""
         steps, guide = self.spec.sampler.num_inference_steps, partial(self._guide, points)
         with contextlib.suppress(_NonFiniteRewardError):
             self.trajectory.run(steps, adjust=guide)
@@ -255,10 +250,14 @@ class GradientEstimator:
         if index not in (point.step for point in points):
             return v
         sigma, batch = trajectory.sigma(index), len(trajectory.x)
+        # The weight undoes the mean over the batch: each sample follows its own loss.
         gradient = self.score(GradientSteps(trajectory.x, index, batch), 1.0)
         self._losses[-1] = self._losses[-1] / (batch * len(points))
         if gradient is None:
             raise _NonFiniteRewardError
+        # With x_t = (1-t)·x0 + t·ε the velocity is v = -(x + t·s)/(1-t), with s the score of the
+        # latents' distribution. Weighting this distribution by exp(-loss) subtracts ∇loss from s,
+        # and so adds t/(1-t)·∇loss to v.
         return flow_step([v, gradient], [1.0, sigma / (1 - sigma)])
 
     def _evaluate(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -267,7 +266,7 @@ class GradientEstimator:
         return v, *self._divergence(x, index, v)
 
     def _divergence(self, x: torch.Tensor, index: int, v: torch.Tensor) -> list[torch.Tensor]:
-        """Return the mean squared distance of ``v`` from the base model's velocity, if it is on."""
+        """Return the mean squared distance of ``v`` from the base velocity; empty if it is off."""
         if not self.spec.divergence:
             return []
         model = model_of(self.spec.sampler.transformer)
@@ -279,7 +278,7 @@ class GradientEstimator:
         off = partial(adapters_off, model)
         if x.requires_grad and torch.is_grad_enabled():
             # After an earlier step with gradient the latents depend on the parameters, and the base
-            # velocity on the latents. Blocks recomputed in its backward must find adapters off.
+            # velocity depends on the latents. Its backward recomputes blocks with adapters off.
             (base,) = recomputed_step(initial, x, off)
         else:
             with torch.no_grad(), off():
@@ -297,24 +296,23 @@ _NO_GRAPH = (
 def _frame_scorer(
     plan: GradientPlan, x: torch.Tensor, generator: torch.Generator | None
 ) -> Callable[[Reward, torch.Tensor, torch.Tensor, Conditions], torch.Tensor] | None:
-    """Return a function that scores weighted random frames of ``x``; None to score the video.
-
-    All rewards of a point score the same frames.
-    """
+    """Return a function that scores weighted random frames of ``x``; None to score the video."""
     if plan.segments is None:
         return None
     batch, count = x.shape[0], x.shape[2]
     span = count // plan.segments
     device = generator.device if generator is not None else torch.device("cpu")
+    # The frames are drawn here, once, so that all rewards of a point score the same ones.
     drawn = torch.randint(span, (batch, plan.segments), generator=generator, device=device)
+    # Segment i of a sample has the frames span·i … span·(i+1) - 1.  [B, segments]
     chosen = drawn.to(x.device) + span * torch.arange(plan.segments, device=x.device)
     weights = torch.exp(-plan.attenuation * (chosen - count // 2).abs().to(torch.float64))
     rows = torch.arange(batch, device=x.device)
 
     def pick(tensor: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim != 5 or tensor.shape[2] != count:
+        if tensor.ndim != 5 or tensor.shape[2] != count:  # a condition without frames
             return tensor
-        return tensor[rows, :, frame].unsqueeze(2)
+        return tensor[rows, :, frame].unsqueeze(2)  # [B, C, 1, H, W]
 
     def score_frames(
         reward: Reward, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions

@@ -1,4 +1,4 @@
-"""Gradient points: the steps of one trajectory that carry gradient, and bounds of their window."""
+"""Gradient points of a trajectory, and the bounds of the window from which they are drawn."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Bound = int | float | None  # a step, or a share of a schedule
 
 
 class Point(NamedTuple):
-    """One gradient point of a trajectory.
+    """Describe one gradient point of a trajectory.
 
     Attributes:
         step: the last solver step with gradient, m. The reward reads x_{m+1}, or the estimate of x0
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 def as_points(
     indices: Sequence[int | Point], depth: int | None, begin: int
 ) -> tuple[Point, ...] | None:
-    """Return points for step numbers, with equal weights; None if an item is no valid point.
+    """Return points for step numbers, with equal weights; None if an item is not a valid point.
 
     A step number gets ``depth``; None reaches back to ``begin``.
     """
@@ -50,7 +50,7 @@ def as_points(
 
 
 def in_order(points: Sequence[Point], begin: int, end: int) -> bool:
-    """Return True if points lie in ``begin`` … ``end - 1`` and each starts after the one before."""
+    """Return True if points lie in ``begin`` … ``end - 1`` in order and do not overlap."""
     firsts = [point.first for point in points]
     before = [begin - 1, *(point.step for point in points)]
     return before[-1] < end and all(a > b for a, b in zip(firsts, before, strict=False))

@@ -25,7 +25,7 @@ from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check, check_number, check_type
 from prfl_fast.utils.recompute import NO_GRADIENT
 
-# UniPC starts 1e-6 below 1, where the factor of guided sampling is as unbounded as at 1.
+# At UniPC's first level, 1 - 1e-6, the factor σ/(1-σ) of guided sampling is already 1e6.
 PURE_NOISE = 1e-5
 
 
@@ -38,20 +38,19 @@ class PRFL:
     solver's history constant, scores the result at its own noise level, ``r = r_φ(x_{m+1}, t_{m+1},
     c)``, and runs backward on ``weight · relu(target - r)``, averaged over the batch and the K
     drawn indices. The trajectory then continues from ``x_{m+1}`` without the graph, so only one
-    step's graph is alive at a time, and ends after the last index. Other plans:
-    :class:`prfl_fast.GradientPlan`.
+    step's graph is alive at a time, and ends after the last index.
 
     The transformer's train/eval mode does not change. Random numbers come from the given generator
     only.
 
     Args:
         transformer, scheduler, num_inference_steps, guidance, rollout: see
-            :class:`prfl_fast.rollout.sampler.Sampler`; guidance applies to gradient steps too.
+            :class:`prfl_fast.rollout.sampler.Sampler`; guidance includes the gradient steps.
         reward: ``(x, timestep [B], conditions) -> [B]``, e.g. a frozen ``LatentRewardModel``; or
             several by name.
-        plan: gradient points, and the target of the gradient; ``GradientPlan.prfl()`` by default.
-        target: rewards at or above it give no gradient. A sigmoid never reaches the default 2. None
-            replaces the hinge with ``-r``.
+        plan: gradient points and the target of the gradient; ``GradientPlan.prfl()`` by default.
+        target: rewards of at least ``target`` give no gradient; a sigmoid never reaches the default
+            2. None replaces the hinge with ``-r``.
         weight: factor of the reward loss; for a guided trajectory, the strength of the guidance.
         reward_weights: factors of several rewards' losses by name; 1 unless given.
         divergence: factor of the mean squared difference between the velocities with and without
@@ -61,7 +60,7 @@ class PRFL:
         engine: runs the steps without gradient and counts drift checks over all calls.
 
     Raises:
-        TypeError: if the model, reward or scheduler is unsupported, or an argument has another
+        TypeError: if the model, reward or scheduler is unsupported, or an argument has the wrong
             type.
         ValueError: if the schedule is too short for the plan, a number is not finite, a weight
             names no reward, or a divergence has no adapters or no gradient to the parameters.
@@ -154,19 +153,18 @@ class PRFL:
         trajectory = Trajectory(
             self.sampler, noise, conditions, engine=self.engine, start=begin, visit=visit
         )
-        if latents is not None:
+        if latents is not None:  # the plan starts from data, corrupted to its first noise level
             sigma = trajectory.sigma(begin)
             trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
         estimator = GradientEstimator(spec, trajectory, generator, loss_scale)
         if plan.to == "latent":
             first = points[0].step
-            sigma, hint = (
-                trajectory.sigma(first),
-                "The factor sigma / (1 - sigma) has no bound there.",
-            )
+            sigma = trajectory.sigma(first)
+            hint = "The factor sigma / (1 - sigma) has no bound there."
             expected = f"a start later than step {first}, where sigma is {sigma:g}"
             check(sigma <= 1 - PURE_NOISE, "window", plan.window, expected, hint=hint)
             return estimator.run_guided(points)
+        # The trajectory's own point and the re-noised ones have equal weights.
         share, drawn = 1 + plan.renoised, len(points)
         points = (*points, *[Point(points[-1].step)] * plan.renoised)
         with _frozen(self.sampler.transformer) if plan.to == "noise" else contextlib.nullcontext():

@@ -5,10 +5,4 @@ from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.quantized import quantize
 
-__all__ = [
-    "MemoryConfig",
-    "activation_checkpointing",
-    "apply_memory",
-    "make_optimizer",
-    "quantize",
-]
+__all__ = ["MemoryConfig", "activation_checkpointing", "apply_memory", "make_optimizer", "quantize"]

@@ -1,6 +1,6 @@
 """Count live bytes of tensor storages by category and phase while a program runs.
 
-Fake tensors, which have sizes and no values, count too, so memory can be predicted at any size.
+Fake tensors count as well: they have sizes but no data, so the memory of any size can be predicted.
 """
 
 import contextlib
@@ -14,16 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prfl_fast.kernels.runtime.registry import OPERATIONS
 from prfl_fast.utils.checks import check_choice
 
-# Of device memory. Storages without a mark are workspace, or rollout in the phase "rollout".
-CATEGORIES = (
-    "weights",
-    "reward",
-    "optimizer",
-    "gradients",
-    "checkpoints",
-    "rollout",
-    "workspace",
-)
+# Categories of device memory. Unmarked storages are workspace, or rollout in the phase "rollout".
+CATEGORIES = ("weights", "reward", "optimizer", "gradients", "checkpoints", "rollout", "workspace")
 HOST = "host"
 _POINTS = 2048  # a timeline is thinned when it has twice as many points
 
@@ -69,9 +61,10 @@ class _Entry(weakref.ref):
 class Ledger(TorchDispatchMode):
     """Count live and peak bytes of storages allocated inside the context, on any device.
 
-    The ledger enters the new storages of an operation when it returns and removes them when they
-    are freed. Older storages count once they are marked. :meth:`add_transient` adds memory that a
-    kernel frees before it returns. Enter a ledger inside a ``FakeTensorMode``, not around it.
+    The ledger enters the new storages of an operation when the operation returns and removes them
+    when they are freed. Storages older than the context count after they are marked.
+    :meth:`add_transient` adds memory that a kernel frees before it returns. Enter a ledger inside a
+    ``FakeTensorMode``, not around it.
 
     Args:
         open_operations: count the temporaries of prfl_fast's own operations, run as their PyTorch
@@ -168,10 +161,8 @@ class Ledger(TorchDispatchMode):
             self.categories[entry.category] += size
 
     def _commit(self) -> None:
-        """Update the peaks before bytes fall.
-
-        An update at each rise would count a host buffer as device memory until it is marked.
-        """
+        """Update the peaks before bytes fall."""
+        # An update at each rise would count a host buffer as device memory until it is marked.
         self.host_peak = max(self.host_peak, self.host)
         if self.live > self._high[0]:
             self._high = (self.live, dict(self.categories))
@@ -191,7 +182,7 @@ class Ledger(TorchDispatchMode):
             self._window *= 2
 
     def __enter__(self) -> "Ledger":
-        self._depth += 1
+        self._depth += 1  # `with self` below enters again, for the parts of an opened operation
         if self._depth == 1:
             _active.append(self)
         super().__enter__()
@@ -215,7 +206,7 @@ class Ledger(TorchDispatchMode):
             return func(*args, **kwargs)
         self._commit()
         given = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
-        for tensor in given:
+        for tensor in given:  # so that an argument that is returned does not count as fresh
             storage = storage_of(tensor)
             if storage is not None:
                 self._entry(storage)

@@ -4,11 +4,11 @@ Each block call has one group of storages. While block k runs forward, the stora
 copied to the host; before block k+1 begins, the storages of block k-1 are freed on the device. In
 the backward, the first tensor that block k reads frees the storages of block k+1 and starts the
 copies of block k-1 to the device. The device thus holds the saved tensors of two blocks at most,
-for any depth and all models together: the reward model's blocks follow those of the generator.
+at any depth. The blocks of all models on a device count as one sequence.
 
-Ownership: the graph owns handles, a handle owns its storage, a storage owns its memory on both
-sides. Everything is therefore freed when a graph ends, by its backward, an exception or the last
-reference to it; window and pool hold no tensor of a graph.
+Ownership: the graph owns handles, a handle owns its storage, a storage owns its memory on the
+device and on the host. All of it is therefore freed when a graph ends, by its backward, an
+exception or the last reference to it. The window and the pool hold no tensor of a graph.
 
 On CUDA, copies run on a separate stream. Device memory belongs to the compute stream, which waits
 for the last copy before it frees the memory. Only the copy stream uses the page-locked host memory,
@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from prfl_fast.memory.ledger import mark
 
-SMALLEST = 64 << 10  # bytes; a copy of less costs more than the memory is worth
+SMALLEST = 64 << 10  # bytes; smaller storages are not worth a copy and stay on the device
 RESERVE = 0.1  # share of the host's memory that stays free unless a limit is given
 
 
@@ -42,7 +42,7 @@ class HostMemoryError(RuntimeError):
 class Offloader:
     """Host buffers and byte counts of one model's blocks, within ``host_limit`` bytes.
 
-    If the limit is None, it is the available memory at each use, less a tenth of the machine's.
+    If the limit is None, it is the available memory at each use, minus a tenth of the machine's.
     """
 
     def __init__(self, host_limit: int | None = None) -> None:
@@ -79,6 +79,7 @@ class Offloader:
         if self._free[nbytes, stream]:
             buffer = self._free[nbytes, stream].pop()
         else:
+            # A simulation of another machine must not depend on the memory of this one.
             if not isinstance(source, FakeTensor) or self.host_limit is not None:
                 self._make_room(nbytes)
             if stream is None:
@@ -108,15 +109,14 @@ class Offloader:
         self.bytes["host_pool"] -= sum(
             nbytes * len(free) for (nbytes, _), free in self._free.items()
         )
-        self._free.clear()
+        self._free.clear()  # buffers of the wrong size cannot be split or joined
         held, limit = self.bytes["host_pool"], self._limit()
         if held + nbytes > limit:
             raise HostMemoryError(
                 f"offloading asks for {nbytes} bytes of host memory with {held} bytes in use, "
-                f"expected at most {limit} together (host_limit, or the available memory less a "
+                f"expected at most {limit} together (host_limit, or the available memory minus a "
                 "tenth of the machine's). Raise host_limit, free host memory, choose policy "
-                "'full', "
-                "which saves least, or set offload=None"
+                "'full', which saves least, or set offload=None"
             )
 
 
@@ -149,7 +149,7 @@ class Group:
         nbytes = storage.nbytes()
         if nbytes < SMALLEST or nbytes % tensor.itemsize or storage._cdata in self._stay:
             return None
-        key = (storage._cdata, tensor._version)
+        key = (storage._cdata, tensor._version)  # a storage written in place is saved again
         saved = self._saved.get(key)
         if saved is None:
             saved = self._saved[key] = _Saved(self, tensor)
@@ -293,6 +293,8 @@ class _Window:
             target.copy_(source)
             return None
         self.stream.wait_stream(after)
+        # Attention of a 14B block at 720p moves 2.35 GB: 47 ms at 50 GB/s, beside a predicted
+        # 250 ms of forward and 600 ms of backward (bench/NOTES.md; not measured on a GPU).
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
         return self.stream.record_event()
@@ -322,7 +324,7 @@ class _Window:
         self._resident = [weakref.ref(group) for group in groups if group is not None]
 
 
-@functools.cache
+@functools.cache  # one window per device, so that two models share its limit of two groups
 def _window(device: torch.device) -> _Window:
     return _Window(device)
 
@@ -335,11 +337,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def host_memory() -> tuple[int, int]:
-    """Return (available, total) host memory in bytes, of the machine or its smaller cgroup.
-
-    Return huge numbers on a system without Linux's files.
-    """
-    available = total = 1 << 62
+    """Return (available, total) host memory in bytes, of the machine or its smaller cgroup."""
+    available = total = 1 << 62  # on a system without the files below, as if unlimited
     with contextlib.suppress(OSError, KeyError):
         sizes = _fields("/proc/meminfo")
         available, total = sizes["MemAvailable"] << 10, sizes["MemTotal"] << 10
@@ -350,9 +349,8 @@ def host_memory() -> tuple[int, int]:
         with contextlib.suppress(OSError, ValueError, KeyError):  # "max": no limit
             limit, used = (int(Path(group, name).read_text()) for name in (most, now))
             stat = _fields(f"{group}/memory.stat")
-            used -= (
-                stat["inactive_file"] + stat["active_file"]
-            )  # the kernel reclaims page cache first
+            # The kernel reclaims the page cache before it refuses memory.
+            used -= stat["inactive_file"] + stat["active_file"]
             available, total = min(available, limit - used), min(total, limit)
     return available, total
 
@@ -364,8 +362,9 @@ def _fields(path: str) -> dict[str, int]:
 
 
 def _page_locked(nbytes: int, stream: torch.cuda.Stream) -> torch.Tensor:
-    """Return page-locked memory; ``pin_memory=True`` would round its size up to a power of two."""
-    # The buffer has whole pages of its own, because no page can be locked twice.
+    """Return page-locked host memory."""
+    # pin_memory=True would round the size up to a power of two. The buffer has whole pages of its
+    # own, because no page can be locked twice.
     memory = torch.empty(nbytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
     start = -memory.data_ptr() % mmap.PAGESIZE
     buffer = memory[start : start + nbytes]
@@ -376,8 +375,8 @@ def _page_locked(nbytes: int, stream: torch.cuda.Stream) -> torch.Tensor:
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=stream.device)
         raise HostMemoryError(
-            f"CUDA could not lock {nbytes} bytes of host memory (error {code}); lower host_limit, "
-            "or use offload=None"
+            f"CUDA could not lock {nbytes} bytes of host memory (error {code}). Lower host_limit, "
+            "or set offload=None"
         )
 
     def unlock() -> None:

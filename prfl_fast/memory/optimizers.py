@@ -1,4 +1,4 @@
-"""AdamW in variants that differ in memory, each under one name.
+"""AdamW variants that differ in the memory of their states.
 
 A step of 5e-6 on a weight near 1 is a thousandth of bfloat16's spacing, so a bfloat16 weight or
 second moment that is rounded to nearest never changes. Every kind therefore keeps a float32 master
@@ -66,14 +66,16 @@ def make_optimizer(
     weight_decay: float = 0.01,
     gradient_dtype: GradientDtype = "parameter",
 ) -> torch.optim.Optimizer:
-    """Return AdamW of one of ``KINDS``, see the module's docstring.
+    """Return an AdamW optimizer (arXiv 1711.05101) of one of ``KINDS``.
 
     ``adamw`` of float32 parameters is :class:`torch.optim.AdamW`. Change the learning rate with
     :func:`set_learning_rate`. The first step creates the states.
 
     Args:
+        kind: see the table in the module's docstring.
+        parameters: parameters to train, of the dtypes that ``kind`` takes.
         gradient_dtype: dtype in which gradients of bfloat16 parameters accumulate: the parameter's,
-            or float32. Sets ``grad_dtype`` and drops gradients of another dtype.
+            or float32. This function sets ``grad_dtype`` and drops gradients of another dtype.
 
     Raises:
         ValueError: if the kind is unknown or cannot train these parameters on their device.
@@ -117,16 +119,13 @@ def check_dtypes(kind: OptimizerKind, parameters: Mapping[str, torch.Tensor]) ->
 
 
 def state_bytes(kind: OptimizerKind, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
-    """Return (device, host) bytes of one parameter's master, moments, scales and step counter.
-
-    Paged states count as host memory, where they move when the device is full. In addition,
-    ``adamw-cpu`` holds two host buffers of the largest parameter, and a step of the others needs
-    float32 temporaries of one parameter at a time.
-    """
+    """Return (device, host) bytes of one parameter's master, moments, scales and step counter."""
+    # Not counted: two host buffers of the largest parameter (adamw-cpu), and float32 temporaries of
+    # one parameter at a time (all other kinds).
     check_choice("optimizer", kind, KINDS)
     check_dtypes(kind, {f"parameter {list(shape)}": torch.empty(0, dtype=dtype)})
     n, full = math.prod(shape), torch.promote_types(dtype, torch.float32).itemsize
-    step = 4
+    step = 4  # bytes of a float32 scalar
     moments = 2 * full * n
     if kind == "adamw":
         return moments + (full * n if dtype is torch.bfloat16 else 0) + step, 0
@@ -141,6 +140,7 @@ def state_bytes(kind: OptimizerKind, shape: Sequence[int], dtype: torch.dtype) -
     if n < _SMALLEST_8BIT:
         return moments, 0  # bitsandbytes counts steps in a Python int and shares its codebooks
     scales = 2 * 4 * -(-n // _BLOCK)
+    # Paged states count as host memory, because they move there when the device is full.
     return (scales + 2 * n, 0) if n < _SMALLEST_PAGED else (scales, 2 * n)
 
 
@@ -154,10 +154,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm of all gradients together, a float32 scalar (float64 for float64).
-
-    Without the dtype, the norm of a bfloat16 tensor would be bfloat16, with three digits.
-    """
+    """Return the 2-norm of all gradients together, a float32 scalar (float64 for float64)."""
+    # Without the dtype, the norm of a bfloat16 tensor would be bfloat16, with three digits.
     norms = [
         torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
         for g in gradients
@@ -170,10 +168,9 @@ def _load_as_saved(
     state_dict: Mapping[str, Any],
     home: Callable[[torch.Tensor, str], torch.device],
 ) -> None:
-    """Load states in the dtype they were saved in, each to its home device.
-
-    torch's own method would cast them to the parameter's dtype and move them to its device.
-    """
+    """Load states in the dtype they were saved in, each to its home device."""
+    # torch's own method would cast states to the parameter's dtype and move them to its device, so
+    # it loads the groups only.
     torch.optim.Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}})
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -184,11 +181,10 @@ def _load_as_saved(
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW in float32 over float32 masters of narrower parameters.
+    """AdamW in float32, with float32 master copies of bfloat16 parameters.
 
-    Parameters are updated one at a time by torch's fused kernel, so at most one float32 gradient
-    copy exists. With ``on_host``, masters of every parameter and moments stay in host memory;
-    gradients and weights pass through two pinned buffers, one parameter ahead.
+    With ``on_host``, masters of every parameter and moments stay in host memory; gradients and
+    weights are copied through two pinned buffers.
     """
 
     def __init__(
@@ -226,7 +222,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], p: torch.Tensor, gradient: torch.Tensor) -> None:
         state = self.state[p]
-        if not state:
+        if not state:  # states are created at the first step, as in torch.optim
             home, full = self.home or p.device, torch.promote_types(p.dtype, torch.float32)
             if self.home is not None or p.dtype is not full:
                 state["master"] = p.detach().to(home, copy=True).to(full)
@@ -234,6 +230,7 @@ class MasterAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(p, dtype=full, device=home)
         weight = state.get("master", p)
+        # One parameter per call, so that at most one float32 copy of a gradient exists.
         adamw(
             [weight],
             [gradient.to(weight.dtype)],
@@ -256,14 +253,12 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 class _Staging:
-    """Two host buffers that carry gradients to the host and weights to the device.
-
-    All copies are on one stream, so a buffer is read completely before the next copy writes to it.
-    """
+    """Two host buffers through which gradients move to the host and weights to the device."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self.cuda = any(p.is_cuda for p in parameters)
         device = next((p.device for p in parameters if p.is_cuda), None)
+        # All copies are on one stream, so a buffer is read before the next copy writes to it.
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         size = max(
             p.numel() * max(p.itemsize, (p.grad_dtype or p.dtype).itemsize) for p in parameters
@@ -283,7 +278,7 @@ class _Staging:
     def gradients(
         self, parameters: Sequence[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each parameter with its gradient in host memory; copy the next one meanwhile."""
+        """Yield each parameter with its gradient in host memory, while the next one is copied."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         ahead: tuple[torch.Tensor, torch.Tensor, Any] | None = None
@@ -321,7 +316,7 @@ class _Staging:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence the log lines that torchao prints on import about kernels of other machines."""
+    """Silence torchao's log messages about kernels that this machine cannot load."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -374,10 +369,8 @@ def _paged_class() -> Any:
                 for name, value in state.items():
                     if name in ("state1", "state2"):
                         buffer = self.get_state_buffer(p, dtype=value.dtype)
-                        if p.is_cuda:
-                            torch.cuda.synchronize(
-                                p.device
-                            )  # wait for the zeros that are being written to it
+                        if p.is_cuda:  # the new buffer is still being filled with zeros
+                            torch.cuda.synchronize(p.device)
                         state[name] = buffer.copy_(value)
                     elif isinstance(value, torch.Tensor):
                         state[name] = value.to(p.device)

@@ -1,8 +1,8 @@
 """Frozen linear layers in 8 or 4 bits, and the weight layouts of a model.
 
 A quantized matrix takes 1 byte (FP8) or 0.516 bytes (NF4) per weight instead of bfloat16's 2. Each
-call dequantizes the matrix, multiplies by it and drops it; the backward computes the gradient of
-the input only. Trainable low-rank adapters (peft) are added on top.
+call dequantizes the matrix, multiplies by it and frees it; the backward computes the gradients of
+the input and the bias only. Trainable low-rank adapters (peft) are added on top.
 
     fp8: e4m3 with one scale per row, W ≈ q · s (:func:`prfl_fast.kernels.quantize_fp8`)
     nf4: 4-bit NormalFloat with one scale per 64 weights; the scales are 8-bit in blocks of 256
@@ -27,19 +27,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 KINDS = ("fp8", "nf4")
 NF4_BLOCK, SCALE_BLOCK = 64, 256
-# Entries of the 8-bit code map; its float32 values are stored beside the codes of the scales.
-_MAP = 256
+_MAP = 256  # entries of the 8-bit code map, stored as float32 beside the codes of the scales
 _ZEROS = 0x77  # two codes of level 0
-# Parts start at multiples of this, for 16-byte loads.
-_ALIGN = 16
+_ALIGN = 16  # parts start at multiples of this many bytes, for 16-byte loads
 
 
 class _Layout(NamedTuple):
-    """Byte layout of a matrix: codes, then scales, each part aligned to 16 bytes.
-
-    fp8: float32 scales. nf4: the float32 code map, the mean of the scales and the scales of their
-    blocks; then the codes of the scales.
-    """
+    """Byte layout of a matrix: codes, then scales, each part aligned to 16 bytes."""
 
     kind: str
     rows: int
@@ -52,7 +46,7 @@ class _Layout(NamedTuple):
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         if self.kind == "fp8":
-            parts = list(quantize_fp8(weight))
+            parts = list(quantize_fp8(weight))  # [rows, columns] e4m3, [rows, 1] float32
         else:
             ops, functional = torch.ops.bitsandbytes, need("bitsandbytes.functional", "nf4")
             if weight.dtype == torch.float64:
@@ -64,6 +58,8 @@ class _Layout(NamedTuple):
             table = functional.create_dynamic_map().to(scales.device)
             mean = scales.mean()
             small, blocks = ops.quantize_blockwise(scales - mean, table, SCALE_BLOCK)
+            # The second part is float32: the code map, the mean of the scales, and the scales of
+            # their blocks. The third has the codes of the scales.
             parts = [codes, torch.cat([table, mean[None], blocks]), small]
         out = []
         for part in parts:
@@ -74,15 +70,13 @@ class _Layout(NamedTuple):
     def unpack(
         self, packed: torch.Tensor, dtype: torch.dtype, *, again: bool = False
     ) -> torch.Tensor:
-        """Return the matrix; ``again`` computes it by a different expression.
-
-        torch.compile merges equal expressions of forward and backward, and would keep the wide
-        matrix from one to the other.
-        """
+        """Return the matrix; ``again`` computes it by a different expression."""
+        # torch.compile merges equal expressions of forward and backward, and would keep the
+        # dequantized matrix in memory from one to the other.
         if self.kind == "nf4":
             return _dequantize_nf4(packed, self.rows, self.columns, dtype, again)
         codes, scales = self.fp8_rows(packed, again=again)
-        # The product with a float32 scale is rounded once, to dtype.
+        # Codes are exact in every dtype; the product with a float32 scale rounds once, to dtype.
         return codes.to(dtype).mul_(scales)
 
     def fp8_rows(
@@ -129,15 +123,11 @@ def _(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Linear map y = x Wᵀ + b of the packed W, which saves neither x nor the dequantized W."""
+    """Linear map y = x Wᵀ + b of a packed W; it saves neither x nor the dequantized W."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        bias: torch.Tensor | None,
-        layout: _Layout,
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, layout: _Layout
     ) -> torch.Tensor:
         ctx.save_for_backward(packed)
         ctx.layout = layout
@@ -163,9 +153,9 @@ class _NoMatrix:
     @property
     def data(self) -> torch.Tensor:
         raise ValueError(
-            f"the weight is quantized to {self.kind}, expected a plain matrix: adapters cannot be "
-            "merged into it or removed from it. Load the model in bfloat16 and its adapter, merge "
-            "there, then call prfl_fast.memory.quantize"
+            f"the weight is quantized to {self.kind}, expected a plain matrix to merge adapters "
+            "into or remove them from. Load the model in bfloat16 with its adapter, merge there, "
+            "then call prfl_fast.memory.quantize"
         )
 
 
@@ -173,10 +163,7 @@ class QuantizedLinear(nn.Linear):
     """Frozen linear layer with a matrix of 8 or 4 bits.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype (autocast's,
-    if it is on), to which forward and backward dequantize the matrix.
-
-    The parameter ``qweight`` is one uint8 vector of codes, then scales, so dtype casts of the model
-    skip it.
+    if it is on). Forward and backward dequantize the matrix to this dtype.
 
     Args:
         linear: source of the matrix and the bias; it is not changed, and the bias is shared.
@@ -191,16 +178,14 @@ class QuantizedLinear(nn.Linear):
         check_choice("kind", kind, KINDS)
         if kind == "nf4":
             need("bitsandbytes", "nf4")
-        self.in_features, self.out_features, self.kind = (
-            linear.in_features,
-            linear.out_features,
-            kind,
-        )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kind = kind
         self.train(linear.training)
         weight = linear.weight.detach()
         if device is not None:
             weight = weight.to(device)
         packed = self._layout.pack(weight)
+        # Codes and scales are one uint8 vector, so that dtype casts of the model skip it.
         self.qweight = nn.Parameter(packed, requires_grad=False)
         bias: nn.Parameter | None = linear.bias
         if bias is not None and device is not None:
@@ -228,8 +213,7 @@ class QuantizedLinear(nn.Linear):
     def fp8_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of codes ``[out_features, in_features]`` and scales ``[out_features, 1]``.
 
-        :func:`prfl_fast.kernels.fp8_linear` takes them as they are. Raise ``ValueError`` for
-        another kind.
+        They are arguments of :func:`prfl_fast.kernels.fp8_linear`. NF4 layers raise ``ValueError``.
         """
         check_choice("the layer's kind", self.kind, ("fp8",))
         return self._layout.fp8_rows(self.qweight.detach())
@@ -282,9 +266,7 @@ def _quantize_blocks(model: nn.Module, kind: Kind, device: torch.device | str | 
                 "the model before they are added"
             )
     while found:
-        owner, attribute, layer, _ = (
-            found.pop()
-        )  # pop, so that the list does not keep wide matrices alive
+        owner, attribute, layer, _ = found.pop()  # a loop would keep the wide matrices alive
         if not isinstance(layer, QuantizedLinear):
             setattr(owner, attribute, QuantizedLinear(layer, kind, device=device))
 
@@ -292,20 +274,21 @@ def _quantize_blocks(model: nn.Module, kind: Kind, device: torch.device | str | 
 def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = None) -> Model:
     """Quantize and freeze the linear layers of the transformer blocks in place; return the model.
 
-    Works before and after :func:`prfl_fast.patch` and the addition of adapters. Embeddings, norms,
-    the output head, adapters and layers quantized by bitsandbytes do not change. On the ``meta``
-    device only sizes are computed. For a reward model, quantize its ``backbone``.
+    The model may be patched or have adapters. Embeddings, norms, the output head, adapters and
+    layers quantized by bitsandbytes do not change. On the ``meta`` device only sizes are computed.
+    For a reward model, quantize its ``backbone``.
 
     Args:
         model: a supported transformer, possibly wrapped.
-        kind: ``"fp8"`` or ``"nf4"`` (needs bitsandbytes).
-        device: moves the model there layer by layer, so that the wide matrices are never there
-            together; None leaves it where it is.
+        kind: ``"fp8"`` (e4m3, one scale per row) or ``"nf4"`` (QLoRA, arXiv 2305.14314; needs
+            bitsandbytes).
+        device: target of the model, which moves layer by layer, so that the device never holds more
+            than one wide matrix; None does not move it.
 
     Raises:
         TypeError: if the model is not supported.
         ValueError: if the kind is unknown, layers have hooks or are quantized to the other kind.
-        MissingExtraError: if ``nf4`` is asked for and bitsandbytes is not installed.
+        MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     check_choice("kind", kind, KINDS)
     _quantize_blocks(model, kind, device)

@@ -1,4 +1,4 @@
-"""Interface of a model family: everything the other packages need to know about a model."""
+"""Interface of a model family, through which all other packages use a model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ Conditions = dict[str, torch.Tensor]
 
 
 class Adapter(Protocol):
-    """Methods that a model family implements; :mod:`prfl_fast.models.wan` is the example.
+    """Declare the methods of a model family; :mod:`prfl_fast.models.wan` is the example.
 
     Every ``model`` may be wrapped (peft, torch.compile, DistributedDataParallel).
     """
@@ -66,7 +66,7 @@ def check_inputs(name: str, x: Any, conditions: Any) -> None:
     ``conditions`` a dict of tensors ``[B, ...]``.
     """
     ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 5 and x.numel() > 0
-    # Only the type of other objects: the repr of a list of numbers or tensors fills pages.
+    # For other objects the message shows the type, because the repr of a long list fills pages.
     shown = x if isinstance(x, torch.Tensor) else type(x).__name__
     check(ok, name, shown, "a floating-point tensor [B, C, F, H, W]")
     if not isinstance(conditions, dict):

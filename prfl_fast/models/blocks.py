@@ -1,8 +1,8 @@
 """Blocks of a timestep-conditioned video transformer on prfl_fast's kernels.
 
 Source: diffusers' ``transformer_wan.py``. :func:`prfl_fast.patch` runs the submodules of diffusers'
-blocks with :func:`transformer_block`. For a model without an adapter, call it, or its parts, from
-your own forward.
+blocks with :func:`transformer_block`. For a model without an adapter, call this function or its
+parts from your own forward.
 """
 
 import functools
@@ -27,7 +27,7 @@ from prfl_fast.models.block_autograd import NormAttention, project
 from prfl_fast.utils.modules import is_plain_linear
 from prfl_fast.utils.recompute import in_chunks
 
-# Wan pads every prompt to 512 tokens. Image tokens precede them in the context.
+# Wan pads every prompt to 512 tokens. Image tokens precede the text tokens in the context.
 TEXT_TOKENS = 512
 
 
@@ -65,8 +65,9 @@ class Modulation(NamedTuple):
 
     Attributes:
         table: ``[n, D]``, one row per modulation vector; n is a multiple of 3.
-        time: ``[R, n, D]``. R divides the number of tokens and each row serves as many consecutive
-            tokens: R = B is one timestep per sample, B·F one per latent frame, B·L one per token.
+        time: ``[R, n, D]``, where R divides the number B·L of tokens. Each row belongs to B·L/R
+            consecutive tokens: R = B is one timestep per sample, B·F per latent frame, B·L per
+            token.
         row_index: optional integer ``[B, L]``, the row of each token.
     """
 
@@ -80,11 +81,8 @@ class Modulation(NamedTuple):
         The first dict of a pair is for :func:`prfl_fast.kernels.norm_modulate`, the second for
         :func:`prfl_fast.kernels.gated_residual`.
         """
-        time, table, rows = (
-            self.time.unbind(-2),
-            self.table.unbind(-2),
-            {"row_index": self.row_index},
-        )
+        time, table = self.time.unbind(-2), self.table.unbind(-2)
+        rows = {"row_index": self.row_index}
         pairs = []
         for i in range(0, len(table), 3):
             norm = {"shift": time[i], "scale": time[i + 1]}
@@ -117,7 +115,7 @@ def self_attention(
         ``[B, L, D]``.
     """
     if getattr(parts, "fused_projections", False):
-        q, k, v = parts.to_qkv(x).chunk(3, dim=-1)
+        q, k, v = parts.to_qkv(x).chunk(3, dim=-1)  # views with strided rows
     else:
         q, k, v = project(x, parts.to_q, parts.to_k, parts.to_v)
     norm_q, norm_k = parts.norm_q, parts.norm_k
@@ -143,6 +141,7 @@ def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
     """Compute keys and values of the context; arguments as for :func:`cross_attention`."""
     image = None
     if getattr(parts, "add_k_proj", None) is not None:
+        # [B, N, D] and [B, T, D]
         image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
     fused = getattr(parts, "fused_projections", False)
     if fused:
@@ -176,12 +175,12 @@ def cross_attention(
     q = parts.to_q(x)
     if not isinstance(context, ContextKeys):
         context = context_keys(parts, context)
-    k, v, extra_k, extra_v = context
+    k, v, extra_k, extra_v = context  # [B, T, D] each, image [B, N, D]
     heads, eps, weights = parts.heads, parts.norm_q.eps, (parts.norm_q.weight, parts.norm_k.weight)
     if extra_k is None:
         out = NormAttention.apply(q, k, v, *weights, None, None, None, (0, 0, 0), heads, eps)
     else:
-        # Two key sets share the normed queries, so recomputing these would not pay.
+        # Both key sets share the normed queries, so these are saved and not recomputed.
         q, k = qk_norm_rope(q, k, *weights, heads=heads, eps=eps)
         out, _ = attention(q, k, v, heads=heads, extra_k=extra_k, extra_v=extra_v)
     return _project_out(parts.to_out, out)
@@ -199,13 +198,13 @@ def feed_forward(
     """
     if chunk is not None:
         return in_chunks(functools.partial(feed_forward, up, down), x, chunk)
-    if is_plain_linear(up):
+    if is_plain_linear(up):  # the bias in the GELU kernel saves a pass over the hidden layer
         return down(bias_gelu(F.linear(x, up.weight), up.bias))
     return down(bias_gelu(up(x)))
 
 
 class BlockParts(NamedTuple):
-    """Modules of one block, and the functions that run them.
+    """Hold the modules of one block, and the functions that run them.
 
     Attributes:
         attn, cross: self-attention and cross-attention, see :func:`self_attention`.
@@ -251,7 +250,7 @@ def transformer_block(
     """
     (norm, gate), (ffn_norm, ffn_gate) = modulation.arguments()
     h = parts.norm(x, **norm, eps=parts.eps[0])
-    # Attention outputs are not named, so that each is freed after use: 0.77 GB at 14B, 720p.
+    # No name holds an attention output, so that it is freed after use: 0.77 GB at 14B and 720p.
     cross_norm = parts.cross_norm
     affine = getattr(cross_norm, "weight", None) is not None
     x, h = residual_norm_modulate(

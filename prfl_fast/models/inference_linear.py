@@ -1,7 +1,7 @@
 """Linear layers of a rollout's blocks: unchanged, with LoRA merged, or in FP8.
 
-    merged:  W' = W + Σ_a s_a B_a A_a, computed in float32 while the block runs and rounded once
-    fp8:     y = fp8_linear(quantized x, quantize_fp8(W')), from the weights at that moment
+    merged:  W' = W + Σ_a s_a B_a A_a, computed in float32 when the block runs, rounded once
+    fp8:     y = fp8_linear(quantized x, quantize_fp8(W')), with W' computed when the block runs
 
 Stored weights do not change, and W' is freed after the block.
 """
@@ -97,6 +97,7 @@ class Matrix(NamedTuple):
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         else:
             weight = self.base.dequantize(torch.float32)
+        # Autocast would round the product B·A to bfloat16 before it is added.
         with torch.autocast(weight.device.type, enabled=False):
             for a, b, scaling in self.adapters:
                 weight.addmm_(b.weight.to(weight.dtype), a.weight.to(weight.dtype), alpha=scaling)
@@ -178,7 +179,7 @@ class Layers:
     def _fp8(self, matrix: Matrix, dtype: torch.dtype) -> Fp8Dense | None:
         base = matrix.base
         rows, columns, device = base.out_features, base.in_features, base.weight.device
-        if rows % 16 or columns % 16:
+        if rows % 16 or columns % 16:  # sizes that torch._scaled_mm does not take
             add_note(self._notes, f"exact layers: {rows} × {columns} is not in multiples of 16")
             return None
         reason = refusal(device) if device.type == "cuda" else None

@@ -1,9 +1,10 @@
 """Attention and feed-forward modules of a timestep-conditioned block, for models of your own.
 
-Arguments that all modules share: ``dim`` is D, the channels; ``heads``, the attention heads, divide
-D into heads of an even size; ``eps`` is that of all norms. Forwards return ``[B, L, D]`` from x
-``[B, L, D]``. Modulated modules also take ``time`` ``[R, 3, D]``, rows of shift, scale and gate,
-and an optional ``row_index``, see :class:`prfl_fast.models.blocks.Modulation`.
+All modules share these arguments: ``dim``, the channels D; ``heads``, the number of attention
+heads, each of an even size D / heads (otherwise ``ValueError``); ``eps`` of all norms. Forwards
+return ``[B, L, D]`` from x ``[B, L, D]``. Modulated modules also take ``time`` ``[R, 3, D]``, rows
+of shift, scale and gate, and an optional ``row_index``, see
+:class:`prfl_fast.models.blocks.Modulation`.
 """
 
 from typing import Any
@@ -33,11 +34,12 @@ class _Attention(nn.Module):
 
 
 class TimestepConditionedAttention(_Attention):
-    """Modulated LayerNorm → q/k/v → RMSNorm and RoPE → attention → projection → gated residual."""
+    """Apply modulated LayerNorm → q/k/v → RMSNorm, RoPE → attention → linear → gated residual."""
 
     def __init__(self, dim: int, heads: int, *, eps: float = 1e-6) -> None:
         super().__init__(dim, heads, eps)
         self.eps = eps
+        # Initialized as in diffusers' Wan blocks.
         self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
 
     @classmethod
@@ -60,11 +62,10 @@ class TimestepConditionedAttention(_Attention):
 
 
 class CrossAttention(_Attention):
-    """LayerNorm (affine) → attention to text and, optionally, image tokens → residual.
+    """Apply LayerNorm (affine) → attention to text and, optionally, image tokens → residual.
 
     ``norm=False`` omits the LayerNorm. ``image_dim`` is the number of channels of the image tokens,
-    None for a text-only model. With it, the last 512 context tokens are text and those before them
-    image.
+    which precede the last 512 context tokens, the text; None makes a text-only module.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class CrossAttention(_Attention):
 
 
 class ModulatedFeedForward(nn.Module):
-    """Modulated LayerNorm → linear to ``hidden_dim`` → GELU(tanh) → linear → gated residual."""
+    """Apply modulated LayerNorm → linear to ``hidden_dim`` → GELU → linear → gated residual."""
 
     def __init__(self, dim: int, hidden_dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()

@@ -17,20 +17,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of a model; the error lists the supported classes."""
+    """Return the adapter of a model; raise ``TypeError`` that lists the supported classes."""
     for adapter in ADAPTERS:
         if isinstance(model, nn.Module) and adapter.matches(model):
             return adapter
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     known = ", ".join(adapter.name for adapter in ADAPTERS)
     raise TypeError(
-        f"model is a {kind}, supported: {known}. For other models, build from "
+        f"model is a {kind}, expected a supported class: {known}. Build other models from "
         "prfl_fast.models.blocks"
     )
 
 
 def adapter_by_name(name: str) -> Adapter:
-    """Return the adapter of a saved configuration's name; raise ``ValueError`` if there is none."""
+    """Return the adapter with this name; raise ``ValueError`` for an unknown name."""
     adapters = {adapter.name: adapter for adapter in ADAPTERS}
     check_choice("adapter", name, adapters)
     return adapters[name]
@@ -39,8 +39,9 @@ def adapter_by_name(name: str) -> Adapter:
 def patch(model: Model) -> Model:
     """Run this model on fused kernels: same outputs, same parameters, same ``state_dict``.
 
-    Only this instance changes. Patching twice equals patching once. Adapters of peft may be added
-    before or after, and ``gradient_checkpointing`` keeps working. :func:`unpatch` undoes it.
+    Only this instance changes, and a second call changes nothing. Adapters of peft may be added
+    before or after, and diffusers' ``enable_gradient_checkpointing`` still works. :func:`unpatch`
+    restores the model.
 
     Args:
         model: a supported transformer, possibly wrapped by peft, torch.compile or

@@ -19,25 +19,26 @@ Precision = Literal["fp32", "bf16"]
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Return an autocast to bfloat16 for ``"bf16"``, an empty context for ``"fp32"``.
-
-    Enter it for one forward at a time, and run the backward outside: autocast caches cast weights
-    until it exits, and those cached without gradient must not serve a forward with gradient.
-    """
+    """Return an autocast to bfloat16 for ``"bf16"``, an empty context for ``"fp32"``."""
     if precision == "fp32":
         return contextlib.nullcontext()
+    # Callers enter it for one forward at a time and run the backward outside. Autocast keeps cast
+    # weights until it exits, and a forward with gradient must not reuse those without a graph.
     return torch.autocast(device.type, torch.bfloat16)
 
 
 class ModelCall:
     """Call a supported model as a velocity function, its forward under autocast.
 
-    Unlike a plain function it exposes its model, so the rollout engine can open it. ``precision``
-    is ``"bf16"`` for autocast to bfloat16 or ``"fp32"`` for none.
+    Unlike a plain function, an instance exposes its model, so that the rollout engine can open it.
+
+    Args:
+        model: a supported transformer, possibly wrapped.
+        precision: ``"bf16"`` for autocast to bfloat16, ``"fp32"`` for no autocast.
 
     Raises:
         TypeError: if the model is not supported.
-        ValueError: if the precision is neither.
+        ValueError: if ``precision`` is unknown.
     """
 
     def __init__(self, model: nn.Module, precision: Precision = "bf16") -> None:
@@ -64,7 +65,7 @@ def model_of(transformer: object) -> nn.Module | None:
 
 
 def check_transformer(transformer: object) -> None:
-    """Raise ``TypeError`` unless an adapter supports it, or it is a function and no module."""
+    """Raise ``TypeError`` unless ``transformer`` is a supported model or a plain function."""
     if isinstance(transformer, nn.Module):
         find_adapter(transformer)
     elif not callable(transformer):
@@ -76,9 +77,9 @@ def check_transformer(transformer: object) -> None:
 
 def check_finite(name: str, x: torch.Tensor) -> None:
     """Raise ``ValueError`` if a tensor has NaN or infinite values."""
-    bad = int((~torch.isfinite(x)).sum())
+    bad = int((~torch.isfinite(x)).sum())  # waits for the device
     if bad:
-        raise ValueError(f"{name} has {bad} NaN or infinite values of {x.numel()}")
+        raise ValueError(f"{name} has {bad} NaN or infinite values of {x.numel()}, expected none")
 
 
 def bind_velocity(

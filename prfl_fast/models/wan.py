@@ -1,7 +1,7 @@
 """Adapter of diffusers' ``WanTransformer3DModel``.
 
-It covers text-to-video and image-to-video of Wan2.1 and Wan2.2, with one timestep per sample or per
-token.
+It supports text-to-video and image-to-video models of Wan2.1 and Wan2.2, with one timestep per
+sample or per token.
 """
 
 import copy
@@ -59,8 +59,8 @@ class WanDiffusersAdapter:
     def patch(self, model: nn.Module) -> None:
         """Set our forward on every block and on the rotary embedding of this instance.
 
-        It raises ``ValueError`` if a block uses another attention processor, context parallelism,
-        or a replaced forward.
+        Raises:
+            ValueError: for another attention processor, context parallelism or replaced forwards.
         """
         base: Any = unwrap(model)
         check_patchable(base)
@@ -81,8 +81,8 @@ class WanDiffusersAdapter:
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
         """Run the feed-forward of every block ``tokens`` tokens at a time; None undoes it.
 
-        See :func:`prfl_fast.utils.recompute.in_chunks`. It raises ``ValueError`` if ``tokens`` is
-        not positive, or a feed-forward has a replaced forward.
+        Raise ``ValueError`` if ``tokens`` is not positive, or a feed-forward has a replaced
+        forward.
         """
         if tokens is not None:
             check_count("tokens", tokens)
@@ -212,10 +212,10 @@ class WanDiffusersAdapter:
         _, time, text, image = base.condition_embedder(
             timestep.flatten(), text, image, timestep_seq_len=tokens_per_sample
         )
-        time = time.unflatten(-1, (6, -1))
-        context = text if image is None else torch.cat([image, text], dim=1)
+        time = time.unflatten(-1, (6, -1))  # [B, 6, D], or [B, L, 6, D] per token
+        context = text if image is None else torch.cat([image, text], dim=1)  # [B, N + T, D]
         rope = base.rope(latents)
-        h = base.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        h = base.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, L, D]
         for block in base.blocks[:num_blocks]:
             if torch.is_grad_enabled() and base.gradient_checkpointing:
                 h = base._gradient_checkpointing_func(block, h, context, time, rope)
@@ -226,13 +226,12 @@ class WanDiffusersAdapter:
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
         """Return a deep copy of the embeddings and the first blocks, patched if the model is.
 
-        It raises ``ValueError`` if ``num_blocks`` is not between 1 and the model's number of
-        blocks.
+        Raise ``ValueError`` if ``num_blocks`` is not between 1 and the model's number of blocks.
         """
         base: Any = unwrap(model)
         expected = f"1 to {len(base.blocks)} (the model's blocks)"
         check(1 <= num_blocks <= len(base.blocks), "num_blocks", num_blocks, expected)
-        # deepcopy uses the memo's entries instead of copies: unused parts cost no memory.
+        # deepcopy takes the memo's entries instead of copies, so unused parts need no memory.
         kept = nn.ModuleList(copy.deepcopy(block) for block in base.blocks[:num_blocks])
         memo: dict[int, nn.Module] = {id(base.blocks): kept}
         memo |= {id(part): nn.Identity() for part in (base.norm_out, base.proj_out)}
@@ -240,7 +239,7 @@ class WanDiffusersAdapter:
 
     def _remove_head(self, base: Any, num_blocks: int) -> nn.Module:
         base.norm_out = base.proj_out = nn.Identity()
-        del base.scale_shift_table
+        del base.scale_shift_table  # modulation of the head only
         base.register_to_config(num_layers=num_blocks)
         for parameter in base.parameters():
             parameter.grad = None
@@ -255,7 +254,7 @@ class WanDiffusersAdapter:
     def backbone_from_config(self, config: dict[str, Any]) -> nn.Module:
         """Build a randomly initialized headless backbone of that configuration.
 
-        It raises ``ValueError`` if diffusers does not take the configuration.
+        Raise ``ValueError`` if diffusers does not take the configuration.
         """
         try:
             base = getattr(need("diffusers"), _CLASS)(**config)

@@ -72,20 +72,16 @@ def instance_forward(module: nn.Module) -> object:
 def model_inputs(
     base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return latents, timesteps, text and image tokens as diffusers' forward takes them.
-
-    Latents and tokens have the dtype of the patch embedding; ``latent_condition`` is appended to
-    the latents' channels; a 0-d timestep is expanded to ``[B]``.
-    """
-    dtype = base.patch_embedding.weight.dtype
+    """Return latents, timesteps, text and image tokens as diffusers' forward takes them."""
+    dtype = base.patch_embedding.weight.dtype  # diffusers does not cast its inputs
     latents = [x]
     if "latent_condition" in conditions:
         latents.append(conditions["latent_condition"])
     image = conditions.get("encoder_hidden_states_image")
     timestep = timestep.to(x.device)
     return (
-        torch.cat([part.to(dtype) for part in latents], dim=1),
-        timestep.expand(x.shape[0]) if timestep.ndim == 0 else timestep,
+        torch.cat([part.to(dtype) for part in latents], dim=1),  # [B, C + C', F, H, W]
+        timestep.expand(x.shape[0]) if timestep.ndim == 0 else timestep,  # [B] or [B, L]
         conditions["encoder_hidden_states"].to(dtype),
         None if image is None else image.to(dtype),
     )

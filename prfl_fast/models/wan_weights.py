@@ -55,10 +55,8 @@ def rename(key: str, to_reference: bool) -> str:
 
 
 def reference_config(config: Any, dim: int) -> dict[str, Any]:
-    """Return official Wan's ``config.json`` for a diffusers config of width ``dim``.
-
-    Defaults that no released Wan changes are omitted.
-    """
+    """Return official Wan's ``config.json`` for a diffusers config of width ``dim``."""
+    # Defaults that no released Wan changes are omitted.
     kind = "t2v"
     if config.image_dim is not None:
         kind = "i2v" if config.pos_embed_seq_len is None else "flf2v"

@@ -21,6 +21,7 @@ class Cost:
         matmul_flops: FLOPs of matrix products and convolutions.
         attention_flops: FLOPs of attention; its backward has five products.
         moved_bytes: bytes read and written by all other operations.
+        to_host_bytes, to_device_bytes: bytes copied between device and host.
     """
 
     matmul_flops: int = 0
@@ -39,7 +40,7 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, *args: Any, **kwa
     return 5 * _attention_flops(query, key) // 2  # five products, as in the CUDA kernels
 
 
-# Formulas by operation: PyTorch counts attention on CUDA, but not on the CPU.
+# PyTorch counts the FLOPs of attention on CUDA, but not on the CPU.
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 CPU_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -52,11 +53,7 @@ def _is_attention(name: str) -> bool:
 
 
 def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
-    """Return the bytes that CUDA kernels allocate inside an operation, invisible to a ledger.
-
-    The backward of FlashAttention 2 and 3 and of cuDNN accumulates d_q in float32, ``[B, L, D]``,
-    and keeps δ and the log-sum-exp in float32, ``[B, heads, L]`` each, with L padded to 128.
-    """
+    """Return the bytes that CUDA kernels allocate inside an operation, invisible to a ledger."""
     if packet is torch.ops.prfl_fast.attention_backward:
         batch, length, width = args[1].shape
         heads = args[5].shape[1]
@@ -65,6 +62,8 @@ def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
         width = heads * size
     else:
         return 0
+    # The backward of FlashAttention 2 and 3 and of cuDNN accumulates d_q in float32, [B, L, D], and
+    # keeps δ and the log-sum-exp in float32, [B, heads, L] each, with L padded to 128.
     return 4 * batch * -(-length // 128) * 128 * (width + 2 * heads)
 
 
@@ -82,7 +81,7 @@ class CostLedger(Ledger):
         self._formulas = {**flop_registry, **cpu}
 
     def costs(self) -> dict[str, Cost]:
-        """Return costs by phase; work before the first phase is not counted."""
+        """Return costs by phase, without the work before the first phase."""
         return {phase: Cost(**work) for phase, work in self._work.items() if phase}
 
     def count(self, **work: int) -> None:
@@ -114,7 +113,7 @@ class CostLedger(Ledger):
     def _count_moved(
         self, func: Any, name: str, given: list[torch.Tensor], fresh: list[torch.Tensor]
     ) -> None:
-        if name.startswith(("aten::empty", "aten::new_empty")):
+        if name.startswith(("aten::empty", "aten::new_empty")):  # allocates and writes nothing
             return
         if name == "aten::copy_":
             to_host, from_host = (self.category_of(t) == HOST for t in given[:2])

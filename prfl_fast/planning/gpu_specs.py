@@ -1,10 +1,6 @@
 """Rates and memory of GPUs, for the planner's time estimate.
 
-Presets rank policies; no record under bench/results confirms them. The H200 preset has the rates
-that this project's targets assume. The others are data-sheet figures (dense, fp32 accumulation)
-times the H200's fractions of its data sheet: 790 of 989 TFLOP/s in matrix products, 620 of 989 in
-attention, 4.3 of 4.8 TB/s in copies. Pinned copies are assumed to reach 0.8 of a PCIe link's raw
-rate per direction (Gen5: 64 GB/s, Gen4: 32 GB/s).
+The presets serve to rank policies; no record under bench/results confirms them.
 """
 
 import dataclasses
@@ -19,6 +15,10 @@ import torch
 
 from prfl_fast.utils.checks import check, check_choice, check_positive
 
+# The H200 preset has the rates that this project's targets assume: 790 of the data sheet's 989
+# TFLOP/s (dense, fp32 accumulation) in matrix products, 620 in attention, 4.3 of 4.8 TB/s in
+# copies. The other presets are data-sheet figures times these fractions. Pinned copies are assumed
+# to reach 0.8 of a PCIe x16 link's raw rate per direction.
 _MATMUL, _ATTENTION, _COPY, _LINK = 790 / 989, 620 / 989, 4.3 / 4.8, 0.8
 _GEN4, _GEN5 = 32e9, 64e9
 
@@ -33,6 +33,9 @@ class GpuSpecs:
         copy: device bytes read plus bytes written, per second.
         to_device, to_host: rates of pinned copies, bytes/s.
         memory: bytes that ``torch.cuda.get_device_properties`` reports.
+
+    Raises:
+        ValueError: if a rate or ``memory`` is not a positive number.
     """
 
     name: str
@@ -78,7 +81,7 @@ def _rate(path: Any, facts: Mapping[str, Any], start: str, key: str) -> float:
     for name, case in facts.items():
         if name.startswith(start) and key in case:
             return float(case[key])
-    raise ValueError(f"{path}: the facts suite has no {key} of {start!r}")
+    raise ValueError(f"{path}: the facts suite has no {key} of {start!r}. Run it on a GPU")
 
 
 def _attention_rate(path: Any, cases: Iterable[Mapping[str, Any]]) -> float:
@@ -88,7 +91,7 @@ def _attention_rate(path: Any, cases: Iterable[Mapping[str, Any]]) -> float:
         if case["fact"].startswith("attention") and "flops_per_s" in case
     ]
     if not rates:
-        raise ValueError(f"{path}: no attention backend ran in the facts suite")
+        raise ValueError(f"{path}: no attention backend ran in the facts suite. Run it on a GPU")
     return float(max(rates)[1])
 
 
@@ -126,7 +129,10 @@ GPUS = {
 
 
 def find_gpu(name: str | GpuSpecs) -> GpuSpecs:
-    """Return a preset by name; a :class:`GpuSpecs` is returned unchanged."""
+    """Return the preset called ``name``; a :class:`GpuSpecs` is returned unchanged.
+
+    Raise ``ValueError`` for a name that is not in ``GPUS``.
+    """
     if isinstance(name, GpuSpecs):
         return name
     check_choice("gpu", name, GPUS)
@@ -136,7 +142,8 @@ def find_gpu(name: str | GpuSpecs) -> GpuSpecs:
 def this_gpu(device: torch.device | str = "cuda") -> GpuSpecs:
     """Return the preset of a CUDA device, with the memory that the device reports.
 
-    A device without a preset gets the A100's rates and a name that says so.
+    A device without a preset gets the A100's rates, which its name mentions. Raise ``ValueError``
+    for a device that is not CUDA's.
     """
     device = torch.device(device)
     check(device.type == "cuda", "device", device, "a CUDA device; name a preset instead")

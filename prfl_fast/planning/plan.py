@@ -11,7 +11,7 @@ from prfl_fast.planning.workload import Workload
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory policies of both models with their prediction.
+    """Hold the memory policies of both models with their prediction.
 
     If nothing fits, these are the policies that exceed the budget by the fewest bytes. One step has
     ``workload.gradient_accumulation_steps`` trajectories with their gradient points, as many
@@ -61,13 +61,10 @@ class Plan:
         return sum(self.seconds.values())
 
     def smaller(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Candidate | None:
-        """Return the fastest candidate that fits the host and has a lower peak than given.
-
-        None if the policies were not considered or nothing is smaller.
-        """
+        """Return the fastest candidate that fits the host and has a lower peak, or None."""
         given = (memory, reward_memory)
         now = next((c for c in self.candidates if (c.memory, c.reward_memory) == given), None)
-        if now is None:
+        if now is None:  # the planner did not consider these policies
             return None
         room = math.inf if self.host_budget is None else self.host_budget
         return next((c for c in self.candidates if c.peak < now.peak and c.host <= room), None)

@@ -15,7 +15,7 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.optional import need
 
-# In order of accuracy: the search takes the first with which anything fits.
+# Both are in order of accuracy. The search takes the first entry with which any policy fits.
 WEIGHTS = ("bf16", "fp8", "nf4")
 OPTIMIZERS = ("adamw", "adamw-sr", "adamw8bit", "adamw-cpu")
 
@@ -35,7 +35,7 @@ def plan_memory(
     Nothing is allocated. The search picks weights and optimizer by accuracy, the rest by time: bf16
     weights if anything fits with them, else FP8, else NF4 (LoRA only); with ``train="full"``, AdamW
     with float32 masters, else bf16 with stochastic rounding, else 8-bit states, else states in host
-    memory. Checkpointing ``none`` with offload is skipped: it takes hundreds of GiB on the host.
+    memory.
 
     Args:
         workload: the training run; a model stands for a :class:`Workload` of it with defaults.
@@ -44,6 +44,10 @@ def plan_memory(
         weight_dtype: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, for both models.
         optimizer: ``"auto"``, ``"adamw"``, ``"adamw-sr"``, ``"adamw8bit"`` or ``"adamw-cpu"``.
         gpu: rates for the time estimate, see :mod:`prfl_fast.planning.gpu_specs`.
+        progress: show a tqdm bar.
+
+    Returns:
+        See :class:`Plan`. ``feasible`` is False if no policy fits.
 
     Raises:
         ValueError: if an argument is out of range, or quantized weights are to train in full.

@@ -99,21 +99,16 @@ def _headline(plan: Plan) -> list[str]:
         lines.append(f"no plan fits: the nearest takes {room}")
         lines.append(f"short of {' and '.join(short)}: fewer frames or pixels{larger}")
     memory, reward = plan.memory, plan.reward_memory
-    chunk = memory.feed_forward_chunk
+    own, chunk = memory.gradient_dtype == "parameter", memory.feed_forward_chunk
+    dtype = "the parameter's dtype" if own else memory.gradient_dtype
+    feed_forward = "whole" if chunk is None else f"in chunks of {chunk} tokens"
     lines += [
         "",
         f"  weights {memory.weight_dtype}, policy {memory.activation_checkpointing}, offload "
         f"{memory.offload}",
         f"  reward weights {reward.weight_dtype}, policy {reward.activation_checkpointing}, "
         f"offload {reward.offload}",
-        f"  optimizer {memory.optimizer}, gradients in "
-        + (
-            "the parameter's dtype"
-            if memory.gradient_dtype == "parameter"
-            else memory.gradient_dtype
-        )
-        + ", feed-forward "
-        + ("whole" if chunk is None else f"in chunks of {chunk} tokens"),
+        f"  optimizer {memory.optimizer}, gradients in {dtype}, feed-forward {feed_forward}",
     ]
     return lines
 
@@ -173,8 +168,7 @@ def _row(candidate: Candidate) -> str:
 def timeline_figure(plan: Plan) -> Any:
     """Return a matplotlib figure of live bytes by category through one step, with the budget.
 
-    The horizontal axis counts allocations and releases instead of seconds, so that short phases are
-    visible beside long ones.
+    Raise ``MissingExtraError`` if matplotlib is not installed.
     """
     need("matplotlib", "bench")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -218,6 +212,7 @@ def timeline_figure(plan: Plan) -> Any:
     axes.set_xlim(0, edges[-1])
     axes.set_ylim(0, top)
     axes.set_ylabel("live device memory, GiB")
+    # On a scale of seconds, the long rollout would hide the other phases.
     axes.set_xlabel("allocations and releases in order, not to the scale of time")
     axes.set_xticks([])
     axes.set_title(_headline(plan)[0], fontsize=10)
@@ -277,10 +272,7 @@ def _keys(plan: Plan, present: Mapping[str, Any]) -> dict[str, Any]:
     if hardware.get("precision") != "bf16":
         keys["hardware"] = {**hardware, "precision": "bf16"}
     if work.train == "lora" and not present.get("lora"):
-        keys["lora"] = {
-            "lora_rank": work.lora_rank,
-            "target_modules": list(work.lora_targets),
-        }
+        keys["lora"] = {"lora_rank": work.lora_rank, "target_modules": list(work.lora_targets)}
     if "prfl" not in present:
         keys["prfl"] = {"points": work.points, "num_inference_steps": work.num_inference_steps}
     if "run" not in present:
@@ -299,13 +291,14 @@ def _says(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
 
 
 def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Write the plan's keys into a YAML file, section by section; the rest stays as it is.
+    """Write the plan's keys into a YAML file, section by section; the rest does not change.
 
     Raises:
         ValueError: if the plan is not feasible, or the file is not YAML with keys and values.
     """
     if not plan.feasible:
-        raise ValueError(f"no plan fits {gib(plan.budget)}: nothing is written to {path}")
+        hint = "Raise the budget, or plan fewer frames or pixels"
+        raise ValueError(f"no plan fits {gib(plan.budget)}: {path} is not changed. {hint}")
     yaml, path = need("yaml"), Path(path)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
@@ -315,7 +308,8 @@ def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
         keys = _keys(plan, content)
         for key, value in keys.items():
             text = _with_section(yaml, text, key, value)
-        if not _says(yaml, text, {**content, **keys}):  # the whole file is one {…}, as in JSON
+        # A file that is one {…}, as in JSON, has no lines of sections to replace.
+        if not _says(yaml, text, {**content, **keys}):
             text = yaml.safe_dump({**content, **keys}, sort_keys=False)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
@@ -324,7 +318,7 @@ def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 
 def _with_section(yaml: Any, text: str, key: str, value: Any) -> str:
-    """Return ``text`` with one top-level key set; comments outside that section stay."""
+    """Return ``text`` with one top-level key set; comments outside its section do not change."""
     section = yaml.safe_dump({key: value}, sort_keys=False)
     root = yaml.compose(text)
     lines = text.splitlines(keepends=True)

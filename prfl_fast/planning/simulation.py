@@ -39,7 +39,7 @@ PHASES = (
     "sft backward",
 )
 # Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
-# An upper bound for torchao's, whose compiled step holds some of them in registers.
+# These are upper bounds for torchao, whose compiled step holds some copies in registers.
 _WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
 
 
@@ -220,8 +220,8 @@ class Step:
         detach_state(self.scheduler)
         self.ledger.start_phase("reward backward")
         loss = 0.1 * torch.relu(2.0 - score.float()).mean()
-        (loss * 1.0).backward()
-        del noise
+        (loss * 1.0).backward()  # PRFL multiplies by loss_scale
+        del noise  # the caller of a PRFL step holds it until here
 
     def _supervised(self, several: bool) -> None:
         self.ledger.start_phase("sft forward")
@@ -299,17 +299,17 @@ def simulate(
 ) -> Simulation:
     """Run one step of a workload under two memory policies on fake tensors, on any machine.
 
+    The allocator's rounding and fragmentation and CUDA's context are not included.
+
     Args:
         layers, reward_layers: depths in place of the workload's. Bytes and work are affine in them
             from a depth of 3 on.
-
-    Memory that CUDA kernels allocate internally is added by formula. The allocator's rounding and
-    fragmentation and CUDA's context are not included.
     """
     depths = {"layers": layers, "reward_layers": reward_layers}
     with fake_models(workload, memory, reward_memory, **depths) as (generator, reward):
         ledger = CostLedger()
         with ledger:
+            # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
             step = Step(workload, memory, reward_memory, generator, reward, ledger)
             step.run()

@@ -10,17 +10,17 @@ from prfl_fast.planning.presets import Model, model_config
 from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.utils.checks import check, check_choice, check_count, check_type
 
-# Wan's VAE: 8 × 8 pixels and 4 frames per latent (the first frame has a latent of its own).
+# Wan's VAE encodes 8 × 8 pixels and 4 frames in one latent; the first frame has its own latent.
 _VAE_STRIDE, _VAE_FRAMES, LATENT_CHANNELS, IMAGE_TOKENS = 8, 4, 16, 257
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Training run: input of the planner and of the simulation.
+    """Describe the training run whose memory is planned.
 
     Attributes:
         model: a supported transformer, its configuration, a folder with ``config.json`` or a preset
-            name, see :func:`prfl_fast.planning.presets.model_config`. Stored as a configuration.
+            name, see :func:`prfl_fast.planning.presets.model_config`; stored as a configuration.
         frames, height, width: of the videos, in frames and pixels; frames is 4n + 1.
         batch: videos per forward.
         gradient_accumulation_steps: micro-batches per optimizer step.
@@ -37,6 +37,7 @@ class Workload:
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
 
     Raises:
+        TypeError: if the model or the gradient plan has the wrong type.
         ValueError: if a value is out of range, or the gradient plan has points of several steps.
     """
 

@@ -17,11 +17,7 @@ EnsembleMode = Literal["mean", "worst", "uncertainty"]
 
 
 def check_frozen(reward: object) -> None:
-    """Raise ``ValueError`` if a reward has trainable parameters.
-
-    The check covers modules, bound methods, partial calls, and the attributes ``members`` and
-    ``model`` of other objects, but not the variables of a closure.
-    """
+    """Raise ``ValueError`` if a reward has trainable parameters."""
     for module in _modules(reward):
         trainable = [name for name, p in module.named_parameters() if p.requires_grad]
         if trainable:
@@ -39,7 +35,7 @@ def _modules(reward: object) -> Iterator[nn.Module]:
         yield from _modules(reward.__self__)
     elif isinstance(reward, functools.partial):
         yield from _modules(reward.func)
-    elif reward is not None:
+    elif reward is not None:  # variables of a closure are not searched
         members = getattr(reward, "members", ())
         for part in (*members, getattr(reward, "model", None)):
             yield from _modules(part)
@@ -64,7 +60,7 @@ class PixelReward:
 
     Raises:
         TypeError: if ``decode`` or ``reward`` is not callable.
-        ValueError: if ``frames`` is neither.
+        ValueError: if ``frames`` is unknown.
     """
 
     def __init__(
@@ -84,7 +80,7 @@ class PixelReward:
     ) -> torch.Tensor:
         """Return scores ``[B]`` of the frames of ``x``; timestep and conditions are not used.
 
-        It raises ``ValueError`` if ``decode`` does not return a tensor.
+        Raise ``ValueError`` if ``decode`` does not return a tensor.
         """
         frames = self.decode(x if self.frames == "all" else x[:, :, :1])
         ok = isinstance(frames, torch.Tensor)
@@ -107,6 +103,7 @@ class _GradientInForward(torch.autograd.Function):
                     "A member's scores have no graph to its input. Do not detach the input or run "
                     "the member under no_grad"
                 )
+            # The sum gives each sample the gradient of its own score.
             (gradient,) = torch.autograd.grad(score.sum(), leaf)
         ctx.save_for_backward(gradient)
         return score.detach()
@@ -116,12 +113,12 @@ class _GradientInForward(torch.autograd.Function):
         ctx: Any, weight: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        factors = weight.view(-1, *[1] * (gradient.ndim - 1))
+        factors = weight.view(-1, *[1] * (gradient.ndim - 1))  # [B, 1, 1, 1, 1]
         return (gradient * factors).to(gradient.dtype), None, None, None
 
 
 class RewardEnsemble:
-    """Combine several rewards of the same quality into one that is harder to exploit.
+    """Combine several rewards of the same property into one that is harder to exploit.
 
     Formulas for the k scores r_i of a sample (Coste et al., arXiv 2310.02743):
 
@@ -130,9 +127,9 @@ class RewardEnsemble:
     * ``uncertainty``: the average minus ``coefficient`` times the variance ``(1/k)·Σ_i (r_i -
       mean)²``.
 
-    Members run one after the other, and each computes its gradient directly after its score, so the
-    peak memory is that of one member plus k gradients of the latents' size. The score of a sample
-    must therefore not depend on other samples (no batch statistics).
+    Each member computes its gradient directly after its score, so the peak memory is that of one
+    member plus k gradients of the latents' size. A sample's score must therefore not depend on
+    other samples (no batch statistics).
 
     Args:
         members: rewards ``(x, timestep, conditions) -> [B]``, at least two, without trainable
@@ -163,8 +160,8 @@ class RewardEnsemble:
     ) -> torch.Tensor:
         """Return scores ``[B]``, float32 (float64 if a member's are).
 
-        It raises ``ValueError`` if a member's scores are not ``[B]``, or have no graph to an ``x``
-        that requires a gradient.
+        Raise ``ValueError`` if a member's scores are not ``[B]``, or have no graph to an ``x`` that
+        requires a gradient.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             scores = [_GradientInForward.apply(x, m, timestep, conditions) for m in self.members]

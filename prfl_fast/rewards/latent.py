@@ -80,7 +80,8 @@ class LatentRewardModel(nn.Module):
     ) -> "LatentRewardModel":
         """Copy the embeddings and first blocks of a generator; pool and head start at random.
 
-        The generator stays unchanged. The copy has its dtypes and device, and is patched if it is.
+        The generator does not change. The copy has its dtypes and device, and is patched if the
+        generator is.
 
         Args:
             num_blocks: blocks to copy.
@@ -215,8 +216,8 @@ class LatentRewardModel(nn.Module):
         weights = Path(folder) / _WEIGHTS
         tensors = load_tensors(weights)
         check_fit(reward.state_dict(), tensors, weights)
-        # Clone: tensors inside the file's buffer are not aligned, and matrix products of unaligned
-        # weights can differ in the last bit.
+        # Tensors inside the file's buffer are not aligned, and matrix products of unaligned weights
+        # can differ in the last bit, so the weights are cloned.
         reward.load_state_dict({n: t.clone() for n, t in tensors.items()}, assign=True)
         return reward
 
@@ -227,12 +228,15 @@ class LatentRewardModel(nn.Module):
 
         ``checkpoints/checkpoint-<step>/`` holds the backbone as safetensors under official Wan's
         names, ``mlp/mlp_step_<step>.ckpt`` the head, ``mlp/query_attention_step_<step>.ckpt`` the
-        pool. Each of the three is written atomically. Their paths are returned in this order.
+        pool. Each of the three is written atomically.
 
         Args:
             folder: folder of the training run.
             step: training step; HY-Video-PRFL reads it from the names when it resumes.
             shard_bytes: largest size of a file; a larger backbone is split and gets an index.
+
+        Returns:
+            The paths of backbone, head and pool.
 
         Raises:
             ValueError: if the backbone's folder holds other files.
@@ -280,7 +284,8 @@ class LatentRewardModel(nn.Module):
         Raises:
             TypeError: if the transformer is not supported.
             FileNotFoundError: if a file or folder is missing.
-            ValueError: if a file is no state dict, or tensors are missing, unexpected or misshapen.
+            ValueError: if a file is not a state dict, or a tensor is missing, unexpected or has the
+                wrong shape.
         """
         adapter = find_adapter(transformer)
         state, found = read_blocks(Path(transformer_folder), num_blocks)

@@ -18,15 +18,12 @@ SHARD_FILES = rf"{_SHARDS}[-\w]*\.safetensors(\.index\.json)?"
 
 
 def save_shards(state: Mapping[str, torch.Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write safetensors files of at most ``shard_bytes`` bytes, and an index if there are several.
-
-    A tensor above ``shard_bytes`` gets a file of its own.
-    """
+    """Write safetensors files of at most ``shard_bytes`` bytes, with an index for several files."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
     for name, tensor in state.items():
         nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + nbytes > shard_bytes:
+        if shards[-1] and size + nbytes > shard_bytes:  # a larger tensor gets its own file
             shards.append({})
             size = 0
         shards[-1][name] = tensor
@@ -45,8 +42,8 @@ def save_shards(state: Mapping[str, torch.Tensor], folder: Path, shard_bytes: in
 def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.Tensor], int]:
     """Read the embeddings and the first ``num_blocks`` blocks from a folder of safetensors.
 
-    The files have official Wan's names, with or without an index; the head is omitted. None reads
-    all blocks. It returns the tensors and the number of blocks.
+    The files use official Wan's parameter names, with or without an index; the head is omitted.
+    None reads all blocks. The second result is the number of blocks.
 
     Raises:
         FileNotFoundError: if the folder, or a file that the index names, is missing.
@@ -74,7 +71,7 @@ def _shard_files(folder: Path) -> list[Path]:
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index of safetensors files") from error
+            raise ValueError(f"{index}: not an index of safetensors. Copy it again") from error
         files = [folder / name for name in sorted(names)]
     if not files:
         raise FileNotFoundError(f"{folder}: no such folder, or no .safetensors file in it")

@@ -1,6 +1,7 @@
-"""Rollout engine: run the steps without gradient as :class:`RolloutConfig` says.
+"""Rollout engine: run the steps without gradient according to a :class:`RolloutConfig`.
 
-In PRFL with 40 steps and one gradient point these are about 19 of 24 forwards.
+With 40 steps and one gradient point there are 19 of them on average. They take 70 % of a gradient
+point's FLOPs at 14B and 480p, supervised step included (counted, bench/RESULTS.md).
 """
 
 import contextlib
@@ -13,12 +14,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions
-from prfl_fast.models.inference import (
-    Precision,
-    RolloutModel,
-    RolloutOptions,
-    UnsupportedError,
-)
+from prfl_fast.models.inference import Precision, RolloutModel, RolloutOptions, UnsupportedError
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
 from prfl_fast.rollout.config import RolloutConfig
@@ -34,19 +30,15 @@ LARGE_BLOCK = 2**25
 
 
 def why_not_compiled(
-    mode: Literal["auto", "on", "off"],
-    *,
-    device: str,
-    positions: int,
-    width: int,
-    same_shape: bool,
+    mode: Literal["auto", "on", "off"], *, device: str, positions: int, width: int, same_shape: bool
 ) -> str | None:
     """Return the reason why blocks are not compiled; None if they are.
 
-    Compiling fuses the operations between the kernels and removes launches from a slow host. It
-    costs time for each new shape, and large blocks do not wait for launches. ``positions`` is
-    B·F·H·W of one call, ``same_shape`` is True if this engine compiled for no other shapes before.
+    ``positions`` is B·F·H·W of one call, ``same_shape`` is True if this engine compiled for no
+    other shapes before.
     """
+    # Compiling fuses the operations between kernels, so that a slow host launches less. It takes
+    # time for each new shape, and large blocks do not wait for launches.
     if mode == "on":
         return None
     if mode == "off":
@@ -55,7 +47,7 @@ def why_not_compiled(
         return f"the latents are on {device}, where no bit must change and launches cost little"
     if positions * width > LARGE_BLOCK:
         return (
-            f"{positions} positions of width {width} keep the GPU busy without (above "
+            f"{positions} positions of width {width} keep the GPU busy without compilation (above "
             f"{LARGE_BLOCK} together)"
         )
     if not same_shape:
@@ -88,6 +80,8 @@ class RolloutSession:
         """
         engine, guidance, position = self._engine, self._guidance, self._positions[step]
         precisions: dict[str, Precision] = {} if sigma is None else engine.precisions(sigma)
+        # One call of twice the batch: two calls take 1.26 times as long on a CPU, and 0.61 of the
+        # peak bytes (bench/RESULTS.md).
         x = torch.cat([x, x]) if guidance is not None and guidance.batched else x
         outputs: list[torch.Tensor] = []
         while len(outputs) < len(self._models):
@@ -109,11 +103,11 @@ class RolloutSession:
 class RolloutEngine:
     """Run the steps without gradient of all of one model's trajectories.
 
-    Give it to :class:`prfl_fast.rollout.trajectory.Trajectory`. Between runs it holds no tensor.
-    For a velocity function, ``stride`` is the only option that applies.
+    An engine is an argument of :class:`prfl_fast.rollout.trajectory.Trajectory`. Between runs it
+    holds no tensor. For a velocity function, ``stride`` is the only option that applies.
 
     Attributes:
-        fallen_back: True once a check measured more drift than allowed; rollouts are then exact.
+        fallen_back: True after a check measured more drift than allowed; rollouts are then exact.
         trajectories: number of trajectories that had inexact steps.
         drift: drift of the last check, by solver step; None before the first.
         notes: reasons why options of the configuration do not apply. Each is reported once: as a
@@ -124,9 +118,7 @@ class RolloutEngine:
     """
 
     def __init__(
-        self,
-        transformer: nn.Module | ModelCall | Velocity,
-        config: RolloutConfig | None = None,
+        self, transformer: nn.Module | ModelCall | Velocity, config: RolloutConfig | None = None
     ) -> None:
         check_transformer(transformer)
         self.config = RolloutConfig() if config is None else config
@@ -150,7 +142,7 @@ class RolloutEngine:
 
     @property
     def _active(self) -> RolloutConfig:
-        """Return the configuration of the next rollout: the exact one after too much drift."""
+        # After too much drift, all rollouts run with the exact defaults.
         return RolloutConfig() if self.fallen_back else self.config
 
     @property
@@ -277,16 +269,16 @@ class RolloutEngine:
         self.drift = dict(drift)
         step, found = list(drift.items())[-1]
         limit = self._active.drift_limit
-        # NaN exceeds every limit.
+        # A comparison with NaN is False, so NaN exceeds every limit.
         if limit is None or found <= limit:
             return False
         self.fallen_back = True
         figures = ", ".join(f"{value:.3g} at step {step}" for step, value in drift.items())
         text = (
             f"the rollout's relative distance from an exact one is {found:.3g} at step {step} "
-            f"(sigma {sigmas[step]:.3g}), past drift_limit {limit:g}: this rollout goes on from "
-            f"the exact latents, and all after it are exact. Found: {figures}. Narrow the "
-            "FP8 intervals of RolloutConfig or raise its drift_limit, and start anew"
+            f"(sigma {sigmas[step]:.3g}), past drift_limit {limit:g}. This rollout continues from "
+            f"the exact latents, and all later rollouts are exact. Drift: {figures}. Narrow the "
+            "FP8 intervals of RolloutConfig or raise its drift_limit, and restart"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return True

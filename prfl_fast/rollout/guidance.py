@@ -13,7 +13,7 @@ from prfl_fast.utils.checks import check, check_number
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+    """Configure classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 
     The velocity is ``v_neg + guidance_scale·(v - v_neg)``.
 
@@ -24,7 +24,7 @@ class Guidance:
             take prompts of different lengths.
 
     Raises:
-        ValueError: if ``guidance_scale`` is not finite, or ``negative`` is no dict of tensors.
+        ValueError: if ``guidance_scale`` is not finite, or ``negative`` is not a dict of tensors.
     """
 
     guidance_scale: float
@@ -44,7 +44,7 @@ class Guidance:
         """Return the conditions of the model's calls: one of twice the batch, or two.
 
         Raises:
-            ValueError: if a negative has no such key in ``conditions``, or its batch or shape
+            ValueError: if a key of ``negative`` is not in ``conditions``, or its batch or shape
                 differs.
         """
         negative = dict(conditions)

@@ -14,7 +14,7 @@ from prfl_fast.utils.checks import check_count, check_type
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """A generator and its sampling settings.
+    """Hold a generator and its sampling settings.
 
     Attributes:
         transformer: a supported model (patched or not, with or without LoRA), a
@@ -28,7 +28,7 @@ class Sampler:
             model's own forward, and searches and reward guidance use ``RolloutConfig()``.
 
     Raises:
-        TypeError: if the model is unsupported, or an attribute has another type.
+        TypeError: if the model is unsupported, or an attribute has the wrong type.
         ValueError: if ``num_inference_steps`` is not a positive integer, or a diffusers scheduler
             predicts something other than the velocity.
     """

@@ -18,7 +18,7 @@ from prfl_fast.kernels.runtime.checks import describe, require_float
 from prfl_fast.rollout.unipc_coefficients import unipc_updates
 from prfl_fast.utils.checks import check, check_choice, check_count
 
-# UniPC's log-SNR is infinite at σ = 1; like diffusers, start this much below.
+# UniPC's log-SNR is infinite at σ = 1, so that schedules start this much below, as in diffusers.
 _UNIPC_SIGMA_GAP = 1e-6
 _NO_SCHEDULE = "set_timesteps makes a schedule."
 _NEW = "set_timesteps starts a new trajectory."
@@ -45,8 +45,8 @@ def _linspace(first: float, last: float, count: int) -> list[float]:
 def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     """Return the noise levels of supervised training from 1 down, float32 ``[num]``.
 
-    They are spaced evenly from 1 to 0 without the 0, then shifted by ``σ ← shift·σ / (1 +
-    (shift-1)·σ)``. HY-Video-PRFL draws σ uniformly from them for SFT and the reward model.
+    The levels are ``1 - i/num``, shifted by ``σ ← shift·σ / (1 + (shift-1)·σ)``. HY-Video-PRFL
+    draws σ uniformly from them for SFT and the reward model.
 
     Raises:
         ValueError: if ``shift`` is not positive, or ``num`` is not a positive integer.
@@ -63,12 +63,7 @@ def _check_shift(shift: float) -> None:
 
 
 class _FlowScheduler:
-    """Share the schedule, step counter and argument checks of the samplers.
-
-    Args:
-        shift: moves the steps towards high noise; 1 leaves them even.
-        num_train_timesteps: timesteps per unit of σ.
-    """
+    """Share the schedule, step counter and argument checks of the samplers."""
 
     def __init__(self, shift: float, num_train_timesteps: int) -> None:
         _check_shift(shift)
@@ -91,9 +86,9 @@ class _FlowScheduler:
     ) -> None:
         """Start a trajectory of ``num_inference_steps`` steps without history.
 
-        It sets ``timesteps`` ``[num_inference_steps]`` on ``device`` and ``sigmas``
-        ``[num_inference_steps + 1]``, float32 on the CPU, the last one 0. It raises ``ValueError``
-        if ``num_inference_steps`` is not a positive integer.
+        Set ``timesteps`` ``[num_inference_steps]`` on ``device`` and ``sigmas``
+        ``[num_inference_steps + 1]``, float32 on the CPU, the last one 0. Raise ``ValueError`` if
+        ``num_inference_steps`` is not a positive integer.
         """
         check_count("num_inference_steps", num_inference_steps)
         sigmas, timesteps = self._schedule(num_inference_steps)
@@ -114,10 +109,10 @@ class _FlowScheduler:
         self._step_index = begin_index
 
     def restrict(self, indices: Sequence[int]) -> None:
-        """Keep only the steps ``indices`` of the schedule, and start the trajectory anew.
+        """Keep only the steps ``indices`` of the schedule, and restart the trajectory.
 
-        Each then leads to the next one's noise level, the last to 0. It raises ``ValueError`` if
-        they are not increasing steps of the schedule.
+        Each step then leads to the noise level of the next kept step, the last one to 0. Raise
+        ``ValueError`` if ``indices`` are not increasing steps of the schedule.
         """
         kept, count = list(indices), len(self._times)
         ok = bool(kept) and kept == sorted(set(kept)) and 0 <= kept[0] <= kept[-1] < count
@@ -195,12 +190,19 @@ class FlowEuler(_FlowScheduler):
 
     Schedule and updates equal diffusers' ``FlowMatchEulerDiscreteScheduler(num_train_timesteps,
     shift)``, which applies the shift to the ends and then to the levels. ``timesteps`` are float32,
-    ``1000·σ``. Unlike diffusers, float64 latents are not rounded to float32 on the way.
+    ``1000·σ``. Unlike diffusers, float64 latents are not rounded to float32.
+
+    Args:
+        shift: moves the steps towards high noise; 1 spaces them evenly.
+        num_train_timesteps: timesteps per unit of σ.
+
+    Raises:
+        ValueError: if an argument is not positive.
     """
 
     def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         super().__init__(shift, num_train_timesteps)
-        # In float32, as diffusers derives the ends: the last timesteps depend on that rounding.
+        # diffusers derives the ends in float32, and the last timesteps depend on that rounding.
         ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32) / num_train_timesteps
         ends = self.shift * ends / (1 + (self.shift - 1) * ends)
         self._ends: tuple[float, float] = (ends[0].item(), ends[1].item())
@@ -221,14 +223,15 @@ class FlowUniPC(_FlowScheduler):
     The variant with ``B(h) = e^h - 1`` ("bh2") equals diffusers'
     ``UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
     flow_shift=shift, solver_order=order)``: data prediction, lower orders at both ends of the
-    trajectory. ``timesteps`` are ``1000·σ`` truncated to int64, as there.
-
-    Step ``i`` first corrects ``x_i`` with the velocity found there and then predicts ``x_{i+1}``,
-    in one linear combination. ``order + 1`` tensors of ``sample``'s size and dtype are kept between
-    steps.
+    trajectory. ``timesteps`` are ``1000·σ`` truncated to int64, as in diffusers. ``order + 1``
+    tensors of ``sample``'s size and dtype are kept between steps.
 
     Args:
+        shift, num_train_timesteps: see :class:`FlowEuler`.
         order: order of the predictor, 1, 2 or 3.
+
+    Raises:
+        ValueError: if an argument is not positive, or ``order`` is above 3.
     """
 
     def __init__(self, shift: float = 5.0, order: int = 2, num_train_timesteps: int = 1000) -> None:
@@ -257,6 +260,7 @@ class FlowUniPC(_FlowScheduler):
             expected = f"{describe(before)}, with which this trajectory began"
             check(ok, f"{type(self).__name__}.step: sample", sample, expected, hint=_NEW)
             tensors += [before, *self._predictions]
+        # One linear combination corrects x_i with the velocity found there and predicts x_{i+1}.
         update = self._updates[index][len(self._predictions)]
         prev_sample = flow_step(tensors, list(update.advance))
         if index + 1 < len(self._updates):
@@ -268,10 +272,8 @@ class FlowUniPC(_FlowScheduler):
 
 
 def detach_state(scheduler: Any) -> None:
-    """Detach every tensor in a scheduler's state, so that its graph can be freed.
-
-    Tensors in attributes, lists, tuples, dicts and nested schedulers are replaced, not changed.
-    """
+    """Detach every tensor in a scheduler's state, so that its graph can be freed."""
+    # Tensors are replaced, not changed in place, because a graph may still use them.
     vars(scheduler).update(_detached(dict(vars(scheduler))))
 
 
@@ -289,10 +291,10 @@ def _detached(value: Any) -> Any:
 
 
 def fresh_copy(scheduler: Any) -> Any:
-    """Copy a scheduler deeply, without graph, so that a rollout never steps the caller's.
+    """Return a deep copy of a scheduler without its graph; the caller's object never steps.
 
-    An object without ``set_timesteps`` or ``step`` raises ``TypeError``; a diffusers scheduler that
-    predicts something other than the velocity raises ``ValueError``.
+    Raise ``TypeError`` for an object without ``set_timesteps`` or ``step``, and ``ValueError`` for
+    a diffusers scheduler that predicts something other than the velocity.
     """
     name = type(scheduler).__name__
     if not all(callable(getattr(scheduler, method, None)) for method in ("set_timesteps", "step")):
@@ -317,13 +319,13 @@ def _config(scheduler: Any) -> Mapping[str, Any]:
 def start_trajectory(
     scheduler: Any, num_inference_steps: int, start: int = 0
 ) -> tuple[Any, Sequence[torch.Tensor]]:
-    """Return a copy of ``scheduler`` that begins at step ``start``, and its timesteps.
+    """Return a copy of ``scheduler`` that begins at step ``start``, and its 0-d timesteps.
 
-    The timesteps are 0-d tensors on the CPU, so that no sampler waits for the device at every step.
-    It raises ``ValueError`` if the scheduler does not make one model call per step.
+    Raise ``ValueError`` if the scheduler does not make one model call per step.
     """
     scheduler = fresh_copy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
+    # On the CPU, because foreign samplers read a timestep's value and would wait for the device.
     timesteps = scheduler.timesteps.cpu()
     name, calls = f"model calls of scheduler {type(scheduler).__name__}", len(timesteps)
     check(calls == num_inference_steps, name, calls, f"{num_inference_steps}, one per step")
@@ -336,8 +338,8 @@ def start_trajectory(
 def schedule_sigmas(scheduler: Any, timesteps: Sequence[torch.Tensor]) -> tuple[float, ...]:
     """Return the noise level before every step and after the last: ``len(timesteps) + 1`` floats.
 
-    They are the scheduler's ``sigmas``, or without them the timesteps divided by its
-    ``num_train_timesteps`` (1000 if it names none), and 0 at the end.
+    They are the scheduler's ``sigmas``. A scheduler without ``sigmas`` gives its timesteps divided
+    by its ``num_train_timesteps`` (default 1000), then 0.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) in (len(timesteps), len(timesteps) + 1):
@@ -349,11 +351,11 @@ def schedule_sigmas(scheduler: Any, timesteps: Sequence[torch.Tensor]) -> tuple[
 
 
 def keep_levels(scheduler: Any, indices: Sequence[int]) -> None:
-    """Keep only the steps ``indices`` of a scheduler of ours; raise ``ValueError`` for others."""
+    """Keep only the steps ``indices``; raise ``ValueError`` for a foreign scheduler."""
     if not isinstance(scheduler, _FlowScheduler):
         raise ValueError(
             f"scheduler is {type(scheduler).__name__}, expected FlowUniPC or FlowEuler for a "
-            "rollout with stride above 1: only they can leave out levels of their schedule"
+            "rollout with stride above 1: only they can skip levels of their schedule"
         )
     scheduler.restrict(indices)
 
@@ -361,11 +363,9 @@ def keep_levels(scheduler: Any, indices: Sequence[int]) -> None:
 def strided_steps(
     start: int, num_inference_steps: int, stride: int, visit: Sequence[int]
 ) -> list[int]:
-    """Return every ``stride``-th step of a rollout, both ends included.
-
-    Each step of ``visit`` and the one after it are included, and the stride is counted anew from
-    there.
-    """
+    """Return every ``stride``-th step of a rollout, both ends and the steps ``visit`` included."""
+    # A step with gradient covers one level, so the step after it is included, and the stride
+    # restarts there.
     landings = sorted({start, num_inference_steps, *visit, *(step + 1 for step in visit)})
     spans = zip(landings, landings[1:], strict=False)
     steps = [step for here, there in spans if here >= start for step in range(here, there, stride)]

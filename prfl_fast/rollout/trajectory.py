@@ -34,7 +34,7 @@ class Trajectory:
 
     :meth:`run` takes steps without gradient. A step with gradient is ``x = solve(velocity())``,
     then ``move_to(x)``; several in a row call ``follow(x)`` after each and :meth:`cut` at the end.
-    The latents ``x`` keep the noise's dtype. The scheduler is a private copy.
+    The latents ``x`` have the noise's dtype. The scheduler is a private copy.
 
     Args:
         sampler: the model, the schedule, guidance and the rollout configuration.
@@ -80,6 +80,7 @@ class Trajectory:
             bad = any(isinstance(i, bool) or not 0 <= i < count for i in steps)
             check(not bad, name, steps, f"steps in 0 … {count - 1}")
         self.scheduler, self.timesteps = start_trajectory(sampler.scheduler, count, start)
+        # One copy to the device here, instead of one in every step.
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
         self._model_timesteps = torch.stack(list(self.timesteps)).to(noise.device, dtype)
         self._sigmas = schedule_sigmas(self.scheduler, self.timesteps)
@@ -110,8 +111,8 @@ class Trajectory:
     def velocity(self, x: torch.Tensor | None = None, index: int | None = None) -> torch.Tensor:
         """Return the model's exact velocity at ``x`` and step ``index``, guided, with its graph.
 
-        Both default to the trajectory's current state. A model that returns another shape raises
-        ``ValueError``.
+        Both default to the trajectory's current state. Raise ``ValueError`` if the model returns
+        another shape.
         """
         x = self.x if x is None else x
         index = self.index if index is None else index
@@ -129,8 +130,8 @@ class Trajectory:
     def solve(self, v: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next latents, differentiable in ``v``, ``x`` and the scheduler's history.
 
-        ``v`` is the velocity at ``x``, by default the current latents. If the rollout's stride
-        skips the next step, ``ValueError`` is raised.
+        ``v`` is the velocity at ``x``, by default the current latents. Raise ``ValueError`` if the
+        rollout's stride skips the next step.
         """
         hint = "Name the steps that solve() takes in visit."
         expected = f"step {self.index + 1}, which the stride of this rollout leaves out"
@@ -180,7 +181,7 @@ class Trajectory:
                 ``index``.
 
         Raises:
-            ValueError: if ``stop`` is no step, or the stride of this rollout skips it.
+            ValueError: if ``stop`` is not a step, or the stride of this rollout skips it.
         """
         count = len(self.timesteps)
         ok = isinstance(stop, int) and not isinstance(stop, bool) and stop <= count
@@ -219,7 +220,7 @@ class Trajectory:
         if self._shadow is not None:
             needed |= set(range(self._shadow.index, stop))
         copies = 2 if self.guidance is not None and self.guidance.batched else 1
-        # Only the size matters: no copy.
+        # The engine reads shape, dtype and device only, so an expanded view is enough.
         x = self.x[:1].expand(copies * len(self.x), *self.x.shape[1:])
         timesteps = {index: self.model_timestep(index).repeat(copies) for index in sorted(needed)}
         with engine.open(x, timesteps, self._branches, self.guidance) as session:
@@ -236,10 +237,7 @@ class Trajectory:
         index: int | None = None,
         shift: torch.Tensor | None = None,
     ) -> None:
-        """Take the exact rollout to the same step, and record the distance.
-
-        ``shift`` is added to the velocity of step ``index``, as in this rollout.
-        """
+        """Take the exact rollout to the same step, and record the distance."""
         shadow = self._shadow
         if shadow is None or shadow.index == self.index:
             return
@@ -248,6 +246,7 @@ class Trajectory:
                 v = shadow.velocity()
             else:
                 v = session.velocity(shadow.x, shadow.index, None)
+            # Guidance by a reward shifts both rollouts equally, and causes no drift by itself.
             if shift is not None and shadow.index == index:
                 v = v + shift
             shadow.move_to(shadow._solve(v, shadow.x))
@@ -263,6 +262,7 @@ def relative_distance(x: torch.Tensor, exact: torch.Tensor) -> float:
     """Return the largest ``‖x - exact‖ / ‖exact‖`` of a batch ``[B, ...]``, in float64."""
     x, exact = x.double().flatten(1), exact.double().flatten(1)
     distance, norm = (x - exact).norm(dim=1), exact.norm(dim=1)
+    # Equal latents have distance 0 even if both are zero.
     return float(torch.where(distance == 0, distance, distance / norm).max())
 
 

@@ -3,9 +3,4 @@
 from prfl_fast.sampling.gradient import guide, optimize_noise
 from prfl_fast.sampling.search import beam_search, prune
 
-__all__ = [
-    "beam_search",
-    "guide",
-    "optimize_noise",
-    "prune",
-]
+__all__ = ["beam_search", "guide", "optimize_noise", "prune"]

@@ -29,8 +29,8 @@ def take_rows(
     """Gather rows of the state of several schedulers into one scheduler.
 
     The i-th scheduler holds ``sizes[i]`` latents of ``shape``; all are at the same step. ``rows``
-    are counted through all of them. It raises ``ValueError`` if a tensor in their state has neither
-    the latents' shape nor one dimension.
+    index their concatenation. Raise ``ValueError`` if a tensor in their state has neither the
+    latents' shape nor one dimension.
     """
     scheduler = copy.copy(schedulers[0])
     for name in vars(scheduler):
@@ -87,8 +87,8 @@ class SearchResult:
         latents: ``[B, C, F, H, W]``, clean.
         scores: ``[B]``, their rewards at timestep 0, on the CPU, float32 (float64 for float64
             rewards).
-        chosen: ``[B]``, the number of the initial noise of each; 0 is the caller's.
-        history: by step, the scores that were compared after it, ``[B, n]``; NaN without a
+        chosen: ``[B]``, int64, the number of the initial noise of each; 0 is the caller's noise.
+        history: scores that were compared after each step, ``[B, n]`` by step; NaN without a
             candidate or a finite score. The last entry decided the result.
         forwards: cost of the search.
     """
@@ -142,6 +142,7 @@ class Candidates:
         config = RolloutConfig() if sampler.rollout is None else sampler.rollout
         hint = "A search drops trajectories, so their drift cannot be measured."
         check(not config.inexact, "rollout", config, "stride 1 and no FP8", hint=hint)
+        # Errors of the arguments appear here, before the first of many trajectories.
         bind_velocity(sampler.transformer, noise, conditions, "noise")
         if sampler.guidance is not None:
             sampler.guidance.branches(conditions)
@@ -159,6 +160,7 @@ class Candidates:
     def begin(self, noise: torch.Tensor, count: int, generator: torch.Generator | None) -> None:
         """Start ``count`` candidates of each prompt: the given noise and drawn ones."""
         others = draw((self.size, count - 1, *noise.shape[1:]), noise, generator)
+        # [B, count, C, F, H, W] → [B·count, C, F, H, W], the candidates of a prompt in a row.
         x = torch.cat([noise.unsqueeze(1), others.to(noise.dtype)], dim=1).flatten(0, 1)
         self.prompts = [prompt for prompt in range(self.size) for _ in range(count)]
         self.origins = [origin for _ in range(self.size) for origin in range(count)]
@@ -172,7 +174,7 @@ class Candidates:
             yield
 
     def run(self, step: int, *, clean: bool = False) -> list[_Batch]:
-        """Take the steps up to and including ``step``; return the latents to reward then.
+        """Take all steps up to ``step`` itself; return the latents to reward after it.
 
         With ``clean`` these are the estimates of x0 made at ``step``.
         """
@@ -196,7 +198,7 @@ class Candidates:
         here, there = (self.trajectories[0].sigma(i) for i in (step, step + 1))
         kept = (1 - here) / (1 - there) * there
         fresh = eta * there / here * math.sqrt(max(here**2 - kept**2, 0.0))
-        # Euler's step without a part of the predicted noise: exactly Euler's for eta = 0.
+        # Fresh noise replaces a part of Euler's predicted noise; for eta = 0 the step is Euler's.
         change = math.sqrt(max(there**2 - fresh**2, 0.0)) - there
         coefficients = [1 + change, there - here + change * (1 - here), fresh]
         x = self._latents()
@@ -234,6 +236,7 @@ class Candidates:
             finite = _finite_rows(x)
             table = torch.full((len(x),), math.nan, dtype=torch.float32)
             if finite:
+                # A reward model raises on latents that are not finite, so these rows are left out.
                 if len(finite) < len(x):
                     x, timestep, conditions = x[finite], timestep[finite], _take(conditions, finite)
                 score = self.reward(x, timestep, conditions)
@@ -248,16 +251,17 @@ class Candidates:
         return torch.cat(scores)
 
     def choose(self, scores: torch.Tensor, prompts: list[int], count: int, step: int) -> list[int]:
-        """Return the ``count`` best rows of each prompt, in order; ties go to the first row."""
+        """Return the ``count`` best rows of each prompt, in order."""
         values, chosen = scores.tolist(), []
         for prompt in range(self.size):
             rows = [r for r, p in enumerate(prompts) if p == prompt and not math.isnan(values[r])]
             if not rows:
                 raise ValueError(
                     f"no candidate of prompt {prompt} has a finite score after step {step}: the "
-                    "rewards or the latents are NaN or infinite; check the reward at this noise "
+                    "rewards or the latents are NaN or infinite. Check the reward at this noise "
                     "level, and the generator's precision"
                 )
+            # The sort is stable, so that ties go to the first row.
             chosen += sorted(sorted(rows, key=lambda row: -values[row])[:count])
         return chosen
 
@@ -274,6 +278,7 @@ class Candidates:
         schedulers = [trajectory.scheduler for trajectory in self.trajectories]
         sizes = [len(trajectory.x) for trajectory in self.trajectories]
         self.replace(self._latents(), range(sum(sizes)), chosen, self.trajectories[0].index)
+        # A multistep sampler's history must move with its candidate.
         for trajectory, rows in zip(self.trajectories, self._chunks(len(chosen)), strict=True):
             taken = [chosen[row] for row in rows]
             trajectory.scheduler = take_rows(schedulers, taken, sizes, trajectory.x.shape[1:])

@@ -27,7 +27,7 @@ def prune(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """Sample several candidates, drop the worst on the way, and return the best.
+    """Sample several candidates, drop the worst at some steps, and return the best.
 
     Every prompt starts from ``candidates`` noises. After each step named in ``keep`` the remaining
     candidates are scored, and the best of each prompt continue; the result is the one whose clean
@@ -59,6 +59,8 @@ def prune(
             range, the reward has a wrong shape or no finite score for a prompt, or a scheduler's
             state cannot be split by candidate.
     """
+    # Pruning 8 candidates in the small world takes 54 forwards and reaches a reward of 0.887; best
+    # of 8 takes 80 and reaches 0.911 (bench/RESULTS.md).
     check_count("candidates", candidates)
     check_choice("reward_at", reward_at, ("next", "clean"))
     left = _survivors(keep, candidates, sampler.num_inference_steps)
@@ -99,8 +101,8 @@ def beam_search(  # noqa: PLR0913 - the method's own hyperparameters
 
     This is diffusion latent beam search (arXiv 2501.19252) for flow models. Every prompt keeps
     ``beams`` latents. At a branching step each takes ``candidates`` stochastic steps from one
-    velocity; ``lookahead`` Euler steps over evenly spaced levels estimate the x0 of each result,
-    which is rewarded; the best ``beams`` of a prompt continue.
+    velocity. ``lookahead`` Euler steps over evenly spaced levels estimate the x0 of each result,
+    the reward scores it, and the best ``beams`` of a prompt continue.
 
     A stochastic step from σ to σ' goes through the predicted x̂0 = x - σ·v and noise n̂ = x +
     (1-σ)·v, with a part of the noise replaced by fresh z ~ N(0, I)::
@@ -108,9 +110,8 @@ def beam_search(  # noqa: PLR0913 - the method's own hyperparameters
         x' = (1-σ')·x̂0 + sqrt(σ'² - s²)·n̂ + s·z,   s² = eta²·(σ'/σ)²·(σ² - ((1-σ)/(1-σ'))²·σ'²)
 
     For every eta the marginals are the flow's, as in DDIM (arXiv 2010.02502); eta = 0 is Euler's
-    step, and eta = 1 from pure noise replaces all noise. The step is first order: a multistep
-    sampler's history, which lacks the fresh noise, is dropped. Steps that do not branch are the
-    scheduler's own.
+    step, and eta = 1 from pure noise replaces all noise. The step is first order and drops a
+    multistep sampler's history, which lacks the fresh noise. All other steps are the scheduler's.
 
     Args:
         sampler, reward, conditions, batch, progress: as in :func:`prune`.
@@ -132,6 +133,8 @@ def beam_search(  # noqa: PLR0913 - the method's own hyperparameters
     Raises:
         TypeError, ValueError: as :func:`prune`, or if ``eta`` 0 makes several candidates equal.
     """
+    # 4 beams of 2 candidates reach a reward of 0.982 in the small world, with 112 generator
+    # forwards and 76 of the reward (bench/RESULTS.md).
     check_count("beams", beams)
     check_count("candidates", candidates)
     check_count("lookahead", lookahead, least=0)

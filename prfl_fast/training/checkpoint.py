@@ -94,7 +94,7 @@ def _model_file(model: torch.nn.Module) -> str:
 
 
 def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by the names that ``load_lora_weights`` reads; not copies."""
+    """Return the adapter's tensors, not copied, by the names that ``load_lora_weights`` reads."""
     stored = stored_tensors(model).items()
     return {_PIPELINE_PART + n.removeprefix("base_model.model."): t for n, t in stored}
 
@@ -123,8 +123,8 @@ def save_model(model: torch.nn.Module, folder: Path) -> None:
 def load_model(model: torch.nn.Module, folder: Path) -> None:
     """Copy the weights in a folder of :func:`save_model` into ``model``, in place.
 
-    A file of diffusers' ``save_lora_weights`` or ``save_lora_adapter`` is read too. An adapter is
-    cast to the dtype of the adapter in ``model``.
+    The folder may hold a file of diffusers' ``save_lora_weights`` or ``save_lora_adapter``. An
+    adapter is cast to the dtype of the adapter in ``model``.
 
     Raises:
         ValueError: if the file is missing, truncated, or of another model, or if its adapter has
@@ -142,7 +142,7 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         saved = json.loads((opened.metadata() or {}).get(_ADAPTER_METADATA, "{}"))
     wanted = _adapter_settings(model)
     rank = wanted[_PIPELINE_PART + "r"]
-    # Like diffusers: in a file without metadata, alpha equals the rank.
+    # As in diffusers, alpha equals the rank in a file without metadata.
     for name, default in (("r", rank), ("lora_alpha", rank), ("use_rslora", False)):
         key = _PIPELINE_PART + name
         value = saved.get(key, saved.get(name, default))
@@ -169,6 +169,7 @@ def restore_random_state(state: Mapping[str, Any], generator: torch.Generator) -
     version, words, spare = state["python"]
     random.setstate((version, tuple(words), spare))
     torch.set_rng_state(state["torch"])
+    # The states of another number of GPUs belong to none of these.
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     generator.set_state(state["generator"])

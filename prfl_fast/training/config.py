@@ -10,7 +10,7 @@ from prfl_fast.utils.checks import check_choice, check_count
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimizer, learning-rate schedule and checkpoints of a run.
+    """Configure optimizer, learning-rate schedule and checkpoints of a run.
 
     The defaults are those of PRFL (arXiv 2511.21541) except for ``gradient_accumulation_steps``.
 
@@ -18,11 +18,16 @@ class TrainConfig:
         steps: total number of optimizer steps per objective.
         optimizer, gradient_dtype: see :func:`prfl_fast.memory.optimizers.make_optimizer`.
         learning_rate: constant after a linear warmup over ``warmup_steps`` steps.
+        betas, eps, weight_decay: constants of AdamW.
         max_grad_norm: limit for the norm of all gradients together; None turns clipping off.
         gradient_accumulation_steps: micro-batches per optimizer step.
         ema_decay: decay of the running average of the trainable parameters; None keeps no average.
+        seed: seed of the CPU generator that all objectives draw from.
         save_every: steps between checkpoints; 0 saves at the end only.
         keep_last: number of newest checkpoints to keep; 0 keeps all.
+
+    Raises:
+        ValueError: if a count is not an integer in its range, or a choice is unknown.
     """
 
     steps: int
@@ -40,7 +45,7 @@ class TrainConfig:
     save_every: int = 0
     keep_last: int = 2
 
-    # A resumed run may change these: they do not affect the steps already taken.
+    # A resumed run may change these fields, because they do not affect the steps already taken.
     FREE = ("steps", "save_every", "keep_last")
 
     def __post_init__(self) -> None:
@@ -61,6 +66,7 @@ class TrainResult:
     """Outcome of a run.
 
     Attributes:
+        step: steps taken since the run began.
         history: one record per step taken by this process, as in the log.
         skipped: updates skipped since the run's first step because of non-finite values.
         stopped_by: the signal that ended the run early, or None.

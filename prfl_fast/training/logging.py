@@ -14,13 +14,11 @@ LOG = "log.jsonl"
 
 
 class TrainingLog:
-    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files.
-
-    Opening the log removes incomplete lines and all records after ``step``.
-    """
+    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / LOG
+        # A resumed run repeats the steps after its checkpoint, so their records are removed.
         kept = [line for line in self._lines(path) if json.loads(line)["step"] <= step]
         with write_atomic(path) as temporary:
             temporary.write_bytes(b"".join(kept))

@@ -24,6 +24,7 @@ def add_lora(
     Adapters are float32 on float32 layers and bfloat16 on all others, quantized ones included.
 
     Args:
+        model: a transformer without adapters, patched or not.
         lora_rank: rank of each adapter's two matrices.
         lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``; None means ``lora_rank``.
         target_modules: suffixes of the names of the linear layers that receive an adapter.

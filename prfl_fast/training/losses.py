@@ -26,7 +26,7 @@ def sft_loss(
     generator: torch.Generator | None = None,
     shift: float = 5.0,
 ) -> torch.Tensor:
-    """Compute the flow-matching loss ``mean((v_θ(x_σ, 1000σ, c) - (ε - x0))²)``.
+    """Compute the scalar flow-matching loss ``mean((v_θ(x_σ, 1000σ, c) - (ε - x0))²)``.
 
     ``x_σ = (1-σ)·x0 + σ·ε`` and the loss are float32 (float64 for float64 latents).
 
@@ -52,12 +52,15 @@ def sft_loss(
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """Noise levels and Huber constant of :func:`consistency_loss`.
+    """Configure the noise levels and the Huber constant of :func:`consistency_loss`.
 
     Attributes:
         num_levels: number of levels above 0 (50 in the paper).
         shift: the levels are ``training_sigmas(shift, num_levels)``.
         huber: error at which the loss changes from quadratic to linear.
+
+    Raises:
+        ValueError: if a value is not positive.
     """
 
     num_levels: int = 50
@@ -83,11 +86,11 @@ def consistency_loss(
     guidance: Guidance | None = None,
     config: ConsistencyConfig = ConsistencyConfig(),  # noqa: B008 - frozen
 ) -> torch.Tensor:
-    """Compute the consistency distillation loss between two adjacent noise levels.
+    """Compute the scalar consistency distillation loss between two adjacent noise levels.
 
-    This is the distillation term of reward guided latent consistency distillation (RG-LCD, arXiv
-    2403.11027) for flow models; its reward term is ``PRFL`` with ``GradientPlan.rg_lcd()``. With
-    ``f(x, σ) = x - σ·v(x, 1000σ, c)``, which is x at σ = 0, and σ' the level after σ::
+    This is the distillation term of RG-LCD (arXiv 2403.11027) for flow models; the reward term is
+    ``PRFL`` with ``GradientPlan.rg_lcd()``. With ``f(x, σ) = x - σ·v(x, 1000σ, c)`` and σ' the
+    level after σ::
 
         x_σ  = (1-σ)·x0 + σ·ε
         x_σ' = x_σ + (σ' - σ)·v_teacher(x_σ, 1000σ, c)      one Euler step, with guidance if given
@@ -99,6 +102,7 @@ def consistency_loss(
     Args:
         student: the trained model, or a function ``(x, timestep [B], conditions) -> velocity``.
         target: an exponential moving average of the student (RG-LCD: decay 0.95), or the student.
+        teacher: the frozen model that is distilled.
         latents, conditions, noise, generator: as in :func:`sft_loss`.
         index: number of the level σ, 0 (σ = 1) … num_levels-1, one number or ``[B]``; None draws
             one per sample, uniformly.
@@ -121,9 +125,9 @@ def consistency_loss(
         inputs = torch.cat([x] * copies), sigma.repeat(copies)
         outputs = [_call("teacher", of_teacher, *inputs, branch) for branch in branches]
         v = outputs[0] if guidance is None else guidance.combine(outputs)
-        x_next = x + (following - sigma).view(-1, 1, 1, 1, 1) * v
+        x_next = x + (following - sigma).view(-1, 1, 1, 1, 1) * v  # x_σ', by Euler's step
         v = _call("target", of_target, x_next, following, conditions)
-        aim = x_next - following.view(-1, 1, 1, 1, 1) * v
+        aim = x_next - following.view(-1, 1, 1, 1, 1) * v  # f_target(x_σ', σ')
     v = _call("student", of_student, x, sigma, conditions)
     off = x - sigma.view(-1, 1, 1, 1, 1) * v - aim
     return ((off.square() + config.huber**2).sqrt() - config.huber).mean()

@@ -75,5 +75,6 @@ def noise_like(
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Return ``x_σ`` of every sample in the wide dtype; ``sigma`` is ``[B]``."""
+    # sigma as [B, 1, 1, 1, 1]
     level, wide = sigma.view(-1, *[1] * (latents.dim() - 1)), wide_dtype(latents)
     return (1 - level) * latents.to(wide) + level * noise.to(wide)

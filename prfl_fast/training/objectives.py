@@ -78,7 +78,7 @@ class RewardFeedback:
             shape of the noise.
 
     Raises:
-        ValueError: if the gradient goes elsewhere.
+        ValueError: if the plan of ``step`` sends the gradient to the noise or the latents.
     """
 
     def __init__(self, step: PRFL, batches: Any, device: torch.device | str = "cpu") -> None:
@@ -88,6 +88,7 @@ class RewardFeedback:
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw]
+        # Drawn on the CPU, so that a run has the same noise on every device.
         noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
         batch = batch.to(self.device)
         from_data = self.step.plan.start == "data"
@@ -117,7 +118,11 @@ class RewardFeedback:
 
 
 class SupervisedFlow:
-    """Train a generator on clean latents with :func:`prfl_fast.training.losses.sft_loss`."""
+    """Train a generator on clean latents with :func:`prfl_fast.training.losses.sft_loss`.
+
+    ``batches[n]`` returns the :class:`prfl_fast.data.dataset.Batch` of micro-batch n. ``precision``
+    is ``"bf16"`` for autocast, else ``"fp32"``.
+    """
 
     def __init__(
         self,
@@ -147,6 +152,8 @@ class RewardFit:
         batches: ``batches[n]`` returns a :class:`prfl_fast.data.dataset.Batch` for ``ce``, a
             :class:`prfl_fast.data.dataset.PairBatch` for ``bt``.
         label: name of the label that ``ce`` fits.
+        shift: shift of the noise levels, see :func:`prfl_fast.rollout.schedulers.training_sigmas`.
+        precision: ``"bf16"`` for autocast, else ``"fp32"``.
     """
 
     def __init__(

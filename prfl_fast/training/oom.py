@@ -1,4 +1,4 @@
-"""Report which part of a step ran out of memory, and what the memory of the device holds."""
+"""Report the part of a step that ran out of memory, and the bytes on the device by category."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.trajectory import Trajectory
 
 GIB = 2**30
-# torch raises a plain RuntimeError if an allocator other than its caching allocator fails.
+# torch raises a plain RuntimeError with these words if another allocator than its own fails.
 _SIGNS = ("CUDA error: out of memory", "ALLOC_FAILED", "CPUAllocator: can't allocate memory")
 
 
@@ -48,7 +48,6 @@ def live_bytes(
     """Return the bytes on ``device`` by category; each storage counts in the first that holds it.
 
     Categories are weights, gradients, optimizer, average and other models (modules in ``others``).
-    On CUDA, rest is all other allocated memory: activations, checkpoints and workspace.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = [value for state in optimizer.state.values() for value in state.values()]
@@ -68,13 +67,13 @@ def live_bytes(
             if storage.device == device and storage._cdata not in seen:
                 seen.add(storage._cdata)
                 live[category] += storage.nbytes()
-    if device.type == "cuda":
+    if device.type == "cuda":  # the rest is activations, checkpoints and workspace
         live["rest"] = torch.cuda.memory_allocated(device) - sum(live.values())
     return live
 
 
 def memory_report(device: torch.device, live: Mapping[str, int]) -> list[str]:
-    """Return report lines: the allocator's counters (CUDA only) and those of :func:`live_bytes`."""
+    """Return lines with the allocator's counters (CUDA only) and the bytes of `live_bytes`."""
     lines = []
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -90,10 +89,7 @@ def memory_report(device: torch.device, live: Mapping[str, int]) -> list[str]:
 
 
 def modules_in(*roots: Any) -> list[nn.Module]:
-    """Return the modules that objects refer to, without modules inside modules.
-
-    The search follows attributes, lists, tuples, dicts, closures and bound arguments.
-    """
+    """Return the modules that objects refer to, without modules inside modules."""
     found: list[nn.Module] = []
     seen: dict[int, Any] = {}  # holds the objects, so that no id is reused
     queue = list(roots)

@@ -15,15 +15,14 @@ from prfl_fast.training.noising import add_noise, check_sigma, choose_sigma, noi
 from prfl_fast.utils.checks import check, check_choice
 
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
+# Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
 EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
 
 
 def label_of(record: Mapping[str, Any], key: str) -> float:
     """Return the 0/1 label ``key`` of a data record.
 
-    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``. As in the reference,
-    a record without ``motion_quality`` has good motion if its ``physics_quality`` and
-    ``human_quality`` are both good.
+    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``.
 
     Raises:
         ValueError: if the key is unknown, the record lacks it, or the label has another value.
@@ -31,6 +30,7 @@ def label_of(record: Mapping[str, Any], key: str) -> float:
     check_choice("label", key, LABELS)
     value = record.get(key)
     if value is None and key == "motion_quality":
+        # As in the reference, motion is good if physics and humans are both good.
         parts = ("physics_quality", "human_quality")
         if all(record.get(part) is not None for part in parts):
             return min(label_of(record, part) for part in parts)
@@ -53,9 +53,7 @@ def ce_loss(
     generator: torch.Generator | None = None,
     shift: float = 5.0,
 ) -> torch.Tensor:
-    """Return the mean binary cross-entropy of the scores of noised latents with 0/1 labels.
-
-    The float32 scalar is computed from logits, so it stays finite where the sigmoid saturates.
+    """Return the mean binary cross-entropy of the scores of noised latents, a float32 scalar.
 
     Args:
         latents: clean latents, ``[B, C, F, H, W]``.
@@ -73,6 +71,7 @@ def ce_loss(
     sigma = choose_sigma(sigma, latents, generator, shift, device="cpu")
     x = add_noise(latents, noise_like(latents, noise, generator), sigma)
     logits = reward.logits(x, 1000 * sigma, conditions)
+    # Computed from logits, the loss stays finite where the sigmoid saturates.
     return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
@@ -90,9 +89,8 @@ def bt_loss(
 ) -> torch.Tensor:
     """Compute the Bradley-Terry loss of preference pairs: cross-entropy of sigmoid(s_win - s_lose).
 
-    The result is the float32 mean over the pairs. Scores are logits, and both videos of a pair have
-    the same sigma and noise. A random bit per pair chooses which video comes first. This balances
-    the labels without changing the value, because cross-entropy is symmetric under the exchange.
+    The result is the mean over the pairs, a float32 scalar. Scores s are logits, and both videos of
+    a pair have the same sigma and noise.
 
     Args:
         win, lose: clean latents of the preferred and the other videos, ``[B, C, F, H, W]``.
@@ -112,6 +110,8 @@ def bt_loss(
     first = reward.logits(add_noise(win, noise, sigma), 1000 * sigma, conditions)
     second = reward.logits(add_noise(lose, noise, sigma), 1000 * sigma, lose_conditions)
     device = generator.device if generator is not None else win.device
+    # A random order of the videos balances the labels. It does not change the loss, because
+    # cross-entropy is symmetric under the exchange.
     label = torch.randint(2, first.shape, generator=generator, device=device).to(first)
     return functional.binary_cross_entropy_with_logits((first - second) * (2 * label - 1), label)
 
@@ -126,9 +126,8 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Return accuracy, AUC and cross-entropy of the reward at each timestep.
 
-    The batches are read once. Each sample's noise is drawn on the CPU from ``seed`` and the
-    sample's position, and is the same at every timestep, so the result does not depend on the batch
-    size. The global random state and the modules' training modes stay unchanged.
+    The noise of a sample depends on ``seed`` and the sample's position only, and is the same at
+    every timestep. The global random state and the modules' training modes do not change.
 
     Args:
         batches: tuples of latents ``[B, C, F, H, W]``, conditions, and 0/1 labels ``[B]``.

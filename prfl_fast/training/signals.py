@@ -9,10 +9,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def collect_signals(enabled: bool) -> Iterator[list[signal.Signals]]:
-    """Yield a list that receives SIGINT or SIGTERM, instead of the signal ending the process.
+    """Yield a list that receives SIGINT or SIGTERM in place of the usual handlers.
 
-    The first signal restores the usual handlers, so that a second one ends the process at once. The
-    handlers do not change if ``enabled`` is False or outside the main thread.
+    The handlers do not change if ``enabled`` is False or outside the main thread.
     """
     received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
@@ -23,7 +22,7 @@ def collect_signals(enabled: bool) -> Iterator[list[signal.Signals]]:
 
     def receive(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
-        restore()
+        restore()  # so that a second signal ends the process at once
 
     # Python allows only the main thread to install signal handlers.
     if enabled and threading.current_thread() is threading.main_thread():

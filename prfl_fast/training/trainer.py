@@ -43,19 +43,19 @@ NON_FINITE_LIMIT = 5
 
 
 class NonFiniteTrainingError(RuntimeError):
-    """Error for training that NaN or infinite values ended; the message names the saved state."""
+    """Error that ends a training with NaN or infinite values; it names the saved state."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """Error for a full device; the message has the failing phase, the memory in use, and advice."""
+    """Error for a full device, with the phase that failed, the memory in use, and advice."""
 
 
 class Trainer:
     """Train the parameters of ``model`` that require gradients.
 
-    Without a folder the run writes nothing. With one, the folder holds ``log.jsonl`` (one record
-    per step), TensorBoard's files and checkpoints (:mod:`prfl_fast.training.checkpoint`). SIGINT
-    and SIGTERM end the run after the current step and save it; a second signal ends it at once.
+    A run writes ``log.jsonl`` (one record per step), TensorBoard's files and checkpoints
+    (:mod:`prfl_fast.training.checkpoint`) into ``folder``, or nothing if it is None. SIGINT and
+    SIGTERM end the run after the current step and save it; a second signal ends it at once.
 
     An update whose loss or gradient is not finite is skipped: weights, optimizer and average do not
     change. Five steps in a row with a skipped update end the run.
@@ -64,8 +64,8 @@ class Trainer:
     state before that update, for example after a call of ``activation_checkpointing``.
 
     Args:
-        model: its parameters and persistent buffers are saved; of a model with an adapter, only the
-            adapter is.
+        model: the model to train. Its parameters and persistent buffers are saved; of a model with
+            an adapter, only the adapter is saved.
         objectives: objectives by name, in the order of their optimizer steps.
         resume: ``"auto"`` continues from the newest checkpoint in ``folder``, if there is one. A
             path continues from that checkpoint. None starts a new run and rejects a folder that
@@ -116,15 +116,15 @@ class Trainer:
         if settings.ema_decay is not None:
             self.ema = {}
             # In bfloat16, (1 - decay) · difference would be rounded to 0. torch's AveragedModel
-            # is not used: it copies the frozen weights too, averages in the parameter's dtype, and
-            # its first update copies the weights instead of averaging them with the initial ones.
+            # averages in the parameter's dtype, copies the frozen weights as well, and its first
+            # update copies the weights instead of averaging them with the initial ones.
             for name, p in self.parameters.items():
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.ema[name] = p.detach().to(wide, copy=True)
         self.result = TrainResult()
         self._in_a_row = 0  # steps with a skipped update, up to the last step
-        self._draws = dict.fromkeys(self.objectives, 0)
-        # Updates already taken in the current step: metrics, and whether the update was applied.
+        self._draws = dict.fromkeys(self.objectives, 0)  # micro-batches drawn so far
+        # Updates already taken in the current step: metrics, and True if the update was applied.
         self._done: dict[str, tuple[dict[str, float], bool]] = {}
         self._torn = False  # True after an optimizer step that updated only some parameters
         self._log: TrainingLog | None = None
@@ -276,6 +276,7 @@ class Trainer:
     def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
         """Take one optimizer step for one objective; return its metrics, and False if skipped."""
         self.optimizer.zero_grad(set_to_none=True)
+        # The state before the update, from which run() continues after a full device.
         draws, random = self._draws[name], random_state(self.generator)
         states = self._objective_states()
         try:
@@ -300,20 +301,18 @@ class Trainer:
         seen: dict[str, list[torch.Tensor]] = {}
         count = self.settings.gradient_accumulation_steps
         for _ in range(count):
+            # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
             metrics = objective(self._draws[name], self.generator, 1 / count)
             self._draws[name] += 1
             for key, value in metrics.items():
                 value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
                 seen.setdefault(key, []).append(value)
-            if not math.isfinite(metrics["loss"]):
+            if not math.isfinite(metrics["loss"]):  # the update is skipped, so stop early
                 break
         return {key: float(sum(values)) / len(values) for key, values in seen.items()}
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
-        """Clip, step and average if all values are finite; return True if so.
-
-        Add ``grad_norm`` to ``means``, and drop the gradients.
-        """
+        """Clip, step and average if all values are finite; return True if so."""
         parameters, limit = list(self.parameters.values()), self.settings.max_grad_norm
         finite = math.isfinite(means["loss"])
         if finite:
@@ -321,7 +320,7 @@ class Trainer:
             expected = "a gradient in at least one trainable parameter"
             check(bool(gradients), f"gradient of objective {name!r}", None, expected)
             norm = gradient_norm(gradients)
-            means["grad_norm"] = float(norm)
+            means["grad_norm"] = float(norm)  # before clipping, for the log
             finite = math.isfinite(means["grad_norm"])
         if finite:
             if limit is not None:
@@ -334,6 +333,7 @@ class Trainer:
     def _average(self) -> None:
         for name, average in (self.ema or {}).items():
             parameter = self.parameters[name].detach().to(average.dtype)
+            # average ← decay·average + (1 - decay)·parameter
             average.lerp_(parameter, 1 - self.settings.ema_decay)  # type: ignore[operator]
 
     def _out_of_memory(self, place: str, error: RuntimeError) -> OutOfMemoryError:

@@ -1,6 +1,6 @@
 """Checks of the arguments that users pass: one function per kind of input.
 
-Each raises an error that names the argument, shows what was passed and says what is expected.
+Each raises an error that names the argument, its value and the expected values.
 """
 
 import math
@@ -25,7 +25,7 @@ def check(ok: bool, name: str, value: object, expected: str, *, hint: str = "") 
     The message is ``{name} is {value}, expected {expected}``; tensors show dtype, shape and device.
 
     Args:
-        hint: a second sentence that says which call fixes it.
+        hint: a second sentence that names the call that fixes the error.
     """
     if not ok:
         text = f"{name} is {describe(value)}, expected {expected}"

@@ -41,8 +41,8 @@ def _flush(path: Path) -> None:
 def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush the file and rename it to ``path``.
 
-    If the body raises, the temporary file is removed and ``path`` is unchanged. ``OSError`` is
-    raised if the parent folder is missing or not writable, or the disk is full.
+    If the body raises, the temporary file is removed and ``path`` is unchanged. This function
+    raises ``OSError`` if the parent folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -54,10 +54,10 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             _flush(Path(folder))
         if not temporary.is_dir():
             _flush(temporary)
-        elif path.exists():  # os.replace replaces no folder that has files
+        elif path.exists():  # os.replace cannot replace a folder that has files
             remove_atomic(path)
         os.replace(temporary, path)
-        _flush(path.parent)
+        _flush(path.parent)  # after a power failure the new name could otherwise be missing
     finally:
         _remove(temporary)
 
@@ -66,8 +66,8 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 def save_checkpoint_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that replaces it as in :func:`write_atomic`.
 
-    Parent folders are created. An existing folder is renamed first and removed afterwards: at any
-    moment ``path`` is the old folder, absent, or the complete new folder.
+    Parent folders are created. At any moment ``path`` is the old folder, absent, or the complete
+    new folder.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(path) as temporary:
@@ -96,16 +96,13 @@ def save_tensors(
     path: str | os.PathLike[str],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write tensors to a safetensors file, atomically; views and shared storage are copied.
-
-    Errors are those of :func:`write_atomic`.
-    """
+    """Write tensors to a safetensors file, atomically; errors are those of `write_atomic`."""
     safetensors, writer = need("safetensors"), need("safetensors.torch")
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        # safetensors rejects tensors that share storage, so tied weights are written twice.
+        # safetensors rejects tensors that share storage, so tied weights are copied.
         address = tensor.untyped_storage().data_ptr()
         owned[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
@@ -129,7 +126,9 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}). Copy it again"
+        ) from error
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

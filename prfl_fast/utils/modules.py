@@ -9,7 +9,7 @@ from torch import nn
 def layers_of(model: Any) -> Iterator[Any]:
     """Yield ``model`` and each model inside its wrappers, the bare one last.
 
-    Known wrappers: torch.compile, DistributedDataParallel, DataParallel and peft.
+    The known wrappers are torch.compile, DistributedDataParallel, DataParallel and peft.
     """
     while True:
         yield model
@@ -30,12 +30,9 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return True if calling ``module`` runs ``F.linear`` on its weight and nothing else.
-
-    Adapters, hooks, replaced forwards and quantized layers make it False.
-    """
+    """Return True if calling ``module`` runs ``F.linear`` on its weight and nothing else."""
     return (
-        type(module) is nn.Linear
+        type(module) is nn.Linear  # no adapter and no quantized layer, which are subclasses
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""Keep messages of other packages off the terminal of a command."""
+"""Silence messages of other packages in the commands."""
 
 import logging
 import os
@@ -19,8 +19,8 @@ _PACKAGES = (
 def quiet_libraries() -> None:
     """Silence warnings of the packages that commands import; errors and exceptions still show.
 
-    Call it before importing them, and only in programs: it changes the loggers, warning filters and
-    environment of the whole process.
+    Call this function before importing them, and in programs only: it changes loggers, warning
+    filters and environment of the whole process.
     """
     for name in (*_PACKAGES, "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -25,13 +25,12 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Return ``checkpoint(function, *args, use_reentrant=False, **options)``.
-
-    If ``function`` raises, the hooks and modes of the checkpoint end at once. PyTorch before 2.13
-    keeps them as long as the traceback lives, and records later operations as part of the call.
-    """
+    """Return ``checkpoint(function, *args, use_reentrant=False, **options)``."""
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, use_reentrant=False, **options)
+    # An error of the function leaves the checkpoint only after its hooks and modes have ended.
+    # PyTorch before 2.13 keeps them until the traceback is freed, and would record later operations
+    # as part of this call.
     in_forward, failures = True, []
 
     def run(*args: Any) -> Any:
@@ -52,11 +51,7 @@ def recomputed(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 class _TakeChunk(torch.autograd.Function):
-    """Return x and its tokens ``start`` to ``stop``.
-
-    The backward writes the gradients of all chunks into one tensor; ``torch.split`` would keep them
-    separately and then concatenate them.
-    """
+    """Return x and its tokens ``start`` to ``stop``."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -70,8 +65,8 @@ class _TakeChunk(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, d_x: torch.Tensor | None, d_chunk: torch.Tensor
     ) -> tuple[torch.Tensor, None, None]:
-        # Writing in place is safe: d_x was allocated here, in the backward of the next chunk, and
-        # is visible to no other code.
+        # All chunks write into one tensor; torch.split would keep their gradients separately and
+        # then concatenate them. No other code reads d_x: the next chunk's backward allocated it.
         d_x = d_chunk.new_empty(ctx.shape) if d_x is None else d_x
         d_x[:, ctx.tokens] = d_chunk
         return d_x, None, None
@@ -93,8 +88,8 @@ class _PutChunk(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, d_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        # The true gradient of ``out`` has zeros at these tokens. The copy is not needed: earlier
-        # chunks read only their own tokens.
+        # The true gradient of ``out`` has zeros at these tokens. A copy with zeros is not needed,
+        # because earlier chunks read only their own tokens.
         return d_out, d_out[:, ctx.tokens], None
 
 
@@ -161,8 +156,8 @@ def recomputed_step(
     Only ``x`` is saved. The model's own activation checkpointing applies in the recomputed forward.
 
     Args:
-        evaluate: must return the same values on each call. Its parameters receive their gradients
-            in ``.grad`` during the backward.
+        evaluate: function that returns the same values on each call. Its parameters receive their
+            gradients in ``.grad`` during the backward.
         x: latents at the start of the step, ``[B, C, F, H, W]``.
         context: entered around each call of ``evaluate`` and around its backward.
 

@@ -158,7 +158,7 @@ DAMAGED = [
     (
         "train",
         lambda w: retensor(w / DATA, lambda t: t.update(latents=t["latents"].long())),
-        "latents is 'I64', expected one of",
+        "dtype of latents is 'int64', expected one of float32",
     ),
     (
         "train",

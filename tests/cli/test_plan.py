@@ -199,7 +199,7 @@ def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, m
     assert run("--apply", file) == 1
     out, error = capsys.readouterr()
     assert "no plan fits: the nearest takes 3.00 GiB" in out
-    assert error == f"prfl-fast plan: no plan fits: {file} is left as it is\n"
+    assert error == f"prfl-fast plan: no plan fits: {file} is not changed\n"
     assert file.read_text() == before
     assert run("--json") == 1
     assert json.loads(capsys.readouterr().out)["feasible"] is False
@@ -234,7 +234,7 @@ BAD = {
     "--plot nowhere/plan.png": "nowhere is not a folder",
     "--apply nowhere/train.yaml": "nowhere is not a folder",
     "--apply FOLDER": "--apply is 'FOLDER', expected a file, not a folder",
-    "--apply FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4: leave",
+    "--apply FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4. Leave",
     "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
     "--apply FILE --num-inference-steps 40": "is 40, but FILE has prfl.num_inference_steps: 9",
     "--apply FILE --gradient-accumulation-steps 5": "has run.gradient_accumulation_steps: 2",

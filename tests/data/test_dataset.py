@@ -102,7 +102,7 @@ FILES = {
     "no latents": ({"latents": None}, r"is \['encoder_hidden_states'\], expected latents and"),
     "no text": ({"encoder_hidden_states": None}, r"tensors is \['latents'\], expected latents and"),
     "unknown tensor": ({"pixels": torch.ones(2)}, "'pixels'], expected .* of others only latents,"),
-    "integers": ({"latents": INTEGERS}, r"latents is 'I64', expected one of \('F32'"),
+    "integers": ({"latents": INTEGERS}, "dtype of latents is 'int64', expected one of float32, "),
     "wrong rank": ({"latents": FLAT}, r"latents is \[16, 4, 4\], expected 4 dimensions"),
     "empty": ({"latents": EMPTY}, "none 0"),
     "other grid": ({"latent_condition": GRID}, r"is \[20, 1, 4, 4\], expected latents' frames"),

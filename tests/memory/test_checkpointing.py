@@ -281,7 +281,7 @@ def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         activation_checkpointing(model, **arguments)
     assert not model.gradient_checkpointing
-    with pytest.raises(TypeError, match="supported: diffusers WanTransformer3DModel"):
+    with pytest.raises(TypeError, match="a supported class: diffusers WanTransformer3DModel"):
         activation_checkpointing(torch.nn.Linear(2, 2))
 
 

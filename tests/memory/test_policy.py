@@ -166,7 +166,7 @@ def test_either_model_alone(monkeypatch):
 
 
 def test_a_model_of_no_known_family_is_refused():
-    with pytest.raises(TypeError, match="supported: diffusers WanTransformer3DModel"):
+    with pytest.raises(TypeError, match="a supported class: diffusers WanTransformer3DModel"):
         apply_memory(torch.nn.Linear(2, 2), MemoryConfig())
 
 

@@ -229,7 +229,11 @@ def test_frozen_model_gives_only_the_input_gradient():
 
 def test_unknown_model_is_a_type_error_that_lists_what_is_supported():
     for function, model, message in (
-        (prfl_fast.patch, nn.Linear(2, 2), "Linear.*supported: diffusers WanTransformer3DModel"),
+        (
+            prfl_fast.patch,
+            nn.Linear(2, 2),
+            "Linear.*a supported class: diffusers WanTransformer3DModel",
+        ),
         (prfl_fast.unpatch, nn.Linear(2, 2), "supported"),
         (prfl_fast.is_patched, nn.Linear(2, 2), "supported"),
         (prfl_fast.patch, "wan", "supported"),

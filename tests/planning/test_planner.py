@@ -90,7 +90,7 @@ def test_models(tmp_path):
         model_config(tmp_path)
     with pytest.raises(ValueError, match="expected one of wan2.1-t2v-1.3b"):
         model_config("wan9")
-    with pytest.raises(TypeError, match="supported: diffusers WanTransformer3DModel"):
+    with pytest.raises(TypeError, match="a supported class: diffusers WanTransformer3DModel"):
         model_config(torch.nn.Linear(1, 1))
 
 

@@ -315,7 +315,7 @@ def test_a_package_that_does_not_import(monkeypatch, tmp_path):
     broken.write_text("raise ImportError('undefined symbol: _ZN3c10\\nsecond line')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
-    text = r"flash_attn_interface does not import: undefined symbol: _ZN3c10; call"
+    text = r"flash_attn_interface does not import: undefined symbol: _ZN3c10. Call"
     with pytest.raises(ValueError, match=text):
         kernels.set_attention_backend("flash_attn_3")
 

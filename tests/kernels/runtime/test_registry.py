@@ -73,7 +73,7 @@ def test_without_triton_cuda_tensors_run_the_reference(monkeypatch, operation):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_forced_backend_refuses_cpu_tensors(anything_goes, operation, backend):
     kernels.set_backend(backend)
-    with pytest.raises(ValueError, match=f"probe: backend '{backend}' .* on cpu; move them"):
+    with pytest.raises(ValueError, match=f"probe: backend '{backend}' .* on cpu. Move them"):
         operation(torch.zeros(2))
 
 
@@ -113,7 +113,7 @@ def test_report_names_every_operation_and_never_raises(anything_goes):
     assert all(choice.backend == "reference" for choice in registry.report("cpu").values())
     kernels.set_backend("triton")
     refused = registry.report("cpu")["norm_modulate"]
-    assert refused.backend == "none" and "move them to a CUDA device" in refused.reason
+    assert refused.backend == "none" and "Move them to a CUDA device" in refused.reason
 
 
 def test_registered_schema_leaves_upcast_out():
