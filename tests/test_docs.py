@@ -3,12 +3,14 @@
 import re
 import shlex
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import readme_figure
 import results_tables
 import torch
+from plans import once
 from wan import tiny_wan
 
 import prfl_fast
@@ -16,11 +18,28 @@ from prfl_fast import sampling
 from prfl_fast.training import add_lora
 
 pytest.importorskip("diffusers")
-pytest.importorskip("yaml")
+yaml = pytest.importorskip("yaml")
+
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.main import main
+from prfl_fast.cli.yaml_config import parse_config
+from prfl_fast.planning import search as plan_search
+from prfl_fast.planning.presets import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = ("quickstart", "methods", "memory", "models", "kernels", "configuration")
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_searches():
+    """Let the planner look at one policy of eight blocks, and simulate nothing twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_search, "simulate", once)
+        patch.setattr(plan_search, "POLICIES", (("full", None),))
+        for config in MODELS.values():
+            patch.setitem(config, "num_layers", 8)
+        yield
 
 
 def blocks(page, *languages):
@@ -33,15 +52,8 @@ def blocks(page, *languages):
 def commands(body):
     """Return the command lines of a block without comments, as lists of words."""
     lines = [shlex.split(line, comments=True) for line in body.splitlines()]
-    return [words for line in lines if line for words in split_and(line)]
-
-
-def split_and(words):
-    """Split ``a && b`` into two commands."""
-    parts = [[]]
-    for word in words:
-        parts.append([]) if word == "&&" else parts[-1].append(word)
-    return parts
+    groups = (groupby(words, lambda word: word == "&&") for words in lines)
+    return [list(command) for group in groups for is_and, command in group if not is_and]
 
 
 def names():
@@ -93,8 +105,6 @@ def test_python_snippets_run(page, monkeypatch):
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """Run every block of the quickstart in a new folder and return the folder."""
-    from prfl_fast.cli.main import main
-
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -119,8 +129,6 @@ def test_the_quickstart_trains_and_scores(quickstart):
 @pytest.mark.parametrize("page", ["README.md", "docs/memory.md"])
 def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatch):
     """Run the ``prfl-fast`` lines of a page on the quickstart's configurations."""
-    from prfl_fast.cli.main import main
-
     folder = shutil.copytree(quickstart, tmp_path / "page")
     shutil.rmtree(folder / "runs" / "prfl")  # a planned run in bf16 cannot resume one in fp32
     monkeypatch.chdir(folder)
@@ -156,11 +164,6 @@ def test_other_commands_exist():
 @pytest.mark.parametrize("page", ["docs/memory.md", "docs/models.md"])
 def test_yaml_snippets_are_valid_keys(page):
     """Read a page's YAML as part of a training configuration."""
-    import yaml
-
-    from prfl_fast.cli.config import TrainFile
-    from prfl_fast.cli.yaml_config import parse_config
-
     for _, body in blocks(page, "yaml"):
         whole = {"model": "m", "data": "d", "reward": "r", "out": "o", "run": {"steps": 1}}
         parse_config(TrainFile, whole | yaml.safe_load(body))

@@ -13,9 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*command, **environment):
+def run(*command, cwd=ROOT, **environment):
     env = {**os.environ, "PRFL_FAST_CUDA": "0", **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def run_bare(code, cwd, *paths):
+    """Run code with -S and an explicit path, which keeps an editable install out of the way."""
+    paths = os.pathsep.join([*paths, *(p for p in sys.path if "site-packages" in p)])
+    return run(sys.executable, "-S", "-c", code, cwd=cwd, PYTHONPATH=paths)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +54,8 @@ def test_sdist_holds_the_sources_of_the_extension(dist):
 def test_installed_wheel_imports_and_leaves_the_name_kernels_free(dist, tmp_path):
     (wheel,) = dist.glob("*.whl")
     target = tmp_path / "site"
-    installed = run(
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(target),
-        str(wheel),
-    )
+    pip = [sys.executable, *"-m pip install -q --no-deps --target".split()]
+    installed = run(*pip, str(target), str(wheel))
     assert installed.returncode == 0, installed.stderr
     code = (
         "import importlib.util, prfl_fast, prfl_fast.kernels as k; "
@@ -67,15 +64,7 @@ def test_installed_wheel_imports_and_leaves_the_name_kernels_free(dist, tmp_path
         "spec = importlib.util.find_spec('kernels'); "
         f"assert spec is None or {str(target)!r} not in str(spec.origin), spec"
     )
-    # -S and an explicit path keep an editable install of the same package out of the way.
-    paths = os.pathsep.join([str(target), *(p for p in sys.path if "site-packages" in p)])
-    ran = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
+    ran = run_bare(code, tmp_path, str(target))
     assert ran.returncode == 0, ran.stderr
 
 
@@ -118,14 +107,10 @@ def test_the_checkout_runs_without_being_installed(tmp_path):
         ignore = shutil.ignore_patterns("_version.py", "*.so", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     code = "import prfl_fast; print(prfl_fast.__version__, prfl_fast.kernels.__file__)"
-    # -S keeps the editable install of this checkout out of the way.
-    paths = os.pathsep.join(p for p in sys.path if "site-packages" in p)
-    command, environment = [sys.executable, "-S", "-c", code], os.environ | {"PYTHONPATH": paths}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    ran = subprocess.run(command, **options)
+    ran = run_bare(code, tmp_path)
     assert ran.stdout.split() == ["0+checkout", str(tmp_path / "kernels" / "__init__.py")]
     shutil.rmtree(tmp_path / "kernels")
-    ran = subprocess.run(command, **options)
+    ran = run_bare(code, tmp_path)
     assert "has no kernels: install it with pip install ." in ran.stderr.splitlines()[-1]
 
 
@@ -147,6 +132,5 @@ def test_installs_without_triton(tmp_path):
 @pytest.mark.parametrize("value", ["yes", "2"])
 def test_prfl_fast_cuda_is_checked(value):
     ran = run(sys.executable, "setup.py", "--version", PRFL_FAST_CUDA=value)
-    assert (
-        ran.returncode != 0 and f"PRFL_FAST_CUDA is '{value}', expected 0, 1 or auto" in ran.stderr
-    )
+    assert ran.returncode != 0
+    assert f"PRFL_FAST_CUDA is '{value}', expected 0, 1 or auto" in ran.stderr

@@ -5,12 +5,21 @@ from dataclasses import replace
 
 import harness
 import pytest
-from harness import Preset
+from bench_runs import TINY
 
 
 @pytest.fixture
-def inline(monkeypatch):
-    """Run all work in this process, with two rounds of timing."""
+def one_round(monkeypatch):
+    """Stop timing after one round."""
+    rounds = harness.time_side_by_side
+    monkeypatch.setattr(
+        harness, "time_side_by_side", lambda *a, **k: rounds(*a, **{**k, "at_most": 1})
+    )
+
+
+@pytest.fixture
+def inline(monkeypatch, one_round):
+    """Run all work in this process, with one round of timing."""
     from experiments import small_world
 
     @contextmanager
@@ -18,10 +27,6 @@ def inline(monkeypatch):
         yield small_world.Inline()
 
     monkeypatch.setattr(small_world, "workers", workers)
-    rounds = harness.time_side_by_side
-    monkeypatch.setattr(
-        harness, "time_side_by_side", lambda *a, **k: rounds(*a, **{**k, "at_most": 1})
-    )
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def tiny(monkeypatch):
     from experiments import rollout_options
     from suites import methods, rollout, rollout_counts, split, step
 
-    size = Preset("tiny", 32, 2, 64, 2, (3, 4, 4), text_tokens=5, text_dim=16)
+    size = replace(TINY, layers=2)
     for module in (rollout_options, methods, step):
         monkeypatch.setattr(module, "TINY", size)
     for module in (rollout, rollout_options):

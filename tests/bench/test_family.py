@@ -5,21 +5,19 @@ import math
 import types
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import harness
 import pytest
 import report
 import suites
 import torch
+from bench_runs import CPU, assert_rectangular, make_context
 from experiments import alignment, family, family_sampling, family_training, small_world
+from offload_models import assert_same
 
 from prfl_fast.data.dataset import Batch
 from prfl_fast.feedback.gradient_plan import GradientPlan
 
-ROOT = Path(__file__).resolve().parents[2]
-
-CPU = torch.device("cpu")
 WORLD = {"clips": 64, "held_out": 16, "prompts": 3, "generator_steps": 2, "generator_batch": 8}
 WORLD |= {"reward_blocks": 1, "reward_steps": 2, "reward_batch": 8, "pixel_steps": 1}
 WORLD |= {"solver_steps": 8, "updates": 1, "checkpoints": 2, "feedback_batch": 2}
@@ -31,7 +29,7 @@ def needs_diffusers():
 
 
 def context(out, **changes):
-    return harness.Context(device=CPU, preset=harness.PRESETS["tiny"], out=out, **changes)
+    return make_context(harness.PRESETS["tiny"], out=out, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +55,7 @@ def test_trained_models_are_read_back_bit_for_bit(trained):
     again, _, note = small_world.prepare(settings, context(out), small_world.Inline())
     assert "read back" in note
     for name in ("generator", "reward", "pixel"):
-        kept = getattr(again, name).state_dict()
-        for key, value in getattr(start, name).state_dict().items():
-            assert torch.equal(kept[key], value), (name, key)
+        assert_same(getattr(again, name).state_dict(), getattr(start, name).state_dict())
     assert not any(p.requires_grad for p in again.reward.parameters())
     assert not any(p.requires_grad for p in again.pixel.parameters())
     first, second = (small_world.assess(s.generator, s, 3, 1)[0] for s in (start, again))
@@ -140,8 +136,8 @@ def check_run(out, folder):
     assert set(users) == set(family.USERS)
     training, sampling = result.tables
     assert len(training.rows) == 2 + len(arms) and len(sampling.rows) == len(users)
+    assert_rectangular(*result.tables)
     for table in result.tables:
-        assert all(len(row) == len(table.columns) for row in table.rows)
         assert report.to_markdown(table)
     for file, figure in result.figures.items():
         report.save_figure(folder / file, figure)

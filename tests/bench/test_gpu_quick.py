@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_runs import ROOT
 from quick.journal import Journal, plain, summary
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -2,16 +2,15 @@
 GPU's part replaced.
 """
 
-import json
+import functools
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import harness
 import pytest
 import report
 import run as bench_run
 import torch
+from bench_runs import assert_rectangular, make_context, run_suites
 from harness import Preset, UnavailableError
 from suites import kept, memory, memory_step
 from suites.memory_step import Case, Step, uniform
@@ -20,20 +19,14 @@ from prfl_fast.memory import activation_checkpointing
 from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.simulation import simulate
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytest.importorskip("diffusers")
 
-CPU = torch.device("cpu")
 # One block keeps more than the 64 KiB below which nothing is offloaded.
 SMALL = Preset("small", 128, 2, 256, 6, (5, 16, 16), text_tokens=24, text_dim=32)
 TINY = replace(SMALL, name="tiny", layers=2)
 
 
-def context(**changes):
-    return harness.Context(**({"device": CPU, "preset": TINY} | changes))
-
-
+context = functools.partial(make_context, preset=TINY)
 FAST = (memory.BASELINE, "attention, offloaded")
 
 
@@ -71,15 +64,13 @@ def test_every_row_and_size_is_in_the_table_and_on_the_curves():
     workload = memory.curve_cases()[memory.BASELINE, 121, "720p"].workload()
     assert (workload.frames, workload.height, workload.width) == (121, 720, 1280)
     assert exact.workload().tokens == 75600 and exact.workload().reward_blocks == 8
-    assert (
-        memory.curve_cases()[memory.BASELINE, 81, "720p"]
-        == cases["wan14b-720p", memory.BASELINE, "bf16"]
-    )
+    baseline = cases["wan14b-720p", memory.BASELINE, "bf16"]
+    assert memory.curve_cases()[memory.BASELINE, 81, "720p"] == baseline
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """One tiny size, two rows, simulated in this process; two rounds of timing."""
+def quick(monkeypatch, one_round):
+    """Shrink the suite to one tiny size and three rows, simulated in this process."""
     wanted = (memory.BASELINE, "none", "attention, offloaded")
     few = {name: row for name, row in memory.rows().items() if name in wanted}
     presets = {name: replace(TINY, name=name) for name in memory.SIZES} | {"tiny": TINY}
@@ -104,14 +95,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_run, "PRESETS", presets)
     monkeypatch.setattr(kept, "PRESETS", presets)
     monkeypatch.setattr(kept, "SIZES", memory.SIZES)
-    rounds = harness.time_side_by_side
-    monkeypatch.setattr(harness, "time_side_by_side", lambda *args, **_: rounds(*args, at_most=2))
 
 
 def test_a_run_writes_tables_records_and_the_curves(quick, tmp_path, capsys):
-    arguments = ["--suite", "memory", "--device", "cpu", "--out", str(tmp_path)]
-    assert bench_run.main(arguments) == 0, capsys.readouterr().err
-    suite = json.loads((tmp_path / "results.json").read_text())["suites"]["memory"]
+    status, record = run_suites(tmp_path, "memory")
+    assert status == 0, capsys.readouterr().err
+    suite = record["suites"]["memory"]
     tables = {table["name"]: table["rows"] for table in suite["tables"]}
     assert list(tables) == ["memory", "kept-policies", "memory-small"]
     assert [row[1] for row in tables["memory"]] == list(memory.rows())
@@ -151,11 +140,6 @@ def test_kept_bytes_of_policies():
     assert kept_by("none", True) > kept_by("none", False) > kept_by("attention", False)
 
 
-def test_sizes_that_take_a_cpu_hours_are_refused():
-    with pytest.raises(UnavailableError, match="use --preset tiny"):
-        memory.run(context(preset=harness.PRESETS["wan14b-720p"]))
-
-
 # On a GPU, its part replaced.
 
 GIB = 1 << 30
@@ -182,11 +166,17 @@ def test_policies_on_a_gpu(gpu):
     told = context(device=torch.device("cuda"))
     table = memory._small_table(records, told)
     assert len(table.rows) == len(memory.rows())
-    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert_rectangular(table)
     records[1] = {k: v for k, v in records[1].items() if k != "times"} | {"skipped": "no luck"}
     table = memory._small_table(records, told)
     assert table.rows[1][1] == "no luck"
     assert report.to_text(table)
+
+
+def found_plan(policy, peak_gib, *, feasible=True, missing=0):
+    plan = SimpleNamespace(memory=policy, reward_memory=policy, peak=peak_gib * GIB, host=0)
+    plan.feasible, plan.missing = feasible, missing
+    return plan
 
 
 def test_plans_run_in_a_capped_process(gpu, monkeypatch):
@@ -195,9 +185,7 @@ def test_plans_run_in_a_capped_process(gpu, monkeypatch):
     def plan(workload, **options):
         asked.update(options, workload=workload)
         chosen = uniform("full", weights="fp32")
-        return SimpleNamespace(
-            memory=chosen, reward_memory=chosen, peak=12 * GIB, host=0, feasible=True, missing=0
-        )
+        return found_plan(chosen, 12)
 
     monkeypatch.setattr(memory, "plan_memory", plan)
     rows = (("all of it", "full", "bf16", 24), ("too large", "full", "bf16", 100))
@@ -211,11 +199,9 @@ def test_plans_run_in_a_capped_process(gpu, monkeypatch):
 
 
 def test_a_plan_that_does_not_fit_is_a_problem(gpu, monkeypatch):
-    memories = {"memory": uniform("full"), "reward_memory": uniform("full")}
-    found = SimpleNamespace(**memories, peak=30 * GIB, host=0, missing=6 * GIB)
+    found = found_plan(uniform("full"), 30, feasible=False, missing=6 * GIB)
     monkeypatch.setattr(memory, "plan_memory", lambda *a, **k: found)
     monkeypatch.setattr(memory, "PLANS", {"tiny": (("it", "full", "bf16", 24),)})
-    found.feasible = False
     _, _, problems = memory.run_plans(context())
     assert problems == ["it in 24 GiB: no policy fits, 6.0 GiB are missing"]
 

@@ -1,34 +1,25 @@
 """The suites on methods and steps: plans, tables, and each suite end to end at a minimal size."""
 
-import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import harness
 import method_specs as plans
 import pytest
 import report
-import run as bench_run
 import torch
+from bench_runs import ROOT, assert_rectangular, make_context, run_suites
 from experiments import small_world, variance
-from harness import Preset, UnavailableError
-from suites import methods, rollout, split, step
+from harness import UnavailableError
+from suites import block, memory, methods, rollout, split, step
 
 from prfl_fast.feedback.points import Point
 
 pytest.importorskip("diffusers")
 
-CPU = torch.device("cpu")
-SMALL = Preset("small", 32, 2, 64, 4, (3, 4, 4), text_tokens=5, text_dim=16)
-ROOT = Path(__file__).resolve().parents[2]
 # The reward on this model is a fixed half of it.
 TRAINED = {"generator_steps": 2, "generator_batch": 2, "reward_steps": 2, "reward_batch": 2}
 WORLD = small_world.Settings(clips=64, held_out=4, prompts=2, pixel_steps=1, **TRAINED)
-
-
-def context(**changes):
-    return harness.Context(**({"device": CPU, "preset": replace(SMALL, name="tiny")} | changes))
 
 
 def test_every_method_has_a_draw_of_its_plan():
@@ -57,9 +48,8 @@ def test_methods_by_name(monkeypatch):
 
 def test_methods_of_the_gpu_script_exist():
     script = (ROOT / "bench" / "gpu.sh").read_text()
-    names = [
-        n for found in re.findall(r'(?:names|late|long)="(.+)"', script) for n in found.split(";")
-    ]
+    found = re.findall(r'(?:names|late|long)="(.+)"', script)
+    names = ";".join(found).split(";")
     assert len(names) == 14 and set(names) <= {m.name for m in plans.METHODS}
 
 
@@ -84,13 +74,13 @@ def test_methods_table_is_per_point_and_relative_to_one():
     # One supervised step a point: (1 + 1) / (2 + 1) seconds, (1.6 + 1) / (4 + 1) GFLOP.
     assert rows["PRFL, 5 points + SFT"][1:5] == ["3.00 MB", "2.60 GFLOP", "0.667×", "0.520×"]
     assert rows["DRaFT-1"][0] == "out of memory" and "DRaFT-1 + SFT" not in rows
-    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert_rectangular(table)
     drawn = next(note for note in table.notes if "Steps with gradient" in note)
     assert "PRFL, 5 points 3, 11, 19, 27, 35." in drawn and "RGB ReFL" not in drawn
     cases[1]["flops"] = 16e9
     table, problems = methods._table(cases, "", {})
     assert "variance" not in table.columns
-    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert_rectangular(table)
     assert problems == ["5 points cost 0.800 of one point's FLOPs each, target 0.5"]
 
 
@@ -104,8 +94,8 @@ def test_methods_run_end_to_end(inline, tiny, monkeypatch, tmp_path):
     known += [m for m in plans.METHODS if m.name.startswith(("ControlNet++", "ReNO"))]
     for module in (methods, plans):
         monkeypatch.setattr(module, "METHODS", tuple(known))
-    status = bench_run.main(["--suite", "methods", "--device", "cpu", "--out", str(tmp_path)])
-    suite = json.loads((tmp_path / "results.json").read_text())["suites"]["methods"]
+    status, record = run_suites(tmp_path, "methods")
+    suite = record["suites"]["methods"]
     assert "error" not in suite, suite.get("traceback")
     # An untrained model may say anything of the variance, and of 7 steps 5 are no bargain.
     assert status == bool(suite["problems"])
@@ -120,7 +110,7 @@ def test_methods_run_end_to_end(inline, tiny, monkeypatch, tmp_path):
 
 
 def test_a_step_is_split_into_its_parts(tiny):
-    found = step.run(context(baselines=("eager", "compiled")))
+    found = step.run(make_context(baselines=("eager", "compiled")))
     table, records = found.tables[0], found.cases
     assert [r["way"] for r in records] == ["eager", "prfl_fast, 1 point", "prfl_fast, 5 points"]
     for record in records:
@@ -131,7 +121,7 @@ def test_a_step_is_split_into_its_parts(tiny):
     eager, one = records[:2]
     both = [sum(r["seconds_per_point"].values()) for r in (eager, one)]
     assert table.rows[1][-2] == report.ratio(both[0] / both[1])
-    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert_rectangular(table)
     assert found.problems == [] and [r["reward_off"] < 1e-6 for r in records] == [True] * 3
     assert [r.get("latents_off", -1) < 1e-4 for r in records] == [True] * 3
     assert 0 < one["latents_off"] and "latents_off" not in records[2]
@@ -139,10 +129,10 @@ def test_a_step_is_split_into_its_parts(tiny):
 
 
 def test_steps_without_compiled_models():
-    names = [way.name for way in step.ways(context(baselines=("eager",), compile_ops=True))]
+    names = [way.name for way in step.ways(make_context(baselines=("eager",), compile_ops=True))]
     assert names == ["eager", "prfl_fast, 1 point", "prfl_fast, 5 points"]
-    assert [way.name for way in step.ways(context(baselines=("eager",)))] == names
-    assert [way.name for way in step.ways(context(baselines=("eager", "compiled")))] == names
+    assert [way.name for way in step.ways(make_context(baselines=("eager",)))] == names
+    assert [way.name for way in step.ways(make_context(baselines=("eager", "compiled")))] == names
 
 
 def test_a_way_with_another_reward_is_a_problem():
@@ -156,7 +146,7 @@ def test_a_way_with_another_reward_is_a_problem():
 
     add_latents(1.01)
     records.append({"way": "reference", "skipped": "no flash_attn"})
-    on_cuda = context(device=torch.device("cuda"), baselines=("eager", "reference"))
+    on_cuda = make_context(device=torch.device("cuda"), baselines=("eager", "reference"))
     assert step.compare_rewards(records, on_cuda) == []
     add_latents(1.03)
     records[1]["rewards"]["19"] = 0.53
@@ -174,6 +164,6 @@ def test_a_way_with_another_reward_is_a_problem():
 
 
 def test_sizes_that_take_a_cpu_hours_are_refused():
-    for suite in (rollout, methods, step):
+    for suite in (block, memory, rollout, methods, step):
         with pytest.raises(UnavailableError, match="use --preset tiny"):
-            suite.run(context(preset=harness.PRESETS["wan14b-720p"]))
+            suite.run(make_context(preset=harness.PRESETS["wan14b-720p"]))

@@ -1,15 +1,13 @@
 """The split of a step and the suite on rollouts: counts on fake tensors, drift, tables."""
 
 import functools
-import json
 from dataclasses import replace
 
 import harness
 import pytest
-import run as bench_run
 import torch
+from bench_runs import SMALL, make_context, run_suites
 from experiments import rollout_options, variance
-from harness import Preset
 from suites import rollout, rollout_counts, split, wan
 
 from prfl_fast.feedback.step import PRFL
@@ -19,13 +17,6 @@ from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.schedulers import FlowUniPC
 
 pytest.importorskip("diffusers")
-
-CPU = torch.device("cpu")
-SMALL = Preset("small", 32, 2, 64, 4, (3, 4, 4), text_tokens=5, text_dim=16)
-
-
-def context(**changes):
-    return harness.Context(**({"device": CPU, "preset": replace(SMALL, name="tiny")} | changes))
 
 
 # The split of a step.
@@ -124,7 +115,7 @@ def test_drift_of_a_hand_case():
 
 
 def test_drift_is_what_the_engine_reports(tiny):
-    trained = rollout_options.trained_subject(context())
+    trained = rollout_options.trained_subject(make_context())
     exact = trained.latents(rollout_options.PLAIN)
     for name in ("FP8 both", "every second step"):
         trajectory = trained.run(name)
@@ -136,9 +127,9 @@ def test_drift_is_what_the_engine_reports(tiny):
 
 
 def test_what_a_cpu_emulates_has_no_time(inline, tiny, tmp_path, capsys):
-    arguments = ["--suite", "rollout", "--device", "cpu", "--out", str(tmp_path)]
-    assert bench_run.main(arguments) == 0, capsys.readouterr().err
-    suite = json.loads((tmp_path / "results.json").read_text())["suites"]["rollout"]
+    status, record = run_suites(tmp_path, "rollout")
+    assert status == 0, capsys.readouterr().err
+    suite = record["suites"]["rollout"]
     tables = {table["name"]: table for table in suite["tables"]}
     assert list(tables) == ["rollout", "rollout-wan", "split"]
     rows = {row[0]: row[1:] for row in tables["rollout"]["rows"]}
@@ -155,7 +146,7 @@ def test_what_a_cpu_emulates_has_no_time(inline, tiny, tmp_path, capsys):
     assert any("emulated" in note for note in tables["rollout"]["notes"])
     costs = {c["option"]: c for c in suite["cases"] if c["case"] == "rollout"}
     # Of 4 steps: the caches are those of 2, too.
-    half = replace(rollout_options.subject(context()), num_inference_steps=2)
+    half = replace(rollout_options.subject(make_context()), num_inference_steps=2)
     assert costs["every second step"]["flops"] == harness.count_flops(lambda: half.run("caches"))
 
 
@@ -177,7 +168,7 @@ def test_gradient_off_of_a_hand_case():
 
 
 def test_gradient_of_an_option_is_prfls_after_its_rollout(tiny):
-    trained = rollout_options.trained_subject(context())
+    trained = rollout_options.trained_subject(make_context())
     exact = trained.gradient(rollout_options.PLAIN)
     assert torch.equal(trained.gradient("caches"), exact) and exact.norm() > 0
     reward, model = trained.reward, trained.model

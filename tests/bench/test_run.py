@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import aot
 import harness
@@ -15,23 +14,18 @@ import results_tables
 import run as bench_run
 import suites
 import torch
+from bench_runs import CPU, ROOT, make_context, run_suites
 from harness import Preset, Table, UnavailableError
 from suites import block, facts, resources
 from suites import kernels as kernel_suite
 
 from prfl_fast.kernels import attention, query_pool
 
-ROOT = Path(__file__).resolve().parents[2]
-
-CPU = torch.device("cpu")
 KIB = 256  # float32 elements in a kibibyte
 SMALL = Preset("small", 48, 2, 96, 1, (3, 4, 6), text_tokens=5, text_dim=16)
 
 
-def context(**changes):
-    return harness.Context(device=CPU, preset=SMALL, **changes)
-
-
+context = functools.partial(make_context, preset=SMALL)
 # Memory.
 
 
@@ -80,9 +74,8 @@ def test_timing_quantiles():
 def test_side_by_side_takes_turns_and_rotates_inputs():
     calls = []
     sets = [lambda i=i: calls.append(("b", i)) for i in range(3)]
-    times = harness.time_side_by_side(
-        {"a": lambda: calls.append(("a", 0)), "b": sets}, CPU, seconds=10.0, at_most=4
-    )
+    works = {"a": lambda: calls.append(("a", 0)), "b": sets}
+    times = harness.time_side_by_side(works, CPU, seconds=10.0, at_most=4)
     assert times["a"].runs == times["b"].runs == 4
     names = [name for name, _ in calls]
     assert names == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]  # warm-up, then four rounds
@@ -126,10 +119,8 @@ def table():
 def test_tables_as_text_and_markdown():
     text = "A title|what         time|---------  ------|long name     1 s|x          12.5 s|  n."
     assert report.to_text(table()).splitlines() == text.split("|")
-    lines = (
-        "**A title**\n\n| what | time |\n| :-- | --: |\n| long name | 1 s |\n| x | 12.5 s |\n\nn."
-    )
-    assert report.to_markdown(table()) == lines
+    rows = "| what | time |\n| :-- | --: |\n| long name | 1 s |\n| x | 12.5 s |"
+    assert report.to_markdown(table()) == f"**A title**\n\n{rows}\n\nn."
 
 
 def test_json_is_strict_and_replaced_only_when_whole(tmp_path):
@@ -150,7 +141,27 @@ def test_figures_are_written_without_a_display(tmp_path):
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
-def check_record(record):
+# Whole runs.
+
+
+@pytest.fixture
+def quick(monkeypatch, one_round):
+    """Shrink the kernels suite to a handful of tokens, with two operations."""
+    presets = {**harness.PRESETS, "tiny": replace(SMALL, name="tiny")}
+    monkeypatch.setattr(bench_run, "PRESETS", presets)
+    few = [c for c in kernel_suite.CASES if c.op in ("norm_modulate", "query_pool")]
+    monkeypatch.setattr(kernel_suite, "CASES", tuple(few))
+    monkeypatch.setattr(resources, "CASES", tuple(few))
+    monkeypatch.setattr(kernel_suite, "PRESETS", {"wan1.3b-480p": replace(SMALL, name="large")})
+    monkeypatch.setattr(harness, "CACHE_BYTES", 1)
+    monkeypatch.setattr(harness, "copy_ceiling", lambda device: 1e10)
+    used = [aot.Resources("op", "forward", c, 4, 40 + c, 0, 2048) for c in aot.CAPABILITIES]
+    monkeypatch.setattr(aot, "measure", lambda ops, only: [u for u in used if u.capability in only])
+
+
+def test_a_run_writes_records_report_and_plots(quick, tmp_path, capsys):
+    status, record = run_suites(tmp_path / "out", "kernels")
+    assert status == 0
     run = record["run"]
     assert run["format"] == harness.FORMAT
     assert run["git"]["sha"] and set(run["git"]) == {"sha", "dirty"}
@@ -158,40 +169,6 @@ def check_record(record):
     assert run["command"].startswith("python bench/run.py")
     assert run["date"].endswith("+00:00") and run["seed"] == 0 and run["preset"] == "tiny"
     assert run["device"]["slug"].startswith("cpu-") and run["device"]["name"]
-
-
-# Whole runs.
-
-
-@pytest.fixture
-def two_rounds(monkeypatch):
-    """Stop timing after two rounds."""
-    few = functools.partial(harness.time_side_by_side, at_most=2)
-    monkeypatch.setattr(harness, "time_side_by_side", few)
-
-
-@pytest.fixture
-def quick(monkeypatch, two_rounds):
-    """Shrink the kernels suite to a handful of tokens, with two operations."""
-    monkeypatch.setattr(
-        bench_run, "PRESETS", {**harness.PRESETS, "tiny": replace(SMALL, name="tiny")}
-    )
-    few = [c for c in kernel_suite.CASES if c.op in ("norm_modulate", "query_pool")]
-    monkeypatch.setattr(kernel_suite, "CASES", tuple(few))
-    monkeypatch.setattr(resources, "CASES", tuple(few))
-    monkeypatch.setattr(kernel_suite, "PRESETS", {"wan1.3b-480p": replace(SMALL, name="large")})
-    monkeypatch.setattr(harness, "CACHE_BYTES", 1)
-    monkeypatch.setattr(harness, "copy_ceiling", lambda device: 1e10)
-    monkeypatch.setattr(harness, "matmul_ceiling", lambda context: 1e11)
-    used = [aot.Resources("op", "forward", c, 4, 40 + c, 0, 2048) for c in aot.CAPABILITIES]
-    monkeypatch.setattr(aot, "measure", lambda ops, only: [u for u in used if u.capability in only])
-
-
-def test_a_run_writes_records_report_and_plots(quick, tmp_path, capsys):
-    arguments = ["--suite", "kernels", "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert bench_run.main(arguments) == 0
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
-    check_record(record)
     suite = record["suites"]["kernels"]
     assert suite["problems"] == [] and suite["wall_s"] > 0
     case = suite["cases"][0]
@@ -215,7 +192,7 @@ def test_no_speed_up_for_a_wrong_operation(quick, monkeypatch, tmp_path, capsys)
     right = kernel_suite.CASES[0]
     wrong = replace(right, ours=lambda t: right.ours(t) * 1.001)
     monkeypatch.setattr(kernel_suite, "CASES", (wrong,))
-    assert bench_run.main(["--suite", "kernels", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert run_suites(tmp_path, "kernels")[0] == 1
     captured = capsys.readouterr()
     (row,) = [line for line in captured.out.splitlines() if "check failed" in line]
     assert row.split() == ["norm_modulate", "check", "failed"]
@@ -230,9 +207,8 @@ def test_a_suite_that_fails_is_recorded_and_the_next_one_runs(quick, monkeypatch
         return broken if name == "block" else kernel_suite.run
 
     monkeypatch.setattr(suites, "load", load)
-    arguments = ["--suite", "block", "kernels", "--device", "cpu", "--out", str(tmp_path)]
-    assert bench_run.main(arguments) == 1
-    record = json.loads((tmp_path / "results.json").read_text())
+    status, record = run_suites(tmp_path, "block", "kernels")
+    assert status == 1
     assert record["suites"]["block"]["error"] == "RuntimeError: no luck"
     assert record["suites"]["kernels"]["tables"]
     assert "block: did not finish: RuntimeError: no luck" in capsys.readouterr().err
@@ -262,7 +238,7 @@ def test_a_gpu_measures_every_wan_size_unless_one_is_named():
     assert kernel_suite._presets(context()) == (SMALL,)
 
 
-def test_block_and_step_agree_with_the_unpatched_model(two_rounds):
+def test_block_and_step_agree_with_the_unpatched_model(one_round):
     pytest.importorskip("diffusers")
     eager = context(baselines=("eager",))
     cases, _, problems = block.block_cases(eager, harness.NoBar())
@@ -273,8 +249,6 @@ def test_block_and_step_agree_with_the_unpatched_model(two_rounds):
 def test_what_a_cpu_cannot_do_is_said_in_words():
     with pytest.raises(UnavailableError, match="measures a GPU"):
         facts.run(context())
-    with pytest.raises(UnavailableError, match="use --preset tiny"):
-        block.run(replace(context(), preset=harness.PRESETS["wan14b-720p"]))
     attention_case = next(c for c in kernel_suite.CASES if c.op == "attention")
     large = harness.PRESETS["wan14b-720p"]
     with pytest.raises(UnavailableError, match="minutes on a CPU|are free"):
@@ -372,9 +346,8 @@ def test_drift_of_results_is_seen_and_mended_from_the_newest_record(project, cap
     assert results.read_text() == before
     assert tables(project) == 0
     text = results.read_text()
-    assert (
-        "| it | 1 s |" in text and "2026-02-01" in text and text.endswith("<!-- /bench -->\nend\n")
-    )
+    assert "| it | 1 s |" in text and "2026-02-01" in text
+    assert text.endswith("<!-- /bench -->\nend\n")
     assert tables(project, "--check") == 0
     results.write_text(text.replace("| it | 1 s |", "| it | 0.5 s |"))
     assert tables(project, "--check") == 1

@@ -1,13 +1,11 @@
 """The variance of reward gradients: its arithmetic, records and problems."""
 
 import itertools
-from dataclasses import replace
 
-import harness
 import pytest
 import torch
+from bench_runs import SMALL, make_context
 from experiments import variance
-from harness import Preset
 from suites import wan
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -16,13 +14,6 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import FlowUniPC
 
 pytest.importorskip("diffusers")
-
-CPU = torch.device("cpu")
-SMALL = Preset("small", 32, 2, 64, 4, (3, 4, 4), text_tokens=5, text_dim=16)
-
-
-def context(**changes):
-    return harness.Context(**({"device": CPU, "preset": replace(SMALL, name="tiny")} | changes))
 
 
 def by_hand(plan, num_inference_steps):
@@ -63,12 +54,16 @@ def test_variance_of_a_hand_case():
     assert variance.variance(one.float(), w, c, 4) == pytest.approx(1 / 4)
 
 
+def products_of(groups):
+    """Return the products of groups of trajectories, ``[groups, 2, steps, parameters]``."""
+    within = [sum(b @ b.T for b in group) for group in groups]
+    return variance.Products([group.sum(0) for group in groups], within, 2)
+
+
 def test_moments_are_means_over_trajectories_and_over_pairs_of_them():
     rows = torch.randn(6, 3, 5, dtype=torch.float64)  # trajectories, steps, parameters
     groups = rows.unflatten(0, (3, 2))
-    sums = [g.sum(0) for g in groups]
-    within = [sum(b @ b.T for b in g) for g in groups]
-    products = variance.Products(sums, within, 2)
+    products = products_of(groups)
     for leave, kept in ((None, rows), (1, torch.cat([groups[0], groups[2]]))):
         w, c = products.moments(leave)
         torch.testing.assert_close(w, torch.stack([b @ b.T for b in kept]).mean(0))
@@ -87,9 +82,9 @@ def test_flops_expected_of_a_plan(draws):
 
 
 def test_gradients_by_step_are_prfls():
-    model = wan.build(SMALL, context())
+    model = wan.build(SMALL, make_context())
     reward = LatentRewardModel.from_backbone(model, num_blocks=1).freeze()
-    noise, conditions = wan.latents(SMALL, context()), wan.conditions(SMALL, context())
+    noise, conditions = wan.latents(SMALL, make_context()), wan.conditions(SMALL, make_context())
     rows = variance.gradients_by_step(model, reward, noise, conditions, 4)
     assert rows.shape[0] == 3
     prfl = PRFL(model, reward, FlowUniPC(), num_inference_steps=4, weight=1.0)
@@ -116,15 +111,9 @@ def test_variance_of_samples():
 
 
 def test_records_of_points_relate_to_one_point():
-    rows = torch.randn(8, 6, 40, dtype=torch.float64) + 1
-    products = variance.Products(
-        [g.sum(0) for g in rows.unflatten(0, (4, 2))],
-        [sum(b @ b.T for b in g) for g in rows.unflatten(0, (4, 2))],
-        2,
-    )
-    s = variance.Settings(
-        groups=4, trajectories=2, num_inference_steps=7, points=(1, 5), batches=(1,)
-    )
+    products = products_of(torch.randn(4, 2, 6, 40, dtype=torch.float64) + 1)
+    sizes = {"groups": 4, "trajectories": 2, "num_inference_steps": 7}
+    s = variance.Settings(**sizes, points=(1, 5), batches=(1,))
     records = variance.point_records(products, s, (10, 100))
     found = {(r["draws"], r["points"]): r for r in records}
     one, five = found["systematic", 1], found["systematic", 5]

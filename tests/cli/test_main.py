@@ -9,13 +9,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from commands import call, negative_file, one_line
-from runs import SIZE, config, log, write_config
+from commands import call, negative_file, one_line, reference_layout, refused, train
+from compiled import run_python
+from offload_models import assert_same
+from runs import SIZE, config, write_config
 
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.tables import print_table
 from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.kernels.attn import backend_choice
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.io import load_tensors
 
@@ -24,10 +27,8 @@ def test_doctor_says_which_backend_and_why(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text and "CUDA C++ extension: " in text
-    assert (
-        any(line.split()[:2] == ["norm_modulate", "reference"] for line in text.splitlines())
-        or torch.cuda.is_available()
-    )
+    if not torch.cuda.is_available():
+        assert ["norm_modulate", "reference"] in [line.split()[:2] for line in text.splitlines()]
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report["operations"]["query_pool"]) == {"backend", "reason"}
@@ -35,21 +36,18 @@ def test_doctor_says_which_backend_and_why(capsys):
 
 
 def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
-    from prfl_fast.kernels.attn import backend_choice as _attention_choice
-
     assert cli.main(["doctor"]) == 0
-    table = (
-        capsys.readouterr().out.partition("attention backend: auto; ")[2].partition("verdict")[2]
-    )
+    printed = capsys.readouterr().out
+    table = printed.partition("attention backend: auto; ")[2].partition("verdict")[2]
     lines = [line.split() for line in table.splitlines() if line.strip(" ─")]
     listed = {name: " ".join(words) for name, *words in lines}
-    assert set(listed) == set(_attention_choice.BACKENDS)
+    assert set(listed) == set(backend_choice.BACKENDS)
     assert listed["plain"] == "usable"
     assert all(v == "usable" or v.startswith("refused: ") for v in listed.values())
     if not torch.cuda.is_available():
         assert lines[0] == ["cpu", "usable"]
         assert listed["cudnn"] == "refused: it takes cuda tensors, these are on cpu"
-    monkeypatch.setattr(_attention_choice, "_current", "plain")
+    monkeypatch.setattr(backend_choice, "_current", "plain")
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["attention_backend"] == "plain"
@@ -58,30 +56,19 @@ def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
 
 
 def test_doctor_needs_torch_alone(tmp_path):
-    names = (
-        "diffusers",
-        "peft",
-        "yaml",
-        "rich",
-        "safetensors",
-        "tqdm",
-        "triton",
-        "tensorboard",
-        "transformers",
-    )
+    names = "diffusers peft yaml rich safetensors tqdm triton tensorboard transformers".split()
     path = tmp_path / "c.yaml"
-    script = (
-        f"import sys\nfor n in {names}: sys.modules[n] = None\n"
-        "from prfl_fast.cli.main import main\n"
-        f"assert main(['doctor']) == 0\nsys.exit(main(['train', {str(path)!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    script = f"""
+        import sys
+        sys.modules.update(dict.fromkeys({names}))
+        from prfl_fast.cli.main import main
+        assert main(["doctor"]) == 0
+        sys.exit(main(["train", {str(path)!r}]))
+    """
+    done = run_python(script)
     assert "diffusers not installed" in done.stdout and "triton is not installed" not in done.stderr
-    assert done.returncode == 2
-    assert (
-        done.stderr.splitlines()[-1]
-        == "prfl-fast train: yaml is not installed: pip install 'prfl_fast[train]'"
-    )
+    error = "prfl-fast train: yaml is not installed: pip install 'prfl_fast[train]'"
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == error
 
 
 def test_check_prints_the_configuration_and_writes_nothing(root, tmp_path, capsys):
@@ -101,11 +88,9 @@ def test_train_then_go_on(root, tmp_path, capsys):
     changes = {"run.steps": 2, "prfl.points": 2, "prfl.solver": "euler", "run.tensorboard": True}
     assert call("train", root, out, changes) == 0
     assert f"step 2, 0 updates skipped; saved in {out / 'step-00000002'}" in capsys.readouterr().out
-    assert call("train", root, out, {**changes, "run.steps": 3}) == 0
-    records = log(out)
-    assert [r["step"] for r in records] == [1, 2, 3] and all(
-        0 < r["prfl/reward"] < 1 for r in records
-    )
+    records = train(root, out, {**changes, "run.steps": 3})
+    assert [r["step"] for r in records] == [1, 2, 3]
+    assert all(0 < r["prfl/reward"] < 1 for r in records)
     names = {p.name for p in out.iterdir()}
     assert names == {"config.yaml", "log.jsonl", "step-00000003", "tensorboard"}
 
@@ -117,45 +102,26 @@ def test_train_reward_then_score(root, tmp_path, capsys):
     assert set(json.loads((out / "evaluation.json").read_text())) == {"400", "1000"}
     assert "t = 400: accuracy" in capsys.readouterr().out
     trained = LatentRewardModel.load(out / "reward").state_dict()
-    saved = load_tensors(out / "step-00000002" / "model" / "model.safetensors")
-    assert saved.keys() == trained.keys() and all(torch.equal(saved[n], trained[n]) for n in saved)
+    assert_same(load_tensors(out / "step-00000002" / "model" / "model.safetensors"), dict(trained))
     scores = {"reward": str(out / "reward")}
     assert call("score", root, tmp_path / "one", scores) == 0
-    assert (
-        call(
-            "score",
-            root,
-            tmp_path / "three",
-            {**scores, "batch_size": 3, "out": str(tmp_path / "three.csv")},
-        )
-        == 0
-    )
+    scores |= {"batch_size": 3, "out": str(tmp_path / "three.csv")}
+    assert call("score", root, tmp_path / "three", scores) == 0
     one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
     three = list(csv.DictReader((tmp_path / "three.csv").open()))
-    assert (
-        [row["id"] for row in one] == [row["id"] for row in three] == [f"{i:06d}" for i in range(4)]
-    )
+    names = [f"{i:06d}" for i in range(4)]
+    assert [row["id"] for row in one] == [row["id"] for row in three] == names
     for a, b in zip(one, three, strict=True):
         assert set(a) == {"id", "t201", "t800"} and 0 < a["t201"] < 1
         assert all(float(b[key]) == pytest.approx(a[key], rel=1e-5) for key in ("t201", "t800"))
 
 
 def test_preference_pairs_and_the_reference_layout(root, tmp_path):
-    changes = {
-        "run.steps": 1,
-        "data": str(root / "pairs"),
-        "loss": "bt",
-        "hardware.precision": "bf16",
-    }
-    assert call("train-reward", root, tmp_path / "out", changes) == 0
-    reward = LatentRewardModel.load(root / "reward")
-    folder, mlp, pool = reward.save_reference(tmp_path / "reference")
-    layout = {"transformer": str(folder), "mlp": str(mlp), "pool": str(pool), "num_heads": 2}
+    changes = {"data": str(root / "pairs"), "loss": "bt", "hardware.precision": "bf16"}
+    assert call("train-reward", root, tmp_path / "out", {**changes, "run.steps": 1}) == 0
     assert call("score", root, tmp_path / "ours") == 0
-    assert (
-        call("score", root, tmp_path / "theirs", {"reward": layout, "model": str(root / "model")})
-        == 0
-    )
+    changes = {"reward": reference_layout(root, tmp_path / "theirs"), "model": str(root / "model")}
+    assert call("score", root, tmp_path / "theirs", changes) == 0
     assert (tmp_path / "ours.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
 
 
@@ -174,8 +140,7 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["method"])
 def test_train_by_every_method(root, tmp_path, method):
     changes = {"run.steps": 2, "objectives": ["prfl"], "prfl": {"num_inference_steps": 4, **method}}
-    assert call("train", root, tmp_path / "out", changes) == 0
-    for record in log(tmp_path / "out"):
+    for record in train(root, tmp_path / "out", changes):
         assert 0 < record["prfl/reward"] < 1 and record["prfl/grad_norm"] > 0
     stored = load_config(TrainFile, tmp_path / "out" / "config.yaml")
     assert stored.prfl.method == method["method"] and stored.prfl.num_inference_steps == 4
@@ -218,8 +183,7 @@ def test_several_rewards_are_weighted_and_logged_by_name(root, tmp_path):
         {"name": "worst", "path": paths, "weight": 2.0, "ensemble": "worst"},
     ]
     changes = {"run.steps": 2, "objectives": ["prfl"], "reward": rewards}
-    assert call("train", root, tmp_path / "out", changes) == 0
-    for record in log(tmp_path / "out"):
+    for record in train(root, tmp_path / "out", changes):
         scores = {name: record[f"prfl/reward/{name}"] for name in ("motion", "look", "worst")}
         total = scores["motion"] + 0.5 * scores["look"] + 2 * scores["worst"]
         assert record["prfl/reward"] == pytest.approx(total, rel=1e-5)
@@ -230,39 +194,16 @@ def test_a_policy_of_the_rewards_changes_no_bit_of_an_ensemble(root, tmp_path):
     paths = [other_reward(root, tmp_path / f"r{i}", i) for i in range(2)]
     reward = [{"name": "a", "path": paths, "ensemble": "uncertainty", "coefficient": 0.3}]
     base = {"run.steps": 2, "objectives": ["prfl"], "reward": reward}
-    policy = {
-        "reward_memory.activation_checkpointing": "attention",
-        "reward_memory.offload": "cpu",
-    }
-    assert call("train", root, tmp_path / "plain", base) == 0
-    assert call("train", root, tmp_path / "kept", {**base, **policy}) == 0
-    assert log(tmp_path / "plain") == log(tmp_path / "kept")
-    assert all(record["prfl/grad_norm"] > 0 for record in log(tmp_path / "plain"))
-
-
-def test_check_prints_methods_rewards_and_rollouts(root, tmp_path, capsys):
-    changes = {
-        "lora.lora_rank": 2,
-        "prfl": {"num_inference_steps": 5, "method": "draft", "depth": "all", "divergence": 0.1},
-        "reward": [{"name": "a", "path": str(root / "reward"), "weight": 2}],
-        "rollout": {"merge_lora": True, "fp8_linears": [0.2, 1]},
-    }
-    assert call("train", root, tmp_path / "out", changes, "--check") == 0
-    printed = load_config(TrainFile, write_config(tmp_path / "p.yaml", capsys.readouterr().out))
-    assert printed == load_config(TrainFile, tmp_path / "train.yaml")
-    assert printed.prfl.depth == "all" and printed.rollout.fp8_linears == (0.2, 1.0)
+    policy = {"reward_memory": {"activation_checkpointing": "attention", "offload": "cpu"}}
+    records = train(root, tmp_path / "plain", base)
+    assert train(root, tmp_path / "kept", {**base, **policy}) == records
+    assert all(record["prfl/grad_norm"] > 0 for record in records)
 
 
 def test_divergence_is_zero_before_the_first_update_and_logged(root, tmp_path):
-    changes = {
-        "run.steps": 3,
-        "objectives": ["prfl"],
-        "lora.lora_rank": 2,
-        "rollout.merge_lora": True,
-        "prfl.divergence": 0.5,
-    }
-    assert call("train", root, tmp_path / "out", changes) == 0
-    moved = [record["prfl/divergence"] for record in log(tmp_path / "out")]
+    changes = {"run.steps": 3, "objectives": ["prfl"], "lora.lora_rank": 2}
+    changes |= {"rollout.merge_lora": True, "prfl.divergence": 0.5}
+    moved = [record["prfl/divergence"] for record in train(root, tmp_path / "out", changes)]
     assert moved[0] == 0 and moved[1] > 0 and moved[2] > 0
 
 
@@ -277,8 +218,7 @@ def test_guidance_is_read_from_a_file_and_changes_the_trajectory(root, tmp_path)
         "longer": {"guidance_scale": 4, "negative": longer, "batched": False},
     }.items():
         changes = {"run.steps": 1, "objectives": ["prfl"], "prfl.guidance": guidance}
-        assert call("train", root, tmp_path / name, changes) == 0
-        first[name] = log(tmp_path / name)[0]["prfl/reward"]
+        first[name] = train(root, tmp_path / name, changes)[0]["prfl/reward"]
     assert first["batched"] == pytest.approx(first["in turn"], rel=1e-5)
     assert len({round(value, 7) for value in first.values()}) >= 3
 
@@ -293,17 +233,12 @@ def test_a_run_with_a_drift_guard_resumes_as_it_would_have_gone_on(root, tmp_pat
     for limit, fallen in ((1e-9, True), (1e3, False)):
         changes["rollout"]["drift_limit"] = limit
         whole, halves = tmp_path / f"whole{fallen}", tmp_path / f"halves{fallen}"
-        with (
-            pytest.warns(RuntimeWarning, match="past drift_limit 1e-09")
-            if fallen
-            else nullcontext()
-        ):
-            assert call("train", root, whole, {**changes, "run.steps": 5}) == 0
-            assert call("train", root, halves, {**changes, "run.steps": 2}) == 0
-        assert call("train", root, halves, {**changes, "run.steps": 5}) == 0
-        records = log(whole)
-        assert records == log(halves)
-        name = "step-00000005/model/diffusion_pytorch_model.safetensors"
+        message = "past drift_limit 1e-09"
+        with pytest.warns(RuntimeWarning, match=message) if fallen else nullcontext():
+            records = train(root, whole, {**changes, "run.steps": 4})
+            train(root, halves, {**changes, "run.steps": 2})
+        assert train(root, halves, {**changes, "run.steps": 4}) == records
+        name = "step-00000004/model/diffusion_pytorch_model.safetensors"
         assert (whole / name).read_bytes() == (halves / name).read_bytes()
         checked = [record["step"] for record in records if "prfl/drift" in record]
         assert checked == ([1] if fallen else [1, 4])
@@ -312,28 +247,21 @@ def test_a_run_with_a_drift_guard_resumes_as_it_would_have_gone_on(root, tmp_pat
 def test_what_of_the_rollout_may_change_between_runs(root, tmp_path, capsys):
     base = {"lora.lora_rank": 2, "objectives": ["prfl"]}
     out = tmp_path / "out"
-    assert call("train", root, out, {**base, "run.steps": 1}) == 0
-    free = {"rollout.cache": False, "rollout.compile": "off"}
-    assert call("train", root, out, {**base, **free, "run.steps": 2}) == 0
-    capsys.readouterr()
+    train(root, out, {**base, "run.steps": 1})
+    train(root, out, {**base, "rollout": {"cache": False, "compile": "off"}, "run.steps": 2})
     for changes, message in (
         ({"rollout.merge_lora": True}, "made with rollout.merge_lora = False, this run has True"),
         ({"rollout.stride": 2}, "made with rollout.stride = 1, this run has 2"),
         ({"prfl.method": "refl"}, "made with prfl.method = 'prfl', this run has 'refl'"),
         ({"prfl.divergence": 0.1}, "made with prfl.divergence = 0.0, this run has 0.1"),
     ):
-        assert call("train", root, out, {**base, **changes, "run.steps": 3}) == 2
-        assert message in one_line(capsys, "train")
+        assert message in refused(capsys, "train", root, out, {**base, **changes, "run.steps": 3})
 
 
 def test_supervised_alone_loads_no_reward(root, tmp_path):
-    assert (
-        call(
-            "train", root, tmp_path / "out", {"run.steps": 1, "objectives": ["sft"], "reward": ...}
-        )
-        == 0
-    )
-    assert not any(key.startswith("prfl") for key in log(tmp_path / "out")[0])
+    changes = {"run.steps": 1, "objectives": ["sft"], "reward": ...}
+    (record,) = train(root, tmp_path / "out", changes)
+    assert not any(key.startswith("prfl") for key in record)
 
 
 def test_non_finite_training_has_its_own_exit_code(root, tmp_path, monkeypatch, capsys):
@@ -370,15 +298,11 @@ def test_the_installed_command_prints_one_line(tmp_path):
 def test_no_other_package_writes_to_the_terminal(root, tmp_path):
     done = run_outside(tmp_path, "doctor")
     assert done.returncode == 0 and "norm_modulate" in done.stdout and done.stderr == ""
-    changes = {
-        "lora.lora_rank": 2,
-        "hardware.precision": "bf16",
-        "memory": {"weight_dtype": "nf4", "optimizer": "adamw8bit"},
-    }
+    changes = {"memory": {"weight_dtype": "nf4", "optimizer": "adamw8bit"}}
+    changes |= {"lora.lora_rank": 2, "hardware.precision": "bf16"}
     path = write_config(tmp_path / "c.yaml", config("train", root, tmp_path / "out", changes))
     done = run_outside(tmp_path, "train", path, "--check")
-    assert done.returncode == 0 and "lora_rank: 2" in done.stdout
-    assert done.stderr == ""
+    assert done.returncode == 0 and "lora_rank: 2" in done.stdout and done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["train", "train-reward"])
@@ -397,9 +321,8 @@ def test_tables_are_plain_columns_without_rich(capsys, monkeypatch):
     rows = [("a", "1"), ("long name", "22")]
     print_table(rows, ("name", "value"), numbers=("value",))
     rich = capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "rich", None)
-    for name in ("box", "console", "table"):
-        monkeypatch.setitem(sys.modules, f"rich.{name}", None)
+    for name in ("rich", "rich.box", "rich.console", "rich.table"):
+        monkeypatch.setitem(sys.modules, name, None)
     print_table(rows, ("name", "value"), numbers=("value",))
     plain = capsys.readouterr().out
     assert plain == "name       value\na          1\nlong name  22\n"

@@ -6,10 +6,12 @@ import io
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from runs import make_world, write_config
+from commands import one_line
+from runs import write_config
 
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile
@@ -21,11 +23,6 @@ from prfl_fast.planning.presets import MODELS
 from prfl_fast.planning.workload import Workload
 
 yaml = pytest.importorskip("yaml")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +77,14 @@ run: {{steps: 10, gradient_accumulation_steps: 2}}
 prfl:
   points: 3   # three
   num_inference_steps: 9
-hardware:
-  patch: true
+memory:
+  offload: cpu
+  # an old remark
+
+# on which machine
+hardware: {{patch: true}}
 lora: {{lora_rank: 4, target_modules: [to_q]}}
-memory: {{offload: cpu}}  # before
+optimizer: {{learning_rate: 1.0e-5}}
 # the end
 """
 
@@ -139,8 +140,10 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
     assert config.reward_memory.build() == searched.reward_memory
     assert config.hardware.precision == "bf16" and config.hardware.patch
     assert config.lora.target_modules == ("to_q",) and config.prfl.points == 3
-    kept = [line for line in before.splitlines() if not line.startswith(("memory", "hardware"))]
+    rewritten = ("memory", "  offload", "  # an old", "hardware")
+    kept = [line for line in before.splitlines() if not line.startswith(rewritten)]
     assert [line for line in after.splitlines() if line in kept] == kept
+    assert "# on which machine\nhardware:" in after and config.optimizer.learning_rate == 1e-5
     assert capsys.readouterr().err == f"prfl-fast plan: written: {file}\n"
     assert run("--apply", file) == 0 and file.read_text() == after
 
@@ -165,17 +168,14 @@ def test_apply_to_other_files(root, tmp_path, calls, form):
     path = tmp_path / "train.yaml"
     if form == "json":
         write_config(path, yaml.safe_load(FILE.format(root=root)))
-    assert (
-        run("--apply", path, *(() if form == "json" else ("--lora-rank", 32, "--points", 2))) == 0
-    )
+    options = ("--lora-rank", 32, "--points", 2) if form == "missing" else ()
+    assert run("--apply", path, *options) == 0
     content = yaml.safe_load(path.read_text())
     assert content["memory"]["weight_dtype"] == "bf16"
     assert content["hardware"]["precision"] == "bf16"
     if form == "json":
-        assert (
-            content["prfl"] == {"points": 3, "num_inference_steps": 9}
-            and content["out"] == "runs/a"
-        )
+        assert content["prfl"] == {"points": 3, "num_inference_steps": 9}
+        assert content["out"] == "runs/a"
     else:
         assert content["lora"]["lora_rank"] == 32
         assert content["prfl"]["points"] == 2 and content["run"]["gradient_accumulation_steps"] == 1
@@ -210,7 +210,6 @@ BAD = {
     "--budget 0": "--budget is '0 bytes', expected",
     "--budget 24": "--budget is '24 bytes', expected a size like 24GiB",
     "--host-budget 64": "--host-budget is '64 bytes', expected a size like 64GiB",
-    "--budget nan": "budget is 'nan', expected",
     "--host-budget much": "host_budget is 'much', expected",
     "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
     "--model FLUX": "FLUX/config.json is not a configuration of a transformer: adapter is",
@@ -219,14 +218,11 @@ BAD = {
     "--model NOTHING": "NOTHING/config.json is not a configuration of a transformer: it has no",
     "--gpu b9000": "gpu is 'b9000', expected one of 'h200'",
     "--frames 80": "frames is 80, expected 4n + 1",
-    "--frames 0": "frames is 0, expected a positive integer",
-    "--frames 1000001": "frames is 1000001, expected at most 1024 positions",
     "--height 100": "height is 100, expected a multiple of 16",
     "--lora-rank 0": "lora_rank is 0, expected a positive integer",
     "--batch -1": "batch is -1, expected",
     "--gradient-accumulation-steps 0": "gradient_accumulation_steps is 0, expected",
     "--points 0": "points is 0, expected",
-    "--points 40": "points is 40, expected at most num_inference_steps - 1",
     "--num-inference-steps 1": "num_inference_steps is 1, expected",
     "--reward-blocks 41": "reward_blocks is 41, expected at most the model's 40",
     "--train full --weight-dtype nf4": "weight_dtype is 'nf4', expected auto or bf16",
@@ -255,9 +251,7 @@ BAD = {
 def test_bad_input_is_one_line_before_any_work(
     root, file, tmp_path, monkeypatch, capsys, arguments
 ):
-    def search(*_, **__):
-        raise AssertionError("searched")
-
+    search = Mock(side_effect=AssertionError("searched"))
     monkeypatch.setattr("prfl_fast.planning.simulation.simulate", search)
     monkeypatch.chdir(tmp_path)
     text = file.read_text()
@@ -279,9 +273,7 @@ def test_bad_input_is_one_line_before_any_work(
         (tmp_path / name / "config.json").write_text(config)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert run(*arguments.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("prfl-fast plan: ") and error.count("\n") == 1, error
-    assert BAD[arguments] in error
+    assert BAD[arguments] in one_line(capsys, "plan")
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
@@ -298,7 +290,5 @@ def test_options_argparse_refuses(capsys, arguments):
 def test_a_missing_package_is_named(monkeypatch, calls, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("--plot", "a.png") == 2
-    error = capsys.readouterr().err
-    assert error == (
-        "prfl-fast plan: matplotlib is not installed: pip install 'prfl_fast[bench]'\n"
-    )
+    error = "prfl-fast plan: matplotlib is not installed: pip install 'prfl_fast[bench]'\n"
+    assert capsys.readouterr().err == error

@@ -20,7 +20,9 @@ NAMED = {
     "prfl": GradientPlan.prfl(),
     "prfl 3": GradientPlan.prfl(3),
     "prfl 3, independent": GradientPlan.prfl(3, draws="independent"),
+    "prfl 2, independent": GradientPlan.prfl(2, draws="independent"),
     "refl": GradientPlan.refl(),
+    "refl 2": GradientPlan(points=2, window=(0.4, None), reward_at="clean"),
     "draft": GradientPlan.draft(2),
     "draft full": GradientPlan.draft(None),
     "draft-lv": GradientPlan.draft_lv(),
@@ -37,12 +39,11 @@ def steps_of(points):
     return tuple(point.step for point in points)
 
 
-@pytest.mark.parametrize("points,num_inference_steps", CASES)
-def test_outcomes_are_a_distribution_with_equal_marginals(points, num_inference_steps):
-    outcomes = GradientPlan.prfl(points).outcomes(num_inference_steps)
-    assert sum(p for p, _ in outcomes) == 1 and all(
-        isinstance(p, Fraction) and p > 0 for p, _ in outcomes
-    )
+@pytest.mark.parametrize("points,steps", CASES)
+def test_outcomes_are_a_distribution_with_equal_marginals(points, steps):
+    outcomes = GradientPlan.prfl(points).outcomes(steps)
+    assert all(isinstance(p, Fraction) and p > 0 for p, _ in outcomes)
+    assert sum(p for p, _ in outcomes) == 1
     assert len({drawn for _, drawn in outcomes}) == len(outcomes)
     chosen = Counter()
     for probability, drawn in outcomes:
@@ -52,9 +53,7 @@ def test_outcomes_are_a_distribution_with_equal_marginals(points, num_inference_
         for index in indices:
             chosen[index] += probability
     # Equal inclusion probabilities are what makes the mean over the points unbiased.
-    assert chosen == {
-        m: Fraction(points, num_inference_steps - 1) for m in range(num_inference_steps - 1)
-    }
+    assert chosen == {m: Fraction(points, steps - 1) for m in range(steps - 1)}
 
 
 def test_one_point_is_uniform_and_all_points_are_certain():
@@ -63,9 +62,9 @@ def test_one_point_is_uniform_and_all_points_are_certain():
     assert probability == 1 and steps_of(drawn) == (0, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("points,num_inference_steps", [(1, 5), (2, 5), (3, 6), (4, 4)])
-def test_independent_draws_weigh_every_step_alike(points, num_inference_steps):
-    outcomes = GradientPlan.prfl(points, draws="independent").outcomes(num_inference_steps)
+@pytest.mark.parametrize("points,steps", [(1, 5), (2, 5), (3, 6), (4, 4)])
+def test_independent_draws_weigh_every_step_alike(points, steps):
+    outcomes = GradientPlan.prfl(points, draws="independent").outcomes(steps)
     assert sum(p for p, _ in outcomes) == 1
     expected = Counter()
     for probability, drawn in outcomes:
@@ -73,9 +72,7 @@ def test_independent_draws_weigh_every_step_alike(points, num_inference_steps):
         assert steps_of(drawn) == tuple(sorted(set(steps_of(drawn))))
         for point in drawn:
             expected[point.step] += float(probability) * point.weight
-    assert expected == pytest.approx(
-        {m: 1 / (num_inference_steps - 1) for m in range(num_inference_steps - 1)}
-    )
+    assert expected == pytest.approx({m: 1 / (steps - 1) for m in range(steps - 1)})
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -121,24 +118,20 @@ def test_named_plans_draw_what_their_papers_say():
     assert outcomes(GradientPlan.refl(), 7) == [(Fraction(1, 2), Point(m)) for m in (5, 6)]
     assert outcomes(GradientPlan.draft()) == [(1, Point(39, 1))]
     assert outcomes(GradientPlan.draft(5)) == [(1, Point(39, 5))]
-    assert (
-        outcomes(GradientPlan.draft(None)) == outcomes(GradientPlan.reno()) == [(1, Point(39, 40))]
-    )
+    whole = [(1, Point(39, 40))]
+    assert outcomes(GradientPlan.draft(None)) == outcomes(GradientPlan.reno()) == whole
     assert outcomes(GradientPlan.draft_lv(3)) == [(1, Point(39, 1))]
-    assert outcomes(GradientPlan.alignprop()) == [
-        (Fraction(1, 40), Point(39, k)) for k in range(1, 41)
-    ]
-    assert outcomes(GradientPlan.alignprop(2, 4)) == [
-        (Fraction(1, 3), Point(39, k)) for k in (2, 3, 4)
-    ]
+    depths = [(Fraction(1, 40), Point(39, k)) for k in range(1, 41)]
+    assert outcomes(GradientPlan.alignprop()) == depths
+    depths = [(Fraction(1, 3), Point(39, k)) for k in (2, 3, 4)]
+    assert outcomes(GradientPlan.alignprop(2, 4)) == depths
     late = outcomes(GradientPlan.controlnet_plus_plus(), 1000)
     assert [p.step for _, p in late] == list(range(800, 1000))
     partial = GradientPlan.instruct_video()
     assert partial.begin(20) == 8 and outcomes(partial, 20) == [(1, Point(19, 1))]
     assert [p.step for _, p in outcomes(GradientPlan.rg_lcd(), 9)] == list(range(9))
-    assert GradientPlan.flow_nrg().outcomes(4) == [
-        (1, tuple(Point(m, 1, 1 / 3) for m in (1, 2, 3)))
-    ]
+    guided = tuple(Point(m, 1, 1 / 3) for m in (1, 2, 3))
+    assert GradientPlan.flow_nrg().outcomes(4) == [(1, guided)]
 
 
 def test_a_chain_is_no_longer_than_its_trajectory():
@@ -163,22 +156,20 @@ def test_the_largest_uniform_number_stays_in_range(monkeypatch, draws):
     """In floating point (4 + u)·39/5 rounds up to 39, one past the last index."""
     largest = 1 - 2**-53
     assert int((4 + largest) * 39 / 5) == 39
-    monkeypatch.setattr(
-        torch, "rand", lambda *args, **kwargs: torch.tensor(largest, dtype=torch.float64)
-    )
+    drawn = torch.tensor(largest, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: drawn)
     five = steps_of(GradientPlan.prfl(5, draws=draws).draw(40))
     assert five == ((7, 15, 23, 31, 38) if draws == "systematic" else (38,))
     assert steps_of(GradientPlan.prfl(1, draws=draws).draw(40)) == (38,)
 
 
 def test_draws_use_only_the_given_generator():
-    plan, generator = GradientPlan.prfl(3), torch.Generator().manual_seed(2)
-    state = torch.get_rng_state()
-    first = [plan.draw(40, generator) for _ in range(5)]
-    assert torch.equal(state, torch.get_rng_state())
-    assert first == [
-        plan.draw(40, generator.manual_seed(2) if i == 0 else generator) for i in range(5)
-    ]
+    plan, state = GradientPlan.prfl(3), torch.get_rng_state()
+    first, again = (
+        [plan.draw(40, generator) for _ in range(5)]
+        for generator in (torch.Generator().manual_seed(2), torch.Generator().manual_seed(2))
+    )
+    assert first == again and torch.equal(state, torch.get_rng_state())
     torch.manual_seed(3)
     from_global = plan.draw(40)
     torch.manual_seed(3)
@@ -187,11 +178,8 @@ def test_draws_use_only_the_given_generator():
 
 def test_plans_are_values():
     plan = GradientPlan.prfl(5)
-    assert (
-        plan == GradientPlan(points=5)
-        and hash(plan) == hash(GradientPlan(5))
-        and GradientPlan() == GradientPlan.prfl()
-    )
+    assert plan == GradientPlan(points=5) and hash(plan) == hash(GradientPlan(5))
+    assert GradientPlan() == GradientPlan.prfl()
     with pytest.raises(FrozenInstanceError):
         plan.points = 3
 
@@ -246,10 +234,10 @@ def test_wrong_shares_are_refused(share):
 
 @pytest.mark.parametrize("method", ["draw", "outcomes", "expected_forwards"])
 def test_wrong_schedules_are_refused(method):
-    with pytest.raises(ValueError, match="points is 6, expected at most 5"):
-        getattr(GradientPlan.prfl(6), method)(6)
-    with pytest.raises(ValueError, match="num_inference_steps is 1, expected enough"):
-        getattr(GradientPlan.prfl(), method)(1)
-    for num_inference_steps in (0, 2.0, True):
-        with pytest.raises(ValueError, match="num_inference_steps is"):
-            getattr(GradientPlan.prfl(), method)(num_inference_steps)
+    for points, steps, message in (
+        (6, 6, "points is 6, expected at most 5"),
+        (1, 1, "num_inference_steps is 1, expected enough"),
+        *((1, steps, "num_inference_steps is") for steps in (0, 2.0, True)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            getattr(GradientPlan.prfl(points), method)(steps)

@@ -63,6 +63,7 @@ def dense(q, k, v, scale, lengths=None):
 
 
 def dense_backward(grad, q, k, v, out, lse, scale, lengths=None):
+    check_lse(lse, len(q), q.shape[2], q.shape[1])
     gradients = [nan(*t.shape, like=t) for t in (q, k, v)]
     for b in range(len(q)):
         n = k.shape[1] if lengths is None else int(lengths[b])
@@ -96,6 +97,7 @@ def packed(q, k, v, cu_q, cu_k, max_q, max_k, scale):
 
 
 def packed_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale):
+    check_lse(lse, q.shape[1], len(q))
     gradients = [nan(*t.shape, like=t) for t in (q, k, v)]
     for rows, keys in sequences(cu_q, cu_k, len(q), len(k), max_q, max_k):
         if rows.stop > rows.start:
@@ -104,6 +106,22 @@ def packed_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale):
             for whole, part, where in zip(gradients, parts, (rows, keys, keys), strict=True):
                 whole[where] = part.transpose(0, 1)
     return gradients
+
+
+def fill(targets, found, lse):
+    """Write gradients where flash-attn is told to; return a tensor like the one it returns."""
+    for target, value in zip(targets, found, strict=True):
+        target.copy_(value)
+    return lse.clone()
+
+
+def make_module(name, *functions):
+    """Return a module of these functions, and a list for what they are told of determinism."""
+    module = types.ModuleType(name)
+    module.deterministic = []
+    for function in functions:
+        setattr(module, function.__name__, function)
+    return module
 
 
 # flash-attn 2.8.
@@ -122,12 +140,9 @@ def _flash_2():
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         check(dout, q, k, v, out, dq, dk, dv)
-        check_lse(softmax_lse, len(q), q.shape[2], q.shape[1])
         module.deterministic.append(deterministic)
         found = dense_backward(dout, q, k, v, out, softmax_lse, softmax_scale)
-        for target, value in zip((dq, dk, dv), found, strict=True):
-            target.copy_(value)
-        return softmax_lse.clone()
+        return fill((dq, dk, dv), found, softmax_lse)
 
     def _flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
@@ -144,20 +159,13 @@ def _flash_2():
         softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
     ):  # fmt: skip
         check(dout, q, k, v, out, dq, dk, dv, ndim=3)
-        check_lse(softmax_lse, q.shape[1], len(q))
         segments = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         found = packed_backward(dout, q, k, v, out, softmax_lse, *segments, softmax_scale)
-        for target, value in zip((dq, dk, dv), found, strict=True):
-            target.copy_(value)
-        return softmax_lse.clone()
+        return fill((dq, dk, dv), found, softmax_lse)
 
-    module = types.ModuleType("flash_attn.flash_attn_interface")
-    module.deterministic = []
-    for function in (
-        _flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward,
-        _flash_attn_varlen_backward,
-    ):  # fmt: skip
-        setattr(module, function.__name__, function)
+    both = _flash_attn_forward, _flash_attn_backward
+    varlen = _flash_attn_varlen_forward, _flash_attn_varlen_backward
+    module = make_module("flash_attn.flash_attn_interface", *both, *varlen)
     return module
 
 
@@ -183,24 +191,20 @@ def _flash_3():
         softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
         check(dout, q, k, v, out, dq, dk, dv)
-        check_lse(softmax_lse, len(q), q.shape[2], q.shape[1])
         module.deterministic.append(deterministic)
         found = dense_backward(dout, q, k, v, out, softmax_lse, softmax_scale, sequed_k)
-        for target, value in zip((dq, dk, dv), found, strict=True):
-            target.copy_(value)
-        return softmax_lse.clone()
+        return fill((dq, dk, dv), found, softmax_lse)
 
-    module = types.ModuleType("flash_attn_interface")
-    module.deterministic = []
-    # As torch.library.custom_op wraps them: called like the function, without its signature.
-    for function in (_flash_attn_forward, _flash_attn_backward):
-        setattr(module, function.__name__, _CustomOp(function))
+    wrapped = map(_CustomOp, (_flash_attn_forward, _flash_attn_backward))
+    module = make_module("flash_attn_interface", *wrapped)
     return module
 
 
 class _CustomOp:
+    """A function as torch.library.custom_op wraps it: called like it, without its signature."""
+
     def __init__(self, function):
-        self._init_fn = function
+        self._init_fn, self.__name__ = function, function.__name__
 
     def __call__(self, *args, **kwargs):
         return self._init_fn(*args, **kwargs)
@@ -235,13 +239,10 @@ def _flash_4():
         block_sparse_tensors=None, dlse=None, learnable_sink=None,
     ):  # fmt: skip
         check(q, k, v, out, dout)
-        check_lse(lse, len(q), q.shape[2], q.shape[1])
         module.deterministic.append(deterministic)
         return tuple(dense_backward(dout, q, k, v, out, lse, softmax_scale, seqused_k))
 
-    module = types.ModuleType("flash_attn.cute.interface")
-    module.deterministic = []
-    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+    module = make_module("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd)
     return module
 
 
@@ -259,15 +260,11 @@ def _xformers():
     ):
         check(grad, output, query, key, value, half=False)
         assert lse.dim() == 3 and lse.shape[2] >= query.shape[1]
-        lse = lse[..., : query.shape[1]]
+        lse = lse[..., : query.shape[1]].contiguous()
         return tuple(dense_backward(grad, query, key, value, output, lse, scale))
 
-    module = types.ModuleType("xformers.ops")
-    for function in (
-        memory_efficient_attention_forward_requires_grad, memory_efficient_attention_backward,
-    ):  # fmt: skip
-        setattr(module, function.__name__, function)
-    return module
+    attend = memory_efficient_attention_forward_requires_grad
+    return make_module("xformers.ops", attend, memory_efficient_attention_backward)
 
 
 PACKAGES = {
@@ -332,9 +329,7 @@ class Aten:
     ):  # fmt: skip
         check(grad, q, k, v, out, ndim=4 if cum_seq_q is None else 3)
         if cum_seq_q is None:
-            check_lse(lse, len(q), q.shape[2], q.shape[1])
             return dense_backward(grad, q, k, v, out, lse, scale)
-        check_lse(lse, q.shape[1], len(q))
         segments = cum_seq_q, cum_seq_k, max_q, max_k
         return packed_backward(grad, q, k, v, out, lse, *segments, scale)
 

@@ -8,10 +8,10 @@ import textwrap
 import aot
 
 
-def run_python(script: str, *arguments: str, environment: dict | None = None):
+def run_python(script: str, *arguments: str, environment: dict | None = None, cwd=None):
     """Run an indented script and return the completed process with its texts."""
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
 
 
 def compile_in_process(script: str, *arguments: str):

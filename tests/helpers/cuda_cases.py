@@ -6,10 +6,11 @@ import cuda_on_cpu as emulated
 import pytest
 import torch
 from numerics import assert_within_twice
+from op_checks import run
+from plain_torch import wide
 
 from prfl_fast.kernels.runtime import cuda_launch
 
-HALF, BRAIN = torch.float16, torch.bfloat16
 EPS = 1e-6
 OPS = {name: name for name in ("query_pool", "query_pool_backward", "qk_norm_rope")}
 OPS["qk_norm_rope_backward"] = "qk_norm_rope"
@@ -40,14 +41,7 @@ def slow_except(cases, fast):
 
 def within(x):
     """Return ``x`` with NaN on all sides, so that reads out of bounds show."""
-    wide = torch.full((*x.shape[:1], x.shape[1] + 2, x.shape[2] + 16), float("nan")).to(x.dtype)
-    wide[:, 1:-1, 8:-8] = x
-    return wide[:, 1:-1, 8:-8]
-
-
-def assert_all_equal(left, right):
-    assert len(left) == len(right)
-    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    return torch.nn.functional.pad(x, (8, 8, 1, 1), value=float("nan"))[:, 1:-1, 8:-8]
 
 
 def assert_all_within_twice(ours, plain, oracle, **options):
@@ -68,8 +62,7 @@ def attention(x, queries):
     """Compute attention in 16 bits: scores, weights and sums rounded to x's dtype."""
     scores = x @ queries.to(x.dtype).t()
     pooled = torch.softmax(scores, dim=1).transpose(1, 2) @ x
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return pooled.to(wide), torch.logsumexp(scores, dim=1).to(wide)
+    return wide(pooled), wide(torch.logsumexp(scores, dim=1))
 
 
 def make_pool(batch, tokens, dim, heads, dtype):
@@ -77,17 +70,9 @@ def make_pool(batch, tokens, dim, heads, dtype):
     return within(x), 3 * torch.randn(heads, dim) / dim**0.5
 
 
-def with_gradient(outputs, grads):
-    """Return the outputs that have a gradient, and the gradients in the outputs' dtypes."""
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    return [o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs]
-
-
 def pool_gradients(x, queries, grads):
     """Return d_x and d_queries of :func:`attention`; each incoming gradient may be None."""
-    leaves = [t.detach().clone().requires_grad_() for t in (x, queries)]
-    outputs, given = with_gradient(attention(*leaves), grads)
-    return torch.autograd.grad(outputs, leaves, given)
+    return tuple(run(attention, {"x": x, "queries": queries}, grads)[1].values())
 
 
 def pool_backward(x, queries, grads, need_x=True, need_queries=True):

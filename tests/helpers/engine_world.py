@@ -1,12 +1,17 @@
 """Tiny Wans and trajectories for the tests of the rollout engine."""
 
+import contextlib
+import warnings
+
 import torch
+from textbook import Euler
+from toy_flow import gaussian
 from wan import inputs, tiny_wan
 
 from prfl_fast.models.registry import patch
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
+from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.training.lora import add_lora
 
@@ -55,21 +60,19 @@ def assert_same(left, right):
         assert torch.equal(x, right[step]), step
 
 
-# What is not done, and how it is said.
+@contextlib.contextmanager
+def no_warning(category=Warning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category)
+        yield
 
 
 def field(x, timestep, conditions):
     return 0.5 * x
 
 
-SIGMAS = FlowEuler()
-SIGMAS.set_timesteps(6)
-
-
-SIGMAS = SIGMAS.sigmas.double().tolist()
+SIGMAS = Euler(6).sigmas
 
 
 def make_x(batch=2, dtype=torch.float64):
-    return torch.randn(
-        batch, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).to(dtype)
+    return gaussian(batch, 16, 2, 4, 4, seed=0).to(dtype)

@@ -1,4 +1,6 @@
-"""Small offloaded models, their gradients, and the bytes they hold."""
+"""Small checkpointed and offloaded models, their gradients, and the bytes they hold."""
+
+import functools
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from prfl_fast.memory import offload as offloading
 from prfl_fast.memory.checkpointing import activation_checkpointing, offload_bytes
 
 SMALL = 512  # bytes of a block's tensors that are not offloaded
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture(autouse=True)
@@ -16,16 +19,16 @@ def offload_small_tensors(monkeypatch):
     monkeypatch.setattr(offloading, "SMALLEST", 64)
 
 
-def build(layers=4, policy="none", patched=True, **limits):
+def build(layers=4, policy="none", patched=True, offload="cpu", **limits):
     model = wan.tiny_wan(layers=layers)
     if patched:
         prfl_fast.patch(model)
-    return activation_checkpointing(model, policy, "cpu", **limits)
+    return activation_checkpointing(model, policy, offload, **limits)
 
 
-def loss(model, size=(2, 4, 4)):
+def loss(model, size=(2, 4, 4), scale=1.0):
     x, timestep, conditions = wan.inputs(size=size)
-    out = model(x, timestep, conditions["encoder_hidden_states"], return_dict=False)[0]
+    out = model(x * scale, timestep, conditions["encoder_hidden_states"], return_dict=False)[0]
     return out.square().sum()
 
 
@@ -35,16 +38,20 @@ def gradients(model):
     return found
 
 
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def gradients_of_loss(model):
+    loss(model).backward()
+    return gradients(model)
+
+
+def fill_adapters(model, **options):
+    """Draw the B matrices of all adapters, which start at zero, from a normal distribution."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, **options)
+    return model
 
 
 def held(model):
+    """Return the bytes that are held now on the device and on the host."""
     now = offload_bytes(model)
     return now["device_now"], now["host_now"]
-
-
-# Bytes.
-def drop_gradient(parameter):
-    parameter.grad = None

@@ -71,6 +71,7 @@ def check(
     grads: Sequence | None = None,
     rounding: float = 1.0,
     intermediate: torch.dtype | None = None,
+    of: Callable[..., Mapping] | None = None,
 ) -> None:
     """Assert the 2× rule for ``ours`` and all its gradients, ``naive`` in float64 being the oracle.
 
@@ -80,28 +81,26 @@ def check(
     Args:
         intermediate: dtype of an output that other results are computed from, once it is rounded:
             the slack of a finer result is in units of its ulp.
+        of: gives the arguments of both functions from ``tensors``, as slices of them.
     """
+    if of is not None:
+        ours, naive = (lambda f=f, **given: f(**of(**given)) for f in (ours, naive))
     grads = random_gradients(naive, tensors) if grads is None else grads
-    out, out_grads = run(ours, tensors, grads)
-    plain, plain_grads = run(naive, tensors, grads)
-    oracle, oracle_grads = run(naive, tensors, grads, double=True)
-    for i, triple in enumerate(zip(out, plain, oracle, strict=True)):
-        unit = _coarser(triple[0].dtype, intermediate)
-        assert_within_twice(*triple, name=f"output {i}", rounding=rounding, dtype=unit)
-    for name in oracle_grads:
-        if oracle_grads[name] is None:
-            assert out_grads[name] is None, (
-                f"{name} got a gradient that plain PyTorch does not give"
-            )
-            continue
-        assert out_grads[name] is not None, f"{name} got no gradient"
-        triple = (out_grads[name], plain_grads[name], oracle_grads[name])
-        unit = _coarser(triple[0].dtype, intermediate)
-        assert_within_twice(*triple, name=f"d_{name}", rounding=rounding, dtype=unit)
-
-
-def _coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
-    return max((dtype, other or dtype), key=lambda candidate: torch.finfo(candidate).eps)
+    runs = run(ours, tensors, grads), run(naive, tensors, grads), run(naive, tensors, grads, True)
+    found, plain, oracle = (
+        {f"output {i}": o for i, o in enumerate(outputs)} | {f"d_{n}": g for n, g in leaves.items()}
+        for outputs, leaves in runs
+    )
+    assert found.keys() == oracle.keys()
+    for name, exact in oracle.items():
+        result = found[name]
+        assert (result is None) == (exact is None), (
+            f"{name}: only one of ours and PyTorch's is None"
+        )
+        if result is not None:
+            dtypes = (result.dtype, intermediate or result.dtype)
+            unit = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+            assert_within_twice(result, plain[name], exact, name, rounding, unit)
 
 
 def assert_same_bits(left, right) -> None:
@@ -207,7 +206,23 @@ def saved_by(function: Callable, tensors: Tensors, frozen: Sequence[str] = ()) -
 
 
 def far_rows(storage: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Copy ``values [3, D]`` to rows 2³⁰ elements apart, the last one past 2³¹ elements."""
-    dim = values.shape[-1]
-    rows = storage.as_strided((3, dim), (2**30, 1), 2**31 - dim)
-    return rows.copy_(values)
+    """Return ``values`` with steps of 2³⁰ elements along their axis of 3, so past 2³¹ elements."""
+    axis = values.shape.index(3)
+    parts = values.detach().transpose(0, axis)
+    size = parts[0].numel()
+    far = storage.as_strided((3, size), (2**30, 1), 2**31 - size)
+    return far.copy_(parts.reshape(3, size)).view(parts.shape).transpose(0, axis)
+
+
+@torch.no_grad()
+def check_far_tensors(
+    calls: Sequence[tuple[Callable, tuple]], shape: Sequence[int], storage: torch.Tensor
+) -> None:
+    """Assert the same bits of recorded calls when one tensor of ``shape`` lies far apart."""
+    for operator, args in calls:
+        places = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor) and t.shape == shape]
+        near = outputs_of(operator(*args))
+        assert places, "no tensor of the shape is given"
+        for i in places:
+            far = (*args[:i], far_rows(storage, args[i]), *args[i + 1 :])
+            assert_same_bits(outputs_of(operator(*far)), near)

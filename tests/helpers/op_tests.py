@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from op_checks import (
     check_compiled_once,
     check_deterministic,
     check_expanded_gradient,
-    far_rows,
+    check_far_tensors,
     outputs_of,
     random_gradients,
     run,
@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_map_only
 
 
 class DescribedOperation:
-    """One operation, and the tests of its refusals.
+    """One operation, the tests of its refusals and of tensors past 32-bit offsets.
+
+    A function that a subclass names is not a method.
 
     Attributes:
         op: name of the operator in ``torch.ops.prfl_fast``, and in errors unless ``name`` is given.
@@ -35,7 +37,11 @@ class DescribedOperation:
         naive: the same in ordinary PyTorch, without the package; float64 makes it the oracle.
         reference: the module's reference, of other arguments.
         public: the public function itself, where ``function`` calls it with other arguments.
+        good: gives good arguments, one of which ``bad_arguments`` replaces.
         bad_arguments: changes of ``good()`` and what the error says after the operation's name.
+        at_length: gives the arguments of a call with that many tokens, for one graph of all
+            lengths.
+        far_shapes: those of tensors whose axis of 3 takes steps of 2³⁰ elements.
     """
 
     op: str
@@ -44,17 +50,15 @@ class DescribedOperation:
     naive: Callable
     reference: Callable | None = None
     public: Callable | None = None
+    good: Callable[[], dict]
     bad_arguments: list[tuple[dict, str]] = []
+    at_length: Callable[[int], dict]
+    far_shapes: Sequence[tuple[int, ...]] = ((1, 3, 64), (3, 1, 64))
 
-    @staticmethod
-    def good() -> dict:
-        """Return good arguments, one of which ``bad_arguments`` replaces."""
-        raise NotImplementedError
-
-    @staticmethod
-    def at_length(length: int) -> dict:
-        """Return the arguments of a call with ``length`` tokens, for one graph of all lengths."""
-        raise NotImplementedError
+    def __init_subclass__(cls) -> None:
+        for name in ("function", "naive", "reference", "public"):
+            if callable(found := cls.__dict__.get(name)):
+                setattr(cls, name, staticmethod(found))
 
     @classmethod
     def operator(cls, suffix: str = "") -> Callable:
@@ -76,6 +80,26 @@ class DescribedOperation:
             (self.public or self.function)(**(self.good() | change))
         assert ", expected " in str(error.value)
 
+    def test_integers_and_other_devices_are_refused(self):
+        """Refuse integers, and a tensor of another device, in place of each tensor."""
+        first = next(iter(self.examples(FP32)))
+        given = first if isinstance(first, dict) else first[0] | first[1]
+        for name, tensor in given.items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            wrong = [(tensor.long(), rf"({name}|tensors\[\d\]) is int64")]
+            if len(given) > 1:
+                wrong.append((tensor.to("meta"), r"\S+ is .* on (meta|cpu), expected a tensor on"))
+            for value, message in wrong:
+                with pytest.raises(ValueError, match=f"^{self.name or self.op}: {message}"):
+                    self.function(**given | {name: value})
+
+    @pytest.mark.triton
+    def test_offsets_past_int32(self, sparse_storage):
+        """Read far tokens and far samples, of every tensor that has them."""
+        for shape in self.far_shapes:
+            check_far_tensors(self.near_calls(shape), shape, sparse_storage)
+
 
 class OperationTests(DescribedOperation):
     """Tests of a differentiable operation; set one to None in a subclass to leave it out.
@@ -84,26 +108,37 @@ class OperationTests(DescribedOperation):
         flags: the gradients the backward operator is asked for ("+-": the first of two) when only
             the named tensor needs one; "" if it is not called, None to leave this open.
         rounding: half-ulps of slack for bfloat16.
+        examples: yields small tensors with every optional one among them, and the fixed arguments.
+        far: gives float16 tensors, among them some of a shape, and the fixed arguments.
     """
 
     flags: Mapping[str, str | None] = {}
     rounding = 4.0
+    examples: Callable[[torch.dtype], Iterator[tuple[Tensors, dict]]]
+    far: Callable[[Sequence[int]], tuple[Tensors, dict]]
 
-    @staticmethod
-    def examples(dtype: torch.dtype) -> Iterator[tuple[Tensors, dict]]:
-        """Yield small tensors with every optional one among them, and the fixed arguments."""
-        raise NotImplementedError
+    def layouts(self, dtype: torch.dtype) -> Iterator[tuple[Tensors, dict]]:
+        """Yield the examples whose gradients come in every memory layout."""
+        return self.examples(dtype)
+
+    def near_calls(self, shape: Sequence[int]) -> list:
+        tensors, fixed = self.far(shape)
+        grads = random_gradients(bind(self.naive, fixed), tensors)
+        with RecordedCalls() as recorded:
+            run(bind(self.function, fixed), tensors, grads)
+        return recorded.calls
 
     @classmethod
-    def layouts(cls, dtype: torch.dtype) -> Iterator[tuple[Tensors, dict]]:
-        """Yield the examples whose gradients come in every memory layout."""
-        return cls.examples(dtype)
+    def compare(cls, tensors, rounding=4.0, *, grads=None, intermediate=None, of=None, **fixed):
+        """Assert the 2× rule; sums run in another order than PyTorch's, which shows in float32."""
+        functions = bind(cls.function, fixed), bind(cls.naive, fixed)
+        options = {"grads": grads, "intermediate": intermediate, "of": of}
+        check(*functions, tensors, rounding=rounding, **options)
 
     @pytest.mark.gpu_smoke
     def test_bfloat16(self, smoke_backend):
-        for tensors, fixed in itertools.islice(self.examples(BF16), 1):
-            functions = bind(self.function, fixed), bind(self.naive, fixed)
-            check(*functions, tensors, rounding=self.rounding)
+        tensors, fixed = next(iter(self.examples(BF16)))
+        self.compare(tensors, self.rounding, **fixed)
 
     def test_float64_is_computed_in_float64(self, backend):
         for tensors, fixed in self.examples(FP64):
@@ -207,24 +242,25 @@ class OperationTests(DescribedOperation):
 
 
 class NoGradientTests(DescribedOperation):
-    """Tests of an operation that refuses gradients, on ``examples(dtype)``: its arguments.
+    """Tests of an operation that refuses gradients.
 
     Attributes:
         opcheck: the parts of opcheck that run on the reference.
+        examples: yields the arguments of small calls, the first with every optional tensor.
+        check: asserts that the result of such a call is as near to float64 as it has to be.
     """
 
     opcheck = (
         "test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"
     )  # fmt: skip
 
-    @staticmethod
-    def examples(dtype: torch.dtype) -> Iterator[dict]:
-        """Yield the arguments of small calls, the first with every optional tensor."""
-        raise NotImplementedError
+    examples: Callable[[torch.dtype], Iterator[dict]]
+    check: Callable[..., None]
 
-    def check(self, **arguments) -> None:
-        """Assert that the result is as near to float64 as it has to be."""
-        raise NotImplementedError
+    def near_calls(self, shape: Sequence[int]) -> list:
+        with RecordedCalls() as recorded:
+            self.function(torch.randn(shape).half())
+        return recorded.calls
 
     @pytest.mark.gpu_smoke
     def test_bfloat16(self, smoke_backend):
@@ -285,13 +321,6 @@ class QuantizingTests(NoGradientTests):
         for arguments in self.examples(FP64):
             self.check(**arguments)
             assert_same_bits(self.function(**arguments), self.call_reference(**arguments))
-
-    @pytest.mark.triton
-    def test_offsets_past_int32(self, sparse_file):
-        values = torch.randn(3, 64).half()
-        x = far_rows(sparse_file(), values)
-        for far, near in ((x, values), (x[None].transpose(0, 1), values[:, None])):
-            assert_same_bits(self.function(far), self.function(near))
 
 
 def _flags(args: tuple, count: int) -> str:

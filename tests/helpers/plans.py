@@ -37,16 +37,10 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
     reward_depth = reward_layers or workload.reward_blocks
     chunked = memory.feed_forward_chunk is not None
     work, states = 14 - 4 * chunked, STATES[memory.optimizer] * (workload.train == "full")
-    kept, reward_kept = (
-        KEPT[memory.activation_checkpointing] * depth,
-        KEPT[reward_memory.activation_checkpointing] * reward_depth,
-    )
-    window, reward_window = (
-        2 * KEPT[memory.activation_checkpointing],
-        2 * KEPT[reward_memory.activation_checkpointing],
-    )
-    here = window if memory.offload else kept
-    there = reward_window if reward_memory.offload else reward_kept
+    kept, reward_kept = (KEPT[m.activation_checkpointing] for m in (memory, reward_memory))
+    # Of an offloaded model two blocks' tensors are on the device.
+    here = kept * (2 if memory.offload else depth)
+    there = reward_kept * (2 if reward_memory.offload else reward_depth)
     left = 0 if memory.offload and reward_memory.offload else here
     base = {
         "weights": WEIGHTS[memory.weight_dtype] * depth + 3,
@@ -74,8 +68,7 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
     def cost(blocks, seconds, to_host=0, to_device=0):
         return Cost(int(1e12 * blocks * seconds), 0, 0, to_host << 20, to_device << 20)
 
-    out = KEPT[memory.activation_checkpointing] * bool(memory.offload)
-    reward_out = KEPT[reward_memory.activation_checkpointing] * bool(reward_memory.offload)
+    out, reward_out = kept * bool(memory.offload), reward_kept * bool(reward_memory.offload)
     # A block's tensors leave when the next block comes, whosever it is.
     sent = (depth - 1) * out, bool(reward_out) * (out + (reward_depth - 1) * reward_out)
     repeated = again[reward_memory.activation_checkpointing] + extra

@@ -1,117 +1,162 @@
-"""A tiny float64 Wan, a frozen reward and solvers written by hand, for the tests of PRFL steps."""
+"""A tiny float64 Wan with and without adapters, frozen scores, and steps, for tests of PRFL."""
 
+import copy
 import weakref
 
+import pytest
+import textbook
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanTransformer3DModel,
-)
-from textbook import Euler, UniPC
 from torch import nn
+from wan import tiny_wan
 
-from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.models.registry import patch
+from prfl_fast.rollout.schedulers import FlowUniPC
 
-SHAPE = (2, 16, 2, 4, 4)
+diffusers = pytest.importorskip("diffusers")
 
-
-CONDITIONS = {
-    "encoder_hidden_states": torch.randn(
-        2, 3, 12, generator=torch.Generator().manual_seed(0)
-    ).double()
-}
+STEPS = 6
+SHAPE = (2, 16, 3, 4, 4)
 
 
-def make_noise(seed=1, shape=SHAPE, dtype=torch.float64):
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
+def normal(seed=1, shape=SHAPE, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+NOISE, DATA = normal(1), normal(2)
+TEXT = {"encoder_hidden_states": normal(3, (2, 3, 12))}
 
 
 def make_wan(seed=0):
-    torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        text_dim=12,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-    ).double()
-    for parameter in model.parameters():  # biases start at zero, which would hide mistakes
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return tiny_wan(seed=seed, text_dim=12, ffn_dim=64).double()
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "to_v", "to_k"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # B starts at zero, which would leave A without gradient
+            parameter.data = 0.3 * torch.randn_like(parameter, dtype=torch.float64)
     return model
 
 
-class TinyReward(nn.Module):
-    """A frozen score in (0, 1) that depends on latents, timestep and text."""
+class Score(nn.Module):
+    """A frozen score in (0, 1): nonlinear in latents, timestep and text, no two frames alike."""
 
-    def __init__(self):
+    def __init__(self, seed):
         super().__init__()
-        generator = torch.Generator().manual_seed(4)
-        self.conv = nn.Conv3d(16, 8, (2, 3, 3), padding=(0, 1, 1)).double()
-        self.head = nn.Linear(8, 1).double()
-        for parameter in self.parameters():
-            parameter.data = 0.5 * torch.randn(
-                parameter.shape, generator=generator, dtype=torch.float64
-            )
-        self.requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape):
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return nn.Parameter(drawn, requires_grad=False)
+
+        self.filters, self.head, self.text = weight(6, 16, 1, 3, 3), weight(6), weight(12)
 
     def forward(self, x, timestep, conditions):
-        h = (
-            self.conv(x).tanh().mean((2, 3, 4))
-            + conditions["encoder_hidden_states"].mean((1, 2))[:, None]
-        )
-        return torch.sigmoid(self.head(h * (1 + timestep[:, None] / 1000)))[:, 0]
+        t = (timestep / 1000).to(x.dtype)
+        h = nn.functional.conv3d(x, 0.1 * self.filters, padding=(0, 1, 1))
+        h = torch.tanh(h + t.view(-1, 1, 1, 1, 1) * self.head.view(1, -1, 1, 1, 1))
+        h = h * (1 + 0.5 * torch.cos(torch.arange(x.shape[2], dtype=x.dtype)))[:, None, None]
+        text = conditions["encoder_hidden_states"].mean(1) @ self.text
+        return torch.sigmoid((h + h**2).mean((2, 3, 4)) @ self.head * (1 + t) + text)
 
 
-class DiffusersSolver:
-    def __init__(self, scheduler, count, wide=False):
-        self.scheduler = scheduler
-        scheduler.set_timesteps(count)
-        if wide:
-            scheduler.sigmas = scheduler.sigmas.double()
-        self.timesteps = list(scheduler.timesteps)
-
-    def step(self, i, v, x):
-        return self.scheduler.step(v, self.timesteps[i], x, return_dict=False)[0]
+REWARD = Score(5)
 
 
-def diffusers_unipc():
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    )
+def velocity_of(model, conditions=TEXT):
+    def velocity(x, timestep):
+        batch = torch.full((x.shape[0],), timestep, dtype=torch.float64)
+        return model(x, batch, conditions["encoder_hidden_states"], return_dict=False)[0]
+
+    return velocity
 
 
-def diffusers_euler():
-    return FlowMatchEulerDiscreteScheduler(shift=5.0)
+def score_of(reward, conditions=TEXT):
+    def score(x, timestep):
+        return reward(x, torch.full((x.shape[0],), timestep, dtype=torch.float64), conditions)
+
+    return score
 
 
-def velocity_of(model, x, t, conditions):
-    batch = torch.full((x.shape[0],), float(t), dtype=torch.float64)
-    return model(x, batch, conditions["encoder_hidden_states"], return_dict=False)[0]
+def loss_of(reward=REWARD, target=2.0, weight=0.1):
+    return textbook.hinge({"reward": score_of(reward)}, {"reward": 1.0}, target, weight)
 
 
-def gradients(model):
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+def world_of(model):
+    return textbook.World(velocity_of(model), loss_of())
+
+
+def pair():
+    """Return the same model twice: as it is for the textbook, and patched for us."""
+    theirs = make_wan()
+    return theirs, patch(copy.deepcopy(theirs))
+
+
+def prfl(model, plan=None, scheduler=None, reward=REWARD, steps=STEPS, **options):
+    scheduler = FlowUniPC() if scheduler is None else scheduler
+    return PRFL(model, reward, scheduler, plan, num_inference_steps=steps, **options)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, trained(model))
 
 
 def run(step, model, *args, **kwargs):
-    model.zero_grad()
-    return step(*args, **kwargs), gradients(model)
+    """One call, and the gradients it left; they are cleared before and after."""
+    model.zero_grad(set_to_none=True)
+    output = step(*args, **kwargs)
+    assert output.finite
+    found = [p.grad for p in trained(model)]
+    assert all(gradient is not None for gradient in found)
+    model.zero_grad(set_to_none=True)
+    return output, found
 
 
-SOLVERS = {
-    "unipc": (FlowUniPC, UniPC),
-    "euler": (FlowEuler, Euler),
-    "unipc-diffusers-wide": (
-        FlowUniPC,
-        lambda count: DiffusersSolver(diffusers_unipc(), count, wide=True),
-    ),
-    "diffusers-unipc": (diffusers_unipc, lambda count: DiffusersSolver(diffusers_unipc(), count)),
-    "diffusers-euler": (diffusers_euler, lambda count: DiffusersSolver(diffusers_euler(), count)),
-}
+def worst_error(ours, theirs):
+    """Largest error over the parameters, each relative to its own largest entry."""
+    scale = max(t.abs().max().item() for t in theirs)
+    errors = []
+    for a, b in zip(ours, theirs, strict=True):
+        # A gradient that is zero in exact arithmetic (the key bias under softmax) is rounding on
+        # both sides.
+        size = max(b.abs().max().item(), 1e-9 * scale)
+        errors.append((a - b).abs().max().item() / size)
+    return max(errors)
+
+
+class DiffusersSolver:
+    """A sampler of diffusers with the textbook's methods."""
+
+    def __init__(self, scheduler, count, wide=False):
+        self.scheduler, self.count = scheduler, count
+        scheduler.set_timesteps(count)
+        if wide:
+            scheduler.sigmas = scheduler.sigmas.double()
+        self.timesteps = [*scheduler.timesteps.tolist(), 0.0]
+
+    def step(self, i, v, x):
+        return self.scheduler.step(v, self.scheduler.timesteps[i], x, return_dict=False)[0]
+
+
+def diffusers_unipc(shift=5.0, order=2):
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return diffusers.UniPCMultistepScheduler(**flow, flow_shift=shift, solver_order=order)
+
+
+def diffusers_euler(shift=5.0):
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
 def mean(x, timestep, conditions):
@@ -146,9 +191,8 @@ class Affine(nn.Module):
 
     def velocity(self, x, timestep, conditions):
         assert timestep.shape == (x.shape[0],)
-        v = Scale.apply(
-            self.a, x * (1 + timestep.to(x.dtype).view(-1, 1, 1, 1, 1) / 1000), self.nodes
-        )
+        level = 1 + timestep.to(x.dtype).view(-1, 1, 1, 1, 1) / 1000
+        v = Scale.apply(self.a, x * level, self.nodes)
         self.seen.append((v.requires_grad, x.dtype, x.requires_grad))
         return v
 

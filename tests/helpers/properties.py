@@ -40,19 +40,19 @@ def use_backend(name):
     kernels.set_backend(name if not torch.cuda.is_available() else "auto")
 
 
-def property_test(strategy, examples=300, backends=BACKENDS, use=use_backend):
-    """Turn a check of one drawn case into a slow test of each backend, which ``use`` selects."""
+def property_test(examples=300, backends=BACKENDS, use=use_backend):
+    """Turn a check that draws its case into a slow test of each backend, which ``use`` selects."""
 
     def decorate(function):
         @pytest.mark.parametrize("name", backends)
-        def test(name, case):
+        def test(name, data):
             use(name)
-            function(case)
+            function(data.draw)
 
         # hypothesis stores failing examples by these names.
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(test, attribute, getattr(function, attribute))
-        test = given(case=strategy)(test)
+        test = given(data=st.data())(test)
         return pytest.mark.slow(settings(max_examples=examples, deadline=None)(test))
 
     return decorate

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prfl_fast.models.registry import find_adapter
 
 SHARES = (1.0, 0.6, 0.05)  # timesteps of a rollout, of the first
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+FP8 = {"linears": "fp8", "attention": "fp8"}
 
 
 def build(case="t2v", layout="fp32", **options):
@@ -48,6 +50,21 @@ def add_lora(model, name="default", *, rank=4, seed=3, **options):
     options = {"target_modules": TARGETS, "init_lora_weights": False, **options}
     model.add_adapter(peft.LoraConfig(r=rank, **options), adapter_name=name)
     return model
+
+
+def spied(monkeypatch, owner, *names):
+    """Return the list of names to which every call of these functions of ``owner`` adds its own."""
+    calls = []
+    for name in names:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def spy(*args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+    return calls
 
 
 class Case:
@@ -99,6 +116,12 @@ class Case:
         assert tensors.keys() == state[1].keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, state[1][name]), name
+
+
+def opened(model, case="t2v", **options):
+    """Return the case of a model and its rollout."""
+    work = Case(model, case)
+    return work, work.open(**options)
 
 
 def assert_same(ours, theirs):

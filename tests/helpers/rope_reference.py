@@ -5,7 +5,7 @@ import math
 
 import torch
 from dtypes import FP64
-from plain_torch import wide
+from plain_torch import naive_norm, wide
 
 EPS = 1e-6
 
@@ -25,12 +25,21 @@ def angles(grid, head_dim, offset=(0, 0, 0), theta=10000.0):
     return torch.tensor(rows, dtype=FP64, device="cpu")
 
 
+def naive_qk(
+    q, k, q_weight=None, k_weight=None, *, heads, cos=None, sin=None, grid=None, offset=(0, 0, 0),
+    per_head=False, eps=EPS,
+):  # fmt: skip
+    """Return what ``qk_norm_rope`` returns, by angles of its own in place of the tables."""
+    phi = None if grid is None else angles(tuple(grid), q.shape[-1] // heads, tuple(offset))
+    pairs = ((q, q_weight), (k, k_weight))
+    return tuple(naive_one(x, weight, heads, phi, per_head) for x, weight in pairs)
+
+
 def naive_one(x, weight, heads, phi, per_head):
     """Return RMSNorm and rotation the way models write them: rounded in between, float32 inside."""
     if weight is not None:
         groups = wide(x.unflatten(-1, (heads, -1)) if per_head else x)
-        normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + EPS)
-        x = (normed * wide(weight)).reshape(x.shape).to(x.dtype)
+        x = naive_norm(groups, weight, None, "rms", EPS).reshape(x.shape).to(x.dtype)
     if phi is not None:
         cos, sin = (t.float().to(wide(x))[:, None] for t in (phi.cos(), phi.sin()))
         even, odd = wide(x).unflatten(-1, (heads, -1, 2)).unbind(-1)

@@ -15,26 +15,34 @@ import torch
 Tensor = torch.Tensor
 
 
-class Euler:
-    """``x ← x + (σ' - σ)·v`` on the levels of ``FlowMatchEulerDiscreteScheduler``.
+class Solver:
+    """Levels and timesteps, one entry more than there are steps: the result's own, 0.
 
-    ``timesteps`` has one entry more than there are steps: the result's own, 0.
+    ``kept`` are the indices of the levels that a coarser trajectory visits.
     """
 
-    def __init__(self, count: int, shift: float = 5.0) -> None:
+    def __init__(self, sigmas: Tensor, timesteps: Tensor, kept: Sequence[int] | None) -> None:
+        kept = range(len(sigmas) + 1) if kept is None else kept
+        self.count = len(kept) - 1
+        self.sigmas = [[*sigmas.tolist(), 0.0][i] for i in kept]
+        self.timesteps = [[*timesteps.tolist(), 0.0][i] for i in kept]
+
+
+class Euler(Solver):
+    """``x ← x + (σ' - σ)·v`` on the levels of ``FlowMatchEulerDiscreteScheduler``."""
+
+    def __init__(self, count: int, shift: float = 5.0, kept: Sequence[int] | None = None) -> None:
         low = torch.tensor(0.001, dtype=torch.float32)
         low = shift * low / (1 + (shift - 1) * low)
         even = torch.linspace(1, low.item(), count, dtype=torch.float64)
         sigmas = (shift * even / (1 + (shift - 1) * even)).to(torch.float32)
-        self.count = count
-        self.timesteps = [*(sigmas * 1000).tolist(), 0.0]
-        self.sigmas = [*sigmas.tolist(), 0.0]
+        super().__init__(sigmas, sigmas * 1000, kept)
 
     def step(self, i: int, v: Tensor, x: Tensor) -> Tensor:
         return x + (self.sigmas[i + 1] - self.sigmas[i]) * v
 
 
-class UniPC:
+class UniPC(Solver):
     """UniPC (arXiv 2302.04867) of order 2 with B(h) = e^h - 1, on the levels of diffusers' class.
 
     Step i takes the estimate of x0 found at x_i, corrects x_i with it, and predicts x_{i+1} from
@@ -43,13 +51,11 @@ class UniPC:
     graph.
     """
 
-    def __init__(self, count: int, shift: float = 5.0) -> None:
+    def __init__(self, count: int, shift: float = 5.0, kept: Sequence[int] | None = None) -> None:
         even = torch.linspace(1, 0.001, count + 1, dtype=torch.float64)[:-1]
         sigmas = shift * even / (1 + (shift - 1) * even)
         sigmas[0] -= 1e-6  # or its log-SNR is infinite
-        self.count = count
-        self.timesteps = [*(sigmas * 1000).long().double().tolist(), 0.0]
-        self.sigmas = [*sigmas.to(torch.float32).tolist(), 0.0]
+        super().__init__(sigmas.to(torch.float32), (sigmas * 1000).long().double(), kept)
         self.estimates: list[Tensor] = []
         self.corrected: Tensor | None = None
 
@@ -60,7 +66,7 @@ class UniPC:
     def step(self, i: int, v: Tensor, x: Tensor) -> Tensor:
         estimate = x - self.sigmas[i] * v
         if self.estimates:
-            x = self._correct(i, estimate)
+            x = self.correct(i, x, estimate)
         h = self.log_snr(i + 1) - self.log_snr(i)
         slope = torch.zeros_like(x)
         if self.estimates and i < self.count - 1:
@@ -72,8 +78,8 @@ class UniPC:
         self.corrected = x
         return out
 
-    def _correct(self, i: int, estimate: Tensor) -> Tensor:
-        """UniC: step i-1 again, now with the estimate at its end."""
+    def correct(self, i: int, x: Tensor, estimate: Tensor) -> Tensor:
+        """UniC: step i-1 again, now with the estimate at its end, in place of x."""
         last = self.estimates[-1]
         h = self.log_snr(i) - self.log_snr(i - 1)
         growth = math.expm1(-h)
@@ -257,21 +263,23 @@ def flow_nrg(
     noise: Tensor,
     steps: Sequence[int],
     weight: float,
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """Flow-NRG (arXiv 2501.13918): sample with ``v - w·σ/(1-σ)·∇_x r(x, t)`` at the given steps.
 
-    The score of a sample is guided by its own gradient, so a batch is so many single samples.
+    Returns the result and the scores at those steps. A sample is guided by its own gradient, so a
+    batch is so many single samples.
     """
-    x = noise
+    x, scores = noise, []
     for i in range(solver.count):
         sigma, t = solver.sigmas[i], solver.timesteps[i]
         v = velocity(x, t).detach()
         if i in steps:
             x = x.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(score(x, t).sum(), x)
+            scores.append(score(x, t))
+            (slope,) = torch.autograd.grad(scores[-1].sum(), x)
             v = v - weight * sigma / (1 - sigma) * slope
         x = solver.step(i, v, x.detach())
-    return x
+    return x, [r.detach() for r in scores]
 
 
 def divergence(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_cases import install
 from cuda_on_cpu import compile_kernel
+from dtypes import FLOATS
 
 from prfl_fast import kernels
 from prfl_fast.kernels.runtime.extension import extension_loaded
@@ -57,22 +58,33 @@ def triton_device(triton_backend):
 
 
 @pytest.fixture
-def sparse_file(triton_backend, tmp_path):
-    """Return a function that makes float16 zeros of any number in a file without blocks.
+def sparse_tensor(tmp_path):
+    """Return 2³² float16 zeros in a file without blocks.
 
     An address computed in 32 bits reads the zeros at its start instead of what was written past
     2³¹ elements.
     """
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2 * 2**32)
+    return torch.from_file(file.name, shared=True, size=2**32, dtype=torch.float16)
+
+
+@pytest.fixture
+def sparse_storage(triton_backend, sparse_tensor):
+    """Return the zeros for the interpreter, which alone reads them."""
     if not INTERPRETING:
         pytest.skip("reads a sparse file through the interpreter; a GPU would need 8 GiB")
+    return sparse_tensor
 
-    def make(elements=2**32):
-        with open(tmp_path / "sparse", "wb") as file:
-            file.truncate(2 * elements)
-        path = str(tmp_path / "sparse")
-        return torch.from_file(path, shared=True, size=elements, dtype=torch.float16)
 
-    return make
+@pytest.fixture(params=FLOATS)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[(8, 0), (8, 6), (9, 0), (10, 0), (12, 0), (13, 0)])
+def capability(request):
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +98,9 @@ def libraries(tmp_path_factory):
 def device(libraries, monkeypatch):
     """Return ``device(capability, processors)``: CPU tensors then run as on such a GPU."""
     return functools.partial(install, monkeypatch, libraries)
+
+
+@pytest.fixture
+def launches(device):
+    """Run CPU tensors as on one processor of capability 8.0; return the launches made."""
+    return device((8, 0), 1)

@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 import wan
+from offload_models import assert_same, fill_adapters, gradients, gradients_of_loss, held, loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prfl_fast
-from prfl_fast.memory import offload as offloading
 from prfl_fast.memory.checkpointing import (
     POLICIES,
     activation_checkpointing,
@@ -20,6 +20,8 @@ from prfl_fast.memory.checkpointing import (
     offload_bytes,
 )
 from prfl_fast.memory.ledger import Ledger
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.planning.simulation import materialize
 from prfl_fast.training.lora import add_lora
 
 pytest.importorskip("diffusers")
@@ -29,39 +31,30 @@ SETTINGS = list(itertools.product(POLICIES, (None, "cpu")))[1:]
 LAYERS = 4
 
 
-@pytest.fixture(autouse=True)
-def _offload_small_tensors(monkeypatch):
-    monkeypatch.setattr(offloading, "SMALLEST", 64)
+PATCHED = pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+EACH_SETTING = pytest.mark.parametrize("setting", SETTINGS, ids=str)
+LAYOUTS = {"fp32": torch.nn.Module.float, "mixed": wan.mixed_layout, "fp64": torch.nn.Module.double}
 
 
 def build(case="t2v", patched=True, layout="fp32", layers=LAYERS):
-    model = wan.tiny_wan(case, layers=layers)
-    if layout == "mixed":
-        wan.mixed_layout(model)
-    elif layout == "fp64":
-        model.double()
+    model = LAYOUTS[layout](wan.tiny_wan(case, layers=layers))
     return prfl_fast.patch(model) if patched else model
 
 
-def run(model, case="t2v", size=(2, 4, 4)):
-    """Output and gradients of the input, the text and every parameter that trains."""
-    x, timestep, conditions = wan.inputs(case, size=size)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return wan.run(model, x.to(base.patch_embedding.weight.dtype), timestep, conditions)
+def run(model, case="t2v"):
+    """Return the output and the gradients of inputs and parameters."""
+    return wan.run(model, *wan.inputs(case, size=(2, 4, 4)))
 
 
-def assert_same_bits(ours, theirs):
-    assert torch.equal(ours[0], theirs[0])
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in theirs[1].items():
-        assert (gradient is None) == (ours[1][name] is None), name
-        if gradient is not None:
-            assert torch.equal(gradient, ours[1][name]), name
-
-
-def assert_empty(model):
-    now = offload_bytes(model)
-    assert now["device_now"] == now["host_now"] == 0, now
+def check_settings(model, case="t2v"):
+    """Check that every setting gives the bits of none and holds nothing after a step."""
+    plain = run(model, case)
+    for policy, offload in SETTINGS:
+        assert activation_checkpointing(model, policy, offload) is model
+        assert_same(run(model, case), plain)
+        assert (offload_bytes(model)["transferred"] > 0) == (offload is not None)
+        assert held(model) == (0, 0)
+    return plain
 
 
 class Count(TorchDispatchMode):
@@ -80,45 +73,31 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("layout", ["fp32", "mixed", "fp64"])
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@PATCHED
 @pytest.mark.parametrize("case", wan.CASES)
 def test_gradients_are_bit_identical(case, patched, layout):
-    model = build(case, patched, layout)
-    plain = run(model, case)
-    for policy, offload in SETTINGS:
-        assert activation_checkpointing(model, policy, offload) is model
-        assert_same_bits(run(model, case), plain)
-        moved = offload_bytes(model)["transferred"]
-        assert (moved > 0) == (offload is not None)
-        assert_empty(model)
+    check_settings(build(case, patched, layout), case)
 
 
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@PATCHED
 def test_lora(patched):
     pytest.importorskip("peft")
     model = build(patched=patched)
     add_lora(model, lora_rank=2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    plain = run(model)
-    assert sum(gradient is not None for gradient in plain[1].values()) > 4 * LAYERS
-    for policy, offload in SETTINGS:
-        activation_checkpointing(model, policy, offload)
-        assert_same_bits(run(model), plain)
-        assert_empty(model)
+    _, gradients = check_settings(fill_adapters(model))
+    assert sum(gradient is not None for gradient in gradients.values()) > 4 * LAYERS
 
 
 def test_under_autocast():
-    model = build()
     with torch.autocast("cpu", torch.bfloat16):
-        plain = run(model)
-        for setting in SETTINGS:
-            activation_checkpointing(model, *setting)
-            assert_same_bits(run(model), plain)
-            assert_empty(model)
+        check_settings(build())
+
+
+def test_works_around_chunked_feed_forward():
+    model = build()
+    find_adapter(model).chunk_feed_forward(model, 5)
+    check_settings(model)
 
 
 def compiled_case(backend, patched, trains):
@@ -129,22 +108,20 @@ def compiled_case(backend, patched, trains):
     x, timestep, conditions = wan.inputs()
     text = conditions["encoder_hidden_states"]
 
-    def gradients():
+    def step():
         out = model(x, timestep, text, return_dict=False)[0]
         out.square().sum().backward()
-        found = {name: p.grad for name, p in model.named_parameters()}
-        model.zero_grad(set_to_none=True)
-        return out.detach(), found
+        return out.detach(), gradients(model)
 
     for block in model.blocks:
         block.compile(backend=backend)
-    plain = gradients()
+    plain = step()
     for policy, offload in SETTINGS:
         activation_checkpointing(model, policy, offload)
         with Count() as count:
-            ours = gradients()
-        assert_same_bits(ours, plain)
-        assert_empty(model)
+            ours = step()
+        assert_same(ours, plain)
+        assert held(model) == (0, 0)
         assert count.attention == (8 if policy == "full" else 4), (policy, offload)
 
 
@@ -155,7 +132,7 @@ def test_compiled_blocks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trains", ["", "ffn"])
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@PATCHED
 def test_compiled_blocks_by_inductor(patched, trains):
     """Unpatched, only the feed-forward layers trained: the compiled block writes over the
     attention output, so that an alias of it would be wrong.
@@ -165,7 +142,7 @@ def test_compiled_blocks_by_inductor(patched, trains):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@EACH_SETTING
 def test_model_compiled_whole(setting):
     torch.compiler.reset()
     model = build(layers=2)
@@ -179,7 +156,7 @@ def test_model_compiled_whole(setting):
 
 
 @pytest.mark.parametrize("case,per_block", [("t2v", 2), ("i2v", 3)])
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@PATCHED
 def test_attention_recompute_runs_no_attention(case, per_block, patched):
     model = build(case, patched)
     for policy, offload in [("none", None), *SETTINGS]:
@@ -200,20 +177,8 @@ def test_frozen_reward_gets_the_same_input_gradient():
         leaf = x.clone().requires_grad_()
         reward(leaf, timestep, conditions).sum().backward()
         found.append(leaf.grad)
-        assert_empty(reward.backbone)
-    assert all(torch.equal(gradient, found[0]) for gradient in found)
-
-
-def test_works_around_chunked_feed_forward():
-    from prfl_fast.models.registry import find_adapter
-
-    model = build()
-    find_adapter(model).chunk_feed_forward(model, 5)
-    plain = run(model)
-    for setting in SETTINGS:
-        activation_checkpointing(model, *setting)
-        assert_same_bits(run(model), plain)
-        assert_empty(model)
+        assert held(reward.backbone) == (0, 0)
+    assert_same(found, found[:1] * len(found))
 
 
 def test_last_call_wins_and_none_restores():
@@ -231,11 +196,11 @@ def test_last_call_wins_and_none_restores():
     activation_checkpointing(model, "attention", "cpu")
     activation_checkpointing(model, "none")
     assert not model.gradient_checkpointing
-    assert_same_bits(run(model), before)
+    assert_same(run(model), before)
     assert set(offload_bytes(model).values()) == {0}
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@EACH_SETTING
 def test_without_gradients_nothing_is_kept(setting):
     model = activation_checkpointing(build(), *setting)
     x, timestep, conditions = wan.inputs()
@@ -250,7 +215,7 @@ def test_deep_copy_works_on_its_own():
     twin = copy.deepcopy(model)
     plain = run(model)
     del model
-    assert_same_bits(run(twin), plain)
+    assert_same(run(twin), plain)
 
 
 def test_warns_once_without_an_attention_operation():
@@ -261,7 +226,7 @@ def test_warns_once_without_an_attention_operation():
         with pytest.warns(
             UserWarning, match="found no known attention operation in WanTransformerBlock"
         ):
-            assert_same_bits(run(model), plain)
+            assert_same(run(model), plain)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             run(model)
@@ -285,56 +250,43 @@ def test_bad_arguments(arguments, message):
         activation_checkpointing(torch.nn.Linear(2, 2))
 
 
-def loss(model, scale=1.0):
-    x, timestep, conditions = wan.inputs(size=(2, 4, 4))
-    out = model(x * scale, timestep, conditions["encoder_hidden_states"], return_dict=False)[0]
-    return out.square().sum()
-
-
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@EACH_SETTING
 def test_several_graphs_alive(setting):
     """Two losses, backward in either order, and one backward through both."""
     model = build()
 
     def run_all():
         for order in ((0, 1), (1, 0)):
-            losses = [loss(model), loss(model, 0.5)]
+            losses = [loss(model), loss(model, scale=0.5)]
             for index in order:
                 losses[index].backward()
-        (loss(model) * loss(model, 0.5)).backward()
+        (loss(model) * loss(model, scale=0.5)).backward()
         return gradients(model)
 
     plain = run_all()
     activation_checkpointing(model, *setting)
     ours = run_all()
-    assert all(torch.equal(ours[name], plain[name]) for name in plain)
-    assert_empty(model)
+    assert_same(ours, plain)
+    assert held(model) == (0, 0)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@EACH_SETTING
 def test_backward_twice(setting):
     model = build()
-    loss(model).backward()
-    once = gradients(model)
+    once = gradients_of_loss(model)
     activation_checkpointing(model, *setting)
     kept = loss(model)
     kept.backward(retain_graph=True)
-    assert all(torch.equal(g, once[name]) for name, g in gradients(model).items())
+    assert_same(gradients(model), once)
     if setting[0] == "attention":
         with pytest.raises(RuntimeError, match="supports one backward per graph: choose 'full'"):
             kept.backward()
         model.zero_grad(set_to_none=True)
     else:
         kept.backward()
-        assert all(torch.equal(g, once[name]) for name, g in gradients(model).items())
+        assert_same(gradients(model), once)
     del kept
-    assert_empty(model)
+    assert held(model) == (0, 0)
 
 
 @pytest.mark.parametrize("setting", [("none", None), *SETTINGS], ids=str)
@@ -350,7 +302,7 @@ def test_block_input_changed_in_place_raises(setting):
 
 
 @pytest.mark.parametrize("offload", [None, "cpu"])
-def test_attention_output_changed_in_place_raises(offload):
+def test_attention_output_changed_in_place_raises(offload, monkeypatch):
     """By code after the attention operation: the kept output is not what it returned."""
     model = activation_checkpointing(build(patched=False), "attention", offload)
     original = torch.nn.functional.scaled_dot_product_attention
@@ -361,11 +313,9 @@ def test_attention_output_changed_in_place_raises(offload):
             out.mul_(1)
         return out
 
-    torch.nn.functional.scaled_dot_product_attention = spoiling
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spoiling)
         value = loss(model)
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
 
@@ -378,48 +328,32 @@ def block_bytes(kind, policy, patched):
     with torch.device("meta"):
         model = WanTransformer3DModel(
             num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=1
-        ).to(torch.bfloat16)
+        )
     model.requires_grad_(kind == "full")
     if kind == "lora":
         add_lora(model, 16)
+    model.to(torch.bfloat16)
     with FakeTensorMode():
-        for module in model.modules():
-            for name, p in list(module._parameters.items()):
-                if p is not None:
-                    dtype = torch.bfloat16
-                    module._parameters[name] = torch.nn.Parameter(
-                        torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad
-                    )
-            for name, b in list(module._buffers.items()):
-                if b is not None:
-                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        materialize(model)
         if patched:
             prfl_fast.patch(model)
         text = torch.empty(1, 512, dim, dtype=torch.bfloat16)
         time = torch.empty(1, 6, dim)
         rope = model.rope(torch.empty(1, 16, 21, 90, 160))
         activation_checkpointing(model, policy)
+        run = model._gradient_checkpointing_func if policy != "none" else lambda f, *a: f(*a)
         with Ledger() as ledger:
             x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
-            if policy == "none":
-                out = model.blocks[0](x, text, time, rope)
-            else:
-                out = model._gradient_checkpointing_func(model.blocks[0], x, text, time, rope)
+            out = run(model.blocks[0], x, text, time, rope)
             return ledger.live - out.untyped_storage().nbytes()
 
 
-@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@PATCHED
 def test_bytes_of_a_14b_block(patched):
-    table = {}
-    for kind in ("full", "lora", "frozen"):
-        for policy in POLICIES:
-            table[kind, policy] = block_bytes(kind, policy, patched)
-        row = {policy: f"{table[kind, policy] / 1e9:.2f} GB" for policy in POLICIES}
-        share = table[kind, "none"] / table[kind, "attention"]
-        print("patched" if patched else "unpatched", kind, row, f"none/attention {share:.2f}")
     x = 75600 * 5120 * 2
     lse = 75600 * 40 * 4
     for kind in ("full", "lora", "frozen"):
-        assert table[kind, "full"] == x
-        assert table[kind, "attention"] == pytest.approx(3 * x + 2 * lse, rel=1e-3)
-    assert table["full", "attention"] <= table["full", "none"] / 6
+        none, full, attention = (block_bytes(kind, policy, patched) for policy in POLICIES)
+        assert full == x
+        assert attention == pytest.approx(3 * x + 2 * lse, rel=1e-3)
+        assert kind != "full" or attention <= none / 6

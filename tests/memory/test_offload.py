@@ -5,16 +5,7 @@ import mmap
 import pytest
 import torch
 import wan
-from offload_models import (
-    SMALL,
-    assert_equal,
-    build,
-    drop_gradient,
-    gradients,
-    held,
-    loss,
-    offload_small_tensors,  # noqa: F401 - a fixture
-)
+from offload_models import SMALL, assert_same, build, gradients, gradients_of_loss, held, loss
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,12 +18,19 @@ from prfl_fast.memory.offload import Handle, HostMemoryError, Offloader, host_me
 pytest.importorskip("diffusers")
 
 
+EACH_POLICY = pytest.mark.parametrize("policy", POLICIES)
+
+
+def drop_gradient(parameter):
+    parameter.grad = None
+
+
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
-@pytest.mark.parametrize("policy", POLICIES)
+@EACH_POLICY
 def test_two_blocks_on_the_device_at_most(policy, patched):
     """By the offloader's counts, and by all storages alive, whoever holds them."""
     live, peak = {}, {}
-    for layers in (1, 4, 8, 16):
+    for layers in (1, 2, 4, 8):
         model = build(layers, policy, patched)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(drop_gradient)
@@ -50,10 +48,9 @@ def test_two_blocks_on_the_device_at_most(policy, patched):
         # Out go all but the last, back come all but the last two.
         assert backward["transferred"] == block * (max(0, layers - 1) + max(0, layers - 2))
         assert held(model) == (0, 0)
-    print(policy, patched, "block", block, "live after forward", live, "peak", peak)
     # Tensors below the limit stay: rows of modulation and statistics of every block.
     for bytes_by_depth in (live, peak):
-        assert bytes_by_depth[16] - bytes_by_depth[8] <= 8 * SMALL
+        assert bytes_by_depth[8] - bytes_by_depth[4] <= 4 * SMALL
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
@@ -72,7 +69,7 @@ def test_two_blocks_at_most_in_the_backward_of_a_graph_that_stays(policy):
         del other
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EACH_POLICY
 def test_models_that_follow_each_other_share_the_two_blocks(policy):
     """Generator, then reward; the reward's backward fetches the generator's last block ahead."""
     generator, reward = build(4, policy), build(3, policy)
@@ -102,15 +99,13 @@ def test_models_that_follow_each_other_share_the_two_blocks(policy):
         assert held(model) == (0, 0)
         activation_checkpointing(model, "none")
     run().backward()
-    for model, found in zip((generator, reward), ours, strict=True):
-        assert_equal(found, gradients(model))
+    assert_same([gradients(generator), gradients(reward)], ours)
 
 
 def test_host_buffers_serve_again():
     model = build()
     for _ in range(3):
-        loss(model).backward()
-        model.zero_grad(set_to_none=True)
+        gradients_of_loss(model)
     now = offload_bytes(model)
     assert now["host_pool"] == now["host_peak"] > 0
     loss(model, size=(3, 4, 6)).backward()
@@ -119,11 +114,9 @@ def test_host_buffers_serve_again():
 
 def test_host_limit_raises_before_it_is_passed():
     model = build(6)
-    loss(model).backward()
-    plain, need = gradients(model), offload_bytes(model)["host_peak"]
+    plain, need = gradients_of_loss(model), offload_bytes(model)["host_peak"]
     activation_checkpointing(model, "none", "cpu", host_limit=need)
-    loss(model).backward()
-    assert_equal(gradients(model), plain)
+    assert_same(gradients_of_loss(model), plain)
     activation_checkpointing(model, "none", "cpu", host_limit=need - 1)
     for _ in range(2):
         with pytest.raises(HostMemoryError, match="bytes in use, expected at most") as caught:
@@ -136,8 +129,7 @@ def test_host_limit_raises_before_it_is_passed():
     loss(model, size=(1, 4, 4)).backward()
     model.zero_grad(set_to_none=True)
     activation_checkpointing(model, "full", "cpu", host_limit=need - 1)
-    loss(model).backward()
-    assert_equal(gradients(model), plain)
+    assert_same(gradients_of_loss(model), plain)
 
 
 def test_buffers_of_old_sizes_make_room():
@@ -206,12 +198,17 @@ def there_and_back(group):
     group.leave_device()
 
 
+def offloaded(*tensors):
+    offloader, group, handles = pack_all(*tensors)
+    there_and_back(group)
+    return offloader, handles
+
+
 def test_a_storage_is_copied_once_and_views_come_back():
     base = torch.randn(8, 6, 4)
     views = [base, base[2:4], base.transpose(0, 2), base.view(-1)[5:90:7], base.view(torch.int32)]
     values = [view.clone() for view in views]
-    offloader, group, handles = pack_all(*views)
-    there_and_back(group)
+    offloader, handles = offloaded(*views)
     assert offloader.bytes["host_now"] == base.nbytes and offloader.bytes["device_now"] == 0
     for handle, view, value in zip(handles, views, values, strict=True):
         back = handle.unpack()
@@ -226,8 +223,7 @@ def test_a_storage_is_copied_once_and_views_come_back():
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex128, torch.float8_e4m3fn, torch.int64])
 def test_dtypes(dtype):
     tensor = torch.randn(16, 16).to(dtype)
-    offloader, group, (handle,) = pack_all(tensor)
-    there_and_back(group)
+    offloader, (handle,) = offloaded(tensor)
     assert offloader.bytes["host_now"] == tensor.nbytes
     assert torch.equal(handle.unpack().view(torch.uint8), tensor.view(torch.uint8))
 
@@ -257,12 +253,11 @@ def test_what_stays(monkeypatch):
         assert handle.unpack().untyped_storage()._cdata == tensor.untyped_storage()._cdata
 
 
-@pytest.mark.parametrize("offloaded", [True, False])
-def test_changed_in_place_raises(offloaded):
-    base = torch.randn(16, 16) if offloaded else torch.randn(2)
-    offloader, group, (handle,) = pack_all(base.t())
-    there_and_back(group)
-    assert (offloader.bytes["host_now"] > 0) == offloaded
+@pytest.mark.parametrize("moves", [True, False])
+def test_changed_in_place_raises(moves):
+    base = torch.randn(16, 16) if moves else torch.randn(2)
+    offloader, (handle,) = offloaded(base.t())
+    assert (offloader.bytes["host_now"] > 0) == moves
     handle.unpack()
     base.view(-1).add_(1)  # through another view
     with pytest.raises(RuntimeError, match="modified by an inplace operation.*at version 1"):
@@ -271,9 +266,7 @@ def test_changed_in_place_raises(offloaded):
 
 def test_saved_before_and_after_a_change_are_two():
     base = torch.zeros(16, 16)
-    offloader = Offloader()
-    group = offloader.open(nn.Linear(1, 1), torch.ones(1), ())
-    old = group.pack(base)
+    _, group, (old,) = pack_all(base)
     group.copy_to_host()
     base.add_(1)
     new = group.pack(base)
@@ -324,25 +317,21 @@ class LateCopies:
         monkeypatch.setattr(offloading._Saved, "_drop", checked_drop)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EACH_POLICY
 def test_every_use_and_every_release_waits_for_its_copy(policy, monkeypatch):
-    model = build(6, policy)
-    activation_checkpointing(model, "none")
-    loss(model).backward()
-    plain = gradients(model)
-    activation_checkpointing(model, policy, "cpu")
+    model, plain = build(6, policy), gradients_of_loss(build(6, offload=None))
     late = LateCopies(monkeypatch)
     for _ in range(3):  # host buffers serve again while copies are pending
         first, second = loss(model), loss(model)
         del second  # its copies are pending
         first.backward()
-        assert_equal(gradients(model), plain)
+        assert_same(gradients(model), plain)
         del first
     assert late.early == 0
     assert held(model) == (0, 0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@EACH_POLICY
 def test_copies_run_one_block_ahead(policy, monkeypatch):
     """In the backward a block finds its tensors already asked for, by the block after it."""
     model, waited, asked = build(6, policy), [], []
@@ -364,7 +353,7 @@ def test_copies_run_one_block_ahead(policy, monkeypatch):
 
 
 # Fake tensors, as the planner uses them.
-@pytest.mark.parametrize("policy", POLICIES)
+@EACH_POLICY
 def test_fake_tensors_count_the_same_bytes(policy, monkeypatch):
     real = build(4, policy)
     loss(real).backward()
@@ -383,12 +372,12 @@ def test_fake_tensors_count_the_same_bytes(policy, monkeypatch):
 
 def test_handle_keeps_no_memory_of_what_is_saved():
     tensor = torch.randn(64, 64, requires_grad=True) * 2
-    offloader, group, (handle,) = pack_all(tensor)
+    _, _, (handle,) = pack_all(tensor)
     assert isinstance(handle, Handle) and handle._alias.untyped_storage().nbytes() == 0
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", POLICIES)
+@EACH_POLICY
 def test_on_cuda(policy):
     """Real streams: the same gradients, and memory that does not grow with depth."""
     torch.use_deterministic_algorithms(True)
@@ -409,14 +398,13 @@ def test_on_cuda(policy):
             plain = run()
             activation_checkpointing(model, policy, "cpu")
             for _ in range(3):
-                assert_equal(run(), plain)
+                assert_same(run(), plain)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             run()
             parameters = sum(p.nbytes for p in model.parameters())
             peaks[layers] = torch.cuda.max_memory_allocated() - before - parameters
             assert held(model) == (0, 0)
-        print(policy, peaks)
         assert peaks[16] <= 1.1 * peaks[4] + (4 << 20)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,11 +1,11 @@
 """AdamW of every kind: what it computes, what it stores, and how many bytes that takes."""
 
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
+from compiled import run_python
+from offload_models import assert_same
 from torch import nn
 
 from prfl_fast.memory.ledger import Ledger
@@ -39,6 +39,19 @@ def take(optimizer, params, seeds):
         torch.manual_seed(seed)  # of the stochastic rounding
         give_gradients(params, seed)
         optimizer.step()
+
+
+def resume(make, optimizer, params):
+    """Return ``make()``'s parameters and optimizer with the values and the state of these."""
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), [p.detach() for p in params]], file)
+    file.seek(0)
+    state, weights = torch.load(file, weights_only=True)
+    resumed, again = make()
+    for p, weight in zip(resumed, weights, strict=True):
+        p.data.copy_(weight)
+    again.load_state_dict(state)
+    return resumed, again
 
 
 def tensors(state):
@@ -95,21 +108,12 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(kind, dtype, gradients):
 
     params, optimizer = make()
     take(optimizer, params, range(3))
-    file = io.BytesIO()
-    torch.save([optimizer.state_dict(), [p.detach() for p in params]], file)
+    resumed, again = resume(make, optimizer, params)
     take(optimizer, params, range(3, 6))
-    file.seek(0)
-    state, weights = torch.load(file, weights_only=True)
-    resumed, again = make()
-    again.load_state_dict(state)
-    with torch.no_grad():
-        for p, weight in zip(resumed, weights, strict=True):
-            p.copy_(weight)
     take(again, resumed, range(3, 6))
+    assert_same(resumed, params)
     for p, q in zip(params, resumed, strict=True):
-        assert torch.equal(p, q)
-        for a, b in zip(tensors(optimizer.state[p]), tensors(again.state[q]), strict=True):
-            assert a.dtype == b.dtype and torch.equal(a, b)
+        assert_same(list(tensors(again.state[q])), list(tensors(optimizer.state[p])))
 
 
 def test_paged_states_are_put_back_in_buffers_of_their_own(monkeypatch):
@@ -117,30 +121,25 @@ def test_paged_states_are_put_back_in_buffers_of_their_own(monkeypatch):
     from prfl_fast.memory import optimizers
 
     made = []
-    make = optimizers._paged_class()
-    buffer = make.get_state_buffer
+    paged = optimizers._paged_class()
+    buffer = paged.get_state_buffer
     monkeypatch.setattr(
-        make, "get_state_buffer", lambda *a, **k: made.append(buffer(*a, **k)) or made[-1]
+        paged, "get_state_buffer", lambda *a, **k: made.append(buffer(*a, **k)) or made[-1]
     )
-    shapes = [(300, 400), (100,), (4096,)]
-    params = parameters(shapes=shapes)
-    optimizer = make(params, lr=1e-2)
+
+    def make():
+        made.clear()
+        params = parameters(shapes=[(300, 400), (100,), (4096,)])
+        return params, paged(params, lr=1e-2)
+
+    params, optimizer = make()
     take(optimizer, params, range(2))
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    resumed = parameters(shapes=shapes)
-    with torch.no_grad():
-        for p, q in zip(resumed, params, strict=True):
-            p.copy_(q)
-    again = make(resumed, lr=1e-2)
-    made.clear()
-    again.load_state_dict(torch.load(file, weights_only=True))
+    resumed, again = resume(make, optimizer, params)
     held = [again.state[p][name] for p in resumed for name in ("state1", "state2")]
     assert [id(t) for t in held] == [id(t) for t in made]
     take(optimizer, params, range(2, 4))
     take(again, resumed, range(2, 4))
-    assert all(torch.equal(p, q) for p, q in zip(params, resumed, strict=True))
+    assert_same(resumed, params)
 
 
 @pytest.mark.parametrize("kind", HERE)
@@ -150,7 +149,7 @@ def test_the_rate_can_be_changed(kind):
     before = [p.detach().clone() for p in params]
     set_learning_rate(optimizer, 0.0)
     take(optimizer, params, [0])
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert_same(params, before)
     set_learning_rate(optimizer, 0.5)
     take(optimizer, params, [1])
     assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
@@ -288,7 +287,7 @@ def test_norm_is_float32_and_that_of_torch():
     params = parameters()
     give_gradients(params, 0)
     gradients = [p.grad for p in params]
-    assert torch.equal(gradient_norm(gradients), nn.utils.get_total_norm(gradients))
+    assert_same(gradient_norm(gradients), nn.utils.get_total_norm(gradients))
     half = [g.bfloat16() for g in gradients]
     norm = gradient_norm(half)
     exact = torch.cat([g.double().flatten() for g in half]).norm()
@@ -321,25 +320,10 @@ def test_clipping_and_stepping_make_no_second_copy_of_the_gradients():
     ("kind", "params", "gradients", "message"),
     [
         ("adam", parameters(), "parameter", "optimizer is 'adam', expected one of 'adamw', "),
-        (
-            "adamw",
-            parameters(),
-            "half",
-            "gradient_dtype is 'half', expected",
-        ),
+        ("adamw", parameters(), "half", "gradient_dtype is 'half', expected"),
         ("adamw", [], "parameter", r"parameters is \[\], expected at least one"),
-        (
-            "adamw",
-            parameters(torch.float16),
-            "parameter",
-            "parameter 0 is torch.float16, ex",
-        ),
-        (
-            "paged-adamw8bit",
-            parameters(torch.bfloat16),
-            "parameter",
-            "expected torch.float32 for paged-adamw8bit",
-        ),
+        ("adamw", parameters(torch.float16), "parameter", "parameter 0 is torch.float16, ex"),
+        ("paged-adamw8bit", parameters(torch.bfloat16), "parameter", "expected torch.float32 for"),
         ("paged-adamw8bit", parameters(), "parameter", "on a CUDA device; adamw8bit does not"),
     ],
 )
@@ -349,7 +333,7 @@ def test_bad_arguments(kind, params, gradients, message):
 
 
 def test_libraries_are_imported_when_asked_for_and_silently(tmp_path):
-    script = """if True:
+    script = """
         import sys, torch, prfl_fast
         from prfl_fast.memory.optimizers import make_optimizer
         p = torch.nn.Parameter(torch.ones(3))
@@ -358,9 +342,7 @@ def test_libraries_are_imported_when_asked_for_and_silently(tmp_path):
         make_optimizer("adamw8bit", [p], learning_rate=1.0)
         assert "torchao" in sys.modules and "bitsandbytes" not in sys.modules
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run_python(script, cwd=tmp_path)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
 
 
@@ -395,26 +377,22 @@ def test_on_cuda(kind, dtype, device="cuda"):
         for q, p in zip(wide, start, strict=True):
             q.copy_(p)
     oracle = torch.optim.AdamW(wide, lr=0.1)
-    states = []
 
-    def make(values):
-        params = [nn.Parameter(p.detach().to(device, copy=True)) for p in values]
+    def make():
+        params = [nn.Parameter(p.detach().to(device, copy=True)) for p in start]
         return params, make_optimizer(kind, params, learning_rate=0.1)
 
-    params, optimizer = make(start)
+    runs = [make()]
     for seed in range(4):
         if seed == 2:
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
-            resumed, again = make(params)
-            again.load_state_dict(torch.load(file, weights_only=True))
-            states.append((again, resumed))
-        for some, theirs in ((optimizer, params), *states):
-            take(some, theirs, [seed])
+            params, optimizer = runs[0]
+            runs.append(resume(make, optimizer, params))
+        for params, optimizer in runs:
+            take(optimizer, params, [seed])
         for p, q in zip(params, wide, strict=True):
             q.grad = p.grad.cpu().float()
         oracle.step()
+    (params, _), (resumed, _) = runs
     for p, twin, q, before in zip(params, resumed, wide, start, strict=True):
         assert torch.equal(p, twin)
         moved, expected = p.detach().cpu().float() - before.float(), q.detach() - before.float()

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 import torch
+from harness import saved_bytes
+from offload_models import assert_same, fill_adapters
+from offload_models import gradients as gradients_left
 from wan import inputs, tiny_wan
 
 import prfl_fast.memory.policy
@@ -42,9 +45,12 @@ def gradients(transformer, reward):
         transformer, reward, FlowUniPC(shift=5.0), GradientPlan.prfl(), num_inference_steps=3
     )
     out = step(noise, conditions, generator=torch.Generator().manual_seed(0))
-    found = {n: p.grad for n, p in transformer.named_parameters() if p.grad is not None}
-    transformer.zero_grad(set_to_none=True)
-    return out.rewards, found
+    return out.rewards, gradients_left(transformer)
+
+
+def apply_both(transformer, reward, config, reward_config=None):
+    apply_memory(transformer, config)
+    apply_memory(reward, reward_config or config)
 
 
 @pytest.mark.parametrize("patched", [True, False])
@@ -55,40 +61,19 @@ def test_what_may_change_between_runs_gives_the_same_bits(patched):
     expected = gradients(transformer, reward)
     assert len(expected[1]) > 50
     for changes in SAME_NUMBERS.values():
-        for model, policy in zip((transformer, reward), changes, strict=True):
-            apply_memory(model, MemoryConfig("fp32", *policy))
-        score, found = gradients(transformer, reward)
-        assert torch.equal(score, expected[0])
-        assert found.keys() == expected[1].keys()
-        assert all(torch.equal(found[name], expected[1][name]) for name in found), changes
-    chunked = MemoryConfig(activation_checkpointing="full", feed_forward_chunk=5)
-    apply_memory(transformer, chunked), apply_memory(reward, chunked)
+        apply_both(transformer, reward, *(MemoryConfig("fp32", *policy) for policy in changes))
+        assert_same(gradients(transformer, reward), expected)
+    apply_both(transformer, reward, MemoryConfig("fp32", "full", feed_forward_chunk=5))
     _, found = gradients(transformer, reward)
-    for name, gradient in found.items():  # another order of sums in the chunks' products
-        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-6)
-    apply_memory(transformer, MemoryConfig()), apply_memory(reward, MemoryConfig())
-    _, found = gradients(transformer, reward)
-    assert all(torch.equal(found[name], expected[1][name]) for name in found)
+    # Another order of sums in the chunks' products.
+    torch.testing.assert_close(found, expected[1], rtol=1e-4, atol=1e-6)
+    apply_both(transformer, reward, MemoryConfig())
+    assert_same(gradients(transformer, reward), expected)
 
 
 def test_policies_are_each_models_own():
     transformer, reward = models()
-    both = (*transformer.parameters(), *reward.parameters())
-    weights = {p.untyped_storage().data_ptr() for p in both}
-
-    def kept(call):
-        """Numbers that a forward keeps for its backward, weights not counted."""
-        sizes = []
-
-        def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in weights:
-                sizes.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            call()
-        return sum(sizes)
-
+    weights = [*transformer.parameters(), *reward.parameters()]
     x, timestep, conditions = inputs("t2v", batch=1)
     x.requires_grad_()
     found = {}
@@ -98,11 +83,10 @@ def test_policies_are_each_models_own():
         "reward": ("none", "full"),
         "both": ("full", "full"),
     }.items():
-        for model, policy in zip((transformer, reward), policies, strict=True):
-            apply_memory(model, MemoryConfig(activation_checkpointing=policy))
+        apply_both(transformer, reward, *(MemoryConfig("fp32", policy) for policy in policies))
         found[name] = [
-            kept(lambda: transformer(x, timestep, **conditions)),
-            kept(lambda: reward(x, timestep, conditions)),
+            saved_bytes(lambda: transformer(x, timestep, **conditions), weights),
+            saved_bytes(lambda: reward(x, timestep, conditions), weights),
         ]
     assert found["generator"][0] < found["none"][0] / 4
     assert found["reward"][1] < found["none"][1] / 2
@@ -136,13 +120,10 @@ def test_narrow_weights_move_the_gradient_little():
     transformer, reward = models(heads=4, head_dim=32)
     for kind in ("fp32", "bf16", "fp8", "nf4"):
         model, judge = copy.deepcopy(transformer), copy.deepcopy(reward)
-        apply_memory(model, MemoryConfig(kind)), apply_memory(judge, MemoryConfig(kind))
+        apply_both(model, judge, MemoryConfig(kind))
         torch.manual_seed(1)
         add_lora(model, 2)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.01)
-        _, found = gradients(model, judge)
+        _, found = gradients(fill_adapters(model, std=0.01), judge)
         flat[kind] = torch.cat([g.flatten().double() for g in found.values()])
     cosines = {kind: torch.cosine_similarity(flat[kind], flat["fp32"], 0) for kind in flat}
     assert cosines["bf16"] > 0.99 and cosines["fp8"] > 0.98 and cosines["nf4"] > 0.8

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from numerics import assert_within_twice
+from offload_models import assert_same, fill_adapters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan import CASES, inputs, run, tiny_wan
@@ -18,6 +19,7 @@ from prfl_fast.training.lora import add_lora
 bnb = pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
 
 KINDS = ("fp8", "nf4")
+EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 # (out, in): a multiple of NF4's 64, rows that share a block of 64, an odd number of elements.
 SHAPES = ((128, 192), (50, 72), (33, 35))
 # Appendix E of QLoRA (arXiv 2305.14314).
@@ -43,18 +45,26 @@ def blocks_of(weight):
     return torch.cat([flat, flat.new_zeros(-flat.numel() % 64)]).view(-1, 64)
 
 
+def replace_layers(model, kind, change):
+    """Replace every layer that is exactly of ``kind`` by ``change(layer)``."""
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if type(child) is kind:
+                setattr(owner, name, change(child))
+    return model
+
+
 def dense(model, dtype=None):
     """Return the model with each quantized layer replaced by a plain one of its matrix."""
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, QuantizedLinear):
-                plain = nn.Linear(child.in_features, child.out_features, child.bias is not None)
-                width = child.bias.dtype if dtype is None else dtype
-                plain.weight = nn.Parameter(child.dequantize(width), requires_grad=False)
-                plain.bias = child.bias
-                setattr(module, name, plain)
-    return model
+
+    def plain_of(child):
+        plain = nn.Linear(child.in_features, child.out_features, child.bias is not None)
+        width = child.bias.dtype if dtype is None else dtype
+        plain.weight = nn.Parameter(child.dequantize(width), requires_grad=False)
+        plain.bias = child.bias
+        return plain
+
+    return replace_layers(copy.deepcopy(model), QuantizedLinear, plain_of)
 
 
 def call(model, case="t2v", dtype=torch.bfloat16, grad=False):
@@ -102,7 +112,7 @@ def test_nf4_is_that_of_bitsandbytes():
     assert torch.equal(ours[~nothing], theirs[~nothing])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 def test_a_layer_is_the_product_with_its_widened_matrix(kind, shape, dtype):
@@ -124,7 +134,7 @@ def test_a_layer_is_the_product_with_its_widened_matrix(kind, shape, dtype):
         assert_within_twice(ours, plain, oracle, name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_only_the_input_gets_a_gradient_and_nothing_is_kept(kind):
     layer = QuantizedLinear(linear(), kind)
     products, saved = [], []
@@ -155,7 +165,7 @@ def test_the_bias_can_train():
     assert QuantizedLinear(linear(bias=False), "fp8").bias is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_gradcheck_and_its_second_order(kind):
     layer = QuantizedLinear(linear((6, 8)), kind).double()
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
@@ -164,18 +174,14 @@ def test_gradcheck_and_its_second_order(kind):
     assert torch.autograd.gradgradcheck(layer, x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_no_cast_or_copy_changes_the_matrix(kind):
     layer = QuantizedLinear(linear(), kind)
     matrix = layer.dequantize(torch.float32)
-    for change in (
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.half().double(),
-        lambda m: m.float().to("cpu"),
-        copy.deepcopy,
-    ):
-        layer = change(layer)
+    for change in (nn.Module.bfloat16, nn.Module.half, nn.Module.double, nn.Module.cpu):
+        layer = copy.deepcopy(change(layer))
         assert torch.equal(layer.dequantize(torch.float32), matrix)
+    layer.float()
     assert layer.bias.dtype == torch.float32
     file = io.BytesIO()
     torch.save(layer, file)
@@ -184,13 +190,12 @@ def test_no_cast_or_copy_changes_the_matrix(kind):
     fresh = QuantizedLinear(linear(seed=1), kind)
     fresh.load_state_dict(layer.state_dict())
     for other in (again, fresh):
-        assert torch.equal(other.dequantize(torch.float32), matrix)
-        assert torch.equal(other.bias, layer.bias)
+        assert_same([other.dequantize(torch.float32), other.bias], [matrix, layer.bias])
     moved = layer.to("meta")
     assert moved.qweight.is_meta and moved.bias.is_meta and moved.qweight.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_bytes(kind):
     """14B's widest matrix: one byte and 4 a row, or half a byte, 1 for each 64 and 4
     for each 16384.
@@ -202,7 +207,7 @@ def test_bytes(kind):
     assert layer.qweight.nbytes == expected and layer.qweight.is_meta
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_autocast_narrows_the_input_as_it_does_for_a_linear_layer(kind):
     layer = QuantizedLinear(linear(), kind)
     x = torch.randn(4, 192, requires_grad=True)
@@ -214,7 +219,7 @@ def test_autocast_narrows_the_input_as_it_does_for_a_linear_layer(kind):
     assert x.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_compiled_layers_keep_no_widened_matrix(kind):
     layers = nn.Sequential(QuantizedLinear(linear((64, 64)), kind), nn.Tanh(), nn.Linear(64, 64))
     layers[2] = QuantizedLinear(layers[2].requires_grad_(False), kind)
@@ -228,7 +233,7 @@ def test_compiled_layers_keep_no_widened_matrix(kind):
     assert not [t for t in saved if t.shape == (64, 64)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_which_layers_of_a_model(kind):
     model = tiny_wan("i2v")
     linears = {n for n, m in model.named_modules() if type(m) is nn.Linear}
@@ -246,7 +251,7 @@ def test_which_layers_of_a_model(kind):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_a_patched_model_keeps_the_twice_rule(case, kind):
     model = cast_weights(tiny_wan(case), kind).requires_grad_(False)
     oracle, oracle_grads = run(model, *inputs(case), double=True)
@@ -263,7 +268,7 @@ def test_a_patched_model_keeps_the_twice_rule(case, kind):
     assert torch.equal(unpatched, plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_adapters_before_and_after(kind):
     before, after = tiny_wan(), tiny_wan()
     torch.manual_seed(0)
@@ -272,27 +277,23 @@ def test_adapters_before_and_after(kind):
     cast_weights(after, kind)
     torch.manual_seed(0)
     add_lora(after, 2)
-    for name, parameter in after.named_parameters():
-        if "lora_" in name:
-            assert parameter.dtype == torch.bfloat16 and parameter.requires_grad
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape) / 4)
-                before.get_parameter(name).copy_(parameter)
+    for model in (before, after):
+        torch.manual_seed(1)
+        fill_adapters(model)
+    adapters = {name: p for name, p in after.named_parameters() if "lora_" in name}
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in adapters.values())
     assert torch.equal(call(before), call(after))
     out, grad = call(patch(after), grad=True)
     assert out.isfinite().all() and grad.abs().max() > 0
     trained = {n for n, p in after.named_parameters() if p.grad is not None}
-    assert trained == {n for n, _ in after.named_parameters() if "lora_" in n}
+    assert trained == set(adapters)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_checkpointing_recomputes_the_same_bits(kind):
     model = cast_weights(tiny_wan(), kind)
     add_lora(model, 2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    fill_adapters(model)
     results = []
     for checkpointed in (False, True):
         if checkpointed:
@@ -301,10 +302,10 @@ def test_checkpointing_recomputes_the_same_bits(kind):
         results.append([out, grad] + [p.grad for p in model.parameters() if p.requires_grad])
         model.zero_grad()
     assert len(results[0]) == 2 + 2 * 2 * 4 * 2
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same(*results)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 @pytest.mark.parametrize("safe", (False, True))
 def test_merging_an_adapter_into_a_quantized_matrix_is_an_error(kind, safe):
     model = cast_weights(tiny_wan(), kind)
@@ -326,18 +327,13 @@ def test_the_layouts(tmp_path):
     def tensors(model):
         return dict([*model.named_parameters(), *model.named_buffers()])
 
-    assert tensors(bf16).keys() == tensors(theirs).keys()
-    for name, tensor in tensors(theirs).items():
-        assert (
-            torch.equal(tensors(bf16)[name], tensor) and tensors(bf16)[name].dtype == tensor.dtype
-        )
+    expected = tensors(bf16)
+    assert_same(expected, tensors(theirs))
     for kind in KINDS:
         small = tensors(cast_weights(copy.deepcopy(model), kind))
-        packed = [name for name in small if name.endswith("qweight")]
-        assert len(packed) == 24
-        for name in small.keys() - set(packed):
-            assert torch.equal(small[name], tensors(bf16)[name])
-            assert small[name].dtype == tensors(bf16)[name].dtype
+        dense = {name: t for name, t in small.items() if not name.endswith("qweight")}
+        assert len(small) - len(dense) == 24
+        assert_same(dense, {name: expected[name] for name in dense})
         straight = quantize(copy.deepcopy(model), kind).blocks[1].attn1.to_k.qweight
         assert torch.equal(small["blocks.1.attn1.to_k.qweight"], straight)
         # What a planner builds: sizes only.
@@ -356,9 +352,8 @@ def test_what_is_refused():
     model = tiny_wan()
     with pytest.raises(ValueError, match="kind is 'int3', expected one of 'fp8', 'nf4'"):
         quantize(model, "int3")
-    with pytest.raises(
-        ValueError, match="kind is 'fp16', expected one of 'fp32', 'bf16', 'fp8', 'nf4'"
-    ):
+    message = "kind is 'fp16', expected one of 'fp32', 'bf16', 'fp8', 'nf4'"
+    with pytest.raises(ValueError, match=message):
         cast_weights(model, "fp16")
     with pytest.raises(TypeError, match="a supported class: diffusers WanTransformer3DModel"):
         quantize(nn.Linear(2, 2), "fp8")
@@ -368,18 +363,13 @@ def test_what_is_refused():
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
     handle.remove()
     quantize(model, "fp8")
-    for change in (
-        lambda: quantize(model, "nf4"),
-        lambda: cast_weights(model, "nf4"),
-        lambda: cast_weights(model, "bf16"),
-    ):
-        with pytest.raises(
-            ValueError, match=r"kind of blocks\.0\.attn1\.to_q is 'fp8', expected '(nf4|bf16)'"
-        ):
-            change()
+    message = r"kind of blocks\.0\.attn1\.to_q is 'fp8', expected '(nf4|bf16)'"
+    for change, kind in ((quantize, "nf4"), (cast_weights, "nf4"), (cast_weights, "bf16")):
+        with pytest.raises(ValueError, match=message):
+            change(model, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_a_frozen_reward(kind, tmp_path):
     torch.manual_seed(0)
     reward = LatentRewardModel.from_backbone(tiny_wan(), num_blocks=2, num_heads=2).freeze()
@@ -403,22 +393,21 @@ def test_a_frozen_reward(kind, tmp_path):
 
 
 def test_layers_of_bitsandbytes_itself_keep_working():
+    def theirs_of(child):
+        layer = bnb.nn.Linear4bit(
+            child.in_features,
+            child.out_features,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=False,
+            quant_type="nf4",
+        )
+        layer.load_state_dict(child.state_dict())
+        layer.bias.data = layer.bias.data.bfloat16()
+        return layer.to("cpu").requires_grad_(False)
+
     model = cast_weights(tiny_wan(), "bf16").requires_grad_(False)
     ours = call(quantize(copy.deepcopy(model), "nf4"))
-    for block in model.blocks:
-        for owner in list(block.modules()):
-            for name, child in list(owner.named_children()):
-                if type(child) is nn.Linear:
-                    layer = bnb.nn.Linear4bit(
-                        child.in_features,
-                        child.out_features,
-                        compute_dtype=torch.bfloat16,
-                        compress_statistics=False,
-                        quant_type="nf4",
-                    )
-                    layer.load_state_dict(child.state_dict())
-                    layer.bias.data = layer.bias.data.bfloat16()
-                    setattr(owner, name, layer.to("cpu").requires_grad_(False))
+    replace_layers(model.blocks, nn.Linear, theirs_of)
     assert model.blocks[0].attn1.to_q.weight.dtype == torch.uint8
     theirs = call(model)
     layer = model.blocks[0].attn1.to_q
@@ -433,7 +422,7 @@ def test_layers_of_bitsandbytes_itself_keep_working():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND
 def test_on_cuda(kind, shape, device="cuda"):
     """The kernels of bitsandbytes there, on slices of one vector: the matrix is that of the CPU."""
     host = QuantizedLinear(linear(shape), kind)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_checks import assert_same_bits, saved_bytes
 
 from prfl_fast.kernels import attention, qk_norm_rope, rope_table
 from prfl_fast.models.block_autograd import NormAttention
@@ -33,9 +34,10 @@ def in_one_step(*tensors, cos=None, sin=None, grid=None, offset=(0, 0, 0)):
     return NormAttention.apply(*tensors, cos, sin, grid, offset, HEADS, 1e-6)
 
 
-@pytest.mark.parametrize(
-    "needed", [NAMES, ("q", "k", "v"), ("q",), ("v",), ("q_weight",), ("k_weight", "v")], ids=str
-)
+NEEDED = [NAMES, ("q", "k", "v"), ("q",), ("v",), ("q_weight",), ("k_weight", "v")]
+
+
+@pytest.mark.parametrize("needed", NEEDED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("keys, turn", [(LENGTH, rope()), (7, {})], ids=["self", "cross"])
 def test_same_bits_as_two_steps(keys, turn, dtype, needed):
@@ -46,24 +48,13 @@ def test_same_bits_as_two_steps(keys, turn, dtype, needed):
         out = function(*tensors, **turn)
         leaves = [t for t in tensors if t.requires_grad]
         found.append([out, *torch.autograd.grad(out, leaves, grad)])
-    for ours, theirs in zip(found[1], found[0], strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_bits(*found)
 
 
 def test_keeps_queries_and_keys_once():
     tensors = inputs(LENGTH, torch.float32, NAMES)
-    kept = []
-    for function in (in_two_steps, in_one_step):
-        storages = {}
-
-        def pack(tensor, storages=storages):
-            storages[tensor.untyped_storage()._cdata] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            function(*tensors, **rope())
-        kept.append(sum(storages.values()))
-    assert kept[0] - kept[1] == 2 * tensors[0].nbytes
+    two, one = (saved_bytes(lambda f=f: f(*tensors, **rope())) for f in (in_two_steps, in_one_step))
+    assert two - one == 2 * tensors[0].nbytes
 
 
 def test_without_gradient_nothing_is_kept():

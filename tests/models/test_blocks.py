@@ -12,42 +12,30 @@ pytest.importorskip("diffusers")
 L = 3 * 2 * 3
 
 
-def block_inputs(block, dtype=torch.float32):
-    torch.manual_seed(5)
-    dim = block.attn1.inner_dim
-    x, time = torch.randn(2, L, dim), torch.randn(2, 6, dim)
-    context = torch.randn(2, 9, dim)
-    return x.to(dtype), time.to(dtype), context.to(dtype)
-
-
-def three_modules(block, x, time, context, rope):
-    attn = layers.TimestepConditionedAttention.from_wan_block(block)
-    cross = layers.CrossAttention.from_wan_block(block)
-    ffn = layers.ModulatedFeedForward.from_wan_block(block)
-    x = attn(x, time[:, :3], rope)
-    return ffn(cross(x, context), time[:, 3:]), (attn, cross, ffn)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modules_with_a_wan_blocks_weights_compute_the_wan_block(dtype):
     model = wan.tiny_wan(layers=1).to(dtype)
     block = model.blocks[0]
-    x, time, context = block_inputs(block, dtype)
+    torch.manual_seed(5)
+    x, time, context = (torch.randn(2, size, 48).to(dtype) for size in (L, 6, 9))
     cos_sin = wan.tiny_wan(layers=1).rope(torch.zeros(1, 16, 3, 4, 6, dtype=dtype))
     rope = modules.Rope.from_grid((3, 2, 3), model.config.attention_head_dim)
-    ours, parts = three_modules(block, x, time, context, rope)
+    attn = layers.TimestepConditionedAttention.from_wan_block(block)
+    cross = layers.CrossAttention.from_wan_block(block)
+    ffn = layers.ModulatedFeedForward.from_wan_block(block)
+    ours = ffn(cross(attn(x, time[:, :3], rope), context), time[:, 3:])
     plain = block(x, context, time, cos_sin)
     for out in (ours, plain):
         out.float().square().mean().backward()
     gradients = {
-        "attn1.to_q.weight": parts[0].to_q.weight.grad,
-        "attn1.norm_k.weight": parts[0].norm_k.weight.grad,
-        "attn2.to_v.weight": parts[1].to_v.weight.grad,
-        "norm2.weight": parts[1].norm.weight.grad,
-        "ffn.net.0.proj.bias": parts[2].up.bias.grad,
+        "attn1.to_q.weight": attn.to_q.weight.grad,
+        "attn1.norm_k.weight": attn.norm_k.weight.grad,
+        "attn2.to_v.weight": cross.to_v.weight.grad,
+        "norm2.weight": cross.norm.weight.grad,
+        "ffn.net.0.proj.bias": ffn.up.bias.grad,
     }
     theirs = {name: block.get_parameter(name).grad.clone() for name in gradients}
-    gradients["scale_shift_table"] = torch.cat([parts[i].scale_shift_table.grad for i in (0, 2)])
+    gradients["scale_shift_table"] = torch.cat([m.scale_shift_table.grad for m in (attn, ffn)])
     theirs["scale_shift_table"] = block.scale_shift_table.grad[0].clone()
     double = model.double().blocks[0]
     double.zero_grad()

@@ -2,16 +2,16 @@
 and a model that is afterwards as it was.
 """
 
-import functools
 import gc
 import types
 import weakref
 
 import numerics
 import pytest
+import rollouts
 import torch
 import wan
-from rollouts import SHARES, TARGETS, Case, add_lora, assert_same, autocast, build, distance, fused
+from rollouts import FP8, SHARES, Case, add_lora, assert_same, autocast, build, distance, opened
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,12 +23,10 @@ from prfl_fast.models.inference import UnsupportedError
 from prfl_fast.models.registry import find_adapter
 
 pytest.importorskip("diffusers")
-FP8 = {"linears": "fp8", "attention": "fp8"}
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed", "autocast"])
-@pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_caches_change_no_bit(case, layout, batch):
     work = Case(build(case, layout, head_dim=24), case, batch=batch)
     state = work.state()
@@ -39,10 +37,10 @@ def test_caches_change_no_bit(case, layout, batch):
     work.assert_as_before(state)
 
 
-@pytest.mark.parametrize("case", ["t2v", "i2v"])
-@pytest.mark.parametrize(
-    "change", ["lora-after", "lora-before", "peft", "fused", "chunks", "no-norm", "fp8", "nf4"]
-)
+OTHERS = ["lora-after", "lora-before", "peft", "fused", "chunks", "no-norm", "fp8", "nf4"]
+
+
+@pytest.mark.parametrize("change", OTHERS)
 def test_caches_change_no_bit_of_other_models(change, case):
     model = wan.tiny_wan(case, cross_attn_norm=change != "no-norm")
     if change == "nf4":
@@ -52,13 +50,13 @@ def test_caches_change_no_bit_of_other_models(change, case):
     if change in ("lora-before", "fp8", "nf4"):
         add_lora(model)
     elif change == "fused":
-        fused(model)
+        rollouts.fused(model)
     prfl_fast.patch(model)
     if change == "lora-after":
         add_lora(model)
     elif change == "peft":
         peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+        config = peft.LoraConfig(r=2, target_modules=rollouts.TARGETS, init_lora_weights=False)
         model = peft.get_peft_model(model, config)
     elif change == "chunks":
         find_adapter(model).chunk_feed_forward(model, 5)
@@ -67,8 +65,7 @@ def test_caches_change_no_bit_of_other_models(change, case):
 
 
 def test_steps_in_any_order_and_latents_of_any_values():
-    work = Case(build())
-    rollout = work.open()
+    work, rollout = opened(build())
     x = 3 * work.x - 1
     for step in (2, 0, 2, 1):
         assert torch.equal(rollout.velocity(x, step), work.plain(x=x)[step])
@@ -77,29 +74,16 @@ def test_steps_in_any_order_and_latents_of_any_values():
 def test_what_no_step_changes_is_computed_once(monkeypatch):
     from diffusers.models import embeddings
 
-    calls = {"text": 0, "time": 0, "rope": 0}
-
-    def count(kind, owner, name):
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def counted(*args, **kwargs):
-            calls[kind] += 1
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
     work = Case(build("i2v"), "i2v")
-    count("text", embeddings.PixArtAlphaTextProjection, "forward")
-    count("time", embeddings.TimestepEmbedding, "forward")
-    count("rope", modules, "rope_table")
+    text = rollouts.spied(monkeypatch, embeddings.PixArtAlphaTextProjection, "forward")
+    time = rollouts.spied(monkeypatch, embeddings.TimestepEmbedding, "forward")
+    rope = rollouts.spied(monkeypatch, modules, "rope_table")
     rollout = work.open()
     work.all(rollout)
     work.all(rollout)
-    assert calls == {"text": 1, "time": len(SHARES), "rope": 1}
+    assert (len(text), len(time), len(rope)) == (1, len(SHARES), 1)
 
 
-@pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_products_that_a_step_no_longer_runs(case):
     work = Case(build(case), case, batch=1)
     rollout, dim, text = work.open(), 64, 512 if case == "i2v" else 7
@@ -121,8 +105,7 @@ def test_products_that_a_step_no_longer_runs(case):
 
 
 def test_keys_of_the_context_in_place_of_the_context():
-    model = build("i2v")
-    parts, x = model.blocks[0].attn2, torch.randn(2, 9, 64)
+    parts, x = build("i2v").blocks[0].attn2, torch.randn(2, 9, 64)
     context = torch.randn(2, 517, 64, requires_grad=True)
     whole = modules.cross_attention(parts, x, context)
     halves = modules.cross_attention(parts, x, modules.context_keys(parts, context))
@@ -145,12 +128,10 @@ def test_keeps_no_graph_and_saves_nothing():
 @pytest.mark.parametrize("how", [{}, FP8])
 def test_a_gradient_step_right_after_is_the_same(how):
     model = add_lora(build())
-    args = wan.inputs()
-    before = wan.run(model, *args)
+    before = wan.run(model, *wan.inputs())
     work = Case(model)
-    rollout = work.open(merge_lora=True)
-    work.all(rollout, **how)
-    after = wan.run(model, *args)
+    work.all(work.open(merge_lora=True), **how)
+    after = wan.run(model, *wan.inputs())
     assert torch.equal(before[0], after[0])
     assert any(gradient is not None for gradient in after[1].values())
     for name, gradient in before[1].items():
@@ -158,19 +139,16 @@ def test_a_gradient_step_right_after_is_the_same(how):
         assert gradient is None or torch.equal(gradient, after[1][name]), name
 
 
-def test_dropping_it_frees_the_caches():
-    work = Case(build())
-    rollout = work.open()
+def test_dropping_it_frees_the_caches(request):
+    work, rollout = opened(build())
     rollout.velocity(work.x, 0, **FP8)
     watched = [weakref.ref(tensor) for keys in rollout._keys for tensor in keys[:2]]
     watched.append(weakref.ref(rollout))
     assert all(ref() is not None for ref in watched)
+    request.addfinalizer(gc.enable)
     gc.disable()
-    try:
-        del rollout
-        assert all(ref() is None for ref in watched)
-    finally:
-        gc.enable()
+    del rollout
+    assert all(ref() is None for ref in watched)
 
 
 class StopError(Exception):
@@ -284,52 +262,36 @@ def test_models_that_are_not_patched():
             Case(model).open()
 
 
-def with_hook(model):
-    model.condition_embedder.text_embedder.register_forward_hook(lambda *_: None)
-    return model
-
-
-def with_pre_hook(model):
-    model.register_forward_pre_hook(lambda *_: None)
-    return model
-
-
 def with_accelerate(model):
     hooks = pytest.importorskip("accelerate.hooks")
     hooks.add_hook_to_module(model.blocks[0], hooks.ModelHook())
-    return model
 
 
 def with_own_forward(model):
     layer = model.blocks[0].attn2.to_k
     layer.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x), layer)
-    return model
 
 
-def with_dropout(model):
-    return add_lora(model, lora_dropout=0.1).train()
+CHANGES = [  # in place, or to another model
+    (
+        lambda m: m.condition_embedder.text_embedder.register_forward_hook(print),
+        r"\.text_embedder has hooks",
+    ),
+    (lambda m: m.register_forward_pre_hook(print), "pre-hooks"),
+    (with_accelerate, "WanTransformerBlock has a forward of its own over prfl_fast's"),
+    (with_own_forward, r"blocks\.0\.attn2\.to_k has hooks or a forward of its own"),
+    (lambda m: add_lora(m, lora_dropout=0.1).train(), r"has dropout p=0\.1"),
+    (lambda m: m.compile(backend="aot_eager"), "compiled as a whole"),
+    (lambda m: torch.compile(m, backend="aot_eager"), "compiled as a whole"),
+    (nn.DataParallel, "DataParallel"),
+]
 
 
-def compiled_inside(model):
-    model.compile(backend="aot_eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (with_hook, r"condition_embedder\.text_embedder has hooks"),
-        (with_pre_hook, "pre-hooks"),
-        (with_accelerate, "WanTransformerBlock has a forward of its own over prfl_fast's"),
-        (with_own_forward, r"blocks\.0\.attn2\.to_k has hooks or a forward of its own"),
-        (with_dropout, r"has dropout p=0\.1"),
-        (compiled_inside, "compiled as a whole"),
-        (lambda m: torch.compile(m, backend="aot_eager"), "compiled as a whole"),
-        (nn.DataParallel, "DataParallel"),
-    ],
-)
+@pytest.mark.parametrize("change, reason", CHANGES)
 def test_models_whose_rollouts_run_as_they_are(change, reason):
-    work = Case(change(build()))
+    model = build()
+    changed = change(model)
+    work = Case(changed if isinstance(changed, nn.Module) else model)
     with pytest.raises(UnsupportedError, match=reason):
         work.open()
 
@@ -355,21 +317,18 @@ def test_what_is_harmless_is_not_refused():
     assert len(seen) == len(SHARES)
 
 
-def test_inside_distributed_data_parallel(tmp_path):
+def test_inside_distributed_data_parallel(tmp_path, request):
     dist = torch.distributed
     if not dist.is_available() or dist.is_initialized():
         pytest.skip("needs torch.distributed")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        work = Case(nn.parallel.DistributedDataParallel(build()), batch=1)
-        assert_same(work.all(work.open()), work.plain())
-    finally:
-        dist.destroy_process_group()
+    request.addfinalizer(dist.destroy_process_group)
+    work = Case(nn.parallel.DistributedDataParallel(build()), batch=1)
+    assert_same(work.all(work.open()), work.plain())
 
 
 def test_bad_arguments():
-    work = Case(build())
-    rollout = work.open()
+    work, rollout = opened(build())
     for x, step, how, message in (
         (work.x[:1], 0, {}, r"x is float32\[1, 16, 3, 4, 6\].*expected \[2, 16, 3, 4, 6\]"),
         (work.x, -1, {}, "step is -1, expected 0 to 2"),

@@ -2,9 +2,10 @@
 
 import numerics
 import pytest
+import rollouts
 import torch
 import wan
-from rollouts import Case, add_lora, assert_same, autocast, build, distance, lay_out
+from rollouts import FP8, Case, add_lora, assert_same, autocast, build, distance, opened
 from torch import nn
 
 import prfl_fast
@@ -13,20 +14,6 @@ from prfl_fast.models import inference as rollout_block
 from prfl_fast.models import inference_linear as rollout_layers
 
 pytest.importorskip("diffusers")
-FP8 = {"linears": "fp8", "attention": "fp8"}
-
-
-def spied(monkeypatch, module, *names):
-    calls = []
-    for name in names:
-        original = getattr(module, name)
-
-        def spy(*args, name=name, original=original, **kwargs):
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, spy)
-    return calls
 
 
 # Merged adapters.
@@ -38,7 +25,7 @@ def test_merged_adapters_are_within_twice_the_unmerged_error(base, layout):
     model = wan.tiny_wan(head_dim=32)
     if base != "plain":
         quantize(model, base)
-    model = add_lora(lay_out(prfl_fast.patch(model), layout), lora_alpha=2.5)
+    model = add_lora(rollouts.lay_out(prfl_fast.patch(model), layout), lora_alpha=2.5)
     if layout == "bf16":
         model.to(torch.bfloat16)
     add_lora(model, "other", rank=2, seed=7, lora_alpha=3.0, target_modules=["to_q", "net.2"])
@@ -57,7 +44,7 @@ def test_merged_matrices_run_without_the_adapters(monkeypatch):
     work = Case(add_lora(build(), lora_bias=True))
     from peft.tuners.lora.layer import Linear
 
-    calls = spied(monkeypatch, Linear, "forward")
+    calls = rollouts.spied(monkeypatch, Linear, "forward")
     rollout = work.open(merge_lora=True)
     assert len(calls) == 2 * 2  # keys and values of two blocks, from the layers themselves
     merged = work.all(rollout)
@@ -69,8 +56,7 @@ def test_merged_matrices_run_without_the_adapters(monkeypatch):
 
 def test_scaling_and_disabled_adapters_count_when_the_block_runs():
     model = add_lora(build())
-    work = Case(model)
-    rollout = work.open(merge_lora=True)
+    work, rollout = opened(model, merge_lora=True)
     with_adapters = work.all(rollout)
     layer = model.blocks[0].attn1.to_q
     layer.set_scale("default", 3.0)
@@ -104,8 +90,7 @@ def test_other_adapters_stay_unmerged_with_a_note(kind):
         torch.manual_seed(0)
         config = peft.LoKrConfig(r=2, target_modules=["to_q"], init_weights=False)
         peft.inject_adapter_in_model(config, model)
-    work = Case(model)
-    rollout = work.open(merge_lora=True)
+    work, rollout = opened(model, merge_lora=True)
     assert_same(work.all(rollout), work.plain())
     assert len(rollout.notes) == 1 and kinds[kind] in rollout.notes[0]
     work.all(rollout, linears="fp8")
@@ -125,7 +110,6 @@ def test_a_merged_matrix_is_the_exact_sum_rounded_once():
 
 # 8 bits.
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_errors_of_8_bits_have_their_size(case, layout):
     work = Case(build(case, layout), case)
     with autocast(layout):
@@ -146,12 +130,10 @@ def test_operations_of_an_fp8_block(fused, monkeypatch):
     model = build(layers=1)
     if fused:
         model.blocks[0].attn1.fuse_projections()
-    work = Case(model)
-    rollout = work.open()
-    calls = spied(monkeypatch, rollout_layers, "fp8_linear", "quantize_fp8")
-    calls_of_block = spied(
-        monkeypatch, rollout_block, "norm_modulate", "bias_gelu", "rollout_attention"
-    )
+    work, rollout = opened(model)
+    calls = rollouts.spied(monkeypatch, rollout_layers, "fp8_linear", "quantize_fp8")
+    names = ("norm_modulate", "bias_gelu", "rollout_attention")
+    calls_of_block = rollouts.spied(monkeypatch, rollout_block, *names)
     rollout.velocity(work.x, 0, **FP8)
     assert calls_of_block == ["norm_modulate", "rollout_attention", "bias_gelu"]
     layers = 6 if fused else 8
@@ -193,8 +175,7 @@ def test_only_fp8_layers_have_fp8_rows():
 
 
 def test_8_bits_are_of_the_weights_as_they_are_now():
-    work = Case(add_lora(build(), target_modules=["to_q", "net.2"]))
-    rollout = work.open()
+    work, rollout = opened(add_lora(build(), target_modules=["to_q", "net.2"]))
     before = work.all(rollout, linears="fp8")
     with torch.no_grad():
         work.model.blocks[0].attn1.to_q.lora_B["default"].weight.mul_(1.5)
@@ -231,15 +212,13 @@ def test_merged_and_quantized_bases_in_8_bits():
         model = wan.tiny_wan(head_dim=32)
         if base is not None:
             quantize(model, base)
-        work = Case(add_lora(prfl_fast.patch(model)))
-        rollout = work.open(merge_lora=True)
+        work, rollout = opened(add_lora(prfl_fast.patch(model)), merge_lora=True)
         assert 0.003 < distance(work.all(rollout, linears="fp8"), work.plain()) < 0.06
         assert rollout.notes == []
 
 
 def test_8_bits_in_chunks_of_the_feed_forward():
-    work = Case(build())
-    rollout = work.open()
+    work, rollout = opened(build())
     whole = work.all(rollout, linears="fp8")
     work.adapter.chunk_feed_forward(work.model, 5)
     assert distance(work.all(rollout, linears="fp8"), whole) < 1e-3

@@ -9,12 +9,18 @@ import numerics
 import pytest
 import torch
 import wan
-from rollouts import fused, lay_out
+from rollouts import add_lora, fused, lay_out
 from torch import nn
 
 import prfl_fast
 
 pytest.importorskip("diffusers")
+
+
+def three_runs(plain, model, arguments):
+    """Return outputs and gradients of ``plain`` in float64, of it, of a patched equal model."""
+    oracle, theirs = (wan.run(plain, *arguments, double=double) for double in (True, False))
+    return oracle, theirs, wan.run(prfl_fast.patch(model), *arguments)
 
 
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed"])
@@ -30,18 +36,18 @@ def test_outputs_and_gradients_within_twice(case, layout):
     for seed in range(3):
         model = lay_out(wan.tiny_wan(case, seed=seed), layout)
         arguments = wan.inputs(case, seed=seed + 10, text_tokens=24)
-        oracle_out, oracle = wan.run(model, *arguments, double=True)
-        plain_out, plain = wan.run(model, *arguments)
-        out, gradients = wan.run(prfl_fast.patch(model), *arguments)
-        numerics.assert_within_twice(out, plain_out, oracle_out)
-        assert gradients.keys() == oracle.keys()
-        for name, exact in {"output": oracle_out, **oracle}.items():
-            ours, theirs = (out, plain_out) if name == "output" else (gradients[name], plain[name])
+        outputs, gradients = zip(*three_runs(model, model, arguments), strict=True)
+        numerics.assert_within_twice(*outputs[::-1])
+        exact_of, theirs_of, ours_of = (
+            {"output": out} | grads for out, grads in zip(outputs, gradients, strict=True)
+        )
+        assert ours_of.keys() == exact_of.keys()
+        for name, exact in exact_of.items():
+            ours, theirs = ours_of[name], theirs_of[name]
             if exact is None:
                 assert ours is None, name
                 continue
-            assert ours.dtype == theirs.dtype, name
-            assert torch.isfinite(ours).all(), name
+            assert ours.dtype == theirs.dtype and torch.isfinite(ours).all(), name
             kind = re.sub(r"^blocks\.\d+", "blocks", name)
             sums, size = squares.setdefault(kind, [0.0, 0.0]), exact.square().mean().item()
             sums[0] += (ours - exact).square().mean().item() / size
@@ -60,10 +66,8 @@ def test_triton_kernels_through_a_whole_model(case, triton_backend):
     """
     size = {"size": (1, 4, 4), "batch": 1, "text_tokens": 3}
     model = wan.tiny_wan(case, layers=1)
-    arguments = wan.inputs(case, **size)
-    oracle_out, oracle = wan.run(model, *arguments, double=True)
-    plain_out, plain = wan.run(model, *arguments)
-    out, gradients = wan.run(prfl_fast.patch(model), *arguments)
+    runs = three_runs(model, model, wan.inputs(case, **size))
+    (oracle_out, oracle), (plain_out, plain), (out, gradients) = runs
     numerics.assert_within_twice(out, plain_out, oracle_out, rounding=4)
     ratios = {}
     for name, exact in oracle.items():
@@ -123,19 +127,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(case):
 
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_lora_layers_are_respected(patch_first):
-    from peft import LoraConfig
-
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
     plain, model = wan.tiny_wan(), wan.tiny_wan()
-    for m in (plain, model):
-        if m is model and patch_first:
-            prfl_fast.patch(m)
-        torch.manual_seed(3)
-        m.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    prfl_fast.patch(model)
-    oracle_out, oracle = wan.run(plain, *wan.inputs(), double=True)
-    plain_out, theirs = wan.run(plain, *wan.inputs())
-    out, ours = wan.run(model, *wan.inputs())
+    for m in (plain, prfl_fast.patch(model) if patch_first else model):
+        add_lora(m)
+    (oracle_out, oracle), (plain_out, theirs), (out, ours) = three_runs(plain, model, wan.inputs())
     numerics.assert_within_twice(out, plain_out, oracle_out)
     lora = [name for name in oracle if "lora_" in name]
     assert len(lora) == 2 * 2 * (2 * 4 + 2)
@@ -174,16 +169,17 @@ def test_a_partly_patched_model_is_not_patched(part):
     assert not prfl_fast.is_patched(model)
 
 
-def assert_output_within_twice(plain, model, case):
-    """Patch ``model``, an equal copy of ``plain``, and compare their outputs."""
-    oracle, _ = wan.run(plain, *wan.inputs(case), double=True)
-    theirs, _ = wan.run(plain, *wan.inputs(case))
-    ours, _ = wan.run(prfl_fast.patch(model), *wan.inputs(case))
+OTHER_MODELS = {
+    "fused projections": ("i2v", lambda: fused(wan.tiny_wan("i2v"))),
+    "no norm of the cross-attention": ("t2v", lambda: wan.tiny_wan(cross_attn_norm=False)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_outputs_of_other_models(kind):
+    case, make = OTHER_MODELS[kind]
+    oracle, theirs, ours = (out for out, _ in three_runs(make(), make(), wan.inputs(case)))
     numerics.assert_within_twice(ours, theirs, oracle)
-
-
-def test_fused_projections_are_used():
-    assert_output_within_twice(*(fused(wan.tiny_wan("i2v")) for _ in range(2)), "i2v")
 
 
 def test_forward_hooks_of_the_first_ffn_linear_still_run():
@@ -192,11 +188,6 @@ def test_forward_hooks_of_the_first_ffn_linear_still_run():
     model.blocks[0].ffn.net[0].proj.register_forward_hook(lambda *_: seen.append(1))
     wan.run(model, *wan.inputs())
     assert seen
-
-
-def test_without_cross_attention_norm():
-    models = (wan.tiny_wan(cross_attn_norm=False) for _ in range(2))
-    assert_output_within_twice(*models, "t2v")
 
 
 def test_block_called_with_diffusers_own_rotary_tables():

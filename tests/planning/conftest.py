@@ -1,5 +1,7 @@
 """Fixtures of the planner's tests."""
 
+from unittest.mock import Mock
+
 import pytest
 
 pytest.importorskip("diffusers")
@@ -15,14 +17,9 @@ from prfl_fast.planning.search import memory_of  # noqa: E402
 @pytest.fixture
 def calls(monkeypatch):
     """Replace ``simulate`` by round numbers; return the list of its calls."""
-    seen = []
-
-    def called(*args, **options):
-        seen.append((args, options))
-        return made_up(*args, **options)
-
-    monkeypatch.setattr(plan_search, "simulate", called)
-    return seen
+    simulate = Mock(side_effect=made_up)
+    monkeypatch.setattr(plan_search, "simulate", simulate)
+    return simulate.mock_calls
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +27,7 @@ def real():
     """Return a plan of the small model that has to leave the fastest policies out."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plan_search, "simulate", once)
-        none = ("none", None)
-        memory = memory_of(("bf16", "adamw"), none, none, None)
+        memory = memory_of(("bf16", "adamw"), ("none", None), ("none", None), None)
         whole = once(small_workload(), *memory, **SHALLOW)
         budget = plan_search.RESERVE_LEAST + int(0.8 * whole.peak)
         return planner.plan_memory(small_workload(), budget=budget, gpu="h100")

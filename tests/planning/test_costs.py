@@ -1,5 +1,6 @@
 """Work counted by phase, against hand-computed cases."""
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -56,36 +57,32 @@ def test_matrix_products_count_operations_and_no_bytes():
     assert cost == Cost(matmul_flops=2 * 32**3)
 
 
-def test_attention_and_its_backward_count_apart():
+@pytest.mark.parametrize("plain", [False, True])
+def test_attention_and_its_backward_count_apart(plain):
     batch, length, keys, heads, size = 2, 24, 40, 4, 8
     forward = 4 * batch * length * keys * heads * size
     scratch = 4 * batch * 128 * (heads * size + 2 * heads)
-
-    def run(plain):
-        with FakeTensorMode():
-            q = torch.zeros(batch, length, heads * size, requires_grad=True)
-            k = torch.zeros(batch, keys, heads * size, requires_grad=True)
-            with CostLedger() as ledger:
-                ledger.start_phase("forward")
-                if plain:
-                    split = [t.unflatten(2, (heads, size)).transpose(1, 2) for t in (q, k, k)]
-                    out = torch.nn.functional.scaled_dot_product_attention(*split)
-                else:
-                    out = attention(q, k, k, heads=heads)[0]
-                loss = out.sum()
-                ledger.start_phase("backward")
-                live = ledger.live
-                loss.backward()
-        costs = ledger.costs()
-        assert costs["forward"].attention_flops == forward
-        assert costs["backward"].attention_flops == 5 * forward // 2
-        assert costs["backward"].matmul_flops == 0
-        # What the kernel allocates inside itself is in the peak, and gone after.
-        assert ledger.peak >= live + scratch + q.nbytes + 2 * k.nbytes
-        assert ledger.live < live + scratch + q.nbytes
-
-    for plain in (False, True):
-        run(plain)
+    with FakeTensorMode():
+        q = torch.zeros(batch, length, heads * size, requires_grad=True)
+        k = torch.zeros(batch, keys, heads * size, requires_grad=True)
+        with CostLedger() as ledger:
+            ledger.start_phase("forward")
+            if plain:
+                split = [t.unflatten(2, (heads, size)).transpose(1, 2) for t in (q, k, k)]
+                out = torch.nn.functional.scaled_dot_product_attention(*split)
+            else:
+                out = attention(q, k, k, heads=heads)[0]
+            loss = out.sum()
+            ledger.start_phase("backward")
+            live = ledger.live
+            loss.backward()
+    costs = ledger.costs()
+    assert costs["forward"].attention_flops == forward
+    assert costs["backward"].attention_flops == 5 * forward // 2
+    assert costs["backward"].matmul_flops == 0
+    # What the kernel allocates inside itself is in the peak, and gone after.
+    assert ledger.peak >= live + scratch + q.nbytes + 2 * k.nbytes
+    assert ledger.live < live + scratch + q.nbytes
 
 
 def test_the_query_pool_counts_both_its_products_and_what_it_reads():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import diffusers
 import pytest
 import torch
 from plans import SMALL, small_workload
@@ -17,8 +18,6 @@ from prfl_fast.planning.report import table
 from prfl_fast.planning.search import CHUNK, GIB, POLICIES, Candidate, memory_of
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.config import RolloutConfig
-
-diffusers = pytest.importorskip("diffusers")
 
 
 def test_nothing_fits(calls):
@@ -82,10 +81,11 @@ def test_models(tmp_path):
         for name, config in MODELS.items():
             assert diffusers.WanTransformer3DModel(**{**config, "num_layers": 1}), name
     assert model_config(model)["ffn_dim"] == 512
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(SMALL))
+    path = tmp_path / "transformer" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SMALL))
     assert model_config(tmp_path) == SMALL
-    (tmp_path / "transformer" / "config.json").write_text("[]")
+    path.write_text("[]")
     with pytest.raises(ValueError, match="not a configuration"):
         model_config(tmp_path)
     with pytest.raises(ValueError, match="expected one of wan2.1-t2v-1.3b"):
@@ -95,29 +95,24 @@ def test_models(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "train, options, message",
     [
-        ({"weight_dtype": "int4"}, "weight_dtype is 'int4', expected one of 'auto', 'bf16'"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
-        ({"train": "full", "weight_dtype": "nf4"}, "weight_dtype is 'nf4', .* cannot train"),
-        ({"gpu": "tpu"}, "gpu is 'tpu', expected one of 'h200'"),
-        ({"frames": 80}, "frames is 80"),
-        ({"train": "half"}, "train is 'half'"),
-        ({"host_budget": "some"}, "host_budget is 'some'"),
+        ("lora", {"weight_dtype": "int4"}, "weight_dtype is 'int4', expected one of 'auto'"),
+        ("lora", {"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ("full", {"weight_dtype": "nf4"}, "weight_dtype is 'nf4', .* cannot train"),
+        ("lora", {"gpu": "tpu"}, "gpu is 'tpu', expected one of 'h200'"),
+        ("lora", {"host_budget": "some"}, "host_budget is 'some'"),
     ],
 )
-def test_bad_arguments(calls, options, message):
-    options = dict(options)
+def test_bad_arguments(calls, train, options, message):
     with pytest.raises(ValueError, match=message):
-        work = {key: options.pop(key) for key in ("train", "frames") if key in options}
-        planner.plan_memory(small_workload(**work), **options)
+        planner.plan_memory(small_workload(train=train), **options)
     assert not calls
 
 
 def test_a_gradient_plan_is_one_with_points_of_one_step():
-    with pytest.raises(
-        TypeError, match=r"gradient_plan is .*RolloutConfig.*, expected GradientPlan"
-    ):
+    message = r"gradient_plan is .*RolloutConfig.*, expected GradientPlan"
+    with pytest.raises(TypeError, match=message):
         small_workload(gradient_plan=RolloutConfig())
     with pytest.raises(ValueError, match="gradient_plan is .*expected gradient points of one step"):
         small_workload(gradient_plan=GradientPlan.draft(2))

@@ -6,8 +6,6 @@ import itertools
 import pytest
 from plans import small_workload
 
-from prfl_fast.cli.config import TrainFile
-from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
@@ -56,45 +54,6 @@ def test_timeline_figure(real):
     labels = [t for t in axes.texts if "\n" in t.get_text() or t.get_text() == "optimizer"]
     boxes = sorted((t.get_window_extent() for t in labels), key=lambda box: box.x0)
     assert all(a.x1 <= b.x0 + 1 for a, b in itertools.pairwise(boxes))
-
-
-# What it writes.
-FILE = """# my run
-model: wan  # the generator
-data: latents
-out: runs/a
-reward: reward
-run:
-  steps: 10   # short
-
-memory:
-  offload: null
-  # an old remark
-
-# on which machine
-hardware: {device: cuda}
-optimizer:
-  learning_rate: 1.0e-5
-"""
-
-
-def test_apply_keeps_the_rest_of_the_file(real, tmp_path):
-    path = tmp_path / "train.yaml"
-    path.write_text(FILE)
-    apply_to_yaml(real, path)
-    text = path.read_text()
-    for line in ("# my run", "model: wan  # the generator", "  steps: 10   # short"):
-        assert line in text.splitlines()
-    assert "# on which machine\nhardware:" in text
-    config = load_config(TrainFile, path)
-    assert config.memory.build() == real.memory
-    assert config.reward_memory.build() == real.reward_memory
-    assert config.hardware.precision == "bf16" and config.hardware.device == "cuda"
-    assert config.lora is not None and config.lora.lora_rank == 16
-    assert config.optimizer.learning_rate == 1e-5
-    before = path.read_text()
-    apply_to_yaml(real, path)
-    assert path.read_text() == before
 
 
 @pytest.mark.parametrize("text", ["", "model: a\ndata: b\nout: c\nrun: {steps: 1}\nreward: d"])

@@ -16,11 +16,14 @@ from prfl_fast.planning.simulation import Simulation, simulate
 from prfl_fast.planning.workload import Workload
 
 _, ATTENTION, ATTENTION_CPU, _, FULL_CPU = POLICIES
+TIER = ("bf16", "adamw")
 
 
-def make_search(budget, host_budget=None, **workload):
+def make_search(mib, host_mib=None, **workload):
+    """Return a search for the 14B model with this much memory beside the reserve."""
     work = Workload({"num_layers": 40}, **workload)
-    return Search(work, RATES, budget=budget, host_budget=host_budget)
+    budget = plan_search.RESERVE_LEAST + (mib << 20)
+    return Search(work, RATES, budget=budget, host_budget=host_mib and host_mib << 20)
 
 
 def all_candidates(search, tier):
@@ -35,11 +38,11 @@ def all_candidates(search, tier):
 
 
 def test_every_pair_follows_from_shallow_runs(calls):
-    search = make_search(1 << 40)
-    for _, _, _, memory in all_candidates(search, ("bf16", "adamw")):
+    search = make_search(1 << 20)
+    for _, _, _, memory in all_candidates(search, TIER):
         run = made_up(search.workload, *memory)
         pair = ((m.activation_checkpointing, m.offload) for m in memory)
-        found = search._candidate(("bf16", "adamw"), *pair, memory[0].feed_forward_chunk)
+        found = search._candidate(TIER, *pair, memory[0].feed_forward_chunk)
         assert (found.memory, found.reward_memory) == memory
         assert (found.peak, found.host) == (run.peak, run.host)
         assert found.seconds == pytest.approx(search._seconds(run.costs))
@@ -49,14 +52,13 @@ def test_every_pair_follows_from_shallow_runs(calls):
 @pytest.mark.parametrize("host", [None, 50, 200])
 @pytest.mark.parametrize("mib", [410, 415, 430, 470, 520, 640, 800, 1000])
 def test_takes_the_fastest_that_fits(calls, mib, host):
-    budget = plan_search.RESERVE_LEAST + (mib << 20)
-    search = make_search(budget, None if host is None else host << 20)
+    search = make_search(mib, host)
     fits = [
         (seconds, peak)
-        for seconds, peak, used, _ in all_candidates(search, ("bf16", "adamw"))
+        for seconds, peak, used, _ in all_candidates(search, TIER)
         if peak <= search.limit and (host is None or used <= host << 20)
     ]
-    found = search.run([("bf16", "adamw")])
+    found = search.run([TIER])
     assert found.feasible == bool(fits)
     if fits:
         chosen = next(c for c in found.candidates if c.reason == "chosen")
@@ -72,31 +74,27 @@ def test_takes_the_fastest_that_fits(calls, mib, host):
 def test_faithful_weights_first(calls):
     room = {"bf16": 440, "fp8": 250, "nf4": 150}
     for weights, mib in room.items():
-        search = make_search(plan_search.RESERVE_LEAST + (mib << 20))
-        found = search.run(planner._tiers("lora", "auto", "auto"))
+        found = make_search(mib).run(planner._tiers("lora", "auto", "auto"))
         chosen = found.chosen
         assert found.feasible
         assert weights == chosen.memory.weight_dtype == chosen.reward_memory.weight_dtype
         more_faithful = list(room)[: list(room).index(weights)]
-        considered = {
-            c.memory.weight_dtype: c.reason for c in found.candidates[: len(more_faithful)]
-        }
-        assert list(considered) == more_faithful and all("over" in r for r in considered.values())
+        considered = found.candidates[: len(more_faithful)]
+        assert [c.memory.weight_dtype for c in considered] == more_faithful
+        assert all("over" in c.reason for c in considered)
         assert [u[0] for u in found.unused] == list(room)[len(more_faithful) + 1 :]
 
 
 def test_faithful_optimizer_first(calls):
     room = {"adamw": 950, "adamw-sr": 750, "adamw8bit": 520, "adamw-cpu": 430}
     for optimizer, mib in room.items():
-        search = make_search(plan_search.RESERVE_LEAST + (mib << 20), train="full")
-        found = search.run(planner._tiers("full", "auto", "auto"))
+        found = make_search(mib, train="full").run(planner._tiers("full", "auto", "auto"))
         assert found.feasible and found.chosen.memory.optimizer == optimizer
         assert found.chosen.memory.weight_dtype == "bf16"
 
 
 def test_next_candidate_when_full_depth_is_larger_than_predicted(monkeypatch, calls):
-    search = make_search(plan_search.RESERVE_LEAST + (640 << 20))
-    first = search.run([("bf16", "adamw")]).chosen
+    first = make_search(640).run([TIER]).chosen
 
     def larger(workload, *memory, **depths):
         run = made_up(workload, *memory, **depths)
@@ -105,21 +103,15 @@ def test_next_candidate_when_full_depth_is_larger_than_predicted(monkeypatch, ca
         return Simulation(run.peak + GIB, "backward", run.categories, 0, run.timeline, run.costs)
 
     monkeypatch.setattr(plan_search, "simulate", larger)
-    search = make_search(plan_search.RESERVE_LEAST + (640 << 20))
-    found = search.run([("bf16", "adamw")])
+    found = make_search(640).run([TIER])
     assert found.feasible and found.chosen.memory != first.memory
-    (wrong,) = [
-        c
-        for c in found.candidates
-        if c.memory == first.memory and c.reward_memory == first.reward_memory
-    ]
+    both = first.memory, first.reward_memory
+    (wrong,) = [c for c in found.candidates if (c.memory, c.reward_memory) == both]
     assert "over" in wrong.reason
 
 
 def test_only_the_host_is_too_small(calls):
-    budget = plan_search.RESERVE_LEAST + (415 << 20)
-    search = make_search(budget, 10 << 20)
-    found = search.run([("bf16", "adamw")])
+    found = make_search(415, 10).run([TIER])
     assert not found.feasible
     assert any("on the host" in c.reason for c in found.candidates)
 
@@ -146,13 +138,8 @@ def test_step_counts_every_phase_as_often_as_it_runs():
     names = ("rollout", "forward", "reward", "reward backward", "backward", "optimizer")
     work = small_workload(gradient_plan=GradientPlan(5))
     found = plan_search.step_seconds(dict.fromkeys(names, one), RATES, work)
-    assert found == {
-        "rollout": work.rollout_forwards,
-        **dict.fromkeys(names[1:5], 5),
-        "optimizer": 2,
-        "sft forward": 1,
-        "sft backward": 1,
-    }
+    expected = {"rollout": work.rollout_forwards, **dict.fromkeys(names[1:5], 5)}
+    assert found == {**expected, "optimizer": 2, "sft forward": 1, "sft backward": 1}
     work = small_workload(gradient_plan=GradientPlan(5), gradient_accumulation_steps=3)
     several = plan_search.step_seconds(dict.fromkeys(names, one), RATES, work)
     assert several == {k: v if k == "optimizer" else 3 * v for k, v in found.items()}
@@ -187,16 +174,15 @@ def check_prediction(pair, chunk=None, optimizer="adamw", **options):
 @pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
 def test_a_supervised_step_is_never_the_peak(policy, train):
-    memory = memory_of(("bf16", "adamw"), policy, policy, None)
+    memory = memory_of(TIER, policy, policy, None)
     with_it, without = (
         simulate(small_workload(train=train, sft=sft), *memory, **SHALLOW) for sft in (True, False)
     )
     assert with_it.peak == without.peak and "sft" not in with_it.peak_phase
 
 
-@pytest.mark.parametrize("pair", [(ATTENTION, FULL_CPU)], ids=str)
-def test_prediction_is_what_full_depth_says(remembered, pair):
-    check_prediction(pair)
+def test_prediction_is_what_full_depth_says(remembered):
+    check_prediction((ATTENTION, FULL_CPU))
 
 
 @pytest.mark.slow

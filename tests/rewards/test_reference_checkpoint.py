@@ -193,16 +193,14 @@ def truncate(file, size):
 
 
 POOL = reference_parts()[1]
+CODE = pickle.dumps({"fc1.weight": Exploit()})
 BIAS = "patch_embedding.bias"
 UNREADABLE = "mlp_step_100.ckpt: cannot be read"
 # Each changes the files of (transformer folder, mlp, pool); the message that load_reference gives.
 DAMAGES = {
     "no-folder": (lambda t, m, p: t.rename(t.parent / "gone"), "transformer: no such folder"),
     "no-files": (lambda t, m, p: (t / WEIGHTS).unlink(), "no .safetensors file in it"),
-    "truncated-weights": (
-        lambda t, m, p: truncate(t / WEIGHTS, -7),
-        "not a whole safetensors file",
-    ),
+    "truncated-weights": (lambda t, m, p: truncate(t / WEIGHTS, -7), "not a whole safetensors"),
     "missing-tensor": (
         edit_weights(lambda t: t.pop("blocks.1.self_attn.q.weight")),
         r"1 missing \(blocks.1.attn1.to_q.weight \[48, 48\]\)",
@@ -227,18 +225,13 @@ DAMAGES = {
     "no-mlp": (lambda t, m, p: m.unlink(), "mlp_step_100.ckpt: no such file"),
     "truncated-mlp": (lambda t, m, p: truncate(m, 1000), UNREADABLE),
     "mlp-not-a-state-dict": (lambda t, m, p: torch.save([1, 2], m), "holds list, expected a state"),
-    "code-in-mlp": (
-        lambda t, m, p: m.write_bytes(pickle.dumps({"fc1.weight": Exploit()})),
-        UNREADABLE,
-    ),
+    "code-in-mlp": (lambda t, m, p: m.write_bytes(CODE), UNREADABLE),
     "mlp-of-another-width": (
         lambda t, m, p: torch.save(reference_parts(dim=24)[0], m),
         r"fc1.weight \[1024, 24\], expected \[1024, 48\]",
     ),
     "pool-with-text-projection": (
-        lambda t, m, p: torch.save(
-            reference_parts()[1] | {"text_proj.weight": torch.ones(48, 768)}, p
-        ),
+        lambda t, m, p: torch.save(POOL | {"text_proj.weight": torch.ones(48, 768)}, p),
         r"1 unexpected \(text_proj.weight \[48, 768\]\)",
     ),
     "files-swapped": (

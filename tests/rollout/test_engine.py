@@ -3,12 +3,11 @@
 import copy
 import gc
 import logging
-import warnings
 import weakref
 
 import pytest
 import torch
-from engine_world import EVERYWHERE, assert_same, field, make_wan, walk, wan_inputs
+from engine_world import EVERYWHERE, assert_same, field, make_wan, no_warning, walk, wan_inputs
 from wan import float_means_double, tiny_wan
 
 from prfl_fast.feedback.step import PRFL
@@ -46,17 +45,15 @@ def test_caches_change_no_bit(case, guided, precision):
 
 
 def test_gradients_of_a_step_are_the_same_bits_with_caches():
+    def reward(x, t, c):
+        return (x.square().mean((1, 2, 3, 4)) * t / 1000).sigmoid()
+
     x, conditions = wan_inputs()
     gradients = []
     for cache in (True, False):
         model = make_wan()
-        step = PRFL(
-            model,
-            lambda x, t, c: (x.square().mean((1, 2, 3, 4)) * t / 1000).sigmoid(),
-            FlowUniPC(),
-            num_inference_steps=6,
-            rollout=RolloutConfig(cache=cache),
-        )
+        config = RolloutConfig(cache=cache)
+        step = PRFL(model, reward, FlowUniPC(), num_inference_steps=6, rollout=config)
         out = step(x, conditions, indices=(1, 4))
         gradients.append([p.grad for p in model.parameters()] + [out.rewards, out.latents])
     for ours, theirs in zip(*gradients, strict=True):
@@ -90,9 +87,8 @@ def test_caches_are_gone_when_the_gradient_step_begins(monkeypatch):
     original = type(adapter).open_rollout
 
     def spy(self, *args, **kwargs):
-        opened.append((len(args[2]), original(self, *args, **kwargs)))
-        count, made = opened.pop()
-        opened.append((count, weakref.ref(made)))
+        made = original(self, *args, **kwargs)
+        opened.append((len(args[2]), weakref.ref(made)))
         return made
 
     monkeypatch.setattr(type(adapter), "open_rollout", spy)
@@ -111,9 +107,8 @@ def test_caches_are_gone_when_the_gradient_step_begins(monkeypatch):
 def test_a_run_that_fails_leaves_no_caches_and_no_session():
     x, conditions = wan_inputs()
     model = make_wan()
-    trajectory = Trajectory(
-        Sampler(model, FlowEuler(), 6), x, conditions, engine=RolloutEngine(model, RolloutConfig())
-    )
+    sampler, engine = Sampler(model, FlowEuler(), 6), RolloutEngine(model, RolloutConfig())
+    trajectory = Trajectory(sampler, x, conditions, engine=engine)
 
     def fail():
         raise KeyboardInterrupt
@@ -128,8 +123,7 @@ def test_a_run_that_fails_leaves_no_caches_and_no_session():
 def test_a_plain_function_is_called_as_it_is_and_that_is_said_once(caplog):
     x, _ = wan_inputs()
     engine = RolloutEngine(field)
-    with caplog.at_level(logging.INFO, "prfl_fast.rollout.engine"), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with caplog.at_level(logging.INFO, "prfl_fast.rollout.engine"), no_warning():
         for _ in range(3):
             out = rollout(field, x, {}, FlowEuler(), 4, rollout_config=engine)
     assert torch.equal(out, rollout(field, x, {}, FlowEuler(), 4))
@@ -146,8 +140,7 @@ def test_what_was_asked_for_and_is_not_done_is_a_warning():
         out = rollout(model, x, conditions, FlowEuler(), 4, rollout_config=engine)
     assert torch.equal(out, rollout(model, x, conditions, FlowEuler(), 4))
     assert not engine.inexact and engine.drift is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warning():
         rollout(model, x, conditions, FlowEuler(), 4, rollout_config=engine)
     patch(model)  # from now on it can
     rollout(model, x, conditions, FlowEuler(), 4, rollout_config=engine)

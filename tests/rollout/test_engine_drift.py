@@ -1,11 +1,10 @@
 """Fewer steps: drift of the rollout engine against values computed by hand."""
 
 import math
-import warnings
 
 import pytest
 import torch
-from engine_world import SIGMAS, assert_same, field, make_x, walk
+from engine_world import SIGMAS, assert_same, field, make_x, no_warning, walk
 
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
@@ -23,6 +22,11 @@ def linear(x, timestep, conditions):
     return RATE * x
 
 
+def euler_walk(config, visit=(3,), **options):
+    options |= {"scheduler": FlowEuler(), "visit": visit, "steps": 6}
+    return walk(linear, make_x(), {}, config, **options)
+
+
 def factor(here, there):
     return 1 + (SIGMAS[there] - SIGMAS[here]) * RATE
 
@@ -33,9 +37,7 @@ def product(*kept):
 
 def test_drift_of_fewer_steps_is_what_one_computes_by_hand():
     engine = RolloutEngine(linear, RolloutConfig(stride=3))
-    seen, trajectory = walk(
-        linear, make_x(), {}, engine, scheduler=FlowEuler(), visit=(3, 4), steps=6
-    )
+    seen, trajectory = euler_walk(engine, (3, 4))
     # 0 → 3 in one step, 3 → 4 and 4 → 5 with gradient, exactly.
     torch.testing.assert_close(seen[3], make_x() * factor(0, 3))
     expected = abs(factor(0, 3) / product(0, 1, 2, 3) - 1)
@@ -53,9 +55,7 @@ def test_drift_of_fewer_steps_is_what_one_computes_by_hand():
 def test_a_check_begins_where_the_trajectory_did(start):
     """A gradient step came before the first step of the rollout."""
     engine = RolloutEngine(linear, RolloutConfig(stride=4))
-    seen, trajectory = walk(
-        linear, make_x(), {}, engine, scheduler=FlowEuler(), visit=(start, 4), steps=6, start=start
-    )
+    seen, trajectory = euler_walk(engine, (start, 4), start=start)
     first = start + 1
     torch.testing.assert_close(seen[4], make_x() * product(start, first, 4))
     expected = abs(factor(first, 4) / product(*range(first, 5)) - 1)
@@ -73,27 +73,24 @@ def test_drift_is_the_largest_of_the_batch():
 
 
 def test_past_the_limit_the_exact_latents_go_on_and_later_rollouts_are_exact():
-    x = make_x()
     drift = abs(factor(0, 3) / product(0, 1, 2, 3) - 1)
-    plain, _ = walk(linear, x, {}, None, steps=6, visit=(3,), scheduler=FlowEuler())
+    plain, _ = euler_walk(None)
     engine = RolloutEngine(linear, RolloutConfig(stride=3, drift_limit=1.01 * drift))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kept, _ = walk(linear, x, {}, engine, steps=6, visit=(3,), scheduler=FlowEuler())
+    with no_warning():
+        kept, _ = euler_walk(engine)
     assert not torch.equal(kept[3], plain[3]) and not engine.fallen_back
     engine = RolloutEngine(linear, RolloutConfig(stride=3, drift_limit=0.99 * drift, check_every=1))
     with pytest.warns(RuntimeWarning) as said:
-        fallen, trajectory = walk(linear, x, {}, engine, steps=6, visit=(3,), scheduler=FlowEuler())
+        fallen, trajectory = euler_walk(engine)
         trajectory.run(6)
     (warning,) = [str(w.message) for w in said]
     for figure in (f"{drift:.3g} at step 3", f"{0.99 * drift:g}", f"sigma {SIGMAS[3]:.3g}"):
         assert figure in warning
     assert_same(fallen, plain)
-    assert torch.equal(trajectory.x, rollout(linear, x, {}, FlowEuler(), 6))
+    assert torch.equal(trajectory.x, rollout(linear, make_x(), {}, FlowEuler(), 6))
     assert engine.fallen_back and not engine.inexact and engine.stride == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        later, trajectory = walk(linear, x, {}, engine, steps=6, visit=(3,), scheduler=FlowEuler())
+    with no_warning():
+        later, trajectory = euler_walk(engine)
     assert_same(later, plain)
     assert trajectory.drift is None and trajectory.steps_to(6) == 2
 
@@ -135,25 +132,19 @@ def test_what_guides_a_step_guides_the_exact_rollout_too():
 
 
 def test_which_trajectories_are_checked_survives_a_resume():
-    x = make_x()
+    config = RolloutConfig(stride=3, check_every=3)
 
-    def run(engine, count):
-        for _ in range(count):
-            _, trajectory = walk(linear, x, {}, engine, steps=6, visit=(3,), scheduler=FlowEuler())
-            checked.append(trajectory.drift is not None)
+    def checked(engine, count):
+        return [euler_walk(engine)[1].drift is not None for _ in range(count)]
 
-    checked = []
-    run(RolloutEngine(linear, RolloutConfig(stride=3, check_every=3)), 7)
-    whole, checked = checked, []
+    whole = checked(RolloutEngine(linear, config), 7)
     assert whole == [True, False, False, True, False, False, True]
-    first = RolloutEngine(linear, RolloutConfig(stride=3, check_every=3))
-    run(first, 2)
-    second = RolloutEngine(linear, RolloutConfig(stride=3, check_every=3))
+    first, second = RolloutEngine(linear, config), RolloutEngine(linear, config)
+    before = checked(first, 2)
     second.load_state_dict(first.state_dict())
-    run(second, 5)
-    assert checked == whole
+    assert before + checked(second, 5) == whole
     # A trajectory without a rollout is neither counted nor checked.
-    _, trajectory = walk(linear, x, {}, second, steps=6, visit=(0,), scheduler=FlowEuler())
+    _, trajectory = euler_walk(second, (0,))
     assert second.trajectories == 7 and trajectory.drift is None
     second.fallen_back = True
     third = RolloutEngine(linear, RolloutConfig(stride=3))

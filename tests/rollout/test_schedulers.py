@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from prfl_world import diffusers, diffusers_euler, diffusers_unipc
 
 from prfl_fast.rollout.schedulers import (
     FlowEuler,
@@ -14,35 +15,34 @@ from prfl_fast.rollout.schedulers import (
     training_sigmas,
 )
 
-diffusers = pytest.importorskip("diffusers")
-FlowMatchEulerDiscreteScheduler = diffusers.FlowMatchEulerDiscreteScheduler
-UniPCMultistepScheduler = diffusers.UniPCMultistepScheduler
-
 COUNTS = (1, 2, 3, 4, 7, 20, 40)
 ORDERS = (1, 2, 3)
-
-
-def diffusers_unipc(shift=5.0, order=2, **kwargs):
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-        solver_order=order,
-        **kwargs,
-    )
 
 
 def nonlinear_field(x, t):
     return torch.tanh(1.3 * x + float(t) / 1000) - 0.5 * x.flip(-1)
 
 
+def started(scheduler, count, wide=False):
+    """Set the timesteps; diffusers computes its coefficients in the dtype of its sigmas."""
+    scheduler.set_timesteps(count)
+    if wide and isinstance(scheduler, diffusers.UniPCMultistepScheduler):
+        scheduler.sigmas = scheduler.sigmas.double()
+    return scheduler
+
+
+def take(scheduler, x, timesteps, field=nonlinear_field):
+    """Return where the steps of a scheduler lead."""
+    for t in timesteps:
+        x = scheduler.step(field(x, t), t, x, return_dict=False)[0]
+    return x
+
+
 def largest_difference(ours, theirs, count, dtype, field, *, wide=False):
     """Largest relative distance between two samplers' latents over one trajectory; random
     velocities if no field."""
-    ours.set_timesteps(count)
-    theirs.set_timesteps(count)
-    if wide:  # diffusers computes its coefficients in the dtype of its sigmas
-        theirs.sigmas = theirs.sigmas.double()
+    started(ours, count)
+    started(theirs, count, wide)
     generator = torch.Generator().manual_seed(count)
     x = y = torch.randn(2, 4, 3, 4, 4, generator=generator, dtype=dtype)
     worst = 0.0
@@ -57,28 +57,19 @@ def largest_difference(ours, theirs, count, dtype, field, *, wide=False):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.3])
 def test_schedules_are_those_of_diffusers_bit_for_bit(shift):
-    pairs = [
-        (FlowEuler(shift), FlowMatchEulerDiscreteScheduler(shift=shift)),
-        (FlowUniPC(shift), diffusers_unipc(shift)),
-    ]
-    for ours, theirs in pairs:
+    pairs = [(FlowEuler(shift), diffusers_euler(shift)), (FlowUniPC(shift), diffusers_unipc(shift))]
+    for pair in pairs:
         for count in range(1, 65):
-            ours.set_timesteps(count)
-            theirs.set_timesteps(count)
-            assert torch.equal(ours.sigmas, theirs.sigmas), count
-            assert torch.equal(ours.timesteps, theirs.timesteps), count
-            assert (
-                ours.timesteps.dtype == theirs.timesteps.dtype
-                and ours.sigmas.dtype == theirs.sigmas.dtype
-            )
+            ours, theirs = (started(scheduler, count) for scheduler in pair)
+            for a, b in ((ours.sigmas, theirs.sigmas), (ours.timesteps, theirs.timesteps)):
+                assert torch.equal(a, b) and a.dtype == b.dtype, count
 
 
 @pytest.mark.parametrize("field", [None, nonlinear_field], ids=["random", "nonlinear"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", COUNTS)
 def test_euler_trajectories_equal_diffusers(count, dtype, field):
-    theirs = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    assert largest_difference(FlowEuler(5.0), theirs, count, dtype, field) <= 1e-6
+    assert largest_difference(FlowEuler(5.0), diffusers_euler(), count, dtype, field) <= 1e-6
 
 
 @pytest.mark.parametrize("field", [None, nonlinear_field], ids=["random", "nonlinear"])
@@ -102,15 +93,10 @@ def test_unipc_trajectories_equal_diffusers(count, order, field):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("start", [1, 2, 5])
 def test_a_trajectory_may_start_inside_the_schedule(order, start):
-    ours, theirs = FlowUniPC(5.0, order), diffusers_unipc(5.0, order)
-    ours.set_timesteps(9)
-    theirs.set_timesteps(9)
-    theirs.sigmas = theirs.sigmas.double()
-    x = y = torch.randn(1, 2, 2, 4, 4, dtype=torch.float64)
-    for t in ours.timesteps[start:]:
-        (x,) = ours.step(nonlinear_field(x, t), t, x)
-        (y,) = theirs.step(nonlinear_field(y, t), t, y, return_dict=False)
-    torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    x = torch.randn(1, 2, 2, 4, 4, dtype=torch.float64)
+    solvers = (started(s, 9, True) for s in (FlowUniPC(5.0, order), diffusers_unipc(5.0, order)))
+    ours, theirs = (take(solver, x, solver.timesteps[start:]) for solver in solvers)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -121,23 +107,15 @@ def test_gradient_of_the_whole_trajectory_equals_diffusers(order):
     velocities = [torch.randn_like(x).requires_grad_() for _ in range(5)]
     gradients = []
     for scheduler in (FlowUniPC(5.0, order), diffusers_unipc(5.0, order)):
-        scheduler.set_timesteps(5)
-        if not isinstance(scheduler, FlowUniPC):
-            scheduler.sigmas = scheduler.sigmas.double()
-        y = x
-        for v, t in zip(velocities, scheduler.timesteps, strict=True):
-            y = scheduler.step(v, t, y, return_dict=False)[0]
+        times, given = started(scheduler, 5, wide=True).timesteps, iter(velocities)
+        y = take(scheduler, x, times, lambda x, t, given=given: next(given))
         gradients.append(torch.autograd.grad(y.square().sum(), velocities))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_a_bf16_step_is_rounded_once():
-    scheduler = FlowUniPC()
-    scheduler.set_timesteps(4)
+    scheduler, wide = started(FlowUniPC(), 4), started(FlowUniPC(), 4)
     x, v = torch.randn(2, 1, 2, 3, 8, 8, dtype=torch.bfloat16)
-    wide = FlowUniPC()
-    wide.set_timesteps(4)
     t = scheduler.timesteps[0]
     out = scheduler.step(v, t, x).prev_sample
     assert out.dtype == torch.bfloat16
@@ -151,12 +129,8 @@ def test_training_sigmas():
     sigmas = training_sigmas()
     even = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
     torch.testing.assert_close(sigmas, (5 * even / (1 + 4 * even)).float(), rtol=1e-6, atol=0)
-    assert (
-        sigmas[0] == 1
-        and sigmas.dtype == torch.float32
-        and (sigmas.diff() < 0).all()
-        and sigmas[-1] > 0
-    )
+    assert sigmas[0] == 1 and (sigmas.diff() < 0).all() and sigmas[-1] > 0
+    assert sigmas.dtype == torch.float32
     torch.testing.assert_close(training_sigmas(1.0, 4), torch.tensor([1, 0.75, 0.5, 0.25]))
 
 
@@ -169,18 +143,14 @@ def graph_tensors(scheduler):
     return found
 
 
-@pytest.mark.parametrize(
-    "make", [FlowUniPC, diffusers_unipc, FlowEuler, FlowMatchEulerDiscreteScheduler]
-)
+@pytest.mark.parametrize("make", [FlowUniPC, diffusers_unipc, FlowEuler, diffusers_euler])
 def test_detach_state_keeps_the_numbers_and_drops_the_graph(make):
     torch.manual_seed(5)
     x = torch.randn(1, 2, 2, 4, 4)
     velocities = torch.randn(5, *x.shape)
     ends = []
     for with_graph in (False, True):
-        scheduler = make()
-        scheduler.set_timesteps(5)
-        y = x
+        scheduler, y = started(make(), 5), x
         for i, t in enumerate(scheduler.timesteps):
             v = velocities[i].clone().requires_grad_(with_graph)
             y = scheduler.step(v, t, y, return_dict=False)[0]
@@ -208,28 +178,21 @@ def test_detach_state_reaches_dicts_tuples_and_nested_schedulers():
 
 @pytest.mark.parametrize("make", [FlowUniPC, diffusers_unipc])
 def test_a_fresh_copy_leaves_the_original_alone(make):
-    original = make()
-    original.set_timesteps(4)
+    original = started(make(), 4)
     v = torch.randn(1, 1, 1, 2, 2, requires_grad=True)
-    original.step(
-        v, original.timesteps[0], v * 2, return_dict=False
-    )  # a state with graph cannot simply be deep-copied
-    before = original.step_index
+    # A state with graph cannot simply be deep-copied.
+    original.step(v, original.timesteps[0], v * 2, return_dict=False)
+    assert original.step_index == 1
     clone, timesteps = start_trajectory(original, 3)
-    for t in timesteps:
-        clone.step(torch.randn(1, 1, 1, 2, 2), t, torch.randn(1, 1, 1, 2, 2), return_dict=False)
-    assert (
-        original.step_index == before == 1
-        and len(original.timesteps) == 4
-        and graph_tensors(original)
-    )
+    take(clone, v.detach(), timesteps)
+    assert original.step_index == 1 and len(original.timesteps) == 4 and graph_tensors(original)
 
 
 def test_wrong_schedulers_are_refused():
     with pytest.raises(TypeError, match="expected FlowUniPC"):
         fresh_copy(object())
     with pytest.raises(ValueError, match="prediction_type is 'epsilon'"):
-        fresh_copy(UniPCMultistepScheduler())
+        fresh_copy(diffusers.UniPCMultistepScheduler())
 
     class TwoCalls(FlowEuler):
         def set_timesteps(self, num_inference_steps, device=None):
@@ -245,36 +208,31 @@ X = torch.zeros(1, 2, 2, 4, 4)
 @pytest.mark.parametrize("make", [FlowEuler, FlowUniPC])
 def test_wrong_use_is_refused(make):
     scheduler = make()
-    with pytest.raises(ValueError, match="before set_timesteps"):
-        scheduler.step(X, 999, X)
+
+    def refused(message, timestep, v=X, x=X):
+        with pytest.raises(ValueError, match=message):
+            scheduler.step(v, timestep, x)
+
+    refused("before set_timesteps", 999)
     for count in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="num_inference_steps is"):
             scheduler.set_timesteps(count)
-    scheduler.set_timesteps(3)
-    t = scheduler.timesteps
-    with pytest.raises(ValueError, match="timestep is 123.0, expected an entry of timesteps"):
-        scheduler.step(X, 123, X)
-    with pytest.raises(ValueError, match="one number for the whole batch"):
-        scheduler.step(X, t[:2], X)
-    with pytest.raises(ValueError, match="model_output is"):
-        scheduler.step(X[:, :1], t[0], X)
-    with pytest.raises(ValueError, match="sample is .*expected a floating-point"):
-        scheduler.step(X, t[0], X.int())
+    t = started(scheduler, 3).timesteps
+    refused("timestep is 123.0, expected an entry of timesteps", 123)
+    refused("one number for the whole batch", t[:2])
+    refused("model_output is", t[0], v=X[:, :1])
+    refused("sample is .*expected a floating-point", t[0], x=X.int())
     assert scheduler.step_index is None
     scheduler.step(X, t[0], X)
-    with pytest.raises(ValueError, match="step 1 of 3"):
-        scheduler.step(X, t[0], X)
+    refused("step 1 of 3", t[0])
     scheduler.step(X, t[1], X)
     scheduler.step(X, t[2], X)
-    with pytest.raises(ValueError, match="after the last of 3 steps"):
-        scheduler.step(X, t[2], X)
-    scheduler.set_timesteps(3)
-    scheduler.step(X, t[0], X)
+    refused("after the last of 3 steps", t[2])
+    started(scheduler, 3).step(X, t[0], X)
 
 
 def test_unipc_refuses_latents_of_another_trajectory():
-    scheduler = FlowUniPC()
-    scheduler.set_timesteps(3)
+    scheduler = started(FlowUniPC(), 3)
     scheduler.step(X, scheduler.timesteps[0], X)
     with pytest.raises(ValueError, match="with which this trajectory began"):
         scheduler.step(X[..., :2], scheduler.timesteps[1], X[..., :2])

@@ -1,10 +1,13 @@
-"""Trajectories against loops written here: guidance, chains, starts inside, fewer steps."""
+"""Trajectories against the textbook: guidance, chains, starts inside, fewer steps."""
 
 import math
 
 import pytest
+import textbook
 import torch
+from prfl_world import diffusers_euler, diffusers_unipc
 from torch import nn
+from toy_flow import CONDITIONS, NOISE, gaussian
 from wan import inputs, tiny_wan
 
 from prfl_fast.models.velocity import ModelCall, model_of
@@ -15,20 +18,8 @@ from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC, schedule_sigmas, strided_steps
 from prfl_fast.rollout.trajectory import Trajectory, rollout
 
-diffusers = pytest.importorskip("diffusers")
-FlowMatchEulerDiscreteScheduler = diffusers.FlowMatchEulerDiscreteScheduler
-UniPCMultistepScheduler = diffusers.UniPCMultistepScheduler
-
-SHAPE = (2, 16, 2, 4, 4)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-NOISE, TEXT, NEGATIVE = randn(*SHAPE), randn(2, 3, seed=1), randn(2, 3, seed=2)
-CONDITIONS = {"text": TEXT}
-WEIGHT = (0.3 * randn(16, 16, seed=3)).requires_grad_()
+TEXT, NEGATIVE = CONDITIONS["text"], gaussian(2, 4, seed=3)
+WEIGHT = gaussian(3, 3, seed=4).requires_grad_()
 
 
 def field(x, timestep, conditions):
@@ -38,69 +29,31 @@ def field(x, timestep, conditions):
     return torch.tanh(turned + shift.view(-1, 1, 1, 1, 1)) - 0.1 * x
 
 
-def levels_of(scheduler, count):
-    scheduler.set_timesteps(count)
-    return scheduler.sigmas.double().tolist(), scheduler.timesteps.double().tolist()
+def velocity(x, timestep):
+    return field(x, torch.full((len(x),), float(timestep), dtype=x.dtype), CONDITIONS)
 
 
-def euler(x, kept, count, conditions=CONDITIONS, function=field):
-    """Euler over the levels ``kept`` of a schedule of ``count`` steps."""
-    sigmas, times = levels_of(FlowEuler(), count)
-    for here, there in zip(kept, kept[1:], strict=False):
-        t = torch.full((len(x),), times[here], dtype=x.dtype)
-        x = x + (sigmas[there] - sigmas[here]) * function(x, t, conditions)
+def walk(solver, function=velocity):
+    """Return where all steps of a textbook's solver lead, without gradient."""
+    return textbook.sample(textbook.World(function, None), solver, NOISE, 0, solver.count)
+
+
+def follow(scheduler, x, timesteps):
+    """Take the steps of a scheduler one by one."""
+    for t in timesteps:
+        x = scheduler.step(velocity(x, t), t, x, return_dict=False)[0]
     return x
 
 
-def unipc(x, kept, count, corrected=True):
-    """UniPC of order 2 over uneven levels, as its paper writes it, for σ-schedules (α = 1-σ).
-
-    "UniPC", arXiv 2302.04867, algorithms 5 to 8: the corrector that has seen the velocity at a
-    level, then the predictor from there; orders 1 at the first and last step.
-    """
-    every, times = levels_of(FlowUniPC(), count)
-    s, t = [every[i] for i in kept], [times[i] for i in kept[:-1]]
-    lam = [math.log((1 - sigma) / sigma) if sigma else math.inf for sigma in s]
-    x0s, last = [], None
-    for i, time in enumerate(t):
-        v = field(x, torch.full((len(x),), time, dtype=x.dtype), CONDITIONS)
-        here = x - s[i] * v
-        if i > 0 and corrected:
-            h = lam[i] - lam[i - 1]
-            e = math.expm1(-h)
-            slope = 0.5 * (here - x0s[-1])
-            if i > 1:
-                r = (lam[i - 2] - lam[i - 1]) / h
-                phi2 = -e / h - 1
-                phi3 = -phi2 / h - 0.5
-                matrix = torch.tensor([[1.0, 1.0], [r, 1.0]], dtype=torch.float64)
-                right = torch.tensor([phi2 / e, 2 * phi3 / e], dtype=torch.float64)
-                a, b = torch.linalg.solve(matrix, right).tolist()
-                slope = a * (x0s[-2] - x0s[-1]) / r + b * (here - x0s[-1])
-            x = s[i] / s[i - 1] * last - (1 - s[i]) * e * (x0s[-1] + slope)
-        h = lam[i + 1] - lam[i]
-        e = math.expm1(-h)
-        after = s[i + 1] / s[i] * x - (1 - s[i + 1]) * e * here
-        if 0 < i < len(t) - 1:
-            r = (lam[i - 1] - lam[i]) / h
-            after = after - (1 - s[i + 1]) * e * 0.5 * (x0s[-1] - here) / r
-        x0s.append(here)
-        last, x = x, after
-    return x
+def trajectory_of(scheduler, count, **options):
+    guidance = options.pop("guidance", None)
+    return Trajectory(Sampler(field, scheduler, count, guidance), NOISE, CONDITIONS, **options)
 
 
-def strided(stride, scheduler=None, visit=(), count=12, start=0, **kwargs):
+def strided(stride, scheduler=None, **options):
     engine = RolloutEngine(field, RolloutConfig(stride=stride, check_every=1000))
     engine.trajectories = 1  # the first would be checked
-    return Trajectory(
-        Sampler(field, FlowEuler() if scheduler is None else scheduler, count),
-        NOISE,
-        CONDITIONS,
-        engine=engine,
-        visit=visit,
-        start=start,
-        **kwargs,
-    )
+    return trajectory_of(scheduler or FlowEuler(), 12, engine=engine, **options)
 
 
 @pytest.mark.filterwarnings("error")
@@ -110,10 +63,16 @@ def test_strided_euler_is_euler_on_the_coarser_schedule():
     steps = []
     trajectory.run(12, lambda: steps.append(trajectory.index))
     assert steps == [4, 8, 12]
-    torch.testing.assert_close(
-        trajectory.x, euler(NOISE, [0, 4, 8, 12], 12), rtol=1e-13, atol=1e-13
-    )
-    assert not torch.allclose(trajectory.x, euler(NOISE, list(range(13)), 12), rtol=1e-3)
+    coarse = walk(textbook.Euler(12, kept=(0, 4, 8, 12)))
+    torch.testing.assert_close(trajectory.x, coarse, rtol=1e-13, atol=1e-13)
+    assert not torch.allclose(trajectory.x, walk(textbook.Euler(12)), rtol=1e-3)
+
+
+class Predictor(textbook.UniPC):
+    """UniPC without its corrector."""
+
+    def correct(self, i, x, estimate):
+        return x
 
 
 @pytest.mark.parametrize(
@@ -132,15 +91,11 @@ def test_restricted_unipc_is_unipc_over_those_levels(kept):
     scheduler.set_timesteps(8)
     scheduler.restrict(kept[:-1])
     assert len(scheduler.timesteps) == len(kept) - 1 and len(scheduler.sigmas) == len(kept)
-    x = NOISE
-    with torch.no_grad():
-        for time in scheduler.timesteps:
-            v = field(x, torch.full((2,), float(time), dtype=x.dtype), CONDITIONS)
-            (x,) = scheduler.step(v, time, x)
-        torch.testing.assert_close(x, unipc(NOISE, kept, 8), rtol=1e-10, atol=1e-12)
-        # The last step leads to x0, whatever the corrector made of x.
-        plain = unipc(NOISE, kept, 8, corrected=False)
-        assert torch.allclose(x, plain, rtol=1e-6) == (len(kept) <= 3)
+    x = follow(scheduler, NOISE, scheduler.timesteps).detach()
+    torch.testing.assert_close(x, walk(textbook.UniPC(8, kept=kept)), rtol=1e-10, atol=1e-12)
+    # The last step leads to x0, whatever the corrector made of x.
+    plain = walk(Predictor(8, kept=kept))
+    assert torch.allclose(x, plain, rtol=1e-6) == (len(kept) <= 3)
     scheduler.set_timesteps(8)  # forgets what was left out
     assert len(scheduler.timesteps) == 8
 
@@ -165,8 +120,8 @@ def test_fewer_steps_land_on_what_is_visited_and_on_the_step_after(start, visit,
             trajectory.move_to(trajectory.solve(trajectory.velocity()))
             seen.append(trajectory.index)
         trajectory.run(12, lambda: seen.append(trajectory.index))
-        assert seen == expected
-        reference = euler(NOISE, expected, 12)
+    assert seen == expected
+    reference = walk(textbook.Euler(12, kept=expected))
     torch.testing.assert_close(trajectory.x, reference, rtol=1e-13, atol=1e-13)
 
 
@@ -178,7 +133,7 @@ def test_fewer_steps_refuse_what_they_cannot_do():
         trajectory.solve(NOISE)
     assert trajectory.index == 0
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler.*stride"):
-        strided(2, FlowMatchEulerDiscreteScheduler(shift=5.0))
+        strided(2, diffusers_euler())
     scheduler = FlowEuler()
     with pytest.raises(ValueError, match="set_timesteps"):
         scheduler.restrict([0])
@@ -191,30 +146,16 @@ def test_fewer_steps_refuse_what_they_cannot_do():
             scheduler.set_begin_index(begin)
 
 
-def diffusers_unipc():
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-    )
-
-
-@pytest.mark.parametrize(
-    "make",
-    [FlowEuler, FlowUniPC, lambda: FlowMatchEulerDiscreteScheduler(shift=5.0), diffusers_unipc],
-)
+@pytest.mark.parametrize("make", [FlowEuler, FlowUniPC, diffusers_euler, diffusers_unipc])
 def test_noise_levels_and_a_start_inside_the_schedule(make):
-    sigmas, times = levels_of(make(), 9)
-    trajectory = Trajectory(Sampler(field, make(), 9), NOISE, CONDITIONS, start=4)
-    assert [trajectory.sigma(i) for i in range(10)] == sigmas and trajectory.sigma(9) == 0
-    assert trajectory.index == 4
-    assert trajectory.model_timestep(4).tolist() == [times[4]] * 2
-    trajectory.run(9)
-    solver, x = make(), NOISE
+    solver = make()
     solver.set_timesteps(9)
-    with torch.no_grad():
-        for t in solver.timesteps[4:]:
-            v = field(x, torch.full((2,), float(t), dtype=x.dtype), CONDITIONS)
-            x = solver.step(v, t, x, return_dict=False)[0]
-    assert torch.equal(trajectory.x, x)
+    trajectory = trajectory_of(make(), 9, start=4)
+    assert [trajectory.sigma(i) for i in range(10)] == solver.sigmas.tolist()
+    assert trajectory.sigma(9) == 0 and trajectory.index == 4
+    assert trajectory.model_timestep(4).tolist() == [solver.timesteps[4].item()] * 2
+    trajectory.run(9)
+    assert torch.equal(trajectory.x, follow(solver, NOISE, solver.timesteps[4:]))
 
 
 def test_a_start_is_found_where_truncated_timesteps_repeat():
@@ -223,7 +164,7 @@ def test_a_start_is_found_where_truncated_timesteps_repeat():
     scheduler.set_timesteps(800)
     times = scheduler.timesteps.tolist()
     start = next(i for i in range(1, 800) if times[i] == times[i - 1])
-    trajectory = Trajectory(Sampler(field, FlowUniPC(), 800), NOISE, CONDITIONS, start=start)
+    trajectory = trajectory_of(FlowUniPC(), 800, start=start)
     trajectory.run(start + 1)
     assert trajectory.scheduler.step_index == start + 1
 
@@ -240,29 +181,27 @@ def test_noise_levels_of_a_scheduler_that_names_none():
 @pytest.mark.parametrize("steps", [{"start": -1}, {"start": 9}, {"visit": (9,)}, {"start": True}])
 def test_starts_and_visits_outside_the_schedule_are_refused(steps):
     with pytest.raises(ValueError, match=next(iter(steps))):
-        Trajectory(Sampler(field, FlowEuler(), 9), NOISE, CONDITIONS, **steps)
+        trajectory_of(FlowEuler(), 9, **steps)
 
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_guidance_is_its_formula_in_rollout_and_gradient(batched):
     guidance = Guidance(3.5, {"text": NEGATIVE}, batched=batched)
 
-    def guided(x, t, conditions):
-        negative = field(x, t, {"text": NEGATIVE})
-        return negative + 3.5 * (field(x, t, conditions) - negative)
+    def negative(x, t):
+        return field(x, torch.full((2,), t, dtype=x.dtype), {"text": NEGATIVE})
 
-    trajectory = Trajectory(Sampler(field, FlowEuler(), 6, guidance=guidance), NOISE, CONDITIONS)
+    guided = textbook.guided(velocity, negative, 3.5)
+    trajectory = trajectory_of(FlowEuler(), 6, guidance=guidance)
     trajectory.run(3)
-    with torch.no_grad():
-        expected = euler(NOISE, [0, 1, 2, 3], 6, function=guided)
-    torch.testing.assert_close(trajectory.x, expected, rtol=1e-12, atol=1e-12)
+    solver = textbook.Euler(6, kept=range(4))
+    torch.testing.assert_close(trajectory.x, walk(solver, guided), rtol=1e-12, atol=1e-12)
     x = trajectory.x.clone().requires_grad_()
     ours = torch.autograd.grad(trajectory.velocity(x).square().sum(), [x, WEIGHT])
     y = x.detach().requires_grad_()
-    v = guided(y, trajectory.model_timestep(3), CONDITIONS)
+    v = guided(y, solver.timesteps[3])
     theirs = torch.autograd.grad(v.square().sum(), [y, WEIGHT])
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     sampled = rollout(field, NOISE, CONDITIONS, FlowEuler(), 6, guidance=guidance, stop=3)
     assert torch.equal(sampled, trajectory.x)
 
@@ -274,25 +213,22 @@ def test_a_negative_of_one_serves_the_batch_and_other_conditions_are_shared():
         seen.append(conditions)
         return field(x, t, conditions)
 
-    conditions = {"text": TEXT, "image": randn(2, 5, seed=8)}
+    conditions = {"text": TEXT, "image": gaussian(2, 5, seed=8)}
     for batched in (True, False):
         seen.clear()
         guidance = Guidance(2.0, {"text": NEGATIVE[:1]}, batched=batched)
         rollout(record, NOISE, conditions, FlowEuler(), 3, stop=1, guidance=guidance)
         negative = {k: v[2:] for k, v in seen[0].items()} if batched else seen[1]
         assert len(seen) == (1 if batched else 2)
-        assert torch.equal(negative["text"], NEGATIVE[:1].expand(2, 3))
+        assert torch.equal(negative["text"], NEGATIVE[:1].expand(2, 4))
         assert torch.equal(negative["image"], conditions["image"])
 
 
 def test_sequential_guidance_takes_prompts_of_different_lengths():
-    long = {"text": randn(2, 5, seed=9)}
-    x = rollout(
-        field, NOISE, CONDITIONS, FlowEuler(), 3, guidance=Guidance(2.0, long, batched=False)
-    )
-    assert x.isfinite().all()
+    long, given = {"text": gaussian(2, 5, seed=9)}, (field, NOISE, CONDITIONS, FlowEuler(), 3)
+    assert rollout(*given, guidance=Guidance(2.0, long, batched=False)).isfinite().all()
     with pytest.raises(ValueError, match=r"negative\['text'\].*batched=False"):
-        rollout(field, NOISE, CONDITIONS, FlowEuler(), 3, guidance=Guidance(2.0, long))
+        rollout(*given, guidance=Guidance(2.0, long))
 
 
 @pytest.mark.parametrize(
@@ -313,17 +249,15 @@ def test_bad_guidance_is_refused(arguments, message):
 def test_guidance_that_does_not_fit_the_conditions_is_refused():
     for negative, message in (
         ({"prompt": NEGATIVE}, r"negative is \['prompt'\], expected keys of"),
-        ({"text": randn(3, 3)}, "expected batch 2 or 1"),
+        ({"text": gaussian(3, 4)}, "expected batch 2 or 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            Trajectory(
-                Sampler(field, FlowEuler(), 3, guidance=Guidance(2.0, negative)), NOISE, CONDITIONS
-            )
+            trajectory_of(FlowEuler(), 3, guidance=Guidance(2.0, negative))
 
 
 @pytest.mark.parametrize("make", [FlowEuler, FlowUniPC, diffusers_unipc])
 def test_a_chain_carries_the_gradient_through_latents_and_history(make):
-    trajectory = Trajectory(Sampler(field, make(), 8), NOISE, CONDITIONS)
+    trajectory = trajectory_of(make(), 8)
     trajectory.run(2)
     before = trajectory.x
     for _ in range(3):
@@ -333,14 +267,12 @@ def test_a_chain_carries_the_gradient_through_latents_and_history(make):
     trajectory.cut()
     assert not trajectory.x.requires_grad
 
-    solver, x = make(), NOISE
+    solver = make()
     solver.set_timesteps(8)
-    for i, t in enumerate(solver.timesteps[:5]):
-        with torch.set_grad_enabled(i >= 2):
-            v = field(x, torch.full((2,), float(t), dtype=x.dtype), CONDITIONS)
-            x = solver.step(v, t, x, return_dict=False)[0]
-        if i == 1:
-            assert torch.equal(x, before)
+    with torch.no_grad():
+        x = follow(solver, NOISE, solver.timesteps[:2])
+    assert torch.equal(x, before)
+    x = follow(solver, x, solver.timesteps[2:5])
     (theirs,) = torch.autograd.grad(x.square().sum(), WEIGHT)
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     assert torch.equal(trajectory.x, x.detach())
@@ -351,13 +283,13 @@ def test_a_chain_carries_the_gradient_through_latents_and_history(make):
 
 
 def test_velocity_and_solve_differentiate_latents_that_are_given():
-    trajectory = Trajectory(Sampler(field, FlowEuler(), 8), NOISE, CONDITIONS, start=3)
+    trajectory = trajectory_of(FlowEuler(), 8, start=3)
     x = (2 * NOISE).requires_grad_()
     out = trajectory.solve(trajectory.velocity(x, 5), x)
     (ours,) = torch.autograd.grad(out.sum(), x)
     y = x.detach().requires_grad_()
     delta = trajectory.sigma(4) - trajectory.sigma(3)
-    expected = y + delta * field(y, trajectory.model_timestep(5), CONDITIONS)
+    expected = y + delta * velocity(y, textbook.Euler(8).timesteps[5])
     (theirs,) = torch.autograd.grad(expected.sum(), y)
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -371,15 +303,14 @@ def test_an_adjusted_velocity_is_the_one_that_is_taken():
         calls.append((index, trajectory.index, trajectory.x))
         return v + index * NOISE
 
-    trajectory = Trajectory(Sampler(field, FlowEuler(), 4), NOISE, CONDITIONS, start=1)
+    trajectory = trajectory_of(FlowEuler(), 4, start=1)
     trajectory.run(3, adjust=adjust)
-    x, sigma = NOISE, trajectory.sigma
-    with torch.no_grad():
-        for index in (1, 2):
-            assert calls[index - 1][:2] == (index, index)
-            torch.testing.assert_close(calls[index - 1][2], x, rtol=1e-13, atol=1e-13)
-            v = field(x, trajectory.model_timestep(index), CONDITIONS) + index * NOISE
-            x = x + (sigma(index + 1) - sigma(index)) * v
+    x, solver = NOISE, textbook.Euler(4)
+    for index in (1, 2):
+        assert calls[index - 1][:2] == (index, index)
+        torch.testing.assert_close(calls[index - 1][2], x, rtol=1e-13, atol=1e-13)
+        v = velocity(x, solver.timesteps[index]).detach() + index * NOISE
+        x = solver.step(index, v, x)
     torch.testing.assert_close(trajectory.x, x, rtol=1e-13, atol=1e-13)
 
 

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import textbook
 import torch
+from prfl_world import diffusers_euler
 from search_loops import SOLVERS, Counted, guided, level
-from textbook import UniPC
 from torch import nn
 from toy_flow import CONDITIONS, NEGATIVE, NOISE, reward, velocity
 from wan import inputs, tiny_wan
@@ -20,8 +21,6 @@ from prfl_fast.rollout.trajectory import rollout
 from prfl_fast.sampling import search
 from prfl_fast.sampling.candidates import Forwards
 from prfl_fast.sampling.gradient import guide, optimize_noise
-
-FlowMatchEulerDiscreteScheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler
 
 STEPS = 4
 EULER = Sampler(velocity, FlowEuler(), STEPS)
@@ -50,26 +49,29 @@ def assert_history(found, expected):
     torch.testing.assert_close(found.latents, torch.cat([x for *_, x in expected]))
 
 
-def total(x, timestep, text, weights):
-    conditions = {"text": text}
-    return weights[0] * reward(x, timestep, conditions) + weights[1] * smooth(
-        x, timestep, conditions
-    )
+def functions_of(b, scale, weights):
+    """Return velocity and score of prompt b, for the textbook."""
+    text = CONDITIONS["text"][b : b + 1]
+
+    def score(x, t):
+        given = x, level(t), {"text": text}
+        return weights[0] * reward(*given) + weights[1] * smooth(*given)
+
+    return lambda x, t: guided(x, level(t), text, scale), score
 
 
 def textbook_reno(hand, iterations, lr, momentum, clip, prior, *, scale=None, weights=(1.0, 0.0)):
     """Prompt by prompt, with the whole graph and torch's own optimizer."""
     results = []
     for b in range(2):
-        text = CONDITIONS["text"][b : b + 1]
+        velocity_of_b, score_of = functions_of(b, scale, weights)
         noise = NOISE[b : b + 1].clone().requires_grad_()
         optimizer = torch.optim.SGD([noise], lr=lr, momentum=momentum, nesterov=momentum > 0)
         scores, best = [], (-math.inf, None, None)
         for _ in range(iterations):
-            solver, x = hand(STEPS), noise
-            for m in range(STEPS):
-                x = solver.step(m, guided(x, level(solver.timesteps[m]), text, scale), x)
-            score = total(x, level(0.0), text, weights)
+            world = textbook.World(velocity_of_b, None)
+            x = textbook.advance(world, hand(STEPS), noise, 0, STEPS)
+            score = score_of(x, 0.0)
             scores.append(score.item())
             if score.item() > best[0]:
                 best = (score.item(), noise.detach().clone(), x.detach())
@@ -107,7 +109,9 @@ def test_optimize_noise_with_several_rewards_and_guidance_equals_the_textbook(ba
     options = {"lr": 1.0, "clip": 0.2, "prior": 0.02}
     weights = {"taste": 0.5, "calm": 3.0}
     found = optimized(sampler, BOTH, iterations=4, reward_weights=weights, **options)
-    expected = textbook_reno(UniPC, 4, momentum=0.9, scale=2.0, weights=(0.5, 3.0), **options)
+    expected = textbook_reno(
+        textbook.UniPC, 4, momentum=0.9, scale=2.0, weights=(0.5, 3.0), **options
+    )
     assert_history(found, expected)
     assert found.forwards == Forwards(
         4 * (4 * STEPS + 3 * (STEPS - 1)), 2 * 2 * 4, 4 * 3 * STEPS, 2 * 2 * 3
@@ -199,10 +203,8 @@ def test_a_wan_models_parameters_are_left_alone():
     found = optimize_noise(sampler, judge, narrow, conditions, iterations=2)
     assert found.noise.dtype == found.latents.dtype == torch.bfloat16
     assert found.scores.dtype == torch.float32
-    sample, plain = (
-        guide(Sampler(model, FlowUniPC(), 3, rollout=config), judge, noise, conditions, weight=1.0)
-        for config in (None, RolloutConfig(cache=False))
-    )
+    samplers = (Sampler(model, FlowUniPC(), 3, None, c) for c in (None, RolloutConfig(cache=False)))
+    sample, plain = (guide(s, judge, noise, conditions, weight=1.0) for s in samplers)
     assert sample.latents.shape == noise.shape and not sample.latents.requires_grad
     assert torch.equal(sample.latents, plain.latents)
     assert all(p.grad is None for part in (model, judge) for p in part.parameters())
@@ -211,21 +213,11 @@ def test_a_wan_models_parameters_are_left_alone():
 def textbook_guide(hand, weight, steps, *, scale=None, weights=(1.0, 0.0)):
     latents, history = [], []
     for b in range(2):
-        text, solver, x = CONDITIONS["text"][b : b + 1], hand(STEPS), NOISE[b : b + 1]
-        scores = []
-        for m in range(STEPS):
-            sigma, timestep = solver.sigmas[m], level(solver.timesteps[m])
-            v = guided(x, timestep, text, scale)
-            if m in steps:
-                leaf = x.clone().requires_grad_()
-                score = total(leaf, timestep, text, weights)
-                (slope,) = torch.autograd.grad(score.sum(), leaf)
-                v = v - weight * sigma / (1 - sigma) * slope
-                scores.append(score.item())
-            x = solver.step(m, v, x)
+        functions = functions_of(b, scale, weights)
+        x, scores = textbook.flow_nrg(*functions, hand(STEPS), NOISE[b : b + 1], steps, weight)
         latents.append(x)
-        history.append(scores)
-    return torch.cat(latents), torch.tensor(history, dtype=torch.float64).T
+        history.append(torch.cat(scores))
+    return torch.cat(latents), torch.stack(history, 1)
 
 
 @SOLVERS
@@ -244,7 +236,7 @@ def test_guide_equals_the_textbook(ours, hand, window, steps):
 
 
 def test_guide_by_several_rewards_and_guidance_equals_the_textbook():
-    latents, history = textbook_guide(UniPC, 0.2, (1, 2, 3), scale=3.0, weights=(2.0, 0.7))
+    latents, history = textbook_guide(textbook.UniPC, 0.2, (1, 2, 3), scale=3.0, weights=(2.0, 0.7))
     sampler = Sampler(velocity, FlowUniPC(), STEPS, guidance=Guidance(3.0, NEGATIVE))
     found = steered(sampler, BOTH, weight=0.2, reward_weights={"taste": 2.0, "calm": 0.7})
     torch.testing.assert_close(found.latents, latents)
@@ -253,10 +245,9 @@ def test_guide_by_several_rewards_and_guidance_equals_the_textbook():
 
 
 def test_guidance_raises_the_reward_and_takes_a_diffusers_scheduler():
-    foreign = FlowMatchEulerDiscreteScheduler(shift=5.0)
     plain = rollout(velocity, NOISE, CONDITIONS, FlowEuler(), STEPS)
     found = steered(weight=1.0)
-    other = steered(Sampler(velocity, foreign, STEPS), weight=1.0)
+    other = steered(Sampler(velocity, diffusers_euler(), STEPS), weight=1.0)
     # diffusers' steps are rounded to float32.
     torch.testing.assert_close(other.latents, found.latents, rtol=1e-5, atol=1e-6)
     clean = torch.zeros(2, dtype=torch.float64)
@@ -285,19 +276,13 @@ def test_progress(capsys):
 
 
 def test_a_trainable_reward_is_refused_under_a_bar_too():
-    head = nn.Linear(1, 1)
-
-    class Judge(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = head
-
+    class Judge(nn.Linear):
         def forward(self, x, timestep, conditions):
             return reward(x, timestep, conditions)
 
     for progress in (True, False):
         with pytest.raises(ValueError, match="trainable parameters"):
-            steered(EULER, Judge(), progress=progress)
+            steered(EULER, Judge(1, 1), progress=progress)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from prfl_fast.training.checkpoint import (
     latest_checkpoint,
@@ -34,34 +35,39 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def checkpoint(folder, step=3, model=None, **options):
-    model = model or torch.nn.Linear(3, 2)
+    model = model or nn.Linear(3, 2)
     return save_checkpoint(folder, step, model, {"step": step, "x": torch.arange(4)}, **options)
 
 
-def test_write_atomic_replaces_the_file_and_keeps_the_suffix_last(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with write_atomic(path) as temporary:
+@pytest.fixture
+def old(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    return tmp_path / "a.json"
+
+
+def test_write_atomic_replaces_the_file_and_keeps_the_suffix_last(tmp_path, old):
+    with write_atomic(old) as temporary:
         assert temporary.parent == tmp_path and temporary.suffix == ".json"
         temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and names(tmp_path) == ["a.json"]
+        assert old.read_text() == "old"
+    assert old.read_text() == "new" and names(tmp_path) == ["a.json"]
 
 
-def test_write_atomic_leaves_the_old_file_and_no_temporary_on_error(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(RuntimeError, match="mine"), write_atomic(path) as temporary:
+def test_write_atomic_leaves_the_old_file_and_no_temporary_on_error(tmp_path, old):
+    with pytest.raises(RuntimeError, match="mine"), write_atomic(old) as temporary:
         temporary.write_text("half")
         raise RuntimeError("mine")
-    assert path.read_text() == "old" and names(tmp_path) == ["a.json"]
+    assert old.read_text() == "old" and names(tmp_path) == ["a.json"]
 
 
 def test_write_atomic_needs_a_folder(tmp_path):
-    path = tmp_path / "nowhere" / "a"
-    with pytest.raises(OSError, match="nowhere"), write_atomic(path) as temporary:
-        temporary.write_text("x")
+    with pytest.raises(OSError, match="nowhere"), write_atomic(tmp_path / "nowhere" / "a") as path:
+        path.write_text("x")
     assert names(tmp_path) == []
 
 
@@ -110,7 +116,7 @@ def test_tensors_truncated_or_missing(tmp_path):
 
 def test_a_full_disk_is_an_oserror_and_leaves_earlier_checkpoints(tmp_path, monkeypatch):
     checkpoint(tmp_path, 1)
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = contents(tmp_path)
     no_space = safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
     failed = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     for owner, name, error, message in (
@@ -120,7 +126,7 @@ def test_a_full_disk_is_an_oserror_and_leaves_earlier_checkpoints(tmp_path, monk
         with monkeypatch.context() as patched, pytest.raises(OSError, match=message):
             patched.setattr(owner, name, mock.Mock(side_effect=error))
             checkpoint(tmp_path, 2)
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -133,7 +139,7 @@ def test_a_real_enospc_is_an_oserror(tmp_path):
 
 
 def test_checkpoint_round_trip_and_keep_last(tmp_path):
-    source, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     ema = {"weight": torch.randn(2, 3)}
     for step in (1, 2, 30):
         checkpoint(tmp_path, step, source, ema=ema, settings={"betas": (0.9, 0.99)}, keep_last=2)
@@ -166,7 +172,7 @@ def test_only_plain_values_are_unpickled(tmp_path):
     content["files"]["state.pt"] = (path / "state.pt").stat().st_size
     (path / "checkpoint.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="state.pt: cannot be read"):
-        load_checkpoint(path, torch.nn.Linear(3, 2))
+        load_checkpoint(path, nn.Linear(3, 2))
 
 
 def damage(name, keep):
@@ -195,7 +201,7 @@ DAMAGE = {
 def test_damaged_checkpoints_are_refused_and_change_nothing(tmp_path, case):
     path = checkpoint(tmp_path)
     DAMAGE[case][0](path)
-    model = torch.nn.Linear(3, 2)
+    model = nn.Linear(3, 2)
     weight = model.weight.detach().clone()
     with pytest.raises(ValueError, match=DAMAGE[case][1]):
         load_checkpoint(path, model)
@@ -205,13 +211,10 @@ def test_damaged_checkpoints_are_refused_and_change_nothing(tmp_path, case):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (torch.nn.Linear(3, 4), r"weight float32\[2, 3\], expected float32\[4, 3\]"),
-        (torch.nn.Linear(3, 2, bias=False), r"1 unexpected \(bias float32"),
-        (
-            torch.nn.Sequential(torch.nn.Linear(3, 2)),
-            r"2 missing \(0.weight .*; 0.bias .*\), 2 unex",
-        ),
-        (torch.nn.Linear(3, 2).double(), "expected float64"),
+        (nn.Linear(3, 4), r"weight float32\[2, 3\], expected float32\[4, 3\]"),
+        (nn.Linear(3, 2, bias=False), r"1 unexpected \(bias float32"),
+        (nn.Sequential(nn.Linear(3, 2)), r"2 missing \(0.weight .*; 0.bias .*\), 2 unex"),
+        (nn.Linear(3, 2).double(), "expected float64"),
     ],
 )
 def test_checkpoints_of_another_model_are_refused(tmp_path, model, message):
@@ -224,7 +227,7 @@ def test_checkpoints_of_another_model_are_refused(tmp_path, model, message):
 def test_other_settings_are_refused_by_name(tmp_path):
     path = checkpoint(tmp_path, settings={"learning_rate": 1e-3, "seed": 0})
     with pytest.raises(ValueError, match="made with learning_rate = 0.001, this run has 0.01"):
-        load_checkpoint(path, torch.nn.Linear(3, 2), settings={"learning_rate": 1e-2, "seed": 0})
+        load_checkpoint(path, nn.Linear(3, 2), settings={"learning_rate": 1e-2, "seed": 0})
 
 
 def test_random_state_round_trip(tmp_path):

@@ -30,10 +30,6 @@ def base_model(layout, case="t2v"):
     return cast_weights(tiny_wan(case), layout)
 
 
-def dtype_of(layout):
-    return torch.float32 if layout == "fp32" else torch.bfloat16
-
-
 def inputs_of(model, case):
     dtype = model.patch_embedding.weight.dtype
     x, timestep, conditions = inputs(case)
@@ -43,6 +39,16 @@ def inputs_of(model, case):
 def call(model, case="t2v"):
     x, timestep, conditions = inputs_of(model, case)
     return find_adapter(model).velocity(model, x, timestep, conditions).detach()
+
+
+def relative(ours, theirs):
+    """Return the relative distance of two models' velocities."""
+    ours, theirs = call(ours).float(), call(theirs).float()
+    return (ours - theirs).norm() / theirs.norm()
+
+
+def adapters_of(model):
+    return {n: p for n, p in model.named_parameters() if "lora_" in n}
 
 
 def train(model, case="t2v", *, steps=3, **options):
@@ -62,10 +68,14 @@ def train(model, case="t2v", *, steps=3, **options):
     return model
 
 
-def pipeline(model):
+def pipeline(model, adapters=None):
+    """Return diffusers' pipeline of a model, with adapters from a folder if one is given."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     absent = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
-    return diffusers.WanPipeline(**absent, scheduler=scheduler, transformer=model)
+    pipe = diffusers.WanPipeline(**absent, scheduler=scheduler, transformer=model)
+    if adapters is not None:
+        pipe.load_lora_weights(adapters)
+    return pipe
 
 
 def sample(pipe):
@@ -84,19 +94,17 @@ def test_an_adapter_loads_in_a_pipeline_and_samples_the_same_bits(layout, tmp_pa
     untrained = sample(pipeline(base))
     model = train(copy.deepcopy(base))
     adapters = [p for p in model.parameters() if p.requires_grad]
-    assert {p.dtype for p in adapters} == {dtype_of(layout)}
+    assert {p.dtype for p in adapters} == {torch.float32 if layout == "fp32" else torch.bfloat16}
     save_model(model, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {FILE}
-    pipe = pipeline(base)
-    pipe.load_lora_weights(tmp_path)
+    pipe = pipeline(base, tmp_path)
     unpatch(model)
     expected = sample(pipeline(model))
     assert torch.equal(sample(pipe), expected)
     assert (expected - untrained).norm() > 0.05 * untrained.norm()
     assert torch.equal(call(base), call(model))
     # The patched model rounds elsewhere, no more.
-    difference = (call(patch(model)) - call(base)).float().norm() / call(base).float().norm()
-    assert difference < (1e-5 if layout == "fp32" else 0.02)
+    assert relative(patch(model), base) < (1e-5 if layout == "fp32" else 0.02)
     # And away again.
     pipe.unload_lora_weights()
     assert torch.equal(sample(pipe), untrained)
@@ -107,21 +115,16 @@ def test_an_adapter_from_elsewhere_loads_into_another_layout(layout, tmp_path):
     """Trained over float32, used over bfloat16 and NF4, through diffusers and through ours."""
     model = train(base_model("fp32"))
     save_model(model, tmp_path)
-    theirs = base_model(layout)
-    pipeline(theirs).load_lora_weights(tmp_path)
+    theirs = pipeline(base_model(layout), tmp_path).transformer
     ours = base_model(layout)
     add_lora(ours, 4, 6.0)
     load_model(ours, tmp_path)
-    assert {p.dtype for n, p in ours.named_parameters() if "lora_" in n} == {torch.bfloat16}
-    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    for name, parameter in ours.named_parameters():
-        if "lora_" in name:
-            assert torch.equal(parameter, trained[name].bfloat16())
-            assert parameter.requires_grad
-    difference = (call(theirs) - call(ours)).float().norm()
-    assert difference < 0.01 * call(ours).float().norm()
-    reference = call(model)
-    assert (call(ours) - reference).norm() < (0.1 if layout == "nf4" else 0.02) * reference.norm()
+    trained = adapters_of(model)
+    for name, parameter in adapters_of(ours).items():
+        assert parameter.dtype == torch.bfloat16 and parameter.requires_grad
+        assert torch.equal(parameter, trained[name].bfloat16())
+    assert relative(theirs, ours) < 0.01
+    assert relative(ours, model) < (0.1 if layout == "nf4" else 0.02)
 
 
 @pytest.mark.parametrize("how", ("pipeline", "pipeline without metadata", "model"))
@@ -146,11 +149,9 @@ def test_a_file_that_diffusers_wrote_loads_here(how, tmp_path):
     add_lora(ours, 4, alpha, target_modules=("to_q", "to_v"))
     load_model(ours, tmp_path)
     # diffusers keeps these adapters in float32; ours are bfloat16.
-    difference = (call(ours) - call(theirs)).float().norm() / call(theirs).float().norm()
-    assert difference < 0.02
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            assert torch.equal(ours.get_parameter(name), parameter.bfloat16())
+    assert relative(ours, theirs) < 0.02
+    for name, parameter in adapters_of(theirs).items():
+        assert torch.equal(ours.get_parameter(name), parameter.bfloat16())
 
 
 def test_an_adapter_of_another_scale_rank_or_place_is_refused(tmp_path):
@@ -173,8 +174,7 @@ def test_an_adapter_of_another_scale_rank_or_place_is_refused(tmp_path):
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     # A file without settings has alpha equal to its rank: diffusers reads it so.
     save_file(load_file(tmp_path / FILE), tmp_path / FILE)
-    message = "lora_alpha of the adapter in .* is 4, expected this model's 6"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="lora_alpha of .* is 4, expected this model's 6"):
         load_model(adapted(), tmp_path)
     load_model(adapted(alpha=4), tmp_path)
 
@@ -198,12 +198,11 @@ def test_a_model_that_peft_wrapped_writes_the_same_file(tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
     model = peft.get_peft_model(base_model("fp32"), config)
     save_model(model, tmp_path)
-    pipe = pipeline(base_model("fp32"))
-    pipe.load_lora_weights(tmp_path)
-    assert torch.equal(call(pipe.transformer), call(model.get_base_model()))
+    loaded = pipeline(base_model("fp32"), tmp_path).transformer
+    assert torch.equal(call(loaded), call(model.get_base_model()))
     fresh = peft.get_peft_model(base_model("fp32"), config)
     load_model(fresh, tmp_path)
-    assert torch.equal(call(fresh.get_base_model()), call(pipe.transformer))
+    assert torch.equal(call(fresh.get_base_model()), call(loaded))
 
 
 @pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
@@ -212,6 +211,5 @@ def test_an_image_to_video_adapter(tmp_path):
     base = base_model("nf4", "i2v")
     model = train(copy.deepcopy(base), "i2v")
     save_model(model, tmp_path)
-    pipe = pipeline(base)
-    pipe.load_lora_weights(tmp_path)
+    pipeline(base, tmp_path)
     assert torch.equal(call(base, "i2v"), call(unpatch(model), "i2v"))

@@ -1,4 +1,4 @@
-"""The consistency loss against its formula written here, in float64."""
+"""The supervised and the consistency loss against their formulas written here, in float64."""
 
 import math
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 from toy_flow import gaussian
-from wan import inputs, tiny_wan
+from wan import float_means_double, inputs, tiny_wan
 
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import training_sigmas
-from prfl_fast.training.losses import ConsistencyConfig, consistency_loss
+from prfl_fast.training.losses import ConsistencyConfig, consistency_loss, sft_loss
 
 SHAPE = (3, 2, 2, 4, 4)
 
@@ -32,6 +32,10 @@ class Net(nn.Module):
         text = (conditions["text"] @ self.bias).view(-1, 1, 1, 1, 1)
         mixed = torch.einsum("dc,bcfhw->bdfhw", self.mix, x)
         return torch.tanh(mixed + text) + x * timestep.view(-1, 1, 1, 1, 1) / 1000
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def as_function(net):
@@ -92,8 +96,7 @@ def test_a_model_that_knows_the_data_has_no_loss():
     def exact(x, timestep, conditions):  # the velocity of a world with one clean latent
         return (x - LATENTS) / (timestep.view(-1, 1, 1, 1, 1) / 1000).clamp_min(1e-12)
 
-    generator = torch.Generator().manual_seed(5)
-    loss = consistency_loss(exact, exact, exact, LATENTS, CONDITIONS, generator=generator)
+    loss = consistency_loss(exact, exact, exact, LATENTS, CONDITIONS, generator=seeded(5))
     assert 0 <= loss.item() < 1e-12
 
 
@@ -101,14 +104,13 @@ def test_draws_come_from_the_generator_noise_first():
     net = as_function(Net(10))
 
     def loss(seed, **given):
-        generator = torch.Generator().manual_seed(seed)
-        given["generator"] = generator
+        given["generator"] = seeded(seed)
         return consistency_loss(net, net, net, LATENTS, CONDITIONS, **given).item()
 
     state = torch.get_rng_state()
     assert loss(1) == loss(1) != loss(2)
     assert torch.equal(torch.get_rng_state(), state)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     noise = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
     index = torch.randint(50, (3,), generator=generator)
     assert loss(9, noise=noise, index=index) == loss(1)
@@ -118,7 +120,7 @@ def test_a_wan_model_in_its_own_dtype():
     student, teacher = tiny_wan(seed=0), tiny_wan(seed=1)
     latents, _, conditions = inputs(size=(2, 4, 4))
     given = {"guidance": Guidance(3.0, {"encoder_hidden_states": torch.zeros(1, 7, 20)})}
-    given["generator"] = torch.Generator().manual_seed(0)
+    given["generator"] = seeded(0)
     loss = consistency_loss(student, student, teacher, latents.bfloat16(), conditions, **given)
     assert loss.dtype == torch.float32 and loss.item() > 0
     loss.backward()
@@ -164,3 +166,77 @@ def test_unknown_models_are_refused():
         models[place] = Net(10)
         with pytest.raises(TypeError, match="Net"):
             consistency_loss(*models, LATENTS, CONDITIONS)
+
+
+def test_sft_loss_and_gradient_equal_the_textbook():
+    model, (x0, _, conditions) = tiny_wan().double(), inputs()
+    x0, text = x0.double(), conditions["encoder_hidden_states"].double()
+    noise, sigma = gaussian(*x0.shape, seed=8), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    s = sigma.view(2, 1, 1, 1, 1)
+    with float_means_double():
+        loss = sft_loss(model, x0, {"encoder_hidden_states": text}, noise=noise, sigma=sigma)
+        v = model((1 - s) * x0 + s * noise, 1000 * sigma, text, return_dict=False)[0]
+        plain = nn.functional.mse_loss(v, noise - x0)
+        parameters = list(model.parameters())
+        ours, theirs = (torch.autograd.grad(value, parameters) for value in (loss, plain))
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sft_draws_from_the_generator_and_noises_in_float32(dtype):
+    seen = []
+
+    def velocity(x, timestep, conditions):
+        seen.append((x, timestep))
+        return torch.zeros_like(x)
+
+    x0 = gaussian(4, 2, 1, 4, 4, seed=9).to(dtype)
+    state = torch.get_rng_state()
+    losses = [sft_loss(velocity, x0, {}, generator=seeded(s)) for s in (1, 2, 1)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert losses[0] == losses[2] != losses[1]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    levels = training_sigmas().to(wide)
+    for x, timestep in seen:
+        assert x.dtype == losses[0].dtype == wide and timestep.shape == (4,)
+        close = torch.isclose(timestep[:, None] / 1000, levels[None], rtol=1e-6, atol=0)
+        assert close.any(1).all()
+    assert torch.equal(seen[0][0], seen[2][0]) and len(seen[0][1].unique()) > 1
+
+
+def test_sft_sigmas_are_uniform_over_the_schedule():
+    seen = []
+
+    def velocity(x, timestep, conditions):
+        seen.append(timestep)
+        return x
+
+    sft_loss(velocity, torch.zeros(40000, 1, 1, 1, 1), {}, generator=seeded(0))
+    s = seen[0] / 1000
+    even = s / (5 - 4 * s)  # the shift undone
+    assert even.min() >= 0.0009 and even.max() <= 1
+    histogram = torch.histc(even, 10, 0, 1) / len(even)
+    assert (histogram - 0.1).abs().max() < 5 * (0.09 / len(even)) ** 0.5
+
+
+@pytest.mark.parametrize("sigma", [0, 0.0, 1.0, torch.tensor(0.5)])
+def test_sft_takes_one_sigma_for_the_batch(sigma):
+    out = sft_loss(lambda x, t, c: x, LATENTS, {}, noise=NOISE, sigma=sigma)
+    x = (1 - sigma) * LATENTS + sigma * NOISE
+    torch.testing.assert_close(out, (x - (NOISE - LATENTS)).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": NOISE[:1]}, "noise is"),
+        ({"sigma": 1.5}, "sigma is"),
+        ({"sigma": math.nan}, "sigma is"),
+        ({"sigma": torch.tensor([0.1, 0.2])}, "sigma is"),
+        ({"shift": -1.0}, "shift is"),
+    ],
+)
+def test_sft_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        sft_loss(lambda x, t, c: x, LATENTS, {}, **change)

@@ -27,8 +27,16 @@ from prfl_fast.training.objectives import (
 from prfl_fast.utils.io import load_tensors
 
 
+def tiny():
+    return tiny_wan(layers=1, heads=1)
+
+
 def patched():
-    return patch(tiny_wan(layers=1, heads=1))
+    return patch(tiny())
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"])
@@ -63,16 +71,15 @@ def feedback(transformer, precision="fp32", plan=None, rewards=("reward",), **op
 def test_feedback_from_data_takes_the_batchs_latents():
     transformer = patched()
     objective = feedback(transformer, plan=GradientPlan.rg_lcd())
-    metrics = objective(3, torch.Generator().manual_seed(0), 0.5)
+    metrics = objective(3, seeded(0), 0.5)
     gradients = [p.grad.clone() for p in transformer.parameters()]
     transformer.zero_grad()
-    batch, generator = objective.batches[3], torch.Generator().manual_seed(0)
+    batch, generator = objective.batches[3], seeded(0)
     noise = torch.randn(batch.latents.shape, generator=generator)
     given = {"latents": batch.latents, "generator": generator, "loss_scale": 0.5}
     out = objective.step(noise, batch.conditions, **given)
     assert torch.equal(out.loss, metrics["loss"]) and set(metrics) == {"loss", "reward"}
-    found = [p.grad for p in transformer.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(gradients, found, strict=True))
+    assert all(map(torch.equal, gradients, (p.grad for p in transformer.parameters())))
 
 
 def test_feedback_reports_every_reward_the_divergence_and_the_largest_drift():
@@ -81,7 +88,7 @@ def test_feedback_reports_every_reward_the_divergence_and_the_largest_drift():
     options = {"rewards": ("a", "b"), "num_inference_steps": 9, "divergence": 0.1}
     options["rollout"] = RolloutConfig(stride=3, check_every=2)
     objective = feedback(transformer, plan=GradientPlan.prfl(points=2), **options)
-    first, second = (objective(0, torch.Generator().manual_seed(i), 1.0) for i in range(2))
+    first, second = (objective(0, seeded(i), 1.0) for i in range(2))
     assert set(second) == {"loss", "reward", "reward/a", "reward/b", "divergence"}
     assert set(first) == {*second, "drift"}
     assert first["drift"] == max(objective.step.engine.drift.values()) > 0
@@ -95,14 +102,14 @@ def test_feedback_reports_every_reward_the_divergence_and_the_largest_drift():
 
 def test_feedback_that_would_train_nothing_is_refused():
     with pytest.raises(ValueError, match="step.plan.to is 'noise', expected 'parameters'"):
-        feedback(tiny_wan(layers=1, heads=1), plan=GradientPlan.reno())
+        feedback(tiny(), plan=GradientPlan.reno())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_parameter_gets_its_gradient_in_either_precision(precision):
     transformer = patched()
     objective = feedback(transformer, precision, GradientPlan.prfl(points=2))
-    metrics = objective(0, torch.Generator().manual_seed(0), 1.0)
+    metrics = objective(0, seeded(0), 1.0)
     assert math.isfinite(metrics["loss"]) and 0 < float(metrics["reward"]) < 1
     without = [n for n, p in transformer.named_parameters() if p.grad is None or not p.grad.any()]
     # A bias of the keys adds the same value to all scores of a softmax, which cancels.
@@ -114,7 +121,7 @@ def test_every_parameter_gets_its_gradient_in_either_precision(precision):
 
 
 def test_bf16_runs_the_linears_in_bf16_and_keeps_float32_weights():
-    transformer = tiny_wan(layers=1, heads=1)
+    transformer = tiny()
     seen = set()
     transformer.blocks[0].ffn.net[2].register_forward_hook(lambda m, a, out: seen.add(out.dtype))
     SupervisedFlow(transformer, Batches(samples(4)), precision="bf16")(0, torch.Generator(), 1.0)
@@ -142,7 +149,7 @@ def test_alternation_raises_the_reward_and_lowers_the_supervised_loss():
 @pytest.mark.parametrize("loss", ["ce", "bt"])
 def test_a_reward_model_learns_its_data(loss):
     torch.manual_seed(0)
-    reward = LatentRewardModel.from_backbone(tiny_wan(layers=1, heads=1), num_blocks=1, num_heads=2)
+    reward = LatentRewardModel.from_backbone(tiny(), num_blocks=1, num_heads=2)
     frozen = [p.detach().clone() for p in reward.backbone.patch_embedding.parameters()]
 
     def shifted(shift, label):
@@ -156,8 +163,7 @@ def test_a_reward_model_learns_its_data(loss):
     settings = TrainConfig(steps=12, learning_rate=2e-3)
     history = Trainer(reward, {"reward": fit}, settings).run().history
     assert history[-1]["reward/loss"] < 0.9 * history[0]["reward/loss"]
-    now = list(reward.backbone.patch_embedding.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(frozen, now, strict=True))
+    assert all(map(torch.equal, frozen, reward.backbone.patch_embedding.parameters()))
 
 
 def test_lora_trains_saves_and_resumes_the_adapter_alone(tmp_path):
@@ -181,13 +187,12 @@ def test_lora_trains_saves_and_resumes_the_adapter_alone(tmp_path):
     names = {f"{layer}.lora_{ab}.weight" for layer in layers for ab in "AB"}
     assert set(resumed) == set(uninterrupted) == names
     # diffusers reads back the adapter that was trained.
-    fresh = tiny_wan(layers=1, heads=1)
+    fresh = tiny()
     fresh.load_lora_adapter(tmp_path / "half" / weights)
     trained = {n: p for n, p in whole.named_parameters() if "lora" in n}
-    loaded = {n: p for n, p in fresh.named_parameters() if "lora" in n}
-    assert {n.replace("default_0", "default") for n in loaded} == set(trained)
-    for name, parameter in loaded.items():
-        assert torch.equal(parameter, trained[name.replace("default_0", "default")])
+    loaded = {n.replace("default_0", "default"): p for n, p in fresh.named_parameters()}
+    assert {n for n in loaded if "lora" in n} == set(trained)
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in trained.items())
 
 
 def test_a_full_checkpoint_is_a_diffusers_model(tmp_path):
@@ -201,7 +206,7 @@ def test_a_full_checkpoint_is_a_diffusers_model(tmp_path):
 
 
 def test_lora_refuses_two_adapters_and_training_beside_one(tmp_path):
-    transformer = tiny_wan(layers=1, heads=1)
+    transformer = tiny()
     add_lora(transformer, 2)
     with pytest.raises(ValueError, match="adapter is 'default', expected a model without one"):
         add_lora(transformer, 2)

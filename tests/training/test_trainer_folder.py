@@ -10,11 +10,9 @@ from torch import nn
 
 from prfl_fast.training.checkpoint import latest_checkpoint, list_checkpoints
 
-KINDS_HERE = ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"]
-
 
 @pytest.mark.parametrize("gradients", ["parameter", "fp32"])
-@pytest.mark.parametrize("kind", KINDS_HERE)
+@pytest.mark.parametrize("kind", ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"])
 def test_every_optimizer_resumes_bit_for_bit_on_bfloat16(tmp_path, kind, gradients):
     options = {"optimizer": kind, "gradient_dtype": gradients}
     options |= {"gradient_accumulation_steps": 2, "max_grad_norm": 1e-3}
@@ -61,8 +59,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
             raise RuntimeError("stop")
 
     options["save_every"] = stop
-    model = linear()
-    broken = trainer(model, tmp_path / "broken", on_step=interrupt, **options)
+    broken = trainer(linear(), tmp_path / "broken", on_step=interrupt, **options)
     torch.manual_seed(2)
     with pytest.raises(RuntimeError, match="stop"):
         broken.run()

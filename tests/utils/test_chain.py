@@ -5,19 +5,20 @@ import functools
 import gc
 from fractions import Fraction
 
+import latent_reward
 import pytest
 import torch
 import wan
+from experiments import variance
 from harness import count_flops
+from offload_models import assert_same, build, fill_adapters, gradients, held
 
 import prfl_fast
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
-from prfl_fast.memory import offload as offloading
 from prfl_fast.memory.checkpointing import POLICIES, activation_checkpointing, offload_bytes
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.training.lora import add_lora
@@ -31,18 +32,6 @@ LATENT = X.untyped_storage().nbytes()
 NUMBERS = 64  # bytes a step may keep beside its latents: its timestep, one number per sample
 
 
-@pytest.fixture(autouse=True)
-def _offload_small_tensors(monkeypatch):
-    monkeypatch.setattr(offloading, "SMALLEST", 64)
-
-
-def build(patched=True, policy="none", offload=None, **kwargs):
-    model = wan.tiny_wan(**kwargs)
-    if patched:
-        prfl_fast.patch(model)
-    return activation_checkpointing(model, policy, offload)
-
-
 def score(x, timestep, conditions):
     """Score nonlinearly, so that the backward reads latents, timestep and text."""
     text = conditions["encoder_hidden_states"].mean((1, 2))
@@ -50,16 +39,11 @@ def score(x, timestep, conditions):
 
 
 def take_gradients(model, output):
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = gradients(model)
     if output.gradient is not None:
         found["noise"] = output.gradient
-    model.zero_grad(set_to_none=True)
+    assert output.finite and found
     return found
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys() and ours
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 # Bytes.
@@ -92,20 +76,19 @@ def calls_of(model, plan, scheduler=FlowUniPC, **options):
 
     def call(reward, steps):
         step = PRFL(model, reward, scheduler(), plan, num_inference_steps=steps, **options)
-        output = step(X, TEXT)
-        assert output.finite and take_gradients(model, output)
+        take_gradients(model, step(X, TEXT))
 
     return call
 
 
 MEMORY = {
-    "patched": {},
-    "unpatched": {"patched": False},
-    "full": {"policy": "full"},
-    "attention": {"policy": "attention"},
-    "offload": {"offload": "cpu"},
-    "offload-unpatched": {"patched": False, "offload": "cpu"},
-    "offload-full": {"policy": "full", "offload": "cpu"},
+    "patched": {"offload": None},
+    "unpatched": {"offload": None, "patched": False},
+    "full": {"offload": None, "policy": "full"},
+    "attention": {"offload": None, "policy": "attention"},
+    "offload": {},
+    "offload-unpatched": {"patched": False},
+    "offload-full": {"policy": "full"},
 }
 
 
@@ -134,19 +117,19 @@ def test_a_chain_keeps_one_latent_per_step(chain, scheduler, memory):
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_guided_chain_keeps_one_latent_per_step(batched):
-    model = build(layers=1)
+    model = build(layers=1, offload=None)
     guidance = Guidance(3.0, {name: -value for name, value in TEXT.items()}, batched=batched)
     found = growth(calls_of(model, GradientPlan.draft(None), guidance=guidance))
     assert max(found) <= LATENT + NUMBERS
 
 
 def test_a_partial_chain_keeps_nothing_of_the_steps_before():
-    assert max(growth(calls_of(build(layers=1), GradientPlan.draft(3)))) <= NUMBERS
+    assert max(growth(calls_of(build(layers=1, offload=None), GradientPlan.draft(3)))) <= NUMBERS
 
 
 def test_the_count_sees_a_chain_of_plain_autograd():
     """And one that is checkpointed by step but keeps the latents and the velocity."""
-    model = build(layers=1)
+    model = build(layers=1, offload=None)
     adapter = find_adapter(model)
 
     def velocity(x, t):
@@ -177,29 +160,26 @@ def test_the_count_sees_a_chain_of_plain_autograd():
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @pytest.mark.parametrize("plan", [*CHAINS.values(), GradientPlan.draft(2)], ids=str)
 def test_memory_policies_change_no_bit_of_a_chains_gradient(plan, patched):
-    model = build(patched)
+    model = build(2, patched=patched, offload=None)
     step = PRFL(model, score, FlowUniPC(), plan, num_inference_steps=4)
     plain = take_gradients(model, step(X, TEXT))
     assert all(g.abs().max() > 0 for g in plain.values())
     for policy in POLICIES:
         for offload in (None, "cpu"):
             activation_checkpointing(model, policy, offload)
-            assert_equal(take_gradients(model, step(X, TEXT)), plain)
-            if offload:
-                used = offload_bytes(model)
-                assert used["transferred"] > 0
-                assert used["device_now"] == used["host_now"] == 0
+            assert_same(take_gradients(model, step(X, TEXT)), plain)
+            assert (offload_bytes(model)["transferred"] > 0) == (offload is not None)
+            assert held(model) == (0, 0)
 
 
 def test_memory_policies_change_no_bit_of_a_chains_divergence():
     """The initial model's blocks must also be recomputed without adapters."""
 
     def found(policy, offload):
-        model = build(layers=2)
+        model = build(2, offload=None)
         add_lora(model, 2)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(5))
+        torch.manual_seed(5)
+        fill_adapters(model)
         activation_checkpointing(model, policy, offload)
         options = {"num_inference_steps": 4, "weight": 1e-3, "divergence": 1.0}
         output = PRFL(model, score, FlowUniPC(), GradientPlan.draft(3), **options)(X, TEXT)
@@ -208,8 +188,8 @@ def test_memory_policies_change_no_bit_of_a_chains_divergence():
 
     expected = found("none", None)
     for policy in POLICIES:
-        assert_equal(found(policy, None), expected)
-        assert_equal(found(policy, "cpu"), expected)
+        assert_same(found(policy, None), expected)
+        assert_same(found(policy, "cpu"), expected)
 
 
 # Exceptions.
@@ -284,11 +264,10 @@ def test_exceptions_leave_nothing_alive_and_the_next_call_right(chain, memory):
             torch.zeros((), requires_grad=True).backward()
             gc.collect()
             assert ledger.live == live, at
-            now = offload_bytes(model)
-            assert now["device_now"] == now["host_now"] == 0
+            assert held(model) == (0, 0)
             trap.at = None
             if at % 3 == 1:
-                assert_equal(take_gradients(model, step(X, TEXT)), plain)
+                assert_same(take_gradients(model, step(X, TEXT)), plain)
                 assert ledger.live == live and ledger.host == host
     assert torch.is_grad_enabled()
 
@@ -327,16 +306,15 @@ def flops_at(step, noise, text, indices):
     return count_flops(lambda: step(noise, text, indices=indices))
 
 
-def latent_reward(layers=1):
-    torch.manual_seed(1)
-    reward = LatentRewardModel.from_backbone(wan.tiny_wan(layers=4, seed=2), layers, num_heads=4)
+def frozen_reward():
+    reward, _ = latent_reward.build(num_blocks=1, layers=4, seed=2)
     prfl_fast.patch(reward.backbone)
     return reward.freeze()
 
 
 def test_flops_per_gradient_point_of_five_are_less_than_half_of_one():
     """40 steps, without SFT; the reward has a quarter of the generator's blocks, as in PRFL."""
-    model, reward = build(layers=4), latent_reward()
+    model, reward = build(4, offload=None), frozen_reward()
     x, _, text = wan.inputs(batch=1, size=(4, 8, 12))
 
     def cost(plan):
@@ -349,35 +327,25 @@ def test_flops_per_gradient_point_of_five_are_less_than_half_of_one():
 
 
 def test_gradient_variance_per_flop_of_five_points_is_below_one_points():
-    """Enumerate all draws of a short schedule, for each noise of a small set.
+    """Of all draws of a short schedule and of a small set of noises.
 
     The mean of n calls has 1/n of the variance for n times the FLOPs, so methods are compared by
     the product. The variance includes that of the trajectories.
     """
-    steps, noises = 16, 3
-    model, reward = build(layers=1), latent_reward()
+    steps = 16
+    model, reward = build(1, offload=None), frozen_reward()
     noise, _, text = wan.inputs(size=(2, 4, 4))
-    at = {}
-    for n in range(noises):
-        noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(n))
-        step = PRFL(model, reward, FlowUniPC(), num_inference_steps=steps)
-        for m in range(steps - 1):
-            found = take_gradients(model, step(noise, text, indices=(m,)))
-            at[n, m] = torch.cat([g.double().flatten() for g in found.values()])
-    mean = sum(at.values()) / len(at)
+    noises = torch.randn(3, *noise.shape, generator=torch.Generator().manual_seed(0))
+    rows = [variance.gradients_by_step(model, reward, x, text, steps).double() for x in noises]
+    within, mean = sum(g @ g.T for g in rows) / len(rows), sum(rows) / len(rows)
 
     def figure(plan):
+        draws = variance.second_moment(plan, steps)
+        # Without bias: a row's sum is its step's mean weight, as the weights of a draw sum to one.
+        torch.testing.assert_close(draws.sum(1), torch.full_like(draws[0], 1 / (steps - 1)))
         step = PRFL(model, reward, FlowUniPC(), plan, num_inference_steps=steps)
-        count = functools.partial(flops_at, step, noise, text)
-        flops = expected_flops(plan, count, steps)
-        variance, bias = 0.0, torch.zeros_like(mean)
-        for probability, points in plan.outcomes(steps):
-            for n in range(noises):
-                error = sum(p.weight * at[n, p.step] for p in points) - mean
-                variance += float(probability) / noises * error.square().sum().item()
-                bias += float(probability) / noises * error
-        assert bias.norm() <= 1e-6 * mean.norm()
-        return variance * float(flops)
+        flops = expected_flops(plan, functools.partial(flops_at, step, noise, text), steps)
+        return variance.variance(draws, within, mean @ mean.T, 1) * float(flops)
 
     figures = {points: figure(GradientPlan.prfl(points)) for points in (1, 5)}
     print("variance × FLOPs of 5 points, of 1 point's:", figures[5] / figures[1])

@@ -1,6 +1,5 @@
 """The backends of attention on stand-ins, the choice among them, and on a GPU the real ones."""
 
-import importlib
 import importlib.util
 import itertools
 import sys
@@ -12,16 +11,16 @@ import torch
 from attention_cases import assert_no_gradient_past, int32, make_qkv, softmax_attention
 from dtypes import BF16, FP16, FP32, FP64
 from numerics import assert_within_twice
-from op_checks import run
+from op_checks import assert_same_bits, run
 from properties import given, settings, st
 
 from prfl_fast import kernels
 from prfl_fast.kernels import attention
 from prfl_fast.kernels.attn import backend_choice as choice
 from prfl_fast.kernels.attn import backends
+from prfl_fast.kernels.attn import exact as module
 from prfl_fast.kernels.runtime.registry import report
 
-module = importlib.import_module("prfl_fast.kernels.attn.exact")
 ATEN = ("flash", "cudnn", "efficient")
 AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 CHIPS = {"flash_attn_3": HOPPER, "flash_attn_4": BLACKWELL}
@@ -90,15 +89,13 @@ def compare(tensors, heads, scale=0.2, lengths=None, rounding=2.0):
 NAMES = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "flash", "cudnn", "efficient", "xformers")
 
 
-@pytest.mark.parametrize(
-    "name, shape, dtype",
-    [
-        *itertools.product(
-            NAMES, [(1, 5, 7, 32, 2), (2, 33, 20, 48, 3), (2, 64, 40, 128, 1)], [BF16]
-        ),
-        *itertools.product(["efficient", "xformers"], [(2, 9, 20, 24, 2)], [FP32]),
-    ],
-)
+CALLS = [
+    *itertools.product(NAMES, [(1, 5, 7, 32, 2), (2, 33, 20, 48, 3), (2, 64, 40, 128, 1)], [BF16]),
+    *itertools.product(["efficient", "xformers"], [(2, 9, 20, 24, 2)], [FP32]),
+]
+
+
+@pytest.mark.parametrize("name, shape, dtype", CALLS)
 def test_calls_and_conversions(name, shape, dtype, pretend):
     *sizes, heads = shape
     pretend(name)
@@ -128,16 +125,15 @@ def test_any_layout_of_the_gradient_and_only_what_is_needed(name, pretend):
     pretend(name)
     tensors = make_qkv(2, 8, 12, 32, BF16)
     tensors["k"].requires_grad_()
-    (expanded,) = torch.autograd.grad(attention(**tensors, heads=2)[0].sum(), tensors["k"])
     out = attention(**tensors, heads=2)[0]
-    (dense,) = torch.autograd.grad(out, tensors["k"], torch.ones_like(out))
-    assert torch.equal(expanded, dense)
+    ones = torch.ones_like(out)
+    expanded = torch.autograd.grad(out, tensors["k"], ones[0, 0, 0].expand_as(ones), True)
+    assert_same_bits(expanded, torch.autograd.grad(out, tensors["k"], ones))
     tensors["q"].requires_grad_()
     out = attention(**tensors, heads=2)[0]
     grad = torch.randn(2, 32, 8).to(BF16).transpose(1, 2)
-    assert all(
-        g.is_contiguous() for g in torch.autograd.grad(out, list(tensors.values())[:2], grad)
-    )
+    for gradient in torch.autograd.grad(out, (tensors["q"], tensors["k"]), grad):
+        assert gradient.is_contiguous()
 
 
 @pytest.mark.parametrize("first", NAMES)
@@ -411,15 +407,15 @@ def usable():
     return [n for n, reason in choice.report("cuda").items() if reason is None]
 
 
+ON_CUDA = [
+    pytest.param((1, 130, 130, 256, 2), BF16, marks=pytest.mark.gpu_smoke),
+    ((1, 130, 130, 256, 2), FP16),
+    *itertools.product([(2, 65, 33, 384, 3), (1, 257, 512, 256, 4)], [BF16, FP16]),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "shape, dtype",
-    [
-        pytest.param((1, 130, 130, 256, 2), BF16, marks=pytest.mark.gpu_smoke),
-        ((1, 130, 130, 256, 2), FP16),
-        *itertools.product([(2, 65, 33, 384, 3), (1, 257, 512, 256, 4)], [BF16, FP16]),
-    ],
-)
+@pytest.mark.parametrize("shape, dtype", ON_CUDA)
 @pytest.mark.parametrize("name", usable())
 def test_on_cuda(name, shape, dtype):
     *sizes, heads = shape
@@ -434,18 +430,17 @@ def test_on_cuda(name, shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", usable())
-def test_same_bits_on_cuda_where_asked(name):
+def test_same_bits_on_cuda_where_asked(name, request):
     kernels.set_attention_backend(name)
     tensors = {n: t.requires_grad_() for n, t in make_qkv(1, 2048, 2048, 256, BF16, "cuda").items()}
     nominal = choice._nominal(torch.device("cuda"), BF16, 128)._replace(deterministic=True)
     if name == "plain" or choice.refusal(name, nominal) is not None:
         pytest.skip("its backward has no fixed order of summation")
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     torch.use_deterministic_algorithms(True)
-    try:
-        grads = [
+    assert_same_bits(
+        *(
             torch.autograd.grad(attention(**tensors, heads=2)[0].sum(), list(tensors.values()))
             for _ in range(2)
-        ]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        )
+    )

@@ -2,28 +2,24 @@
 
 import functools
 
+import cuda_cases as cases
 import cuda_on_cpu as emulated
 import pytest
 import torch
-from cuda_cases import (
-    BRAIN,
-    HALF,
-    assert_all_equal,
-    assert_all_within_twice,
-    assert_notices,
-    attention,
-    install,
-    make_pool,
-    pool_backward,
-    pool_gradients,
-    slow_except,
-)
+from cuda_cases import assert_all_within_twice, attention, make_pool, pool_backward, pool_gradients
 from cuda_on_cpu import compile_kernel, needs_gxx
+from dtypes import BF16, FP16
+from op_checks import assert_same_bits
 from properties import given, settings, st
 
 from prfl_fast.kernels.runtime import cuda_launch
 
 pytestmark = needs_gxx
+
+
+@pytest.fixture(params=[BF16, FP16])
+def dtype(request):
+    return request.param
 
 
 def check_backward(out, x, queries, grads):
@@ -43,7 +39,6 @@ POOL = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF])
 @pytest.mark.parametrize("case", POOL)
 def test_pool(device, case, dtype):
     shape, capability, processors, launch = POOL[case]
@@ -69,7 +64,6 @@ POOL_BACKWARD = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BRAIN, HALF])
 @pytest.mark.parametrize("case", POOL_BACKWARD)
 def test_pool_backward(device, case, dtype):
     shape, capability, processors, launch = POOL_BACKWARD[case]
@@ -78,12 +72,12 @@ def test_pool_backward(device, case, dtype):
     out = pool_backward(x, queries, grads)
     assert launches == [launch] and out[0].is_contiguous() and out[0].dtype == dtype
     check_backward(out, x, queries, grads)
-    assert_all_equal(out, pool_backward(x, queries, grads))
+    assert_same_bits(out, pool_backward(x, queries, grads))
 
 
 def test_pool_forward_and_backward_belong_together(device):
     device((8, 0), 2)
-    x, queries = make_pool(2, 70, 256, 8, BRAIN)
+    x, queries = make_pool(2, 70, 256, 8, BF16)
     grads = torch.randn(2, 8, 256), torch.randn(2, 8)
     given = (*grads, x, queries, *cuda_launch.query_pool(x, queries), True, True)
     check_backward(cuda_launch.query_pool_backward(*given), x, queries, grads)
@@ -92,19 +86,18 @@ def test_pool_forward_and_backward_belong_together(device):
 @pytest.mark.parametrize("need_x, need_queries", [(True, False), (False, True)])
 def test_pool_backward_writes_what_is_needed(device, need_x, need_queries):
     device((8, 0), 2)
-    x, queries = make_pool(2, 40, 72, 5, HALF)
+    x, queries = make_pool(2, 40, 72, 5, FP16)
     grads = torch.randn(2, 5, 72), None
     both = pool_backward(x, queries.half(), grads)
     out = pool_backward(x, queries.half(), grads, need_x, need_queries)
     assert out[0].numel() == x.numel() * need_x and out[1].numel() == queries.numel() * need_queries
-    assert torch.equal(out[need_queries], both[need_queries]) and both[1].dtype == HALF
+    assert torch.equal(out[need_queries], both[need_queries]) and both[1].dtype == FP16
     check_backward(both, x, queries.half(), grads)
 
 
-def test_pool_backward_takes_the_smallest_gradients(device):
+def test_pool_backward_takes_the_smallest_gradients(launches):
     """Powers of two pass through: fp16 would lose d_queries of gradients as small as a loss's."""
-    device((8, 0), 1)
-    x, queries = make_pool(1, 50, 64, 4, HALF)
+    x, queries = make_pool(1, 50, 64, 4, FP16)
     grads = torch.randn(1, 4, 64), torch.randn(1, 4)
     _, d_queries = pool_backward(x, queries, grads)
     _, small = pool_backward(x, queries, [g * 2**-40 for g in grads])
@@ -119,24 +112,24 @@ def backward_arguments(x, queries):
     return (*(t.float() for t in (grad, lse, delta)), x, queries, True, True)
 
 
-@pytest.mark.parametrize(
-    "name, shape, launch",
-    [
-        ("query_pool", (2, 70, 96, 9), (64, 4, 1, 2)),
-        ("query_pool", (1, 40, 1280, 8), (320, 4, 1, 1)),
-        ("query_pool", (1, 50, 1000, 8), (64, 4, 4, 2)),
-        ("query_pool_backward", (2, 70, 96, 8), (64, 4, 1, 2)),
-        ("query_pool_backward", (1, 50, 1000, 8), (64, 4, 4, 2)),
-        ("query_pool_backward", (1, 40, 640, 6), (128, 5, 1, 1)),
-    ],
-)
+ORDERED = [
+    ("query_pool", (2, 70, 96, 9), (64, 4, 1, 2)),
+    ("query_pool", (1, 40, 1280, 8), (320, 4, 1, 1)),
+    ("query_pool", (1, 50, 1000, 8), (64, 4, 4, 2)),
+    ("query_pool_backward", (2, 70, 96, 8), (64, 4, 1, 2)),
+    ("query_pool_backward", (1, 50, 1000, 8), (64, 4, 4, 2)),
+    ("query_pool_backward", (1, 40, 640, 6), (128, 5, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("name, shape, launch", ORDERED)
 def test_the_order_of_threads_does_not_matter(libraries, name, shape, launch):
-    given = make_pool(*shape, BRAIN)
+    given = make_pool(*shape, BF16)
     given = backward_arguments(*given) if "backward" in name else given
     run = functools.partial(getattr(emulated, name), libraries(name), *given, *launch)
     first = run()
     for order in range(1, 5):
-        assert_all_equal(first, run(order=order))
+        assert_same_bits(first, run(order=order))
 
 
 # (kernel, text of its source, place among its equals, replacement, cluster)
@@ -150,31 +143,30 @@ BARRIERS = {
     "backward, cluster": ("query_pool_backward", "      cluster_sync();\n", 0, "", 2),
     "backward, two sets": ("query_pool_backward", "(tile - tile_begin) & 1", 0, "0", 2),
 }
-FAST_BARRIERS = ("scores", "backward, two sets")
 
 
-@pytest.mark.parametrize("case", slow_except(BARRIERS, FAST_BARRIERS))
+@pytest.mark.parametrize("case", cases.slow_except(BARRIERS, ("scores", "backward, two sets")))
 def test_the_emulation_notices_a_missing_barrier(tmp_path, case):
     name, before, place, after, cluster = BARRIERS[case]
     library = compile_kernel(name, tmp_path, (before, after, place))
     backward = "backward" in name
-    x, queries = make_pool(1, 90, 256 * (cluster if backward else 1), 8, BRAIN)
-    wide_queries = queries.double()
+    x, queries = make_pool(1, 90, 256 * (cluster if backward else 1), 8, BF16)
     if backward:
         given = backward_arguments(x, queries)
-        expected = pool_gradients(x.double(), wide_queries, (given[0], None))
+        expected = pool_gradients(x.double(), queries.double(), (given[0], None))
     else:
         x[:, :45] *= 0.1  # so that the maximum moves on the way
-        given, expected = (x, queries), attention(x.double(), wide_queries)[:1]
+        given, expected = (x, queries), attention(x.double(), queries.double())[:1]
     run = functools.partial(getattr(emulated, name), library, *given, 64, 4, cluster, 1)
     results = [run(order=order) for order in range(5)]
-    assert_notices([(r[0], r[1].sum((0, 1))) if backward else r[:1] for r in results], expected)
+    cases.assert_notices(
+        [(r[0], r[1].sum((0, 1))) if backward else r[:1] for r in results], expected
+    )
 
 
-def test_extreme_scores(device):
+def test_extreme_scores(launches):
     """One token takes all, first or last; and scores of the same size everywhere."""
-    device((8, 0), 1)
-    x, queries = make_pool(1, 60, 64, 2, HALF)
+    x, queries = make_pool(1, 60, 64, 2, FP16)
     for place in (0, 59):
         spiked = x.clone()
         spiked[:, place] = queries.half()[0] * 40
@@ -191,9 +183,8 @@ def test_extreme_scores(device):
     torch.testing.assert_close(pooled[0, 0], x[0].float().mean(0), rtol=1e-5, atol=1e-5)
 
 
-def test_a_nan_in_x_is_a_nan_in_the_pool(device):
-    device((8, 0), 1)
-    x, queries = make_pool(1, 40, 64, 2, BRAIN)
+def test_a_nan_in_x_is_a_nan_in_the_pool(launches):
+    x, queries = make_pool(1, 40, 64, 2, BF16)
     x[0, 7, 3] = float("nan")
     pooled, lse = cuda_launch.query_pool(x, queries)
     assert pooled.isnan().all() and lse.isnan().all()
@@ -210,14 +201,13 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("view", STRIDED)
-def test_strided_tokens_in_the_pool(device, view):
-    launches = device((8, 0), 1)
-    x = STRIDED[view](torch.randn(20, 19, 80).to(BRAIN))
+def test_strided_tokens_in_the_pool(launches, view):
+    x = STRIDED[view](torch.randn(20, 19, 80).to(BF16))
     queries = torch.randn(4, x.shape[2]) / 4
     grads = torch.randn(4, x.shape[2], len(x)).permute(2, 0, 1), torch.randn(()).expand(len(x), 4)
     both = x, x.contiguous()
-    assert_all_equal(*(cuda_launch.query_pool(t, queries) for t in both))
-    assert_all_equal(*(pool_backward(t, queries, grads) for t in both))
+    assert_same_bits(*(cuda_launch.query_pool(t, queries) for t in both))
+    assert_same_bits(*(pool_backward(t, queries, grads) for t in both))
     assert len(launches) == 4
 
 
@@ -226,7 +216,7 @@ def test_strided_tokens_in_the_pool(device, view):
 @given(
     seed=st.integers(0, 2**31),
     shape=st.tuples(*(st.integers(1, most) for most in (2, 90, 40, 8))),
-    dtype=st.sampled_from([BRAIN, HALF]),
+    dtype=st.sampled_from([BF16, FP16]),
     gain=st.sampled_from([0.0, 0.1, 1.0]),
     processors=st.integers(1, 6),
     capability=st.sampled_from([(8, 0), (9, 0)]),
@@ -239,7 +229,7 @@ def test_any_pool(libraries, seed, shape, dtype, gain, processors, capability, g
     queries *= gain
     grads = torch.randn(batch, heads, 8 * eighths), torch.randn(batch, heads) if given_lse else None
     with pytest.MonkeyPatch.context() as patch:
-        assert not install(patch, libraries, capability, processors)
+        assert not cases.install(patch, libraries, capability, processors)
         outputs, gradients = cuda_launch.query_pool(x, queries), pool_backward(x, queries, grads)
     wide = x.double(), queries.double()
     exact = attention(*wide)

@@ -1,21 +1,19 @@
 """gated_residual: reference and Triton against plain PyTorch, every argument, every gradient."""
 
-import importlib
-
 import pytest
+import token_cases as cases
 import torch
 from dtypes import BF16, FLOATS, FP16, FP32
-from op_checks import assert_same_bits, bind, check, far_rows, saved_by, slack
+from op_checks import saved_by, slack
 from op_tests import OperationTests
 from plain_torch import expand_rows, wide
 from properties import property_test, st
 
 from prfl_fast.kernels import gated_residual
 from prfl_fast.kernels.common.modulation_rows import common_rows, fold_rows, row_group
+from prfl_fast.kernels.norm import residual as module
 
-module = importlib.import_module("prfl_fast.kernels.norm.residual")
 GATES = ((), ("gate",), ("gate_table",), ("gate", "gate_table"))
-FLOAT_SLACK = 4.0  # half-ulps, for other orders of summation
 
 
 def naive(x, y, gate=None, gate_table=None, row_index=None):
@@ -32,26 +30,19 @@ def make(shape, names=GATES[-1], rows=1, dtype=FP32, y_dtype=None, small=FP32):
     return tensors
 
 
-def compare(tensors, rounding=FLOAT_SLACK, **fixed):
-    check(bind(gated_residual, fixed), bind(naive, fixed), tensors, rounding=rounding)
-
-
 class TestGatedResidual(OperationTests):
     op = "gated_residual"
-    function, naive = staticmethod(gated_residual), staticmethod(naive)
-    reference = staticmethod(module.reference)
+    function, naive, reference = gated_residual, naive, module.reference
     flags = {"x": "", "y": "+-", "gate": "-+", "gate_table": "-+"}
 
-    @staticmethod
-    def examples(dtype):
+    def examples(self, dtype):
         small = torch.float64 if dtype == torch.float64 else FP32
         yield make((2, 2, 8), GATES[-1], 2, dtype, None, small), {}
         row_index = torch.tensor([[2, 0], [2, 1]])
         yield make((2, 2, 8), GATES[-1], 3, dtype, None, small), {"row_index": row_index}
         yield make((2, 2, 8), (), 1, dtype), {}
 
-    @staticmethod
-    def layouts(dtype):
+    def layouts(self, dtype):
         for shape in ((2, 2, 48), (4, 48)):
             yield make(shape, rows=2, dtype=dtype), {}
             row_index = torch.randint(0, 2, shape[:-1])
@@ -59,27 +50,21 @@ class TestGatedResidual(OperationTests):
 
     at_length = staticmethod(lambda length: make((2, length, 16), ("gate",), 2))
     good = staticmethod(lambda: make((2, 6, 8), ("gate",), 2))
+    far = staticmethod(lambda shape: (make(shape, ("gate",), dtype=FP16), {}))
 
     bad_arguments = [
-        ({"x": torch.ones(2, 6, 8, dtype=torch.int64)}, "x is int64"),
-        ({"y": torch.ones(2, 3, 8)}, r"y is float32\[2, 3, 8\].*\[2, 6, 8\]"),
-        ({"y": torch.ones(2, 8, 6).transpose(1, 2)}, "y is .*contiguous last axis"),
-        ({"y": torch.ones(2, 6, 8, device="meta")}, "y is .*meta.*on cpu"),
-        ({"gate": torch.ones(5, 8)}, r"gate is float32\[5, 8\].*12 tokens"),
+        *cases.BAD_RESIDUALS,
         ({"gate": torch.ones(2, 1, 8)}, r"gate is float32\[2, 1, 8\].*\[R, 8\]"),
-        ({"gate_table": torch.ones(1, 8)}, r"gate_table is float32\[1, 8\].*\[8\]"),
-        ({"row_index": torch.zeros(12, dtype=torch.int64)}, r"row_index is int64\[12\]"),
-        ({"row_index": torch.zeros(2, 6)}, "row_index is .*int32 or int64"),
         ({"gate": None, "row_index": torch.zeros(2, 6).long()}, "row_index is .*None without gate"),
         ({"row_index": torch.full((2, 6), 2)}, r"row_index is .*\[0, 2\)"),
     ]
 
 
+compare = TestGatedResidual.compare
+
+
 @pytest.mark.parametrize("names", GATES, ids="+".join)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 64), (2, 3, 33), (1, 2, 1536), (1, 2, 5120), (2, 0, 64)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1), *cases.SHAPES[1:]])
 def test_shapes(backend, shape, dtype, names):
     compare(make(shape, names, 1, dtype), slack(backend, dtype))
 
@@ -90,13 +75,10 @@ def test_rows_are_samples_frames_or_tokens(backend, rows):
         compare(make(shape, rows=rows))
 
 
-@pytest.mark.parametrize(
-    "shape, rows, dtype",
-    [((2, 4, 40), 5, torch.int64), ((8, 40), 12, torch.int32), ((2, 2, 40), 1, torch.int32)],
-)
-def test_row_index(backend, shape, rows, dtype):
+@pytest.mark.parametrize("shape, rows, index", cases.ROW_INDICES)
+def test_row_index(backend, shape, rows, index):
     """Name rows in any order, some without a token."""
-    row_index = torch.randint(0, rows, shape[:-1]).to(dtype)
+    row_index = torch.randint(0, rows, shape[:-1]).to(index)
     for names in GATES[1::2]:
         compare(make(shape, names, rows), row_index=row_index)
 
@@ -109,30 +91,23 @@ def test_mixed_dtypes(backend, dtypes):
         compare(make((2, 4, 72), names, 2, *dtypes), slack(backend, *dtypes) + 1)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("rows", [1, 2, 6])
 def test_slices_of_packed_tensors(backend, rows):
     """Take x and y from one projection, every other token; gates sliced from Wan's [R, 6, D]."""
 
-    def packed(function):
-        def apply(xy, modulation, table):
-            x, y = xy.unflatten(-1, (2, -1))[:, ::2].unbind(2)
-            assert not x.is_contiguous()
-            return function(x, y, modulation.unbind(1)[2], gate_table=table[2])
+    def slices(xy, modulation, table):
+        return cases.unpack_residuals(xy) | {"gate": modulation[:, 2], "gate_table": table[2]}
 
-        return apply
-
-    sizes = {"xy": (2, 8, 2 * 40), "modulation": (rows, 6, 40), "table": (6, 40)}
-    tensors = {name: torch.randn(size) for name, size in sizes.items()}
-    check(packed(gated_residual), packed(naive), tensors, rounding=FLOAT_SLACK)
+    compare(cases.packed_residuals(rows, 40), of=slices)
 
 
 def test_transposed_tokens(backend):
-    def turned(function):
-        return lambda x, y, gate: function(x.transpose(0, 1), y.transpose(0, 1), gate)
+    def turned(gate, **tokens):
+        return {n: t.transpose(0, 1) for n, t in tokens.items()} | {"gate": gate}
 
     tensors = {n: torch.randn(3, 2, 16) for n in "xy"} | {"gate": torch.randn(2, 16)}
-    check(turned(gated_residual), turned(naive), tensors, rounding=FLOAT_SLACK)
-    assert turned(gated_residual)(**tensors).is_contiguous()
+    compare(tensors, of=turned)
+    assert gated_residual(**turned(**tensors)).is_contiguous()
 
 
 def test_without_a_gate_the_backward_op_copies(backend):
@@ -148,22 +123,9 @@ def test_saved_bytes():
     assert saved_by(gated_residual, gated, frozen=["gate"]) == row
 
 
-@pytest.mark.triton
-def test_offsets_past_int32(sparse_file):
-    values, other, gate = torch.randn(3, 64).half(), torch.randn(3, 64).half(), torch.randn(3, 64)
-    far, backward = far_rows(sparse_file(), values), torch.ops.prfl_fast.gated_residual_backward
-    fixed = (gate, None, None, FP16, True, True)
-    for strided, dense in ((far, values), (far[None].transpose(0, 1), values[:, None])):
-        near = other.view(dense.shape)
-        for left, right in (((strided, near), (dense, near)), ((near, strided), (near, dense))):
-            assert torch.equal(gated_residual(*left, gate), gated_residual(*right, gate))
-            assert_same_bits(backward(*left, *fixed), backward(*right, *fixed))
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0), (13, 0)])
 @pytest.mark.parametrize("dim", [1, 64, 96, 1536, 3072, 5000, 5120, 8192])
 def test_launches_are_sane(dim, capability):
-    for tokens, rows in ((1, 1), (2, 2), (32760, 1), (32760, 21), (75600, 75600), (10**6, 3)):
+    for tokens, rows in cases.LAUNCHED:
         forward = module.forward_launch(tokens, dim, capability)
         backward = [module.backward_launch(tokens, rows, dim, capability, s) for s in (0, 1)]
         for launch in (forward, *backward):
@@ -171,9 +133,7 @@ def test_launches_are_sane(dim, capability):
             assert launch.num_warps in (1, 2, 4) and launch.block_d <= 8 * 32 * launch.num_warps
         assert 1 <= forward.programs <= tokens <= forward.programs * -(-tokens // forward.programs)
         assert all(1 <= b.programs <= max(1, tokens // rows) for b in backward)
-    # A million tokens write no more partial rows than thirty thousand.
-    many, few = (module.backward_launch(n, 1, dim, capability, True) for n in (10**6, 32760))
-    assert many == few
+    cases.assert_few_partial_rows(module.backward_launch, 1, dim, capability, True)
 
 
 def test_common_rows():
@@ -186,26 +146,10 @@ def test_common_rows():
     assert torch.equal(fold_rows(partial, 6)[4:], torch.zeros(2, 8))
 
 
-@st.composite
-def arguments(draw):
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    dim, tokens = draw(st.integers(1, 130)), batch * length
+@property_test()
+def test_any_arguments(draw):
     names = draw(st.sampled_from(GATES))
-    flat, indexed = draw(st.booleans()), draw(st.booleans()) and "gate" in names
-    divisors = [r for r in range(1, tokens + 1) if tokens % r == 0]
-    rows = draw(st.integers(1, 9)) if indexed else draw(st.sampled_from(divisors))
-    dtypes = [draw(st.sampled_from(FLOATS)) for _ in range(3)]
-    strided = draw(st.booleans())
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    shape = (tokens, dim) if flat else (batch, length, dim)
-    tensors = make(shape, names, rows, *dtypes)
-    fixed = {"row_index": torch.randint(0, rows, shape[:-1])} if indexed else {}
-    if strided:
-        tensors |= {n: torch.stack([tensors[n]] * 2, -2)[..., 0, :] for n in "xy"}
-    return tensors, fixed
-
-
-@property_test(arguments())
-def test_any_arguments(case):
-    tensors, fixed = case
-    compare(tensors, **fixed)
+    dim = draw(st.integers(1, 130))
+    shape, (rows,), fixed = cases.draw_tokens(draw, dim, has_rows="gate" in names)
+    tensors = make(shape, names, rows, *(draw(st.sampled_from(FLOATS)) for _ in range(3)))
+    compare(cases.strided(tensors) if draw(st.booleans()) else tensors, **fixed)

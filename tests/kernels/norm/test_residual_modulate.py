@@ -1,24 +1,21 @@
 """residual_norm_modulate: reference and Triton against plain PyTorch, the sum and its norm."""
 
-import importlib
 import itertools
 
 import pytest
+import token_cases as cases
 import torch
 from dtypes import BF16, FLOATS, FP16, FP32, FP64
-from op_checks import RecordedCalls, assert_same_bits, bind, check, far_rows, run, saved_by
+from op_checks import RecordedCalls, run, saved_by
 from op_tests import OperationTests
 from plain_torch import expand_rows, naive_norm, wide
 from properties import property_test, st
 
 from prfl_fast.kernels import gated_residual, norm_modulate, residual_norm_modulate
 from prfl_fast.kernels.common.split_row import split_token
+from prfl_fast.kernels.norm import residual_modulate as module
 from prfl_fast.kernels.runtime.registry import get_backend
 from prfl_fast.kernels.runtime.triton import INTERPRETING
-
-module = importlib.import_module("prfl_fast.kernels.norm.residual_modulate")
-EPS = 1e-6
-FLOAT_SLACK = 4.0  # half-ulps, for other orders of summation
 
 
 def rounded(value, dtype):
@@ -31,7 +28,7 @@ def rounded(value, dtype):
 
 def naive(
     x, y, gate=None, weight=None, bias=None, gate_table=None, scale=None, shift=None,
-    scale_table=None, shift_table=None, row_index=None, kind="layer", eps=EPS,
+    scale_table=None, shift_table=None, row_index=None, kind="layer", eps=1e-6,
 ):  # fmt: skip
     vector = expand_rows(gate, gate_table, x, row_index)
     x_out = rounded(wide(x) + (wide(y) if vector is None else wide(y) * vector), x.dtype)
@@ -52,13 +49,6 @@ def make(shape, dtype=FP32, y_dtype=None, small=FP32, **parts):
     return tensors
 
 
-def compare(tensors, grads=None, intermediate=None, **fixed):
-    check(
-        bind(residual_norm_modulate, fixed), bind(naive, fixed), tensors,
-        grads=grads, rounding=FLOAT_SLACK, intermediate=intermediate,
-    )  # fmt: skip
-
-
 AFFINE = {"weight": True, "bias": True}
 TABLES = {"gate_table": True, "scale_table": True, "shift_table": True}
 # The joints of a Wan block: after the self-attention, and after the cross-attention.
@@ -75,23 +65,20 @@ INDEXED = ALL | {"gate": 3, "scale": 3, "shift": 3}
 
 class TestResidualNormModulate(OperationTests):
     op = "residual_norm_modulate"
-    function, naive = staticmethod(residual_norm_modulate), staticmethod(naive)
-    reference = staticmethod(module.reference)
+    function, naive, reference = residual_norm_modulate, naive, module.reference
     flags = {  # of d_x, d_y, d_gate, A, B
         "x": "+----", "y": "-+---", "gate": "--+--", "gate_table": "--+--", "weight": "---+-",
         "bias": "----+", "scale": "---++", "scale_table": "---++", "shift_table": "----+",
     }  # fmt: skip
 
-    @staticmethod
-    def examples(dtype):
+    def examples(self, dtype):
         small = FP64 if dtype == FP64 else FP32
         yield make((2, 2, 8), dtype, None, small, **ALL), {}
         row_index = torch.tensor([[2, 0], [2, 1]])
         yield make((2, 2, 8), dtype, None, small, **INDEXED), {"row_index": row_index}
         yield make((2, 2, 8), dtype, None, small, **ALL), {"kind": "rms", "eps": 1e-2}
 
-    @staticmethod
-    def layouts(dtype):
+    def layouts(self, dtype):
         yield make((2, 2, 48), dtype, **ALL), {}
         yield make((4, 48), **ALL), {}
         row_index = torch.randint(0, 3, (2, 3))
@@ -99,16 +86,10 @@ class TestResidualNormModulate(OperationTests):
 
     at_length = staticmethod(lambda length: make((2, length, 16), gate=2, scale=2))
     good = staticmethod(lambda: make((2, 6, 8), gate=2, scale=2))
+    far = staticmethod(lambda shape: (make(shape, FP16, gate=1), {}))
 
     bad_arguments = [
-        ({"x": torch.ones(2, 6, 8, dtype=torch.int64)}, "x is int64"),
-        ({"y": torch.ones(2, 3, 8)}, r"y is float32\[2, 3, 8\].*\[2, 6, 8\]"),
-        ({"y": torch.ones(2, 8, 6).transpose(1, 2)}, "y is .*contiguous last axis"),
-        ({"y": torch.ones(2, 6, 8, device="meta")}, "y is .*meta.*on cpu"),
-        ({"gate": torch.ones(5, 8)}, r"gate is float32\[5, 8\].*12 tokens"),
-        ({"gate_table": torch.ones(1, 8)}, r"gate_table is float32\[1, 8\].*\[8\]"),
-        ({"row_index": torch.zeros(12, dtype=torch.int64)}, r"row_index is int64\[12\]"),
-        ({"row_index": torch.zeros(2, 6)}, "row_index is .*int32 or int64"),
+        *cases.BAD_RESIDUALS,
         ({"shift": torch.ones(3, 8)}, "shift is .*R the same for scale and shift"),
         ({"weight": torch.ones(4)}, r"weight is float32\[4\].*\[8\]"),
         ({"kind": "batch"}, "kind is 'batch'"),
@@ -117,16 +98,16 @@ class TestResidualNormModulate(OperationTests):
     ]
 
 
+compare = TestResidualNormModulate.compare
+
+
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "none")
 @pytest.mark.parametrize("kind", module.KINDS)
 def test_every_kind_with_any_arguments(backend, kind, parts):
     compare(make((2, 2, 33), **parts), kind=kind)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 7), (1, 64), (3, 65), (1, 3, 96), (1, 2, 1536), (1, 2, 5120), (2, 0, 64)]
-)
+@pytest.mark.parametrize("shape", cases.SHAPES)
 def test_shapes(backend, shape, dtype):
     parts = {n: 1 if n in ("gate", "scale", "shift") else v for n, v in ALL.items()}
     compare(make(shape, dtype, **parts))
@@ -196,34 +177,27 @@ def one_gradient(used, shape):
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("parts", [AFFINE, ALL, {}], ids=["affine", "all", "none"])
 def test_an_unused_output(backend, parts, used):
-    compare(make((2, 2, 24), BF16, **parts), one_gradient(used, (2, 2, 24)))
+    compare(make((2, 2, 24), BF16, **parts), grads=one_gradient(used, (2, 2, 24)))
 
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_an_unused_output_with_a_row_index(backend, used):
     fixed = {"row_index": torch.randint(0, 3, (2, 3))}
     for parts in ({"gate_table": True, "scale": 3}, {"gate": 3, "scale_table": True}):
-        compare(make((2, 3, 24), **parts), one_gradient(used, (2, 3, 24)), **fixed)
+        compare(make((2, 3, 24), **parts), grads=one_gradient(used, (2, 3, 24)), **fixed)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6])
 def test_slices_of_packed_tensors(backend, rows):
     """Take x and y from one projection, every other token; rows of Wan's six vectors."""
 
-    def sliced(function):
-        def call(xy, modulation, table):
-            x, y = xy.unflatten(-1, (2, -1))[:, ::2].unbind(2)
-            part, tables = modulation.unbind(1), table.unbind(0)
-            return function(
-                x, y, part[2], gate_table=tables[2], scale=part[3], shift=part[4],
-                scale_table=tables[3], shift_table=tables[4],
-            )  # fmt: skip
+    def slices(xy, modulation, table):
+        given = cases.unpack_residuals(xy)
+        for i, name in enumerate(("gate", "scale", "shift"), start=2):
+            given |= {name: modulation[:, i], f"{name}_table": table[i]}
+        return given
 
-        return call
-
-    sizes = {"xy": (2, 6, 48), "modulation": (rows, 6, 24), "table": (6, 24)}
-    tensors = {name: torch.randn(size) for name, size in sizes.items()}
-    check(sliced(residual_norm_modulate), sliced(naive), tensors, rounding=FLOAT_SLACK)
+    compare(cases.packed_residuals(rows, 24), of=slices)
 
 
 def test_outputs_of_transposed_tokens_are_contiguous(backend):
@@ -249,27 +223,9 @@ def test_saved_bytes():
     assert saved_by(residual_norm_modulate, tensors, frozen=["gate"]) == tokens + 2 * row
 
 
-@pytest.mark.triton
-def test_offsets_past_int32(sparse_file):
-    values, other, gate = torch.randn(3, 64).half(), torch.randn(3, 64).half(), torch.randn(3, 64)
-    far = far_rows(sparse_file(), values)
-    fixed = (gate, None, None, None, None, None, 3, 1, "layer", EPS, FP16, *[True] * 5)
-    backward = torch.ops.prfl_fast.residual_norm_modulate_backward
-    for strided, dense in ((far, values), (far[None].transpose(0, 1), values[:, None])):
-        near = other.view(dense.shape)
-        for place in range(4):
-            left, right = ([t if i == place else near for i in range(4)] for t in (strided, dense))
-            if place < 2:
-                outputs = (residual_norm_modulate(*t[:2], gate) for t in (left, right))
-            else:
-                outputs = (backward(*t, *fixed) for t in (left, right))
-            assert_same_bits(*outputs)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0), (13, 0)])
 @pytest.mark.parametrize("dim", [1, 64, 96, 1536, 3072, 4352, 5000, 5120, 8192])
 def test_launches_are_sane(dim, capability):
-    for tokens, rows in ((1, 1), (2, 2), (32760, 1), (32760, 21), (75600, 75600), (10**6, 3)):
+    for tokens, rows in cases.LAUNCHED:
         forward = module.forward_launch(tokens, dim, capability)
         backward = [
             module.backward_launch(tokens, rows, dim, size, capability, sums)
@@ -284,9 +240,7 @@ def test_launches_are_sane(dim, capability):
             assert 1 <= launch.programs <= max(1, tokens // rows)
             names = list(itertools.chain(*launch.passes))
             assert sorted(names) == ["dot", "dx", "dy", "gate_sum", "total"]
-    # A million tokens write no more partial rows than thirty thousand.
-    many, few = (module.backward_launch(n, 1, dim, 2, capability, True) for n in (10**6, 32760))
-    assert many == few
+    cases.assert_few_partial_rows(module.backward_launch, 1, dim, 2, capability, True)
 
 
 def test_pieces_hold_little_more_than_the_token():
@@ -297,34 +251,15 @@ def test_pieces_hold_little_more_than_the_token():
     assert split_token(1) == (32, 32, 1)
 
 
-@st.composite
-def arguments(draw):
-    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+@property_test()
+def test_any_arguments(draw):
     dim = draw(st.integers(8, 130))  # two or three values leave a norm's gradient to rounding alone
-    tokens, parts = batch * length, dict(draw(st.sampled_from(PARTS)))
-    flat = draw(st.booleans())
-    indexed = draw(st.booleans()) and bool(parts.keys() & {"gate", "scale", "shift"})
-    divisors = [r for r in range(1, tokens + 1) if tokens % r == 0]
-    numbers = st.integers(1, 9) if indexed else st.sampled_from(divisors)
-    gate, rows = draw(numbers), draw(numbers)
-    parts |= {n: gate if n == "gate" else rows for n in parts if parts[n] is not True}
-    dtypes = [draw(st.sampled_from(FLOATS)) for _ in range(3)]
-    strided = draw(st.booleans())
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    shape = (tokens, dim) if flat else (batch, length, dim)
-    tensors = make(shape, *dtypes, **parts)
+    parts = draw(st.sampled_from(PARTS))
+    has_rows = bool(parts.keys() & {"gate", "scale", "shift"})
+    shape, (gate, rows), fixed = cases.draw_tokens(draw, dim, has_rows, count=2)
+    counts = {n: gate if n == "gate" else rows for n in parts if parts[n] is not True}
+    tensors = make(shape, *(draw(st.sampled_from(FLOATS)) for _ in range(3)), **parts | counts)
+    tensors = cases.strided(tensors) if draw(st.booleans()) else tensors
     kind, eps = draw(st.sampled_from(module.KINDS)), draw(st.sampled_from([1e-6, 1e-3]))
-    fixed = {"kind": kind, "eps": eps}
-    if indexed:
-        named = min(n for n in parts.values() if n is not True)
-        fixed["row_index"] = torch.randint(0, named, shape[:-1])
-    if strided:
-        tensors |= {n: torch.stack([tensors[n]] * 2, -2)[..., 0, :] for n in "xy"}
-    return tensors, fixed
-
-
-@property_test(arguments())
-def test_any_arguments(case):
-    tensors, fixed = case
     # x_out is rounded to x's dtype, and h and all gradients follow.
-    compare(tensors, intermediate=tensors["x"].dtype, **fixed)
+    compare(tensors, intermediate=tensors["x"].dtype, kind=kind, eps=eps, **fixed)

@@ -4,8 +4,10 @@ import ctypes
 
 import pytest
 import torch
-from cuda_cases import BRAIN, EPS, HALF, assert_all_equal, pool_backward, rope_calls
+from cuda_cases import EPS, pool_backward, rope_calls
 from cuda_on_cpu import needs_gxx
+from dtypes import BF16
+from op_checks import assert_same_bits, far_rows
 
 from prfl_fast.kernels import rope_table
 from prfl_fast.kernels.runtime import cuda_launch
@@ -34,18 +36,18 @@ def test_what_the_kernels_decline_goes_elsewhere(monkeypatch, case):
     monkeypatch.setattr(cuda_launch, "HAS_TRITON", False)
     view, capability = DECLINED[case]
     monkeypatch.setattr(cuda_launch, "capability", lambda device: capability)
-    x = view(torch.randn(2, 9, 72).to(BRAIN))
+    x = view(torch.randn(2, 9, 72).to(BF16))
     queries = torch.randn(4, x.shape[2])
     for name, arguments in (*pool_calls(x, queries), *rope_calls(x, 2)):
         operation = OPERATIONS[name]
         if operation.cuda is not None:
             assert getattr(cuda_launch, name)(*arguments) is None
-            assert_all_equal(operation.cuda(*arguments), operation.reference(*arguments))
+            assert_same_bits(operation.cuda(*arguments), operation.reference(*arguments))
 
 
 def test_what_else_the_rope_kernels_decline(monkeypatch):
     monkeypatch.setattr(cuda_launch, "capability", lambda device: (9, 0))
-    x = torch.randn(2, 9, 72).to(BRAIN)
+    x = torch.randn(2, 9, 72).to(BF16)
     for q, heads, per_head in ((x, 3, True), (x[:, :0], 1, False), (x.repeat(1, 1, 120), 1, False)):
         for name, arguments in rope_calls(q, heads, per_head):
             assert getattr(cuda_launch, name)(*arguments) is None
@@ -59,23 +61,16 @@ def test_what_else_the_rope_kernels_decline(monkeypatch):
 
 
 @needs_gxx
-def test_offsets_past_int32(device, tmp_path):
-    """Token 2 at 2·2³⁰ elements: 32 bits would read the zeros at the start of this sparse file."""
-    device((8, 0), 1)
-    dim, path = 64, tmp_path / "sparse"
-    with open(path, "wb") as file:
-        file.truncate(2 * 2**32)
-    storage = torch.from_file(str(path), shared=True, size=2**32, dtype=HALF)
-    x = storage.as_strided((3, dim), (2**30, 1), 2**31 - dim)
-    values = torch.randn(3, dim).half()
-    x.copy_(values)
-    queries, grads = torch.randn(4, dim) / 8, (torch.ones(4, dim), torch.ones(4))
-    for both in ((x[None], values[None]), (x[:, None], values[:, None])):
+def test_offsets_past_int32(launches, sparse_tensor):
+    """Take far tokens, then far samples."""
+    queries, grads = torch.randn(4, 64) / 8, (torch.ones(4, 64), torch.ones(4))
+    for values in (torch.randn(1, 3, 64).half(), torch.randn(3, 1, 64).half()):
+        both = far_rows(sparse_tensor, values), values
         many = [g.expand(len(both[0]), *g.shape) for g in grads]
-        assert_all_equal(*(cuda_launch.query_pool(t, queries) for t in both))
-        assert_all_equal(*(pool_backward(t, queries, many) for t in both))
+        assert_same_bits(*(cuda_launch.query_pool(t, queries) for t in both))
+        assert_same_bits(*(pool_backward(t, queries, many) for t in both))
         for calls in zip(*(rope_calls(t, 2) for t in both), strict=True):
-            assert_all_equal(*(getattr(cuda_launch, name)(*given) for name, given in calls))
+            assert_same_bits(*(getattr(cuda_launch, name)(*given) for name, given in calls))
 
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -93,7 +88,7 @@ POOL_LAUNCHES = {"query_pool": FORWARD, "query_pool_backward": BACKWARD}
 @pytest.mark.parametrize("dim", [8, 64, 1000, 1536, 2048, 3072, 4096, 5120, 8192])
 def test_pool_launches_fit_the_device(which, dim, capability):
     choose, max_warps, shared_bytes = POOL_LAUNCHES[which]
-    launch = choose(2, 32760, 8, dim, BRAIN, capability)
+    launch = choose(2, 32760, 8, dim, BF16, capability)
     if launch is None:
         assert capability < (9, 0) and dim >= (1500 if "backward" in which else 2048)
         return
@@ -109,10 +104,10 @@ def test_pool_launches_fit_the_device(which, dim, capability):
 def test_what_no_pool_launch_fits():
     for choose, *_ in POOL_LAUNCHES.values():
         assert choose(1, 9, 8, 64, torch.float32, (9, 0)) is None
-        assert choose(1, 9, 8, 64, BRAIN, (7, 5)) is None
+        assert choose(1, 9, 8, 64, BF16, (7, 5)) is None
         for batch, dim in ((1, 65), (1, 32768), (65536, 64)):
-            assert choose(batch, 9, 8, dim, BRAIN, (9, 0)) is None
-    assert cuda_launch.pool_backward_launch(1, 9, 9, 64, BRAIN, (9, 0)) is None
+            assert choose(batch, 9, 8, dim, BF16, (9, 0)) is None
+    assert cuda_launch.pool_backward_launch(1, 9, 9, 64, BF16, (9, 0)) is None
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -120,7 +115,7 @@ def test_what_no_pool_launch_fits():
 @pytest.mark.parametrize("rows", [(1, 1), (32760, 32760), (32760, 512), (0, 9), (9, 0), (1, 10**9)])
 @pytest.mark.parametrize("dim", [8, 64, 1000, 1536, 5120, 8192])
 def test_rope_launches_fit_the_device(dim, rows, capability, backward):
-    shape = dim, 1, False, False, BRAIN
+    shape = dim, 1, False, False, BF16
     launch = cuda_launch.rope_launch(*rows, *shape, capability, backward)
     assert launch.threads % 32 == 0 and dim <= 16 * launch.threads < dim + 512
     blocks = launch.q_blocks, launch.k_blocks

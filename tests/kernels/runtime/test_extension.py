@@ -135,16 +135,17 @@ def _threads(name, width):
     return _cuda.ROPE_RESIDENT["backward" in name] if "qk_norm_rope" in name else 128
 
 
-INSTANCES = {
-    "query_pool_partial": 8, "query_pool_merge": 1, "query_pool_backward": 6,
-    "qk_norm_rope_forward": 2, "qk_norm_rope_backward": 2,
-}  # fmt: skip
+SOURCES = {
+    "query_pool": {"query_pool_partial": 8, "query_pool_merge": 1},
+    "query_pool_backward": {"query_pool_backward": 6},
+    "qk_norm_rope": {"qk_norm_rope_forward": 2, "qk_norm_rope_backward": 2},
+}
 
 
-def assert_no_spills(usage, kernels=tuple(INSTANCES)):
+def assert_no_spills(usage, *sources):
     """Assert it of ``usage``: (mangled kernel, registers, bytes of stack or spills)."""
-    counts = {kernel: sum(kernel in name for name, _, _ in usage) for kernel in kernels}
-    assert counts == {kernel: INSTANCES[kernel] for kernel in kernels}
+    instances = {kernel: n for source in sources for kernel, n in SOURCES[source].items()}
+    assert {kernel: sum(kernel in name for name, *_ in usage) for kernel in instances} == instances
     for name, registers, spilled in usage:
         width = re.search(r"Li(\d+)E", name)
         width = int(width[1]) if width else None
@@ -161,14 +162,7 @@ def test_no_kernel_spills(library):
     command = [aot.cuobjdump(), "-res-usage", library]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
-    assert_no_spills([(name, int(r), int(s)) for name, r, s in found])
-
-
-SOURCES = {
-    "query_pool": ("query_pool_partial", "query_pool_merge"),
-    "query_pool_backward": ("query_pool_backward",),
-    "qk_norm_rope": ("qk_norm_rope_forward", "qk_norm_rope_backward"),
-}
+    assert_no_spills([(name, int(r), int(s)) for name, r, s in found], *SOURCES)
 
 
 @needs_nvcc
@@ -182,7 +176,7 @@ def test_no_kernel_spills_elsewhere(source, architecture, tmp_path):
     text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     found = re.findall(pattern, text, re.DOTALL)
-    assert_no_spills([(name, int(r), int(s)) for name, s, r in found], SOURCES[source])
+    assert_no_spills([(name, int(r), int(s)) for name, s, r in found], source)
 
 
 def test_architecture_flags(checkout, monkeypatch):

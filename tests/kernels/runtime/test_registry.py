@@ -26,11 +26,6 @@ def operation():
 
 
 @pytest.fixture
-def bare():
-    return registry.Operation("bare", implementation(0), None, None)
-
-
-@pytest.fixture
 def anything_goes(monkeypatch):
     """Let any backend be chosen, be triton, an extension or the interpreter here or not."""
     monkeypatch.setattr(registry, "HAS_TRITON", True)
@@ -38,18 +33,18 @@ def anything_goes(monkeypatch):
     monkeypatch.setattr(registry, "INTERPRETING", False)
 
 
-@pytest.mark.parametrize(
-    "backend, device, dtype, chosen, reason",
-    [
-        ("auto", CPU, torch.float32, "reference", "cpu tensors"),
-        ("auto", CUDA, torch.bfloat16, "triton", "CUDA tensors"),
-        ("auto", CUDA, torch.float64, "reference", "float64 runs in PyTorch"),
-        ("reference", CUDA, torch.bfloat16, "reference", "backend set to reference"),
-        ("triton", CUDA, torch.float16, "triton", "backend set to triton"),
-        ("triton", CPU, torch.float64, "reference", "float64 runs in PyTorch"),
-        ("cuda", CUDA, torch.bfloat16, "cuda", "backend set to cuda"),
-    ],
-)
+CHOICES = [
+    ("auto", CPU, torch.float32, "reference", "cpu tensors"),
+    ("auto", CUDA, torch.bfloat16, "triton", "CUDA tensors"),
+    ("auto", CUDA, torch.float64, "reference", "float64 runs in PyTorch"),
+    ("reference", CUDA, torch.bfloat16, "reference", "backend set to reference"),
+    ("triton", CUDA, torch.float16, "triton", "backend set to triton"),
+    ("triton", CPU, torch.float64, "reference", "float64 runs in PyTorch"),
+    ("cuda", CUDA, torch.bfloat16, "cuda", "backend set to cuda"),
+]
+
+
+@pytest.mark.parametrize("backend, device, dtype, chosen, reason", CHOICES)
 def test_choice_and_reason(anything_goes, operation, backend, device, dtype, chosen, reason):
     kernels.set_backend(backend)
     choice = operation.choose(device, dtype)
@@ -58,8 +53,9 @@ def test_choice_and_reason(anything_goes, operation, backend, device, dtype, cho
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_an_operation_without_kernels_runs_its_reference(anything_goes, bare, backend, device):
+def test_an_operation_without_kernels_runs_its_reference(anything_goes, backend, device):
     kernels.set_backend(backend)
+    bare = registry.Operation("bare", implementation(0), None, None)
     assert bare.choose(device, torch.bfloat16).backend == "reference"
 
 
@@ -93,14 +89,15 @@ def test_the_first_tensor_decides_also_inside_a_list():
 
 def test_set_backend_refuses_what_is_unknown_or_missing(monkeypatch):
     before = registry.get_backend()
-    with pytest.raises(ValueError, match="backend is 'tritn', expected one of auto, reference"):
-        kernels.set_backend("tritn")
     monkeypatch.setattr(registry, "HAS_TRITON", False)
-    with pytest.raises(ValueError, match="triton is not installed: pip install triton"):
-        kernels.set_backend("triton")
     monkeypatch.setattr(registry, "extension_loaded", lambda: False)
-    with pytest.raises(ValueError, match="the extension is not loaded: "):
-        kernels.set_backend("cuda")
+    for name, message in (
+        ("tritn", "backend is 'tritn', expected one of auto, reference"),
+        ("triton", "triton is not installed: pip install triton"),
+        ("cuda", "the extension is not loaded: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.set_backend(name)
     assert registry.get_backend() == before
 
 
