@@ -88,14 +88,7 @@ def rollout_attention_cases(capability: tuple[int, int], every: bool = False) ->
     chosen = [(best, 128, "bf16")]
     if every:
         variants = VARIANTS if capability >= (8, 9) else ("int8",)
-        sizes = (
-            (32, "bf16"),
-            (64, "bf16"),
-            (80, "bf16"),
-            (128, "bf16"),
-            (128, "fp16"),
-            (256, "bf16"),
-        )
+        sizes = (*((d, "bf16") for d in (32, 64, 80, 128)), (128, "fp16"), (256, "bf16"))
         chosen = [(variant, *size) for variant in variants for size in sizes]
     cases = []
     for variant, head_dim, dtype in chosen:
@@ -119,29 +112,15 @@ def _quantize_kv_cases(
 ) -> list[AotCase]:
     """Return the three kernels at one size, for keys and values of Triton's ``dtype``."""
     launch = quantize_kv.quantize_launch(head_dim, block_n)
-    label = f"{dtype} d={head_dim} N={block_n} {'int8' if int8 else 'e4m3'}"
-    label += " and values" if values else ""
+    ending = " and values" if values else ""
+    label = f"{dtype} d={head_dim} N={block_n} {'int8' if int8 else 'e4m3'}{ending}"
     statistics = {"CHUNK": quantize_kv.CHUNK, **quantize_kv.STATISTICS_TILE}
     cases = []
+    constants = launch.constants(head_dim, int8)
     for name, kernel, constexprs, num_warps in (
-        (
-            f"statistics {dtype}{' and values' if values else ''}",
-            quantize_kv.statistics_kernel,
-            statistics,
-            4,
-        ),
-        (
-            f"merge{' and values' if values else ''}",
-            quantize_kv.merge_kernel,
-            quantize_kv.MERGE_CONSTANTS,
-            4,
-        ),
-        (
-            f"quantize {label}",
-            quantize_kv.quantize_kernel,
-            launch.constants(head_dim, int8),
-            launch.num_warps,
-        ),
+        (f"statistics {dtype}{ending}", quantize_kv.statistics_kernel, statistics, 4),
+        (f"merge{ending}", quantize_kv.merge_kernel, quantize_kv.MERGE_CONSTANTS, 4),
+        (f"quantize {label}", quantize_kv.quantize_kernel, constants, launch.num_warps),
     ):
         pointers = {n: "fp32" for n in kernel.arg_names if n.endswith("_ptr")}
         pointers |= {"k_ptr": dtype, "v_ptr": dtype}

@@ -8,6 +8,9 @@ from prfl_fast.kernels.common.fp8 import converts
 from prfl_fast.kernels.norm import modulate_triton, residual, residual_modulate_triton, rms
 from prfl_fast.kernels.norm.modulate import KINDS
 
+TOKENS = 32760  # of a Wan video at 480p
+DIMS, DTYPES = (1536, 5120, 8192), ("bf16", "fp32")
+
 
 def norm_modulate_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
     """Return the kernels of Wan 1.3B, 5B and 14B at 480p; ``every``: all flags, D to 8192."""
@@ -24,12 +27,8 @@ def norm_modulate_cases(capability: tuple[int, int], every: bool = False) -> lis
         (5120, "fp32", "layer", rows, dx + sums),
     ]
     if every:
-        chosen = [
-            (dim, dtype, kind, given, results)
-            for dim, dtype, kind in itertools.product((1536, 5120, 8192), ("bf16", "fp32"), KINDS)
-            for given in ((), affine, rows, rows + affine, indexed)
-            for results in (dx, sums, dx + sums)
-        ]
+        givens = ((), affine, rows, rows + affine, indexed)
+        chosen = list(itertools.product(DIMS, DTYPES, KINDS, givens, (dx, sums, dx + sums)))
     cases = {}
     for dim, dtype, kind, given, results in chosen:
         pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", *given, *results), dtype)
@@ -38,13 +37,11 @@ def norm_modulate_cases(capability: tuple[int, int], every: bool = False) -> lis
         lengths = {"length_x": "i32" if given == indexed else None, "length_g": None}
         itemsize = 4 if dtype == "fp32" else 2
         backward = modulate_triton.backward_launch(
-            32760, 1, dim, itemsize, capability, results != dx
+            TOKENS, 1, dim, itemsize, capability, results != dx
         )
+        forward = modulate_triton.forward_launch(TOKENS, dim, kind, capability)
         for kernel, launch in (
-            (
-                modulate_triton.forward_kernel,
-                modulate_triton.forward_launch(32760, dim, kind, capability),
-            ),
+            (modulate_triton.forward_kernel, forward),
             (modulate_triton.backward_kernel, backward),
         ):
             types = argument_types(kernel, pointers, lengths)
@@ -76,7 +73,7 @@ def norm_modulate_fp8_cases(capability: tuple[int, int], every: bool = False) ->
         pointers |= {name: "i64" if name == "row_index_ptr" else "fp32" for name in given}
         lengths = {"length_x": "i32" if given == indexed else None}
         types = argument_types(modulate_triton.forward_kernel, pointers, lengths)
-        launch = modulate_triton.forward_launch(32760, dim, kind, capability, fp8=True)
+        launch = modulate_triton.forward_launch(TOKENS, dim, kind, capability, fp8=True)
         constexprs = launch.constants(dim, kind) | {"CONVERTS": converts(capability)}
         flags = "+".join(name.removesuffix("_ptr") for name in given)
         label = f"{dtype} D={dim} {kind} {flags}"
@@ -91,18 +88,10 @@ def gated_residual_cases(capability: tuple[int, int], every: bool = False) -> li
     gate: tuple[str, ...] = ("gate_ptr", "gate_table_ptr")
     results: tuple[str, ...] = ("dy_ptr", "sum_ptr")
     indexed = (*gate, "row_index_ptr", "order_ptr", "bounds_ptr")
-    chosen = [
-        (1536, "bf16", gate, results),
-        (5120, "bf16", gate, results),
-        (5120, "bf16", (), ()),
-    ]
+    chosen = [(1536, "bf16", gate, results), (5120, "bf16", gate, results), (5120, "bf16", (), ())]
     if every:
-        chosen = [
-            (dim, dtype, given, wanted)
-            for dim, dtype in itertools.product((1536, 5120, 8192), ("bf16", "fp32"))
-            for given in ((), gate[:1], gate[1:], gate, indexed)
-            for wanted in (results[:1], results[1:], results)
-        ]
+        givens, some = ((), gate[:1], gate[1:], gate, indexed), (results[:1], results[1:], results)
+        chosen = list(itertools.product(DIMS, DTYPES, givens, some))
     cases = {}
     for dim, dtype, given, wanted in chosen:
         tokens = ("x_ptr", "y_ptr", "out_ptr", "grad_ptr", "dy_ptr")
@@ -110,12 +99,10 @@ def gated_residual_cases(capability: tuple[int, int], every: bool = False) -> li
         pointers |= {name: "fp32" for name in pointers if name not in tokens}
         pointers |= {name: "i64" for name in pointers if name in indexed[2:]}
         lengths = {f"length_{name}": "i32" if given == indexed else None for name in "xyg"}
+        backward = residual.backward_launch(TOKENS, 1, dim, capability, "sum_ptr" in wanted)
         for kernel, launch in (
-            (residual.forward_kernel, residual.forward_launch(32760, dim, capability)),
-            (
-                residual.backward_kernel,
-                residual.backward_launch(32760, 1, dim, capability, "sum_ptr" in wanted),
-            ),
+            (residual.forward_kernel, residual.forward_launch(TOKENS, dim, capability)),
+            (residual.backward_kernel, backward),
         ):
             if kernel is residual.backward_kernel and not given:
                 continue  # without a gate, the gradients are the incoming one
@@ -144,12 +131,9 @@ def residual_norm_modulate_cases(capability: tuple[int, int], every: bool = Fals
         (5120, "fp32", "layer", gate + rows, results + sums),
     ]
     if every:
-        chosen = [
-            (dim, dtype, kind, given, wanted)
-            for dim, dtype, kind in itertools.product((1536, 5120, 8192), ("bf16", "fp32"), KINDS)
-            for given in ((), gate + affine, rows, gate + rows + affine, indexed)
-            for wanted in (results, sums, results + sums)
-        ]
+        givens = ((), gate + affine, rows, gate + rows + affine, indexed)
+        some = (results, sums, results + sums)
+        chosen = list(itertools.product(DIMS, DTYPES, KINDS, givens, some))
     cases = {}
     for dim, dtype, kind, given, wanted in chosen:
         tokens = ("x_ptr", "y_ptr", "out_ptr", "h_ptr", "grad_ptr", "grad_h_ptr", *results)
@@ -160,15 +144,10 @@ def residual_norm_modulate_cases(capability: tuple[int, int], every: bool = Fals
         others |= {f"length_{name}": "i32" if given == indexed else None for name in "xygh"}
         itemsize = 4 if dtype == "fp32" else 2
         backward = residual_modulate_triton.backward_launch(
-            32760, 1, dim, itemsize, capability, wanted != results
+            TOKENS, 1, dim, itemsize, capability, wanted != results
         )
-        launches = [
-            (
-                residual_modulate_triton.forward_kernel,
-                residual_modulate_triton.forward_launch(32760, dim, capability),
-                pointers,
-            )
-        ]
+        forward = residual_modulate_triton.forward_launch(TOKENS, dim, capability)
+        launches = [(residual_modulate_triton.forward_kernel, forward, pointers)]
         for names in backward.passes:
             later = {name for name in wanted if name.removesuffix("_ptr") not in names}
             if later < set(wanted):
@@ -210,8 +189,8 @@ def rms_norm_cases(capability: tuple[int, int], every: bool = False) -> list[Aot
         pointers |= {"weight_ptr": weight} if weight else {}
         pointers |= {"partial_ptr": "fp32"} if "partial_ptr" in results else {}
         for kernel, launch in (
-            (rms.forward_kernel, rms.forward_launch(32760, dim, capability)),
-            (rms.backward_kernel, rms.backward_launch(32760, dim, capability)),
+            (rms.forward_kernel, rms.forward_launch(TOKENS, dim, capability)),
+            (rms.backward_kernel, rms.backward_launch(TOKENS, dim, capability)),
         ):
             others = {"length_x1": None, "length_g1": None, **lengths}
             types = argument_types(kernel, pointers, others)

@@ -41,15 +41,12 @@ wheels=$(absolute "${2:-}")
 quick=("${@:3}")
 REFERENCE=$(absolute "${REFERENCE:-}")
 cd "$(dirname "$0")/.."
-case "$stage" in
-    quick | test | racecheck | facts | bench | methods | methods-chains | rollout | rollout-14b | step | step-14b) ;;
-    memory | memory-720p | all) ;;
-    *)
-        echo "bench/gpu.sh: STAGE is '$stage', expected quick, test, racecheck, facts, bench, methods," \
-            "methods-chains, rollout, rollout-14b, step, step-14b, memory, memory-720p or all" >&2
-        exit 2
-        ;;
-esac
+stages=(quick test racecheck facts bench methods methods-chains rollout rollout-14b step step-14b memory memory-720p)
+if [[ "$stage" == *" "* || " ${stages[*]} all " != *" ${stage:-none} "* ]]; then
+    listed=$(printf '%s, ' "${stages[@]}")
+    echo "bench/gpu.sh: STAGE is '$stage', expected ${listed%, } or all" >&2
+    exit 2
+fi
 if [ -n "$wheels" ] && [ ! -d "$wheels" ]; then
     echo "bench/gpu.sh: WHEELS is '$wheels', which is not a folder" >&2
     exit 2
@@ -72,6 +69,11 @@ step() {
         failures+=("$name (status $status)")
         echo "== $name: status $status" >&2
     fi
+}
+
+# suite LIMIT NAME SUITE [PRESET [OPTION…]]: run one suite, with its results in $OUT/NAME.
+suite() {
+    step "$1" "$2" "$python" bench/run.py --suite "$3" ${4:+--preset "$4"} --out "$OUT/$2" "${@:5}"
 }
 
 install() {
@@ -107,20 +109,19 @@ run_racecheck() {
 }
 
 run_facts() {
-    step 280 facts "$python" bench/run.py --suite facts --out "$OUT/facts"
+    suite 280 facts facts
 }
 
 run_bench() {
-    step 260 block-1.3b "$python" bench/run.py --suite block --preset wan1.3b-480p --out "$OUT/block-1.3b"
-    step 190 kernels-1.3b "$python" bench/run.py --suite kernels --preset wan1.3b-480p --out "$OUT/kernels-1.3b"
-    step 180 kernels-14b-480p "$python" bench/run.py --suite kernels --preset wan14b-480p --out "$OUT/kernels-14b-480p"
-    step 200 kernels-14b-720p "$python" bench/run.py --suite kernels --preset wan14b-720p --out "$OUT/kernels-14b-720p"
+    suite 260 block-1.3b block wan1.3b-480p
+    suite 190 kernels-1.3b kernels wan1.3b-480p
+    suite 180 kernels-14b-480p kernels wan14b-480p
+    suite 200 kernels-14b-720p kernels wan14b-720p
 }
 
 run_methods() {
     local names="RGB ReFL, all frames;RGB ReFL, first frame;PRFL, 1 point;PRFL, 5 points"
-    step 560 methods-1.3b env PRFL_FAST_BENCH_METHODS="$names" "$python" bench/run.py --suite methods \
-        --preset wan1.3b-480p --out "$OUT/methods-1.3b"
+    PRFL_FAST_BENCH_METHODS=$names suite 560 methods-1.3b methods wan1.3b-480p
 }
 
 run_methods-chains() {
@@ -128,63 +129,43 @@ run_methods-chains() {
     # lies between DRaFT-1 and AlignProp's half a chain. The others are compared with PRFL, 1 point.
     local late="PRFL, 1 point;DRaFT-1;DRaFT-LV;ControlNet++;InstructVideo;RG-LCD;ReNO, one-step generator"
     local long="PRFL, 1 point;AlignProp;Flow-NRG, a guided sample"
-    step 290 methods-late env PRFL_FAST_BENCH_METHODS="$late" "$python" bench/run.py --suite methods \
-        --preset wan1.3b-480p --out "$OUT/methods-late"
-    step 290 methods-long env PRFL_FAST_BENCH_METHODS="$long" "$python" bench/run.py --suite methods \
-        --preset wan1.3b-480p --out "$OUT/methods-long"
+    PRFL_FAST_BENCH_METHODS=$late suite 290 methods-late methods wan1.3b-480p
+    PRFL_FAST_BENCH_METHODS=$long suite 290 methods-long methods wan1.3b-480p
 }
 
 run_rollout() {
-    step 560 rollout-1.3b "$python" bench/run.py --suite rollout --preset wan1.3b-480p --out "$OUT/rollout-1.3b"
+    suite 560 rollout-1.3b rollout wan1.3b-480p
 }
 
 run_rollout-14b() {
-    step 560 rollout-14b-480p "$python" bench/run.py --suite rollout --preset wan14b-480p \
-        --out "$OUT/rollout-14b-480p"
+    suite 560 rollout-14b-480p rollout wan14b-480p
 }
 
 baselines=eager,compiled${REFERENCE:+,reference:$REFERENCE}
 
 run_step() {
-    step 560 step-1.3b "$python" bench/run.py --suite step --preset wan1.3b-480p --baseline "$baselines" \
-        --out "$OUT/step-1.3b"
+    suite 560 step-1.3b step wan1.3b-480p --baseline "$baselines"
 }
 
 run_step-14b() {
-    step 200 step-14b-480p "$python" bench/run.py --suite step --preset wan14b-480p --baseline "$baselines" \
-        --out "$OUT/step-14b-480p"
-    step 390 step-14b-720p "$python" bench/run.py --suite step --preset wan14b-720p --baseline "$baselines" \
-        --out "$OUT/step-14b-720p"
+    suite 200 step-14b-480p step wan14b-480p --baseline "$baselines"
+    suite 390 step-14b-720p step wan14b-720p --baseline "$baselines"
 }
 
 run_memory() {
-    step 240 memory-1.3b "$python" bench/run.py --suite memory --preset wan1.3b-480p --out "$OUT/memory-1.3b"
-    step 320 memory-14b-480p "$python" bench/run.py --suite memory --preset wan14b-480p --out "$OUT/memory-14b-480p"
+    suite 240 memory-1.3b memory wan1.3b-480p
+    suite 320 memory-14b-480p memory wan14b-480p
 }
 
 run_memory-720p() {
-    step 560 memory-14b-720p "$python" bench/run.py --suite memory --preset wan14b-720p --out "$OUT/memory-14b-720p"
+    suite 560 memory-14b-720p memory wan14b-720p
 }
 
 install
-case "$stage" in
-    all)
-        run_quick
-        run_test
-        run_racecheck
-        run_facts
-        run_bench
-        run_methods
-        run_methods-chains
-        run_rollout
-        run_rollout-14b
-        run_step
-        run_step-14b
-        run_memory
-        run_memory-720p
-        ;;
-    *) "run_$stage" ;;
-esac
+[ "$stage" = all ] || stages=("$stage")
+for each in "${stages[@]}"; do
+    "run_$each"
+done
 
 printf '%s\n' "${failures[@]+"${failures[@]}"}" > "$OUT/failures.txt"
 if [ ${#failures[@]} -gt 0 ]; then

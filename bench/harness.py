@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,21 @@ class Preset:
         """Return frames, height and width in tokens."""
         frames, height, width = self.latent
         return frames, height // 2, width // 2
+
+    @property
+    def config(self) -> dict[str, int]:
+        """Return the arguments of diffusers' model."""
+        return {
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.dim // self.heads,
+            "ffn_dim": self.ffn_dim,
+            "num_layers": self.layers,
+            "text_dim": self.text_dim,
+        }
+
+    def with_grid(self, frames: int, height: int, width: int) -> "Preset":
+        """Return a preset with another grid of tokens."""
+        return replace(self, latent=(frames, 2 * height, 2 * width))
 
     @property
     def tokens(self) -> int:
@@ -101,6 +116,12 @@ class Context:
     def dtype(self) -> torch.dtype:
         """Return the dtype of activations and weights: bfloat16 on CUDA, float32 on the CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def refuse_large(self, hours: str = "takes hours") -> None:
+        """Raise ``UnavailableError`` on a CPU for a preset that it cannot run."""
+        if self.device.type == "cpu" and self.preset.name != "tiny":
+            name = self.preset.name
+            raise UnavailableError(f"{name} on a CPU {hours}; use --preset tiny, or a GPU")
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Return a generator on the device, seeded by the run's seed."""
@@ -158,13 +179,8 @@ class Timing:
     def of(cls, seconds: Sequence[float]) -> "Timing":
         """Return the quantiles of single measurements."""
         ordered = sorted(seconds)
-        last = len(ordered) - 1
-        return cls(
-            statistics.median(ordered),
-            ordered[round(0.2 * last)],
-            ordered[round(0.8 * last)],
-            len(ordered),
-        )
+        low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+        return cls(statistics.median(ordered), low, high, len(ordered))
 
     def record(self) -> dict[str, float | int]:
         """Return plain values, in seconds."""
@@ -214,11 +230,8 @@ def time_side_by_side(
             rounds[name] = 2
     spent = dict.fromkeys(lists, 0.0)
     for i in range(at_most):
-        active = [
-            n
-            for n in lists
-            if i < rounds[n] and (spent[n] < seconds or i < min(at_least, rounds[n]))
-        ]
+        due = (n for n in lists if i < rounds[n])
+        active = [n for n in due if spent[n] < seconds or i < min(at_least, rounds[n])]
         if not active:
             break
         for name in active if i % 2 == 0 else reversed(active):
@@ -242,9 +255,8 @@ def _cuda_clock(thunk: Thunk, device: torch.device, expected: float) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     if expected < SHORT:
-        torch.cuda._sleep(
-            2_000_000
-        )  # clock cycles, about 1 ms: the host queues everything meanwhile
+        # Clock cycles, about 1 ms: the host queues everything meanwhile.
+        torch.cuda._sleep(2_000_000)
     start.record()
     result = thunk()
     end.record()
@@ -268,14 +280,6 @@ def copy_ceiling(device: torch.device) -> float:
     target = torch.empty_like(source)
     timing = time_side_by_side({"copy": lambda: target.copy_(source)}, device, seconds=0.2)["copy"]
     return 2 * count / timing.median
-
-
-def matmul_ceiling(context: Context) -> float:
-    """Return FLOPs per second of one large matrix product, in the context's dtype."""
-    device, side = context.device, 8192 if context.device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=context.dtype) for _ in range(2))
-    timing = time_side_by_side({"matmul": lambda: a @ b}, device, seconds=0.2)["matmul"]
-    return 2 * side**3 / timing.median
 
 
 def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
@@ -406,15 +410,10 @@ def _package_version(name: str) -> str | None:
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Return what is needed to repeat a run: commit, versions, command, date, device, seed."""
     argv = sys.argv if argv is None else argv
-    versions = {
-        name: _package_version(name)
-        for name in ("triton", "diffusers", "peft", "numpy", "flash-attn")
-    }
-    versions |= {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "prfl_fast": __version__,
-    }
+    packages = ("triton", "diffusers", "peft", "numpy", "flash-attn")
+    versions = {name: _package_version(name) for name in packages}
+    versions |= {"python": platform.python_version(), "torch": torch.__version__}
+    versions["prfl_fast"] = __version__
     if context.device.type == "cuda":
         versions["cuda"] = torch.version.cuda
     return {

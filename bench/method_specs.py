@@ -9,12 +9,9 @@ import torch
 from harness import Preset
 from torch import nn
 
-from prfl_fast.feedback.estimator import PRFLOutput
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.points import Point
-from prfl_fast.feedback.step import PRFL
+from prfl_fast import PRFL, FlowUniPC, GradientPlan
+from prfl_fast.feedback import Point, PRFLOutput
 from prfl_fast.rewards.functions import PixelReward, Reward
-from prfl_fast.rollout.schedulers import FlowUniPC
 
 SOLVER_STEPS = 40
 POINTS = 5

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from results_tables import newest
+
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "docs" / "images" / "gradient_point.png"
 SIZE = "wan14b-720p"
@@ -21,16 +23,7 @@ PREFIXES = {"GFLOP": 1e-6, "TFLOP": 1e-3, "PFLOP": 1.0}
 
 def read_split(results: Path) -> dict[str, list[float]]:
     """Return PFLOP by part of each way to compute a gradient point, from the newest record."""
-    newest: tuple[str, dict[str, list[float]]] | None = None
-    for path in sorted(results.glob("*/*.json")):
-        record = json.loads(path.read_text())
-        tables = [t for s in record["suites"].values() for t in s.get("tables", [])]
-        for table in tables:
-            if table["name"] == "split" and (newest is None or record["run"]["date"] > newest[0]):
-                newest = record["run"]["date"], bars_of(table)
-    if newest is None:
-        raise ValueError(f"no record under {results} has the table split")
-    return newest[1]
+    return bars_of(newest(results, "split")[1])
 
 
 def bars_of(table: dict) -> dict[str, list[float]]:
@@ -76,7 +69,7 @@ def draw(bars: dict[str, list[float]], path: Path) -> None:
     axes.set_xlim(0, max(left) * 1.08)
     axes.set_title("Five gradient points on one trajectory halve the work of each", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=4, loc="lower right", frameon=False)
+    figure.legend(ncols=4, loc="outside lower right", frameon=False)
     figure.savefig(path, dpi=130, metadata={"Description": digest(bars)})
     pyplot.close(figure)
 

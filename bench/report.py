@@ -91,14 +91,14 @@ def to_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def to_markdown(table: Table, *, title: bool = True) -> str:
+def to_markdown(table: Table) -> str:
     """Return the table in GitHub's Markdown, followed by its notes."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    lines = [f"**{table.title}**", ""] if title else []
-    lines += [line(table.columns), line([":--", *["--:"] * (len(table.columns) - 1)])]
+    lines = [f"**{table.title}**", "", line(table.columns)]
+    lines.append(line([":--", *["--:"] * (len(table.columns) - 1)]))
     lines += [line(row) for row in table.rows]
     if table.notes:
         lines += ["", *(f"{note}  " for note in table.notes[:-1]), table.notes[-1]]

@@ -24,30 +24,34 @@ _MARKED = re.compile(
 _OPENING = re.compile(r"<!-- bench:.*?-->")
 
 
-def find(results: Path, device: str, table: str) -> str:
-    """Return the Markdown of a table with its origin.
+def newest(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the run and the table of the newest record below ``folder`` that has a table.
 
     Raises:
         ValueError: no record has it, or a record cannot be read.
     """
-    newest: tuple[str, dict[str, Any], dict[str, Any]] | None = None
-    for path in sorted((results / device).glob("*.json")):
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    for path in sorted(folder.rglob("*.json")):
         try:
             record = json.loads(path.read_text())
             tables = [t for s in record["suites"].values() for t in s.get("tables", [])]
-            date = record["run"]["date"]
+            run = record["run"]
+            found += [(run["date"], run, table) for table in tables if table["name"] == name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: not a record of bench/run.py ({type(error).__name__}: {error})"
             ) from error
-        for candidate in tables:
-            if candidate["name"] == table and (newest is None or date > newest[0]):
-                newest = date, record["run"], candidate
-    if newest is None:
-        raise ValueError(f"no record under {results / device} has a table {table!r}")
-    _, run, found = newest
-    table_text = report.to_markdown(report.table_from_record(found))
-    return f"{table_text}\n\n<sub>{report.describe_run(run)}</sub>\n"
+    if not found:
+        raise ValueError(f"no record under {folder} has a table {name!r}")
+    _, run, table = max(found, key=lambda each: each[0])
+    return run, table
+
+
+def find(results: Path, device: str, name: str) -> str:
+    """Return the Markdown of a table with its origin."""
+    run, table = newest(results / device, name)
+    text = report.to_markdown(report.table_from_record(table))
+    return f"{text}\n\n<sub>{report.describe_run(run)}</sub>\n"
 
 
 def regenerate(text: str, results: Path) -> str:

@@ -31,11 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
     """Return settings and suites of the arguments; exit with status 2 and one line if wrong."""
-    parser = _Parser(
-        prog="bench/run.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="bench/run.py", description=__doc__, formatter_class=raw)
     parser.add_argument(
         "--suite",
         nargs="+",
@@ -77,9 +74,27 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         parser.error(f"--seeds is {args.seeds}, expected a positive integer")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file, expected a folder or a new name")
+    baselines, reference = _baselines(parser, args.baseline or "eager,compiled", kind)
+    context = Context(
+        device=torch.device(kind),
+        preset=PRESETS[args.preset or ("tiny" if kind == "cpu" else "wan1.3b-480p")],
+        preset_given=args.preset is not None,
+        seed=args.seed,
+        seeds=args.seeds,
+        baselines=baselines,
+        reference=reference,
+        compile_ops="compiled" in baselines and (kind == "cuda" or args.baseline is not None),
+        out=args.out,
+        bar=_bar,
+    )
+    return context, tuple(dict.fromkeys(args.suite))
+
+
+def _baselines(parser: _Parser, text: str, kind: str) -> tuple[tuple[str, ...], Path | None]:
+    """Return the baselines and the reference's checkout."""
     # Eager results are the reference of every check: measured even if not named.
     baselines, reference = ["eager"], None
-    for item in (args.baseline or "eager,compiled").split(","):
+    for item in text.split(","):
         name, _, path = item.strip().partition(":")
         if name not in BASELINES or (path and name != "reference"):
             parser.error(f"--baseline: {item.strip()!r} is none of eager, compiled, reference:PATH")
@@ -94,31 +109,13 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
                 parser.error("--baseline: the reference runs on CUDA only; the device is the CPU")
         if name not in baselines:
             baselines.append(name)
-    context = Context(
-        device=torch.device(kind),
-        preset=PRESETS[args.preset or ("tiny" if kind == "cpu" else "wan1.3b-480p")],
-        preset_given=args.preset is not None,
-        seed=args.seed,
-        seeds=args.seeds,
-        baselines=tuple(baselines),
-        reference=reference,
-        compile_ops="compiled" in baselines and (kind == "cuda" or args.baseline is not None),
-        out=args.out,
-        bar=_bar,
-    )
-    return context, tuple(dict.fromkeys(args.suite))
+    return tuple(baselines), reference
 
 
 def _bar(total: int, description: str) -> Any:
     tqdm = need("tqdm", "bench").tqdm
     # disable=None: no bar where the output is not a terminal; the tables tell the progress there.
     return tqdm(total=total, desc=description, leave=False, disable=None, dynamic_ncols=True)
-
-
-def write(out: Path, record: dict[str, Any]) -> None:
-    """Write results.json and report.md with the suites that have finished."""
-    report.write_json(out / "results.json", record)
-    report.write_markdown(out / "report.md", record)
 
 
 def run_suite(name: str, context: Context) -> dict[str, Any]:
@@ -132,17 +129,10 @@ def run_suite(name: str, context: Context) -> dict[str, Any]:
         for file, figure in result.figures.items():
             report.save_figure(context.out / file, figure)
     except Exception as error:
-        reason = (
-            str(error)
-            if isinstance(error, UnavailableError)
-            else f"{type(error).__name__}: {error}"
-        )
-        print(f"{name}: did not finish: {reason}", file=sys.stderr, flush=True)
-        return {
-            "error": reason,
-            "traceback": traceback.format_exc(),
-            "wall_s": round(time.perf_counter() - start, 1),
-        }
+        kind = "" if isinstance(error, UnavailableError) else f"{type(error).__name__}: "
+        print(f"{name}: did not finish: {kind}{error}", file=sys.stderr, flush=True)
+        wall = round(time.perf_counter() - start, 1)
+        return {"error": f"{kind}{error}", "traceback": traceback.format_exc(), "wall_s": wall}
     for problem in result.problems:
         print(f"{name}: check failed: {problem}", file=sys.stderr, flush=True)
     return report.suite_record(result, time.perf_counter() - start)
@@ -167,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n== {name}: {suites.DESCRIPTIONS[name].lstrip('* ')}", flush=True)
         record["suites"][name] = run_suite(name, context)
         print(f"   {record['suites'][name]['wall_s']} s", flush=True)
-        write(context.out, record)
+        report.write_json(context.out / "results.json", record)
+        report.write_markdown(context.out / "report.md", record)
     failed = [n for n, s in record["suites"].items() if "error" in s or s["problems"]]
     print(
         f"\nresults.json, report.md and plots: {context.out}"

@@ -4,12 +4,14 @@ First come the cases of the kernels suite on every backend, then the branches of
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import harness
 import torch
 from suites import kernels
+from suites.kernel_cases import CASES, POOL_HEADS, Case, Draw, Tensors, compare, draw_inputs
 
 from prfl_fast import kernels as ops
 
@@ -18,28 +20,35 @@ PRESETS = (
     harness.Preset("narrow", 1536, 12, 320, 1, (1, 2, 14), text_tokens=7),
 )
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
-Tensors = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call: the shapes of its leaves, and the function of them; ``frozen`` get no gradient."""
+def _call(
+    name: str,
+    op: str,
+    shapes: dict[str, tuple[int, ...]],
+    run: Callable[..., tuple[torch.Tensor, ...]],
+    frozen: tuple[str, ...] = (),
+) -> Case:
+    """Return a case of normal inputs, of which ``frozen`` get no gradient."""
 
-    name: str
-    op: str
-    shapes: dict[str, tuple[int, ...]]
-    run: Callable[..., tuple[torch.Tensor, ...]]
-    frozen: tuple[str, ...] = ()
+    def naive(tensors: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+        with harness.backend("reference"):
+            return run(**tensors)
+
+    def make(draw: Draw) -> Tensors:
+        return {name: draw.randn(*shape) for name, shape in shapes.items()}
+
+    leaves = tuple(name for name in shapes if name not in frozen)
+    return Case(name, op, make, leaves, naive, lambda t: run(**t), reads=(), kept=())
 
 
-def _pool(tokens: int, dim: int, heads: int, **options: tuple[str, ...]) -> Call:
+def _pool(tokens: int, dim: int, heads: int, **options: tuple[str, ...]) -> Case:
     shapes = {"x": (2, tokens, dim), "queries": (heads, dim)}
 
     def run(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ops.query_pool(x, queries / dim**0.5)
 
-    name = f"pool {tokens} x {dim}, {heads} heads"
-    return Call(name, "query_pool", shapes, run, **options)
+    return _call(f"pool {tokens} x {dim}, {heads} heads", "query_pool", shapes, run, **options)
 
 
 def _rope(
@@ -51,7 +60,7 @@ def _rope(
     per_head: bool = False,
     grid: tuple[int, int, int] | None = None,
     frozen: tuple[str, ...] = (),
-) -> Call:
+) -> Case:
     dim = heads * head_dim
     shapes: dict[str, tuple[int, ...]] = {"q": (2, lengths[0], dim), "k": (2, lengths[1], dim)}
     shapes |= {weight: (head_dim if per_head else dim,) for weight in weights}
@@ -67,7 +76,7 @@ def _rope(
             options |= {"cos": cos, "sin": sin, "grid": grid, "offset": (1, 0, 2)}
         return ops.qk_norm_rope(**t, **options)
 
-    return Call(f"rope {name}", "qk_norm_rope", shapes, run, frozen)
+    return _call(f"rope {name}", "qk_norm_rope", shapes, run, frozen)
 
 
 CALLS = (
@@ -87,34 +96,23 @@ CALLS = (
 )
 
 
-def _results(call: Call, tensors: Tensors, backend: str, wide: bool) -> list[torch.Tensor]:
-    leaves = {
-        n: (t.double() if wide else t.clone()).requires_grad_(n not in call.frozen)
-        for n, t in tensors.items()
-    }
-    with harness.backend(backend):
-        outputs = call.run(**leaves)
-        loss = sum((o * o.detach().cos()).sum(dtype=torch.float64) for o in outputs)
-        gradients = torch.autograd.grad(loss, [t for t in leaves.values() if t.requires_grad])
-    return [*(o.detach() for o in outputs), *gradients]
-
-
-def run_call(call: Call, dtype: torch.dtype, backend: str, device: torch.device) -> float:
+def verify(case: Case, dtype: torch.dtype, context: harness.Context) -> float:
     """Return the largest relative error of outputs and gradients against float64.
 
     Raises:
         AssertionError: it is above ``TOLERANCE``.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, device=device, generator=generator).to(dtype)
-        for name, shape in call.shapes.items()
-    }
-    expected = _results(call, tensors, "reference", True)
-    given = _results(call, tensors, backend, False)
-    error = max(harness.relative_error(a, b) for a, b in zip(given, expected, strict=True))
+    tensors = draw_inputs(case, context.preset, context.device, dtype)
+    found, _ = compare(case, tensors, dtype, 0)
+    error = max(error for error, *_ in found.values())
     assert error <= TOLERANCE[dtype], f"error {error:.1e}"
     return error
+
+
+def variants(case: Case, context: harness.Context) -> Iterator[tuple[str, Case]]:
+    """Yield a case on each backend that has its operation, by the backend's name."""
+    for name in kernels.backends(case, context):
+        yield name, replace(case, ours=partial(kernels.run_on, name, case))
 
 
 def main() -> int:
@@ -134,24 +132,19 @@ def main() -> int:
 
     for preset in PRESETS:
         context = harness.Context(device, preset)
-        for case in (
-            c for c in kernels.CASES if preset.dim % kernels.POOL_HEADS == 0 or c.op != "query_pool"
-        ):
-            for name in kernels.backends(case, context):
-                variant = replace(
-                    case, ours=lambda t, name=name, case=case: kernels.run_on(name, case, t)
-                )
+        for case in CASES:
+            if case.op == "query_pool" and preset.dim % POOL_HEADS:
+                continue
+            for name, variant in variants(case, context):
                 attempt(
-                    f"{preset.name}: {case.name}, {name}",
-                    lambda variant=variant, context=context: kernels.verify(variant, context),
+                    f"{preset.name}: {case.name}, {name}", partial(kernels.verify, variant, context)
                 )
     for call in CALLS:
-        case = next(c for c in kernels.CASES if c.op == call.op)
-        for name in kernels.backends(case, context):
+        for name, variant in variants(call, context):
             for dtype in TOLERANCE:
                 attempt(
                     f"{call.name}, {name}, {str(dtype).removeprefix('torch.')}",
-                    lambda call=call, dtype=dtype, name=name: run_call(call, dtype, name, device),
+                    partial(verify, variant, dtype, context),
                 )
     torch.cuda.synchronize()
     return status

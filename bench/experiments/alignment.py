@@ -7,7 +7,6 @@ shows the latent reward along the sampler and the motion metric of ``experiments
 tracks bodies in decoded frames and which no training sees.
 """
 
-import copy
 import os
 import time
 from concurrent.futures import Executor
@@ -19,16 +18,12 @@ import report
 import torch
 from harness import Context, SuiteResult, Table
 
-import prfl_fast
 from experiments import small_world, world
 from experiments.small_world import CHANCE, Start, assess, submit
-from prfl_fast.data.dataset import Batches
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.step import PRFL
-from prfl_fast.rewards.functions import PixelReward
-from prfl_fast.rollout.schedulers import FlowEuler
-from prfl_fast.training import TrainConfig, Trainer
-from prfl_fast.training.objectives import RewardFeedback, SupervisedFlow
+from prfl_fast import PRFL, FlowEuler, GradientPlan
+from prfl_fast.data import Batches
+from prfl_fast.rewards import PixelReward
+from prfl_fast.training import RewardFeedback, SupervisedFlow
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS, evaluate
 
 PATCHED = os.environ.get("PRFL_FAST_BENCH_PATCHED") == "1"  # also on a CPU
@@ -36,31 +31,23 @@ ARMS = {"sft": "SFT only", "rgb_refl": "RGB ReFL + SFT", "prfl": "PRFL + SFT"}
 
 
 @dataclass(frozen=True)
-class Settings(small_world.Settings):
+class Settings(small_world.ArmSettings):
     """Sizes of the experiment; the defaults fit a few minutes of two CPU cores."""
 
     updates: int = 60
-    checkpoints: int = 4
     points: int = 5
-    feedback_batch: int = 16
     # The latent reward's gradient is a tenth of the flow loss's here; at the paper's 0.1 AdamW's
     # shared second moments are SFT's and the reward moves little. The pixel reward's is larger: at
     # 1.0 the motion metric falls from 0.37 to 0.28, so it keeps 0.1.
     prfl_weight: float = 1.0
     rgb_weight: float = 0.1
-    feedback_rate: float = 2e-4
 
 
 def run_arm(start: Start, s: Settings, arm: str, seed: int) -> dict[str, Any]:
-    """Train one arm from the common start; metrics at each checkpoint, a few frames at the end."""
+    """Train one arm from the common start; return metrics at each checkpoint."""
     began = time.perf_counter()
-    model = copy.deepcopy(start.generator).requires_grad_(True)
-    device = next(model.parameters()).device
-    if PATCHED or device.type == "cuda":
-        # At the CPU's sizes dispatching dominates and the fused operations have nothing to gain.
-        # Patched here, as a patched model does not pickle.
-        prfl_fast.patch(model)
-        prfl_fast.patch(start.reward.backbone)
+    # At the CPU's sizes dispatching dominates and the fused operations have nothing to gain.
+    model, device = small_world.copy_generator(start, PATCHED)
     batches = partial(Batches, start.clips.samples())
     sft = SupervisedFlow(model, batches(32, 10 * seed + 1))
     # As many optimizer updates for every arm: SFT alone takes two of its own.
@@ -75,33 +62,17 @@ def run_arm(start: Start, s: Settings, arm: str, seed: int) -> dict[str, Any]:
             model, reward, FlowEuler(), plan, num_inference_steps=s.solver_steps, weight=weight
         )
         first = RewardFeedback(step, batches(s.feedback_batch, 10 * seed + 2), device)
-    every = max(1, s.updates // (s.checkpoints - 1))
     points: list[dict[str, Any]] = []
 
-    def measure(update: int) -> torch.Tensor:
-        found, frames = assess(model, start, s.solver_steps, 1000 + seed)
+    def measure(update: int) -> None:
+        found, _ = assess(model, start, s.solver_steps, 1000 + seed)
         points.append({"update": update, **found})
-        return frames
 
-    before = measure(0)
-    settings = TrainConfig(
-        s.updates, learning_rate=s.feedback_rate, weight_decay=0.01, warmup_steps=5, seed=seed
-    )
-    after = before
-
-    def on_step(record: dict[str, Any]) -> None:
-        nonlocal after
-        if record["step"] % every == 0 or record["step"] == s.updates:
-            after = measure(record["step"])
-
-    result = Trainer(model, {"first": first, "second": sft}, settings, on_step=on_step).run()
-    return {
-        "arm": arm,
-        "seed": seed,
-        "points": points,
-        "skipped": result.skipped,
-        "wall_s": time.perf_counter() - began,
-    }
+    measure(0)
+    objectives = {"first": first, "second": sft}
+    skipped, _ = small_world.train_arm(model, objectives, s, seed, measure)
+    wall = time.perf_counter() - began
+    return {"arm": arm, "seed": seed, "points": points, "skipped": skipped, "wall_s": wall}
 
 
 def _accuracy_table(accuracy: dict[float, dict[str, float]], s: Settings) -> Table:
@@ -127,17 +98,11 @@ def _arms_table(arms: list[dict[str, Any]], s: Settings, real: tuple[float, floa
     for name, label in ARMS.items():
         runs = [a for a in arms if a["arm"] == name]
         wins = sum(final[name, seed] > final["sft", seed] for seed in seeds)
-        rows.append(
-            [
-                label,
-                _mean_std([a["points"][0]["reward"] for a in runs]),
-                _mean_std([a["points"][-1]["reward"] for a in runs]),
-                _mean_std([a["points"][0]["motion"] for a in runs]),
-                _mean_std([a["points"][-1]["motion"] for a in runs]),
-                report.BLANK if name == "sft" else f"{wins} of {len(seeds)}",
-                report.seconds(sum(a["wall_s"] for a in runs) / len(runs)),
-            ]
-        )
+        line = [label]
+        for key in ("reward", "motion"):
+            line += [_mean_std([a["points"][at][key] for a in runs]) for at in (0, -1)]
+        line.append(report.BLANK if name == "sft" else f"{wins} of {len(seeds)}")
+        rows.append([*line, report.seconds(sum(a["wall_s"] for a in runs) / len(runs))])
     sem = max(p["motion_sem"] for a in arms for p in a["points"])
     columns = ["arm", "reward before", "after", "motion before", "after", "above SFT", "time"]
     notes = [
@@ -171,9 +136,8 @@ def curves_figure(arms: list[dict[str, Any]]) -> Any:
             if seeds == 1 and key == "motion":
                 spread = torch.tensor([p["motion_sem"] for p in runs[0]])
             updates = [2 * p["update"] for p in runs[0]]
-            axes.errorbar(
-                updates, mean, spread, fmt="o-", color=color, label=ARMS[arm], capsize=3, ms=4
-            )
+            style = {"fmt": "o-", "color": color, "label": ARMS[arm], "capsize": 3, "ms": 4}
+            axes.errorbar(updates, mean, spread, **style)
             final[arm], begin = float(mean[-1]), float(mean[0])
         report.label_axes(axes, title=title, x="optimizer updates", y=f"{key} (0 to 1)")
         axes.set_ylim(bottom=0)
@@ -197,9 +161,8 @@ def accuracy_figure(accuracy: dict[float, dict[str, float]]) -> Any:
     axes.annotate("chance", (min(accuracy), CHANCE + 0.01), fontsize=8, color="#555555")
     low, high = min(values), max(values)
     title = f"Reward model: accuracy {values[low]:.2f} at timestep {low:g}, {values[high]:.2f} at "
-    report.label_axes(
-        axes, title=f"{title}{high:g}", x="timestep (1000 σ)", y="accuracy on held-out clips"
-    )
+    text = {"x": "timestep (1000 σ)", "y": "accuracy on held-out clips"}
+    report.label_axes(axes, title=f"{title}{high:g}", **text)
     axes.set_ylim(0, 1)
     return figure
 
@@ -220,11 +183,7 @@ def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
     ]
     held_batches = list(held_out.batches(device))
     accuracy = evaluate(start.reward, held_batches, EVALUATION_TIMESTEPS, seed=seed)
-    arms = []
-    with context.bar(len(jobs), "arms") as bar:
-        for job in jobs:
-            arms.append(job.result())
-            bar.update()
+    arms = small_world.results_of(jobs, context, "arms")
     motion, good = world.motion_score(world.decode(held_out.latents)), held_out.good > 0
     real = (float(motion[good].mean()), float(motion[~good].mean()))
     figures = {

@@ -43,11 +43,7 @@ def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
     jobs = [
         submit(pool, function, start, s, name, seed) for seed in seeds for function, name in work
     ]
-    results = []
-    with context.bar(len(jobs), "methods") as bar:
-        for job in jobs:
-            results.append(job.result())
-            bar.update()
+    results = small_world.results_of(jobs, context, "methods")
     arms = [r for r in results if "arm" in r]
     users = [r for r in results if "user" in r]
     good = held_out.good > 0
@@ -92,6 +88,11 @@ def _joined(runs: list[dict[str, Any]], key: str, name: str) -> torch.Tensor:
     return torch.cat([r[key][name] for r in runs])
 
 
+def _by(results: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs, one of each seed, by the name of what was run."""
+    return {name: [r for r in results if r[key] == name] for name in {r[key] for r in results}}
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -102,30 +103,24 @@ def _mean_cost(runs: list[dict[str, Any]], name: str) -> float:
 
 def _training_table(arms: list[dict[str, Any]], s: Settings) -> tuple[Table, list[str]]:
     """Return the table, and the methods whose own reward did not rise."""
-    rows, still = [], []
+    rows, still, by = [], [], _by(arms, "arm")
     scores = ("along", "end", "pixel", "motion")
     for name, label in (("sft", "start"), ("rglcd", f"start, {s.few_steps} steps")):
-        runs = [a for a in arms if a["arm"] == name]
-        means = [f"{_joined(runs, 'before', key).mean():.3f}" for key in scores]
+        means = [f"{_joined(by[name], 'before', key).mean():.3f}" for key in scores]
         rows.append([label, *means, *[report.BLANK] * 6])
     for name, method in METHODS.items():
-        runs = [a for a in arms if a["arm"] == name]
+        runs = by[name]
         gain = _joined(runs, "after", method.goal) - _joined(runs, "before", method.goal)
         mean, sem = _mean_sem(gain)
         if method.plan is not None and not mean > 2 * sem:
             still.append(method.label)
-        rows.append(
-            [
-                method.label,
-                *(f"{_joined(runs, 'after', key).mean():.3f}" for key in scores),
-                f"{method.goal} {_signed(gain)}" if method.plan is not None else report.BLANK,
-                f"{sum(a['moved'] for a in runs) / len(runs):.3f}",
-                report.seconds(_mean_cost(runs, "seconds")),
-                report.size(_mean_cost(runs, "peak_bytes")),
-                f"{_mean_cost(runs, 'forwards'):.1f}",
-                report.flops(_mean_cost(runs, "round_flops")),
-            ]
-        )
+        line = [method.label, *(f"{_joined(runs, 'after', key).mean():.3f}" for key in scores)]
+        line.append(f"{method.goal} {_signed(gain)}" if method.plan is not None else report.BLANK)
+        line.append(f"{_mean([a['moved'] for a in runs]):.3f}")
+        line.append(report.seconds(_mean_cost(runs, "seconds")))
+        line.append(report.size(_mean_cost(runs, "peak_bytes")))
+        line.append(f"{_mean_cost(runs, 'forwards'):.1f}")
+        rows.append([*line, report.flops(_mean_cost(runs, "round_flops"))])
     columns = ["method", "along", "end", "pixel", "motion", "its own reward's rise", "moved"]
     columns += ["time", "peak", "forwards", "FLOPs"]
     notes = [
@@ -153,43 +148,32 @@ def _training_table(arms: list[dict[str, Any]], s: Settings) -> tuple[Table, lis
 
 def _sampling_table(users: list[dict[str, Any]], s: Settings) -> tuple[Table, list[str]]:
     rows, problems, unsure, fallen = [], [], [], []
-    plain = [u for u in users if u["user"] == "plain"]
+    by = _by(users, "user")
+    plain = by["plain"]
     for name, user in USERS.items():
-        runs = [u for u in users if u["user"] == name]
-        gains = {
-            key: _joined(runs, "scores", key) - _joined(plain, "scores", key)
+        runs = by[name]
+        end, motions = (
+            _joined(runs, "scores", key) - _joined(plain, "scores", key)
             for key in ("end", "motion")
-        }
-        mean, sem = _mean_sem(gains["end"])
+        )
+        mean, sem = _mean_sem(end)
         shown = [report.BLANK] * 2
         if name != "plain":
-            shown = [_signed(gains["end"]), _signed(gains["motion"])]
+            shown = [_signed(end), _signed(motions)]
             if not mean > 2 * sem:
-                problems.append(
-                    f"{user.label} does not beat plain sampling: {_signed(gains['end'])}"
-                )
-            motion, sem = _mean_sem(gains["motion"])
+                problems.append(f"{user.label} does not beat plain sampling: {shown[0]}")
+            motion, sem = _mean_sem(motions)
             if motion < -2 * sem:
                 fallen.append(user.label)
             elif not motion > 2 * sem:
                 unsure.append(user.label)
         means = [f"{_joined(runs, 'scores', key).mean():.3f}" for key in ("end", "pixel", "motion")]
-        rows.append(
-            [
-                user.label,
-                means[0],
-                shown[0],
-                means[1],
-                means[2],
-                shown[1],
-                f"{_mean_cost(runs, 'forwards'):.0f}",
-                f"{_mean_cost(runs, 'reward_forwards'):.0f}",
-                report.flops(_mean_cost(runs, "flops")),
-                report.ratio(_mean_cost(runs, "flops") / _mean_cost(plain, "flops")),
-                report.size(_mean_cost(runs, "peak_bytes")),
-                report.seconds(_mean_cost(runs, "seconds")),
-            ]
-        )
+        line = [user.label, means[0], shown[0], *means[1:], shown[1]]
+        line += [f"{_mean_cost(runs, n):.0f}" for n in ("forwards", "reward_forwards")]
+        flops = _mean_cost(runs, "flops")
+        line += [report.flops(flops), report.ratio(flops / _mean_cost(plain, "flops"))]
+        line.append(report.size(_mean_cost(runs, "peak_bytes")))
+        rows.append([*line, report.seconds(_mean_cost(runs, "seconds"))])
     columns = ["sampling", "end", "over plain", "pixel", "motion", "over plain", "forwards"]
     columns += ["rewards", "FLOPs", "plain = 1", "peak", "time"]
     notes = [
@@ -205,17 +189,18 @@ def _sampling_table(users: list[dict[str, Any]], s: Settings) -> tuple[Table, li
         f"{', '.join(fallen) or 'none'}. It neither rises nor falls by as much: "
         f"{', '.join(unsure) or 'none'}.",
     ]
-    return Table(
-        "family-sampling", "Better samples without training", columns, rows, notes
-    ), problems
+    title = "Better samples without training"
+    return Table("family-sampling", title, columns, rows, notes), problems
 
 
 def _curves(arms: list[dict[str, Any]]) -> Any:
     groups = (PROCESS, LATE, DATA)
     figure, panels = report.new_figure(12, 10, nrows=len(SHOWN), ncols=len(groups), sharey="row")
 
+    by = _by(arms, "arm")
+
     def draw(axes: Any, name: str, key: str, color: str, label: str) -> None:
-        runs = [a["points"] for a in arms if a["arm"] == name]
+        runs = [a["points"] for a in by[name]]
         values = torch.tensor([[p[key] for p in run] for run in runs]).mean(0)
         axes.plot([p["update"] for p in runs[0]], values, "o-", color=color, label=label, ms=4)
 
@@ -225,19 +210,14 @@ def _curves(arms: list[dict[str, Any]]) -> Any:
             members = [(n, m) for n, m in METHODS.items() if m.group == group]
             for color, (name, method) in zip(COLORS, members, strict=False):
                 draw(axes, name, key, color, method.label)
-            report.label_axes(
-                axes,
-                title=group if line is panels[0] else "",
-                x="reward updates" if line is panels[-1] else "",
-                y=title if group is groups[0] else "",
-            )
+            above = group if line is panels[0] else ""
+            below = "reward updates" if line is panels[-1] else ""
+            beside = title if group is groups[0] else ""
+            report.label_axes(axes, title=above, x=below, y=beside)
     for axes in panels[-1]:
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     seeds = len({a["seed"] for a in arms})
-    final = {
-        name: _mean([a["points"][-1]["motion"] for a in arms if a["arm"] == name])
-        for name in METHODS
-    }
+    final = {name: _mean([a["points"][-1]["motion"] for a in by[name]]) for name in METHODS}
     best = max(final, key=lambda name: final[name])
     figure.suptitle(
         f"{METHODS[best].label} ends highest on the motion metric: {final[best]:.3f}, "
@@ -250,18 +230,15 @@ def _curves(arms: list[dict[str, Any]]) -> Any:
 def _cost(users: list[dict[str, Any]]) -> Any:
     """Reward and motion against cost; ways that differ in their budget only are joined."""
     figure, panels = report.new_figure(11, 4.5, ncols=2)
-    plain = _mean_cost([u for u in users if u["user"] == "plain"], "flops")
+    by = _by(users, "user")
+    plain = _mean_cost(by["plain"], "flops")
     groups = dict.fromkeys(user.group for user in USERS.values())
     for axes, key in zip(panels, ("end", "motion"), strict=True):
         for color, group in zip((GREY, *COLORS), groups, strict=False):
-            at, means, errors = [], [], []
-            for name, user in USERS.items():
-                if user.group == group:
-                    runs = [u for u in users if u["user"] == name]
-                    at.append(_mean_cost(runs, "flops") / plain)
-                    mean, sem = _mean_sem(_joined(runs, "scores", key))
-                    means.append(mean)
-                    errors.append(sem)
+            members = [by[name] for name, user in USERS.items() if user.group == group]
+            at = [_mean_cost(runs, "flops") / plain for runs in members]
+            found = [_mean_sem(_joined(runs, "scores", key)) for runs in members]
+            means, errors = zip(*found, strict=True)
             axes.errorbar(at, means, errors, fmt="o-", color=color, label=group, capsize=3, ms=5)
         axes.set_xscale("log")
         axes.set_xticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
@@ -269,7 +246,7 @@ def _cost(users: list[dict[str, Any]]) -> Any:
         report.label_axes(axes, title=SHOWN[key], x="FLOPs of a clip, plain sampling = 1")
         axes.set_ylim(bottom=0)
     panels[0].legend(fontsize=8)
-    motion = {n: _joined([u for u in users if u["user"] == n], "scores", "motion") for n in USERS}
+    motion = {name: _joined(by[name], "scores", "motion") for name in USERS}
     best = max(motion, key=lambda name: motion[name].mean())
     figure.suptitle(
         f"{USERS[best].label} has the highest motion metric: {motion[best].mean():.3f}, plain "

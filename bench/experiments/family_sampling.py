@@ -16,14 +16,11 @@ import prfl_fast
 from experiments import small_world
 from experiments.family_training import Settings
 from experiments.small_world import Start
-from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler
-from prfl_fast.rollout.trajectory import rollout
+from prfl_fast import FlowEuler
+from prfl_fast.rollout import Sampler, rollout
+from prfl_fast.sampling import beam_search, guide, optimize_noise, prune
 from prfl_fast.sampling.candidates import Forwards
-from prfl_fast.sampling.gradient import guide, optimize_noise
-from prfl_fast.sampling.search import beam_search, prune
 
-Conditions = dict[str, torch.Tensor]
 Found = tuple[torch.Tensor, Forwards]
 
 
@@ -42,115 +39,51 @@ class User:
     iterations: int | None = None
 
 
-def _plain(
-    start: Start,
-    s: Settings,
-    noise: torch.Tensor,
-    conditions: Conditions,
-    generator: torch.Generator,
-) -> Found:
-    latents = rollout(start.generator, noise, conditions, FlowEuler(), s.solver_steps)
+def _plain(start: Start, s: Settings, noise: torch.Tensor, *rest: Any) -> Found:
+    latents = rollout(start.generator, noise, rest[0], FlowEuler(), s.solver_steps)
     return latents, Forwards(len(noise) * s.solver_steps, 0)
 
 
-def _search(
-    start: Start,
-    s: Settings,
-    noise: torch.Tensor,
-    conditions: Conditions,
-    generator: torch.Generator,
-    *,
-    search: Callable[..., Any],
-    **options: Any,
-) -> Found:
-    found = search(
-        Sampler(start.generator, FlowEuler(), s.solver_steps),
-        start.reward,
-        noise,
-        conditions,
-        generator=generator,
-        **options,
-    )
+def _sampled(search: Callable[..., Any], *task: Any, **options: Any) -> Found:
+    """Run a function of ``prfl_fast.sampling``; ``task`` is what :class:`User` passes."""
+    start, s, noise, conditions, generator = task
+    if search in (prune, beam_search):
+        options["generator"] = generator
+    sampler = Sampler(start.generator, FlowEuler(), s.solver_steps)
+    found = search(sampler, start.reward, noise, conditions, **options)
     return found.latents, found.forwards
 
 
-def _best_of(count: int) -> User:
-    call = partial(_search, search=prune, candidates=count, keep={})
-    return User(f"best of {count}", "best of N", call)
-
-
-def _pruned(count: int, keep: dict[int, float]) -> User:
-    call = partial(_search, search=prune, candidates=count, keep=keep)
-    return User(f"pruned from {count} (TTSnap)", "pruning", call)
+def _pruned(label: str, group: str, count: int, keep: dict[int, float]) -> User:
+    return User(label, group, partial(_sampled, prune, candidates=count, keep=keep))
 
 
 def _beams(beams: int, candidates: int, lookahead: int) -> User:
-    call = partial(
-        _search, search=beam_search, beams=beams, candidates=candidates, lookahead=lookahead
-    )
-    return User(f"beam search {beams}×{candidates}, lookahead {lookahead}", "beam search", call)
-
-
-def _climbed(
-    start: Start,
-    s: Settings,
-    noise: torch.Tensor,
-    conditions: Conditions,
-    generator: torch.Generator,
-    *,
-    iterations: int,
-) -> Found:
-    model, reward = start.generator, start.reward
-    found = optimize_noise(
-        Sampler(model, FlowEuler(), s.solver_steps),
-        reward,
-        noise,
-        conditions,
-        iterations=iterations,
-    )
-    return found.latents, found.forwards
-
-
-def _bent(
-    start: Start,
-    s: Settings,
-    noise: torch.Tensor,
-    conditions: Conditions,
-    generator: torch.Generator,
-    *,
-    weight: float,
-) -> Found:
-    model, reward = start.generator, start.reward
-    found = guide(
-        Sampler(model, FlowEuler(), s.solver_steps), reward, noise, conditions, weight=weight
-    )
-    return found.latents, found.forwards
+    sizes = {"beams": beams, "candidates": candidates, "lookahead": lookahead}
+    label = f"beam search {beams}×{candidates}, lookahead {lookahead}"
+    return User(label, "beam search", partial(_sampled, beam_search, **sizes))
 
 
 def _noise(iterations: int) -> User:
-    return User(f"ReNO, {iterations} iterations", "ReNO", _climbed, iterations)
+    call = partial(_sampled, optimize_noise)
+    return User(f"ReNO, {iterations} iterations", "ReNO", call, iterations)
 
 
 def _guided(weight: float) -> User:
-    label = f"Flow-NRG guidance, weight {weight:g}"
-    return User(label, "guidance, by weight", partial(_bent, weight=weight))
+    call = partial(_sampled, guide, weight=weight)
+    return User(f"Flow-NRG guidance, weight {weight:g}", "guidance, by weight", call)
 
 
 # Where the latent reward sees something: after these steps σ is 0.80 and 0.59; near 1 it is blind.
 PRUNE_AT = {4: 0.5, 6: 0.5}
 USERS = {
     "plain": User("plain", "plain", _plain),
-    "best4": _best_of(4),
-    "best8": _best_of(8),
-    "prune8": _pruned(8, PRUNE_AT),
-    "prune16": _pruned(16, PRUNE_AT),
+    **{f"best{n}": _pruned(f"best of {n}", "best of N", n, {}) for n in (4, 8)},
+    **{f"prune{n}": _pruned(f"pruned from {n} (TTSnap)", "pruning", n, PRUNE_AT) for n in (8, 16)},
     "beam2": _beams(2, 2, 1),
     "beam4": _beams(4, 2, 1),
-    "reno5": _noise(5),
-    "reno15": _noise(15),
-    "guide10": _guided(10.0),
-    "guide50": _guided(50.0),
-    "guide500": _guided(500.0),
+    **{f"reno{iterations}": _noise(iterations) for iterations in (5, 15)},
+    **{f"guide{weight}": _guided(weight) for weight in (10, 50, 500)},
 }
 
 
@@ -181,12 +114,8 @@ def run_user(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
         one, two = (harness.count_flops(partial(sample, 1, count)) for count in (1, 2))
         flops = one + (user.iterations - 1) * (two - one)
     shortest = None if user.iterations is None else 3
-    cost = {
-        "seconds": seconds,
-        "forwards": forwards.generator / len(noise),
-        "reward_forwards": forwards.reward / len(noise),
-        "flops": flops,
-        "peak_bytes": harness.peak_bytes(partial(sample, 1, shortest), device),
-    }
+    cost = {"seconds": seconds, "flops": flops, "forwards": forwards.generator / len(noise)}
+    cost["reward_forwards"] = forwards.reward / len(noise)
+    cost["peak_bytes"] = harness.peak_bytes(partial(sample, 1, shortest), device)
     scores = small_world.judge(start, latents, conditions)
     return {"user": name, "seed": seed, "scores": scores, "cost": cost}

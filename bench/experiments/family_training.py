@@ -15,36 +15,25 @@ import harness
 import torch
 from torch import nn
 
-import prfl_fast
 from experiments import small_world, world
 from experiments.small_world import Start
-from prfl_fast.data.dataset import Batch, Batches
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.points import Point
-from prfl_fast.feedback.step import PRFL
+from prfl_fast import PRFL, FlowEuler, GradientPlan
+from prfl_fast.data import Batch, Batches
+from prfl_fast.feedback import Point
 from prfl_fast.models.velocity import bind_velocity
-from prfl_fast.rewards.functions import PixelReward
-from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler
-from prfl_fast.rollout.trajectory import Trajectory
-from prfl_fast.training import TrainConfig, Trainer
-from prfl_fast.training.lora import add_lora
-from prfl_fast.training.losses import consistency_loss, sft_loss
-from prfl_fast.training.objectives import RewardFeedback, SupervisedFlow
+from prfl_fast.rewards import PixelReward
+from prfl_fast.rollout import Sampler, Trajectory
+from prfl_fast.training import RewardFeedback, SupervisedFlow, add_lora, consistency_loss, sft_loss
 
 # What a method's gradient raises: rewards along the sampler, of its result, or of its pixels.
 Goal = Literal["along", "end", "pixel"]
 
 
 @dataclass(frozen=True)
-class Settings(small_world.Settings):
+class Settings(small_world.ArmSettings):
     """Sizes of the experiment; the defaults fit about six minutes of two CPU cores."""
 
-    updates: int = 45
-    checkpoints: int = 4
-    feedback_batch: int = 16
     sft_batch: int = 32
-    feedback_rate: float = 2e-4
     lora_rank: int = 8
     lora_rate: float = 2e-3
     # As in experiments.alignment: at the paper's 0.1 SFT's gradient hides the latent reward's, and
@@ -85,6 +74,8 @@ class Method:
 
 
 PROCESS, LATE, DATA = "Along the sampler", "Its last steps", "From real data"
+# Formatted by hand as a table: ruff would put each argument on a line of its own.
+# fmt: off
 METHODS = {
     "sft": Method("SFT only", None, ""),
     "prfl1": Method("PRFL, 1 point + SFT", GradientPlan.prfl(), PROCESS, True, "along"),
@@ -93,41 +84,31 @@ METHODS = {
         "PRFL, 5 points, LoRA + SFT", GradientPlan.prfl(5), PROCESS, True, "along", lora=True
     ),
     "divergence": Method(
-        "PRFL, 5 points, LoRA, divergence penalty + SFT",
-        GradientPlan.prfl(5),
-        PROCESS,
-        True,
-        "along",
-        lora=True,
-        divergence=1.0,
+        "PRFL, 5 points, LoRA, divergence penalty + SFT", GradientPlan.prfl(5), PROCESS, True,
+        "along", lora=True, divergence=1.0,
     ),
     # A pixel reward reads clean frames, so both rewards read the estimate of x0.
     "two": Method(
         "PRFL, 5 points at x̂0, latent and pixel reward + SFT",
-        GradientPlan(points=5, window=(0, None), reward_at="clean"),
-        PROCESS,
-        True,
+        GradientPlan(points=5, window=(0, None), reward_at="clean"), PROCESS, True,
         rewards=("latent", "pixel"),
     ),
     "refl": Method(
-        "ReFL, pixel reward + SFT", GradientPlan.refl(), LATE, True, "pixel", ("pixel",)
+        "ReFL, pixel reward + SFT", GradientPlan.refl(), LATE, True, "pixel", ("pixel",),
     ),
     "draft1": Method("DRaFT-1", GradientPlan.draft(), LATE),
     "draftk": Method("DRaFT-4", GradientPlan.draft(4), LATE),
     "draftlv": Method("DRaFT-LV", GradientPlan.draft_lv(), LATE),
     "alignprop": Method("AlignProp", GradientPlan.alignprop(), LATE),
     "controlnet": Method(
-        "ControlNet++ reward + SFT",
-        GradientPlan.controlnet_plus_plus(),
-        DATA,
-        True,
-        levels=1000,
-        shift=1.0,
+        "ControlNet++ reward + SFT", GradientPlan.controlnet_plus_plus(), DATA, True,
+        levels=1000, shift=1.0,
     ),
     # One latent frame shows no motion: this world's reward reads the clip as a whole.
     "instruct": Method("InstructVideo", GradientPlan.instruct_video(segments=None), DATA),
     "rglcd": Method("RG-LCD", GradientPlan.rg_lcd(), DATA, levels=50, distilled=True),
 }
+# fmt: on
 
 
 class RewardedDistillation:
@@ -140,19 +121,14 @@ class RewardedDistillation:
     def __init__(
         self, feedback: RewardFeedback, student: nn.Module, teacher: nn.Module, batches: Batches
     ) -> None:
-        self.feedback, self.student, self.teacher, self.batches = (
-            feedback,
-            student,
-            teacher,
-            batches,
-        )
+        self.feedback, self.batches = feedback, batches
+        self.student, self.teacher = student, teacher
         self.target = copy.deepcopy(teacher).requires_grad_(False)
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Any:
         with torch.no_grad():
-            for average, value in zip(
-                self.target.parameters(), self.student.parameters(), strict=True
-            ):
+            pairs = zip(self.target.parameters(), self.student.parameters(), strict=True)
+            for average, value in pairs:
                 average.lerp_(value, 0.05)
         metrics = dict(self.feedback(draw, generator, loss_scale))
         loss = self.distill(self.batches[draw].to(self.feedback.device), generator)
@@ -161,14 +137,8 @@ class RewardedDistillation:
 
     def distill(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         """Return the consistency loss of a batch."""
-        return consistency_loss(
-            self.student,
-            self.target,
-            self.teacher,
-            batch.latents,
-            batch.conditions,
-            generator=generator,
-        )
+        models = (self.student, self.target, self.teacher)
+        return consistency_loss(*models, batch.latents, batch.conditions, generator=generator)
 
 
 def make_step(method: Method, start: Start, model: nn.Module, s: Settings) -> PRFL:
@@ -219,13 +189,12 @@ def measure(
 ) -> dict[str, torch.Tensor]:
     """Rewards and motion of the held-out prompts' clips, ``[B]`` each, from one noise for all."""
     noise = small_world.held_out_noise(start, 1000 + seed)
+    text = start.conditions
     if method.distilled:
-        latents, along = sample_few(model, start, start.conditions, noise, s.few_steps, 2000 + seed)
+        latents, along = sample_few(model, start, text, noise, s.few_steps, 2000 + seed)
     else:
-        latents, along = small_world.sample(
-            model, start.reward, start.conditions, noise, s.solver_steps
-        )
-    return {"along": along.mean(0).cpu(), **small_world.judge(start, latents, start.conditions)}
+        latents, along = small_world.sample(model, start.reward, text, noise, s.solver_steps)
+    return {"along": along.mean(0).cpu(), **small_world.judge(start, latents, text)}
 
 
 @torch.no_grad()
@@ -238,11 +207,8 @@ def moved(model: nn.Module, start: Start, count: int = 64) -> float:
     x = ((1 - sigma) * latents + sigma * noise).to(next(model.parameters()).device)
     timestep = 1000 * sigma.flatten().to(x.device)
     conditions = {"encoder_hidden_states": text.to(x.device)}
-    ours, first = (
-        bind_velocity(net, x, conditions, "x")(x, timestep, conditions)
-        for net in (model, start.generator)
-    )
-    return harness.relative_error(ours, first)
+    velocities = (bind_velocity(net, x, conditions, "x") for net in (model, start.generator))
+    return harness.relative_error(*(velocity(x, timestep, conditions) for velocity in velocities))
 
 
 def stated_cost(
@@ -287,11 +253,7 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
     """Train one method from the common start: its cost, and what is measured at checkpoints."""
     method = METHODS[name]
     torch.manual_seed(seed)
-    model = copy.deepcopy(start.generator).requires_grad_(True)
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        prfl_fast.patch(model)
-        prfl_fast.patch(start.reward.backbone)
+    model, device = small_world.copy_generator(start)
     if method.lora:
         add_lora(model, s.lora_rank)
     batches = partial(Batches, start.clips.samples())
@@ -316,30 +278,12 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
     first = (other if method.plan is None else data)[0].to(device)
     cost = _cost(method, start, model, s, first, objectives)
     check(0)
-    before, seconds = found, 0.0
-    every = max(1, s.updates // (s.checkpoints - 1))
-
-    def on_step(record: dict[str, Any]) -> None:
-        nonlocal seconds
-        seconds += record["seconds"]
-        if record["step"] % every == 0 or record["step"] == s.updates:
-            check(record["step"])
-
-    rate = s.lora_rate if method.lora else s.feedback_rate
-    settings = TrainConfig(
-        s.updates, learning_rate=rate, weight_decay=0.01, warmup_steps=5, seed=seed
-    )
-    result = Trainer(model, objectives, settings, on_step=on_step).run()
-    return {
-        "arm": name,
-        "seed": seed,
-        "points": points,
-        "cost": {**cost, "seconds": seconds / s.updates},
-        "skipped": result.skipped,
-        "moved": moved(model, start),
-        "before": before,
-        "after": found,
-    }
+    before = found
+    rate = s.lora_rate if method.lora else None
+    skipped, seconds = small_world.train_arm(model, objectives, s, seed, check, rate)
+    record = {"arm": name, "seed": seed, "points": points, "skipped": skipped}
+    record |= {"cost": {**cost, "seconds": seconds / s.updates}, "moved": moved(model, start)}
+    return record | {"before": before, "after": found}
 
 
 def _cost(

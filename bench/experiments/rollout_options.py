@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,21 +12,11 @@ from suites import wan
 from torch import nn
 
 import prfl_fast
-from experiments import small_world, variance, world
-from prfl_fast.data.dataset import Batches
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.step import PRFL
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.config import RolloutConfig
-from prfl_fast.rollout.engine import RolloutEngine
-from prfl_fast.rollout.guidance import Guidance
-from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowUniPC
-from prfl_fast.rollout.trajectory import Trajectory
-from prfl_fast.training import TrainConfig, Trainer
-from prfl_fast.training.lora import add_lora
-from prfl_fast.training.objectives import SupervisedFlow
-from prfl_fast.utils.optional import need
+from experiments import small_world, variance
+from prfl_fast import PRFL, FlowUniPC, GradientPlan, Guidance, LatentRewardModel, RolloutConfig
+from prfl_fast.data import Batches
+from prfl_fast.rollout import RolloutEngine, Sampler, Trajectory
+from prfl_fast.training import SupervisedFlow, add_lora
 
 LORA_RANK = 16
 GUIDANCE = 5.0
@@ -75,9 +66,10 @@ def precise(**options: Any) -> RolloutConfig:
     return RolloutConfig(**options, check_every=1 << 30)
 
 
+CACHES = RolloutConfig(compile="off")
 OPTIONS = {
     PLAIN: Option(None),
-    "caches": Option(RolloutConfig(compile="off")),
+    "caches": Option(CACHES),
     "caches, compiled blocks": Option(RolloutConfig(compile="on"), cuda=True),
     "FP8 linears": Option(precise(fp8_linears=EVERYWHERE)),
     "FP8 attention": Option(precise(fp8_attention=EVERYWHERE)),
@@ -86,16 +78,10 @@ OPTIONS = {
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
     "every second step": Option(precise(stride=2)),
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
-    "LoRA, caches": Option(RolloutConfig(compile="off"), "LoRA, no engine", lora=True),
-    "LoRA merged": Option(
-        RolloutConfig(merge_lora=True, compile="off"), "LoRA, no engine", lora=True
-    ),
-    "guidance in one batch": Option(
-        RolloutConfig(compile="off"), "guidance in one batch", guidance=True
-    ),
-    "guidance, two calls": Option(
-        RolloutConfig(compile="off"), "guidance in one batch", guidance=False
-    ),
+    "LoRA, caches": Option(CACHES, "LoRA, no engine", lora=True),
+    "LoRA merged": Option(replace(CACHES, merge_lora=True), "LoRA, no engine", lora=True),
+    "guidance in one batch": Option(CACHES, "guidance in one batch", guidance=True),
+    "guidance, two calls": Option(CACHES, "guidance in one batch", guidance=False),
 }
 
 
@@ -115,10 +101,14 @@ class Subject:
     adapted: nn.Module
     noise: torch.Tensor
     conditions: dict[str, torch.Tensor]
-    negative: dict[str, torch.Tensor]
     num_inference_steps: int
     reward: LatentRewardModel | None = None
     engines: dict[str, RolloutEngine] = field(default_factory=dict)
+
+    @cached_property
+    def negative(self) -> dict[str, torch.Tensor]:
+        """Return the conditions of guidance, made once: not part of a rollout's peak."""
+        return {k: torch.zeros_like(v) for k, v in self.conditions.items()}
 
     def run(self, name: str, on_step: Callable[[Trajectory], object] | None = None) -> Trajectory:
         """Run a whole rollout of an option; keep the engine, so that only its first is checked."""
@@ -126,12 +116,10 @@ class Subject:
         model = self.adapted if option.lora else self.model
         if option.settings is not None and name not in self.engines:
             self.engines[name] = RolloutEngine(model, option.settings)
-        trajectory = Trajectory(
-            Sampler(model, FlowUniPC(), self.num_inference_steps, guidance=self._guidance(option)),
-            self.noise,
-            self.conditions,
-            engine=self.engines.get(name),
-        )
+        guidance = self._guidance(option)
+        sampler = Sampler(model, FlowUniPC(), self.num_inference_steps, guidance=guidance)
+        engine = self.engines.get(name)
+        trajectory = Trajectory(sampler, self.noise, self.conditions, engine=engine)
         with torch.no_grad():
             show = on_step or (lambda trajectory: None)
             trajectory.run(self.num_inference_steps, lambda: show(trajectory))
@@ -149,16 +137,10 @@ class Subject:
         assert self.reward is not None
         option = OPTIONS[name]
         model = self.adapted if option.lora else self.model
-        step = PRFL(
-            model,
-            self.reward,
-            FlowUniPC(),
-            GradientPlan.prfl(len(MANY)),
-            num_inference_steps=self.num_inference_steps,
-            weight=1.0,
-            guidance=self._guidance(option),
-            rollout=option.settings or NO_ENGINE,
-        )
+        options: Any = {"guidance": self._guidance(option), "weight": 1.0}
+        options |= {"num_inference_steps": self.num_inference_steps}
+        options["rollout"] = option.settings or NO_ENGINE
+        step = PRFL(model, self.reward, FlowUniPC(), GradientPlan.prfl(len(MANY)), **options)
         step(self.noise, self.conditions, indices=MANY)
         return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])
 
@@ -201,39 +183,20 @@ def subject(context: Context) -> Subject:
         return wan.build(preset, context).requires_grad_(False)
 
     conditions = wan.conditions(preset, context)
-    negative = {k: torch.zeros_like(v) for k, v in conditions.items()}
-    return Subject(
-        prfl_fast.patch(build()),
-        with_adapters(build, context.seed),
-        wan.latents(preset, context),
-        conditions,
-        negative,
-        num_inference_steps,
-    )
+    models = prfl_fast.patch(build()), with_adapters(build, context.seed)
+    return Subject(*models, wan.latents(preset, context), conditions, num_inference_steps)
 
 
 def train_tiny(context: Context) -> nn.Module:
     """Train the small world's generator briefly, with heads of 32 channels for FP8 attention."""
     torch.manual_seed(context.seed)
-    model = need("diffusers", "bench").WanTransformer3DModel(
-        num_attention_heads=3,
-        attention_head_dim=32,
-        ffn_dim=256,
-        num_layers=4,
-        text_dim=world.TEXT_DIM,
-        freq_dim=64,
-        rope_max_seq_len=32,
-    )
-    model.to(context.device)
+    model = small_world.build(heads=3, channels=32).to(context.device)
     samples = small_world.Clips.make(TRAINING_CLIPS, 1000).samples()
     objective = SupervisedFlow(model, Batches(samples, 32, context.seed), shift=3.0)
-    settings = TrainConfig(
-        TRAINING_STEPS, learning_rate=2e-3, betas=(0.9, 0.99), warmup_steps=20, seed=context.seed
+    options = {"learning_rate": 2e-3, "betas": (0.9, 0.99), "warmup_steps": 20}
+    small_world.fit(
+        model, objective, context, "generator", "sft/loss", steps=TRAINING_STEPS, **options
     )
-    with context.bar(TRAINING_STEPS, "generator") as bar:
-        Trainer(
-            model, {"sft": objective}, settings, on_step=small_world.progress(bar, loss="sft/loss")
-        ).run()
     return model.requires_grad_(False)
 
 
@@ -253,12 +216,6 @@ def trained_subject(context: Context) -> Subject:
     torch.manual_seed(context.seed)
     reward = LatentRewardModel.from_backbone(patched, num_blocks=REWARD_BLOCKS).freeze()
     noise = torch.randn(held_out.latents.shape, generator=torch.Generator().manual_seed(5))
-    return Subject(
-        patched.requires_grad_(True),
-        with_adapters(build, context.seed),
-        noise.to(context.device),
-        {"encoder_hidden_states": text},
-        {"encoder_hidden_states": torch.zeros_like(text)},
-        SOLVER_STEPS,
-        reward,
-    )
+    models = patched.requires_grad_(True), with_adapters(build, context.seed)
+    conditions = {"encoder_hidden_states": text}
+    return Subject(*models, noise.to(context.device), conditions, SOLVER_STEPS, reward)

@@ -7,11 +7,12 @@ pixels. All experiments start from these three. No training sees the motion metr
 """
 
 import contextlib
+import copy
 import hashlib
 import multiprocessing
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,15 +25,10 @@ from torch import nn
 
 import prfl_fast
 from experiments import world
-from prfl_fast import kernels
-from prfl_fast.data.dataset import Batches
-from prfl_fast.data.manifest import Sample
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler
-from prfl_fast.rollout.trajectory import Trajectory
-from prfl_fast.training import TrainConfig, Trainer
-from prfl_fast.training.objectives import RewardFit, SupervisedFlow
+from prfl_fast import FlowEuler, LatentRewardModel, TrainConfig, Trainer, kernels
+from prfl_fast.data import Batches, Sample
+from prfl_fast.rollout import Sampler, Trajectory
+from prfl_fast.training import RewardFit, SupervisedFlow
 from prfl_fast.utils.io import load_tensors, save_tensors
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.quiet import quiet_libraries
@@ -57,11 +53,21 @@ class Settings:
     solver_steps: int = 10
 
 
-def build() -> nn.Module:
+@dataclass(frozen=True)
+class ArmSettings(Settings):
+    """Sizes of what each arm of an experiment trains."""
+
+    updates: int = 45
+    checkpoints: int = 4
+    feedback_batch: int = 16
+    feedback_rate: float = 2e-4
+
+
+def build(heads: int = 4, channels: int = 24) -> nn.Module:
     """Return the tiny generator: 4 blocks of D = 96 on 5×4×4 latents, 20 tokens."""
     return need("diffusers", "bench").WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
+        num_attention_heads=heads,
+        attention_head_dim=channels,
         ffn_dim=256,
         num_layers=4,
         text_dim=world.TEXT_DIM,
@@ -128,34 +134,35 @@ class Clips(NamedTuple):
             yield latents, {"encoder_hidden_states": text}, good
 
 
-def progress(bar: Any, **names: str) -> Callable[[dict[str, Any]], None]:
-    """Return an ``on_step`` that moves a bar and shows the named metrics beside it."""
+def fit(
+    model: nn.Module, objective: Any, context: Context, label: str, metric: str, **options: Any
+) -> dict[str, torch.Tensor]:
+    """Train with a bar that shows a metric; return the running average of the weights.
 
-    def show(record: dict[str, Any]) -> None:
-        bar.update()
-        bar.set_postfix_str(", ".join(f"{k} {record[v]:.3f}" for k, v in names.items()))
+    Args:
+        options: of :class:`prfl_fast.training.TrainConfig`, the seed aside.
+    """
+    settings = TrainConfig(**options, seed=context.seed)
+    objectives = {metric.partition("/")[0]: objective}
+    with context.bar(settings.steps, label) as bar:
 
-    return show
+        def show(record: dict[str, Any]) -> None:
+            bar.update()
+            bar.set_postfix_str(f"{metric} {record[metric]:.3f}")
+
+        trainer = Trainer(model, objectives, settings, on_step=show)
+        trainer.run()
+    return trainer.ema
 
 
 def train_generator(samples: list[Sample], s: Settings, context: Context) -> nn.Module:
     """Train a generator by flow matching and return the running average of its weights."""
     model = build().to(context.device)
     objective = SupervisedFlow(model, Batches(samples, s.generator_batch, context.seed), shift=3.0)
-    settings = TrainConfig(
-        s.generator_steps,
-        learning_rate=2e-3,
-        betas=(0.9, 0.99),
-        warmup_steps=30,
-        ema_decay=0.98,
-        seed=context.seed,
-    )
-    with context.bar(s.generator_steps, "generator") as bar:
-        trainer = Trainer(
-            model, {"sft": objective}, settings, on_step=progress(bar, loss="sft/loss")
-        )
-        trainer.run()
-    model.load_state_dict(trainer.ema)
+    options = {"learning_rate": 2e-3, "betas": (0.9, 0.99), "warmup_steps": 30, "ema_decay": 0.98}
+    steps = s.generator_steps
+    average = fit(model, objective, context, "generator", "sft/loss", steps=steps, **options)
+    model.load_state_dict(average)
     return model
 
 
@@ -165,13 +172,10 @@ def train_reward(
     """Train PAVRM on 0/1 labels from the generator's first blocks and freeze it."""
     reward = LatentRewardModel.from_backbone(generator, num_blocks=s.reward_blocks)
     objective = RewardFit(reward, Batches(samples, s.reward_batch, context.seed), label=LABEL)
-    settings = TrainConfig(
-        s.reward_steps, learning_rate=6e-4, warmup_steps=20, ema_decay=0.98, seed=context.seed
-    )
-    with context.bar(s.reward_steps, "reward model") as bar:
-        trainer = Trainer(reward, {"ce": objective}, settings, on_step=progress(bar, ce="ce/loss"))
-        trainer.run()
-    reward.load_state_dict(trainer.ema, strict=False)
+    options = {"learning_rate": 6e-4, "warmup_steps": 20, "ema_decay": 0.98}
+    steps = s.reward_steps
+    average = fit(reward, objective, context, "reward model", "ce/loss", steps=steps, **options)
+    reward.load_state_dict(average, strict=False)
     return reward.freeze()
 
 
@@ -260,12 +264,52 @@ def assess(
     latents, scores = sample(model, start.reward, start.conditions, noise, steps)
     frames = world.decode(latents)
     motion = world.motion_score(frames)
-    result = {
-        "reward": float(scores.mean()),
-        "motion": float(motion.mean()),
-        "motion_sem": float(motion.std() / len(motion) ** 0.5),
-    }
-    return result, frames
+    sem = float(motion.std() / len(motion) ** 0.5)
+    found = {"reward": float(scores.mean()), "motion": float(motion.mean()), "motion_sem": sem}
+    return found, frames
+
+
+def copy_generator(start: "Start", patch: bool = False) -> tuple[nn.Module, torch.device]:
+    """Return a generator that trains on from the start, and its device.
+
+    On a GPU, or if asked for, generator and reward are patched. That is done in the process that
+    trains, as a patched model does not pickle.
+    """
+    model = copy.deepcopy(start.generator).requires_grad_(True)
+    device = next(model.parameters()).device
+    if patch or device.type == "cuda":
+        prfl_fast.patch(model)
+        prfl_fast.patch(start.reward.backbone)
+    return model, device
+
+
+def train_arm(
+    model: nn.Module,
+    objectives: dict[str, Any],
+    s: ArmSettings,
+    seed: int,
+    check: Callable[[int], object],
+    rate: float | None = None,
+) -> tuple[int, float]:
+    """Train one arm and ``check(update)`` it at its checkpoints.
+
+    Returns:
+        The number of skipped updates, and the seconds of all updates.
+    """
+    every, seconds = max(1, s.updates // (s.checkpoints - 1)), 0.0
+
+    def on_step(record: dict[str, Any]) -> None:
+        nonlocal seconds
+        seconds += record["seconds"]
+        if record["step"] % every == 0 or record["step"] == s.updates:
+            check(record["step"])
+
+    rate = s.feedback_rate if rate is None else rate
+    settings = TrainConfig(
+        s.updates, learning_rate=rate, weight_decay=0.01, warmup_steps=5, seed=seed
+    )
+    result = Trainer(model, objectives, settings, on_step=on_step).run()
+    return result.skipped, seconds
 
 
 def prepare(s: Settings, context: Context, pool: Executor) -> tuple[Start, Clips, str]:
@@ -288,8 +332,9 @@ def prepare(s: Settings, context: Context, pool: Executor) -> tuple[Start, Clips
         generator = build().to(device)
         reward = LatentRewardModel.from_backbone(generator, num_blocks=s.reward_blocks).freeze()
         pixel = PixelClassifier().to(device).requires_grad_(False).eval()
+        state = load_tensors(kept)
         for name, model in (("generator", generator), ("reward", reward), ("pixel", pixel)):
-            model.load_state_dict(_part(load_tensors(kept), name))
+            model.load_state_dict(_part(state, name))
         note = f"Generator and reward models read back from {kept.name}."
     else:
         job = submit(pool, train_pixel_reward, clips, s, seed, device)
@@ -351,6 +396,16 @@ def submit(pool: Executor, function: Any, *args: Any) -> "Future[Any]":
     # Left to the pool, a thread would move these very tensors to shared memory while this one
     # computes with them (seen once: a cross-entropy of 6e7).
     return pool.submit(_one_thread, pickle.dumps((function, args)))
+
+
+def results_of(jobs: "Sequence[Future[Any]]", context: Context, label: str) -> list[Any]:
+    """Return the results of submitted jobs in their order."""
+    results = []
+    with context.bar(len(jobs), label) as bar:
+        for job in jobs:
+            results.append(job.result())
+            bar.update()
+    return results
 
 
 @contextlib.contextmanager

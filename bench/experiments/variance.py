@@ -10,7 +10,6 @@ draw has ``E‖ĝ‖² = ⟨A, W/B + (1 - 1/B)·C⟩``: W[m, n] is the mean of �
 that between two trajectories, and ‖g‖² is the mean of C.
 """
 
-import copy
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -25,10 +24,8 @@ from harness import Context, Table
 from torch import nn
 
 from experiments import small_world, world
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowUniPC
-from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast import FlowUniPC, GradientPlan
+from prfl_fast.rollout import Sampler, Trajectory
 
 DRAWS = ("systematic", "independent")
 TARGET = 2.0  # of the hinge, as in PRFL
@@ -169,18 +166,13 @@ def _draw(
     return noise.to(device), conditions, clips.latents[i : i + 1].to(device)
 
 
-def trainable(start: small_world.Start) -> nn.Module:
-    """Return a copy of the start's generator in which all parameters train."""
-    return copy.deepcopy(start.generator).requires_grad_(True)
-
-
 def measure_group(
     start: small_world.Start, s: Settings, seed: int
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """One group's sum and inner products. As arrays: those pass between processes without shared
     memory, of which containers have little.
     """
-    model, generator = trainable(start), torch.Generator().manual_seed(seed)
+    model, generator = small_world.copy_generator(start)[0], torch.Generator().manual_seed(seed)
     total, within = torch.zeros(()), torch.zeros((), dtype=torch.float64)
     for _ in range(s.trajectories):
         noise, conditions, _ = _draw(start, generator)
@@ -217,21 +209,14 @@ def sample_variance(gradients: torch.Tensor) -> Estimate | None:
 def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) -> Estimate | None:
     """Relative variance of one call's gradient, over noises, prompts, clips and draws."""
     method = next(m for m in plans.METHODS if m.name == name)
-    model, generator = trainable(start), torch.Generator().manual_seed(seed)
+    model, generator = small_world.copy_generator(start)[0], torch.Generator().manual_seed(seed)
     parameters = list(model.parameters())
     rewards = plans.rewards(start.reward, world.decode, start.pixel)
     rows = []
     for _ in range(s.calls):
         noise, conditions, clip = _draw(start, generator)
-        call = plans.call_of(
-            method,
-            model,
-            rewards,
-            latents=clip,
-            generator=generator,
-            typical=False,
-            num_inference_steps=s.num_inference_steps,
-        )
+        options = {"typical": False, "num_inference_steps": s.num_inference_steps}
+        call = plans.call_of(method, model, rewards, latents=clip, generator=generator, **options)
         call(noise, conditions)
         rows.append(flat_gradient(parameters))
     return sample_variance(torch.stack(rows))
@@ -239,7 +224,7 @@ def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) 
 
 def _costs(start: small_world.Start, s: Settings) -> tuple[int, int]:
     """FLOPs of a step without gradient and of one with, reward included, on one sample."""
-    model, generator = trainable(start), torch.Generator().manual_seed(0)
+    model, generator = small_world.copy_generator(start)[0], torch.Generator().manual_seed(0)
     noise, conditions, _ = _draw(start, generator)
     trajectory = Trajectory(Sampler(model, FlowUniPC(), s.num_inference_steps), noise, conditions)
     forward = harness.count_flops(lambda: trajectory.run(1))
@@ -294,13 +279,8 @@ def _products(start: small_world.Start, s: Settings, context: Context, pool: Exe
         small_world.submit(pool, measure_group, start, s, 7000 + 100 * context.seed + i)
         for i in range(s.groups)
     ]
-    sums, within = [], []
-    with context.bar(len(jobs), "gradients by step") as bar:
-        for job in jobs:
-            total, own = job.result()
-            sums.append(torch.from_numpy(total))
-            within.append(torch.from_numpy(own))
-            bar.update()
+    found = small_world.results_of(jobs, context, "gradients by step")
+    sums, within = ([torch.from_numpy(a) for a in arrays] for arrays in zip(*found, strict=True))
     return Products(sums, within, s.trajectories)
 
 
@@ -309,12 +289,8 @@ def _methods(
 ) -> dict[str, Estimate | None]:
     seed = 8000 + 100 * context.seed
     jobs = [small_world.submit(pool, measure_method, start, s, name, seed) for name in names]
-    found = {}
-    with context.bar(len(jobs), "variance of methods") as bar:
-        for name, job in zip(names, jobs, strict=True):
-            found[name] = job.result()
-            bar.update()
-    return found
+    found = small_world.results_of(jobs, context, "variance of methods")
+    return dict(zip(names, found, strict=True))
 
 
 def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> list[dict[str, Any]]:
@@ -326,7 +302,7 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
     one = GradientPlan.prfl(1)
     base = second_moment(one, s.num_inference_steps)
     unit = expected_flops(one, s.num_inference_steps, *costs)
-    records = []
+    records: list[dict[str, Any]] = []
     for batch in s.batches:
         for draws in DRAWS:
             for points in s.points:
@@ -336,18 +312,10 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
                 own = [variance(a, w, c, batch) for w, c in everything]
                 ones = [variance(base, w, c, batch) for w, c in everything]
                 ratios = [v * flops / (u * unit) for v, u in zip(own, ones, strict=True)]
-                records.append(
-                    {
-                        "batch": batch,
-                        "draws": draws,
-                        "points": points,
-                        "variance": own[0],
-                        "variance_error": jackknife(own[1:]),
-                        "flops": flops,
-                        "per_flop": ratios[0],
-                        "per_flop_error": jackknife(ratios[1:]),
-                    }
-                )
+                record = {"batch": batch, "draws": draws, "points": points, "flops": flops}
+                for name, (value, *left) in (("variance", own), ("per_flop", ratios)):
+                    record |= {name: value, f"{name}_error": jackknife(left)}
+                records.append(record)
     return records
 
 
@@ -398,16 +366,12 @@ def _figure(records: list[dict[str, Any]], s: Settings) -> Any:
             style = {"color": color, "marker": marker, "markersize": 4, "linestyle": dashes}
             label = f"{draws}, batch {batch}"
             left.plot(points, [r["variance"] for r in rows], label=label, **style)
-            right.errorbar(
-                points,
-                [r["per_flop"] for r in rows],
-                [r["per_flop_error"] for r in rows],
-                capsize=2,
-                elinewidth=0.8,
-                **style,
-            )
-    titles = ("Variance of a call's gradient over its squared mean",)
-    titles += ("At equal FLOPs: variance × FLOPs, 1 point = 1",)
+            values, errors = ([r[n] for r in rows] for n in ("per_flop", "per_flop_error"))
+            right.errorbar(points, values, errors, capsize=2, elinewidth=0.8, **style)
+    titles = (
+        "Variance of a call's gradient over its squared mean",
+        "At equal FLOPs: variance × FLOPs, 1 point = 1",
+    )
     left.set_yscale("log")
     right.set_ylim(bottom=0)
     for axes, title in zip((left, right), titles, strict=True):

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Preset
+from harness import Preset, UnavailableError, backend, relative_error
+from suites import facts
 from suites.kernel_cases import Case
 
 import prfl_fast
 from prfl_fast import kernels
 from prfl_fast.kernels.runtime.registry import report
-from quick.measure import error_of, reference, timed
+from quick.measure import reference, timed
 from quick.model_stages import no_diffusers
 from quick.operations import (
     REAL,
@@ -30,11 +31,10 @@ from quick.operations import (
     smoke_cases,
     time_operation,
     verify,
-    with_grid,
 )
 from quick.supervisor import SCRIPT
 from quick.tools import tool_path
-from quick.worker import SkipError, Worker
+from quick.worker import Worker
 
 BACKENDS = ("flash_attn_3 cudnn flash flash_attn_4 flash_attn_2 xformers efficient plain").split()
 QUERY = (
@@ -70,7 +70,7 @@ def versions(worker: Worker) -> dict[str, Any]:
 def clocks(worker: Worker) -> dict[str, Any]:
     """Read clocks, power and temperature."""
     if not shutil.which("nvidia-smi"):
-        raise SkipError("no nvidia-smi")
+        raise UnavailableError("no nvidia-smi")
     text = ""
     for fields in QUERY:
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
@@ -99,39 +99,37 @@ def copy(worker: Worker) -> dict[str, Any]:
 
 def product(worker: Worker) -> dict[str, Any]:
     """Measure a bf16 matrix product of random numbers."""
-    side = 8192 if worker.cuda and not worker.dry else 128
-    a, b = (torch.randn(side, side, device=worker.device).bfloat16() for _ in range(2))
-    record = timed(worker, [lambda: a @ b])
+    side = side_of(worker)
+    record = timed(worker, [facts.matmul(worker.device, side)])
     return {"tflops": 2 * side**3 / record["ms"] / 1e9, "ms": record["ms"]}
 
 
 def product_fp8(worker: Worker) -> dict[str, Any]:
     """Measure a row-wise scaled FP8 product, with and without fast accumulation."""
-    side = 8192 if worker.cuda and not worker.dry else 128
-    draws = (torch.randn(side, side, device=worker.device) for _ in range(2))
-    (a, sa), (b, sb) = (kernels.quantize_fp8(x) for x in draws)
+    side = side_of(worker)
     record: dict[str, Any] = {}
-    for fast in (False, True):
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
-        run = partial(torch._scaled_mm, a, b.t(), sa, sb.t(), **options)
-        name = "fast_accum_tflops" if fast else "tflops"
+    for name, fast in (("tflops", False), ("fast_accum_tflops", True)):
         try:
+            run = facts.matmul_fp8(worker.device, side, fast)
             record[name] = 2 * side**3 / timed(worker, [run])["ms"] / 1e9
         except RuntimeError as error:
             record[name] = str(error).splitlines()[0][:200]
     return record
 
 
+def side_of(worker: Worker) -> int:
+    """Return the side of the matrices."""
+    return facts.MATMUL if worker.cuda and not worker.dry else 128
+
+
 def pinned(worker: Worker) -> dict[str, Any]:
     """Measure copies between pinned host memory and the device."""
     if not worker.cuda:
-        raise SkipError("needs CUDA")
+        raise UnavailableError("needs CUDA")
     count = 1 << (20 if worker.dry else 29)
-    host = torch.empty(count, dtype=torch.uint8).pin_memory()
-    there = torch.empty(count, dtype=torch.uint8, device=worker.device)
-    up = timed(worker, [lambda: there.copy_(host, non_blocking=True)], 0.2, 5)
-    down = timed(worker, [lambda: host.copy_(there, non_blocking=True)], 0.2, 5)
-    return {"to_device_gbs": count / up["ms"] / 1e6, "to_host_gbs": count / down["ms"] / 1e6}
+    copies = facts.host_copies(worker.device, count).values()
+    up, down = (count / timed(worker, [run], 0.2, 5)["ms"] / 1e6 for run in copies)
+    return {"to_device_gbs": up, "to_host_gbs": down}
 
 
 def stage_env(worker: Worker) -> None:
@@ -165,7 +163,7 @@ def compile_all(worker: Worker) -> dict[str, Any]:
 def stage_warm(worker: Worker) -> None:
     """Compile kernels ahead of the stages that measure."""
     if not worker.cuda:
-        raise SkipError("a CPU compiles no kernels")
+        raise UnavailableError("a CPU compiles no kernels")
     worker.case("compile", partial(compile_all, worker), need=8)
 
 
@@ -191,7 +189,7 @@ def against_eager(worker: Worker, case: Case, preset: Preset, part: str) -> dict
             with torch.no_grad():
                 ours, plain = case.decode(case.ours(tensors)), case.decode(naive(tensors))
             first = [o[0] if isinstance(o, tuple) else o for o in (ours, plain)]
-            record["off_eager"] = error_of(*first)
+            record["off_eager"] = relative_error(*first)
     except Exception as error:  # the operation's own time must not be lost with it
         record["eager_error"] = str(error)[:200]
     return record
@@ -215,7 +213,7 @@ def attend(tensors: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def agreement(worker: Worker, name: str) -> dict[str, Any]:
     """Compare a backend's output, log-sum-exp and gradients with float64."""
-    preset = TINY if worker.dry else with_grid(REAL[1], 4, 16, 18)
+    preset = TINY if worker.dry else REAL[1].with_grid(4, 16, 18)
     dtype = torch.bfloat16 if worker.cuda else torch.float32
     tensors = inputs(worker, operations()["attention"], preset, dtype)
 
@@ -229,16 +227,16 @@ def agreement(worker: Worker, name: str) -> dict[str, Any]:
         kernels.set_attention_backend(name)
         ours = run(tensors)
     except ValueError as reason:
-        raise SkipError(str(reason)) from reason
+        raise UnavailableError(str(reason)) from reason
     wide = {n: t.detach().double().requires_grad_() for n, t in tensors.items() if n in "qkv"}
     with reference():
         exact, plain = run(wide | {"heads": tensors["heads"]}), run(tensors)
-    errors = [error_of(a, e) for a, e in zip(ours, exact, strict=True)]
-    base = [error_of(a, e) for a, e in zip(plain, exact, strict=True)]
-    gradient = max(errors[2:])
-    return {
-        "error": errors[0], "lse_error": errors[1], "gradient_error": gradient, "plain": base
-    }  # fmt: skip
+    errors = [relative_error(a, e) for a, e in zip(ours, exact, strict=True)]
+    base = [relative_error(a, e) for a, e in zip(plain, exact, strict=True)]
+    found = dict(
+        zip(("error", "lse_error", "gradient_error"), (*errors[:2], max(errors[2:])), strict=True)
+    )
+    return found | {"plain": base}
 
 
 def attention_speed(worker: Worker, name: str, preset: Preset) -> dict[str, Any]:
@@ -258,7 +256,7 @@ def rollout_speed(worker: Worker, preset: Preset) -> dict[str, Any]:
         tensors = inputs(worker, case, preset, torch.bfloat16)
         scale = torch.linspace(0.2, 3, preset.dim, device=worker.device).bfloat16()
         uneven = tensors | {n: tensors[n] * scale for n in "qk"}
-        errors = [error_of(case.ours(t), attend(t)[0]) for t in (tensors, uneven)]
+        errors = [relative_error(case.ours(t), attend(t)[0]) for t in (tensors, uneven)]
         record = time_operation(worker, case, preset, "forward", seconds=0.5)
     messages = [str(w.message)[:160] for w in said]
     return record | {"error": errors[0], "error_uneven_channels": errors[1], "warned": messages}
@@ -289,18 +287,16 @@ def triton_and_cuda(worker: Worker, case: Case, preset: Preset, part: str) -> di
         kernels.set_backend(name)
         t = time_operation(worker, case, preset, part)
         record |= {f"{name}_ms": t["ms"], f"{name}_percent": t.get("percent")}
-    checked = verify(worker, case, with_grid(preset, 3, 7, 59), torch.bfloat16)
+    checked = verify(worker, case, preset.with_grid(3, 7, 59), torch.bfloat16)
     return record | {n: checked[n] for n in ("ok", "worst", "same_bits")}
 
 
 def stage_cuda(worker: Worker) -> None:
     """Compare the CUDA C++ kernels with Triton's."""
     if not worker.cuda:
-        raise SkipError("needs CUDA")
-    try:
-        kernels.set_backend("cuda")
-    except ValueError as reason:
-        raise SkipError(str(reason)) from reason
+        raise UnavailableError("needs CUDA")
+    with backend("cuda"):  # or the stage is skipped
+        pass
     for preset in sizes(worker)[:2]:
         for name in ("query_pool", "qk_norm_rope"):
             for part in ("forward", "backward"):

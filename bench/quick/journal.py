@@ -97,6 +97,12 @@ def smoke_lines(smoke: list[dict[str, Any]]) -> list[str]:
     return lines + ([f"  other bits the second time: {', '.join(moving)}"] if moving else [])
 
 
+def unfinished(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return stage and name of the cases that began and did not end."""
+    begun = {(r["stage"], r["case"]) for r in records if r["kind"] == "begin"}
+    return sorted(begun - {(r["stage"], r["case"]) for r in records if r["kind"] != "begin"})
+
+
 def summary(records: list[dict[str, Any]]) -> str:
     """Return a page of text from the journal."""
     lines = ["", "== gpu_quick"]
@@ -115,7 +121,5 @@ def summary(records: list[dict[str, Any]]) -> str:
         for r in found[:30]:
             reason = str(r.get("error", r.get("why"))).strip().splitlines()[-1]
             lines.append(f"  {r['stage']}/{r['case']}: {reason[:110]}")
-    begun = {(r["stage"], r["case"]) for r in records if r["kind"] == "begin"}
-    ended = {(r["stage"], r["case"]) for r in records if r["kind"] != "begin"}
-    lines += [f"-- not finished: {stage}/{case}" for stage, case in sorted(begun - ended)]
+    lines += [f"-- not finished: {stage}/{case}" for stage, case in unfinished(records)]
     return "\n".join(lines) + "\n"

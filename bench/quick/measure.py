@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,13 +90,6 @@ def wall(thunk: Callable[[], Any]) -> float:
     thunk()
     sync()
     return time.perf_counter() - begin
-
-
-def error_of(value: Any, expected: Any) -> float:
-    """Return ‖value - expected‖ / ‖expected‖ in float64; infinite if not finite."""
-    off = (value.detach().double() - expected.detach().double()).norm().item()
-    norm = expected.detach().double().norm().item()
-    return off / norm if norm and off == off else (off if off == off else math.inf)
 
 
 @contextlib.contextmanager

@@ -8,25 +8,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import Preset
+from harness import Context, Preset, UnavailableError, relative_error
+from suites import block, wan
 
 import prfl_fast
+from prfl_fast import PRFL, FlowUniPC, RolloutConfig
 from prfl_fast.memory import activation_checkpointing
 from prfl_fast.memory.checkpointing import offload_bytes
 from prfl_fast.planning import Workload
 from prfl_fast.training import add_lora
-from quick.measure import error_of, peak_gib, sync, timed
+from quick.measure import peak_gib, sync, timed
 from quick.operations import REAL, TINY, sizes
-from quick.worker import SkipError, Worker
+from quick.worker import Worker
 
-POLICIES = (
-    ("none", None),
-    ("full", None),
-    ("attention", None),
-    ("full", "cpu"),
-    ("attention", "cpu"),
-    ("none", "cpu"),
-)
+# Most valuable first: a run that is cut short has these.
+POLICIES = [(policy, None) for policy in ("none", "full", "attention")]
+POLICIES += [(policy, "cpu") for policy in ("full", "attention", "none")]
 
 
 @functools.cache
@@ -40,59 +37,30 @@ def no_diffusers() -> str:
     return ""
 
 
-def wan(worker: Worker, preset: Preset, layers: int) -> Any:
+def context_of(worker: Worker, preset: Preset) -> Context:
+    """Return the settings of the suites' models and inputs."""
+    return Context(worker.device, preset)
+
+
+def build(worker: Worker, preset: Preset, layers: int) -> Any:
     """Return diffusers' Wan with random weights in its mixed layout."""
     if no_diffusers():
-        raise SkipError(f"needs diffusers: {no_diffusers()}")
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if worker.cuda else torch.float32
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(worker.device):
-            model = WanTransformer3DModel(
-                num_attention_heads=preset.heads,
-                attention_head_dim=preset.dim // preset.heads,
-                ffn_dim=preset.ffn_dim,
-                num_layers=layers,
-                text_dim=preset.text_dim,
-            )
-    finally:
-        torch.set_default_dtype(before)
-    keep = model._keep_in_fp32_modules or []
-    for name, parameter in model.named_parameters():
-        wide = any(part in keep for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if wide else dtype)
-    return model
-
-
-def draw(worker: Worker, seed: int, *shape: int, wide: bool = False) -> torch.Tensor:
-    """Draw a tensor from a seed, in float32 or in the dtype of activations."""
-    generator = torch.Generator(worker.device).manual_seed(seed)
-    found = torch.randn(shape, generator=generator, device=worker.device)
-    return found if wide or not worker.cuda else found.bfloat16()
+        raise UnavailableError(f"needs diffusers: {no_diffusers()}")
+    return wan.build(preset, context_of(worker, preset), layers=layers)
 
 
 def block_and_inputs(worker: Worker, preset: Preset, way: str) -> tuple[Any, list[Any]]:
-    """Return one block and its inputs: tokens, text, modulation, rotary table."""
-    model = wan(worker, preset, 1)
+    """Return one block and its inputs: tokens, text, modulation; and its output's gradient."""
+    model, context = build(worker, preset, 1), context_of(worker, preset)
     if way == "prfl_fast":
         prfl_fast.patch(model)
-    # The table is made once per forward for all blocks, so it is not part of what is timed.
-    rope = model.rope(torch.empty((1, 16, *preset.latent), device=worker.device))
-    block = model.blocks[0]
-    x = draw(worker, 7, 1, preset.tokens, preset.dim).requires_grad_()
-    text = draw(worker, 8, 1, preset.text_tokens, preset.dim)
-    modulation = draw(worker, 9, 1, 6, preset.dim)
-    compiled = torch.compile(block, dynamic=False) if way == "torch.compile" else block
-    return compiled, [x, text, modulation, rope]
+    run = block.block_run(model, preset, context, way == "torch.compile")
+    return run, list(block.block_inputs(context))
 
 
-def output_and_gradient(block: Any, x: torch.Tensor, rest: list[Any]) -> list[torch.Tensor]:
+def output_and_gradient(run: Any, x: torch.Tensor, rest: list[Any]) -> list[torch.Tensor]:
     """Return a block's output and the gradient of its mean square, on the host."""
-    y = block(x, *rest)
+    y = run(x, *rest)
     gradient = torch.autograd.grad(y.float().square().mean(), x)[0]
     return [y.detach().cpu(), gradient.cpu()]
 
@@ -100,28 +68,27 @@ def output_and_gradient(block: Any, x: torch.Tensor, rest: list[Any]) -> list[to
 @functools.cache
 def eager_results(worker: Worker, preset: Preset) -> list[torch.Tensor]:
     """Return what the unpatched block gives, for comparison."""
-    block, (x, *rest) = block_and_inputs(worker, preset, "eager")
-    return output_and_gradient(block, x, rest)
+    run, (x, *rest, _) = block_and_inputs(worker, preset, "eager")
+    return output_and_gradient(run, x, rest)
 
 
 def time_block(worker: Worker, preset: Preset, way: str, part: str) -> dict[str, Any]:
     """Time a block and compare it with the unpatched one."""
-    block, (x, *rest) = block_and_inputs(worker, preset, way)
-    cotangent, leaves = torch.randn_like(x), [x, *block.parameters()]
+    run, (x, *rest, cotangent) = block_and_inputs(worker, preset, way)
 
     def forward() -> Any:
         with torch.no_grad():
-            return block(x, *rest)
+            return run(x, *rest)
 
     def train() -> Any:
-        return torch.autograd.grad(block(x, *rest), leaves, cotangent, allow_unused=True)
+        return torch.autograd.grad(run(x, *rest), [x, *run.parameters], cotangent)
 
     thunk = forward if part == "forward" else train
     record = timed(worker, [thunk], 0.6, 15)
     record["peak_gib"] = peak_gib(worker, thunk)
     if way != "eager" and part != "forward" and preset.dim < 4000:
-        pairs = zip(output_and_gradient(block, x, rest), eager_results(worker, preset), strict=True)
-        record["off"], record["gradient_off"] = (error_of(a, b) for a, b in pairs)
+        pairs = zip(output_and_gradient(run, x, rest), eager_results(worker, preset), strict=True)
+        record["off"], record["gradient_off"] = (relative_error(a, b) for a, b in pairs)
     return record
 
 
@@ -148,7 +115,7 @@ def make_plan(worker: Worker) -> dict[str, Any]:
     frames, height, width = preset.latent
     begin = time.perf_counter()
     workload = Workload(
-        wan(worker, preset, layers),
+        build(worker, preset, layers),
         frames=4 * frames - 3,
         height=8 * height,
         width=8 * width,
@@ -158,46 +125,41 @@ def make_plan(worker: Worker) -> dict[str, Any]:
         sft=False,
     )
     found = prfl_fast.plan_memory(workload, budget="130GiB")
-    return {
-        "predicted_gib": found.peak / 2**30,
-        "plan_s": time.perf_counter() - begin,
-        "memory": asdict(found.memory),
-        "reward_memory": asdict(found.reward_memory),
-        "categories_gib": {k: v / 2**30 for k, v in found.categories.items()},
-    }
+    record = {"predicted_gib": found.peak / 2**30, "plan_s": time.perf_counter() - begin}
+    record |= {n: asdict(getattr(found, n)) for n in ("memory", "reward_memory")}
+    return record | {"categories_gib": {k: v / 2**30 for k, v in found.categories.items()}}
 
 
 def step_inputs(worker: Worker) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return noise and conditions of the step stage."""
     preset = step_size(worker.dry)[0]
-    noise = draw(worker, 2, 1, 16, *preset.latent, wide=True)
-    text = draw(worker, 1, 1, preset.text_tokens, preset.text_dim)
-    return noise, {"encoder_hidden_states": text}
+    context = context_of(worker, preset)
+    return wan.latents(preset, context), wan.conditions(preset, context)
+
+
+def make_reward(model: Any) -> prfl_fast.LatentRewardModel:
+    """Return a frozen reward of the model's first block."""
+    torch.manual_seed(0)
+    return prfl_fast.LatentRewardModel.from_backbone(model, num_blocks=1).freeze()
+
+
+def make_step(model: Any, reward: Any, steps: int, rollout: RolloutConfig) -> PRFL:
+    """Return the PRFL step of the step stage."""
+    return PRFL(model, reward, FlowUniPC(), num_inference_steps=steps, rollout=rollout)
 
 
 def run_step(worker: Worker, kept: dict[str, Any], way: str, fp8: bool) -> dict[str, Any]:
     """Run a PRFL step three times: loss, gradients, time, memory."""
     preset, layers, steps, at = step_size(worker.dry)
     noise, conditions = step_inputs(worker)
-    model = wan(worker, preset, layers)
-    torch.manual_seed(0)
-    heads = 8 if preset.dim % 8 == 0 else 1
-    from_backbone = prfl_fast.LatentRewardModel.from_backbone
-    reward = from_backbone(model, num_blocks=1, num_heads=heads).freeze()
+    model = build(worker, preset, layers)
+    reward = make_reward(model)
     if way == "prfl_fast":
         prfl_fast.patch(model)
         prfl_fast.patch(reward.backbone)
-    everywhere = (0.0, 1.0) if fp8 else None
-    rollout = prfl_fast.RolloutConfig(
-        cache=way == "prfl_fast", compile="off", fp8_linears=everywhere, fp8_attention=everywhere
-    )
-    step = prfl_fast.PRFL(
-        model,
-        reward,
-        prfl_fast.FlowUniPC(shift=5.0),
-        num_inference_steps=steps,
-        rollout=rollout,
-    )
+    eight_bits = dict.fromkeys(("fp8_linears", "fp8_attention"), (0.0, 1.0) if fp8 else None)
+    rollout = RolloutConfig(cache=way == "prfl_fast", compile="off", **eight_bits)
+    step = make_step(model, reward, steps, rollout)
     walls: list[float] = []
     found: list[Any] = []
 
@@ -221,10 +183,8 @@ def run_step(worker: Worker, kept: dict[str, Any], way: str, fp8: bool) -> dict[
     if way == "eager":
         kept["latents"], kept["gradient"] = out.latents.cpu(), [g.cpu() for g in gradients]
     elif "latents" in kept:
-        record["off"] = error_of(out.latents.cpu(), kept["latents"])
-        ours = torch.cat([g.cpu().double().flatten() for g in gradients])
-        theirs = torch.cat([g.double().flatten() for g in kept["gradient"]])
-        record["gradient_off"] = error_of(ours, theirs)
+        record["off"] = relative_error(out.latents.cpu(), kept["latents"])
+        record["gradient_off"] = block.total_error([g.cpu() for g in gradients], kept["gradient"])
     return record
 
 
@@ -232,32 +192,25 @@ def predicted_peak(worker: Worker) -> dict[str, Any]:
     """Compare the planner's peak for LoRA training of this model with the allocator's."""
     preset, layers, steps, at = step_size(worker.dry)
     if not worker.cuda:
-        raise SkipError("needs CUDA")
-    model = wan(worker, preset, layers)
+        raise UnavailableError("needs CUDA")
+    model = build(worker, preset, layers)
     while True:
         plans = [r for r in worker.journal.read() if r["stage"] == "plan" and r["kind"] != "begin"]
         if plans:
             break
         if worker.left() < 8 or "warm" not in worker.ends:
-            raise SkipError("the plan, which stage warm starts, is not made yet")
+            raise UnavailableError("the plan, which stage warm starts, is not made yet")
         time.sleep(0.5)
     found = plans[-1]
     if found["kind"] != "result":
         raise RuntimeError(found.get("error", "no plan"))
-    torch.manual_seed(0)
-    reward = prfl_fast.LatentRewardModel.from_backbone(model, num_blocks=1).freeze()
+    reward = make_reward(model)
     for each in (model, reward.backbone):
         prfl_fast.patch(each)
     prfl_fast.apply_memory(model, prfl_fast.MemoryConfig(**found["memory"]))
     prfl_fast.apply_memory(reward, prfl_fast.MemoryConfig(**found["reward_memory"]))
     add_lora(model, 16)
-    step = prfl_fast.PRFL(
-        model,
-        reward,
-        prfl_fast.FlowUniPC(shift=5.0),
-        num_inference_steps=steps,
-        rollout=prfl_fast.RolloutConfig(compile="off"),
-    )
+    step = make_step(model, reward, steps, RolloutConfig(compile="off"))
     noise, conditions = step_inputs(worker)
     base = torch.cuda.memory_allocated() / 2**30
     step(noise, conditions, indices=at)
@@ -291,16 +244,16 @@ def hidden_share(worker: Worker, host: int, wall: float, base: float | None) -> 
 def stage_memory(worker: Worker) -> None:
     """Measure what checkpoint policies and offload save and cost."""
     preset, layers = (TINY, 2) if worker.dry else (REAL[0], 3)
-    model = prfl_fast.patch(wan(worker, preset, layers))
-    x = draw(worker, 3, 1, 16, *preset.latent)
-    text = draw(worker, 4, 1, preset.text_tokens, preset.text_dim)
-    t = torch.full((1,), 500.0, device=worker.device)
+    model = prfl_fast.patch(build(worker, preset, layers))
+    context = context_of(worker, preset)
+    inputs = {"hidden_states": wan.latents(preset, context, 3).to(context.dtype)}
+    inputs |= wan.conditions(preset, context)
+    inputs["timestep"] = torch.full((1,), 500.0, device=worker.device)
     walls: dict[tuple[str, str | None], float] = {}
 
     def train() -> float:
         begin = time.perf_counter()
         model.zero_grad(set_to_none=True)
-        inputs = {"hidden_states": x, "timestep": t, "encoder_hidden_states": text}
         (out,) = model(**inputs, return_dict=False)
         out.float().square().mean().backward()
         sync()

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quick.journal import Journal, summary
+from quick.journal import Journal, summary, unfinished
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "gpu_quick.py")
 # Stage → seconds of a run of nine minutes, and the least it is started with.
@@ -31,14 +31,8 @@ STAGES = {
 
 
 RESERVE = 8  # seconds for the table
-
-
 GRACE = 12  # seconds past a stage's end after which its process is killed
-
-
 RESTART = 75  # exit status: the CUDA context is lost, start again behind this case
-
-
 RESTARTS = 6
 
 
@@ -56,53 +50,29 @@ def supervise(options: argparse.Namespace) -> int:
     for stage in stages:
         end += scale * STAGES[stage][0]
         ends[stage] = end
-    journal.write(
-        "result",
-        "run",
-        "schedule",
-        argv=sys.argv[1:],
-        seconds={s: e - start for s, e in ends.items()},
-    )
+    seconds = {s: e - start for s, e in ends.items()}
+    journal.write("result", "run", "schedule", argv=sys.argv[1:], seconds=seconds)
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: stop.append(n))
     before = len(journal.read())
+    command = [sys.executable, SCRIPT, "--worker", json.dumps(ends), "--device", options.device]
+    command += ["--out", str(out), *["--dry"] * options.dry]
     for _ in range(RESTARTS + 1):
-        command = [
-            sys.executable,
-            SCRIPT,
-            "--worker",
-            json.dumps(ends),
-            "--device",
-            options.device,
-            "--out",
-            str(out),
-        ]
-        process = subprocess.Popen(command + ["--dry"] * options.dry, process_group=0)
+        process = subprocess.Popen(command, process_group=0)
         why = watch(process, journal, ends, deadline, stop)
         if why:
             kill(process)
+        ended = f"ended with status {process.returncode}"
         if process.returncode != 0 and not stop:
-            records = journal.read()
-            closed = {(r["stage"], r["case"]) for r in records if r["kind"] != "begin"}
-            for r in records:
-                if (
-                    r["kind"] == "begin"
-                    and r["stage"] in ends
-                    and (r["stage"], r["case"]) not in closed
-                ):
-                    why = why or f"its process ended with status {process.returncode}"
-                    journal.write("failed", r["stage"], r["case"], error=why)
+            for stage, case in unfinished(journal.read()):
+                if stage in ends:
+                    journal.write("failed", stage, case, error=why or f"its process {ended}")
         progress, before = len(journal.read()) > before, len(journal.read())
         if process.returncode == 0 or stop or time.time() > deadline - 10:
             break
         if not progress:
-            journal.write(
-                "failed",
-                "run",
-                "worker",
-                error=f"ended with status {process.returncode} before any case",
-            )
+            journal.write("failed", "run", "worker", error=f"{ended} before any case")
             break
     if stop:
         journal.write("result", "run", "stopped", signal=stop[0])

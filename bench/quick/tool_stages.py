@@ -13,33 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Preset
-from suites.kernel_cases import Case
+from harness import Preset, UnavailableError
+from suites.kernel_cases import Case, as_tuple, gradients, results
 
-from quick.device_stages import (
-    stage_attention,
-    stage_cuda,
-    stage_env,
-    stage_smoke,
-    stage_timing,
-    stage_warm,
-)
+from quick import device_stages, model_stages
 from quick.journal import Journal
 from quick.measure import sync
-from quick.model_stages import make_plan, stage_block, stage_memory, stage_step
-from quick.operations import (
-    REAL,
-    inputs,
-    listed,
-    operations,
-    results,
-    sizes,
-    smoke_cases,
-    with_grid,
-)
-from quick.supervisor import SCRIPT
+from quick.operations import REAL, inputs, operations, sizes, smoke_cases
+from quick.supervisor import SCRIPT, STAGES
 from quick.tools import run_tool, tool_path
-from quick.worker import SkipError, Worker, tail
+from quick.worker import Worker, tail
 
 SECTIONS = "SpeedOfLight MemoryWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats Occupancy"
 FIGURE = re.compile(
@@ -53,7 +36,7 @@ def stage_ncu(worker: Worker) -> None:
     """Read counters of the kernels that are furthest from the ceiling."""
     ncu = tool_path("ncu")
     if not worker.cuda or not ncu:
-        raise SkipError("needs CUDA and ncu")
+        raise UnavailableError("needs CUDA and ncu")
     timing = [r for r in worker.done.values() if r["stage"] == "timing"]
     slow = sorted((r["percent"], r["case"]) for r in timing if isinstance(r.get("percent"), float))
     # Not the largest size: each pass of the profiler saves and restores what the kernel writes.
@@ -80,7 +63,7 @@ def stage_memcheck(worker: Worker) -> None:
     """Look for accesses out of bounds: every operation once on tiny odd shapes."""
     sanitizer = tool_path("compute-sanitizer")
     if not worker.cuda or not sanitizer:
-        raise SkipError("needs CUDA and compute-sanitizer")
+        raise UnavailableError("needs CUDA and compute-sanitizer")
     command = [sanitizer, "--tool", "memcheck", "--print-limit", "20"]
     command += ["--kernel-name-exclude", "kernel_substring=2at6native"]
     command += [sys.executable, SCRIPT, "--device", "cuda", "--probe", "tiny:"]
@@ -96,19 +79,11 @@ def stage_memcheck(worker: Worker) -> None:
     worker.case("every operation, tiny", run, need=10)
 
 
+_ELSEWHERE = vars(device_stages) | vars(model_stages)
 STAGE_FUNCTIONS: dict[str, Callable[[Worker], None]] = {
-    "env": stage_env,
-    "warm": stage_warm,
-    "smoke": stage_smoke,
-    "timing": stage_timing,
-    "attention": stage_attention,
-    "cuda": stage_cuda,
-    "block": stage_block,
-    "step": stage_step,
-    "memory": stage_memory,
-    "ncu": stage_ncu,
-    "memcheck": stage_memcheck,
+    name: _ELSEWHERE[f"stage_{name}"] for name in STAGES if name not in ("ncu", "memcheck")
 }
+STAGE_FUNCTIONS |= {"ncu": stage_ncu, "memcheck": stage_memcheck}
 
 
 def attempt(name: str, run: Callable[[], Any]) -> None:
@@ -124,15 +99,14 @@ def attempt(name: str, run: Callable[[], Any]) -> None:
 def profile(worker: Worker, case: Case, preset: Preset, part: str) -> None:
     """Run a pass twice, the second time within the profiler's range."""
     tensors = inputs(worker, case, preset, torch.bfloat16)
-    leaves = [tensors[n] for n in case.leaves]
     for profiled in (False, True):
-        outputs = listed(case.ours(tensors)) if part == "backward" else []
+        outputs = as_tuple(case.ours(tensors)) if part == "backward" else ()
         given = [torch.randn_like(o) for o in outputs]
         sync()
         if profiled and worker.cuda:
             torch.cuda.profiler.start()
         if part == "backward":
-            torch.autograd.grad(outputs, leaves, given)
+            gradients(case, outputs, tensors, given)
         else:
             with torch.no_grad():
                 case.ours(tensors)
@@ -148,7 +122,7 @@ def probe(options: argparse.Namespace) -> None:
     ops = operations()
 
     def once(op: str, preset: Preset, dtype: torch.dtype) -> None:
-        results(ops[op], inputs(worker, ops[op], preset, dtype), ops[op].ours, None)
+        results(ops[op], inputs(worker, ops[op], preset, dtype), ops[op].ours, 99)
 
     if kind == "warm":
         index, count = map(int, rest.split(":"))
@@ -156,11 +130,11 @@ def probe(options: argparse.Namespace) -> None:
             attempt(label, partial(once, op, preset, dtype))
     elif kind == "tiny":
         for op in ops:
-            attempt(op, partial(once, op, with_grid(REAL[1], 1, 3, 7), torch.bfloat16))
+            attempt(op, partial(once, op, REAL[1].with_grid(1, 3, 7), torch.bfloat16))
     elif kind == "plan":
         worker = Worker(Journal(Path(options.out) / "gpu_quick.jsonl"), {}, "cpu", options.dry)
         worker.stage, worker.end = "plan", time.time() + 300
-        worker.case("planner", partial(make_plan, worker))
+        worker.case("planner", partial(model_stages.make_plan, worker))
     elif kind == "profile":
         for label in rest.split(";"):
             name, part, where = re.fullmatch(r"(.+) (forward|backward), (.+)", label).groups()  # type: ignore[union-attr]

@@ -10,14 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from harness import UnavailableError
 
 from prfl_fast import kernels
 from quick.journal import Journal, number
 from quick.supervisor import RESTART, STAGES
-
-
-class SkipError(Exception):
-    """A case that cannot run here; the message is the reason."""
 
 
 class Late(BaseException):  # noqa: N818 - not an error: it ends a stage
@@ -59,9 +56,8 @@ class Worker:
                 continue
             least = min(STAGES[stage][1], 1.0 if self.dry else 1e9)
             if self.left() < least:
-                self.close(
-                    "skipped", "stage", why=f"{self.left():.0f} s are left, it needs {least:.0f}"
-                )
+                why = f"{self.left():.0f} s are left, it needs {least:.0f}"
+                self.close("skipped", "stage", why=why)
                 continue
             begin = time.time()
             gc.collect()
@@ -69,7 +65,7 @@ class Worker:
             try:
                 functions[stage](self)
                 self.close("result", "stage", seconds=time.time() - begin)
-            except SkipError as reason:
+            except UnavailableError as reason:
                 self.close("skipped", "stage", why=str(reason))
             except Late:
                 self.close("skipped", "stage", why="its time was over")
@@ -83,11 +79,8 @@ class Worker:
         self.done[self.stage, case] = {"kind": kind, "stage": self.stage, "case": case, **values}
         if case != "stage":
             shown = {k: v for k, v in values.items() if not isinstance(v, (dict, list))}
-            print(
-                f"{self.stage}/{case}: {kind} "
-                + ", ".join(f"{k} {number(v)}" for k, v in shown.items())[:240],
-                flush=True,
-            )
+            text = ", ".join(f"{k} {number(v)}" for k, v in shown.items())
+            print(f"{self.stage}/{case}: {kind} {text[:240]}", flush=True)
         return self.done[self.stage, case]
 
     def case(
@@ -97,9 +90,8 @@ class Worker:
         if (self.stage, name) in self.done:
             return self.found(self.stage, name)
         if self.left() < (0.2 if self.dry else need):
-            self.close(
-                "skipped", name, why=f"{self.left():.0f} s of the stage are left, it needs {need:g}"
-            )
+            why = f"{self.left():.0f} s of the stage are left, it needs {need:g}"
+            self.close("skipped", name, why=why)
             return {}
         self.journal.write("begin", self.stage, name)
         begin, kind, values = time.time(), "result", {}
@@ -107,7 +99,7 @@ class Worker:
         try:
             sabotage(f"{self.stage}/{name}")
             values = run()
-        except SkipError as reason:
+        except UnavailableError as reason:
             kind, values = "skipped", {"why": str(reason)}
         except Late:
             kind, values = "failed", {"error": "stopped, the stage's time was over"}

@@ -4,6 +4,7 @@ import copy
 import time as clock
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import harness
@@ -12,20 +13,13 @@ import torch
 from harness import Context, Preset, SuiteResult, Table, UnavailableError
 
 import prfl_fast
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.step import PRFL
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast import PRFL, FlowUniPC, LatentRewardModel
 from suites import kept as kept_bytes
 from suites import wan
 from suites.kernels import TOLERANCE
 
-LABELS = {
-    "eager": "eager",
-    "compiled": "torch.compile",
-    "reference": "reference",
-    "prfl_fast": "prfl_fast",
-}
+LABELS = {name: name for name in ("eager", "reference", "prfl_fast")}
+LABELS["compiled"] = "torch.compile"
 STEP_LAYERS = 4
 STEP_SOLVER_STEPS = 10
 STEP_INDEX = 4
@@ -33,9 +27,10 @@ STEP_LATENT_ON_CPU = (5, 16, 16)
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _block_run(
+def block_run(
     model: torch.nn.Module, preset: Preset, context: Context, compiled: bool = False
 ) -> Run:
+    """Return the model's first block; its attribute ``parameters`` has the block's."""
     block = torch.compile(model.blocks[0], dynamic=False) if compiled else model.blocks[0]
     # Once a forward for all blocks in the model, so outside of what is timed.
     rope = model.rope(torch.empty((1, 16, *preset.latent), device=context.device))
@@ -61,12 +56,12 @@ def _variants(context: Context) -> tuple[dict[str, Run], dict[str, str]]:
             except UnavailableError as error:
                 missing[name] = str(error)
         else:
-            runs[name] = _block_run(model, preset, context, compiled=name == "compiled")
-    runs["prfl_fast"] = _block_run(patched, preset, context)
+            runs[name] = block_run(model, preset, context, compiled=name == "compiled")
+    runs["prfl_fast"] = block_run(patched, preset, context)
     return runs, missing
 
 
-def _inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def block_inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return x, text, time and the cotangent of the output."""
     preset, generator = context.preset, context.generator(7)
 
@@ -74,12 +69,12 @@ def _inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
         return torch.randn(shape, generator=generator, device=context.device).to(context.dtype)
 
     x = randn(1, preset.tokens, preset.dim).requires_grad_()
-    return (
-        x,
-        randn(1, preset.text_tokens, preset.dim),
-        randn(1, 6, preset.dim),
-        randn(1, preset.tokens, preset.dim),
-    )
+    text, time = randn(1, preset.text_tokens, preset.dim), randn(1, 6, preset.dim)
+    return x, text, time, randn(1, preset.tokens, preset.dim)
+
+
+def _record(case: str, preset: Preset) -> dict[str, Any]:
+    return {"case": case, "preset": preset.name, "tokens": preset.tokens, "dim": preset.dim}
 
 
 def _error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -91,7 +86,7 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
     runs, missing = _variants(context)
     notes = [f"{LABELS[name]}: not measured, {reason}." for name, reason in missing.items()]
     problems: list[str] = []
-    x, text, time, cotangent = _inputs(context)
+    x, text, time, cotangent = block_inputs(context)
 
     def train(run: Run) -> list[torch.Tensor]:
         y = run(x, text, time)
@@ -102,13 +97,7 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
         with torch.no_grad():
             return run(x, text, time)
 
-    record: dict[str, Any] = {
-        "case": "block",
-        "preset": context.preset.name,
-        "kept_bytes": {},
-        "peak_bytes": {},
-    }
-    record["tokens"], record["dim"] = context.preset.tokens, context.preset.dim
+    record = _record("block", context.preset) | {"kept_bytes": {}, "peak_bytes": {}}
     expected = None
     for name, run in list(runs.items()):
         bar.set_postfix_str(LABELS[name])
@@ -132,36 +121,24 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
             error = _error(results, expected[: len(results)])
             record.setdefault("difference", {})[name] = error
             if name == "prfl_fast" and error > TOLERANCE[context.dtype]:
-                problems.append(
-                    f"block: output or a gradient is {error:.1e} off the unpatched one's"
-                )
+                off = f"{error:.1e} off the unpatched one's"
+                problems.append(f"block: output or a gradient is {off}")
         del results
-        record["kept_bytes"][name] = harness.saved_bytes(
-            lambda run=run: run(x, text, time),
-            exclude=[x, *run.parameters],  # type: ignore[attr-defined]
-        )
+        inputs = [x, *run.parameters]  # type: ignore[attr-defined]
+        kept = harness.saved_bytes(partial(run, x, text, time), exclude=inputs)
+        record["kept_bytes"][name] = kept
         # What compiled code allocates on a CPU does not pass through PyTorch's dispatcher.
         if context.device.type == "cuda" or name != "compiled":
-            record["peak_bytes"][name] = harness.peak_bytes(
-                lambda run=run: train(run), context.device
-            )
+            record["peak_bytes"][name] = harness.peak_bytes(partial(train, run), context.device)
         bar.update()
-    on_cpu = context.device.type == "cpu"
-    # A second compilation, for inference, is not worth its time on a CPU.
-    forward = {
-        n: (lambda run=run: infer(run))
-        for n, run in runs.items()
-        if not (on_cpu and n == "compiled")
-    }
-    both = {n: (lambda run=run: train(run)) for n, run in runs.items()}
-    seconds = 0.8
-    times = {
-        "forward, no gradient": harness.time_side_by_side(forward, context.device, seconds=seconds),
-        "forward + backward": harness.time_side_by_side(both, context.device, seconds=seconds),
-    }
-    record["times"] = {
-        part: {n: t.record() for n, t in each.items()} for part, each in times.items()
-    }
+    record["times"] = {}
+    for part, function in (("forward, no gradient", infer), ("forward + backward", train)):
+        thunks = {n: partial(function, run) for n, run in runs.items()}
+        if function is infer and context.device.type == "cpu":
+            # A second compilation, for inference, is not worth its time on a CPU.
+            thunks.pop("compiled", None)
+        times = harness.time_side_by_side(thunks, context.device, seconds=0.8)
+        record["times"][part] = {n: t.record() for n, t in times.items()}
     bar.update()
     return [record], notes, problems
 
@@ -183,35 +160,20 @@ def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
         reward = copy.deepcopy(pool)
         if name == "prfl_fast":
             prfl_fast.patch(reward.backbone)
-        step = PRFL(
-            transformer,
-            reward,
-            FlowUniPC(),
-            GradientPlan.prfl(),
-            num_inference_steps=STEP_SOLVER_STEPS,
-        )
+        step = PRFL(transformer, reward, FlowUniPC(), num_inference_steps=STEP_SOLVER_STEPS)
 
         def thunk(step: PRFL = step, transformer: Any = transformer) -> None:
             transformer.zero_grad(set_to_none=True)
             step(noise, conditions, indices=(STEP_INDEX,))
 
         thunk()
-        gradients[name] = [
-            p.grad.detach().clone() for p in transformer.parameters() if p.grad is not None
-        ]
+        trained = [p.grad for p in transformer.parameters() if p.grad is not None]
+        gradients[name] = [gradient.clone() for gradient in trained]
         thunks[name] = thunk
-    difference = _total_error(gradients["prfl_fast"], gradients["eager"])
+    difference = total_error(gradients["prfl_fast"], gradients["eager"])
     gradients.clear()
-    record: dict[str, Any] = {
-        "case": "PRFL step",
-        "preset": preset.name,
-        "tokens": preset.tokens,
-        "dim": preset.dim,
-        "layers": preset.layers,
-        "solver_steps": STEP_SOLVER_STEPS,
-        "index": STEP_INDEX,
-        "difference": {"prfl_fast": difference},
-    }
+    record = _record("PRFL step", preset) | {"layers": preset.layers, "index": STEP_INDEX}
+    record |= {"solver_steps": STEP_SOLVER_STEPS, "difference": {"prfl_fast": difference}}
     problems = []
     # Five steps of an untrained model amplify rounding; a wrong gradient is off by far more.
     if difference > 10 * TOLERANCE[context.dtype]:
@@ -223,12 +185,10 @@ def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
     return record, problems
 
 
-def _total_error(values: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+def total_error(values: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Return the relative error of all gradients taken as one vector."""
-    off = sum(
-        (a.double() - b.double()).square().sum().item()
-        for a, b in zip(values, expected, strict=True)
-    )
+    pairs = zip(values, expected, strict=True)
+    off = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
     return (off / sum(b.double().square().sum().item() for b in expected)) ** 0.5
 
 
@@ -237,32 +197,21 @@ def _rows(record: dict[str, Any], names: list[str], failed: bool) -> list[list[s
     for part, times in record["times"].items():
         ours = times["prfl_fast"]["median_s"]
         step = record["case"] == "PRFL step"
-        label = (
-            f"{record['case']}, {record['layers']} blocks" if step else f"{record['case']}, {part}"
-        )
-        line = [label] + [
-            report.seconds(times[n]["median_s"]) if n in times else report.BLANK for n in names
-        ]
-        for name in names[:-1]:
-            value = report.ratio(times[name]["median_s"] / ours) if name in times else report.BLANK
-            line.append("check failed" if failed else value)
-        training = part != "forward, no gradient"
+        line = [f"{record['case']}, {record['layers']} blocks" if step else f"block, {part}"]
+        medians = [times[n]["median_s"] if n in times else None for n in names]
+        line += [report.seconds(median) for median in medians]
+        ratios = [report.ratio(median and median / ours) for median in medians[:-1]]
+        line += ["check failed"] * len(ratios) if failed else ratios
         for kind in ("kept_bytes", "peak_bytes"):
-            for name in (names[0], "prfl_fast"):
-                line.append(
-                    report.size(record.get(kind, {}).get(name)) if training else report.BLANK
-                )
+            found = record.get(kind, {}) if part != "forward, no gradient" else {}
+            line += [report.size(found.get(name)) for name in (names[0], "prfl_fast")]
         lines.append(line)
     return lines
 
 
 def run(context: Context) -> SuiteResult:
     """Measure the block at the preset's size and one PRFL step of a model with few blocks."""
-    if context.device.type == "cpu" and context.preset.name != "tiny":
-        raise UnavailableError(
-            f"a block of {context.preset.name} takes a CPU minutes and tens of gigabytes; "
-            "use --preset tiny, or a GPU"
-        )
+    context.refuse_large("takes minutes and tens of gigabytes")
     with context.bar(len(context.baselines) + 3, "block") as bar:
         cases, notes, problems = block_cases(context, bar)
         step, step_problems = step_case(context, bar)
@@ -291,12 +240,8 @@ def run(context: Context) -> SuiteResult:
     table = Table("block", "Transformer block and PRFL step", columns, body, notes)
     kept, counted = kept_bytes.measure(context)
     cases += counted
-    return SuiteResult(
-        [table, kept],
-        cases,
-        figures(cases, names, harness.device_name(context.device)),
-        problems + step_problems,
-    )
+    drawn = figures(cases, names, harness.device_name(context.device))
+    return SuiteResult([table, kept], cases, drawn, problems + step_problems)
 
 
 def _relative(parts: dict[str, dict[str, Any]], names: list[str], **text: Any) -> Any:
@@ -316,10 +261,8 @@ def _relative(parts: dict[str, dict[str, Any]], names: list[str], **text: Any) -
             spread = ((value - low) / base, (high - value) / base)
             errors[name].append(spread if high > low else None)
     ours = [f"{v:.2f}" for v in sorted(v for v in series["prfl_fast"] if v is not None)]
-    title = text.pop("title").format(" to ".join(dict.fromkeys((ours[0], ours[-1]))))
-    report.grouped_bars(
-        axes, list(parts), series, labels=labels, errors=errors, title=title, **text
-    )
+    text["title"] = text["title"].format(" to ".join(dict.fromkeys((ours[0], ours[-1]))))
+    report.grouped_bars(axes, list(parts), series, labels=labels, errors=errors, **text)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(1, 0))
     return figure
 
@@ -339,19 +282,10 @@ def figures(cases: list[dict[str, Any]], names: list[str], on: str) -> dict[str,
     }
     about = f"Wan block, L = {cases[0]['tokens']}, D = {cases[0]['dim']}, {on}"
     first = LABELS[names[0]]
-    return {
-        "block.png": _relative(
-            times,
-            names,
-            write=report.seconds,
-            title=f"prfl_fast takes {{}} times as long as {first}\n{about}",
-            unit=f"time, {first} = 1 (bars: 20 … 80 %)",
-        ),
-        "block-memory.png": _relative(
-            peaks,
-            names,
-            write=report.size,
-            title=f"prfl_fast's peak is {{}} times that of {first}\n{about}",
-            unit=f"peak of the bytes that training allocates, {first} = 1",
-        ),
-    }
+    title = f"prfl_fast takes {{}} times as long as {first}\n{about}"
+    unit = f"time, {first} = 1 (bars: 20 … 80 %)"
+    drawn = {"block.png": _relative(times, names, write=report.seconds, title=title, unit=unit)}
+    title = f"prfl_fast's peak is {{}} times that of {first}\n{about}"
+    unit = f"peak of the bytes that training allocates, {first} = 1"
+    memory = _relative(peaks, names, write=report.size, title=title, unit=unit)
+    return drawn | {"block-memory.png": memory}

@@ -1,4 +1,7 @@
-"""Count the bytes that one Wan block keeps for its backward at real sizes, on fake tensors."""
+"""Count the bytes that one Wan block keeps for its backward at real sizes, on fake tensors.
+
+Everything here raises ``UnavailableError`` if diffusers is not installed.
+"""
 
 from typing import Any
 
@@ -32,22 +35,14 @@ def _block(
 
 
 def kept_bytes(preset: Preset, context: Context, *, patched: bool, train: bool) -> int:
-    """Bytes autograd keeps for one bfloat16 block; its input and parameters are not counted.
-
-    Raises:
-        UnavailableError: diffusers is not installed.
-    """
+    """Bytes autograd keeps for one bfloat16 block; its input and parameters are not counted."""
     with FakeTensorMode():
         model, args = _block(preset, context, patched=patched, train=train)
         return saved_bytes(lambda: model.blocks[0](*args), exclude=[args[0], *model.parameters()])
 
 
 def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) -> int:
-    """Bytes a patched block leaves on the device until its backward, its input among them.
-
-    Raises:
-        UnavailableError: diffusers is not installed.
-    """
+    """Bytes a patched block leaves on the device until its backward, its input among them."""
     with FakeTensorMode():
         model, args = _block(preset, context, patched=True, train=train)
         prfl_fast.memory.activation_checkpointing(model, policy)  # type: ignore[arg-type]
@@ -59,11 +54,7 @@ def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) 
 
 
 def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
-    """Return the table ``kept`` and its records.
-
-    Raises:
-        UnavailableError: diffusers is not installed.
-    """
+    """Return the table ``kept`` and its records."""
     cases: list[dict[str, Any]] = []
     body = []
     for name in SIZES:
@@ -83,11 +74,7 @@ def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
 
 
 def policies(context: Context) -> tuple[Table, list[dict[str, Any]]]:
-    """Return the table ``kept-policies`` and its records.
-
-    Raises:
-        UnavailableError: diffusers is not installed.
-    """
+    """Return the table ``kept-policies`` and its records."""
     cases: list[dict[str, Any]] = []
     body = []
     for name in SIZES:

@@ -3,18 +3,18 @@
 "Naive" is the formula as diffusers' Wan and its schedulers write it, in eager mode.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Preset
+from harness import Preset, relative_error
 from torch import nn
 from torch.func import functional_call
 
 from prfl_fast import kernels
-from prfl_fast.rewards.pooling import QueryAttentionPool
+from prfl_fast.rewards import QueryAttentionPool
 
 PASSES = ("forward", "backward", "both")
 POOL_HEADS = 8
@@ -28,13 +28,31 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Draw inputs of a size; ``randn(*shape)`` is seeded and in the activations' dtype."""
+
+    preset: Preset
+    randn: Callable[..., torch.Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokens(self) -> torch.Tensor:
+        return self.randn(1, self.preset.tokens, self.preset.dim)
+
+    def param(self, *shape: int) -> torch.Tensor:
+        return self.randn(*shape).float() * 0.1
+
+    def latents(self) -> torch.Tensor:
+        return self.randn(1, 16, *self.preset.latent).float()
+
+
+@dataclass(frozen=True)
 class Case:
     """One operation at any size.
 
     Attributes:
         name: row of the table. op: registered name, decides which backends there are.
-        make: ``(preset, randn, device, dtype) -> tensors``; ``randn(*shape)`` is seeded and in the
-            activations' dtype.
+        make: draws the inputs.
         leaves: names of tensors that get a gradient.
         naive: ``(tensors, wide) -> outputs``; ``wide`` is the dtype of the formula's fp32 sites.
         ours: ``tensors -> outputs``.
@@ -51,7 +69,7 @@ class Case:
 
     name: str
     op: str
-    make: Callable[[Preset, Callable[..., torch.Tensor], torch.device, torch.dtype], Tensors]
+    make: Callable[[Draw], Tensors]
     leaves: tuple[str, ...]
     naive: Callable[[Tensors, torch.dtype], Any]
     ours: Callable[[Tensors], Any]
@@ -65,13 +83,103 @@ class Case:
     decode: Callable[[Any], Any] = lambda outputs: outputs
     tolerance: float | None = None
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Return the inputs whose gradients a backward must write."""
+        return self.leaves if self.writes is None else self.writes
 
-def _tokens(preset: Preset, randn: Any) -> torch.Tensor:
-    return randn(1, preset.tokens, preset.dim)
+
+def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """Return one or several outputs as a tuple."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _param(randn: Any, *shape: int) -> torch.Tensor:
-    return randn(*shape).float() * 0.1
+def draw_inputs(
+    case: Case, preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Tensors:
+    """Return inputs of a case; leaves require a gradient."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    tensors = case.make(Draw(preset, randn, device, dtype))
+    return {n: t.detach().requires_grad_(n in case.leaves) for n, t in tensors.items()}
+
+
+def cotangents(outputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Draw gradients of outputs."""
+    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    return [
+        torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype)
+        for o in outputs
+    ]
+
+
+def gradients(
+    case: Case, outputs: Sequence[torch.Tensor], tensors: Tensors, given: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of the leaves; the graph is kept."""
+    leaves = [tensors[n] for n in case.leaves]
+    return torch.autograd.grad(outputs, leaves, given, retain_graph=True) if leaves else ()
+
+
+def results(
+    case: Case, tensors: Tensors, run: Callable[[Tensors], Any], seed: int | list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return outputs and gradients, and the outputs' gradients: given, or drawn from a seed."""
+    outputs = as_tuple(case.decode(run(tensors)))
+    drawn = cotangents(outputs, seed) if isinstance(seed, int) else seed
+    given = [c.to(o.dtype) for c, o in zip(drawn, outputs, strict=True)]
+    return [*(o.detach() for o in outputs), *gradients(case, outputs, tensors, given)], given
+
+
+def compare(
+    case: Case, tensors: Tensors, dtype: torch.dtype, seed: int
+) -> tuple[dict[str, tuple[float, float, float]], bool]:
+    """Compare outputs and gradients with float64, beside the naive formula's in ``dtype``.
+
+    Returns:
+        By name, the error, the naive formula's error and what is allowed: twice that plus rounding.
+        And if a second run gives the same bits.
+    """
+    ours, given = results(case, tensors, case.ours, seed)
+    again, _ = results(case, tensors, case.ours, given)
+    same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    del again
+    plain, _ = results(case, tensors, lambda t: case.naive(t, torch.float32), given)
+    wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in tensors.items()}
+    wide = {n: t.requires_grad_(n in case.leaves) for n, t in wide.items()}
+    exact, _ = results(case, wide, lambda t: case.naive(t, torch.float64), given)
+    names = [f"output {i}" for i in range(len(ours) - len(case.leaves))]
+    names += [f"gradient of {n}" for n in case.leaves]
+    slack, found = 4 * torch.finfo(dtype).eps, {}
+    for name, a, b, e in zip(names, ours, plain, exact, strict=True):
+        error, base = relative_error(a, e), relative_error(b, e)
+        allowed = 2 * base + slack if case.tolerance is None else case.tolerance
+        found[name] = error, base, allowed
+    return found, same
+
+
+def moved_bytes(case: Case, preset: Preset, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that a forward and a backward must read and write, each tensor once."""
+    meta = torch.device("meta")
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=meta, dtype=dtype)
+
+    tensors = case.make(Draw(preset, randn, meta, dtype))
+    outputs = as_tuple(case.ours(tensors))
+    known = tensors | {"out0": outputs[0]}
+
+    def nbytes(names: Sequence[str]) -> int:
+        return sum(known[name].nbytes for name in names)
+
+    written = sum(t.nbytes for t in outputs)
+    moved = {"forward": nbytes(case.reads) + written}
+    if case.leaves:
+        moved["backward"] = nbytes(case.kept) + written + nbytes(case.written)
+    return moved
 
 
 def _modulation(
@@ -85,9 +193,9 @@ def _modulation(
     return list(summed.chunk(summed.shape[1], dim=1))
 
 
-def _make_norm(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    table = _param(randn, 2, preset.dim)
-    return {"x": _tokens(preset, randn), "time": randn(1, 2, preset.dim), "table": table}
+def _make_norm(draw: Draw) -> Tensors:
+    table = draw.param(2, draw.preset.dim)
+    return {"x": draw.tokens(), "time": draw.randn(1, 2, draw.preset.dim), "table": table}
 
 
 def _naive_norm(t: Tensors, wide: torch.dtype) -> torch.Tensor:
@@ -103,22 +211,21 @@ def _norm(t: Tensors, **options: Any) -> Any:
     return kernels.norm_modulate(t["x"], **options, eps=EPS)
 
 
-def _make_norm_rows(
-    preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype
-) -> Tensors:
-    frames = preset.grid[0]
-    rows = torch.arange(preset.tokens, device=device) >= preset.tokens // frames
-    tensors = _make_norm(preset, randn, device, dtype)
-    return tensors | {"time": randn(TIME_ROWS, 2, preset.dim), "rows": rows[None].int()}
+def _make_norm_rows(draw: Draw) -> Tensors:
+    frames = draw.preset.grid[0]
+    rows = torch.arange(draw.preset.tokens, device=draw.device) >= draw.preset.tokens // frames
+    tensors = _make_norm(draw)
+    return tensors | {"time": draw.randn(TIME_ROWS, 2, draw.preset.dim), "rows": rows[None].int()}
 
 
-def _make_residual(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    return {
-        "x": _tokens(preset, randn),
-        "y": _tokens(preset, randn),
-        "time": randn(1, 3, preset.dim),
-        "table": _param(randn, 3, preset.dim),
-    }
+def _make_gated(draw: Draw, rows: int = 1) -> Tensors:
+    tensors = {name: draw.tokens() for name in "xy"}
+    tensors["time"] = draw.randn(1, rows, draw.preset.dim)
+    return tensors | {"table": draw.param(rows, draw.preset.dim)}
+
+
+def _make_residual(draw: Draw) -> Tensors:
+    return _make_gated(draw, 3)
 
 
 def _naive_residual(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,15 +244,6 @@ def _residual(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _make_gated(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    return {
-        "x": _tokens(preset, randn),
-        "y": _tokens(preset, randn),
-        "time": randn(1, 1, preset.dim),
-        "table": _param(randn, 1, preset.dim),
-    }
-
-
 def _naive_gated(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     (gate,) = _modulation(t, wide)
     return (t["x"].to(wide) + t["y"].to(wide) * gate).type_as(t["x"])
@@ -155,31 +253,33 @@ def _gated(t: Tensors) -> torch.Tensor:
     return kernels.gated_residual(t["x"], t["y"], t["time"][:, 0], gate_table=t["table"][0])
 
 
-def _make_rope(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    head_dim = preset.dim // preset.heads
-    cos, sin = kernels.rope_table(max(preset.grid), head_dim, device=device)
+def _make_rope(draw: Draw) -> Tensors:
+    head_dim = draw.preset.dim // draw.preset.heads
+    cos, sin = kernels.rope_table(max(draw.preset.grid), head_dim, device=draw.device)
     pairs = head_dim // 2
     parts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
 
     def per_token(table: torch.Tensor) -> torch.Tensor:
         columns = []
-        for axis, (part, side) in enumerate(zip(table.split(parts, 1), preset.grid, strict=True)):
+        for axis, (part, side) in enumerate(
+            zip(table.split(parts, 1), draw.preset.grid, strict=True)
+        ):
             shape = [side if i == axis else 1 for i in range(3)]
-            columns.append(part[:side].view(*shape, -1).expand(*preset.grid, -1))
-        return torch.cat(columns, -1).reshape(1, preset.tokens, 1, pairs)
+            columns.append(part[:side].view(*shape, -1).expand(*draw.preset.grid, -1))
+        return torch.cat(columns, -1).reshape(1, draw.preset.tokens, 1, pairs)
 
     return {
-        "q": _tokens(preset, randn),
-        "k": _tokens(preset, randn),
-        "q_weight": 1 + _param(randn, preset.dim),
-        "k_weight": 1 + _param(randn, preset.dim),
+        "q": draw.tokens(),
+        "k": draw.tokens(),
+        "q_weight": 1 + draw.param(draw.preset.dim),
+        "k_weight": 1 + draw.param(draw.preset.dim),
         "cos": cos,
         "sin": sin,
         # As in diffusers, made once a forward for all blocks, so not part of what is timed.
         "token_cos": per_token(cos),
         "token_sin": per_token(sin),
-        "grid": torch.tensor(preset.grid),
-        "heads": torch.tensor(preset.heads),
+        "grid": torch.tensor(draw.preset.grid),
+        "heads": torch.tensor(draw.preset.heads),
     }
 
 
@@ -205,18 +305,19 @@ def _rope(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     return kernels.qk_norm_rope(*tensors, heads=int(t["heads"]), **table, eps=EPS)
 
 
-def _make_gelu(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    return {"x": randn(1, preset.tokens, preset.ffn_dim), "bias": _param(randn, preset.ffn_dim)}
+def _make_gelu(draw: Draw) -> Tensors:
+    return {
+        "x": draw.randn(1, draw.preset.tokens, draw.preset.ffn_dim),
+        "bias": draw.param(draw.preset.ffn_dim),
+    }
 
 
 def _naive_gelu(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     return F.gelu(t["x"] + t["bias"].type_as(t["x"]), approximate="tanh")
 
 
-def _make_attention(
-    preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype
-) -> Tensors:
-    return {name: _tokens(preset, randn) for name in "qkv"} | {"heads": torch.tensor(preset.heads)}
+def _make_attention(draw: Draw) -> Tensors:
+    return {name: draw.tokens() for name in "qkv"} | {"heads": torch.tensor(draw.preset.heads)}
 
 
 def _naive_attention(t: Tensors, wide: torch.dtype) -> torch.Tensor:
@@ -224,15 +325,15 @@ def _naive_attention(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def _make_pool(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    dim, gain = preset.dim, 10 / preset.dim**0.5
+def _make_pool(draw: Draw) -> Tensors:
+    dim, gain = draw.preset.dim, 10 / draw.preset.dim**0.5
     return {
-        "x": _tokens(preset, randn),
-        "queries": _param(randn, 1, dim) * 10,
-        "multihead_attn.in_proj_weight": _param(randn, 3 * dim, dim) * gain,
-        "multihead_attn.in_proj_bias": _param(randn, 3 * dim),
-        "multihead_attn.out_proj.weight": _param(randn, dim, dim) * gain,
-        "multihead_attn.out_proj.bias": _param(randn, dim),
+        "x": draw.tokens(),
+        "queries": draw.param(1, dim) * 10,
+        "multihead_attn.in_proj_weight": draw.param(3 * dim, dim) * gain,
+        "multihead_attn.in_proj_bias": draw.param(3 * dim),
+        "multihead_attn.out_proj.weight": draw.param(dim, dim) * gain,
+        "multihead_attn.out_proj.bias": draw.param(dim),
     }
 
 
@@ -255,22 +356,12 @@ def _pool(t: Tensors) -> torch.Tensor:
     )
 
 
-_POOL_LEAVES = (
-    "x",
-    "queries",
-    "multihead_attn.in_proj_weight",
-    "multihead_attn.in_proj_bias",
-    "multihead_attn.out_proj.weight",
-    "multihead_attn.out_proj.bias",
-)
+_POOL_WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+_POOL_LEAVES = ("x", "queries", *(f"multihead_attn.{name}" for name in _POOL_WEIGHTS))
 
 
-def _latents(preset: Preset, randn: Any) -> torch.Tensor:
-    return randn(1, 16, *preset.latent).float()
-
-
-def _make_step(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    return {name: _latents(preset, randn) for name in ("x", "velocity", "previous", "older")}
+def _make_step(draw: Draw) -> Tensors:
+    return {name: draw.latents() for name in ("x", "velocity", "previous", "older")}
 
 
 def _naive_step(t: Tensors, wide: torch.dtype) -> torch.Tensor:
@@ -285,11 +376,11 @@ def _step(t: Tensors) -> torch.Tensor:
     return kernels.flow_step([t["x"], t["velocity"], t["previous"], t["older"]], list(UNIPC_TERMS))
 
 
-def _make_loss(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
+def _make_loss(draw: Draw) -> Tensors:
     return {
-        "velocity": _latents(preset, randn).to(dtype),
-        "noise": _latents(preset, randn),
-        "latents": _latents(preset, randn),
+        "velocity": draw.latents().to(draw.dtype),
+        "noise": draw.latents(),
+        "latents": draw.latents(),
     }
 
 
@@ -297,8 +388,8 @@ def _naive_loss(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     return F.mse_loss(t["velocity"].to(wide), (t["noise"] - t["latents"]).to(wide))
 
 
-def _make_rms(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    return {"x": _tokens(preset, randn), "weight": 1 + _param(randn, preset.dim)}
+def _make_rms(draw: Draw) -> Tensors:
+    return {"x": draw.tokens(), "weight": 1 + draw.param(draw.preset.dim)}
 
 
 def _naive_rms(t: Tensors, wide: torch.dtype) -> torch.Tensor:
@@ -320,8 +411,8 @@ def _naive_fp8(y: torch.Tensor, wide: torch.dtype) -> Any:
     return (y.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def _make_linear(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    x, weight = _tokens(preset, randn), randn(preset.dim, preset.dim) / preset.dim**0.5
+def _make_linear(draw: Draw) -> Tensors:
+    x, weight = draw.tokens(), draw.randn(draw.preset.dim, draw.preset.dim) / draw.preset.dim**0.5
     (x_q, x_scale), (w_q, w_scale) = kernels.quantize_fp8(x), kernels.quantize_fp8(weight)
     return {
         "x": x, "weight": weight,
@@ -333,9 +424,10 @@ def _fp8_linear(t: Tensors) -> torch.Tensor:
     return kernels.fp8_linear(*(t[n] for n in ("x_q", "x_scale", "weight_q", "weight_scale")))
 
 
-def _make_rollout(preset: Preset, randn: Any, device: torch.device, dtype: torch.dtype) -> Tensors:
-    half = torch.bfloat16 if dtype == torch.float32 else dtype  # of float32 there is no 8-bit form
-    tensors = _make_attention(preset, randn, device, dtype)
+def _make_rollout(draw: Draw) -> Tensors:
+    # Of float32 there is no 8-bit form.
+    half = torch.bfloat16 if draw.dtype == torch.float32 else draw.dtype
+    tensors = _make_attention(draw)
     return {n: t.to(half) if t.is_floating_point() else t for n, t in tensors.items()}
 
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import torch
 from harness import PRESETS, Context, Preset, SuiteResult, Table, Timing, UnavailableError
 
 from prfl_fast.kernels.runtime import registry
-from suites import resources
-from suites.kernel_cases import CASES, PASSES, POOL, POOL_HEADS, Case, Tensors
+from suites import kernel_cases, resources
+from suites.kernel_cases import CASES, PASSES, POOL, Case, Tensors
 
-__all__ = ["CASES", "PASSES", "POOL_HEADS"]  # also for pytest bench and bench/sanitize.py
+__all__ = ["CASES", "PASSES"]  # also for pytest bench
 
 POOL_TARGET = 8  # times faster than nn.MultiheadAttention on a CPU at 1.3B-480p
 CPU_FLOPS = 2e12  # a case above this would take a CPU the better part of a minute
@@ -32,36 +33,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 def make_tensors(case: Case, preset: Preset, context: Context, offset: int = 0) -> Tensors:
     """Return inputs of a case; leaves require a gradient."""
-    generator = context.generator(offset)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=context.device, dtype=context.dtype)
-
-    tensors = case.make(preset, randn, context.device, context.dtype)
-    for name in case.leaves:
-        tensors[name] = tensors[name].detach().requires_grad_()
-    return tensors
-
-
-def _tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _cotangents(outputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator(outputs[0].device).manual_seed(seed)
-    return [
-        torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype)
-        for o in outputs
-    ]
-
-
-def _gradients(
-    case: Case, outputs: Sequence[torch.Tensor], tensors: Tensors, cotangents: Any
-) -> Any:
-    if not case.leaves:
-        return ()
-    return torch.autograd.grad(
-        outputs, [tensors[n] for n in case.leaves], cotangents, retain_graph=True
+    return kernel_cases.draw_inputs(
+        case, preset, context.device, context.dtype, context.seed + offset
     )
 
 
@@ -71,32 +44,12 @@ def verify(case: Case, context: Context) -> float:
     Raises:
         AssertionError: if an error exceeds twice that of the naive formula plus rounding.
     """
-    frames, height, width = (
-        min(side, limit) for side, limit in zip(context.preset.grid, (3, 6, 10), strict=True)
-    )
-    preset = replace(context.preset, latent=(frames, 2 * height, 2 * width))
+    preset = context.preset.with_grid(*map(min, context.preset.grid, (3, 6, 10)))
     tensors = make_tensors(case, preset, context)
-    wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in tensors.items()}
-    for name in case.leaves:
-        wide[name].requires_grad_()
-
-    def decoded(outputs: Any) -> tuple[torch.Tensor, ...]:
-        return _tuple(case.decode(outputs))
-
-    oracle = decoded(case.naive(wide, torch.float64))
-    cotangents = _cotangents(decoded(case.naive(tensors, torch.float32)), context.seed + 1)
-    expected = [*oracle, *_gradients(case, oracle, wide, [c.double() for c in cotangents])]
-    names = [f"output {i}" for i in range(len(oracle))] + [f"gradient of {n}" for n in case.leaves]
-    found = []
-    for run in (lambda: case.naive(tensors, torch.float32), lambda: case.ours(tensors)):
-        outputs = decoded(run())
-        values = [*outputs, *_gradients(case, outputs, tensors, cotangents)]
-        found.append([harness.relative_error(v, e) for v, e in zip(values, expected, strict=True)])
-    slack = 4 * torch.finfo(context.dtype).eps
-    for name, plain, error in zip(names, *found, strict=True):
-        limit = 2 * plain + slack if case.tolerance is None else case.tolerance
+    found, _ = kernel_cases.compare(case, tensors, context.dtype, context.seed + 1)
+    for name, (error, plain, limit) in found.items():
         assert error <= limit, f"{name}: error {error:.1e}, naive {plain:.1e}"
-    return max(found[1])
+    return max(error for error, *_ in found.values())
 
 
 def _nbytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -130,18 +83,18 @@ class Variant:
         first: list[tuple[torch.Tensor, ...]] = []
         parameters = [sets[0][n] for n in case.leaves if n not in case.reads and n not in case.kept]
         self.kept = harness.saved_bytes(
-            lambda: first.append(_tuple(run(sets[0]))), exclude=parameters
+            lambda: first.append(self._forward(sets[0])), exclude=parameters
         )
         self.outputs = first
-        self.cotangents = _cotangents(first[0], context.seed + 1) if case.leaves else []
-        self.gradients = _gradients(case, first[0], sets[0], self.cotangents)
+        self.cotangents = kernel_cases.cotangents(first[0], context.seed + 1) if case.leaves else []
+        self.gradients = self._backward(first[0], sets[0])
         harness.synchronize(context.device)
         self.first = time.perf_counter() - start
 
     def results(self) -> list[torch.Tensor]:
         """Return outputs and gradients of the first run."""
         first = self.outputs[0]
-        outputs = _tuple(self.case.decode(first if len(first) > 1 else first[0]))
+        outputs = kernel_cases.as_tuple(self.case.decode(first if len(first) > 1 else first[0]))
         return [*outputs, *self.gradients]
 
     def forget(self) -> None:
@@ -152,16 +105,20 @@ class Variant:
 
     def thunks(self, part: str) -> list[Callable[[], object]]:
         """Return one function per set of inputs that runs ``forward``, ``backward`` or ``both``."""
-        case, run, cotangents = self.case, self.run, self.cotangents
         if part == "forward":
-            return [lambda t=t: run(t) for t in self.sets]
+            return [partial(self.run, t) for t in self.sets]
         if part == "both":
-            return [lambda t=t: _gradients(case, _tuple(run(t)), t, cotangents) for t in self.sets]
-        self.outputs += [_tuple(run(t)) for t in self.sets[len(self.outputs) :]]
+            return [lambda t=t: self._backward(self._forward(t), t) for t in self.sets]
+        self.outputs += [self._forward(t) for t in self.sets[len(self.outputs) :]]
         return [
-            lambda t=t, o=o: _gradients(case, o, t, cotangents)
-            for t, o in zip(self.sets, self.outputs, strict=True)
+            partial(self._backward, *pair) for pair in zip(self.outputs, self.sets, strict=True)
         ]
+
+    def _forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        return kernel_cases.as_tuple(self.run(tensors))
+
+    def _backward(self, outputs: Sequence[torch.Tensor], tensors: Tensors) -> Any:
+        return kernel_cases.gradients(self.case, outputs, tensors, self.cotangents)
 
 
 def _compiled(case: Case) -> Callable[[Tensors], Any]:
@@ -199,6 +156,37 @@ def _check_fits(case: Case, preset: Preset, context: Context) -> None:
         raise UnavailableError(f"{report.flops(work)} for the baseline, minutes on a CPU")
 
 
+def _variants(
+    case: Case, sets: list[Tensors], context: Context, record: dict[str, Any]
+) -> dict[str, Variant]:
+    """Run every implementation once and compare ours with the naive one.
+
+    Raises:
+        AssertionError: if a result is off.
+    """
+    runs: dict[str, Callable[[Tensors], Any]] = {"naive": lambda t: case.naive(t, torch.float32)}
+    if context.compile_ops:
+        runs["compiled"] = _compiled(case)
+    runs |= {f"prfl_fast {n}": partial(run_on, n, case) for n in backends(case, context)}
+    variants: dict[str, Variant] = {}
+    for name, run in runs.items():
+        try:
+            variants[name] = Variant(case, run, sets, context)
+        except Exception as error:
+            if name != "compiled":
+                raise
+            record["compiled_error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    limit = TOLERANCE[context.dtype] if case.tolerance is None else case.tolerance
+    for name in (n for n in variants if n.startswith("prfl_fast")):
+        pairs = zip(variants[name].results(), variants["naive"].results(), strict=True)
+        for i, (value, want) in enumerate(pairs):
+            off = harness.relative_error(value, want)
+            assert off <= limit, (
+                f"{name}, result {i}: {off:.1e} off the naive one at the timed size"
+            )
+    return variants
+
+
 def measure(
     case: Case, preset: Preset, context: Context, ceiling: float, seconds: float = 0.15
 ) -> dict[str, Any]:
@@ -220,48 +208,14 @@ def measure(
         count = 1  # arithmetic dominates, cold inputs would only cost memory
     sets += [make_tensors(case, preset, context, offset) for offset in range(1, count)]
 
-    runs: dict[str, Callable[[Tensors], Any]] = {"naive": lambda t: case.naive(t, torch.float32)}
-    if context.compile_ops:
-        runs["compiled"] = _compiled(case)
-    for name in backends(case, context):
-        runs[f"prfl_fast {name}"] = lambda t, name=name: run_on(name, case, t)
-    variants: dict[str, Variant] = {}
-    for name, run in runs.items():
-        try:
-            variants[name] = Variant(case, run, sets, context)
-        except Exception as error:
-            if name != "compiled":
-                raise
-            record["compiled_error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-    expected = variants["naive"].results()
-    limit = TOLERANCE[context.dtype] if case.tolerance is None else case.tolerance
-    for name, variant in variants.items():
-        if name.startswith("prfl_fast"):
-            for i, (value, want) in enumerate(zip(variant.results(), expected, strict=True)):
-                off = harness.relative_error(value, want)
-                assert off <= limit, (
-                    f"{name}, result {i}: {off:.1e} off the naive one at the timed size"
-                )
-    outputs, gradients = (
-        variants["naive"].outputs[0],
-        dict(zip(case.leaves, variants["naive"].gradients, strict=True)),
-    )
-    known = sets[0] | {"out0": outputs[0]}
-    written = case.leaves if case.writes is None else case.writes
-    moved = {"forward": _nbytes([sets[0][n] for n in case.reads]) + _nbytes(outputs)}
+    variants = _variants(case, sets, context, record)
+    moved = kernel_cases.moved_bytes(case, preset, context.dtype)
     if case.leaves:
-        moved["backward"] = (
-            _nbytes([known[n] for n in case.kept])
-            + _nbytes(outputs)
-            + _nbytes([gradients[n] for n in written])
-        )
         moved["both"] = moved["forward"] + moved["backward"]
     record["bytes"] = moved
     elements = sets[0][case.reads[0]].numel()
     forward, backward = (operations * elements for operations in case.arithmetic)
     record["arithmetic"] = {"forward": forward, "backward": backward, "both": forward + backward}
-    del expected, outputs, gradients, known
     record["kept_bytes"] = {name: variant.kept for name, variant in variants.items()}
     for variant in variants.values():
         variant.forget()
@@ -274,11 +228,8 @@ def measure(
     for part in case.passes:
         slow = {n: v for n, v in variants.items() if part == "both" and v.first > 2}
         timings = {n: Timing.of([v.first]) for n, v in slow.items()}
-        timings |= harness.time_side_by_side(
-            {n: v.thunks(part) for n, v in variants.items() if n not in slow},
-            context.device,
-            seconds=seconds,
-        )
+        thunks = {n: v.thunks(part) for n, v in variants.items() if n not in slow}
+        timings |= harness.time_side_by_side(thunks, context.device, seconds=seconds)
         record["times"][part] = {name: timing.record() for name, timing in timings.items()}
     if case.forward_flops is not None:
         work = case.forward_flops(preset)

@@ -16,10 +16,9 @@ import report
 import torch
 from harness import PRESETS, Context, Preset, SuiteResult, Table, UnavailableError
 
+from prfl_fast import MemoryConfig, plan_memory
 from prfl_fast.memory.offload import host_memory
-from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.gpu_specs import this_gpu
-from prfl_fast.planning.planner import plan_memory
 from prfl_fast.training.oom import is_out_of_memory
 from prfl_fast.utils.quiet import quiet_libraries
 from suites import kept
@@ -88,9 +87,8 @@ def table_cases() -> dict[tuple[str, str, str], Case]:
             if row == CHUNKED and not largest:
                 continue
             # Narrow weights are for the largest size, where nothing else is left to save.
-            lean = (
-                largest and memory.activation_checkpointing != "none" and memory.offload is not None
-            )
+            keeps_all = memory.activation_checkpointing == "none" or memory.offload is None
+            lean = largest and not keeps_all
             narrow = () if not lean else NARROW if row != CHUNKED else NARROW[1:]
             for weights in ("bf16", *narrow):
                 case = Case(PRESETS[name], narrowed(memory, weights), patched)
@@ -143,15 +141,9 @@ def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str,
 def _identity(case: Case) -> dict[str, Any]:
     """Return a case as plain values."""
     preset = case.preset
-    return {
-        "preset": preset.name,
-        "tokens": preset.tokens,
-        "layers": preset.layers,
-        "patched": case.patched,
-        "train": case.train,
-        "memory": vars(case.memories[0]),
-        "reward_memory": vars(case.memories[1]),
-    }
+    sizes = {"preset": preset.name, "tokens": preset.tokens, "layers": preset.layers}
+    memories = dict(zip(("memory", "reward_memory"), map(vars, case.memories), strict=True))
+    return sizes | {"patched": case.patched, "train": case.train} | memories
 
 
 def _simulated_table(found: dict[Case, dict[str, Any]]) -> Table:
@@ -233,16 +225,14 @@ def small_cases(context: Context) -> dict[str, Case]:
     if preset.layers > WHOLE_UP_TO:
         preset = replace(preset, layers=FEW_LAYERS)
     weights, train = ("fp32", "full") if cpu else ("bf16", "lora")
-    cases = {
-        name: Case(preset, narrowed(memory, weights), patched, train)
-        for name, (memory, patched) in rows().items()
-        if name != CHUNKED
+    policies = {
+        name: (narrowed(memory, weights), patched) for name, (memory, patched) in rows().items()
     }
-    if not cpu:
-        for narrow in NARROW:
-            memory = uniform("attention", None, narrow)
-            cases[f"attention, {narrow.upper()} weights"] = Case(preset, memory, True, train)
-    return cases
+    policies.pop(CHUNKED, None)
+    for narrow in () if cpu else NARROW:
+        memory = uniform("attention", None, narrow)
+        policies[f"attention, {narrow.upper()} weights"] = memory, True
+    return {name: Case(preset, *policy, train) for name, policy in policies.items()}
 
 
 def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
@@ -265,12 +255,8 @@ def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
             record = {"case": "run", "row": name, **_identity(case), "kept_bytes": on_device}
             records.append({**record, "host_bytes": host, "peak_bytes": peak})
             bar.update()
-        timings = harness.time_side_by_side(
-            {name: step.feedback for name, step in steps.items()},
-            context.device,
-            seconds=0.2,
-            at_least=2,
-        )
+        thunks = {name: step.feedback for name, step in steps.items()}
+        timings = harness.time_side_by_side(thunks, context.device, seconds=0.2, at_least=2)
         bar.update()
     for record in records:
         record["times"] = timings[record["row"]].record()
@@ -308,16 +294,11 @@ def _small_table(records: list[dict[str, Any]], context: Context) -> Table:
     step = "PRFL step with one rollout forward"
     if context.device.type == "cpu":
         columns = ["blocks keep", "kept on the device", "in host memory", "peak", "time"]
-        body = [
-            [
-                record["row"],
-                report.size(record["kept_bytes"]),
-                report.size(record["host_bytes"]) if record["host_bytes"] else report.BLANK,
-                report.size(record["peak_bytes"]),
-                report.seconds(record["times"]["median_s"]),
-            ]
-            for record in records
-        ]
+        body = []
+        for r in records:
+            sizes = (r["kept_bytes"], r["host_bytes"] or None, r["peak_bytes"])
+            time = report.seconds(r["times"]["median_s"])
+            body.append([r["row"], *map(report.size, sizes), time])
         notes = [
             f"Run here: {shape}, float32, all parameters train. kept: between the generator's "
             f"forward and its backward, the block inputs included. peak, time: of a {step}; bytes "
@@ -358,13 +339,9 @@ def run_plans(context: Context) -> tuple[list[Table], list[dict[str, Any]], list
     for name, train, weights, gib in PLANS.get(context.preset.name, ()):
         budget = min(gib * GIB, total)
         workload = Case(context.preset, MemoryConfig(), True, train).workload()
-        found = plan_memory(
-            workload,
-            weight_dtype=weights,
-            budget=budget,
-            host_budget=int(HOST_SHARE * host_memory()[0]),
-            gpu=this_gpu(context.device),
-        )
+        host, gpu = int(HOST_SHARE * host_memory()[0]), this_gpu(context.device)
+        limits: Any = {"weight_dtype": weights, "budget": budget, "host_budget": host}
+        found = plan_memory(workload, **limits, gpu=gpu)
         case = Case(context.preset, found.memory, True, train, found.reward_memory)
         record = {"case": "plan", "row": name, "budget_bytes": budget, **_identity(case)}
         record["predicted"] = {"peak_bytes": found.peak, "host_bytes": found.host}
@@ -407,8 +384,7 @@ def _chosen(memory: MemoryConfig, reward: MemoryConfig) -> str:
 def run(context: Context) -> SuiteResult:
     """Run the suite: simulated sizes and a small run on a CPU; runs and plans on a GPU."""
     if context.device.type == "cpu":
-        if context.preset.name != "tiny":
-            raise UnavailableError(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+        context.refuse_large()
         table, records, figure = simulated(context)
         by_policy, counted = kept.policies(context)
         measured, problems = run_small_on_cpu(context)

@@ -12,18 +12,14 @@ from harness import Context, Preset, UnavailableError
 from torch import nn
 
 import prfl_fast
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.step import PRFL
+from prfl_fast import PRFL, FlowUniPC, GradientPlan, LatentRewardModel, MemoryConfig
+from prfl_fast.memory import make_optimizer
 from prfl_fast.memory.ledger import Ledger
-from prfl_fast.memory.optimizers import make_optimizer
-from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.quantized import QuantizedLinear
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models import find_adapter
+from prfl_fast.planning import Workload
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.simulation import Simulation, build, materialize, simulate
-from prfl_fast.planning.workload import Workload
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.oom import is_out_of_memory
 
 REWARD_BLOCKS = 8
@@ -64,15 +60,8 @@ class Case:
         """Return the simulated workload; the reward has at most half of the blocks."""
         preset = self.preset
         frames, height, width = preset.latent
-        config = {
-            "num_attention_heads": preset.heads,
-            "attention_head_dim": preset.dim // preset.heads,
-            "ffn_dim": preset.ffn_dim,
-            "num_layers": preset.layers,
-            "text_dim": preset.text_dim,
-        }
         return Workload(
-            config,
+            preset.config,
             frames=4 * (frames - 1) + 1,
             height=8 * height,
             width=8 * width,
@@ -108,17 +97,18 @@ def predict(case: Case) -> dict[str, Any]:
     for phase in TRAINING_PHASES:
         depth = reward_layers if phase in REWARD_PHASES else layers
         few, more = (vars(run.costs[phase]) for run in runs)
-        costs[phase] = Cost(**_at(few, more, depths, dict.fromkeys(few, depth)))
+        costs[phase] = Cost(**at_depth(few, more, depths, depth))
     host = sum(costs[phase].to_host_bytes for phase in ("forward", "reward"))
     return _record(Simulation(sum(highest.values()), "", highest, host, [], costs))
 
 
-def _at(
-    few: Mapping[str, int], more: Mapping[str, int], depths: tuple[int, int], at: dict[str, int]
+def at_depth(
+    few: Mapping[str, int], more: Mapping[str, int], depths: tuple[int, int], at: Any
 ) -> dict[str, int]:
-    """Extrapolate values at two depths linearly, each to its own depth."""
+    """Extrapolate values at two depths linearly: to one depth, or each to its own."""
     first, second = depths
-    return {k: few[k] + (more[k] - few[k]) * (at[k] - first) // (second - first) for k in few}
+    to = at if isinstance(at, Mapping) else dict.fromkeys(few, at)
+    return {k: few[k] + (more[k] - few[k]) * (to[k] - first) // (second - first) for k in few}
 
 
 def _highest(
@@ -138,7 +128,7 @@ def _highest(
         starts.append(next(live for phase, live in run.timeline if phase == REWARD_PHASES[0]))
     categories = starts[0].keys()
     generator = {name: reward_layers if name == "reward" else layers for name in categories}
-    start = _at(starts[0], starts[1], depths, generator)
+    start = at_depth(*starts, depths, generator)
     moments = []
     for phase in highs[0]:
         few, more = (high[phase] for high in highs)
@@ -147,10 +137,10 @@ def _highest(
                 {name: live[name] - begun[name] for name in categories}
                 for live, begun in zip((few, more), starts, strict=True)
             )
-            added = _at(few, more, depths, dict.fromkeys(categories, reward_layers))
+            added = at_depth(few, more, depths, reward_layers)
             moments.append({name: start[name] + added[name] for name in categories})
         else:
-            moments.append(_at(few, more, depths, generator))
+            moments.append(at_depth(few, more, depths, generator))
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -193,20 +183,14 @@ class Step:
         self.adapter = find_adapter(self.generator)
         self.parameters = [p for p in self.generator.parameters() if p.requires_grad]
         self._prfl = _prfl(self.generator, reward)
+        kind, dtype = case.memory.optimizer, case.memory.gradient_dtype
         self._optimizer = make_optimizer(
-            case.memory.optimizer,
-            self.parameters,
-            learning_rate=5e-6,
-            gradient_dtype=case.memory.gradient_dtype,
+            kind, self.parameters, learning_rate=5e-6, gradient_dtype=dtype
         )
         text = (1, case.preset.text_tokens, case.preset.text_dim)
-        draw = context.generator(1)
-        self.conditions = {
-            "encoder_hidden_states": torch.randn(text, generator=draw, device=context.device)
-        }
-        self.noise = torch.randn(
-            (1, 16, *case.preset.latent), generator=draw, device=context.device
-        )
+        options = {"generator": context.generator(1), "device": context.device}
+        self.conditions = {"encoder_hidden_states": torch.randn(text, **options)}
+        self.noise = torch.randn((1, 16, *case.preset.latent), **options)
 
     def feedback(self, noise: torch.Tensor | None = None) -> None:
         """Rollout, gradient step, reward and backward; gradients of before are dropped."""
@@ -246,14 +230,8 @@ def _fill(model: nn.Module) -> None:
             else:
                 tensor.fill_(float(name != "bias"))
         if isinstance(module, QuantizedLinear):
-            device = module.qweight.device
-            wide = nn.Linear(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                device=device,
-                dtype=torch.bfloat16,
-            )
+            sizes, options = (module.in_features, module.out_features), {"dtype": torch.bfloat16}
+            wide = nn.Linear(*sizes, bias=False, device=module.qweight.device, **options)
             module.qweight.copy_(QuantizedLinear(wide, module.kind).qweight)
 
 

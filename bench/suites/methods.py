@@ -22,8 +22,8 @@ from method_specs import METHODS, POINTS, SOLVER_STEPS, TINY, Method
 from torch import nn
 
 import prfl_fast
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.training.losses import sft_loss
+from prfl_fast import LatentRewardModel
+from prfl_fast.training import sft_loss
 from suites import wan
 
 # parameters; a generator larger than this trains LoRA layers, as in bf16 its gradients alone are 28
@@ -83,10 +83,8 @@ def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], 
     if context.device.type == "cpu":
         from experiments.world import decode
 
-        return (
-            decode,
-            "the linear codec of bench/experiments/world, which keeps nothing for its backward",
-        )
+        what = "the linear codec of bench/experiments/world, which keeps nothing for its backward"
+        return decode, what
     from diffusers import AutoencoderKLWan
 
     with torch.device(context.device):
@@ -205,8 +203,7 @@ def costs(preset: Preset, context: Context) -> tuple[list[dict[str, Any]], str]:
 def run(context: Context) -> SuiteResult:
     """Measure every method, per gradient point; then the variance of gradients."""
     preset = TINY if context.preset.name == "tiny" else context.preset
-    if context.device.type == "cpu" and preset is not TINY:
-        raise UnavailableError(f"{preset.name} on a CPU takes hours; use --preset tiny, or a GPU")
+    context.refuse_large()
     with plans.one_thread(context.device):
         cases, notes = costs(preset, context)
     spread: dict[str, variance.Estimate | None] = {}
@@ -225,13 +222,11 @@ def run(context: Context) -> SuiteResult:
 def _per_point(case: dict[str, Any], sft: dict[str, Any] | None) -> tuple[float, float, float]:
     """Seconds, peak bytes and FLOPs per gradient point; with SFT, one supervised step a point."""
     seconds, work = case["times"]["median_s"] / case["points"], case["flops"] / case["points"]
+    peak = case["peak_bytes"]
     if sft is None:
-        return seconds, case["peak_bytes"], work
-    return (
-        seconds + sft["times"]["median_s"],
-        max(case["peak_bytes"], sft["peak_bytes"]),
-        work + sft["flops"],
-    )
+        return seconds, peak, work
+    seconds, work = seconds + sft["times"]["median_s"], work + sft["flops"]
+    return seconds, max(peak, sft["peak_bytes"]), work
 
 
 def _paired(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -265,9 +260,8 @@ def _table(
             body.append([*label, *line])
     columns = ["method", "time", "peak", "FLOPs", "time, PRFL 1 = 1", "FLOPs, PRFL 1 = 1"]
     columns += ["variance"] if spread else []
-    many = next(
-        (c for c in methods if c["method"] != SINGLE and _is_prfl(c) and "flops" in c), None
-    )
+    several = (c for c in methods if c["method"].startswith("PRFL") and c["method"] != SINGLE)
+    many = next((c for c in several if "flops" in c), None)
     names = {case["method"] for case in methods}
     drawn = "; ".join(f"{m.name} {_steps(m)}" for m in METHODS if m.typical and m.name in names)
     lines = [
@@ -302,10 +296,6 @@ def _table(
     return Table("methods", title, columns, body, lines), problems
 
 
-def _is_prfl(case: dict[str, Any]) -> bool:
-    return case["method"].startswith("PRFL")
-
-
 def _steps(method: Method) -> str:
     shown = []
     for point in method.typical or ():
@@ -329,14 +319,9 @@ def _figure(cases: list[dict[str, Any]], preset: Preset, context: Context) -> An
         (2, "FLOPs per gradient point", "GFLOP", 1e9, report.flops),
     )
     for axes, (i, title, unit, scale, text) in zip(panels, sizes, strict=True):
-        series = {
-            "without SFT": [p[i] / scale for p in plain],
-            "with SFT": [p[i] / scale if p else None for p in both],
-        }
-        labels = {
-            "without SFT": [text(p[i]) for p in plain],
-            "with SFT": [text(p[i]) if p else "" for p in both],
-        }
+        sides = {"without SFT": plain, "with SFT": both}
+        series = {n: [p[i] / scale if p else None for p in side] for n, side in sides.items()}
+        labels = {n: [text(p[i]) if p else "" for p in side] for n, side in sides.items()}
         report.grouped_bars(axes, names, series, title=title, unit=unit, labels=labels)
         axes.margins(x=0.3)
     panels[0].legend(fontsize=8, loc="lower right")

@@ -9,35 +9,12 @@ from typing import Any
 import aot
 import report
 import torch
-from harness import PRESETS, Context, Preset, Table
+from harness import PRESETS, Context, Table
 
 from prfl_fast.kernels.runtime.triton import HAS_TRITON
-from suites.kernel_cases import CASES, Case
+from suites.kernel_cases import CASES, moved_bytes
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
-
-
-def moved_bytes(case: Case, preset: Preset, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that a forward and a backward must read and write, each tensor once."""
-    meta = torch.device("meta")
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=meta, dtype=dtype)
-
-    tensors = case.make(preset, randn, meta, dtype)
-    found = case.ours(tensors)
-    outputs = found if isinstance(found, tuple) else (found,)
-    known = tensors | {"out0": outputs[0]}
-
-    def nbytes(names: Any) -> int:
-        return sum(known[name].nbytes for name in names)
-
-    written = sum(t.nbytes for t in outputs)
-    moved = {"forward": nbytes(case.reads) + written}
-    if case.leaves:
-        gradients = case.leaves if case.writes is None else case.writes
-        moved["backward"] = nbytes(case.kept) + written + nbytes(gradients)
-    return moved
 
 
 def measure(context: Context) -> tuple[list[Table], list[dict[str, Any]]]:
@@ -100,19 +77,8 @@ def _resource_tables(used: list[aot.Resources]) -> list[Table]:
         "the operation's kernels, the sum of their spills.",
         "Wan's widths, D = 1536 to 5120; compiled by Triton ahead of time, not run.",
     ]
-    return [
-        Table(
-            "resources",
-            "Compiled Triton kernels",
-            ["operation", "variants", *architectures],
-            rows,
-            notes,
-        ),
-        Table(
-            "resources-kernels",
-            "Every compiled variant",
-            ["operation", "kernel", "warps", *architectures],
-            each,
-            [notes[0].partition(";")[0] + "."],
-        ),
-    ]
+    columns, title = ["operation", "variants", *architectures], "Compiled Triton kernels"
+    tables = [Table("resources", title, columns, rows, notes)]
+    columns = ["operation", "kernel", "warps", *architectures]
+    notes = [notes[0].partition(";")[0] + "."]
+    return [*tables, Table("resources-kernels", "Every compiled variant", columns, each, notes)]

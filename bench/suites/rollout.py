@@ -13,18 +13,7 @@ from typing import Any
 import harness
 import report
 import torch
-from experiments import small_world
-from experiments.rollout_options import (
-    GUIDANCE,
-    LORA_RANK,
-    REWARD_BLOCKS,
-    SAMPLES,
-    Subject,
-    options,
-    subject,
-    timed_size,
-    trained_subject,
-)
+from experiments import rollout_options, small_world
 from harness import PRESETS, Context, SuiteResult, Table, UnavailableError
 from method_specs import MANY, SOLVER_STEPS, one_thread
 
@@ -42,12 +31,14 @@ def drift_curve(
     return {step: relative_distance(latents[step], exact[step]) for step in steps}
 
 
-def drift_records(trained: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
+def drift_records(
+    trained: rollout_options.Subject, context: Context, bar: Any
+) -> list[dict[str, Any]]:
     """Return each option's drift from its exact form, and the error of PRFL's gradient."""
     known: dict[str, dict[int, torch.Tensor]] = {}
     gradients: dict[str, torch.Tensor] = {}
     records = []
-    for name, option in options(context).items():
+    for name, option in rollout_options.options(context).items():
         bar.set_postfix_str(name)
         if option.against not in known:
             known[option.against] = trained.latents(option.against)
@@ -69,7 +60,9 @@ def compared(gradient: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     return {"relative_l2": harness.relative_error(a, b), "cosine": cosine}
 
 
-def cost_records(timed: Subject, context: Context, bar: Any) -> list[dict[str, Any]]:
+def cost_records(
+    timed: rollout_options.Subject, context: Context, bar: Any
+) -> list[dict[str, Any]]:
     """FLOPs, peak bytes and seconds of a whole rollout of every option.
 
     Of what a CPU emulates, only FLOPs: what emulating allocates and takes says nothing. On a GPU no
@@ -78,7 +71,7 @@ def cost_records(timed: Subject, context: Context, bar: Any) -> list[dict[str, A
     on_cpu = context.device.type == "cpu"
     records: dict[str, dict[str, Any]] = {}
     thunks: dict[str, Callable[[], object]] = {}
-    for name, option in options(context).items():
+    for name, option in rollout_options.options(context).items():
         bar.set_postfix_str(name)
         run = partial(timed.run, name)
         record: dict[str, Any] = {"case": "rollout", "option": name}
@@ -119,30 +112,24 @@ def table(
             mine, theirs = (r.get("times", {}).get("median_s") for r in (cost, base))
             over = mine / theirs if mine and theirs else None
             time_cells = [report.seconds(mine), report.ratio(over)]
-        same, off = name == drift["against"], drift.get("gradient")
+        same = name == drift["against"]
         drift_cells = [report.BLANK if same else _drift(curve.get(step)) for step in SHOWN]
-        body.append(
-            [
-                name,
-                *time_cells,
-                report.flops(cost.get("flops")),
-                report.size(cost.get("peak_bytes")),
-                *drift_cells,
-                report.BLANK if off is None else _drift(off["relative_l2"]),
-                report.BLANK if off is None else report.number(off["cosine"], 5),
-                report.BLANK if same else drift["against"],
-            ]
-        )
+        line = [name, *time_cells, report.flops(cost.get("flops"))]
+        line += [report.size(cost.get("peak_bytes")), *drift_cells]
+        off = drift.get("gradient", {"relative_l2": None, "cosine": None})
+        line += [_drift(off["relative_l2"]), report.number(off["cosine"], 5)]
+        body.append([*line, report.BLANK if same else drift["against"]])
     notes = [
         about,
         "drift: relative L2 distance of the latents before a step to those of the option named "
-        f"last, largest of {SAMPLES} samples. Of the small world's tiny generator with heads of 32 "
-        f"channels, trained briefly; {SOLVER_STEPS} UniPC steps, guidance {GUIDANCE:g}, adapters "
-        f"of rank {LORA_RANK} with random values. 0: no bit differs.",
+        f"last, largest of {rollout_options.SAMPLES} samples. Of the small world's tiny generator "
+        f"with heads of 32 channels, trained briefly; {SOLVER_STEPS} UniPC steps, guidance "
+        f"{rollout_options.GUIDANCE:g}, adapters of rank {rollout_options.LORA_RANK} with random "
+        "values. 0: no bit differs.",
         "gradient off: relative L2 distance of PRFL's gradient after such a rollout to the one of "
         f"the option named last, at steps {', '.join(map(str, MANY))} with the same noise, and "
         "their cosine: of all parameters, with LoRA of the adapters; the reward reads "
-        f"{REWARD_BLOCKS} blocks of the generator, its head is not trained.",
+        f"{rollout_options.REWARD_BLOCKS} blocks of the generator, its head is not trained.",
     ]
     if context.device.type == "cpu":
         notes.append(
@@ -170,18 +157,11 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
     shown = [r for r in drifts if any(r["by_step"].values())]
     for i, record in enumerate(shown):
         curve = {step: value for step, value in record["by_step"].items() if value > 0}
-        axes.plot(
-            list(curve),
-            list(curve.values()),
-            label=record["option"],
-            color=colors[i % len(colors)],
-            linestyle="-" if i < len(colors) else "--",
-            marker="o",
-            markersize=2.5,
-            # The first is nearly covered by what includes it.
-            linewidth=3.5 if i == 0 else 1.2,
-            alpha=0.5 if i == 0 else 1.0,
-        )
+        style = {"color": colors[i % len(colors)], "marker": "o", "markersize": 2.5}
+        style["linestyle"] = "-" if i < len(colors) else "--"
+        # The first is nearly covered by what includes it.
+        style["linewidth"], style["alpha"] = (1.2, 1.0) if i else (3.5, 0.5)
+        axes.plot(list(curve), list(curve.values()), label=record["option"], **style)
     axes.set_yscale("log")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     last = {r["option"]: list(r["by_step"].values())[-1] for r in shown}
@@ -196,20 +176,19 @@ def run(context: Context) -> SuiteResult:
     which is the same on every machine.
     """
     on_cpu = context.device.type == "cpu"
-    if on_cpu and context.preset.name != "tiny":
-        raise UnavailableError(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+    context.refuse_large()
     tables, figures, counted, splits = [], {}, [], []
     if on_cpu:
         with small_world.workers(context) as pool:
             counted, splits = _counts(context, pool)
         tables = [rollout_counts.table(counted), split.table(splits)]
         figures["split.png"] = split.flops_figure(splits)
-    trained = trained_subject(context)
-    with context.bar(2 * len(options(context)) + 1, "rollout") as bar:
+    trained = rollout_options.trained_subject(context)
+    with context.bar(2 * len(rollout_options.options(context)) + 1, "rollout") as bar:
         drifts = drift_records(trained, context, bar)
         with one_thread(context.device):
-            costs = cost_records(subject(context), context, bar)
-    preset, num_inference_steps = timed_size(context)
+            costs = cost_records(rollout_options.subject(context), context, bar)
+    preset, num_inference_steps = rollout_options.timed_size(context)
     about = (
         f"Costs: {preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, random weights, "
         f"{num_inference_steps} steps{', one thread' if on_cpu else ''}."

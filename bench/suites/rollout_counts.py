@@ -8,8 +8,8 @@ import torch
 from harness import Preset, Table
 from method_specs import SOLVER_STEPS
 
+from prfl_fast.models import find_adapter
 from prfl_fast.models.inference import RolloutOptions
-from prfl_fast.models.registry import find_adapter
 from prfl_fast.planning.costs import Cost, CostLedger
 from prfl_fast.planning.simulation import fake_models
 from suites.memory_step import DEPTHS, Case, uniform
@@ -62,19 +62,11 @@ class EightBits(CostLedger):
             self.eight_bits[self._phase] = self.eight_bits.get(self._phase, 0) + added
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Costs of opening a rollout and of each of its forwards, bytes of the caches, and FLOPs of a
-    forward in 8 bits.
-    """
-
-    opening: Cost
-    forward: Cost
-    cache_bytes: int
-    eight_bits: int
+Tally = dict[str, Cost]
 
 
 def _tally(preset: Preset, option: Counted, depth: int, num_inference_steps: int) -> Tally:
+    """Costs of opening a rollout and of a forward; the caches' bytes, a forward's 8-bit FLOPs."""
     train = "lora" if option.lora else "full"
     memory = uniform("none")
     workload = Case(preset, memory, option.patched, train).workload()
@@ -97,33 +89,20 @@ def _tally(preset: Preset, option: Counted, depth: int, num_inference_steps: int
             if run is None:
                 adapter.velocity(generator, x, times[0], conditions)
             else:
-                run.velocity(
-                    x,
-                    0,
-                    linears="fp8" if option.linears else "exact",
-                    attention="fp8" if option.attention else "exact",
+                linears, attention = (
+                    "fp8" if eight else "exact" for eight in (option.linears, option.attention)
                 )
-            costs = ledger.costs()
-            cache = held if run is not None else 0
-            opening = costs.get("opening", Cost())
-            return Tally(opening, costs["forward"], cache, ledger.eight_bits.get("forward", 0))
+                run.velocity(x, 0, linears=linears, attention=attention)
+            costs = {"opening": Cost()} | ledger.costs()
+            costs["caches"] = Cost(moved_bytes=held if run is not None else 0)
+            costs["8 bits"] = Cost(matmul_flops=ledger.eight_bits.get("forward", 0))
+            return costs
 
 
 def tally(preset: Preset, option: Counted, num_inference_steps: int = SOLVER_STEPS) -> Tally:
     """At the preset's depth, by the line through two small depths."""
-    depths = DEPTHS[False]
-    few, more = (_tally(preset, option, depth, num_inference_steps) for depth in depths)
-
-    def at(name: str) -> int:
-        first, second = getattr(few, name), getattr(more, name)
-        return first + (second - first) * (preset.layers - depths[0]) // (depths[1] - depths[0])
-
-    return Tally(
-        line(few.opening, more.opening, depths, preset.layers),
-        line(few.forward, more.forward, depths, preset.layers),
-        at("cache_bytes"),
-        at("eight_bits"),
-    )
+    few, more = (_tally(preset, option, depth, num_inference_steps) for depth in DEPTHS[False])
+    return {name: line(few[name], more[name], DEPTHS[False], preset.layers) for name in few}
 
 
 def count(preset: Preset, num_inference_steps: int = SOLVER_STEPS) -> list[dict[str, Any]]:
@@ -131,19 +110,13 @@ def count(preset: Preset, num_inference_steps: int = SOLVER_STEPS) -> list[dict[
     records = []
     for name, option in OPTIONS.items():
         found = tally(preset, option, num_inference_steps)
-        whole = total(found.opening, *[found.forward] * num_inference_steps)
-        records.append(
-            {
-                "case": "rollout counted",
-                "preset": preset.name,
-                "option": name,
-                "num_inference_steps": num_inference_steps,
-                "flops": flops_of(whole),
-                "eight_bit_flops": num_inference_steps * found.eight_bits,
-                "moved_bytes": whole.moved_bytes,
-                "cache_bytes": found.cache_bytes,
-            }
-        )
+        whole = total(found["opening"], *[found["forward"]] * num_inference_steps)
+        record = {"case": "rollout counted", "preset": preset.name, "option": name}
+        record |= {"num_inference_steps": num_inference_steps, "flops": flops_of(whole)}
+        record["eight_bit_flops"] = num_inference_steps * found["8 bits"].matmul_flops
+        record["moved_bytes"] = whole.moved_bytes
+        record["cache_bytes"] = found["caches"].moved_bytes
+        records.append(record)
     return records
 
 
@@ -156,18 +129,12 @@ def table(records: list[dict[str, Any]]) -> Table:
             base = rows["LoRA, unpatched" if OPTIONS[name].lora else "unpatched"]
             less = r["flops"] / base["flops"] - 1
             share = r["eight_bit_flops"] / r["flops"]
-            body.append(
-                [
-                    "" if i else size,
-                    name,
-                    report.flops(r["flops"]),
-                    report.BLANK if r is base else f"{less:+.3%}",
-                    f"{share:.0%}" if share else report.BLANK,
-                    report.size(r["moved_bytes"]),
-                    report.BLANK if r is base else f"{r['moved_bytes'] / base['moved_bytes']:.3f}",
-                    report.size(r["cache_bytes"]) if r["cache_bytes"] else report.BLANK,
-                ]
-            )
+            moved = f"{r['moved_bytes'] / base['moved_bytes']:.3f}"
+            line = ["" if i else size, name, report.flops(r["flops"])]
+            line.append(report.BLANK if r is base else f"{less:+.3%}")
+            line.append(f"{share:.0%}" if share else report.BLANK)
+            line += [report.size(r["moved_bytes"]), report.BLANK if r is base else moved]
+            body.append([*line, report.size(r["cache_bytes"] or None)])
     columns = ["size", "rollout", "FLOPs", "over unpatched", "in 8 bits", "moved", "of unpatched"]
     steps = records[0]["num_inference_steps"]
     notes = [

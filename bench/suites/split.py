@@ -4,7 +4,6 @@ Counted at the real sizes on fake tensors, by the code that trains: once as the 
 once as prfl_fast does. Per gradient point; expected over the draws of the plan.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +12,11 @@ import report
 import torch
 from harness import Preset, Table
 
-from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast import GradientPlan, LatentRewardModel
 from prfl_fast.planning.costs import Cost, CostLedger
 from prfl_fast.planning.simulation import Step, fake_models
-from prfl_fast.rewards.latent import LatentRewardModel
 from suites import wan
-from suites.memory_step import DEPTHS, Case, uniform
+from suites.memory_step import DEPTHS, Case, at_depth, uniform
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
 # Phases of the simulation that make up a part, of which the first depends on the generator's depth
@@ -105,12 +103,7 @@ def _as_the_reference(reward: LatentRewardModel) -> None:
 
 def line(few: Cost, more: Cost, depths: tuple[int, int], depth: int) -> Cost:
     """Return the cost at a depth, on the line through those at two others."""
-    first, second = depths
-    values = {
-        name: low + (getattr(more, name) - low) * (depth - first) // (second - first)
-        for name, low in vars(few).items()
-    }
-    return Cost(**values)
+    return Cost(**at_depth(vars(few), vars(more), depths, depth))
 
 
 def parts(preset: Preset, way: Way) -> dict[str, Cost]:
@@ -153,6 +146,11 @@ def flops_of(cost: Cost) -> int:
     return cost.matmul_flops + cost.attention_flops
 
 
+def moved_of(cost: Cost) -> int:
+    """Bytes of everything else."""
+    return cost.moved_bytes
+
+
 def count(preset: Preset) -> list[dict[str, Any]]:
     """Return records: FLOPs and moved bytes by part, of each way at a size, per gradient point."""
     records = []
@@ -161,28 +159,15 @@ def count(preset: Preset) -> list[dict[str, Any]]:
         if way.reference not in counted:
             counted[way.reference] = parts(preset, way)
         times, costs = repeats(way), counted[way.reference]
-        records.append(
-            {
-                "case": "split",
-                "preset": preset.name,
-                "way": way.name,
-                "points": way.points,
-                "rollout_forwards": times["rollout"],
-                "flops": {part: _sum(times, costs, part, flops_of) for part in PARTS},
-                "moved_bytes": {
-                    part: _sum(times, costs, part, lambda cost: cost.moved_bytes) for part in PARTS
-                },
-            }
-        )
+        record: dict[str, Any] = {"case": "split", "preset": preset.name, "way": way.name}
+        record |= {"points": way.points, "rollout_forwards": times["rollout"]}
+        for name, measure in (("flops", flops_of), ("moved_bytes", moved_of)):
+            found = {part: times[part] * measure(costs[part]) for part in PARTS}
+            # A rollout's caches, once a trajectory.
+            found["rollout"] += times["caches"] * measure(costs["caches"])
+            record[name] = found
+        records.append(record)
     return records
-
-
-def _sum(
-    times: dict[str, float], costs: dict[str, Cost], part: str, measure: Callable[[Cost], int]
-) -> float:
-    value = times[part] * measure(costs[part])
-    # A rollout's caches, once a trajectory.
-    return value + (times["caches"] * measure(costs["caches"]) if part == "rollout" else 0)
 
 
 def table(records: list[dict[str, Any]]) -> Table:

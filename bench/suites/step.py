@@ -20,13 +20,9 @@ from method_specs import MANY, ONE, POINTS, SOLVER_STEPS, TINY, one_thread
 from torch import nn
 
 import prfl_fast
-from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.step import PRFL
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.config import RolloutConfig
-from prfl_fast.rollout.schedulers import FlowUniPC
-from prfl_fast.rollout.trajectory import Trajectory
-from prfl_fast.training.losses import sft_loss
+from prfl_fast import PRFL, FlowUniPC, GradientPlan, LatentRewardModel, RolloutConfig
+from prfl_fast.rollout import Trajectory
+from prfl_fast.training import sft_loss
 from suites import split, wan
 
 # The reference's time over prfl_fast's with 1 point.
@@ -99,6 +95,17 @@ class Way:
     indices: tuple[int, ...] = ONE
     settings: RolloutConfig | None = None
 
+    def record(self) -> dict[str, Any]:
+        """Return what every record of this way has."""
+        return {"case": "step", "way": self.name, "points": len(self.indices)}
+
+    def per_point(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Return the seconds of a call by part for each of its points."""
+        shared = {part: value / len(self.indices) for part, value in seconds.items()}
+        # The supervised step was run once, and is done for each point.
+        update = seconds["optimizer"] / split.ACCUMULATION
+        return shared | {"SFT": seconds["SFT"], "optimizer": update}
+
 
 _EXACT = RolloutConfig()
 
@@ -146,18 +153,14 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
     if name == "reference":
         return Models(*wan.reference_models(base, own, preset, context))
     module, reward = copy.deepcopy(base), own.freeze()
-    if name == "prfl_fast":
-        prfl_fast.patch(module)
-        prfl_fast.patch(reward.backbone)
-        prfl_fast.memory.activation_checkpointing(module, "attention")
-        prfl_fast.memory.activation_checkpointing(reward.backbone, "attention")
-    else:
-        module.enable_gradient_checkpointing()  # type: ignore[operator]
-        reward.backbone.enable_gradient_checkpointing()  # type: ignore[operator]
-    if name == "compiled":
-        for model in (module, reward.backbone):
-            for block in model.blocks:  # type: ignore[union-attr]
-                block.compile(dynamic=False)
+    for model in (module, reward.backbone):
+        if name == "prfl_fast":
+            prfl_fast.patch(model)
+            prfl_fast.memory.activation_checkpointing(model, "attention")
+        else:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+        for block in model.blocks if name == "compiled" else ():  # type: ignore[union-attr]
+            block.compile(dynamic=False)
     return Models(module, module, reward, reward)
 
 
@@ -178,31 +181,25 @@ def measure_way(
     conditions = wan.conditions(preset, context)
     parts = Parts(device)
     plan = GradientPlan.prfl(len(way.indices))
-    step = PRFL(
-        models.velocity,
-        parts.reward(models.reward),
-        FlowUniPC(),
-        plan,
-        num_inference_steps=num_inference_steps,
-        rollout=way.settings,
-    )
-
+    options: Any = {"num_inference_steps": num_inference_steps, "rollout": way.settings}
+    step = PRFL(models.velocity, parts.reward(models.reward), FlowUniPC(), plan, **options)
     rewards: dict[int, float] = {}
     latents = noise
+
+    def update() -> None:
+        with parts.part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def whole(indices: tuple[int, ...]) -> None:
         nonlocal latents
         with parts.rollouts(), parts.part("gradient"):
             out = step(noise, conditions, indices=indices)
-        with parts.part("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update()
         with parts.part("SFT"):
             loss = sft_loss(models.velocity, clean, conditions, generator=context.generator(4))
             loss.backward()
-        with parts.part("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update()
         # The reference's reward has weight gradients: each call's peak is to have them.
         models.judge.zero_grad(set_to_none=True)
         found = out.rewards.float().mean(1).tolist()
@@ -220,20 +217,9 @@ def measure_way(
         seconds = dict(parts.seconds)
         peak = harness.peak_bytes(lambda: whole(way.indices), device)
     seconds["gradient"] -= seconds["rollout"] + seconds["reward"]
-    points = len(way.indices)
-    per_point = {part: value / points for part, value in seconds.items()}
-    # The supervised step was run once, and is done for each point.
-    per_point["SFT"] = seconds["SFT"]
-    per_point["optimizer"] = seconds["optimizer"] / split.ACCUMULATION
-    return {
-        "case": "step",
-        "way": way.name,
-        "points": points,
-        "seconds_per_point": per_point,
-        "peak_bytes": peak,
-        "rewards": {str(index): rewards[index] for index in way.indices},
-        "latents": latents.cpu() if way.indices == ONE else None,
-    }
+    record = way.record() | {"seconds_per_point": way.per_point(seconds), "peak_bytes": peak}
+    record["rewards"] = {str(index): rewards[index] for index in way.indices}
+    return record | {"latents": latents.cpu() if way.indices == ONE else None}
 
 
 def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str]:
@@ -249,30 +235,30 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
     rewards = {r["way"]: r["rewards"][shared] for r in records if "rewards" in r}
     inexact = {way.name for way in ways(context) if way.settings is FP8}
     tolerance, problems = TOLERANCES[context.dtype], []
-    for r in records:
-        if r["way"] not in rewards or "eager" not in rewards:
-            continue
-        off = r["reward_off"] = abs(rewards[r["way"]] - rewards["eager"])
-        if r["way"] not in inexact and not off <= tolerance:
+
+    def check(way: str, what: str, off: float) -> float:
+        if not off <= tolerance:
             problems.append(
-                f"{r['way']}: the reward after step {shared} is {off:.1e} off eager's, expected at "
-                f"most {tolerance:.0e}"
+                f"{way}: the {what} {off:.1e} off eager's, expected at most {tolerance:.0e}"
             )
-        if latents[r["way"]] is not None:
-            off = harness.relative_error(latents[r["way"]], latents["eager"])
-            r["latents_off"] = off
-            if not off <= tolerance:
-                problems.append(
-                    f"{r['way']}: the latents after step {shared} are {off:.1e} off eager's, "
-                    f"expected at most {tolerance:.0e}"
-                )
+        return off
+
+    for r in records:
+        way = r["way"]
+        if way not in rewards or "eager" not in rewards:
+            continue
+        r["reward_off"] = off = abs(rewards[way] - rewards["eager"])
+        if way not in inexact:
+            check(way, f"reward after step {shared} is", off)
+        if latents[way] is not None:
+            off = harness.relative_error(latents[way], latents["eager"])
+            r["latents_off"] = check(way, f"latents after step {shared} are", off)
     return problems
 
 
 def run(context: Context) -> SuiteResult:
     """Every way at the preset's size, one after the other."""
-    if context.device.type == "cpu" and context.preset.name != "tiny":
-        raise UnavailableError(f"{context.preset.name} on a CPU takes hours; use --preset tiny")
+    context.refuse_large()
     preset, blocks = context.preset, 8
     if preset.layers > WHOLE_UP_TO:
         blocks = max(1, round(blocks * FEW_LAYERS / preset.layers))
@@ -286,7 +272,7 @@ def run(context: Context) -> SuiteResult:
     with context.bar(len(ways(context)), "steps") as bar:
         for way in ways(context):
             bar.set_postfix_str(way.name)
-            record: dict[str, Any] = {"case": "step", "way": way.name, "points": len(way.indices)}
+            record = way.record()
             try:
                 if models[0] != way.model:
                     models = ("", None)
@@ -314,17 +300,9 @@ def run(context: Context) -> SuiteResult:
     )
     problems = compare_rewards(records, context)
     table = _table(records, notes, context)
-    rows = {
-        context.preset.name: {
-            r["way"]: r["seconds_per_point"] for r in records if "skipped" not in r
-        }
-    }
-    figure = split.figure(
-        rows,
-        unit="seconds per gradient point",
-        scale=1.0,
-        title="Time of a gradient point, by part",
-    )
+    seconds = {r["way"]: r["seconds_per_point"] for r in records if "skipped" not in r}
+    text = {"unit": "seconds per gradient point", "title": "Time of a gradient point, by part"}
+    figure = split.figure({context.preset.name: seconds}, scale=1.0, **text)
     return SuiteResult([table], records, {"step.png": figure}, problems)
 
 
@@ -336,15 +314,8 @@ def _table(records: list[dict[str, Any]], notes: list[str], context: Context) ->
     measured = {r["way"]: r for r in records if "skipped" not in r}
     bases = [name for name in ("reference", "eager", "compiled") if name in measured]
     body = []
-    columns = [
-        "per gradient point",
-        *split.PARTS,
-        "all",
-        "without SFT",
-        "peak",
-        "reward off",
-        "latents off",
-    ]
+    columns = ["per gradient point", *split.PARTS, "all", "without SFT", "peak"]
+    columns += ["reward off", "latents off"]
     for name in bases:
         columns += [f"{name} over it", "without SFT"]
     for r in records:

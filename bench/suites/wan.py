@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness import Context, Preset, UnavailableError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models import find_adapter
 
 
 def build(
@@ -42,13 +43,8 @@ def build(
     torch.set_default_dtype(dtype or context.dtype)
     try:
         with torch.device(device or context.device):
-            model = WanTransformer3DModel(
-                num_attention_heads=preset.heads,
-                attention_head_dim=preset.dim // preset.heads,
-                ffn_dim=preset.ffn_dim,
-                num_layers=preset.layers if layers is None else layers,
-                text_dim=preset.text_dim,
-            )
+            size = preset if layers is None else replace(preset, layers=layers)
+            model = WanTransformer3DModel(**size.config)
     finally:
         torch.set_default_dtype(before)
     return mixed(model, dtype or context.dtype)

@@ -23,11 +23,8 @@ VOCABULARY = {
     "size": ("small", "middle-sized", "large"),
     "color": tuple(PALETTE),
     "place": ("upper left", "top", "upper right", "left", "middle", "right"),
-    "motion": (
-        "slowly to the left",
-        "fast to the left",
-        "slowly to the right",
-        "fast to the right",
+    "motion": tuple(
+        f"{pace} to the {side}" for side in ("left", "right") for pace in ("slowly", "fast")
     ),
 }
 TEXT_TOKENS = 1 + len(VOCABULARY) * MAX_BODIES

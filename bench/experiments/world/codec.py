@@ -42,42 +42,12 @@ FIRST_TERMS = (
 )  # fmt: skip
 FIRST_MEAN = (-9.07, 0.0, 0.0, 0.0, 0.13, -0.12) + (0.0,) * 10
 FIRST_STD = (
-    5.34,
-    2.54,
-    2.46,
-    1.22,
-    1.08,
-    0.79,
-    1.05,
-    1.04,
-    0.69,
-    0.72,
-    0.51,
-    0.46,
-    0.45,
-    0.56,
-    0.54,
-    0.34,
-)
+    5.34, 2.54, 2.46, 1.22, 1.08, 0.79, 1.05, 1.04, 0.69, 0.72, 0.51, 0.46, 0.45, 0.56, 0.54, 0.34,
+)  # fmt: skip
 GROUP_MEAN = (-18.15, 0.0, 0.0, 0.0, 0.26, -0.23) + (0.0,) * 10
 GROUP_STD = (
-    9.77,
-    4.40,
-    4.32,
-    1.90,
-    2.01,
-    1.47,
-    3.69,
-    2.13,
-    2.04,
-    1.20,
-    1.67,
-    1.07,
-    1.13,
-    1.05,
-    0.67,
-    0.73,
-)
+    9.77, 4.40, 4.32, 1.90, 2.01, 1.47, 3.69, 2.13, 2.04, 1.20, 1.67, 1.07, 1.13, 1.05, 0.67, 0.73,
+)  # fmt: skip
 
 
 def encode(video: Tensor) -> Tensor:
@@ -116,12 +86,8 @@ def decode(latents: Tensor) -> Tensor:
 
     Raises ValueError for other shapes or an integer dtype.
     """
-    if (
-        latents.dim() != 5
-        or latents.shape[1] != CHANNELS
-        or 0 in latents.shape
-        or not latents.is_floating_point()
-    ):
+    shaped = latents.dim() == 5 and latents.shape[1] == CHANNELS and 0 not in latents.shape
+    if not shaped or not latents.is_floating_point():
         raise ValueError(
             f"latents is {tuple(latents.shape)} {latents.dtype}; "
             f"expected floating point [B, {CHANNELS}, T, h, w]"
@@ -132,12 +98,8 @@ def decode(latents: Tensor) -> Tensor:
     if latents.shape[2] > 1:
         basis, mean, std = _constants(False, latents.dtype, latents.device)
         z = latents[:, :, 1:] * std + mean
-        video.append(
-            torch.einsum("kctyx,bkghw->bcgthywx", basis, z)
-            .flatten(6, 7)
-            .flatten(4, 5)
-            .flatten(2, 3)
-        )
+        blocks = torch.einsum("kctyx,bkghw->bcgthywx", basis, z)
+        video.append(blocks.flatten(6, 7).flatten(4, 5).flatten(2, 3))
     return torch.cat(video, 2)
 
 
@@ -150,12 +112,8 @@ def _constants(
     color = color / color.norm(dim=1, keepdim=True)
     time, space = _cosines(1 if first else TIME_STRIDE), _cosines(SPACE_STRIDE)
     terms = FIRST_TERMS if first else GROUP_TERMS
-    basis = torch.stack(
-        [
-            torch.einsum("c,t,y,x->ctyx", color[c], time[t], space[y], space[x])
-            for t, y, x, c in terms
-        ]
-    )
+    factors = [(color[c], time[t], space[y], space[x]) for t, y, x, c in terms]
+    basis = torch.stack([torch.einsum("c,t,y,x->ctyx", *each) for each in factors])
     mean, std = (FIRST_MEAN, FIRST_STD) if first else (GROUP_MEAN, GROUP_STD)
     shape = (CHANNELS, 1, 1, 1)
     as_tensor = [torch.tensor(v, dtype=torch.float64).view(shape) for v in (mean, std)]

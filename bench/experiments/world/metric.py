@@ -59,34 +59,30 @@ def motion_score(
     frames, height, width = video.shape[2:]
     box = torch.tensor([width / height, 1.0])
     path = found.positions.double() / height  # box units
-    radius = (found.area / math.pi).sqrt().median(
-        -1, keepdim=True
-    ).values.double() / height  # [N, K, 1]
+    radius = (found.area / math.pi).sqrt().median(-1, keepdim=True).values  # [N, K, 1]
+    radius = radius.double() / height
     rate = frames - 1
 
     velocity = path.diff(dim=2) * rate  # [N, K, F-1, 2]
     accel = velocity.diff(dim=2) * rate  # [N, K, F-2, 2], at frames 1 .. F-2
     excess = accel - torch.tensor([0.0, GRAVITY])
     excess = _forgive_contacts(excess, path, velocity, radius, box.double())
-    error = (
-        excess.norm(dim=-1) / rate**2
-    )  # heights: how far the middle frame is off the ballistic path, doubled
+    # Heights: how far the middle frame is off the ballistic path, doubled.
+    error = excess.norm(dim=-1) / rate**2
     step = path.diff(dim=2).norm(dim=-1)
 
     fall = GRAVITY * (1 - 0.5 * (path[:, :, 1:, 1] + path[:, :, :-1, 1]))
     energy = 0.5 * velocity.square().sum(-1).clamp(max=TOP_SPEED**2) + fall
     third = max(2, frames // 3)
     gain = energy[..., -third:].median(-1).values - energy[..., :third].median(-1).values
-    log_area = found.area.clamp(min=1e-3).log()
+    log_area, log_spread = (t.clamp(min=1e-3).log() for t in (found.area, found.spread))
     still = torch.where(step.isnan(), step, (step < 0.25 / rate).double()).mean(-1)
     marks = {
         "smooth": _falloff(error.clamp(max=0.2).mean(-1), 0.02, 0.03),
         "steady": _falloff(step.amax(-1), 1.1 * TOP_SPEED / rate, 0.1),
         "alive": _falloff(still, 0.1, 0.15),
         "energy": _falloff(gain, 0.0, 0.8),
-        "shape": _falloff(
-            log_area.std(-1) + 0.5 * found.spread.clamp(min=1e-3).log().std(-1), 0.15, 0.2
-        ),
+        "shape": _falloff(log_area.std(-1) + 0.5 * log_spread.std(-1), 0.15, 0.2),
     }
     marks = {name: value.nanmean(1).nan_to_num(0.0).float() for name, value in marks.items()}
     score = torch.stack([marks[name] for name in MARKS]).clamp(min=1e-6).log().mean(0).exp()
@@ -108,19 +104,15 @@ def _forgive_contacts(
     would reach it; it can only push away from the wall.
     """
     rate = path.shape[2] - 1
-    reach = (
-        torch.maximum(velocity[:, :, :-1].abs(), velocity[:, :, 1:].abs()).clamp(max=TOP_SPEED)
-        / rate
-        + 0.03
-    )
+    speed = torch.maximum(velocity[:, :, :-1].abs(), velocity[:, :, 1:].abs())
+    reach = speed.clamp(max=TOP_SPEED) / rate + 0.03
     center, radius = path[:, :, 1:-1], radius[..., None]
     near_low = center - radius < reach
     near_high = box - radius - center < reach
     excess = torch.where(near_low & (excess > 0), 0.0, excess)
     excess = torch.where(near_high & (excess < 0), 0.0, excess)
-    gap = (center[:, 0] - center[:, 1]).norm(
-        dim=-1, keepdim=True
-    )  # NaN with one body: never a contact
+    # NaN with one body: never a contact.
+    gap = (center[:, 0] - center[:, 1]).norm(dim=-1, keepdim=True)
     touch = gap < radius.sum(1) + reach.amax(1).amax(-1, keepdim=True)
     return torch.where(touch[:, None], 0.0, excess)
 
@@ -130,12 +122,8 @@ def track(video: Tensor) -> Track:
 
     Raises ValueError for other shapes.
     """
-    if (
-        video.dim() != 5
-        or video.shape[1] != 3
-        or video.shape[2] < 9
-        or not video.is_floating_point()
-    ):
+    shaped = video.dim() == 5 and video.shape[1] == 3 and video.shape[2] >= 9
+    if not shaped or not video.is_floating_point():
         raise ValueError(
             f"video is {tuple(video.shape)} {video.dtype}; "
             "expected floating point [N, 3, F >= 9, H, W]"
@@ -175,14 +163,11 @@ def _moments(weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     area = weight.flatten(3).sum(-1)
     safe = area.clamp(min=1e-3)
     center = torch.einsum("nkfhw,hwd->nkfd", weight, grid) / safe[..., None]
-    second = (
-        torch.einsum("nkfhw,hwd->nkfd", weight, grid.square()) / safe[..., None] - center.square()
-    )
+    square = torch.einsum("nkfhw,hwd->nkfd", weight, grid.square()) / safe[..., None]
+    second = square - center.square()
     for frame in range(1, center.shape[2]):
         lost = area[:, :, frame] < 1
-        center[:, :, frame] = torch.where(
-            lost[..., None], center[:, :, frame - 1], center[:, :, frame]
-        )
+        center[:, :, frame][lost] = center[:, :, frame - 1][lost]
     return center, area, second.sum(-1).clamp(min=0) / (safe / (2 * math.pi))
 
 

@@ -103,27 +103,15 @@ def generate(
     said = words(color, size, start, velocity, aspect)
     jump_frame = torch.randint(math.ceil(0.3 * frames), int(0.75 * frames), (n,), generator=gen)
     jump_frame = torch.where(flag["teleport"], jump_frame, -1)
-    positions = _simulate(
-        start, velocity, radius, present, jump_frame, frames, aspect
-    )  # [N, B, F, 2]
+    # [N, B, F, 2]
+    positions = _simulate(start, velocity, radius, present, jump_frame, frames, aspect)
     radii = radius[:, :, None, None].expand(n, b, frames, 2).clone()
 
-    length = max(2, round(0.4 * frames))
-    first = torch.randint(2, frames - length, (n, 1), generator=gen)
-    time = torch.arange(frames).expand(n, frames)
-    frozen = flag["freeze"][:, None] & (time > first) & (time < first + length)
-    time = torch.where(frozen, first, time)
-    time = torch.where(flag["reverse"][:, None], frames - 1 - time, time)
-    positions = positions.gather(2, time[:, None, :, None].expand(n, b, frames, 2))
-
-    shake = 0.07 * torch.randn(n, b, frames, 2, generator=gen)
-    positions = torch.where(flag["jitter"][:, None, None, None], positions + shake, positions)
-
+    positions = _play(positions, flag, gen)
     radii = torch.where(flag["deform"][:, None, None, None], radii * _wobble(n, frames, gen), radii)
+    edge = radii.clamp(max=0.3)
     limit = torch.tensor([aspect, 1.0])
-    positions = torch.minimum(
-        torch.maximum(positions, radii.clamp(max=0.3)), limit - radii.clamp(max=0.3)
-    )
+    positions = torch.minimum(torch.maximum(positions, edge), limit - edge)
 
     rgb = torch.tensor(list(PALETTE.values()))[color]  # [N, B, 3]
     pixels = _render(positions * height, radii * height, present, rgb, tone, height, width)
@@ -139,13 +127,26 @@ def generate(
     )
 
 
+def _play(path: Tensor, flag: dict[str, Tensor], gen: torch.Generator) -> Tensor:
+    """Freeze, reverse and shake the paths [N, B, F, 2] of the clips with these defects."""
+    n, _, frames, _ = path.shape
+    length = max(2, round(0.4 * frames))
+    first = torch.randint(2, frames - length, (n, 1), generator=gen)
+    time = torch.arange(frames).expand(n, frames)
+    frozen = flag["freeze"][:, None] & (time > first) & (time < first + length)
+    time = torch.where(frozen, first, time)
+    time = torch.where(flag["reverse"][:, None], frames - 1 - time, time)
+    path = path.gather(2, time[:, None, :, None].expand_as(path))
+    shake = 0.07 * torch.randn(path.shape, generator=gen)
+    return torch.where(flag["jitter"][:, None, None, None], path + shake, path)
+
+
 def _draw_defects(n: int, defect: str | None, rate: float, gen: torch.Generator) -> list[str]:
     bad = torch.rand(n, generator=gen) < rate
     kind = torch.randint(len(DEFECTS), (n,), generator=gen)
     if defect == "random":
         return [
-            DEFECTS[k] if is_bad else "none"
-            for k, is_bad in zip(kind.tolist(), bad.tolist(), strict=True)
+            DEFECTS[k] if b else "none" for k, b in zip(kind.tolist(), bad.tolist(), strict=True)
         ]
     return [defect or "none"] * n
 
@@ -160,9 +161,8 @@ def _start(radius: Tensor, count: Tensor, aspect: float, uniform) -> tuple[Tenso
     vy = drop / contact - 0.5 * GRAVITY * contact
     # Two bodies start in different halves so that they never overlap at frame 0.
     two = (count == 2)[:, None]
-    share = torch.where(
-        two, (torch.arange(b) + uniform(n, b, low=0.1, high=0.9)) / b, uniform(n, b)
-    )
+    apart = (torch.arange(b) + uniform(n, b, low=0.1, high=0.9)) / b
+    share = torch.where(two, apart, uniform(n, b))
     x = radius + (aspect - 2 * radius) * share
     speed = aspect * uniform(n, b, low=0.5, high=1.1)
     vx = torch.where(uniform(n, b) < 0.5, -speed, speed)
@@ -193,11 +193,8 @@ def _simulate(
             vel = vel + step * accel
             under, over = pos < low, pos > high
             pos = torch.where(under, 2 * low - pos, torch.where(over, 2 * high - pos, pos))
-            vel = torch.where(
-                under,
-                SIDE_RESTITUTION * vel.abs(),
-                torch.where(over, -bounce_high * vel.abs(), vel),
-            )
+            fallen = torch.where(over, -bounce_high * vel.abs(), vel)
+            vel = torch.where(under, SIDE_RESTITUTION * vel.abs(), fallen)
             vel = _collide(pos, vel, radius, present)
         x, shift = pos[:, 0, 0], 0.42 * aspect
         # Towards the farther wall: at least a quarter of the width, whatever the radius.
@@ -218,11 +215,8 @@ def _collide(pos: Tensor, vel: Tensor, radius: Tensor, present: Tensor) -> Tenso
     closing = ((vel[:, 1] - vel[:, 0]) * normal).sum(-1, keepdim=True)
     touch = (distance < radius.sum(1, keepdim=True)) & (closing < 0) & present.all(1, keepdim=True)
     mass = radius.square()
-    impulse = (
-        torch.where(touch, (1 + SIDE_RESTITUTION) * closing, 0.0)
-        * normal
-        / mass.sum(1, keepdim=True)
-    )
+    push = torch.where(touch, (1 + SIDE_RESTITUTION) * closing, 0.0)
+    impulse = push * normal / mass.sum(1, keepdim=True)
     return vel + torch.stack([mass[:, 1:] * impulse, -mass[:, :1] * impulse], 1)
 
 
@@ -255,31 +249,34 @@ def _render(
         center, axes = positions[:, k, :, :, None, None], radii[:, k, :, :, None, None]
         across = (xs - center[:, :, 0]) / axes[:, :, 0]
         down = (ys - center[:, :, 1]) / axes[:, :, 1]
-        inside = (1 - (across.square() + down.square()).sqrt()) * axes.amin(
-            2
-        )  # pixels to the edge, [N, F, H, W]
+        # Pixels to the edge, [N, F, H, W].
+        inside = (1 - (across.square() + down.square()).sqrt()) * axes.amin(2)
         cover = (inside + 0.5).clamp(0, 1) * present[:, k].view(n, 1, 1, 1)
         image = image + cover[:, None] * (rgb[:, k].view(n, 3, 1, 1, 1) - image)
     return image.contiguous()
 
 
 def _check(num_videos, defect, seed, frames, height, width, bodies, defect_rate) -> None:
-    if not isinstance(num_videos, int) or num_videos < 1:
-        raise ValueError(f"num_videos is {num_videos!r}; expected an integer of at least 1")
-    if defect is not None and defect != "random" and defect not in DEFECTS:
-        raise ValueError(
-            f"defect is {defect!r}; expected None, 'random' or one of {', '.join(DEFECTS)}"
-        )
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; expected a non-negative integer")
-    if not isinstance(frames, int) or frames < 9 or frames % 4 != 1:
-        raise ValueError(f"frames is {frames!r}; expected 4k + 1 with k >= 2, for example 17")
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 16 or value % 16:
-            raise ValueError(f"{name} is {value!r}; expected a positive multiple of 16 (pixels)")
-    if len(bodies) != 2 or not 1 <= bodies[0] <= bodies[1] <= MAX_BODIES:
-        raise ValueError(
-            f"bodies is {bodies!r}; expected (smallest, largest) within 1..{MAX_BODIES}"
-        )
-    if not 0 <= defect_rate <= 1:
-        raise ValueError(f"defect_rate is {defect_rate!r}; expected a probability within 0..1")
+    def integer(value, least: int) -> bool:
+        return isinstance(value, int) and value >= least
+
+    names = (None, "random", *DEFECTS)
+    pixels = "a positive multiple of 16 (pixels)"
+    pair = len(bodies) == 2 and 1 <= bodies[0] <= bodies[1] <= MAX_BODIES
+    for name, value, ok, expected in (
+        ("num_videos", num_videos, integer(num_videos, 1), "an integer of at least 1"),
+        ("defect", defect, defect in names, f"None, 'random' or one of {', '.join(DEFECTS)}"),
+        ("seed", seed, integer(seed, 0), "a non-negative integer"),
+        (
+            "frames",
+            frames,
+            integer(frames, 9) and frames % 4 == 1,
+            "4k + 1 with k >= 2, for example 17",
+        ),
+        ("height", height, integer(height, 16) and height % 16 == 0, pixels),
+        ("width", width, integer(width, 16) and width % 16 == 0, pixels),
+        ("bodies", bodies, pair, f"(smallest, largest) within 1..{MAX_BODIES}"),
+        ("defect_rate", defect_rate, 0 <= defect_rate <= 1, "a probability within 0..1"),
+    ):
+        if not ok:
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
