@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self  # noqa: UP035 - Python 3.10 has none
 
 from prfl_fast.cli import sections
+from prfl_fast.cli.sections import RunConfig
 from prfl_fast.cli.yaml_config import Count, Index, Positive, Section, Text, from_list, key
 from prfl_fast.memory.policy import check_compatible
 from prfl_fast.utils.checks import check
@@ -27,7 +28,7 @@ class TrainFile(Section):
     model: Text = key(..., "Folder of a diffusers transformer.")
     data: Text = key(..., "Folder of a dataset of latents.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
-    run: sections.RunConfig = key(..., "Length, batches, checkpoints and logs.")
+    run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     reward: Text | sections.ReferenceReward | Rewards | None = key(
         None,
         "Folder of a saved reward model, files of HY-Video-PRFL, or a list of several rewards. "
@@ -85,7 +86,7 @@ class TrainRewardFile(Section):
     model: Text = key(..., "Folder of the generator, a diffusers transformer.")
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
-    run: sections.RunConfig = key(..., "Length, batches, checkpoints and logs.")
+    run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     eval_data: Text | None = key(
         None, "Dataset of labeled videos to evaluate on at the end; null skips it."
     )
