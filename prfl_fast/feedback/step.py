@@ -135,36 +135,18 @@ class PRFL:
                 shape, or no graph to its input; the transformer has no trainable parameter; or a
                 plan of several steps finds active dropout, or a sharded or DDP model.
         """
-        plan, spec = self.plan, self.spec
-        for reward in spec.rewards.values():
+        plan, steps = self.plan, self.sampler.num_inference_steps
+        for reward in self.spec.rewards.values():
             check_frozen(reward)
         check_number("loss_scale", loss_scale)
         self._check_inputs(noise, latents)
         self._check_model()
-        steps = self.sampler.num_inference_steps
-        if indices is None:
-            points = plan.draw(steps, generator)
-        else:
-            points = plan.points_at(indices, steps)
-        begin = plan.begin(steps)
-        if plan.start == "data" and plan.strength is None:
-            begin = points[0].first
-        visit = [step for point in points for step in range(point.first, point.step + 1)]
-        trajectory = Trajectory(
-            self.sampler, noise, conditions, engine=self.engine, start=begin, visit=visit
-        )
-        if latents is not None:  # the plan starts from data, corrupted to its first noise level
-            sigma = trajectory.sigma(begin)
-            trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
-        estimator = GradientEstimator(spec, trajectory, generator, loss_scale)
+        points = plan.draw(steps, generator) if indices is None else plan.points_at(indices, steps)
+        trajectory = self._open(points, noise, conditions, latents)
+        estimator = GradientEstimator(self.spec, trajectory, generator, loss_scale)
         if plan.to == "latent":
-            first = points[0].step
-            sigma = trajectory.sigma(first)
-            hint = "The factor sigma / (1 - sigma) has no bound there."
-            expected = f"a start later than step {first}, where sigma is {sigma:g}"
-            check(sigma <= 1 - PURE_NOISE, "window", plan.window, expected, hint=hint)
             return estimator.run_guided(points)
-        # The trajectory's own point and the re-noised ones have equal weights.
+        # The trajectory's own point and the renoised ones have equal weights.
         share, drawn = 1 + plan.renoised, len(points)
         points = (*points, *[Point(points[-1].step)] * plan.renoised)
         with _frozen(self.sampler.transformer) if plan.to == "noise" else contextlib.nullcontext():
@@ -184,6 +166,33 @@ class PRFL:
                 # An exception's traceback would keep the graph of several steps alive.
                 trajectory.cut()
         return estimator.output(points)
+
+    def _open(
+        self,
+        points: Sequence[Point],
+        noise: torch.Tensor,
+        conditions: Conditions,
+        latents: torch.Tensor | None,
+    ) -> Trajectory:
+        """Return a trajectory at its first latents, which visits the steps of the points."""
+        plan = self.plan
+        begin = plan.begin(self.sampler.num_inference_steps)
+        if plan.start == "data" and plan.strength is None:
+            begin = points[0].first
+        visit = [step for point in points for step in range(point.first, point.step + 1)]
+        trajectory = Trajectory(
+            self.sampler, noise, conditions, engine=self.engine, start=begin, visit=visit
+        )
+        if latents is not None:  # the plan starts from data, corrupted to its first noise level
+            sigma = trajectory.sigma(begin)
+            trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
+        if plan.to == "latent":
+            first = points[0].step
+            sigma = trajectory.sigma(first)
+            hint = "The factor sigma / (1 - sigma) has no bound there."
+            expected = f"a start later than step {first}, where sigma is {sigma:g}"
+            check(sigma <= 1 - PURE_NOISE, "window", plan.window, expected, hint=hint)
+        return trajectory
 
     def _check_model(self) -> None:
         """Check the model for a gradient to the parameters, or through several steps."""

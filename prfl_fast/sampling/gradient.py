@@ -64,9 +64,9 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
     conditions: Conditions,
     *,
     iterations: int = 50,
-    lr: float = 5.0,
+    learning_rate: float = 5.0,
     momentum: float = 0.9,
-    clip: float = 0.1,
+    max_grad_norm: float = 0.1,
     prior: float = 0.01,
     reward_weights: Mapping[str, float] | None = None,
     progress: bool = False,
@@ -93,7 +93,8 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
         noise: ε, ``[B, C, F, H, W]``; optimized in float32 (float64 if it is).
         conditions: tensors of batch B.
         iterations: number of samples; no step follows the last.
-        lr, momentum, clip: settings of SGD; ``clip`` is a norm for each prompt.
+        learning_rate, momentum: of SGD.
+        max_grad_norm: largest norm of each prompt's gradient.
         prior: weight of the noise's log density.
         reward_weights: factors of several rewards by name; 1 unless given.
         progress: show a tqdm bar.
@@ -109,71 +110,86 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
             no finite value for a prompt.
     """
     check_count("iterations", iterations)
-    check_positive("lr", lr)
-    check_positive("clip", clip)
+    check_positive("learning_rate", learning_rate)
+    check_positive("max_grad_norm", max_grad_norm)
     ok = is_number(momentum) and 0 <= momentum < 1
     check(ok, "momentum", momentum, "a number in [0, 1)")
     check(is_number(prior) and prior >= 0, "prior", prior, "a number of at least 0")
     bind_velocity(sampler.transformer, noise, conditions, "noise")
-    sampler = replace(sampler, rollout=None)
-    step = _step(sampler, reward, GradientPlan.reno(), 1.0, reward_weights)
-    num_inference_steps = sampler.num_inference_steps
-    batch, size = len(noise), noise[0].numel()
-    wide = torch.promote_types(noise.dtype, torch.float32)
-    epsilon = noise.detach().to(wide)
+    step = _step(replace(sampler, rollout=None), reward, GradientPlan.reno(), 1.0, reward_weights)
+    epsilon = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
     velocity = torch.zeros_like(epsilon)
-    best_noise, best_latents = noise.detach().clone(), torch.zeros_like(noise)
-    history: list[torch.Tensor] = []
-    gradients, best = 0, torch.zeros(0)
+    best, gradients = _Best(noise), 0
     with progress_bar("optimizing noise", "iteration", iterations if progress else None) as tick:
         for iteration in range(iterations):
-            start = epsilon.to(noise.dtype)
-            gradient = None
+            start, gradient = epsilon.to(noise.dtype), None
             if iteration == iterations - 1:  # no step follows, so no gradient is needed
                 latents, scores = _sampled(step, start, conditions)
             else:
-                out = step(start, conditions, indices=[num_inference_steps - 1])
+                out = step(start, conditions, indices=[sampler.num_inference_steps - 1])
                 latents, scores, gradient = out.latents, out.rewards[0].cpu(), out.gradient
                 gradients += gradient is not None
-            scores = torch.where(scores.isfinite(), scores, math.nan)
-            best = best if history else torch.full_like(scores, -math.inf)
-            history.append(scores)
-            better = scores > best  # False for NaN
-            best = torch.where(better, scores, best)
-            here = better.to(noise.device).view(-1, 1, 1, 1, 1)
-            best_noise = torch.where(here, start, best_noise)
-            best_latents = torch.where(here, latents, best_latents)
+            best.update(start, latents, scores)
             tick()
             if gradient is None or not bool(gradient.isfinite().all()):
                 break
             # PRFL's loss is a mean over the batch. The factor gives each prompt its own gradient.
-            slope = batch * gradient.to(wide)
-            norm = epsilon.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)  # [B, 1, 1, 1, 1]
-            slope = slope + prior * (1 - (size - 1) / norm**2) * epsilon
-            norm = slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
-            slope = slope * (clip / (norm + 1e-6)).clamp(max=1)
+            slope = len(noise) * gradient.to(epsilon.dtype) + prior * _prior_slope(epsilon)
+            slope = slope * (max_grad_norm / (_norm(slope) + 1e-6)).clamp(max=1)
             velocity = momentum * velocity + slope  # SGD with Nesterov momentum, as torch's
-            epsilon = epsilon - lr * (slope + momentum * velocity)
-    lost = (best == -math.inf).nonzero().flatten().tolist()
-    if lost:
-        raise ValueError(
-            f"the rewards of prompts {lost} were never finite in {len(history)} iterations. Check "
-            "the reward, and the generator's precision"
-        )
-    rewards, branches = len(step.spec.rewards), 1 if sampler.guidance is None else 2
-    steps = batch * branches * num_inference_steps
-    recomputed = batch * branches * (num_inference_steps - 1)
-    return NoiseResult(
-        noise=best_noise,
-        latents=best_latents,
-        scores=best,
-        history=torch.stack(history),
-        forwards=Forwards(
-            generator=len(history) * steps + gradients * recomputed,
-            reward=len(history) * batch * rewards,
-            generator_backward=gradients * steps,
-            reward_backward=gradients * batch * rewards,
-        ),
+            epsilon = epsilon - learning_rate * (slope + momentum * velocity)
+    return best.result(_cost(step, len(noise), len(best.history), gradients))
+
+
+class _Best:
+    """The best noise of each prompt until now, and the scores of all samples."""
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        self._noise, self._latents = noise.detach().clone(), torch.zeros_like(noise)
+        self._scores = torch.zeros(0)
+        self.history: list[torch.Tensor] = []
+
+    def update(self, noise: torch.Tensor, latents: torch.Tensor, scores: torch.Tensor) -> None:
+        scores = torch.where(scores.isfinite(), scores, math.nan)
+        before = self._scores if self.history else torch.full_like(scores, -math.inf)
+        self.history.append(scores)
+        better = scores > before  # False for NaN
+        self._scores = torch.where(better, scores, before)
+        here = better.to(noise.device).view(-1, 1, 1, 1, 1)
+        self._noise = torch.where(here, noise, self._noise)
+        self._latents = torch.where(here, latents, self._latents)
+
+    def result(self, forwards: Forwards) -> NoiseResult:
+        lost = (self._scores == -math.inf).nonzero().flatten().tolist()
+        if lost:
+            raise ValueError(
+                f"the rewards of prompts {lost} were never finite in {len(self.history)} "
+                "iterations. Check the reward, and the generator's precision"
+            )
+        history = torch.stack(self.history)
+        return NoiseResult(self._noise, self._latents, self._scores, history, forwards)
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each sample, ``[B, 1, 1, 1, 1]``."""
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+
+
+def _prior_slope(epsilon: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of ‖ε‖²/2 - (d-1)·log ‖ε‖ for each sample."""
+    return (1 - (epsilon[0].numel() - 1) / _norm(epsilon) ** 2) * epsilon
+
+
+def _cost(step: PRFL, batch: int, samples: int, gradients: int) -> Forwards:
+    """Return the cost of ``samples`` iterations, of which ``gradients`` ran a backward."""
+    steps, branches = step.sampler.num_inference_steps, 1 if step.sampler.guidance is None else 2
+    rewards = batch * len(step.spec.rewards)
+    recomputed = steps - 1  # The last step keeps its graph, so its forward runs once.
+    return Forwards(
+        generator=batch * branches * (samples * steps + gradients * recomputed),
+        reward=samples * rewards,
+        generator_backward=gradients * batch * branches * steps,
+        reward_backward=gradients * rewards,
     )
 
 

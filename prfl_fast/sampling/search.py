@@ -41,8 +41,8 @@ def prune(
         noise: ε, ``[B, C, F, H, W]``: the first candidate of each of B prompts.
         conditions: tensors of batch B.
         candidates: noises of each prompt.
-        keep: by step, the candidates of a prompt that continue after it: an integer, or a share in
-            (0, 1) of the remaining ones, rounded, at least 1. TTSnap has ``{2: 0.4, 6: 0.4, 11:
+        keep: by step, the candidates of a prompt that continue after it: an integer, or a fraction
+            in (0, 1) of the remaining ones, rounded, at least 1. TTSnap has ``{2: 0.4, 6: 0.4, 11:
             0.5}`` for 20 steps.
         reward_at: ``next`` scores x_{m+1} at its noise level, ``clean`` the one-step estimate x̂0 =
             x_m - σ_m·v at timestep 0. Both cost the same.
@@ -118,7 +118,7 @@ def beam_search(  # noqa: PLR0913 - the method's own hyperparameters
         noise: ε, ``[B, C, F, H, W]``: the first beam of each of B prompts.
         beams: latents of each prompt; the paper has 4.
         candidates: stochastic steps from each; the paper has 2.
-        eta: share of the noise that is replaced, 0 … 1; the paper has 1.
+        eta: fraction of the noise that is replaced, 0 … 1; the paper has 1.
         lookahead: Euler steps from a candidate to the rewarded x0, each a forward; the paper has 6,
             and 1 for the plain search. 0 scores the noisy candidates themselves, for a latent
             reward model.
@@ -161,18 +161,18 @@ def _survivors(
     keep: Mapping[int, int | float], candidates: int, num_inference_steps: int
 ) -> dict[int, int]:
     """Return the number of candidates that continue after each step, by increasing step."""
-    check(isinstance(keep, Mapping), "keep", keep, "{step: number or share}")
+    check(isinstance(keep, Mapping), "keep", keep, "{step: number or fraction}")
     steps = list(keep)
     expected = f"steps in 0 … {num_inference_steps - 2}"
     check(_are_steps(steps, num_inference_steps - 1), "the steps of keep", steps, expected)
     left, survivors = candidates, {}
     for step in sorted(steps):
         value = keep[step]
-        share = isinstance(value, float) and 0 < value < 1
+        fraction = isinstance(value, float) and 0 < value < 1
         whole = is_count(value) and value <= left
-        expected = f"a share in (0, 1), or one of the 1 … {left} that are left"
-        check(share or whole, f"keep[{step}]", value, expected)
-        left = max(1, round(left * value)) if share else int(value)
+        expected = f"a fraction in (0, 1), or one of the 1 … {left} that are left"
+        check(fraction or whole, f"keep[{step}]", value, expected)
+        left = max(1, round(left * value)) if fraction else int(value)
         survivors[step] = left
     return survivors
 

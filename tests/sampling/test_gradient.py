@@ -60,13 +60,25 @@ def functions_of(b, scale, weights):
     return lambda x, t: guided(x, level(t), text, scale), score
 
 
-def textbook_reno(hand, iterations, lr, momentum, clip, prior, *, scale=None, weights=(1.0, 0.0)):
+def textbook_reno(
+    hand,
+    iterations,
+    learning_rate,
+    momentum,
+    max_grad_norm,
+    prior,
+    *,
+    scale=None,
+    weights=(1.0, 0.0),
+):
     """Prompt by prompt, with the whole graph and torch's own optimizer."""
     results = []
     for b in range(2):
         velocity_of_b, score_of = functions_of(b, scale, weights)
         noise = NOISE[b : b + 1].clone().requires_grad_()
-        optimizer = torch.optim.SGD([noise], lr=lr, momentum=momentum, nesterov=momentum > 0)
+        optimizer = torch.optim.SGD(
+            [noise], lr=learning_rate, momentum=momentum, nesterov=momentum > 0
+        )
         scores, best = [], (-math.inf, None, None)
         for _ in range(iterations):
             world = textbook.World(velocity_of_b, None)
@@ -79,7 +91,7 @@ def textbook_reno(hand, iterations, lr, momentum, clip, prior, *, scale=None, we
             density = 0.5 * norm**2 - (noise.numel() - 1) * norm.log()
             optimizer.zero_grad()
             (-score.sum() + prior * density).backward()
-            nn.utils.clip_grad_norm_(noise, clip)
+            nn.utils.clip_grad_norm_(noise, max_grad_norm)
             optimizer.step()
         results.append((scores, *best))
     return results
@@ -91,7 +103,7 @@ def textbook_reno(hand, iterations, lr, momentum, clip, prior, *, scale=None, we
 )
 def test_optimize_noise_equals_the_textbook(ours, hand, momentum, clip, prior):
     model, judge = Counted(velocity, graph=True), Counted(reward, graph=True)
-    options = {"lr": 2.0, "momentum": momentum, "clip": clip, "prior": prior}
+    options = {"learning_rate": 2.0, "momentum": momentum, "max_grad_norm": clip, "prior": prior}
     found = optimized(Sampler(model, ours, STEPS), judge, iterations=6, **options)
     assert_history(found, textbook_reno(hand, 6, **options))
     torch.testing.assert_close(found.scores, found.history.amax(0))
@@ -106,7 +118,7 @@ def test_optimize_noise_equals_the_textbook(ours, hand, momentum, clip, prior):
 def test_optimize_noise_with_several_rewards_and_guidance_equals_the_textbook(batched):
     model, guidance = Counted(velocity, graph=True), Guidance(2.0, NEGATIVE, batched=batched)
     sampler = Sampler(model, FlowUniPC(), STEPS, guidance=guidance)
-    options = {"lr": 1.0, "clip": 0.2, "prior": 0.02}
+    options = {"learning_rate": 1.0, "max_grad_norm": 0.2, "prior": 0.02}
     weights = {"taste": 0.5, "calm": 3.0}
     found = optimized(sampler, BOTH, iterations=4, reward_weights=weights, **options)
     expected = textbook_reno(
@@ -141,7 +153,7 @@ def test_the_prior_pulls_the_norm_to_that_of_gaussian_noise_and_equal_rewards_ch
         return 0.0 * x.sum((1, 2, 3, 4))
 
     for factor in (0.2, 3.0):
-        options = {"iterations": 150, "prior": 0.1, "lr": 1.0}
+        options = {"iterations": 150, "prior": 0.1, "learning_rate": 1.0}
         found = optimized(Sampler(watched, FlowEuler(), 1), nothing, factor * NOISE, **options)
         expected = torch.full((2,), math.sqrt(23), dtype=torch.float64)
         torch.testing.assert_close(seen[-1], expected, rtol=1e-2, atol=0)
@@ -150,7 +162,7 @@ def test_the_prior_pulls_the_norm_to_that_of_gaussian_noise_and_equal_rewards_ch
 
 def test_best_noise_is_kept_not_the_last():
     # Steps so large that the reward goes up and down.
-    found = optimized(iterations=12, lr=200.0)
+    found = optimized(iterations=12, learning_rate=200.0)
     best = found.history.argmax(0)
     assert (best < 11).any()
     assert torch.equal(found.scores, found.history.amax(0))
@@ -289,8 +301,8 @@ def test_a_trainable_reward_is_refused_under_a_bar_too():
     ("change", "message"),
     [
         ({"iterations": 0}, "iterations is 0, expected a positive integer"),
-        ({"lr": 0.0}, "lr is 0.0, expected a positive number"),
-        ({"clip": math.inf}, "clip is inf, expected a positive number"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive number"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm is inf, expected a positive number"),
         ({"momentum": 1.0}, r"momentum is 1.0, expected a number in \[0, 1\)"),
         ({"prior": -0.1}, "prior is -0.1, expected a number of at least 0"),
         ({"noise": NOISE[0]}, "noise is"),

@@ -141,7 +141,7 @@ PRUNE = {"candidates": 4, "keep": {1: 2}}
         ({"keep": [1]}, r"keep is \[1\]"),
         ({"keep": {5: 1}}, r"steps of keep is \[5\], expected steps in 0 … 4"),
         ({"keep": {-1: 1}}, r"steps of keep is \[-1\]"),
-        ({"keep": {1: 0}}, r"keep\[1\] is 0, expected a share in \(0, 1\), or one of the 1 … 4"),
+        ({"keep": {1: 0}}, r"keep\[1\] is 0, expected a fraction in \(0, 1\), or one of the 1 … 4"),
         ({"keep": {1: 5}}, r"keep\[1\] is 5"),
         ({"keep": {1: 1.0}}, r"keep\[1\] is 1.0"),
         ({"keep": {1: 2, 3: 3}}, r"keep\[3\] is 3, expected .* 1 … 2"),
