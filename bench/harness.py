@@ -152,7 +152,7 @@ class SuiteResult:
     """Results of a suite.
 
     Attributes:
-        tables: for the terminal, report.md and the README.
+        tables: for the terminal, report.md and RESULTS.md.
         cases: every measurement as plain JSON values (seconds, bytes, FLOPs; no units hidden in
             strings).
         figures: file name (without folder) → matplotlib figure, see :func:`report.new_figure`.
@@ -408,7 +408,7 @@ def _package_version(name: str) -> str | None:
 
 
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return what is needed to repeat a run: commit, versions, command, date, device, seed."""
+    """Return the data that repeats a run: commit, versions, command, date, device, seed."""
     argv = sys.argv if argv is None else argv
     packages = ("triton", "diffusers", "peft", "numpy", "flash-attn")
     versions = {name: _package_version(name) for name in packages}

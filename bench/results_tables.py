@@ -2,8 +2,8 @@
 
 A marker pair ``<!-- bench:DEVICE/TABLE -->`` … ``<!-- /bench -->`` is filled with the table of that
 name from the newest record in ``bench/results/DEVICE/*.json`` that has it, and with a line on where
-the record comes from. ``--check`` writes nothing and exits with status 1 if a table in the README
-differs from its record.
+the record comes from. ``--check`` writes nothing and exits with status 1 if a table in
+``RESULTS.md`` differs from its record.
 """
 
 import argparse

@@ -36,13 +36,13 @@ class Option:
     """A way to run the rollout.
 
     Attributes:
-        settings: of the engine; None runs without one.
+        config: of the engine; None runs without one.
         against: the option that it is compared with.
         lora: the model has adapters. guidance: sequential or batched; None has none.
         cuda: measured on CUDA only.
     """
 
-    settings: RolloutConfig | None
+    config: RolloutConfig | None
     against: str = PLAIN
     lora: bool = False
     guidance: bool | None = None
@@ -51,14 +51,14 @@ class Option:
     @property
     def eight_bits(self) -> bool:
         """Something runs in FP8, which a CPU emulates."""
-        return self.settings is not None and self.settings.fp8
+        return self.config is not None and self.config.fp8
 
     @property
     def by_level(self) -> bool:
         """Steps differ in cost, by their noise level."""
-        if self.settings is None:
+        if self.config is None:
             return False
-        return not {self.settings.fp8_linears, self.settings.fp8_attention} <= {None, EVERYWHERE}
+        return not {self.config.fp8_linears, self.config.fp8_attention} <= {None, EVERYWHERE}
 
 
 def precise(**options: Any) -> RolloutConfig:
@@ -114,8 +114,8 @@ class Subject:
         """Run a whole rollout of an option; keep the engine, so that only its first is checked."""
         option = OPTIONS[name]
         model = self.adapted if option.lora else self.model
-        if option.settings is not None and name not in self.engines:
-            self.engines[name] = RolloutEngine(model, option.settings)
+        if option.config is not None and name not in self.engines:
+            self.engines[name] = RolloutEngine(model, option.config)
         guidance = self._guidance(option)
         sampler = Sampler(model, FlowUniPC(), self.num_inference_steps, guidance=guidance)
         engine = self.engines.get(name)
@@ -139,7 +139,7 @@ class Subject:
         model = self.adapted if option.lora else self.model
         options: Any = {"guidance": self._guidance(option), "weight": 1.0}
         options |= {"num_inference_steps": self.num_inference_steps}
-        options["rollout"] = option.settings or NO_ENGINE
+        options["rollout"] = option.config or NO_ENGINE
         step = PRFL(model, self.reward, FlowUniPC(), GradientPlan.prfl(len(MANY)), **options)
         step(self.noise, self.conditions, indices=MANY)
         return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])

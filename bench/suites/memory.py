@@ -22,7 +22,7 @@ from prfl_fast.planning.gpu_specs import this_gpu
 from prfl_fast.training.oom import is_out_of_memory
 from prfl_fast.utils.quiet import quiet_libraries
 from suites import kept
-from suites.memory_step import Case, Step, cuda_step, predict, release, run_capped, uniform
+from suites.memory_step import Case, MeasuredStep, cuda_step, predict, release, run_capped, uniform
 
 GIB = 1 << 30
 SIZES = ("wan14b-720p", "wan14b-480p", "wan1.3b-480p")
@@ -238,13 +238,13 @@ def small_cases(context: Context) -> dict[str, Case]:
 def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
     """Return kept and peak bytes and times of each case, and failed checks."""
     records, problems = [], []
-    steps: dict[str, Step] = {}
+    steps: dict[str, MeasuredStep] = {}
     expected: list[torch.Tensor] = []
     cases = small_cases(context)
     with context.bar(len(cases) + 1, "memory") as bar:
         for name, case in cases.items():
             bar.set_postfix_str(name)
-            step = steps[name] = Step(case, context)
+            step = steps[name] = MeasuredStep(case, context)
             on_device, host = step.kept()
             peak = harness.peak_bytes(step.feedback, context.device)
             gradients = [p.grad.clone() for p in step.parameters if p.grad is not None]
@@ -273,7 +273,7 @@ def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
             record = {"case": "run", "row": name, **_identity(case)}
             record["predicted"] = predict(case)
             try:
-                step = Step(case, context)
+                step = MeasuredStep(case, context)
                 step.step()  # compiles the kernels, makes the optimizer's states
                 record |= cuda_step(step, context.device, runs=2 if case.preset.dim < 5120 else 1)
                 del step

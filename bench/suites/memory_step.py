@@ -154,8 +154,8 @@ def _record(run: Simulation) -> dict[str, Any]:
     }
 
 
-class Step:
-    """Both models of a case on a device, random weights, and what a PRFL step needs.
+class MeasuredStep:
+    """Both models of a case on a device, random weights, and the inputs of a PRFL step.
 
     Models are made without values and get them on the device, tensor by tensor: at no time does
     more than the finished models lie there.
@@ -248,7 +248,7 @@ def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
     outside = total - free - torch.cuda.memory_reserved(device)  # the context and libraries
     torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total), device)
     try:
-        step = Step(case, context)
+        step = MeasuredStep(case, context)
         step.step(step.noise[:, :, :5])
         record = cuda_step(step, device)
         record["outside_bytes"] = outside
@@ -262,7 +262,7 @@ def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
         release()
 
 
-def cuda_step(step: Step, device: torch.device, runs: int = 1) -> dict[str, Any]:
+def cuda_step(step: MeasuredStep, device: torch.device, runs: int = 1) -> dict[str, Any]:
     """Measure the allocator's peaks and the seconds of ``runs`` steps."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

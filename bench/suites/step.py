@@ -87,13 +87,13 @@ class Way:
 
     Attributes:
         model: which models: ``reference``, ``eager``, ``compiled`` or ``prfl_fast``.
-        indices: the gradient steps. settings: of the rollout engine; None runs without caches.
+        indices: the gradient steps. config: of the rollout engine; None runs without caches.
     """
 
     name: str
     model: str
     indices: tuple[int, ...] = ONE
-    settings: RolloutConfig | None = None
+    config: RolloutConfig | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what every record of this way has."""
@@ -181,7 +181,7 @@ def measure_way(
     conditions = wan.conditions(preset, context)
     parts = Parts(device)
     plan = GradientPlan.prfl(len(way.indices))
-    options: Any = {"num_inference_steps": num_inference_steps, "rollout": way.settings}
+    options: Any = {"num_inference_steps": num_inference_steps, "rollout": way.config}
     step = PRFL(models.velocity, parts.reward(models.reward), FlowUniPC(), plan, **options)
     rewards: dict[int, float] = {}
     latents = noise
@@ -233,7 +233,7 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
     shared = str(ONE[0])
     latents = {r["way"]: r.pop("latents", None) for r in records}
     rewards = {r["way"]: r["rewards"][shared] for r in records if "rewards" in r}
-    inexact = {way.name for way in ways(context) if way.settings is FP8}
+    inexact = {way.name for way in ways(context) if way.config is FP8}
     tolerance, problems = TOLERANCES[context.dtype], []
 
     def check(way: str, what: str, off: float) -> float:
