@@ -50,12 +50,12 @@ class Option:
 
     @property
     def eight_bits(self) -> bool:
-        """Something runs in FP8, which a CPU emulates."""
+        """Return True if a layer runs in FP8."""
         return self.config is not None and self.config.fp8
 
     @property
     def by_level(self) -> bool:
-        """Steps differ in cost, by their noise level."""
+        """Return True if the cost of a step depends on its noise level."""
         if self.config is None:
             return False
         return not {self.config.fp8_linears, self.config.fp8_attention} <= {None, EVERYWHERE}
@@ -86,16 +86,14 @@ OPTIONS = {
 
 
 def options(context: Context) -> dict[str, Option]:
-    """Those that the device runs."""
+    """Return the options that the device runs."""
     cuda = context.device.type == "cuda"
     return {name: option for name, option in OPTIONS.items() if cuda or not option.cuda}
 
 
 @dataclass
 class Subject:
-    """A patched model with and without adapters, what a rollout of it starts from, and a reward if
-    gradients are asked for.
-    """
+    """Hold a patched model with and without adapters, rollout inputs, and perhaps a reward."""
 
     model: nn.Module
     adapted: nn.Module
@@ -131,9 +129,7 @@ class Subject:
         return Guidance(GUIDANCE, self.negative, batched=option.guidance)
 
     def gradient(self, name: str) -> torch.Tensor:
-        """PRFL's gradient ``[P]`` after an option's rollout, at the same steps for all options: of
-        all parameters, or of the adapters.
-        """
+        """Return PRFL's gradient ``[P]`` after an option's rollout, at the same steps for all."""
         assert self.reward is not None
         option = OPTIONS[name]
         model = self.adapted if option.lora else self.model
@@ -145,7 +141,7 @@ class Subject:
         return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])
 
     def latents(self, name: str) -> dict[int, torch.Tensor]:
-        """Latents by the step they lie before, of a whole rollout."""
+        """Return the latents of a whole rollout by the step they lie before."""
         found: dict[int, torch.Tensor] = {}
         self.run(name, lambda t: found.__setitem__(t.index, t.x))
         return found
@@ -166,7 +162,7 @@ def with_adapters(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def timed_size(context: Context) -> tuple[Preset, int]:
-    """Sizes of the model that is timed, and the solver steps of its rollout."""
+    """Return sizes of the model that is timed, and the solver steps of its rollout."""
     if context.device.type == "cpu":
         return TINY, SOLVER_STEPS
     preset = context.preset
@@ -176,7 +172,7 @@ def timed_size(context: Context) -> tuple[Preset, int]:
 
 
 def subject(context: Context) -> Subject:
-    """Random weights at the size that is timed."""
+    """Return models with random weights at the size that is timed."""
     preset, num_inference_steps = timed_size(context)
 
     def build() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Stages of single operations: env, warm, smoke, timing, attention and cuda."""
+"""Run the stages of single operations: env, warm, smoke, timing, attention and cuda."""
 
 import contextlib
 import importlib.metadata
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from harness import Preset, UnavailableError, backend, relative_error
 from suites import facts
-from suites.kernel_cases import Case
+from suites.kernel_checks import Case
 
 import prfl_fast
 from prfl_fast import kernels
@@ -80,7 +80,7 @@ def clocks(worker: Worker) -> dict[str, Any]:
 
 
 def doctor(worker: Worker) -> dict[str, Any]:
-    """Keep the output of ``prfl-fast doctor``."""
+    """Store the output of ``prfl-fast doctor``."""
     command = [sys.executable, "-m", "prfl_fast.cli", "doctor"]
     limit = max(5.0, min(25.0, worker.left()))
     run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -133,7 +133,7 @@ def pinned(worker: Worker) -> dict[str, Any]:
 
 
 def stage_env(worker: Worker) -> None:
-    """Record what is here, and the ceilings that later figures are held against."""
+    """Record the machine, and the ceilings that later stages compare with."""
     cases = {"versions": versions, "copy": copy, "matmul bf16": product, "matmul fp8": product_fp8}
     for name, run in (cases | {"clocks": clocks, "pinned": pinned, "doctor": doctor}).items():
         worker.case(name, partial(run, worker))
@@ -196,7 +196,7 @@ def against_eager(worker: Worker, case: Case, preset: Preset, part: str) -> dict
 
 
 def stage_timing(worker: Worker) -> None:
-    """Time each operation at real sizes; attention has a stage of its own."""
+    """Time each operation but attention at real sizes."""
     for preset in sizes(worker):
         for name, case in operations().items():
             if "attention" in name:
@@ -249,7 +249,7 @@ def attention_speed(worker: Worker, name: str, preset: Preset) -> dict[str, Any]
 
 
 def rollout_speed(worker: Worker, preset: Preset) -> dict[str, Any]:
-    """Time the 8-bit attention; its error on even and on uneven channels."""
+    """Time the 8-bit attention, and measure its error on even and on uneven channels."""
     case = operations()["rollout_attention"]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

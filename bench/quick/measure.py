@@ -1,4 +1,4 @@
-"""Times, errors and peaks of a case."""
+"""Measure times and peaks of a case."""
 
 import contextlib
 import functools
@@ -42,7 +42,7 @@ def timed(
     most: int = 20,
     least: int = 3,
 ) -> dict[str, Any]:
-    """Time functions that do the same on other inputs; the first call compiles, uncounted."""
+    """Time functions that do the same work on other inputs; the first call is not counted."""
     thunks = list(thunks)
     begin = time.perf_counter()
     thunks[0]()

@@ -81,10 +81,10 @@ def uniform(
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """Bytes at the peak and in host memory, and FLOPs of the training phases.
+    """Return bytes at the peak and in host memory, and FLOPs of the training phases.
 
     Deep models are simulated at two small depths, as the planner does: bytes and work of a phase
-    are affine in the depth from there.
+    are affine in the depth.
     """
     workload = case.workload()
     layers, reward_layers = case.preset.layers, workload.reward_blocks
@@ -114,7 +114,7 @@ def at_depth(
 def _highest(
     runs: list[Simulation], depths: tuple[int, int], layers: int, reward_layers: int
 ) -> dict[str, int]:
-    """Bytes by category at the highest moment of all phases.
+    """Return bytes by category at the highest moment of all phases.
 
     Of a generator's phase, only the reward model's weights depend on the reward's depth; of a
     reward phase, all that it adds to its start.
@@ -155,10 +155,10 @@ def _record(run: Simulation) -> dict[str, Any]:
 
 
 class MeasuredStep:
-    """Both models of a case on a device, random weights, and the inputs of a PRFL step.
+    """Hold both models of a case on a device, with random weights, and the inputs of a PRFL step.
 
-    Models are made without values and get them on the device, tensor by tensor: at no time does
-    more than the finished models lie there.
+    Models are made without values and get them on the device tensor by tensor, so that the device
+    never holds more than the finished models.
 
     Raises:
         UnavailableError: a package that the case needs is missing.
@@ -193,7 +193,7 @@ class MeasuredStep:
         self.noise = torch.randn((1, 16, *case.preset.latent), **options)
 
     def feedback(self, noise: torch.Tensor | None = None) -> None:
-        """Rollout, gradient step, reward and backward; gradients of before are dropped."""
+        """Run rollout, gradient step, reward and backward; drop earlier gradients first."""
         self._optimizer.zero_grad(set_to_none=True)
         latents = self.noise if noise is None else noise
         self._prfl(latents, self.conditions, indices=(INDEX,))
@@ -205,7 +205,7 @@ class MeasuredStep:
         self._optimizer.zero_grad(set_to_none=True)
 
     def kept(self) -> tuple[int, int]:
-        """Bytes on the device and in host memory between the generator's forward and backward."""
+        """Return bytes on device and host between the generator's forward and backward."""
         timestep = torch.full((1,), 500.0, device=self.noise.device)
         with Ledger(open_operations=True) as ledger:
             v = self.adapter.velocity(self.generator, self.noise, timestep, self.conditions)
@@ -220,7 +220,7 @@ def _prfl(generator: nn.Module, reward: LatentRewardModel) -> PRFL:
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Random weights that keep activations finite."""
+    """Draw random weights that keep activations finite."""
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or not tensor.is_floating_point():

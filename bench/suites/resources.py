@@ -12,7 +12,8 @@ import torch
 from harness import PRESETS, Context, Table
 
 from prfl_fast.kernels.runtime.triton import HAS_TRITON
-from suites.kernel_cases import CASES, moved_bytes
+from suites.kernel_cases import CASES
+from suites.kernel_checks import moved_bytes
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
 

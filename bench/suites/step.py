@@ -33,7 +33,7 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 class Parts:
-    """Seconds by part of what runs inside the contexts."""
+    """Sum the seconds of each part of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +46,7 @@ class Parts:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add what runs within to a part."""
+        """Add the seconds of the context to a part."""
         start = self.now()
         yield
         self.seconds[name] += self.now() - start
@@ -67,7 +67,7 @@ class Parts:
 
     @contextlib.contextmanager
     def rollouts(self) -> Iterator[None]:
-        """Within, what trajectories run without gradient is the rollout."""
+        """Attribute ``Trajectory.run`` to the part ``rollout`` within the context."""
         run = Trajectory.run
 
         def timed(trajectory: Trajectory, *arguments: Any, **options: Any) -> None:
@@ -96,7 +96,7 @@ class Way:
     config: RolloutConfig | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return what every record of this way has."""
+        """Return the fields that all records of this way share."""
         return {"case": "step", "way": self.name, "points": len(self.indices)}
 
     def per_point(self, seconds: dict[str, float]) -> dict[str, float]:
@@ -111,7 +111,7 @@ _EXACT = RolloutConfig()
 
 
 def ways(context: Context) -> tuple[Way, ...]:
-    """Baselines as asked for, then prfl_fast's."""
+    """Return the requested baselines, then prfl_fast's ways."""
     slow = context.device.type == "cpu" and not context.compile_ops  # minutes, unless asked for
     found = [
         Way(name, name, ONE, NO_ENGINE)
@@ -171,9 +171,7 @@ def measure_way(
     context: Context,
     num_inference_steps: int = SOLVER_STEPS,
 ) -> dict[str, Any]:
-    """Seconds by part, peak bytes and rewards of a step, after a short one that compiles what
-    compiles.
-    """
+    """Return seconds by part, peak bytes and rewards of a step; a short step compiles first."""
     device = context.device
     parameters = [p for p in models.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-12, fused=device.type == "cuda")
@@ -223,12 +221,13 @@ def measure_way(
 
 
 def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str]:
-    """Add to each record how far its reward is from eager's at the step that all share, and with 1
-    point its latents, which the record no longer holds; the ways that are further off than rounding
-    explains, those with an inexact rollout aside.
+    """Add to each record the distance of its reward, and with 1 point of its latents, from eager's.
 
-    Rewards of random weights hardly depend on the latents: they show a wrong reward model, the
-    latents a wrong trajectory.
+    The latents are removed from the records. Rewards of random weights hardly depend on the
+    latents: they show a wrong reward model, the latents a wrong trajectory.
+
+    Returns:
+        One line for each way beyond the tolerance; inexact rollouts are not held to it.
     """
     shared = str(ONE[0])
     latents = {r["way"]: r.pop("latents", None) for r in records}
@@ -257,7 +256,7 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
 
 
 def run(context: Context) -> SuiteResult:
-    """Every way at the preset's size, one after the other."""
+    """Measure every way at the preset's size, one after the other."""
     context.refuse_large()
     preset, blocks = context.preset, 8
     if preset.layers > WHOLE_UP_TO:
