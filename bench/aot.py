@@ -138,7 +138,6 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line above and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python bench/aot.py",
         description="Compile kernels without a GPU; print registers, spills and shared bytes.",

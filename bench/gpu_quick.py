@@ -81,7 +81,6 @@ def work(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit status."""
     options = parse(argv)
     if options.list:
         print("\n".join(f"{name} {seconds} s" for name, (seconds, _) in STAGES.items()))

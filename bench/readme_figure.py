@@ -45,7 +45,6 @@ def pflop(text: str) -> float:
 
 
 def digest(bars: dict[str, list[float]]) -> str:
-    """Return a digest of the numbers that are drawn."""
     return hashlib.sha256(json.dumps(bars).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from harness import Table
 
 from prfl_fast.utils.io import write_atomic
 
@@ -48,9 +49,8 @@ def newest(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find(results: Path, device: str, name: str) -> str:
-    """Return the Markdown of a table with its origin."""
     run, table = newest(results / device, name)
-    text = report.to_markdown(report.table_from_record(table))
+    text = report.to_markdown(Table(**table))
     return f"{text}\n\n<sub>{report.describe_run(run)}</sub>\n"
 
 

@@ -136,13 +136,11 @@ class RewardedDistillation:
         return {**metrics, "loss": metrics["loss"] + loss.detach(), "distill": loss.detach()}
 
     def distill(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Return the consistency loss of a batch."""
         models = (self.student, self.target, self.teacher)
         return consistency_loss(*models, batch.latents, batch.conditions, generator=generator)
 
 
 def make_step(method: Method, start: Start, model: nn.Module, s: Settings) -> PRFL:
-    """Return the PRFL step of a method that has a reward."""
     known = {"latent": start.reward, "pixel": PixelReward(world.decode, start.pixel)}
     weights = {"latent": s.latent_weight, "pixel": s.pixel_weight}
     return PRFL(

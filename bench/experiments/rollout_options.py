@@ -86,7 +86,6 @@ OPTIONS = {
 
 
 def options(context: Context) -> dict[str, Option]:
-    """Return the options that the device runs."""
     cuda = context.device.type == "cuda"
     return {name: option for name, option in OPTIONS.items() if cuda or not option.cuda}
 
@@ -202,7 +201,7 @@ def trained_subject(context: Context) -> Subject:
     weights = model.state_dict()
 
     def build() -> nn.Module:
-        twin = type(model).from_config(model.config).to(context.device)  # type: ignore[attr-defined]
+        twin = type(model).from_config(model.config).to(context.device)
         twin.load_state_dict(weights)
         return wan.mixed(twin, context.dtype).requires_grad_(False)
 

@@ -113,7 +113,6 @@ class Clips(NamedTuple):
 
     @classmethod
     def make(cls, count: int, seed: int) -> "Clips":
-        """Make ``count`` clips of the world."""
         parts = []
         for start in range(0, count, 512):
             clips = world.generate(min(512, count - start), seed=seed + start)

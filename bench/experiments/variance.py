@@ -29,6 +29,7 @@ from prfl_fast.rollout import Sampler, Trajectory
 
 DRAWS = ("systematic", "independent")
 TARGET = 2.0  # of the hinge, as in PRFL
+CLIPS = 256  # sent to every process
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ def study(
     s = SETTINGS
     with small_world.workers(context) as pool:
         start, _, note = small_world.prepare(WORLD, context, pool)
-        start = replace(start, clips=_few(start.clips))
+        few = small_world.Clips(*(tensor[:CLIPS].clone() for tensor in start.clips))
+        start = replace(start, clips=few)
         products = _products(start, s, context, pool)
         sampled = [name for name in names if not name.startswith("PRFL")]
         methods = _methods(start, s, sampled, context, pool)
@@ -267,11 +269,6 @@ def _of_points(records: list[dict[str, Any]], points: int) -> Estimate | None:
     wanted = (1, DRAWS[0], points)
     found = (r for r in records if (r["batch"], r["draws"], r["points"]) == wanted)
     return next((Estimate(r["variance"], r["variance_error"]) for r in found), None)
-
-
-def _few(clips: small_world.Clips, count: int = 256) -> small_world.Clips:
-    """Return the first ``count`` clips, which every process receives."""
-    return small_world.Clips(*(tensor[:count].clone() for tensor in clips))
 
 
 def _products(start: small_world.Start, s: Settings, context: Context, pool: Executor) -> Products:
@@ -307,7 +304,7 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
     for batch in s.batches:
         for draws in DRAWS:
             for points in s.points:
-                plan = GradientPlan.prfl(points, draws)  # type: ignore[arg-type]
+                plan = GradientPlan.prfl(points, draws)
                 a = second_moment(plan, s.num_inference_steps)
                 flops = expected_flops(plan, s.num_inference_steps, *costs)
                 own = [variance(a, w, c, batch) for w, c in everything]

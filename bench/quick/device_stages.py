@@ -44,7 +44,6 @@ QUERY = (
 
 
 def versions(worker: Worker) -> dict[str, Any]:
-    """Return versions, tools, the device, and the backend of every operation."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {"cuda": torch.version.cuda, "prfl_fast": prfl_fast.__version__}
     found["revision"] = os.environ.get("GPU_QUICK_REV")
@@ -68,7 +67,6 @@ def versions(worker: Worker) -> dict[str, Any]:
 
 
 def clocks(worker: Worker) -> dict[str, Any]:
-    """Read clocks, power and temperature."""
     if not shutil.which("nvidia-smi"):
         raise UnavailableError("no nvidia-smi")
     text = ""
@@ -98,7 +96,6 @@ def copy(worker: Worker) -> dict[str, Any]:
 
 
 def product(worker: Worker) -> dict[str, Any]:
-    """Measure a bf16 matrix product of random numbers."""
     side = side_of(worker)
     record = timed(worker, [facts.matmul(worker.device, side)])
     return {"tflops": 2 * side**3 / record["ms"] / 1e9, "ms": record["ms"]}
@@ -118,7 +115,6 @@ def product_fp8(worker: Worker) -> dict[str, Any]:
 
 
 def side_of(worker: Worker) -> int:
-    """Return the side of the matrices."""
     return facts.MATMUL if worker.cuda and not worker.dry else 128
 
 
@@ -168,7 +164,6 @@ def stage_warm(worker: Worker) -> None:
 
 
 def stage_smoke(worker: Worker) -> None:
-    """Check every operation, forward and every gradient."""
     ops = operations()
     for label, op, preset, dtype in smoke_cases(worker.dry):
         worker.case(label, partial(verify, worker, ops[op], preset, dtype))
@@ -207,7 +202,6 @@ def stage_timing(worker: Worker) -> None:
 
 
 def attend(tensors: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run attention and return its output and log-sum-exp."""
     return kernels.attention(*(tensors[n] for n in "qkv"), heads=int(tensors["heads"]))
 
 
@@ -240,7 +234,6 @@ def agreement(worker: Worker, name: str) -> dict[str, Any]:
 
 
 def attention_speed(worker: Worker, name: str, preset: Preset) -> dict[str, Any]:
-    """Time a backend, forward and backward."""
     kernels.set_attention_backend(name)
     case = operations()["attention"]
     forward = time_operation(worker, case, preset, "forward", seconds=0.5)

@@ -30,7 +30,6 @@ class Journal:
         self.path = path
 
     def write(self, kind: str, stage: str, case: str, **values: Any) -> None:
-        """Append one record."""
         head = {"at_s": time.time() - START, "kind": kind, "stage": stage, "case": case}
         line = json.dumps(plain(head | values))
         with open(self.path, "a") as file:
@@ -39,7 +38,6 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all records."""
         found = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -104,7 +102,6 @@ def unfinished(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """Return a page of text from the journal."""
     lines = ["", "== gpu_quick"]
     for r in results_of(records, "env"):
         shown = {k: v for k, v in r.items() if k not in HIDDEN and v is not None}

@@ -38,7 +38,6 @@ def sizes(worker: Worker) -> tuple[Preset, ...]:
 def inputs(
     worker: Worker, case: Case, preset: Preset, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Any]:
-    """Draw inputs; leaves require gradients."""
     return kernel_checks.draw_inputs(case, preset, worker.device, dtype, seed)
 
 

@@ -137,7 +137,7 @@ def probe(options: argparse.Namespace) -> None:
         worker.case("planner", partial(model_stages.make_plan, worker))
     elif kind == "profile":
         for label in rest.split(";"):
-            name, part, where = re.fullmatch(r"(.+) (forward|backward), (.+)", label).groups()  # type: ignore[union-attr]
+            name, part, where = re.fullmatch(r"(.+) (forward|backward), (.+)", label).groups()
             preset = next(p for p in sizes(worker) if p.name == where)
             attempt(label, partial(profile, worker, ops[name], preset, part))
             gc.collect()

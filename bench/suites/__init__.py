@@ -24,6 +24,5 @@ DEFAULT = tuple(name for name, text in DESCRIPTIONS.items() if not text.startswi
 
 
 def load(name: str) -> Callable[[Context], SuiteResult]:
-    """Return the ``run`` function of a suite."""
     package = "experiments" if name in EXPERIMENTS else "suites"
     return importlib.import_module(f"{package}.{name}").run

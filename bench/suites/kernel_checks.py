@@ -69,19 +69,16 @@ class Case:
 
     @property
     def written(self) -> tuple[str, ...]:
-        """Return the inputs whose gradients a backward must write."""
         return self.leaves if self.writes is None else self.writes
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """Return one or several outputs as a tuple."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def draw_inputs(
     case: Case, preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> Tensors:
-    """Return inputs of a case; leaves require a gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -92,7 +89,6 @@ def draw_inputs(
 
 
 def cotangents(outputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Draw gradients of outputs."""
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     return [
         torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype)

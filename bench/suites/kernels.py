@@ -33,7 +33,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def make_tensors(case: Case, preset: Preset, context: Context, offset: int = 0) -> Tensors:
-    """Return inputs of a case; leaves require a gradient."""
     return kernel_checks.draw_inputs(
         case, preset, context.device, context.dtype, context.seed + offset
     )
@@ -89,7 +88,6 @@ class Variant:
         self.first = time.perf_counter() - start
 
     def results(self) -> list[torch.Tensor]:
-        """Return outputs and gradients of the first run."""
         first = self.outputs[0]
         outputs = kernel_checks.as_tuple(self.case.decode(first if len(first) > 1 else first[0]))
         return [*outputs, *self.gradients]
@@ -257,7 +255,6 @@ def _columns(measured: list[dict[str, Any]]) -> list[str]:
 
 
 def rows(record: dict[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """Return the table's rows of one measured case."""
     lines = []
     for part, times in record["times"].items():
         ours = _ours(times)

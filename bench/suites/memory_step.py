@@ -53,7 +53,6 @@ class Case:
 
     @property
     def memories(self) -> tuple[MemoryConfig, MemoryConfig]:
-        """Return the policies of generator and reward."""
         return self.memory, self.reward_memory or self.memory
 
     def workload(self) -> Workload:
@@ -66,7 +65,7 @@ class Case:
             height=8 * height,
             width=8 * width,
             text_tokens=preset.text_tokens,
-            train=self.train,  # type: ignore[arg-type]
+            train=self.train,
             reward_blocks=min(REWARD_BLOCKS, max(1, preset.layers // 2)),
             sft=False,
             patched=self.patched,
@@ -77,7 +76,7 @@ def uniform(
     policy: str, offload: str | None = None, weights: str = "bf16", **rest: Any
 ) -> MemoryConfig:
     """Return the policy that generator and reward share."""
-    return MemoryConfig(weights, policy, offload, **rest)  # type: ignore[arg-type]
+    return MemoryConfig(weights, policy, offload, **rest)
 
 
 def predict(case: Case) -> dict[str, Any]:
@@ -179,10 +178,11 @@ class MeasuredStep:
             prfl_fast.patch(reward.backbone)
         elif case.memory.activation_checkpointing == "full":
             for model in (self.generator, reward.backbone):
-                model.enable_gradient_checkpointing()  # type: ignore[operator]
+                model.enable_gradient_checkpointing()
         self.adapter = find_adapter(self.generator)
         self.parameters = [p for p in self.generator.parameters() if p.requires_grad]
-        self._prfl = _prfl(self.generator, reward)
+        plan = GradientPlan.prfl()
+        self._prfl = PRFL(self.generator, reward, FlowUniPC(), plan, num_inference_steps=40)
         kind, dtype = case.memory.optimizer, case.memory.gradient_dtype
         self._optimizer = make_optimizer(
             kind, self.parameters, learning_rate=5e-6, gradient_dtype=dtype
@@ -199,7 +199,6 @@ class MeasuredStep:
         self._prfl(latents, self.conditions, indices=(INDEX,))
 
     def step(self, noise: torch.Tensor | None = None) -> None:
-        """Run :meth:`feedback` and the optimizer's step."""
         self.feedback(noise)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -212,10 +211,6 @@ class MeasuredStep:
             kept = ledger.live - v.untyped_storage().nbytes(), ledger.host
         del v
         return kept
-
-
-def _prfl(generator: nn.Module, reward: LatentRewardModel) -> PRFL:
-    return PRFL(generator, reward, FlowUniPC(), GradientPlan.prfl(), num_inference_steps=40)
 
 
 @torch.no_grad()
@@ -281,7 +276,7 @@ def cuda_step(step: MeasuredStep, device: torch.device, runs: int = 1) -> dict[s
 
 
 def release() -> None:
-    """Give memory of models that are gone back to the device."""
+    """Free cached device memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -171,7 +171,6 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
 
 
 def run(context: Context) -> SuiteResult:
-    """Measure cost and drift of the options; on a CPU also count the work at Wan's sizes."""
     on_cpu = context.device.type == "cpu"
     context.refuse_large()
     tables, figures, counted, splits = [], {}, [], []
@@ -212,17 +211,8 @@ def exactness(drifts: list[dict[str, Any]]) -> list[str]:
 
 def _counts(context: Context, pool: Executor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Count rollouts and the split of a step on fake tensors."""
-    presets = [PRESETS[name] for name in split.SIZES]
-    jobs = [
-        [small_world.submit(pool, count, preset) for preset in presets]
-        for count in (rollout_counts.count, split.count)
-    ]
-    found: list[list[dict[str, Any]]] = []
-    with context.bar(2 * len(presets), "counting") as bar:
-        for group in jobs:
-            records = []
-            for job in group:
-                records += job.result()
-                bar.update()
-            found.append(records)
-    return found[0], found[1]
+    work = [(f, PRESETS[name]) for f in (rollout_counts.count, split.count) for name in split.SIZES]
+    jobs = [small_world.submit(pool, *each) for each in work]
+    found = small_world.results_of(jobs, context, "counting")
+    half = len(split.SIZES)
+    return sum(found[:half], []), sum(found[half:], [])

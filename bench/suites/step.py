@@ -74,11 +74,11 @@ class Parts:
             with self.part("rollout"):
                 run(trajectory, *arguments, **options)
 
-        Trajectory.run = timed  # type: ignore[method-assign]
+        Trajectory.run = timed
         try:
             yield
         finally:
-            Trajectory.run = run  # type: ignore[method-assign]
+            Trajectory.run = run
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
             prfl_fast.patch(model)
             prfl_fast.memory.activation_checkpointing(model, "attention")
         else:
-            model.enable_gradient_checkpointing()  # type: ignore[operator]
-        for block in model.blocks if name == "compiled" else ():  # type: ignore[union-attr]
+            model.enable_gradient_checkpointing()
+        for block in model.blocks if name == "compiled" else ():
             block.compile(dynamic=False)
     return Models(module, module, reward, reward)
 
