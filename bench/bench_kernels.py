@@ -1,4 +1,4 @@
-"""pytest-benchmark driver of the kernels suite: ``pytest bench --benchmark-only``.
+"""Time the kernels suite by pytest-benchmark: ``pytest bench --benchmark-only``.
 
 The cases, inputs and checks are those of ``bench/suites/kernels.py``; a case whose result is off
 fails before it is timed.

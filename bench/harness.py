@@ -37,7 +37,7 @@ class UnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
+    """Hold the sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
 
     name: str
     dim: int
@@ -86,7 +86,7 @@ PRESETS = {
 
 @dataclass
 class Context:
-    """Settings of a run, passed to every suite.
+    """Hold the settings of a run, passed to every suite.
 
     Attributes:
         device, preset, seed, seeds: as given on the command line, or their defaults.
@@ -126,7 +126,7 @@ class Context:
 
 
 class NoBar:
-    """Progress bar that shows nothing."""
+    """Replace a progress bar and show nothing."""
 
     def update(self, n: int = 1) -> None: ...
 
@@ -135,7 +135,7 @@ class NoBar:
 
 @dataclass
 class Table:
-    """Rows of formatted cells; markers in RESULTS.md refer to ``name``."""
+    """Hold rows of formatted cells; markers in RESULTS.md refer to ``name``."""
 
     name: str
     title: str
@@ -146,7 +146,7 @@ class Table:
 
 @dataclass
 class SuiteResult:
-    """Results of a suite.
+    """Hold the results of a suite.
 
     Attributes:
         tables: for the terminal, report.md and RESULTS.md.
@@ -165,7 +165,7 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median, 20th and 80th percentile over ``runs`` runs."""
+    """Hold the median, 20th and 80th percentile of seconds over ``runs`` runs."""
 
     median: float
     p20: float

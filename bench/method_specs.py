@@ -23,7 +23,7 @@ RewardName = Literal["latent", "frames", "first frame"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to get reward gradients.
+    """Describe one way to get reward gradients.
 
     Attributes:
         plan: where the gradient is.

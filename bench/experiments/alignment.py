@@ -32,7 +32,7 @@ ARMS = {"sft": "SFT only", "rgb_refl": "RGB ReFL + SFT", "prfl": "PRFL + SFT"}
 
 @dataclass(frozen=True)
 class Settings(small_world.ArmSettings):
-    """Sizes of the experiment; the defaults fit a few minutes of two CPU cores."""
+    """Set the sizes of the experiment; the defaults fit a few minutes of two CPU cores."""
 
     updates: int = 60
     points: int = 5

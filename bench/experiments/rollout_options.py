@@ -33,7 +33,7 @@ NO_ENGINE = RolloutConfig(cache=False, compile="off")  # for a step, which alway
 
 @dataclass(frozen=True)
 class Option:
-    """A way to run the rollout.
+    """Describe a way to run the rollout.
 
     Attributes:
         config: of the engine; None runs without one.

@@ -1,6 +1,4 @@
-"""The suites of ``bench/run.py``. Each is a module with ``run(context) -> SuiteResult``, imported
-when asked for.
-"""
+"""List the suites of ``bench/run.py``: modules with a function ``run(context) -> SuiteResult``."""
 
 import importlib
 from collections.abc import Callable

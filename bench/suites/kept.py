@@ -3,7 +3,6 @@
 Everything here raises ``UnavailableError`` if diffusers is not installed.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import report
@@ -54,33 +53,21 @@ def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) 
             return ledger.live - out.untyped_storage().nbytes()
 
 
-def _by_size(
-    case: str, count: Callable[[Preset, bool], dict[str, int]]
-) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """Return rows and records of ``count(preset, train)``, the bytes by column."""
-    body, cases = [], []
-    for name in SIZES:
-        for what, train in PARAMETERS.items():
-            kept = count(PRESETS[name], train)
-            cases.append({"case": f"{case}, {what}", "preset": name, **kept})
-            first = what == next(iter(PARAMETERS))
-            body.append([name if first else "", what, *map(report.size, kept.values())])
-    return body, cases
-
-
 def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
     """Return the table ``kept`` and its records."""
-
-    def count(preset: Preset, train: bool) -> dict[str, int]:
-        ways = {"eager": False, "prfl_fast": True}
-        return {
-            way: kept_bytes(preset, context, patched=patched, train=train)
-            for way, patched in ways.items()
-        }
-
-    body, cases = _by_size("kept", count)
-    for line, case in zip(body, cases, strict=True):
-        line.append(f"{case['prfl_fast'] / case['eager']:.2f}")
+    cases: list[dict[str, Any]] = []
+    body = []
+    for name in SIZES:
+        for what, train in PARAMETERS.items():
+            eager, ours = (
+                kept_bytes(PRESETS[name], context, patched=patched, train=train)
+                for patched in (False, True)
+            )
+            record = {"case": f"kept, {what}", "preset": name, "eager": eager, "prfl_fast": ours}
+            cases.append(record)
+            first = what == next(iter(PARAMETERS))
+            line = [name if first else "", what, report.size(eager), report.size(ours)]
+            body.append([*line, f"{ours / eager:.2f}"])
     columns = ["block", "parameters", "diffusers", "prfl_fast", "ratio"]
     notes = ["bfloat16, one sample, 512 text tokens; counted on shapes, without a GPU."]
     return Table("kept", "Kept for the backward of one block", columns, body, notes), cases
@@ -88,13 +75,16 @@ def measure(context: Context) -> tuple[Table, list[dict[str, Any]]]:
 
 def policies(context: Context) -> tuple[Table, list[dict[str, Any]]]:
     """Return the table ``kept-policies`` and its records."""
-
-    def count(preset: Preset, train: bool) -> dict[str, int]:
-        return {p: policy_bytes(preset, context, p, train=train) for p in POLICIES}
-
-    body, cases = _by_size("kept by policy", count)
-    for line, case in zip(body, cases, strict=True):
-        line.append(f"1/{case['none'] / case['attention']:.1f}")
+    cases: list[dict[str, Any]] = []
+    body = []
+    for name in SIZES:
+        for what, train in PARAMETERS.items():
+            kept = {p: policy_bytes(PRESETS[name], context, p, train=train) for p in POLICIES}
+            cases.append({"case": f"kept by policy, {what}", "preset": name, **kept})
+            first = what == next(iter(PARAMETERS))
+            share = f"1/{kept['none'] / kept['attention']:.1f}"
+            line = [name if first else "", what, *map(report.size, kept.values()), share]
+            body.append(line)
     columns = ["block", "parameters", *POLICIES, "attention of none"]
     notes = [
         "prfl_fast's block, bfloat16, one sample, 512 text tokens; the block's input counts. "

@@ -32,7 +32,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at any size.
+    """Describe one operation at any size.
 
     Attributes:
         name: row of the table. op: registered name, decides which backends there are.
@@ -142,7 +142,7 @@ def compare(
 
 
 def moved_bytes(case: Case, preset: Preset, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that a forward and a backward must read and write, each tensor once."""
+    """Return the bytes that a forward and a backward must read and write, each tensor once."""
     meta = torch.device("meta")
 
     def randn(*shape: int) -> torch.Tensor:

@@ -69,7 +69,7 @@ def backends(case: Case, context: Context) -> list[str]:
 
 
 class Variant:
-    """One implementation with its inputs: results of a first run, thunks of each pass."""
+    """Run one implementation on its inputs and make thunks of each pass."""
 
     def __init__(
         self, case: Case, run: Callable[[Tensors], Any], sets: list[Tensors], context: Context

@@ -34,7 +34,7 @@ TRAINING_PHASES = ("forward", *REWARD_PHASES, "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, memory policies and trained parameters of a step.
+    """Hold sizes, memory policies and trained parameters of a step.
 
     Attributes:
         preset: sizes; its latent gives the video.

@@ -52,7 +52,7 @@ class PixelClassifier(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, F, H, W]`` → ``[B]`` in (0, 1)."""
+        """Map ``[B, 3, F, H, W]`` to ``[B]`` in (0, 1)."""
         frames = frames.to(self.head.weight.dtype)
         for layer in self.layers:
             frames = torch.nn.functional.silu(layer(frames))

@@ -19,7 +19,7 @@ SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
 
 
 def measure(context: Context) -> tuple[list[Table], list[dict[str, Any]]]:
-    """Tables ``resources``, ``resources-kernels``, ``bytes``, and their records."""
+    """Return tables ``resources``, ``resources-kernels``, ``bytes``, and their records."""
     cases: list[dict[str, Any]] = []
     body = []
     for case in CASES:

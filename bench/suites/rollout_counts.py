@@ -20,7 +20,7 @@ EIGHT_BITS = ("prfl_fast::fp8_linear", "prfl_fast::rollout_attention", "aten::_s
 
 @dataclass(frozen=True)
 class Counted:
-    """A way to run the rollout.
+    """Describe a way to run the rollout.
 
     Attributes:
         patched: on prfl_fast's kernels. cache: in the engine. lora: with adapters, merge: merged.

@@ -35,7 +35,7 @@ ACCUMULATION = 5  # gradient points of an optimizer update, as the paper's
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do the step.
+    """Describe one way to do the step.
 
     Attributes:
         points: gradient points of a trajectory.

@@ -83,7 +83,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the step.
+    """Describe one way to run the step.
 
     Attributes:
         model: which models: ``reference``, ``eager``, ``compiled`` or ``prfl_fast``.
@@ -129,7 +129,7 @@ def ways(context: Context) -> tuple[Way, ...]:
 
 @dataclass
 class Models:
-    """A generator that trains and a reward, as a step takes them.
+    """Hold a generator that trains and a reward.
 
     Attributes:
         module: holds the generator's parameters. velocity: what PRFL and SFT call.
@@ -143,7 +143,7 @@ class Models:
 
 
 def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Context) -> Models:
-    """Models of a way with the weights of ``base``.
+    """Return the models of a way with the weights of ``base``.
 
     Raises:
         UnavailableError: the reference's, if something it needs is missing.

@@ -127,7 +127,7 @@ def generate(
 def _play(
     path: Tensor, radii: Tensor, flag: dict[str, Tensor], gen: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Freeze, reverse, shake and deform paths and radii [N, B, F, 2] of clips with these defects."""
+    """Freeze, reverse, shake and deform the paths and radii [N, B, F, 2] of these clips."""
     n, _, frames, _ = path.shape
     length = max(2, round(0.4 * frames))
     first = torch.randint(2, frames - length, (n, 1), generator=gen)
@@ -179,7 +179,7 @@ def _simulate(
     frames: int,
     aspect: float,
 ) -> Tensor:
-    """Return centers [N, B, F, 2] in box units. Body 0 teleports at `jump_frame` [N] (-1: never)."""
+    """Return centers [N, B, F, 2] in box units; body 0 jumps at `jump_frame` [N] (-1: never)."""
     pos, vel = start.clone(), velocity.clone()
     step = 1 / ((frames - 1) * SUBSTEPS)
     low = radius[..., None].expand_as(pos)
