@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import harness
 import torch
 
 from prfl_fast import kernels
@@ -110,10 +110,4 @@ def peak_gib(worker: Worker, run: Callable[[], Any]) -> float | None:
     if not worker.cuda:
         run()
         return None
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    return harness.peak_bytes(run, worker.device) / 2**30

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -21,6 +20,7 @@ import torch
 from harness import PRESETS, Context, Preset, SuiteResult, Table, Timing, UnavailableError
 
 from prfl_fast.kernels.runtime import registry
+from prfl_fast.memory.offload import host_memory
 from suites import kernel_checks, resources
 from suites.kernel_cases import CASES, POOL
 from suites.kernel_checks import PASSES, Case, Tensors
@@ -132,10 +132,7 @@ def _free_bytes(context: Context) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(context.device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+    return host_memory()[0]
 
 
 def _check_fits(case: Case, preset: Preset, context: Context) -> None:

@@ -6,6 +6,7 @@ is timed is one call, an SFT step and two optimizer updates.
 
 import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -267,26 +268,24 @@ def run(context: Context) -> SuiteResult:
     blocks = min(blocks, max(1, preset.layers // 3))
     base = wan.build(preset, context).cpu()
     records, notes = [], []
-    models: tuple[str, Models | None] = ("", None)
     with context.bar(len(ways(context)), "steps") as bar:
-        for way in ways(context):
-            bar.set_postfix_str(way.name)
-            record = way.record()
-            try:
-                if models[0] != way.model:
-                    models = ("", None)
-                    made = _models(way.model, base.to(context.device), blocks, preset, context)
-                    base.cpu()
-                    models = (way.model, made)
-                assert models[1] is not None
-                with one_thread(context.device):
-                    record = measure_way(way, models[1], preset, context)
-            except (UnavailableError, torch.OutOfMemoryError) as error:
-                full = isinstance(error, torch.OutOfMemoryError)
-                record["skipped"] = "out of memory" if full else str(error)
-                models = ("", None)
-            records.append(record)
-            bar.update()
+        for name, group in itertools.groupby(ways(context), key=lambda way: way.model):
+            models = None  # those of the last way are freed before the next are made
+            for way in group:
+                bar.set_postfix_str(way.name)
+                record = way.record()
+                try:
+                    if models is None:
+                        models = _models(name, base.to(context.device), blocks, preset, context)
+                        base.cpu()
+                    with one_thread(context.device):
+                        record = measure_way(way, models, preset, context)
+                except (UnavailableError, torch.OutOfMemoryError) as error:
+                    full = isinstance(error, torch.OutOfMemoryError)
+                    record["skipped"] = "out of memory" if full else str(error)
+                    models = None
+                records.append(record)
+                bar.update()
     notes.append(
         f"{preset.layers} blocks of {context.preset.layers}, D = {preset.dim}, L = "
         f"{preset.tokens}, reward of {blocks}; random weights, all parameters train. Seconds per "
