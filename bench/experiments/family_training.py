@@ -196,10 +196,10 @@ def measure(
 
 
 @torch.no_grad()
-def moved(model: nn.Module, start: Start, count: int = 64) -> float:
+def moved(model: nn.Module, start: Start) -> float:
     """Return ‖v - v₀‖ / ‖v₀‖ of a model's velocity against the start's, on noised real clips."""
     generator = torch.Generator().manual_seed(0)
-    latents, text = start.clips.latents[:count], start.clips.text[:count]
+    latents, text = start.clips.latents[:64], start.clips.text[:64]
     sigma = (torch.arange(len(latents)) + 0.5).view(-1, 1, 1, 1, 1) / len(latents)
     noise = torch.randn(latents.shape, generator=generator)
     x = ((1 - sigma) * latents + sigma * noise).to(next(model.parameters()).device)

@@ -36,11 +36,7 @@ def cycles_per_second() -> float:
 
 
 def timed(
-    worker: Worker,
-    thunks: Sequence[Callable[[], Any]],
-    seconds: float = 0.4,
-    most: int = 20,
-    least: int = 3,
+    worker: Worker, thunks: Sequence[Callable[[], Any]], seconds: float = 0.4, most: int = 20
 ) -> dict[str, Any]:
     """Time functions that do the same work on other inputs; the first call is not counted."""
     thunks = list(thunks)
@@ -53,7 +49,7 @@ def timed(
     host = time.perf_counter() - begin
     sync()
     whole = time.perf_counter() - begin
-    least = 1 if worker.dry or whole > 1 else 2 if whole > 0.2 else least
+    least = 1 if worker.dry or whole > 1 else 2 if whole > 0.2 else 3
     count = max(least, min(2 if worker.dry else most, int(seconds / max(whole, 1e-5))))
     if not worker.cuda:
         ms = 1e3 * statistics.median(wall(thunks[i % len(thunks)]) for i in range(count))

@@ -127,10 +127,10 @@ def total(*costs: Cost) -> Cost:
     return Cost(**{name: sum(getattr(c, name) for c in costs) for name in vars(costs[0])})
 
 
-def repeats(way: Way, num_inference_steps: int = plans.SOLVER_STEPS) -> dict[str, float]:
+def repeats(way: Way) -> dict[str, float]:
     """Return the mean number of times each part runs for one gradient point."""
     return {
-        "rollout": way.plan.expected_forwards(num_inference_steps) / way.points,
+        "rollout": way.plan.expected_forwards(plans.SOLVER_STEPS) / way.points,
         "caches": 1 / way.points,
         "gradient": 1.0,
         "reward": 1.0,

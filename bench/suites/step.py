@@ -165,13 +165,7 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
     return Models(module, module, reward, reward)
 
 
-def measure_way(
-    way: Way,
-    models: Models,
-    preset: Preset,
-    context: Context,
-    num_inference_steps: int = SOLVER_STEPS,
-) -> dict[str, Any]:
+def measure_way(way: Way, models: Models, preset: Preset, context: Context) -> dict[str, Any]:
     """Return seconds by part, peak bytes and rewards of a step; a short step compiles first."""
     device = context.device
     parameters = [p for p in models.module.parameters() if p.requires_grad]
@@ -180,7 +174,7 @@ def measure_way(
     conditions = wan.conditions(preset, context)
     parts = Parts(device)
     plan = GradientPlan.prfl(len(way.indices))
-    options: Any = {"num_inference_steps": num_inference_steps, "rollout": way.config}
+    options: Any = {"num_inference_steps": SOLVER_STEPS, "rollout": way.config}
     step = PRFL(models.velocity, parts.reward(models.reward), FlowUniPC(), plan, **options)
     rewards: dict[int, float] = {}
     latents = noise
