@@ -31,7 +31,7 @@ COMPILABLE = (80, 86, 87, 89, 90, 100, 103, 120, 121)  # LLVM aborts the process
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Hold registers and spilled bytes of a thread, and shared bytes of a program, of one kernel."""
+    """Hold registers and spilled bytes of a thread and shared bytes of a program of a kernel."""
 
     op: str
     label: str

@@ -37,7 +37,7 @@ class UnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Preset:
-    """Hold the sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
+    """Hold sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
 
     name: str
     dim: int

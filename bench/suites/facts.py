@@ -102,7 +102,6 @@ def _attention_case(preset: Preset, name: str, device: torch.device) -> dict[str
     return case | {"times": {n: t.record() for n, t in times.items()}, "flops_per_s": rates}
 
 
-
 def run(context: Context) -> SuiteResult:
     """Measure the device.
 

@@ -82,7 +82,9 @@ class Variant:
             lambda: first.append(self._forward(sets[0])), exclude=parameters
         )
         self.outputs = first
-        self.cotangents = kernel_checks.cotangents(first[0], context.seed + 1) if case.leaves else []
+        self.cotangents = (
+            kernel_checks.cotangents(first[0], context.seed + 1) if case.leaves else []
+        )
         self.gradients = self._backward(first[0], sets[0])
         harness.synchronize(context.device)
         self.first = time.perf_counter() - start

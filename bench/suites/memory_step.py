@@ -12,7 +12,7 @@ from harness import Context, Preset, UnavailableError
 from torch import nn
 
 import prfl_fast
-from prfl_fast import PRFL, FlowUniPC, GradientPlan, LatentRewardModel, MemoryConfig
+from prfl_fast import PRFL, FlowUniPC, GradientPlan, MemoryConfig
 from prfl_fast.memory import make_optimizer
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.quantized import QuantizedLinear

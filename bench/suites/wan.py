@@ -98,7 +98,6 @@ def _reference(context: Context) -> types.ModuleType:
     return source
 
 
-
 class ProjectedPool(nn.Module):
     """Pool ``[B, L, D]`` to ``[B, D]`` by the parameters of ``pool``, as nn.MultiheadAttention.
 
