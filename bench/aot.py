@@ -31,7 +31,7 @@ COMPILABLE = (80, 86, 87, 89, 90, 100, 103, 120, 121)  # LLVM aborts the process
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Registers and spilled bytes of a thread, and shared bytes of a program, of one kernel."""
+    """Hold registers and spilled bytes of a thread and shared bytes of a program of a kernel."""
 
     op: str
     label: str
@@ -138,7 +138,6 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line above and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python bench/aot.py",
         description="Compile kernels without a GPU; print registers, spills and shared bytes.",

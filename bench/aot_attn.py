@@ -1,4 +1,4 @@
-"""Ahead-of-time compile cases of the attention operations; see aot_cases.py."""
+"""Define ahead-of-time compile cases of the attention operations; see aot_cases.py."""
 
 import itertools
 from typing import Any

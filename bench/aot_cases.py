@@ -1,4 +1,4 @@
-"""Ahead-of-time compile cases of every operation with a Triton kernel.
+"""Define ahead-of-time compile cases of every operation with a Triton kernel.
 
 A function ``cases(capability, every)`` returns the specializations of an operation's kernels: the
 ones that Wan runs at 480p, and with ``every`` all combinations of flags. :data:`OPERATIONS` lists

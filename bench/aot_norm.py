@@ -1,4 +1,4 @@
-"""Ahead-of-time compile cases of the norm operations; see aot_cases.py."""
+"""Define ahead-of-time compile cases of the norm operations; see aot_cases.py."""
 
 import itertools
 
@@ -10,29 +10,30 @@ from prfl_fast.kernels.norm.modulate import KINDS
 
 TOKENS = 32760  # of a Wan video at 480p
 DIMS, DTYPES = (1536, 5120, 8192), ("bf16", "fp32")
+ROWS: tuple[str, ...] = ("scale_ptr", "shift_ptr", "scale_table_ptr", "shift_table_ptr")
+AFFINE: tuple[str, ...] = ("weight_ptr", "bias_ptr")
+GATE: tuple[str, ...] = ("gate_ptr", "gate_table_ptr")
 
 
 def norm_modulate_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
     """Return the kernels of Wan 1.3B, 5B and 14B at 480p; ``every``: all flags, D to 8192."""
-    rows: tuple[str, ...] = ("scale_ptr", "shift_ptr", "scale_table_ptr", "shift_table_ptr")
-    indexed = (*rows, "row_index_ptr", "order_ptr", "bounds_ptr")
-    affine: tuple[str, ...] = ("weight_ptr", "bias_ptr")
+    indexed = (*ROWS, "row_index_ptr", "order_ptr", "bounds_ptr")
     dx: tuple[str, ...] = ("dx_ptr",)
     sums = ("dot_ptr", "total_ptr")
     chosen = [
-        (1536, "bf16", "layer", rows, dx + sums),
+        (1536, "bf16", "layer", ROWS, dx + sums),
         (3072, "bf16", "layer", indexed, dx + sums),
-        (5120, "bf16", "layer", rows, dx + sums),
-        (5120, "bf16", "layer", affine, dx + sums),
-        (5120, "fp32", "layer", rows, dx + sums),
+        (5120, "bf16", "layer", ROWS, dx + sums),
+        (5120, "bf16", "layer", AFFINE, dx + sums),
+        (5120, "fp32", "layer", ROWS, dx + sums),
     ]
     if every:
-        givens = ((), affine, rows, rows + affine, indexed)
+        givens = ((), AFFINE, ROWS, ROWS + AFFINE, indexed)
         chosen = list(itertools.product(DIMS, DTYPES, KINDS, givens, (dx, sums, dx + sums)))
     cases = {}
     for dim, dtype, kind, given, results in chosen:
         pointers = dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", *given, *results), dtype)
-        pointers |= {name: "fp32" for name in pointers if name in rows + affine + sums}
+        pointers |= {name: "fp32" for name in pointers if name in ROWS + AFFINE + sums}
         pointers |= {name: "i64" for name in pointers if name in indexed[4:]}
         lengths = {"length_x": "i32" if given == indexed else None, "length_g": None}
         itemsize = 4 if dtype == "fp32" else 2
@@ -55,17 +56,15 @@ def norm_modulate_cases(capability: tuple[int, int], every: bool = False) -> lis
 
 def norm_modulate_fp8_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
     """Return the kernels of Wan 1.3B and 14B at 480p; ``every``: all flags, D to 8192."""
-    rows: tuple[str, ...] = ("scale_ptr", "shift_ptr", "scale_table_ptr", "shift_table_ptr")
-    affine: tuple[str, ...] = ("weight_ptr", "bias_ptr")
-    indexed = (*rows, "row_index_ptr")
+    indexed = (*ROWS, "row_index_ptr")
     chosen = [
-        (1536, "bf16", "layer", rows),
-        (5120, "bf16", "layer", rows),
-        (5120, "fp32", "layer", affine),
+        (1536, "bf16", "layer", ROWS),
+        (5120, "bf16", "layer", ROWS),
+        (5120, "fp32", "layer", AFFINE),
     ]
     if every:
         dims = (1536, 3072, 5120, 8192)
-        givens = ((), affine, rows, rows + affine, indexed)
+        givens = ((), AFFINE, ROWS, ROWS + AFFINE, indexed)
         chosen = list(itertools.product(dims, ("bf16", "fp32"), KINDS, givens))
     cases = []
     for dim, dtype, kind, given in chosen:
@@ -85,12 +84,11 @@ def norm_modulate_fp8_cases(capability: tuple[int, int], every: bool = False) ->
 
 def gated_residual_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
     """Return the kernels of Wan 1.3B and 14B at 480p; ``every``: all flags, D to 8192."""
-    gate: tuple[str, ...] = ("gate_ptr", "gate_table_ptr")
     results: tuple[str, ...] = ("dy_ptr", "sum_ptr")
-    indexed = (*gate, "row_index_ptr", "order_ptr", "bounds_ptr")
-    chosen = [(1536, "bf16", gate, results), (5120, "bf16", gate, results), (5120, "bf16", (), ())]
+    indexed = (*GATE, "row_index_ptr", "order_ptr", "bounds_ptr")
+    chosen = [(1536, "bf16", GATE, results), (5120, "bf16", GATE, results), (5120, "bf16", (), ())]
     if every:
-        givens, some = ((), gate[:1], gate[1:], gate, indexed), (results[:1], results[1:], results)
+        givens, some = ((), GATE[:1], GATE[1:], GATE, indexed), (results[:1], results[1:], results)
         chosen = list(itertools.product(DIMS, DTYPES, givens, some))
     cases = {}
     for dim, dtype, given, wanted in chosen:
@@ -118,20 +116,17 @@ def gated_residual_cases(capability: tuple[int, int], every: bool = False) -> li
 
 def residual_norm_modulate_cases(capability: tuple[int, int], every: bool = False) -> list[AotCase]:
     """Return the kernels between the parts of a Wan block; ``every``: all flags, D to 8192."""
-    gate: tuple[str, ...] = ("gate_ptr", "gate_table_ptr")
-    rows: tuple[str, ...] = ("scale_ptr", "shift_ptr", "scale_table_ptr", "shift_table_ptr")
-    affine: tuple[str, ...] = ("weight_ptr", "bias_ptr")
-    indexed = (*gate, *rows, "row_index_ptr", "order_ptr", "bounds_ptr")
+    indexed = (*GATE, *ROWS, "row_index_ptr", "order_ptr", "bounds_ptr")
     sums: tuple[str, ...] = ("gate_sum_ptr", "dot_ptr", "total_ptr")
     results: tuple[str, ...] = ("dx_ptr", "dy_ptr")
     chosen = [
-        (1536, "bf16", "layer", gate + affine, results + sums),
-        (5120, "bf16", "layer", gate + affine, results + sums),
-        (5120, "bf16", "layer", rows, results[:1] + sums[1:]),
-        (5120, "fp32", "layer", gate + rows, results + sums),
+        (1536, "bf16", "layer", GATE + AFFINE, results + sums),
+        (5120, "bf16", "layer", GATE + AFFINE, results + sums),
+        (5120, "bf16", "layer", ROWS, results[:1] + sums[1:]),
+        (5120, "fp32", "layer", GATE + ROWS, results + sums),
     ]
     if every:
-        givens = ((), gate + affine, rows, gate + rows + affine, indexed)
+        givens = ((), GATE + AFFINE, ROWS, GATE + ROWS + AFFINE, indexed)
         some = (results, sums, results + sums)
         chosen = list(itertools.product(DIMS, DTYPES, KINDS, givens, some))
     cases = {}

@@ -1,4 +1,4 @@
-"""One specialization of a Triton kernel, described for ahead-of-time compilation."""
+"""Describe a specialization of a Triton kernel for ahead-of-time compilation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AotCase:
-    """One specialization of a kernel, which ``aot.py`` compiles.
+    """Describe one specialization of a kernel, which ``aot.py`` compiles.
 
     ``types`` maps parameters to Triton's types: ``*bf16:16``, ``i32:16``, ``i32``, ``fp32``. The
     suffix ``:16`` says that the address or number is divisible by 16. ``constexprs`` has the values

@@ -1,20 +1,15 @@
-"""pytest-benchmark driver of the kernels suite: ``pytest bench --benchmark-only``.
+"""Time the kernels suite by pytest-benchmark: ``pytest bench --benchmark-only``.
 
 The cases, inputs and checks are those of ``bench/suites/kernels.py``; a case whose result is off
 fails before it is timed.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import harness
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import harness  # noqa: E402
-from suites import kernels  # noqa: E402
+from suites import kernels
 
 CUDA = torch.cuda.is_available()
 CONTEXT = harness.Context(

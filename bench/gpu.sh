@@ -9,7 +9,7 @@
 #         facts     rates of the device that the planner can read (suite facts)
 #         bench     kernels at every real size, the eager and compiled block
 #         methods   the paper's four methods at 1.3B
-#         methods-chains  their neighbors at 1.3B beside PRFL with 1 point: partial chains, one-step rewards, guidance
+#         methods-several-steps  their neighbors at 1.3B beside PRFL with 1 point: partial chains, one-step rewards, guidance
 #         rollout   the rollout by option at 1.3B
 #         rollout-14b  the same with a part of 14B at 480p
 #         step      a PRFL step by part at 1.3B: eager, compiled, prfl_fast; REFERENCE=PATH adds the checkout of
@@ -18,7 +18,7 @@
 #         memory    checkpoint policies at 1.3B, all of 14B trained at 480p within 141 GiB
 #         memory-720p  policies at 14B and 720p, its LoRA plans within 48 and 24 GiB
 #         all       these in this order
-# WHEELS  a folder of wheels for what the machine lacks (diffusers, say); installed without looking further
+# WHEELS  a folder of wheels for what the machine lacks (diffusers, say); installed without an index
 #
 # WHEELS and REFERENCE are relative to where this is called.
 #
@@ -41,7 +41,7 @@ wheels=$(absolute "${2:-}")
 quick=("${@:3}")
 REFERENCE=$(absolute "${REFERENCE:-}")
 cd "$(dirname "$0")/.."
-stages=(quick test racecheck facts bench methods methods-chains rollout rollout-14b step step-14b memory memory-720p)
+stages=(quick test racecheck facts bench methods methods-several-steps rollout rollout-14b step step-14b memory memory-720p)
 if [[ "$stage" == *" "* || " ${stages[*]} all " != *" ${stage:-none} "* ]]; then
     listed=$(printf '%s, ' "${stages[@]}")
     echo "bench/gpu.sh: STAGE is '$stage', expected ${listed%, } or all" >&2
@@ -58,7 +58,7 @@ export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 failures=()
 
-# step SECONDS NAME COMMAND…: run with a time limit, log to $OUT/NAME.log, remember a failure.
+# step SECONDS NAME COMMAND…: run with a time limit, log to $OUT/NAME.log, append to failures.
 step() {
     local limit=$1 name=$2
     shift 2
@@ -92,12 +92,13 @@ install() {
 }
 
 run_test() {
-    # Safe path: without it the checkout's prfl_fast, which has no kernels inside, would shadow the installed one.
+    # Without the safe path, the checkout's prfl_fast would be imported in place of the installed one, and without the
+    # CUDA extension.
     step 540 gpu-tests env PYTHONSAFEPATH=1 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 }
 
 run_quick() {
-    # From a copy of this folder's parent nothing is read: gpu_quick.py imports the installed prfl_fast.
+    # gpu_quick.py imports the installed prfl_fast, not the checkout's.
     step 600 quick env PYTHONSAFEPATH=1 PYTHONPATH="$PWD/bench:$PYTHONPATH" "$python" bench/gpu_quick.py --out "$OUT" "${quick[@]+"${quick[@]}"}"
 }
 
@@ -124,7 +125,7 @@ run_methods() {
     PRFL_FAST_BENCH_METHODS=$names suite 560 methods-1.3b methods wan1.3b-480p
 }
 
-run_methods-chains() {
+run_methods-several-steps() {
     # Not the whole chain: its 40 steps alone take minutes, FLOPs counted in a run of their own. Nor DRaFT-10, which
     # lies between DRaFT-1 and AlignProp's half a chain. The others are compared with PRFL, 1 point.
     local late="PRFL, 1 point;DRaFT-1;DRaFT-LV;ControlNet++;InstructVideo;RG-LCD;ReNO, one-step generator"

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Run the stages, or what another process of this program was asked for."""
+    """Run the stages, or the probe that another process requested."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides
     # torch is imported here, so that the supervisor never holds a CUDA context.
     import torch
@@ -81,7 +81,6 @@ def work(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit status."""
     options = parse(argv)
     if options.list:
         print("\n".join(f"{name} {seconds} s" for name, (seconds, _) in STAGES.items()))

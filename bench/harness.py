@@ -37,7 +37,7 @@ class UnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
+    """Hold sizes of a Wan model. ``latent``: latent frames, height, width; patches are 1×2×2."""
 
     name: str
     dim: int
@@ -56,7 +56,6 @@ class Preset:
 
     @property
     def config(self) -> dict[str, int]:
-        """Return the arguments of diffusers' model."""
         return {
             "num_attention_heads": self.heads,
             "attention_head_dim": self.dim // self.heads,
@@ -66,12 +65,10 @@ class Preset:
         }
 
     def with_grid(self, frames: int, height: int, width: int) -> "Preset":
-        """Return a preset with another grid of tokens."""
         return replace(self, latent=(frames, 2 * height, 2 * width))
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens, L."""
         frames, height, width = self.grid
         return frames * height * width
 
@@ -89,7 +86,7 @@ PRESETS = {
 
 @dataclass
 class Context:
-    """Settings of a run, passed to every suite.
+    """Hold the settings of a run, passed to every suite.
 
     Attributes:
         device, preset, seed, seeds: as given on the command line, or their defaults.
@@ -129,7 +126,7 @@ class Context:
 
 
 class NoBar:
-    """Progress bar that shows nothing."""
+    """Replace a progress bar and show nothing."""
 
     def update(self, n: int = 1) -> None: ...
 
@@ -138,7 +135,7 @@ class NoBar:
 
 @dataclass
 class Table:
-    """Rows of formatted cells; markers in RESULTS.md refer to ``name``."""
+    """Hold rows of formatted cells; markers in RESULTS.md refer to ``name``."""
 
     name: str
     title: str
@@ -149,10 +146,10 @@ class Table:
 
 @dataclass
 class SuiteResult:
-    """Results of a suite.
+    """Hold the results of a suite.
 
     Attributes:
-        tables: for the terminal, report.md and the README.
+        tables: for the terminal, report.md and RESULTS.md.
         cases: every measurement as plain JSON values (seconds, bytes, FLOPs; no units hidden in
             strings).
         figures: file name (without folder) → matplotlib figure, see :func:`report.new_figure`.
@@ -168,7 +165,7 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median, 20th and 80th percentile over ``runs`` runs."""
+    """Hold the median, 20th and 80th percentile of seconds over ``runs`` runs."""
 
     median: float
     p20: float
@@ -177,18 +174,15 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Return the quantiles of single measurements."""
         ordered = sorted(seconds)
         low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
         return cls(statistics.median(ordered), low, high, len(ordered))
 
     def record(self) -> dict[str, float | int]:
-        """Return plain values, in seconds."""
         return {"median_s": self.median, "p20_s": self.p20, "p80_s": self.p80, "runs": self.runs}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -400,26 +394,20 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
     return {"sha": sha, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return what is needed to repeat a run: commit, versions, command, date, device, seed."""
+    """Return the data that repeats a run: commit, versions, command, date, device, seed."""
     argv = sys.argv if argv is None else argv
-    packages = ("triton", "diffusers", "peft", "numpy", "flash-attn")
-    versions = {name: _package_version(name) for name in packages}
-    versions |= {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["prfl_fast"] = __version__
+    for name in ("triton", "diffusers", "peft", "numpy", "flash-attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     if context.device.type == "cuda":
         versions["cuda"] = torch.version.cuda
     return {
         "format": FORMAT,
         "git": git_state(),
-        "versions": {name: version for name, version in sorted(versions.items()) if version},
+        "versions": dict(sorted(versions.items())),
         "command": shlex.join(["python", *argv]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "device": {

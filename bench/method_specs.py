@@ -23,7 +23,7 @@ RewardName = Literal["latent", "frames", "first frame"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to get reward gradients.
+    """Describe one way to get reward gradients.
 
     Attributes:
         plan: where the gradient is.
@@ -46,7 +46,7 @@ class Method:
 
     @property
     def trains(self) -> bool:
-        """The gradient goes to the parameters."""
+        """Return True if the gradient goes to the parameters."""
         return self.plan.to == "parameters"
 
 
@@ -76,7 +76,7 @@ Call = Callable[[torch.Tensor, dict[str, torch.Tensor]], PRFLOutput]
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, one thread: at the sizes it is given, a second one waits more than it works."""
+    """Use one thread on a CPU: at these sizes a second one mostly waits."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def call_of(
     typical: bool = True,
     num_inference_steps: int | None = None,
 ) -> Call:
-    """``(noise, conditions) → PRFLOutput``, leaving gradients in ``.grad``.
+    """Return ``(noise, conditions) → PRFLOutput``, which leaves gradients in ``.grad``.
 
     Args:
         latents: real ones, for methods that start from data.

@@ -21,13 +21,8 @@ COLORS = ("#9ecae1", "#3182bd", "#fd8d3c", "#969696")
 PREFIXES = {"GFLOP": 1e-6, "TFLOP": 1e-3, "PFLOP": 1.0}
 
 
-def read_split(results: Path) -> dict[str, list[float]]:
-    """Return PFLOP by part of each way to compute a gradient point, from the newest record."""
-    return bars_of(newest(results, "split")[1])
-
-
 def bars_of(table: dict) -> dict[str, list[float]]:
-    """Return the rows of ``SIZE`` as PFLOP by part."""
+    """Return PFLOP by part of each way to compute a gradient point, from the rows of ``SIZE``."""
     names = [c["name"] if isinstance(c, dict) else c for c in table["columns"]]
     found, size = {}, ""
     for row in table["rows"]:
@@ -45,7 +40,6 @@ def pflop(text: str) -> float:
 
 
 def digest(bars: dict[str, list[float]]) -> str:
-    """Return a digest of the numbers that are drawn."""
     return hashlib.sha256(json.dumps(bars).encode()).hexdigest()
 
 
@@ -79,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="report drift, write nothing")
     options = parser.parse_args(argv)
-    bars = read_split(ROOT / "bench" / "results")
+    bars = bars_of(newest(ROOT / "bench" / "results", "split")[1])
     if not options.check:
         draw(bars, FIGURE)
     elif digest(bars).encode() not in FIGURE.read_bytes():

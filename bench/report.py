@@ -105,13 +105,7 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
-def table_from_record(record: Mapping[str, Any]) -> Table:
-    """Return a table of results.json."""
-    return Table(**{key: record[key] for key in ("name", "title", "columns", "rows", "notes")})
-
-
 def suite_record(result: SuiteResult, wall: float) -> dict[str, Any]:
-    """Return a suite's part of results.json."""
     return {
         "wall_s": round(wall, 1),
         "tables": [vars(table) for table in result.tables],
@@ -159,7 +153,7 @@ def write_markdown(path: Path, record: Mapping[str, Any]) -> None:
             lines += [f"Did not finish: {suite['error']}", ""]
             continue
         for table in suite["tables"]:
-            lines += [to_markdown(table_from_record(table)), ""]
+            lines += [to_markdown(Table(**table)), ""]
         for problem in suite["problems"]:
             lines += [f"Check failed: {problem}", ""]
         for figure in suite["figures"]:

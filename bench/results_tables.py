@@ -2,8 +2,8 @@
 
 A marker pair ``<!-- bench:DEVICE/TABLE -->`` … ``<!-- /bench -->`` is filled with the table of that
 name from the newest record in ``bench/results/DEVICE/*.json`` that has it, and with a line on where
-the record comes from. ``--check`` writes nothing and exits with status 1 if a table in the README
-differs from its record.
+the record comes from. ``--check`` writes nothing and exits with status 1 if a table in
+``RESULTS.md`` differs from its record.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from harness import Table
 
 from prfl_fast.utils.io import write_atomic
 
@@ -48,9 +49,8 @@ def newest(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find(results: Path, device: str, name: str) -> str:
-    """Return the Markdown of a table with its origin."""
     run, table = newest(results / device, name)
-    text = report.to_markdown(report.table_from_record(table))
+    text = report.to_markdown(Table(**table))
     return f"{text}\n\n<sub>{report.describe_run(run)}</sub>\n"
 
 

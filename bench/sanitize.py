@@ -11,7 +11,8 @@ from functools import partial
 import harness
 import torch
 from suites import kernels
-from suites.kernel_cases import CASES, POOL_HEADS, Case, Draw, Tensors, compare, draw_inputs
+from suites.kernel_cases import CASES, POOL_HEADS
+from suites.kernel_checks import Case, Draw, Tensors, compare, draw_inputs
 
 from prfl_fast import kernels as ops
 
@@ -116,7 +117,7 @@ def variants(case: Case, context: harness.Context) -> Iterator[tuple[str, Case]]
 
 
 def main() -> int:
-    """0 if every operation matches plain PyTorch."""
+    """Return 0 if every operation matches plain PyTorch."""
     if not torch.cuda.is_available():
         print("bench/sanitize.py: error: PyTorch sees no CUDA device", file=sys.stderr)
         return 2

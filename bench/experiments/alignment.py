@@ -32,7 +32,7 @@ ARMS = {"sft": "SFT only", "rgb_refl": "RGB ReFL + SFT", "prfl": "PRFL + SFT"}
 
 @dataclass(frozen=True)
 class Settings(small_world.ArmSettings):
-    """Sizes of the experiment; the defaults fit a few minutes of two CPU cores."""
+    """Set the sizes of the experiment; the defaults fit a few minutes of two CPU cores."""
 
     updates: int = 60
     points: int = 5
@@ -153,7 +153,6 @@ def curves_figure(arms: list[dict[str, Any]]) -> Any:
 
 
 def accuracy_figure(accuracy: dict[float, dict[str, float]]) -> Any:
-    """Draw the reward model's accuracy against the timestep."""
     figure, axes = report.new_figure(5.5, 3.6)
     values = {t: a["accuracy"] for t, a in accuracy.items()}
     axes.plot(list(values), list(values.values()), "o-", color="#0072b2")

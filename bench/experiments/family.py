@@ -228,7 +228,7 @@ def _curves(arms: list[dict[str, Any]]) -> Any:
 
 
 def _cost(users: list[dict[str, Any]]) -> Any:
-    """Reward and motion against cost; ways that differ in their budget only are joined."""
+    """Draw reward and motion against cost; a line joins ways that differ in budget only."""
     figure, panels = report.new_figure(11, 4.5, ncols=2)
     by = _by(users, "user")
     plain = _mean_cost(by["plain"], "flops")

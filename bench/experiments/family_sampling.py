@@ -26,7 +26,7 @@ Found = tuple[torch.Tensor, Forwards]
 
 @dataclass(frozen=True)
 class User:
-    """A way to sample: ``call(start, s, noise, conditions, generator)`` → latents and forwards.
+    """Describe a way to sample: ``call(start, s, noise, conditions, generator)`` → :data:`Found`.
 
     Attributes:
         group: those of one group differ in their budget only, and are one line in the plot.

@@ -31,7 +31,7 @@ Goal = Literal["along", "end", "pixel"]
 
 @dataclass(frozen=True)
 class Settings(small_world.ArmSettings):
-    """Sizes of the experiment; the defaults fit about six minutes of two CPU cores."""
+    """Set the sizes of the experiment; the defaults fit about six minutes of two CPU cores."""
 
     sft_batch: int = 32
     lora_rank: int = 8
@@ -47,7 +47,7 @@ class Settings(small_world.ArmSettings):
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train on from the common generator.
+    """Describe a way to train on from the common generator.
 
     Attributes:
         label: for tables. plan: None is supervised flow matching alone.
@@ -112,7 +112,7 @@ METHODS = {
 
 
 class RewardedDistillation:
-    """RG-LCD's update: the reward of the student's one-step output beside its consistency loss.
+    """Run RG-LCD's update: the reward of the student's one-step output, and a consistency loss.
 
     The target is a running average of the student, which starts as the teacher, taken at the start
     of each update (arXiv 2403.11027: 0.95).
@@ -136,13 +136,11 @@ class RewardedDistillation:
         return {**metrics, "loss": metrics["loss"] + loss.detach(), "distill": loss.detach()}
 
     def distill(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Return the consistency loss of a batch."""
         models = (self.student, self.target, self.teacher)
         return consistency_loss(*models, batch.latents, batch.conditions, generator=generator)
 
 
 def make_step(method: Method, start: Start, model: nn.Module, s: Settings) -> PRFL:
-    """Return the PRFL step of a method that has a reward."""
     known = {"latent": start.reward, "pixel": PixelReward(world.decode, start.pixel)}
     weights = {"latent": s.latent_weight, "pixel": s.pixel_weight}
     return PRFL(
@@ -166,7 +164,7 @@ def sample_few(
     steps: int,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multistep consistency sampling: an estimate of x0 per level, noised anew for the next.
+    """Sample by consistency in few steps: an estimate of x0 per level, noised anew for the next.
 
     Returns latents, and rewards of the noised ones, ``[steps - 1, B]``.
     """
@@ -187,7 +185,7 @@ def sample_few(
 def measure(
     model: nn.Module, start: Start, method: Method, s: Settings, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Rewards and motion of the held-out prompts' clips, ``[B]`` each, from one noise for all."""
+    """Return rewards and motion of the held-out prompts' clips, ``[B]`` each."""
     noise = small_world.held_out_noise(start, 1000 + seed)
     text = start.conditions
     if method.distilled:
@@ -198,10 +196,10 @@ def measure(
 
 
 @torch.no_grad()
-def moved(model: nn.Module, start: Start, count: int = 64) -> float:
-    """‖v - v₀‖ / ‖v₀‖ of a model's velocity against the start's, on noised real clips."""
+def moved(model: nn.Module, start: Start) -> float:
+    """Return ‖v - v₀‖ / ‖v₀‖ of a model's velocity against the start's, on noised real clips."""
     generator = torch.Generator().manual_seed(0)
-    latents, text = start.clips.latents[:count], start.clips.text[:count]
+    latents, text = start.clips.latents[:64], start.clips.text[:64]
     sigma = (torch.arange(len(latents)) + 0.5).view(-1, 1, 1, 1, 1) / len(latents)
     noise = torch.randn(latents.shape, generator=generator)
     x = ((1 - sigma) * latents + sigma * noise).to(next(model.parameters()).device)
@@ -294,7 +292,7 @@ def _cost(
     batch: Batch,
     objectives: dict[str, Any],
 ) -> dict[str, float]:
-    """Cost of a method's reward update, and the FLOPs of its whole round, data loss included."""
+    """Return the cost of a reward update, and the FLOPs of its round, data loss included."""
     device = batch.latents.device
     generator = torch.Generator().manual_seed(0)
 

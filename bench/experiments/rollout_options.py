@@ -33,16 +33,16 @@ NO_ENGINE = RolloutConfig(cache=False, compile="off")  # for a step, which alway
 
 @dataclass(frozen=True)
 class Option:
-    """A way to run the rollout.
+    """Describe a way to run the rollout.
 
     Attributes:
-        settings: of the engine; None runs without one.
+        config: of the engine; None runs without one.
         against: the option that it is compared with.
         lora: the model has adapters. guidance: sequential or batched; None has none.
         cuda: measured on CUDA only.
     """
 
-    settings: RolloutConfig | None
+    config: RolloutConfig | None
     against: str = PLAIN
     lora: bool = False
     guidance: bool | None = None
@@ -50,15 +50,15 @@ class Option:
 
     @property
     def eight_bits(self) -> bool:
-        """Something runs in FP8, which a CPU emulates."""
-        return self.settings is not None and self.settings.fp8
+        """Return True if a layer runs in FP8."""
+        return self.config is not None and self.config.fp8
 
     @property
     def by_level(self) -> bool:
-        """Steps differ in cost, by their noise level."""
-        if self.settings is None:
+        """Return True if the cost of a step depends on its noise level."""
+        if self.config is None:
             return False
-        return not {self.settings.fp8_linears, self.settings.fp8_attention} <= {None, EVERYWHERE}
+        return not {self.config.fp8_linears, self.config.fp8_attention} <= {None, EVERYWHERE}
 
 
 def precise(**options: Any) -> RolloutConfig:
@@ -86,16 +86,13 @@ OPTIONS = {
 
 
 def options(context: Context) -> dict[str, Option]:
-    """Those that the device runs."""
     cuda = context.device.type == "cuda"
     return {name: option for name, option in OPTIONS.items() if cuda or not option.cuda}
 
 
 @dataclass
 class Subject:
-    """A patched model with and without adapters, what a rollout of it starts from, and a reward if
-    gradients are asked for.
-    """
+    """Hold a patched model with and without adapters, rollout inputs, and perhaps a reward."""
 
     model: nn.Module
     adapted: nn.Module
@@ -114,8 +111,8 @@ class Subject:
         """Run a whole rollout of an option; keep the engine, so that only its first is checked."""
         option = OPTIONS[name]
         model = self.adapted if option.lora else self.model
-        if option.settings is not None and name not in self.engines:
-            self.engines[name] = RolloutEngine(model, option.settings)
+        if option.config is not None and name not in self.engines:
+            self.engines[name] = RolloutEngine(model, option.config)
         guidance = self._guidance(option)
         sampler = Sampler(model, FlowUniPC(), self.num_inference_steps, guidance=guidance)
         engine = self.engines.get(name)
@@ -131,21 +128,19 @@ class Subject:
         return Guidance(GUIDANCE, self.negative, batched=option.guidance)
 
     def gradient(self, name: str) -> torch.Tensor:
-        """PRFL's gradient ``[P]`` after an option's rollout, at the same steps for all options: of
-        all parameters, or of the adapters.
-        """
+        """Return PRFL's gradient ``[P]`` after an option's rollout, at the same steps for all."""
         assert self.reward is not None
         option = OPTIONS[name]
         model = self.adapted if option.lora else self.model
         options: Any = {"guidance": self._guidance(option), "weight": 1.0}
         options |= {"num_inference_steps": self.num_inference_steps}
-        options["rollout"] = option.settings or NO_ENGINE
+        options["rollout"] = option.config or NO_ENGINE
         step = PRFL(model, self.reward, FlowUniPC(), GradientPlan.prfl(len(MANY)), **options)
         step(self.noise, self.conditions, indices=MANY)
         return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])
 
     def latents(self, name: str) -> dict[int, torch.Tensor]:
-        """Latents by the step they lie before, of a whole rollout."""
+        """Return the latents of a whole rollout by the step they lie before."""
         found: dict[int, torch.Tensor] = {}
         self.run(name, lambda t: found.__setitem__(t.index, t.x))
         return found
@@ -166,7 +161,7 @@ def with_adapters(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def timed_size(context: Context) -> tuple[Preset, int]:
-    """Sizes of the model that is timed, and the solver steps of its rollout."""
+    """Return sizes of the model that is timed, and the solver steps of its rollout."""
     if context.device.type == "cpu":
         return TINY, SOLVER_STEPS
     preset = context.preset
@@ -176,7 +171,7 @@ def timed_size(context: Context) -> tuple[Preset, int]:
 
 
 def subject(context: Context) -> Subject:
-    """Random weights at the size that is timed."""
+    """Return models with random weights at the size that is timed."""
     preset, num_inference_steps = timed_size(context)
 
     def build() -> nn.Module:
@@ -206,7 +201,7 @@ def trained_subject(context: Context) -> Subject:
     weights = model.state_dict()
 
     def build() -> nn.Module:
-        twin = type(model).from_config(model.config).to(context.device)  # type: ignore[attr-defined]
+        twin = type(model).from_config(model.config).to(context.device)
         twin.load_state_dict(weights)
         return wan.mixed(twin, context.dtype).requires_grad_(False)
 

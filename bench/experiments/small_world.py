@@ -39,7 +39,7 @@ CHANCE = 0.5  # half of the clips have a defect
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the world and of what is trained once; the defaults fit two minutes of two cores."""
+    """Set the sizes of the world and its models; the defaults fit two minutes of two cores."""
 
     clips: int = 8192
     held_out: int = 1024
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ArmSettings(Settings):
-    """Sizes of what each arm of an experiment trains."""
+    """Set the sizes of each arm of an experiment."""
 
     updates: int = 45
     checkpoints: int = 4
@@ -96,16 +96,16 @@ class PixelClassifier(nn.Module):
         )
 
     def logits(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, F, H, W]`` → ``[B]``."""
+        """Map ``[B, 3, F, H, W]`` to ``[B]``."""
         return self.layers(frames).squeeze(-1)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, F, H, W]`` → ``[B]`` in (0, 1)."""
+        """Map ``[B, 3, F, H, W]`` to ``[B]`` in (0, 1)."""
         return torch.sigmoid(self.logits(frames))
 
 
 class Clips(NamedTuple):
-    """Encoded clips, half of them with a defect: latents, text states, 1 for good ones."""
+    """Hold encoded clips, half with a defect: latents, text states, 1 for good ones."""
 
     latents: torch.Tensor
     text: torch.Tensor
@@ -113,7 +113,6 @@ class Clips(NamedTuple):
 
     @classmethod
     def make(cls, count: int, seed: int) -> "Clips":
-        """Make ``count`` clips of the world."""
         parts = []
         for start in range(0, count, 512):
             clips = world.generate(min(512, count - start), seed=seed + start)

@@ -29,11 +29,12 @@ from prfl_fast.rollout import Sampler, Trajectory
 
 DRAWS = ("systematic", "independent")
 TARGET = 2.0  # of the hinge, as in PRFL
+CLIPS = 256  # sent to every process
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the study."""
+    """Set the sizes of the study."""
 
     groups: int = 6
     trajectories: int = 4  # of a group
@@ -48,7 +49,7 @@ SETTINGS, WORLD = Settings(), small_world.Settings()
 
 @dataclass(frozen=True)
 class Estimate:
-    """A relative variance, and its standard error if there is one."""
+    """Hold a relative variance, and its standard error if there is one."""
 
     value: float
     error: float | None
@@ -65,7 +66,7 @@ def jackknife(left: Sequence[float]) -> float:
 
 
 class Products:
-    """Inner products of the gradients by step ``g_b`` ``[M, P]`` of trajectories b, by groups.
+    """Hold inner products of the gradients by step ``g_b`` ``[M, P]`` of trajectories b, by groups.
 
     Args:
         sums: by group, Σ_b g_b. within: by group, Σ_b g_b·g_bᵀ, ``[M, M]``. count: trajectories of
@@ -79,7 +80,7 @@ class Products:
         self._across = [[(a @ b.T).double() for b in sums] for a in sums]
 
     def moments(self, leave: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """W and C ``[M, M]`` of all groups, or of all but one, without bias."""
+        """Return W and C ``[M, M]`` of all groups, or of all but one, without bias."""
         kept = [i for i in range(len(self.within)) if i != leave]
         total = len(kept) * self.count
         own = torch.stack([self.within[i] for i in kept]).sum(0)
@@ -88,7 +89,7 @@ class Products:
 
 
 def second_moment(plan: GradientPlan, num_inference_steps: int) -> torch.Tensor:
-    """E[w wᵀ] over the plan's draws, ``[M, M]`` float64; every point of depth 1."""
+    """Return E[w wᵀ] over the plan's draws, ``[M, M]`` float64; every point has depth 1."""
     steps = plan.steps(num_inference_steps)
     count = len(steps)
     if plan.draws == "independent":  # outcomes() has billions of those
@@ -104,7 +105,7 @@ def second_moment(plan: GradientPlan, num_inference_steps: int) -> torch.Tensor:
 
 
 def variance(draws: torch.Tensor, w: torch.Tensor, c: torch.Tensor, batch: int) -> float:
-    """Relative variance of a batch's gradient, ``draws`` being E[w wᵀ]."""
+    """Return the relative variance of a batch's gradient; ``draws`` is E[w wᵀ]."""
     mean = c.mean().item()
     second = (draws * (w / batch + (1 - 1 / batch) * c)).sum().item()
     return second / mean - 1
@@ -121,13 +122,13 @@ def distinct_points(plan: GradientPlan, num_inference_steps: int) -> float:
 def expected_flops(
     plan: GradientPlan, num_inference_steps: int, forward: float, point: float
 ) -> float:
-    """FLOPs of a call on average; ``forward`` of a step without gradient, ``point`` of one with."""
+    """Return the mean FLOPs of a call from those of a step without and of one with gradient."""
     without = plan.expected_forwards(num_inference_steps) * forward
     return without + distinct_points(plan, num_inference_steps) * point
 
 
 def flat_gradient(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """All gradients as one vector, zeros where there is none; they are dropped."""
+    """Return all gradients as one vector, zeros where there is none, and drop them."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -158,7 +159,7 @@ def gradients_by_step(
 def _draw(
     start: small_world.Start, generator: torch.Generator
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Noise, a clip's conditions and its latents."""
+    """Return noise, a clip's conditions and its latents."""
     clips, device = start.clips, start.conditions["encoder_hidden_states"].device
     noise = torch.randn(1, *clips.latents.shape[1:], generator=generator)
     i = int(torch.randint(len(clips.latents), (), generator=generator))
@@ -169,20 +170,19 @@ def _draw(
 def measure_group(
     start: small_world.Start, s: Settings, seed: int
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """One group's sum and inner products. As arrays: those pass between processes without shared
-    memory, of which containers have little.
-    """
+    """Return one group's sum and inner products."""
     model, generator = small_world.copy_generator(start)[0], torch.Generator().manual_seed(seed)
     total, within = torch.zeros(()), torch.zeros((), dtype=torch.float64)
     for _ in range(s.trajectories):
         noise, conditions, _ = _draw(start, generator)
         g = gradients_by_step(model, start.reward, noise, conditions, s.num_inference_steps)
         total, within = total + g, within + (g @ g.T).double()
+    # Arrays pass between processes without shared memory, of which containers have little.
     return total.cpu().numpy(), within.cpu().numpy()
 
 
 def _ratio(products: torch.Tensor) -> float | None:
-    """Relative variance from the inner products ``[n, n]`` of n gradients."""
+    """Return the relative variance from the inner products ``[n, n]`` of n gradients."""
     count, every = len(products), products.sum().item()
     spread = (products.trace().item() - every / count) / (count - 1)
     square = every / count**2 - spread / count  # without bias
@@ -190,8 +190,9 @@ def _ratio(products: torch.Tensor) -> float | None:
 
 
 def sample_variance(gradients: torch.Tensor) -> Estimate | None:
-    """Relative variance of the rows ``[n, P]``; None where their mean is lost in their noise, with
-    no error where it is so without some row.
+    """Return the relative variance of the rows ``[n, P]``; None if their mean is lost in the noise.
+
+    It has no error if the mean is lost without some row.
     """
     wide = gradients.double()
     products = wide @ wide.T
@@ -207,7 +208,7 @@ def sample_variance(gradients: torch.Tensor) -> Estimate | None:
 
 
 def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) -> Estimate | None:
-    """Relative variance of one call's gradient, over noises, prompts, clips and draws."""
+    """Return the relative variance of one call's gradient, over noises, clips and draws."""
     method = next(m for m in plans.METHODS if m.name == name)
     model, generator = small_world.copy_generator(start)[0], torch.Generator().manual_seed(seed)
     parameters = list(model.parameters())
@@ -223,7 +224,7 @@ def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) 
 
 
 def _costs(start: small_world.Start, s: Settings) -> tuple[int, int]:
-    """FLOPs of a step without gradient and of one with, reward included, on one sample."""
+    """Count the FLOPs of a step without and with gradient, reward included, on one sample."""
     model, generator = small_world.copy_generator(start)[0], torch.Generator().manual_seed(0)
     noise, conditions, _ = _draw(start, generator)
     trajectory = Trajectory(Sampler(model, FlowUniPC(), s.num_inference_steps), noise, conditions)
@@ -243,7 +244,8 @@ def study(
     s = SETTINGS
     with small_world.workers(context) as pool:
         start, _, note = small_world.prepare(WORLD, context, pool)
-        start = replace(start, clips=_few(start.clips))
+        few = small_world.Clips(*(tensor[:CLIPS].clone() for tensor in start.clips))
+        start = replace(start, clips=few)
         products = _products(start, s, context, pool)
         sampled = [name for name in names if not name.startswith("PRFL")]
         methods = _methods(start, s, sampled, context, pool)
@@ -263,15 +265,10 @@ def study(
 
 
 def _of_points(records: list[dict[str, Any]], points: int) -> Estimate | None:
-    """Variance of a single trajectory's systematic points, if it was measured."""
+    """Return the variance of one trajectory's systematic points, if it was measured."""
     wanted = (1, DRAWS[0], points)
     found = (r for r in records if (r["batch"], r["draws"], r["points"]) == wanted)
     return next((Estimate(r["variance"], r["variance_error"]) for r in found), None)
-
-
-def _few(clips: small_world.Clips, count: int = 256) -> small_world.Clips:
-    """Return the first ``count`` clips, which every process receives."""
-    return small_world.Clips(*(tensor[:count].clone() for tensor in clips))
 
 
 def _products(start: small_world.Start, s: Settings, context: Context, pool: Executor) -> Products:
@@ -294,8 +291,9 @@ def _methods(
 
 
 def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> list[dict[str, Any]]:
-    """Variance, FLOPs of a call and variance times FLOPs over that of 1 point, by draws, points and
-    batch; standard errors by leaving out one group of trajectories at a time.
+    """Return variance, FLOPs, and their product over that of 1 point, by draws, points and batch.
+
+    Standard errors come from leaving out one group of trajectories at a time.
     """
     everything = [products.moments()]
     everything += [products.moments(leave=i) for i in range(len(products.within))]
@@ -306,7 +304,7 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
     for batch in s.batches:
         for draws in DRAWS:
             for points in s.points:
-                plan = GradientPlan.prfl(points, draws)  # type: ignore[arg-type]
+                plan = GradientPlan.prfl(points, draws)
                 a = second_moment(plan, s.num_inference_steps)
                 flops = expected_flops(plan, s.num_inference_steps, *costs)
                 own = [variance(a, w, c, batch) for w, c in everything]

@@ -1,4 +1,4 @@
-"""Stages of single operations: env, warm, smoke, timing, attention and cuda."""
+"""Run the stages of single operations: env, warm, smoke, timing, attention and cuda."""
 
 import contextlib
 import importlib.metadata
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from harness import Preset, UnavailableError, backend, relative_error
 from suites import facts
-from suites.kernel_cases import Case
+from suites.kernel_checks import Case
 
 import prfl_fast
 from prfl_fast import kernels
@@ -44,7 +44,6 @@ QUERY = (
 
 
 def versions(worker: Worker) -> dict[str, Any]:
-    """Return versions, tools, the device, and the backend of every operation."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {"cuda": torch.version.cuda, "prfl_fast": prfl_fast.__version__}
     found["revision"] = os.environ.get("GPU_QUICK_REV")
@@ -68,7 +67,6 @@ def versions(worker: Worker) -> dict[str, Any]:
 
 
 def clocks(worker: Worker) -> dict[str, Any]:
-    """Read clocks, power and temperature."""
     if not shutil.which("nvidia-smi"):
         raise UnavailableError("no nvidia-smi")
     text = ""
@@ -80,7 +78,7 @@ def clocks(worker: Worker) -> dict[str, Any]:
 
 
 def doctor(worker: Worker) -> dict[str, Any]:
-    """Keep the output of ``prfl-fast doctor``."""
+    """Store the output of ``prfl-fast doctor``."""
     command = [sys.executable, "-m", "prfl_fast.cli", "doctor"]
     limit = max(5.0, min(25.0, worker.left()))
     run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
@@ -98,7 +96,6 @@ def copy(worker: Worker) -> dict[str, Any]:
 
 
 def product(worker: Worker) -> dict[str, Any]:
-    """Measure a bf16 matrix product of random numbers."""
     side = side_of(worker)
     record = timed(worker, [facts.matmul(worker.device, side)])
     return {"tflops": 2 * side**3 / record["ms"] / 1e9, "ms": record["ms"]}
@@ -118,7 +115,6 @@ def product_fp8(worker: Worker) -> dict[str, Any]:
 
 
 def side_of(worker: Worker) -> int:
-    """Return the side of the matrices."""
     return facts.MATMUL if worker.cuda and not worker.dry else 128
 
 
@@ -133,7 +129,7 @@ def pinned(worker: Worker) -> dict[str, Any]:
 
 
 def stage_env(worker: Worker) -> None:
-    """Record what is here, and the ceilings that later figures are held against."""
+    """Record the machine, and the ceilings that later stages compare with."""
     cases = {"versions": versions, "copy": copy, "matmul bf16": product, "matmul fp8": product_fp8}
     for name, run in (cases | {"clocks": clocks, "pinned": pinned, "doctor": doctor}).items():
         worker.case(name, partial(run, worker))
@@ -168,7 +164,6 @@ def stage_warm(worker: Worker) -> None:
 
 
 def stage_smoke(worker: Worker) -> None:
-    """Check every operation, forward and every gradient."""
     ops = operations()
     for label, op, preset, dtype in smoke_cases(worker.dry):
         worker.case(label, partial(verify, worker, ops[op], preset, dtype))
@@ -196,7 +191,7 @@ def against_eager(worker: Worker, case: Case, preset: Preset, part: str) -> dict
 
 
 def stage_timing(worker: Worker) -> None:
-    """Time each operation at real sizes; attention has a stage of its own."""
+    """Time each operation but attention at real sizes."""
     for preset in sizes(worker):
         for name, case in operations().items():
             if "attention" in name:
@@ -207,7 +202,6 @@ def stage_timing(worker: Worker) -> None:
 
 
 def attend(tensors: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run attention and return its output and log-sum-exp."""
     return kernels.attention(*(tensors[n] for n in "qkv"), heads=int(tensors["heads"]))
 
 
@@ -240,7 +234,6 @@ def agreement(worker: Worker, name: str) -> dict[str, Any]:
 
 
 def attention_speed(worker: Worker, name: str, preset: Preset) -> dict[str, Any]:
-    """Time a backend, forward and backward."""
     kernels.set_attention_backend(name)
     case = operations()["attention"]
     forward = time_operation(worker, case, preset, "forward", seconds=0.5)
@@ -249,7 +242,7 @@ def attention_speed(worker: Worker, name: str, preset: Preset) -> dict[str, Any]
 
 
 def rollout_speed(worker: Worker, preset: Preset) -> dict[str, Any]:
-    """Time the 8-bit attention; its error on even and on uneven channels."""
+    """Time the 8-bit attention, and measure its error on even and on uneven channels."""
     case = operations()["rollout_attention"]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Records of a run: one JSON object a line, each on disk at once, and a page of text from them."""
+"""Write the records of a run, one JSON object a line, and make a page of text from them."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ START = float(os.environ.setdefault("GPU_QUICK_START", repr(time.time())))
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: what JSON lacks becomes text."""
+    """Return a value that JSON can hold; other types become text."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -24,13 +24,12 @@ def plain(value: Any) -> Any:
 
 
 class Journal:
-    """A file of JSON lines, each of which is on disk before the next case begins."""
+    """Append to a file of JSON lines; each is on disk before the next case begins."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, kind: str, stage: str, case: str, **values: Any) -> None:
-        """Append one record."""
         head = {"at_s": time.time() - START, "kind": kind, "stage": stage, "case": case}
         line = json.dumps(plain(head | values))
         with open(self.path, "a") as file:
@@ -39,7 +38,6 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all records."""
         found = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -88,7 +86,7 @@ def table(found: list[dict[str, Any]], title: str, names: list[str]) -> list[str
 
 
 def smoke_lines(smoke: list[dict[str, Any]]) -> list[str]:
-    """Return which operations are wrong, or give other bits the second time."""
+    """Return lines on operations that are wrong, or give other bits the second time."""
     bad = [r for r in smoke if not r["ok"]]
     moving = sorted({r["case"] for r in smoke if not r["same_bits"]})
     good = len(smoke) - len(bad)
@@ -104,7 +102,6 @@ def unfinished(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """Return a page of text from the journal."""
     lines = ["", "== gpu_quick"]
     for r in results_of(records, "env"):
         shown = {k: v for k, v in r.items() if k not in HIDDEN and v is not None}

@@ -1,13 +1,13 @@
-"""Times, errors and peaks of a case."""
+"""Measure times and peaks of a case."""
 
 import contextlib
 import functools
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import harness
 import torch
 
 from prfl_fast import kernels
@@ -36,13 +36,9 @@ def cycles_per_second() -> float:
 
 
 def timed(
-    worker: Worker,
-    thunks: Sequence[Callable[[], Any]],
-    seconds: float = 0.4,
-    most: int = 20,
-    least: int = 3,
+    worker: Worker, thunks: Sequence[Callable[[], Any]], seconds: float = 0.4, most: int = 20
 ) -> dict[str, Any]:
-    """Time functions that do the same on other inputs; the first call compiles, uncounted."""
+    """Time functions that do the same work on other inputs; the first call is not counted."""
     thunks = list(thunks)
     begin = time.perf_counter()
     thunks[0]()
@@ -53,7 +49,7 @@ def timed(
     host = time.perf_counter() - begin
     sync()
     whole = time.perf_counter() - begin
-    least = 1 if worker.dry or whole > 1 else 2 if whole > 0.2 else least
+    least = 1 if worker.dry or whole > 1 else 2 if whole > 0.2 else 3
     count = max(least, min(2 if worker.dry else most, int(seconds / max(whole, 1e-5))))
     if not worker.cuda:
         ms = 1e3 * statistics.median(wall(thunks[i % len(thunks)]) for i in range(count))
@@ -110,10 +106,4 @@ def peak_gib(worker: Worker, run: Callable[[], Any]) -> float | None:
     if not worker.cuda:
         run()
         return None
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    return harness.peak_bytes(run, worker.device) / 2**30

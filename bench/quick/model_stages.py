@@ -1,4 +1,4 @@
-"""Stages block, step and memory: models of diffusers, patched and not."""
+"""Run the stages block, step and memory on models of diffusers, patched and not."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ def build(worker: Worker, preset: Preset, layers: int) -> Any:
 
 
 def block_and_inputs(worker: Worker, preset: Preset, way: str) -> tuple[Any, list[Any]]:
-    """Return one block and its inputs: tokens, text, modulation; and its output's gradient."""
+    """Return one block and tokens, text, modulation and the output's gradient."""
     model, context = build(worker, preset, 1), context_of(worker, preset)
     if way == "prfl_fast":
         prfl_fast.patch(model)
@@ -67,7 +67,7 @@ def output_and_gradient(run: Any, x: torch.Tensor, rest: list[Any]) -> list[torc
 
 @functools.cache
 def eager_results(worker: Worker, preset: Preset) -> list[torch.Tensor]:
-    """Return what the unpatched block gives, for comparison."""
+    """Return output and gradient of the unpatched block."""
     run, (x, *rest, _) = block_and_inputs(worker, preset, "eager")
     return output_and_gradient(run, x, rest)
 
@@ -242,7 +242,7 @@ def hidden_share(worker: Worker, host: int, wall: float, base: float | None) -> 
 
 
 def stage_memory(worker: Worker) -> None:
-    """Measure what checkpoint policies and offload save and cost."""
+    """Measure peak and time of checkpoint policies and offload."""
     preset, layers = (TINY, 2) if worker.dry else (REAL[0], 3)
     model = prfl_fast.patch(build(worker, preset, layers))
     context = context_of(worker, preset)

@@ -7,8 +7,9 @@ from typing import Any
 import harness
 import torch
 from harness import PRESETS, Preset
-from suites import kernel_cases
-from suites.kernel_cases import CASES, POOL, Case
+from suites import kernel_checks
+from suites.kernel_cases import CASES, POOL
+from suites.kernel_checks import Case
 
 from quick.measure import timed
 from quick.worker import Worker
@@ -37,14 +38,13 @@ def sizes(worker: Worker) -> tuple[Preset, ...]:
 def inputs(
     worker: Worker, case: Case, preset: Preset, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Any]:
-    """Draw inputs; leaves require gradients."""
-    return kernel_cases.draw_inputs(case, preset, worker.device, dtype, seed)
+    return kernel_checks.draw_inputs(case, preset, worker.device, dtype, seed)
 
 
 def verify(worker: Worker, case: Case, preset: Preset, dtype: torch.dtype) -> dict[str, Any]:
     """Compare outputs and gradients with float64, beside those of plain PyTorch in the dtype."""
     tensors = inputs(worker, case, preset, dtype)
-    found, same = kernel_cases.compare(case, tensors, dtype, 99)
+    found, same = kernel_checks.compare(case, tensors, dtype, 99)
     worst = max(found, key=lambda name: found[name][0] / found[name][2])
     error, _, allowed = found[worst]
     record = {"ok": error <= allowed, "worst": f"{worst} {error:.1e}, allowed {allowed:.1e}"}
@@ -76,15 +76,15 @@ def time_operation(
 
     thunks = [functools.partial(forward, t) for t in sets]
     if part == "backward":
-        outputs = [kernel_cases.as_tuple(run(t)) for t in sets]
-        given = kernel_cases.cotangents(outputs[0], 0)
-        backward = functools.partial(kernel_cases.gradients, case, given=given)
+        outputs = [kernel_checks.as_tuple(run(t)) for t in sets]
+        given = kernel_checks.cotangents(outputs[0], 0)
+        backward = functools.partial(kernel_checks.gradients, case, given=given)
         thunks = [functools.partial(backward, *pair) for pair in zip(outputs, sets, strict=True)]
     record = timed(worker, thunks, seconds)
     if case.forward_flops is not None:
         flops = case.forward_flops(preset) * (2.5 if part == "backward" else 1)
         return record | {"tflops": flops / record["ms"] / 1e9}
-    moved = kernel_cases.moved_bytes(case, preset, dtype)[part]
+    moved = kernel_checks.moved_bytes(case, preset, dtype)[part]
     rate, copied = moved / record["ms"] / 1e6, worker.found("env", "copy").get("gbs")
     percent = 100 * rate / copied if copied else None
     return record | {"bytes": moved, "gbs": rate, "percent": percent}

@@ -99,7 +99,7 @@ def watch(
 
 
 def kill(process: Any) -> None:
-    """End the worker and what it started: only that process group."""
+    """End the worker and its child processes."""
     for number, wait in ((signal.SIGTERM, 1.5), (signal.SIGKILL, 5)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""Stages ncu and memcheck, and what other processes of this program run."""
+"""Run the stages ncu and memcheck, and the probes that they start in other processes."""
 
 import argparse
 import gc
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from harness import Preset, UnavailableError
-from suites.kernel_cases import Case, as_tuple, gradients, results
+from suites.kernel_checks import Case, as_tuple, gradients, results
 
 from quick import device_stages, model_stages
 from quick.journal import Journal
@@ -60,7 +60,7 @@ def stage_ncu(worker: Worker) -> None:
 
 
 def stage_memcheck(worker: Worker) -> None:
-    """Look for accesses out of bounds: every operation once on tiny odd shapes."""
+    """Run every operation once on tiny odd shapes under memcheck."""
     sanitizer = tool_path("compute-sanitizer")
     if not worker.cuda or not sanitizer:
         raise UnavailableError("needs CUDA and compute-sanitizer")
@@ -87,7 +87,7 @@ STAGE_FUNCTIONS |= {"ncu": stage_ncu, "memcheck": stage_memcheck}
 
 
 def attempt(name: str, run: Callable[[], Any]) -> None:
-    """Run and print one line for the process that reads this output."""
+    """Run a probe and print one line about it for the process that reads this output."""
     try:
         run()
         sync()
@@ -116,7 +116,7 @@ def profile(worker: Worker, case: Case, preset: Preset, part: str) -> None:
 
 
 def probe(options: argparse.Namespace) -> None:
-    """Run what another process asked for: warm:I:N, profile:CASE;CASE…, tiny:, plan:"""
+    """Run the probe that another process requested: warm:I:N, profile:CASE;CASE…, tiny:, plan:"""
     kind, _, rest = options.probe.partition(":")
     worker = Worker(Journal(Path(os.devnull)), {}, options.device, options.dry)
     ops = operations()
@@ -137,7 +137,7 @@ def probe(options: argparse.Namespace) -> None:
         worker.case("planner", partial(model_stages.make_plan, worker))
     elif kind == "profile":
         for label in rest.split(";"):
-            name, part, where = re.fullmatch(r"(.+) (forward|backward), (.+)", label).groups()  # type: ignore[union-attr]
+            name, part, where = re.fullmatch(r"(.+) (forward|backward), (.+)", label).groups()
             preset = next(p for p in sizes(worker) if p.name == where)
             attempt(label, partial(profile, worker, ops[name], preset, part))
             gc.collect()

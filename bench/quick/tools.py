@@ -11,7 +11,7 @@ from quick.worker import Late, Worker
 
 
 def tool_path(name: str) -> str | None:
-    """Return where a CUDA tool is: on the PATH, or in the usual folders."""
+    """Return the path of a CUDA tool: on PATH, or in the usual folders."""
     places = [shutil.which(name)]
     for pattern in (f"cuda*/bin/{name}", f"cuda*/compute-sanitizer/{name}"):
         places += sorted(map(str, Path("/usr/local").glob(pattern)), reverse=True)
@@ -22,7 +22,7 @@ def tool_path(name: str) -> str | None:
 def run_tool(
     worker: Worker, file: str, command: list[str], **environment: str
 ) -> tuple[dict[str, Any], str]:
-    """Run a profiler on this program; keep its whole text, also if it is cut off."""
+    """Run a profiler on this program and return a record and its text, even if it is stopped."""
     begin, path = time.perf_counter(), worker.out / file
     environment = os.environ | environment
     with open(path, "w") as log:

@@ -18,14 +18,14 @@ from quick.supervisor import RESTART, STAGES
 
 
 class Late(BaseException):  # noqa: N818 - not an error: it ends a stage
-    """The stage's time is over; no case catches it."""
+    """Signal that the time of a stage is over; no case catches it."""
 
 
 class Worker:
     """Run the cases of the stages and record each.
 
     Attributes:
-        end: of the stage at work, seconds of time.time().
+        end: end of the current stage, in seconds of time.time().
     """
 
     def __init__(self, journal: Journal, ends: dict[str, float], device: str, dry: bool) -> None:

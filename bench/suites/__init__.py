@@ -1,6 +1,4 @@
-"""The suites of ``bench/run.py``. Each is a module with ``run(context) -> SuiteResult``, imported
-when asked for.
-"""
+"""List the suites of ``bench/run.py``: modules with a function ``run(context) -> SuiteResult``."""
 
 import importlib
 from collections.abc import Callable
@@ -24,6 +22,5 @@ DEFAULT = tuple(name for name, text in DESCRIPTIONS.items() if not text.startswi
 
 
 def load(name: str) -> Callable[[Context], SuiteResult]:
-    """Return the ``run`` function of a suite."""
     package = "experiments" if name in EXPERIMENTS else "suites"
     return importlib.import_module(f"{package}.{name}").run

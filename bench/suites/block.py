@@ -38,7 +38,7 @@ def block_run(
     def run(x: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         return block(x, text, time, rope)
 
-    run.parameters = list(model.blocks[0].parameters())  # type: ignore[attr-defined]
+    run.parameters = list(model.blocks[0].parameters())
     return run
 
 
@@ -90,7 +90,7 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
 
     def train(run: Run) -> list[torch.Tensor]:
         y = run(x, text, time)
-        leaves = [x, *run.parameters]  # type: ignore[attr-defined]
+        leaves = [x, *run.parameters]
         return [y.detach(), *torch.autograd.grad(y, leaves, cotangent.type_as(y))]
 
     def infer(run: Run) -> torch.Tensor:
@@ -124,7 +124,7 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
                 off = f"{error:.1e} off the unpatched one's"
                 problems.append(f"block: output or a gradient is {off}")
         del results
-        inputs = [x, *run.parameters]  # type: ignore[attr-defined]
+        inputs = [x, *run.parameters]
         kept = harness.saved_bytes(partial(run, x, text, time), exclude=inputs)
         record["kept_bytes"][name] = kept
         # What compiled code allocates on a CPU does not pass through PyTorch's dispatcher.

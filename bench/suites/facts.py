@@ -3,6 +3,7 @@
 Other suites compare their times with these. CUDA only.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,6 @@ def _case(name: str, timing: harness.Timing, **work: float) -> dict[str, Any]:
 
 
 def matmul(device: torch.device, side: int = MATMUL) -> Callable[[], object]:
-    """Return a bf16 product of random square matrices."""
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     return lambda: a @ b
 
@@ -79,7 +79,7 @@ def _simple(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _attention_case(preset: Preset, name: str, device: torch.device) -> dict[str, Any]:
-    """One backend of scaled_dot_product_attention at one size, forward and backward."""
+    """Time one backend of scaled_dot_product_attention at one size, forward and backward."""
     shape = (1, preset.heads, preset.tokens, preset.dim // preset.heads)
     options = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
     q, k, v = (torch.randn(shape, **options) for _ in range(3))
@@ -102,17 +102,6 @@ def _attention_case(preset: Preset, name: str, device: torch.device) -> dict[str
     return case | {"times": {n: t.record() for n, t in times.items()}, "flops_per_s": rates}
 
 
-def _attention(device: torch.device, bar: Any) -> list[dict[str, Any]]:
-    """Every backend at the real sizes."""
-    cases = []
-    for preset in SHAPES:
-        for name in BACKENDS:
-            cases.append(_attention_case(preset, name, device))
-            torch.cuda.empty_cache()
-            bar.update()
-    return cases
-
-
 def run(context: Context) -> SuiteResult:
     """Measure the device.
 
@@ -124,7 +113,11 @@ def run(context: Context) -> SuiteResult:
     with context.bar(1 + len(SHAPES) * len(BACKENDS), "facts") as bar:
         simple = _simple(context.device)
         bar.update()
-        attention = _attention(context.device, bar)
+        attention = []
+        for preset, name in itertools.product(SHAPES, BACKENDS):
+            attention.append(_attention_case(preset, name, context.device))
+            torch.cuda.empty_cache()
+            bar.update()
     body = []
     for case in simple:
         if "skipped" in case:

@@ -30,22 +30,22 @@ def _block(
         prfl_fast.patch(model)
     x = torch.empty(1, preset.tokens, preset.dim, dtype=torch.bfloat16, requires_grad=True)
     text = torch.empty(1, preset.text_tokens, preset.dim, dtype=torch.bfloat16)
-    rope: Any = model.rope(torch.empty(1, 16, *preset.latent))  # type: ignore[operator]
+    rope: Any = model.rope(torch.empty(1, 16, *preset.latent))
     return model, (x, text, torch.empty(1, 6, preset.dim), rope)
 
 
 def kept_bytes(preset: Preset, context: Context, *, patched: bool, train: bool) -> int:
-    """Bytes autograd keeps for one bfloat16 block; its input and parameters are not counted."""
+    """Return the bytes autograd keeps for one bfloat16 block, without its input and parameters."""
     with FakeTensorMode():
         model, args = _block(preset, context, patched=patched, train=train)
         return saved_bytes(lambda: model.blocks[0](*args), exclude=[args[0], *model.parameters()])
 
 
 def policy_bytes(preset: Preset, context: Context, policy: str, *, train: bool) -> int:
-    """Bytes a patched block leaves on the device until its backward, its input among them."""
+    """Return the bytes a patched block leaves on the device until its backward, with its input."""
     with FakeTensorMode():
         model, args = _block(preset, context, patched=True, train=train)
-        prfl_fast.memory.activation_checkpointing(model, policy)  # type: ignore[arg-type]
+        prfl_fast.memory.activation_checkpointing(model, policy)
         run = model._gradient_checkpointing_func if policy != "none" else lambda f, *a: f(*a)
         with Ledger() as ledger:
             ledger.mark(args[0], "checkpoints")

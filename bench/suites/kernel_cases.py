@@ -3,183 +3,25 @@
 "Naive" is the formula as diffusers' Wan and its schedulers write it, in eager mode.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Preset, relative_error
+from harness import Preset
 from torch import nn
 from torch.func import functional_call
 
 from prfl_fast import kernels
 from prfl_fast.rewards import QueryAttentionPool
+from suites.kernel_checks import Case, Draw, Tensors
 
-PASSES = ("forward", "backward", "both")
 POOL_HEADS = 8
 EPS = 1e-6
 # Wan2.2 gives the first frame another timestep than the rest: two rows of modulation.
 TIME_ROWS = 2
 FP8_MAX = 448.0
 FP8_ERROR = 6e-2  # three mantissa bits: 2⁻⁴ at worst, 2.6 % root-mean-square, operand by operand
-UNIPC_TERMS = (0.9, -0.15, 0.3, -0.05)
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Draw inputs of a size; ``randn(*shape)`` is seeded and in the activations' dtype."""
-
-    preset: Preset
-    randn: Callable[..., torch.Tensor]
-    device: torch.device
-    dtype: torch.dtype
-
-    def tokens(self) -> torch.Tensor:
-        return self.randn(1, self.preset.tokens, self.preset.dim)
-
-    def param(self, *shape: int) -> torch.Tensor:
-        return self.randn(*shape).float() * 0.1
-
-    def latents(self) -> torch.Tensor:
-        return self.randn(1, 16, *self.preset.latent).float()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at any size.
-
-    Attributes:
-        name: row of the table. op: registered name, decides which backends there are.
-        make: draws the inputs.
-        leaves: names of tensors that get a gradient.
-        naive: ``(tensors, wide) -> outputs``; ``wide`` is the dtype of the formula's fp32 sites.
-        ours: ``tensors -> outputs``.
-        reads, kept: inputs that a forward and a backward must read; ``out0`` in ``kept`` is the
-            first output.
-        arithmetic: floating-point operations of a forward and a backward for each element of the
-            first input read, counted in the formula (a square root, an exponential are one each).
-        writes: inputs whose gradients a backward must write; ``leaves`` unless given.
-        forward_flops: given if arithmetic bounds the operation; no bandwidth is reported then.
-        passes: passes to time.
-        decode: converts quantized outputs to those of the formula.
-        tolerance: relative error allowed where quantized arithmetic cannot obey the twice rule.
-    """
-
-    name: str
-    op: str
-    make: Callable[[Draw], Tensors]
-    leaves: tuple[str, ...]
-    naive: Callable[[Tensors, torch.dtype], Any]
-    ours: Callable[[Tensors], Any]
-    reads: tuple[str, ...]
-    kept: tuple[str, ...]
-    arithmetic: tuple[int, int] = (0, 0)
-    writes: tuple[str, ...] | None = None
-    forward_flops: Callable[[Preset], float] | None = None
-    naive_flops: Callable[[Preset], float] = lambda preset: 0.0
-    passes: tuple[str, ...] = PASSES
-    decode: Callable[[Any], Any] = lambda outputs: outputs
-    tolerance: float | None = None
-
-    @property
-    def written(self) -> tuple[str, ...]:
-        """Return the inputs whose gradients a backward must write."""
-        return self.leaves if self.writes is None else self.writes
-
-
-def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """Return one or several outputs as a tuple."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def draw_inputs(
-    case: Case, preset: Preset, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Tensors:
-    """Return inputs of a case; leaves require a gradient."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    tensors = case.make(Draw(preset, randn, device, dtype))
-    return {n: t.detach().requires_grad_(n in case.leaves) for n, t in tensors.items()}
-
-
-def cotangents(outputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Draw gradients of outputs."""
-    generator = torch.Generator(outputs[0].device).manual_seed(seed)
-    return [
-        torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype)
-        for o in outputs
-    ]
-
-
-def gradients(
-    case: Case, outputs: Sequence[torch.Tensor], tensors: Tensors, given: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of the leaves; the graph is kept."""
-    leaves = [tensors[n] for n in case.leaves]
-    return torch.autograd.grad(outputs, leaves, given, retain_graph=True) if leaves else ()
-
-
-def results(
-    case: Case, tensors: Tensors, run: Callable[[Tensors], Any], seed: int | list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return outputs and gradients, and the outputs' gradients: given, or drawn from a seed."""
-    outputs = as_tuple(case.decode(run(tensors)))
-    drawn = cotangents(outputs, seed) if isinstance(seed, int) else seed
-    given = [c.to(o.dtype) for c, o in zip(drawn, outputs, strict=True)]
-    return [*(o.detach() for o in outputs), *gradients(case, outputs, tensors, given)], given
-
-
-def compare(
-    case: Case, tensors: Tensors, dtype: torch.dtype, seed: int
-) -> tuple[dict[str, tuple[float, float, float]], bool]:
-    """Compare outputs and gradients with float64, beside the naive formula's in ``dtype``.
-
-    Returns:
-        By name, the error, the naive formula's error and what is allowed: twice that plus rounding.
-        And if a second run gives the same bits.
-    """
-    ours, given = results(case, tensors, case.ours, seed)
-    again, _ = results(case, tensors, case.ours, given)
-    same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-    del again
-    plain, _ = results(case, tensors, lambda t: case.naive(t, torch.float32), given)
-    wide = {n: t.detach().double() if t.is_floating_point() else t for n, t in tensors.items()}
-    wide = {n: t.requires_grad_(n in case.leaves) for n, t in wide.items()}
-    exact, _ = results(case, wide, lambda t: case.naive(t, torch.float64), given)
-    names = [f"output {i}" for i in range(len(ours) - len(case.leaves))]
-    names += [f"gradient of {n}" for n in case.leaves]
-    slack, found = 4 * torch.finfo(dtype).eps, {}
-    for name, a, b, e in zip(names, ours, plain, exact, strict=True):
-        error, base = relative_error(a, e), relative_error(b, e)
-        allowed = 2 * base + slack if case.tolerance is None else case.tolerance
-        found[name] = error, base, allowed
-    return found, same
-
-
-def moved_bytes(case: Case, preset: Preset, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that a forward and a backward must read and write, each tensor once."""
-    meta = torch.device("meta")
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=meta, dtype=dtype)
-
-    tensors = case.make(Draw(preset, randn, meta, dtype))
-    outputs = as_tuple(case.ours(tensors))
-    known = tensors | {"out0": outputs[0]}
-
-    def nbytes(names: Sequence[str]) -> int:
-        return sum(known[name].nbytes for name in names)
-
-    written = sum(t.nbytes for t in outputs)
-    moved = {"forward": nbytes(case.reads) + written}
-    if case.leaves:
-        moved["backward"] = nbytes(case.kept) + written + nbytes(case.written)
-    return moved
+UNIPC_TERMS = {"x": 0.9, "velocity": -0.15, "previous": 0.3, "older": -0.05}
 
 
 def _modulation(
@@ -222,10 +64,6 @@ def _make_gated(draw: Draw, rows: int = 1) -> Tensors:
     tensors = {name: draw.tokens() for name in "xy"}
     tensors["time"] = draw.randn(1, rows, draw.preset.dim)
     return tensors | {"table": draw.param(rows, draw.preset.dim)}
-
-
-def _make_residual(draw: Draw) -> Tensors:
-    return _make_gated(draw, 3)
 
 
 def _naive_residual(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,10 +144,8 @@ def _rope(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _make_gelu(draw: Draw) -> Tensors:
-    return {
-        "x": draw.randn(1, draw.preset.tokens, draw.preset.ffn_dim),
-        "bias": draw.param(draw.preset.ffn_dim),
-    }
+    width = draw.preset.ffn_dim
+    return {"x": draw.randn(1, draw.preset.tokens, width), "bias": draw.param(width)}
 
 
 def _naive_gelu(t: Tensors, wide: torch.dtype) -> torch.Tensor:
@@ -361,27 +197,21 @@ _POOL_LEAVES = ("x", "queries", *(f"multihead_attn.{name}" for name in _POOL_WEI
 
 
 def _make_step(draw: Draw) -> Tensors:
-    return {name: draw.latents() for name in ("x", "velocity", "previous", "older")}
+    return {name: draw.latents() for name in UNIPC_TERMS}
 
 
 def _naive_step(t: Tensors, wide: torch.dtype) -> torch.Tensor:
-    terms = (
-        c * t[n].to(wide)
-        for c, n in zip(UNIPC_TERMS, ("x", "velocity", "previous", "older"), strict=True)
-    )
+    terms = (c * t[name].to(wide) for name, c in UNIPC_TERMS.items())
     return sum(terms, torch.zeros((), dtype=wide, device=t["x"].device)).type_as(t["x"])
 
 
 def _step(t: Tensors) -> torch.Tensor:
-    return kernels.flow_step([t["x"], t["velocity"], t["previous"], t["older"]], list(UNIPC_TERMS))
+    return kernels.flow_step([t[name] for name in UNIPC_TERMS], list(UNIPC_TERMS.values()))
 
 
 def _make_loss(draw: Draw) -> Tensors:
-    return {
-        "velocity": draw.latents().to(draw.dtype),
-        "noise": draw.latents(),
-        "latents": draw.latents(),
-    }
+    tensors = {name: draw.latents() for name in ("velocity", "noise", "latents")}
+    return tensors | {"velocity": tensors["velocity"].to(draw.dtype)}
 
 
 def _naive_loss(t: Tensors, wide: torch.dtype) -> torch.Tensor:
@@ -420,19 +250,11 @@ def _make_linear(draw: Draw) -> Tensors:
     }  # fmt: skip
 
 
-def _fp8_linear(t: Tensors) -> torch.Tensor:
-    return kernels.fp8_linear(*(t[n] for n in ("x_q", "x_scale", "weight_q", "weight_scale")))
-
-
 def _make_rollout(draw: Draw) -> Tensors:
     # Of float32 there is no 8-bit form.
     half = torch.bfloat16 if draw.dtype == torch.float32 else draw.dtype
     tensors = _make_attention(draw)
     return {n: t.to(half) if t.is_floating_point() else t for n, t in tensors.items()}
-
-
-def _rollout_attention(t: Tensors) -> torch.Tensor:
-    return kernels.rollout_attention(t["q"], t["k"], t["v"], heads=int(t["heads"]))
 
 
 def _attention_flops(preset: Preset) -> float:
@@ -459,7 +281,7 @@ CASES = (
         _naive_norm, _norm, reads=("x", "rows"), kept=("x", "rows"), arithmetic=(7, 16),
     ),
     Case(
-        "residual_norm_modulate", "residual_norm_modulate", _make_residual,
+        "residual_norm_modulate", "residual_norm_modulate", lambda draw: _make_gated(draw, 3),
         ("x", "y", "time", "table"), _naive_residual, _residual, reads=("x", "y"),
         kept=("out0", "y"), arithmetic=(9, 20),
     ),
@@ -485,7 +307,7 @@ CASES = (
     POOL,
     Case(
         "flow_step, UniPC", "flow_step", _make_step, ("velocity",), _naive_step, _step,
-        reads=("x", "velocity", "previous", "older"), kept=(), arithmetic=(7, 1),
+        reads=tuple(UNIPC_TERMS), kept=(), arithmetic=(7, 1),
     ),
     Case(
         "flow_loss", "flow_loss", _make_loss, ("velocity",), _naive_loss,
@@ -512,13 +334,15 @@ CASES = (
     ),
     Case(
         "fp8_linear (vs bf16)", "fp8_linear", _make_linear, (),
-        lambda t, wide: F.linear(t["x"], t["weight"]), _fp8_linear, reads=("x_q", "weight_q"),
-        kept=(), forward_flops=lambda p: 2.0 * p.tokens * p.dim**2,
+        lambda t, wide: F.linear(t["x"], t["weight"]),
+        lambda t: kernels.fp8_linear(t["x_q"], t["x_scale"], t["weight_q"], t["weight_scale"]),
+        reads=("x_q", "weight_q"), kept=(), forward_flops=lambda p: 2.0 * p.tokens * p.dim**2,
         naive_flops=lambda p: 2.0 * p.tokens * p.dim**2, passes=("forward",), tolerance=FP8_ERROR,
     ),
     Case(
         "rollout_attention (vs bf16)", "rollout_attention", _make_rollout, (), _naive_attention,
-        _rollout_attention, reads=("q", "k", "v"), kept=(), forward_flops=_attention_flops,
+        lambda t: kernels.rollout_attention(t["q"], t["k"], t["v"], heads=int(t["heads"])),
+        reads=("q", "k", "v"), kept=(), forward_flops=_attention_flops,
         naive_flops=_attention_flops, passes=("forward",), tolerance=FP8_ERROR,
     ),
 )

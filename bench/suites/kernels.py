@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -21,8 +20,10 @@ import torch
 from harness import PRESETS, Context, Preset, SuiteResult, Table, Timing, UnavailableError
 
 from prfl_fast.kernels.runtime import registry
-from suites import kernel_cases, resources
-from suites.kernel_cases import CASES, PASSES, POOL, Case, Tensors
+from prfl_fast.memory.offload import host_memory
+from suites import kernel_checks, resources
+from suites.kernel_cases import CASES, POOL
+from suites.kernel_checks import PASSES, Case, Tensors
 
 __all__ = ["CASES", "PASSES"]  # also for pytest bench
 
@@ -32,8 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def make_tensors(case: Case, preset: Preset, context: Context, offset: int = 0) -> Tensors:
-    """Return inputs of a case; leaves require a gradient."""
-    return kernel_cases.draw_inputs(
+    return kernel_checks.draw_inputs(
         case, preset, context.device, context.dtype, context.seed + offset
     )
 
@@ -46,14 +46,10 @@ def verify(case: Case, context: Context) -> float:
     """
     preset = context.preset.with_grid(*map(min, context.preset.grid, (3, 6, 10)))
     tensors = make_tensors(case, preset, context)
-    found, _ = kernel_cases.compare(case, tensors, context.dtype, context.seed + 1)
+    found, _ = kernel_checks.compare(case, tensors, context.dtype, context.seed + 1)
     for name, (error, plain, limit) in found.items():
         assert error <= limit, f"{name}: error {error:.1e}, naive {plain:.1e}"
     return max(error for error, *_ in found.values())
-
-
-def _nbytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def backends(case: Case, context: Context) -> list[str]:
@@ -73,7 +69,7 @@ def backends(case: Case, context: Context) -> list[str]:
 
 
 class Variant:
-    """One implementation with its inputs: results of a first run, thunks of each pass."""
+    """Run one implementation on its inputs and make thunks of each pass."""
 
     def __init__(
         self, case: Case, run: Callable[[Tensors], Any], sets: list[Tensors], context: Context
@@ -86,15 +82,16 @@ class Variant:
             lambda: first.append(self._forward(sets[0])), exclude=parameters
         )
         self.outputs = first
-        self.cotangents = kernel_cases.cotangents(first[0], context.seed + 1) if case.leaves else []
+        self.cotangents = (
+            kernel_checks.cotangents(first[0], context.seed + 1) if case.leaves else []
+        )
         self.gradients = self._backward(first[0], sets[0])
         harness.synchronize(context.device)
         self.first = time.perf_counter() - start
 
     def results(self) -> list[torch.Tensor]:
-        """Return outputs and gradients of the first run."""
         first = self.outputs[0]
-        outputs = kernel_cases.as_tuple(self.case.decode(first if len(first) > 1 else first[0]))
+        outputs = kernel_checks.as_tuple(self.case.decode(first if len(first) > 1 else first[0]))
         return [*outputs, *self.gradients]
 
     def forget(self) -> None:
@@ -115,10 +112,10 @@ class Variant:
         ]
 
     def _forward(self, tensors: Tensors) -> tuple[torch.Tensor, ...]:
-        return kernel_cases.as_tuple(self.run(tensors))
+        return kernel_checks.as_tuple(self.run(tensors))
 
     def _backward(self, outputs: Sequence[torch.Tensor], tensors: Tensors) -> Any:
-        return kernel_cases.gradients(self.case, outputs, tensors, self.cotangents)
+        return kernel_checks.gradients(self.case, outputs, tensors, self.cotangents)
 
 
 def _compiled(case: Case) -> Callable[[Tensors], Any]:
@@ -137,10 +134,7 @@ def _free_bytes(context: Context) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(context.device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+    return host_memory()[0]
 
 
 def _check_fits(case: Case, preset: Preset, context: Context) -> None:
@@ -203,13 +197,13 @@ def measure(
     sets = [make_tensors(case, preset, context)]
     touched = [t for t in sets[0].values() if t.dim() > 1]
     record["shape"] = list(touched[0].shape)
-    count = harness.input_sets(_nbytes(touched), context.device)
+    count = harness.input_sets(sum(t.nbytes for t in touched), context.device)
     if context.device.type == "cpu" and case.naive_flops(preset) > 1e10:
         count = 1  # arithmetic dominates, cold inputs would only cost memory
     sets += [make_tensors(case, preset, context, offset) for offset in range(1, count)]
 
     variants = _variants(case, sets, context, record)
-    moved = kernel_cases.moved_bytes(case, preset, context.dtype)
+    moved = kernel_checks.moved_bytes(case, preset, context.dtype)
     if case.leaves:
         moved["both"] = moved["forward"] + moved["backward"]
     record["bytes"] = moved
@@ -260,7 +254,6 @@ def _columns(measured: list[dict[str, Any]]) -> list[str]:
 
 
 def rows(record: dict[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """Return the table's rows of one measured case."""
     lines = []
     for part, times in record["times"].items():
         ours = _ours(times)

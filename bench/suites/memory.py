@@ -22,7 +22,7 @@ from prfl_fast.planning.gpu_specs import this_gpu
 from prfl_fast.training.oom import is_out_of_memory
 from prfl_fast.utils.quiet import quiet_libraries
 from suites import kept
-from suites.memory_step import Case, Step, cuda_step, predict, release, run_capped, uniform
+from suites.memory_step import Case, MeasuredStep, cuda_step, predict, release, run_capped, uniform
 
 GIB = 1 << 30
 SIZES = ("wan14b-720p", "wan14b-480p", "wan1.3b-480p")
@@ -57,7 +57,6 @@ HOST_SHARE = 0.8  # of the host's available memory, for plans
 
 
 def label(policy: str, offload: str | None) -> str:
-    """Return a policy in words."""
     return policy + (", offloaded" if offload else "")
 
 
@@ -69,8 +68,7 @@ def rows() -> dict[str, tuple[MemoryConfig, bool]]:
 
 
 def narrowed(memory: MemoryConfig, weights: str) -> MemoryConfig:
-    """Return the policy with another weight dtype."""
-    return replace(memory, weight_dtype=weights)  # type: ignore[arg-type]
+    return replace(memory, weight_dtype=weights)
 
 
 def _curve_case(memory: MemoryConfig, patched: bool, frames: int, pixels: tuple[int, int]) -> Case:
@@ -139,7 +137,6 @@ def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str,
 
 
 def _identity(case: Case) -> dict[str, Any]:
-    """Return a case as plain values."""
     preset = case.preset
     sizes = {"preset": preset.name, "tokens": preset.tokens, "layers": preset.layers}
     memories = dict(zip(("memory", "reward_memory"), map(vars, case.memories), strict=True))
@@ -156,10 +153,9 @@ def _simulated_table(found: dict[Case, dict[str, Any]]) -> Table:
             line = [name if row == BASELINE else "", row]
             for weights in ("bf16", *NARROW):
                 case = cases.get((name, row, weights))
-                line.append(report.BLANK if case is None else _gib(found[case]["peak_bytes"]))
+                line.append(_gib(found[case]["peak_bytes"] if case else None))
             exact = found[cases[name, row, "bf16"]]
-            line += [_gib(exact["host_bytes"]) if exact["host_bytes"] else report.BLANK]
-            body.append([*line, report.flops(exact["flops"])])
+            body.append([*line, _gib(exact["host_bytes"]), report.flops(exact["flops"])])
     notes = [
         "Simulated, not run: one PRFL step with LoRA of rank 16 on the attention, 81 frames, "
         "reward of 8 blocks, the same policy for both models; GiB of tensors at the peak, weights, "
@@ -173,8 +169,8 @@ def _simulated_table(found: dict[Case, dict[str, Any]]) -> Table:
     return Table("memory", "Memory of a PRFL step, 81 frames", columns, body, notes)
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def _gib(size: float | None) -> str:
+    return f"{size / GIB:.1f} GiB" if size else report.BLANK
 
 
 def simulated(context: Context) -> tuple[Table, list[dict[str, Any]], Any]:
@@ -238,13 +234,13 @@ def small_cases(context: Context) -> dict[str, Case]:
 def run_small_on_cpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
     """Return kept and peak bytes and times of each case, and failed checks."""
     records, problems = [], []
-    steps: dict[str, Step] = {}
+    steps: dict[str, MeasuredStep] = {}
     expected: list[torch.Tensor] = []
     cases = small_cases(context)
     with context.bar(len(cases) + 1, "memory") as bar:
         for name, case in cases.items():
             bar.set_postfix_str(name)
-            step = steps[name] = Step(case, context)
+            step = steps[name] = MeasuredStep(case, context)
             on_device, host = step.kept()
             peak = harness.peak_bytes(step.feedback, context.device)
             gradients = [p.grad.clone() for p in step.parameters if p.grad is not None]
@@ -273,7 +269,7 @@ def run_small_on_gpu(context: Context) -> tuple[list[dict[str, Any]], list[str]]
             record = {"case": "run", "row": name, **_identity(case)}
             record["predicted"] = predict(case)
             try:
-                step = Step(case, context)
+                step = MeasuredStep(case, context)
                 step.step()  # compiles the kernels, makes the optimizer's states
                 record |= cuda_step(step, context.device, runs=2 if case.preset.dim < 5120 else 1)
                 del step
@@ -318,8 +314,7 @@ def _small_table(records: list[dict[str, Any]], context: Context) -> Table:
             off = predicted["peak_bytes"] / record["peak_bytes"] - 1
             base = times.get(record["row"].replace(", offloaded", ""))
             line += [_gib(record["peak_bytes"]), _gib(predicted["peak_bytes"]), f"{off:+.1%}"]
-            line.append(_gib(predicted["host_bytes"]) if predicted["host_bytes"] else report.BLANK)
-            line.append(report.seconds(times[record["row"]]))
+            line += [_gib(predicted["host_bytes"]), report.seconds(times[record["row"]])]
             offloaded = base is not None and ", offloaded" in record["row"]
             line.append(report.ratio(times[record["row"]] / base) if offloaded else report.BLANK)
         body.append(line)

@@ -12,7 +12,7 @@ from harness import Context, Preset, UnavailableError
 from torch import nn
 
 import prfl_fast
-from prfl_fast import PRFL, FlowUniPC, GradientPlan, LatentRewardModel, MemoryConfig
+from prfl_fast import PRFL, FlowUniPC, GradientPlan, MemoryConfig
 from prfl_fast.memory import make_optimizer
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.quantized import QuantizedLinear
@@ -34,7 +34,7 @@ TRAINING_PHASES = ("forward", *REWARD_PHASES, "backward")
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, memory policies and trained parameters of a step.
+    """Hold sizes, memory policies and trained parameters of a step.
 
     Attributes:
         preset: sizes; its latent gives the video.
@@ -53,7 +53,6 @@ class Case:
 
     @property
     def memories(self) -> tuple[MemoryConfig, MemoryConfig]:
-        """Return the policies of generator and reward."""
         return self.memory, self.reward_memory or self.memory
 
     def workload(self) -> Workload:
@@ -66,7 +65,7 @@ class Case:
             height=8 * height,
             width=8 * width,
             text_tokens=preset.text_tokens,
-            train=self.train,  # type: ignore[arg-type]
+            train=self.train,
             reward_blocks=min(REWARD_BLOCKS, max(1, preset.layers // 2)),
             sft=False,
             patched=self.patched,
@@ -77,14 +76,14 @@ def uniform(
     policy: str, offload: str | None = None, weights: str = "bf16", **rest: Any
 ) -> MemoryConfig:
     """Return the policy that generator and reward share."""
-    return MemoryConfig(weights, policy, offload, **rest)  # type: ignore[arg-type]
+    return MemoryConfig(weights, policy, offload, **rest)
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """Bytes at the peak and in host memory, and FLOPs of the training phases.
+    """Return bytes at the peak and in host memory, and FLOPs of the training phases.
 
     Deep models are simulated at two small depths, as the planner does: bytes and work of a phase
-    are affine in the depth from there.
+    are affine in the depth.
     """
     workload = case.workload()
     layers, reward_layers = case.preset.layers, workload.reward_blocks
@@ -114,7 +113,7 @@ def at_depth(
 def _highest(
     runs: list[Simulation], depths: tuple[int, int], layers: int, reward_layers: int
 ) -> dict[str, int]:
-    """Bytes by category at the highest moment of all phases.
+    """Return bytes by category at the highest moment of all phases.
 
     Of a generator's phase, only the reward model's weights depend on the reward's depth; of a
     reward phase, all that it adds to its start.
@@ -154,11 +153,11 @@ def _record(run: Simulation) -> dict[str, Any]:
     }
 
 
-class Step:
-    """Both models of a case on a device, random weights, and what a PRFL step needs.
+class MeasuredStep:
+    """Hold both models of a case on a device, with random weights, and the inputs of a PRFL step.
 
-    Models are made without values and get them on the device, tensor by tensor: at no time does
-    more than the finished models lie there.
+    Models are made without values and get them on the device tensor by tensor, so that the device
+    never holds more than the finished models.
 
     Raises:
         UnavailableError: a package that the case needs is missing.
@@ -179,10 +178,11 @@ class Step:
             prfl_fast.patch(reward.backbone)
         elif case.memory.activation_checkpointing == "full":
             for model in (self.generator, reward.backbone):
-                model.enable_gradient_checkpointing()  # type: ignore[operator]
+                model.enable_gradient_checkpointing()
         self.adapter = find_adapter(self.generator)
         self.parameters = [p for p in self.generator.parameters() if p.requires_grad]
-        self._prfl = _prfl(self.generator, reward)
+        plan = GradientPlan.prfl()
+        self._prfl = PRFL(self.generator, reward, FlowUniPC(), plan, num_inference_steps=40)
         kind, dtype = case.memory.optimizer, case.memory.gradient_dtype
         self._optimizer = make_optimizer(
             kind, self.parameters, learning_rate=5e-6, gradient_dtype=dtype
@@ -193,19 +193,18 @@ class Step:
         self.noise = torch.randn((1, 16, *case.preset.latent), **options)
 
     def feedback(self, noise: torch.Tensor | None = None) -> None:
-        """Rollout, gradient step, reward and backward; gradients of before are dropped."""
+        """Run rollout, gradient step, reward and backward; drop earlier gradients first."""
         self._optimizer.zero_grad(set_to_none=True)
         latents = self.noise if noise is None else noise
         self._prfl(latents, self.conditions, indices=(INDEX,))
 
     def step(self, noise: torch.Tensor | None = None) -> None:
-        """Run :meth:`feedback` and the optimizer's step."""
         self.feedback(noise)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def kept(self) -> tuple[int, int]:
-        """Bytes on the device and in host memory between the generator's forward and backward."""
+        """Return bytes on device and host between the generator's forward and backward."""
         timestep = torch.full((1,), 500.0, device=self.noise.device)
         with Ledger(open_operations=True) as ledger:
             v = self.adapter.velocity(self.generator, self.noise, timestep, self.conditions)
@@ -214,13 +213,9 @@ class Step:
         return kept
 
 
-def _prfl(generator: nn.Module, reward: LatentRewardModel) -> PRFL:
-    return PRFL(generator, reward, FlowUniPC(), GradientPlan.prfl(), num_inference_steps=40)
-
-
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Random weights that keep activations finite."""
+    """Draw random weights that keep activations finite."""
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or not tensor.is_floating_point():
@@ -248,7 +243,7 @@ def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
     outside = total - free - torch.cuda.memory_reserved(device)  # the context and libraries
     torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total), device)
     try:
-        step = Step(case, context)
+        step = MeasuredStep(case, context)
         step.step(step.noise[:, :, :5])
         record = cuda_step(step, device)
         record["outside_bytes"] = outside
@@ -262,7 +257,7 @@ def run_capped(case: Case, context: Context, budget: int) -> dict[str, Any]:
         release()
 
 
-def cuda_step(step: Step, device: torch.device, runs: int = 1) -> dict[str, Any]:
+def cuda_step(step: MeasuredStep, device: torch.device, runs: int = 1) -> dict[str, Any]:
     """Measure the allocator's peaks and the seconds of ``runs`` steps."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -281,7 +276,7 @@ def cuda_step(step: Step, device: torch.device, runs: int = 1) -> dict[str, Any]
 
 
 def release() -> None:
-    """Give memory of models that are gone back to the device."""
+    """Free cached device memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

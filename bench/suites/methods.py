@@ -39,9 +39,7 @@ CHOSEN = tuple(filter(None, os.environ.get("PRFL_FAST_BENCH_METHODS", "").split(
 
 
 class PixelClassifier(nn.Module):
-    """Stand-in for a frame-level reward: four strided 3-D convolutions, mean, sigmoid; random
-    weights, frozen.
-    """
+    """Replace a frame-level reward: frozen random 3-D convolutions, mean, sigmoid."""
 
     def __init__(self, channels: int = 16) -> None:
         super().__init__()
@@ -54,7 +52,7 @@ class PixelClassifier(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, F, H, W]`` → ``[B]`` in (0, 1)."""
+        """Map ``[B, 3, F, H, W]`` to ``[B]`` in (0, 1)."""
         frames = frames.to(self.head.weight.dtype)
         for layer in self.layers:
             frames = torch.nn.functional.silu(layer(frames))
@@ -77,8 +75,9 @@ def chosen() -> tuple[Method, ...]:
 
 
 def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    """Latents → frames, and what it is: the small world's linear codec, or the Wan VAE with random
-    weights.
+    """Return a decoder of latents and its description.
+
+    It is the small world's linear codec, or on a GPU the Wan VAE with random weights.
     """
     if context.device.type == "cpu":
         from experiments.world import decode
@@ -110,7 +109,7 @@ def _generator(preset: Preset, context: Context) -> tuple[nn.Module, str]:
 
 
 def _calls(preset: Preset, context: Context) -> tuple[dict[str, Callable[[], object]], str]:
-    """One call of every method and one supervised step, and notes."""
+    """Return one call of every method and one supervised step, and notes."""
     methods = chosen()
     model, trains = _generator(preset, context)
     blocks = max(1, round(PAPER_FRACTION * preset.layers)) if preset.layers < 30 else 8
@@ -147,11 +146,11 @@ def _calls(preset: Preset, context: Context) -> tuple[dict[str, Callable[[], obj
 
 
 def _measure(name: str, call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """FLOPs, then peak bytes, of one call each; on CUDA also the seconds of the second call.
+    """Measure FLOPs and then peak bytes, in one call each.
 
     Two calls, because PyTorch's FLOP counter keeps tensors alive a little longer than the call
-    alone does: half as much again at the peak of RGB ReFL. On CUDA the second runs in what the
-    first has cached. The CPU's ledger slows a call down, so its seconds mean nothing.
+    alone does: half as much again at the peak of RGB ReFL. On CUDA the second is
+    also timed, as it runs in memory that the first has cached; the CPU's ledger slows a call down.
     """
 
     def timed() -> None:
@@ -220,7 +219,7 @@ def run(context: Context) -> SuiteResult:
 
 
 def _per_point(case: dict[str, Any], sft: dict[str, Any] | None) -> tuple[float, float, float]:
-    """Seconds, peak bytes and FLOPs per gradient point; with SFT, one supervised step a point."""
+    """Return seconds, peak bytes and FLOPs per gradient point, plus one supervised step."""
     seconds, work = case["times"]["median_s"] / case["points"], case["flops"] / case["points"]
     peak = case["peak_bytes"]
     if sft is None:

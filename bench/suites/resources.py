@@ -12,13 +12,14 @@ import torch
 from harness import PRESETS, Context, Table
 
 from prfl_fast.kernels.runtime.triton import HAS_TRITON
-from suites.kernel_cases import CASES, moved_bytes
+from suites.kernel_cases import CASES
+from suites.kernel_checks import moved_bytes
 
 SIZES = ("wan1.3b-480p", "wan14b-480p", "wan14b-720p")
 
 
 def measure(context: Context) -> tuple[list[Table], list[dict[str, Any]]]:
-    """Tables ``resources``, ``resources-kernels``, ``bytes``, and their records."""
+    """Return tables ``resources``, ``resources-kernels``, ``bytes``, and their records."""
     cases: list[dict[str, Any]] = []
     body = []
     for case in CASES:

@@ -26,7 +26,7 @@ SHOWN = (10, 20, 30, SOLVER_STEPS)  # steps whose drift the table has
 def drift_curve(
     latents: dict[int, torch.Tensor], exact: dict[int, torch.Tensor]
 ) -> dict[int, float]:
-    """Relative L2 distance by step, the largest of the batch, at the steps that both passed."""
+    """Return the relative L2 distance by step, the largest of the batch, at the common steps."""
     steps = sorted(set(latents) & set(exact))
     return {step: relative_distance(latents[step], exact[step]) for step in steps}
 
@@ -54,7 +54,7 @@ def drift_records(
 
 
 def compared(gradient: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """Relative L2 distance of a gradient to the exact one, and their cosine."""
+    """Return the relative L2 distance of a gradient to the exact one, and their cosine."""
     a, b = gradient.double(), exact.double()
     cosine = (a @ b / (a.norm() * b.norm())).item()
     return {"relative_l2": harness.relative_error(a, b), "cosine": cosine}
@@ -63,10 +63,9 @@ def compared(gradient: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
 def cost_records(
     timed: rollout_options.Subject, context: Context, bar: Any
 ) -> list[dict[str, Any]]:
-    """FLOPs, peak bytes and seconds of a whole rollout of every option.
+    """Return FLOPs, peak bytes and seconds of a whole rollout with each option.
 
-    Of what a CPU emulates, only FLOPs: what emulating allocates and takes says nothing. On a GPU no
-    seconds of what chooses steps by σ: the few steps that are run there have other shares of them.
+    Emulated options on a CPU have FLOPs only; options that depend on σ have no seconds on a GPU.
     """
     on_cpu = context.device.type == "cpu"
     records: dict[str, dict[str, Any]] = {}
@@ -100,7 +99,7 @@ def cost_records(
 def table(
     costs: list[dict[str, Any]], drifts: list[dict[str, Any]], context: Context, about: str
 ) -> Table:
-    """Costs and drift by option."""
+    """Return the table of costs and drift by option."""
     by_name = {r["option"]: r for r in costs}
     body = []
     for drift in drifts:
@@ -151,7 +150,7 @@ def _drift(value: float | None) -> str:
 
 
 def drift_figure(drifts: list[dict[str, Any]]) -> Any:
-    """Drift by step of what is not exact."""
+    """Draw the drift of inexact options by step."""
     figure, axes = report.new_figure(8, 4.2)
     colors = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#8c8c8c", "#56b4e9")
     shown = [r for r in drifts if any(r["by_step"].values())]
@@ -172,9 +171,6 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
 
 
 def run(context: Context) -> SuiteResult:
-    """Options at this machine's size and their drift; on a CPU also what is counted at Wan's sizes,
-    which is the same on every machine.
-    """
     on_cpu = context.device.type == "cpu"
     context.refuse_large()
     tables, figures, counted, splits = [], {}, [], []
@@ -200,7 +196,7 @@ def run(context: Context) -> SuiteResult:
 
 
 def exactness(drifts: list[dict[str, Any]]) -> list[str]:
-    """Failed checks: on a CPU, caches change no bit of the latents or the gradient."""
+    """Return failed checks: on a CPU, caches must change no bit of latents or gradient."""
     cached = [r for r in drifts if r["option"] in ("caches", "LoRA, caches")]
     problems = [
         f"{r['option']}: latents are {max(r['by_step'].values()):.1e} off, expected the same bits"
@@ -215,17 +211,8 @@ def exactness(drifts: list[dict[str, Any]]) -> list[str]:
 
 def _counts(context: Context, pool: Executor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Count rollouts and the split of a step on fake tensors."""
-    presets = [PRESETS[name] for name in split.SIZES]
-    jobs = [
-        [small_world.submit(pool, count, preset) for preset in presets]
-        for count in (rollout_counts.count, split.count)
-    ]
-    found: list[list[dict[str, Any]]] = []
-    with context.bar(2 * len(presets), "counting") as bar:
-        for group in jobs:
-            records = []
-            for job in group:
-                records += job.result()
-                bar.update()
-            found.append(records)
-    return found[0], found[1]
+    work = [(f, PRESETS[name]) for f in (rollout_counts.count, split.count) for name in split.SIZES]
+    jobs = [small_world.submit(pool, *each) for each in work]
+    found = small_world.results_of(jobs, context, "counting")
+    half = len(split.SIZES)
+    return sum(found[:half], []), sum(found[half:], [])

@@ -20,7 +20,7 @@ EIGHT_BITS = ("prfl_fast::fp8_linear", "prfl_fast::rollout_attention", "aten::_s
 
 @dataclass(frozen=True)
 class Counted:
-    """A way to run the rollout.
+    """Describe a way to run the rollout.
 
     Attributes:
         patched: on prfl_fast's kernels. cache: in the engine. lora: with adapters, merge: merged.
@@ -48,13 +48,13 @@ OPTIONS = {
 
 
 class EightBits(CostLedger):
-    """Also sums up, by phase, the FLOPs of products of 8 bits."""
+    """Add up the FLOPs of products of 8 bits by phase, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.eight_bits: dict[str, int] = {}
 
-    def _ran(self, func, args, kwargs, given, fresh, out):  # type: ignore[no-untyped-def]
+    def _ran(self, func, args, kwargs, given, fresh, out):
         before = flops_of(self.costs().get(self._phase, Cost()))
         super()._ran(func, args, kwargs, given, fresh, out)
         if func._schema.name in EIGHT_BITS:
@@ -66,7 +66,7 @@ Tally = dict[str, Cost]
 
 
 def _tally(preset: Preset, option: Counted, depth: int, num_inference_steps: int) -> Tally:
-    """Costs of opening a rollout and of a forward; the caches' bytes, a forward's 8-bit FLOPs."""
+    """Return costs of opening a rollout and of a forward, the caches, a forward's 8-bit FLOPs."""
     train = "lora" if option.lora else "full"
     memory = uniform("none")
     workload = Case(preset, memory, option.patched, train).workload()
@@ -100,7 +100,7 @@ def _tally(preset: Preset, option: Counted, depth: int, num_inference_steps: int
 
 
 def tally(preset: Preset, option: Counted, num_inference_steps: int = SOLVER_STEPS) -> Tally:
-    """At the preset's depth, by the line through two small depths."""
+    """Return costs at the preset's depth, by the line through two small depths."""
     few, more = (_tally(preset, option, depth, num_inference_steps) for depth in DEPTHS[False])
     return {name: line(few[name], more[name], DEPTHS[False], preset.layers) for name in few}
 
@@ -121,7 +121,7 @@ def count(preset: Preset, num_inference_steps: int = SOLVER_STEPS) -> list[dict[
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """By size and option, beside the rollout of the unpatched model."""
+    """Return the table by size and option, beside the rollout of the unpatched model."""
     body = []
     for size in dict.fromkeys(r["preset"] for r in records):
         rows = {r["option"]: r for r in records if r["preset"] == size}

@@ -5,6 +5,7 @@ once as prfl_fast does. Per gradient point; expected over the draws of the plan.
 """
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import method_specs as plans
@@ -34,7 +35,7 @@ ACCUMULATION = 5  # gradient points of an optimizer update, as the paper's
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do the step.
+    """Describe one way to do the step.
 
     Attributes:
         points: gradient points of a trajectory.
@@ -49,7 +50,6 @@ class Way:
 
     @property
     def plan(self) -> GradientPlan:
-        """Return the gradient plan."""
         return GradientPlan.prfl(self.points)
 
 
@@ -61,7 +61,7 @@ WAYS = (
 
 
 def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
-    """Costs by phase with ``depth`` blocks in both models."""
+    """Return costs by phase with ``depth`` blocks in both models."""
     memory = uniform("full" if way.reference else "attention")
     workload = Case(preset, memory, not way.reference, "full").workload()
     workload = replace(workload, sft=True)
@@ -93,12 +93,10 @@ def _cached_forward(step: Step) -> None:
 
 
 def _as_the_reference(reward: LatentRewardModel) -> None:
-    """Weight gradients in the blocks alone, as in ``wan.reference_models``, and pooling by
-    projecting all tokens.
-    """
+    """Leave weight gradients to the blocks, as ``wan.reference_models``; pool by projections."""
     for name, parameter in reward.named_parameters():
         parameter.requires_grad_("blocks." in name and parameter.is_floating_point())
-    reward.pool = wan.ProjectedPool(reward.pool)  # type: ignore[assignment]
+    reward.pool = wan.ProjectedPool(reward.pool)
 
 
 def line(few: Cost, more: Cost, depths: tuple[int, int], depth: int) -> Cost:
@@ -107,9 +105,10 @@ def line(few: Cost, more: Cost, depths: tuple[int, int], depth: int) -> Cost:
 
 
 def parts(preset: Preset, way: Way) -> dict[str, Cost]:
-    """Cost of each part once: one rollout forward, the caches of one rollout, one gradient point,
-    one supervised step, one update for each of both losses. By two small depths, from where costs
-    are affine.
+    """Return the cost of each part once, extrapolated from two small depths.
+
+    The parts are one rollout forward, the caches of one rollout, one gradient point, one supervised
+    step, and one update for each of both losses.
     """
     depths = DEPTHS[False]
     few, more = (_phases(preset, way, depth) for depth in depths)
@@ -125,14 +124,13 @@ def parts(preset: Preset, way: Way) -> dict[str, Cost]:
 
 
 def total(*costs: Cost) -> Cost:
-    """Their sum."""
     return Cost(**{name: sum(getattr(c, name) for c in costs) for name in vars(costs[0])})
 
 
-def repeats(way: Way, num_inference_steps: int = plans.SOLVER_STEPS) -> dict[str, float]:
+def repeats(way: Way) -> dict[str, float]:
     """Return the mean number of times each part runs for one gradient point."""
     return {
-        "rollout": way.plan.expected_forwards(num_inference_steps) / way.points,
+        "rollout": way.plan.expected_forwards(plans.SOLVER_STEPS) / way.points,
         "caches": 1 / way.points,
         "gradient": 1.0,
         "reward": 1.0,
@@ -142,13 +140,8 @@ def repeats(way: Way, num_inference_steps: int = plans.SOLVER_STEPS) -> dict[str
 
 
 def flops_of(cost: Cost) -> int:
-    """Of products and attention."""
+    """Return the FLOPs of products and attention."""
     return cost.matmul_flops + cost.attention_flops
-
-
-def moved_of(cost: Cost) -> int:
-    """Bytes of everything else."""
-    return cost.moved_bytes
 
 
 def count(preset: Preset) -> list[dict[str, Any]]:
@@ -161,9 +154,9 @@ def count(preset: Preset) -> list[dict[str, Any]]:
         times, costs = repeats(way), counted[way.reference]
         record: dict[str, Any] = {"case": "split", "preset": preset.name, "way": way.name}
         record |= {"points": way.points, "rollout_forwards": times["rollout"]}
-        for name, measure in (("flops", flops_of), ("moved_bytes", moved_of)):
+        for name, measure in (("flops", flops_of), ("moved_bytes", attrgetter("moved_bytes"))):
             found = {part: times[part] * measure(costs[part]) for part in PARTS}
-            # A rollout's caches, once a trajectory.
+            # A trajectory fills the caches of its rollout once.
             found["rollout"] += times["caches"] * measure(costs["caches"])
             record[name] = found
         records.append(record)
@@ -171,7 +164,7 @@ def count(preset: Preset) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """FLOPs by part, their sum with and without SFT over the reference's, and moved bytes."""
+    """Return the table of FLOPs by part, their sums over the reference's, and moved bytes."""
     body = []
     for size in dict.fromkeys(r["preset"] for r in records):
         rows = [r for r in records if r["preset"] == size]
@@ -207,7 +200,7 @@ def table(records: list[dict[str, Any]]) -> Table:
 def figure(
     rows: dict[str, dict[str, dict[str, float]]], *, unit: str, scale: float, title: str
 ) -> Any:
-    """Stacked bars: panel → way → part → value."""
+    """Draw stacked bars: panel → way → part → value."""
     made, panels = report.new_figure(11, 1.2 + 0.9 * len(rows), nrows=len(rows), squeeze=False)
     for axes, (panel, ways) in zip(panels[:, 0], rows.items(), strict=True):
         for i, values in enumerate(ways.values()):

@@ -6,6 +6,7 @@ is timed is one call, an SFT step and two optimizer updates.
 
 import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 class Parts:
-    """Seconds by part of what runs inside the contexts."""
+    """Sum the seconds of each part of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +47,7 @@ class Parts:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add what runs within to a part."""
+        """Add the seconds of the context to a part."""
         start = self.now()
         yield
         self.seconds[name] += self.now() - start
@@ -67,36 +68,36 @@ class Parts:
 
     @contextlib.contextmanager
     def rollouts(self) -> Iterator[None]:
-        """Within, what trajectories run without gradient is the rollout."""
+        """Attribute ``Trajectory.run`` to the part ``rollout`` within the context."""
         run = Trajectory.run
 
         def timed(trajectory: Trajectory, *arguments: Any, **options: Any) -> None:
             with self.part("rollout"):
                 run(trajectory, *arguments, **options)
 
-        Trajectory.run = timed  # type: ignore[method-assign]
+        Trajectory.run = timed
         try:
             yield
         finally:
-            Trajectory.run = run  # type: ignore[method-assign]
+            Trajectory.run = run
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the step.
+    """Describe one way to run the step.
 
     Attributes:
         model: which models: ``reference``, ``eager``, ``compiled`` or ``prfl_fast``.
-        indices: the gradient steps. settings: of the rollout engine; None runs without caches.
+        indices: the gradient steps. config: of the rollout engine; None runs without caches.
     """
 
     name: str
     model: str
     indices: tuple[int, ...] = ONE
-    settings: RolloutConfig | None = None
+    config: RolloutConfig | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return what every record of this way has."""
+        """Return the fields that all records of this way share."""
         return {"case": "step", "way": self.name, "points": len(self.indices)}
 
     def per_point(self, seconds: dict[str, float]) -> dict[str, float]:
@@ -111,7 +112,7 @@ _EXACT = RolloutConfig()
 
 
 def ways(context: Context) -> tuple[Way, ...]:
-    """Baselines as asked for, then prfl_fast's."""
+    """Return the requested baselines, then prfl_fast's ways."""
     slow = context.device.type == "cpu" and not context.compile_ops  # minutes, unless asked for
     found = [
         Way(name, name, ONE, NO_ENGINE)
@@ -129,7 +130,7 @@ def ways(context: Context) -> tuple[Way, ...]:
 
 @dataclass
 class Models:
-    """A generator that trains and a reward, as a step takes them.
+    """Hold a generator that trains and a reward.
 
     Attributes:
         module: holds the generator's parameters. velocity: what PRFL and SFT call.
@@ -143,7 +144,7 @@ class Models:
 
 
 def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Context) -> Models:
-    """Models of a way with the weights of ``base``.
+    """Return the models of a way with the weights of ``base``.
 
     Raises:
         UnavailableError: the reference's, if something it needs is missing.
@@ -158,22 +159,14 @@ def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Co
             prfl_fast.patch(model)
             prfl_fast.memory.activation_checkpointing(model, "attention")
         else:
-            model.enable_gradient_checkpointing()  # type: ignore[operator]
-        for block in model.blocks if name == "compiled" else ():  # type: ignore[union-attr]
+            model.enable_gradient_checkpointing()
+        for block in model.blocks if name == "compiled" else ():
             block.compile(dynamic=False)
     return Models(module, module, reward, reward)
 
 
-def measure_way(
-    way: Way,
-    models: Models,
-    preset: Preset,
-    context: Context,
-    num_inference_steps: int = SOLVER_STEPS,
-) -> dict[str, Any]:
-    """Seconds by part, peak bytes and rewards of a step, after a short one that compiles what
-    compiles.
-    """
+def measure_way(way: Way, models: Models, preset: Preset, context: Context) -> dict[str, Any]:
+    """Return seconds by part, peak bytes and rewards of a step; a short step compiles first."""
     device = context.device
     parameters = [p for p in models.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-12, fused=device.type == "cuda")
@@ -181,7 +174,7 @@ def measure_way(
     conditions = wan.conditions(preset, context)
     parts = Parts(device)
     plan = GradientPlan.prfl(len(way.indices))
-    options: Any = {"num_inference_steps": num_inference_steps, "rollout": way.settings}
+    options: Any = {"num_inference_steps": SOLVER_STEPS, "rollout": way.config}
     step = PRFL(models.velocity, parts.reward(models.reward), FlowUniPC(), plan, **options)
     rewards: dict[int, float] = {}
     latents = noise
@@ -223,17 +216,18 @@ def measure_way(
 
 
 def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str]:
-    """Add to each record how far its reward is from eager's at the step that all share, and with 1
-    point its latents, which the record no longer holds; the ways that are further off than rounding
-    explains, those with an inexact rollout aside.
+    """Add to each record the distance of its reward, and with 1 point of its latents, from eager's.
 
-    Rewards of random weights hardly depend on the latents: they show a wrong reward model, the
-    latents a wrong trajectory.
+    The latents are removed from the records. Rewards of random weights hardly depend on the
+    latents: they show a wrong reward model, the latents a wrong trajectory.
+
+    Returns:
+        One line for each way beyond the tolerance; inexact rollouts are not held to it.
     """
     shared = str(ONE[0])
     latents = {r["way"]: r.pop("latents", None) for r in records}
     rewards = {r["way"]: r["rewards"][shared] for r in records if "rewards" in r}
-    inexact = {way.name for way in ways(context) if way.settings is FP8}
+    inexact = {way.name for way in ways(context) if way.config is FP8}
     tolerance, problems = TOLERANCES[context.dtype], []
 
     def check(way: str, what: str, off: float) -> float:
@@ -257,7 +251,7 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
 
 
 def run(context: Context) -> SuiteResult:
-    """Every way at the preset's size, one after the other."""
+    """Measure every way at the preset's size, one after the other."""
     context.refuse_large()
     preset, blocks = context.preset, 8
     if preset.layers > WHOLE_UP_TO:
@@ -268,26 +262,24 @@ def run(context: Context) -> SuiteResult:
     blocks = min(blocks, max(1, preset.layers // 3))
     base = wan.build(preset, context).cpu()
     records, notes = [], []
-    models: tuple[str, Models | None] = ("", None)
     with context.bar(len(ways(context)), "steps") as bar:
-        for way in ways(context):
-            bar.set_postfix_str(way.name)
-            record = way.record()
-            try:
-                if models[0] != way.model:
-                    models = ("", None)
-                    made = _models(way.model, base.to(context.device), blocks, preset, context)
-                    base.cpu()
-                    models = (way.model, made)
-                assert models[1] is not None
-                with one_thread(context.device):
-                    record = measure_way(way, models[1], preset, context)
-            except (UnavailableError, torch.OutOfMemoryError) as error:
-                full = isinstance(error, torch.OutOfMemoryError)
-                record["skipped"] = "out of memory" if full else str(error)
-                models = ("", None)
-            records.append(record)
-            bar.update()
+        for name, group in itertools.groupby(ways(context), key=lambda way: way.model):
+            models = None  # those of the last way are freed before the next are made
+            for way in group:
+                bar.set_postfix_str(way.name)
+                record = way.record()
+                try:
+                    if models is None:
+                        models = _models(name, base.to(context.device), blocks, preset, context)
+                        base.cpu()
+                    with one_thread(context.device):
+                        record = measure_way(way, models, preset, context)
+                except (UnavailableError, torch.OutOfMemoryError) as error:
+                    full = isinstance(error, torch.OutOfMemoryError)
+                    record["skipped"] = "out of memory" if full else str(error)
+                    models = None
+                records.append(record)
+                bar.update()
     notes.append(
         f"{preset.layers} blocks of {context.preset.layers}, D = {preset.dim}, L = "
         f"{preset.tokens}, reward of {blocks}; random weights, all parameters train. Seconds per "

@@ -7,7 +7,6 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def build(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> nn.Module:
-    """diffusers' ``WanTransformer3DModel``, text to video, in diffusers' own mixed layout.
+    """Return diffusers' ``WanTransformer3DModel``, text to video, in its own mixed layout.
 
     Weights are made on the context's device in its dtype unless others are given; norms, modulation
     tables and the time embedder stay in float32.
@@ -52,64 +51,57 @@ def build(
 
 def mixed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast weights to ``dtype`` in place, except those that diffusers keeps in float32."""
-    keep = model._keep_in_fp32_modules or []  # type: ignore[union-attr, operator]
+    keep = model._keep_in_fp32_modules or []
     for name, parameter in model.named_parameters():
-        wide = any(part in keep for part in name.split("."))  # type: ignore[operator]
+        wide = any(part in keep for part in name.split("."))
         parameter.data = parameter.data.to(torch.float32 if wide else dtype)
     return model
 
 
 def conditions(preset: Preset, context: Context) -> dict[str, torch.Tensor]:
-    """Random text states, ``[1, T, C]``."""
+    """Draw text states ``[1, T, C]``."""
     shape = (1, preset.text_tokens, preset.text_dim)
     text = torch.randn(shape, generator=context.generator(1), device=context.device)
     return {"encoder_hidden_states": text.to(context.dtype)}
 
 
 def latents(preset: Preset, context: Context, offset: int = 2) -> torch.Tensor:
-    """Random latents ``[1, 16, F, H, W]``, float32."""
+    """Draw latents ``[1, 16, F, H, W]``, float32."""
     return torch.randn(
         (1, 16, *preset.latent), generator=context.generator(offset), device=context.device
     )
 
 
-def _import_block(checkout: Path) -> types.ModuleType:
-    """``diffusers_lite.wan.modules.model`` of a checkout, without running its packages'
-    ``__init__`` files.
-
-    Those import the whole of its data and sampling code, which a block does not need.
-    """
-    name = ""
-    for part in ("diffusers_lite", "wan", "modules"):
-        name = f"{name}.{part}".lstrip(".")
-        package = types.ModuleType(name)
-        package.__path__ = [str(checkout.joinpath(*name.split(".")))]
-        sys.modules[name] = package
-    try:
-        return importlib.import_module("diffusers_lite.wan.modules.model")
-    except ImportError as error:
-        raise UnavailableError(f"the reference at {checkout} does not import: {error}") from error
-
-
 def _reference(context: Context) -> types.ModuleType:
-    """Return the module that holds the reference's models.
+    """Import ``diffusers_lite.wan.modules.model`` of the reference's checkout.
+
+    The ``__init__`` files of its packages do not run: they import all of its data and sampling
+    code, which a block does not need.
 
     Raises:
         UnavailableError: something it needs is missing.
     """
     assert context.reference is not None
-    source = _import_block(context.reference)
+    name = ""
+    for part in ("diffusers_lite", "wan", "modules"):
+        name = f"{name}.{part}".lstrip(".")
+        package = types.ModuleType(name)
+        package.__path__ = [str(context.reference.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    try:
+        source = importlib.import_module(f"{name}.model")
+    except ImportError as error:
+        at = context.reference
+        raise UnavailableError(f"the reference at {at} does not import: {error}") from error
     if not any(importlib.util.find_spec(n) for n in ("flash_attn", "flash_attn_interface")):
         raise UnavailableError("the reference needs flash_attn, which is not installed")
     return source
 
 
 class ProjectedPool(nn.Module):
-    """Query attention pooling that projects all tokens to keys and values, as
-    ``nn.MultiheadAttention`` does. ``[B, L, D]`` → ``[B, D]``.
+    """Pool ``[B, L, D]`` to ``[B, D]`` by the parameters of ``pool``, as nn.MultiheadAttention.
 
-    Args:
-        pool: whose parameters it uses.
+    It projects all tokens to keys and values.
     """
 
     def __init__(self, pool: Any) -> None:
@@ -117,7 +109,6 @@ class ProjectedPool(nn.Module):
         self.multihead_attn, self.queries = pool.multihead_attn, pool.queries
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the pooled vector, mean over the queries."""
         x = x.to(self.queries.dtype)
         queries = self.queries.expand(len(x), *self.queries.shape)
         attended, _ = self.multihead_attn(queries, x, x, need_weights=False)
@@ -225,5 +216,5 @@ def reference_block(
         with torch.autocast(context.device.type, dtype=torch.bfloat16):
             return block(x, time.float(), lengths, grid, freqs, text, None)
 
-    run.parameters = list(block.parameters())  # type: ignore[attr-defined]
+    run.parameters = list(block.parameters())
     return run

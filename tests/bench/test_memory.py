@@ -13,7 +13,7 @@ import torch
 from bench_runs import assert_rectangular, make_context, run_suites
 from harness import Preset, UnavailableError
 from suites import kept, memory, memory_step
-from suites.memory_step import Case, Step, uniform
+from suites.memory_step import Case, MeasuredStep, uniform
 
 from prfl_fast.memory import activation_checkpointing
 from prfl_fast.planning.gpu_specs import find_gpu
@@ -47,7 +47,7 @@ def test_two_depths_predict_the_whole_model(row):
 
 def test_the_baseline_keeps_what_diffusers_own_checkpointing_keeps():
     case = Case(TINY, uniform("full", weights="fp32"), False, "full")
-    own, ours = Step(case, context()), Step(case, context())
+    own, ours = MeasuredStep(case, context()), MeasuredStep(case, context())
     activation_checkpointing(ours.generator, "full")
     assert own.generator._gradient_checkpointing_func.__module__.startswith("diffusers.")
     input_bytes = 4 * TINY.tokens * TINY.dim
@@ -116,14 +116,14 @@ def test_a_run_writes_tables_records_and_the_curves(quick, tmp_path, capsys):
 
 
 def test_a_policy_with_another_gradient_is_a_problem(quick, monkeypatch):
-    feedback = Step.feedback
+    feedback = MeasuredStep.feedback
 
     def wrong(self, noise=None):
         feedback(self, noise)
         if self.generator.gradient_checkpointing:
             self.parameters[0].grad.mul_(1.001)
 
-    monkeypatch.setattr(Step, "feedback", wrong)
+    monkeypatch.setattr(MeasuredStep, "feedback", wrong)
     _, problems = memory.run_small_on_cpu(context())
     assert problems == ["attention, offloaded: a gradient is not that of policy none, bit for bit"]
 

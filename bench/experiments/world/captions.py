@@ -47,7 +47,7 @@ def words(
 
 
 def text(count: Tensor, said: dict[str, Tensor], present: Tensor) -> Tensor:
-    """[N, TEXT_TOKENS, TEXT_DIM]: a count token, four tokens per body, padding."""
+    """Return [N, TEXT_TOKENS, TEXT_DIM]: a count token, four tokens per body, padding."""
     total = 1 + MAX_BODIES + sum(len(names) for names in VOCABULARY.values())
     table = torch.randn(total, TEXT_DIM, generator=torch.Generator().manual_seed(20251))
     columns, offset = [], 1 + MAX_BODIES

@@ -51,10 +51,10 @@ GROUP_STD = (
 
 
 def encode(video: Tensor) -> Tensor:
-    """Latents [B, 16, 1 + (F-1)/4, H/8, W/8] of a video [B, 3, F, H, W].
+    """Return latents [B, 16, 1 + (F-1)/4, H/8, W/8] of a video [B, 3, F, H, W].
 
     The video is floating point, F = 4k + 1, H and W multiples of 8. The latents have its
-    dtype and device. Raises ValueError for other shapes or an integer dtype.
+    dtype and device. Raise ``ValueError`` for other shapes or an integer dtype.
     """
     if video.dim() != 5 or video.shape[1] != 3 or not video.is_floating_point():
         raise ValueError(
@@ -82,9 +82,9 @@ def encode(video: Tensor) -> Tensor:
 
 
 def decode(latents: Tensor) -> Tensor:
-    """Video [B, 3, 1 + 4(T-1), 8h, 8w] of latents [B, 16, T, h, w]; not clipped to [-1, 1].
+    """Return a video [B, 3, 1 + 4(T-1), 8h, 8w] of latents [B, 16, T, h, w]; it is not clipped.
 
-    Raises ValueError for other shapes or an integer dtype.
+    Raise ``ValueError`` for other shapes or an integer dtype.
     """
     shaped = latents.dim() == 5 and latents.shape[1] == CHANNELS and 0 not in latents.shape
     if not shaped or not latents.is_floating_point():
@@ -107,7 +107,7 @@ def decode(latents: Tensor) -> Tensor:
 def _constants(
     first: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis [16, 3, frames, 8, 8], and each coefficient's mean and std [16, 1, 1, 1]."""
+    """Return the basis [16, 3, frames, 8, 8], and coefficients' mean and std [16, 1, 1, 1]."""
     color = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
     color = color / color.norm(dim=1, keepdim=True)
     time, space = _cosines(1 if first else TIME_STRIDE), _cosines(SPACE_STRIDE)
@@ -122,7 +122,7 @@ def _constants(
 
 
 def _cosines(length: int) -> Tensor:
-    """Orthonormal DCT-II matrix [length, length], rows by frequency."""
+    """Return the orthonormal DCT-II matrix [length, length], rows by frequency."""
     k = torch.arange(length, dtype=torch.float64)
     matrix = torch.cos(math.pi / length * k[:, None] * (k[None] + 0.5)) * math.sqrt(2 / length)
     matrix[0] = math.sqrt(1 / length)

@@ -34,7 +34,7 @@ MARKS = ("smooth", "steady", "alive", "energy", "shape")
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Paths of the bodies of N clips; K = 2, the second body is NaN where only one was found.
+    """Hold the paths of bodies in N clips; K = 2, the second is NaN where only one was found.
 
     positions: [N, K, F, 2], (x, y) in pixels, y down. area: [N, K, F], pixels.
     spread: [N, K, F], second moment about the center over that of a disc of the same area.
@@ -50,10 +50,10 @@ class Track:
 def motion_score(
     video: Tensor, *, details: bool = False
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Plausibility of the motion in each clip, [N] in [0, 1].
+    """Return the plausibility of the motion in each clip, [N] in [0, 1].
 
     video: [N, 3, F, H, W] in about [-1, 1], F >= 9. details: also return each mark of MARKS, [N]
-    each. Raises ValueError for other shapes.
+    each. Raise ``ValueError`` for other shapes.
     """
     found = track(video)
     frames, height, width = video.shape[2:]
@@ -91,7 +91,7 @@ def motion_score(
 
 
 def _falloff(value: Tensor, tolerance: float, scale: float) -> Tensor:
-    """1 up to the tolerance, then a decaying exponential; NaN stays NaN."""
+    """Return 1 up to the tolerance, then a decaying exponential; NaN stays NaN."""
     return torch.exp(-(value - tolerance).clamp(min=0) / scale)
 
 
@@ -118,9 +118,9 @@ def _forgive_contacts(
 
 
 def track(video: Tensor) -> Track:
-    """Follows up to two bodies through the clips [N, 3, F, H, W].
+    """Follow up to two bodies through the clips [N, 3, F, H, W].
 
-    Raises ValueError for other shapes.
+    Raise ``ValueError`` for other shapes.
     """
     shaped = video.dim() == 5 and video.shape[1] == 3 and video.shape[2] >= 9
     if not shaped or not video.is_floating_point():
@@ -146,7 +146,7 @@ def track(video: Tensor) -> Track:
 
 
 def _foreground(video: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [N, F, H, W] in [0, 1], about 1 inside a body, and whether there is any body [N]."""
+    """Return the weights [N, F, H, W], about 1 inside a body, and True for clips with a body."""
     gray = video.mean(1)
     background = gray.flatten(1).median(1).values
     contrast = (gray - background.view(-1, 1, 1, 1)).abs()
@@ -156,7 +156,7 @@ def _foreground(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments(weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Center [N, K, F, 2], area and relative spread [N, K, F] of the weights [N, K, F, H, W].
+    """Return center [N, K, F, 2], area and spread [N, K, F] of the weights [N, K, F, H, W].
 
     A frame without foreground repeats the last center.
     """
@@ -172,7 +172,7 @@ def _moments(weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _split(weight: Tensor, grid: Tensor) -> Tensor:
-    """Shares [M, 2, F, H, W] of the foreground [M, F, H, W] between two bodies, frame by frame."""
+    """Divide the foreground [M, F, H, W] between two bodies, [M, 2, F, H, W], frame by frame."""
     flat, points = weight.flatten(2), grid.flatten(0, 1)
     mean = (flat[:, 0] @ points) / flat[:, 0].sum(1, keepdim=True).clamp(min=1e-3)
     far = _farthest(flat[:, 0], points, mean)
@@ -199,7 +199,7 @@ def _farthest(flat: Tensor, points: Tensor, origin: Tensor) -> Tensor:
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a value of `positive` [P] exceeds one of `negative` [Q]; ties count half."""
+    """Return the probability that a value of `positive` exceeds one of `negative`; ties: half."""
     if not positive.numel() or not negative.numel():
         raise ValueError(
             f"positive has {positive.numel()} values and negative {negative.numel()}; "

@@ -40,7 +40,7 @@ SIZES = (0.17, 0.2, 0.23)  # body radius / frame height
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
-    """A batch of N clips.
+    """Hold a batch of N clips.
 
     frames: float32 [N, 3, F, H, W] in [-1, 1].
     text: float32 [N, TEXT_TOKENS, TEXT_DIM], the intended scene (count, and for each body its
@@ -74,13 +74,13 @@ def generate(
     bodies: tuple[int, int] = (1, 1),
     defect_rate: float = 0.5,
 ) -> Videos:
-    """Draws `num_videos` clips; the same arguments always give the same clips.
+    """Draw `num_videos` clips; the same arguments always give the same clips.
 
     defect: None for plausible clips, a name out of DEFECTS for that defect in every clip, or
         "random": each clip is defective with probability `defect_rate`, its defect drawn uniformly.
     frames: 4k + 1, at least 9. height, width: pixels, multiples of 16.
     bodies: smallest and largest number of bodies, within 1..MAX_BODIES.
-    Raises ValueError for any argument outside these ranges.
+    Raise ``ValueError`` for any argument outside these ranges.
     """
     _check(num_videos, defect, seed, frames, height, width, bodies, defect_rate)
     gen = torch.Generator().manual_seed(seed)
@@ -105,13 +105,10 @@ def generate(
     jump_frame = torch.where(flag["teleport"], jump_frame, -1)
     # [N, B, F, 2]
     positions = _simulate(start, velocity, radius, present, jump_frame, frames, aspect)
-    radii = radius[:, :, None, None].expand(n, b, frames, 2).clone()
-
-    positions = _play(positions, flag, gen)
-    radii = torch.where(flag["deform"][:, None, None, None], radii * _wobble(n, frames, gen), radii)
+    radii = radius[:, :, None, None].expand(n, b, frames, 2)
+    positions, radii = _play(positions, radii, flag, gen)
     edge = radii.clamp(max=0.3)
-    limit = torch.tensor([aspect, 1.0])
-    positions = torch.minimum(torch.maximum(positions, edge), limit - edge)
+    positions = positions.clamp(edge, torch.tensor([aspect, 1.0]) - edge)
 
     rgb = torch.tensor(list(PALETTE.values()))[color]  # [N, B, 3]
     pixels = _render(positions * height, radii * height, present, rgb, tone, height, width)
@@ -127,8 +124,10 @@ def generate(
     )
 
 
-def _play(path: Tensor, flag: dict[str, Tensor], gen: torch.Generator) -> Tensor:
-    """Freeze, reverse and shake the paths [N, B, F, 2] of the clips with these defects."""
+def _play(
+    path: Tensor, radii: Tensor, flag: dict[str, Tensor], gen: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Freeze, reverse, shake and deform the paths and radii [N, B, F, 2] of these clips."""
     n, _, frames, _ = path.shape
     length = max(2, round(0.4 * frames))
     first = torch.randint(2, frames - length, (n, 1), generator=gen)
@@ -138,7 +137,9 @@ def _play(path: Tensor, flag: dict[str, Tensor], gen: torch.Generator) -> Tensor
     time = torch.where(flag["reverse"][:, None], frames - 1 - time, time)
     path = path.gather(2, time[:, None, :, None].expand_as(path))
     shake = 0.07 * torch.randn(path.shape, generator=gen)
-    return torch.where(flag["jitter"][:, None, None, None], path + shake, path)
+    path = torch.where(flag["jitter"][:, None, None, None], path + shake, path)
+    wobbling = radii * _wobble(n, frames, gen)
+    return path, torch.where(flag["deform"][:, None, None, None], wobbling, radii)
 
 
 def _draw_defects(n: int, defect: str | None, rate: float, gen: torch.Generator) -> list[str]:
@@ -178,7 +179,7 @@ def _simulate(
     frames: int,
     aspect: float,
 ) -> Tensor:
-    """Centers [N, B, F, 2] in box units. Body 0 teleports at `jump_frame` [N] (-1: never)."""
+    """Return centers [N, B, F, 2] in box units; body 0 jumps at `jump_frame` [N] (-1: never)."""
     pos, vel = start.clone(), velocity.clone()
     step = 1 / ((frames - 1) * SUBSTEPS)
     low = radius[..., None].expand_as(pos)
@@ -208,7 +209,7 @@ def _simulate(
 
 
 def _collide(pos: Tensor, vel: Tensor, radius: Tensor, present: Tensor) -> Tensor:
-    """Velocities [N, 2, 2] after the impulse between two touching bodies (mass ~ area)."""
+    """Return velocities [N, 2, 2] after the impulse between two touching bodies (mass ~ area)."""
     gap = pos[:, 1] - pos[:, 0]
     distance = gap.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     normal = gap / distance
@@ -221,7 +222,7 @@ def _collide(pos: Tensor, vel: Tensor, radius: Tensor, present: Tensor) -> Tenso
 
 
 def _wobble(n: int, frames: int, gen: torch.Generator) -> Tensor:
-    """Factors [N, 1, F, 2] on the semi-axes: area and aspect oscillate, about twice a clip."""
+    """Return factors [N, 1, F, 2] on the semi-axes, which oscillate about twice a clip."""
     phase = 2 * math.pi * torch.rand(n, 2, 1, generator=gen)
     rate = 1.5 + torch.rand(n, 2, 1, generator=gen)
     wave = torch.sin(2 * math.pi * rate * torch.linspace(0, 1, frames) + phase)  # [N, 2, F]
@@ -238,7 +239,7 @@ def _render(
     height: int,
     width: int,
 ) -> Tensor:
-    """Pixels [N, 3, F, H, W]: ellipses with a one-pixel soft edge over a plain background."""
+    """Draw ellipses with a one-pixel soft edge over a plain background, [N, 3, F, H, W]."""
     n, b, frames, _ = positions.shape
     image = tone.view(n, 1, 1, 1, 1).expand(n, 3, frames, height, width)
     xs = (torch.arange(width) + 0.5).view(1, 1, 1, width)
