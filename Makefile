@@ -33,7 +33,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(if $(DRIVER),$(PIP) "torch>=2.10",$(PIP) $(CPU_TORCH) || $(PIP) $(CPU_TORCH) --index-url $(CPU_INDEX))
-	$(PIP) "setuptools>=77" wheel ninja "triton>=3.6,<3.7"
+	$(PIP) "setuptools>=77" wheel "triton>=3.6,<3.7"
 	$(if $(DRIVER),,PRFL_FAST_CUDA=0) $(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 

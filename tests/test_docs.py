@@ -13,6 +13,8 @@ import torch
 from plans import once
 from wan import tiny_wan
 
+pytest.importorskip("pydantic")
+
 import prfl_fast
 from prfl_fast import sampling
 from prfl_fast.training import add_lora
@@ -36,7 +38,7 @@ def short_searches():
     """Let the planner look at one policy of eight blocks, and simulate nothing twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_search, "simulate", once)
-        patch.setattr(plan_search, "POLICIES", (("full", None),))
+        patch.setattr(plan_search, "MODES", (("full", None),))
         for config in MODELS.values():
             patch.setitem(config, "num_layers", 8)
         yield

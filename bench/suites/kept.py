@@ -11,7 +11,7 @@ from harness import PRESETS, Context, Preset, Table, saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prfl_fast
-from prfl_fast.memory.checkpointing import POLICIES
+from prfl_fast.memory.checkpointing import MODES
 from prfl_fast.memory.ledger import Ledger
 from suites import wan
 
@@ -79,13 +79,13 @@ def policies(context: Context) -> tuple[Table, list[dict[str, Any]]]:
     body = []
     for name in SIZES:
         for what, train in PARAMETERS.items():
-            kept = {p: policy_bytes(PRESETS[name], context, p, train=train) for p in POLICIES}
+            kept = {p: policy_bytes(PRESETS[name], context, p, train=train) for p in MODES}
             cases.append({"case": f"kept by policy, {what}", "preset": name, **kept})
             first = what == next(iter(PARAMETERS))
             share = f"1/{kept['none'] / kept['attention']:.1f}"
             line = [name if first else "", what, *map(report.size, kept.values()), share]
             body.append(line)
-    columns = ["block", "parameters", *POLICIES, "attention of none"]
+    columns = ["block", "parameters", *MODES, "attention of none"]
     notes = [
         "prfl_fast's block, bfloat16, one sample, 512 text tokens; the block's input counts. "
         "Counted on shapes, without a GPU."

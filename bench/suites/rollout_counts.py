@@ -54,12 +54,12 @@ class EightBits(CostLedger):
         super().__init__()
         self.eight_bits: dict[str, int] = {}
 
-    def _ran(self, func, args, kwargs, given, fresh, out):
-        before = flops_of(self.costs().get(self._phase, Cost()))
-        super()._ran(func, args, kwargs, given, fresh, out)
+    def on_operation(self, func, args, kwargs, given, fresh, out):
+        before = flops_of(self.costs().get(self.phase, Cost()))
+        super().on_operation(func, args, kwargs, given, fresh, out)
         if func._schema.name in EIGHT_BITS:
-            added = flops_of(self.costs()[self._phase]) - before
-            self.eight_bits[self._phase] = self.eight_bits.get(self._phase, 0) + added
+            added = flops_of(self.costs()[self.phase]) - before
+            self.eight_bits[self.phase] = self.eight_bits.get(self.phase, 0) + added
 
 
 Tally = dict[str, Cost]

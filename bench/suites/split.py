@@ -15,7 +15,7 @@ from harness import Preset, Table
 
 from prfl_fast import GradientPlan, LatentRewardModel
 from prfl_fast.planning.costs import Cost, CostLedger
-from prfl_fast.planning.simulation import Step, fake_models
+from prfl_fast.planning.simulation import SimulatedStep, fake_models
 from suites import wan
 from suites.memory_step import DEPTHS, Case, at_depth, uniform
 
@@ -71,7 +71,7 @@ def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
             _as_the_reference(reward)
         ledger = CostLedger()
         with ledger:
-            step = Step(workload, memory, memory, generator, reward, ledger)
+            step = SimulatedStep(workload, memory, memory, generator, reward, ledger)
             step.run()
             if not way.reference:
                 _cached_forward(step)
@@ -81,7 +81,7 @@ def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
 
 
 @torch.no_grad()
-def _cached_forward(step: Step) -> None:
+def _cached_forward(step: SimulatedStep) -> None:
     """Count a rollout's caches and its forward with them."""
     ledger = step.ledger
     ledger.start_phase("caches")

@@ -70,7 +70,7 @@ def preference(case: Case) -> tuple[str, ...]:
     return ("flash_attn_2", "flash", "cudnn", "flash_attn_4", *last)
 
 
-def refusal(name: str, case: Case) -> str | None:
+def unsupported_reason(name: str, case: Case) -> str | None:
     """Return the reason why a backend does not take these tensors; None if it does."""
     if name == "plain":
         return None
@@ -85,10 +85,10 @@ def refusal(name: str, case: Case) -> str | None:
         return f"it takes {taken}, not {dtype}"
     if case.device == "cpu":
         return None
-    return _refusal_by_gpu(name, case) or (load(name)[1] if name in PACKAGES else None)
+    return _reason_by_gpu(name, case) or (load(name)[1] if name in PACKAGES else None)
 
 
-def _refusal_by_gpu(name: str, case: Case) -> str | None:
+def _reason_by_gpu(name: str, case: Case) -> str | None:
     limits, head_dim = LIMITS[name], case.head_dim
     if torch.version.hip is not None or case.capability is None:
         return "it needs an NVIDIA GPU"
@@ -163,8 +163,8 @@ def choose(case: Case) -> str:
         ValueError: if the backend given to :func:`set_attention_backend` does not take them.
     """
     if _current == "auto":
-        return next(name for name in preference(case) if refusal(name, case) is None)
-    _accept(_current, refusal(_current, case))
+        return next(name for name in preference(case) if unsupported_reason(name, case) is None)
+    _accept(_current, unsupported_reason(_current, case))
     return _current
 
 
@@ -212,7 +212,7 @@ def report(
     """Return every backend, best first, and the reason against it (None if there is none)."""
     case = _nominal(torch.device(device), dtype, head_dim)
     names = dict.fromkeys((*preference(case), *BACKENDS))
-    return {name: refusal(name, case) for name in names}
+    return {name: unsupported_reason(name, case) for name in names}
 
 
 def explain(choice: Choice, device: torch.device, dtype: torch.dtype) -> Choice:

@@ -11,7 +11,7 @@ import torch
 
 from prfl_fast.kernels.common.modulation_rows import token_offset
 from prfl_fast.kernels.common.rope import load_turn, next_place, place, rotate
-from prfl_fast.kernels.runtime.triton import processors, tl, triton
+from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, in
 def forward_launch(
     tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Launch:
-    """Choose 8 tokens a program; fewer if processors would be idle."""
+    """Choose 8 tokens a program; fewer if multiprocessors would be idle."""
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
-    programs = max(32 // num_warps * processors(capability), -(-tokens // 8))
+    programs = max(32 // num_warps * multiprocessors(capability), -(-tokens // 8))
     return Launch(head, block_h, block_d, num_warps, max(1, min(tokens, programs)))
 
 
@@ -74,7 +74,7 @@ def backward_launch(
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
     # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps.
     registers, warps = (168, 12) if num_warps <= 4 and dim > 768 * num_warps else (128, 16)
-    programs = max(1, min(tokens, warps // num_warps * processors(capability)))
+    programs = max(1, min(tokens, warps // num_warps * multiprocessors(capability)))
     return Launch(head, block_h, block_d, num_warps, programs, registers)
 
 

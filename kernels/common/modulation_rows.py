@@ -175,7 +175,7 @@ def check_rows(
     row_index: torch.Tensor | None,
 ) -> None:
     """Raise ``ValueError`` unless vectors are ``[D]``, rows ``[R, D]``, row_index fits x."""
-    dim, tokens, count = x.shape[-1], x.numel() // x.shape[-1], count_rows(*rows.values())
+    dim, tokens = x.shape[-1], x.numel() // x.shape[-1]
     for name, value in vectors.items():
         if value is not None:
             require_float(op, name, value)
@@ -183,11 +183,13 @@ def check_rows(
     given = {name: value for name, value in rows.items() if value is not None}
     for name, value in given.items():
         require_float(op, name, value)
-        ok = value.dim() == 2 and value.shape[1] == dim and value.shape[0] == count > 0
+        # The first of them is a matrix by now, so it has a number of rows.
+        ok = value.dim() == 2 and value.shape[1] == dim
+        ok = ok and value.shape[0] == count_rows(*given.values()) > 0
         require(ok, op, name, value, f"shape [R, {dim}], R the same for {' and '.join(rows)}")
         require(value.stride(1) == 1 or dim == 1, op, name, value, "a contiguous last axis")
         # The text is made only on failure, because it would fix the token count in a trace.
-        if row_index is None and tokens % count:
+        if row_index is None and tokens % value.shape[0]:
             expected = f"a divisor of the {tokens} tokens of x as number of rows, or row_index"
             require(False, op, name, value, expected)
     if row_index is not None:

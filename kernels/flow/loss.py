@@ -25,7 +25,7 @@ import torch
 
 from prfl_fast.kernels.runtime.checks import require, require_float, require_same_device
 from prfl_fast.kernels.runtime.registry import KERNEL_DTYPES, register
-from prfl_fast.kernels.runtime.triton import capability, processors, tl, triton
+from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
 CHUNK = 1 << 18  # elements: a float32 piece and its operands stay in a 2 MB cache
 
@@ -120,7 +120,7 @@ class Launch:
 def sum_launch(elements: int, capability: tuple[int, int]) -> Launch:
     """Choose at most one resident wave: each program writes one partial sum."""
     tiles = -(-elements // 1024)
-    share = -(-tiles // (12 * processors(capability)))
+    share = -(-tiles // (12 * multiprocessors(capability)))
     return Launch(1024, 1024 * share, -(-tiles // share))
 
 

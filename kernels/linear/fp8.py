@@ -62,7 +62,7 @@ def emulated(
 
 
 @functools.cache
-def refusal(device: torch.device) -> str:
+def unsupported_reason(device: torch.device) -> str:
     """Return the reason why ``torch._scaled_mm`` takes no scales of rows; empty if it does."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "it is not an NVIDIA GPU"
@@ -96,7 +96,7 @@ def reference(
 ) -> torch.Tensor:
     """Return y from ``torch._scaled_mm`` if it takes scales of rows, else from the emulation."""
     if get_backend() != "reference":
-        reason = refusal(x_q.device)
+        reason = unsupported_reason(x_q.device)
         if not reason:
             y = torch._scaled_mm(
                 x_q.view(-1, x_q.shape[-1]), weight_q.t(), x_scale.view(-1, 1), weight_scale.t(),
@@ -127,7 +127,7 @@ def _explain(choice: Choice, device: torch.device, dtype: torch.dtype) -> Choice
     """Return ``choice`` with the reason for or against the matrix units, for the doctor."""
     if device.type != "cuda" or not torch.cuda.is_available() or get_backend() == "reference":
         return choice
-    reason = refusal(device)
+    reason = unsupported_reason(device)
     return Choice(choice.backend, f"emulated: {reason}" if reason else "torch._scaled_mm")
 
 

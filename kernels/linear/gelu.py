@@ -41,7 +41,7 @@ from prfl_fast.kernels.runtime.checks import (
     require_same_device,
 )
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, processors, tl, triton
+from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
 CHUNK = 1 << 18  # elements widened at once on the CPU: float32 pieces fit a 2 MB cache
 
@@ -203,7 +203,7 @@ def sum_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
     """Choose one resident wave, 6 programs a processor; each writes a partial row of d_bias."""
     block_r, block_d = _tile_shape(dim)
     tiles = -(-rows // block_r)
-    chunks = max(1, min(tiles, 6 * processors(capability) // -(-dim // block_d)))
+    chunks = max(1, min(tiles, 6 * multiprocessors(capability) // -(-dim // block_d)))
     share = -(-tiles // chunks)
     return Launch(block_r, block_d, share * block_r, -(-tiles // share))
 

@@ -11,7 +11,7 @@ from typing import Any
 from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.fp8 import encode_block, scales
 from prfl_fast.kernels.common.modulation_rows import row_share
-from prfl_fast.kernels.runtime.triton import processors, tl, triton
+from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
 
 
 @triton.jit
@@ -157,12 +157,12 @@ class Launch(tiles.Launch):
 def forward_launch(
     tokens: int, dim: int, kind: str, capability: tuple[int, int], fp8: bool = False
 ) -> Launch:
-    """Choose 16 tokens a program, to load rows once; fewer if processors would be idle."""
+    """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
     # 20 elements a thread spill with fp8, whose conversion needs registers, and without a norm,
     # whose reductions keep the compiler from loading all elements at once.
     head, tail, num_warps = tiles.split_token(dim, 12 if fp8 else 16 if kind == "none" else 20)
     small = head + tail <= 12 * 32 * num_warps
-    programs = max(1, min(tokens, max(4 * processors(capability), -(-tokens // 16))))
+    programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.
     registers = 96 if small and not fp8 else 128
     return Launch(head, tail, num_warps, registers, programs, small or not fp8)
@@ -176,7 +176,7 @@ def backward_launch(
     ``itemsize``, the larger of dy and x in bytes, decides if the next token fits the registers.
     """
     head, tail, num_warps = tiles.split_token(dim, 16 if sums else 20)
-    wave = 16 // num_warps * processors(capability)
+    wave = 16 // num_warps * multiprocessors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 16))
     programs = max(1, min(-(-programs // rows), tokens // rows))
     ahead = itemsize <= 2 or head + tail <= 12 * 32 * num_warps

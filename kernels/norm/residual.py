@@ -36,7 +36,7 @@ from prfl_fast.kernels.common.modulation_rows import (
 )
 from prfl_fast.kernels.runtime.checks import compute_dtype, require, require_same_device
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, processors, tl, triton
+from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
 
 # Reference.
@@ -180,9 +180,9 @@ def _chunk(dim: int) -> tuple[int, int, int]:
 
 
 def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> Launch:
-    """Choose 8 tokens a program, to load the gate once; fewer if processors would be idle."""
+    """Choose 8 tokens a program, to load the gate once; fewer if multiprocessors would be idle."""
     block_d, chunks, num_warps = _chunk(dim)
-    wave = -(-48 // num_warps) * processors(capability) // chunks
+    wave = -(-48 // num_warps) * multiprocessors(capability) // chunks
     return Launch(block_d, chunks, num_warps, max(1, min(tokens, max(wave, -(-tokens // 8)))))
 
 
@@ -191,7 +191,7 @@ def backward_launch(
 ) -> Launch:
     """Choose about one resident wave over all rows if programs write partial rows of ``sums``."""
     block_d, chunks, num_warps = _chunk(dim)
-    wave = -(-48 // num_warps) * processors(capability) // chunks
+    wave = -(-48 // num_warps) * multiprocessors(capability) // chunks
     programs = wave if sums else max(wave, -(-tokens // 8))
     return Launch(block_d, chunks, num_warps, max(1, min(-(-programs // rows), tokens // rows)))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.modulation_rows import coarse_row, row_share
-from prfl_fast.kernels.runtime.triton import processors, tl, triton
+from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
 
 
 @triton.jit
@@ -161,9 +161,9 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
 
 
 def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> tiles.Launch:
-    """Choose 8 tokens a program, to load the rows once; fewer if processors would be idle."""
+    """Choose 8 tokens a program, to load the rows once; fewer if multiprocessors would be idle."""
     head, tail, num_warps = tiles.split_token(dim)
-    wave = 4 * processors(capability)
+    wave = 4 * multiprocessors(capability)
     programs = max(1, min(tokens, max(wave, -(-tokens // 8))))
     return tiles.Launch(head, tail, num_warps, None, programs)
 
@@ -190,7 +190,7 @@ def backward_launch(
     """
     head, tail, num_warps = tiles.split_token(dim)
     # All sums together need up to 168 registers a thread: 12 such warps fill a processor.
-    wave = max(1, 12 // num_warps) * processors(capability)
+    wave = max(1, 12 // num_warps) * multiprocessors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 8))
     programs = max(1, min(-(-programs // rows), tokens // rows))
     results: tuple[tuple[str, ...], ...] = (("dx", "dy"), ("gate_sum",), ("dot", "total"))

@@ -24,7 +24,7 @@ from prfl_fast.kernels.runtime.checks import (
     require_same_device,
 )
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, processors, tl, triton
+from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
 
 # Reference.
@@ -147,10 +147,10 @@ class Launch:
 
 
 def forward_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
-    """Choose 8 tiles a program, to load the weight once; fewer if processors would be idle."""
+    """Choose 8 tiles a program, to load the weight once; fewer if multiprocessors would be idle."""
     block_r, block_d, num_warps = tile(dim)
     tiles = -(-rows // block_r)
-    share = max(1, min(8, tiles // (4 * processors(capability))))
+    share = max(1, min(8, tiles // (4 * multiprocessors(capability))))
     return Launch(block_r, block_d, num_warps, share * block_r, -(-tiles // share))
 
 
@@ -159,7 +159,7 @@ def backward_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
     block_r, block_d, num_warps = tile(dim)
     tiles = -(-rows // block_r)
     warps = 32 if block_d <= 1024 else 24  # resident, of at most 64 and about 80 registers a thread
-    share = -(-tiles // (warps // num_warps * processors(capability)))
+    share = -(-tiles // (warps // num_warps * multiprocessors(capability)))
     return Launch(block_r, block_d, num_warps, share * block_r, -(-tiles // share))
 
 

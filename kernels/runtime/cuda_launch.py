@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prfl_fast.kernels.runtime.triton import HAS_TRITON, capability, processors
+from prfl_fast.kernels.runtime.triton import HAS_TRITON, capability, multiprocessors
 
 REGISTERS = 65536  # of 32 bits, on a multiprocessor
 MAX_ROWS = 2**31 - 2**16  # 32-bit row numbers, with room for one more step of the grid
@@ -98,7 +98,7 @@ def pool_launch(
         return None
     _, width, warps, cluster = min(fitting)
     blocks = cluster * batch * -(-heads // 8)
-    splits = min(-(-tokens // 16), max(1, 2 * processors(capability) // blocks))
+    splits = min(-(-tokens // 16), max(1, 2 * multiprocessors(capability) // blocks))
     return PoolLaunch(width, warps, cluster, splits)
 
 
@@ -125,7 +125,7 @@ def pool_backward_launch(
     if not fitting:
         return None
     _, width, warps, cluster, resident = min(fitting)
-    splits = max(1, resident * processors(capability) // (cluster * batch))
+    splits = max(1, resident * multiprocessors(capability) // (cluster * batch))
     return PoolLaunch(width, warps, cluster, min(-(-tokens // 16), splits))
 
 
@@ -217,7 +217,7 @@ def rope_launch(
     if rope_shared_bytes(threads, head_dim, rotates) > 48 * 1024:
         return None
     # One resident wave, shared by q and k in proportion to their rows.
-    blocks = processors(capability) * min(ROPE_MAX_BLOCKS, ROPE_RESIDENT[backward] // threads)
+    blocks = multiprocessors(capability) * min(ROPE_MAX_BLOCKS, ROPE_RESIDENT[backward] // threads)
     for_q = blocks * q_rows // (q_rows + k_rows)
     if q_rows and k_rows:
         for_q, blocks = max(1, min(for_q, blocks - 1)), max(2, blocks)

@@ -41,9 +41,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 _PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
 
 
-def processors(capability: tuple[int, int]) -> int:
+def multiprocessors(capability: tuple[int, int]) -> int:
     """Return the number of multiprocessors that launches assume for a compute capability."""
     return _PROCESSORS.get(capability[0], 132)
 
 
-__all__ = ["HAS_TRITON", "INTERPRETING", "capability", "processors", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETING", "capability", "multiprocessors", "tl", "triton"]

@@ -13,6 +13,7 @@ from prfl_fast.cli import sections
 from prfl_fast.cli.sections import RunConfig
 from prfl_fast.cli.yaml_config import Count, Index, Positive, Section, Text, from_list, key
 from prfl_fast.memory.policy import check_compatible
+from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check
 
 Timesteps = Annotated[
@@ -90,7 +91,7 @@ class TrainRewardFile(Section):
     eval_data: Text | None = key(
         None, "Dataset of labeled videos to evaluate on at the end; null skips it."
     )
-    timesteps: Timesteps = key((201, 400, 600, 800, 1000), "Timesteps of the evaluation.")
+    timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the evaluation.")
     num_blocks: Count = key(8, "Blocks taken from the generator.")
     num_heads: Count = key(8, "Heads of the attention pooling.")
     num_queries: Count = key(1, "Queries of the attention pooling.")
@@ -123,7 +124,7 @@ class ScoreFile(Section):
     model: Text | None = key(
         None, "Folder of the generator; required with a reward of HY-Video-PRFL."
     )
-    timesteps: Timesteps = key((201, 400, 600, 800, 1000), "Timesteps of the scores.")
+    timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
     batch_size: Count = key(1, "Videos in a forward pass.")
     seed: Index = key(0, "Seed of the noise.")
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")

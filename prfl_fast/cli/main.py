@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
-        _complain(command, str(error))
+        _print_error(command, str(error))
         return BAD_INPUT
     except RuntimeError as error:
         return _failed(command, error)
@@ -106,15 +106,15 @@ def _failed(command: str, error: RuntimeError) -> int:
         print(f"prfl-fast {command}: {error}", file=sys.stderr)
         return OUT_OF_MEMORY
     if is_out_of_memory(error):  # before or after the training loop
-        _complain(command, str(error).splitlines()[0])
+        _print_error(command, str(error).splitlines()[0])
         return OUT_OF_MEMORY
     if not isinstance(error, NonFiniteTrainingError):
         raise error
-    _complain(command, str(error))
+    _print_error(command, str(error))
     return NON_FINITE
 
 
-def _complain(command: str, problem: str) -> None:
+def _print_error(command: str, problem: str) -> None:
     print(f"prfl-fast {command}: {' '.join(problem.split())}", file=sys.stderr)
 
 

@@ -19,25 +19,25 @@ from prfl_fast.memory.offload import RESERVE, host_memory
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import gpu_specs, planner, report
 from prfl_fast.planning.plan import Plan
-from prfl_fast.planning.search import GIB
+from prfl_fast.planning.presets import MODELS
 from prfl_fast.planning.workload import Workload
 from prfl_fast.training.checkpoint import latest_checkpoint
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import MissingExtraError
+from prfl_fast.utils.units import GIB
 
 NOTHING_FITS = 1
-_PRESETS = "wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.1-i2v-14b"
 # Fields of Workload with help and argparse options; "points" stands for the gradient plan. A new
 # option is a line here, and a line in cli/workload.py if a YAML key decides it.
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": (f"the folder of a diffusers transformer, or one of {_PRESETS}", {}),
+    "model": (f"the folder of a diffusers transformer, or one of {', '.join(MODELS)}", {}),
     "frames": ("frames of a video, 4n + 1", _COUNT),
     "height": ("height of a video in pixels", _COUNT),
     "width": ("width of a video in pixels", _COUNT),
     "train": ("train adapters, or all parameters", {"choices": ["lora", "full"]}),
     "lora_rank": ("rank of the adapters", _COUNT),
-    "batch": ("videos per forward", _COUNT),
+    "batch_size": ("videos per forward", _COUNT),
     "gradient_accumulation_steps": ("forwards per optimizer step", _COUNT),
     "points": ("gradient points per trajectory", _COUNT),
     "num_inference_steps": ("solver steps of a trajectory", _COUNT),
@@ -61,8 +61,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", metavar="SIZE", help=text)
     text = "host memory for offloaded tensors (default: free memory here if there is a GPU and "
     group.add_argument("--host-budget", metavar="SIZE", help=f"{text}no --gpu, else unlimited)")
-    text = "GPU whose rates give the times: h200, h100, a100, l40s, rtx4090, rtx5090 (default: "
-    group.add_argument("--gpu", metavar="NAME", help=f"{text}the GPU here, or h200)")
+    text = f"GPU whose rates give the times: {', '.join(gpu_specs.GPUS)} (default: the GPU here, "
+    group.add_argument("--gpu", metavar="NAME", help=f"{text}or h200)")
     text = "weights of both models' blocks (default: the first of these that fits)"
     dtypes = ["auto", "bf16", "fp8", "nf4"]
     group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)

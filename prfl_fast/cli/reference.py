@@ -106,8 +106,11 @@ def reference_page() -> str:
             like = next((known for known in shown if _related(section, known)), None)
             where = "" if command == "train" else f" of `{command}`"
             same = "" if like is None else f" Other keys are as in `{shown[like]}`."
-            purpose = (section.__doc__ or "").partition("\n")[0]
-            lines += ["", f"### `{key}`{where} – {purpose}{same}", "", *_table(section, like)]
+            purpose, _, details = (section.__doc__ or "").partition("\n")
+            lines += ["", f"### `{key}`{where} – {purpose}{same}", ""]
+            if details.strip():
+                lines += [" ".join(details.split()), ""]
+            lines += _table(section, like)
             shown[section] = key
     return "\n".join(lines) + "\n"
 

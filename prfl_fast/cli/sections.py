@@ -131,7 +131,9 @@ class FeedbackSection(Section):
     )
     renoised: Index | None = key(None, "Number of renoised copies of the last step (draft-lv).")
     strength: Fraction | None = key(
-        None, "Noise level at which the trajectory begins (instructvideo)."
+        None,
+        "Fraction of the schedule that runs, from the corrupted latents to the result "
+        "(instructvideo).",
     )
     segments: Count | Literal["all"] | None = key(
         None,
@@ -159,8 +161,8 @@ class FeedbackSection(Section):
             value, default = getattr(self, name), type(self).model_fields[name].default
             wanted = f"no value with method {self.method}, which takes {', '.join(taken) or 'none'}"
             check(name in taken or value == default, name, value, wanted)
-        whole_chain = self.depth == "all" and self.method == "instructvideo"
-        check(not whole_chain, "depth", "all", "a whole number with method instructvideo")
+        whole_trajectory = self.depth == "all" and self.method == "instructvideo"
+        check(not whole_trajectory, "depth", "all", "a whole number with method instructvideo")
         no_frames = self.segments == "all" and bool(self.attenuation)
         wanted = "no value with segments: all, which rewards no single frames"
         check(not no_frames, "attenuation", self.attenuation, wanted)
@@ -180,7 +182,10 @@ class FeedbackSection(Section):
 
 
 class RolloutSection(Section):
-    """The steps without gradient; all keys but cache and compile change the numbers."""
+    """The steps without gradient.
+
+    cache changes no bit, compile and merge_lora only rounding; FP8 and stride are approximate.
+    """
 
     cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
     merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
@@ -233,13 +238,13 @@ class ReferenceReward(Section):
 
 
 class NamedReward(Section):
-    """One of several rewards, whose weighted sum trains."""
+    """One of several rewards; the weighted sum of their losses trains."""
 
     name: Text = key(..., "Name of its scores in the log.")
     path: Text | ReferenceReward | Annotated[tuple[Text, ...], Field(min_length=2), from_list] = (
         key(..., "Folder of a saved reward model, or a list of folders: an ensemble.")
     )
-    weight: Positive = key(1.0, "Factor of its score in the sum.")
+    weight: Positive = key(1.0, "Factor of its loss.")
     ensemble: EnsembleMode | None = key(
         None, "Combination of the scores; required for a list of folders."
     )

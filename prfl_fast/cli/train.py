@@ -41,7 +41,7 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 
 SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
-# A resumed run may change these keys of the rollout, because they do not change its numbers.
+# A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
 
 

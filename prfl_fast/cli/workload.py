@@ -16,7 +16,7 @@ _EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}
 # gradient plan.
 _KEYS = {
     "lora_rank": ("lora", "lora.lora_rank"),
-    "batch": ("run", "run.batch_size"),
+    "batch_size": ("run", "run.batch_size"),
     "gradient_accumulation_steps": ("run", "run.gradient_accumulation_steps"),
     "points": ("prfl", "prfl.points"),
     "num_inference_steps": ("prfl", "prfl.num_inference_steps"),
@@ -43,16 +43,16 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model": config.model,
         "train": "full" if lora is None else "lora",
-        "batch": config.run.batch_size,
+        "batch_size": config.run.batch_size,
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
         "gradient_plan": plan,
         "num_inference_steps": config.prfl.num_inference_steps,
         "sft": "sft" in config.objectives,
-        "average": config.run.ema_decay is not None,
+        "ema": config.run.ema_decay is not None,
         "patched": config.hardware.patch,
     }
     if lora is not None:
-        fields |= {"lora_rank": lora.lora_rank, "lora_targets": lora.target_modules}
+        fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
     return fields | _reward_blocks(config)
 
 

@@ -39,7 +39,7 @@ class FeedbackSpec:
 class PRFLOutput:
     """Hold the result of one reward-feedback step; no tensor carries a graph.
 
-    K counts the rewarded latents: one per gradient point, then one per re-noised sample.
+    K counts the rewarded latents: one per gradient point, then one per renoised sample.
 
     Attributes:
         loss: scalar, reward loss plus divergence loss, without ``loss_scale``.

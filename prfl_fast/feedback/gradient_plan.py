@@ -32,8 +32,8 @@ class GradientPlan:
     Args:
         points: gradient points of a trajectory, K.
         draws: draw the points as one systematic sample or independently.
-        window: first and last + 1 of the steps that may be drawn: integers as in a slice, or shares
-            of the schedule, rounded down; None is its end.
+        window: first and last + 1 of the steps that may be drawn: integers as in a slice, or
+            fractions of the schedule, rounded down; None is its end.
         depth: steps that the gradient flows through before the reward: a number, None for the whole
             trajectory, or (least, most) for a uniform draw, where most = None is the whole
             trajectory. Several points require depth 1.
@@ -42,8 +42,8 @@ class GradientPlan:
         to: the target of the gradient: the model's ``parameters``; the initial ``noise``, through
             the whole trajectory; or the ``latent`` x_m, which guides the sampling.
         start: ``noise``, or real ``data`` that are corrupted, x_σ = (1-σ)·x0 + σ·ε.
-        strength: with ``data``, the share of the schedule that is run; None starts at the first
-            gradient step.
+        strength: with ``data``, the fraction of the schedule that is run; None starts at the
+            first gradient step.
         renoised: further gradient points at the last level, each from the result noised again.
         segments: reward one random latent frame f of each of this many segments of the F frames,
             not the whole video; the score is their weighted mean.
@@ -78,7 +78,7 @@ class GradientPlan:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         window = self.window
         ok = isinstance(window, tuple) and len(window) == 2 and all(map(is_bound, window))
-        expected = "(first, end): integers, shares in [0, 1], or None"
+        expected = "(first, end): integers, fractions in [0, 1], or None"
         check(ok, "window", window, expected)
         self._check_depth()
         self._check_start()
@@ -149,7 +149,7 @@ class GradientPlan:
     def refl(cls, window: float = 0.25) -> "GradientPlan":
         """Return ReFL (ImageReward, arXiv 2304.05977): one late step, rewarded at its x0 estimate.
 
-        ``window`` is the last share of the schedule to draw from; the paper has 10 of 40 steps.
+        ``window`` is the last fraction of the schedule to draw from; the paper has 10 of 40 steps.
         """
         check_fraction("window", window)
         return cls(window=(1.0 - window, None), reward_at="clean")
@@ -183,7 +183,7 @@ class GradientPlan:
 
         There is no rollout, so ``num_inference_steps`` may be the number of training levels (1000)
         at no cost. The batch shares one level; the paper draws one per sample. ``window`` is the
-        last share of the levels to draw from; 0.2 is the paper's t ≤ 200 of 1000 for a schedule
+        last fraction of the levels to draw from; 0.2 is the paper's t ≤ 200 of 1000 for a schedule
         with shift 1.
         """
         check_fraction("window", window)
@@ -200,8 +200,8 @@ class GradientPlan:
         """Return InstructVideo (arXiv 2312.12490): a corrupted video, sampled again from there.
 
         Args:
-            strength: share of the schedule that is run; the paper starts its 0.6 at t = 551, close
-                to a schedule with shift 1.
+            strength: fraction of the schedule that is run; the paper starts its 0.6 at t = 551,
+                close to a schedule with shift 1.
             steps: number of last steps with gradient.
             segments, attenuation: as the fields; ``segments=None`` rewards the whole video.
         """
@@ -318,7 +318,7 @@ class GradientPlan:
         check(ok, "indices", indices, "points whose weights add up to 1")
         last = num_inference_steps - 1
         ok = not self.renoised or points[-1].step == last
-        check(ok, "indices", indices, f"the last step, {last}, whose result is re-noised")
+        check(ok, "indices", indices, f"the last step, {last}, whose result is renoised")
         return points
 
     def outcomes(self, num_inference_steps: int) -> list[tuple[Fraction, tuple[Point, ...]]]:

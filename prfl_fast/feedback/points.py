@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from prfl_fast.utils.checks import is_count, is_number
 
-Bound = int | float | None  # a step, or a share of a schedule
+Bound = int | float | None  # a step, or a fraction of a schedule
 
 
 class Point(NamedTuple):
@@ -57,7 +57,7 @@ def in_order(points: Sequence[Point], begin: int, end: int) -> bool:
 
 
 def is_bound(bound: object) -> bool:
-    """Return True for an integer, a share in [0, 1], or None."""
+    """Return True for an integer, a fraction in [0, 1], or None."""
     if isinstance(bound, float):
         return 0 <= bound <= 1
     return bound is None or isinstance(bound, int) and not isinstance(bound, bool)

@@ -1,9 +1,9 @@
-"""Activation checkpointing of transformer blocks: policies ``none``, ``full`` and ``attention``.
+"""Activation checkpointing of transformer blocks: modes ``none``, ``full`` and ``attention``.
 
 ``none`` keeps every tensor that the backward reads. ``full`` keeps only the block's input and runs
 the block again in the backward. ``attention`` also keeps the outputs of attention operations (and
 their log-sum-exp), so the second run skips the operation whose cost grows with the square of the
-tokens. Gradients are bit-identical under all policies, because the order of operations is the same.
+tokens. Gradients are bit-identical in all modes, because the order of operations is the same.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.recompute import recomputed
 
 Model = TypeVar("Model", bound=nn.Module)
-Run = Callable[..., torch.Tensor]
+BlockRunner = Callable[..., torch.Tensor]
 
 # A trained 14B block at 720p keeps 15.1 GB, 774 MB and 2.35 GB; the forward and backward of a whole
 # PRFL step take 24.1, 31.9 and 26.3 PFLOP (counted, bench/RESULTS.md).
-POLICIES = ("none", "full", "attention")
+MODES = ("none", "full", "attention")
 
 # By name, because the operations of a package exist only after the package is imported.
 ATTENTION_OPS = frozenset(
@@ -64,20 +64,20 @@ def is_attention(op: Any) -> bool:
 
 def activation_checkpointing(
     model: Model,
-    policy: Literal["none", "full", "attention"] = "full",
+    mode: Literal["none", "full", "attention"] = "full",
     offload: Literal["cpu"] | None = None,
     *,
     host_limit: int | None = None,
 ) -> Model:
-    """Set the checkpointing policy of every transformer block in place; return the model.
+    """Set the activation checkpointing mode of every transformer block in place; return the model.
 
     Each call replaces the settings of the previous call; ``("none", None)`` is PyTorch's own
     behavior. The model may be patched, have adapters (peft) or compiled blocks. Calls without
-    gradients are not affected. A graph under ``attention`` supports one backward.
+    gradients are not affected. A graph in mode ``attention`` supports one backward.
 
     Args:
         model: a supported transformer, wrapped or not; for a reward model, its backbone.
-        policy: ``none`` saves every tensor of a block, ``full`` recomputes the block in the
+        mode: ``none`` saves every tensor of a block, ``full`` recomputes the block in the
             backward, ``attention`` recomputes all of it except attention.
         offload: ``"cpu"`` keeps saved tensors in host memory; the device holds those of two blocks
             at most.
@@ -89,7 +89,7 @@ def activation_checkpointing(
         ValueError: if a choice is unknown, or ``host_limit`` is given without offload.
         RuntimeError: from a later forward, if host memory does not suffice.
     """
-    check_choice("policy", policy, POLICIES)
+    check_choice("mode", mode, MODES)
     check_choice("offload", offload, (None, "cpu"))
     ok = host_limit is None or (offload is not None and host_limit >= 0)
     check(ok, "host_limit", host_limit, "bytes, with offload='cpu' only")
@@ -99,9 +99,9 @@ def activation_checkpointing(
     _offloaders.pop(blocks, None)
     if offloader is not None:
         _offloaders[blocks] = offloader
-    run: Run | None = _runner(policy, offloader)
-    if offloader is None and policy != "attention":
-        run = None if policy == "none" else _run_full
+    run: BlockRunner | None = _runner(mode, offloader)
+    if offloader is None and mode != "attention":
+        run = None if mode == "none" else _run_full
     adapter.checkpoint_blocks(model, run)
     return model
 
@@ -124,8 +124,8 @@ def _run_full(block: nn.Module, *args: Any) -> torch.Tensor:
     return recomputed(block, *args)
 
 
-def _runner(policy: str, offloader: Offloader | None) -> Run:
-    """Return the function that runs a block under a policy, with or without offload."""
+def _runner(mode: str, offloader: Offloader | None) -> BlockRunner:
+    """Return the function that runs a block in a mode, with or without offload."""
     warned = False  # the warning is about the model's class, so it is given once
 
     # When the whole model is compiled, blocks run eagerly or are compiled one by one.
@@ -140,17 +140,17 @@ def _runner(policy: str, offloader: Offloader | None) -> Run:
             pack = offloader.open(block, args[0], tree_leaves(args[1:])).pack
             hooks = saved_tensors_hooks(pack, Handle.unpack)
         with hooks:
-            if policy == "none":
+            if mode == "none":
                 return block(*args)
-            if policy == "full":
+            if mode == "full":
                 return recomputed(block, *args)
             kept: deque[Any] = deque()  # one per call, because several graphs may be alive
             out = recomputed(block, *args, context_fn=lambda: (_Keep(pack, kept), _Replay(kept)))
         if not (kept or warned):
             warned = True
             warnings.warn(
-                f"policy 'attention' found no known attention operation in {type(block).__name__}; "
-                "the whole block is recomputed, as with policy 'full'",
+                f"mode 'attention' found no known attention operation in {type(block).__name__}; "
+                "the whole block is recomputed, as in mode 'full'",
                 stacklevel=2,
             )
         return out
@@ -205,7 +205,7 @@ class _Replay(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if not self._kept:
             raise RuntimeError(
-                f"the recompute runs {func} once more than the forward did. Policy 'attention' "
+                f"the recompute runs {func} once more than the forward did. Mode 'attention' "
                 "supports one backward per graph: choose 'full' for retain_graph"
             )
         expected, out = self._kept.popleft()

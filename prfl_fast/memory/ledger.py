@@ -57,7 +57,7 @@ class _Entry(weakref.ref):
 # torch's MemTracker (torch 2.13) cannot replace this class. A PRFL step makes it raise: it
 # registers gradient hooks on frozen parameters and supports one call of a module per step. It also
 # has no phases, timeline or host bytes. On a fully trained 3-block Wan its peak is equal to the
-# byte without checkpointing (33 151 752) and 2.2 % higher with policy full.
+# byte without checkpointing (33 151 752) and 2.2 % higher in mode full.
 class Ledger(TorchDispatchMode):
     """Count live and peak bytes of storages allocated inside the context, on any device.
 
@@ -75,6 +75,7 @@ class Ledger(TorchDispatchMode):
         peak, host_peak: their maxima so far.
         peak_phase, peak_categories: phase and bytes by category at the first peak.
         categories: current device bytes by category.
+        phase: name of the current phase.
     """
 
     def __init__(self, *, open_operations: bool = False) -> None:
@@ -84,7 +85,7 @@ class Ledger(TorchDispatchMode):
         self.categories = dict.fromkeys(CATEGORIES, 0)
         self.peak_phase, self.peak_categories = "", dict(self.categories)
         self._entries: dict[int, _Entry] = {}
-        self._phase, self._default = "", "workspace"
+        self.phase, self._default = "", "workspace"
         self._depth = 0
         self._points: list[tuple[str, dict[str, int]]] = []
         self._high = (-1, dict(self.categories))  # highest commit since the last point
@@ -94,7 +95,7 @@ class Ledger(TorchDispatchMode):
         """Attribute all later allocations to phase ``name``."""
         self._commit()
         self._close_point()
-        self._phase = name
+        self.phase = name
         self._default = "rollout" if name == "rollout" else "workspace"
 
     @property
@@ -143,11 +144,11 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry(storage, self._strike)
+            entry = self._entries[key] = _Entry(storage, self._remove_freed)
             entry.key, entry.bytes, entry.category = key, 0, ""
         return entry
 
-    def _strike(self, entry: Any) -> None:
+    def _remove_freed(self, entry: Any) -> None:
         if self._depth:
             self._commit()
         self._add(entry, -entry.bytes)
@@ -167,7 +168,7 @@ class Ledger(TorchDispatchMode):
         if self.live > self._high[0]:
             self._high = (self.live, dict(self.categories))
             if self.live > self.peak:
-                self.peak, self.peak_phase = self.live, self._phase
+                self.peak, self.peak_phase = self.live, self.phase
                 self.peak_categories = self._high[1]
         self._commits += 1
         if self._commits >= self._window:
@@ -175,7 +176,7 @@ class Ledger(TorchDispatchMode):
 
     def _close_point(self) -> None:
         if self._high[0] >= 0:
-            self._points.append((self._phase, self._high[1]))
+            self._points.append((self.phase, self._high[1]))
         self._high, self._commits = (-1, self.categories), 0
         if len(self._points) >= 2 * _POINTS:
             self._points = _thinned(self._points)
@@ -232,10 +233,10 @@ class Ledger(TorchDispatchMode):
                 if storage is not None and category is not None:
                     if self._entries[storage._cdata].bytes != storage.nbytes():
                         self.mark(tensor, category)
-        self._ran(func, args, kwargs, given, fresh, out)
+        self.on_operation(func, args, kwargs, given, fresh, out)
         return out
 
-    def _ran(
+    def on_operation(
         self,
         func: Any,
         args: tuple[Any, ...],

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from prfl_fast.memory.ledger import mark
 
 SMALLEST = 64 << 10  # bytes; smaller storages are not worth a copy and stay on the device
-RESERVE = 0.1  # share of the host's memory that stays free unless a limit is given
+RESERVE = 0.1  # fraction of the host's memory that stays free unless a limit is given
 
 
 class HostMemoryError(RuntimeError):
@@ -115,7 +115,7 @@ class Offloader:
             raise HostMemoryError(
                 f"offloading asks for {nbytes} bytes of host memory with {held} bytes in use, "
                 f"expected at most {limit} together (host_limit, or the available memory minus a "
-                "tenth of the machine's). Raise host_limit, free host memory, choose policy "
+                "tenth of the machine's). Raise host_limit, free host memory, choose mode "
                 "'full', which saves least, or set offload=None"
             )
 

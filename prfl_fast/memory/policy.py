@@ -90,7 +90,7 @@ def apply_memory(
     # Weights come first, because they move to the device layer by layer, already narrow.
     cast_weights(transformer, config.weight_dtype, device=device)
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
-    # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (policy
+    # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (mode
     # full, offloaded) for 1.6 % more FLOPs (bench/RESULTS.md).
     find_adapter(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
     if device is not None:

@@ -31,7 +31,7 @@ from prfl_fast.models.inference_linear import (
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.recompute import in_chunks
 
-Precision = Literal["exact", "fp8"]
+LayerPrecision = Literal["exact", "fp8"]
 PRECISIONS = ("exact", "fp8")
 # nn.Module.compile() stores its function in _compiled_call_impl, and __call__ then ignores forward.
 _REPLACED = ("forward", "_compiled_call_impl")
@@ -207,8 +207,8 @@ class RolloutModel:
         x: torch.Tensor,
         step: int,
         *,
-        linears: Precision = "exact",
-        attention: Precision = "exact",
+        linears: LayerPrecision = "exact",
+        attention: LayerPrecision = "exact",
     ) -> torch.Tensor:
         """Return the model's velocity at latents x, without a graph.
 

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.kernels import fp8_linear, quantize_fp8
-from prfl_fast.kernels.linear.fp8 import refusal
+from prfl_fast.kernels.linear.fp8 import unsupported_reason
 from prfl_fast.utils.modules import is_plain_linear
 
 
@@ -182,7 +182,7 @@ class Layers:
         if rows % 16 or columns % 16:  # sizes that torch._scaled_mm does not take
             add_note(self._notes, f"exact layers: {rows} × {columns} is not in multiples of 16")
             return None
-        reason = refusal(device) if device.type == "cuda" else None
+        reason = unsupported_reason(device) if device.type == "cuda" else None
         if reason:
             add_note(self._notes, f"FP8 products run in bfloat16, which is slow: {reason}")
         if not matrix.adapters and isinstance(base.weight, torch.Tensor):

@@ -2,7 +2,7 @@
 
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.planner import plan_memory
-from prfl_fast.planning.report import apply_to_yaml, table, timeline_figure, to_yaml
+from prfl_fast.planning.report import apply_to_yaml, table, timeline_figure
 from prfl_fast.planning.workload import Workload
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "plan_memory",
     "table",
     "timeline_figure",
-    "to_yaml",
 ]

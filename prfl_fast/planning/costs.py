@@ -86,11 +86,11 @@ class CostLedger(Ledger):
 
     def count(self, **work: int) -> None:
         """Add work to the current phase."""
-        total = self._work.setdefault(self._phase, {})
+        total = self._work.setdefault(self.phase, {})
         for name, amount in work.items():
             total[name] = total.get(name, 0) + amount
 
-    def _ran(
+    def on_operation(
         self,
         func: Any,
         args: tuple[Any, ...],

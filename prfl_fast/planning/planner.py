@@ -10,10 +10,11 @@ import re
 from prfl_fast.planning.gpu_specs import GpuSpecs, find_gpu
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
-from prfl_fast.planning.search import GIB, Search, Tier, step_seconds
+from prfl_fast.planning.search import Search, Tier, step_seconds
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.units import GIB
 
 # Both are in order of accuracy. The search takes the first entry with which any policy fits.
 WEIGHTS = ("bf16", "fp8", "nf4")

@@ -10,14 +10,15 @@ from typing import Any
 from prfl_fast.memory.ledger import CATEGORIES
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.plan import Plan
-from prfl_fast.planning.search import CHOSEN, GIB, Candidate, budget_for
+from prfl_fast.planning.search import CHOSEN, Candidate, budget_for
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.units import GIB
 
 _FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen one
 # Okabe and Ito's palette, which color-blind readers can tell apart; bottom of the stack first.
-_COLOURS = {
+_COLORS = {
     "weights": "#0072b2",
     "reward": "#56b4e9",
     "optimizer": "#cc79a7",
@@ -27,7 +28,7 @@ _COLOURS = {
     "workspace": "#e69f00",
 }
 _LIMIT = "#d00000"
-_NARROWEST = 0.06  # width of a phase in the figure, as a share of all points
+_NARROWEST = 0.06  # width of a phase in the figure, as a fraction of all points
 _MEANING = {
     "weights": "of the generator, adapters included",
     "reward": "weights of the reward model",
@@ -82,11 +83,13 @@ def _headline(plan: Plan) -> list[str]:
     kind = f"LoRA rank {work.lora_rank}" if work.train == "lora" else "all parameters"
     points = f"{work.points} gradient point{'s' if work.points > 1 else ''}"
     size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens, "
-    size += f"batch {work.batch}, accumulation {work.gradient_accumulation_steps}"
+    size += f"batch {work.batch_size}"
+    count = work.gradient_accumulation_steps
+    micro_batches = f"{count} micro-batch{'es' if count > 1 else ''} per step"
     lines = [
         f"PRFL step: {plan.workload.config['num_layers']} blocks, {kind}, {size}",
-        f"{work.num_inference_steps} steps, {points}, reward of {work.reward_blocks} blocks"
-        + (", then a supervised step" if work.sft else ""),
+        f"{work.num_inference_steps} steps, {points}, {micro_batches}, "
+        f"reward of {work.reward_blocks} blocks" + (", then a supervised step" if work.sft else ""),
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
     if plan.feasible:
@@ -104,13 +107,16 @@ def _headline(plan: Plan) -> list[str]:
     feed_forward = "whole" if chunk is None else f"in chunks of {chunk} tokens"
     lines += [
         "",
-        f"  weights {memory.weight_dtype}, policy {memory.activation_checkpointing}, offload "
-        f"{memory.offload}",
-        f"  reward weights {reward.weight_dtype}, policy {reward.activation_checkpointing}, "
-        f"offload {reward.offload}",
+        f"  generator: {_policy(memory)}",
+        f"  reward model: {_policy(reward)}",
         f"  optimizer {memory.optimizer}, gradients in {dtype}, feed-forward {feed_forward}",
     ]
     return lines
+
+
+def _policy(memory: MemoryConfig) -> str:
+    mode, offload = memory.activation_checkpointing, memory.offload or "none"
+    return f"{memory.weight_dtype} weights, activation checkpointing {mode}, offload {offload}"
 
 
 def _ledger(plan: Plan) -> list[str]:
@@ -185,7 +191,7 @@ def timeline_figure(plan: Plan) -> Any:
         [*places, edges[-1]],
         [[live.get(name, 0) / GIB for live in (*moments, moments[-1])] for name in names],
         labels=names,
-        colors=[_COLOURS[name] for name in names],
+        colors=[_COLORS[name] for name in names],
         step="post",
         linewidth=0,
     )
@@ -254,12 +260,6 @@ def _label(plan: Plan, phase: str) -> str:
     return phase.replace(" ", "\n") + times + ("" if value is None else f"\n{seconds(value)}")
 
 
-def to_yaml(plan: Plan) -> str:
-    """Return the keys of the trainer's YAML that the plan decides."""
-    text: str = need("yaml").safe_dump(_keys(plan, {}), sort_keys=False)
-    return text
-
-
 def _keys(plan: Plan, present: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan's keys, merged with the other keys of their sections in ``present``."""
     work = plan.workload
@@ -272,18 +272,18 @@ def _keys(plan: Plan, present: Mapping[str, Any]) -> dict[str, Any]:
     if hardware.get("precision") != "bf16":
         keys["hardware"] = {**hardware, "precision": "bf16"}
     if work.train == "lora" and not present.get("lora"):
-        keys["lora"] = {"lora_rank": work.lora_rank, "target_modules": list(work.lora_targets)}
+        keys["lora"] = {"lora_rank": work.lora_rank, "target_modules": list(work.target_modules)}
     if "prfl" not in present:
         keys["prfl"] = {"points": work.points, "num_inference_steps": work.num_inference_steps}
     if "run" not in present:
         keys["run"] = {
-            "batch_size": work.batch,
+            "batch_size": work.batch_size,
             "gradient_accumulation_steps": work.gradient_accumulation_steps,
         }
     return keys
 
 
-def _says(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
+def _parses_to(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
     try:
         return bool(yaml.safe_load(text) == content)
     except yaml.YAMLError:
@@ -309,7 +309,7 @@ def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
         for key, value in keys.items():
             text = _with_section(yaml, text, key, value)
         # A file that is one {…}, as in JSON, has no lines of sections to replace.
-        if not _says(yaml, text, {**content, **keys}):
+        if not _parses_to(yaml, text, {**content, **keys}):
             text = yaml.safe_dump({**content, **keys}, sort_keys=False)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error

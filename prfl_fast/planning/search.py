@@ -1,9 +1,9 @@
 """Search of the planner: candidates from shallow simulations, the best one simulated in full.
 
 A candidate combines checkpointing and offload of generator and reward model with feed-forward
-chunks. Bytes and FLOPs of a phase are affine in the depth, so each policy is simulated at two small
-depths, for both models. The generator's saved bytes add to the bytes of a reward phase, so sums of
-two simulations give every pair of policies.
+chunks. Bytes and FLOPs of a phase are affine in the depth, so each pair of mode and offload is
+simulated at two small depths, for both models. The generator's saved bytes add to the bytes of a
+reward phase, so sums of two simulations give every combination for both models.
 """
 
 import dataclasses
@@ -18,17 +18,18 @@ from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.simulation import Simulation, simulate
 from prfl_fast.planning.workload import Workload
+from prfl_fast.utils.units import GIB
 
-GIB = 1 << 30
 # Memory outside the ledger: the CUDA context with its kernels, and the allocator's rounding and
 # splits. Both figures are assumptions that no GPU has confirmed yet.
 RESERVE_LEAST, RESERVE_SHARE = int(0.6 * GIB), 0.025
 # Tokens of a chunk: so few that the feed-forward no longer sets the peak, enough for large matrix
-# products. At 14B and 720p they lower the peak of policy full, offloaded, from 49.0 to 46.1 GiB.
+# products. At 14B and 720p they lower the peak of mode full, offloaded, from 49.0 to 46.1 GiB.
 CHUNK = 8192
-# Checkpointing none with offload is left out: it takes hundreds of GiB of host memory (455 at 14B,
-# 720p, in the bench's memory table). The last policy needs the least device memory.
-POLICIES: tuple[tuple[Any, Any], ...] = (
+# Modes of activation checkpointing with offload. none with offload is left out: it takes hundreds
+# of GiB of host memory (455 at 14B, 720p, in the bench's memory table). The last pair needs the
+# least device memory.
+MODES: tuple[tuple[Any, Any], ...] = (
     ("none", None),
     ("attention", None),
     ("attention", "cpu"),
@@ -104,7 +105,7 @@ def step_seconds(
 
 
 class Shallow:
-    """Simulations of both models under one policy at two depths, extrapolated to any depth."""
+    """Simulations of both models in one mode at two depths, extrapolated to any depth."""
 
     def __init__(self, runs: Sequence[Simulation], depths: Sequence[int] = DEPTHS) -> None:
         self._runs, self._depths = runs, depths
@@ -226,8 +227,8 @@ class Search:
         """Return the fastest candidate that fits, from the first tier with one that fits."""
         considered: list[Candidate] = []
         for index, tier in enumerate(tiers):
-            # If the policies with the lowest peak do not fit, no pair of this tier does.
-            lean = self._candidate(tier, POLICIES[-1], POLICIES[-1], CHUNK)
+            # If the modes with the lowest peak do not fit, no pair of this tier does.
+            lean = self._candidate(tier, MODES[-1], MODES[-1], CHUNK)
             found = [lean] if lean.peak > self.limit else self._candidates(tier)
             found.sort(key=lambda c: (c.seconds, c.peak))
             considered += found
@@ -256,8 +257,8 @@ class Search:
         return run, whole
 
     def _candidates(self, tier: Tier) -> list[Candidate]:
-        """Return every pair of policies, and with chunks those that may fit and be faster."""
-        pairs = list(itertools.product(POLICIES, POLICIES))
+        """Return every pair of modes, and with chunks those that may fit and be faster."""
+        pairs = list(itertools.product(MODES, MODES))
         found = [self._candidate(tier, *pair, None) for pair in pairs]
         # Chunks add work and do not change the bytes that checkpointed blocks save, so most pairs
         # with chunks need no simulation.
@@ -271,7 +272,7 @@ class Search:
     def _kept(self, tier: Tier, generator: Any, reward: Any) -> float:
         """Return the live bytes between the forwards and the backwards."""
         depths = self.layers, self.workload.reward_blocks
-        ours, theirs = (self._shallow(tier, policy, None) for policy in (generator, reward))
+        ours, theirs = (self._shallow(tier, mode, None) for mode in (generator, reward))
         start, added = _start(ours, theirs, *depths), theirs.kept_by_reward(depths[1])
         return sum(start.values()) + sum(added.values())
 
@@ -295,18 +296,18 @@ class Search:
             self._refusal(peak, host) or SLOWER,
         )
 
-    def _shallow(self, tier: Tier, policy: Any, chunk: int | None) -> Shallow:
-        key = (tier, policy, chunk)
+    def _shallow(self, tier: Tier, mode: Any, chunk: int | None) -> Shallow:
+        key = (tier, mode, chunk)
         if key not in self._seen:
-            memory = memory_of(tier, policy, policy, chunk)
+            memory = memory_of(tier, mode, mode, chunk)
             self._seen[key] = Shallow([self._simulate(*memory, depth) for depth in DEPTHS])
         return self._seen[key]
 
     def _simulate(
         self, memory: MemoryConfig, reward_memory: MemoryConfig, depth: int | None = None
     ) -> Simulation:
-        policy = memory.activation_checkpointing
-        self.show(f"{memory.weight_dtype}, {policy}, {depth or 'all'} blocks")
+        mode = memory.activation_checkpointing
+        self.show(f"{memory.weight_dtype}, {mode}, {depth or 'all'} blocks")
         # A supervised step repeats the generator's phases beside less memory: it is never the peak.
         short = dataclasses.replace(self.workload, sft=False)
         depths = {} if depth is None else {"layers": depth, "reward_layers": depth}

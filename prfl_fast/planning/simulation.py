@@ -86,7 +86,7 @@ def build(
     apply_memory(generator, memory)
     apply_memory(reward, reward_memory)
     if workload.train == "lora":
-        add_lora(generator, workload.lora_rank, target_modules=workload.lora_targets)
+        add_lora(generator, workload.lora_rank, target_modules=workload.target_modules)
     return generator, reward
 
 
@@ -102,7 +102,7 @@ def materialize(model: nn.Module) -> None:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
 
 
-class Step:
+class SimulatedStep:
     """Phases of one step, on fake or real tensors, under an active ledger."""
 
     def __init__(
@@ -128,9 +128,9 @@ class Step:
             if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
                 parameter.grad_dtype = torch.float32
         self.device_states, self.host_states = self._states()
-        if workload.average:
+        if workload.ema:
             count = sum(parameter.numel() for parameter in self.parameters)
-            self.average = self._make(count, category="optimizer")
+            self.ema = self._make(count, category="optimizer")
         self.conditions = self._conditions()
         with unset_fake_temporarily():
             self.scheduler = FlowUniPC()
@@ -159,7 +159,7 @@ class Step:
         )
 
     def _conditions(self) -> dict[str, torch.Tensor]:
-        config, batch = self.workload.config, self.workload.batch
+        config, batch = self.workload.config, self.workload.batch_size
         text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
         conditions = {"encoder_hidden_states": text}
         if config.get("image_dim") is not None:
@@ -311,7 +311,7 @@ def simulate(
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
-            step = Step(workload, memory, reward_memory, generator, reward, ledger)
+            step = SimulatedStep(workload, memory, reward_memory, generator, reward, ledger)
             step.run()
         del cublas, step
     return Simulation(

@@ -22,17 +22,17 @@ class Workload:
         model: a supported transformer, its configuration, a folder with ``config.json`` or a preset
             name, see :func:`prfl_fast.planning.presets.model_config`; stored as a configuration.
         frames, height, width: of the videos, in frames and pixels; frames is 4n + 1.
-        batch: videos per forward.
+        batch_size: videos per forward.
         gradient_accumulation_steps: micro-batches per optimizer step.
         text_tokens: rows of a sample's text states.
         train: ``lora`` trains adapters, ``full`` all parameters.
-        lora_rank, lora_targets: as in :func:`prfl_fast.training.lora.add_lora`.
+        lora_rank, target_modules: as in :func:`prfl_fast.training.lora.add_lora`.
         gradient_plan: steps that carry gradient. Every gradient point has one step, whose gradient
             goes to the parameters.
         num_inference_steps: solver steps of a trajectory.
         reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks.
         sft: a supervised step follows each PRFL step.
-        average: a float32 running average of the trained parameters is kept (``ema_decay``).
+        ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
 
@@ -45,28 +45,28 @@ class Workload:
     frames: int = 81
     height: int = 720
     width: int = 1280
-    batch: int = 1
+    batch_size: int = 1
     gradient_accumulation_steps: int = 1
     text_tokens: int = 512
     train: Literal["lora", "full"] = "lora"
     lora_rank: int = 16
-    lora_targets: tuple[str, ...] = DEFAULT_TARGETS
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
     gradient_plan: GradientPlan = GradientPlan()
     num_inference_steps: int = 40
     reward_blocks: int = 8
     sft: bool = True
-    average: bool = False
+    ema: bool = False
     patched: bool = True
     precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", model_config(self.model))
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in (
             "frames",
             "height",
             "width",
-            "batch",
+            "batch_size",
             "gradient_accumulation_steps",
             "text_tokens",
             "lora_rank",
@@ -139,7 +139,7 @@ class Workload:
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         """Shape ``[B, C, F, H, W]`` of the latents."""
         return (
-            self.batch,
+            self.batch_size,
             LATENT_CHANNELS,
             (self.frames - 1) // _VAE_FRAMES + 1,
             self.height // _VAE_STRIDE,

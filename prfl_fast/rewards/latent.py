@@ -141,10 +141,6 @@ class LatentRewardModel(nn.Module):
         """Return scores ``[B]`` in (0, 1); arguments and errors of :meth:`logits`."""
         return torch.sigmoid(self.logits(x, timestep, conditions))
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters to optimize: all but the embeddings; none after :meth:`freeze`."""
-        return [p for p in self.parameters() if p.requires_grad]
-
     def freeze(self) -> "LatentRewardModel":
         """Stop training every parameter, switch to eval mode, and return the model itself."""
         return self.requires_grad_(False).eval()

@@ -34,28 +34,6 @@ class QueryAttentionPool(nn.Module):
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         nn.init.xavier_uniform_(self.queries)
 
-    @classmethod
-    def from_multihead_attention(
-        cls, attention: nn.MultiheadAttention, queries: torch.Tensor
-    ) -> "QueryAttentionPool":
-        """Copy the weights of ``attention``, and ``queries`` ``[num_queries, D]``, into a new pool.
-
-        Raise ``ValueError`` if ``attention`` has separate key or value sizes, no bias, or extra
-        bias tokens, or if the queries have another width.
-        """
-        dim = attention.embed_dim
-        packed = attention.in_proj_weight is not None and attention.in_proj_bias is not None
-        ok = packed and attention.bias_k is None
-        expected = "one with a packed in-projection and biases (no kdim, vdim, add_bias_kv)"
-        check(ok, "attention", attention, expected)
-        ok = queries.ndim == 2 and queries.shape[1] == dim
-        check(ok, "queries", queries, f"[num_queries, {dim}]")
-        pool = cls(dim, attention.num_heads, queries.shape[0]).to(attention.in_proj_weight)
-        pool.multihead_attn.load_state_dict(attention.state_dict())
-        with torch.no_grad():
-            pool.queries.copy_(queries)
-        return pool
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[B, D]`` from ``[B, L, D]``, in the pool's dtype.
 

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions
-from prfl_fast.models.inference import Precision, RolloutModel, RolloutOptions, UnsupportedError
+from prfl_fast.models.inference import (
+    LayerPrecision,
+    RolloutModel,
+    RolloutOptions,
+    UnsupportedError,
+)
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
 from prfl_fast.rollout.config import RolloutConfig
@@ -79,7 +84,7 @@ class RolloutSession:
         The noise level ``sigma`` decides the precision; None gives an exact velocity.
         """
         engine, guidance, position = self._engine, self._guidance, self._positions[step]
-        precisions: dict[str, Precision] = {} if sigma is None else engine.precisions(sigma)
+        precisions: dict[str, LayerPrecision] = {} if sigma is None else engine.precisions(sigma)
         # One call of twice the batch: two calls take 1.26 times as long on a CPU, and 0.61 of the
         # peak bytes (bench/RESULTS.md).
         x = torch.cat([x, x]) if guidance is not None and guidance.batched else x
@@ -90,7 +95,7 @@ class RolloutSession:
                     v = self._models[len(outputs)].velocity(x, position, **precisions)
                 outputs.append(v)
             except RuntimeError as error:
-                if not self._compiled or not engine.gives_up_compiling(error):
+                if not self._compiled or not engine.stop_compiling_after(error):
                     raise
                 self._compiled, self._models = False, self._open(False)
         return outputs[0] if guidance is None else guidance.combine(outputs)
@@ -155,7 +160,7 @@ class RolloutEngine:
         """Return True if the next rollout has inexact steps."""
         return self.stride > 1 or (self._active.fp8 and self._supported)
 
-    def precisions(self, sigma: float) -> dict[str, Precision]:
+    def precisions(self, sigma: float) -> dict[str, LayerPrecision]:
         """Return the precision of linear layers and attention at a noise level."""
         intervals = {"linears": self._active.fp8_linears, "attention": self._active.fp8_attention}
         return {
@@ -187,7 +192,7 @@ class RolloutEngine:
             yield session
         finally:
             for note in session.notes() if session is not None else ():
-                self._say(note)
+                self._report_once(note)
 
     def _session(
         self,
@@ -197,7 +202,7 @@ class RolloutEngine:
         guidance: Guidance | None,
     ) -> RolloutSession | None:
         if self.model is None:
-            self._say(
+            self._report_once(
                 "rollouts call the transformer as it is: it is a function, not a supported model "
                 "or a ModelCall of one"
             )
@@ -219,7 +224,7 @@ class RolloutEngine:
             session = RolloutSession(self, open, list(timesteps), compiled, guidance)
         except UnsupportedError as reason:
             self._supported = False
-            self._say(f"rollouts call the model as it is: {reason}")
+            self._report_once(f"rollouts call the model as it is: {reason}")
             return None
         self._supported = True
         return session
@@ -238,10 +243,10 @@ class RolloutEngine:
         if reason is None:
             self._compiled_shapes = shapes
         elif self.config.compile != "off":
-            self._say(f"the rollout's blocks are not compiled: {reason}", asked=False)
+            self._report_once(f"the rollout's blocks are not compiled: {reason}", asked=False)
         return reason is None
 
-    def gives_up_compiling(self, error: RuntimeError) -> bool:
+    def stop_compiling_after(self, error: RuntimeError) -> bool:
         """Stop compiling and return True if ``compile="auto"`` and the error is the compiler's."""
         modules = [kind.__module__ for kind in type(error).__mro__]
         foreign = any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules)
@@ -249,10 +254,10 @@ class RolloutEngine:
             return False
         self._compiler_fails = True
         first = str(error).strip().splitlines()[:1]
-        self._say(f"the rollout's blocks are not compiled: {type(error).__name__}: {first}")
+        self._report_once(f"the rollout's blocks are not compiled: {type(error).__name__}: {first}")
         return True
 
-    def _say(self, note: str, *, asked: bool | None = None) -> None:
+    def _report_once(self, note: str, *, asked: bool | None = None) -> None:
         if note in self.notes:
             return
         self.notes.append(note)

@@ -91,7 +91,7 @@ class _FlowScheduler:
         ``num_inference_steps`` is not a positive integer.
         """
         check_count("num_inference_steps", num_inference_steps)
-        sigmas, timesteps = self._schedule(num_inference_steps)
+        sigmas, timesteps = self.schedule(num_inference_steps)
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64).to(torch.float32)
         self.timesteps = timesteps.to(device) if device is not None else timesteps
         # The update coefficients start from the float32 levels that diffusers uses, not from their
@@ -174,7 +174,7 @@ class _FlowScheduler:
         check(time == self._times[index], name, time, expected, hint=_NEW)
         return index
 
-    def _schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
         """Return the ``count`` noise levels before the final 0, and the model's timesteps."""
         raise NotImplementedError
 
@@ -207,7 +207,7 @@ class FlowEuler(_FlowScheduler):
         ends = self.shift * ends / (1 + (self.shift - 1) * ends)
         self._ends: tuple[float, float] = (ends[0].item(), ends[1].item())
 
-    def _schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
         scale = self.num_train_timesteps
         even = _linspace(self._ends[0] * scale, self._ends[1] * scale, count)
         sigmas = [_shifted(t / scale, self.shift) for t in even]
@@ -240,7 +240,7 @@ class FlowUniPC(_FlowScheduler):
         self.order = order
         self._reset()
 
-    def _schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
         scale = self.num_train_timesteps
         sigmas = [_shifted(s, self.shift) for s in _linspace(1, 1 / scale, count + 1)[:-1]]
         if abs(sigmas[0] - 1) < _UNIPC_SIGMA_GAP:

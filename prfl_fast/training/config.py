@@ -1,4 +1,4 @@
-"""Settings and result of a training run."""
+"""Configuration and result of a training run."""
 
 import signal
 from dataclasses import asdict, dataclass, field

@@ -13,8 +13,8 @@ from torch import nn
 from prfl_fast.memory.offload import HostMemoryError
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.utils.units import GIB
 
-GIB = 2**30
 # torch raises a plain RuntimeError with these words if another allocator than its own fails.
 _SIGNS = ("CUDA error: out of memory", "ALLOC_FAILED", "CPUAllocator: can't allocate memory")
 

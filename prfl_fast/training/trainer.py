@@ -86,7 +86,7 @@ class Trainer:
         self,
         model: nn.Module,
         objectives: Mapping[str, Objective],
-        settings: TrainConfig,
+        config: TrainConfig,
         *,
         folder: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | None = "auto",
@@ -97,7 +97,7 @@ class Trainer:
         advise: Callable[[], str] | None = None,
     ) -> None:
         check(bool(objectives), "objectives", objectives, "at least one")
-        self.model, self.objectives, self.settings = model, dict(objectives), settings
+        self.model, self.objectives, self.config = model, dict(objectives), config
         self.folder = None if folder is None else Path(folder)
         self.progress, self.tensorboard = progress, tensorboard
         self.on_step, self.advise = on_step, advise
@@ -106,14 +106,14 @@ class Trainer:
         hint = "Call requires_grad_(True) on the parameters to train, or add_lora(model, ...)"
         count = len(self.parameters)
         check(count > 0, "the number of trainable parameters", count, "at least one", hint=hint)
-        check_dtypes(settings.optimizer, self.parameters)
+        check_dtypes(config.optimizer, self.parameters)
         names = ("learning_rate", "betas", "eps", "weight_decay", "gradient_dtype")
-        options = {name: getattr(settings, name) for name in names}
+        options = {name: getattr(config, name) for name in names}
         parameters = self.parameters.values()
-        self.optimizer = make_optimizer(settings.optimizer, parameters, **options)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.optimizer = make_optimizer(config.optimizer, parameters, **options)
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.ema: dict[str, torch.Tensor] | None = None
-        if settings.ema_decay is not None:
+        if config.ema_decay is not None:
             self.ema = {}
             # In bfloat16, (1 - decay) · difference would be rounded to 0. torch's AveragedModel
             # averages in the parameter's dtype, copies the frozen weights as well, and its first
@@ -126,9 +126,9 @@ class Trainer:
         self._draws = dict.fromkeys(self.objectives, 0)  # micro-batches drawn so far
         # Updates already taken in the current step: metrics, and True if the update was applied.
         self._done: dict[str, tuple[dict[str, float], bool]] = {}
-        self._torn = False  # True after an optimizer step that updated only some parameters
+        self._partly_updated = False  # True after an incomplete optimizer step
         self._log: TrainingLog | None = None
-        self._identity = {**settings.fixed(), **(identity or {}), "objectives": list(objectives)}
+        self._identity = {**config.fixed(), **(identity or {}), "objectives": list(objectives)}
         self._saved_step: int | None = None
         checkpoint = find_checkpoint(self.folder, resume)
         if checkpoint is not None:
@@ -166,7 +166,7 @@ class Trainer:
         """
         check(self.folder is not None, "folder", self.folder, "a folder to save to")
         assert self.folder is not None
-        self._check_not_torn()
+        self._check_whole()
         if self._done:
             raise ValueError(
                 f"Step {self.result.step + 1} is incomplete: only {', '.join(self._done)} was "
@@ -189,14 +189,14 @@ class Trainer:
             "objectives": self._objective_states(),
             "random": random_state(self.generator),
         }
-        step, keep = self.result.step, self.settings.keep_last
+        step, keep = self.result.step, self.config.keep_last
         rest: Any = {"ema": self.ema, "settings": self._identity, "keep_last": keep}
         path = save_checkpoint(self.folder, step, self.model, state, **rest)
         self._saved_step = step
         return path
 
     def run(self) -> TrainResult:
-        """Train to ``settings.steps``.
+        """Train to ``config.steps``.
 
         Raises:
             NonFiniteTrainingError: if five steps in a row had a non-finite loss or gradient. The
@@ -204,13 +204,13 @@ class Trainer:
             OutOfMemoryError: if a device is full. Gradients are dropped and nothing is saved.
             ValueError: if an objective computes no gradient.
         """
-        self._check_not_torn()
+        self._check_whole()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             clean_temporaries(self.folder)
             self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
         try:
-            steps = self.settings.steps
+            steps = self.config.steps
             with (
                 # A run without a folder has nothing to save, so signals keep their usual effect.
                 collect_signals(self.folder is not None) as signals,
@@ -228,8 +228,8 @@ class Trainer:
                 self._log = None
         return self.result
 
-    def _check_not_torn(self) -> None:
-        if self._torn:
+    def _check_whole(self) -> None:
+        if self._partly_updated:
             raise ValueError(
                 "The device was full during an optimizer step, so only some weights were updated. "
                 "Start again from the last checkpoint"
@@ -238,9 +238,9 @@ class Trainer:
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
         step = self.result.step + 1
-        rate = self.settings.learning_rate * min(1.0, step / max(1, self.settings.warmup_steps))
+        rate = self.config.learning_rate * min(1.0, step / max(1, self.config.warmup_steps))
         set_learning_rate(self.optimizer, rate)
-        record: dict[str, Any] = {"step": step, "lr": rate}
+        record: dict[str, Any] = {"step": step, "learning_rate": rate}
         bad = []
         for name, objective in self.objectives.items():
             if name not in self._done:
@@ -267,7 +267,7 @@ class Trainer:
                 f"{self._in_a_row} steps in a row had a non-finite loss or gradient "
                 f"(last: {', '.join(bad)} at step {step}){where}"
             )
-        every = self.settings.save_every
+        every = self.config.save_every
         if self.folder is not None and every and step % every == 0:
             self.save()
         if self.on_step is not None:
@@ -293,13 +293,13 @@ class Trainer:
             return means, self._apply(name, means)
         except RuntimeError as error:
             failure = self._out_of_memory(f"the optimizer step of objective {name!r}", error)
-            self._torn = True
+            self._partly_updated = True
             raise failure from error
 
     def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one update; return the mean of each metric."""
         seen: dict[str, list[torch.Tensor]] = {}
-        count = self.settings.gradient_accumulation_steps
+        count = self.config.gradient_accumulation_steps
         for _ in range(count):
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
             metrics = objective(self._draws[name], self.generator, 1 / count)
@@ -313,7 +313,7 @@ class Trainer:
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
         """Clip, step and average if all values are finite; return True if so."""
-        parameters, limit = list(self.parameters.values()), self.settings.max_grad_norm
+        parameters, limit = list(self.parameters.values()), self.config.max_grad_norm
         finite = math.isfinite(means["loss"])
         if finite:
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -334,7 +334,7 @@ class Trainer:
         for name, average in (self.ema or {}).items():
             parameter = self.parameters[name].detach().to(average.dtype)
             # average ← decay·average + (1 - decay)·parameter
-            average.lerp_(parameter, 1 - self.settings.ema_decay)  # type: ignore[operator]
+            average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]
 
     def _out_of_memory(self, place: str, error: RuntimeError) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report; re-raise other errors."""

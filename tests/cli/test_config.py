@@ -8,6 +8,8 @@ import pytest
 from commands import one_line
 from runs import write_config
 
+pytest.importorskip("pydantic")
+
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.reference import FILES, reference_page, template

@@ -14,6 +14,8 @@ from compiled import run_python
 from offload_models import assert_same
 from runs import SIZE, config, write_config
 
+pytest.importorskip("pydantic")
+
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.tables import print_table

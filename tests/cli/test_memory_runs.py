@@ -9,6 +9,8 @@ from commands import call, negative_file, one_line, reference_layout, refused, t
 from offload_models import assert_same
 from runs import write_config
 
+pytest.importorskip("pydantic")
+
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -156,10 +158,10 @@ def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
     (asked,) = planned.calls
     assert asked["model"] == model_config(str(root / "model"))
     assert asked["gradient_plan"].points == 2
-    expected = {"train": "lora", "lora_rank": 3, "batch": 1, "gradient_accumulation_steps": 2}
+    expected = {"train": "lora", "lora_rank": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
     expected |= {"num_inference_steps": 3, "reward_blocks": 1, "sft": True, "host_budget": 1}
     expected |= {"frames": 5, "height": 32, "width": 32, "text_tokens": 3}
-    expected |= {"average": True, "patched": True}
+    expected |= {"ema": True, "patched": True}
     assert {key: asked[key] for key in expected} == expected
     assert asked["budget"] > 1 << 20
     assert capsys.readouterr().err == (

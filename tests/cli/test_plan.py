@@ -13,6 +13,8 @@ import torch
 from commands import one_line
 from runs import write_config
 
+pytest.importorskip("pydantic")
+
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.yaml_config import load_config
@@ -36,7 +38,7 @@ def first(root, tmp_path_factory):
         plan = planner.plan_memory
         record = lambda *a, **b: found.append(plan(*a, **b)) or found[0]  # noqa: E731
         patch.setattr(planner, "plan_memory", record)
-        patch.setattr(plan_search, "POLICIES", (("full", None),))
+        patch.setattr(plan_search, "MODES", (("full", None),))
         with contextlib.redirect_stdout(io.StringIO()) as out:
             arguments = ["--model", root / "model", "--plot", folder / "a.png", *options.split()]
             assert run(*arguments) == 0
@@ -130,9 +132,9 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
     work = calls[0].workload
     assert (work.frames, work.height, work.width) == (5, 32, 32)
     assert work.config["num_layers"] == 1 and work.reward_blocks == 1
-    assert (work.train, work.lora_rank, work.lora_targets) == ("lora", 4, ("to_q",))
+    assert (work.train, work.lora_rank, work.target_modules) == ("lora", 4, ("to_q",))
     assert (work.points, work.num_inference_steps) == (3, 9)
-    assert (work.batch, work.gradient_accumulation_steps, work.sft) == (1, 2, True)
+    assert (work.batch_size, work.gradient_accumulation_steps, work.sft) == (1, 2, True)
     assert calls[0].budget == "24GiB"
     after = file.read_text()
     config = load_config(TrainFile, file)
@@ -220,7 +222,7 @@ BAD = {
     "--frames 80": "frames is 80, expected 4n + 1",
     "--height 100": "height is 100, expected a multiple of 16",
     "--lora-rank 0": "lora_rank is 0, expected a positive integer",
-    "--batch -1": "batch is -1, expected",
+    "--batch-size -1": "batch_size is -1, expected",
     "--gradient-accumulation-steps 0": "gradient_accumulation_steps is 0, expected",
     "--points 0": "points is 0, expected",
     "--num-inference-steps 1": "num_inference_steps is 1, expected",
@@ -234,7 +236,7 @@ BAD = {
     "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
     "--apply FILE --num-inference-steps 40": "is 40, but FILE has prfl.num_inference_steps: 9",
     "--apply FILE --gradient-accumulation-steps 5": "has run.gradient_accumulation_steps: 2",
-    "--apply FILE --batch 2": "--batch is 2, but FILE has run.batch_size: 1",
+    "--apply FILE --batch-size 2": "--batch-size is 2, but FILE has run.batch_size: 1",
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",

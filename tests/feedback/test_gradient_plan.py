@@ -225,11 +225,11 @@ def test_fields_that_do_not_go_together_are_refused(fields, message):
         GradientPlan(**fields)
 
 
-@pytest.mark.parametrize("share", [0, 1.5, True, "0.2"])
-def test_wrong_shares_are_refused(share):
+@pytest.mark.parametrize("fraction", [0, 1.5, True, "0.2"])
+def test_wrong_fractions_are_refused(fraction):
     for make in (GradientPlan.refl, GradientPlan.controlnet_plus_plus):
         with pytest.raises(ValueError, match="window is"):
-            make(share)
+            make(fraction)
 
 
 @pytest.mark.parametrize("method", ["draw", "outcomes", "expected_forwards"])

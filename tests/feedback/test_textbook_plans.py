@@ -186,7 +186,7 @@ def test_diffusers_own_sampler(plan, depth):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_draft_lv(name):
-    """The re-noised latents are learned from what the model is given at the last level."""
+    """The renoised latents are learned from what the model is given at the last level."""
     scheduler, solver = SOLVERS[name]
     theirs, ours = pair()
     seen = []

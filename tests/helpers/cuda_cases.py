@@ -16,7 +16,7 @@ OPS = {name: name for name in ("query_pool", "query_pool_backward", "qk_norm_rop
 OPS["qk_norm_rope_backward"] = "qk_norm_rope"
 
 
-def install(patch, libraries, capability, processors, order=0):
+def install(patch, libraries, capability, multiprocessors, order=0):
     """Set ``torch.ops.prfl_fast_cuda`` to the emulation; return the list of launches it fills."""
     launches = []
 
@@ -28,7 +28,7 @@ def install(patch, libraries, capability, processors, order=0):
         return run
 
     patch.setattr(cuda_launch, "capability", lambda device: capability)
-    patch.setattr(cuda_launch, "processors", lambda capability: processors)
+    patch.setattr(cuda_launch, "multiprocessors", lambda capability: multiprocessors)
     namespace = SimpleNamespace(**{name: operator(name) for name in OPS})
     patch.setattr(torch.ops, "prfl_fast_cuda", namespace, raising=False)
     return launches

@@ -1,11 +1,13 @@
 """Tiny latent reward models, and the reference's reward model written out."""
 
+import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from wan import tiny_wan
 
 from prfl_fast.rewards.latent import LatentRewardModel
+
+safetensors = pytest.importorskip("safetensors.torch")
 
 HEADS = 4
 
@@ -62,6 +64,6 @@ def doubled(x, timestep, conditions):
 
 
 def edit_tensors(file, change):
-    tensors = load_file(file)
+    tensors = safetensors.load_file(file)
     change(tensors)
-    save_file(tensors, file)
+    safetensors.save_file(tensors, file)

@@ -19,11 +19,11 @@ def offload_small_tensors(monkeypatch):
     monkeypatch.setattr(offloading, "SMALLEST", 64)
 
 
-def build(layers=4, policy="none", patched=True, offload="cpu", **limits):
+def build(layers=4, mode="none", patched=True, offload="cpu", **limits):
     model = wan.tiny_wan(layers=layers)
     if patched:
         prfl_fast.patch(model)
-    return activation_checkpointing(model, policy, offload, **limits)
+    return activation_checkpointing(model, mode, offload, **limits)
 
 
 def loss(model, size=(2, 4, 4), scale=1.0):

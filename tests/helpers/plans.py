@@ -4,7 +4,7 @@ import itertools
 
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.search import POLICIES
+from prfl_fast.planning.search import MODES
 from prfl_fast.planning.simulation import Simulation, simulate
 from prfl_fast.planning.workload import Workload
 
@@ -19,7 +19,7 @@ SMALL = {
 }
 SIZE = {"frames": 33, "height": 480, "width": 832, "reward_blocks": 4}
 SHALLOW = {"layers": 3, "reward_layers": 3}
-BOTH = list(itertools.product(POLICIES, POLICIES))
+BOTH = list(itertools.product(MODES, MODES))
 KEPT = {"none": 10, "attention": 3, "full": 1}
 WEIGHTS = {"bf16": 8, "fp8": 4, "nf4": 2}
 STATES = {"adamw": 12, "adamw-sr": 8, "adamw8bit": 2, "adamw-cpu": 0}

@@ -165,7 +165,7 @@ def mean(x, timestep, conditions):
 
 
 class Token:
-    """Lives as long as the graph node that holds it."""
+    """Mark a graph node, to test if it was freed."""
 
 
 class Scale(torch.autograd.Function):
@@ -182,7 +182,7 @@ class Scale(torch.autograd.Function):
 
 
 class Affine(nn.Module):
-    """A model no adapter knows; its bound method is the velocity."""
+    """Provide a model without an adapter; its bound method is the velocity."""
 
     def __init__(self):
         super().__init__()

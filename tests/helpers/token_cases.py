@@ -15,6 +15,7 @@ BAD_RESIDUALS = [
     ({"y": torch.ones(2, 3, 8)}, r"y is float32\[2, 3, 8\].*\[2, 6, 8\]"),
     ({"y": torch.ones(2, 8, 6).transpose(1, 2)}, "y is .*contiguous last axis"),
     ({"gate": torch.ones(5, 8)}, r"gate is float32\[5, 8\].*12 tokens"),
+    ({"gate": [1.0]}, r"gate is \[1.0\]"),
     ({"gate_table": torch.ones(1, 8)}, r"gate_table is float32\[1, 8\].*\[8\]"),
     ({"row_index": torch.zeros(12, dtype=torch.int64)}, r"row_index is int64\[12\]"),
     ({"row_index": torch.zeros(2, 6)}, "row_index is .*int32 or int64"),

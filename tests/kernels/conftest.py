@@ -96,7 +96,7 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture
 def device(libraries, monkeypatch):
-    """Return ``device(capability, processors)``: CPU tensors then run as on such a GPU."""
+    """Return ``device(capability, multiprocessors)``: CPU tensors then run as on such a GPU."""
     return functools.partial(install, monkeypatch, libraries)
 
 

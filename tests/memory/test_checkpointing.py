@@ -1,4 +1,4 @@
-"""Checkpoint policies: the same bits as no policy, what is kept, what the recompute runs."""
+"""Activation checkpointing: the same bits in each mode, what is kept, what the recompute runs."""
 
 import copy
 import itertools
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prfl_fast
 from prfl_fast.memory.checkpointing import (
-    POLICIES,
+    MODES,
     activation_checkpointing,
     is_attention,
     offload_bytes,
@@ -27,7 +27,7 @@ from prfl_fast.training.lora import add_lora
 pytest.importorskip("diffusers")
 
 # All but ("none", None), which is what they are compared with.
-SETTINGS = list(itertools.product(POLICIES, (None, "cpu")))[1:]
+SETTINGS = list(itertools.product(MODES, (None, "cpu")))[1:]
 LAYERS = 4
 
 
@@ -49,8 +49,8 @@ def run(model, case="t2v"):
 def check_settings(model, case="t2v"):
     """Check that every setting gives the bits of none and holds nothing after a step."""
     plain = run(model, case)
-    for policy, offload in SETTINGS:
-        assert activation_checkpointing(model, policy, offload) is model
+    for mode, offload in SETTINGS:
+        assert activation_checkpointing(model, mode, offload) is model
         assert_same(run(model, case), plain)
         assert (offload_bytes(model)["transferred"] > 0) == (offload is not None)
         assert held(model) == (0, 0)
@@ -116,13 +116,13 @@ def compiled_case(backend, patched, trains):
     for block in model.blocks:
         block.compile(backend=backend)
     plain = step()
-    for policy, offload in SETTINGS:
-        activation_checkpointing(model, policy, offload)
+    for mode, offload in SETTINGS:
+        activation_checkpointing(model, mode, offload)
         with Count() as count:
             ours = step()
         assert_same(ours, plain)
         assert held(model) == (0, 0)
-        assert count.attention == (8 if policy == "full" else 4), (policy, offload)
+        assert count.attention == (8 if mode == "full" else 4), (mode, offload)
 
 
 def test_compiled_blocks():
@@ -159,12 +159,12 @@ def test_model_compiled_whole(setting):
 @PATCHED
 def test_attention_recompute_runs_no_attention(case, per_block, patched):
     model = build(case, patched)
-    for policy, offload in [("none", None), *SETTINGS]:
-        activation_checkpointing(model, policy, offload)
+    for mode, offload in [("none", None), *SETTINGS]:
+        activation_checkpointing(model, mode, offload)
         with Count() as count:
             run(model, case)
-        twice = 2 if policy == "full" else 1
-        assert count.attention == twice * per_block * LAYERS, (policy, offload)
+        twice = 2 if mode == "full" else 1
+        assert count.attention == twice * per_block * LAYERS, (mode, offload)
 
 
 def test_frozen_reward_gets_the_same_input_gradient():
@@ -235,7 +235,7 @@ def test_warns_once_without_an_attention_operation():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"policy": "ful"}, "policy is 'ful', expected one of 'none', 'full', 'attention'"),
+        ({"mode": "ful"}, "mode is 'ful', expected one of 'none', 'full', 'attention'"),
         ({"offload": "disk"}, "offload is 'disk', expected one of None, 'cpu'"),
         ({"host_limit": 5}, "host_limit is 5, expected bytes, with offload='cpu' only"),
         ({"offload": "cpu", "host_limit": -1}, "host_limit is -1, expected bytes"),
@@ -320,7 +320,7 @@ def test_attention_output_changed_in_place_raises(offload, monkeypatch):
         value.backward()
 
 
-def block_bytes(kind, policy, patched):
+def block_bytes(kind, mode, patched):
     """Bytes that a 14B block keeps at 720p x 81 frames, its input included, as (device, host)."""
     from diffusers import WanTransformer3DModel
 
@@ -340,8 +340,8 @@ def block_bytes(kind, policy, patched):
         text = torch.empty(1, 512, dim, dtype=torch.bfloat16)
         time = torch.empty(1, 6, dim)
         rope = model.rope(torch.empty(1, 16, 21, 90, 160))
-        activation_checkpointing(model, policy)
-        run = model._gradient_checkpointing_func if policy != "none" else lambda f, *a: f(*a)
+        activation_checkpointing(model, mode)
+        run = model._gradient_checkpointing_func if mode != "none" else lambda f, *a: f(*a)
         with Ledger() as ledger:
             x = torch.empty(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
             out = run(model.blocks[0], x, text, time, rope)
@@ -353,7 +353,7 @@ def test_bytes_of_a_14b_block(patched):
     x = 75600 * 5120 * 2
     lse = 75600 * 40 * 4
     for kind in ("full", "lora", "frozen"):
-        none, full, attention = (block_bytes(kind, policy, patched) for policy in POLICIES)
+        none, full, attention = (block_bytes(kind, mode, patched) for mode in MODES)
         assert full == x
         assert attention == pytest.approx(3 * x + 2 * lse, rel=1e-3)
         assert kind != "full" or attention <= none / 6

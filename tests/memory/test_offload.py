@@ -11,14 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prfl_fast
 from prfl_fast.memory import offload as offloading
-from prfl_fast.memory.checkpointing import POLICIES, activation_checkpointing, offload_bytes
+from prfl_fast.memory.checkpointing import MODES, activation_checkpointing, offload_bytes
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.offload import Handle, HostMemoryError, Offloader, host_memory
 
 pytest.importorskip("diffusers")
 
 
-EACH_POLICY = pytest.mark.parametrize("policy", POLICIES)
+EACH_MODE = pytest.mark.parametrize("mode", MODES)
 
 
 def drop_gradient(parameter):
@@ -26,12 +26,12 @@ def drop_gradient(parameter):
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
-@EACH_POLICY
-def test_two_blocks_on_the_device_at_most(policy, patched):
+@EACH_MODE
+def test_two_blocks_on_the_device_at_most(mode, patched):
     """By the offloader's counts, and by all storages alive, whoever holds them."""
     live, peak = {}, {}
     for layers in (1, 2, 4, 8):
-        model = build(layers, policy, patched)
+        model = build(layers, mode, patched)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(drop_gradient)
         with Ledger() as ledger:
@@ -53,9 +53,9 @@ def test_two_blocks_on_the_device_at_most(policy, patched):
         assert bytes_by_depth[8] - bytes_by_depth[4] <= 4 * SMALL
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-def test_two_blocks_at_most_in_the_backward_of_a_graph_that_stays(policy):
-    model, seen = build(6, policy), []
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_two_blocks_at_most_in_the_backward_of_a_graph_that_stays(mode):
+    model, seen = build(6, mode), []
     for block in model.blocks:
         block.attn1.to_out[0].weight.register_hook(lambda grad: seen.append(held(model)))
     value = loss(model)
@@ -69,10 +69,10 @@ def test_two_blocks_at_most_in_the_backward_of_a_graph_that_stays(policy):
         del other
 
 
-@EACH_POLICY
-def test_models_that_follow_each_other_share_the_two_blocks(policy):
+@EACH_MODE
+def test_models_that_follow_each_other_share_the_two_blocks(mode):
     """Generator, then reward; the reward's backward fetches the generator's last block ahead."""
-    generator, reward = build(4, policy), build(3, policy)
+    generator, reward = build(4, mode), build(3, mode)
     x, timestep, conditions = wan.inputs(size=(2, 4, 4))
     text = conditions["encoder_hidden_states"]
     peak = 0
@@ -317,9 +317,9 @@ class LateCopies:
         monkeypatch.setattr(offloading._Saved, "_drop", checked_drop)
 
 
-@EACH_POLICY
-def test_every_use_and_every_release_waits_for_its_copy(policy, monkeypatch):
-    model, plain = build(6, policy), gradients_of_loss(build(6, offload=None))
+@EACH_MODE
+def test_every_use_and_every_release_waits_for_its_copy(mode, monkeypatch):
+    model, plain = build(6, mode), gradients_of_loss(build(6, offload=None))
     late = LateCopies(monkeypatch)
     for _ in range(3):  # host buffers serve again while copies are pending
         first, second = loss(model), loss(model)
@@ -331,10 +331,10 @@ def test_every_use_and_every_release_waits_for_its_copy(policy, monkeypatch):
     assert held(model) == (0, 0)
 
 
-@EACH_POLICY
-def test_copies_run_one_block_ahead(policy, monkeypatch):
+@EACH_MODE
+def test_copies_run_one_block_ahead(mode, monkeypatch):
     """In the backward a block finds its tensors already asked for, by the block after it."""
-    model, waited, asked = build(6, policy), [], []
+    model, waited, asked = build(6, mode), [], []
     fetch, storage = offloading.Group.fetch, offloading._Saved.storage
     monkeypatch.setattr(
         offloading.Group, "fetch", lambda group: (asked.append(id(group)), fetch(group))[1]
@@ -353,13 +353,13 @@ def test_copies_run_one_block_ahead(policy, monkeypatch):
 
 
 # Fake tensors, as the planner uses them.
-@EACH_POLICY
-def test_fake_tensors_count_the_same_bytes(policy, monkeypatch):
-    real = build(4, policy)
+@EACH_MODE
+def test_fake_tensors_count_the_same_bytes(mode, monkeypatch):
+    real = build(4, mode)
     loss(real).backward()
     monkeypatch.setattr(offloading, "host_memory", lambda: (0, 0))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(4, policy)
+        model = build(4, mode)
         with Ledger() as ledger:
             value = loss(model)
             value.backward()
@@ -377,8 +377,8 @@ def test_handle_keeps_no_memory_of_what_is_saved():
 
 
 @pytest.mark.gpu
-@EACH_POLICY
-def test_on_cuda(policy):
+@EACH_MODE
+def test_on_cuda(mode):
     """Real streams: the same gradients, and memory that does not grow with depth."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -396,7 +396,7 @@ def test_on_cuda(policy):
                 return gradients(model)
 
             plain = run()
-            activation_checkpointing(model, policy, "cpu")
+            activation_checkpointing(model, mode, "cpu")
             for _ in range(3):
                 assert_same(run(), plain)
             torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@ import pytest
 from offload_models import assert_same, build, gradients_of_loss, held, loss
 
 from prfl_fast.memory import offload as offloading
-from prfl_fast.memory.checkpointing import POLICIES, offload_bytes
+from prfl_fast.memory.checkpointing import MODES, offload_bytes
 
 pytest.importorskip("diffusers")
 
@@ -58,14 +58,14 @@ def inject_copy(model, index, patch):
     patch.setattr(offloading._Window, "copy", copy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["forward", "recompute", "copy", "backward"])
-def test_exceptions_leave_nothing_behind(where, policy, monkeypatch):
+def test_exceptions_leave_nothing_behind(where, mode, monkeypatch):
     """Twice at every block; counted in bytes, and by the next step's gradients."""
-    if where == "recompute" and policy == "none":
-        pytest.skip("policy none recomputes nothing")
+    if where == "recompute" and mode == "none":
+        pytest.skip("mode none recomputes nothing")
     layers, inject = 3, globals()[f"inject_{where}"]
-    model, plain = build(layers, policy), gradients_of_loss(build(layers, offload=None))
+    model, plain = build(layers, mode), gradients_of_loss(build(layers, offload=None))
     assert_same(gradients_of_loss(model), plain)
     pool = offload_bytes(model)["host_pool"]
     for turn in range(2 * layers):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import diffusers
 import pytest
 import torch
 from plans import SMALL, small_workload
@@ -15,15 +14,18 @@ from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.presets import MODELS, model_config
 from prfl_fast.planning.report import table
-from prfl_fast.planning.search import CHUNK, GIB, POLICIES, Candidate, memory_of
+from prfl_fast.planning.search import CHUNK, MODES, Candidate, memory_of
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.utils.units import GIB
+
+diffusers = pytest.importorskip("diffusers")
 
 
 def test_nothing_fits(calls):
     plan = planner.plan_memory(small_workload(), budget=plan_search.RESERVE_LEAST + (20 << 20))
     assert not plan.feasible and plan.missing == plan.peak + plan.reserve - plan.budget > 0
-    leanest = memory_of(("nf4", "adamw"), POLICIES[-1], POLICIES[-1], CHUNK)
+    leanest = memory_of(("nf4", "adamw"), MODES[-1], MODES[-1], CHUNK)
     assert (plan.memory, plan.reward_memory) == leanest
     assert len(plan.candidates) == 3  # the leanest of each kind of weights
     text = table(plan)

@@ -1,5 +1,6 @@
 """Reports of a plan: the table, the figure and the trainer's YAML."""
 
+import dataclasses
 import io
 import itertools
 
@@ -9,8 +10,9 @@ from plans import small_workload
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
-from prfl_fast.planning.report import apply_to_yaml, frontier, table, timeline_figure, to_yaml
-from prfl_fast.planning.search import GIB, Candidate
+from prfl_fast.planning.report import apply_to_yaml, frontier, table, timeline_figure
+from prfl_fast.planning.search import Candidate
+from prfl_fast.utils.units import GIB
 
 
 def test_table_says_what_there_is_to_know(real):
@@ -64,8 +66,14 @@ def test_apply_to_a_new_or_short_file(real, tmp_path, text):
         path.write_text(text)
     apply_to_yaml(real, path)
     found = yaml.safe_load(path.read_text())
+    new = tmp_path / "new.yaml"
+    apply_to_yaml(real, new)
+    keys = yaml.safe_load(new.read_text())
+    assert keys.keys() == {"memory", "reward_memory", "hardware", "lora", "prfl", "run"}
+    assert keys["memory"] == dataclasses.asdict(real.memory)
+    assert keys["reward_memory"].items() <= dataclasses.asdict(real.reward_memory).items()
     # What the run is, the file says if it can.
-    assert found == {**yaml.safe_load(to_yaml(real)), **(yaml.safe_load(text) or {})}
+    assert found == {**keys, **(yaml.safe_load(text) or {})}
 
 
 def test_apply_refuses(real, calls, tmp_path):

@@ -11,11 +11,12 @@ from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.search import CHUNK, GIB, POLICIES, SLOWER, Search, memory_of, phase_seconds
+from prfl_fast.planning.search import CHUNK, MODES, SLOWER, Search, memory_of, phase_seconds
 from prfl_fast.planning.simulation import Simulation, simulate
 from prfl_fast.planning.workload import Workload
+from prfl_fast.utils.units import GIB
 
-_, ATTENTION, ATTENTION_CPU, _, FULL_CPU = POLICIES
+_, ATTENTION, ATTENTION_CPU, _, FULL_CPU = MODES
 TIER = ("bf16", "adamw")
 
 
@@ -46,7 +47,7 @@ def test_every_pair_follows_from_shallow_runs(calls):
         assert (found.memory, found.reward_memory) == memory
         assert (found.peak, found.host) == (run.peak, run.host)
         assert found.seconds == pytest.approx(search._seconds(run.costs))
-    assert len(calls) == 2 * (2 * len(POLICIES) - 1)  # none is not run in chunks
+    assert len(calls) == 2 * (2 * len(MODES) - 1)  # none is not run in chunks
 
 
 @pytest.mark.parametrize("host", [None, 50, 200])
@@ -172,9 +173,9 @@ def check_prediction(pair, chunk=None, optimizer="adamw", **options):
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[-1]], ids=str)
-def test_a_supervised_step_is_never_the_peak(policy, train):
-    memory = memory_of(TIER, policy, policy, None)
+@pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
+def test_a_supervised_step_is_never_the_peak(mode, train):
+    memory = memory_of(TIER, mode, mode, None)
     with_it, without = (
         simulate(small_workload(train=train, sft=sft), *memory, **SHALLOW) for sft in (True, False)
     )

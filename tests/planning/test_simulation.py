@@ -17,7 +17,7 @@ from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.models.registry import patch
 from prfl_fast.planning.costs import Cost
-from prfl_fast.planning.simulation import PHASES, Step, build, materialize, simulate
+from prfl_fast.planning.simulation import PHASES, SimulatedStep, build, materialize, simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.losses import sft_loss
@@ -55,7 +55,7 @@ def ledger_of(workload, memory, fake):
     with FakeTensorMode() if fake else contextlib.nullcontext():
         generator, reward = prepared(*built)
         with Ledger(open_operations=True) as ledger:
-            Step(workload, *memory, generator, reward, ledger).run()
+            SimulatedStep(workload, *memory, generator, reward, ledger).run()
     return ledger
 
 
@@ -219,7 +219,7 @@ def test_optimizer_states_are_held_from_the_start(kind):
 
 def test_a_running_average_takes_float32():
     workload, memory = replace(SMALL, train="full"), POLICIES["bf16"]
-    without, average = (shallow(replace(workload, average=k), memory) for k in (False, True))
+    without, average = (shallow(replace(workload, ema=k), memory) for k in (False, True))
     count = sum(p.numel() for p in build(workload, *memory, layers=1)[0].parameters())
     assert average.peak - without.peak == 4 * count
     assert average.categories["optimizer"] == without.categories["optimizer"] + 4 * count
@@ -249,7 +249,7 @@ def test_what_a_workload_refuses():
         ({"precision": "fp16"}, "precision is 'fp16', expected one of 'fp32', 'bf16'"),
         ({"reward_blocks": 4}, "reward_blocks is 4, expected at most the model's 3"),
         ({"gradient_plan": GradientPlan(40)}, "points is 40, expected at most num_inference_steps"),
-        ({"batch": True}, "batch is True, expected a positive integer"),
+        ({"batch_size": True}, "batch_size is True, expected a positive integer"),
         ({"model": {**CONFIG, "image_dim": 8}}, "text_tokens is 32, expected 512"),
     ):
         with pytest.raises(ValueError, match=message):

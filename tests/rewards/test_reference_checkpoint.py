@@ -8,11 +8,12 @@ import pickle
 import pytest
 import torch
 from latent_reward import HEADS, build, doubled, edit_tensors, textbook_batch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from wan import float_means_double, inputs, tiny_wan
 
 from prfl_fast.rewards.latent import LatentRewardModel
+
+safetensors = pytest.importorskip("safetensors.torch")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # (diffusers, official Wan), of the model and below "blocks.<i>.".
@@ -83,13 +84,13 @@ def write_reference(
     (folder / "transformer").mkdir(parents=True)
     state = official_state(transformer, blocks, head_in_backbone)
     if shards == 1:
-        save_file(state, folder / "transformer" / WEIGHTS)
+        safetensors.save_file(state, folder / "transformer" / WEIGHTS)
     else:
         weight_map = {}
         for i in range(shards):
             names = sorted(state)[i::shards]
             file = f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors"
-            save_file({n: state[n] for n in names}, folder / "transformer" / file)
+            safetensors.save_file({n: state[n] for n in names}, folder / "transformer" / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
         write_index(folder / "transformer", json.dumps(index))
@@ -131,8 +132,8 @@ def test_reads_the_first_blocks_of_a_whole_model_and_safetensors_parts(tmp_path)
     trained = tiny_wan(layers=3, seed=7)
     transformer, _, _ = write_reference(tmp_path, trained, 3, head_in_backbone=True)
     head, pool = reference_parts()
-    save_file(head, tmp_path / "mlp.safetensors")
-    save_file(pool, tmp_path / "pool.safetensors")
+    safetensors.save_file(head, tmp_path / "mlp.safetensors")
+    safetensors.save_file(pool, tmp_path / "pool.safetensors")
     paths = (transformer, tmp_path / "mlp.safetensors", tmp_path / "pool.safetensors")
     narrow = tiny_wan(layers=3).to(torch.bfloat16)
     reward = LatentRewardModel.load_reference(narrow, *paths, num_blocks=1, num_heads=HEADS)
@@ -155,7 +156,7 @@ def test_writes_the_reference_layout(tmp_path, case, shard_bytes, shards):
     assert (len(files) > 1) == (shards > 1)
     state = {}
     for file in files:
-        state.update(load_file(file))
+        state.update(safetensors.load_file(file))
     expected = official_state(generator, 2, head=False)
     assert state.keys() == expected.keys()
     assert all(torch.equal(v, expected[k]) for k, v in state.items())
@@ -214,7 +215,7 @@ DAMAGES = {
         r"ffn.net.0.proj.weight \[3, 48\], expected \[144, 48\]",
     ),
     "duplicate": (
-        lambda t, m, p: save_file({BIAS: torch.zeros(48)}, t / "extra.safetensors"),
+        lambda t, m, p: safetensors.save_file({BIAS: torch.zeros(48)}, t / "extra.safetensors"),
         "patch_embedding.bias is in .* and in ",
     ),
     "missing-shard": (

@@ -170,7 +170,7 @@ def test_ce_overfits_eight_samples():
     reward = build(1)
     x, conditions, labels = batch(8)
     noise = torch.randn_like(x)
-    optimizer = torch.optim.AdamW(reward.trainable_parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW((p for p in reward.parameters() if p.requires_grad), lr=2e-3)
     frozen = reward.backbone.patch_embedding.weight.clone()
     losses = []
     for _ in range(25):

@@ -264,17 +264,17 @@ def test_a_refusal_names_the_backend_and_the_reason(packages, name, given_case, 
 def test_refused_by_the_switches_of_pytorch(packages, monkeypatch):
     packages()
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
-    assert choice.refusal("cudnn", case()) == "it is switched off in torch.backends.cuda"
+    assert choice.unsupported_reason("cudnn", case()) == "it is switched off in torch.backends.cuda"
     assert choice.choose(case()) == "flash"
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
     assert choice.choose(case()) == "efficient"
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert choice.refusal("flash", case()) == "it needs an NVIDIA GPU"
+    assert choice.unsupported_reason("flash", case()) == "it needs an NVIDIA GPU"
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
-    assert "TORCH_CUDNN_SDPA_AVOID_RECOMPILE" in choice.refusal("cudnn", case())
+    assert "TORCH_CUDNN_SDPA_AVOID_RECOMPILE" in choice.unsupported_reason("cudnn", case())
 
 
 def test_a_backend_that_does_not_run_here():
@@ -295,7 +295,7 @@ def test_a_package_that_is_not_there(name, monkeypatch):
     with pytest.raises(ValueError, match=rf"{name}' was refused: package \S+ is not installed"):
         kernels.set_attention_backend(name)
     assert choice.get_attention_backend() == "auto"
-    assert "is not installed" in choice.refusal(name, case(CHIPS.get(name, AMPERE)))
+    assert "is not installed" in choice.unsupported_reason(name, case(CHIPS.get(name, AMPERE)))
 
 
 @pytest.mark.skipif(
@@ -378,9 +378,9 @@ def test_nothing_is_imported_before_it_is_needed(monkeypatch):
 )
 def test_every_case_has_a_backend(some_case):
     name = choice.choose(some_case)
-    assert name in choice.BACKENDS and choice.refusal(name, some_case) is None
+    assert name in choice.BACKENDS and choice.unsupported_reason(name, some_case) is None
     for other in choice.BACKENDS:
-        reason = choice.refusal(other, some_case)
+        reason = choice.unsupported_reason(other, some_case)
         assert reason is None or reason and "\n" not in reason
 
 
@@ -434,7 +434,7 @@ def test_same_bits_on_cuda_where_asked(name, request):
     kernels.set_attention_backend(name)
     tensors = {n: t.requires_grad_() for n, t in make_qkv(1, 2048, 2048, 256, BF16, "cuda").items()}
     nominal = choice._nominal(torch.device("cuda"), BF16, 128)._replace(deterministic=True)
-    if name == "plain" or choice.refusal(name, nominal) is not None:
+    if name == "plain" or choice.unsupported_reason(name, nominal) is not None:
         pytest.skip("its backward has no fixed order of summation")
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     torch.use_deterministic_algorithms(True)

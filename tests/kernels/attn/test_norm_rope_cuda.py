@@ -216,8 +216,8 @@ def calls(draw):
 
 @pytest.mark.slow
 @settings(max_examples=250, deadline=None)
-@given(call=calls(), processors=st.integers(1, 3))
-def test_any_rope(libraries, call, processors):
+@given(call=calls(), multiprocessors=st.integers(1, 3))
+def test_any_rope(libraries, call, multiprocessors):
     with pytest.MonkeyPatch.context() as patch:
-        install(patch, libraries, (9, 0), processors)
+        install(patch, libraries, (9, 0), multiprocessors)
         call.check(rounding=4)

@@ -41,8 +41,8 @@ POOL = {
 
 @pytest.mark.parametrize("case", POOL)
 def test_pool(device, case, dtype):
-    shape, capability, processors, launch = POOL[case]
-    launches, (x, queries) = device(capability, processors), make_pool(*shape, dtype)
+    shape, capability, multiprocessors, launch = POOL[case]
+    launches, (x, queries) = device(capability, multiprocessors), make_pool(*shape, dtype)
     out = cuda_launch.query_pool(x, queries)
     assert launches == [launch]
     oracle = attention(x.double(), queries.double())
@@ -66,8 +66,8 @@ POOL_BACKWARD = {
 
 @pytest.mark.parametrize("case", POOL_BACKWARD)
 def test_pool_backward(device, case, dtype):
-    shape, capability, processors, launch = POOL_BACKWARD[case]
-    launches, (x, queries) = device(capability, processors), make_pool(*shape, dtype)
+    shape, capability, multiprocessors, launch = POOL_BACKWARD[case]
+    launches, (x, queries) = device(capability, multiprocessors), make_pool(*shape, dtype)
     grads = torch.randn(shape[0], shape[3], shape[2]), torch.randn(shape[0], shape[3])
     out = pool_backward(x, queries, grads)
     assert launches == [launch] and out[0].is_contiguous() and out[0].dtype == dtype
@@ -218,18 +218,18 @@ def test_strided_tokens_in_the_pool(launches, view):
     shape=st.tuples(*(st.integers(1, most) for most in (2, 90, 40, 8))),
     dtype=st.sampled_from([BF16, FP16]),
     gain=st.sampled_from([0.0, 0.1, 1.0]),
-    processors=st.integers(1, 6),
+    multiprocessors=st.integers(1, 6),
     capability=st.sampled_from([(8, 0), (9, 0)]),
     given_lse=st.booleans(),
 )
-def test_any_pool(libraries, seed, shape, dtype, gain, processors, capability, given_lse):
+def test_any_pool(libraries, seed, shape, dtype, gain, multiprocessors, capability, given_lse):
     torch.manual_seed(seed)
     batch, tokens, eighths, heads = shape
     x, queries = make_pool(batch, tokens, 8 * eighths, heads, dtype)
     queries *= gain
     grads = torch.randn(batch, heads, 8 * eighths), torch.randn(batch, heads) if given_lse else None
     with pytest.MonkeyPatch.context() as patch:
-        assert not cases.install(patch, libraries, capability, processors)
+        assert not cases.install(patch, libraries, capability, multiprocessors)
         outputs, gradients = cuda_launch.query_pool(x, queries), pool_backward(x, queries, grads)
     wide = x.double(), queries.double()
     exact = attention(*wide)

@@ -83,13 +83,13 @@ def test_pieces_of_the_reference(shape, dtype):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_the_sum_is_exact_but_for_its_rounding(backend, monkeypatch, offset):
-    """Sum any number of elements: ten million, or as many for each of fewer processors."""
+    """Sum any number of elements: ten million, or as many for each of fewer multiprocessors."""
     on_gpu = backend == "triton" and not INTERPRETING
     elements = 10**7 if on_gpu else 3 * 10**5 if backend == "triton" else 2 * 10**6
     tensors = make((elements,), BF16, FP32, FP32)
     tensors["velocity"] += offset
     if not on_gpu:
-        monkeypatch.setattr(module, "processors", lambda capability: 3)
+        monkeypatch.setattr(module, "multiprocessors", lambda capability: 3)
     exact = naive(*(t.double() for t in tensors.values())).item()
     assert abs(flow_loss(**tensors).item() - exact) <= 1.01 * 2**-24 * exact
 

@@ -264,7 +264,7 @@ def test_the_call_of_scaled_mm_means_the_same(monkeypatch, bias):
     """PyTorch's CPU has the product too: the arguments a GPU would get, checked without one."""
     inputs = make((2, 5, 96), 48, bias=bias)
     emulated = fp8_linear(**inputs)
-    monkeypatch.setattr(module, "refusal", lambda device: "")
+    monkeypatch.setattr(module, "unsupported_reason", lambda device: "")
     try:
         y = fp8_linear(**inputs, fast_accum=True)
     except (RuntimeError, NotImplementedError) as error:
@@ -276,7 +276,7 @@ def test_the_call_of_scaled_mm_means_the_same(monkeypatch, bias):
 
 
 def test_where_the_product_is_refused(monkeypatch):
-    refusal = module.refusal.__wrapped__
+    unsupported_reason = module.unsupported_reason.__wrapped__
     cuda = torch.device("cuda", 0)
     chip = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
@@ -285,23 +285,23 @@ def test_where_the_product_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     calls = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: calls.append(args))
-    assert "NVIDIA" in refusal(torch.device("cpu")) and not calls
+    assert "NVIDIA" in unsupported_reason(torch.device("cpu")) and not calls
     for chip[0] in ((9, 0), (10, 0), (12, 0)):
-        assert refusal(cuda) == "" and calls.pop()
+        assert unsupported_reason(cuda) == "" and calls.pop()
     chip[0] = (8, 6)
-    assert "8.6 has no FP8" in refusal(cuda)
+    assert "8.6 has no FP8" in unsupported_reason(cuda)
     chip[0] = (8, 9)
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.11.1+cu130"))
-    assert "2.12" in refusal(cuda)
+    assert "2.12" in unsupported_reason(cuda)
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.12.0"))
-    assert refusal(cuda) == ""
+    assert unsupported_reason(cuda) == ""
 
     def broken(*args, **kwargs):
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long trace")
 
     monkeypatch.setattr(torch, "_scaled_mm", broken)
     chip[0] = (12, 0)
-    assert refusal(cuda) == "CUBLAS_STATUS_NOT_SUPPORTED"
+    assert unsupported_reason(cuda) == "CUBLAS_STATUS_NOT_SUPPORTED"
 
 
 def test_drift_of_a_quantized_layer():
@@ -338,7 +338,7 @@ PRODUCTS = [
 def test_matrix_units_compute_what_is_emulated(shape, n, half):
     """Float32 sums moved out of Hopper's units every 128 elements: 4 additions of 14 bits."""
     device = torch.device("cuda", torch.cuda.current_device())
-    reason = module.refusal(device)
+    reason = module.unsupported_reason(device)
     if reason:
         pytest.skip(f"torch._scaled_mm: {reason}")
     with device:

@@ -91,6 +91,7 @@ class TestResidualNormModulate(OperationTests):
     bad_arguments = [
         *cases.BAD_RESIDUALS,
         ({"shift": torch.ones(3, 8)}, "shift is .*R the same for scale and shift"),
+        ({"scale": [1.0]}, r"scale is \[1.0\]"),
         ({"weight": torch.ones(4)}, r"weight is float32\[4\].*\[8\]"),
         ({"kind": "batch"}, "kind is 'batch'"),
         ({"eps": -1.0}, "eps is -1.0"),

@@ -126,7 +126,7 @@ def test_the_activation_is_not_copied(triton_device, monkeypatch):
 
 def test_many_rows_of_the_sum(backend, monkeypatch):
     """Sum several tiles in each program of a small chip, the last one part of a tile."""
-    monkeypatch.setattr(module, "processors", lambda capability: 1)
+    monkeypatch.setattr(module, "multiprocessors", lambda capability: 1)
     tensors = make((603, 24))
     launch = module.backward_launch(603, 24, (8, 0))
     assert launch.programs > 1 and launch.rows_per_program > launch.block_r

@@ -98,7 +98,7 @@ def test_pool_launches_fit_the_device(which, dim, capability):
     small = capability in ((8, 6), (8, 9), (12, 0))
     shared = shared_bytes(launch.width, launch.warps, launch.cluster)
     assert shared <= (99 if small else 163) * 1024
-    assert 1 <= launch.splits * launch.cluster * 2 <= 2 * cuda_launch.processors(capability)
+    assert 1 <= launch.splits * launch.cluster * 2 <= 2 * cuda_launch.multiprocessors(capability)
 
 
 def test_what_no_pool_launch_fits():
@@ -120,9 +120,9 @@ def test_rope_launches_fit_the_device(dim, rows, capability, backward):
     assert launch.threads % 32 == 0 and dim <= 16 * launch.threads < dim + 512
     blocks = launch.q_blocks, launch.k_blocks
     assert all((n == 0) == (b == 0) and b <= n for n, b in zip(rows, blocks, strict=True))
-    processors = cuda_launch.processors(capability)
-    assert sum(blocks) <= processors * cuda_launch.ROPE_MAX_BLOCKS
-    assert sum(blocks) * launch.threads <= processors * cuda_launch.ROPE_RESIDENT[backward]
+    multiprocessors = cuda_launch.multiprocessors(capability)
+    assert sum(blocks) <= multiprocessors * cuda_launch.ROPE_MAX_BLOCKS
+    assert sum(blocks) * launch.threads <= multiprocessors * cuda_launch.ROPE_RESIDENT[backward]
     assert cuda_launch.rope_launch(*rows, *shape, (7, 5), backward) is None
     assert cuda_launch.rope_launch(2**31, 1, *shape, capability, backward) is None
 

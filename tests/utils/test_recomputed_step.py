@@ -16,7 +16,7 @@ from offload_models import assert_same, build, fill_adapters, gradients, held
 import prfl_fast
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
-from prfl_fast.memory.checkpointing import POLICIES, activation_checkpointing, offload_bytes
+from prfl_fast.memory.checkpointing import MODES, activation_checkpointing, offload_bytes
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.rollout.guidance import Guidance
@@ -26,7 +26,7 @@ from prfl_fast.training.lora import add_lora
 pytest.importorskip("diffusers")
 
 SCHEDULERS = {"euler": FlowEuler, "unipc": FlowUniPC}
-CHAINS = {"draft": GradientPlan.draft(None), "reno": GradientPlan.reno()}
+LONG_PLANS = {"draft": GradientPlan.draft(None), "reno": GradientPlan.reno()}
 X, _, TEXT = wan.inputs()
 LATENT = X.untyped_storage().nbytes()
 NUMBERS = 64  # bytes a step may keep beside its latents: its timestep, one number per sample
@@ -84,11 +84,11 @@ def calls_of(model, plan, scheduler=FlowUniPC, **options):
 MEMORY = {
     "patched": {"offload": None},
     "unpatched": {"offload": None, "patched": False},
-    "full": {"offload": None, "policy": "full"},
-    "attention": {"offload": None, "policy": "attention"},
+    "full": {"offload": None, "mode": "full"},
+    "attention": {"offload": None, "mode": "attention"},
     "offload": {},
     "offload-unpatched": {"patched": False},
-    "offload-full": {"policy": "full"},
+    "offload-full": {"mode": "full"},
 }
 
 
@@ -100,7 +100,7 @@ SLOW_DRAFT = ("unpatched", "full", "attention", "offload-unpatched", "offload-fu
 
 
 @pytest.mark.parametrize(
-    "chain,scheduler,memory",
+    "plan_name,scheduler,memory",
     [
         *(("draft", "unipc", memory) for memory in ("patched", "offload")),
         *(("draft", "euler", "unpatched"), ("reno", "unipc", "attention")),
@@ -108,26 +108,26 @@ SLOW_DRAFT = ("unpatched", "full", "attention", "offload-unpatched", "offload-fu
         *slow(*(("reno", "euler", memory) for memory in ("patched", "full", "offload-full"))),
     ],
 )
-def test_a_chain_keeps_one_latent_per_step(chain, scheduler, memory):
+def test_a_trajectory_keeps_one_latent_per_step(plan_name, scheduler, memory):
     model = build(layers=2 if "offload" in memory else 1, **MEMORY[memory])
-    found = growth(calls_of(model, CHAINS[chain], SCHEDULERS[scheduler]))
-    print(chain, scheduler, memory, "latents per step", [g / LATENT for g in found])
+    found = growth(calls_of(model, LONG_PLANS[plan_name], SCHEDULERS[scheduler]))
+    print(plan_name, scheduler, memory, "latents per step", [g / LATENT for g in found])
     assert max(found) <= LATENT + NUMBERS
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_a_guided_chain_keeps_one_latent_per_step(batched):
+def test_a_guided_trajectory_keeps_one_latent_per_step(batched):
     model = build(layers=1, offload=None)
     guidance = Guidance(3.0, {name: -value for name, value in TEXT.items()}, batched=batched)
     found = growth(calls_of(model, GradientPlan.draft(None), guidance=guidance))
     assert max(found) <= LATENT + NUMBERS
 
 
-def test_a_partial_chain_keeps_nothing_of_the_steps_before():
+def test_a_partial_trajectory_keeps_nothing_of_the_steps_before():
     assert max(growth(calls_of(build(layers=1, offload=None), GradientPlan.draft(3)))) <= NUMBERS
 
 
-def test_the_count_sees_a_chain_of_plain_autograd():
+def test_the_count_sees_a_trajectory_of_plain_autograd():
     """And one that is checkpointed by step but keeps the latents and the velocity."""
     model = build(layers=1, offload=None)
     adapter = find_adapter(model)
@@ -158,38 +158,38 @@ def test_the_count_sees_a_chain_of_plain_autograd():
 
 # The memory engine.
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
-@pytest.mark.parametrize("plan", [*CHAINS.values(), GradientPlan.draft(2)], ids=str)
-def test_memory_policies_change_no_bit_of_a_chains_gradient(plan, patched):
+@pytest.mark.parametrize("plan", [*LONG_PLANS.values(), GradientPlan.draft(2)], ids=str)
+def test_checkpointing_changes_no_bit_of_a_long_gradient(plan, patched):
     model = build(2, patched=patched, offload=None)
     step = PRFL(model, score, FlowUniPC(), plan, num_inference_steps=4)
     plain = take_gradients(model, step(X, TEXT))
     assert all(g.abs().max() > 0 for g in plain.values())
-    for policy in POLICIES:
+    for mode in MODES:
         for offload in (None, "cpu"):
-            activation_checkpointing(model, policy, offload)
+            activation_checkpointing(model, mode, offload)
             assert_same(take_gradients(model, step(X, TEXT)), plain)
             assert (offload_bytes(model)["transferred"] > 0) == (offload is not None)
             assert held(model) == (0, 0)
 
 
-def test_memory_policies_change_no_bit_of_a_chains_divergence():
+def test_checkpointing_changes_no_bit_of_a_long_divergence():
     """The initial model's blocks must also be recomputed without adapters."""
 
-    def found(policy, offload):
+    def found(mode, offload):
         model = build(2, offload=None)
         add_lora(model, 2)
         torch.manual_seed(5)
         fill_adapters(model)
-        activation_checkpointing(model, policy, offload)
+        activation_checkpointing(model, mode, offload)
         options = {"num_inference_steps": 4, "weight": 1e-3, "divergence": 1.0}
         output = PRFL(model, score, FlowUniPC(), GradientPlan.draft(3), **options)(X, TEXT)
         assert output.divergence > 1e-3
         return take_gradients(model, output)
 
     expected = found("none", None)
-    for policy in POLICIES:
-        assert_same(found(policy, None), expected)
-        assert_same(found(policy, "cpu"), expected)
+    for mode in MODES:
+        assert_same(found(mode, None), expected)
+        assert_same(found(mode, "cpu"), expected)
 
 
 # Exceptions.
@@ -229,14 +229,14 @@ class TrapInBackward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "chain,memory",
+    "plan_name,memory",
     [
         *(("draft", memory) for memory in ("patched", "attention", "offload")),
         ("reno", "unpatched"),
         *slow(("draft", "full"), ("reno", "patched"), ("reno", "offload-full")),
     ],
 )
-def test_exceptions_leave_nothing_alive_and_the_next_call_right(chain, memory):
+def test_exceptions_leave_nothing_alive_and_the_next_call_right(plan_name, memory):
     """Raise at each call of a block, of the reward and of its backward, forward and backward."""
     model, trap = build(layers=1, **MEMORY[memory]), Trap()
     for block in model.blocks:
@@ -246,7 +246,7 @@ def test_exceptions_leave_nothing_alive_and_the_next_call_right(chain, memory):
         trap()
         return score(TrapInBackward.apply(x, trap), timestep, conditions)
 
-    step = PRFL(model, reward, FlowUniPC(), CHAINS[chain], num_inference_steps=3)
+    step = PRFL(model, reward, FlowUniPC(), LONG_PLANS[plan_name], num_inference_steps=3)
     plain = take_gradients(model, step(X, TEXT))
     calls, trap.calls = trap.calls, 0
     # Blocks of 3 steps, recomputed in 2 of them; the reward and its backward.

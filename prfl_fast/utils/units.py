@@ -1,0 +1,3 @@
+"""Units of printed sizes."""
+
+GIB = 1 << 30
