@@ -21,10 +21,10 @@ from prfl_fast.memory.offload import host_memory
 from prfl_fast.planning.gpu_specs import this_gpu
 from prfl_fast.training.oom import is_out_of_memory
 from prfl_fast.utils.quiet import quiet_libraries
+from prfl_fast.utils.units import GIB
 from suites import kept
 from suites.memory_step import Case, MeasuredStep, cuda_step, predict, release, run_capped, uniform
 
-GIB = 1 << 30
 SIZES = ("wan14b-720p", "wan14b-480p", "wan1.3b-480p")
 POLICIES = tuple((p, o) for p in ("none", "full", "attention") for o in (None, "cpu"))
 BASELINE = "unpatched, diffusers' checkpointing"

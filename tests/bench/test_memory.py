@@ -18,6 +18,7 @@ from suites.memory_step import Case, MeasuredStep, uniform
 from prfl_fast.memory import activation_checkpointing
 from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.simulation import simulate
+from prfl_fast.utils.units import GIB
 
 pytest.importorskip("diffusers")
 
@@ -141,8 +142,6 @@ def test_kept_bytes_of_policies():
 
 
 # On a GPU, its part replaced.
-
-GIB = 1 << 30
 
 
 @pytest.fixture
