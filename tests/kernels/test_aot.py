@@ -12,6 +12,7 @@ from prfl_fast.kernels.runtime.triton import INTERPRETING
 
 pytestmark = pytest.mark.aot
 OPERATIONS = list(aot.OPERATIONS)
+ARCHITECTURES = [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100, 120))]
 
 
 def assert_fits(found):
@@ -24,10 +25,7 @@ def assert_fits(found):
         assert r.shared_bytes <= kilobytes * 1024, f"more than {kilobytes} KiB: {r}"
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [90, *(pytest.param(c, marks=pytest.mark.slow) for c in aot.CAPABILITIES if c != 90)],
-)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_no_kernel_spills_and_no_address_wraps(op, capability, tmp_path):
     """Compile for sm_90, in the slow tier for the other architectures too.
