@@ -89,7 +89,9 @@ class RunConfig(Section):
     seed: Index = key(0, "Seed of all random numbers.")
     tensorboard: bool = key(True, "Write TensorBoard logs beside log.jsonl.")
     resume: Text | None = key(
-        "auto", "Checkpoint to resume: auto is the latest one in out, null starts a new run."
+        "auto",
+        "Checkpoint to resume: auto is the latest one in out, null starts a new run and needs "
+        "an out without checkpoints.",
     )
 
 

@@ -174,7 +174,8 @@ def test_equals_multihead_attention(backend, dtype):
 
 @pytest.mark.parametrize("sizes", [(37,), (1, 36), (5, 20, 12)])
 def test_merged_shards_equal_the_whole(backend, sizes):
-    check(merged(sizes), naive, make(2, 37, 48, 4), rounding=4)
+    # The slack of test_forward_and_gradients: on baseline x86 d_x is 7 half-ulps past twice.
+    check(merged(sizes), naive, make(2, 37, 48, 4), rounding=16)
 
 
 def test_merging_an_empty_shard_changes_nothing():
