@@ -134,7 +134,7 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
             if gradient is None or not bool(gradient.isfinite().all()):
                 break
             # PRFL's loss is a mean over the batch. The factor gives each prompt its own gradient.
-            slope = len(noise) * gradient.to(epsilon.dtype) + prior * _prior_slope(epsilon)
+            slope = len(noise) * gradient.to(epsilon.dtype) + _prior_slope(epsilon, prior)
             slope = slope * (max_grad_norm / (_norm(slope) + 1e-6)).clamp(max=1)
             velocity = momentum * velocity + slope  # SGD with Nesterov momentum, as torch's
             epsilon = epsilon - learning_rate * (slope + momentum * velocity)
@@ -175,9 +175,9 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
 
 
-def _prior_slope(epsilon: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of ‖ε‖²/2 - (d-1)·log ‖ε‖ for each sample."""
-    return (1 - (epsilon[0].numel() - 1) / _norm(epsilon) ** 2) * epsilon
+def _prior_slope(epsilon: torch.Tensor, prior: float) -> torch.Tensor:
+    """Return the gradient of prior·(‖ε‖²/2 - (d-1)·log ‖ε‖) for each sample."""
+    return prior * (1 - (epsilon[0].numel() - 1) / _norm(epsilon) ** 2) * epsilon
 
 
 def _cost(step: PRFL, batch: int, samples: int, gradients: int) -> Forwards:

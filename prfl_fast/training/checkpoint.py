@@ -37,7 +37,7 @@ from prfl_fast.utils.io import (
 )
 from prfl_fast.utils.optional import need
 
-FORMAT = "prfl_fast checkpoint 1"
+FORMAT = "prfl_fast checkpoint 2"
 _STEP = re.compile(r"step-(\d{8,})")
 # Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
 _PIPELINE_PART = "transformer."
@@ -264,8 +264,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{path}: not a checkpoint of this library: it has no readable checkpoint.json"
         raise ValueError(text) from error
-    hint = "Resume from another checkpoint"
+    hint = "Another revision of prfl_fast wrote it: start in a new folder"
     check(found == FORMAT, f"format of {path}", found, repr(FORMAT), hint=hint)
+    hint = "Resume from another checkpoint"
     for name, size in files:
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         check(actual == size, f"size of {path / name}", actual, f"{size} bytes", hint=hint)
