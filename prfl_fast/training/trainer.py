@@ -240,7 +240,7 @@ class Trainer:
         step = self.result.step + 1
         rate = self.config.learning_rate * min(1.0, step / max(1, self.config.warmup_steps))
         set_learning_rate(self.optimizer, rate)
-        record: dict[str, Any] = {"step": step, "learning_rate": rate}
+        record: dict[str, Any] = {"step": step, "lr": rate}
         bad = []
         for name, objective in self.objectives.items():
             if name not in self._done:

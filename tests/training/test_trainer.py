@@ -30,7 +30,7 @@ def test_an_update_is_adamw_on_the_accumulated_clipped_gradient():
         optimizer.zero_grad()
         assert history[step]["a/loss"] == pytest.approx(sum(map(float, losses)) / 2, rel=1e-6)
         assert history[step]["a/grad_norm"] == pytest.approx(float(norm), rel=1e-6)
-        assert history[step]["learning_rate"] == optimizer.param_groups[0]["lr"]
+        assert history[step]["lr"] == optimizer.param_groups[0]["lr"]
     assert torch.equal(model.weight, reference.weight) and torch.equal(model.bias, reference.bias)
 
 
@@ -41,7 +41,7 @@ def test_every_objective_has_its_own_step_and_draws():
     result = run.run()
     assert len(steps) == 6
     assert run.objectives["a"].draws == run.objectives["b"].draws == list(range(6))
-    assert set(result.history[0]) == {"step", "learning_rate", "skipped", "seconds"} | {
+    assert set(result.history[0]) == {"step", "lr", "skipped", "seconds"} | {
         f"{name}/{key}" for name in "ab" for key in ("loss", "half", "grad_norm")
     }
     assert run.model.weight.grad is None
