@@ -62,8 +62,8 @@ def test_outputs_and_gradients_within_twice(case, layout):
 def test_triton_kernels_through_a_whole_model(case, triton_backend):
     """Every kernel of a block, forward and backward, as the adapter calls it.
 
-    One seed: a single gradient's error ratio scatters (see above; up to 5.1 on the three x86
-    levels), their geometric mean does not.
+    One seed: a single gradient's error ratio scatters (see above; up to 5.1 on baseline
+    x86), their geometric mean does not.
     """
     size = {"size": (1, 4, 4), "batch": 1, "text_tokens": 3}
     model = wan.tiny_wan(case, layers=1)
@@ -80,7 +80,7 @@ def test_triton_kernels_through_a_whole_model(case, triton_backend):
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     worst = max(ratios, key=ratios.__getitem__)
     print(f"errors over the unpatched model's: {mean:.2f}, worst {ratios[worst]:.2f} ({worst})")
-    assert mean <= 1.5 and ratios[worst] <= 8
+    assert mean <= 1.5 and ratios[worst] <= 6
 
 
 def test_patch_is_reversible_idempotent_and_per_instance():
