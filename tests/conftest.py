@@ -4,7 +4,7 @@ reasons in words.
 
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -20,13 +20,24 @@ if not HAS_GPU:
     # imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tiers import sample  # noqa: E402
+
 import prfl_fast.kernels as kernels  # noqa: E402
 from prfl_fast.kernels.runtime.registry import get_backend  # noqa: E402
 from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
 
+INTERPRETED = 6  # cases of a test that the default tier runs in Triton's slow interpreter
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    interpreted = defaultdict(list)
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("triton"):
+            interpreted[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in interpreted.items():
+        for item in sample(name, cases, max(0, len(cases) - INTERPRETED)):
+            item.add_marker(pytest.mark.slow)
     for item in items:
         if HAS_GPU and {"triton", "gpu_smoke"} & set(item.keywords):
             item.add_marker(pytest.mark.gpu)  # there the kernels run compiled: -m gpu takes them

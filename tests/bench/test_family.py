@@ -145,6 +145,7 @@ def check_run(out, folder):
     return {n: a["cost"] for n, a in arms.items()}, users
 
 
+@pytest.mark.slow
 def test_one_method_and_user_of_each_kind(few, trained, tmp_path):
     arms, users = check_run(trained[0], tmp_path)
     assert arms["rglcd"]["round_flops"] < arms["prfl5"]["round_flops"]

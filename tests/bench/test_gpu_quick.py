@@ -77,9 +77,8 @@ def test_an_unknown_stage_is_refused(tmp_path):
 
 
 def test_a_case_that_kills_its_process_costs_no_other_case(tmp_path):
-    pytest.importorskip("diffusers")
     # Far more than it takes: stages must not run out of time on a busy machine.
-    options = ("--dry", "--device", "cpu", "--minutes", "9", "--stages", "env,block")
+    options = ("--dry", "--device", "cpu", "--minutes", "9", "--stages", "env")
     found = run(tmp_path, *options, GPU_QUICK_TRY="die:env/copy")
     assert found.returncode == 0, found.stderr
     lines = (tmp_path / "gpu_quick.jsonl").read_text().splitlines()
@@ -92,7 +91,6 @@ def test_a_case_that_kills_its_process_costs_no_other_case(tmp_path):
     assert set(begun) <= set(ended) and len(begun) == len(set(begun))  # none was run again
     others = {key: r["kind"] for key, r in ended.items() if key != ("env", "copy")}
     assert others["env", "stage"] in ("result", "skipped")  # importing torch twice can take it all
-    assert others["block", "stage"] == "result"
-    assert sum(stage == "block" and case != "stage" for stage, case in others) > 0
+    assert "result" in [kind for (_, case), kind in others.items() if case != "stage"]
     assert "env/copy: its process ended with status -11" in found.stdout
     assert (tmp_path / "gpu_quick.txt").read_text() in found.stdout

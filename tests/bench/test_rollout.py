@@ -43,9 +43,8 @@ def parts(way):
     return split.parts(SMALL, way)
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(split.WAYS[0], marks=pytest.mark.slow), split.WAYS[1]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", split.WAYS[:2])
 def test_parts_by_two_depths_are_those_of_the_whole_model(way):
     found, whole = parts(way), split._phases(SMALL, way, SMALL.layers)
     assert found["gradient"] == split.total(whole["forward"], whole["backward"])
@@ -126,6 +125,7 @@ def test_drift_is_what_the_engine_reports(tiny):
     assert min(rollout.drift_curve(trained.latents("FP8 both"), exact).values()) > 0
 
 
+@pytest.mark.slow
 def test_what_a_cpu_emulates_has_no_time(inline, tiny, tmp_path, capsys):
     status, record = run_suites(tmp_path, "rollout")
     assert status == 0, capsys.readouterr().err

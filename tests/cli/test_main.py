@@ -70,7 +70,7 @@ def test_doctor_needs_torch_alone(tmp_path):
     done = run_python(script)
     assert "diffusers not installed" in done.stdout and "triton is not installed" not in done.stderr
     error = "prfl-fast train: yaml is not installed: pip install 'prfl_fast[train]'"
-    assert done.returncode == 2 and done.stderr.splitlines()[-1] == error
+    assert done.returncode == 2 and done.stderr.splitlines() == [error]
 
 
 def test_check_prints_the_configuration_and_writes_nothing(root, tmp_path, capsys):
@@ -298,8 +298,6 @@ def test_the_installed_command_prints_one_line(tmp_path):
 
 
 def test_no_other_package_writes_to_the_terminal(root, tmp_path):
-    done = run_outside(tmp_path, "doctor")
-    assert done.returncode == 0 and "norm_modulate" in done.stdout and done.stderr == ""
     changes = {"memory": {"weight_dtype": "nf4", "optimizer": "adamw8bit"}}
     changes |= {"lora.lora_rank": 2, "hardware.precision": "bf16"}
     path = write_config(tmp_path / "c.yaml", config("train", root, tmp_path / "out", changes))

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import cuda_on_cpu as emulated
-import pytest
 import torch
 from numerics import assert_within_twice
 from op_checks import run
@@ -32,11 +31,6 @@ def install(patch, libraries, capability, multiprocessors, order=0):
     namespace = SimpleNamespace(**{name: operator(name) for name in OPS})
     patch.setattr(torch.ops, "prfl_fast_cuda", namespace, raising=False)
     return launches
-
-
-def slow_except(cases, fast):
-    """Return the cases as parameters, marked slow unless in ``fast``."""
-    return [c if c in fast else pytest.param(c, marks=pytest.mark.slow) for c in cases]
 
 
 def within(x):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import wan
 from rollouts import add_lora, fused, lay_out
+from tiers import slow_except
 from torch import nn
 
 import prfl_fast
@@ -58,7 +59,7 @@ def test_outputs_and_gradients_within_twice(case, layout):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("case", wan.CASES)
+@pytest.mark.parametrize("case", slow_except(wan.CASES, ("t2v", "per-token")))
 def test_triton_kernels_through_a_whole_model(case, triton_backend):
     """Every kernel of a block, forward and backward, as the adapter calls it.
 

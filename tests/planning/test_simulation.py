@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocations import allocator_peak
 from plans import SMALL as TINY
+from tiers import slow_except
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -63,21 +64,12 @@ def shallow(workload, memory):
     return simulate(workload, *memory, layers=1, reward_layers=1)
 
 
-def some_slow(*fast, leave=""):
-    """All policies, those that are not ``fast`` in the slow tier."""
-    return [
-        pytest.param(name, marks=() if name in fast else pytest.mark.slow)
-        for name in POLICIES
-        if name not in leave.split()
-    ]
-
-
 @pytest.fixture(autouse=True)
 def _poison_empty():
     """Not here: real tensors would be filled and fake ones not, which is one operation more."""
 
 
-@pytest.mark.parametrize("name", some_slow("none", "offloaded", "fp8"))
+@pytest.mark.parametrize("name", slow_except(POLICIES, ("none", "offloaded")))
 def test_fake_and_real_tensors_give_the_same_bytes(name):
     memory = POLICIES[name]
     full = name in ("none", "bf16")
@@ -96,7 +88,7 @@ def test_fake_and_real_tensors_give_the_same_bytes(name):
 # Not in bfloat16: where operands of one operation differ in dtype, the CPU casts one of them inside
 # the kernel, in memory that no ledger sees and that CUDA does without.
 @pytest.mark.parametrize(
-    "name", some_slow("none", "attention", "offloaded", leave="bf16 fp8 autocast")
+    "name", slow_except(("none", "full", "attention", "offloaded"), ("offloaded",))
 )
 def test_the_peak_is_what_training_really_allocates(name):
     """PRFL, the supervised loss and the optimizer as a user runs them, on PyTorch's allocator."""

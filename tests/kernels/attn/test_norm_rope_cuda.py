@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from cuda_cases import assert_notices, install, slow_except, within
+from cuda_cases import assert_notices, install, within
 from cuda_on_cpu import compile_kernel, needs_gxx
 from dtypes import BF16, FP16, FP32
 from numerics import assert_within_twice
 from op_checks import assert_same_bits, bind, run
 from properties import given, settings, st
 from rope_reference import EPS, naive_qk
+from tiers import slow_except
 
 from prfl_fast.kernels import rope_table
 from prfl_fast.kernels.runtime import cuda_launch

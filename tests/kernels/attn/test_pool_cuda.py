@@ -11,6 +11,7 @@ from cuda_on_cpu import compile_kernel, needs_gxx
 from dtypes import BF16, FP16
 from op_checks import assert_same_bits
 from properties import given, settings, st
+from tiers import slow_except
 
 from prfl_fast.kernels.runtime import cuda_launch
 
@@ -145,7 +146,7 @@ BARRIERS = {
 }
 
 
-@pytest.mark.parametrize("case", cases.slow_except(BARRIERS, ("scores", "backward, two sets")))
+@pytest.mark.parametrize("case", slow_except(BARRIERS, ("scores", "backward, two sets")))
 def test_the_emulation_notices_a_missing_barrier(tmp_path, case):
     name, before, place, after, cluster = BARRIERS[case]
     library = compile_kernel(name, tmp_path, (before, after, place))
