@@ -82,11 +82,12 @@ def _recipe(out: Any, args: tuple[Any, ...]) -> Any:
 
 
 class FastFakeTensorMode(FakeTensorMode):
-    """``FakeTensorMode`` with a third of its time per operation; results are the same.
+    """``FakeTensorMode`` with less time per operation; results are the same.
 
     Views run PyTorch's C++ kernel for ``meta`` tensors at once. A new result is made from the
-    layout that the same operation had before. PyTorch's own cache (torch 2.13) takes 0.3 ms for a
-    hit, most of it for a key that also allows symbolic shapes, and has no custom operations.
+    layout that the same operation had before. PyTorch's own cache spends most of a hit on a key
+    that also allows symbolic shapes, and has no custom operations. With torch 2.13, this mode
+    halves a simulation of Wan 14B with NF4 weights: 7.5 to 3.6 s for 10,000 operations.
     """
 
     def dispatch(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
