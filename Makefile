@@ -13,7 +13,8 @@ JOBS ?= $(shell nproc | awk '{print ($$1 < 8) ? $$1 : 8}')
 DRIVER := $(wildcard /proc/driver/nvidia/version)
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip install
+# pip would compile the bytecode of all packages on one core. Python compiles what is imported.
+PIP := $(BIN)/python -m pip install --no-compile
 
 .PHONY: bench test lint install clean
 

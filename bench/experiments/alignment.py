@@ -173,7 +173,8 @@ def run(context: Context) -> SuiteResult:
 
 
 def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
-    start, held_out, trained = small_world.prepare(s, context, pool)
+    prepared = context.small_world or small_world.prepare(s, context, pool)
+    start, held_out, trained = prepared
     device, seed = context.device, context.seed
     jobs = [
         submit(pool, run_arm, start, s, arm, seed + i)

@@ -3,6 +3,7 @@
 No GPU takes part: kernels are compiled ahead of time, bytes follow from shapes.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,15 +38,19 @@ def measure(context: Context) -> tuple[list[Table], list[dict[str, Any]]]:
     tables = [Table("bytes", title, ["operation", *SIZES], body, notes)]
     if not HAS_TRITON:
         return tables, cases
-    with context.bar(len(aot.CAPABILITIES), "compiling kernels") as bar:
+    # One process for each core: each imports torch, and Triton hashes itself, for seconds.
+    processes = min(len(aot.CAPABILITIES), len(os.sched_getaffinity(0)))
+    shares = [aot.CAPABILITIES[i::processes] for i in range(processes)]
+    with context.bar(len(shares), "compiling kernels") as bar:
 
-        def compiled(capability: int) -> list[aot.Resources]:
-            found = aot.measure([], [capability])
+        def compiled(capabilities: tuple[int, ...]) -> list[aot.Resources]:
+            found = aot.measure([], capabilities)
             bar.update()
             return found
 
-        with ThreadPoolExecutor(2) as pool:
-            used = [r for found in pool.map(compiled, aot.CAPABILITIES) for r in found]
+        with ThreadPoolExecutor(processes) as pool:
+            used = [r for found in pool.map(compiled, shares) for r in found]
+    used.sort(key=lambda r: r.capability)
     cases += [{"case": f"{r.op} {r.label}, sm_{r.capability}", **vars(r)} for r in used]
     return [*_resource_tables(used), *tables], cases
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.ledger import HOST, Ledger, mark
@@ -20,6 +20,7 @@ from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.planning.costs import CUBLAS_BYTES, Cost, CostLedger
+from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.workload import IMAGE_TOKENS, LATENT_CHANNELS, Workload
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
@@ -280,7 +281,7 @@ def fake_models(
     """Yield both models as fake tensors inside an active ``FakeTensorMode``."""
     depths = {"layers": layers, "reward_layers": reward_layers}
     generator, reward = build(workload, memory, reward_memory, **depths)
-    with FakeTensorMode():
+    with FastFakeTensorMode():
         for model in (generator, reward):
             materialize(model)
         if workload.patched:

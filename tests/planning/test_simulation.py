@@ -17,6 +17,7 @@ from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.models.registry import patch
+from prfl_fast.planning import simulation
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.simulation import PHASES, SimulatedStep, build, materialize, simulate
 from prfl_fast.planning.workload import Workload
@@ -67,6 +68,13 @@ def shallow(workload, memory):
 @pytest.fixture(autouse=True)
 def _poison_empty():
     """Not here: real tensors would be filled and fake ones not, which is one operation more."""
+
+
+@pytest.mark.parametrize("name", slow_except(POLICIES, ("offloaded", "fp8")))
+def test_the_faster_fake_tensors_change_nothing(name, monkeypatch):
+    runs = [shallow(SMALL, POLICIES[name]) for _ in range(2)]  # the second from remembered layouts
+    monkeypatch.setattr(simulation, "FastFakeTensorMode", FakeTensorMode)
+    assert runs == 2 * [shallow(SMALL, POLICIES[name])]
 
 
 @pytest.mark.parametrize("name", slow_except(POLICIES, ("none", "offloaded")))
