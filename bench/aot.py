@@ -151,10 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - OPERATIONS.keys())
     if unknown:
-        parser.error(f"no cases of {', '.join(unknown)}; there are {', '.join(OPERATIONS)}")
+        parser.error(f"no cases of {', '.join(unknown)}; there are {', '.join(sorted(OPERATIONS))}")
     found = []
     try:
-        for op in options.ops or OPERATIONS:
+        for op in options.ops or sorted(OPERATIONS):
             for capability in options.capability:
                 cases = OPERATIONS[op](divmod(capability, 10), options.every)
                 for i, case in enumerate(cases):
