@@ -394,14 +394,21 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
     return {"sha": sha, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the data that repeats a run: commit, versions, command, date, device, seed."""
     argv = sys.argv if argv is None else argv
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["prfl_fast"] = __version__
-    for name in ("triton", "diffusers", "peft", "numpy", "flash-attn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions |= package_versions(("triton", "diffusers", "peft", "numpy", "flash-attn"))
     if context.device.type == "cuda":
         versions["cuda"] = torch.version.cuda
     return {
