@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,17 @@ class Context:
         if self.device.type == "cpu" and self.preset.name != "tiny":
             name = self.preset.name
             raise UnavailableError(f"{name} on a CPU {hours}; use --preset tiny, or a GPU")
+
+    def each(
+        self, items: Iterable[Any], label: str, name: Callable[[Any], str] = str
+    ) -> Iterator[Any]:
+        """Yield items under a progress bar that shows the name of the current one."""
+        items = list(items)
+        with self.bar(len(items), label) as bar:
+            for item in items:
+                bar.set_postfix_str(name(item))
+                yield item
+                bar.update()
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Return a generator on the device, seeded by the run's seed."""
@@ -342,12 +353,24 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def backend(name: str):
-    """Run with another kernel backend.
+def recorded_skip(record: dict[str, Any]) -> Iterator[None]:
+    """Store why a measurement is impossible here, or ran out of memory, under ``skipped``."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        record["skipped"] = "out of memory"
+    except UnavailableError as error:
+        record["skipped"] = str(error)
 
-    Raises:
-        UnavailableError: if it is not installed.
-    """
+
+def first_line(error: BaseException) -> str:
+    """Return kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run with another kernel backend; raise ``UnavailableError`` if it is not installed."""
     before = get_backend()
     try:
         kernels.set_backend(name)

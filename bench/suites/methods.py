@@ -60,11 +60,7 @@ class PixelClassifier(nn.Module):
 
 
 def chosen() -> tuple[Method, ...]:
-    """Return the methods to measure, by ``PRFL_FAST_BENCH_METHODS``.
-
-    Raises:
-        UnavailableError: a name that no method has.
-    """
+    """Return the methods to measure, by ``PRFL_FAST_BENCH_METHODS``."""
     names = [method.name for method in METHODS]
     for name in CHOSEN:
         if name not in names:
@@ -162,15 +158,14 @@ def _measure(name: str, call: Callable[[], object], device: torch.device) -> dic
 
     points = next((m.points for m in METHODS if m.name == name), 1)
     record: dict[str, Any] = {"method": name, "points": points}
-    try:
+    with harness.recorded_skip(record):
         record["flops"] = harness.count_flops(call)
         if device.type == "cuda":
             record["peak_bytes"] = harness.peak_bytes(timed, device, empty_cache=False)
         else:
             record["peak_bytes"] = harness.peak_bytes(call, device)
-    except (UnavailableError, torch.OutOfMemoryError) as error:
+    if "skipped" in record:
         record.pop("flops", None)
-        record["skipped"] = str(error) if isinstance(error, UnavailableError) else "out of memory"
     return record
 
 
@@ -178,19 +173,15 @@ def costs(preset: Preset, context: Context) -> tuple[list[dict[str, Any]], str]:
     """Return records of every method and of a supervised step, the last, and notes."""
     calls, notes = _calls(preset, context)
     cases = []
-    with context.bar(len(calls) + 1, "methods") as bar:
-        for name, call in calls.items():
-            bar.set_postfix_str(name)
-            cases.append(_measure(name, call, context.device))
-            gc.collect()
-            bar.update()
-        short = {
-            c["method"]: calls[c["method"]]
-            for c in cases
-            if "flops" in c and c.get("first_s", 0.0) < TOO_LONG_TO_REPEAT
-        }
-        timings = harness.time_side_by_side(short, context.device, seconds=0.3, at_least=2)
-        bar.update()
+    for name in context.each(calls, "methods"):
+        cases.append(_measure(name, calls[name], context.device))
+        gc.collect()
+    short = {
+        c["method"]: calls[c["method"]]
+        for c in cases
+        if "skipped" not in c and c.get("first_s", 0.0) < TOO_LONG_TO_REPEAT
+    }
+    timings = harness.time_side_by_side(short, context.device, seconds=0.3, at_least=2)
     for case in cases:
         if case["method"] in timings:
             case["times"] = timings[case["method"]].record()

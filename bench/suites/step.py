@@ -6,17 +6,17 @@ is timed is one call, an SFT step and two optimizer updates.
 
 import contextlib
 import copy
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import harness
 import report
 import torch
 from experiments.rollout_options import EVERYWHERE, FEW_LAYERS, NO_ENGINE, WHOLE_UP_TO, precise
-from harness import Context, Preset, SuiteResult, Table, UnavailableError
+from harness import Context, Preset, SuiteResult, Table
 from method_specs import MANY, ONE, POINTS, SOLVER_STEPS, TINY, one_thread
 from torch import nn
 
@@ -262,24 +262,20 @@ def run(context: Context) -> SuiteResult:
     blocks = min(blocks, max(1, preset.layers // 3))
     base = wan.build(preset, context).cpu()
     records, notes = [], []
-    with context.bar(len(ways(context)), "steps") as bar:
-        for name, group in itertools.groupby(ways(context), key=lambda way: way.model):
-            models = None  # those of the last way are freed before the next are made
-            for way in group:
-                bar.set_postfix_str(way.name)
-                record = way.record()
-                try:
-                    if models is None:
-                        models = _models(name, base.to(context.device), blocks, preset, context)
-                        base.cpu()
-                    with one_thread(context.device):
-                        record = measure_way(way, models, preset, context)
-                except (UnavailableError, torch.OutOfMemoryError) as error:
-                    full = isinstance(error, torch.OutOfMemoryError)
-                    record["skipped"] = "out of memory" if full else str(error)
-                    models = None
-                records.append(record)
-                bar.update()
+    made, models = "", None
+    for way in context.each(ways(context), "steps", attrgetter("name")):
+        record = way.record()
+        with harness.recorded_skip(record):
+            if models is None or way.model != made:
+                models = None  # those of the last way are freed before the next are made
+                models = _models(way.model, base.to(context.device), blocks, preset, context)
+                made = way.model
+                base.cpu()
+            with one_thread(context.device):
+                record |= measure_way(way, models, preset, context)
+        if "skipped" in record:
+            models = None
+        records.append(record)
     notes.append(
         f"{preset.layers} blocks of {context.preset.layers}, D = {preset.dim}, L = "
         f"{preset.tokens}, reward of {blocks}; random weights, all parameters train. Seconds per "
