@@ -308,14 +308,9 @@ def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
 def peak_bytes(thunk: Thunk, device: torch.device, *, empty_cache: bool = True) -> int:
     """Return the peak of the bytes that ``thunk()`` allocates.
 
-    CUDA's allocator counts them on a GPU, the ledger on a CPU.
-
-    Args:
-        empty_cache: free CUDA's cached memory first. Pass False if ``thunk`` is timed: it then
-            needs no memory from the driver.
-
-    Raises:
-        UnavailableError: if memory runs out.
+    CUDA's allocator counts them on a GPU, the ledger on a CPU. If memory runs out on a GPU, raise
+    ``UnavailableError``. Pass ``empty_cache=False`` if ``thunk`` is timed: CUDA's cached memory is
+    not freed before it, so that it needs none from the driver.
     """
     gc.collect()
     if device.type != "cuda":
@@ -401,12 +396,12 @@ def device_slug(device: torch.device) -> str:
     return "-".join(words)
 
 
-def git_state(root: Path = ROOT) -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Return the commit and if tracked files differ; outside a checkout the package's version."""
 
     def git(*words: str) -> str | None:
         with contextlib.suppress(OSError):
-            run = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+            run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
             if run.returncode == 0:
                 return run.stdout.strip()
         return None

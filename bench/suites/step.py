@@ -144,11 +144,7 @@ class Models:
 
 
 def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Context) -> Models:
-    """Return the models of a way with the weights of ``base``.
-
-    Raises:
-        UnavailableError: the reference's, if something it needs is missing.
-    """
+    """Return the models of a way with the weights of ``base``."""
     torch.manual_seed(context.seed)  # the same head for every way
     own = LatentRewardModel.from_backbone(base, num_blocks=blocks)
     if name == "reference":
@@ -219,10 +215,8 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
     """Add to each record the distance of its reward, and with 1 point of its latents, from eager's.
 
     The latents are removed from the records. Rewards of random weights hardly depend on the
-    latents: they show a wrong reward model, the latents a wrong trajectory.
-
-    Returns:
-        One line for each way beyond the tolerance; inexact rollouts are not held to it.
+    latents: they show a wrong reward model, the latents a wrong trajectory. Return one line for
+    each way beyond the tolerance; inexact rollouts are not held to it.
     """
     shared = str(ONE[0])
     latents = {r["way"]: r.pop("latents", None) for r in records}
