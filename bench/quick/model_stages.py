@@ -19,7 +19,7 @@ from prfl_fast.memory import activation_checkpointing
 from prfl_fast.memory.checkpointing import offload_bytes
 from prfl_fast.planning import Workload
 from prfl_fast.training import add_lora
-from quick.measure import REAL, TINY, peak_gib, sizes, sync, timed
+from quick.measure import REAL, TINY, peak_gib, sizes, timed, wall
 from quick.worker import Worker
 
 # Most valuable first: a run that is cut short has these.
@@ -159,11 +159,7 @@ def run_step(worker: Worker, kept: dict[str, Any], way: str, fp8: bool) -> dict[
 
     def whole() -> None:
         model.zero_grad(set_to_none=True)
-        sync()
-        begin = time.perf_counter()
-        found.append(step())
-        sync()
-        walls.append(1e3 * (time.perf_counter() - begin))
+        walls.append(1e3 * wall(lambda: found.append(step())))
 
     whole()
     peak = peak_gib(worker, whole)
@@ -224,13 +220,13 @@ def stage_step(worker: Worker) -> None:
     worker.case("planner, LoRA", partial(predicted_peak, worker), need=20)
 
 
-def hidden_share(worker: Worker, host: int, wall: float, base: float | None) -> dict[str, Any]:
+def hidden_share(worker: Worker, host: int, ms: float, base: float | None) -> dict[str, Any]:
     """Return host bytes, and the share of their copies' time that the step does not show."""
     record: dict[str, Any] = {"host_gib": host / 2**30}
     link = worker.found("env", "pinned")
     if link and base and host:
         copies = host / link["to_host_gbs"] / 1e6 + host / link["to_device_gbs"] / 1e6
-        record |= {"copies_ms": copies, "hidden_share": 1 - (wall - base) / copies}
+        record |= {"copies_ms": copies, "hidden_share": 1 - (ms - base) / copies}
     return record
 
 
@@ -244,25 +240,22 @@ def stage_memory(worker: Worker) -> None:
     inputs["timestep"] = torch.full((1,), 500.0, device=worker.device)
     walls: dict[tuple[str, str | None], float] = {}
 
-    def train() -> float:
-        begin = time.perf_counter()
+    def train() -> None:
         model.zero_grad(set_to_none=True)
         (out,) = model(**inputs, return_dict=False)
         out.float().square().mean().backward()
-        sync()
-        return 1e3 * (time.perf_counter() - begin)
 
     def run(policy: str, offload: str | None) -> dict[str, Any]:
         activation_checkpointing(model, policy, offload)
         try:
             train()
             peak = peak_gib(worker, train)
-            wall = min(train() for _ in range(1 if worker.dry else 3))
-            walls[policy, offload] = wall
-            record: dict[str, Any] = {"wall_ms": wall, "peak_gib": peak}
+            ms = 1e3 * min(wall(train) for _ in range(1 if worker.dry else 3))
+            walls[policy, offload] = ms
+            record: dict[str, Any] = {"wall_ms": ms, "peak_gib": peak}
             if offload:
                 host = offload_bytes(model)["host_peak"]
-                record |= hidden_share(worker, host, wall, walls.get((policy, None)))
+                record |= hidden_share(worker, host, ms, walls.get((policy, None)))
             return record
         finally:
             activation_checkpointing(model, "none")
