@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import report
-from harness import Table
+from harness import ROOT, Table
 
 from prfl_fast.utils.io import write_atomic
 
-ROOT = Path(__file__).resolve().parents[1]
 _MARKED = re.compile(
     r"(<!-- bench:(?P<device>[\w.-]+)/(?P<table>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /bench -->)", re.S
 )

@@ -6,6 +6,7 @@ result at the timed size. On a GPU all Wan sizes are measured unless one is name
 shapes, with what the compiled kernels would use of each architecture (resources.py).
 """
 
+import contextlib
 import gc
 import statistics
 import time
@@ -57,12 +58,9 @@ def backends(case: Case, context: Context) -> list[str]:
     # Triton's interpreter is for tests, not for timing; the reference is there for the CPU.
     names = ("reference",) if context.device.type == "cpu" else ("triton", "cuda")
     for name in names:
-        try:
-            with harness.backend(name):
-                if registry.report(context.device, context.dtype)[case.op].backend == name:
-                    available.append(name)
-        except UnavailableError:
-            continue
+        with contextlib.suppress(UnavailableError), harness.backend(name):
+            if registry.report(context.device, context.dtype)[case.op].backend == name:
+                available.append(name)
     chosen = registry.report(context.device, context.dtype)[case.op].backend
     return sorted({*available, chosen}, key=lambda name: (name == chosen, name))
 
@@ -168,9 +166,8 @@ def _variants(
         pairs = zip(variants[name].results(), variants["naive"].results(), strict=True)
         for i, (value, want) in enumerate(pairs):
             off = harness.relative_error(value, want)
-            assert off <= limit, (
-                f"{name}, result {i}: {off:.1e} off the naive one at the timed size"
-            )
+            what = f"{off:.1e} off the naive one at the timed size"
+            assert off <= limit, f"{name}, result {i}: {what}"
     return variants
 
 
