@@ -17,8 +17,6 @@ The scales were set on clean and defective clips of the world after the codec, n
 generator's samples.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -17,8 +17,6 @@ deform   every body swells, shrinks and stretches periodically
 ======== ========================================================================================
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
