@@ -20,7 +20,7 @@ import method_specs as plans
 import numpy
 import report
 import torch
-from harness import Context, Table
+from harness import Context, SuiteResult, Table
 from torch import nn
 
 from experiments import small_world, world
@@ -232,13 +232,10 @@ def _costs(start: small_world.Start, s: Settings) -> tuple[int, int]:
     return forward, two // 2
 
 
-def study(
-    context: Context, names: Sequence[str]
-) -> tuple[Table, Any, dict[str, Estimate | None], list[dict[str, Any]], list[str]]:
+def study(context: Context, names: Sequence[str]) -> tuple[SuiteResult, dict[str, Estimate | None]]:
     """Train or read back the small world's models, and measure PRFL's points and the named methods.
 
-    Returns:
-        Table and figure of PRFL's points, relative variance by method, records, failed checks.
+    Return the results, with table and figure of PRFL's points, and relative variances by method.
     """
     s, seed = SETTINGS, 100 * context.seed
     sampled = [name for name in names if not name.startswith("PRFL")]
@@ -269,7 +266,8 @@ def study(
         case = {"case": "variance", "method": name, "variance": value, "variance_error": error}
         cases.append(case)
     table, problems = _table(records, s, note)
-    return table, _figure(records, s), methods, cases, problems
+    figures = {"variance.png": _figure(records, s)}
+    return SuiteResult([table], cases, figures, problems), methods
 
 
 def _of_points(records: list[dict[str, Any]], points: int) -> Estimate | None:

@@ -196,17 +196,14 @@ def run(context: Context) -> SuiteResult:
     context.refuse_large()
     with plans.one_thread(context.device):
         cases, notes = costs(preset, context)
-    spread: dict[str, variance.Estimate | None] = {}
-    tables, figures, problems = [], {}, []
+    found, spread = SuiteResult([], []), {}
     if context.device.type == "cpu":  # the same on every machine
-        by_points, figure, spread, records, problems = variance.study(
-            context, [method.name for method in chosen() if method.trains]
-        )
-        tables, figures["variance.png"] = [by_points], figure
-    table, failed = _table(cases, notes, spread)
-    figures["methods.png"] = _figure(cases, preset, context)
-    every = cases if not tables else [*cases, *records]
-    return SuiteResult([table, *tables], every, figures, failed + problems)
+        trained = [method.name for method in chosen() if method.trains]
+        found, spread = variance.study(context, trained)
+    table, problems = _table(cases, notes, spread)
+    found.figures["methods.png"] = _figure(cases, preset, context)
+    tables, records = [table, *found.tables], [*cases, *found.cases]
+    return SuiteResult(tables, records, found.figures, problems + found.problems)
 
 
 def _per_point(case: dict[str, Any], sft: dict[str, Any] | None) -> tuple[float, float, float]:
