@@ -16,18 +16,17 @@ import harness
 import method_specs as plans
 import report
 import torch
-from experiments import variance
+from experiments import variance, world
 from harness import Context, Preset, SuiteResult, Table, Timing, UnavailableError
 from method_specs import METHODS, POINTS, SOLVER_STEPS, TINY, Method
 from torch import nn
 
 import prfl_fast
 from prfl_fast import LatentRewardModel
-from prfl_fast.training import sft_loss
+from prfl_fast.training import add_lora, sft_loss
 from suites import wan
 
-# parameters; a generator larger than this trains LoRA layers, as in bf16 its gradients alone are 28
-# GB
+# Parameters: a larger generator trains LoRA layers, as in bf16 its gradients alone are 28 GB.
 LORA_ABOVE = 3e9
 LORA_RANK = 16
 TOO_LONG_TO_REPEAT = 5.0  # seconds of a call on a GPU
@@ -71,15 +70,10 @@ def chosen() -> tuple[Method, ...]:
 
 
 def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    """Return a decoder of latents and its description.
-
-    It is the small world's linear codec, or on a GPU the Wan VAE with random weights.
-    """
+    """Return the small world's codec, or on a GPU the Wan VAE, and its description."""
     if context.device.type == "cpu":
-        from experiments.world import decode
-
         what = "the linear codec of bench/experiments/world, which keeps nothing for its backward"
-        return decode, what
+        return world.decode, what
     from diffusers import AutoencoderKLWan
 
     with torch.device(context.device):
@@ -98,8 +92,6 @@ def _generator(preset: Preset, context: Context) -> tuple[nn.Module, str]:
         model.enable_gradient_checkpointing()
     if sum(p.numel() for p in model.parameters()) < LORA_ABOVE:
         return model, "all parameters train"
-    from prfl_fast.training.lora import add_lora
-
     add_lora(model, LORA_RANK)
     return model, f"LoRA of rank {LORA_RANK} on the attention projections trains"
 
