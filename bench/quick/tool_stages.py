@@ -100,11 +100,8 @@ def stage_memcheck(worker: Worker) -> None:
     worker.case("every operation, tiny", run, need=10)
 
 
-_ELSEWHERE = vars(device_stages) | vars(model_stages)
-STAGE_FUNCTIONS: dict[str, Callable[[Worker], None]] = {
-    name: _ELSEWHERE[f"stage_{name}"] for name in STAGES if name not in ("ncu", "memcheck")
-}
-STAGE_FUNCTIONS |= {"ncu": stage_ncu, "memcheck": stage_memcheck}
+_DEFINED = vars(device_stages) | vars(model_stages) | globals()
+STAGE_FUNCTIONS = {name: _DEFINED[f"stage_{name}"] for name in STAGES}
 
 
 def attempt(name: str, run: Callable[[], Any]) -> None:

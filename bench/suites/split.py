@@ -163,6 +163,10 @@ def count(preset: Preset) -> list[dict[str, Any]]:
     return records
 
 
+def sum_of(parts: dict[str, float], *without: str) -> float:
+    return sum(value for part, value in parts.items() if part not in without)
+
+
 def table(records: list[dict[str, Any]]) -> Table:
     """Return the table of FLOPs by part, their sums over the reference's, and moved bytes."""
     body = []
@@ -174,10 +178,7 @@ def table(records: list[dict[str, Any]]) -> Table:
             line = [size if first else "", r["way"], report.number(r["rollout_forwards"], 1)]
             line += [report.flops(r["flops"][part] or None) for part in PARTS]
             for without in ((), ("SFT",)):
-                mine, theirs = (
-                    sum(v for part, v in record["flops"].items() if part not in without)
-                    for record in (r, base)
-                )
+                mine, theirs = (sum_of(record["flops"], *without) for record in (r, base))
                 line.append(report.ratio(mine / theirs))
             line.append(report.size(sum(r["moved_bytes"].values())))
             body.append(line)

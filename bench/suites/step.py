@@ -288,10 +288,6 @@ def run(context: Context) -> SuiteResult:
     return SuiteResult([table], records, {"step.png": figure}, problems)
 
 
-def _total(record: dict[str, Any], *without: str) -> float:
-    return sum(v for part, v in record["seconds_per_point"].items() if part not in without)
-
-
 def _table(records: list[dict[str, Any]], notes: list[str], context: Context) -> Table:
     measured = {r["way"]: r for r in records if "skipped" not in r}
     bases = [name for name in ("reference", "eager", "compiled") if name in measured]
@@ -304,14 +300,16 @@ def _table(records: list[dict[str, Any]], notes: list[str], context: Context) ->
         if "skipped" in r:
             body.append([r["way"], r["skipped"], *[report.BLANK] * (len(columns) - 2)])
             continue
-        line = [r["way"], *(report.seconds(r["seconds_per_point"][part]) for part in split.PARTS)]
-        line += [report.seconds(_total(r)), report.seconds(_total(r, "SFT"))]
+        seconds = r["seconds_per_point"]
+        line = [r["way"], *(report.seconds(seconds[part]) for part in split.PARTS)]
+        line += [report.seconds(split.sum_of(seconds, *without)) for without in ((), ("SFT",))]
         line.append(report.size(r["peak_bytes"]))
         for off in (r.get("reward_off"), r.get("latents_off")):
             line.append(report.BLANK if off is None else f"{off:.1e}")
         for name in bases:
             for without in ((), ("SFT",)):
-                line.append(report.ratio(_total(measured[name], *without) / _total(r, *without)))
+                theirs = split.sum_of(measured[name]["seconds_per_point"], *without)
+                line.append(report.ratio(theirs / split.sum_of(seconds, *without)))
         body.append(line)
     target = TARGETS.get(context.preset.name)
     if target is not None:
