@@ -5,9 +5,9 @@ of a tiny model trained in the small world, whose velocities point somewhere. At
 bytes moved and caches are counted on fake tensors. Beside it, the work of a whole step by part.
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
 from typing import Any
 
 import harness
@@ -33,19 +33,15 @@ def drift_curve(
 
 def drift_records(trained: rollout_options.Subject, context: Context) -> list[dict[str, Any]]:
     """Return each option's drift from its exact form, and the error of PRFL's gradient."""
-    known: dict[str, dict[int, torch.Tensor]] = {}
-    gradients: dict[str, torch.Tensor] = {}
+    # What others are compared with runs once.
+    latents, gradient = functools.cache(trained.latents), functools.cache(trained.gradient)
     records, options = [], rollout_options.options(context)
     for name in context.each(options, "drift"):
-        option = options[name]
-        if option.against not in known:
-            known[option.against] = trained.latents(option.against)
-            gradients[option.against] = trained.gradient(option.against)
-        mine = known[name] if name in known else trained.latents(name)
-        curve = drift_curve(mine, known[option.against])
-        record = {"case": "drift", "option": name, "against": option.against, "by_step": curve}
-        if name != option.against:
-            record["gradient"] = compared(trained.gradient(name), gradients[option.against])
+        against = options[name].against
+        curve = drift_curve(latents(name), latents(against))
+        record = {"case": "drift", "option": name, "against": against, "by_step": curve}
+        if name != against:
+            record["gradient"] = compared(gradient(name), gradient(against))
         records.append(record)
     return records
 
@@ -68,7 +64,7 @@ def cost_records(timed: rollout_options.Subject, context: Context) -> list[dict[
     options = rollout_options.options(context)
     for name in context.each(options, "rollouts"):
         option = options[name]
-        run = partial(timed.run, name)
+        run = functools.partial(timed.run, name)
         record: dict[str, Any] = {"case": "rollout", "option": name}
         try:
             run()  # compiles, and has the engine's check
