@@ -152,10 +152,8 @@ def _measure(name: str, call: Callable[[], object], device: torch.device) -> dic
     record: dict[str, Any] = {"method": name, "points": points}
     with harness.recorded_skip(record):
         record["flops"] = harness.count_flops(call)
-        if device.type == "cuda":
-            record["peak_bytes"] = harness.peak_bytes(timed, device, empty_cache=False)
-        else:
-            record["peak_bytes"] = harness.peak_bytes(call, device)
+        run = timed if device.type == "cuda" else call
+        record["peak_bytes"] = harness.peak_bytes(run, device, empty_cache=False)
     if "skipped" in record:
         record.pop("flops", None)
     return record
@@ -278,8 +276,7 @@ def _table(
 def _steps(method: Method) -> str:
     shown = []
     for point in method.typical or ():
-        first = point if isinstance(point, int) else point.first
-        last = point if isinstance(point, int) else point.step
+        first, last = (point, point) if isinstance(point, int) else (point.first, point.step)
         shown.append(str(first) if first == last else f"{first} … {last}")
     return ", ".join(shown)
 
