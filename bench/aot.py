@@ -43,12 +43,7 @@ class Resources:
 
 
 def compile_case(case: AotCase, capability: int) -> Any:
-    """Return a case compiled for ``sm_<capability>``; its ``asm`` has ttir, ptx and cubin.
-
-    Raises:
-        RuntimeError: if Triton is not installed, or interprets the kernels.
-        ValueError: if the case names a parameter that the kernel does not have.
-    """
+    """Return a case compiled for ``sm_<capability>``; its ``asm`` has ttir, ptx and cubin."""
     if not HAS_TRITON:
         raise RuntimeError("compiling kernels needs triton: pip install triton")
     if INTERPRETING:
@@ -77,11 +72,7 @@ def compile_case(case: AotCase, capability: int) -> Any:
 
 
 def cuobjdump() -> str:
-    """Return the path of the ``cuobjdump`` that ships inside triton.
-
-    Raises:
-        RuntimeError: if this triton does not have it.
-    """
+    """Return the path of the ``cuobjdump`` that ships inside triton."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -122,14 +113,11 @@ def measure(
 ) -> list[Resources]:
     """Compile the cases of ``ops`` (none named: all) in a new process; return their resources.
 
-    ``ttir`` is a folder for the kernels' Triton IR, ``<op>-<n>-sm_<capability>.ttir``.
-
-    Raises:
-        RuntimeError: if that process fails; the message is the last line of its stderr.
+    ``ttir`` is a folder for the kernels' Triton IR, ``<op>-<n>-sm_<capability>.ttir``. If the
+    process fails, the last line of its stderr is the message of a ``RuntimeError``.
     """
-    command = [sys.executable, __file__, *ops]
-    command += ["--capability", *map(str, capabilities), *(["--every"] if every else [])]
-    command += [] if ttir is None else ["--ttir", str(ttir)]
+    command = [sys.executable, __file__, *ops, "--capability", *map(str, capabilities)]
+    command += ["--every"] * every + ([] if ttir is None else ["--ttir", str(ttir)])
     run = subprocess.run(command, env=compiler_environment(), capture_output=True, text=True)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
@@ -151,10 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - OPERATIONS.keys())
     if unknown:
-        parser.error(f"no cases of {', '.join(unknown)}; there are {', '.join(OPERATIONS)}")
+        parser.error(f"no cases of {', '.join(unknown)}; there are {', '.join(sorted(OPERATIONS))}")
     found = []
     try:
-        for op in options.ops or OPERATIONS:
+        for op in options.ops or sorted(OPERATIONS):
             for capability in options.capability:
                 cases = OPERATIONS[op](divmod(capability, 10), options.every)
                 for i, case in enumerate(cases):

@@ -1,8 +1,11 @@
 """Describe a specialization of a Triton kernel for ahead-of-time compilation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+ACTIVATIONS = {f"{name}_ptr" for name in ("x", "y", "out", "h", "grad", "grad_h", "dx", "dy")}
+INDICES = ("row_index_ptr", "order_ptr", "bounds_ptr")
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,19 @@ def argument_types(
         if chosen is not None:
             types[name] = chosen
     return types
+
+
+def element_types(dtype: str, *names: str) -> dict[str, str]:
+    """Return pointers' types: activations have ``dtype``, indices i64, all others fp32."""
+    kinds = {name: "i64" if name in INDICES else "fp32" for name in names}
+    return {name: dtype if name in ACTIVATIONS else kind for name, kind in kinds.items()}
+
+
+def part_of(kernel: Any) -> str:
+    """Return ``forward`` or ``backward``, by the kernel's name."""
+    return kernel.__name__.split("_")[0]
+
+
+def flags_of(kernel: Any, names: Iterable[str]) -> str:
+    """Return those of some pointers that the kernel takes, for a label."""
+    return "+".join(name.removesuffix("_ptr") for name in names if name in kernel.arg_names)

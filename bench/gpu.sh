@@ -109,9 +109,7 @@ run_racecheck() {
         kernel_substring=2at6native "$python" bench/sanitize.py
 }
 
-run_facts() {
-    suite 280 facts facts
-}
+run_facts() { suite 280 facts facts; }
 
 run_bench() {
     suite 260 block-1.3b block wan1.3b-480p
@@ -134,19 +132,12 @@ run_methods-several-steps() {
     PRFL_FAST_BENCH_METHODS=$long suite 290 methods-long methods wan1.3b-480p
 }
 
-run_rollout() {
-    suite 560 rollout-1.3b rollout wan1.3b-480p
-}
-
-run_rollout-14b() {
-    suite 560 rollout-14b-480p rollout wan14b-480p
-}
+run_rollout() { suite 560 rollout-1.3b rollout wan1.3b-480p; }
+run_rollout-14b() { suite 560 rollout-14b-480p rollout wan14b-480p; }
 
 baselines=eager,compiled${REFERENCE:+,reference:$REFERENCE}
 
-run_step() {
-    suite 560 step-1.3b step wan1.3b-480p --baseline "$baselines"
-}
+run_step() { suite 560 step-1.3b step wan1.3b-480p --baseline "$baselines"; }
 
 run_step-14b() {
     suite 200 step-14b-480p step wan14b-480p --baseline "$baselines"
@@ -158,9 +149,7 @@ run_memory() {
     suite 320 memory-14b-480p memory wan14b-480p
 }
 
-run_memory-720p() {
-    suite 560 memory-14b-720p memory wan14b-720p
-}
+run_memory-720p() { suite 560 memory-14b-720p memory wan14b-720p; }
 
 install
 [ "$stage" = all ] || stages=("$stage")

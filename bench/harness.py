@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,17 @@ class Context:
         if self.device.type == "cpu" and self.preset.name != "tiny":
             name = self.preset.name
             raise UnavailableError(f"{name} on a CPU {hours}; use --preset tiny, or a GPU")
+
+    def each(
+        self, items: Iterable[Any], label: str, name: Callable[[Any], str] = str
+    ) -> Iterator[Any]:
+        """Yield items under a progress bar that shows the name of the current one."""
+        items = list(items)
+        with self.bar(len(items), label) as bar:
+            for item in items:
+                bar.set_postfix_str(name(item))
+                yield item
+                bar.update()
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Return a generator on the device, seeded by the run's seed."""
@@ -301,14 +312,9 @@ def saved_bytes(forward: Thunk, exclude: Iterable[torch.Tensor] = ()) -> int:
 def peak_bytes(thunk: Thunk, device: torch.device, *, empty_cache: bool = True) -> int:
     """Return the peak of the bytes that ``thunk()`` allocates.
 
-    CUDA's allocator counts them on a GPU, the ledger on a CPU.
-
-    Args:
-        empty_cache: free CUDA's cached memory first. Pass False if ``thunk`` is timed: it then
-            needs no memory from the driver.
-
-    Raises:
-        UnavailableError: if memory runs out.
+    CUDA's allocator counts them on a GPU, the ledger on a CPU. If memory runs out on a GPU, raise
+    ``UnavailableError``. Pass ``empty_cache=False`` if ``thunk`` is timed: CUDA's cached memory is
+    not freed before it, so that it needs none from the driver.
     """
     gc.collect()
     if device.type != "cuda":
@@ -346,12 +352,24 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def backend(name: str):
-    """Run with another kernel backend.
+def recorded_skip(record: dict[str, Any]) -> Iterator[None]:
+    """Store why a measurement is impossible here, or ran out of memory, under ``skipped``."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        record["skipped"] = "out of memory"
+    except UnavailableError as error:
+        record["skipped"] = str(error)
 
-    Raises:
-        UnavailableError: if it is not installed.
-    """
+
+def first_line(error: BaseException) -> str:
+    """Return kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run with another kernel backend; raise ``UnavailableError`` if it is not installed."""
     before = get_backend()
     try:
         kernels.set_backend(name)
@@ -382,12 +400,12 @@ def device_slug(device: torch.device) -> str:
     return "-".join(words)
 
 
-def git_state(root: Path = ROOT) -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Return the commit and if tracked files differ; outside a checkout the package's version."""
 
     def git(*words: str) -> str | None:
         with contextlib.suppress(OSError):
-            run = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+            run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
             if run.returncode == 0:
                 return run.stdout.strip()
         return None
@@ -398,14 +416,21 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
     return {"sha": sha, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the data that repeats a run: commit, versions, command, date, device, seed."""
     argv = sys.argv if argv is None else argv
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["prfl_fast"] = __version__
-    for name in ("triton", "diffusers", "peft", "numpy", "flash-attn"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions |= package_versions(("triton", "diffusers", "peft", "numpy", "flash-attn"))
     if context.device.type == "cuda":
         versions["cuda"] = torch.version.cuda
     return {

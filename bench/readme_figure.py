@@ -11,9 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+import report
+from harness import ROOT
 from results_tables import newest
 
-ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "docs" / "images" / "gradient_point.png"
 SIZE = "wan14b-720p"
 PARTS = ("rollout", "gradient", "reward", "SFT")
@@ -45,12 +46,7 @@ def digest(bars: dict[str, list[float]]) -> str:
 
 def draw(bars: dict[str, list[float]], path: Path) -> None:
     """Write the figure: one stacked bar for each way, from zero."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 2.4), layout="constrained")
+    figure, axes = report.new_figure(8, 2.4)
     ways = list(bars)[::-1]
     left = [0.0] * len(ways)
     for number, (part, color) in enumerate(zip(PARTS, COLORS, strict=True)):
@@ -65,7 +61,6 @@ def draw(bars: dict[str, list[float]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(ncols=4, loc="outside lower right", frameon=False)
     figure.savefig(path, dpi=130, metadata={"Description": digest(bars)})
-    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

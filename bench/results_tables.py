@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import report
-from harness import Table
+from harness import ROOT, Table
 
 from prfl_fast.utils.io import write_atomic
 
-ROOT = Path(__file__).resolve().parents[1]
 _MARKED = re.compile(
     r"(<!-- bench:(?P<device>[\w.-]+)/(?P<table>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /bench -->)", re.S
 )
@@ -26,12 +25,8 @@ _OPENING = re.compile(r"<!-- bench:.*?-->")
 
 
 def newest(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the run and the table of the newest record below ``folder`` that has a table.
-
-    Raises:
-        ValueError: no record has it, or a record cannot be read.
-    """
-    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    """Return the run and the table of the newest record below ``folder`` that has a table."""
+    found = []
     for path in sorted(folder.rglob("*.json")):
         try:
             record = json.loads(path.read_text())
@@ -39,9 +34,8 @@ def newest(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             run = record["run"]
             found += [(run["date"], run, table) for table in tables if table["name"] == name]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: not a record of bench/run.py ({type(error).__name__}: {error})"
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: not a record of bench/run.py ({why})") from error
     if not found:
         raise ValueError(f"no record under {folder} has a table {name!r}")
     _, run, table = max(found, key=lambda each: each[0])
@@ -55,11 +49,7 @@ def find(results: Path, device: str, name: str) -> str:
 
 
 def regenerate(text: str, results: Path) -> str:
-    """Return ``text`` with every marked table filled from its record.
-
-    Raises:
-        ValueError: a marker without an end, or a table without a record.
-    """
+    """Return ``text`` with every marked table filled from its record."""
     if len(_OPENING.findall(text)) != len(_MARKED.findall(text)):
         raise ValueError(
             "a <!-- bench:DEVICE/TABLE --> marker is malformed or lacks its <!-- /bench -->"

@@ -63,10 +63,10 @@ def _rope(
     frozen: tuple[str, ...] = (),
 ) -> Case:
     dim = heads * head_dim
-    shapes: dict[str, tuple[int, ...]] = {"q": (2, lengths[0], dim), "k": (2, lengths[1], dim)}
-    shapes |= {weight: (head_dim if per_head else dim,) for weight in weights}
+    shapes = {name: (2, length, dim) for name, length in zip("qk", lengths, strict=True)}
     if lengths[0] == lengths[1]:  # rows of a packed projection
-        shapes = {"qkv": (2, lengths[0], 3 * dim)} | {w: shapes[w] for w in weights}
+        shapes = {"qkv": (2, lengths[0], 3 * dim)}
+    shapes |= dict.fromkeys(weights, (head_dim if per_head else dim,))
 
     def run(**t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         options: dict = {"heads": heads, "per_head": per_head}
@@ -98,11 +98,7 @@ CALLS = (
 
 
 def verify(case: Case, dtype: torch.dtype, context: harness.Context) -> float:
-    """Return the largest relative error of outputs and gradients against float64.
-
-    Raises:
-        AssertionError: it is above ``TOLERANCE``.
-    """
+    """Return the largest error of outputs and gradients against float64; hold it to TOLERANCE."""
     tensors = draw_inputs(case, context.preset, context.device, dtype)
     found, _ = compare(case, tensors, dtype, 0)
     error = max(error for error, *_ in found.values())
@@ -110,8 +106,24 @@ def verify(case: Case, dtype: torch.dtype, context: harness.Context) -> float:
     return error
 
 
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Yield name and check of every case on each backend that has its operation."""
+    for preset in PRESETS:
+        context = harness.Context(device, preset)
+        for case in CASES:
+            if case.op == "query_pool" and preset.dim % POOL_HEADS:
+                continue
+            for name, variant in variants(case, context):
+                label = f"{preset.name}: {case.name}, {name}"
+                yield label, partial(kernels.verify, variant, context)
+    for call in CALLS:
+        for name, variant in variants(call, context):
+            for dtype in TOLERANCE:
+                label = f"{call.name}, {name}, {str(dtype).removeprefix('torch.')}"
+                yield label, partial(verify, variant, dtype, context)
+
+
 def variants(case: Case, context: harness.Context) -> Iterator[tuple[str, Case]]:
-    """Yield a case on each backend that has its operation, by the backend's name."""
     for name in kernels.backends(case, context):
         yield name, replace(case, ours=partial(kernels.run_on, name, case))
 
@@ -121,32 +133,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench/sanitize.py: error: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
-    device, status = torch.device("cuda"), 0
-
-    def attempt(name: str, run: Callable[[], float]) -> None:
-        nonlocal status
+    status = 0
+    for name, check in checks(torch.device("cuda")):
         try:
-            print(f"{name}: error {run():.1e}")
+            print(f"{name}: error {check():.1e}")
         except Exception as failure:  # whatever it is, the other operations are still to be watched
             print(f"{name}: {type(failure).__name__}: {failure}", file=sys.stderr)
             status = 1
-
-    for preset in PRESETS:
-        context = harness.Context(device, preset)
-        for case in CASES:
-            if case.op == "query_pool" and preset.dim % POOL_HEADS:
-                continue
-            for name, variant in variants(case, context):
-                attempt(
-                    f"{preset.name}: {case.name}, {name}", partial(kernels.verify, variant, context)
-                )
-    for call in CALLS:
-        for name, variant in variants(call, context):
-            for dtype in TOLERANCE:
-                attempt(
-                    f"{call.name}, {name}, {str(dtype).removeprefix('torch.')}",
-                    partial(verify, variant, dtype, context),
-                )
     torch.cuda.synchronize()
     return status
 

@@ -97,8 +97,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _mean_cost(runs: list[dict[str, Any]], name: str) -> float:
-    return _mean([r["cost"][name] for r in runs])
+def _mean_costs(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: _mean([r["cost"][name] for r in runs]) for name in runs[0]["cost"]}
 
 
 def _training_table(arms: list[dict[str, Any]], s: Settings) -> tuple[Table, list[str]]:
@@ -116,11 +116,9 @@ def _training_table(arms: list[dict[str, Any]], s: Settings) -> tuple[Table, lis
             still.append(method.label)
         line = [method.label, *(f"{_joined(runs, 'after', key).mean():.3f}" for key in scores)]
         line.append(f"{method.goal} {_signed(gain)}" if method.plan is not None else report.BLANK)
-        line.append(f"{_mean([a['moved'] for a in runs]):.3f}")
-        line.append(report.seconds(_mean_cost(runs, "seconds")))
-        line.append(report.size(_mean_cost(runs, "peak_bytes")))
-        line.append(f"{_mean_cost(runs, 'forwards'):.1f}")
-        rows.append([*line, report.flops(_mean_cost(runs, "round_flops"))])
+        moved, cost = _mean([a["moved"] for a in runs]), _mean_costs(runs)
+        line += [f"{moved:.3f}", report.seconds(cost["seconds"]), report.size(cost["peak_bytes"])]
+        rows.append([*line, f"{cost['forwards']:.1f}", report.flops(cost["round_flops"])])
     columns = ["method", "along", "end", "pixel", "motion", "its own reward's rise", "moved"]
     columns += ["time", "peak", "forwards", "FLOPs"]
     notes = [
@@ -150,8 +148,9 @@ def _sampling_table(users: list[dict[str, Any]], s: Settings) -> tuple[Table, li
     rows, problems, unsure, fallen = [], [], [], []
     by = _by(users, "user")
     plain = by["plain"]
+    plain_flops = _mean_costs(plain)["flops"]
     for name, user in USERS.items():
-        runs = by[name]
+        runs, cost = by[name], _mean_costs(by[name])
         end, motions = (
             _joined(runs, "scores", key) - _joined(plain, "scores", key)
             for key in ("end", "motion")
@@ -169,11 +168,9 @@ def _sampling_table(users: list[dict[str, Any]], s: Settings) -> tuple[Table, li
                 unsure.append(user.label)
         means = [f"{_joined(runs, 'scores', key).mean():.3f}" for key in ("end", "pixel", "motion")]
         line = [user.label, means[0], shown[0], *means[1:], shown[1]]
-        line += [f"{_mean_cost(runs, n):.0f}" for n in ("forwards", "reward_forwards")]
-        flops = _mean_cost(runs, "flops")
-        line += [report.flops(flops), report.ratio(flops / _mean_cost(plain, "flops"))]
-        line.append(report.size(_mean_cost(runs, "peak_bytes")))
-        rows.append([*line, report.seconds(_mean_cost(runs, "seconds"))])
+        line += [f"{cost[n]:.0f}" for n in ("forwards", "reward_forwards")]
+        line += [report.flops(cost["flops"]), report.ratio(cost["flops"] / plain_flops)]
+        rows.append([*line, report.size(cost["peak_bytes"]), report.seconds(cost["seconds"])])
     columns = ["sampling", "end", "over plain", "pixel", "motion", "over plain", "forwards"]
     columns += ["rewards", "FLOPs", "plain = 1", "peak", "time"]
     notes = [
@@ -231,12 +228,12 @@ def _cost(users: list[dict[str, Any]]) -> Any:
     """Draw reward and motion against cost; a line joins ways that differ in budget only."""
     figure, panels = report.new_figure(11, 4.5, ncols=2)
     by = _by(users, "user")
-    plain = _mean_cost(by["plain"], "flops")
+    plain = _mean_costs(by["plain"])["flops"]
     groups = dict.fromkeys(user.group for user in USERS.values())
     for axes, key in zip(panels, ("end", "motion"), strict=True):
         for color, group in zip((GREY, *COLORS), groups, strict=False):
             members = [by[name] for name, user in USERS.items() if user.group == group]
-            at = [_mean_cost(runs, "flops") / plain for runs in members]
+            at = [_mean_costs(runs)["flops"] / plain for runs in members]
             found = [_mean_sem(_joined(runs, "scores", key)) for runs in members]
             means, errors = zip(*found, strict=True)
             axes.errorbar(at, means, errors, fmt="o-", color=color, label=group, capsize=3, ms=5)

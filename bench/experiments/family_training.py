@@ -257,12 +257,12 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
     batches = partial(Batches, start.clips.samples())
     supervised = SupervisedFlow(model, batches(s.sft_batch, 10 * seed + 1))
     data, other = batches(s.feedback_batch, 10 * seed + 2), batches(s.sft_batch, 10 * seed + 2)
-    objectives: dict[str, Any] = {"first": SupervisedFlow(model, other)}
+    first: Any = SupervisedFlow(model, other)
     if method.plan is not None:
-        feedback = RewardFeedback(make_step(method, start, model, s), data, device)
-        objectives = {"first": feedback}
-        if method.distilled:
-            objectives["first"] = RewardedDistillation(feedback, model, start.generator, data)
+        first = RewardFeedback(make_step(method, start, model, s), data, device)
+    if method.distilled:
+        first = RewardedDistillation(first, model, start.generator, data)
+    objectives = {"first": first}
     if method.sft or method.plan is None:
         objectives["second"] = supervised
     points: list[dict[str, float]] = []
@@ -273,8 +273,8 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
         found = measure(model, start, method, s, seed)
         points.append({"update": update, **{k: float(v.mean()) for k, v in found.items()}})
 
-    first = (other if method.plan is None else data)[0].to(device)
-    cost = _cost(method, start, model, s, first, objectives)
+    batch = (other if method.plan is None else data)[0].to(device)
+    cost = _cost(method, start, model, s, batch, first)
     check(0)
     before = found
     rate = s.lora_rate if method.lora else None
@@ -285,12 +285,7 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
 
 
 def _cost(
-    method: Method,
-    start: Start,
-    model: nn.Module,
-    s: Settings,
-    batch: Batch,
-    objectives: dict[str, Any],
+    method: Method, start: Start, model: nn.Module, s: Settings, batch: Batch, objective: Any
 ) -> dict[str, float]:
     """Return the cost of a reward update, and the FLOPs of its round, data loss included."""
     device = batch.latents.device
@@ -314,7 +309,7 @@ def _cost(
             latents = batch.latents if real else None
             step(noise, batch.conditions, latents=latents, generator=generator, indices=points)
             if method.distilled:
-                objectives["first"].distill(batch, generator).backward()
+                objective.distill(batch, generator).backward()
             model.zero_grad(set_to_none=True)
 
         cost = stated_cost(step, call, batch, device)

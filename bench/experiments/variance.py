@@ -10,8 +10,8 @@ draw has ``E‖ĝ‖² = ⟨A, W/B + (1 - 1/B)·C⟩``: W[m, n] is the mean of �
 that between two trajectories, and ‖g‖² is the mean of C.
 """
 
+import itertools
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import method_specs as plans
 import numpy
 import report
 import torch
-from harness import Context, Table
+from harness import Context, SuiteResult, Table
 from torch import nn
 
 from experiments import small_world, world
@@ -203,8 +203,7 @@ def sample_variance(gradients: torch.Tensor) -> Estimate | None:
     for i in range(len(products) if len(products) > 2 else 0):
         kept = [j for j in range(len(products)) if j != i]
         left.append(_ratio(products[kept][:, kept]))
-    known = [ratio for ratio in left if ratio is not None]
-    return Estimate(value, jackknife(known) if known and len(known) == len(left) else None)
+    return Estimate(value, jackknife(left) if left and None not in left else None)
 
 
 def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) -> Estimate | None:
@@ -233,35 +232,42 @@ def _costs(start: small_world.Start, s: Settings) -> tuple[int, int]:
     return forward, two // 2
 
 
-def study(
-    context: Context, names: Sequence[str]
-) -> tuple[Table, Any, dict[str, Estimate | None], list[dict[str, Any]], list[str]]:
+def study(context: Context, names: Sequence[str]) -> tuple[SuiteResult, dict[str, Estimate | None]]:
     """Train or read back the small world's models, and measure PRFL's points and the named methods.
 
-    Returns:
-        Table and figure of PRFL's points, relative variance by method, records, failed checks.
+    Return the results, with table and figure of PRFL's points, and relative variances by method.
     """
-    s = SETTINGS
+    s, seed = SETTINGS, 100 * context.seed
+    sampled = [name for name in names if not name.startswith("PRFL")]
     with small_world.workers(context) as pool:
         start, _, note = small_world.prepare(WORLD, context, pool)
         few = small_world.Clips(*(tensor[:CLIPS].clone() for tensor in start.clips))
         start = replace(start, clips=few)
-        products = _products(start, s, context, pool)
-        sampled = [name for name in names if not name.startswith("PRFL")]
-        methods = _methods(start, s, sampled, context, pool)
+
+        def run(function: Any, label: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+            jobs = [small_world.submit(pool, function, start, s, *each) for each in arguments]
+            return small_world.results_of(jobs, context, label)
+
+        groups = [(7000 + seed + i,) for i in range(s.groups)]
+        arrays = zip(*run(measure_group, "gradients by step", groups), strict=True)
+        sums, within = ([torch.from_numpy(array) for array in each] for each in arrays)
+        calls = [(name, 8000 + seed) for name in sampled]
+        found = run(measure_method, "variance of methods", calls)
         costs = _costs(start, s)
-    records = point_records(products, s, costs)
+    methods = dict(zip(sampled, found, strict=True))
+    records = point_records(Products(sums, within, s.trajectories), s, costs)
     for method in plans.METHODS:
         if method.name in names and method.name not in sampled:
             methods[method.name] = _of_points(records, method.points)
     cases = [{"case": "variance", "forward_flops": costs[0], "point_flops": costs[1]}]
     cases[0]["points"] = records
-    for name, found in methods.items():
-        value, error = (found.value, found.error) if found else (None, None)
+    for name, estimate in methods.items():
+        value, error = (estimate.value, estimate.error) if estimate else (None, None)
         case = {"case": "variance", "method": name, "variance": value, "variance_error": error}
         cases.append(case)
     table, problems = _table(records, s, note)
-    return table, _figure(records, s), methods, cases, problems
+    figures = {"variance.png": _figure(records, s)}
+    return SuiteResult([table], cases, figures, problems), methods
 
 
 def _of_points(records: list[dict[str, Any]], points: int) -> Estimate | None:
@@ -269,25 +275,6 @@ def _of_points(records: list[dict[str, Any]], points: int) -> Estimate | None:
     wanted = (1, DRAWS[0], points)
     found = (r for r in records if (r["batch"], r["draws"], r["points"]) == wanted)
     return next((Estimate(r["variance"], r["variance_error"]) for r in found), None)
-
-
-def _products(start: small_world.Start, s: Settings, context: Context, pool: Executor) -> Products:
-    jobs = [
-        small_world.submit(pool, measure_group, start, s, 7000 + 100 * context.seed + i)
-        for i in range(s.groups)
-    ]
-    found = small_world.results_of(jobs, context, "gradients by step")
-    sums, within = ([torch.from_numpy(a) for a in arrays] for arrays in zip(*found, strict=True))
-    return Products(sums, within, s.trajectories)
-
-
-def _methods(
-    start: small_world.Start, s: Settings, names: Sequence[str], context: Context, pool: Executor
-) -> dict[str, Estimate | None]:
-    seed = 8000 + 100 * context.seed
-    jobs = [small_world.submit(pool, measure_method, start, s, name, seed) for name in names]
-    found = small_world.results_of(jobs, context, "variance of methods")
-    return dict(zip(names, found, strict=True))
 
 
 def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> list[dict[str, Any]]:
@@ -301,19 +288,17 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
     base = second_moment(one, s.num_inference_steps)
     unit = expected_flops(one, s.num_inference_steps, *costs)
     records: list[dict[str, Any]] = []
-    for batch in s.batches:
-        for draws in DRAWS:
-            for points in s.points:
-                plan = GradientPlan.prfl(points, draws)
-                a = second_moment(plan, s.num_inference_steps)
-                flops = expected_flops(plan, s.num_inference_steps, *costs)
-                own = [variance(a, w, c, batch) for w, c in everything]
-                ones = [variance(base, w, c, batch) for w, c in everything]
-                ratios = [v * flops / (u * unit) for v, u in zip(own, ones, strict=True)]
-                record = {"batch": batch, "draws": draws, "points": points, "flops": flops}
-                for name, (value, *left) in (("variance", own), ("per_flop", ratios)):
-                    record |= {name: value, f"{name}_error": jackknife(left)}
-                records.append(record)
+    for batch, draws, points in itertools.product(s.batches, DRAWS, s.points):
+        plan = GradientPlan.prfl(points, draws)
+        a = second_moment(plan, s.num_inference_steps)
+        flops = expected_flops(plan, s.num_inference_steps, *costs)
+        own = [variance(a, w, c, batch) for w, c in everything]
+        ones = [variance(base, w, c, batch) for w, c in everything]
+        ratios = [v * flops / (u * unit) for v, u in zip(own, ones, strict=True)]
+        record = {"batch": batch, "draws": draws, "points": points, "flops": flops}
+        for name, (value, *left) in (("variance", own), ("per_flop", ratios)):
+            record |= {name: value, f"{name}_error": jackknife(left)}
+        records.append(record)
     return records
 
 
@@ -323,11 +308,10 @@ def _table(records: list[dict[str, Any]], s: Settings, note: str) -> tuple[Table
     for points in s.points:
         line = [str(points), report.flops(found[s.batches[0], DRAWS[0], points]["flops"])]
         line += [report.number(found[b, DRAWS[0], points]["variance"], 2) for b in s.batches]
-        for draws in DRAWS:
-            for batch in s.batches:
-                r = found[batch, draws, points]
-                error = "" if points == 1 else f" ± {r['per_flop_error']:.2f}"
-                line.append(f"{r['per_flop']:.2f}{error}")
+        for draws, batch in itertools.product(DRAWS, s.batches):
+            r = found[batch, draws, points]
+            error = "" if points == 1 else f" ± {r['per_flop_error']:.2f}"
+            line.append(f"{r['per_flop']:.2f}{error}")
         body.append(line)
     several = [r for r in records if r["points"] == plans.POINTS and r["draws"] == DRAWS[0]]
     for r in several:

@@ -1,7 +1,5 @@
 """Run the stages of single operations: env, warm, smoke, timing, attention and cuda."""
 
-import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -10,19 +8,19 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from harness import Preset, UnavailableError, backend, relative_error
+from harness import Preset, UnavailableError, relative_error
 from suites import facts
 from suites.kernel_checks import Case
 
 import prfl_fast
 from prfl_fast import kernels
 from prfl_fast.kernels.runtime.registry import report
-from quick.measure import reference, timed
-from quick.model_stages import no_diffusers
-from quick.operations import (
+from quick.measure import (
     REAL,
     TINY,
     inputs,
@@ -30,10 +28,11 @@ from quick.operations import (
     sizes,
     smoke_cases,
     time_operation,
+    timed,
     verify,
 )
+from quick.model_stages import no_diffusers
 from quick.supervisor import SCRIPT
-from quick.tools import tool_path
 from quick.worker import Worker
 
 BACKENDS = ("flash_attn_3 cudnn flash flash_attn_4 flash_attn_2 xformers efficient plain").split()
@@ -41,6 +40,15 @@ QUERY = (
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu",
     "clocks_event_reasons.active",
 )
+
+
+def tool_path(name: str) -> str | None:
+    """Return the path of a CUDA tool: on PATH, or in the usual folders."""
+    places = [shutil.which(name)]
+    for pattern in (f"cuda*/bin/{name}", f"cuda*/compute-sanitizer/{name}"):
+        places += sorted(map(str, Path("/usr/local").glob(pattern)), reverse=True)
+    places += sorted(map(str, Path("/opt/nvidia").glob(f"nsight-compute/*/{name}")), reverse=True)
+    return next((p for p in places if p and os.access(p, os.X_OK)), None)
 
 
 def versions(worker: Worker) -> dict[str, Any]:
@@ -53,16 +61,15 @@ def versions(worker: Worker) -> dict[str, Any]:
     except ValueError as reason:
         found["extension"] = str(reason)
     kernels.set_backend("auto")
-    for name in ("triton", "diffusers", "peft", "transformers", "flash-attn", "xformers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+    names = ("triton", "diffusers", "peft", "transformers", "flash-attn", "xformers")
+    found |= harness.package_versions(names)
     found |= {t: bool(tool_path(t)) for t in ("nvcc", "ncu", "compute-sanitizer")}
     if worker.cuda:
         p = torch.cuda.get_device_properties(worker.device)
         found |= {"gpu": p.name, "sms": p.multi_processor_count, "l2_mb": p.L2_cache_size >> 20}
         found |= {"gib": p.total_memory / 2**30, "cudnn": torch.backends.cudnn.version()}
-    dtype = torch.bfloat16 if worker.cuda else torch.float32
-    found["operations"] = {n: list(c) for n, c in report(worker.device, dtype).items()}
+    choices = report(worker.device, worker.dtype)
+    found["operations"] = {name: list(choice) for name, choice in choices.items()}
     return found
 
 
@@ -179,8 +186,7 @@ def against_eager(worker: Worker, case: Case, preset: Preset, part: str) -> dict
     try:
         record["eager_ms"] = time_operation(worker, case, preset, part, naive, 0.1)["ms"]
         if part == "forward" and case.tolerance is None and worker.left() > 1:
-            dtype = torch.bfloat16 if worker.cuda else torch.float32
-            tensors = inputs(worker, case, preset, dtype)
+            tensors = inputs(worker, case, preset, worker.dtype)
             with torch.no_grad():
                 ours, plain = case.decode(case.ours(tensors)), case.decode(naive(tensors))
             first = [o[0] if isinstance(o, tuple) else o for o in (ours, plain)]
@@ -208,8 +214,7 @@ def attend(tensors: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 def agreement(worker: Worker, name: str) -> dict[str, Any]:
     """Compare a backend's output, log-sum-exp and gradients with float64."""
     preset = TINY if worker.dry else REAL[1].with_grid(4, 16, 18)
-    dtype = torch.bfloat16 if worker.cuda else torch.float32
-    tensors = inputs(worker, operations()["attention"], preset, dtype)
+    tensors = inputs(worker, operations()["attention"], preset, worker.dtype)
 
     def run(given: dict[str, Any]) -> list[torch.Tensor]:
         out, lse = attend(given)
@@ -223,13 +228,12 @@ def agreement(worker: Worker, name: str) -> dict[str, Any]:
     except ValueError as reason:
         raise UnavailableError(str(reason)) from reason
     wide = {n: t.detach().double().requires_grad_() for n, t in tensors.items() if n in "qkv"}
-    with reference():
-        exact, plain = run(wide | {"heads": tensors["heads"]}), run(tensors)
+    kernels.set_backend("reference")  # until the case ends
+    kernels.set_attention_backend("plain")
+    exact, plain = run(wide | {"heads": tensors["heads"]}), run(tensors)
     errors = [relative_error(a, e) for a, e in zip(ours, exact, strict=True)]
     base = [relative_error(a, e) for a, e in zip(plain, exact, strict=True)]
-    found = dict(
-        zip(("error", "lse_error", "gradient_error"), (*errors[:2], max(errors[2:])), strict=True)
-    )
+    found = {"error": errors[0], "lse_error": errors[1], "gradient_error": max(errors[2:])}
     return found | {"plain": base}
 
 
@@ -288,7 +292,7 @@ def stage_cuda(worker: Worker) -> None:
     """Compare the CUDA C++ kernels with Triton's."""
     if not worker.cuda:
         raise UnavailableError("needs CUDA")
-    with backend("cuda"):  # or the stage is skipped
+    with harness.backend("cuda"):  # or the stage is skipped
         pass
     for preset in sizes(worker)[:2]:
         for name in ("query_pool", "qk_norm_rope"):

@@ -3,22 +3,23 @@
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
-from harness import Context, Preset, UnavailableError, relative_error
+from harness import Preset, UnavailableError, relative_error
 from suites import block, wan
 
 import prfl_fast
 from prfl_fast import PRFL, FlowUniPC, RolloutConfig
+from prfl_fast.feedback import PRFLOutput
 from prfl_fast.memory import activation_checkpointing
 from prfl_fast.memory.checkpointing import offload_bytes
 from prfl_fast.planning import Workload
 from prfl_fast.training import add_lora
-from quick.measure import peak_gib, sync, timed
-from quick.operations import REAL, TINY, sizes
+from quick.measure import REAL, TINY, peak_gib, sizes, timed, wall
 from quick.worker import Worker
 
 # Most valuable first: a run that is cut short has these.
@@ -37,21 +38,16 @@ def no_diffusers() -> str:
     return ""
 
 
-def context_of(worker: Worker, preset: Preset) -> Context:
-    """Return the settings of the suites' models and inputs."""
-    return Context(worker.device, preset)
-
-
 def build(worker: Worker, preset: Preset, layers: int) -> Any:
     """Return diffusers' Wan with random weights in its mixed layout."""
     if no_diffusers():
         raise UnavailableError(f"needs diffusers: {no_diffusers()}")
-    return wan.build(preset, context_of(worker, preset), layers=layers)
+    return wan.build(preset, worker.context(preset), layers=layers)
 
 
 def block_and_inputs(worker: Worker, preset: Preset, way: str) -> tuple[Any, list[Any]]:
     """Return one block and tokens, text, modulation and the output's gradient."""
-    model, context = build(worker, preset, 1), context_of(worker, preset)
+    model, context = build(worker, preset, 1), worker.context(preset)
     if way == "prfl_fast":
         prfl_fast.patch(model)
     run = block.block_run(model, preset, context, way == "torch.compile")
@@ -130,28 +126,26 @@ def make_plan(worker: Worker) -> dict[str, Any]:
     return record | {"categories_gib": {k: v / 2**30 for k, v in found.categories.items()}}
 
 
-def step_inputs(worker: Worker) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return noise and conditions of the step stage."""
-    preset = step_size(worker.dry)[0]
-    context = context_of(worker, preset)
-    return wan.latents(preset, context), wan.conditions(preset, context)
-
-
 def make_reward(model: Any) -> prfl_fast.LatentRewardModel:
     """Return a frozen reward of the model's first block."""
     torch.manual_seed(0)
     return prfl_fast.LatentRewardModel.from_backbone(model, num_blocks=1).freeze()
 
 
-def make_step(model: Any, reward: Any, steps: int, rollout: RolloutConfig) -> PRFL:
-    """Return the PRFL step of the step stage."""
-    return PRFL(model, reward, FlowUniPC(), num_inference_steps=steps, rollout=rollout)
+def make_step(
+    worker: Worker, model: Any, reward: Any, rollout: RolloutConfig
+) -> Callable[[], PRFLOutput]:
+    """Return a function that runs the PRFL step of the step stage."""
+    preset, _, steps, at = step_size(worker.dry)
+    context = worker.context(preset)
+    noise, conditions = wan.latents(preset, context), wan.conditions(preset, context)
+    step = PRFL(model, reward, FlowUniPC(), num_inference_steps=steps, rollout=rollout)
+    return lambda: step(noise, conditions, indices=at)
 
 
 def run_step(worker: Worker, kept: dict[str, Any], way: str, fp8: bool) -> dict[str, Any]:
     """Run a PRFL step three times: loss, gradients, time, memory."""
-    preset, layers, steps, at = step_size(worker.dry)
-    noise, conditions = step_inputs(worker)
+    preset, layers, *_ = step_size(worker.dry)
     model = build(worker, preset, layers)
     reward = make_reward(model)
     if way == "prfl_fast":
@@ -159,17 +153,13 @@ def run_step(worker: Worker, kept: dict[str, Any], way: str, fp8: bool) -> dict[
         prfl_fast.patch(reward.backbone)
     eight_bits = dict.fromkeys(("fp8_linears", "fp8_attention"), (0.0, 1.0) if fp8 else None)
     rollout = RolloutConfig(cache=way == "prfl_fast", compile="off", **eight_bits)
-    step = make_step(model, reward, steps, rollout)
+    step = make_step(worker, model, reward, rollout)
     walls: list[float] = []
     found: list[Any] = []
 
     def whole() -> None:
         model.zero_grad(set_to_none=True)
-        sync()
-        begin = time.perf_counter()
-        found.append(step(noise, conditions, indices=at))
-        sync()
-        walls.append(1e3 * (time.perf_counter() - begin))
+        walls.append(1e3 * wall(lambda: found.append(step())))
 
     whole()
     peak = peak_gib(worker, whole)
@@ -190,7 +180,7 @@ def run_step(worker: Worker, kept: dict[str, Any], way: str, fp8: bool) -> dict[
 
 def predicted_peak(worker: Worker) -> dict[str, Any]:
     """Compare the planner's peak for LoRA training of this model with the allocator's."""
-    preset, layers, steps, at = step_size(worker.dry)
+    preset, layers, *_ = step_size(worker.dry)
     if not worker.cuda:
         raise UnavailableError("needs CUDA")
     model = build(worker, preset, layers)
@@ -210,11 +200,10 @@ def predicted_peak(worker: Worker) -> dict[str, Any]:
     prfl_fast.apply_memory(model, prfl_fast.MemoryConfig(**found["memory"]))
     prfl_fast.apply_memory(reward, prfl_fast.MemoryConfig(**found["reward_memory"]))
     add_lora(model, 16)
-    step = make_step(model, reward, steps, RolloutConfig(compile="off"))
-    noise, conditions = step_inputs(worker)
+    step = make_step(worker, model, reward, RolloutConfig(compile="off"))
     base = torch.cuda.memory_allocated() / 2**30
-    step(noise, conditions, indices=at)
-    peak = peak_gib(worker, lambda: step(noise, conditions, indices=at)) or 0.0
+    step()
+    peak = peak_gib(worker, step) or 0.0
     names = ("predicted_gib", "plan_s", "memory", "categories_gib")
     return {"peak_gib": base + peak} | {n: found[n] for n in names}
 
@@ -231,13 +220,13 @@ def stage_step(worker: Worker) -> None:
     worker.case("planner, LoRA", partial(predicted_peak, worker), need=20)
 
 
-def hidden_share(worker: Worker, host: int, wall: float, base: float | None) -> dict[str, Any]:
+def hidden_share(worker: Worker, host: int, ms: float, base: float | None) -> dict[str, Any]:
     """Return host bytes, and the share of their copies' time that the step does not show."""
     record: dict[str, Any] = {"host_gib": host / 2**30}
     link = worker.found("env", "pinned")
     if link and base and host:
         copies = host / link["to_host_gbs"] / 1e6 + host / link["to_device_gbs"] / 1e6
-        record |= {"copies_ms": copies, "hidden_share": 1 - (wall - base) / copies}
+        record |= {"copies_ms": copies, "hidden_share": 1 - (ms - base) / copies}
     return record
 
 
@@ -245,31 +234,28 @@ def stage_memory(worker: Worker) -> None:
     """Measure peak and time of checkpoint policies and offload."""
     preset, layers = (TINY, 2) if worker.dry else (REAL[0], 3)
     model = prfl_fast.patch(build(worker, preset, layers))
-    context = context_of(worker, preset)
+    context = worker.context(preset)
     inputs = {"hidden_states": wan.latents(preset, context, 3).to(context.dtype)}
     inputs |= wan.conditions(preset, context)
     inputs["timestep"] = torch.full((1,), 500.0, device=worker.device)
     walls: dict[tuple[str, str | None], float] = {}
 
-    def train() -> float:
-        begin = time.perf_counter()
+    def train() -> None:
         model.zero_grad(set_to_none=True)
         (out,) = model(**inputs, return_dict=False)
         out.float().square().mean().backward()
-        sync()
-        return 1e3 * (time.perf_counter() - begin)
 
     def run(policy: str, offload: str | None) -> dict[str, Any]:
         activation_checkpointing(model, policy, offload)
         try:
             train()
             peak = peak_gib(worker, train)
-            wall = min(train() for _ in range(1 if worker.dry else 3))
-            walls[policy, offload] = wall
-            record: dict[str, Any] = {"wall_ms": wall, "peak_gib": peak}
+            ms = 1e3 * min(wall(train) for _ in range(1 if worker.dry else 3))
+            walls[policy, offload] = ms
+            record: dict[str, Any] = {"wall_ms": ms, "peak_gib": peak}
             if offload:
                 host = offload_bytes(model)["host_peak"]
-                record |= hidden_share(worker, host, wall, walls.get((policy, None)))
+                record |= hidden_share(worker, host, ms, walls.get((policy, None)))
             return record
         finally:
             activation_checkpointing(model, "none")

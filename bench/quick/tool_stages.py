@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -17,12 +18,11 @@ from harness import Preset, UnavailableError
 from suites.kernel_checks import Case, as_tuple, gradients, results
 
 from quick import device_stages, model_stages
+from quick.device_stages import tool_path
 from quick.journal import Journal
-from quick.measure import sync
-from quick.operations import REAL, inputs, operations, sizes, smoke_cases
+from quick.measure import REAL, inputs, operations, sizes, smoke_cases, sync
 from quick.supervisor import SCRIPT, STAGES
-from quick.tools import run_tool, tool_path
-from quick.worker import Worker, tail
+from quick.worker import Late, Worker, tail
 
 SECTIONS = "SpeedOfLight MemoryWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats Occupancy"
 FIGURE = re.compile(
@@ -30,6 +30,27 @@ FIGURE = re.compile(
     r"|No Eligible|Registers Per Thread)\s+(\S+)\s+([\d.,]+)"
 )
 DEFAULT_PROFILE = ["bias_gelu backward, 14b-480p", "query_pool forward, 14b-480p"]
+
+
+def run_tool(
+    worker: Worker, file: str, command: list[str], **environment: str
+) -> tuple[dict[str, Any], str]:
+    """Run a profiler on this program and return a record and its text, even if it is stopped."""
+    begin, path = time.perf_counter(), worker.out / file
+    environment = os.environ | environment
+    with open(path, "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            status: Any = process.wait(max(1.0, worker.left() - 2))
+        except (subprocess.TimeoutExpired, Late):
+            process.terminate()
+            try:
+                process.wait(3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            status = "cut off by the stage's time"
+    text = path.read_text(errors="replace")
+    return {"seconds": time.perf_counter() - begin, "status": status}, text
 
 
 def stage_ncu(worker: Worker) -> None:
@@ -79,11 +100,8 @@ def stage_memcheck(worker: Worker) -> None:
     worker.case("every operation, tiny", run, need=10)
 
 
-_ELSEWHERE = vars(device_stages) | vars(model_stages)
-STAGE_FUNCTIONS: dict[str, Callable[[Worker], None]] = {
-    name: _ELSEWHERE[f"stage_{name}"] for name in STAGES if name not in ("ncu", "memcheck")
-}
-STAGE_FUNCTIONS |= {"ncu": stage_ncu, "memcheck": stage_memcheck}
+_DEFINED = vars(device_stages) | vars(model_stages) | globals()
+STAGE_FUNCTIONS = {name: _DEFINED[f"stage_{name}"] for name in STAGES}
 
 
 def attempt(name: str, run: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from harness import UnavailableError
+from harness import Context, Preset, UnavailableError
 
 from prfl_fast import kernels
 from quick.journal import Journal, number
@@ -26,11 +26,13 @@ class Worker:
 
     Attributes:
         end: end of the current stage, in seconds of time.time().
+        dtype: of activations, where a case does not choose.
     """
 
     def __init__(self, journal: Journal, ends: dict[str, float], device: str, dry: bool) -> None:
         self.journal, self.ends, self.dry, self.out = journal, ends, dry, journal.path.parent
         self.device, self.cuda = torch.device(device), device == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.done = {(r["stage"], r["case"]): r for r in journal.read() if r["kind"] != "begin"}
         self.stage, self.end = "", 0.0
         signal.signal(signal.SIGALRM, self._late)
@@ -38,6 +40,10 @@ class Worker:
     @staticmethod
     def _late(*_: Any) -> None:
         raise Late
+
+    def context(self, preset: Preset) -> Context:
+        """Return the settings of the suites' models and inputs."""
+        return Context(self.device, preset)
 
     def left(self) -> float:
         """Return the seconds to the stage's end."""

@@ -81,8 +81,8 @@ def _error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return max(harness.relative_error(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Return cases, notes and failed checks of the block."""
+def block_case(context: Context) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return record, notes and failed checks of the block."""
     runs, missing = _variants(context)
     notes = [f"{LABELS[name]}: not measured, {reason}." for name, reason in missing.items()]
     problems: list[str] = []
@@ -99,8 +99,8 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
 
     record = _record("block", context.preset) | {"kept_bytes": {}, "peak_bytes": {}}
     expected = None
-    for name, run in list(runs.items()):
-        bar.set_postfix_str(LABELS[name])
+    for name in context.each(runs, "block"):
+        run = runs[name]
         start = clock.perf_counter()
         try:
             # The reference has its parameters in another order: output and input gradient compare.
@@ -108,10 +108,8 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
         except Exception as error:
             if name == "prfl_fast":
                 raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            notes.append(f"{LABELS[name]}: not measured, {reason}.")
+            notes.append(f"{LABELS[name]}: not measured, {harness.first_line(error)}.")
             del runs[name]
-            bar.update()
             continue
         if name == "compiled":
             record["compile_s"] = clock.perf_counter() - start
@@ -130,7 +128,6 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
         # What compiled code allocates on a CPU does not pass through PyTorch's dispatcher.
         if context.device.type == "cuda" or name != "compiled":
             record["peak_bytes"][name] = harness.peak_bytes(partial(train, run), context.device)
-        bar.update()
     record["times"] = {}
     for part, function in (("forward, no gradient", infer), ("forward + backward", train)):
         thunks = {n: partial(function, run) for n, run in runs.items()}
@@ -139,11 +136,10 @@ def block_cases(context: Context, bar: Any) -> tuple[list[dict[str, Any]], list[
             thunks.pop("compiled", None)
         times = harness.time_side_by_side(thunks, context.device, seconds=0.8)
         record["times"][part] = {n: t.record() for n, t in times.items()}
-    bar.update()
-    return [record], notes, problems
+    return record, notes, problems
 
 
-def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
+def step_case(context: Context) -> tuple[dict[str, Any], list[str]]:
     """Measure one PRFL step of a model with few blocks; return its case and failed checks."""
     preset = replace(context.preset, layers=min(STEP_LAYERS, context.preset.layers))
     if context.device.type == "cpu" and preset.name == "tiny":
@@ -181,7 +177,6 @@ def step_case(context: Context, bar: Any) -> tuple[dict[str, Any], list[str]]:
     record["peak_bytes"] = {n: harness.peak_bytes(t, context.device) for n, t in thunks.items()}
     timings = harness.time_side_by_side(thunks, context.device, seconds=1.5, at_least=3)
     record["times"] = {"step": {n: t.record() for n, t in timings.items()}}
-    bar.update()
     return record, problems
 
 
@@ -212,36 +207,30 @@ def _rows(record: dict[str, Any], names: list[str], failed: bool) -> list[list[s
 def run(context: Context) -> SuiteResult:
     """Measure the block at the preset's size and one PRFL step of a model with few blocks."""
     context.refuse_large("takes minutes and tens of gigabytes")
-    with context.bar(len(context.baselines) + 3, "block") as bar:
-        cases, notes, problems = block_cases(context, bar)
-        step, step_problems = step_case(context, bar)
-        cases.append(step)
+    block, notes, problems = block_case(context)
+    step, step_problems = step_case(context)
     names = [*context.baselines, "prfl_fast"]
     columns = ["work", *(LABELS[n] for n in names)]
     columns += [f"over {LABELS[n]}" for n in names[:-1]]
     first = LABELS[names[0]]
     columns += [f"kept, {first}", "kept, prfl_fast", f"peak, {first}", "peak, prfl_fast"]
-    body = _rows(cases[0], names, bool(problems)) + _rows(step, names, bool(step_problems))
+    body = _rows(block, names, bool(problems)) + _rows(step, names, bool(step_problems))
     preset = context.preset
     notes = [
         f"Block: L = {preset.tokens}, D = {preset.dim}, {preset.text_tokens} text tokens; "
         f"step: L = {step['tokens']}, {step['solver_steps']} solver steps, gradient at step "
-        f"{step['index']}; "
-        f"{str(context.dtype).removeprefix('torch.')}. Measured in turns in one run.",
+        f"{step['index']}; {str(context.dtype).removeprefix('torch.')}. Measured in turns in one "
+        "run.",
         "kept: for the backward of one block, weights and input not counted; peak: most bytes "
-        "alive "
-        "of what the work allocates, gradients included.",
+        "alive of what the work allocates, gradients included.",
         *notes,
     ]
-    if "compile_s" in cases[0]:
-        notes.append(
-            f"Compiling the block took {report.seconds(cases[0]['compile_s'])}, not counted."
-        )
+    if "compile_s" in block:
+        notes.append(f"Compiling the block took {report.seconds(block['compile_s'])}, not counted.")
     table = Table("block", "Transformer block and PRFL step", columns, body, notes)
     kept, counted = kept_bytes.measure(context)
-    cases += counted
-    drawn = figures(cases, names, harness.device_name(context.device))
-    return SuiteResult([table, kept], cases, drawn, problems + step_problems)
+    drawn = figures(block, step, names, harness.device_name(context.device))
+    return SuiteResult([table, kept], [block, step, *counted], drawn, problems + step_problems)
 
 
 def _relative(parts: dict[str, dict[str, Any]], names: list[str], **text: Any) -> Any:
@@ -267,20 +256,22 @@ def _relative(parts: dict[str, dict[str, Any]], names: list[str], **text: Any) -
     return figure
 
 
-def figures(cases: list[dict[str, Any]], names: list[str], on: str) -> dict[str, Any]:
+def figures(
+    block: dict[str, Any], step: dict[str, Any], names: list[str], on: str
+) -> dict[str, Any]:
     """Draw times and peaks of the block and the step relative to the unpatched model."""
-    parts = {f"block, {part}": times for part, times in cases[0]["times"].items()}
-    step = f"PRFL step, {cases[1]['layers']} blocks"
-    parts[step] = cases[1]["times"]["step"]
+    parts = {f"block, {part}": times for part, times in block["times"].items()}
+    work = f"PRFL step, {step['layers']} blocks"
+    parts[work] = step["times"]["step"]
     times = {
         part: {n: (t["p20_s"], t["median_s"], t["p80_s"]) for n, t in each.items()}
         for part, each in parts.items()
     }
     peaks = {
         part: {n: (b, b, b) for n, b in case["peak_bytes"].items()}
-        for part, case in (("block, forward + backward", cases[0]), (step, cases[1]))
+        for part, case in (("block, forward + backward", block), (work, step))
     }
-    about = f"Wan block, L = {cases[0]['tokens']}, D = {cases[0]['dim']}, {on}"
+    about = f"Wan block, L = {block['tokens']}, D = {block['dim']}, {on}"
     first = LABELS[names[0]]
     title = f"prfl_fast takes {{}} times as long as {first}\n{about}"
     unit = f"time, {first} = 1 (bars: 20 … 80 %)"

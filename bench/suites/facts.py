@@ -4,7 +4,6 @@ Other suites compare their times with these. CUDA only.
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import harness
@@ -26,9 +25,7 @@ BACKENDS = {
 HOST_BYTES = 1 << 30
 
 
-def _time(
-    thunk: Callable[[], object], device: torch.device, seconds: float = 0.3
-) -> harness.Timing:
+def _time(thunk: harness.Thunk, device: torch.device, seconds: float = 0.3) -> harness.Timing:
     return harness.time_side_by_side({"it": thunk}, device, seconds=seconds)["it"]
 
 
@@ -36,14 +33,12 @@ def _case(name: str, timing: harness.Timing, **work: float) -> dict[str, Any]:
     return {"fact": name, "times": timing.record(), **work}
 
 
-def matmul(device: torch.device, side: int = MATMUL) -> Callable[[], object]:
+def matmul(device: torch.device, side: int = MATMUL) -> harness.Thunk:
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     return lambda: a @ b
 
 
-def matmul_fp8(
-    device: torch.device, side: int = MATMUL, fast: bool = False
-) -> Callable[[], object]:
+def matmul_fp8(device: torch.device, side: int = MATMUL, fast: bool = False) -> harness.Thunk:
     """Return an FP8 product with one scale per row of the first and column of the second matrix."""
     draws = (torch.randn(side, side, device=device) for _ in range(2))
     (a, scale_a), (b, scale_b) = (kernels.quantize_fp8(x) for x in draws)
@@ -51,7 +46,7 @@ def matmul_fp8(
     return lambda: torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), **options)
 
 
-def host_copies(device: torch.device, count: int = HOST_BYTES) -> dict[str, Callable[[], object]]:
+def host_copies(device: torch.device, count: int = HOST_BYTES) -> dict[str, harness.Thunk]:
     """Return copies of pinned host memory to the device and back."""
     host = torch.empty(count, dtype=torch.uint8).random_().pin_memory()
     there = torch.empty(count, dtype=torch.uint8, device=device)
@@ -89,7 +84,7 @@ def _attention_case(preset: Preset, name: str, device: torch.device) -> dict[str
         with sdpa_kernel(BACKENDS[name]):
             out = F.scaled_dot_product_attention(q, k, v)
             grad = torch.randn_like(out)
-            thunks: dict[str, Callable[[], object]] = {
+            thunks: dict[str, harness.Thunk] = {
                 "forward": lambda: F.scaled_dot_product_attention(q, k, v),
                 "backward": lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True),
             }
@@ -103,21 +98,13 @@ def _attention_case(preset: Preset, name: str, device: torch.device) -> dict[str
 
 
 def run(context: Context) -> SuiteResult:
-    """Measure the device.
-
-    Raises:
-        UnavailableError: not a CUDA device.
-    """
+    """Measure the device, which must be a CUDA device."""
     if context.device.type != "cuda":
         raise UnavailableError("the facts suite measures a GPU; run it on a machine with one")
-    with context.bar(1 + len(SHAPES) * len(BACKENDS), "facts") as bar:
-        simple = _simple(context.device)
-        bar.update()
-        attention = []
-        for preset, name in itertools.product(SHAPES, BACKENDS):
-            attention.append(_attention_case(preset, name, context.device))
-            torch.cuda.empty_cache()
-            bar.update()
+    simple, attention = _simple(context.device), []
+    for preset, name in context.each(itertools.product(SHAPES, BACKENDS), "facts"):
+        attention.append(_attention_case(preset, name, context.device))
+        torch.cuda.empty_cache()
     body = []
     for case in simple:
         if "skipped" in case:

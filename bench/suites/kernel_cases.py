@@ -40,10 +40,14 @@ def _make_norm(draw: Draw) -> Tensors:
     return {"x": draw.tokens(), "time": draw.randn(1, 2, draw.preset.dim), "table": table}
 
 
+def _layer_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    normed = F.layer_norm(x.to(scale.dtype), x.shape[-1:], eps=EPS)
+    return (normed * (1 + scale) + shift).type_as(x)
+
+
 def _naive_norm(t: Tensors, wide: torch.dtype) -> torch.Tensor:
     shift, scale = _modulation(t, wide, t.get("rows"))
-    x = t["x"]
-    return (F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale) + shift).type_as(x)
+    return _layer_norm(t["x"], scale, shift)
 
 
 def _norm(t: Tensors, **options: Any) -> Any:
@@ -68,9 +72,8 @@ def _make_gated(draw: Draw, rows: int = 1) -> Tensors:
 
 def _naive_residual(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     gate, shift, scale = _modulation(t, wide)
-    x = t["x"]
-    x = (x.to(wide) + t["y"] * gate).type_as(x)
-    return x, (F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale) + shift).type_as(x)
+    x = (t["x"].to(wide) + t["y"] * gate).type_as(t["x"])
+    return x, _layer_norm(x, scale, shift)
 
 
 def _residual(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,12 +101,10 @@ def _make_rope(draw: Draw) -> Tensors:
     parts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
 
     def per_token(table: torch.Tensor) -> torch.Tensor:
-        columns = []
-        for axis, (part, side) in enumerate(
-            zip(table.split(parts, 1), draw.preset.grid, strict=True)
-        ):
-            shape = [side if i == axis else 1 for i in range(3)]
-            columns.append(part[:side].view(*shape, -1).expand(*draw.preset.grid, -1))
+        columns, grid = [], draw.preset.grid
+        for axis, part in enumerate(table.split(parts, 1)):
+            shape = [side if i == axis else 1 for i, side in enumerate(grid)]
+            columns.append(part[: grid[axis]].view(*shape, -1).expand(*grid, -1))
         return torch.cat(columns, -1).reshape(1, draw.preset.tokens, 1, pairs)
 
     return {
@@ -125,9 +126,8 @@ def _naive_rope(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, ...]:
     outputs = []
     for name in ("q", "k"):
         x = t[name]
-        x = F.rms_norm(x, x.shape[-1:], t[f"{name}_weight"].to(x.dtype), EPS).unflatten(
-            2, (int(t["heads"]), -1)
-        )
+        x = F.rms_norm(x, x.shape[-1:], t[f"{name}_weight"].to(x.dtype), EPS)
+        x = x.unflatten(2, (int(t["heads"]), -1))
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = t["token_cos"].to(wide), t["token_sin"].to(wide)
         out = torch.empty_like(x)
@@ -187,9 +187,8 @@ def _naive_pool(t: Tensors, wide: torch.dtype) -> torch.Tensor:
 def _pool(t: Tensors) -> torch.Tensor:
     with torch.device("meta"):
         module = QueryAttentionPool(t["x"].shape[-1], POOL_HEADS)
-    return functional_call(module, {n: p for n, p in t.items() if n != "x"}, (t["x"],)).type_as(
-        t["x"]
-    )
+    parameters = {n: p for n, p in t.items() if n != "x"}
+    return functional_call(module, parameters, (t["x"],)).type_as(t["x"])
 
 
 _POOL_WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")

@@ -6,6 +6,7 @@ result at the timed size. On a GPU all Wan sizes are measured unless one is name
 shapes, with what the compiled kernels would use of each architecture (resources.py).
 """
 
+import contextlib
 import gc
 import statistics
 import time
@@ -41,8 +42,7 @@ def make_tensors(case: Case, preset: Preset, context: Context, offset: int = 0) 
 def verify(case: Case, context: Context) -> float:
     """Return the worst relative error of outputs and gradients against float64, on a small grid.
 
-    Raises:
-        AssertionError: if an error exceeds twice that of the naive formula plus rounding.
+    Assert that each is at most twice that of the naive formula, plus rounding.
     """
     preset = context.preset.with_grid(*map(min, context.preset.grid, (3, 6, 10)))
     tensors = make_tensors(case, preset, context)
@@ -58,12 +58,9 @@ def backends(case: Case, context: Context) -> list[str]:
     # Triton's interpreter is for tests, not for timing; the reference is there for the CPU.
     names = ("reference",) if context.device.type == "cpu" else ("triton", "cuda")
     for name in names:
-        try:
-            with harness.backend(name):
-                if registry.report(context.device, context.dtype)[case.op].backend == name:
-                    available.append(name)
-        except UnavailableError:
-            continue
+        with contextlib.suppress(UnavailableError), harness.backend(name):
+            if registry.report(context.device, context.dtype)[case.op].backend == name:
+                available.append(name)
     chosen = registry.report(context.device, context.dtype)[case.op].backend
     return sorted({*available, chosen}, key=lambda name: (name == chosen, name))
 
@@ -75,17 +72,15 @@ class Variant:
         self, case: Case, run: Callable[[Tensors], Any], sets: list[Tensors], context: Context
     ) -> None:
         self.case, self.run, self.sets, self.context = case, run, sets, context
-        start = time.perf_counter()
-        first: list[tuple[torch.Tensor, ...]] = []
-        parameters = [sets[0][n] for n in case.leaves if n not in case.reads and n not in case.kept]
+        start, first = time.perf_counter(), sets[0]
+        parameters = [first[n] for n in case.leaves if n not in (*case.reads, *case.kept)]
+        self.outputs: list[tuple[torch.Tensor, ...]] = []
         self.kept = harness.saved_bytes(
-            lambda: first.append(self._forward(sets[0])), exclude=parameters
+            lambda: self.outputs.append(self._forward(first)), exclude=parameters
         )
-        self.outputs = first
-        self.cotangents = (
-            kernel_checks.cotangents(first[0], context.seed + 1) if case.leaves else []
-        )
-        self.gradients = self._backward(first[0], sets[0])
+        (output,) = self.outputs
+        self.cotangents = kernel_checks.cotangents(output, context.seed + 1) if case.leaves else []
+        self.gradients = self._backward(output, first)
         harness.synchronize(context.device)
         self.first = time.perf_counter() - start
 
@@ -153,11 +148,7 @@ def _check_fits(case: Case, preset: Preset, context: Context) -> None:
 def _variants(
     case: Case, sets: list[Tensors], context: Context, record: dict[str, Any]
 ) -> dict[str, Variant]:
-    """Run every implementation once and compare ours with the naive one.
-
-    Raises:
-        AssertionError: if a result is off.
-    """
+    """Run every implementation once, and assert that ours agree with the naive one."""
     runs: dict[str, Callable[[Tensors], Any]] = {"naive": lambda t: case.naive(t, torch.float32)}
     if context.compile_ops:
         runs["compiled"] = _compiled(case)
@@ -169,15 +160,14 @@ def _variants(
         except Exception as error:
             if name != "compiled":
                 raise
-            record["compiled_error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            record["compiled_error"] = harness.first_line(error)
     limit = TOLERANCE[context.dtype] if case.tolerance is None else case.tolerance
     for name in (n for n in variants if n.startswith("prfl_fast")):
         pairs = zip(variants[name].results(), variants["naive"].results(), strict=True)
         for i, (value, want) in enumerate(pairs):
             off = harness.relative_error(value, want)
-            assert off <= limit, (
-                f"{name}, result {i}: {off:.1e} off the naive one at the timed size"
-            )
+            what = f"{off:.1e} off the naive one at the timed size"
+            assert off <= limit, f"{name}, result {i}: {what}"
     return variants
 
 
@@ -186,9 +176,7 @@ def measure(
 ) -> dict[str, Any]:
     """Check and time one case, and return a record of plain values.
 
-    Raises:
-        UnavailableError: if it does not fit this machine.
-        AssertionError: if a check failed; the message names it.
+    Raise ``UnavailableError`` if it does not fit this machine, ``AssertionError`` if it is wrong.
     """
     _check_fits(case, preset, context)
     record: dict[str, Any] = {"case": case.name, "op": case.op, "preset": preset.name}
@@ -296,25 +284,20 @@ def run(context: Context) -> SuiteResult:
         todo.append((replace(POOL, name=name, passes=("both",)), large))
     cases: list[dict[str, Any]] = []
     problems: list[str] = []
-    with context.bar(len(todo), "kernels") as bar:
-        for case, preset in todo:
-            bar.set_postfix_str(f"{preset.name} {case.name}")
-            record: dict[str, Any] = {"case": case.name, "preset": preset.name}
-            try:
-                record = measure(case, preset, replace(context, preset=preset), copy)
-            except UnavailableError as error:
-                record["skipped"] = str(error)
-            except KeyboardInterrupt:  # bench/gpu.sh's time limit: what was measured is kept
-                problems.append(f"interrupted in {preset.name} {case.name}")
-                break
-            except AssertionError as error:
-                problems.append(f"{case.name}: {error}")
-                record["failed"] = str(error)
-            except Exception as error:  # one operation's failure must not cost the others' numbers
-                record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                problems.append(f"{case.name}: {record['failed']}")
-            cases.append(record)
-            bar.update()
+    for case, preset in context.each(todo, "kernels", lambda t: f"{t[1].name} {t[0].name}"):
+        record: dict[str, Any] = {"case": case.name, "preset": preset.name}
+        try:
+            record = measure(case, preset, replace(context, preset=preset), copy)
+        except UnavailableError as error:
+            record["skipped"] = str(error)
+        except KeyboardInterrupt:  # bench/gpu.sh's time limit: what was measured is kept
+            problems.append(f"interrupted in {preset.name} {case.name}")
+            break
+        except Exception as error:  # one operation's failure must not cost the others' numbers
+            failed = isinstance(error, AssertionError)
+            record["failed"] = str(error) if failed else harness.first_line(error)
+            problems.append(f"{case.name}: {record['failed']}")
+        cases.append(record)
     tables, figures = [], {}
     on = harness.device_name(context.device)
     for preset in presets:

@@ -16,18 +16,17 @@ import harness
 import method_specs as plans
 import report
 import torch
-from experiments import variance
+from experiments import variance, world
 from harness import Context, Preset, SuiteResult, Table, Timing, UnavailableError
 from method_specs import METHODS, POINTS, SOLVER_STEPS, TINY, Method
 from torch import nn
 
 import prfl_fast
 from prfl_fast import LatentRewardModel
-from prfl_fast.training import sft_loss
+from prfl_fast.training import add_lora, sft_loss
 from suites import wan
 
-# parameters; a generator larger than this trains LoRA layers, as in bf16 its gradients alone are 28
-# GB
+# Parameters: a larger generator trains LoRA layers, as in bf16 its gradients alone are 28 GB.
 LORA_ABOVE = 3e9
 LORA_RANK = 16
 TOO_LONG_TO_REPEAT = 5.0  # seconds of a call on a GPU
@@ -60,11 +59,7 @@ class PixelClassifier(nn.Module):
 
 
 def chosen() -> tuple[Method, ...]:
-    """Return the methods to measure, by ``PRFL_FAST_BENCH_METHODS``.
-
-    Raises:
-        UnavailableError: a name that no method has.
-    """
+    """Return the methods to measure, by ``PRFL_FAST_BENCH_METHODS``."""
     names = [method.name for method in METHODS]
     for name in CHOSEN:
         if name not in names:
@@ -75,15 +70,10 @@ def chosen() -> tuple[Method, ...]:
 
 
 def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    """Return a decoder of latents and its description.
-
-    It is the small world's linear codec, or on a GPU the Wan VAE with random weights.
-    """
+    """Return the small world's codec, or on a GPU the Wan VAE, and its description."""
     if context.device.type == "cpu":
-        from experiments.world import decode
-
         what = "the linear codec of bench/experiments/world, which keeps nothing for its backward"
-        return decode, what
+        return world.decode, what
     from diffusers import AutoencoderKLWan
 
     with torch.device(context.device):
@@ -102,8 +92,6 @@ def _generator(preset: Preset, context: Context) -> tuple[nn.Module, str]:
         model.enable_gradient_checkpointing()
     if sum(p.numel() for p in model.parameters()) < LORA_ABOVE:
         return model, "all parameters train"
-    from prfl_fast.training.lora import add_lora
-
     add_lora(model, LORA_RANK)
     return model, f"LoRA of rank {LORA_RANK} on the attention projections trains"
 
@@ -162,15 +150,12 @@ def _measure(name: str, call: Callable[[], object], device: torch.device) -> dic
 
     points = next((m.points for m in METHODS if m.name == name), 1)
     record: dict[str, Any] = {"method": name, "points": points}
-    try:
+    with harness.recorded_skip(record):
         record["flops"] = harness.count_flops(call)
-        if device.type == "cuda":
-            record["peak_bytes"] = harness.peak_bytes(timed, device, empty_cache=False)
-        else:
-            record["peak_bytes"] = harness.peak_bytes(call, device)
-    except (UnavailableError, torch.OutOfMemoryError) as error:
+        run = timed if device.type == "cuda" else call
+        record["peak_bytes"] = harness.peak_bytes(run, device, empty_cache=False)
+    if "skipped" in record:
         record.pop("flops", None)
-        record["skipped"] = str(error) if isinstance(error, UnavailableError) else "out of memory"
     return record
 
 
@@ -178,19 +163,15 @@ def costs(preset: Preset, context: Context) -> tuple[list[dict[str, Any]], str]:
     """Return records of every method and of a supervised step, the last, and notes."""
     calls, notes = _calls(preset, context)
     cases = []
-    with context.bar(len(calls) + 1, "methods") as bar:
-        for name, call in calls.items():
-            bar.set_postfix_str(name)
-            cases.append(_measure(name, call, context.device))
-            gc.collect()
-            bar.update()
-        short = {
-            c["method"]: calls[c["method"]]
-            for c in cases
-            if "flops" in c and c.get("first_s", 0.0) < TOO_LONG_TO_REPEAT
-        }
-        timings = harness.time_side_by_side(short, context.device, seconds=0.3, at_least=2)
-        bar.update()
+    for name in context.each(calls, "methods"):
+        cases.append(_measure(name, calls[name], context.device))
+        gc.collect()
+    short = {
+        c["method"]: calls[c["method"]]
+        for c in cases
+        if "skipped" not in c and c.get("first_s", 0.0) < TOO_LONG_TO_REPEAT
+    }
+    timings = harness.time_side_by_side(short, context.device, seconds=0.3, at_least=2)
     for case in cases:
         if case["method"] in timings:
             case["times"] = timings[case["method"]].record()
@@ -205,17 +186,14 @@ def run(context: Context) -> SuiteResult:
     context.refuse_large()
     with plans.one_thread(context.device):
         cases, notes = costs(preset, context)
-    spread: dict[str, variance.Estimate | None] = {}
-    tables, figures, problems = [], {}, []
+    found, spread = SuiteResult([], []), {}
     if context.device.type == "cpu":  # the same on every machine
-        by_points, figure, spread, records, problems = variance.study(
-            context, [method.name for method in chosen() if method.trains]
-        )
-        tables, figures["variance.png"] = [by_points], figure
-    table, failed = _table(cases, notes, spread)
-    figures["methods.png"] = _figure(cases, preset, context)
-    every = cases if not tables else [*cases, *records]
-    return SuiteResult([table, *tables], every, figures, failed + problems)
+        trained = [method.name for method in chosen() if method.trains]
+        found, spread = variance.study(context, trained)
+    table, problems = _table(cases, notes, spread)
+    found.figures["methods.png"] = _figure(cases, preset, context)
+    tables, records = [table, *found.tables], [*cases, *found.cases]
+    return SuiteResult(tables, records, found.figures, problems + found.problems)
 
 
 def _per_point(case: dict[str, Any], sft: dict[str, Any] | None) -> tuple[float, float, float]:
@@ -298,8 +276,7 @@ def _table(
 def _steps(method: Method) -> str:
     shown = []
     for point in method.typical or ():
-        first = point if isinstance(point, int) else point.first
-        last = point if isinstance(point, int) else point.step
+        first, last = (point, point) if isinstance(point, int) else (point.first, point.step)
         shown.append(str(first) if first == last else f"{first} … {last}")
     return ", ".join(shown)
 

@@ -5,9 +5,9 @@ of a tiny model trained in the small world, whose velocities point somewhere. At
 bytes moved and caches are counted on fake tensors. Beside it, the work of a whole step by part.
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
 from typing import Any
 
 import harness
@@ -31,25 +31,18 @@ def drift_curve(
     return {step: relative_distance(latents[step], exact[step]) for step in steps}
 
 
-def drift_records(
-    trained: rollout_options.Subject, context: Context, bar: Any
-) -> list[dict[str, Any]]:
+def drift_records(trained: rollout_options.Subject, context: Context) -> list[dict[str, Any]]:
     """Return each option's drift from its exact form, and the error of PRFL's gradient."""
-    known: dict[str, dict[int, torch.Tensor]] = {}
-    gradients: dict[str, torch.Tensor] = {}
-    records = []
-    for name, option in rollout_options.options(context).items():
-        bar.set_postfix_str(name)
-        if option.against not in known:
-            known[option.against] = trained.latents(option.against)
-            gradients[option.against] = trained.gradient(option.against)
-        mine = known[name] if name in known else trained.latents(name)
-        curve = drift_curve(mine, known[option.against])
-        record = {"case": "drift", "option": name, "against": option.against, "by_step": curve}
-        if name != option.against:
-            record["gradient"] = compared(trained.gradient(name), gradients[option.against])
+    # What others are compared with runs once.
+    latents, gradient = functools.cache(trained.latents), functools.cache(trained.gradient)
+    records, options = [], rollout_options.options(context)
+    for name in context.each(options, "drift"):
+        against = options[name].against
+        curve = drift_curve(latents(name), latents(against))
+        record = {"case": "drift", "option": name, "against": against, "by_step": curve}
+        if name != against:
+            record["gradient"] = compared(gradient(name), gradient(against))
         records.append(record)
-        bar.update()
     return records
 
 
@@ -60,9 +53,7 @@ def compared(gradient: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     return {"relative_l2": harness.relative_error(a, b), "cosine": cosine}
 
 
-def cost_records(
-    timed: rollout_options.Subject, context: Context, bar: Any
-) -> list[dict[str, Any]]:
+def cost_records(timed: rollout_options.Subject, context: Context) -> list[dict[str, Any]]:
     """Return FLOPs, peak bytes and seconds of a whole rollout with each option.
 
     Emulated options on a CPU have FLOPs only; options that depend on σ have no seconds on a GPU.
@@ -70,9 +61,10 @@ def cost_records(
     on_cpu = context.device.type == "cpu"
     records: dict[str, dict[str, Any]] = {}
     thunks: dict[str, Callable[[], object]] = {}
-    for name, option in rollout_options.options(context).items():
-        bar.set_postfix_str(name)
-        run = partial(timed.run, name)
+    options = rollout_options.options(context)
+    for name in context.each(options, "rollouts"):
+        option = options[name]
+        run = functools.partial(timed.run, name)
         record: dict[str, Any] = {"case": "rollout", "option": name}
         try:
             run()  # compiles, and has the engine's check
@@ -87,10 +79,8 @@ def cost_records(
         if name in timed.engines:
             record["notes"] = list(timed.engines[name].notes)
         records[name] = record
-        bar.update()
     seconds = 0.8 if on_cpu else 2.0
     timings = harness.time_side_by_side(thunks, context.device, seconds=seconds, at_least=3)
-    bar.update()
     for name, timing in timings.items():
         records[name]["times"] = timing.record()
     return list(records.values())
@@ -180,10 +170,9 @@ def run(context: Context) -> SuiteResult:
         tables = [rollout_counts.table(counted), split.table(splits)]
         figures["split.png"] = split.flops_figure(splits)
     trained = rollout_options.trained_subject(context)
-    with context.bar(2 * len(rollout_options.options(context)) + 1, "rollout") as bar:
-        drifts = drift_records(trained, context, bar)
-        with one_thread(context.device):
-            costs = cost_records(rollout_options.subject(context), context, bar)
+    drifts = drift_records(trained, context)
+    with one_thread(context.device):
+        costs = cost_records(rollout_options.subject(context), context)
     preset, num_inference_steps = rollout_options.timed_size(context)
     about = (
         f"Costs: {preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, random weights, "

@@ -163,6 +163,10 @@ def count(preset: Preset) -> list[dict[str, Any]]:
     return records
 
 
+def sum_of(parts: dict[str, float], *without: str) -> float:
+    return sum(value for part, value in parts.items() if part not in without)
+
+
 def table(records: list[dict[str, Any]]) -> Table:
     """Return the table of FLOPs by part, their sums over the reference's, and moved bytes."""
     body = []
@@ -174,10 +178,7 @@ def table(records: list[dict[str, Any]]) -> Table:
             line = [size if first else "", r["way"], report.number(r["rollout_forwards"], 1)]
             line += [report.flops(r["flops"][part] or None) for part in PARTS]
             for without in ((), ("SFT",)):
-                mine, theirs = (
-                    sum(v for part, v in record["flops"].items() if part not in without)
-                    for record in (r, base)
-                )
+                mine, theirs = (sum_of(record["flops"], *without) for record in (r, base))
                 line.append(report.ratio(mine / theirs))
             line.append(report.size(sum(r["moved_bytes"].values())))
             body.append(line)
@@ -201,13 +202,15 @@ def figure(
     rows: dict[str, dict[str, dict[str, float]]], *, unit: str, scale: float, title: str
 ) -> Any:
     """Draw stacked bars: panel → way → part → value."""
+    shown = [part for part in PARTS if any(w.get(part) for p in rows.values() for w in p.values())]
     made, panels = report.new_figure(11, 1.2 + 0.9 * len(rows), nrows=len(rows), squeeze=False)
     for axes, (panel, ways) in zip(panels[:, 0], rows.items(), strict=True):
         for i, values in enumerate(ways.values()):
             left = 0.0
-            for part, color in COLORS.items():
+            for part in shown:
                 width = values.get(part, 0.0) / scale
-                axes.barh(i, width, left=left, color=color, label=part if i == 0 else None)
+                label = part if i == 0 and axes is panels[0, 0] else None
+                axes.barh(i, width, left=left, color=COLORS[part], label=label)
                 left += width
             axes.annotate(
                 f"{left:.3g}", (left, i), xytext=(4, 0), textcoords="offset points", va="center",
@@ -217,10 +220,7 @@ def figure(
         axes.invert_yaxis()
         axes.margins(x=0.08)
         report.label_axes(axes, title=panel, grid="x", x=unit if axes is panels[-1, 0] else "")
-    shown = [part for part in PARTS if any(w.get(part) for p in rows.values() for w in p.values())]
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    kept = [(h, lab) for h, lab in zip(handles, labels, strict=True) if lab in shown]
-    made.legend(*zip(*kept, strict=True), fontsize=8, loc="outside lower right", ncols=len(kept))
+    made.legend(fontsize=8, loc="outside lower right", ncols=len(shown))
     made.suptitle(title, fontsize=11, x=0.01, ha="left")
     return made
 

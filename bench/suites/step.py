@@ -6,17 +6,17 @@ is timed is one call, an SFT step and two optimizer updates.
 
 import contextlib
 import copy
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import harness
 import report
 import torch
 from experiments.rollout_options import EVERYWHERE, FEW_LAYERS, NO_ENGINE, WHOLE_UP_TO, precise
-from harness import Context, Preset, SuiteResult, Table, UnavailableError
+from harness import Context, Preset, SuiteResult, Table
 from method_specs import MANY, ONE, POINTS, SOLVER_STEPS, TINY, one_thread
 from torch import nn
 
@@ -144,11 +144,7 @@ class Models:
 
 
 def _models(name: str, base: nn.Module, blocks: int, preset: Preset, context: Context) -> Models:
-    """Return the models of a way with the weights of ``base``.
-
-    Raises:
-        UnavailableError: the reference's, if something it needs is missing.
-    """
+    """Return the models of a way with the weights of ``base``."""
     torch.manual_seed(context.seed)  # the same head for every way
     own = LatentRewardModel.from_backbone(base, num_blocks=blocks)
     if name == "reference":
@@ -219,10 +215,8 @@ def compare_rewards(records: list[dict[str, Any]], context: Context) -> list[str
     """Add to each record the distance of its reward, and with 1 point of its latents, from eager's.
 
     The latents are removed from the records. Rewards of random weights hardly depend on the
-    latents: they show a wrong reward model, the latents a wrong trajectory.
-
-    Returns:
-        One line for each way beyond the tolerance; inexact rollouts are not held to it.
+    latents: they show a wrong reward model, the latents a wrong trajectory. Return one line for
+    each way beyond the tolerance; inexact rollouts are not held to it.
     """
     shared = str(ONE[0])
     latents = {r["way"]: r.pop("latents", None) for r in records}
@@ -262,24 +256,20 @@ def run(context: Context) -> SuiteResult:
     blocks = min(blocks, max(1, preset.layers // 3))
     base = wan.build(preset, context).cpu()
     records, notes = [], []
-    with context.bar(len(ways(context)), "steps") as bar:
-        for name, group in itertools.groupby(ways(context), key=lambda way: way.model):
-            models = None  # those of the last way are freed before the next are made
-            for way in group:
-                bar.set_postfix_str(way.name)
-                record = way.record()
-                try:
-                    if models is None:
-                        models = _models(name, base.to(context.device), blocks, preset, context)
-                        base.cpu()
-                    with one_thread(context.device):
-                        record = measure_way(way, models, preset, context)
-                except (UnavailableError, torch.OutOfMemoryError) as error:
-                    full = isinstance(error, torch.OutOfMemoryError)
-                    record["skipped"] = "out of memory" if full else str(error)
-                    models = None
-                records.append(record)
-                bar.update()
+    made, models = "", None
+    for way in context.each(ways(context), "steps", attrgetter("name")):
+        record = way.record()
+        with harness.recorded_skip(record):
+            if models is None or way.model != made:
+                models = None  # those of the last way are freed before the next are made
+                models = _models(way.model, base.to(context.device), blocks, preset, context)
+                made = way.model
+                base.cpu()
+            with one_thread(context.device):
+                record |= measure_way(way, models, preset, context)
+        if "skipped" in record:
+            models = None
+        records.append(record)
     notes.append(
         f"{preset.layers} blocks of {context.preset.layers}, D = {preset.dim}, L = "
         f"{preset.tokens}, reward of {blocks}; random weights, all parameters train. Seconds per "
@@ -298,10 +288,6 @@ def run(context: Context) -> SuiteResult:
     return SuiteResult([table], records, {"step.png": figure}, problems)
 
 
-def _total(record: dict[str, Any], *without: str) -> float:
-    return sum(v for part, v in record["seconds_per_point"].items() if part not in without)
-
-
 def _table(records: list[dict[str, Any]], notes: list[str], context: Context) -> Table:
     measured = {r["way"]: r for r in records if "skipped" not in r}
     bases = [name for name in ("reference", "eager", "compiled") if name in measured]
@@ -314,14 +300,16 @@ def _table(records: list[dict[str, Any]], notes: list[str], context: Context) ->
         if "skipped" in r:
             body.append([r["way"], r["skipped"], *[report.BLANK] * (len(columns) - 2)])
             continue
-        line = [r["way"], *(report.seconds(r["seconds_per_point"][part]) for part in split.PARTS)]
-        line += [report.seconds(_total(r)), report.seconds(_total(r, "SFT"))]
+        seconds = r["seconds_per_point"]
+        line = [r["way"], *(report.seconds(seconds[part]) for part in split.PARTS)]
+        line += [report.seconds(split.sum_of(seconds, *without)) for without in ((), ("SFT",))]
         line.append(report.size(r["peak_bytes"]))
         for off in (r.get("reward_off"), r.get("latents_off")):
             line.append(report.BLANK if off is None else f"{off:.1e}")
         for name in bases:
             for without in ((), ("SFT",)):
-                line.append(report.ratio(_total(measured[name], *without) / _total(r, *without)))
+                theirs = split.sum_of(measured[name]["seconds_per_point"], *without)
+                line.append(report.ratio(theirs / split.sum_of(seconds, *without)))
         body.append(line)
     target = TARGETS.get(context.preset.name)
     if target is not None:

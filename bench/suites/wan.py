@@ -28,25 +28,22 @@ def build(
     """Return diffusers' ``WanTransformer3DModel``, text to video, in its own mixed layout.
 
     Weights are made on the context's device in its dtype unless others are given; norms, modulation
-    tables and the time embedder stay in float32.
-
-    Raises:
-        UnavailableError: diffusers is not installed.
+    tables and the time embedder stay in float32. Raise ``UnavailableError`` without diffusers.
     """
     try:
         from diffusers import WanTransformer3DModel
     except ImportError as error:
         raise UnavailableError("needs diffusers: pip install 'prfl_fast[bench]'") from error
     torch.manual_seed(context.seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or context.dtype)
+    size = preset if layers is None else replace(preset, layers=layers)
+    dtype, before = dtype or context.dtype, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device or context.device):
-            size = preset if layers is None else replace(preset, layers=layers)
             model = WanTransformer3DModel(**size.config)
     finally:
         torch.set_default_dtype(before)
-    return mixed(model, dtype or context.dtype)
+    return mixed(model, dtype)
 
 
 def mixed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -67,19 +64,15 @@ def conditions(preset: Preset, context: Context) -> dict[str, torch.Tensor]:
 
 def latents(preset: Preset, context: Context, offset: int = 2) -> torch.Tensor:
     """Draw latents ``[1, 16, F, H, W]``, float32."""
-    return torch.randn(
-        (1, 16, *preset.latent), generator=context.generator(offset), device=context.device
-    )
+    shape, generator = (1, 16, *preset.latent), context.generator(offset)
+    return torch.randn(shape, generator=generator, device=context.device)
 
 
 def _reference(context: Context) -> types.ModuleType:
-    """Import ``diffusers_lite.wan.modules.model`` of the reference's checkout.
+    """Import the reference's ``model``; raise ``UnavailableError`` if something is missing for it.
 
     The ``__init__`` files of its packages do not run: they import all of its data and sampling
     code, which a block does not need.
-
-    Raises:
-        UnavailableError: something it needs is missing.
     """
     assert context.reference is not None
     name = ""
@@ -150,13 +143,8 @@ def reference_models(
     """Return the reference's generator, its velocity, its reward's blocks and the reward.
 
     As its trainer runs them: bfloat16 autocast, every block checkpointed, the reward's blocks with
-    weight gradients, pooling by projections of all tokens.
-
-    Args:
-        model: a diffusers Wan. reward: a latent reward model made from it.
-
-    Raises:
-        UnavailableError: something it needs (flash_attn, diffusers) is missing.
+    weight gradients, pooling by projections of all tokens. ``model`` is a diffusers Wan and
+    ``reward`` a latent reward model made from it.
     """
     source = _reference(context)
     depth = len(reward.backbone.blocks)
@@ -182,28 +170,19 @@ def reference_models(
     return generator, velocity, backbone, score
 
 
-def reference_block(
-    model: nn.Module, preset: Preset, context: Context
-) -> Callable[..., torch.Tensor]:
+def reference_block(model: nn.Module, preset: Preset, context: Context) -> Callable[..., Any]:
     """Return the reference's ``WanAttentionBlock`` with the weights of the model's first block.
 
-    Returns:
-        ``(x, text, time [1, 6, D]) -> x``, run as its trainer does, under bfloat16 autocast; and as
-        an attribute ``parameters`` the block's parameters.
-
-    Raises:
-        UnavailableError: something it needs (flash_attn, diffusers) is missing, or its block is not
-            as expected.
+    It maps ``x, text, time [1, 6, D]`` to x as its trainer does, under bfloat16 autocast, and has
+    the block's parameters as an attribute.
     """
     source = _reference(context)
     block = source.WanAttentionBlock(
         "t2v_cross_attn", preset.dim, preset.ffn_dim, preset.heads, cross_attn_norm=True, eps=1e-6
     ).to(context.device)
     state = {f"blocks.0.{n}": v for n, v in model.blocks[0].state_dict().items()}
-    state = {
-        n.removeprefix("blocks.0."): v for n, v in find_adapter(model).to_reference(state).items()
-    }
-    block.load_state_dict(state)
+    state = find_adapter(model).to_reference(state)
+    block.load_state_dict({n.removeprefix("blocks.0."): v for n, v in state.items()})
     # FSDP's mixed precision hands every weight to the block in bfloat16.
     block.to(context.dtype)
     size = preset.dim // preset.heads

@@ -3,8 +3,6 @@
 Only the intended scene is described; a defect in how the clip plays it out is never mentioned.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

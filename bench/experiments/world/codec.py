@@ -15,8 +15,6 @@ the world's clips. The basis is orthonormal, so decode(encode(x)) is the orthogo
 on the retained subspace, and encode(decode(z)) = z. Both maps are affine and differentiable.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 

@@ -17,8 +17,6 @@ The scales were set on clean and defective clips of the world after the codec, n
 generator's samples.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -196,14 +194,3 @@ def _farthest(flat: Tensor, points: Tensor, origin: Tensor) -> Tensor:
     """Return the foreground pixel [M, 2] farthest from each origin [M, 2]."""
     distance = (points[None] - origin[:, None]).norm(dim=-1) * (flat > 0.5)
     return points[distance.argmax(1)]
-
-
-def roc_auc(positive: Tensor, negative: Tensor) -> float:
-    """Return the probability that a value of `positive` exceeds one of `negative`; ties: half."""
-    if not positive.numel() or not negative.numel():
-        raise ValueError(
-            f"positive has {positive.numel()} values and negative {negative.numel()}; "
-            "expected at least one each"
-        )
-    order = positive.flatten()[:, None] - negative.flatten()[None]
-    return ((order > 0).double() + 0.5 * (order == 0).double()).mean().item()

@@ -17,8 +17,6 @@ deform   every body swells, shrinks and stretches periodically
 ======== ========================================================================================
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -145,11 +143,9 @@ def _play(
 def _draw_defects(n: int, defect: str | None, rate: float, gen: torch.Generator) -> list[str]:
     bad = torch.rand(n, generator=gen) < rate
     kind = torch.randint(len(DEFECTS), (n,), generator=gen)
-    if defect == "random":
-        return [
-            DEFECTS[k] if b else "none" for k, b in zip(kind.tolist(), bad.tolist(), strict=True)
-        ]
-    return [defect or "none"] * n
+    if defect != "random":
+        return [defect or "none"] * n
+    return [DEFECTS[k] if b else "none" for k, b in zip(kind.tolist(), bad.tolist(), strict=True)]
 
 
 def _start(radius: Tensor, count: Tensor, aspect: float, uniform) -> tuple[Tensor, Tensor]:
@@ -258,8 +254,8 @@ def _render(
 
 
 def _check(num_videos, defect, seed, frames, height, width, bodies, defect_rate) -> None:
-    def integer(value, least: int) -> bool:
-        return isinstance(value, int) and value >= least
+    def integer(value, least: int, modulus: int = 1, rest: int = 0) -> bool:
+        return isinstance(value, int) and value >= least and value % modulus == rest
 
     names = (None, "random", *DEFECTS)
     pixels = "a positive multiple of 16 (pixels)"
@@ -268,14 +264,9 @@ def _check(num_videos, defect, seed, frames, height, width, bodies, defect_rate)
         ("num_videos", num_videos, integer(num_videos, 1), "an integer of at least 1"),
         ("defect", defect, defect in names, f"None, 'random' or one of {', '.join(DEFECTS)}"),
         ("seed", seed, integer(seed, 0), "a non-negative integer"),
-        (
-            "frames",
-            frames,
-            integer(frames, 9) and frames % 4 == 1,
-            "4k + 1 with k >= 2, for example 17",
-        ),
-        ("height", height, integer(height, 16) and height % 16 == 0, pixels),
-        ("width", width, integer(width, 16) and width % 16 == 0, pixels),
+        ("frames", frames, integer(frames, 9, 4, 1), "4k + 1 with k >= 2, for example 17"),
+        ("height", height, integer(height, 16, 16), pixels),
+        ("width", width, integer(width, 16, 16), pixels),
         ("bodies", bodies, pair, f"(smallest, largest) within 1..{MAX_BODIES}"),
         ("defect_rate", defect_rate, 0 <= defect_rate <= 1, "a probability within 0..1"),
     ):
