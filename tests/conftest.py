@@ -3,6 +3,7 @@ reasons in words.
 """
 
 import os
+import random
 import sys
 from collections import Counter, defaultdict
 
@@ -20,24 +21,32 @@ if not HAS_GPU:
     # imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tiers import sample  # noqa: E402
 
 import prfl_fast.kernels as kernels  # noqa: E402
 from prfl_fast.kernels.runtime.registry import get_backend  # noqa: E402
 from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
 
-INTERPRETED = 6  # cases of a test that the default tier runs in Triton's slow interpreter
+INTERPRETED = 4  # cases of a test that the default tier runs in Triton's slow interpreter
+
+
+def leave_cases_to_the_slow_tier(items):
+    """Mark cases slow beyond the number of ``cases(n)``, or of those in Triton's interpreter."""
+    tests = defaultdict(list)
+    for item in items:
+        mark = item.get_closest_marker("cases")
+        interpreted = not HAS_GPU and item.get_closest_marker("triton")
+        if mark or interpreted:
+            number = mark.args[0] if mark else INTERPRETED
+            tests[item.nodeid.partition("[")[0], number].append(item)
+    for (name, number), cases in tests.items():
+        # The same ones in every process of a run.
+        for item in random.Random(name).sample(cases, max(0, len(cases) - number)):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    interpreted = defaultdict(list)
-    for item in items:
-        if not HAS_GPU and item.get_closest_marker("triton"):
-            interpreted[item.nodeid.partition("[")[0]].append(item)
-    for name, cases in interpreted.items():
-        for item in sample(name, cases, max(0, len(cases) - INTERPRETED)):
-            item.add_marker(pytest.mark.slow)
+    leave_cases_to_the_slow_tier(items)
     for item in items:
         if HAS_GPU and {"triton", "gpu_smoke"} & set(item.keywords):
             item.add_marker(pytest.mark.gpu)  # there the kernels run compiled: -m gpu takes them

@@ -109,6 +109,7 @@ def test_methods_run_end_to_end(inline, tiny, monkeypatch, tmp_path):
     assert suite["figures"] == ["methods.png", "variance.png"]
 
 
+@pytest.mark.slow
 def test_a_step_is_split_into_its_parts(tiny):
     found = step.run(make_context(baselines=("eager", "compiled")))
     table, records = found.tables[0], found.cases

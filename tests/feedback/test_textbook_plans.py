@@ -137,6 +137,7 @@ def test_the_textbooks_samplers_are_diffusers(name, start):
         torch.testing.assert_close(ours, theirs.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.cases(15)
 @pytest.mark.parametrize(
     "method,name,kind",
     [

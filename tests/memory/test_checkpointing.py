@@ -73,6 +73,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @PATCHED
 @pytest.mark.parametrize("case", wan.CASES)
@@ -155,6 +156,7 @@ def test_model_compiled_whole(setting):
             torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case,per_block", [("t2v", 2), ("i2v", 3)])
 @PATCHED
 def test_attention_recompute_runs_no_attention(case, per_block, patched):
@@ -250,6 +252,7 @@ def test_bad_arguments(arguments, message):
         activation_checkpointing(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.cases(2)
 @EACH_SETTING
 def test_several_graphs_alive(setting):
     """Two losses, backward in either order, and one backward through both."""

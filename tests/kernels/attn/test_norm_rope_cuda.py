@@ -101,6 +101,7 @@ def rope(case, dtype, **changes):
     return Rope(*options.pop("args"), dtype, **options)
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("case", ROPE)
 def test_rope(device, case, dtype):

@@ -40,6 +40,7 @@ POOL = {
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("case", POOL)
 def test_pool(device, case, dtype):
     shape, capability, multiprocessors, launch = POOL[case]
@@ -65,6 +66,7 @@ POOL_BACKWARD = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("case", POOL_BACKWARD)
 def test_pool_backward(device, case, dtype):
     shape, capability, multiprocessors, launch = POOL_BACKWARD[case]
