@@ -26,7 +26,7 @@ import prfl_fast.kernels as kernels  # noqa: E402
 from prfl_fast.kernels.runtime.registry import get_backend  # noqa: E402
 from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
 
-INTERPRETED = 4  # cases of a test that the default tier runs in Triton's slow interpreter
+INTERPRETED = 3  # cases of a test that the default tier runs in Triton's slow interpreter
 
 
 def leave_cases_to_the_slow_tier(items):

@@ -25,6 +25,8 @@ from op_checks import (
 )
 from torch.utils._pytree import tree_map_only
 
+from prfl_fast.kernels.runtime.triton import INTERPRETING
+
 
 class DescribedOperation:
     """One operation, the tests of its refusals and of tensors past 32-bit offsets.
@@ -149,9 +151,10 @@ class OperationTests(DescribedOperation):
             torch.testing.assert_close(out_grads, exact_grads, rtol=1e-12, atol=1e-12)
 
     def test_same_bits_twice_and_for_gradients_of_any_strides(self, backend):
-        for tensors, fixed in self.layouts(BF16):
+        for i, (tensors, fixed) in enumerate(self.layouts(BF16)):
             check_deterministic(bind(self.function, fixed), tensors)
-            check_expanded_gradient(bind(self.function, fixed), tensors)
+            if i == 0 or not (INTERPRETING and backend == "triton"):  # the interpreter is slow
+                check_expanded_gradient(bind(self.function, fixed), tensors)
 
     def test_inputs_and_gradients_stay_and_outputs_are_new(self, backend):
         for tensors, fixed in self.examples(FP32):

@@ -127,6 +127,7 @@ def test_a_partial_trajectory_keeps_nothing_of_the_steps_before():
     assert max(growth(calls_of(build(layers=1, offload=None), GradientPlan.draft(3)))) <= NUMBERS
 
 
+@pytest.mark.slow
 def test_the_count_sees_a_trajectory_of_plain_autograd():
     """And one that is checkpointed by step but keeps the latents and the velocity."""
     model = build(layers=1, offload=None)
@@ -326,6 +327,7 @@ def test_flops_per_gradient_point_of_five_are_less_than_half_of_one():
     assert five <= one / 2
 
 
+@pytest.mark.slow
 def test_gradient_variance_per_flop_of_five_points_is_below_one_points():
     """Of all draws of a short schedule and of a small set of noises.
 

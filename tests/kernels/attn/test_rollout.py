@@ -15,6 +15,7 @@ from dtypes import BF16, FP16, FP32, FP64
 from op_checks import RecordedCalls
 from op_tests import NoGradientTests
 from properties import property_test, st
+from tiers import slow_except
 from torch.utils.flop_counter import FlopCounterMode
 
 import prfl_fast.kernels as kernels
@@ -399,7 +400,8 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.aot
-def test_the_products_are_8_bit_instructions():
+@pytest.mark.parametrize("capability", slow_except((80, 89, 90, 100, 120), (90,)))
+def test_the_products_are_8_bit_instructions(capability):
     script = """
         import json, sys
         import aot
@@ -411,8 +413,9 @@ def test_the_products_are_8_bit_instructions():
             found[f"{capability} {variant}"] = aot.compile_case(case, capability).asm["ptx"]
         print(json.dumps(found))
     """
-    texts = compile_in_process(script, json.dumps(list(INSTRUCTIONS)))
-    for (capability, variant), patterns in INSTRUCTIONS.items():
+    chosen = {key: patterns for key, patterns in INSTRUCTIONS.items() if key[0] == capability}
+    texts = compile_in_process(script, json.dumps(list(chosen)))
+    for (_, variant), patterns in chosen.items():
         text = texts[f"{capability} {variant}"]
         products = set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S+", text))
         for pattern in patterns:
