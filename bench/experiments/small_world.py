@@ -65,7 +65,7 @@ class ArmSettings(Settings):
 
 def build(heads: int = 4, channels: int = 24) -> nn.Module:
     """Return the tiny generator: 4 blocks of D = 96 on 5×4×4 latents, 20 tokens."""
-    return need("diffusers", "bench").WanTransformer3DModel(
+    model = need("diffusers", "bench").WanTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=channels,
         ffn_dim=256,
@@ -74,6 +74,8 @@ def build(heads: int = 4, channels: int = 24) -> nn.Module:
         freq_dim=64,
         rope_max_seq_len=32,
     )
+    model.text_tokens = None  # the world's captions have one length, and no padding
+    return model
 
 
 class PixelClassifier(nn.Module):

@@ -44,6 +44,7 @@ def build(
         with torch.device(device or context.device):
             size = preset if layers is None else replace(preset, layers=layers)
             model = WanTransformer3DModel(**size.config)
+            model.text_tokens = size.text_tokens
     finally:
         torch.set_default_dtype(before)
     return mixed(model, dtype or context.dtype)

@@ -100,6 +100,10 @@ class TrainRewardFile(Section):
     )
     label: Text = key("motion_quality", "Label of the dataset to learn.")
     shift: Positive = key(5.0, "Timestep shift of the noise schedule.")
+    integer_timesteps: bool = key(
+        True,
+        "Call the model at 1000 sigma rounded down; evaluate at the nearest level of the schedule.",
+    )
     optimizer: sections.RewardOptimizerSection = key(sections.RewardOptimizerSection(), "AdamW.")
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
     memory: sections.TrainedRewardMemorySection = key(

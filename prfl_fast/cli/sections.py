@@ -27,6 +27,7 @@ from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
 from prfl_fast.rewards.functions import EnsembleMode
 from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.schedulers import Schedule
 from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.utils.checks import check
 
@@ -146,6 +147,14 @@ class FeedbackSection(Section):
         None, "Decay of a frame's weight with its distance from the center (instructvideo)."
     )
     solver: Literal["unipc", "euler"] = key("unipc", "ODE solver.")
+    schedule: Schedule = key(
+        "wan",
+        "Noise levels of the unipc solver: those of official Wan and HY-Video-PRFL, or of newer "
+        "diffusers.",
+    )
+    integer_timesteps: bool = key(
+        True, "Call the models at 1000 sigma rounded down, in supervised steps too."
+    )
     shift: Positive = key(5.0, "Timestep shift of the noise schedule, of supervised steps too.")
     target: Number | None = key(
         2.0, "Reward at and above which no gradient flows; null maximizes without a limit."
@@ -168,6 +177,8 @@ class FeedbackSection(Section):
         no_frames = self.segments == "all" and bool(self.attenuation)
         wanted = "no value with segments: all, which rewards no single frames"
         check(not no_frames, "attenuation", self.attenuation, wanted)
+        ok = self.solver == "unipc" or self.schedule == "wan"
+        check(ok, "schedule", self.schedule, "no value with solver: euler")
         plan = self.plan()
         steps = self.num_inference_steps - plan.begin(self.num_inference_steps)
         wanted = f"at most {steps}, the steps of a trajectory"

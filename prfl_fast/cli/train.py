@@ -14,7 +14,12 @@ from torch import nn
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.plan import choose_memory, next_policy
-from prfl_fast.cli.sections import MemorySection, ReferenceReward, RewardMemorySection
+from prfl_fast.cli.sections import (
+    FeedbackSection,
+    MemorySection,
+    ReferenceReward,
+    RewardMemorySection,
+)
 from prfl_fast.cli.yaml_config import to_yaml
 from prfl_fast.data.dataset import Batch, Batches, collate
 from prfl_fast.data.manifest import LatentDataset
@@ -40,7 +45,6 @@ from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 
-SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
 
@@ -80,7 +84,11 @@ def run_train(config: TrainFile, check_only: bool) -> int:
             own = Batches(dataset, config.run.batch_size, config.run.seed + 1)
             precision = _autocast(memory.weight_dtype, config.hardware.precision)
             objectives[name] = SupervisedFlow(
-                transformer, own, shift=config.prfl.shift, precision=precision
+                transformer,
+                own,
+                shift=config.prfl.shift,
+                integer_timesteps=config.prfl.integer_timesteps,
+                precision=precision,
             )
     advise = partial(next_policy, config, dataset, device, plan)
     trainer = _trainer(config, transformer, objectives, advise=advise)
@@ -137,7 +145,7 @@ def _step(
     return PRFL(
         velocity_call(transformer, _autocast(config.memory.weight_dtype, precision)),
         rewards,
-        SOLVERS[feedback.solver](shift=feedback.shift),
+        _scheduler(feedback),
         feedback.plan(),
         num_inference_steps=feedback.num_inference_steps,
         target=feedback.target,
@@ -147,6 +155,13 @@ def _step(
         rollout=config.rollout.build(),
         divergence=feedback.divergence,
     )
+
+
+def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:
+    options: dict[str, Any] = {"integer_timesteps": feedback.integer_timesteps}
+    if feedback.solver == "euler":
+        return FlowEuler(feedback.shift, **options)
+    return FlowUniPC(feedback.shift, schedule=feedback.schedule, **options)
 
 
 def train_reward(config: TrainRewardFile, check_only: bool) -> int:
@@ -176,6 +191,7 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
         loss=config.loss,
         label=config.label,
         shift=config.shift,
+        integer_timesteps=config.integer_timesteps,
         precision=_autocast(memory.weight_dtype, config.hardware.precision),
     )
     trainer = _trainer(config, reward, {"reward": fit})
@@ -225,7 +241,14 @@ def _evaluate(
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
     with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):
-        metrics = evaluate(reward, batches(), config.timesteps, seed=config.run.seed)
+        metrics = evaluate(
+            reward,
+            batches(),
+            config.timesteps,
+            seed=config.run.seed,
+            shift=config.shift,
+            integer_timesteps=config.integer_timesteps,
+        )
     with write_atomic(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     for t, values in metrics.items():

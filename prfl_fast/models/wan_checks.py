@@ -8,14 +8,15 @@ from torch import nn
 
 from prfl_fast.models.adapter import Conditions, check_inputs
 from prfl_fast.models.inference import UnsupportedError
-from prfl_fast.models.wan_forward import instance_forward, replacements
+from prfl_fast.models.wan_forward import instance_forward, replacements, text_rows
 from prfl_fast.utils.checks import check, check_choice
 
 TEXT, IMAGE, LATENT = "encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"
 
 
-def check_wan_inputs(config: Any, x: torch.Tensor, conditions: Conditions) -> None:
-    """Raise ``ValueError`` unless a model of this config takes the latents and conditions."""
+def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions) -> None:
+    """Raise ``ValueError`` unless the model takes the latents and conditions."""
+    config = base.config
     check_inputs("x", x, conditions)
     check(TEXT in conditions, "conditions", sorted(conditions), f"a dict with {TEXT!r} [B, T, C]")
     for key, value in conditions.items():
@@ -24,6 +25,7 @@ def check_wan_inputs(config: Any, x: torch.Tensor, conditions: Conditions) -> No
         check(ok, f"conditions[{key!r}]", value, f"a floating-point tensor on {x.device}")
     _check_latents(config, x, conditions.get(LATENT))
     _check_tokens(TEXT, conditions[TEXT], config.text_dim, "T")
+    text_rows(base, conditions[TEXT])
     image = conditions.get(IMAGE)
     if config.image_dim is None:
         check(image is None, f"conditions[{IMAGE!r}]", image, "none: the model takes no image")

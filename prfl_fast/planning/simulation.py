@@ -25,7 +25,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
 from prfl_fast.training.lora import add_lora
-from prfl_fast.training.losses import TIMESTEPS_PER_SIGMA
+from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
 from prfl_fast.utils.optional import need
 
 PHASES = (
@@ -83,6 +83,8 @@ def build(
         backbone = adapter.backbone_from_config({**config, "num_layers": reward_depth})
         dim = adapter.hidden_size(backbone)
         reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
+    for model in (generator, backbone):
+        model.text_tokens = workload.text_tokens
     apply_memory(generator, memory)
     apply_memory(reward, reward_memory)
     if workload.train == "lora":

@@ -9,9 +9,10 @@ import torch
 CASES = ("t2v", "i2v", "per-token")
 
 
-def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, **overrides):
+def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, text_tokens=None, **overrides):
     """Build a random ``WanTransformer3DModel`` whose perturbed norms and biases make every gradient
-    count.
+    count. Its adapter pads text to ``text_tokens`` rows; None takes it as it is, so that tests can
+    call the model itself too.
     """
     diffusers = pytest.importorskip("diffusers")
 
@@ -30,6 +31,7 @@ def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, **overrides)
         **overrides,
     }
     model = diffusers.WanTransformer3DModel(**config)
+    model.text_tokens = text_tokens
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
