@@ -57,6 +57,8 @@ TWO_OUTPUTS = {"head.fc3.bias": torch.ones(2)}
 # A command, what to change in its valid configuration, and a part of the error. What the file alone
 # can tell is in test_config.py.
 BAD = [
+    ("train", {"prfl.schedule": "wam"}, "prfl.schedule is 'wam', expected one of wan, diffusers"),
+    ("train", {"prfl": {"solver": "euler", "schedule": "diffusers"}}, "no value with solver: eu"),
     ("score", {"timestep": [1]}, "unknown key 'timestep': did you mean 'timesteps'?"),
     ("train", {"run.gradient_accumulation_steps": 0}, "run.gradient_accumulation_steps is 0, expe"),
     ("score", {"timesteps": []}, "timesteps is [], expected a list of one or more"),
@@ -71,6 +73,7 @@ BAD = [
     ("train", guided("nowhere"), "nowhere: no such file"),
     ("train", {**guided("nowhere"), "objectives": ["sft"]}, "nowhere: no such file"),
     ("train", guided("../NEGATIVE-5-20"), "expected the dataset's [3, 20]. Pad it, or set batche"),
+    ("train", guided("../NEGATIVE-513-20", batched=False), "expected 1 to 512 text tokens"),
     ("train", guided("../NEGATIVE-3-24", batched=False), "is float32[3, 24] on cpu, expected "),
     ("train", guided(f"../WORLD/{DATA}"), "holds ['encoder_hi"),
     ("train", {"model": "nowhere"}, "model: nowhere has no config.json"),
@@ -129,7 +132,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     monkeypatch.chdir(place)
     (tmp_path / "FILE").write_text("x")
     (tmp_path / "FOLDER.jsonl").mkdir()
-    for shape in ((5, 20), (3, 24)):
+    for shape in ((5, 20), (3, 24), (513, 20)):
         negative_file(tmp_path / "NEGATIVE-{}-{}".format(*shape), *shape)
     (tmp_path / "WORLD").symlink_to(world)
     content = config(command, world, place / "out", changes)

@@ -123,3 +123,55 @@ def test_bad_latents_and_conditions(change, message):
     x, _, conditions = wan.inputs()
     with pytest.raises(ValueError, match=message):
         find_adapter(model).check_latents(model, *change(x, conditions))
+
+
+def published(case="t2v"):
+    """Return a model without the tests' own number of text tokens, and its inputs."""
+    model = wan.tiny_wan(case)
+    del model.text_tokens
+    return model, wan.inputs(case)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300, 512])
+@pytest.mark.parametrize("case", ["t2v", "i2v"])
+def test_text_is_padded_with_zeros_to_512(case, tokens):
+    model, (x, timestep, conditions) = published(case)
+    adapter = find_adapter(prfl_fast.patch(model))
+    text = torch.randn(2, tokens, 20, generator=torch.Generator().manual_seed(4))
+    short = {**conditions, TEXT: text}
+    full = {**conditions, TEXT: torch.cat([text, torch.zeros(2, 512 - tokens, 20)], 1)}
+    for call in (adapter.velocity, lambda *args: adapter.features(*args, 1)):
+        assert torch.equal(call(model, x, timestep, short), call(model, x, timestep, full))
+    # diffusers' own forward of the padded text
+    latents = torch.cat([x, conditions["latent_condition"]], 1) if case == "i2v" else x
+    image = conditions.get("encoder_hidden_states_image")
+    expected = model(latents, timestep, full[TEXT], encoder_hidden_states_image=image).sample
+    assert torch.equal(adapter.velocity(model, x, timestep, short), expected)
+    rollout = adapter.open_rollout(model, x, [timestep], short)
+    with torch.no_grad():
+        assert torch.equal(rollout.velocity(x, 0), expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 513])
+@pytest.mark.parametrize("case", ["t2v", "i2v"])
+def test_text_of_another_length_is_refused_by_name(case, tokens):
+    model, (x, timestep, conditions) = published(case)
+    adapter = find_adapter(model)
+    conditions[TEXT] = torch.zeros(2, tokens, 20)
+    reward = prfl_fast.LatentRewardModel.from_backbone(model, 1, 2)
+    for call in (
+        lambda: adapter.check_latents(model, x, conditions),
+        lambda: adapter.velocity(model, x, timestep, conditions),
+        lambda: reward(x, timestep, conditions),
+    ):
+        with pytest.raises(ValueError, match=rf"{TEXT}.* is .*{tokens}.*expected 1 to 512 text tok"):
+            call()
+
+
+def test_a_models_own_number_of_text_tokens_stays_with_its_reward(tmp_path):
+    model, inputs = wan.tiny_wan(text_tokens=9), wan.inputs()
+    reward = prfl_fast.LatentRewardModel.from_backbone(model, 1, 2).freeze()
+    reward.save(tmp_path / "reward")
+    loaded = prfl_fast.LatentRewardModel.load(tmp_path / "reward").freeze()
+    assert loaded.backbone.text_tokens == 9
+    assert torch.equal(reward(*inputs), loaded(*inputs))
