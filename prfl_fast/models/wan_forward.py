@@ -88,6 +88,11 @@ def text_rows(base: Any, text: torch.Tensor) -> int:
     return rows
 
 
+def image_rows(base: Any) -> int | None:
+    """Return the image tokens of a sample of a first-last-frame model, both images'; else None."""
+    return None if base.config.image_dim is None else base.config.pos_embed_seq_len
+
+
 def model_inputs(
     base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -101,6 +106,9 @@ def model_inputs(
         latents.append(conditions["latent_condition"])
     image = conditions.get("encoder_hidden_states_image")
     timestep = timestep.to(x.device)
+    if image is not None and image_rows(base) is not None:
+        # First and last frame: diffusers' embedding joins the rows of two images again.
+        image = image.reshape(2 * len(x), -1, image.shape[-1])
     text = conditions["encoder_hidden_states"].to(dtype)
     text = functional.pad(text, (0, 0, 0, text_rows(base, text) - text.shape[1]))
     return (

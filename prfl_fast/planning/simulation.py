@@ -165,7 +165,8 @@ class SimulatedStep:
         text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
         conditions = {"encoder_hidden_states": text}
         if config.get("image_dim") is not None:
-            image = self._make(batch, IMAGE_TOKENS, config["image_dim"])
+            tokens = config.get("pos_embed_seq_len") or IMAGE_TOKENS  # of two images, if set
+            image = self._make(batch, tokens, config["image_dim"])
             conditions["encoder_hidden_states_image"] = image
         extra = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
         if extra:

@@ -175,3 +175,34 @@ def test_a_models_own_number_of_text_tokens_stays_with_its_reward(tmp_path):
     loaded = prfl_fast.LatentRewardModel.load(tmp_path / "reward").freeze()
     assert loaded.backbone.text_tokens == 9
     assert torch.equal(reward(*inputs), loaded(*inputs))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_first_and_last_frame(patched):
+    """diffusers takes the tokens of two images as [2B, N, C]; the adapter as [B, 2N, C] too."""
+    model, (x, timestep, conditions) = wan.tiny_wan("flf"), wan.inputs("flf")
+    with torch.no_grad():
+        model.condition_embedder.image_embedder.pos_embed.normal_()
+    latents = torch.cat([x, conditions["latent_condition"]], 1)
+    pairs = conditions[f"{TEXT}_image"].reshape(4, 5, 20)
+    expected = model(latents, timestep, conditions[TEXT], encoder_hidden_states_image=pairs).sample
+    if patched:
+        prfl_fast.patch(model)
+    adapter = find_adapter(model)
+    reward = prfl_fast.LatentRewardModel.from_backbone(model, 2, 2).freeze()
+    scores = reward(x, timestep, conditions)
+    for image in (conditions[f"{TEXT}_image"], pairs):
+        given = {**conditions, f"{TEXT}_image": image}
+        adapter.check_latents(model, x, given)
+        found = adapter.velocity(model, x, timestep, given)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(reward(x, timestep, given), scores)
+        if patched:
+            rollout = adapter.open_rollout(model, x, [timestep], given)
+            with torch.no_grad():
+                assert torch.equal(rollout.velocity(x, 0), found)
+    one = {**conditions, f"{TEXT}_image": conditions[f"{TEXT}_image"][:, :5]}
+    none = {k: v for k, v in conditions.items() if k != f"{TEXT}_image"}
+    for given in (one, none):
+        with pytest.raises(ValueError, match=rf"{TEXT}_image.*expected \[B, "):
+            adapter.check_latents(model, x, given)
