@@ -73,7 +73,8 @@ def build(
     reward_layers: int | None = None,
 ) -> tuple[nn.Module, LatentRewardModel]:
     """Return generator and frozen reward model on the ``meta`` device, not patched yet."""
-    config = {k: v for k, v in workload.config.items() if not k.startswith("_")}
+    own = ("_", "text_tokens")  # keys that the model's class does not take
+    config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
     cls = need("diffusers").WanTransformer3DModel
     depth = config["num_layers"] if layers is None else layers
     reward_depth = workload.reward_blocks if reward_layers is None else reward_layers
