@@ -122,8 +122,9 @@ def load_reward(source: str | ReferenceReward, transformer: nn.Module | None) ->
     if isinstance(source, str):
         return LatentRewardModel.load(source)
     assert transformer is not None
+    options: dict[str, Any] = {"num_heads": source.num_heads, "return_type": source.return_type}
     return LatentRewardModel.load_reference(
-        transformer, source.transformer, source.mlp, source.pool, num_heads=source.num_heads
+        transformer, source.transformer, source.mlp, source.pool, **options
     )
 
 

@@ -74,6 +74,12 @@ class RewardOptimizerSection(OptimizerSection):
     """AdamW with the learning rate of reward models."""
 
     learning_rate: Positive = key(1e-6, "Learning rate after the warmup.")
+    head_learning_rate: Positive | None = key(
+        None, "Learning rate of pooling and head; null is learning_rate. HY-Video-PRFL: 1e-5 with bt."
+    )
+    clip: Literal["all", "blocks"] = key(
+        "all", "Gradients that max_grad_norm limits: all, or blocks alone as in HY-Video-PRFL."
+    )
 
 
 class RunConfig(Section):
@@ -248,6 +254,11 @@ class ReferenceReward(Section):
     mlp: Text = key(..., "File of the MLP head.")
     pool: Text = key(..., "File of the attention pooling.")
     num_heads: Count = key(8, "Heads of the attention pooling.")
+    return_type: Literal["query", "attention"] | None = key(
+        None,
+        "Result of its pooling: with the query added, as in all published configurations, or the "
+        "attention alone; null reads it from the transformer's config.json.",
+    )
 
 
 class NamedReward(Section):

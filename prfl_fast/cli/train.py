@@ -21,7 +21,7 @@ from prfl_fast.cli.sections import (
     RewardMemorySection,
 )
 from prfl_fast.cli.yaml_config import to_yaml
-from prfl_fast.data.dataset import Batch, Batches, collate
+from prfl_fast.data.dataset import Batch, Batches, DrawnPairs, collate
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
@@ -56,7 +56,7 @@ def run_train(config: TrainFile, check_only: bool) -> int:
     dataset = LatentDataset(config.data)
     if dataset.pairs:
         raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
-    batches = Batches(dataset, config.run.batch_size, config.run.seed)
+    batches = _batches(dataset, config)
     loading.check_model(config.model, dataset)
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
@@ -81,7 +81,7 @@ def run_train(config: TrainFile, check_only: bool) -> int:
             objectives[name] = RewardFeedback(step, batches, device)
         else:
             # Supervised steps in the same order would repeat the conditions of the PRFL step.
-            own = Batches(dataset, config.run.batch_size, config.run.seed + 1)
+            own = _batches(dataset, config, 1)
             precision = _autocast(memory.weight_dtype, config.hardware.precision)
             objectives[name] = SupervisedFlow(
                 transformer,
@@ -157,6 +157,14 @@ def _step(
     )
 
 
+def _batches(
+    dataset: LatentDataset, config: TrainFile | TrainRewardFile, offset: int = 0
+) -> Batches:
+    """Return the batches of a run; another ``offset`` gives another order."""
+    drops = {"text_drop": config.text_drop, "short_captions": config.short_captions}
+    return Batches(dataset, config.run.batch_size, config.run.seed + offset, **drops)
+
+
 def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:
     options: dict[str, Any] = {"integer_timesteps": feedback.integer_timesteps}
     if feedback.solver == "euler":
@@ -169,7 +177,11 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
     device, out = loading.device_of(config.hardware), Path(config.out)
     loading.check_writable(out, "out")
     dataset, held_out = _labeled_data(config)
-    batches = Batches(dataset, config.run.batch_size, config.run.seed)
+    batches: Batches | DrawnPairs = _batches(dataset, config)
+    if config.lose_data is not None:
+        losers = LatentDataset(config.lose_data)
+        check(not losers.pairs, "lose_data", config.lose_data, "single videos, but it holds pairs")
+        batches = DrawnPairs(batches, _batches(losers, config, 1))
     loading.check_model(config.model, dataset)
     memory = config.memory.build()
     check_available(memory, device)
@@ -190,6 +202,7 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
         batches,
         loss=config.loss,
         label=config.label,
+        missing_label=config.missing_label,
         shift=config.shift,
         integer_timesteps=config.integer_timesteps,
         precision=_autocast(memory.weight_dtype, config.hardware.precision),
@@ -213,14 +226,17 @@ def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset
     held_out = LatentDataset(config.eval_data) if config.eval_data is not None else None
     kind = "pairs" if dataset.pairs else "single videos"
     hint = f"data: {config.data} holds {kind}; ce takes single videos, bt pairs"
-    wanted = "bt" if dataset.pairs else "ce"
+    wanted = "bt" if dataset.pairs or config.lose_data is not None else "ce"
+    if config.lose_data is not None and dataset.pairs:
+        raise ValueError(f"data: {config.data} holds pairs, expected single videos with lose_data")
     check(config.loss == wanted, "loss", config.loss, f"{wanted} for this dataset", hint=hint)
     if held_out is not None and held_out.pairs:
         raise ValueError(f"eval_data: {config.eval_data} holds pairs, expected labeled videos")
-    for labeled in (d for d in (dataset, held_out) if d is not None and not d.pairs):
+    labeled_sets = [held_out] if config.loss == "bt" else [dataset, held_out]
+    for labeled in (d for d in labeled_sets if d is not None):
         for place, labels in labeled.labels():
             try:
-                label_of(labels, config.label)
+                label_of(labels, config.label, config.missing_label)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
     return dataset, held_out
@@ -237,7 +253,8 @@ def _evaluate(
         for i in range(len(dataset)):
             batch = collate([dataset[i]])
             assert isinstance(batch, Batch)
-            labels = torch.tensor([label_of(record, config.label) for record in batch.labels])
+            found = [label_of(r, config.label, config.missing_label) for r in batch.labels]
+            labels = torch.tensor(found)
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
     with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):

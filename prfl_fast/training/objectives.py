@@ -154,6 +154,7 @@ class RewardFit:
         batches: ``batches[n]`` returns a :class:`prfl_fast.data.dataset.Batch` for ``ce``, a
             :class:`prfl_fast.data.dataset.PairBatch` for ``bt``.
         label: name of the label that ``ce`` fits.
+        missing_label: label of records that lack it; None refuses them.
         shift: shift of the noise levels, see :func:`prfl_fast.rollout.schedulers.training_sigmas`.
         integer_timesteps: False calls the model at 1000·σ, not at that number rounded down.
         precision: ``"bf16"`` for autocast, else ``"fp32"``.
@@ -166,11 +167,13 @@ class RewardFit:
         *,
         loss: Literal["ce", "bt"] = "ce",
         label: str = "motion_quality",
+        missing_label: float | None = None,
         shift: float = 5.0,
         integer_timesteps: bool = True,
         precision: Precision = "fp32",
     ) -> None:
-        self.reward, self.batches, self.loss, self.label = reward, batches, loss, label
+        self.reward, self.batches, self.loss = reward, batches, loss
+        self.label, self.missing_label = label, missing_label
         self.precision = precision
         self.levels: dict[str, Any] = {"shift": shift, "integer_timesteps": integer_timesteps}
         self.device = next(reward.parameters()).device
@@ -184,7 +187,8 @@ class RewardFit:
                 clean = (win.latents, lose.latents, win.conditions, lose.conditions)
                 loss = bt_loss(self.reward, *clean, **draws)
             else:
-                labels = torch.tensor([label_of(record, self.label) for record in batch.labels])
+                found = [label_of(r, self.label, self.missing_label) for r in batch.labels]
+                labels = torch.tensor(found)
                 loss = ce_loss(self.reward, batch.latents, batch.conditions, labels, **draws)
         (loss * loss_scale).backward()
         return {"loss": loss.detach()}

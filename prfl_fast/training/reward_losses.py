@@ -27,10 +27,11 @@ LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment"
 EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
 
 
-def label_of(record: Mapping[str, Any], key: str) -> float:
+def label_of(record: Mapping[str, Any], key: str, missing: float | None = None) -> float:
     """Return the 0/1 label ``key`` of a data record.
 
-    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``.
+    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``. If ``missing`` is a
+    number, it stands for labels that the record lacks; HY-Video-PRFL counts them as 0.
 
     Raises:
         ValueError: if the key is unknown, the record lacks it, or the label has another value.
@@ -40,8 +41,9 @@ def label_of(record: Mapping[str, Any], key: str) -> float:
     if value is None and key == "motion_quality":
         # As in the reference, motion is good if physics and humans are both good.
         parts = ("physics_quality", "human_quality")
-        if all(record.get(part) is not None for part in parts):
-            return min(label_of(record, part) for part in parts)
+        if missing is not None or all(record.get(part) is not None for part in parts):
+            return min(label_of(record, part, missing) for part in parts)
+    value = missing if value is None else value
     if isinstance(value, str):
         value = {"good": 1.0, "poor": 0.0}.get(value, value)
     hint = "" if value is not None else f"The record has {sorted(record)}"

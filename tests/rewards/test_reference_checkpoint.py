@@ -116,7 +116,7 @@ def test_reads_the_reference_layout(tmp_path, case, layout):
     paths = write_reference(tmp_path, trained, 2, **layout)
     generator = tiny_wan(case, layers=3, seed=8)
     before = copy.deepcopy(generator.state_dict())
-    reward = LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS)
+    reward = LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS, return_type="query")
     assert reward.num_blocks == 2
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     head, pool = reference_parts(num_queries=layout.get("num_queries", 1))
@@ -136,7 +136,7 @@ def test_reads_the_first_blocks_of_a_whole_model_and_safetensors_parts(tmp_path)
     safetensors.save_file(pool, tmp_path / "pool.safetensors")
     paths = (transformer, tmp_path / "mlp.safetensors", tmp_path / "pool.safetensors")
     narrow = tiny_wan(layers=3).to(torch.bfloat16)
-    reward = LatentRewardModel.load_reference(narrow, *paths, num_blocks=1, num_heads=HEADS)
+    reward = LatentRewardModel.load_reference(narrow, *paths, num_blocks=1, num_heads=HEADS, return_type="query")
     assert reward.num_blocks == 1
     assert {p.dtype for p in reward.backbone.parameters()} == {torch.bfloat16}
     assert torch.equal(reward.pool.queries, pool["queries"])
@@ -249,13 +249,13 @@ def test_refuses_a_damaged_reference_checkpoint(tmp_path, capsys, kind):
     damage, message = DAMAGES[kind]
     damage(*paths)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS)
+        LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS, return_type="query")
     assert "unpickled" not in capsys.readouterr().out
 
 
 def test_reference_checkpoint_with_more_blocks_than_the_generator(tmp_path):
     paths = write_reference(tmp_path, tiny_wan(layers=3), 3)
     with pytest.raises(ValueError, match="num_blocks is 3, expected 1 to 2"):
-        LatentRewardModel.load_reference(tiny_wan(layers=2), *paths, num_heads=HEADS)
+        LatentRewardModel.load_reference(tiny_wan(layers=2), *paths, num_heads=HEADS, return_type="query")
     with pytest.raises(ValueError, match="missing"):
-        LatentRewardModel.load_reference(tiny_wan(layers=5), *paths, num_blocks=4, num_heads=HEADS)
+        LatentRewardModel.load_reference(tiny_wan(layers=5), *paths, num_blocks=4, num_heads=HEADS, return_type="query")
