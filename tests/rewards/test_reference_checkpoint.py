@@ -136,7 +136,9 @@ def test_reads_the_first_blocks_of_a_whole_model_and_safetensors_parts(tmp_path)
     safetensors.save_file(pool, tmp_path / "pool.safetensors")
     paths = (transformer, tmp_path / "mlp.safetensors", tmp_path / "pool.safetensors")
     narrow = tiny_wan(layers=3).to(torch.bfloat16)
-    reward = LatentRewardModel.load_reference(narrow, *paths, num_blocks=1, num_heads=HEADS, return_type="query")
+    reward = LatentRewardModel.load_reference(
+        narrow, *paths, num_blocks=1, num_heads=HEADS, return_type="query"
+    )
     assert reward.num_blocks == 1
     assert {p.dtype for p in reward.backbone.parameters()} == {torch.bfloat16}
     assert torch.equal(reward.pool.queries, pool["queries"])
@@ -255,7 +257,30 @@ def test_refuses_a_damaged_reference_checkpoint(tmp_path, capsys, kind):
 
 def test_reference_checkpoint_with_more_blocks_than_the_generator(tmp_path):
     paths = write_reference(tmp_path, tiny_wan(layers=3), 3)
+    given = {"num_heads": HEADS, "return_type": "query"}
     with pytest.raises(ValueError, match="num_blocks is 3, expected 1 to 2"):
-        LatentRewardModel.load_reference(tiny_wan(layers=2), *paths, num_heads=HEADS, return_type="query")
+        LatentRewardModel.load_reference(tiny_wan(layers=2), *paths, **given)
     with pytest.raises(ValueError, match="missing"):
-        LatentRewardModel.load_reference(tiny_wan(layers=5), *paths, num_blocks=4, num_heads=HEADS, return_type="query")
+        LatentRewardModel.load_reference(tiny_wan(layers=5), *paths, num_blocks=4, **given)
+
+
+def test_the_return_type_is_read_or_asked_for(tmp_path):
+    generator = tiny_wan(layers=2)
+    paths = write_reference(tmp_path / "theirs", generator, 2)
+    load = LatentRewardModel.load_reference
+    for given in (None, "mean"):
+        with pytest.raises(ValueError, match=r"return_type is .*, expected 'query' or 'attention'"):
+            load(generator, *paths, num_heads=HEADS, return_type=given)
+    pooled = {}
+    for kind in ("query", "attention"):
+        reward = load(generator, *paths, num_heads=HEADS, return_type=kind)
+        pooled[kind] = reward.pool(torch.ones(2, 3, 48))
+        written = reward.save_reference(tmp_path / kind)
+        reward.save(tmp_path / f"{kind}-ours")
+        for again in (
+            load(generator, *written, num_heads=HEADS),
+            LatentRewardModel.load(tmp_path / f"{kind}-ours"),
+        ):
+            assert torch.equal(again.pool(torch.ones(2, 3, 48)), pooled[kind])
+    difference = pooled["query"] - pooled["attention"]
+    torch.testing.assert_close(difference, reward.pool.queries.mean(0).expand(2, -1))
