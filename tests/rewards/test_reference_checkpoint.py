@@ -116,7 +116,9 @@ def test_reads_the_reference_layout(tmp_path, case, layout):
     paths = write_reference(tmp_path, trained, 2, **layout)
     generator = tiny_wan(case, layers=3, seed=8)
     before = copy.deepcopy(generator.state_dict())
-    reward = LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS, return_type="query")
+    reward = LatentRewardModel.load_reference(
+        generator, *paths, num_heads=HEADS, return_type="query"
+    )
     assert reward.num_blocks == 2
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     head, pool = reference_parts(num_queries=layout.get("num_queries", 1))
