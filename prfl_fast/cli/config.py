@@ -109,7 +109,7 @@ class TrainRewardFile(Section):
         "ce", "Cross-entropy of labeled videos, or Bradley-Terry of pairs."
     )
     label: Text = key("motion_quality", "Label of the dataset to learn.")
-    missing_label: Literal[0, 1] | None = key(
+    missing_label: Annotated[int, Field(ge=0, le=1)] | None = key(
         None, "Label of videos without one; null refuses them, HY-Video-PRFL takes 0."
     )
     shift: Positive = key(5.0, "Timestep shift of the noise schedule.")

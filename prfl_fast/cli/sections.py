@@ -75,7 +75,8 @@ class RewardOptimizerSection(OptimizerSection):
 
     learning_rate: Positive = key(1e-6, "Learning rate after the warmup.")
     head_learning_rate: Positive | None = key(
-        None, "Learning rate of pooling and head; null is learning_rate. HY-Video-PRFL: 1e-5 with bt."
+        None,
+        "Learning rate of pooling and head; null is learning_rate. HY-Video-PRFL: 1e-5 with bt.",
     )
     clip: Literal["all", "blocks"] = key(
         "all", "Gradients that max_grad_norm limits: all, or blocks alone as in HY-Video-PRFL."

@@ -77,8 +77,8 @@ class Batches:
             (HY-Video-PRFL: 0.3).
 
     Raises:
-        ValueError: if ``batch_size`` is not positive or larger than the dataset, a probability is not
-            in [0, 1], or the dataset lacks the texts that a probability asks for.
+        ValueError: if ``batch_size`` is not positive or larger than the dataset, a probability is
+            not in [0, 1], or the dataset lacks the texts that a probability asks for.
     """
 
     # A DataLoader with this order would need a sampler that starts at n, and an iterator state for

@@ -163,7 +163,8 @@ class LatentDataset:
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
         text, (rows, width) = load_tensors(path).get(TEXT), self.shapes[TEXT]
-        ok = text is not None and text.ndim == 2 and 0 < len(text) <= rows and text.shape[1] == width
+        ok = text is not None and text.ndim == 2 and text.shape[1] == width
+        ok = ok and text is not None and 0 < len(text) <= rows
         check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width}")
         assert text is not None
         check_finite(f"{path}: {TEXT}", text)

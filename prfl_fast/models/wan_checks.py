@@ -42,7 +42,7 @@ def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions) -> None
 
 
 def _joined_images(x: Any, conditions: Any, rows: int) -> Any:
-    """Return conditions with image tokens ``[2B, N, C]``, two images a sample, as ``[B, 2N, C]``."""
+    """Return conditions with image tokens ``[2B, N, C]`` of two images as ``[B, 2N, C]``."""
     image = conditions.get(IMAGE) if isinstance(conditions, dict) else None
     if not (isinstance(image, torch.Tensor) and isinstance(x, torch.Tensor) and x.ndim > 0):
         return conditions

@@ -84,7 +84,8 @@ def build(
         backbone = adapter.backbone_from_config({**config, "num_layers": reward_depth})
         dim = adapter.hidden_size(backbone)
         reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
-    for model in (generator, backbone):
+    both: tuple[Any, ...] = (generator, backbone)
+    for model in both:
         model.text_tokens = workload.text_tokens
     apply_memory(generator, memory)
     apply_memory(reward, reward_memory)

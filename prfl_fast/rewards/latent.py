@@ -288,21 +288,21 @@ class LatentRewardModel(nn.Module):
         Raises:
             TypeError: if the transformer is not supported.
             FileNotFoundError: if a file or folder is missing.
-            ValueError: if a file is not a state dict, a tensor is missing, unexpected or has the wrong
-                shape, or ``return_type`` is neither given nor stored.
+            ValueError: if a file is not a state dict, a tensor is missing, unexpected or has the
+                wrong shape, or ``return_type`` is neither given nor stored.
         """
         adapter = find_adapter(transformer)
         state, found = read_blocks(Path(transformer_folder), num_blocks)
-        return_type = return_type or read_return_type(Path(transformer_folder))
+        kind = return_type or read_return_type(Path(transformer_folder))
         expected = "'query' or 'attention'"
         hint = "The files do not tell; published configurations have return_type: query"
-        check(return_type in RETURN_TYPES, "return_type", return_type, expected, hint=hint)
+        check(kind in RETURN_TYPES, "return_type", kind, expected, hint=hint)
         head_state, pool_state = read_state(mlp_file), read_state(pool_file)
         queries = pool_state.get("queries")
         # A pool file of another form fails in check_fit below, which names its tensors.
         num_queries = queries.shape[0] if queries is not None and queries.ndim == 2 else 1
         reward = cls.from_backbone(transformer, found, num_heads, num_queries)
-        reward.pool.add_query = return_type == "query"
+        reward.pool.add_query = kind == "query"
         loads = (
             (reward.backbone, adapter.from_reference(state), transformer_folder),
             (reward.head, head_state, mlp_file),

@@ -269,6 +269,8 @@ class FlowUniPC(_FlowScheduler):
         super().__init__(shift, num_train_timesteps, integer_timesteps)
         check_choice("order", order, (1, 2, 3))
         check_choice("schedule", schedule, get_args(Schedule))
+        # Of one level, Wan's first would be 0.
+        check_count("num_train_timesteps", num_train_timesteps, 1 + (schedule == "wan"))
         self.order, self.schedule = order, schedule
         self._reset()
 

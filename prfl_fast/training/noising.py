@@ -42,7 +42,7 @@ def check_sigma(sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Ten
 
 
 def model_timestep(sigma: torch.Tensor, integer: bool) -> torch.Tensor:
-    """Return the model's timestep 1000·σ, rounded down if ``integer``, in the dtype of ``sigma``."""
+    """Return the timestep 1000·σ, rounded down if ``integer``, in the dtype of ``sigma``."""
     timestep = TIMESTEPS_PER_SIGMA * sigma
     return timestep.floor() if integer else timestep
 

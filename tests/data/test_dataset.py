@@ -220,7 +220,8 @@ def test_texts_are_dropped_or_short_by_chance(tmp_path):
 def test_both_videos_of_a_pair_have_the_same_kind_of_text(tmp_path):
     a, b = samples(2)
     write_dataset(tmp_path, [Pair(a, b)])
-    save_tensors({"encoder_hidden_states": -torch.ones(1, 20)}, tmp_path / "empty_prompt.safetensors")
+    empty = {"encoder_hidden_states": -torch.ones(1, 20)}
+    save_tensors(empty, tmp_path / "empty_prompt.safetensors")
     pairs, kinds = Batches(LatentDataset(tmp_path), text_drop=0.5), set()
     for n in range(20):
         win, lose = (side.conditions["encoder_hidden_states"][0, 0, 0] == -1 for side in pairs[n])
@@ -233,7 +234,7 @@ def test_texts_that_are_missing_or_too_long_are_refused(folder, tmp_path):
     dataset = LatentDataset(folder)
     with pytest.raises(ValueError, match=r"empty_prompt.safetensors: no such file"):
         Batches(dataset, text_drop=0.1)
-    with pytest.raises(ValueError, match=r"short_captions is 0.3, expected 0 for a dataset without"):
+    with pytest.raises(ValueError, match="short_captions is 0.3, expected 0 for a dataset"):
         Batches(dataset, short_captions=0.3)
     for value in (-0.1, 1.5, "0.1", True):
         with pytest.raises(ValueError, match="text_drop is"):
@@ -241,7 +242,7 @@ def test_texts_that_are_missing_or_too_long_are_refused(folder, tmp_path):
     save_tensors({"encoder_hidden_states": torch.ones(4, 20)}, folder / "empty_prompt.safetensors")
     with pytest.raises(ValueError, match="expected 1 to 3 rows of 20"):
         Batches(dataset, text_drop=0.1)
-    with pytest.raises(ValueError, match=r"short is \[4, 20\], expected at most the text's \[3, 20\]"):
+    with pytest.raises(ValueError, match=r"short is \[4, 20\], expected at most the text"):
         with_texts(tmp_path / "long", rows=4)
 
 

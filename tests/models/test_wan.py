@@ -164,7 +164,7 @@ def test_text_of_another_length_is_refused_by_name(case, tokens):
         lambda: adapter.velocity(model, x, timestep, conditions),
         lambda: reward(x, timestep, conditions),
     ):
-        with pytest.raises(ValueError, match=rf"{TEXT}.* is .*{tokens}.*expected 1 to 512 text tok"):
+        with pytest.raises(ValueError, match=rf"{TEXT}.* is .*{tokens}.*expected 1 to 512 text"):
             call()
 
 

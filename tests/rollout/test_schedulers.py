@@ -258,7 +258,7 @@ def test_wrong_orders_and_counts_are_refused():
         training_sigmas(5.0, 0)
     with pytest.raises(ValueError, match="num_train_timesteps is 0"):
         FlowEuler(num_train_timesteps=0)
-    with pytest.raises(ValueError, match="schedule is 'linear', expected one of 'wan', 'diffusers'"):
+    with pytest.raises(ValueError, match="schedule is 'linear', expected one of 'wan'"):
         FlowUniPC(schedule="linear")
     with pytest.raises(TypeError, match="integer_timesteps is 1, expected bool"):
         FlowUniPC(integer_timesteps=1)

@@ -211,7 +211,8 @@ def test_sft_sigmas_are_uniform_over_the_schedule():
         seen.append(timestep)
         return x
 
-    sft_loss(velocity, torch.zeros(40000, 1, 1, 1, 1), {}, generator=seeded(0), integer_timesteps=False)
+    x = torch.zeros(40000, 1, 1, 1, 1)
+    sft_loss(velocity, x, {}, generator=seeded(0), integer_timesteps=False)
     s = seen[0] / 1000
     even = s / (5 - 4 * s)  # the shift undone
     assert even.min() >= 0.0009 and even.max() <= 1
