@@ -110,7 +110,8 @@ def model_inputs(
         # First and last frame: diffusers' embedding joins the rows of two images again.
         image = image.reshape(2 * len(x), -1, image.shape[-1])
     text = conditions["encoder_hidden_states"].to(dtype)
-    text = functional.pad(text, (0, 0, 0, text_rows(base, text) - text.shape[1]))
+    if missing := text_rows(base, text) - text.shape[1]:
+        text = functional.pad(text, (0, 0, 0, missing))
     return (
         torch.cat([part.to(dtype) for part in latents], dim=1),  # [B, C + C', F, H, W]
         timestep.expand(x.shape[0]) if timestep.ndim == 0 else timestep,  # [B] or [B, L]
