@@ -154,6 +154,10 @@ class ScoreFile(Section):
         None, "Folder of the generator; required with a reward of HY-Video-PRFL."
     )
     timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
+    shift: Positive = key(5.0, "Timestep shift of the noise schedule the reward was trained on.")
+    integer_timesteps: bool = key(
+        True, "Score at the nearest level of the schedule, at 1000 sigma rounded down."
+    )
     batch_size: Count = key(1, "Videos in a forward pass.")
     seed: Index = key(0, "Seed of the noise.")
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")

@@ -178,11 +178,12 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
     loading.check_writable(out, "out")
     dataset, held_out = _labeled_data(config)
     batches: Batches | DrawnPairs = _batches(dataset, config)
+    loading.check_model(config.model, dataset)
     if config.lose_data is not None:
         losers = LatentDataset(config.lose_data)
         check(not losers.pairs, "lose_data", config.lose_data, "single videos, but it holds pairs")
-        batches = DrawnPairs(batches, _batches(losers, config, 1))
-    loading.check_model(config.model, dataset)
+        loading.check_model(config.model, losers)
+        batches = DrawnPairs(_batches(dataset, config), _batches(losers, config, 1))
     memory = config.memory.build()
     check_available(memory, device)
     _seed(config)  # pool and head are initialized at random

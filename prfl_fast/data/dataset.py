@@ -1,12 +1,13 @@
 """Form batches of a latent dataset in a deterministic, resumable order."""
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.functional import pad
 
-from prfl_fast.data.manifest import TEXT, Pair, Sample
+from prfl_fast.data.manifest import SHORT, TEXT, Pair, Sample
 from prfl_fast.utils.checks import check, check_count, is_number
 
 
@@ -101,10 +102,11 @@ class Batches:
         for name, value in (("text_drop", text_drop), ("short_captions", short_captions)):
             check(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
         self.text_drop, self.short_captions = text_drop, short_captions
-        self._empty = dataset.empty_prompt() if text_drop else None
+        ok, expected = not text_drop or hasattr(dataset, "empty_prompt"), "0 for a dataset without"
+        check(ok, "text_drop", text_drop, f"{expected} empty_prompt()")
         ok = not short_captions or getattr(dataset, "short", True)
-        expected = "0 for a dataset without encoder_hidden_states_short"
-        check(ok, "short_captions", short_captions, expected)
+        check(ok, "short_captions", short_captions, f"{expected} {SHORT}")
+        self._empty = dataset.empty_prompt() if text_drop else None
 
     def __getitem__(self, n: int) -> Batch | PairBatch:
         epoch, position = divmod(n, len(self.dataset) // self.batch_size)
@@ -115,9 +117,8 @@ class Batches:
         if not (self.text_drop or self.short_captions):
             return collate(items)
         # Draws depend on n and the seed only, as the order does.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + n) ^ 0x7E7)
-        draws = torch.rand(len(items), 2, generator=generator).tolist()
-        return collate([self._with_text(item, *d) for item, d in zip(items, draws, strict=True)])
+        draw = random.Random(f"texts {self.seed} {n}").random
+        return collate([self._with_text(item, draw(), draw()) for item in items])
 
     def _with_text(self, item: Sample | Pair, drop: float, short: float) -> Sample | Pair:
         """Replace the text of a sample, or of both videos of a pair, as the draws say."""
@@ -131,8 +132,8 @@ class Batches:
             chosen = item.short
         else:
             return item
-        # Rows of zeros are what the model's adapter pads with.
-        chosen = pad(chosen.to(text), (0, 0, 0, len(text) - len(chosen)))
+        # The model's adapter pads with zeros too.
+        chosen = pad(chosen.to(text), (0, 0, 0, max(len(text) - len(chosen), 0)))
         return item._replace(conditions={**item.conditions, TEXT: chosen})
 
 
@@ -140,11 +141,14 @@ class DrawnPairs:
     """Pair batches of videos with losers drawn from a second list, for Bradley-Terry training.
 
     ``pairs[n]`` is a :class:`PairBatch` of batch n of both :class:`Batches`, which have the same
-    size. Raise ``ValueError`` if latents or conditions of the datasets differ in shape.
+    size. Raise ``ValueError`` if shapes of the datasets differ in more than the length of texts.
     """
 
     def __init__(self, win: Batches, lose: Batches) -> None:
-        ours, theirs = win.dataset.shapes, lose.dataset.shapes
+        ours, theirs = (
+            {key: s[1:] if key == TEXT else s for key, s in batches.dataset.shapes.items()}
+            for batches in (win, lose)
+        )
         check(ours == theirs, "shapes of the losers' dataset", theirs, f"{ours}, the winners'")
         self.win, self.lose = win, lose
 

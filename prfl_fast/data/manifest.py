@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn.functional import pad
 
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check
@@ -61,7 +62,8 @@ class LatentDataset:
 
     Attributes:
         pairs: True if items are pairs.
-        shapes: shape of latents and conditions by name, the same in all files.
+        shapes: shape of latents and conditions by name, the same in all files. Text has the rows of
+            the longest one, and shorter texts get rows of zeros, as models pad them.
         short: True if samples have the text states of a short caption.
 
     Raises:
@@ -84,10 +86,8 @@ class LatentDataset:
             for key in ("win", "lose") if self.pairs else ("latents",):
                 self._check_file(record[key], f"{self.manifest}:{record['line']}: {key}")
         self.short = SHORT in self.shapes
-        short = self.shapes.pop(SHORT, self.shapes[TEXT])
-        rows, width = self.shapes[TEXT]
-        ok = short[0] <= rows and short[1] == width
-        check(ok, f"{self.folder}: {SHORT}", list(short), f"at most the text's {[rows, width]}")
+        short, text = self.shapes.pop(SHORT, self.shapes[TEXT])[1], self.shapes[TEXT][1]
+        check(short == text, f"{self.folder}: width of {SHORT}", short, f"the text's {text}")
 
     def _read_manifest(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -132,7 +132,12 @@ class LatentDataset:
         condition = shapes.get("latent_condition", shapes["latents"])
         same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
         check(same, f"{where}: latent_condition", list(condition), expected)
-        self.shapes = self.shapes or shapes
+        # Texts may differ in length: all count with the rows of the longest.
+        both, texts = (shapes, self.shapes or shapes), (TEXT, SHORT)
+        rows = max(of[key][0] for of in both for key in texts if key in of)
+        shapes, self.shapes = (
+            {key: (rows, *s[1:]) if key in texts else s for key, s in of.items()} for of in both
+        )
         expected = f"{_listed(self.shapes)} as on earlier lines"
         check(shapes == self.shapes, f"{where}: shapes", _listed(shapes), expected)
 
@@ -151,7 +156,8 @@ class LatentDataset:
         tensors = load_tensors(path)
         for name, tensor in tensors.items():
             check_finite(f"{self.manifest}:{record['line']}: {key}: {name} in {path}", tensor)
-        latents, short = tensors.pop("latents"), tensors.pop(SHORT, None)
+        latents, short, text = tensors.pop("latents"), tensors.pop(SHORT, None), tensors[TEXT]
+        tensors[TEXT] = pad(text, (0, 0, 0, self.shapes[TEXT][0] - len(text)))
         return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
 
     def empty_prompt(self) -> torch.Tensor:

@@ -199,8 +199,8 @@ class FlowEuler(_FlowScheduler):
     """Sample by Euler's method, ``x_{i+1} = x_i + (σ_{i+1} - σ_i)·v_i``.
 
     Schedule and updates equal diffusers' ``FlowMatchEulerDiscreteScheduler(num_train_timesteps,
-    shift)``, which applies the shift to the ends and then to the levels. ``timesteps`` are
-    float32, ``1000·σ``. Unlike diffusers, float64 latents are not rounded to float32.
+    shift)``, which applies the shift to the ends and then to the levels. ``timesteps`` are float32,
+    ``1000·σ``. Unlike diffusers, float64 latents are not rounded to float32.
 
     Args:
         shift: moves the steps towards high noise; 1 spaces them evenly.
@@ -240,8 +240,8 @@ class FlowEuler(_FlowScheduler):
 class FlowUniPC(_FlowScheduler):
     """Sample by UniPC, a multistep predictor and corrector (Zhao et al., arXiv 2302.04867).
 
-    The variant with ``B(h) = e^h - 1`` ("bh2"), data prediction, lower orders at both ends of
-    the trajectory. ``timesteps`` are ``1000·σ`` truncated to int64. ``order + 1`` tensors of
+    The variant with ``B(h) = e^h - 1`` ("bh2"), data prediction, lower orders at both ends of the
+    trajectory. ``timesteps`` are ``1000·σ`` truncated to int64. ``order + 1`` tensors of
     ``sample``'s size and dtype are kept between steps.
 
     Args:
@@ -359,8 +359,8 @@ def _check_shift_given(scheduler: Any) -> None:
         return
     if parameter is None or is_number(parameter.default):
         return
-    shift = _config(scheduler).get("shift", vars(scheduler).get("shift"))
-    given = is_number(shift) and shift != 1
+    shift = _config(scheduler).get("shift", getattr(scheduler, "shift", None))
+    given = parameter.default is None and is_number(shift) and shift != 1
     hint = "Pass WithShift(scheduler, shift=5.0) of prfl_fast.rollout: it would run unshifted"
     check(given, f"shift of scheduler {type(scheduler).__name__}", shift, "a shift", hint=hint)
 
@@ -369,7 +369,7 @@ class WithShift:
     """Give ``set_timesteps`` of another library's scheduler its ``shift``.
 
     Args:
-        scheduler: an object whose ``set_timesteps(count, device=None, shift=None)`` takes a shift.
+        scheduler: an object whose ``set_timesteps`` takes a number of steps and a ``shift``.
         shift: moves the steps towards high noise; 1 leaves them as they are.
 
     Raises:
@@ -384,7 +384,8 @@ class WithShift:
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:
         """Start a trajectory with the shift."""
-        self.scheduler.set_timesteps(num_inference_steps, device=device, shift=self.given_shift)
+        options = {} if device is None else {"device": device}
+        self.scheduler.set_timesteps(num_inference_steps, shift=self.given_shift, **options)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take the scheduler's own step."""

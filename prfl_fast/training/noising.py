@@ -47,8 +47,13 @@ def model_timestep(sigma: torch.Tensor, integer: bool) -> torch.Tensor:
     return timestep.floor() if integer else timestep
 
 
-def nearest_sigma(timestep: float, shift: float) -> float:
-    """Return the level of ``training_sigmas(shift)`` whose whole timestep is nearest."""
+def evaluation_sigma(timestep: float, shift: float, integer: bool) -> float:
+    """Return the level of ``training_sigmas(shift)`` whose whole timestep is nearest.
+
+    If ``integer`` is False, return timestep / 1000.
+    """
+    if not integer:
+        return timestep / TIMESTEPS_PER_SIGMA
     levels = training_sigmas(shift)
     return levels[(model_timestep(levels, True) - timestep).abs().argmin()].item()
 

@@ -12,12 +12,11 @@ from torch.nn import functional
 
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import (
-    TIMESTEPS_PER_SIGMA,
     add_noise,
     check_sigma,
     choose_sigma,
+    evaluation_sigma,
     model_timestep,
-    nearest_sigma,
     noise_like,
 )
 from prfl_fast.utils.checks import check, check_choice
@@ -173,8 +172,7 @@ def evaluate(
             drawn = [torch.randn(latents.shape[1:], generator=generator) for _ in latents]
             noise = torch.stack(drawn).to(latents.device)
             for t in timesteps:
-                level = nearest_sigma(t, shift) if integer_timesteps else t / TIMESTEPS_PER_SIGMA
-                sigma = check_sigma(level, latents)
+                sigma = check_sigma(evaluation_sigma(t, shift, integer_timesteps), latents)
                 timestep = model_timestep(sigma, integer_timesteps)
                 logits = reward.logits(add_noise(latents, noise, sigma), timestep, conditions)
                 scores[t].append(logits.double().cpu())

@@ -52,7 +52,8 @@ class UniPC(Solver):
     """
 
     def __init__(self, count: int, shift: float = 5.0, kept: Sequence[int] | None = None) -> None:
-        even = torch.linspace(0.999, 0, count + 1, dtype=torch.float64)[:-1]
+        first = torch.tensor(0.999, dtype=torch.float32).item()  # as official Wan rounds it
+        even = torch.linspace(first, 0, count + 1, dtype=torch.float64)[:-1]
         sigmas = shift * even / (1 + (shift - 1) * even)
         super().__init__(sigmas.to(torch.float32), (sigmas * 1000).long().double(), kept)
         self.estimates: list[Tensor] = []

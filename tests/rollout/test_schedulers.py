@@ -316,9 +316,7 @@ def test_a_scheduler_that_takes_a_shift_is_given_one():
     with pytest.raises(ValueError, match=message):
         start_trajectory(Unshifted(), 4)
     start_trajectory(Unshifted(5.0), 4)
-    own, foreign = (
-        start_trajectory(s, 4) for s in (FlowUniPC(5.0), WithShift(Unshifted(), 5.0))
-    )
+    own, foreign = (start_trajectory(s, 4) for s in (FlowUniPC(5.0), WithShift(Unshifted(), 5.0)))
     assert [t.item() for t in own[1]] == [t.item() for t in foreign[1]]
     x = torch.randn(1, 2, 2, 4, 4)
     assert torch.equal(take(own[0], x, own[1]), take(foreign[0], x, foreign[1]))
