@@ -242,8 +242,27 @@ def test_texts_that_are_missing_or_too_long_are_refused(folder, tmp_path):
     save_tensors({"encoder_hidden_states": torch.ones(4, 20)}, folder / "empty_prompt.safetensors")
     with pytest.raises(ValueError, match="expected 1 to 3 rows of 20"):
         Batches(dataset, text_drop=0.1)
-    with pytest.raises(ValueError, match=r"short is \[4, 20\], expected at most the text"):
-        with_texts(tmp_path / "long", rows=4)
+    with pytest.raises(ValueError, match="text_drop is 0.1, expected 0 for a data"):
+        Batches(samples(2), text_drop=0.1)
+    wide = [s._replace(short=torch.ones(2, 21)) for s in samples(1)]
+    with pytest.raises(ValueError, match="width of encoder_hidden_states_short is 21"):
+        write_dataset(tmp_path / "wide", wide)
+
+
+def test_texts_of_different_lengths_have_the_rows_of_the_longest(tmp_path):
+    text = torch.ones(9, 20)
+    items = [
+        s._replace(conditions={"encoder_hidden_states": text[:n]}, short=text[: n + 2])
+        for s, n in zip(samples(3), (3, 5, 1), strict=True)
+    ]
+    dataset = write_dataset(tmp_path / "texts", items)
+    assert dataset.shapes["encoder_hidden_states"] == (7, 20)
+    found = Batches(dataset, 3)[0].conditions["encoder_hidden_states"]
+    assert found.shape == (3, 7, 20) and sorted(found.sum((1, 2)).tolist()) == [20, 60, 100]
+    found = Batches(dataset, 3, short_captions=1)[0].conditions["encoder_hidden_states"]
+    assert found.shape == (3, 7, 20) and sorted(found.sum((1, 2)).tolist()) == [60, 100, 140]
+    lose = Batches(write_dataset(tmp_path / "lose", samples(3)))
+    assert DrawnPairs(Batches(dataset), lose)[0].lose.conditions.keys() == {"encoder_hidden_states"}
 
 
 def test_losers_are_drawn_from_a_second_list(tmp_path):
