@@ -12,7 +12,7 @@ import torch
 from commands import call, negative_file, one_line, reference_layout, refused, train
 from compiled import run_python
 from offload_models import assert_same
-from runs import SIZE, config, write_config
+from runs import SIZE, config, samples, write_config
 
 pytest.importorskip("pydantic")
 
@@ -20,9 +20,10 @@ from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.tables import print_table
 from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.data.manifest import write_dataset
 from prfl_fast.kernels.attn import backend_choice
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.io import load_tensors, save_tensors
 
 
 def test_doctor_says_which_backend_and_why(capsys):
@@ -125,6 +126,28 @@ def test_preference_pairs_and_the_reference_layout(root, tmp_path):
     changes = {"reward": reference_layout(root, tmp_path / "theirs"), "model": str(root / "model")}
     assert call("score", root, tmp_path / "theirs", changes) == 0
     assert (tmp_path / "ours.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
+
+
+def test_the_references_reward_training(root, tmp_path):
+    """Losers of a second list, dropped text, short captions, a rate and clipping of its parts."""
+    for name, seed, rows in (("win", 3, 3), ("lose", 4, 5)):
+        videos = [
+            s._replace(labels={}, short=torch.ones(2, 20)) for s in samples(3, seed, rows=rows)
+        ]
+        write_dataset(tmp_path / name, videos)
+        empty = {"encoder_hidden_states": torch.zeros(1, 20)}
+        save_tensors(empty, tmp_path / name / "empty_prompt.safetensors")
+    changes = {"data": str(tmp_path / "win"), "text_drop": 0.5, "short_captions": 0.5}
+    changes |= {"optimizer": {"head_learning_rate": 1e-3, "clip": "blocks"}, "run.steps": 1}
+    bt = {"loss": "bt", "lose_data": str(tmp_path / "lose")}
+    for name, loss in (("bt", bt), ("ce", {"missing_label": 0})):
+        out = tmp_path / name
+        assert call("train-reward", root, out, changes | loss) == 0
+        before, after = (LatentRewardModel.load(p / "reward").state_dict() for p in (root, out))
+        moved = {k: float((after[k] - before[k]).abs().max()) for k in after}
+        # Adam's first step moves each weight by its rate.
+        assert moved["pool.queries"] == pytest.approx(1e-3, rel=0.05)
+        assert moved["backbone.blocks.0.ffn.net.2.weight"] == pytest.approx(1e-6, rel=0.1)
 
 
 METHODS = [

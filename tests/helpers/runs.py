@@ -15,9 +15,9 @@ from prfl_fast.training import TrainConfig, Trainer
 SIZE = (2, 4, 4)  # frames, height, width of the latents
 
 
-def sample(generator, size=SIZE, width=20, **labels):
+def sample(generator, size=SIZE, width=20, rows=3, **labels):
     """Return a random video with text of the tiny model's width."""
-    text = torch.randn(3, width, generator=generator)
+    text = torch.randn(rows, width, generator=generator)
     return Sample(
         torch.randn(16, *size, generator=generator), {"encoder_hidden_states": text}, labels
     )
