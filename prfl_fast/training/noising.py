@@ -43,8 +43,10 @@ def check_sigma(sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Ten
 
 def model_timestep(sigma: torch.Tensor, integer: bool) -> torch.Tensor:
     """Return the timestep 1000·σ, rounded down if ``integer``, in the dtype of ``sigma``."""
-    timestep = TIMESTEPS_PER_SIGMA * sigma
-    return timestep.floor() if integer else timestep
+    if not integer:
+        return TIMESTEPS_PER_SIGMA * sigma
+    # In float32, where levels are rounded: in float64, 1000 times float32's 0.9 is below 900.
+    return (TIMESTEPS_PER_SIGMA * sigma.float()).floor().to(sigma.dtype)
 
 
 def evaluation_sigma(timestep: float, shift: float, integer: bool) -> float:
@@ -74,12 +76,9 @@ def choose_sigma(
     if sigma is not None:
         sigma = check_sigma(sigma, latents)
     else:
-        levels = training_sigmas(shift).to(latents.device)
-        # float32 until here: the next float64 below a whole number would round down.
+        levels = training_sigmas(shift).to(latents.device, wide_dtype(latents))
         sigma = levels[draw_index(len(levels), latents, generator, device)]
-    timestep = model_timestep(sigma, integer_timesteps)
-    wide = wide_dtype(latents)
-    return sigma.to(wide), timestep.to(wide)
+    return sigma, model_timestep(sigma, integer_timesteps)
 
 
 def noise_like(
