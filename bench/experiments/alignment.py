@@ -23,7 +23,7 @@ from experiments.small_world import CHANCE, Start, assess, submit
 from prfl_fast import PRFL, FlowEuler, GradientPlan
 from prfl_fast.data import Batches
 from prfl_fast.rewards import PixelReward
-from prfl_fast.training import RewardFeedback, SupervisedFlow
+from prfl_fast.training import RewardFeedback
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS, evaluate
 
 PATCHED = os.environ.get("PRFL_FAST_BENCH_PATCHED") == "1"  # also on a CPU
@@ -49,9 +49,9 @@ def run_arm(start: Start, s: Settings, arm: str, seed: int) -> dict[str, Any]:
     # At the CPU's sizes dispatching dominates and the fused operations have nothing to gain.
     model, device = small_world.copy_generator(start, PATCHED)
     batches = partial(Batches, start.clips.samples())
-    sft = SupervisedFlow(model, batches(32, 10 * seed + 1))
+    sft = small_world.Supervised(model, batches(32, 10 * seed + 1))
     # As many optimizer updates for every arm: SFT alone takes two of its own.
-    first: Any = SupervisedFlow(model, batches(32, 10 * seed + 2))
+    first: Any = small_world.Supervised(model, batches(32, 10 * seed + 2))
     if arm != "sft":
         reward: Any = start.reward
         plan, weight = GradientPlan.prfl(s.points), s.prfl_weight
@@ -182,7 +182,8 @@ def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
         for arm in ("prfl", "rgb_refl", "sft")
     ]
     held_batches = list(held_out.batches(device))
-    accuracy = evaluate(start.reward, held_batches, EVALUATION_TIMESTEPS, seed=seed)
+    times = EVALUATION_TIMESTEPS
+    accuracy = evaluate(start.reward, held_batches, times, seed=seed, integer_timesteps=False)
     arms = small_world.results_of(jobs, context, "arms")
     motion, good = world.motion_score(world.decode(held_out.latents)), held_out.good > 0
     real = (float(motion[good].mean()), float(motion[~good].mean()))

@@ -23,7 +23,7 @@ from prfl_fast.feedback import Point
 from prfl_fast.models.velocity import bind_velocity
 from prfl_fast.rewards import PixelReward
 from prfl_fast.rollout import Sampler, Trajectory
-from prfl_fast.training import RewardFeedback, SupervisedFlow, add_lora, consistency_loss, sft_loss
+from prfl_fast.training import RewardFeedback, add_lora, consistency_loss, sft_loss
 
 # What a method's gradient raises: rewards along the sampler, of its result, or of its pixels.
 Goal = Literal["along", "end", "pixel"]
@@ -255,9 +255,9 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
     if method.lora:
         add_lora(model, s.lora_rank)
     batches = partial(Batches, start.clips.samples())
-    supervised = SupervisedFlow(model, batches(s.sft_batch, 10 * seed + 1))
+    supervised = small_world.Supervised(model, batches(s.sft_batch, 10 * seed + 1))
     data, other = batches(s.feedback_batch, 10 * seed + 2), batches(s.sft_batch, 10 * seed + 2)
-    first: Any = SupervisedFlow(model, other)
+    first: Any = small_world.Supervised(model, other)
     if method.plan is not None:
         first = RewardFeedback(make_step(method, start, model, s), data, device)
     if method.distilled:

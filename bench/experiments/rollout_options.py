@@ -16,7 +16,7 @@ from experiments import small_world, variance
 from prfl_fast import PRFL, FlowUniPC, GradientPlan, Guidance, LatentRewardModel, RolloutConfig
 from prfl_fast.data import Batches
 from prfl_fast.rollout import RolloutEngine, Sampler, Trajectory
-from prfl_fast.training import SupervisedFlow, add_lora
+from prfl_fast.training import add_lora
 
 LORA_RANK = 16
 GUIDANCE = 5.0
@@ -187,7 +187,8 @@ def train_tiny(context: Context) -> nn.Module:
     torch.manual_seed(context.seed)
     model = small_world.build(heads=3, channels=32).to(context.device)
     samples = small_world.Clips.make(TRAINING_CLIPS, 1000).samples()
-    objective = SupervisedFlow(model, Batches(samples, 32, context.seed), shift=3.0)
+    batches = Batches(samples, 32, context.seed)
+    objective = small_world.Supervised(model, batches, shift=3.0)
     options = {"learning_rate": 2e-3, "betas": (0.9, 0.99), "warmup_steps": 20}
     small_world.fit(
         model, objective, context, "generator", "sft/loss", steps=TRAINING_STEPS, **options

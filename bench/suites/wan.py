@@ -41,6 +41,7 @@ def build(
     try:
         with torch.device(device or context.device):
             model = WanTransformer3DModel(**size.config)
+            model.text_tokens = size.text_tokens
     finally:
         torch.set_default_dtype(before)
     return mixed(model, dtype)

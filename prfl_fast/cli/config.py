@@ -11,7 +11,7 @@ from typing_extensions import Self  # noqa: UP035 - Python 3.10 has none
 
 from prfl_fast.cli import sections
 from prfl_fast.cli.sections import RunConfig
-from prfl_fast.cli.yaml_config import Count, Index, Positive, Section, Text, from_list, key
+from prfl_fast.cli.yaml_config import Count, Index, Number, Positive, Section, Text, from_list, key
 from prfl_fast.memory.policy import check_compatible
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check
@@ -19,6 +19,7 @@ from prfl_fast.utils.checks import check
 Timesteps = Annotated[
     tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1), from_list
 ]
+Probability = Annotated[Number, Field(ge=0, le=1)]
 Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_list]
 Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), from_list]
 
@@ -40,6 +41,12 @@ class TrainFile(Section):
     rollout: sections.RolloutSection = key(sections.RolloutSection(), "The steps without gradient.")
     optimizer: sections.OptimizerSection = key(sections.OptimizerSection(), "AdamW.")
     lora: sections.LoraSection | None = key(None, "Low-rank adapters; null trains all parameters.")
+    text_drop: Probability = key(
+        0.0, "Probability of the text of empty_prompt.safetensors in data (HY-Video-PRFL: 0.1)."
+    )
+    short_captions: Probability = key(
+        0.0, "Probability of encoder_hidden_states_short of a sample (HY-Video-PRFL: 0.3)."
+    )
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
     memory: Literal["auto"] | sections.MemorySection = key(
         sections.MemorySection(), "Memory policy of the generator; auto plans it and reward_memory."
@@ -88,6 +95,9 @@ class TrainRewardFile(Section):
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
+    lose_data: Text | None = key(
+        None, "Dataset of single videos from which bt draws the losers against the videos of data."
+    )
     eval_data: Text | None = key(
         None, "Dataset of labeled videos to evaluate on at the end; null skips it."
     )
@@ -99,12 +109,31 @@ class TrainRewardFile(Section):
         "ce", "Cross-entropy of labeled videos, or Bradley-Terry of pairs."
     )
     label: Text = key("motion_quality", "Label of the dataset to learn.")
+    missing_label: Annotated[int, Field(ge=0, le=1)] | None = key(
+        None, "Label of videos without one; null refuses them, HY-Video-PRFL takes 0."
+    )
     shift: Positive = key(5.0, "Timestep shift of the noise schedule.")
+    integer_timesteps: bool = key(
+        True,
+        "Call the model at 1000 sigma rounded down; evaluate at the nearest level of the schedule.",
+    )
     optimizer: sections.RewardOptimizerSection = key(sections.RewardOptimizerSection(), "AdamW.")
+    text_drop: Probability = key(
+        0.0, "Probability of the text of empty_prompt.safetensors in data (HY-Video-PRFL: 0.1)."
+    )
+    short_captions: Probability = key(
+        0.0, "Probability of encoder_hidden_states_short of a sample (HY-Video-PRFL: 0.3)."
+    )
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
     memory: sections.TrainedRewardMemorySection = key(
         sections.TrainedRewardMemorySection(), "Memory policy of the reward model."
     )
+
+    @model_validator(mode="after")
+    def _check_losers(self) -> Self:
+        ok = self.lose_data is None or self.loss == "bt"
+        check(ok, "lose_data", self.lose_data, "no value with loss: ce")
+        return self
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
@@ -125,6 +154,10 @@ class ScoreFile(Section):
         None, "Folder of the generator; required with a reward of HY-Video-PRFL."
     )
     timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
+    shift: Positive = key(5.0, "Timestep shift of the noise schedule the reward was trained on.")
+    integer_timesteps: bool = key(
+        True, "Score at the nearest level of the schedule, at 1000 sigma rounded down."
+    )
     batch_size: Count = key(1, "Videos in a forward pass.")
     seed: Index = key(0, "Seed of the noise.")
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")

@@ -13,6 +13,7 @@ from torch import nn
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.sections import GuidanceSection, HardwareSection, NamedReward, ReferenceReward
 from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import Precision, check_finite
 from prfl_fast.rewards.functions import Reward, RewardEnsemble
@@ -121,8 +122,9 @@ def load_reward(source: str | ReferenceReward, transformer: nn.Module | None) ->
     if isinstance(source, str):
         return LatentRewardModel.load(source)
     assert transformer is not None
+    options: dict[str, Any] = {"num_heads": source.num_heads, "return_type": source.return_type}
     return LatentRewardModel.load_reference(
-        transformer, source.transformer, source.mlp, source.pool, num_heads=source.num_heads
+        transformer, source.transformer, source.mlp, source.pool, **options
     )
 
 
@@ -172,7 +174,9 @@ def load_guidance(
         wanted, text = tuple(shapes[name]), name == "encoder_hidden_states"
         fits = tensor.shape == wanted
         if text and not source.batched:  # two calls may have texts of different lengths
-            fits = tensor.ndim == 2 and len(tensor) > 0 and tensor.shape[1] == wanted[1]
+            fits = tensor.ndim == 2 and tensor.shape[1] == wanted[1]
+            ok = not fits or 0 < len(tensor) <= TEXT_TOKENS
+            check(ok, f"{key}: {name}", tensor, f"1 to {TEXT_TOKENS} text tokens")
         hint = "Pad it, or set batched: false" if text and source.batched else ""
         ok = fits and tensor.is_floating_point()
         check(ok, f"{key}: {name}", tensor, f"the dataset's {list(wanted)}", hint=hint)

@@ -224,8 +224,7 @@ def _plan_training(
     config: TrainFile, dataset: LatentDataset, device: torch.device, budget: int | None = None
 ) -> Plan:
     """Return the plan of a run on its own data; a ``budget`` of None is the whole device."""
-    text = {"text_tokens": dataset.shapes["encoder_hidden_states"][0]}
-    work = Workload(**fields_of_run(config) | sizes_of(dataset) | text)
+    work = Workload(**fields_of_run(config) | sizes_of(dataset))
     room, cuda = _host_room(), device.type == "cuda"
     gpu: Any = gpu_specs.this_gpu(device) if cuda else "h200"
     if not cuda:

@@ -18,6 +18,7 @@ from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.registry import patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.training.noising import add_noise, evaluation_sigma, model_timestep
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
@@ -70,8 +71,10 @@ def _scores(
             noise = torch.stack([torch.randn(x.shape, generator=generator) for x in batch.latents])
             scores = []
             for t in config.timesteps:
-                x = ((1 - t / 1000) * batch.latents + t / 1000 * noise).to(device)
-                times = torch.full((len(x),), float(t), device=device)
+                level = evaluation_sigma(t, config.shift, config.integer_timesteps)
+                sigma = torch.full((len(noise),), level)
+                x = add_noise(batch.latents, noise, sigma).to(device)
+                times = model_timestep(sigma, config.integer_timesteps).to(device)
                 with torch.no_grad(), autocast(device, config.hardware.precision):
                     found = reward(x, times, batch.to(device).conditions)
                 scores.append(found.float().tolist())

@@ -27,6 +27,7 @@ from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
 from prfl_fast.rewards.functions import EnsembleMode
 from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.schedulers import Schedule
 from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.utils.checks import check
 
@@ -73,6 +74,13 @@ class RewardOptimizerSection(OptimizerSection):
     """AdamW with the learning rate of reward models."""
 
     learning_rate: Positive = key(1e-6, "Learning rate after the warmup.")
+    head_learning_rate: Positive | None = key(
+        None,
+        "Learning rate of pooling and head; null is learning_rate. HY-Video-PRFL: 1e-5 with bt.",
+    )
+    clip: Literal["all", "blocks"] = key(
+        "all", "Gradients that max_grad_norm limits: all, or blocks alone as in HY-Video-PRFL."
+    )
 
 
 class RunConfig(Section):
@@ -146,6 +154,14 @@ class FeedbackSection(Section):
         None, "Decay of a frame's weight with its distance from the center (instructvideo)."
     )
     solver: Literal["unipc", "euler"] = key("unipc", "ODE solver.")
+    schedule: Schedule = key(
+        "wan",
+        "Noise levels of the unipc solver: those of official Wan and HY-Video-PRFL, or of newer "
+        "diffusers.",
+    )
+    integer_timesteps: bool = key(
+        True, "Call the models at 1000 sigma rounded down, in supervised steps too."
+    )
     shift: Positive = key(5.0, "Timestep shift of the noise schedule, of supervised steps too.")
     target: Number | None = key(
         2.0, "Reward at and above which no gradient flows; null maximizes without a limit."
@@ -168,6 +184,8 @@ class FeedbackSection(Section):
         no_frames = self.segments == "all" and bool(self.attenuation)
         wanted = "no value with segments: all, which rewards no single frames"
         check(not no_frames, "attenuation", self.attenuation, wanted)
+        ok = self.solver == "unipc" or self.schedule == "wan"
+        check(ok, "schedule", self.schedule, "no value with solver: euler")
         plan = self.plan()
         steps = self.num_inference_steps - plan.begin(self.num_inference_steps)
         wanted = f"at most {steps}, the steps of a trajectory"
@@ -237,6 +255,11 @@ class ReferenceReward(Section):
     mlp: Text = key(..., "File of the MLP head.")
     pool: Text = key(..., "File of the attention pooling.")
     num_heads: Count = key(8, "Heads of the attention pooling.")
+    return_type: Literal["query", "attention"] | None = key(
+        None,
+        "Result of its pooling: with the query added, as in all published configurations, or the "
+        "attention alone; null reads it from the transformer's config.json.",
+    )
 
 
 class NamedReward(Section):

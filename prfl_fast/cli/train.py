@@ -14,9 +14,14 @@ from torch import nn
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.plan import choose_memory, next_policy
-from prfl_fast.cli.sections import MemorySection, ReferenceReward, RewardMemorySection
+from prfl_fast.cli.sections import (
+    FeedbackSection,
+    MemorySection,
+    ReferenceReward,
+    RewardMemorySection,
+)
 from prfl_fast.cli.yaml_config import to_yaml
-from prfl_fast.data.dataset import Batch, Batches, collate
+from prfl_fast.data.dataset import Batch, Batches, DrawnPairs, collate
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
@@ -40,7 +45,6 @@ from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 
-SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
 
@@ -52,7 +56,7 @@ def run_train(config: TrainFile, check_only: bool) -> int:
     dataset = LatentDataset(config.data)
     if dataset.pairs:
         raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
-    batches = Batches(dataset, config.run.batch_size, config.run.seed)
+    batches = _batches(dataset, config)
     loading.check_model(config.model, dataset)
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
@@ -77,10 +81,14 @@ def run_train(config: TrainFile, check_only: bool) -> int:
             objectives[name] = RewardFeedback(step, batches, device)
         else:
             # Supervised steps in the same order would repeat the conditions of the PRFL step.
-            own = Batches(dataset, config.run.batch_size, config.run.seed + 1)
+            own = _batches(dataset, config, 1)
             precision = _autocast(memory.weight_dtype, config.hardware.precision)
             objectives[name] = SupervisedFlow(
-                transformer, own, shift=config.prfl.shift, precision=precision
+                transformer,
+                own,
+                shift=config.prfl.shift,
+                integer_timesteps=config.prfl.integer_timesteps,
+                precision=precision,
             )
     advise = partial(next_policy, config, dataset, device, plan)
     trainer = _trainer(config, transformer, objectives, advise=advise)
@@ -137,7 +145,7 @@ def _step(
     return PRFL(
         velocity_call(transformer, _autocast(config.memory.weight_dtype, precision)),
         rewards,
-        SOLVERS[feedback.solver](shift=feedback.shift),
+        _scheduler(feedback),
         feedback.plan(),
         num_inference_steps=feedback.num_inference_steps,
         target=feedback.target,
@@ -149,13 +157,33 @@ def _step(
     )
 
 
+def _batches(
+    dataset: LatentDataset, config: TrainFile | TrainRewardFile, offset: int = 0
+) -> Batches:
+    """Return the batches of a run; another ``offset`` gives another order."""
+    drops = {"text_drop": config.text_drop, "short_captions": config.short_captions}
+    return Batches(dataset, config.run.batch_size, config.run.seed + offset, **drops)
+
+
+def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:
+    options: dict[str, Any] = {"integer_timesteps": feedback.integer_timesteps}
+    if feedback.solver == "euler":
+        return FlowEuler(feedback.shift, **options)
+    return FlowUniPC(feedback.shift, schedule=feedback.schedule, **options)
+
+
 def train_reward(config: TrainRewardFile, check_only: bool) -> int:
     """Train a latent reward model, or only load and check everything; return the exit code."""
     device, out = loading.device_of(config.hardware), Path(config.out)
     loading.check_writable(out, "out")
     dataset, held_out = _labeled_data(config)
-    batches = Batches(dataset, config.run.batch_size, config.run.seed)
+    batches: Batches | DrawnPairs = _batches(dataset, config)
     loading.check_model(config.model, dataset)
+    if config.lose_data is not None:
+        losers = LatentDataset(config.lose_data)
+        check(not losers.pairs, "lose_data", config.lose_data, "single videos, but it holds pairs")
+        loading.check_model(config.model, losers)
+        batches = DrawnPairs(_batches(dataset, config), _batches(losers, config, 1))
     memory = config.memory.build()
     check_available(memory, device)
     _seed(config)  # pool and head are initialized at random
@@ -175,7 +203,9 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
         batches,
         loss=config.loss,
         label=config.label,
+        missing_label=config.missing_label,
         shift=config.shift,
+        integer_timesteps=config.integer_timesteps,
         precision=_autocast(memory.weight_dtype, config.hardware.precision),
     )
     trainer = _trainer(config, reward, {"reward": fit})
@@ -197,14 +227,17 @@ def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset
     held_out = LatentDataset(config.eval_data) if config.eval_data is not None else None
     kind = "pairs" if dataset.pairs else "single videos"
     hint = f"data: {config.data} holds {kind}; ce takes single videos, bt pairs"
-    wanted = "bt" if dataset.pairs else "ce"
+    wanted = "bt" if dataset.pairs or config.lose_data is not None else "ce"
+    if config.lose_data is not None and dataset.pairs:
+        raise ValueError(f"data: {config.data} holds pairs, expected single videos with lose_data")
     check(config.loss == wanted, "loss", config.loss, f"{wanted} for this dataset", hint=hint)
     if held_out is not None and held_out.pairs:
         raise ValueError(f"eval_data: {config.eval_data} holds pairs, expected labeled videos")
-    for labeled in (d for d in (dataset, held_out) if d is not None and not d.pairs):
+    labeled_sets = [held_out] if config.loss == "bt" else [dataset, held_out]
+    for labeled in (d for d in labeled_sets if d is not None):
         for place, labels in labeled.labels():
             try:
-                label_of(labels, config.label)
+                label_of(labels, config.label, config.missing_label)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
     return dataset, held_out
@@ -221,11 +254,19 @@ def _evaluate(
         for i in range(len(dataset)):
             batch = collate([dataset[i]])
             assert isinstance(batch, Batch)
-            labels = torch.tensor([label_of(record, config.label) for record in batch.labels])
+            found = [label_of(r, config.label, config.missing_label) for r in batch.labels]
+            labels = torch.tensor(found)
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
     with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):
-        metrics = evaluate(reward, batches(), config.timesteps, seed=config.run.seed)
+        metrics = evaluate(
+            reward,
+            batches(),
+            config.timesteps,
+            seed=config.run.seed,
+            shift=config.shift,
+            integer_timesteps=config.integer_timesteps,
+        )
     with write_atomic(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     for t, values in metrics.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn.functional import pad
 
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check
@@ -21,9 +22,13 @@ MANIFEST = "manifest.jsonl"
 _RANKS = {
     "latents": 4,
     "encoder_hidden_states": 2,
+    "encoder_hidden_states_short": 2,
     "encoder_hidden_states_image": 2,
     "latent_condition": 4,
 }
+TEXT, SHORT = "encoder_hidden_states", "encoder_hidden_states_short"
+# Of the prompt "", which text drop takes in place of a sample's text.
+EMPTY_PROMPT = "empty_prompt.safetensors"
 _REQUIRED = ("latents", "encoder_hidden_states")
 # torch's names of dtypes by those of safetensors; a dataset has floating-point tensors only.
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -31,12 +36,16 @@ _INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8":
 
 
 class Sample(NamedTuple):
-    """Hold one video: ``latents [C, F, H, W]``, conditions without batch dimension, labels."""
+    """Hold one video: ``latents [C, F, H, W]``, conditions without batch dimension, labels.
+
+    ``short`` are the text states ``[T, D]`` of a short caption beside those in the conditions.
+    """
 
     latents: torch.Tensor
     conditions: dict[str, torch.Tensor]
     labels: Mapping[str, Any] = {}
     id: str = ""
+    short: torch.Tensor | None = None
 
 
 class Pair(NamedTuple):
@@ -53,7 +62,9 @@ class LatentDataset:
 
     Attributes:
         pairs: True if items are pairs.
-        shapes: shape of each tensor by name, the same in all files.
+        shapes: shape of latents and conditions by name, the same in all files. Text has the rows of
+            the longest one, and shorter texts get rows of zeros, as models pad them.
+        short: True if samples have the text states of a short caption.
 
     Raises:
         FileNotFoundError: if the folder or its manifest does not exist.
@@ -74,6 +85,9 @@ class LatentDataset:
         for record in self._records:
             for key in ("win", "lose") if self.pairs else ("latents",):
                 self._check_file(record[key], f"{self.manifest}:{record['line']}: {key}")
+        self.short = SHORT in self.shapes
+        short, text = self.shapes.pop(SHORT, self.shapes[TEXT])[1], self.shapes[TEXT][1]
+        check(short == text, f"{self.folder}: width of {SHORT}", short, f"the text's {text}")
 
     def _read_manifest(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -118,7 +132,12 @@ class LatentDataset:
         condition = shapes.get("latent_condition", shapes["latents"])
         same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
         check(same, f"{where}: latent_condition", list(condition), expected)
-        self.shapes = self.shapes or shapes
+        # Texts may differ in length: all count with the rows of the longest.
+        both, texts = (shapes, self.shapes or shapes), (TEXT, SHORT)
+        rows = max(of[key][0] for of in both for key in texts if key in of)
+        shapes, self.shapes = (
+            {key: (rows, *s[1:]) if key in texts else s for key, s in of.items()} for of in both
+        )
         expected = f"{_listed(self.shapes)} as on earlier lines"
         check(shapes == self.shapes, f"{where}: shapes", _listed(shapes), expected)
 
@@ -137,7 +156,25 @@ class LatentDataset:
         tensors = load_tensors(path)
         for name, tensor in tensors.items():
             check_finite(f"{self.manifest}:{record['line']}: {key}: {name} in {path}", tensor)
-        return Sample(tensors.pop("latents"), tensors, record.get("labels", {}), record["id"])
+        latents, short, text = tensors.pop("latents"), tensors.pop(SHORT, None), tensors[TEXT]
+        tensors[TEXT] = pad(text, (0, 0, 0, self.shapes[TEXT][0] - len(text)))
+        return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
+
+    def empty_prompt(self) -> torch.Tensor:
+        """Read the text states of the empty prompt, ``encoder_hidden_states`` ``[T, D]``.
+
+        Raise ``ValueError`` if ``empty_prompt.safetensors`` is missing, or does not fit the text.
+        """
+        path = self.folder / EMPTY_PROMPT
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
+        text, (rows, width) = load_tensors(path).get(TEXT), self.shapes[TEXT]
+        ok = text is not None and text.ndim == 2 and text.shape[1] == width
+        ok = ok and text is not None and 0 < len(text) <= rows
+        check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width}")
+        assert text is not None
+        check_finite(f"{path}: {TEXT}", text)
+        return text
 
     def labels(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Return ``(place, labels)`` of each item without reading tensors; place is file:line."""
@@ -192,7 +229,8 @@ def write_dataset(
 
     def save(sample: Sample, name: str) -> str:
         file = f"samples/{name}.safetensors"
-        save_tensors({"latents": sample.latents, **sample.conditions}, folder / file)
+        short = {} if sample.short is None else {SHORT: sample.short}
+        save_tensors({"latents": sample.latents, **sample.conditions, **short}, folder / file)
         return file
 
     for number, item in enumerate(samples):

@@ -25,8 +25,8 @@ from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check, check_number, check_type
 from prfl_fast.utils.recompute import NO_GRADIENT
 
-# At UniPC's first level, 1 - 1e-6, the factor σ/(1-σ) of guided sampling is already 1e6.
-PURE_NOISE = 1e-5
+# At Wan's first level, 0.9998 at shift 5, the factor σ/(1-σ) of guided sampling is already 5000.
+PURE_NOISE = 1e-3
 
 
 class PRFL:

@@ -22,6 +22,7 @@ Float32 parameters need neither master nor rounding. ``adamw-sr`` and ``adamw8bi
 """
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -144,9 +145,20 @@ def state_bytes(kind: OptimizerKind, shape: Sequence[int], dtype: torch.dtype) -
     return (scales + 2 * n, 0) if n < _SMALLEST_PAGED else (scales, 2 * n)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group of an optimizer of any kind."""
-    for group in optimizer.param_groups:
+def split_group(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Move ``parameters`` of an optimizer's only group to a second group, before its first step."""
+    (group,), moved = optimizer.param_groups, set(map(id, parameters))
+    second = [p for p in group["params"] if id(p) in moved]
+    group["params"] = [p for p in group["params"] if id(p) not in moved]
+    options = {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+    optimizer.add_param_group({**options, "params": second})
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *others: float) -> None:
+    """Set the learning rate of an optimizer of any kind, of its later groups to ``others``."""
+    rates = (rate, *others)
+    for number, group in enumerate(optimizer.param_groups):
+        rate = rates[min(number, len(rates) - 1)]
         if isinstance(group["lr"], torch.Tensor):  # torchao would compile a number into its step
             group["lr"].fill_(rate)
         else:

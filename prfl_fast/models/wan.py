@@ -120,7 +120,7 @@ class WanDiffusersAdapter:
 
     def check_latents(self, model: nn.Module, x: torch.Tensor, conditions: Conditions) -> None:
         """Raise ``ValueError`` unless the model takes these latents and conditions."""
-        check_wan_inputs(unwrap(model).config, x, conditions)
+        check_wan_inputs(unwrap(model), x, conditions)
 
     def velocity(
         self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
@@ -249,6 +249,8 @@ class WanDiffusersAdapter:
         """Return the configuration for :meth:`backbone_from_config` as plain JSON values."""
         config: Any = unwrap(model).config
         public = {k: v for k, v in config.items() if not k.startswith("_")}
+        if hasattr(unwrap(model), "text_tokens"):
+            public["text_tokens"] = unwrap(model).text_tokens
         return {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
 
     def backbone_from_config(self, config: dict[str, Any]) -> nn.Module:
@@ -256,10 +258,13 @@ class WanDiffusersAdapter:
 
         Raise ``ValueError`` if diffusers does not take the configuration.
         """
+        own = {k: v for k, v in config.items() if k != "text_tokens"}
         try:
-            base = getattr(need("diffusers"), _CLASS)(**config)
+            base = getattr(need("diffusers"), _CLASS)(**own)
         except TypeError as error:
             raise ValueError(f"backbone config does not fit {_CLASS}: {error}") from error
+        if "text_tokens" in config:
+            base.text_tokens = config["text_tokens"]
         return self._remove_head(base, config["num_layers"])
 
     def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

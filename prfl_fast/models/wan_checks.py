@@ -8,14 +8,17 @@ from torch import nn
 
 from prfl_fast.models.adapter import Conditions, check_inputs
 from prfl_fast.models.inference import UnsupportedError
-from prfl_fast.models.wan_forward import instance_forward, replacements
+from prfl_fast.models.wan_forward import image_rows, instance_forward, replacements, text_rows
 from prfl_fast.utils.checks import check, check_choice
 
 TEXT, IMAGE, LATENT = "encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"
 
 
-def check_wan_inputs(config: Any, x: torch.Tensor, conditions: Conditions) -> None:
-    """Raise ``ValueError`` unless a model of this config takes the latents and conditions."""
+def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions) -> None:
+    """Raise ``ValueError`` unless the model takes the latents and conditions."""
+    config, rows = base.config, image_rows(base)
+    if rows is not None:
+        conditions = _joined_images(x, conditions, rows)
     check_inputs("x", x, conditions)
     check(TEXT in conditions, "conditions", sorted(conditions), f"a dict with {TEXT!r} [B, T, C]")
     for key, value in conditions.items():
@@ -24,11 +27,28 @@ def check_wan_inputs(config: Any, x: torch.Tensor, conditions: Conditions) -> No
         check(ok, f"conditions[{key!r}]", value, f"a floating-point tensor on {x.device}")
     _check_latents(config, x, conditions.get(LATENT))
     _check_tokens(TEXT, conditions[TEXT], config.text_dim, "T")
+    text_rows(base, conditions[TEXT])
     image = conditions.get(IMAGE)
     if config.image_dim is None:
         check(image is None, f"conditions[{IMAGE!r}]", image, "none: the model takes no image")
     else:
-        _check_tokens(IMAGE, image, config.image_dim, "N", hint="This is an image-to-video model")
+        hint = "This is an image-to-video model"
+        _check_tokens(IMAGE, image, config.image_dim, "N", hint=hint)
+        if rows is not None:
+            ok = image is not None and image.shape[1] == rows
+            hint = "This model takes the tokens of the first and the last frame"
+            expected = f"[B, {rows}, {config.image_dim}] or [2B, {rows // 2}, {config.image_dim}]"
+            check(ok, f"conditions[{IMAGE!r}]", image, expected, hint=hint)
+
+
+def _joined_images(x: Any, conditions: Any, rows: int) -> Any:
+    """Return conditions with image tokens ``[2B, N, C]`` of two images as ``[B, 2N, C]``."""
+    image = conditions.get(IMAGE) if isinstance(conditions, dict) else None
+    if not (isinstance(image, torch.Tensor) and isinstance(x, torch.Tensor) and x.ndim > 0):
+        return conditions
+    if image.ndim != 3 or image.shape[:2] != (2 * len(x), rows // 2):
+        return conditions
+    return {**conditions, IMAGE: image.reshape(len(x), rows, -1)}
 
 
 def _check_tokens(

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from prfl_fast.models.blocks import BlockParts, Modulation, Rope, transformer_block
+from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, transformer_block
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.recompute import in_chunks
 
 
@@ -69,19 +71,50 @@ def instance_forward(module: nn.Module) -> object:
     return getattr(module.__dict__.get("forward"), "__func__", None)
 
 
+def text_rows(base: Any, text: torch.Tensor) -> int:
+    """Return the number of rows to which a model's text states are padded, 512 for published Wans.
+
+    An attribute ``text_tokens`` of a text-to-video model replaces the 512; None pads nothing. Raise
+    ``ValueError`` unless ``text`` ``[B, T, C]`` has 1 to that many rows.
+    """
+    rows = TEXT_TOKENS  # image-to-video blocks split text and image tokens there
+    if base.config.image_dim is None:
+        given = getattr(base, "text_tokens", TEXT_TOKENS)
+        rows = max(text.shape[1], 1) if given is None else given
+    hint = "Text is padded with zeros to that many rows, as in training. Shorten it"
+    name = "conditions['encoder_hidden_states']"
+    ok = 1 <= text.shape[1] <= rows
+    check(ok, name, text, f"1 to {rows} text tokens, [B, T, C]", hint=hint)
+    return rows
+
+
+def image_rows(base: Any) -> int | None:
+    """Return the image tokens of a sample of a first-last-frame model, both images'; else None."""
+    return None if base.config.image_dim is None else base.config.pos_embed_seq_len
+
+
 def model_inputs(
     base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return latents, timesteps, text and image tokens as diffusers' forward takes them."""
+    """Return latents, timesteps, text and image tokens as diffusers' forward takes them.
+
+    Text gets rows of zeros up to :func:`text_rows`, without a mask: Wan was trained on such text.
+    """
     dtype = base.patch_embedding.weight.dtype  # diffusers does not cast its inputs
     latents = [x]
     if "latent_condition" in conditions:
         latents.append(conditions["latent_condition"])
     image = conditions.get("encoder_hidden_states_image")
     timestep = timestep.to(x.device)
+    if image is not None and image_rows(base) is not None:
+        # First and last frame: diffusers' embedding joins the rows of two images again.
+        image = image.reshape(2 * len(x), -1, image.shape[-1])
+    text = conditions["encoder_hidden_states"].to(dtype)
+    if missing := text_rows(base, text) - text.shape[1]:
+        text = functional.pad(text, (0, 0, 0, missing))
     return (
         torch.cat([part.to(dtype) for part in latents], dim=1),  # [B, C + C', F, H, W]
         timestep.expand(x.shape[0]) if timestep.ndim == 0 else timestep,  # [B] or [B, L]
-        conditions["encoder_hidden_states"].to(dtype),
+        text,
         None if image is None else image.to(dtype),
     )

@@ -22,10 +22,12 @@ _WAN_14B: dict[str, Any] = {
     "ffn_dim": 13824,
     "num_layers": 40,
 }
+_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 MODELS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": _WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "wan2.1-t2v-14b": _WAN_14B,
-    "wan2.1-i2v-14b": _WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "wan2.1-i2v-14b": _WAN_14B | _IMAGE,
+    "wan2.1-flf2v-14b": _WAN_14B | _IMAGE | {"pos_embed_seq_len": 514},
 }
 
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]

@@ -26,7 +26,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
 from prfl_fast.training.lora import add_lora
-from prfl_fast.training.losses import TIMESTEPS_PER_SIGMA
+from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
 from prfl_fast.utils.optional import need
 
 PHASES = (
@@ -74,7 +74,8 @@ def build(
     reward_layers: int | None = None,
 ) -> tuple[nn.Module, LatentRewardModel]:
     """Return generator and frozen reward model on the ``meta`` device, not patched yet."""
-    config = {k: v for k, v in workload.config.items() if not k.startswith("_")}
+    own = ("_", "text_tokens")  # keys that the model's class does not take
+    config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
     cls = need("diffusers").WanTransformer3DModel
     depth = config["num_layers"] if layers is None else layers
     reward_depth = workload.reward_blocks if reward_layers is None else reward_layers
@@ -84,6 +85,9 @@ def build(
         backbone = adapter.backbone_from_config({**config, "num_layers": reward_depth})
         dim = adapter.hidden_size(backbone)
         reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
+    both: tuple[Any, ...] = (generator, backbone)
+    for model in both:
+        model.text_tokens = workload.text_tokens
     apply_memory(generator, memory)
     apply_memory(reward, reward_memory)
     if workload.train == "lora":
@@ -164,7 +168,8 @@ class SimulatedStep:
         text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
         conditions = {"encoder_hidden_states": text}
         if config.get("image_dim") is not None:
-            image = self._make(batch, IMAGE_TOKENS, config["image_dim"])
+            tokens = config.get("pos_embed_seq_len") or IMAGE_TOKENS  # of two images, if set
+            image = self._make(batch, tokens, config["image_dim"])
             conditions["encoder_hidden_states_image"] = image
         extra = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
         if extra:

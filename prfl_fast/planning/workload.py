@@ -24,7 +24,7 @@ class Workload:
         frames, height, width: of the videos, in frames and pixels; frames is 4n + 1.
         batch_size: videos per forward.
         gradient_accumulation_steps: micro-batches per optimizer step.
-        text_tokens: rows of a sample's text states.
+        text_tokens: rows of a sample's text states after padding.
         train: ``lora`` trains adapters, ``full`` all parameters.
         lora_rank, target_modules: as in :func:`prfl_fast.training.lora.add_lora`.
         gradient_plan: steps that carry gradient. Every gradient point has one step, whose gradient

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,10 +20,12 @@ from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rewards.reference_checkpoint import (
+    RETURN_TYPES,
     SHARD_BYTES,
     SHARD_FILES,
     check_replaceable,
     read_blocks,
+    read_return_type,
     read_state,
     save_shards,
 )
@@ -179,6 +181,7 @@ class LatentRewardModel(nn.Module):
             "num_blocks": self.num_blocks,
             "num_heads": self.pool.multihead_attn.num_heads,
             "num_queries": self.pool.queries.shape[0],
+            "add_query": self.pool.add_query,
             "backbone": self._adapter.backbone_config(self.backbone),
         }
         state = self.state_dict()
@@ -242,6 +245,7 @@ class LatentRewardModel(nn.Module):
         check_replaceable(checkpoint, re.escape(_CONFIG), SHARD_FILES)
         state = self._adapter.to_reference(self.backbone.state_dict())
         config = self._adapter.reference_config(self.backbone)
+        config["return_type"] = RETURN_TYPES[not self.pool.add_query]
         with save_checkpoint_dir(checkpoint) as temporary:
             save_shards(state, temporary, shard_bytes)
             (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -264,8 +268,9 @@ class LatentRewardModel(nn.Module):
         *,
         num_blocks: int | None = None,
         num_heads: int = 8,
+        return_type: Literal["query", "attention"] | None = None,
     ) -> "LatentRewardModel":
-        """Read a reward model trained by HY-Video-PRFL (``pool: q_attn``, ``return_type: query``).
+        """Read a reward model trained by HY-Video-PRFL (``pool: q_attn``).
 
         Args:
             transformer: a generator of the same size, left unchanged; the reward has its structure,
@@ -276,20 +281,28 @@ class LatentRewardModel(nn.Module):
             pool_file: the pool's ``queries`` and ``multihead_attn``, in the same formats.
             num_blocks: number of blocks to read; None reads all blocks of the folder.
             num_heads: heads of the pool; the files do not store it.
+            return_type: of the pool: ``"query"`` adds the query to the attention's result, as all
+                published configurations do, ``"attention"`` does not. None reads it from the
+                folder's ``config.json``, where :meth:`save_reference` writes it.
 
         Raises:
             TypeError: if the transformer is not supported.
             FileNotFoundError: if a file or folder is missing.
-            ValueError: if a file is not a state dict, or a tensor is missing, unexpected or has the
-                wrong shape.
+            ValueError: if a file is not a state dict, a tensor is missing, unexpected or has the
+                wrong shape, or ``return_type`` is neither given nor stored.
         """
         adapter = find_adapter(transformer)
         state, found = read_blocks(Path(transformer_folder), num_blocks)
+        kind = return_type or read_return_type(Path(transformer_folder))
+        expected = "'query' or 'attention'"
+        hint = "The files do not tell; published configurations have return_type: query"
+        check(kind in RETURN_TYPES, "return_type", kind, expected, hint=hint)
         head_state, pool_state = read_state(mlp_file), read_state(pool_file)
         queries = pool_state.get("queries")
         # A pool file of another form fails in check_fit below, which names its tensors.
         num_queries = queries.shape[0] if queries is not None and queries.ndim == 2 else 1
         reward = cls.from_backbone(transformer, found, num_heads, num_queries)
+        reward.pool.add_query = kind == "query"
         loads = (
             (reward.backbone, adapter.from_reference(state), transformer_folder),
             (reward.head, head_state, mlp_file),
@@ -311,4 +324,5 @@ def _from_config(config: dict[str, Any]) -> LatentRewardModel:
     check(blocks == saved, "num_blocks", saved, f"the backbone's {blocks}")
     dim = adapter.hidden_size(backbone)
     pool = QueryAttentionPool(dim, config["num_heads"], config["num_queries"])
+    pool.add_query = bool(config.get("add_query", True))
     return LatentRewardModel(backbone, pool, RewardHead(dim))

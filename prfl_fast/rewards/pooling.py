@@ -29,6 +29,7 @@ class QueryAttentionPool(nn.Module):
         ok = num_heads >= 1 and dim % num_heads == 0
         check(ok, "num_heads", num_heads, f"a divisor of dim = {dim}")
         check_count("num_queries", num_queries)
+        self.add_query = True  # False for reference checkpoints whose return_type is not query
         # This module holds and initializes the parameters; its forward is never called.
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
@@ -37,8 +38,8 @@ class QueryAttentionPool(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[B, D]`` from ``[B, L, D]``, in the pool's dtype.
 
-        The result is the attention output plus the query, averaged over the queries. Raise
-        ``ValueError`` for another shape.
+        The result is the attention output plus the query, averaged over the queries; without the
+        query if ``add_query`` is False. Raise ``ValueError`` for another shape.
         """
         mha = self.multihead_attn
         dim, heads = mha.embed_dim, mha.num_heads
@@ -53,7 +54,8 @@ class QueryAttentionPool(nn.Module):
         pooled = pooled.to(w_v.dtype).unflatten(1, (-1, heads))  # [B, queries, heads, D]
         # The average over queries commutes with the linear value and output projections.
         values = torch.einsum("bhd,hed->bhe", pooled.mean(1), w_v) + b_v
-        return mha.out_proj(values.flatten(1)) + self.queries.mean(0)
+        out = mha.out_proj(values.flatten(1))
+        return out + self.queries.mean(0) if self.add_query else out
 
 
 class RewardHead(nn.Module):

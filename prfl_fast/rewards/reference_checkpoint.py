@@ -13,6 +13,8 @@ from prfl_fast.utils.io import load_pickled, load_tensors, open_tensors, save_te
 SHARD_BYTES = 5 * 1024**3  # the limit of diffusers and HY-Video-PRFL
 _SHARDS = "diffusion_pytorch_model"
 _INDEX = f"{_SHARDS}.safetensors.index.json"
+# Results of the pool: with its query added, and the attention alone.
+RETURN_TYPES = ("query", "attention")
 # Names of the files that save_shards writes.
 SHARD_FILES = rf"{_SHARDS}[-\w]*\.safetensors(\.index\.json)?"
 
@@ -63,6 +65,15 @@ def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.T
     if num_blocks is None:
         num_blocks = 1 + max(map(_block_index, state), default=-1)
     return state, num_blocks
+
+
+def read_return_type(folder: Path) -> str | None:
+    """Return the ``return_type`` in a folder's ``config.json``; None if it stores none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("return_type") if isinstance(config, dict) else None
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
+from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC, WithShift
 from prfl_fast.rollout.trajectory import Trajectory, rollout
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "RolloutEngine",
     "Sampler",
     "Trajectory",
+    "WithShift",
     "rollout",
 ]

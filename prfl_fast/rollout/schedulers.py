@@ -7,16 +7,19 @@ update is one ``flow_step``, rounded once to the latents' dtype and differentiab
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe, require_float
 from prfl_fast.rollout.unipc_coefficients import unipc_updates
-from prfl_fast.utils.checks import check, check_choice, check_count
+from prfl_fast.utils.checks import check, check_choice, check_count, check_type, is_number
+
+Schedule = Literal["wan", "diffusers"]
 
 # UniPC's log-SNR is infinite at σ = 1, so that schedules start this much below, as in diffusers.
 _UNIPC_SIGMA_GAP = 1e-6
@@ -57,6 +60,11 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     return torch.tensor(sigmas, dtype=torch.float64).to(torch.float32)
 
 
+def _wan_first(scale: int) -> float:
+    """Return Wan's first level before the shift, which it rounds to float32: 0.999."""
+    return torch.tensor(1 - 1 / scale, dtype=torch.float32).item()
+
+
 def _check_shift(shift: float) -> None:
     ok = math.isfinite(shift) and shift > 0
     check(ok, "shift", shift, "a positive number (Wan uses 5.0, or 3.0 at 480p)")
@@ -65,9 +73,11 @@ def _check_shift(shift: float) -> None:
 class _FlowScheduler:
     """Share the schedule, step counter and argument checks of the samplers."""
 
-    def __init__(self, shift: float, num_train_timesteps: int) -> None:
+    def __init__(self, shift: float, num_train_timesteps: int, integer_timesteps: bool) -> None:
         _check_shift(shift)
         check_count("num_train_timesteps", num_train_timesteps)
+        check_type("integer_timesteps", integer_timesteps, bool)
+        self.integer_timesteps = integer_timesteps
         self.shift = float(shift)
         self.num_train_timesteps = num_train_timesteps
         self.timesteps = torch.empty(0)
@@ -91,7 +101,7 @@ class _FlowScheduler:
         ``num_inference_steps`` is not a positive integer.
         """
         check_count("num_inference_steps", num_inference_steps)
-        sigmas, timesteps = self.schedule(num_inference_steps)
+        sigmas, timesteps = self.levels(num_inference_steps)
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64).to(torch.float32)
         self.timesteps = timesteps.to(device) if device is not None else timesteps
         # The update coefficients start from the float32 levels that diffusers uses, not from their
@@ -174,7 +184,7 @@ class _FlowScheduler:
         check(time == self._times[index], name, time, expected, hint=_NEW)
         return index
 
-    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def levels(self, count: int) -> tuple[list[float], torch.Tensor]:
         """Return the ``count`` noise levels before the final 0, and the model's timesteps."""
         raise NotImplementedError
 
@@ -195,23 +205,33 @@ class FlowEuler(_FlowScheduler):
     Args:
         shift: moves the steps towards high noise; 1 spaces them evenly.
         num_train_timesteps: timesteps per unit of σ.
+        integer_timesteps: True truncates ``timesteps`` to int64, as official Wan, HY-Video-PRFL and
+            supervised training here do; a run of the command line sets it.
 
     Raises:
-        ValueError: if an argument is not positive.
+        ValueError: if a number is not positive.
     """
 
-    def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
-        super().__init__(shift, num_train_timesteps)
+    def __init__(
+        self,
+        shift: float = 5.0,
+        num_train_timesteps: int = 1000,
+        *,
+        integer_timesteps: bool = False,
+    ) -> None:
+        super().__init__(shift, num_train_timesteps, integer_timesteps)
         # diffusers derives the ends in float32, and the last timesteps depend on that rounding.
         ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32) / num_train_timesteps
         ends = self.shift * ends / (1 + (self.shift - 1) * ends)
         self._ends: tuple[float, float] = (ends[0].item(), ends[1].item())
 
-    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def levels(self, count: int) -> tuple[list[float], torch.Tensor]:
         scale = self.num_train_timesteps
         even = _linspace(self._ends[0] * scale, self._ends[1] * scale, count)
         sigmas = [_shifted(t / scale, self.shift) for t in even]
-        return sigmas, torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * scale
+        timesteps = torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * scale
+        # The ends are float32: a whole number may come out one rounding below itself.
+        return sigmas, (timesteps + 1e-4).long() if self.integer_timesteps else timesteps
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return flow_step([sample, velocity], [1.0, self._sigmas[index + 1] - self._sigmas[index]])
@@ -220,32 +240,50 @@ class FlowEuler(_FlowScheduler):
 class FlowUniPC(_FlowScheduler):
     """Sample by UniPC, a multistep predictor and corrector (Zhao et al., arXiv 2302.04867).
 
-    The variant with ``B(h) = e^h - 1`` ("bh2") equals diffusers'
-    ``UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
-    flow_shift=shift, solver_order=order)``: data prediction, lower orders at both ends of the
-    trajectory. ``timesteps`` are ``1000·σ`` truncated to int64, as in diffusers. ``order + 1``
-    tensors of ``sample``'s size and dtype are kept between steps.
+    The variant with ``B(h) = e^h - 1`` ("bh2"), data prediction, lower orders at both ends of the
+    trajectory. ``timesteps`` are ``1000·σ`` truncated to int64. ``order + 1`` tensors of
+    ``sample``'s size and dtype are kept between steps.
 
     Args:
         shift, num_train_timesteps: see :class:`FlowEuler`.
         order: order of the predictor, 1, 2 or 3.
+        schedule: levels before the shift. ``"wan"`` spaces them evenly from 0.999 to 0, as official
+            Wan and HY-Video-PRFL do; ``"diffusers"`` from 1 to 0.001, as newer diffusers'
+            ``UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+            flow_shift=shift, solver_order=order)`` do.
+        integer_timesteps: False keeps ``1000·σ`` as float32.
 
     Raises:
-        ValueError: if an argument is not positive, or ``order`` is above 3.
+        ValueError: if a number is not positive, ``order`` is above 3, or ``schedule`` is unknown.
     """
 
-    def __init__(self, shift: float = 5.0, order: int = 2, num_train_timesteps: int = 1000) -> None:
-        super().__init__(shift, num_train_timesteps)
+    def __init__(
+        self,
+        shift: float = 5.0,
+        order: int = 2,
+        num_train_timesteps: int = 1000,
+        *,
+        schedule: Schedule = "wan",
+        integer_timesteps: bool = True,
+    ) -> None:
+        super().__init__(shift, num_train_timesteps, integer_timesteps)
         check_choice("order", order, (1, 2, 3))
-        self.order = order
+        check_choice("schedule", schedule, get_args(Schedule))
+        # Of one level, Wan's first would be 0.
+        check_count("num_train_timesteps", num_train_timesteps, 1 + (schedule == "wan"))
+        self.order, self.schedule = order, schedule
         self._reset()
 
-    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def levels(self, count: int) -> tuple[list[float], torch.Tensor]:
         scale = self.num_train_timesteps
-        sigmas = [_shifted(s, self.shift) for s in _linspace(1, 1 / scale, count + 1)[:-1]]
+        first, last = (1.0, 1 / scale) if self.schedule == "diffusers" else (_wan_first(scale), 0.0)
+        sigmas = [_shifted(s, self.shift) for s in _linspace(first, last, count + 1)[:-1]]
         if abs(sigmas[0] - 1) < _UNIPC_SIGMA_GAP:
             sigmas[0] -= _UNIPC_SIGMA_GAP
-        return sigmas, torch.tensor([int(s * scale) for s in sigmas], dtype=torch.int64)
+        times = [s * scale for s in sigmas]
+        if self.integer_timesteps:
+            return sigmas, torch.tensor([int(t) for t in times], dtype=torch.int64)
+        return sigmas, torch.tensor(times, dtype=torch.float64).to(torch.float32)
 
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None
@@ -294,7 +332,8 @@ def fresh_copy(scheduler: Any) -> Any:
     """Return a deep copy of a scheduler without its graph; the caller's object never steps.
 
     Raise ``TypeError`` for an object without ``set_timesteps`` or ``step``, and ``ValueError`` for
-    a diffusers scheduler that predicts something other than the velocity.
+    a diffusers scheduler that predicts something other than the velocity, or a scheduler whose
+    ``set_timesteps`` takes a shift that it was not given.
     """
     name = type(scheduler).__name__
     if not all(callable(getattr(scheduler, method, None)) for method in ("set_timesteps", "step")):
@@ -306,9 +345,56 @@ def fresh_copy(scheduler: Any) -> Any:
     ok, expected = prediction in (None, "flow_prediction"), "'flow_prediction'"
     hint = "Build it with that and use_flow_sigmas=True: the model predicts a velocity."
     check(ok, f"scheduler {name}: prediction_type", prediction, expected, hint=hint)
+    _check_shift_given(scheduler)
     clone = copy.copy(scheduler)
     detach_state(clone)
     return copy.deepcopy(clone)
+
+
+def _check_shift_given(scheduler: Any) -> None:
+    """Refuse a scheduler that takes its shift in ``set_timesteps``, as HY-Video-PRFL's own does."""
+    try:
+        parameter = inspect.signature(scheduler.set_timesteps).parameters.get("shift")
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    if parameter is None or is_number(parameter.default):
+        return
+    shift = _config(scheduler).get("shift", getattr(scheduler, "shift", None))
+    given = parameter.default is None and is_number(shift) and shift != 1
+    hint = "Pass WithShift(scheduler, shift=5.0) of prfl_fast.rollout: it would run unshifted"
+    check(given, f"shift of scheduler {type(scheduler).__name__}", shift, "a shift", hint=hint)
+
+
+class WithShift:
+    """Give ``set_timesteps`` of another library's scheduler its ``shift``.
+
+    Args:
+        scheduler: an object whose ``set_timesteps`` takes a number of steps and a ``shift``.
+        shift: moves the steps towards high noise; 1 leaves them as they are.
+
+    Raises:
+        ValueError: if ``shift`` is not positive.
+    """
+
+    def __init__(self, scheduler: Any, shift: float) -> None:
+        _check_shift(shift)
+        self.scheduler, self.given_shift = scheduler, float(shift)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Start a trajectory with the shift."""
+        options = {} if device is None else {"device": device}
+        self.scheduler.set_timesteps(num_inference_steps, shift=self.given_shift, **options)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the scheduler's own step."""
+        return self.scheduler.step(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler" or name.startswith("__"):  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
 
 
 def _config(scheduler: Any) -> Mapping[str, Any]:

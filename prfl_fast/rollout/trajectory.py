@@ -76,6 +76,11 @@ class Trajectory:
         self.conditions = conditions
         self.guidance = guidance = sampler.guidance
         self._branches = (conditions,) if guidance is None else guidance.branches(conditions)
+        if guidance is not None and not guidance.batched:  # its shapes may be its own
+            try:
+                bind_velocity(transformer, noise, self._branches[1], "noise")
+            except ValueError as error:
+                raise ValueError(f"guidance negative: {error}") from error
         for name, steps in (("start", (start,)), ("visit", tuple(visit))):
             bad = any(isinstance(i, bool) or not 0 <= i < count for i in steps)
             check(not bad, name, steps, f"steps in 0 … {count - 1}")

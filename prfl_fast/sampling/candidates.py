@@ -115,7 +115,7 @@ class _Remaining(FlowEuler):
         super().__init__(shift=1.0)
         self._start = sigma
 
-    def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
+    def levels(self, count: int) -> tuple[list[float], torch.Tensor]:
         sigmas = [self._start * (count - i) / count for i in range(count)]
         return sigmas, torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * 1000
 

@@ -2,10 +2,10 @@
 
 import signal
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
-from prfl_fast.utils.checks import check_choice, check_count
+from prfl_fast.utils.checks import check_choice, check_count, check_positive
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class TrainConfig:
         learning_rate: constant after a linear warmup over ``warmup_steps`` steps.
         betas, eps, weight_decay: constants of AdamW.
         max_grad_norm: limit for the norm of all gradients together; None turns clipping off.
+        clip: gradients whose norm is limited: ``"all"``, or ``"blocks"``, those of a reward model
+            without pool and head.
+        head_learning_rate: learning rate of a reward model's pool and head; None is
+            ``learning_rate``.
         gradient_accumulation_steps: micro-batches per optimizer step.
         ema_decay: decay of the running average of the trainable parameters; None keeps no average.
         seed: seed of the CPU generator that all objectives draw from.
@@ -38,6 +42,8 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
+    clip: Literal["all", "blocks"] = "all"
+    head_learning_rate: float | None = None
     warmup_steps: int = 0
     gradient_accumulation_steps: int = 1
     ema_decay: float | None = None
@@ -54,6 +60,9 @@ class TrainConfig:
         for name in ("warmup_steps", "save_every"):
             check_count(name, getattr(self, name), least=0)
         check_choice("optimizer", self.optimizer, KINDS)
+        check_choice("clip", self.clip, ("all", "blocks"))
+        if self.head_learning_rate is not None:
+            check_positive("head_learning_rate", self.head_learning_rate)
         check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
 
     def fixed(self) -> dict[str, Any]:

@@ -10,10 +10,15 @@ from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.velocity import Velocity, bind_velocity
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import training_sigmas
-from prfl_fast.training.noising import add_noise, choose_sigma, draw_index, noise_like, wide_dtype
+from prfl_fast.training.noising import (
+    TIMESTEPS_PER_SIGMA,
+    add_noise,
+    choose_sigma,
+    draw_index,
+    noise_like,
+    wide_dtype,
+)
 from prfl_fast.utils.checks import check, check_count, check_positive
-
-TIMESTEPS_PER_SIGMA = 1000
 
 
 def sft_loss(
@@ -25,10 +30,12 @@ def sft_loss(
     sigma: float | torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     shift: float = 5.0,
+    integer_timesteps: bool = True,
 ) -> torch.Tensor:
-    """Compute the scalar flow-matching loss ``mean((v_θ(x_σ, 1000σ, c) - (ε - x0))²)``.
+    """Compute the scalar flow-matching loss ``mean((v_θ(x_σ, t, c) - (ε - x0))²)``.
 
-    ``x_σ = (1-σ)·x0 + σ·ε`` and the loss are float32 (float64 for float64 latents).
+    The timestep t is 1000σ rounded down. ``x_σ = (1-σ)·x0 + σ·ε`` and the loss are float32 (float64
+    for float64 latents).
 
     Args:
         transformer: a supported model, or a function ``(x, timestep [B], conditions) -> velocity``.
@@ -38,6 +45,7 @@ def sft_loss(
         sigma: noise level in [0, 1], one number or ``[B]``; None draws one per sample, uniformly
             from ``training_sigmas(shift)``.
         generator: random number generator on any device; the noise is drawn first.
+        integer_timesteps: False calls the model at t = 1000σ.
 
     Raises:
         TypeError: if a model is not supported.
@@ -45,9 +53,9 @@ def sft_loss(
     """
     velocity = bind_velocity(transformer, latents, conditions, "latents")
     noise = noise_like(latents, noise, generator)
-    sigma = choose_sigma(sigma, latents, generator, shift)
+    sigma, timestep = choose_sigma(sigma, latents, generator, shift, integer_timesteps)
     x = add_noise(latents, noise, sigma)
-    return flow_loss(velocity(x, TIMESTEPS_PER_SIGMA * sigma, conditions), noise, latents)
+    return flow_loss(velocity(x, timestep, conditions), noise, latents)
 
 
 @dataclass(frozen=True)

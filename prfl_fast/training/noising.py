@@ -8,6 +8,7 @@ from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.utils.checks import check
 
 Device = torch.device | str
+TIMESTEPS_PER_SIGMA = 1000
 
 
 def wide_dtype(latents: torch.Tensor) -> torch.dtype:
@@ -40,21 +41,44 @@ def check_sigma(sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Ten
     return sigma.expand(batch)
 
 
+def model_timestep(sigma: torch.Tensor, integer: bool) -> torch.Tensor:
+    """Return the timestep 1000·σ, rounded down if ``integer``, in the dtype of ``sigma``."""
+    if not integer:
+        return TIMESTEPS_PER_SIGMA * sigma
+    # In float32, where levels are rounded: in float64, 1000 times float32's 0.9 is below 900.
+    return (TIMESTEPS_PER_SIGMA * sigma.float()).floor().to(sigma.dtype)
+
+
+def evaluation_sigma(timestep: float, shift: float, integer: bool) -> float:
+    """Return the level of ``training_sigmas(shift)`` whose whole timestep is nearest.
+
+    If ``integer`` is False, return timestep / 1000.
+    """
+    if not integer:
+        return timestep / TIMESTEPS_PER_SIGMA
+    levels = training_sigmas(shift)
+    return levels[(model_timestep(levels, True) - timestep).abs().argmin()].item()
+
+
 def choose_sigma(
     sigma: torch.Tensor | float | None,
     latents: torch.Tensor,
     generator: torch.Generator | None,
     shift: float,
+    integer_timesteps: bool,
     device: Device | None = None,
-) -> torch.Tensor:
-    """Return the checked ``sigma`` of each sample, ``[B]``.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the checked ``sigma`` and the model's timestep of each sample, ``[B]`` each.
 
-    If it is None, draw it uniformly from ``training_sigmas(shift)`` as in :func:`draw_index`.
+    If ``sigma`` is None, draw it uniformly from ``training_sigmas(shift)`` as in
+    :func:`draw_index`.
     """
     if sigma is not None:
-        return check_sigma(sigma, latents)
-    levels = training_sigmas(shift).to(latents.device, wide_dtype(latents))
-    return levels[draw_index(len(levels), latents, generator, device)]
+        sigma = check_sigma(sigma, latents)
+    else:
+        levels = training_sigmas(shift).to(latents.device, wide_dtype(latents))
+        sigma = levels[draw_index(len(levels), latents, generator, device)]
+    return sigma, model_timestep(sigma, integer_timesteps)
 
 
 def noise_like(

@@ -130,16 +130,18 @@ class SupervisedFlow:
         batches: Any,
         *,
         shift: float = 5.0,
+        integer_timesteps: bool = True,
         precision: Precision = "fp32",
     ) -> None:
         self.velocity = velocity_call(transformer, precision)
-        self.batches, self.shift = batches, shift
+        self.batches = batches
+        self.levels: dict[str, Any] = {"shift": shift, "integer_timesteps": integer_timesteps}
         self.device = next(transformer.parameters()).device
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw].to(self.device)
         loss = sft_loss(
-            self.velocity, batch.latents, batch.conditions, generator=generator, shift=self.shift
+            self.velocity, batch.latents, batch.conditions, generator=generator, **self.levels
         )
         (loss * loss_scale).backward()
         return {"loss": loss.detach()}
@@ -152,7 +154,9 @@ class RewardFit:
         batches: ``batches[n]`` returns a :class:`prfl_fast.data.dataset.Batch` for ``ce``, a
             :class:`prfl_fast.data.dataset.PairBatch` for ``bt``.
         label: name of the label that ``ce`` fits.
+        missing_label: label of records that lack it; None refuses them.
         shift: shift of the noise levels, see :func:`prfl_fast.rollout.schedulers.training_sigmas`.
+        integer_timesteps: False calls the model at 1000·σ, not at that number rounded down.
         precision: ``"bf16"`` for autocast, else ``"fp32"``.
     """
 
@@ -163,23 +167,28 @@ class RewardFit:
         *,
         loss: Literal["ce", "bt"] = "ce",
         label: str = "motion_quality",
+        missing_label: float | None = None,
         shift: float = 5.0,
+        integer_timesteps: bool = True,
         precision: Precision = "fp32",
     ) -> None:
-        self.reward, self.batches, self.loss, self.label = reward, batches, loss, label
-        self.shift, self.precision = shift, precision
+        self.reward, self.batches, self.loss = reward, batches, loss
+        self.label, self.missing_label = label, missing_label
+        self.precision = precision
+        self.levels: dict[str, Any] = {"shift": shift, "integer_timesteps": integer_timesteps}
         self.device = next(reward.parameters()).device
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch | PairBatch = self.batches[draw].to(self.device)
-        draws: dict[str, Any] = {"generator": generator, "shift": self.shift}
+        draws: dict[str, Any] = {"generator": generator, **self.levels}
         with autocast(self.device, self.precision):
             if isinstance(batch, PairBatch):
                 win, lose = batch
                 clean = (win.latents, lose.latents, win.conditions, lose.conditions)
                 loss = bt_loss(self.reward, *clean, **draws)
             else:
-                labels = torch.tensor([label_of(record, self.label) for record in batch.labels])
+                found = [label_of(r, self.label, self.missing_label) for r in batch.labels]
+                labels = torch.tensor(found)
                 loss = ce_loss(self.reward, batch.latents, batch.conditions, labels, **draws)
         (loss * loss_scale).backward()
         return {"loss": loss.detach()}

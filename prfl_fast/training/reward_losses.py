@@ -1,7 +1,7 @@
 """Losses, labels and evaluation of the latent reward model (PAVRM, arXiv 2511.21541).
 
 The clean latents of a labeled video are noised, x_σ = (1 - σ)·x_0 + σ·ε with σ uniform over the
-training schedule, and scored at model time t = 1000·σ.
+training schedule, and scored at model time t = 1000·σ, rounded down.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,14 @@ import torch
 from torch.nn import functional
 
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.training.noising import add_noise, check_sigma, choose_sigma, noise_like
+from prfl_fast.training.noising import (
+    add_noise,
+    check_sigma,
+    choose_sigma,
+    evaluation_sigma,
+    model_timestep,
+    noise_like,
+)
 from prfl_fast.utils.checks import check, check_choice
 
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
@@ -19,10 +26,11 @@ LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment"
 EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
 
 
-def label_of(record: Mapping[str, Any], key: str) -> float:
+def label_of(record: Mapping[str, Any], key: str, missing: float | None = None) -> float:
     """Return the 0/1 label ``key`` of a data record.
 
-    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``.
+    A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``. If ``missing`` is a
+    number, it stands for labels that the record lacks; HY-Video-PRFL counts them as 0.
 
     Raises:
         ValueError: if the key is unknown, the record lacks it, or the label has another value.
@@ -32,8 +40,9 @@ def label_of(record: Mapping[str, Any], key: str) -> float:
     if value is None and key == "motion_quality":
         # As in the reference, motion is good if physics and humans are both good.
         parts = ("physics_quality", "human_quality")
-        if all(record.get(part) is not None for part in parts):
-            return min(label_of(record, part) for part in parts)
+        if missing is not None or all(record.get(part) is not None for part in parts):
+            return min(label_of(record, part, missing) for part in parts)
+    value = missing if value is None else value
     if isinstance(value, str):
         value = {"good": 1.0, "poor": 0.0}.get(value, value)
     hint = "" if value is not None else f"The record has {sorted(record)}"
@@ -52,6 +61,7 @@ def ce_loss(
     noise: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     shift: float = 5.0,
+    integer_timesteps: bool = True,
 ) -> torch.Tensor:
     """Return the mean binary cross-entropy of the scores of noised latents, a float32 scalar.
 
@@ -63,14 +73,17 @@ def ce_loss(
             ``shift``.
         noise: ``[B, C, F, H, W]``; drawn if None.
         generator: draws sigma, then the noise, on its own device.
+        integer_timesteps: False calls the model at 1000·σ, not at that number rounded down.
 
     Raises:
         ValueError: if labels are not 0 or 1, sigma is outside [0, 1], or shapes do not match.
     """
     labels = _checked_labels(labels, latents)
-    sigma = choose_sigma(sigma, latents, generator, shift, device="cpu")
+    sigma, timestep = choose_sigma(
+        sigma, latents, generator, shift, integer_timesteps, device="cpu"
+    )
     x = add_noise(latents, noise_like(latents, noise, generator), sigma)
-    logits = reward.logits(x, 1000 * sigma, conditions)
+    logits = reward.logits(x, timestep, conditions)
     # Computed from logits, the loss stays finite where the sigmoid saturates.
     return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
@@ -86,6 +99,7 @@ def bt_loss(
     noise: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     shift: float = 5.0,
+    integer_timesteps: bool = True,
 ) -> torch.Tensor:
     """Compute the Bradley-Terry loss of preference pairs: cross-entropy of sigmoid(s_win - s_lose).
 
@@ -95,7 +109,7 @@ def bt_loss(
     Args:
         win, lose: clean latents of the preferred and the other videos, ``[B, C, F, H, W]``.
         conditions: conditions of both videos, or of ``win`` only if ``lose_conditions`` is given.
-        sigma, noise, generator, shift: as in :func:`ce_loss`.
+        sigma, noise, generator, shift, integer_timesteps: as in :func:`ce_loss`.
 
     Raises:
         ValueError: if win and lose differ in shape, or for sigma and noise as in :func:`ce_loss`.
@@ -103,12 +117,12 @@ def bt_loss(
     hint = "The videos of a pair share their noise"
     expected = f"the shape of win, {list(win.shape)}"
     check(win.shape == lose.shape, "shape of lose", list(lose.shape), expected, hint=hint)
-    sigma = choose_sigma(sigma, win, generator, shift, device="cpu")
+    sigma, timestep = choose_sigma(sigma, win, generator, shift, integer_timesteps, device="cpu")
     noise = noise_like(win, noise, generator)
     if lose_conditions is None:
         lose_conditions = conditions
-    first = reward.logits(add_noise(win, noise, sigma), 1000 * sigma, conditions)
-    second = reward.logits(add_noise(lose, noise, sigma), 1000 * sigma, lose_conditions)
+    first = reward.logits(add_noise(win, noise, sigma), timestep, conditions)
+    second = reward.logits(add_noise(lose, noise, sigma), timestep, lose_conditions)
     device = generator.device if generator is not None else win.device
     # A random order of the videos balances the labels. It does not change the loss, because
     # cross-entropy is symmetric under the exchange.
@@ -123,6 +137,8 @@ def evaluate(
     timesteps: Sequence[int] = EVALUATION_TIMESTEPS,
     *,
     seed: int = 0,
+    shift: float = 5.0,
+    integer_timesteps: bool = True,
 ) -> dict[int, dict[str, float]]:
     """Return accuracy, AUC and cross-entropy of the reward at each timestep.
 
@@ -131,7 +147,9 @@ def evaluate(
 
     Args:
         batches: tuples of latents ``[B, C, F, H, W]``, conditions, and 0/1 labels ``[B]``.
-        timesteps: model times in [0, 1000]; sigma is t / 1000.
+        timesteps: model times in [0, 1000]. Each stands for the nearest of the levels
+            ``training_sigmas(shift)``, on which rewards train.
+        integer_timesteps: False evaluates at sigma = t / 1000 itself.
 
     Returns:
         ``{t: {"accuracy", "loss", "count"}}``, plus ``"auc"`` (area under the ROC curve, ties count
@@ -154,8 +172,9 @@ def evaluate(
             drawn = [torch.randn(latents.shape[1:], generator=generator) for _ in latents]
             noise = torch.stack(drawn).to(latents.device)
             for t in timesteps:
-                sigma = check_sigma(t / 1000, latents)
-                logits = reward.logits(add_noise(latents, noise, sigma), 1000 * sigma, conditions)
+                sigma = check_sigma(evaluation_sigma(t, shift, integer_timesteps), latents)
+                timestep = model_timestep(sigma, integer_timesteps)
+                logits = reward.logits(add_noise(latents, noise, sigma), timestep, conditions)
                 scores[t].append(logits.double().cpu())
     finally:
         for module, mode in modes.items():

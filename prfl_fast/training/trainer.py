@@ -22,6 +22,7 @@ from prfl_fast.memory.optimizers import (
     gradient_norm,
     make_optimizer,
     set_learning_rate,
+    split_group,
 )
 from prfl_fast.training.checkpoint import (
     copy_into,
@@ -111,6 +112,15 @@ class Trainer:
         options = {name: getattr(config, name) for name in names}
         parameters = self.parameters.values()
         self.optimizer = make_optimizer(config.optimizer, parameters, **options)
+        # A reward model's pool and head, which may train and be clipped by themselves.
+        head = {n: p for n, p in self.parameters.items() if n.startswith(("pool.", "head."))}
+        self._clipped = [p for n, p in self.parameters.items() if n not in head]
+        if config.clip == "all":
+            self._clipped = list(parameters)
+        if config.head_learning_rate is not None:
+            hint = "Only a LatentRewardModel has them"
+            check(bool(head), "head_learning_rate", config.head_learning_rate, "None", hint=hint)
+            split_group(self.optimizer, head.values())
         self.generator = torch.Generator().manual_seed(config.seed)
         self.ema: dict[str, torch.Tensor] | None = None
         if config.ema_decay is not None:
@@ -238,8 +248,9 @@ class Trainer:
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
         step = self.result.step + 1
-        rate = self.config.learning_rate * min(1.0, step / max(1, self.config.warmup_steps))
-        set_learning_rate(self.optimizer, rate)
+        warm = min(1.0, step / max(1, self.config.warmup_steps))
+        rate, head_rate = self.config.learning_rate * warm, self.config.head_learning_rate
+        set_learning_rate(self.optimizer, rate, *([] if head_rate is None else [head_rate * warm]))
         record: dict[str, Any] = {"step": step, "lr": rate}
         bad = []
         for name, objective in self.objectives.items():
@@ -323,8 +334,11 @@ class Trainer:
             means["grad_norm"] = float(norm)  # before clipping, for the log
             finite = math.isfinite(means["grad_norm"])
         if finite:
-            if limit is not None:
-                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            clipped = [p for p in self._clipped if p.grad is not None]
+            if limit is not None and clipped:
+                if len(clipped) < len(gradients):
+                    norm = gradient_norm([p.grad for p in clipped if p.grad is not None])
+                nn.utils.clip_grads_with_norm_(clipped, limit, norm)
             self.optimizer.step()
             self._average()
         self.optimizer.zero_grad(set_to_none=True)

@@ -53,10 +53,13 @@ def guided(negative, **options):
 DATA, WEIGHTS = "data/samples/000001.safetensors", "model/diffusion_pytorch_model.safetensors"
 MODEL, REWARD, MANIFEST = "model/config.json", "reward/model.safetensors", "data/manifest.jsonl"
 SEVERAL = [{"name": name, "path": "nowhere"} for name in "ab"]
+LOSERS = {"loss": "bt", "lose_data": "../WORLD/data"}
 TWO_OUTPUTS = {"head.fc3.bias": torch.ones(2)}
 # A command, what to change in its valid configuration, and a part of the error. What the file alone
 # can tell is in test_config.py.
 BAD = [
+    ("train", {"prfl.schedule": "wam"}, "prfl.schedule is 'wam', expected one of wan, diffusers"),
+    ("train", {"prfl": {"solver": "euler", "schedule": "diffusers"}}, "no value with solver: eu"),
     ("score", {"timestep": [1]}, "unknown key 'timestep': did you mean 'timesteps'?"),
     ("train", {"run.gradient_accumulation_steps": 0}, "run.gradient_accumulation_steps is 0, expe"),
     ("score", {"timesteps": []}, "timesteps is [], expected a list of one or more"),
@@ -71,6 +74,7 @@ BAD = [
     ("train", guided("nowhere"), "nowhere: no such file"),
     ("train", {**guided("nowhere"), "objectives": ["sft"]}, "nowhere: no such file"),
     ("train", guided("../NEGATIVE-5-20"), "expected the dataset's [3, 20]. Pad it, or set batche"),
+    ("train", guided("../NEGATIVE-513-20", batched=False), "expected 1 to 512 text tokens"),
     ("train", guided("../NEGATIVE-3-24", batched=False), "is float32[3, 24] on cpu, expected "),
     ("train", guided(f"../WORLD/{DATA}"), "holds ['encoder_hi"),
     ("train", {"model": "nowhere"}, "model: nowhere has no config.json"),
@@ -81,7 +85,16 @@ BAD = [
     ("score", {"out": "../FOLDER.jsonl"}, "expected a file, but it is a folder"),
     ("train", {"run.batch_size": 5}, "batch_size is 5, expected at most 4, the samples"),
     ("train", {"data": "../WORLD/pairs"}, "train needs single videos"),
+    ("train", {"text_drop": 0.1}, "empty_prompt.safetensors: no such file, expected encoder_hi"),
+    ("train", {"short_captions": 0.3}, "short_captions is 0.3, expected 0 for a dataset without"),
     ("train-reward", {"loss": "bt"}, "ce takes single videos, bt pairs"),
+    ("train-reward", {"lose_data": "../WORLD/data"}, "expected no value with loss: ce"),
+    ("train-reward", {**LOSERS, "data": "../WORLD/pairs"}, "expected single videos with lo"),
+    (
+        "train-reward",
+        {**LOSERS, "lose_data": "../WORLD/pairs"},
+        "expected single videos, but it ho",
+    ),
     ("train-reward", {"label": "beauty"}, "label is 'beauty', expected one of"),
     ("train-reward", {"label": "blur_quality"}, "label blur_quality is None, expected 0, 1"),
     ("train-reward", {"num_blocks": 9}, "num_blocks is 9, expected 1 to 1"),
@@ -108,6 +121,8 @@ DAMAGED = [
     ("train", "data", new_data(size=(2, 5, 4)), "does not fit"),
     ("train", "data", new_data(width=24), "expected [B, T, 20]"),
     ("score", "data", new_data(width=24), "does not fit the reward model"),
+    ("train", "data", new_data(rows=513), "expected 1 to 512 text tokens"),
+    ("score", "data", new_data(rows=513), "expected 1 to 512 text tokens"),
     ("train-reward", MANIFEST, relabel, "manifest.jsonl:2: label motion_quality is 3"),
 ]
 
@@ -129,7 +144,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     monkeypatch.chdir(place)
     (tmp_path / "FILE").write_text("x")
     (tmp_path / "FOLDER.jsonl").mkdir()
-    for shape in ((5, 20), (3, 24)):
+    for shape in ((5, 20), (3, 24), (513, 20)):
         negative_file(tmp_path / "NEGATIVE-{}-{}".format(*shape), *shape)
     (tmp_path / "WORLD").symlink_to(world)
     content = config(command, world, place / "out", changes)

@@ -12,7 +12,7 @@ import torch
 from commands import call, negative_file, one_line, reference_layout, refused, train
 from compiled import run_python
 from offload_models import assert_same
-from runs import SIZE, config, write_config
+from runs import SIZE, config, samples, write_config
 
 pytest.importorskip("pydantic")
 
@@ -20,9 +20,10 @@ from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.tables import print_table
 from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.data.manifest import write_dataset
 from prfl_fast.kernels.attn import backend_choice
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.io import load_tensors, save_tensors
 
 
 def test_doctor_says_which_backend_and_why(capsys):
@@ -125,6 +126,30 @@ def test_preference_pairs_and_the_reference_layout(root, tmp_path):
     changes = {"reward": reference_layout(root, tmp_path / "theirs"), "model": str(root / "model")}
     assert call("score", root, tmp_path / "theirs", changes) == 0
     assert (tmp_path / "ours.jsonl").read_text() == (tmp_path / "theirs.jsonl").read_text()
+
+
+def test_the_references_reward_training(root, tmp_path):
+    """Losers of a second list, dropped text, short captions, a rate and clipping of its parts."""
+    for name, seed, rows in (("win", 3, 3), ("lose", 4, 5)):
+        videos = [
+            s._replace(labels={}, short=torch.ones(2, 20)) for s in samples(3, seed, rows=rows)
+        ]
+        write_dataset(tmp_path / name, videos)
+        empty = {"encoder_hidden_states": torch.zeros(1, 20)}
+        save_tensors(empty, tmp_path / name / "empty_prompt.safetensors")
+    changes = {"data": str(tmp_path / "win"), "text_drop": 0.5, "short_captions": 0.5}
+    changes |= {"optimizer.clip": "blocks", "run.steps": 1}
+    assert call("train-reward", root, tmp_path / "ce", {**changes, "missing_label": 0}) == 0
+    changes |= {"loss": "bt", "lose_data": str(tmp_path / "lose")}
+    states = []
+    for rate in (1e-3, 2e-3):
+        changes["optimizer.head_learning_rate"] = rate
+        assert call("train-reward", root, tmp_path / f"{rate}", changes) == 0
+        states.append(LatentRewardModel.load(tmp_path / f"{rate}" / "reward").state_dict())
+    moved = {k: float((states[0][k] - states[1][k]).abs().max()) for k in states[0]}
+    # Adam's first step moves each weight by its rate.
+    assert moved.pop("pool.queries") == pytest.approx(1e-3, rel=0.05)
+    assert all(value == 0 for key, value in moved.items() if key.startswith("backbone."))
 
 
 METHODS = [

@@ -160,7 +160,7 @@ def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
     assert asked["gradient_plan"].points == 2
     expected = {"train": "lora", "lora_rank": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
     expected |= {"num_inference_steps": 3, "reward_blocks": 1, "sft": True, "host_budget": 1}
-    expected |= {"frames": 5, "height": 32, "width": 32, "text_tokens": 3}
+    expected |= {"frames": 5, "height": 32, "width": 32}
     expected |= {"ema": True, "patched": True}
     assert {key: asked[key] for key in expected} == expected
     assert asked["budget"] > 1 << 20

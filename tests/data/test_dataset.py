@@ -6,7 +6,14 @@ import pytest
 import torch
 from runs import samples
 
-from prfl_fast.data.dataset import Batch, Batches, PairBatch, collate, epoch_order
+from prfl_fast.data.dataset import (
+    Batch,
+    Batches,
+    DrawnPairs,
+    PairBatch,
+    collate,
+    epoch_order,
+)
 from prfl_fast.data.manifest import LatentDataset, Pair, Sample, write_dataset
 from prfl_fast.utils.io import load_tensors, save_tensors
 
@@ -177,3 +184,96 @@ def test_writing_refuses_nothing_and_twice(folder, tmp_path):
         write_dataset(folder, samples(1))
     with pytest.raises(ValueError, match=r"samples is \[\], expected at least one"):
         write_dataset(tmp_path / "new", [])
+
+
+def with_texts(folder, count=6, rows=2):
+    """Write samples with a short caption of twos, and an empty prompt of minus ones."""
+    short = torch.full((rows, 20), 2.0)
+    write_dataset(folder, [s._replace(short=short) for s in samples(count)])
+    empty = {"encoder_hidden_states": torch.full((1, 20), -1.0)}
+    save_tensors(empty, folder / "empty_prompt.safetensors")
+    return LatentDataset(folder)
+
+
+def test_texts_are_dropped_or_short_by_chance(tmp_path):
+    dataset = with_texts(tmp_path)
+    assert dataset.short and "encoder_hidden_states_short" not in dataset.shapes
+    assert dataset[0].short.shape == (2, 20) and len(dataset[0].conditions) == 1
+    batches = Batches(dataset, 3, 4, text_drop=0.2, short_captions=0.5)
+    counts = {"empty": 0, "short": 0, "long": 0}
+    for n in range(400):
+        batch, again = batches[n], Batches(dataset, 3, 4, text_drop=0.2, short_captions=0.5)[n]
+        assert torch.equal(*(b.conditions["encoder_hidden_states"] for b in (batch, again)))
+        for text in batch.conditions["encoder_hidden_states"]:
+            first = text[0, 0].item()
+            kind = {-1.0: "empty", 2.0: "short"}.get(first, "long")
+            rows = {"empty": 1, "short": 2, "long": 3}[kind]
+            assert (text[:rows] != 0).all() and (text[rows:] == 0).all()
+            counts[kind] += 1
+    # 0.2, 0.8 · 0.5 and 0.8 · 0.5 of 1200, four standard deviations
+    for kind, share in (("empty", 0.2), ("short", 0.4), ("long", 0.4)):
+        assert abs(counts[kind] - 1200 * share) < 4 * (1200 * share * (1 - share)) ** 0.5
+    plain = Batches(LatentDataset(tmp_path), 3, 4)[0]
+    assert plain.conditions["encoder_hidden_states"].shape == (3, 3, 20)
+
+
+def test_both_videos_of_a_pair_have_the_same_kind_of_text(tmp_path):
+    a, b = samples(2)
+    write_dataset(tmp_path, [Pair(a, b)])
+    empty = {"encoder_hidden_states": -torch.ones(1, 20)}
+    save_tensors(empty, tmp_path / "empty_prompt.safetensors")
+    pairs, kinds = Batches(LatentDataset(tmp_path), text_drop=0.5), set()
+    for n in range(20):
+        win, lose = (side.conditions["encoder_hidden_states"][0, 0, 0] == -1 for side in pairs[n])
+        assert win == lose
+        kinds.add(bool(win))
+    assert kinds == {True, False}
+
+
+def test_texts_that_are_missing_or_too_long_are_refused(folder, tmp_path):
+    dataset = LatentDataset(folder)
+    with pytest.raises(ValueError, match=r"empty_prompt.safetensors: no such file"):
+        Batches(dataset, text_drop=0.1)
+    with pytest.raises(ValueError, match="short_captions is 0.3, expected 0 for a dataset"):
+        Batches(dataset, short_captions=0.3)
+    for value in (-0.1, 1.5, "0.1", True):
+        with pytest.raises(ValueError, match="text_drop is"):
+            Batches(dataset, text_drop=value)
+    save_tensors({"encoder_hidden_states": torch.ones(4, 20)}, folder / "empty_prompt.safetensors")
+    with pytest.raises(ValueError, match="expected 1 to 3 rows of 20"):
+        Batches(dataset, text_drop=0.1)
+    with pytest.raises(ValueError, match="text_drop is 0.1, expected 0 for a data"):
+        Batches(samples(2), text_drop=0.1)
+    wide = [s._replace(short=torch.ones(2, 21)) for s in samples(1)]
+    with pytest.raises(ValueError, match="width of encoder_hidden_states_short is 21"):
+        write_dataset(tmp_path / "wide", wide)
+
+
+def test_texts_of_different_lengths_have_the_rows_of_the_longest(tmp_path):
+    text = torch.ones(9, 20)
+    items = [
+        s._replace(conditions={"encoder_hidden_states": text[:n]}, short=text[: n + 2])
+        for s, n in zip(samples(3), (3, 5, 1), strict=True)
+    ]
+    dataset = write_dataset(tmp_path / "texts", items)
+    assert dataset.shapes["encoder_hidden_states"] == (7, 20)
+    found = Batches(dataset, 3)[0].conditions["encoder_hidden_states"]
+    assert found.shape == (3, 7, 20) and sorted(found.sum((1, 2)).tolist()) == [20, 60, 100]
+    found = Batches(dataset, 3, short_captions=1)[0].conditions["encoder_hidden_states"]
+    assert found.shape == (3, 7, 20) and sorted(found.sum((1, 2)).tolist()) == [60, 100, 140]
+    lose = Batches(write_dataset(tmp_path / "lose", samples(3)))
+    assert DrawnPairs(Batches(dataset), lose)[0].lose.conditions.keys() == {"encoder_hidden_states"}
+
+
+def test_losers_are_drawn_from_a_second_list(tmp_path):
+    for name, count in (("win", 3), ("lose", 5)):
+        write_dataset(tmp_path / name, samples(count))
+    win, lose = (Batches(LatentDataset(tmp_path / name), 2, 1) for name in ("win", "lose"))
+    pairs = DrawnPairs(win, lose)
+    for n in range(6):
+        assert isinstance(pairs[n], PairBatch)
+        assert torch.equal(pairs[n].win.latents, win[n].latents)
+        assert torch.equal(pairs[n].lose.latents, lose[n].latents)
+    lose.dataset.shapes = {"latents": (16, 1, 4, 4), "encoder_hidden_states": (3, 20)}
+    with pytest.raises(ValueError, match="shapes of the losers' dataset"):
+        DrawnPairs(win, lose)

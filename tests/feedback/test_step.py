@@ -1,6 +1,7 @@
 """PRFL against the textbook in float64; graphs, histories, dtypes and draws of a step."""
 
 import math
+from functools import partial
 
 import pytest
 import textbook
@@ -36,7 +37,10 @@ from prfl_fast.rollout.trajectory import rollout
 SOLVERS = {
     "unipc": (FlowUniPC, textbook.UniPC),
     "euler": (FlowEuler, textbook.Euler),
-    "unipc-diffusers-wide": (FlowUniPC, lambda n: DiffusersSolver(diffusers_unipc(), n, wide=True)),
+    "unipc-diffusers-wide": (
+        partial(FlowUniPC, schedule="diffusers"),
+        lambda n: DiffusersSolver(diffusers_unipc(), n, wide=True),
+    ),
     "diffusers-unipc": (diffusers_unipc, lambda n: DiffusersSolver(diffusers_unipc(), n)),
     "diffusers-euler": (diffusers_euler, lambda n: DiffusersSolver(diffusers_euler(), n)),
 }
@@ -264,3 +268,11 @@ def test_rollout_refuses_a_stop_outside_the_schedule():
     for stop in (-1, 6):
         with pytest.raises(ValueError, match="stop is"):
             rollout(Affine().velocity, NOISE, {}, FlowEuler(), 5, stop=stop)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 17, 38])
+def test_gradient_of_the_default_schedule_equals_the_references_step(index):
+    """40 steps at shift 5: noise, steps without gradient, one with, the score at its own level."""
+    model = make_wan()
+    output, grads = run(prfl(model, steps=40), model, NOISE, TEXT, indices=(index,))
+    assert worst_error(grads, prfl_gradient(model, textbook.UniPC(40), NOISE, index)) <= 1e-6

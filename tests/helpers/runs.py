@@ -15,9 +15,9 @@ from prfl_fast.training import TrainConfig, Trainer
 SIZE = (2, 4, 4)  # frames, height, width of the latents
 
 
-def sample(generator, size=SIZE, width=20, **labels):
+def sample(generator, size=SIZE, width=20, rows=3, **labels):
     """Return a random video with text of the tiny model's width."""
-    text = torch.randn(3, width, generator=generator)
+    text = torch.randn(rows, width, generator=generator)
     return Sample(
         torch.randn(16, *size, generator=generator), {"encoder_hidden_states": text}, labels
     )
@@ -67,7 +67,7 @@ def trainer(model=None, folder=None, names=("a",), **options):
 
 def make_world(root: Path) -> Path:
     """Write ``model``, ``reward``, ``data`` and ``pairs`` under ``root``."""
-    model = tiny_wan(layers=1, heads=1)
+    model = tiny_wan(layers=1, heads=1, text_tokens=512)
     model.save_pretrained(root / "model")
     LatentRewardModel.from_backbone(model, num_blocks=1, num_heads=2).save(root / "reward")
     write_dataset(root / "data", samples(4))

@@ -43,7 +43,7 @@ class Euler(Solver):
 
 
 class UniPC(Solver):
-    """UniPC (arXiv 2302.04867) of order 2 with B(h) = e^h - 1, on the levels of diffusers' class.
+    """UniPC (arXiv 2302.04867) of order 2 with B(h) = e^h - 1, on the levels of official Wan.
 
     Step i takes the estimate of x0 found at x_i, corrects x_i with it, and predicts x_{i+1} from
     the corrected x_i. The order is 1 at a trajectory's first step, wherever that is, and at the
@@ -52,9 +52,9 @@ class UniPC(Solver):
     """
 
     def __init__(self, count: int, shift: float = 5.0, kept: Sequence[int] | None = None) -> None:
-        even = torch.linspace(1, 0.001, count + 1, dtype=torch.float64)[:-1]
+        first = torch.tensor(0.999, dtype=torch.float32).item()  # as official Wan rounds it
+        even = torch.linspace(first, 0, count + 1, dtype=torch.float64)[:-1]
         sigmas = shift * even / (1 + (shift - 1) * even)
-        sigmas[0] -= 1e-6  # or its log-SNR is infinite
         super().__init__(sigmas.to(torch.float32), (sigmas * 1000).long().double(), kept)
         self.estimates: list[Tensor] = []
         self.corrected: Tensor | None = None

@@ -9,15 +9,17 @@ import torch
 CASES = ("t2v", "i2v", "per-token")
 
 
-def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, **overrides):
+def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, text_tokens=None, **overrides):
     """Build a random ``WanTransformer3DModel`` whose perturbed norms and biases make every gradient
-    count.
+    count. Its adapter pads text to ``text_tokens`` rows; None takes it as it is, so that tests can
+    call the model itself too.
     """
     diffusers = pytest.importorskip("diffusers")
 
     torch.manual_seed(seed)
     dim = heads * head_dim
     i2v = {"image_dim": 20, "added_kv_proj_dim": dim, "in_channels": 36}
+    image = {"i2v": i2v, "flf": {**i2v, "pos_embed_seq_len": 10}}  # flf: first and last frame
     config = {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim,
@@ -26,10 +28,11 @@ def tiny_wan(case="t2v", *, layers=2, heads=2, head_dim=24, seed=0, **overrides)
         "text_dim": 20,
         "freq_dim": 32,
         "rope_max_seq_len": 64,
-        **(i2v if case == "i2v" else {}),
+        **image.get(case, {}),
         **overrides,
     }
     model = diffusers.WanTransformer3DModel(**config)
+    model.text_tokens = text_tokens
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -45,11 +48,12 @@ def inputs(case="t2v", *, batch=2, size=(3, 4, 6), text_tokens=7, seed=1):
         return torch.randn(*shape, generator=generator)
 
     frames, height, width = size
+    image = {"i2v": 5, "flf": 10}.get(case)  # image tokens
     tokens = frames * (height // 2) * (width // 2)
     timestep = torch.rand(batch, tokens if case == "per-token" else 1, generator=generator) * 1000
-    conditions = {"encoder_hidden_states": randn(batch, 512 if case == "i2v" else text_tokens, 20)}
-    if case == "i2v":
-        conditions["encoder_hidden_states_image"] = randn(batch, 5, 20)
+    conditions = {"encoder_hidden_states": randn(batch, 512 if image else text_tokens, 20)}
+    if image:
+        conditions["encoder_hidden_states_image"] = randn(batch, image, 20)
         conditions["latent_condition"] = randn(batch, 20, *size)
     return randn(batch, 16, *size), timestep if case == "per-token" else timestep[:, 0], conditions
 

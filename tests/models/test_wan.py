@@ -123,3 +123,86 @@ def test_bad_latents_and_conditions(change, message):
     x, _, conditions = wan.inputs()
     with pytest.raises(ValueError, match=message):
         find_adapter(model).check_latents(model, *change(x, conditions))
+
+
+def published(case="t2v"):
+    """Return a model without the tests' own number of text tokens, and its inputs."""
+    model = wan.tiny_wan(case)
+    del model.text_tokens
+    return model, wan.inputs(case)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300, 512])
+@pytest.mark.parametrize("case", ["t2v", "i2v"])
+def test_text_is_padded_with_zeros_to_512(case, tokens):
+    model, (x, timestep, conditions) = published(case)
+    adapter = find_adapter(prfl_fast.patch(model))
+    text = torch.randn(2, tokens, 20, generator=torch.Generator().manual_seed(4))
+    short = {**conditions, TEXT: text}
+    full = {**conditions, TEXT: torch.cat([text, torch.zeros(2, 512 - tokens, 20)], 1)}
+    for call in (adapter.velocity, lambda *args: adapter.features(*args, 1)):
+        assert torch.equal(call(model, x, timestep, short), call(model, x, timestep, full))
+    # diffusers' own forward of the padded text
+    latents = torch.cat([x, conditions["latent_condition"]], 1) if case == "i2v" else x
+    image = conditions.get("encoder_hidden_states_image")
+    expected = model(latents, timestep, full[TEXT], encoder_hidden_states_image=image).sample
+    assert torch.equal(adapter.velocity(model, x, timestep, short), expected)
+    rollout = adapter.open_rollout(model, x, [timestep], short)
+    with torch.no_grad():
+        assert torch.equal(rollout.velocity(x, 0), expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 513])
+@pytest.mark.parametrize("case", ["t2v", "i2v"])
+def test_text_of_another_length_is_refused_by_name(case, tokens):
+    model, (x, timestep, conditions) = published(case)
+    adapter = find_adapter(model)
+    conditions[TEXT] = torch.zeros(2, tokens, 20)
+    reward = prfl_fast.LatentRewardModel.from_backbone(model, 1, 2)
+    for call in (
+        lambda: adapter.check_latents(model, x, conditions),
+        lambda: adapter.velocity(model, x, timestep, conditions),
+        lambda: reward(x, timestep, conditions),
+    ):
+        with pytest.raises(ValueError, match=rf"{TEXT}.* is .*{tokens}.*expected 1 to 512 text"):
+            call()
+
+
+def test_a_models_own_number_of_text_tokens_stays_with_its_reward(tmp_path):
+    model, inputs = wan.tiny_wan(text_tokens=9), wan.inputs()
+    reward = prfl_fast.LatentRewardModel.from_backbone(model, 1, 2).freeze()
+    reward.save(tmp_path / "reward")
+    loaded = prfl_fast.LatentRewardModel.load(tmp_path / "reward").freeze()
+    assert loaded.backbone.text_tokens == 9
+    assert torch.equal(reward(*inputs), loaded(*inputs))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_first_and_last_frame(patched):
+    """diffusers takes the tokens of two images as [2B, N, C]; the adapter as [B, 2N, C] too."""
+    model, (x, timestep, conditions) = wan.tiny_wan("flf"), wan.inputs("flf")
+    with torch.no_grad():
+        model.condition_embedder.image_embedder.pos_embed.normal_()
+    latents = torch.cat([x, conditions["latent_condition"]], 1)
+    pairs = conditions[f"{TEXT}_image"].reshape(4, 5, 20)
+    expected = model(latents, timestep, conditions[TEXT], encoder_hidden_states_image=pairs).sample
+    if patched:
+        prfl_fast.patch(model)
+    adapter = find_adapter(model)
+    reward = prfl_fast.LatentRewardModel.from_backbone(model, 2, 2).freeze()
+    scores = reward(x, timestep, conditions)
+    for image in (conditions[f"{TEXT}_image"], pairs):
+        given = {**conditions, f"{TEXT}_image": image}
+        adapter.check_latents(model, x, given)
+        found = adapter.velocity(model, x, timestep, given)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(reward(x, timestep, given), scores)
+        if patched:
+            rollout = adapter.open_rollout(model, x, [timestep], given)
+            with torch.no_grad():
+                assert torch.equal(rollout.velocity(x, 0), found)
+    one = {**conditions, f"{TEXT}_image": conditions[f"{TEXT}_image"][:, :5]}
+    none = {k: v for k, v in conditions.items() if k != f"{TEXT}_image"}
+    for given in (one, none):
+        with pytest.raises(ValueError, match=rf"{TEXT}_image.*expected \[B, "):
+            adapter.check_latents(model, x, given)

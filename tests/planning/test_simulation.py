@@ -269,3 +269,12 @@ def test_image_to_video_and_an_unpatched_model():
     assert patched.costs["forward"].matmul_flops == plain.costs["forward"].matmul_flops
     assert patched.costs["forward"].moved_bytes < plain.costs["forward"].moved_bytes
     assert patched.peak <= plain.peak
+
+
+def test_first_and_last_frame_models_have_the_tokens_of_two_images():
+    config = {**CONFIG, "image_dim": 32, "added_kv_proj_dim": HEADS * HEAD_DIM, "in_channels": 36}
+    one, two = (
+        shallow(replace(SMALL, model={**config, **extra}, text_tokens=512), POLICIES["full"])
+        for extra in ({}, {"pos_embed_seq_len": 514})
+    )
+    assert two.costs["forward"].attention_flops > one.costs["forward"].attention_flops

@@ -116,7 +116,9 @@ def test_reads_the_reference_layout(tmp_path, case, layout):
     paths = write_reference(tmp_path, trained, 2, **layout)
     generator = tiny_wan(case, layers=3, seed=8)
     before = copy.deepcopy(generator.state_dict())
-    reward = LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS)
+    reward = LatentRewardModel.load_reference(
+        generator, *paths, num_heads=HEADS, return_type="query"
+    )
     assert reward.num_blocks == 2
     assert all(torch.equal(v, before[k]) for k, v in generator.state_dict().items())
     head, pool = reference_parts(num_queries=layout.get("num_queries", 1))
@@ -136,7 +138,9 @@ def test_reads_the_first_blocks_of_a_whole_model_and_safetensors_parts(tmp_path)
     safetensors.save_file(pool, tmp_path / "pool.safetensors")
     paths = (transformer, tmp_path / "mlp.safetensors", tmp_path / "pool.safetensors")
     narrow = tiny_wan(layers=3).to(torch.bfloat16)
-    reward = LatentRewardModel.load_reference(narrow, *paths, num_blocks=1, num_heads=HEADS)
+    reward = LatentRewardModel.load_reference(
+        narrow, *paths, num_blocks=1, num_heads=HEADS, return_type="query"
+    )
     assert reward.num_blocks == 1
     assert {p.dtype for p in reward.backbone.parameters()} == {torch.bfloat16}
     assert torch.equal(reward.pool.queries, pool["queries"])
@@ -249,13 +253,36 @@ def test_refuses_a_damaged_reference_checkpoint(tmp_path, capsys, kind):
     damage, message = DAMAGES[kind]
     damage(*paths)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS)
+        LatentRewardModel.load_reference(generator, *paths, num_heads=HEADS, return_type="query")
     assert "unpickled" not in capsys.readouterr().out
 
 
 def test_reference_checkpoint_with_more_blocks_than_the_generator(tmp_path):
     paths = write_reference(tmp_path, tiny_wan(layers=3), 3)
+    given = {"num_heads": HEADS, "return_type": "query"}
     with pytest.raises(ValueError, match="num_blocks is 3, expected 1 to 2"):
-        LatentRewardModel.load_reference(tiny_wan(layers=2), *paths, num_heads=HEADS)
+        LatentRewardModel.load_reference(tiny_wan(layers=2), *paths, **given)
     with pytest.raises(ValueError, match="missing"):
-        LatentRewardModel.load_reference(tiny_wan(layers=5), *paths, num_blocks=4, num_heads=HEADS)
+        LatentRewardModel.load_reference(tiny_wan(layers=5), *paths, num_blocks=4, **given)
+
+
+def test_the_return_type_is_read_or_asked_for(tmp_path):
+    generator = tiny_wan(layers=2)
+    paths = write_reference(tmp_path / "theirs", generator, 2)
+    load = LatentRewardModel.load_reference
+    for given in (None, "mean"):
+        with pytest.raises(ValueError, match=r"return_type is .*, expected 'query' or 'attention'"):
+            load(generator, *paths, num_heads=HEADS, return_type=given)
+    pooled = {}
+    for kind in ("query", "attention"):
+        reward = load(generator, *paths, num_heads=HEADS, return_type=kind)
+        pooled[kind] = reward.pool(torch.ones(2, 3, 48))
+        written = reward.save_reference(tmp_path / kind)
+        reward.save(tmp_path / f"{kind}-ours")
+        for again in (
+            load(generator, *written, num_heads=HEADS),
+            LatentRewardModel.load(tmp_path / f"{kind}-ours"),
+        ):
+            assert torch.equal(again.pool(torch.ones(2, 3, 48)), pooled[kind])
+    difference = pooled["query"] - pooled["attention"]
+    torch.testing.assert_close(difference, reward.pool.queries.mean(0).expand(2, -1))

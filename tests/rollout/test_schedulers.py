@@ -9,6 +9,7 @@ from prfl_world import diffusers, diffusers_euler, diffusers_unipc
 from prfl_fast.rollout.schedulers import (
     FlowEuler,
     FlowUniPC,
+    WithShift,
     detach_state,
     fresh_copy,
     start_trajectory,
@@ -21,6 +22,11 @@ ORDERS = (1, 2, 3)
 
 def nonlinear_field(x, t):
     return torch.tanh(1.3 * x + float(t) / 1000) - 0.5 * x.flip(-1)
+
+
+def unipc(shift=5.0, order=2):
+    """Return ours on the levels of diffusers."""
+    return FlowUniPC(shift, order, schedule="diffusers")
 
 
 def started(scheduler, count, wide=False):
@@ -57,7 +63,7 @@ def largest_difference(ours, theirs, count, dtype, field, *, wide=False):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.3])
 def test_schedules_are_those_of_diffusers_bit_for_bit(shift):
-    pairs = [(FlowEuler(shift), diffusers_euler(shift)), (FlowUniPC(shift), diffusers_unipc(shift))]
+    pairs = [(FlowEuler(shift), diffusers_euler(shift)), (unipc(shift), diffusers_unipc(shift))]
     for pair in pairs:
         for count in range(1, 65):
             ours, theirs = (started(scheduler, count) for scheduler in pair)
@@ -78,7 +84,7 @@ def test_euler_trajectories_equal_diffusers(count, dtype, field):
 def test_unipc_trajectories_equal_diffusers(count, order, field):
     def difference(dtype, wide):
         return largest_difference(
-            FlowUniPC(5.0, order), diffusers_unipc(5.0, order), count, dtype, field, wide=wide
+            unipc(5.0, order), diffusers_unipc(5.0, order), count, dtype, field, wide=wide
         )
 
     assert difference(torch.float64, wide=True) <= 1e-12
@@ -94,7 +100,7 @@ def test_unipc_trajectories_equal_diffusers(count, order, field):
 @pytest.mark.parametrize("start", [1, 2, 5])
 def test_a_trajectory_may_start_inside_the_schedule(order, start):
     x = torch.randn(1, 2, 2, 4, 4, dtype=torch.float64)
-    solvers = (started(s, 9, True) for s in (FlowUniPC(5.0, order), diffusers_unipc(5.0, order)))
+    solvers = (started(s, 9, True) for s in (unipc(5.0, order), diffusers_unipc(5.0, order)))
     ours, theirs = (take(solver, x, solver.timesteps[start:]) for solver in solvers)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -106,7 +112,7 @@ def test_gradient_of_the_whole_trajectory_equals_diffusers(order):
     x = torch.randn(1, 2, 2, 3, 3, dtype=torch.float64)
     velocities = [torch.randn_like(x).requires_grad_() for _ in range(5)]
     gradients = []
-    for scheduler in (FlowUniPC(5.0, order), diffusers_unipc(5.0, order)):
+    for scheduler in (unipc(5.0, order), diffusers_unipc(5.0, order)):
         times, given = started(scheduler, 5, wide=True).timesteps, iter(velocities)
         y = take(scheduler, x, times, lambda x, t, given=given: next(given))
         gradients.append(torch.autograd.grad(y.square().sum(), velocities))
@@ -252,3 +258,68 @@ def test_wrong_orders_and_counts_are_refused():
         training_sigmas(5.0, 0)
     with pytest.raises(ValueError, match="num_train_timesteps is 0"):
         FlowEuler(num_train_timesteps=0)
+    with pytest.raises(ValueError, match="schedule is 'linear', expected one of 'wan'"):
+        FlowUniPC(schedule="linear")
+    with pytest.raises(TypeError, match="integer_timesteps is 1, expected bool"):
+        FlowUniPC(integer_timesteps=1)
+
+
+# 40 steps at shift 5 of official Wan's solver, which HY-Video-PRFL trains with.
+WAN_TIMES = """
+    999 994 989 983 978 972 965 959 952 944 937 929 920 911 902 892 882 870 859 846
+    833 818 803 786 768 749 728 706 681 654 624 591 555 514 468 416 356 288 208 113
+"""
+WAN_LEVELS = """
+    0.9997998 0.9946948 0.9893770 0.9838330 0.9780480 0.9720060 0.9656894 0.9590791 0.9521540
+    0.9448913 0.9372655 0.9292487 0.9208101 0.9119155 0.9025269 0.8926018 0.8820933 0.8709480
+    0.8591062 0.8465009 0.8330554 0.8186829 0.8032843 0.7867454 0.7689347 0.7496998 0.7288627
+    0.7062144 0.6815081 0.6544499 0.6246874 0.5917935 0.5552468 0.5144030 0.4684569 0.4163888
+    0.3568877 0.2882396 0.2081597 0.1135330 0
+"""
+
+
+def test_the_default_schedule_is_wans():
+    scheduler = started(FlowUniPC(), 40)
+    assert scheduler.timesteps.tolist() == [int(t) for t in WAN_TIMES.split()]
+    assert scheduler.timesteps.dtype == torch.int64
+    levels = torch.tensor([float(s) for s in WAN_LEVELS.split()])
+    torch.testing.assert_close(scheduler.sigmas, levels, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("make", [FlowEuler, FlowUniPC, unipc])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_timesteps_are_whole_or_exact(make, shift):
+    whole, exact = make(shift), make(shift)
+    for scheduler, integer in ((whole, True), (exact, False)):
+        scheduler.integer_timesteps = integer
+        started(scheduler, 40)
+    assert torch.equal(whole.sigmas, exact.sigmas) and whole.timesteps.dtype == torch.int64
+    torch.testing.assert_close(exact.timesteps, 1000 * exact.sigmas[:-1], rtol=1e-6, atol=0)
+    off = exact.timesteps - whole.timesteps
+    assert off.min() >= -1e-3 and off.max() < 1
+
+
+class Unshifted(FlowUniPC):
+    """Take the shift where HY-Video-PRFL's solver does: in ``set_timesteps``."""
+
+    def __init__(self, shift=1.0):
+        super().__init__(shift)
+        self.seen = []
+
+    def set_timesteps(self, num_inference_steps, device=None, shift=None):
+        self.shift = self.shift if shift is None else shift
+        super().set_timesteps(num_inference_steps, device)
+
+
+def test_a_scheduler_that_takes_a_shift_is_given_one():
+    message = "shift of scheduler Unshifted is 1.0, expected a shift. Pass WithShift"
+    with pytest.raises(ValueError, match=message):
+        start_trajectory(Unshifted(), 4)
+    start_trajectory(Unshifted(5.0), 4)
+    own, foreign = (start_trajectory(s, 4) for s in (FlowUniPC(5.0), WithShift(Unshifted(), 5.0)))
+    assert [t.item() for t in own[1]] == [t.item() for t in foreign[1]]
+    x = torch.randn(1, 2, 2, 4, 4)
+    assert torch.equal(take(own[0], x, own[1]), take(foreign[0], x, foreign[1]))
+    detach_state(foreign[0])
+    with pytest.raises(ValueError, match="shift is 0"):
+        WithShift(Unshifted(), 0)

@@ -361,3 +361,10 @@ def test_a_config_or_guidance_of_another_type_is_refused():
         rollout(field, x, {}, FlowEuler(), 2, rollout_config=3)
     with pytest.raises(TypeError, match="rollout is 3, expected RolloutConfig or None"):
         Sampler(field, FlowEuler(), 2, rollout=3)
+
+
+def test_the_text_of_a_negative_prompt_is_checked_as_its_own():
+    model, (x, _, conditions) = tiny_wan(text_tokens=9), inputs()
+    negative = {"encoder_hidden_states": torch.zeros(1, 10, 20)}
+    with pytest.raises(ValueError, match="guidance negative: .*expected 1 to 9 text tokens"):
+        rollout(model, x, conditions, FlowUniPC(), 2, guidance=Guidance(2.0, negative, False))

@@ -118,8 +118,12 @@ def test_prune_without_pruning_is_best_of_n():
 
 
 def test_a_foreign_multistep_scheduler_is_selected_along_with_its_candidates():
-    foreign, options = Sampler(velocity, diffusers_unipc(), STEPS), {"keep": {1: 3, 2: 2}}
-    ours, theirs = (pruned(sampler, candidates=5, **options) for sampler in (UNIPC, foreign))
+    options = {"keep": {1: 3, 2: 2}}
+    own, foreign = (
+        Sampler(velocity, scheduler, STEPS)
+        for scheduler in (FlowUniPC(schedule="diffusers"), diffusers_unipc())
+    )
+    ours, theirs = (pruned(sampler, candidates=5, **options) for sampler in (own, foreign))
     cut = pruned(foreign, candidates=5, batch=2, **options)
     assert ours.chosen.tolist() == theirs.chosen.tolist() == cut.chosen.tolist()
     torch.testing.assert_close(theirs.latents, ours.latents, rtol=1e-5, atol=1e-5)

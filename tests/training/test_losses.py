@@ -200,8 +200,7 @@ def test_sft_draws_from_the_generator_and_noises_in_float32(dtype):
     levels = training_sigmas().to(wide)
     for x, timestep in seen:
         assert x.dtype == losses[0].dtype == wide and timestep.shape == (4,)
-        close = torch.isclose(timestep[:, None] / 1000, levels[None], rtol=1e-6, atol=0)
-        assert close.any(1).all()
+        assert torch.isin(timestep, (1000 * levels).floor()).all()
     assert torch.equal(seen[0][0], seen[2][0]) and len(seen[0][1].unique()) > 1
 
 
@@ -212,7 +211,8 @@ def test_sft_sigmas_are_uniform_over_the_schedule():
         seen.append(timestep)
         return x
 
-    sft_loss(velocity, torch.zeros(40000, 1, 1, 1, 1), {}, generator=seeded(0))
+    x = torch.zeros(40000, 1, 1, 1, 1)
+    sft_loss(velocity, x, {}, generator=seeded(0), integer_timesteps=False)
     s = seen[0] / 1000
     even = s / (5 - 4 * s)  # the shift undone
     assert even.min() >= 0.0009 and even.max() <= 1
@@ -240,3 +240,21 @@ def test_sft_takes_one_sigma_for_the_batch(sigma):
 def test_sft_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         sft_loss(lambda x, t, c: x, LATENTS, {}, **change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sft_calls_the_model_at_whole_timesteps(dtype):
+    seen = []
+
+    def velocity(x, timestep, conditions):
+        seen.append(timestep)
+        return x
+
+    x = torch.zeros(1000, 1, 1, 1, 1, dtype=dtype)
+    levels = [5 * s / (1 + 4 * s) for s in (1 - i / 1000 for i in range(1000))]
+    for integer in (True, False):
+        options = {"sigma": training_sigmas(), "integer_timesteps": integer}
+        sft_loss(velocity, x, {}, noise=x, **options)
+    whole, exact = seen
+    assert whole.tolist() == [math.floor(1000 * s) for s in levels]
+    torch.testing.assert_close(exact.float(), 1000 * training_sigmas())

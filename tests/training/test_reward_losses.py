@@ -73,6 +73,15 @@ def test_label_of_refuses(record, key, message):
         label_of(record, key)
 
 
+def test_a_missing_label_counts_as_zero_if_asked():
+    assert label_of({}, "blur_quality", 0) == 0 and label_of({}, "motion_quality", 0) == 0
+    record = {"physics_quality": 1}
+    assert label_of(record, "motion_quality", 0) == 0
+    assert label_of(record, "physics_quality", 0) == 1
+    with pytest.raises(ValueError, match="is 0.5"):
+        label_of({"blur_quality": 0.5}, "blur_quality", 0)
+
+
 def test_ce_is_the_cross_entropy_of_the_scores_of_noised_latents():
     reward = build().double()
     x, conditions, labels = batch()
@@ -99,7 +108,8 @@ def test_ce_stays_finite_where_the_sigmoid_saturates():
 def test_sigma_is_drawn_uniformly_from_the_schedule():
     reward = Recorder()
     x, labels = torch.zeros(4000, 1, 1, 1, 1), torch.zeros(4000)
-    ce_loss(reward, x, {}, labels, generator=seeded(0), shift=5.0)
+    options = {"shift": 5.0, "integer_timesteps": False}
+    ce_loss(reward, x, {}, labels, generator=seeded(0), **options)
     noisy, timestep = reward.calls[0][0].flatten(), reward.calls[0][1]
     sigma = timestep.double() / 1000
     index = 1000 * (1 - sigma / (5 - 4 * sigma))  # the shift undone: position in the schedule
@@ -241,18 +251,48 @@ def test_evaluation_depends_on_the_seed_and_not_on_the_batches():
 def test_evaluation_noises_each_sample_alike_at_every_timestep():
     reward = Recorder()
     x = torch.zeros(3, 2, 1, 2, 2)
-    evaluate(reward, [(x, {}, torch.tensor([0, 1, 0]))], (200, 500), seed=4)
+    batches = [(x, {}, torch.tensor([0, 1, 0]))]
+    evaluate(reward, batches, (200, 500), seed=4, integer_timesteps=False)
     (early, t_early, _, _), (late, t_late, _, _) = reward.calls
     assert t_early.tolist() == [200.0] * 3 and t_late.tolist() == [500.0] * 3
     torch.testing.assert_close(early / 0.2, late / 0.5)
     assert not torch.equal(early[0], early[1])
 
 
+def test_evaluation_takes_the_nearest_level_of_the_schedule():
+    reward, x = Recorder(), torch.ones(2, 1, 1, 2, 2)
+    times = (201, 400, 600, 800, 1000)
+    evaluate(reward, [(x, {}, torch.tensor([0, 1]))], times)
+    levels = [5 * s / (1 + 4 * s) for s in (1 - i / 1000 for i in range(1000))]
+    noise = None
+    for t, (noisy, timestep, _, _) in zip(times, reward.calls, strict=True):
+        sigma = min(levels, key=lambda s: abs(math.floor(1000 * s) - t))
+        assert timestep.tolist() == [math.floor(1000 * sigma)] * 2
+        drawn = (noisy - (1 - sigma)) / sigma
+        torch.testing.assert_close(drawn, drawn if noise is None else noise, rtol=1e-4, atol=1e-4)
+        noise = drawn
+
+
+@pytest.mark.parametrize("loss", ["ce", "bt"])
+def test_scores_are_asked_at_whole_timesteps(loss):
+    reward, x, sigma = Recorder(), torch.zeros(3, 1, 1, 2, 2), torch.tensor([0.9998, 0.8333, 0.014])
+    for integer in (True, False):
+        options = {"sigma": sigma, "noise": x, "integer_timesteps": integer}
+        if loss == "ce":
+            ce_loss(reward, x, {}, torch.zeros(3), **options)
+        else:
+            bt_loss(reward, x, x, {}, **options)
+    times = [call[1] for call in reward.calls]
+    half = len(times) // 2
+    assert all(t.tolist() == [999, 833, 14] for t in times[:half])
+    assert all(torch.equal(t, 1000 * sigma) for t in times[half:])
+
+
 def test_evaluation_measures_what_it_says():
     reward = Recorder()
     x = torch.tensor([-1.0, -0.5, -0.5, 0.2, 0.3, 2.0]).view(6, 1, 1, 1, 1)
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
-    metrics = evaluate(reward, [(x, {}, labels)], (0,))[0]
+    metrics = evaluate(reward, [(x, {}, labels)], (0,), integer_timesteps=False)[0]
     logits = 2 * x.flatten()
     pairs = [(p, n) for p in logits[labels == 1].tolist() for n in logits[labels == 0].tolist()]
     auc = sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
@@ -260,7 +300,7 @@ def test_evaluation_measures_what_it_says():
     assert metrics["accuracy"] == pytest.approx(4 / 6)
     expected = functional.binary_cross_entropy(torch.sigmoid(logits), labels.float())
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-6)
-    one_class = evaluate(reward, [(x[:2], {}, torch.ones(2))], (0,))[0]
+    one_class = evaluate(reward, [(x[:2], {}, torch.ones(2))], (0,), integer_timesteps=False)[0]
     assert one_class == {"accuracy": 0.0, "loss": one_class["loss"], "count": 2.0}
 
 

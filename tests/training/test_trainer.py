@@ -265,3 +265,69 @@ def test_other_errors_pass_as_they_are():
 def test_bad_runs(options, message):
     with pytest.raises(ValueError, match=message):
         trainer(**options).run()
+
+
+class Parts(nn.Module):
+    """A model with the parts of a latent reward model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.backbone, self.pool, self.head = nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 1)
+
+
+def fit_parts(model):
+    def objective(draw, generator, loss_scale):
+        x = torch.randn(4, 3, generator=generator)
+        loss = model.head(model.pool(model.backbone(x))).square().sum()
+        (loss * loss_scale).backward()
+        return {"loss": loss.detach()}
+
+    return objective
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-cpu"])
+@pytest.mark.parametrize("clip", ["all", "blocks"])
+def test_pool_and_head_have_their_own_rate_and_may_stay_unclipped(clip, optimizer):
+    ours, theirs = Parts(), Parts()
+    options = {"head_learning_rate": 0.3, "clip": clip, "max_grad_norm": 0.1, "warmup_steps": 2}
+    options |= {"objectives": {"a": fit_parts(ours)}, "optimizer": optimizer}
+    history = trainer(ours, steps=3, **options).run().history
+    rest = [*theirs.pool.parameters(), *theirs.head.parameters()]
+    groups = [{"params": theirs.backbone.parameters()}, {"params": rest}]
+    adamw = torch.optim.AdamW(groups, weight_decay=0.01)
+    generator, objective = torch.Generator().manual_seed(0), fit_parts(theirs)
+    clipped = theirs.parameters() if clip == "all" else theirs.backbone.parameters()
+    clipped = list(clipped)
+    for step, record in enumerate(history):
+        warm = min(1, (step + 1) / 2)
+        for group, rate in zip(adamw.param_groups, (0.1, 0.3), strict=True):
+            group["lr"] = rate * warm
+        objective(step, generator, 1.0)
+        norm = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm()
+        assert record["a/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        nn.utils.clip_grad_norm_(clipped, 0.1)
+        adamw.step()
+        adamw.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_rate_of_parts_resumes_with_the_same_bits(tmp_path):
+    ends = []
+    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+        for steps in stops:
+            model = Parts()
+            options = {"head_learning_rate": 0.3, "objectives": {"a": fit_parts(model)}}
+            trainer(model, tmp_path / name, steps=steps, **options).run()
+        ends.append(model)
+    assert all(torch.equal(*pair) for pair in zip(*(m.parameters() for m in ends), strict=True))
+
+
+def test_rates_and_clipping_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="head_learning_rate is 0.1, expected None. Only a Latent"):
+        trainer(head_learning_rate=0.1)
+    with pytest.raises(ValueError, match="head_learning_rate is -1"):
+        trainer(head_learning_rate=-1)
+    with pytest.raises(ValueError, match="clip is 'head', expected one of 'all', 'blocks'"):
+        trainer(clip="head")
