@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
@@ -133,6 +134,55 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
 OPERATIONS: dict[str, Operation] = {}
 
 
+class Operator:
+    """Call a custom operator; refuse what it would differentiate wrongly or not at all.
+
+    An operator has a backward and nothing else. Without this check, forward mode gives tangents of
+    zero and ``torch.func.grad`` an error of torch that names no operation.
+    """
+
+    def __init__(self, name: str, op: Any) -> None:
+        self.name, self._op = name, op
+        self.register_fake, self.register_autograd = op.register_fake, op.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        # A compiled graph is traced with plain tensors, and dynamo cannot trace the state of
+        # transforms.
+        if not torch.compiler.is_compiling() and _in_a_transform():
+            for tensor in _tensors(args):
+                self._check(tensor)
+        return self._op(*args)
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        problem = _transform_of(tensor)
+        if problem:
+            raise ValueError(
+                f"{self.name}: a tensor is part of {problem}, expected plain tensors: this "
+                "operation has a backward only. Use torch.autograd.grad, or a copy of the model "
+                "without prfl_fast"
+            )
+
+
+def _in_a_transform() -> bool:
+    """Return True inside a dual level or a transform of ``torch.func``."""
+    functorch = torch._C._functorch
+    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
+
+
+def _transform_of(tensor: torch.Tensor) -> str:
+    """Return the transform that an operator cannot follow for a tensor, or ""."""
+    functorch, inner, batched = torch._C._functorch, tensor, False
+    while functorch.is_functorch_wrapped_tensor(inner):
+        if functorch.is_gradtrackingtensor(inner):
+            return "torch.func.grad, jvp or vjp"
+        batched = batched or functorch.is_batchedtensor(inner)
+        inner = functorch.get_unwrapped(inner)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(inner).tangent is not None:
+        return "forward mode"
+    # torch runs the operator once for each sample, which is right without a graph.
+    return "torch.func.vmap with a gradient" if batched and tensor.requires_grad else ""
+
+
 def register(
     name: str,
     reference: Callable[..., Any],
@@ -141,8 +191,8 @@ def register(
     triton: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
     report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None,
-) -> Any:
-    """Register ``prfl_fast::name`` and return the custom operator.
+) -> Operator:
+    """Register ``prfl_fast::name`` and return its :class:`Operator`.
 
     Args:
         reference: plain PyTorch that returns new tensors. Its signature is fully annotated, because
@@ -165,8 +215,15 @@ def register(
     run.__signature__ = signature.replace(parameters=schema)  # type: ignore[attr-defined]
     op = torch.library.custom_op(f"prfl_fast::{name}", run, mutates_args=())
     op.register_fake(fake)
+    derivative = "second derivative" if name.endswith("_backward") else "derivative"
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name.removesuffix('_backward')} has no {derivative}")
+
+    # An operation with a backward registers it over this one.
+    op.register_autograd(refuse)
     OPERATIONS[name] = operation
-    return op
+    return Operator(name, op)
 
 
 def report(
