@@ -276,22 +276,31 @@ def launch_config(heads: int, dtype: torch.dtype) -> Launch:
     return Launch(64, block_h, 64 if heads <= 32 else 32, "tf32", 8)
 
 
-def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunks(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return maxima and sums of the scores ``[B, C, H]`` and weighted sums of C chunks of x."""
     batch, tokens, dim = x.shape
-    heads = queries.shape[0]
-    if heads > MAX_TRITON_HEADS or batch * heads > MAX_GRID:
-        return reference(x, queries)
-    launch = launch_config(heads, x.dtype)
+    heads, launch = queries.shape[0], launch_config(queries.shape[0], x.dtype)
     chunks = triton.cdiv(tokens, launch.block_t)
     maxima = x.new_empty(batch, chunks, heads, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     partials = x.new_empty(batch, chunks, heads, dim, dtype=torch.float32)
-    pooled = x.new_empty(batch, heads, dim, dtype=torch.float32)
-    lse = x.new_empty(batch, heads, dtype=torch.float32)
     forward_kernel[(chunks, batch)](
         x, queries.contiguous(), maxima, sums, partials, tokens, heads, x.stride(0), x.stride(1),
         **launch.constants(dim), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
+    return maxima, sums, partials
+
+
+def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, dim = x.shape
+    heads = queries.shape[0]
+    if heads > MAX_TRITON_HEADS or batch * heads > MAX_GRID:
+        return reference(x, queries)
+    maxima, sums, partials = _chunks(x, queries)
+    chunks = maxima.shape[1]
+    pooled = x.new_empty(batch, heads, dim, dtype=torch.float32)
+    lse = x.new_empty(batch, heads, dtype=torch.float32)
+    merge_kernel[
     merge_kernel[(triton.cdiv(dim, MERGE_BLOCK["BLOCK_D"]), batch * heads)](
         maxima, sums, partials, pooled, lse, chunks, heads, dim, **MERGE_BLOCK
     )
@@ -312,6 +321,14 @@ def _triton_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, nee
     delta = (grad_pooled * pooled).sum(-1)  # [B, H]
     if grad_lse is not None:
         delta = delta - grad_lse
+    if x.dtype == torch.float32:
+        # An lse of 100 is rounded by up to 4e-6, so the weights exp(s - lse) of a head add up to
+        # 1 ± 4e-6, 30 times float32's rounding. All its gradients have that factor: undo it.
+        maxima, sums, _ = _chunks(x, queries)
+        top = maxima.amax(1)
+        total = (sums * (maxima - top[:, None]).exp()).sum(1)
+        factor = (lse - top).exp() / total  # [B, H]
+        grad_pooled, delta = grad_pooled * factor[..., None], delta * factor
     backward_kernel[(chunks, batch)](
         x, queries.contiguous(), grad_pooled.contiguous(), lse.contiguous(),
         delta, dx, partials, tokens, heads, x.stride(0), x.stride(1),

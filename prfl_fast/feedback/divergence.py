@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from prfl_fast.utils.adapters import adapter_parameters, trained_adapters
+from prfl_fast.utils.adapters import adapter_parameters
 
 # Attributes of every peft layer, and of its modules_to_save.
 _SWITCH, _ACTIVE = "_disable_adapters", "_active_adapter"
+# Prefixes of the modules that peft layers wrap.
+_BASES = ("base_layer.", "original_module.")
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -26,7 +28,12 @@ def check_adapters(model: nn.Module) -> None:
         problem = "they are merged into the weights: unmerge them"
     if problem:
         raise ValueError(f"divergence needs adapters to switch off, but {problem}, or set it to 0")
-    switched = {parameter for _, parameter in adapter_parameters(model)}
+    switched = {
+        parameter
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        if not name.startswith(_BASES)
+    }
     # With another trainable parameter, the model without adapters would change as well.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in switched:
@@ -42,7 +49,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     A frozen adapter, such as one that distills the sampler, is part of the initial model.
     """
-    trained = set(trained_adapters(model))
+    trains: dict[str, bool] = {}
+    for name, parameter in adapter_parameters(model):
+        trains[name] = trains.get(name, False) or parameter.requires_grad
     before: list[tuple[nn.Module, Any, Any]] = []
     try:
         for layer in model.modules():
@@ -50,7 +59,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
                 continue
             active = getattr(layer, _ACTIVE, None)
             names = [active] if isinstance(active, str) else list(active or ())
-            kept = [name for name in names if name not in trained]
+            kept = [name for name in names if not trains.get(name, True)]
             if len(kept) == len(names):
                 continue  # no adapter of this layer trains
             before.append((layer, active, getattr(layer, _SWITCH)))

@@ -96,7 +96,7 @@ def test_check_of_train_reward_looks_at_the_place_of_the_reward(tmp_path, capsys
     out = tmp_path / "out"
     (out / "reward").mkdir(parents=True)
     (out / "reward" / "notes.txt").write_text("mine")
-    said = refused(capsys, "train-reward", tmp_path / "world", out)
+    said = refused(capsys, "train-reward", tmp_path / "world", out, None, "--check")
     assert "holds notes.txt, which saving would remove" in said
     assert [p.name for p in out.iterdir()] == ["reward"]
 
