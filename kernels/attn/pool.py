@@ -300,7 +300,6 @@ def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch
     chunks = maxima.shape[1]
     pooled = x.new_empty(batch, heads, dim, dtype=torch.float32)
     lse = x.new_empty(batch, heads, dtype=torch.float32)
-    merge_kernel[
     merge_kernel[(triton.cdiv(dim, MERGE_BLOCK["BLOCK_D"]), batch * heads)](
         maxima, sums, partials, pooled, lse, chunks, heads, dim, **MERGE_BLOCK
     )
