@@ -35,7 +35,6 @@ from prfl_fast.kernels.runtime.checks import (
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import tl, triton
 
-
 # Reference.
 PRODUCT_ROWS = 4096  # tokens widened at a time: 168 MB at the 14B model's width
 

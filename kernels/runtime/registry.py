@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
@@ -135,52 +137,39 @@ OPERATIONS: dict[str, Operation] = {}
 
 
 class Operator:
-    """Call a custom operator; refuse what it would differentiate wrongly or not at all.
+    """Call a custom operator; refuse the derivatives that it does not have.
 
     An operator has a backward and nothing else. Without this check, forward mode gives tangents of
     zero and ``torch.func.grad`` an error of torch that names no operation.
     """
 
-    def __init__(self, name: str, op: Any) -> None:
-        self.name, self._op = name, op
-        self.register_fake, self.register_autograd = op.register_fake, op.register_autograd
+    def __init__(self, name: str, definition: Any) -> None:
+        self.name, self.register_autograd = name, definition.register_autograd
+        # The overload itself: the frame that its definition would add pays for the check.
+        self._run = getattr(torch.ops.prfl_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
-        # A compiled graph is traced with plain tensors, and dynamo cannot trace the state of
-        # transforms.
-        if not torch.compiler.is_compiling() and _in_a_transform():
+        # A compiled graph is traced with plain tensors, and dynamo cannot trace the levels.
+        if (_peek() is not None or forward_ad._current_level >= 0) and not is_compiling():
             for tensor in _tensors(args):
-                self._check(tensor)
-        return self._op(*args)
-
-    def _check(self, tensor: torch.Tensor) -> None:
-        problem = _transform_of(tensor)
-        if problem:
-            raise ValueError(
-                f"{self.name}: a tensor is part of {problem}, expected plain tensors: this "
-                "operation has a backward only. Use torch.autograd.grad, or a copy of the model "
-                "without prfl_fast"
-            )
+                _check_transform(self.name, tensor)
+        return self._run(*args)
 
 
-def _in_a_transform() -> bool:
-    """Return True inside a dual level or a transform of ``torch.func``."""
-    functorch = torch._C._functorch
-    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
-
-
-def _transform_of(tensor: torch.Tensor) -> str:
-    """Return the transform that an operator cannot follow for a tensor, or ""."""
-    functorch, inner, batched = torch._C._functorch, tensor, False
-    while functorch.is_functorch_wrapped_tensor(inner):
-        if functorch.is_gradtrackingtensor(inner):
-            return "torch.func.grad, jvp or vjp"
-        batched = batched or functorch.is_batchedtensor(inner)
-        inner = functorch.get_unwrapped(inner)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(inner).tangent is not None:
-        return "forward mode"
-    # torch runs the operator once for each sample, which is right without a graph.
-    return "torch.func.vmap with a gradient" if batched and tensor.requires_grad else ""
+def _check_transform(name: str, tensor: torch.Tensor) -> None:
+    problem, functorch = "", torch._C._functorch
+    # Under vmap alone torch runs the operator for each sample, with the right gradient.
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            problem = "torch.func.grad, jvp or vjp"
+        tensor = functorch.get_unwrapped(tensor)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        problem = problem or "forward mode"
+    if problem:
+        raise ValueError(
+            f"{name}: a tensor is part of {problem}, expected plain tensors: this operation has a "
+            "backward only. Use torch.autograd.grad, or a model without prfl_fast"
+        )
 
 
 def register(

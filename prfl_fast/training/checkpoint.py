@@ -16,8 +16,8 @@ is read with ``torch.load(weights_only=True)``, which runs no code.
 """
 
 import json
-import os
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -119,7 +119,7 @@ def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     """
     name = adapter_name(model)
     config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    plain: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     if plain.get("peft_type") == "LORA":
         assert name is not None
         scales, expected = adapter_scales(model, name), _scales_of(plain)
@@ -251,7 +251,6 @@ def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path)
         check(ok, label, value, f"this model's {scale}", hint="Add it with the file's patterns")
 
 
-def random_state(
 def random_state(generator: torch.Generator) -> dict[str, Any]:
     """Return the random states of Python, torch (every device) and ``generator``."""
     return {

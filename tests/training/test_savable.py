@@ -43,9 +43,7 @@ def test_the_adapter_that_trains_is_saved_under_a_frozen_one(tmp_path):
     first, second = both(), both()
     save_model(first, tmp_path)
     load_model(second, tmp_path)
-    for (name, a), (_, b) in zip(
-        first.named_parameters(), second.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         if "lora_" in name:
             assert torch.equal(a, b) == (".mine." in name), name
 
