@@ -42,6 +42,8 @@ from prfl_fast.utils.optional import need
 
 FORMAT = "prfl_fast checkpoint 2"
 _STEP = re.compile(r"step-(\d{8,})")
+# Kinds of adapters whose scale in a layer is alpha / rank.
+_SCALED = ("LORA", "LOHA", "LOKR")
 # Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
 _PIPELINE_PART = "transformer."
 _ADAPTER_METADATA = "lora_adapter_metadata"
@@ -120,14 +122,13 @@ def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     name = adapter_name(model)
     config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
     plain: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    if plain.get("peft_type") == "LORA":
-        assert name is not None
-        scales, expected = adapter_scales(model, name), _scales_of(plain)
+    if name is not None and plain.get("peft_type") in _SCALED:
+        scales, expected, alpha = adapter_scales(model, name), _scales_of(plain), _alpha_key(plain)
         weights = {layer: scale / (expected(layer) or 1.0) for layer, scale in scales.items()}
         first = next(iter(weights.values()), 1.0)
         if all(math.isclose(weight, first, rel_tol=1e-9) for weight in weights.values()):
             if not math.isclose(first, 1.0, rel_tol=1e-9):
-                plain["lora_alpha"] *= first
+                plain[alpha] *= first
                 patterns = plain.get("alpha_pattern") or {}
                 plain["alpha_pattern"] = {k: v * first for k, v in patterns.items()}
         else:
@@ -141,7 +142,11 @@ def _pattern_value(settings: Mapping[str, Any], kind: str, layer: str) -> float:
     for pattern, value in (settings.get(f"{kind}_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return float(value)
-    return float(settings["r" if kind == "rank" else "lora_alpha"])
+    return float(settings["r" if kind == "rank" else _alpha_key(settings)])
+
+
+def _alpha_key(settings: Mapping[str, Any]) -> str:
+    return "lora_alpha" if "lora_alpha" in settings else "alpha"
 
 
 def _scales_of(settings: Mapping[str, Any]) -> Callable[[str], float]:
@@ -168,8 +173,10 @@ def check_savable(model: torch.nn.Module, folder: Path | None = None) -> None:
     """
     need("safetensors.torch")
     for name, tensor in stored_tensors(model).items():
-        plain = not is_traceable_wrapper_subclass(tensor) and not tensor.is_meta
-        kind = type(tensor.data).__name__ if not tensor.is_meta else "a meta tensor"
+        kind = type(tensor).__name__
+        plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
+        if plain and tensor.is_meta:
+            plain, kind = False, "a meta tensor"
         expected = "a plain tensor, as safetensors cannot hold it"
         check(plain, name, kind, expected, hint="Train an adapter, which is saved alone")
     if adapter_name(model) is not None:
@@ -230,20 +237,19 @@ def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path)
     part, name = len(_PIPELINE_PART), adapter_name(model)
     wanted = {key[part:]: value for key, value in _adapter_settings(model).items()}
     # As in diffusers, alpha equals the rank in a file without metadata.
-    rank = wanted.get("r")
-    defaults = {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    rank, alpha = wanted.get("r"), _alpha_key(wanted)
+    defaults = {"r": rank, alpha: rank, "use_rslora": False}
     defaults |= {"rank_pattern": wanted.get("rank_pattern"), "alpha_pattern": {}}
     found = {k: saved.get(_PIPELINE_PART + k, saved.get(k, v)) for k, v in defaults.items()}
     hint = "Add the adapter with the file's value"
-    for key in ("r", "lora_alpha", "use_rslora"):
+    for key in ("r", alpha, "use_rslora"):
         label, value = f"{key} of the adapter in {path}", found[key]
         ok = key not in wanted or value == wanted[key]
-        if key == "lora_alpha" and isinstance(value, (int, float)):
-            ok = key not in wanted or math.isclose(value, wanted[key], rel_tol=1e-6)
+        if not ok and key == alpha and isinstance(value, (int, float)):
+            ok = math.isclose(value, wanted[key], rel_tol=1e-6)
         check(ok, label, value, f"this model's {wanted.get(key)!r}", hint=hint)
-    if wanted.get("peft_type") != "LORA":
+    if name is None or wanted.get("peft_type") not in _SCALED:
         return
-    assert name is not None
     scale_in_file = _scales_of(found)
     for layer, scale in adapter_scales(model, name).items():
         value, label = scale_in_file(layer), f"scale of {layer} in the adapter in {path}"
