@@ -134,6 +134,19 @@ def test_scales_are_saved_and_another_scale_is_refused(tmp_path, case):
         load_model(plain, tmp_path)
 
 
+def test_the_weight_of_a_loha_adapter_is_saved(tmp_path):
+    def make(alpha, weight):
+        model = tiny_wan().requires_grad_(False)
+        model.add_adapter(peft.LoHaConfig(r=4, alpha=alpha, target_modules=["to_q"]))
+        model.set_adapters(["default"], weights=weight)
+        return model
+
+    save_model(make(4, 0.5), tmp_path)
+    load_model(make(2, 1.0), tmp_path)
+    with pytest.raises(ValueError, match=r"^alpha of the adapter in .* is 2.0, expected"):
+        load_model(make(4, 1.0), tmp_path)
+
+
 def test_a_layer_scaled_by_hand_is_saved_with_its_scale(tmp_path):
     torch.manual_seed(0)
     model = add(tiny_wan())

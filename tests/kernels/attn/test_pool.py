@@ -113,6 +113,14 @@ def test_gradients_of_small_and_large_scores(shape, scale):
         check(query_pool, naive, tensors, rounding=16)
 
 
+@pytest.mark.triton
+def test_gradients_of_large_scores_in_triton(triton_device):
+    """The backward undoes the rounding of lse, which would be a factor of all weights."""
+    tensors = make(1, 70, 64, 8)
+    tensors["queries"] *= 10
+    check(query_pool, naive, tensors, rounding=16)
+
+
 def test_width_of_the_14b_model(backend):
     # √D half-ulps: as a random walk, the rounding of each partial sum of a score and of g·x. The
     # 34 scores are too few for the ratio of two errors to be near 1: it leaves up to 40 of them.
