@@ -55,6 +55,10 @@ class StepLoss(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})
         return result.as_subclass(torch.Tensor) if func is torch.Tensor.detach else result
 
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickle a plain tensor, which ``torch.load`` reads without this package."""
+        return self.detach().__reduce_ex__(proto)
+
 
 @dataclass(frozen=True)
 class PRFLOutput:

@@ -1,6 +1,7 @@
 """PRFL refuses wrong arguments."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -231,7 +232,9 @@ def test_backward_of_the_returned_loss_says_what_to_do():
     weight = torch.ones((), requires_grad=True)
     (output.loss + weight.square()).backward()  # a graph of the caller's own
     assert weight.grad == 2
-    assert type(output.loss.detach()) is torch.Tensor and math.isfinite(output.loss)
+    assert math.isfinite(output.loss)
+    for copy in (output.loss.detach(), pickle.loads(pickle.dumps(output.loss))):
+        assert type(copy) is torch.Tensor and copy == output.loss
 
 
 def test_an_output_prints_without_latents():
