@@ -59,6 +59,10 @@ class StepLoss(torch.Tensor):
         """Pickle a plain tensor, which ``torch.load`` reads without this package."""
         return self.detach().__reduce_ex__(proto)
 
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        """Return a plain tensor: torch copies no subclass by itself."""
+        return self.detach().clone()
+
 
 @dataclass(frozen=True)
 class PRFLOutput:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -233,8 +234,8 @@ def test_backward_of_the_returned_loss_says_what_to_do():
     (output.loss + weight.square()).backward()  # a graph of the caller's own
     assert weight.grad == 2
     assert math.isfinite(output.loss)
-    for copy in (output.loss.detach(), pickle.loads(pickle.dumps(output.loss))):
-        assert type(copy) is torch.Tensor and copy == output.loss
+    copies = pickle.loads(pickle.dumps(output.loss)), deepcopy(output).loss, output.loss.detach()
+    assert all(type(copy) is torch.Tensor and copy == output.loss for copy in copies)
 
 
 def test_an_output_prints_without_latents():
