@@ -17,7 +17,8 @@ u, g, p keep 11 bits; CUDA C++ (``csrc/query_pool*.cu``) splits u, and g in g ·
 and rounds p to the dtype of x in the forward. Sums over tokens have two stages, chunks and then
 all: no atomics. Saved for backward: x, u, pooled, lse.
 Bytes: the forward reads x, the backward reads x and writes dx (Triton reads x twice, the second
-time from L2 while the chunk is still there); a chunk leaves 4·H·D bytes of partials.
+time from L2 while the chunk is still there); a chunk leaves 4·H·D bytes of partials. Triton's
+backward of float32 x runs the forward's first kernel again, for the exact sum of the weights.
 """
 
 from dataclasses import dataclass
@@ -35,8 +36,22 @@ from prfl_fast.kernels.runtime.checks import (
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import tl, triton
 
-
 # Reference.
+PRODUCT_ROWS = 4096  # tokens widened at a time: 168 MB at the 14B model's width
+
+
+def _products(tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return ``tokens @ vectors.T``, in float64 for float32.
+
+    A score of 100 that is off by its last bit changes p by 8e-6 of it, and two orders of summation
+    differ by more. The caller sums 2·H numbers a token, so float64 is small beside x.
+    """
+    if tokens.dtype != torch.float32:
+        return tokens @ vectors.t()
+    wide = vectors.double().t()
+    return torch.cat([part.double() @ wide for part in tokens.split(PRODUCT_ROWS)])
+
+
 def reference(
     x: torch.Tensor, queries: torch.Tensor, upcast: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +62,10 @@ def reference(
     lse = torch.empty(x.shape[0], u.shape[0], dtype=dtype, device=x.device)
     for b in range(x.shape[0]):  # a matmul over a strided batch would copy x
         tokens = x[b].to(dtype)
-        scores = tokens @ u.t()  # [L, H]
+        scores = _products(tokens, u)  # [L, H]
         lse[b] = torch.logsumexp(scores, 0)
         # exp(scores - lse) would not add up to one, because lse is rounded.
-        pooled[b] = torch.softmax(scores, 0).t() @ tokens
+        pooled[b] = torch.softmax(scores, 0).t().to(dtype) @ tokens
     return pooled, lse
 
 
@@ -73,20 +88,20 @@ def reference_backward(
     for b in range(x.shape[0]):
         tokens = x[b].to(dtype)
         both = torch.cat((u, grad_pooled[b].to(dtype)))  # [2H, D]
-        scores, products = (tokens @ both.t()).split(u.shape[0], dim=1)
+        scores, products = _products(tokens, both).split(u.shape[0], dim=1)
         p = torch.softmax(scores, 0)
         # Σ p g · x is g · pooled; with it both terms round alike, so one token gives exactly zero.
         ds = (products - (p * products).sum(0)).mul_(p)
         if grad_lse is not None:
             ds += p * grad_lse[b]
         if need_x:
-            weights = torch.cat((ds, p), dim=1)  # [L, 2H]
+            weights = torch.cat((ds, p), dim=1).to(dtype)  # [L, 2H]
             if dtype == dx.dtype:
                 torch.mm(weights, both, out=dx[b])
             else:
                 dx[b] = weights @ both
         if need_queries:
-            du += ds.t() @ tokens
+            du += ds.t().to(dtype) @ tokens
     return dx, du.to(upcast or queries.dtype)
 
 
@@ -261,22 +276,30 @@ def launch_config(heads: int, dtype: torch.dtype) -> Launch:
     return Launch(64, block_h, 64 if heads <= 32 else 32, "tf32", 8)
 
 
-def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunks(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return maxima and sums of the scores ``[B, C, H]`` and weighted sums of C chunks of x."""
     batch, tokens, dim = x.shape
-    heads = queries.shape[0]
-    if heads > MAX_TRITON_HEADS or batch * heads > MAX_GRID:
-        return reference(x, queries)
-    launch = launch_config(heads, x.dtype)
+    heads, launch = queries.shape[0], launch_config(queries.shape[0], x.dtype)
     chunks = triton.cdiv(tokens, launch.block_t)
     maxima = x.new_empty(batch, chunks, heads, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     partials = x.new_empty(batch, chunks, heads, dim, dtype=torch.float32)
-    pooled = x.new_empty(batch, heads, dim, dtype=torch.float32)
-    lse = x.new_empty(batch, heads, dtype=torch.float32)
     forward_kernel[(chunks, batch)](
         x, queries.contiguous(), maxima, sums, partials, tokens, heads, x.stride(0), x.stride(1),
         **launch.constants(dim), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
+    return maxima, sums, partials
+
+
+def _triton(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, dim = x.shape
+    heads = queries.shape[0]
+    if heads > MAX_TRITON_HEADS or batch * heads > MAX_GRID:
+        return reference(x, queries)
+    maxima, sums, partials = _chunks(x, queries)
+    chunks = maxima.shape[1]
+    pooled = x.new_empty(batch, heads, dim, dtype=torch.float32)
+    lse = x.new_empty(batch, heads, dtype=torch.float32)
     merge_kernel[(triton.cdiv(dim, MERGE_BLOCK["BLOCK_D"]), batch * heads)](
         maxima, sums, partials, pooled, lse, chunks, heads, dim, **MERGE_BLOCK
     )
@@ -297,6 +320,14 @@ def _triton_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, nee
     delta = (grad_pooled * pooled).sum(-1)  # [B, H]
     if grad_lse is not None:
         delta = delta - grad_lse
+    if x.dtype == torch.float32:
+        # An lse of 100 is rounded by up to 4e-6, so the weights exp(s - lse) of a head add up to
+        # 1 ± 4e-6, 30 times float32's rounding. All its gradients have that factor: undo it.
+        maxima, sums, _ = _chunks(x, queries)
+        top = maxima.amax(1)
+        total = (sums * (maxima - top[:, None]).exp()).sum(1)
+        factor = (lse - top).exp() / total  # [B, H]
+        grad_pooled, delta = grad_pooled * factor[..., None], delta * factor
     backward_kernel[(chunks, batch)](
         x, queries.contiguous(), grad_pooled.contiguous(), lse.contiguous(),
         delta, dx, partials, tokens, heads, x.stride(0), x.stride(1),

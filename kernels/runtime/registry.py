@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import peek_interpreter_stack as _peek
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
@@ -133,6 +136,42 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
 OPERATIONS: dict[str, Operation] = {}
 
 
+class Operator:
+    """Call a custom operator; refuse the derivatives that it does not have.
+
+    An operator has a backward and nothing else. Without this check, forward mode gives tangents of
+    zero and ``torch.func.grad`` an error of torch that names no operation.
+    """
+
+    def __init__(self, name: str, definition: Any) -> None:
+        self.name, self.register_autograd = name, definition.register_autograd
+        # The overload itself: the frame that its definition would add pays for the check.
+        self._run = getattr(torch.ops.prfl_fast, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        # A compiled graph is traced with plain tensors, and dynamo cannot trace the levels.
+        if (_peek() is not None or forward_ad._current_level >= 0) and not is_compiling():
+            for tensor in _tensors(args):
+                _check_transform(self.name, tensor)
+        return self._run(*args)
+
+
+def _check_transform(name: str, tensor: torch.Tensor) -> None:
+    problem, functorch = "", torch._C._functorch
+    # Under vmap alone torch runs the operator for each sample, with the right gradient.
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            problem = "torch.func.grad, jvp or vjp"
+        tensor = functorch.get_unwrapped(tensor)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        problem = problem or "forward mode"
+    if problem:
+        raise ValueError(
+            f"{name}: a tensor is part of {problem}, expected plain tensors: this operation has a "
+            "backward only. Use torch.autograd.grad, or a model without prfl_fast"
+        )
+
+
 def register(
     name: str,
     reference: Callable[..., Any],
@@ -141,8 +180,8 @@ def register(
     triton: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
     report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None,
-) -> Any:
-    """Register ``prfl_fast::name`` and return the custom operator.
+) -> Operator:
+    """Register ``prfl_fast::name`` and return its :class:`Operator`.
 
     Args:
         reference: plain PyTorch that returns new tensors. Its signature is fully annotated, because
@@ -165,8 +204,15 @@ def register(
     run.__signature__ = signature.replace(parameters=schema)  # type: ignore[attr-defined]
     op = torch.library.custom_op(f"prfl_fast::{name}", run, mutates_args=())
     op.register_fake(fake)
+    derivative = "second derivative" if name.endswith("_backward") else "derivative"
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name.removesuffix('_backward')} has no {derivative}")
+
+    # An operation with a backward registers it over this one.
+    op.register_autograd(refuse)
     OPERATIONS[name] = operation
-    return op
+    return Operator(name, op)
 
 
 def report(

@@ -29,6 +29,7 @@ class TrainFile(Section):
 
     model: Text = key(..., "Folder of a diffusers transformer.")
     data: Text = key(..., "Folder of a dataset of latents.")
+    allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     reward: Text | sections.ReferenceReward | Rewards | None = key(
@@ -93,6 +94,7 @@ class TrainRewardFile(Section):
 
     model: Text = key(..., "Folder of the generator, a diffusers transformer.")
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
+    allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     lose_data: Text | None = key(
@@ -149,6 +151,7 @@ class ScoreFile(Section):
         ..., "Folder of a saved reward model, or files of HY-Video-PRFL."
     )
     data: Text = key(..., "Folder of a dataset of latents.")
+    allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "File of the scores, .jsonl or .csv.")
     model: Text | None = key(
         None, "Folder of the generator; required with a reward of HY-Video-PRFL."

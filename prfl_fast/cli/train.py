@@ -53,7 +53,7 @@ def run_train(config: TrainFile, check_only: bool) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
     device, out = loading.device_of(config.hardware), Path(config.out)
     loading.check_writable(out, "out")
-    dataset = LatentDataset(config.data)
+    dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
     if dataset.pairs:
         raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
     batches = _batches(dataset, config)
@@ -196,6 +196,9 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
     for source in (d for d in (dataset, held_out) if d is not None):
         loading.check_data(source, reward.backbone, "the reward model")
     apply_memory(reward, memory, device=device)
+    reward.check_savable(out / "reward")  # now, not after the training
+    taken = (out / "evaluation.json").is_dir()
+    check(not taken, "out", str(out), "one without a folder evaluation.json")
     if config.hardware.patch:
         patch(reward.backbone)
     fit = RewardFit(
@@ -223,8 +226,10 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
 
 def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset | None]:
     """Return the datasets for training and evaluation, with every label checked."""
-    dataset = LatentDataset(config.data)
-    held_out = LatentDataset(config.eval_data) if config.eval_data is not None else None
+    dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
+    held_out = None
+    if config.eval_data is not None:
+        held_out = LatentDataset(config.eval_data, allow_outside=config.allow_outside)
     kind = "pairs" if dataset.pairs else "single videos"
     hint = f"data: {config.data} holds {kind}; ce takes single videos, bt pairs"
     wanted = "bt" if dataset.pairs or config.lose_data is not None else "ce"
@@ -310,7 +315,8 @@ def _trainer(
 
 def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     """Return the keys that determine a run's numbers, without the trainer's own settings."""
-    values = config.model_dump(exclude={"out", "run", "optimizer", "eval_data", "timesteps"})
+    paths = {"out", "allow_outside", "eval_data"}
+    values = config.model_dump(exclude={*paths, "run", "optimizer", "timesteps"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
     for name, value in values.items():
         section = isinstance(value, dict)

@@ -125,7 +125,7 @@ def _sizes_of_data(config: TrainFile, given: Mapping[str, Any], path: Path) -> d
     """Return the sizes of the file's dataset, if it exists."""
     if not (Path(config.data) / "manifest.jsonl").is_file():
         return {}
-    found = sizes_of(LatentDataset(config.data))
+    found = sizes_of(LatentDataset(config.data, allow_outside=config.allow_outside))
     for name, value in found.items():
         if given.get(name, value) != value:
             _contradicted(name, given[name], f"the data of {path} has {value}")

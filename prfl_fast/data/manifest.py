@@ -66,13 +66,16 @@ class LatentDataset:
             the longest one, and shorter texts get rows of zeros, as models pad them.
         short: True if samples have the text states of a short caption.
 
+    Args:
+        allow_outside: allow paths in the manifest that lead out of the folder.
+
     Raises:
         FileNotFoundError: if the folder or its manifest does not exist.
         ValueError: if the manifest or a file is malformed or incomplete; the message names the
             line.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, allow_outside: bool = False) -> None:
         self.folder = Path(folder)
         self.manifest = self.folder / MANIFEST
         if not self.manifest.is_file():
@@ -84,7 +87,11 @@ class LatentDataset:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for record in self._records:
             for key in ("win", "lose") if self.pairs else ("latents",):
-                self._check_file(record[key], f"{self.manifest}:{record['line']}: {key}")
+                where = f"{self.manifest}:{record['line']}: {key}"
+                ok = allow_outside or self._is_inside(record[key])
+                hint = "Move the files, or set allow_outside if you trust the manifest"
+                check(ok, where, record[key], "a path inside the folder", hint=hint)
+                self._check_file(record[key], where)
         self.short = SHORT in self.shapes
         short, text = self.shapes.pop(SHORT, self.shapes[TEXT])[1], self.shapes[TEXT][1]
         check(short == text, f"{self.folder}: width of {SHORT}", short, f"the text's {text}")
@@ -93,7 +100,8 @@ class LatentDataset:
         records: list[dict[str, Any]] = []
         ids: dict[str, int] = {}
         try:
-            lines = self.manifest.read_text(encoding="utf-8").splitlines()
+            # Only "\n" ends a line: str.splitlines also splits at U+2028, which JSON leaves raw.
+            lines = self.manifest.read_bytes().decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.manifest}: not UTF-8 text ({error.reason})") from error
         for number, line in enumerate(lines, 1):
@@ -108,6 +116,12 @@ class LatentDataset:
             records.append({**record, "line": number})
         check(bool(records), str(self.manifest), "", "one JSON object per line")
         return records
+
+    def _is_inside(self, name: str) -> bool:
+        # Links inside the folder may lead anywhere: they are its owner's, the manifest may not be.
+        folder = os.path.abspath(self.folder)
+        path = os.path.abspath(os.path.join(folder, name))
+        return path.startswith(os.path.join(folder, ""))
 
     def _check_file(self, name: str, where: str) -> None:
         path = self.folder / name
@@ -190,10 +204,20 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:
+    repeated: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated.extend(name for i, name in enumerate(names) if name in names[:i])
+        return dict(pairs)
+
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=keep)
+    except RecursionError as error:
+        raise ValueError(f"{where}: not JSON (nested too deeply)") from error
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
+    check(not repeated, f"{where}: key", ", ".join(repeated), "each key once in an object")
     check(isinstance(record, dict), f"{where}: line", record, "a JSON object")
     files = {"win", "lose"} if "win" in record or "lose" in record else {"latents"}
     expected = {"id", "labels", *files}

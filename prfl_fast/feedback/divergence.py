@@ -1,4 +1,4 @@
-"""Divergence of a model with low-rank adapters from the same model without them.
+"""Divergence of a model with low-rank adapters from the same model without those that train.
 
 A divergence loss limits reward hacking and needs no second model. In the small world it lowers the
 relative change of the velocity by training from 0.135 to 0.116 (bench/RESULTS.md).
@@ -6,17 +6,20 @@ relative change of the velocity by training from 0.135 to 0.116 (bench/RESULTS.m
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-# Attribute of every peft layer, and of its modules_to_save.
-_SWITCH = "_disable_adapters"
+from prfl_fast.utils.adapters import adapter_parameters
+
+# Attributes of every peft layer, and of its modules_to_save.
+_SWITCH, _ACTIVE = "_disable_adapters", "_active_adapter"
 # Prefixes of the modules that peft layers wrap.
 _BASES = ("base_layer.", "original_module.")
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise ``ValueError`` unless switching the adapters off restores the initial model."""
+    """Raise ``ValueError`` unless switching the trained adapters off restores the initial model."""
     layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
     problem = ""
     if not layers:
@@ -42,13 +45,28 @@ def check_adapters(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Switch adapters off within the context, without changing ``requires_grad`` as peft does."""
-    layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
-    before = [getattr(layer, _SWITCH) for layer in layers]
+    """Switch off the adapters that train, without changing ``requires_grad`` as peft does.
+
+    A frozen adapter, such as one that distills the sampler, is part of the initial model.
+    """
+    trains: dict[str, bool] = {}
+    for name, parameter in adapter_parameters(model):
+        trains[name] = trains.get(name, False) or parameter.requires_grad
+    before: list[tuple[nn.Module, Any, Any]] = []
     try:
-        for layer in layers:
-            setattr(layer, _SWITCH, True)
+        for layer in model.modules():
+            if not hasattr(layer, _SWITCH):
+                continue
+            active = getattr(layer, _ACTIVE, None)
+            names = [active] if isinstance(active, str) else list(active or ())
+            kept = [name for name in names if not trains.get(name, True)]
+            if len(kept) == len(names):
+                continue  # no adapter of this layer trains
+            before.append((layer, active, getattr(layer, _SWITCH)))
+            setattr(layer, _ACTIVE, kept or active)
+            setattr(layer, _SWITCH, getattr(layer, _SWITCH) or not kept)
         yield
     finally:
-        for layer, switch in zip(layers, before, strict=True):
+        for layer, active, switch in before:
+            setattr(layer, _ACTIVE, active)
             setattr(layer, _SWITCH, switch)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +35,35 @@ class FeedbackSpec:
     divergence: float
 
 
+class StepLoss(torch.Tensor):
+    """A loss whose gradients are in ``.grad`` already; ``backward()`` says so.
+
+    Results of its arithmetic are of this class too, except ``detach()``.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Raise ``RuntimeError`` for ``backward()``, unless a loss with a graph was added."""
+        if func is torch.Tensor.backward and not args[0].requires_grad:
+            raise RuntimeError(
+                "the loss of a PRFL step has no graph: the call of the step ran the backward, and "
+                "the gradients are in .grad. Remove backward() and call optimizer.step(); factors "
+                "of the loss go into the call as loss_scale"
+            )
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.detach else result
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickle a plain tensor, which ``torch.load`` reads without this package."""
+        return self.detach().__reduce_ex__(proto)
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        """Return a plain tensor: torch copies no subclass by itself."""
+        return self.detach().clone()
+
+
 @dataclass(frozen=True)
 class PRFLOutput:
     """Hold the result of one reward-feedback step; no tensor carries a graph.
@@ -42,7 +71,8 @@ class PRFLOutput:
     K counts the rewarded latents: one per gradient point, then one per renoised sample.
 
     Attributes:
-        loss: scalar, reward loss plus divergence loss, without ``loss_scale``.
+        loss: scalar, reward loss plus divergence loss, without ``loss_scale``; its ``backward()``
+            raises, because the step has run the backward.
         rewards: ``[K, B]``, float32 (float64 for float64 rewards), the weighted sum of several; NaN
             at points that were not reached.
         by_reward: the same for each reward by name; a single reward is called ``reward``.
@@ -66,10 +96,10 @@ class PRFLOutput:
     indices: tuple[int, ...]
     depths: tuple[int, ...]
     timesteps: tuple[float, ...]
-    latents: torch.Tensor
+    latents: torch.Tensor = field(repr=False)
     finite: bool
     divergence: torch.Tensor | None = None
-    gradient: torch.Tensor | None = None
+    gradient: torch.Tensor | None = field(default=None, repr=False)
     drift: dict[int, float] | None = None
 
 
@@ -227,10 +257,12 @@ class GradientEstimator:
         by_reward = {
             name: torch.stack([row.get(name, blank) for row in rows] + missing) for name in names
         }
+        loss = torch.stack(self._losses).sum()
         parts = [self.spec.reward_weights[name] * by_reward[name] for name in names]
         times = self._timesteps + [math.nan] * (len(points) - len(self._timesteps))
         return PRFLOutput(
-            loss=torch.stack(self._losses).sum(),
+            # A fake tensor of the planner cannot be of two classes.
+            loss=loss.as_subclass(StepLoss) if type(loss) is torch.Tensor else loss,
             rewards=torch.stack(parts).sum(0),
             by_reward=by_reward,
             indices=tuple(point.step for point in points),

@@ -37,6 +37,7 @@ from prfl_fast.utils.io import (
     save_tensors,
     write_atomic,
 )
+from prfl_fast.utils.optional import need
 from prfl_fast.utils.version import __version__
 
 FORMAT = "prfl_fast reward 1"
@@ -172,6 +173,15 @@ class LatentRewardModel(nn.Module):
                 does not have (merge peft adapters first; save before quantizing).
             OSError: if it cannot be written.
         """
+        config = self.check_savable(folder)
+        state = self.state_dict()
+        with save_checkpoint_dir(folder) as temporary:
+            save_tensors(state, temporary / _WEIGHTS)
+            (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def check_savable(self, folder: _Path) -> dict[str, Any]:
+        """Return the configuration that :meth:`save` writes; raise its ``ValueError`` if any."""
+        need("safetensors.torch")
         check_replaceable(folder, re.escape(_CONFIG), re.escape(_WEIGHTS))
         config = {
             "format": FORMAT,
@@ -184,13 +194,10 @@ class LatentRewardModel(nn.Module):
             "add_query": self.pool.add_query,
             "backbone": self._adapter.backbone_config(self.backbone),
         }
-        state = self.state_dict()
         with torch.device("meta"):
             expected = _from_config(config).state_dict()
-        check_fit(expected, state, "this reward model cannot be saved")
-        with save_checkpoint_dir(folder) as temporary:
-            save_tensors(state, temporary / _WEIGHTS)
-            (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        check_fit(expected, self.state_dict(), "this reward model cannot be saved")
+        return config
 
     @classmethod
     def load(cls, folder: _Path) -> "LatentRewardModel":

@@ -16,15 +16,18 @@ is read with ``torch.load(weights_only=True)``, which runs no code.
 """
 
 import json
+import math
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from prfl_fast.utils.adapters import adapter_scales, trained_adapters
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import (
     check_fit,
@@ -39,6 +42,8 @@ from prfl_fast.utils.optional import need
 
 FORMAT = "prfl_fast checkpoint 2"
 _STEP = re.compile(r"step-(\d{8,})")
+# Kinds of adapters whose scale in a layer is alpha / rank.
+_SCALED = ("LORA", "LOHA", "LOKR")
 # Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
 _PIPELINE_PART = "transformer."
 _ADAPTER_METADATA = "lora_adapter_metadata"
@@ -59,10 +64,20 @@ def copy_into(
 
 
 def adapter_name(model: torch.nn.Module) -> str | None:
-    """Return the name of the only peft adapter in ``model``, or None if it has none."""
+    """Return the name of the peft adapter that is saved, or None if ``model`` has no adapter.
+
+    It is the only adapter, or of several the one that trains; frozen ones are part of the model.
+
+    Raises:
+        ValueError: if the model has several adapters, and not exactly one of them trains.
+    """
     names = list(getattr(model, "peft_config", None) or ())
-    check(len(names) < 2, "the model's adapters", names, "one adapter", hint="Delete the others")
-    return names[0] if names else None
+    if len(names) < 2:
+        return names[0] if names else None
+    trained = trained_adapters(model)
+    hint = "Freeze or delete the others: one adapter is saved"
+    check(len(trained) == 1, f"adapters that train, of {names},", trained, "one", hint=hint)
+    return trained[0]
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -100,11 +115,81 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the adapter's configuration as plain values, for diffusers to read rank and alpha."""
+    """Return the adapter's configuration as plain values, for diffusers to read rank and alpha.
+
+    Alpha includes the weight that ``set_adapters`` gave the adapter, in each layer.
+    """
     name = adapter_name(model)
     config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    plain: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    if name is not None and plain.get("peft_type") in _SCALED:
+        scales, expected, alpha = adapter_scales(model, name), _scales_of(plain), _alpha_key(plain)
+        weights = {layer: scale / (expected(layer) or 1.0) for layer, scale in scales.items()}
+        first = next(iter(weights.values()), 1.0)
+        if all(math.isclose(weight, first, rel_tol=1e-9) for weight in weights.values()):
+            if not math.isclose(first, 1.0, rel_tol=1e-9):
+                plain[alpha] *= first
+                patterns = plain.get("alpha_pattern") or {}
+                plain["alpha_pattern"] = {k: v * first for k, v in patterns.items()}
+        else:
+            alphas = {k: _pattern_value(plain, "alpha", k) * w for k, w in weights.items()}
+            plain["alpha_pattern"] = alphas
     return {_PIPELINE_PART + key: value for key, value in plain.items()}
+
+
+def _pattern_value(settings: Mapping[str, Any], kind: str, layer: str) -> float:
+    """Return rank or alpha of one layer, as peft reads ``rank_pattern`` and ``alpha_pattern``."""
+    for pattern, value in (settings.get(f"{kind}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return float(value)
+    return float(settings["r" if kind == "rank" else _alpha_key(settings)])
+
+
+def _alpha_key(settings: Mapping[str, Any]) -> str:
+    return "lora_alpha" if "lora_alpha" in settings else "alpha"
+
+
+def _scales_of(settings: Mapping[str, Any]) -> Callable[[str], float]:
+    """Return the function that gives a layer's scale by the settings of a LoRA adapter."""
+
+    def scale(layer: str) -> float:
+        rank = _pattern_value(settings, "rank", layer)
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        return _pattern_value(settings, "alpha", layer) / divisor
+
+    return scale
+
+
+def check_savable(model: torch.nn.Module, folder: Path | None = None) -> None:
+    """Check that ``model`` can be saved, before a training whose result would be lost.
+
+    Args:
+        folder: folder of the checkpoints; a file where a checkpoint or the log goes is refused.
+
+    Raises:
+        ValueError: if the model trains several adapters or parameters beside an adapter, a tensor
+            has no plain bytes (torchao's weights, shards, meta tensors), or a file is in the way.
+        MissingExtraError: if safetensors, or the peft of an adapter, is not installed.
+    """
+    need("safetensors.torch")
+    for name, tensor in stored_tensors(model).items():
+        kind = type(tensor).__name__
+        plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
+        if plain and tensor.is_meta:
+            plain, kind = False, "a meta tensor"
+        expected = "a plain tensor, as safetensors cannot hold it"
+        check(plain, name, kind, expected, hint="Train an adapter, which is saved alone")
+    if adapter_name(model) is not None:
+        try:
+            json.dumps(_adapter_settings(model))
+        except TypeError as error:
+            raise ValueError(f"the adapter's configuration cannot be saved: {error}") from error
+    for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
+        wrong = _STEP.fullmatch(path.name) and not path.is_dir()
+        wrong = wrong or (path.name in ("log.jsonl", "config.yaml") and path.is_dir())
+        wrong = wrong or (path.name == "tensorboard" and not path.is_dir())
+        hint = "Move it away, or choose a new folder"
+        check(not wrong, "folder", str(folder), f"one without a foreign {path.name}", hint=hint)
 
 
 def save_model(model: torch.nn.Module, folder: Path) -> None:
@@ -140,18 +225,36 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         return
     with open_tensors(path) as opened:
         saved = json.loads((opened.metadata() or {}).get(_ADAPTER_METADATA, "{}"))
-    wanted = _adapter_settings(model)
-    rank = wanted[_PIPELINE_PART + "r"]
-    # As in diffusers, alpha equals the rank in a file without metadata.
-    for name, default in (("r", rank), ("lora_alpha", rank), ("use_rslora", False)):
-        key = _PIPELINE_PART + name
-        value = saved.get(key, saved.get(name, default))
-        hint, label = "Add the adapter with the file's value", f"{name} of the adapter in {path}"
-        check(value == wanted[key], label, value, f"this model's {wanted[key]!r}", hint=hint)
+    _check_adapter(model, saved, path)
     targets = _adapter_tensors(model)
     tensors = {_PIPELINE_PART + n.removeprefix(_PIPELINE_PART): t for n, t in tensors.items()}
     tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
     copy_into(tensors, targets, path)
+
+
+def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path) -> None:
+    """Raise ``ValueError`` unless the adapter in a file has the rank and scales of the model's."""
+    part, name = len(_PIPELINE_PART), adapter_name(model)
+    wanted = {key[part:]: value for key, value in _adapter_settings(model).items()}
+    # As in diffusers, alpha equals the rank in a file without metadata.
+    rank, alpha = wanted.get("r"), _alpha_key(wanted)
+    defaults = {"r": rank, alpha: rank, "use_rslora": False}
+    defaults |= {"rank_pattern": wanted.get("rank_pattern"), "alpha_pattern": {}}
+    found = {k: saved.get(_PIPELINE_PART + k, saved.get(k, v)) for k, v in defaults.items()}
+    hint = "Add the adapter with the file's value"
+    for key in ("r", alpha, "use_rslora"):
+        label, value = f"{key} of the adapter in {path}", found[key]
+        ok = key not in wanted or value == wanted[key]
+        if not ok and key == alpha and isinstance(value, (int, float)):
+            ok = math.isclose(value, wanted[key], rel_tol=1e-6)
+        check(ok, label, value, f"this model's {wanted.get(key)!r}", hint=hint)
+    if name is None or wanted.get("peft_type") not in _SCALED:
+        return
+    scale_in_file = _scales_of(found)
+    for layer, scale in adapter_scales(model, name).items():
+        value, label = scale_in_file(layer), f"scale of {layer} in the adapter in {path}"
+        ok = math.isclose(value, scale, rel_tol=1e-6)
+        check(ok, label, value, f"this model's {scale}", hint="Add it with the file's patterns")
 
 
 def random_state(generator: torch.Generator) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from prfl_fast.memory.optimizers import (
     split_group,
 )
 from prfl_fast.training.checkpoint import (
+    check_savable,
     copy_into,
     find_checkpoint,
     load_checkpoint,
@@ -80,6 +81,7 @@ class Trainer:
     Raises:
         ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype, or
             the checkpoint is truncated, of another model or of other settings.
+            Also if ``model`` cannot be saved into ``folder``.
         MissingExtraError: if the optimizer's library is not installed.
     """
 
@@ -140,6 +142,8 @@ class Trainer:
         self._log: TrainingLog | None = None
         self._identity = {**config.fixed(), **(identity or {}), "objectives": list(objectives)}
         self._saved_step: int | None = None
+        if self.folder is not None:
+            check_savable(model, self.folder)
         checkpoint = find_checkpoint(self.folder, resume)
         if checkpoint is not None:
             self._restore(checkpoint)

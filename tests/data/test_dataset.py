@@ -277,3 +277,41 @@ def test_losers_are_drawn_from_a_second_list(tmp_path):
     lose.dataset.shapes = {"latents": (16, 1, 4, 4), "encoder_hidden_states": (3, 20)}
     with pytest.raises(ValueError, match="shapes of the losers' dataset"):
         DrawnPairs(win, lose)
+
+
+def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_read(folder):
+    records = [{**GOOD, "id": name} for name in ("a\u2028b", "c\x85", "d\x0b\x1ce")]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    text = "\ufeff" + "\r\n".join([*lines, "", ""])
+    (folder / "manifest.jsonl").write_bytes(text.encode())
+    assert LatentDataset(folder).ids() == [record["id"] for record in records]
+
+
+@pytest.mark.parametrize("line", ['{"id": "a", "id": "b"}', '{"labels": {"q": 1, "q": 0}}'])
+def test_a_key_that_repeats_is_refused(folder, line):
+    (folder / "manifest.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="jsonl:1: key is '(id|q)', expected each key once"):
+        LatentDataset(folder)
+
+
+def test_deep_nesting_is_one_short_line(folder):
+    (folder / "manifest.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"jsonl:1: not JSON \(nested too deeply\)$"):
+        LatentDataset(folder)
+
+
+def test_a_path_outside_the_folder_needs_the_flag(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    file = other / "x.safetensors"
+    file.write_bytes((folder / FIRST).read_bytes())
+    for path in (str(file), f"../{folder.name}/../{other.name}/x.safetensors"):
+        record = {"id": "a", "latents": path}
+        (folder / "manifest.jsonl").write_text(json.dumps(record) + "\n")
+        with pytest.raises(ValueError, match="expected a path inside the folder. .*allow_outside"):
+            LatentDataset(folder)
+    record["latents"] = str(file)
+    (folder / "manifest.jsonl").write_text(json.dumps(record) + "\n")
+    assert len(LatentDataset(folder, allow_outside=True)[0].latents) == 16
+    for path in (str(folder / FIRST), f"samples/../{FIRST}"):
+        (folder / "manifest.jsonl").write_text(json.dumps({"id": "a", "latents": path}) + "\n")
+        assert len(LatentDataset(folder)) == 1

@@ -1,6 +1,8 @@
 """PRFL refuses wrong arguments."""
 
 import math
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -220,3 +222,22 @@ def test_a_guided_trajectory_ends_where_a_reward_is_not_finite():
 
     output = small(velocity, GradientPlan.flow_nrg(), reward)(NOISE, TEXT)
     assert not output.finite and len(calls) == 3 and output.indices == (1, 2)
+
+
+def test_backward_of_the_returned_loss_says_what_to_do():
+    output = small()(NOISE, TEXT)
+    message = "the gradients are in .grad. Remove backward.* loss_scale"
+    for loss in (output.loss, output.loss / 4, 2 * output.loss.sum()):
+        with pytest.raises(RuntimeError, match=message):
+            loss.backward()
+    weight = torch.ones((), requires_grad=True)
+    (output.loss + weight.square()).backward()  # a graph of the caller's own
+    assert weight.grad == 2
+    assert math.isfinite(output.loss)
+    copies = pickle.loads(pickle.dumps(output.loss)), deepcopy(output).loss, output.loss.detach()
+    assert all(type(copy) is torch.Tensor and copy == output.loss for copy in copies)
+
+
+def test_an_output_prints_without_latents():
+    text = repr(small()(NOISE, TEXT))
+    assert len(text) < 800 and "latents" not in text and "loss=" in text and "rewards=" in text

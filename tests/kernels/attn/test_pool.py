@@ -103,6 +103,24 @@ def test_forward_and_gradients(backend, shape, dtype):
     check(query_pool, naive, make(*shape, dtype, FP32), grads=grads, rounding=rounding)
 
 
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_small_and_large_scores(shape, scale):
+    """Scores of up to 60 standard deviations, where the rounding of a score shows in p."""
+    for _ in range(4):
+        tensors = make(*shape)
+        tensors["queries"] *= scale
+        check(query_pool, naive, tensors, rounding=16)
+
+
+@pytest.mark.triton
+def test_gradients_of_large_scores_in_triton(triton_device):
+    """The backward undoes the rounding of lse, which would be a factor of all weights."""
+    tensors = make(1, 70, 64, 8)
+    tensors["queries"] *= 10
+    check(query_pool, naive, tensors, rounding=16)
+
+
 def test_width_of_the_14b_model(backend):
     # √D half-ulps: as a random walk, the rounding of each partial sum of a score and of g·x. The
     # 34 scores are too few for the ratio of two errors to be near 1: it leaves up to 40 of them.
