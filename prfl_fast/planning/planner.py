@@ -61,17 +61,7 @@ def plan_memory(
     size = specs.memory if budget is None else size_of(budget, "budget")
     host_size = None if host_budget is None else size_of(host_budget, "host_budget")
     search = Search(work, specs, budget=size, host_budget=host_size)
-    if progress:
-        with need("tqdm").tqdm(desc="plan", unit=" simulations", leave=False, disable=None) as bar:
-
-            def show(text: str) -> None:
-                bar.set_postfix_str(text, refresh=False)
-                bar.update()
-
-            search.show = show
-            found = search.run(tiers)
-    else:
-        found = search.run(tiers)
+    found = _search(search, tiers, progress)
     unused = ", ".join(f"{weights} with {kind}" for weights, kind in found.unused)
     run, chosen = found.simulation, found.chosen
     return Plan(
@@ -91,6 +81,23 @@ def plan_memory(
         budget=size,
         host_budget=host_size,
     )
+
+
+def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
+    """Run a search that Ctrl-C ends between two simulations."""
+    with contextlib.ExitStack() as stack:
+        # Outermost, so that the bar is closed before the interrupt is raised.
+        interrupt = stack.enter_context(interrupts_held())
+        show: Callable[[str], object] = lambda text: None
+        if progress:
+            show = stack.enter_context(progress_lines("plan", "simulations"))
+
+        def next_simulation(text: str) -> None:
+            interrupt()
+            show(text)
+
+        search.show = next_simulation
+        return search.run(tiers)
 
 
 def size_of(value: int | str, name: str) -> int:

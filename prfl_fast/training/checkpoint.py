@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``step-00000012``::
 
-    checkpoint.json     format, step, settings, and the size in bytes of every other file
+    checkpoint.json     format, step, settings, inputs, the size in bytes and the SHA-256 digest of
+                        every other file, and the digest of all this
     model/              config.json + diffusion_pytorch_model.safetensors (diffusers models),
                         pytorch_lora_weights.safetensors (models with an adapter: the adapter only,
                         in the format of diffusers' load_lora_weights),
@@ -15,7 +16,9 @@ moment leaves the previous files and at most a ``*.tmp-*`` that the next run rem
 is read with ``torch.load(weights_only=True)``, which runs no code.
 """
 
+import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.digests import check_digests, file_digests
 from prfl_fast.utils.io import (
     check_fit,
     load_pickled,
@@ -37,11 +41,16 @@ from prfl_fast.utils.io import (
 )
 from prfl_fast.utils.optional import need
 
-FORMAT = "prfl_fast checkpoint 2"
+FORMAT = "prfl_fast checkpoint 3"
+# Checkpoints without digests, which are still read.
+_UNDIGESTED = "prfl_fast checkpoint 2"
+# Values of ``resume``: the newest checkpoint, and the newest one that is not damaged.
+AUTO, LAST_GOOD = "auto", "last-good"
 _STEP = re.compile(r"step-(\d{8,})")
 # Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
 _PIPELINE_PART = "transformer."
 _ADAPTER_METADATA = "lora_adapter_metadata"
+_log = logging.getLogger("prfl_fast")
 
 
 def copy_into(
@@ -199,8 +208,10 @@ def find_checkpoint(folder: Path | None, resume: str | os.PathLike[str] | None) 
     check(not is_file, "folder", str(folder), "a folder, not a file")
     existing = [] if folder is None else list_checkpoints(folder)
     newest = existing[-1][1].name if existing else ""
-    if resume == "auto":
+    if resume == AUTO:
         return existing[-1][1] if existing else None
+    if resume == LAST_GOOD:
+        return _last_good([path for _, path in existing])
     hint = "Resume from it, or choose a new folder"
     if resume is None:
         check(not existing, "folder", str(folder), f"one without {newest}", hint=hint)
@@ -214,6 +225,19 @@ def find_checkpoint(folder: Path | None, resume: str | os.PathLike[str] | None) 
     return path
 
 
+def _last_good(paths: list[Path]) -> Path | None:
+    """Return the newest checkpoint that can be read; the log names the damaged ones."""
+    for path in reversed(paths):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            _log.warning("damaged checkpoint, trying an earlier one: %s", error)
+        else:
+            return path
+    check(not paths, "checkpoints", [p.name for p in paths], "one that is not damaged")
+    return None
+
+
 def save_checkpoint(
     folder: str | os.PathLike[str],
     step: int,
@@ -222,12 +246,14 @@ def save_checkpoint(
     *,
     ema: Mapping[str, torch.Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     keep_last: int = 0,
 ) -> Path:
     """Write the checkpoint ``folder/step-<step>`` and return its path; delete old checkpoints.
 
     ``state`` may hold tensors, numbers, strings, and lists, tuples and dicts of them. A resumed run
-    must repeat ``settings``. ``keep_last`` of 0 keeps all checkpoints.
+    must repeat ``settings``, and ``inputs`` too unless it accepts other ones. ``keep_last`` of 0
+    keeps all checkpoints.
 
     Raises:
         OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
@@ -243,7 +269,15 @@ def save_checkpoint(
             raise OSError(f"{path / 'state.pt'}: cannot be written: {error}") from error
         paths = [p for p in sorted(temporary.rglob("*")) if p.is_file()]
         files = {str(p.relative_to(temporary)): p.stat().st_size for p in paths}
-        content = {"format": FORMAT, "step": step, "settings": dict(settings or {}), "files": files}
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "settings": dict(settings or {}),
+            "inputs": dict(inputs or {}),
+            "files": files,
+            "sha256": file_digests(temporary),
+        }
+        content["digest"] = _digest(content)
         (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1) + "\n")
     if keep_last:
         for _, old in list_checkpoints(folder)[:-keep_last]:
@@ -251,11 +285,20 @@ def save_checkpoint(
     return path
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of ``checkpoint.json`` without that digest."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of ``checkpoint.json``, after a check of the sizes of all other files.
+    """Return the content of ``checkpoint.json``, after a check of all files.
+
+    The log has a note if the checkpoint is of an earlier revision, which wrote no digests.
 
     Raises:
-        ValueError: if ``path`` is not a complete checkpoint of this format.
+        ValueError: if ``path`` is not a complete checkpoint of this format, a file is damaged, or the
+            folder has the name of another step.
     """
     path = Path(path)
     try:
@@ -265,12 +308,33 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = f"{path}: not a checkpoint of this library: it has no readable checkpoint.json"
         raise ValueError(text) from error
     hint = "Another revision of prfl_fast wrote it: start in a new folder"
-    check(found == FORMAT, f"format of {path}", found, repr(FORMAT), hint=hint)
-    hint = "Resume from another checkpoint"
+    check(found in (FORMAT, _UNDIGESTED), f"format of {path}", found, repr(FORMAT), hint=hint)
+    hint = _other_checkpoint(path)
+    if found == FORMAT or "digest" in content:
+        wanted, there = content.get("digest"), _digest(content)
+        expected = f"{wanted}, as written in it: the file was damaged or changed"
+        name = f"SHA-256 of the content of {path / 'checkpoint.json'}"
+        check(there == wanted, name, there, expected, hint=hint)
     for name, size in files:
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         check(actual == size, f"size of {path / name}", actual, f"{size} bytes", hint=hint)
+    if found == FORMAT:
+        check_digests(path, content["sha256"], hint)
+    else:
+        _log.warning("%s: of an earlier revision, without digests: damage goes unnoticed", path)
+    if match := _STEP.fullmatch(path.name):
+        step, wanted = content.get("step"), int(match[1])
+        expected = f"{wanted}, as in its folder's name"
+        check(step == wanted, f"step in {path / 'checkpoint.json'}", step, expected, hint=hint)
     return content
+
+
+def _other_checkpoint(path: Path) -> str:
+    """Return the advice for a damaged checkpoint."""
+    others = [other.name for _, other in list_checkpoints(path.parent) if other != path]
+    if not others:
+        return "There is no other checkpoint beside it: start in a new folder"
+    return f"resume: {LAST_GOOD} takes the newest one that is whole, of {', '.join(others[-3:])}"
 
 
 def load_checkpoint(
@@ -278,12 +342,15 @@ def load_checkpoint(
     model: torch.nn.Module,
     *,
     settings: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    accept_inputs: bool = False,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
     """Copy a checkpoint's weights into ``model``; return its state and averaged parameters.
 
     Raises:
-        ValueError: if ``path`` is incomplete, of another model, or of other ``settings``; the
-            message names the first that differs. The model is unchanged then.
+        ValueError: if ``path`` is damaged, of another model, or of other ``settings`` or ``inputs``;
+            the message names the first that differs. The model is unchanged then. With
+            ``accept_inputs``, other inputs are only logged.
     """
     path = Path(path)
     content = read_checkpoint(path)
@@ -295,7 +362,31 @@ def load_checkpoint(
                 f"{path}: made with {name} = {saved.get(name)!r}, this run has "
                 f"{wanted.get(name)!r}. Restore the value, or start in a new folder"
             )
+    _compare_inputs(path, content.get("inputs"), inputs or {}, accept_inputs)
     state = load_pickled(path / "state.pt")
+    step = content.get("step")
+    inner = state.get("step", step) if isinstance(state, dict) else step
+    check(inner == step, f"step in {path / 'state.pt'}", inner, f"{step}, as in checkpoint.json")
     ema = load_tensors(path / "ema.safetensors") if (path / "ema.safetensors").is_file() else None
     load_model(model, path / "model")
     return state, ema
+
+
+def _compare_inputs(
+    path: Path, saved: Mapping[str, Any] | None, wanted: Mapping[str, Any], accept: bool
+) -> None:
+    """Check that a run resumes with the data and models with which it began."""
+    if saved is None and wanted:
+        _log.warning("%s: of an earlier revision, which did not note its data and models", path)
+    if not saved or not wanted:  # a run from Python need not note any
+        return
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) == wanted.get(name):
+            continue
+        text = f"{path}: began with {name} = {saved.get(name)!r}, now it is {wanted.get(name)!r}"
+        if not accept:
+            raise ValueError(
+                f"{text}. Restore it, start in a new folder, or go on with --accept-changed-inputs "
+                "(Trainer(accept_changed_inputs=True))"
+            )
+        _log.warning("%s; going on as asked", text)

@@ -1,0 +1,37 @@
+"""Hold Ctrl-C back until a place where it can be obeyed."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises ``KeyboardInterrupt`` if Ctrl-C was pressed in this context.
+
+    Python drops a ``KeyboardInterrupt`` that is raised in a callback of a weak reference, and in a
+    dispatch of fake tensors it can abort the process. Here SIGINT sets a flag only, which is read
+    by the function and at the end of the context. A second Ctrl-C interrupts at once. Outside the
+    main thread, or with another handler than Python's, nothing changes.
+    """
+    pressed: list[int] = []
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    def receive(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    check()
