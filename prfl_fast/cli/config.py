@@ -26,7 +26,7 @@ Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), 
 class TrainFile(Section):
     """Train a generator: reward feedback alternated with supervised steps, or either alone."""
 
-    model: Text = key(..., "Folder of a diffusers transformer.")
+    model: Text = key(..., "Folder of a diffusers transformer, or of a pipeline with one.")
     data: Text = key(..., "Folder of a dataset of latents.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
@@ -84,7 +84,7 @@ class TrainFile(Section):
 class TrainRewardFile(Section):
     """Train a latent reward model from a generator's first blocks."""
 
-    model: Text = key(..., "Folder of the generator, a diffusers transformer.")
+    model: Text = key(..., "Folder of the generator: a diffusers transformer, or a pipeline with one.")
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")

@@ -37,7 +37,7 @@ from prfl_fast.training.objectives import (
 )
 from prfl_fast.training.reward_losses import evaluate, label_of
 from prfl_fast.training.trainer import Trainer
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.io import write_atomic
 
 SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
@@ -240,7 +240,7 @@ def _autocast(weight_dtype: str, precision: Precision) -> Precision:
 
 def _seed(config: TrainFile | TrainRewardFile) -> None:
     random.seed(config.run.seed)
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(torch_seed(config.run.seed))
 
 
 def _trainer(

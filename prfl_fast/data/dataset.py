@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from prfl_fast.data.manifest import Pair, Sample
-from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.checks import check, check_count, torch_seed
 
 
 class Batch(NamedTuple):
@@ -54,8 +54,8 @@ def _stack(samples: Sequence[Sample]) -> Batch:
 
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     """Return a permutation of ``range(length)`` that depends on the arguments only."""
-    # Seeds and epochs below 1,000,003 map to different generator seeds.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    # Seeds below 2^44 and epochs below 1,000,003 map to different generator seeds.
+    generator = torch.Generator().manual_seed(torch_seed(seed * 1_000_003 + epoch))
     return torch.randperm(length, generator=generator).tolist()
 
 

@@ -16,6 +16,7 @@ moment leaves the previous files and at most a ``*.tmp-*`` that the next run rem
 is read with ``torch.load(weights_only=True)``, which runs no code.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,6 +33,7 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import check_digests, file_digests
 from prfl_fast.utils.io import (
     check_fit,
+    link_atomic,
     load_pickled,
     load_tensors,
     open_tensors,
@@ -44,6 +46,7 @@ from prfl_fast.utils.optional import need
 FORMAT = "prfl_fast checkpoint 3"
 # Checkpoints without digests, which are still read.
 _UNDIGESTED = "prfl_fast checkpoint 2"
+FINAL = "final"
 # Values of ``resume``: the newest checkpoint, and the newest one that is not damaged.
 AUTO, LAST_GOOD = "auto", "last-good"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -279,10 +282,20 @@ def save_checkpoint(
         }
         content["digest"] = _digest(content)
         (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1) + "\n")
+    link_final(path)
     if keep_last:
         for _, old in list_checkpoints(folder)[:-keep_last]:
             remove_atomic(old)
     return path
+
+
+def link_final(checkpoint: Path) -> None:
+    """Let ``final`` beside a checkpoint link to its model; a folder of that name is kept."""
+    link = checkpoint.parent / FINAL
+    if link.exists() and not link.is_symlink():
+        return
+    with contextlib.suppress(OSError):  # some file systems have no links
+        link_atomic(link, Path(checkpoint.name, "model"))
 
 
 def _digest(content: Mapping[str, Any]) -> str:

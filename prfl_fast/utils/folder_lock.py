@@ -128,6 +128,7 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     key = (os.getpid(), threading.get_ident(), str(folder.resolve()))
     if key not in _HELD:
@@ -144,3 +145,6 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
                 # Before the lock is dropped, so that no process removes the file of another.
                 (folder / LOCK).unlink(missing_ok=True)
                 os.close(held[0])
+                with contextlib.suppress(OSError):  # a run that wrote nothing leaves no folder
+                    for path in created:
+                        path.rmdir()

@@ -5,6 +5,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+_checks: list[Callable[[], None]] = []  # that of the outermost context
+
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
@@ -12,8 +14,9 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
 
     Python drops a ``KeyboardInterrupt`` that is raised in a callback of a weak reference, and in a
     dispatch of fake tensors it can abort the process. Here SIGINT sets a flag only, which is read
-    by the function and at the end of the context. A second Ctrl-C interrupts at once. Outside the
-    main thread, or with another handler than Python's, nothing changes.
+    by the function and at the end of the context. A second Ctrl-C interrupts at once. A nested
+    context shares the flag. Outside the main thread, or with another handler than Python's, nothing
+    changes.
     """
     pressed: list[int] = []
 
@@ -27,11 +30,13 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
 
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield check
+        yield _checks[0] if main and _checks else check
         return
     signal.signal(signal.SIGINT, receive)
+    _checks.append(check)
     try:
         yield check
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    check()
+        _checks.remove(check)
+        check()  # before any other error, which the interrupt may have caused

@@ -102,6 +102,13 @@ def remove_atomic(path: str | os.PathLike[str]) -> None:
     _remove(gone)
 
 
+def link_atomic(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Make or replace the symbolic link ``path`` to ``target``; it exists at any moment."""
+    temporary = _temporary(Path(path))
+    os.symlink(target, temporary)
+    os.replace(temporary, path)
+
+
 def clean_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary files of killed writers directly in ``folder``; return their paths.
 
