@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prfl_fast.cli.doctor import run_doctor
+from prfl_fast.utils.interrupts import interrupts_held
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.version import __version__
@@ -27,9 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     # The command is read before it is parsed, because the options of plan need more packages.
     command = next((word for word in arguments if not word.startswith("-")), "")
+    # Planning imports and simulates much, and some of it would drop a KeyboardInterrupt.
+    planning = interrupts_held() if command == "plan" else contextlib.nullcontext()
     try:
-        options = _parser(command).parse_args(arguments)
-        return _run(options)
+        with planning:
+            return _run(_parser(command).parse_args(arguments))
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
@@ -67,6 +70,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
         text = "load and check everything, print the configuration, write nothing"
         sub.add_argument("--check", action="store_true", help=text)
+        if name == "score":
+            continue
+        text = "with --check: read every sample and check its values"
+        sub.add_argument("--deep", action="store_true", help=text)
+        text = "resume although the data or the models have changed since the run began"
+        sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
     return parser
 
 
@@ -84,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         return run_plan(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
     from prfl_fast.cli.score import run_score
-    from prfl_fast.cli.train import run_train, train_reward
+    from prfl_fast.cli.train import RunOptions, run_train, train_reward
     from prfl_fast.cli.yaml_config import load_config
 
     commands: dict[str, tuple[type[Any], Any]] = {
@@ -93,8 +102,13 @@ def _run(options: argparse.Namespace) -> int:
         "score": (ScoreFile, run_score),
     }
     kind, command = commands[options.command]
-    with _reasons_shown() if options.command == "train" else contextlib.nullcontext():
-        return command(load_config(kind, options.config), options.check)
+    chosen = options.check
+    if options.command != "score":
+        if options.deep and not options.check:
+            raise ValueError("--deep is given alone, expected --check --deep")
+        chosen = RunOptions(options.check, options.deep, options.accept_changed_inputs)
+    with _reasons_shown() if options.command != "score" else contextlib.nullcontext():
+        return command(load_config(kind, options.config), chosen)
 
 
 def _failed(command: str, error: RuntimeError) -> int:

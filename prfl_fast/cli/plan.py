@@ -21,7 +21,7 @@ from prfl_fast.planning import gpu_specs, planner, report
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import MODELS
 from prfl_fast.planning.workload import Workload
-from prfl_fast.training.checkpoint import latest_checkpoint
+from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import MissingExtraError
 from prfl_fast.utils.units import GIB
@@ -211,7 +211,8 @@ def _stored_memory(config: TrainFile) -> tuple[MemoryConfig, MemoryConfig] | Non
     resume = config.run.resume
     if resume is None:
         return None
-    checkpoint = latest_checkpoint(config.out) if resume == "auto" else Path(resume)
+    newest = latest_checkpoint(config.out) if resume in (AUTO, LAST_GOOD) else None
+    checkpoint = newest if resume in (AUTO, LAST_GOOD) else Path(resume)
     if checkpoint is None or not (checkpoint.parent / "config.yaml").is_file():
         return None
     stored = load_config(TrainFile, checkpoint.parent / "config.yaml")
