@@ -30,7 +30,13 @@ from typing import Any
 import torch
 
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.digests import check_digests, file_digests
+from prfl_fast.utils.digests import (
+    DIGESTS,
+    check_digests,
+    check_folder,
+    file_digests,
+    write_digests,
+)
 from prfl_fast.utils.io import (
     check_fit,
     link_atomic,
@@ -126,6 +132,7 @@ def save_model(model: torch.nn.Module, folder: Path) -> None:
     if adapter_name(model) is not None:
         settings = json.dumps(_adapter_settings(model), sort_keys=True)
         save_tensors(_adapter_tensors(model), path, {"format": "pt", _ADAPTER_METADATA: settings})
+        write_digests(folder, (path.name,))
         return
     if hasattr(model, "save_config"):
         model.save_config(folder)  # type: ignore[operator]
@@ -150,6 +157,8 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
     if adapter_name(model) is None:
         copy_into(tensors, stored_tensors(model), path)
         return
+    if (folder / DIGESTS).is_file():  # diffusers writes none
+        check_folder(folder, (path.name,), "adapter")
     with open_tensors(path) as opened:
         saved = json.loads((opened.metadata() or {}).get(_ADAPTER_METADATA, "{}"))
     wanted = _adapter_settings(model)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import digest_of
+from prfl_fast.utils.io import digest_of, write_atomic
 
 DIGESTS = "digests.json"
 _log = logging.getLogger("prfl_fast")
@@ -15,7 +15,7 @@ _log = logging.getLogger("prfl_fast")
 
 def file_digests(folder: Path) -> dict[str, str]:
     """Return the digest of every file below ``folder`` by its path relative to it."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / DIGESTS]
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     return {p.relative_to(folder).as_posix(): digest_of(p) for p in paths}
 
 
@@ -27,10 +27,11 @@ def check_digests(folder: Path, digests: Mapping[str, Any], hint: str) -> None:
         check(found == digest, f"SHA-256 of {folder / name}", found, expected, hint=hint)
 
 
-def write_digests(folder: Path) -> None:
-    """Write ``digests.json`` beside the files that it is about."""
-    text = json.dumps(file_digests(folder), indent=1) + "\n"
-    (folder / DIGESTS).write_text(text, encoding="utf-8")
+def write_digests(folder: Path, names: tuple[str, ...]) -> None:
+    """Write ``digests.json`` beside the files ``names`` that it is about."""
+    with write_atomic(folder / DIGESTS) as temporary:
+        digests = {name: digest_of(folder / name) for name in names}
+        temporary.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
 def check_folder(folder: Path, names: tuple[str, ...], kind: str) -> None:
