@@ -84,7 +84,9 @@ class TrainFile(Section):
 class TrainRewardFile(Section):
     """Train a latent reward model from a generator's first blocks."""
 
-    model: Text = key(..., "Folder of the generator: a diffusers transformer, or a pipeline with one.")
+    model: Text = key(
+        ..., "Folder of the generator: a diffusers transformer, or a pipeline with one."
+    )
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")

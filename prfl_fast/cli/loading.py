@@ -111,7 +111,10 @@ def load_transformer(folder: str, dtype: torch.dtype = torch.float32) -> nn.Modu
     try:
         # Modules that diffusers keeps in float32 stay float32 even if dtype is narrower.
         model, info = found.from_pretrained(
-            transformer_folder(folder), local_files_only=True, torch_dtype=dtype, output_loading_info=True
+            transformer_folder(folder),
+            local_files_only=True,
+            torch_dtype=dtype,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers passes on the errors of its readers, of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -57,7 +57,8 @@ class _Spread:
         bad = [f"{i}: {std:.3g}" for i, std in enumerate(stds) if not low <= std <= high]
         geometric = math.exp(sum(math.log(max(std, 1e-12)) for std in stds) / len(stds))
         if bad:
-            found = f"channels with a standard deviation outside {low:g} to {high:g} ({', '.join(bad[:4])})"
+            listed = ", ".join(bad[:4])
+            found = f"channels with a standard deviation outside {low:g} to {high:g} ({listed})"
         elif not _ALL[0] <= geometric <= _ALL[1]:
             found = f"channels with standard deviations of {min(stds):.3g} to {max(stds):.3g}"
         else:

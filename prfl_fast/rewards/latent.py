@@ -162,7 +162,7 @@ class LatentRewardModel(nn.Module):
         return self
 
     def save(self, folder: _Path) -> None:
-        """Write ``config.json``, ``model.safetensors`` and their digests into ``folder``, or nothing.
+        """Write ``config.json``, ``model.safetensors`` and ``digests.json``, all or nothing.
 
         An earlier reward model in ``folder`` is replaced. :meth:`load` reads it back.
 
@@ -197,8 +197,8 @@ class LatentRewardModel(nn.Module):
 
         Raises:
             FileNotFoundError: if the folder or a file in it is missing.
-            ValueError: if the configuration is not that of a reward model, the tensors do not fit it,
-                or a file is damaged.
+            ValueError: if the configuration is not that of a reward model, the tensors do not fit
+                it, or a file is damaged.
         """
         path = Path(folder) / _CONFIG
         if not path.is_file():

@@ -319,8 +319,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     The log has a note if the checkpoint is of an earlier revision, which wrote no digests.
 
     Raises:
-        ValueError: if ``path`` is not a complete checkpoint of this format, a file is damaged, or the
-            folder has the name of another step.
+        ValueError: if ``path`` is not a complete checkpoint of this format, a file is damaged, or
+            the folder has the name of another step.
     """
     path = Path(path)
     try:
@@ -370,8 +370,8 @@ def load_checkpoint(
     """Copy a checkpoint's weights into ``model``; return its state and averaged parameters.
 
     Raises:
-        ValueError: if ``path`` is damaged, of another model, or of other ``settings`` or ``inputs``;
-            the message names the first that differs. The model is unchanged then. With
+        ValueError: if ``path`` is damaged, of another model, or of other ``settings`` or
+            ``inputs``; the message names the first that differs. The model is unchanged then. With
             ``accept_inputs``, other inputs are only logged.
     """
     path = Path(path)

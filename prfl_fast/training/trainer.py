@@ -75,7 +75,7 @@ class Trainer:
             an adapter, only the adapter is saved.
         objectives: objectives by name, in the order of their optimizer steps.
         resume: ``"auto"`` continues from the newest checkpoint in ``folder``, if there is one. A
-            path continues from that checkpoint. ``"last-good"`` is the newest checkpoint that is not
+            path continues from that checkpoint, ``"last-good"`` from the newest one that is not
             damaged. None starts a new run and rejects a folder that holds checkpoints.
         identity: plain values that describe the run (batch size, number of solver steps, ...). They
             are saved, and a resumed run must have the same values.
@@ -230,8 +230,8 @@ class Trainer:
             NonFiniteTrainingError: if five steps in a row had a non-finite loss or gradient. The
                 state, with the weights of the last good update, is saved first.
             OutOfMemoryError: if a device is full. Gradients are dropped and nothing is saved.
-            ValueError: if an objective computes no gradient, or cannot read a sample. The state before
-                its update is saved first.
+            ValueError: if an objective computes no gradient, or cannot read a sample. The state
+                before its update is saved first.
             FolderInUseError: if another run works in the folder.
         """
         self._check_whole()

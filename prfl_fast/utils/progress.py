@@ -18,7 +18,7 @@ def _clock(seconds: float) -> str:
 
 
 class StepLines:
-    """Print steps, metrics and the remaining time to stderr: first, last, and every 30 seconds."""
+    """Print steps, metrics and the remaining time: first, last, and every 30 seconds."""
 
     def __init__(self, name: str, step: int, steps: int) -> None:
         self.name, self.first, self.step, self.steps = name, step, step, steps
@@ -38,7 +38,7 @@ class StepLines:
         self.printed = now
         left = _clock((now - self.start) / taken * (self.steps - self.step))
         line = f"{self.name}: step {self.step} of {self.steps}{self.text}, {left} left"
-        print(line, file=sys.stderr, flush=True)
+        print(line, flush=True)  # stderr has errors only
 
 
 def on_terminal() -> bool:
@@ -48,7 +48,7 @@ def on_terminal() -> bool:
 
 @contextlib.contextmanager
 def step_progress(name: str, step: int, steps: int) -> Iterator[Any]:
-    """Yield a bar of ``steps`` steps that starts at ``step``, or lines on stderr."""
+    """Yield a bar of ``steps`` steps that starts at ``step``, or lines on stdout."""
     if not on_terminal():
         yield StepLines(name, step, steps)
         return
