@@ -71,7 +71,7 @@ class RunOptions:
 def run_train(config: TrainFile, options: RunOptions) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
     with _folder(config, options):
-        return _train(_with_learning_rate(config), options)
+        return _train(config, options)
 
 
 @contextlib.contextmanager
@@ -83,6 +83,7 @@ def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterato
 
 
 def _train(config: TrainFile, options: RunOptions) -> int:
+    given, config = config, _with_learning_rate(config)
     device = loading.device_of(config.hardware)
     dataset = LatentDataset(config.data)
     if dataset.pairs:
@@ -121,6 +122,10 @@ def _train(config: TrainFile, options: RunOptions) -> int:
             )
     advise = partial(next_policy, config, dataset, device, plan)
     trainer = _trainer(config, transformer, objectives, dataset, options, advise=advise)
+    if config.optimizer != given.optimizer:
+        rate = config.optimizer.learning_rate
+        text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
+        print(f"prfl-fast train: {text}", file=sys.stderr)
     return _print_check(config) if options.check else _finish(trainer, config)
 
 
@@ -286,8 +291,6 @@ def _with_learning_rate(config: TrainFile) -> TrainFile:
     """Fill in the learning rate of adapters, if the file gives none."""
     if config.lora is None or "learning_rate" in config.optimizer.model_fields_set:
         return config
-    text = f"optimizer.learning_rate is {LORA_LEARNING_RATE:g}, for adapters; the file gives none"
-    print(f"prfl-fast train: {text}", file=sys.stderr)
     optimizer = config.optimizer.model_copy(update={"learning_rate": LORA_LEARNING_RATE})
     return config.model_copy(update={"optimizer": optimizer})
 

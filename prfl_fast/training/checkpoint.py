@@ -323,19 +323,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             the folder has the name of another step.
     """
     path = Path(path)
+    manifest = path / "checkpoint.json"
     try:
-        content: dict[str, Any] = json.loads((path / "checkpoint.json").read_text())
+        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         found, files = content["format"], content["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{path}: not a checkpoint of this library: it has no readable checkpoint.json"
         raise ValueError(text) from error
     hint = "Another revision of prfl_fast wrote it: start in a new folder"
-    check(found in (FORMAT, _UNDIGESTED), f"format of {path}", found, repr(FORMAT), hint=hint)
+    check(found in (FORMAT, _UNDIGESTED), f"format of {manifest}", found, repr(FORMAT), hint=hint)
     hint = _other_checkpoint(path)
     if found == FORMAT or "digest" in content:
         wanted, there = content.get("digest"), _digest(content)
         expected = f"{wanted}, as written in it: the file was damaged or changed"
-        name = f"SHA-256 of the content of {path / 'checkpoint.json'}"
+        name = f"SHA-256 of the content of {manifest}"
         check(there == wanted, name, there, expected, hint=hint)
     for name, size in files:
         actual = (path / name).stat().st_size if (path / name).is_file() else None
@@ -347,7 +348,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if match := _STEP.fullmatch(path.name):
         step, wanted = content.get("step"), int(match[1])
         expected = f"{wanted}, as in its folder's name"
-        check(step == wanted, f"step in {path / 'checkpoint.json'}", step, expected, hint=hint)
+        check(step == wanted, f"step in {manifest}", step, expected, hint=hint)
     return content
 
 

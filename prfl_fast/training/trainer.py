@@ -300,8 +300,9 @@ class Trainer:
         # Loss and reward first, because a terminal of 80 columns shows no more.
         ordered = sorted(record, key=lambda k: ("loss" not in k) + ("reward" not in k) == 2)
         shown = {k: f"{record[k]:.4g}" for k in ordered if "/" in k and record[k] is not None}
-        bar.set_postfix({**shown, "skipped": self.result.skipped}, refresh=False)
-        bar.update()
+        with contextlib.suppress(OSError):  # the terminal may be gone, after SIGHUP
+            bar.set_postfix({**shown, "skipped": self.result.skipped}, refresh=False)
+            bar.update()
         if self._in_a_row >= NON_FINITE_LIMIT:
             where = "" if self.folder is None else f"; the last good state is in {self.save()}"
             raise NonFiniteTrainingError(

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prfl_fast.utils.checks import check
+
 LOCK = "run.lock"
 # Folders that this process holds: descriptor and number of nested holds by thread. A forked child
 # has another process id, so it inherits no hold.
@@ -125,9 +127,11 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         FolderInUseError: if another process or thread holds the folder.
+        ValueError: if ``folder`` is a file.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
+    check(not folder.is_file(), "folder", str(folder), "a folder, not a file")
     created = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     key = (os.getpid(), threading.get_ident(), str(folder.resolve()))

@@ -38,7 +38,7 @@ class StepLines:
         self.printed = now
         left = _clock((now - self.start) / taken * (self.steps - self.step))
         line = f"{self.name}: step {self.step} of {self.steps}{self.text}, {left} left"
-        print(line, flush=True)  # stderr has errors only
+        print(line, flush=True)  # to stdout: stderr has errors only
 
 
 def on_terminal() -> bool:
@@ -55,8 +55,12 @@ def step_progress(name: str, step: int, steps: int) -> Iterator[Any]:
     # The rate and a short bar leave room for the metrics on 80 columns.
     form = "{desc}: {n_fmt}/{total_fmt} |{bar:8}| {remaining}{postfix}"
     options: dict[str, Any] = {"dynamic_ncols": True, "bar_format": form}
-    with need("tqdm").tqdm(initial=step, total=steps, desc=name, **options) as bar:
+    bar = need("tqdm").tqdm(initial=step, total=steps, desc=name, **options)
+    try:
         yield bar
+    finally:
+        with contextlib.suppress(OSError):
+            bar.close()
 
 
 @contextlib.contextmanager

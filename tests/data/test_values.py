@@ -33,7 +33,8 @@ def test_normalized_latents_are_right(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype"), [(torch.nan, torch.float32), (torch.inf, torch.bfloat16), (1e300, torch.float64)]
+    ("value", "dtype"),
+    [(torch.nan, torch.float32), (torch.inf, torch.bfloat16), (1e300, torch.float64)],
 )
 def test_bad_values_are_named_by_line(tmp_path, value, dtype):
     with pytest.raises(ValueError, match=r"manifest.jsonl:3: latents.* 1 NaN or infinite values"):

@@ -226,7 +226,9 @@ def test_the_first_signal_says_what_happens(tmp_path, capfd):
     def stop(record):
         os.kill(os.getpid(), signal.SIGHUP)
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
     result = trainer(folder=tmp_path, on_step=stop).run()
+    signal.signal(signal.SIGHUP, before)
     assert result.stopped_by == signal.SIGHUP and latest_checkpoint(tmp_path).name.endswith("1")
     assert "finishing this step, then saving; again to stop at once" in capfd.readouterr().err
 
