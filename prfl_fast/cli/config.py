@@ -104,14 +104,18 @@ class TrainRewardFile(Section):
     shift: Positive = key(5.0, "Timestep shift of the noise schedule.")
     optimizer: sections.RewardOptimizerSection = key(sections.RewardOptimizerSection(), "AdamW.")
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
-    memory: sections.TrainedRewardMemorySection = key(
-        sections.TrainedRewardMemorySection(), "Memory policy of the reward model."
+    memory: Literal["auto"] | sections.TrainedRewardMemorySection = key(
+        sections.TrainedRewardMemorySection(), "Memory policy of the reward model; auto plans it."
     )
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
         precision = self.hardware.precision
-        check_compatible(self.memory.build(), train="full", precision=precision)
+        if isinstance(self.memory, sections.MemorySection):
+            check_compatible(self.memory.build(), train="full", precision=precision)
+            return self
+        wanted = "bf16 with memory: auto, which plans for bfloat16"
+        check(precision == "bf16", "hardware.precision", precision, wanted)
         return self
 
 

@@ -16,8 +16,13 @@ from torch import nn
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.inputs import inputs_of
-from prfl_fast.cli.plan import choose_memory, next_policy
-from prfl_fast.cli.sections import MemorySection, ReferenceReward, RewardMemorySection
+from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy
+from prfl_fast.cli.sections import (
+    MemorySection,
+    ReferenceReward,
+    RewardMemorySection,
+    TrainedRewardMemorySection,
+)
 from prfl_fast.cli.yaml_config import to_yaml
 from prfl_fast.data.dataset import Batch, Batches, collate
 from prfl_fast.data.manifest import LatentDataset
@@ -205,7 +210,8 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
             check_values(source)
     batches = Batches(dataset, config.run.batch_size, config.run.seed)
     loading.check_model(config.model, dataset)
-    memory = config.memory.build()
+    memory = choose_reward_memory(config, dataset, device)
+    config = config.model_copy(update={"memory": TrainedRewardMemorySection.of(memory)})
     check_available(memory, device)
     _seed(config)  # pool and head are initialized at random
     dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
@@ -266,6 +272,8 @@ def _evaluate(
     device: torch.device,
     out: Path,
 ) -> None:
+    assert isinstance(config.memory, MemorySection)
+
     def batches() -> Iterator[Any]:
         for i in range(len(dataset)):
             batch = collate([dataset[i]])

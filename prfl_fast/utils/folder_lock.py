@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def _lock(folder: Path) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 owner = _read(path)
+                for _ in range(10):  # the owner writes its name a moment after it locked
+                    if owner:
+                        break
+                    time.sleep(0.02)
+                    owner = _read(path)
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise _in_use(folder, owner) from error
                 # Some network file systems have no locks: then the content decides.
