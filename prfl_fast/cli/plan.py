@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.workload import DEFAULT_MODEL, fields_of_options, fields_of_run, sizes_of
+from prfl_fast.cli.workload import (
+    DEFAULT_MODEL,
+    fields_of_options,
+    fields_of_reward_run,
+    fields_of_run,
+    is_reward_file,
+    sizes_of,
+)
 from prfl_fast.cli.yaml_config import Config, load_config
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.memory.offload import RESERVE, host_memory
@@ -71,8 +78,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
         "write the plan into a trainer's YAML: memory, reward_memory, hardware.precision, and "
-        "those of lora, prfl and run that it lacks. The plan is for the run in the file; comments "
-        "outside these sections do not change"
+        "those of lora, prfl and run that it lacks (of train-reward: memory and hardware.precision). "
+        "The plan is for the run in the file; comments outside these sections do not change"
     )
     group.add_argument("--apply", metavar="FILE.yaml", help=text)
 
@@ -109,7 +116,7 @@ def run_plan(options: argparse.Namespace) -> int:
         report.timeline_figure(found).savefig(options.plot, dpi=120)
         written.append(options.plot)
     if path is not None and found.feasible:
-        report.apply_to_yaml(found, path)
+        report.apply_to_yaml(found, path, reward_training=is_reward_file(path))
         written.append(path)
     elif path is not None:
         _note(f"no plan fits: {path} is not changed")
@@ -183,22 +190,8 @@ def choose_reward_memory(
     if began is not None and began.memory != "auto":
         _note("memory: auto takes the policy with which this run began", "train-reward")
         return began.memory.build()
-    # The planner simulates steps of a generator. One as deep as the reward model, trained in full
-    # beside a reward of one block, takes somewhat more than the reward model does.
     model = model_config(config.model) | {"num_layers": config.num_blocks}
-    videos = 2 if dataset.pairs else 1
-    work = Workload(
-        model,
-        batch_size=videos * config.run.batch_size,
-        gradient_accumulation_steps=config.run.gradient_accumulation_steps,
-        text_tokens=dataset.shapes["encoder_hidden_states"][0],
-        train="full",
-        reward_blocks=1,
-        sft=False,
-        ema=config.run.ema_decay is not None,
-        patched=config.hardware.patch,
-        **sizes_of(dataset),
-    )
+    work = Workload(model, **fields_of_reward_run(config, dataset))
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     found = _plan(work, device, room)
     chosen = _in_words(found.memory, None)

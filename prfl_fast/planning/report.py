@@ -290,8 +290,15 @@ def _parses_to(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
         return False
 
 
-def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
+def apply_to_yaml(
+    plan: Plan, path: str | os.PathLike[str], *, reward_training: bool = False
+) -> None:
     """Write the plan's keys into a YAML file, section by section; the rest does not change.
+
+    Args:
+        plan: a feasible plan.
+        path: the file, which may be missing.
+        reward_training: the file is of ``train-reward``, which has fewer sections.
 
     Raises:
         ValueError: if the plan is not feasible, or the file is not YAML with keys and values.
@@ -306,6 +313,8 @@ def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
         kind = type(content).__name__
         check(isinstance(content, dict), f"the content of {path}", kind, "keys and values")
         keys = _keys(plan, content)
+        if reward_training:
+            keys = {name: keys[name] for name in ("memory", "hardware") if name in keys}
         for key, value in keys.items():
             text = _with_section(yaml, text, key, value)
         # A file that is one {…}, as in JSON, has no lines of sections to replace.

@@ -11,12 +11,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from commands import one_line
-from runs import write_config
+from runs import config, write_config
 
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
-from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.planning import planner
@@ -148,6 +148,22 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
     assert "# on which machine\nhardware:" in after and config.optimizer.learning_rate == 1e-5
     assert capsys.readouterr().err == f"prfl-fast plan: written: {file}\n"
     assert run("--apply", file) == 0 and file.read_text() == after
+
+
+def test_apply_plans_the_training_of_a_reward_model(root, tmp_path, calls, searched, capsys):
+    changes = {"loss": "bt", "data": str(root / "pairs"), "run.batch_size": 3}
+    content = config("train-reward", root, tmp_path / "out", changes)
+    file = write_config(tmp_path / "reward.yaml", content)
+    assert run("--apply", file) == 0
+    work = calls[0].workload
+    assert (work.train, work.batch_size, work.sft, work.reward_blocks) == ("full", 6, False, 1)
+    assert work.config["num_layers"] == 1 and (work.frames, work.height) == (5, 32)
+    written = load_config(TrainRewardFile, file)
+    assert written.memory.build() == searched.memory
+    assert written.hardware.precision == "bf16" and written.loss == "bt"
+    capsys.readouterr()
+    assert run("--apply", file, "--batch-size", 2) == 2
+    assert "--batch-size is 2, but" in capsys.readouterr().err
 
 
 def test_apply_plans_for_the_files_method(file, calls):
