@@ -154,6 +154,9 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
                 del _HELD[key]
                 # Before the lock is dropped, so that no process removes the file of another.
                 (folder / LOCK).unlink(missing_ok=True)
+                # A child between fork and exec may still have a copy of the descriptor.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(held[0], fcntl.LOCK_UN)
                 os.close(held[0])
                 with contextlib.suppress(OSError):  # a run that wrote nothing leaves no folder
                     for path in created:
