@@ -35,7 +35,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.training.checkpoint import FINAL, latest_checkpoint
-from prfl_fast.training.config import TrainConfig
+from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.objectives import (
     Objective,
@@ -327,9 +327,9 @@ def _trainer(
         TrainConfig(**values),
         folder=Path(config.out),
         resume=config.run.resume,
-        identity=_identity(config),
-        inputs=inputs_of(config, dataset),
-        accept_changed_inputs=options.accept_changed_inputs,
+        identity=RunIdentity(
+            _identity(config), inputs_of(config, dataset), options.accept_changed_inputs
+        ),
         progress=True,
         tensorboard=config.run.tensorboard,
         **more,

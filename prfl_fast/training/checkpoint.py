@@ -410,6 +410,6 @@ def _compare_inputs(
         if not accept:
             raise ValueError(
                 f"{text}. Restore it, start in a new folder, or go on with --accept-changed-inputs "
-                "(Trainer(accept_changed_inputs=True))"
+                "(RunIdentity(accept_changed_inputs=True))"
             )
         _log.warning("%s; going on as asked", text)

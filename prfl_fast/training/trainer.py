@@ -34,7 +34,7 @@ from prfl_fast.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from prfl_fast.training.config import TrainConfig, TrainResult
+from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
 from prfl_fast.training.logging import TrainingLog, progress_bar
 from prfl_fast.training.objectives import Objective
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
@@ -78,10 +78,8 @@ class Trainer:
             path continues from that checkpoint, ``"last-good"`` from the newest one that is not
             damaged. None starts a new run and rejects a folder that holds checkpoints.
         identity: plain values that describe the run (batch size, number of solver steps, ...). They
-            are saved, and a resumed run must have the same values.
-        inputs: plain values that tell the data and models apart (numbers of samples, digests). They
-            are saved, and a run that resumes with other ones is refused.
-        accept_changed_inputs: resume with other ``inputs``, and log what differs.
+            are saved, and a resumed run must have the same values. A :class:`RunIdentity` has those of
+            the data and models as well.
         tensorboard: write TensorBoard's files; needs a folder.
         on_step: called with each step's record after the step.
         advise: called when a device is full; returns a sentence that suggests a memory policy.
@@ -100,9 +98,7 @@ class Trainer:
         *,
         folder: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | None = "auto",
-        identity: Mapping[str, Any] | None = None,
-        inputs: Mapping[str, Any] | None = None,
-        accept_changed_inputs: bool = False,
+        identity: Mapping[str, Any] | RunIdentity | None = None,
         progress: bool = False,
         tensorboard: bool = False,
         on_step: Callable[[dict[str, Any]], object] | None = None,
@@ -140,13 +136,16 @@ class Trainer:
         self._done: dict[str, tuple[dict[str, float], bool]] = {}
         self._partly_updated = False  # True after an incomplete optimizer step
         self._log: TrainingLog | None = None
-        self._identity = {**config.fixed(), **(identity or {}), "objectives": list(objectives)}
-        self._inputs = dict(inputs or {})
+        if not isinstance(identity, RunIdentity):
+            identity = RunIdentity(identity or {})
+        names_of_objectives = {"objectives": list(objectives)}
+        self._identity = {**config.fixed(), **identity.settings, **names_of_objectives}
+        self._inputs = dict(identity.inputs)
         self._saved_step: int | None = None
         self._newest = self._newest_step()
         self.resumed_from = find_checkpoint(self.folder, resume)
         if self.resumed_from is not None:
-            self._restore(self.resumed_from, accept_changed_inputs)
+            self._restore(self.resumed_from, identity.accept_changed_inputs)
 
     def _restore(self, path: Path, accept_inputs: bool) -> None:
         settings, inputs = self._identity, self._inputs
