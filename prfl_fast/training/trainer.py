@@ -78,8 +78,8 @@ class Trainer:
             path continues from that checkpoint, ``"last-good"`` from the newest one that is not
             damaged. None starts a new run and rejects a folder that holds checkpoints.
         identity: plain values that describe the run (batch size, number of solver steps, ...). They
-            are saved, and a resumed run must have the same values. A :class:`RunIdentity` has those of
-            the data and models as well.
+            are saved, and a resumed run must have the same values. A :class:`RunIdentity` has those
+            of the data and models as well.
         tensorboard: write TensorBoard's files; needs a folder.
         on_step: called with each step's record after the step.
         advise: called when a device is full; returns a sentence that suggests a memory policy.
