@@ -15,7 +15,13 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import load_tensors, save_tensors
 
-SFT = {"objectives": ["sft"], "reward": ..., "run.steps": 2, "run.save_every": 1, "run.keep_last": 0}
+SFT = {
+    "objectives": ["sft"],
+    "reward": ...,
+    "run.steps": 2,
+    "run.save_every": 1,
+    "run.keep_last": 9,
+}
 
 
 def flip(path, position=0.6):

@@ -214,7 +214,9 @@ def test_a_bad_sample_saves_the_steps_before_it(tmp_path, draw):
     whole, model = run(tmp_path / "whole", False)
     whole.run()
     broken, _ = run(tmp_path / "broken", True)
-    with pytest.raises(ValueError, match=f"sample 7 has NaN. Step {draw} is saved in .*step-0000000"):
+    with pytest.raises(
+        ValueError, match=f"sample 7 has NaN. Step {draw} is saved in .*step-0000000"
+    ):
         broken.run()
     assert [step for step, _ in list_checkpoints(tmp_path / "broken")] == [draw]
     mended, again = run(tmp_path / "broken", False)
