@@ -11,7 +11,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from prfl_fast.cli.doctor import run_doctor
 from prfl_fast.utils.interrupts import interrupts_held
@@ -42,10 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(command, error)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line, without the usage, and exit."""
+        problem = " ".join(message.split())
+        self.exit(BAD_INPUT, f"{self.prog}: error: {problem}. See {self.prog} --help\n")
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prfl-fast", description="Reward feedback learning of video models."
-    )
+    parser = _Parser(prog="prfl-fast", description="Reward feedback learning of video models.")
     parser.add_argument("--version", action="version", version=f"prfl_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "show versions, devices, and the backend of each operation"

@@ -77,8 +77,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
-        "write the plan into a trainer's YAML: memory, reward_memory, hardware.precision, and "
-        "those of lora, prfl and run that it lacks (of train-reward: memory and hardware.precision). "
+        "write the plan into a YAML of train: memory, reward_memory, hardware.precision, and those "
+        "of lora, prfl and run that it lacks; or of train-reward: memory and hardware.precision. "
         "The plan is for the run in the file; comments outside these sections do not change"
     )
     group.add_argument("--apply", metavar="FILE.yaml", help=text)

@@ -34,7 +34,7 @@ from prfl_fast.models.velocity import Precision, autocast
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
-from prfl_fast.training.checkpoint import FINAL, latest_checkpoint
+from prfl_fast.training.checkpoint import FINAL
 from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.objectives import (
@@ -361,7 +361,7 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
         print(f"resumed from {trainer.resumed_from}")
     began, steps = trainer.result.step, config.run.steps
     result = trainer.run()
-    where = latest_checkpoint(out)
+    where = out / f"step-{result.step:08d}"
     if result.stopped_by is not None:
         how = f"stopped by {result.stopped_by.name} after step {result.step}"
         print(f"{how}; saved in {where}; run again to continue")
@@ -370,8 +370,7 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
         print(f"already finished at step {began} of {steps}; saved in {where}")
     else:
         print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")
-    assert where is not None
-    final = out / FINAL if (out / FINAL).exists() else where / "model"
+    final = out / FINAL if (out / FINAL).is_symlink() else where / "model"
     if isinstance(config, TrainFile):
         kind = "generator" if config.lora is None else "adapter, for load_lora_weights"
         print(f"{kind}: {final}")

@@ -286,9 +286,9 @@ def test_bad_input_is_one_line_before_any_work(
     (tmp_path / "WRONG").write_text("lora: {lora_rnk: 2}\n")
     (tmp_path / "FOLDER").mkdir()
     configs = {"FLUX": '{"_class_name": "Flux"}', "LIST": "[1]", "BRACE": "{", "NOTHING": "{}"}
-    for name, config in configs.items():
+    for name, text in configs.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "config.json").write_text(text)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert run(*arguments.split()) == 2
     assert BAD[arguments] in one_line(capsys, "plan")
@@ -302,7 +302,8 @@ def test_options_argparse_refuses(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         run(*arguments.split())
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and "error: " in error.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith("prfl-fast") and "error: " in error
+    assert error.count("\n") == 1
 
 
 def test_a_missing_package_is_named(monkeypatch, calls, capsys):
