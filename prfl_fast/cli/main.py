@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from prfl_fast.cli.doctor import run_doctor
 from prfl_fast.utils.interrupts import interrupts_held
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
@@ -86,6 +85,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "doctor":
+        from prfl_fast.cli.doctor import run_doctor
+
         return run_doctor(options.json)
     need("pydantic")
     if options.command == "init":

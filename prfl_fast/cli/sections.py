@@ -57,8 +57,8 @@ _METHOD_KEYS = sorted({key for _, keys in _METHODS.values() for key in keys})
 class OptimizerSection(Section):
     """AdamW, whose implementation memory.optimizer chooses."""
 
-    learning_rate: Positive = key(
-        5e-6, "Learning rate after the warmup; adapters have 1e-4 if the file gives none."
+    learning_rate: Positive | None = key(
+        None, "Learning rate after the warmup; null is 5e-6, or 1e-4 with lora."
     )
     betas: Annotated[tuple[Beta, Beta], from_list] = key(
         (0.9, 0.999), "Decay rates of the first and second moment."

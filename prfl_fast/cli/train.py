@@ -53,7 +53,7 @@ from prfl_fast.utils.io import write_atomic
 SOLVERS = {"unipc": FlowUniPC, "euler": FlowEuler}
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
-LORA_LEARNING_RATE = 1e-4
+FULL_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-4
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
 
@@ -127,7 +127,7 @@ def _train(config: TrainFile, options: RunOptions) -> int:
             )
     advise = partial(next_policy, config, dataset, device, plan)
     trainer = _trainer(config, transformer, objectives, dataset, options, advise=advise)
-    if config.optimizer != given.optimizer:
+    if config.lora is not None and given.optimizer.learning_rate is None:
         rate = config.optimizer.learning_rate
         text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
         print(f"prfl-fast train: {text}", file=sys.stderr)
@@ -296,10 +296,11 @@ def _autocast(weight_dtype: str, precision: Precision) -> Precision:
 
 
 def _with_learning_rate(config: TrainFile) -> TrainFile:
-    """Fill in the learning rate of adapters, if the file gives none."""
-    if config.lora is None or "learning_rate" in config.optimizer.model_fields_set:
+    """Fill in the learning rate if the file gives none."""
+    if config.optimizer.learning_rate is not None:
         return config
-    optimizer = config.optimizer.model_copy(update={"learning_rate": LORA_LEARNING_RATE})
+    rate = FULL_LEARNING_RATE if config.lora is None else LORA_LEARNING_RATE
+    optimizer = config.optimizer.model_copy(update={"learning_rate": rate})
     return config.model_copy(update={"optimizer": optimizer})
 
 

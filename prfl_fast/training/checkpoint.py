@@ -290,7 +290,7 @@ def save_checkpoint(
             "sha256": file_digests(temporary),
         }
         content["digest"] = _digest(content)
-        (temporary / "checkpoint.json").write_text(json.dumps(content, indent=1) + "\n")
+        (temporary / "checkpoint.json").write_text(_text(content))
     link_final(path)
     if keep_last:
         for _, old in list_checkpoints(folder)[:-keep_last]:
@@ -305,6 +305,10 @@ def link_final(checkpoint: Path) -> None:
         return
     with contextlib.suppress(OSError):  # some file systems have no links
         link_atomic(link, Path(checkpoint.name, "model"))
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -325,7 +329,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     manifest = path / "checkpoint.json"
     try:
-        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        text = manifest.read_text(encoding="utf-8")
+        content: dict[str, Any] = json.loads(text)
         found, files = content["format"], content["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{path}: not a checkpoint of this library: it has no readable checkpoint.json"
@@ -335,9 +340,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     hint = _other_checkpoint(path)
     if found == FORMAT or "digest" in content:
         wanted, there = content.get("digest"), _digest(content)
+        # A flipped bit can keep the content: 1e-05 and 1E-05 are the same number.
+        whole = there == wanted and text == _text(content)
         expected = f"{wanted}, as written in it: the file was damaged or changed"
-        name = f"SHA-256 of the content of {manifest}"
-        check(there == wanted, name, there, expected, hint=hint)
+        check(whole, f"SHA-256 of the content of {manifest}", there, expected, hint=hint)
     for name, size in files:
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         check(actual == size, f"size of {path / name}", actual, f"{size} bytes", hint=hint)

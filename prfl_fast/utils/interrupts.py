@@ -29,8 +29,11 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     main = threading.current_thread() is threading.main_thread()
+    if main and _checks:
+        yield _checks[0]
+        return
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield _checks[0] if main and _checks else check
+        yield check
         return
     signal.signal(signal.SIGINT, receive)
     _checks.append(check)

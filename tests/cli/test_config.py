@@ -52,7 +52,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert (feedback.num_inference_steps, feedback.shift, feedback.points) == (40, 5.0, 1)
     assert (feedback.target, feedback.weight, feedback.solver) == (2.0, 0.1, "unipc")
     assert config.objectives == ("prfl", "sft") and config.lora is None
-    assert (optimizer.learning_rate, optimizer.betas, optimizer.eps) == (5e-6, (0.9, 0.999), 1e-8)
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.eps) == (None, (0.9, 0.999), 1e-8)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.01, 1.0)
     assert run.gradient_accumulation_steps == 5 and run.ema_decay is None
     reward = load(tmp_path, REWARD, TrainRewardFile)

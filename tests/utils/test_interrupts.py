@@ -39,6 +39,14 @@ def test_the_end_of_the_context_checks_too():
         raise ValueError("caused by the interrupt")
 
 
+def test_an_interrupt_before_the_inner_context_counts_in_it():
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        press()
+        with interrupts_held() as check:
+            with pytest.raises(KeyboardInterrupt):
+                check()
+
+
 def test_a_second_interrupt_is_at_once():
     with pytest.raises(KeyboardInterrupt), interrupts_held():
         press()
