@@ -30,6 +30,9 @@ def inputs_of(config: TrainFile | TrainRewardFile, dataset: LatentDataset) -> di
     if isinstance(config, TrainFile) and "prfl" in config.objectives:
         for name, path in _rewards(config):
             found[f"{name}: fingerprint"] = fingerprint(path)
+        if config.prfl.guidance is not None:
+            negative = Path(config.prfl.guidance.negative)
+            found["prfl.guidance.negative: fingerprint"] = fingerprint(negative)
     return found
 
 
