@@ -1,5 +1,6 @@
 """Reports of a plan: a printed table, a figure of live bytes, JSON values, the trainer's YAML."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -315,9 +316,10 @@ def apply_to_yaml(
         keys = _keys(plan, content)
         if reward_training:
             keys = {name: keys[name] for name in ("memory", "hardware") if name in keys}
-        for key, value in keys.items():
-            text = _with_section(yaml, text, key, value)
         # A file that is one {…}, as in JSON, has no lines of sections to replace.
+        with contextlib.suppress(yaml.YAMLError):
+            for key, value in keys.items():
+                text = _with_section(yaml, text, key, value)
         if not _parses_to(yaml, text, {**content, **keys}):
             text = yaml.safe_dump({**content, **keys}, sort_keys=False)
     except yaml.YAMLError as error:
