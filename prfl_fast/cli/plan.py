@@ -111,12 +111,18 @@ def run_plan(options: argparse.Namespace) -> int:
         progress=True,
     )
     print(json.dumps(report.as_dict(found), indent=1) if options.json else report.table(found))
+    reward_training = path is not None and is_reward_file(path)
+    if reward_training:
+        _note(
+            "planned as the training of a generator of this depth, which takes somewhat more "
+            "memory; the times are not those of train-reward"
+        )
     written: list[str | Path] = []
     if options.plot is not None:
         report.timeline_figure(found).savefig(options.plot, dpi=120)
         written.append(options.plot)
     if path is not None and found.feasible:
-        report.apply_to_yaml(found, path, reward_training=is_reward_file(path))
+        report.apply_to_yaml(found, path, reward_training=reward_training)
         written.append(path)
     elif path is not None:
         _note(f"no plan fits: {path} is not changed")
