@@ -295,7 +295,7 @@ BAD_FILES = [
     ("train", REWARD + "reward: 3", "reward is 3, expected a string, a mapping"),
     ("train", REWARD + PARTS[:-9] + "}", "reward.pool is missing"),
     ("train", BASE.replace("{steps: 3}", "{}"), "run.steps is missing, expected a whole number"),
-    ("train-reward", REWARD + "memory: auto\n", "memory is 'auto', expected a mapping with keys"),
+    ("train-reward", REWARD + "memory: auto\n", "is 'fp32', expected bf16 with memory: auto"),
     ("train-reward", REWARD + "memory: {reward_offload: cpu}\n", "did you mean 'offload'?"),
     ("train-reward", REWARD + BF16 + NF4, "weight_dtype is 'nf4', expected one of fp32, bf16"),
     ("train-reward", REWARD + NF4.replace("nf4", "bf16"), "precision: bf16"),
