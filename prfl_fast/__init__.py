@@ -13,8 +13,10 @@ To fit a GPU, before adapters and the optimizer:
     prfl_fast.apply_memory(reward, found.reward_memory)
 """
 
+import importlib
 import importlib.util
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 # Python started in a checkout imports this folder, but the kernels are beside it (an installation
 # maps ../kernels to prfl_fast.kernels).
@@ -26,14 +28,20 @@ if importlib.util.find_spec("prfl_fast.kernels") is None:
         )
     __path__.append(str(_checkout))
 
-from prfl_fast.feedback import PRFL, GradientPlan
-from prfl_fast.memory import MemoryConfig, apply_memory
-from prfl_fast.models import is_patched, patch, unpatch
-from prfl_fast.planning import plan_memory
-from prfl_fast.rewards import LatentRewardModel
-from prfl_fast.rollout import FlowEuler, FlowUniPC, Guidance, RolloutConfig
-from prfl_fast.training import TrainConfig, Trainer
 from prfl_fast.utils.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from prfl_fast.feedback import PRFL, GradientPlan
+    from prfl_fast.memory import MemoryConfig, apply_memory
+    from prfl_fast.models import is_patched, patch, unpatch
+    from prfl_fast.planning import plan_memory
+    from prfl_fast.rewards import LatentRewardModel
+    from prfl_fast.rollout import FlowEuler, FlowUniPC, Guidance, RolloutConfig
+    from prfl_fast.training import TrainConfig, Trainer
+
+# torch is imported at the first use of a name, so that the command line can handle Ctrl-C before
+# that, and answers --help in a tenth of a second.
+_PACKAGES = ("feedback", "memory", "models", "planning", "rewards", "rollout", "training")
 
 __all__ = [
     "FlowEuler",
@@ -52,3 +60,18 @@ __all__ = [
     "plan_memory",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for package in _PACKAGES:
+            module = importlib.import_module(f"prfl_fast.{package}")
+            if name in module.__all__:
+                return globals().setdefault(name, getattr(module, name))
+    if not name.startswith("_") and importlib.util.find_spec(f"prfl_fast.{name}"):
+        return importlib.import_module(f"prfl_fast.{name}")
+    raise AttributeError(f"module 'prfl_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

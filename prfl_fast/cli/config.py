@@ -27,7 +27,7 @@ Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), 
 class TrainFile(Section):
     """Train a generator: reward feedback alternated with supervised steps, or either alone."""
 
-    model: Text = key(..., "Folder of a diffusers transformer.")
+    model: Text = key(..., "Folder of a diffusers transformer, or of a pipeline with one.")
     data: Text = key(..., "Folder of a dataset of latents.")
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
@@ -92,7 +92,9 @@ class TrainFile(Section):
 class TrainRewardFile(Section):
     """Train a latent reward model from a generator's first blocks."""
 
-    model: Text = key(..., "Folder of the generator, a diffusers transformer.")
+    model: Text = key(
+        ..., "Folder of the generator: a diffusers transformer, or a pipeline with one."
+    )
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
@@ -127,8 +129,8 @@ class TrainRewardFile(Section):
         0.0, "Probability of encoder_hidden_states_short of a sample (HY-Video-PRFL: 0.3)."
     )
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
-    memory: sections.TrainedRewardMemorySection = key(
-        sections.TrainedRewardMemorySection(), "Memory policy of the reward model."
+    memory: Literal["auto"] | sections.TrainedRewardMemorySection = key(
+        sections.TrainedRewardMemorySection(), "Memory policy of the reward model; auto plans it."
     )
 
     @model_validator(mode="after")
@@ -140,7 +142,11 @@ class TrainRewardFile(Section):
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
         precision = self.hardware.precision
-        check_compatible(self.memory.build(), train="full", precision=precision)
+        if isinstance(self.memory, sections.MemorySection):
+            check_compatible(self.memory.build(), train="full", precision=precision)
+            return self
+        wanted = "bf16 with memory: auto, which plans for bfloat16"
+        check(precision == "bf16", "hardware.precision", precision, wanted)
         return self
 
 

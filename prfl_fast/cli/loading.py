@@ -52,10 +52,17 @@ def check_writable(path: Path, key: str) -> None:
     check(ok, key, str(path), f"a writable path, but {existing} is not writable")
 
 
+def transformer_folder(folder: str) -> Path:
+    """Return the folder of the transformer, which may be given as that of its pipeline."""
+    path = Path(folder)
+    pipeline = (path / "model_index.json").is_file() and not (path / "config.json").is_file()
+    return path / "transformer" if pipeline else path
+
+
 def _transformer_class(folder: str) -> tuple[Any, Mapping[str, Any]]:
     """Return the diffusers class and configuration of a model folder."""
-    path = Path(folder) / "config.json"
-    kind = "a diffusers transformer"
+    path = transformer_folder(folder) / "config.json"
+    kind = "a diffusers transformer or pipeline"
     if not path.is_file():
         raise ValueError(f"model: {folder} has no config.json, expected the folder of {kind}")
     try:
@@ -105,7 +112,10 @@ def load_transformer(folder: str, dtype: torch.dtype = torch.float32) -> nn.Modu
     try:
         # Modules that diffusers keeps in float32 stay float32 even if dtype is narrower.
         model, info = found.from_pretrained(
-            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
+            transformer_folder(folder),
+            local_files_only=True,
+            torch_dtype=dtype,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers passes on the errors of its readers, of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,9 +11,9 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from prfl_fast.cli.doctor import run_doctor
+from prfl_fast.utils.interrupts import interrupts_held
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.version import __version__
@@ -27,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     # The command is read before it is parsed, because the options of plan need more packages.
     command = next((word for word in arguments if not word.startswith("-")), "")
+    # Planning imports and simulates much, and some of it would drop a KeyboardInterrupt.
+    planning = interrupts_held() if command == "plan" else contextlib.nullcontext()
     try:
-        options = _parser(command).parse_args(arguments)
-        return _run(options)
+        with planning:
+            return _run(_parser(command).parse_args(arguments))
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
@@ -39,10 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(command, error)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line, without the usage, and exit."""
+        problem = " ".join(message.split())
+        self.exit(BAD_INPUT, f"{self.prog}: error: {problem}. See {self.prog} --help\n")
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prfl-fast", description="Reward feedback learning of video models."
-    )
+    parser = _Parser(prog="prfl-fast", description="Reward feedback learning of video models.")
     parser.add_argument("--version", action="version", version=f"prfl_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "show versions, devices, and the backend of each operation"
@@ -67,11 +74,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
         text = "load and check everything, print the configuration, write nothing"
         sub.add_argument("--check", action="store_true", help=text)
+        if name == "score":
+            continue
+        text = "with --check: read every sample and check its values"
+        sub.add_argument("--deep", action="store_true", help=text)
+        text = "resume although the data or the models have changed since the run began"
+        sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "doctor":
+        from prfl_fast.cli.doctor import run_doctor
+
         return run_doctor(options.json)
     need("pydantic")
     if options.command == "init":
@@ -84,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         return run_plan(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
     from prfl_fast.cli.score import run_score
-    from prfl_fast.cli.train import run_train, train_reward
+    from prfl_fast.cli.train import RunOptions, run_train, train_reward
     from prfl_fast.cli.yaml_config import load_config
 
     commands: dict[str, tuple[type[Any], Any]] = {
@@ -93,8 +108,13 @@ def _run(options: argparse.Namespace) -> int:
         "score": (ScoreFile, run_score),
     }
     kind, command = commands[options.command]
-    with _reasons_shown() if options.command == "train" else contextlib.nullcontext():
-        return command(load_config(kind, options.config), options.check)
+    chosen = options.check
+    if options.command != "score":
+        if options.deep and not options.check:
+            raise ValueError("--deep is given alone, expected --check --deep")
+        chosen = RunOptions(options.check, options.deep, options.accept_changed_inputs)
+    with _reasons_shown() if options.command != "score" else contextlib.nullcontext():
+        return command(load_config(kind, options.config), chosen)
 
 
 def _failed(command: str, error: RuntimeError) -> int:

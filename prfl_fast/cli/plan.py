@@ -11,17 +11,24 @@ from typing import Any
 
 import torch
 
-from prfl_fast.cli.config import TrainFile
-from prfl_fast.cli.workload import DEFAULT_MODEL, fields_of_options, fields_of_run, sizes_of
-from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.workload import (
+    DEFAULT_MODEL,
+    fields_of_options,
+    fields_of_reward_run,
+    fields_of_run,
+    is_reward_file,
+    sizes_of,
+)
+from prfl_fast.cli.yaml_config import Config, load_config
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.memory.offload import RESERVE, host_memory
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import gpu_specs, planner, report
 from prfl_fast.planning.plan import Plan
-from prfl_fast.planning.presets import MODELS
+from prfl_fast.planning.presets import MODELS, model_config
 from prfl_fast.planning.workload import Workload
-from prfl_fast.training.checkpoint import latest_checkpoint
+from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import MissingExtraError
 from prfl_fast.utils.units import GIB
@@ -70,9 +77,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
-        "write the plan into a trainer's YAML: memory, reward_memory, hardware.precision, and "
-        "those of lora, prfl and run that it lacks. The plan is for the run in the file; comments "
-        "outside these sections do not change"
+        "write the plan into a YAML of train: memory, reward_memory, hardware.precision, and those "
+        "of lora, prfl and run that it lacks; or of train-reward: memory and hardware.precision. "
+        "The plan is for the run in the file; comments outside these sections do not change"
     )
     group.add_argument("--apply", metavar="FILE.yaml", help=text)
 
@@ -104,12 +111,18 @@ def run_plan(options: argparse.Namespace) -> int:
         progress=True,
     )
     print(json.dumps(report.as_dict(found), indent=1) if options.json else report.table(found))
+    reward_training = path is not None and is_reward_file(path)
+    if reward_training:
+        _note(
+            "planned as the training of a generator of this depth, which takes somewhat more "
+            "memory; the times are not those of train-reward"
+        )
     written: list[str | Path] = []
     if options.plot is not None:
         report.timeline_figure(found).savefig(options.plot, dpi=120)
         written.append(options.plot)
     if path is not None and found.feasible:
-        report.apply_to_yaml(found, path)
+        report.apply_to_yaml(found, path, reward_training=reward_training)
         written.append(path)
     elif path is not None:
         _note(f"no plan fits: {path} is not changed")
@@ -173,6 +186,32 @@ def choose_memory(
     return found.memory, found.reward_memory, found
 
 
+def choose_reward_memory(
+    config: TrainRewardFile, dataset: LatentDataset, device: torch.device
+) -> MemoryConfig:
+    """Return the policy of a reward model in training."""
+    if config.memory != "auto":
+        return config.memory.build()
+    began = _stored(TrainRewardFile, config)
+    if began is not None and began.memory != "auto":
+        _note("memory: auto takes the policy with which this run began", "train-reward")
+        return began.memory.build()
+    model = model_config(config.model) | {"num_layers": config.num_blocks}
+    work = Workload(model, **fields_of_reward_run(config, dataset))
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    found = _plan(work, device, room)
+    chosen = _in_words(found.memory, None)
+    takes, budget = (size / GIB for size in (found.peak + found.reserve, found.budget))
+    if not found.feasible:
+        raise ValueError(
+            f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
+            f"{takes:.1f} GiB. Take fewer num_blocks, or smaller videos"
+        )
+    predicted = f"predicted to take at most {takes:.1f} of {budget:.1f} GiB"
+    _note(f"memory: auto chose {chosen}, {predicted}", "train-reward")
+    return found.memory
+
+
 def next_policy(
     config: TrainFile, dataset: LatentDataset, device: torch.device, found: Plan | None
 ) -> str:
@@ -196,26 +235,34 @@ def next_policy(
     return f"try {_in_words(*policies)}{precision}, predicted to peak at {peak / GIB:.1f} GiB"
 
 
-def _in_words(memory: MemoryConfig, reward_memory: MemoryConfig) -> str:
-    """Return both memory sections on one line, as YAML, without defaults."""
+def _in_words(memory: MemoryConfig, reward_memory: MemoryConfig | None) -> str:
+    """Return the memory sections on one line, as YAML, without defaults."""
     parts = []
     for section, config in (("memory", memory), ("reward_memory", reward_memory)):
+        if config is None:
+            continue
         values = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
         changed = [f"{field.name}: {value}" for field, value in values if value != field.default]
         parts.append(f"{section}: {{{', '.join(changed)}}}")
     return ", ".join(parts)
 
 
-def _stored_memory(config: TrainFile) -> tuple[MemoryConfig, MemoryConfig] | None:
-    """Return the policies of the run that this one resumes, or None."""
+def _stored(kind: type[Config], config: TrainFile | TrainRewardFile) -> Config | None:
+    """Return the configuration of the run that this one resumes, or None."""
     resume = config.run.resume
     if resume is None:
         return None
-    checkpoint = latest_checkpoint(config.out) if resume == "auto" else Path(resume)
+    newest = latest_checkpoint(config.out) if resume in (AUTO, LAST_GOOD) else None
+    checkpoint = newest if resume in (AUTO, LAST_GOOD) else Path(resume)
     if checkpoint is None or not (checkpoint.parent / "config.yaml").is_file():
         return None
-    stored = load_config(TrainFile, checkpoint.parent / "config.yaml")
-    if stored.memory == "auto":
+    return load_config(kind, checkpoint.parent / "config.yaml")
+
+
+def _stored_memory(config: TrainFile) -> tuple[MemoryConfig, MemoryConfig] | None:
+    """Return the policies of the run that this one resumes, or None."""
+    stored = _stored(TrainFile, config)
+    if stored is None or stored.memory == "auto":
         return None
     return stored.memory.build(), stored.reward_memory.build()
 
@@ -225,6 +272,10 @@ def _plan_training(
 ) -> Plan:
     """Return the plan of a run on its own data; a ``budget`` of None is the whole device."""
     work = Workload(**fields_of_run(config) | sizes_of(dataset))
+    return _plan(work, device, budget)
+
+
+def _plan(work: Workload, device: torch.device, budget: int | None) -> Plan:
     room, cuda = _host_room(), device.type == "cuda"
     gpu: Any = gpu_specs.this_gpu(device) if cuda else "h200"
     if not cuda:

@@ -19,7 +19,7 @@ from prfl_fast.models.registry import patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import add_noise, evaluation_sigma, model_timestep
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 
@@ -60,7 +60,7 @@ def _scores(
     config: ScoreFile, dataset: LatentDataset, reward: LatentRewardModel, device: torch.device
 ) -> list[dict[str, Any]]:
     """Return one row per video: its id and its score at each timestep."""
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(torch_seed(config.seed))
     rows: list[dict[str, Any]] = []
     with need("tqdm").tqdm(total=len(dataset), unit="video", desc="score", disable=None) as bar:
         for start in range(0, len(dataset), config.batch_size):

@@ -58,7 +58,9 @@ _METHOD_KEYS = sorted({key for _, keys in _METHODS.values() for key in keys})
 class OptimizerSection(Section):
     """AdamW, whose implementation memory.optimizer chooses."""
 
-    learning_rate: Positive = key(5e-6, "Learning rate after the warmup.")
+    learning_rate: Positive | None = key(
+        None, "Learning rate after the warmup; null is 5e-6, or 1e-4 with lora."
+    )
     betas: Annotated[tuple[Beta, Beta], from_list] = key(
         (0.9, 0.999), "Decay rates of the first and second moment."
     )
@@ -98,8 +100,8 @@ class RunConfig(Section):
     tensorboard: bool = key(True, "Write TensorBoard logs beside log.jsonl.")
     resume: Text | None = key(
         "auto",
-        "Checkpoint to resume: auto is the latest one in out, null starts a new run and needs "
-        "an out without checkpoints.",
+        "Checkpoint to resume: auto is the latest one in out, last-good the latest one that is not "
+        "damaged; null starts a new run and needs an out without checkpoints.",
     )
 
 

@@ -1,8 +1,10 @@
 """Run ``prfl-fast train`` and ``prfl-fast train-reward`` from a checked configuration."""
 
+import contextlib
 import dataclasses
 import json
 import random
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,16 +15,19 @@ from torch import nn
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.plan import choose_memory, next_policy
+from prfl_fast.cli.inputs import inputs_of
+from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy
 from prfl_fast.cli.sections import (
     FeedbackSection,
     MemorySection,
     ReferenceReward,
     RewardMemorySection,
+    TrainedRewardMemorySection,
 )
 from prfl_fast.cli.yaml_config import to_yaml
 from prfl_fast.data.dataset import Batch, Batches, DrawnPairs, collate
 from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.data.values import check_values
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
 from prfl_fast.models.registry import patch, unpatch
@@ -30,8 +35,8 @@ from prfl_fast.models.velocity import Precision, autocast
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
-from prfl_fast.training.checkpoint import latest_checkpoint
-from prfl_fast.training.config import TrainConfig
+from prfl_fast.training.checkpoint import FINAL
+from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.objectives import (
     Objective,
@@ -42,22 +47,56 @@ from prfl_fast.training.objectives import (
 )
 from prfl_fast.training.reward_losses import evaluate, label_of
 from prfl_fast.training.trainer import Trainer
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, torch_seed
+from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_atomic
 
+# 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
+# B begins at 0, and AdamW moves each element by at most the rate per step.
+FULL_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-4
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
 
 
-def run_train(config: TrainFile, check_only: bool) -> int:
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of a training command that are not in its file.
+
+    Attributes:
+        check: load and check everything, and write nothing.
+        deep: read every sample with ``check``.
+        accept_changed_inputs: resume with other data or models.
+    """
+
+    check: bool = False
+    deep: bool = False
+    accept_changed_inputs: bool = False
+
+
+def run_train(config: TrainFile, options: RunOptions) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
-    device, out = loading.device_of(config.hardware), Path(config.out)
-    loading.check_writable(out, "out")
+    with _folder(config, options):
+        return _train(config, options)
+
+
+@contextlib.contextmanager
+def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterator[None]:
+    """Hold the folder of a run from before it is read; a check holds and writes nothing."""
+    loading.check_writable(Path(config.out), "out")
+    with contextlib.nullcontext() if options.check else hold_folder(config.out):
+        yield
+
+
+def _train(config: TrainFile, options: RunOptions) -> int:
+    given, config = config, _with_learning_rate(config)
+    device = loading.device_of(config.hardware)
     dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
     if dataset.pairs:
         raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
     batches = _batches(dataset, config)
     loading.check_model(config.model, dataset)
+    if options.deep:
+        check_values(dataset)
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
     check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
@@ -91,8 +130,13 @@ def run_train(config: TrainFile, check_only: bool) -> int:
                 precision=precision,
             )
     advise = partial(next_policy, config, dataset, device, plan)
-    trainer = _trainer(config, transformer, objectives, advise=advise)
-    return _print_check(config) if check_only else _finish(trainer, config)
+    inputs = inputs_of(config, dataset)
+    trainer = _trainer(config, transformer, objectives, inputs, options, advise=advise)
+    if config.lora is not None and given.optimizer.learning_rate is None:
+        rate = config.optimizer.learning_rate
+        text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
+        print(f"prfl-fast train: {text}", file=sys.stderr)
+    return _print_check(config) if options.check else _finish(trainer, config)
 
 
 def _load_models(
@@ -172,19 +216,28 @@ def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:
     return FlowUniPC(feedback.shift, schedule=feedback.schedule, **options)
 
 
-def train_reward(config: TrainRewardFile, check_only: bool) -> int:
+def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     """Train a latent reward model, or only load and check everything; return the exit code."""
+    with _folder(config, options):
+        return _train_reward(config, options)
+
+
+def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     device, out = loading.device_of(config.hardware), Path(config.out)
-    loading.check_writable(out, "out")
     dataset, held_out = _labeled_data(config)
     batches: Batches | DrawnPairs = _batches(dataset, config)
     loading.check_model(config.model, dataset)
+    losers = None
     if config.lose_data is not None:
-        losers = LatentDataset(config.lose_data)
+        losers = LatentDataset(config.lose_data, allow_outside=config.allow_outside)
         check(not losers.pairs, "lose_data", config.lose_data, "single videos, but it holds pairs")
         loading.check_model(config.model, losers)
-        batches = DrawnPairs(_batches(dataset, config), _batches(losers, config, 1))
-    memory = config.memory.build()
+        batches = DrawnPairs(batches, _batches(losers, config, 1))
+    for source in (dataset, losers, held_out) if options.deep else ():
+        if source is not None:
+            check_values(source)
+    memory = choose_reward_memory(config, dataset, device)
+    config = config.model_copy(update={"memory": TrainedRewardMemorySection.of(memory)})
     check_available(memory, device)
     _seed(config)  # pool and head are initialized at random
     dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
@@ -211,8 +264,9 @@ def train_reward(config: TrainRewardFile, check_only: bool) -> int:
         integer_timesteps=config.integer_timesteps,
         precision=_autocast(memory.weight_dtype, config.hardware.precision),
     )
-    trainer = _trainer(config, reward, {"reward": fit})
-    if check_only:
+    inputs = inputs_of(config, dataset, losers)
+    trainer = _trainer(config, reward, {"reward": fit}, inputs, options)
+    if options.check:
         return _print_check(config)
     if code := _finish(trainer, config):
         return code
@@ -255,6 +309,8 @@ def _evaluate(
     device: torch.device,
     out: Path,
 ) -> None:
+    assert isinstance(config.memory, MemorySection)
+
     def batches() -> Iterator[Any]:
         for i in range(len(dataset)):
             batch = collate([dataset[i]])
@@ -284,16 +340,27 @@ def _autocast(weight_dtype: str, precision: Precision) -> Precision:
     return precision if weight_dtype == "fp32" else "fp32"
 
 
+def _with_learning_rate(config: TrainFile) -> TrainFile:
+    """Fill in the learning rate if the file gives none."""
+    if config.optimizer.learning_rate is not None:
+        return config
+    rate = FULL_LEARNING_RATE if config.lora is None else LORA_LEARNING_RATE
+    optimizer = config.optimizer.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"optimizer": optimizer})
+
+
 def _seed(config: TrainFile | TrainRewardFile) -> None:
     random.seed(config.run.seed)
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(torch_seed(config.run.seed))
 
 
 def _trainer(
     config: TrainFile | TrainRewardFile,
     model: nn.Module,
     objectives: dict[str, Objective],
-    **options: Any,
+    inputs: dict[str, Any],
+    options: RunOptions,
+    **more: Any,
 ) -> Trainer:
     assert isinstance(config.memory, MemorySection)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -306,10 +373,10 @@ def _trainer(
         TrainConfig(**values),
         folder=Path(config.out),
         resume=config.run.resume,
-        identity=_identity(config),
+        identity=RunIdentity(_identity(config), inputs, options.accept_changed_inputs),
         progress=True,
         tensorboard=config.run.tensorboard,
-        **options,
+        **more,
     )
 
 
@@ -335,13 +402,23 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with write_atomic(out / "config.yaml") as temporary:
         temporary.write_text(to_yaml(config), encoding="utf-8")
+    if trainer.resumed_from is not None:
+        print(f"resumed from {trainer.resumed_from}")
+    began, steps = trainer.result.step, config.run.steps
     result = trainer.run()
-    where = latest_checkpoint(out)
+    where = out / f"step-{result.step:08d}"
     if result.stopped_by is not None:
         how = f"stopped by {result.stopped_by.name} after step {result.step}"
         print(f"{how}; saved in {where}; run again to continue")
         return 128 + result.stopped_by
-    print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")
+    if began >= steps:
+        print(f"already finished at step {began} of {steps}; saved in {where}")
+    else:
+        print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")
+    final = out / FINAL if (out / FINAL).is_symlink() else where / "model"
+    if isinstance(config, TrainFile):
+        kind = "generator" if config.lora is None else "adapter, for load_lora_weights"
+        print(f"{kind}: {final}")
     return 0
 
 

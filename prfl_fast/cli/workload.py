@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.yaml_config import parse_config, read_yaml
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.planning.presets import model_config
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
 _EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
@@ -54,6 +55,28 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     if lora is not None:
         fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
     return fields | _reward_blocks(config)
+
+
+def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None) -> dict[str, Any]:
+    """Return the Workload fields that stand for the training of a reward model.
+
+    The planner simulates steps of a generator. One as deep as the reward model, trained in full
+    beside a reward of one block, takes somewhat more than the reward model does.
+    """
+    videos = 2 if config.loss == "bt" else 1  # a pair is one sample of the batch
+    fields: dict[str, Any] = {
+        "batch_size": videos * config.run.batch_size,
+        "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
+        "train": "full",
+        "reward_blocks": 1,
+        "sft": False,
+        "ema": config.run.ema_decay is not None,
+        "patched": config.hardware.patch,
+    }
+    if dataset is not None:
+        fields["text_tokens"] = dataset.shapes["encoder_hidden_states"][0]
+        fields |= sizes_of(dataset)
+    return fields
 
 
 def _reward_blocks(config: TrainFile) -> dict[str, int]:
@@ -121,6 +144,33 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"train": given.get("train", "full")} | found | _sizes_of_data(config, given, path)
 
 
+def is_reward_file(path: Path) -> bool:
+    """Return True if a YAML file has a key that only train-reward knows."""
+    own = TrainRewardFile.model_fields.keys() - TrainFile.model_fields.keys()
+    return path.exists() and bool(own & read_yaml(path).keys())
+
+
+def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Workload fields that the YAML of train-reward decides."""
+    content = read_yaml(path)
+    filled: dict[str, Any] = {"model": "-", "data": "-", "out": "-", "run": {}} | content
+    filled.pop("memory", None)  # the plan replaces it
+    if isinstance(filled["run"], dict):
+        filled["run"] = {"steps": 1} | filled["run"]
+    try:
+        config = parse_config(TrainRewardFile, filled)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    there = (Path(config.data) / "manifest.jsonl").is_file()
+    found = fields_of_reward_run(config, LatentDataset(config.data) if there else None)
+    free = {"model", "frames", "height", "width"} - found.keys()
+    for name, value in given.items():
+        if name not in free and found.get(name) != value:
+            _contradicted(name, value, f"{path} is of train-reward, which decides it")
+    model = given.get("model") or content.get("model", DEFAULT_MODEL)
+    return found | {"model": model_config(model) | {"num_layers": config.num_blocks}}
+
+
 def _sizes_of_data(config: TrainFile, given: Mapping[str, Any], path: Path) -> dict[str, int]:
     """Return the sizes of the file's dataset, if it exists."""
     if not (Path(config.data) / "manifest.jsonl").is_file():
@@ -143,6 +193,7 @@ def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str,
     given = {name: value for name, value in values.items() if value is not None}
     fields = dict(given)
     if path is not None:
-        fields |= fields_of_file(path, given)
+        reward = is_reward_file(path)
+        fields |= (_fields_of_reward_file if reward else fields_of_file)(path, given)
     points = fields.pop("points", 1)
     return {"model": DEFAULT_MODEL, "gradient_plan": GradientPlan(points)} | fields

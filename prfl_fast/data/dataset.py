@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from prfl_fast.data.manifest import SHORT, TEXT, Pair, Sample
-from prfl_fast.utils.checks import check, check_count, is_number
+from prfl_fast.utils.checks import check, check_count, is_number, torch_seed
 
 
 class Batch(NamedTuple):
@@ -56,8 +56,8 @@ def _stack(samples: Sequence[Sample]) -> Batch:
 
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     """Return a permutation of ``range(length)`` that depends on the arguments only."""
-    # Seeds and epochs below 1,000,003 map to different generator seeds.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    # Seeds below 2^44 and epochs below 1,000,003 map to different generator seeds.
+    generator = torch.Generator().manual_seed(torch_seed(seed * 1_000_003 + epoch))
     return torch.randperm(length, generator=generator).tolist()
 
 

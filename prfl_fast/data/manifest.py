@@ -169,7 +169,10 @@ class LatentDataset:
         path = self.folder / record[key]
         tensors = load_tensors(path)
         for name, tensor in tensors.items():
-            check_finite(f"{self.manifest}:{record['line']}: {key}: {name} in {path}", tensor)
+            where = f"{self.manifest}:{record['line']}: {key}: {name} in {path}"
+            check_finite(where, tensor)
+            if tensor.dtype == torch.float64:  # batches are float32
+                check_finite(f"{where} as float32", tensor.float())
         latents, short, text = tensors.pop("latents"), tensors.pop(SHORT, None), tensors[TEXT]
         tensors[TEXT] = pad(text, (0, 0, 0, self.shapes[TEXT][0] - len(text)))
         return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
@@ -193,6 +196,11 @@ class LatentDataset:
     def labels(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Return ``(place, labels)`` of each item without reading tensors; place is file:line."""
         return [(f"{self.manifest}:{r['line']}", r.get("labels", {})) for r in self._records]
+
+    def files(self) -> list[Path]:
+        """Return the paths of all files of tensors, in the manifest's order."""
+        keys = ("win", "lose") if self.pairs else ("latents",)
+        return [self.folder / record[key] for record in self._records for key in keys]
 
     def ids(self) -> list[str]:
         """Return the ids of all items."""

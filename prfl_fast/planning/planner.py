@@ -4,16 +4,19 @@ See :mod:`prfl_fast.planning.simulation` for the simulated step, :mod:`prfl_fast
 for the comparison of candidates, and :mod:`prfl_fast.planning.report` for the output.
 """
 
+import contextlib
 import itertools
 import re
+from collections.abc import Callable
 
 from prfl_fast.planning.gpu_specs import GpuSpecs, find_gpu
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
-from prfl_fast.planning.search import Search, Tier, step_seconds
+from prfl_fast.planning.search import Found, Search, Tier, step_seconds
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.checks import check, check_choice
-from prfl_fast.utils.optional import need
+from prfl_fast.utils.interrupts import interrupts_held
+from prfl_fast.utils.progress import count_progress
 from prfl_fast.utils.units import GIB
 
 # Both are in order of accuracy. The search takes the first entry with which any policy fits.
@@ -45,7 +48,7 @@ def plan_memory(
         weight_dtype: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, for both models.
         optimizer: ``"auto"``, ``"adamw"``, ``"adamw-sr"``, ``"adamw8bit"`` or ``"adamw-cpu"``.
         gpu: rates for the time estimate, see :mod:`prfl_fast.planning.gpu_specs`.
-        progress: show a tqdm bar.
+        progress: show a tqdm bar on a terminal, a line every 30 seconds elsewhere.
 
     Returns:
         See :class:`Plan`. ``feasible`` is False if no policy fits.
@@ -61,17 +64,7 @@ def plan_memory(
     size = specs.memory if budget is None else size_of(budget, "budget")
     host_size = None if host_budget is None else size_of(host_budget, "host_budget")
     search = Search(work, specs, budget=size, host_budget=host_size)
-    if progress:
-        with need("tqdm").tqdm(desc="plan", unit=" simulations", leave=False, disable=None) as bar:
-
-            def show(text: str) -> None:
-                bar.set_postfix_str(text, refresh=False)
-                bar.update()
-
-            search.show = show
-            found = search.run(tiers)
-    else:
-        found = search.run(tiers)
+    found = _search(search, tiers, progress)
     unused = ", ".join(f"{weights} with {kind}" for weights, kind in found.unused)
     run, chosen = found.simulation, found.chosen
     return Plan(
@@ -91,6 +84,24 @@ def plan_memory(
         budget=size,
         host_budget=host_size,
     )
+
+
+def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
+    """Run a search that Ctrl-C ends between two simulations."""
+    with contextlib.ExitStack() as stack:
+        # Outermost, so that the bar is closed before the interrupt is raised.
+        interrupt = stack.enter_context(interrupts_held())
+        show: Callable[[str], object] | None = None
+        if progress:
+            show = stack.enter_context(count_progress("plan", "simulations"))
+
+        def next_simulation(text: str) -> None:
+            interrupt()
+            if show is not None:
+                show(text)
+
+        search.show = next_simulation
+        return search.run(tiers)
 
 
 def size_of(value: int | str, name: str) -> int:

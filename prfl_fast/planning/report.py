@@ -1,5 +1,6 @@
 """Reports of a plan: a printed table, a figure of live bytes, JSON values, the trainer's YAML."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -290,8 +291,15 @@ def _parses_to(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
         return False
 
 
-def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
+def apply_to_yaml(
+    plan: Plan, path: str | os.PathLike[str], *, reward_training: bool = False
+) -> None:
     """Write the plan's keys into a YAML file, section by section; the rest does not change.
+
+    Args:
+        plan: a feasible plan.
+        path: the file, which may be missing.
+        reward_training: the file is of ``train-reward``, which has fewer sections.
 
     Raises:
         ValueError: if the plan is not feasible, or the file is not YAML with keys and values.
@@ -306,9 +314,12 @@ def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
         kind = type(content).__name__
         check(isinstance(content, dict), f"the content of {path}", kind, "keys and values")
         keys = _keys(plan, content)
-        for key, value in keys.items():
-            text = _with_section(yaml, text, key, value)
+        if reward_training:
+            keys = {name: keys[name] for name in ("memory", "hardware") if name in keys}
         # A file that is one {…}, as in JSON, has no lines of sections to replace.
+        with contextlib.suppress(yaml.YAMLError):
+            for key, value in keys.items():
+                text = _with_section(yaml, text, key, value)
         if not _parses_to(yaml, text, {**content, **keys}):
             text = yaml.safe_dump({**content, **keys}, sort_keys=False)
     except yaml.YAMLError as error:

@@ -30,6 +30,7 @@ from prfl_fast.rewards.reference_checkpoint import (
     save_shards,
 )
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import (
     check_fit,
     load_tensors,
@@ -164,7 +165,7 @@ class LatentRewardModel(nn.Module):
         return self
 
     def save(self, folder: _Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``, both or neither.
+        """Write ``config.json``, ``model.safetensors`` and ``digests.json``, all or nothing.
 
         An earlier reward model in ``folder`` is replaced. :meth:`load` reads it back.
 
@@ -178,11 +179,12 @@ class LatentRewardModel(nn.Module):
         with save_checkpoint_dir(folder) as temporary:
             save_tensors(state, temporary / _WEIGHTS)
             (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_digests(temporary, (_CONFIG, _WEIGHTS))
 
     def check_savable(self, folder: _Path) -> dict[str, Any]:
         """Return the configuration that :meth:`save` writes; raise its ``ValueError`` if any."""
         need("safetensors.torch")
-        check_replaceable(folder, re.escape(_CONFIG), re.escape(_WEIGHTS))
+        check_replaceable(folder, *map(re.escape, (_CONFIG, _WEIGHTS, DIGESTS)))
         config = {
             "format": FORMAT,
             "prfl_fast": __version__,
@@ -205,8 +207,8 @@ class LatentRewardModel(nn.Module):
 
         Raises:
             FileNotFoundError: if the folder or a file in it is missing.
-            ValueError: if the configuration is not that of a reward model, or the tensors do not
-                fit it.
+            ValueError: if the configuration is not that of a reward model, the tensors do not fit
+                it, or a file is damaged.
         """
         path = Path(folder) / _CONFIG
         if not path.is_file():
@@ -222,6 +224,7 @@ class LatentRewardModel(nn.Module):
         weights = Path(folder) / _WEIGHTS
         tensors = load_tensors(weights)
         check_fit(reward.state_dict(), tensors, weights)
+        check_folder(Path(folder), (_CONFIG, _WEIGHTS), "reward model")
         # Tensors inside the file's buffer are not aligned, and matrix products of unaligned weights
         # can differ in the last bit, so the weights are cloned.
         reward.load_state_dict({n: t.clone() for n, t in tensors.items()}, assign=True)

@@ -1,6 +1,7 @@
 """Configuration and result of a training run."""
 
 import signal
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -68,6 +69,22 @@ class TrainConfig:
     def fixed(self) -> dict[str, Any]:
         """Return the settings that a resumed run must repeat."""
         return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Describe a run, so that a resumed one notices what has changed.
+
+    Attributes:
+        settings: plain values that a resumed run must repeat.
+        inputs: plain values that tell the data and models apart (numbers of samples, digests). A
+            run that resumes with other ones is refused.
+        accept_changed_inputs: resume with other ``inputs``, and log what differs.
+    """
+
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    accept_changed_inputs: bool = False
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.progress import step_progress
 
 LOG = "log.jsonl"
 
@@ -19,7 +20,7 @@ class TrainingLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / LOG
         # A resumed run repeats the steps after its checkpoint, so their records are removed.
-        kept = [line for line in self._lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for at, line in self._lines(path) if at <= step]
         with write_atomic(path) as temporary:
             temporary.write_bytes(b"".join(kept))
         # Unbuffered: each record is one write, so a killed run leaves complete lines.
@@ -30,11 +31,13 @@ class TrainingLog:
             self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     @staticmethod
-    def _lines(path: Path) -> Iterator[bytes]:
+    def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+        """Yield the step and the text of each record; lines without a whole step are dropped."""
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                json.loads(line)["step"]
-                yield line
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                step = json.loads(line)["step"]
+                if isinstance(step, int) and not isinstance(step, bool) and line.endswith(b"\n"):
+                    yield step, line
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step's record."""
@@ -66,7 +69,5 @@ class _NoBar:
 
 
 def progress_bar(enabled: bool, step: int, steps: int) -> contextlib.AbstractContextManager[Any]:
-    """Return a bar of ``steps`` steps that starts at ``step`` and shows only on a terminal."""
-    if not enabled:
-        return contextlib.nullcontext(_NoBar())
-    return need("tqdm").tqdm(disable=None, initial=step, total=steps, unit="step", desc="train")
+    """Return a bar of ``steps`` steps that starts at ``step``; lines replace it off a terminal."""
+    return step_progress("train", step, steps) if enabled else contextlib.nullcontext(_NoBar())

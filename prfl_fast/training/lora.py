@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.training.checkpoint import adapter_name
+from prfl_fast.training.model_files import adapter_name
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import need
 

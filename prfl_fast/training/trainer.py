@@ -5,7 +5,9 @@ with supervised flow matching (arXiv 2511.21541), one for a reward model. A run 
 resumed computes the same numbers as an uninterrupted run, bit for bit on CPU.
 """
 
+import contextlib
 import copy
+import logging
 import math
 import os
 import time
@@ -25,23 +27,26 @@ from prfl_fast.memory.optimizers import (
     split_group,
 )
 from prfl_fast.training.checkpoint import (
-    check_savable,
-    copy_into,
+    check_free,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
 )
-from prfl_fast.training.config import TrainConfig, TrainResult
+from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
 from prfl_fast.training.logging import TrainingLog, progress_bar
+from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.training.signals import collect_signals
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, torch_seed
+from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
 
 NON_FINITE_LIMIT = 5
+_log = logging.getLogger("prfl_fast")
 
 
 class NonFiniteTrainingError(RuntimeError):
@@ -56,8 +61,10 @@ class Trainer:
     """Train the parameters of ``model`` that require gradients.
 
     A run writes ``log.jsonl`` (one record per step), TensorBoard's files and checkpoints
-    (:mod:`prfl_fast.training.checkpoint`) into ``folder``, or nothing if it is None. SIGINT and
-    SIGTERM end the run after the current step and save it; a second signal ends it at once.
+    (:mod:`prfl_fast.training.checkpoint`) into ``folder``, or nothing if it is None. It holds the
+    folder meanwhile (:func:`prfl_fast.utils.folder_lock.hold_folder`); ``final`` there links to the
+    newest saved model. SIGINT, SIGTERM and SIGHUP end the run after the current step and save it; a
+    second signal ends it at once. So does a sample that cannot be read, which is then raised.
 
     An update whose loss or gradient is not finite is skipped: weights, optimizer and average do not
     change. Five steps in a row with a skipped update end the run.
@@ -70,17 +77,18 @@ class Trainer:
             an adapter, only the adapter is saved.
         objectives: objectives by name, in the order of their optimizer steps.
         resume: ``"auto"`` continues from the newest checkpoint in ``folder``, if there is one. A
-            path continues from that checkpoint. None starts a new run and rejects a folder that
-            holds checkpoints.
+            path continues from that checkpoint, ``"last-good"`` from the newest one that is not
+            damaged. None starts a new run and rejects a folder that holds checkpoints.
         identity: plain values that describe the run (batch size, number of solver steps, ...). They
-            are saved, and a resumed run must have the same values.
+            are saved, and a resumed run must have the same values. A :class:`RunIdentity` has those
+            of the data and models as well.
         tensorboard: write TensorBoard's files; needs a folder.
         on_step: called with each step's record after the step.
         advise: called when a device is full; returns a sentence that suggests a memory policy.
 
     Raises:
         ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype, or
-            the checkpoint is truncated, of another model or of other settings.
+            the checkpoint is damaged, of another model, or of other settings or inputs.
             Also if ``model`` cannot be saved into ``folder``.
         MissingExtraError: if the optimizer's library is not installed.
     """
@@ -93,7 +101,7 @@ class Trainer:
         *,
         folder: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | None = "auto",
-        identity: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | RunIdentity | None = None,
         progress: bool = False,
         tensorboard: bool = False,
         on_step: Callable[[dict[str, Any]], object] | None = None,
@@ -123,7 +131,7 @@ class Trainer:
             hint = "Only a LatentRewardModel has them"
             check(bool(head), "head_learning_rate", config.head_learning_rate, "None", hint=hint)
             split_group(self.optimizer, head.values())
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(torch_seed(config.seed))
         self.ema: dict[str, torch.Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {}
@@ -140,16 +148,25 @@ class Trainer:
         self._done: dict[str, tuple[dict[str, float], bool]] = {}
         self._partly_updated = False  # True after an incomplete optimizer step
         self._log: TrainingLog | None = None
-        self._identity = {**config.fixed(), **(identity or {}), "objectives": list(objectives)}
+        if not isinstance(identity, RunIdentity):
+            identity = RunIdentity(identity or {})
+        names_of_objectives = {"objectives": list(objectives)}
+        self._identity = {**config.fixed(), **identity.settings, **names_of_objectives}
+        self._inputs = dict(identity.inputs)
         self._saved_step: int | None = None
         if self.folder is not None:
-            check_savable(model, self.folder)
-        checkpoint = find_checkpoint(self.folder, resume)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+            check_savable(model)
+            check_free(self.folder)
+        self._newest = self._newest_step()
+        self.resumed_from = find_checkpoint(self.folder, resume)
+        if self.resumed_from is not None:
+            self._restore(self.resumed_from, identity.accept_changed_inputs)
 
-    def _restore(self, path: Path) -> None:
-        state, ema = load_checkpoint(path, self.model, settings=self._identity)
+    def _restore(self, path: Path, accept_inputs: bool) -> None:
+        settings, inputs = self._identity, self._inputs
+        state, ema = load_checkpoint(
+            path, self.model, settings=settings, inputs=inputs, accept_inputs=accept_inputs
+        )
         if state["parameters"] != list(self.parameters):
             raise ValueError(f"{path}: trained other parameters. Freeze the same ones in this run")
         self.optimizer.load_state_dict(state["optimizer"])
@@ -157,10 +174,15 @@ class Trainer:
             copy_into(ema or {}, self.ema, path / "ema.safetensors")
         self.result.step, self.result.skipped = state["step"], state["skipped"]
         self._in_a_row, self._draws = state["in_a_row"], dict(state["draws"])
+        self._done = {n: (dict(m), ok) for n, (m, ok) in state.get("done", {}).items()}
         self._load_objectives(state.get("objectives", {}))
         restore_random_state(state["random"], self.generator)
         if self.folder is not None and path.resolve().parent == self.folder.resolve():
             self._saved_step = self.result.step
+
+    def _newest_step(self) -> int:
+        found = [] if self.folder is None else list_checkpoints(self.folder)
+        return found[-1][0] if found else -1
 
     def _objective_states(self) -> dict[str, Any]:
         stateful = {n: o for n, o in self.objectives.items() if hasattr(o, "state_dict")}
@@ -179,13 +201,17 @@ class Trainer:
             OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
         """
         check(self.folder is not None, "folder", self.folder, "a folder to save to")
-        assert self.folder is not None
         self._check_whole()
         if self._done:
             raise ValueError(
                 f"Step {self.result.step + 1} is incomplete: only {', '.join(self._done)} was "
                 "updated. Call run() to finish it, then save"
             )
+        return self._save()
+
+    def _save(self) -> Path:
+        """Write a checkpoint, of an incomplete step too, which a resumed run then completes."""
+        assert self.folder is not None
         for name, parameter in self.parameters.items():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteTrainingError(
@@ -198,15 +224,17 @@ class Trainer:
             "skipped": self.result.skipped,
             "in_a_row": self._in_a_row,
             "draws": dict(self._draws),
+            "done": dict(self._done),
             "parameters": list(self.parameters),
             "optimizer": self.optimizer.state_dict(),
             "objectives": self._objective_states(),
             "random": random_state(self.generator),
         }
         step, keep = self.result.step, self.config.keep_last
-        rest: Any = {"ema": self.ema, "settings": self._identity, "keep_last": keep}
-        path = save_checkpoint(self.folder, step, self.model, state, **rest)
-        self._saved_step = step
+        rest: Any = {"ema": self.ema, "settings": self._identity, "inputs": self._inputs}
+        with hold_folder(self.folder):
+            path = save_checkpoint(self.folder, step, self.model, state, keep_last=keep, **rest)
+        self._newest = self._saved_step = step
         return path
 
     def run(self) -> TrainResult:
@@ -216,11 +244,22 @@ class Trainer:
             NonFiniteTrainingError: if five steps in a row had a non-finite loss or gradient. The
                 state, with the weights of the last good update, is saved first.
             OutOfMemoryError: if a device is full. Gradients are dropped and nothing is saved.
-            ValueError: if an objective computes no gradient.
+            ValueError: if an objective computes no gradient, or cannot read a sample. The state
+                before its update is saved first.
+            FolderInUseError: if another run works in the folder.
         """
         self._check_whole()
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None:
+                stack.enter_context(hold_folder(self.folder))
+            return self._run()
+
+    def _run(self) -> TrainResult:
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            newest, known = self._newest_step(), self._newest
+            hint = "Another run has worked in the folder since: start again"
+            expected = f"{known}, as when this run read the folder"
+            check(newest <= known, "newest checkpoint's step", newest, expected, hint=hint)
             clean_temporaries(self.folder)
             self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
         try:
@@ -273,9 +312,12 @@ class Trainer:
         self.result.history.append(record)
         if self._log is not None:
             self._log.write(record)
-        shown = {k: f"{v:.4g}" for k, v in record.items() if "/" in k and v is not None}
-        bar.set_postfix({**shown, "skipped": self.result.skipped}, refresh=False)
-        bar.update()
+        # Loss and reward first, because a terminal of 80 columns shows no more.
+        ordered = sorted(record, key=lambda k: ("loss" not in k) + ("reward" not in k) == 2)
+        shown = {k: f"{record[k]:.4g}" for k in ordered if "/" in k and record[k] is not None}
+        with contextlib.suppress(OSError):  # the terminal may be gone, after SIGHUP
+            bar.set_postfix({**shown, "skipped": self.result.skipped}, refresh=False)
+            bar.update()
         if self._in_a_row >= NON_FINITE_LIMIT:
             where = "" if self.folder is None else f"; the last good state is in {self.save()}"
             raise NonFiniteTrainingError(
@@ -304,12 +346,32 @@ class Trainer:
             self._load_objectives(states)
             restore_random_state(random, self.generator)
             raise failure from error
+        except Exception as error:  # for example a sample with NaN: the steps so far are good
+            self.optimizer.zero_grad(set_to_none=True)
+            self._draws[name] = draws
+            self._load_objectives(states)
+            restore_random_state(random, self.generator)
+            self._save_before(error)
+            raise
         try:
             return means, self._apply(name, means)
         except RuntimeError as error:
             failure = self._out_of_memory(f"the optimizer step of objective {name!r}", error)
             self._partly_updated = True
             raise failure from error
+
+    def _save_before(self, error: Exception) -> None:
+        """Save the state before an update that raised ``error``, unless it is saved already."""
+        fresh = self.result.step == 0 and not self._done
+        if self.folder is None or fresh or self._saved_step == self.result.step:
+            return
+        try:
+            path = self._save()
+        except (OSError, NonFiniteTrainingError) as failure:
+            _log.error("step %d could not be saved: %s", self.result.step, failure)
+            return
+        if isinstance(error, ValueError) and len(error.args) == 1:
+            error.args = (f"{error}. Step {self.result.step} is saved in {path}",)
 
     def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one update; return the mean of each metric."""

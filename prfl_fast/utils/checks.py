@@ -43,6 +43,11 @@ def check_number(name: str, value: object) -> None:
     check(is_number(value), name, value, "a finite number")
 
 
+def torch_seed(seed: int) -> int:
+    """Return a seed that torch takes: of 64 bits, and ``seed`` itself if it has no more."""
+    return seed if -(1 << 63) <= seed < 1 << 64 else seed % (1 << 64)
+
+
 def check_positive(name: str, value: object) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number above 0."""
     check(is_number(value) and value > 0, name, value, "a positive number")  # type: ignore[operator]

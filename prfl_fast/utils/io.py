@@ -1,24 +1,38 @@
 """Write files and folders atomically; read, write and compare the tensors of safetensors files."""
 
+import hashlib
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prfl_fast.utils.folder_lock import is_writing
 from prfl_fast.utils.optional import need
 
-_TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\.tmp-(\d+)-[0-9a-f]{8}")
+_writing: set[Path] = set()  # temporary paths of this process
 
 
 def _temporary(path: Path) -> Path:
     # The suffix stays last, because writers of images and arrays choose the format by it.
     return path.with_name(f"{path.stem}.tmp-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def _open_to_group(path: Path) -> None:
+    """Give a file or folder the permissions that the umask allows; some writers give 0600."""
+    mask = os.umask(0o077)  # the only portable way to read it
+    os.umask(mask)
+    mode = path.stat().st_mode & 0o7777
+    wanted = mode | ((0o777 if path.is_dir() else 0o666) & ~mask)
+    if wanted != mode:
+        with suppress(OSError):  # some file systems have no permissions
+            os.chmod(path, wanted)
 
 
 def _remove(path: Path) -> None:
@@ -46,13 +60,17 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = _temporary(path)
+    _writing.add(temporary)
     try:
         yield temporary
         for folder, _, files in os.walk(temporary):
             for name in files:
+                _open_to_group(Path(folder) / name)
                 _flush(Path(folder) / name)
+            _open_to_group(Path(folder))
             _flush(Path(folder))
         if not temporary.is_dir():
+            _open_to_group(temporary)
             _flush(temporary)
         elif path.exists():  # os.replace cannot replace a folder that has files
             remove_atomic(path)
@@ -60,6 +78,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(path.parent)  # after a power failure the new name could otherwise be missing
     finally:
         _remove(temporary)
+        _writing.discard(temporary)
 
 
 @contextmanager
@@ -83,12 +102,45 @@ def remove_atomic(path: str | os.PathLike[str]) -> None:
     _remove(gone)
 
 
+def link_atomic(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Make or replace the symbolic link ``path`` to ``target``; it exists at any moment."""
+    temporary = _temporary(Path(path))
+    os.symlink(target, temporary)
+    os.replace(temporary, path)
+
+
 def clean_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove the temporary files of killed writers directly in ``folder``; return their paths."""
-    stale = [p for p in sorted(Path(folder).iterdir()) if _TEMPORARY.search(p.name)]
+    """Remove the temporary files of killed writers directly in ``folder``; return their paths.
+
+    Those of a process of this host that is alive are kept.
+    """
+    stale = [p for p in sorted(Path(folder).iterdir()) if _is_stale(p)]
     for path in stale:
         _remove(path)
     return stale
+
+
+def _is_stale(path: Path) -> bool:
+    match = _TEMPORARY.search(path.name)
+    if match is None:
+        return False
+    pid = int(match[1])
+    if pid == os.getpid():  # or that of an earlier process of the same number
+        return path.absolute() not in {p.absolute() for p in _writing}
+    try:
+        return not is_writing(pid, path.lstat().st_mtime)
+    except FileNotFoundError:  # its writer has just renamed it
+        return False
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 digest of a file, as ``sha256sum`` prints it."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
 
 
 def save_tensors(

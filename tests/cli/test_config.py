@@ -52,7 +52,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert (feedback.num_inference_steps, feedback.shift, feedback.points) == (40, 5.0, 1)
     assert (feedback.target, feedback.weight, feedback.solver) == (2.0, 0.1, "unipc")
     assert config.objectives == ("prfl", "sft") and config.lora is None
-    assert (optimizer.learning_rate, optimizer.betas, optimizer.eps) == (5e-6, (0.9, 0.999), 1e-8)
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.eps) == (None, (0.9, 0.999), 1e-8)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.01, 1.0)
     assert run.gradient_accumulation_steps == 5 and run.ema_decay is None
     reward = load(tmp_path, REWARD, TrainRewardFile)
@@ -295,7 +295,7 @@ BAD_FILES = [
     ("train", REWARD + "reward: 3", "reward is 3, expected a string, a mapping"),
     ("train", REWARD + PARTS[:-9] + "}", "reward.pool is missing"),
     ("train", BASE.replace("{steps: 3}", "{}"), "run.steps is missing, expected a whole number"),
-    ("train-reward", REWARD + "memory: auto\n", "memory is 'auto', expected a mapping with keys"),
+    ("train-reward", REWARD + "memory: auto\n", "is 'fp32', expected bf16 with memory: auto"),
     ("train-reward", REWARD + "memory: {reward_offload: cpu}\n", "did you mean 'offload'?"),
     ("train-reward", REWARD + BF16 + NF4, "weight_dtype is 'nf4', expected one of fp32, bf16"),
     ("train-reward", REWARD + NF4.replace("nf4", "bf16"), "precision: bf16"),

@@ -95,7 +95,7 @@ def test_train_then_go_on(root, tmp_path, capsys):
     assert [r["step"] for r in records] == [1, 2, 3]
     assert all(0 < r["prfl/reward"] < 1 for r in records)
     names = {p.name for p in out.iterdir()}
-    assert names == {"config.yaml", "log.jsonl", "step-00000003", "tensorboard"}
+    assert names == {"config.yaml", "final", "log.jsonl", "step-00000003", "tensorboard"}
 
 
 def test_train_reward_then_score(root, tmp_path, capsys):

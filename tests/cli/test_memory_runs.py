@@ -11,7 +11,7 @@ from runs import write_config
 
 pytest.importorskip("pydantic")
 
-from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory import policy as memory
@@ -187,6 +187,22 @@ def test_memory_auto_by_a_whole_search(root, tmp_path, capsys):
     assert stored.memory.build() == stored.reward_memory.build() == MemoryConfig("bf16")
     expected = "memory: {weight_dtype: bf16}, reward_memory: {weight_dtype: bf16}"
     assert f"memory: auto chose {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["data", "pairs"])
+def test_memory_auto_of_a_reward_model(root, tmp_path, planned, capsys, data):
+    out, changes = tmp_path / "out", {**AUTO, "run.steps": 1, "data": str(root / data)}
+    changes["loss"] = "bt" if data == "pairs" else "ce"
+    assert call("train-reward", root, out, changes) == 0
+    (asked,) = planned.calls
+    expected = {"train": "full", "batch_size": 4 if data == "pairs" else 2, "sft": False}
+    assert {key: asked[key] for key in expected} == expected
+    assert asked["model"]["num_layers"] == 1
+    assert "memory: auto chose memory: {weight_dtype: bf16" in capsys.readouterr().err
+    stored = load_config(TrainRewardFile, out / "config.yaml")
+    assert stored.memory.build() == planned.memory
+    assert call("train-reward", root, out, {**changes, "run.steps": 2}) == 0
+    assert "with which this run began" in capsys.readouterr().err and len(planned.calls) == 1
 
 
 def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):

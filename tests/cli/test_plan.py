@@ -11,12 +11,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from commands import one_line
-from runs import write_config
+from runs import config, write_config
 
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
-from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.planning import planner
@@ -150,6 +150,22 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
     assert run("--apply", file) == 0 and file.read_text() == after
 
 
+def test_apply_plans_the_training_of_a_reward_model(root, tmp_path, calls, searched, capsys):
+    changes = {"loss": "bt", "data": str(root / "pairs"), "run.batch_size": 3}
+    content = config("train-reward", root, tmp_path / "out", changes)
+    file = write_config(tmp_path / "reward.yaml", content)
+    assert run("--apply", file) == 0
+    work = calls[0].workload
+    assert (work.train, work.batch_size, work.sft, work.reward_blocks) == ("full", 6, False, 1)
+    assert work.config["num_layers"] == 1 and (work.frames, work.height) == (5, 32)
+    written = load_config(TrainRewardFile, file)
+    assert written.memory.build() == searched.memory
+    assert written.hardware.precision == "bf16" and written.loss == "bt"
+    capsys.readouterr()
+    assert run("--apply", file, "--batch-size", 2) == 2
+    assert "--batch-size is 2, but" in capsys.readouterr().err
+
+
 def test_apply_plans_for_the_files_method(file, calls):
     text = file.read_text()
     file.write_text(text.replace("points: 3   # three", "method: refl"))
@@ -270,9 +286,9 @@ def test_bad_input_is_one_line_before_any_work(
     (tmp_path / "WRONG").write_text("lora: {lora_rnk: 2}\n")
     (tmp_path / "FOLDER").mkdir()
     configs = {"FLUX": '{"_class_name": "Flux"}', "LIST": "[1]", "BRACE": "{", "NOTHING": "{}"}
-    for name, config in configs.items():
+    for name, text in configs.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "config.json").write_text(text)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     assert run(*arguments.split()) == 2
     assert BAD[arguments] in one_line(capsys, "plan")
@@ -286,7 +302,8 @@ def test_options_argparse_refuses(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         run(*arguments.split())
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and "error: " in error.splitlines()[-1]
+    assert caught.value.code == 2 and error.startswith("prfl-fast") and "error: " in error
+    assert error.count("\n") == 1
 
 
 def test_a_missing_package_is_named(monkeypatch, calls, capsys):

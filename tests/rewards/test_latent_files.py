@@ -21,7 +21,11 @@ def test_save_and_load_give_the_same_bits(tmp_path, case, dtype):
     patch(reward.to(dtype).backbone)
     folder = tmp_path / "a" / "reward"
     reward.save(folder)
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "digests.json",
+        "model.safetensors",
+    }
     config = json.loads((folder / "config.json").read_text())
     assert config["num_blocks"] == 2 and config["num_heads"] == HEADS and config["num_queries"] == 2
     loaded = LatentRewardModel.load(folder)

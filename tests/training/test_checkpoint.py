@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prfl_fast.training.checkpoint import (
+    find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -86,9 +87,9 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 
 
 def test_clean_temporaries_removes_only_ours(tmp_path):
-    for name in ("step-00000001.tmp-12-0123abcd", "b.tmp-x", "log.jsonl"):
+    for name in ("step-00000001.tmp-99999912-0123abcd", "b.tmp-x", "log.jsonl"):
         (tmp_path / name).mkdir()
-    (tmp_path / "log.tmp-7-89abcdef.jsonl").write_text("x")
+    (tmp_path / "log.tmp-99999907-89abcdef.jsonl").write_text("x")
     assert len(clean_temporaries(tmp_path)) == 2
     assert names(tmp_path) == ["b.tmp-x", "log.jsonl"]
 
@@ -170,6 +171,8 @@ def test_only_plain_values_are_unpickled(tmp_path):
     torch.save({"step": Evil()}, path / "state.pt")
     content = json.loads((path / "checkpoint.json").read_text())
     content["files"]["state.pt"] = (path / "state.pt").stat().st_size
+    content["format"] = "prfl_fast checkpoint 2"  # without digests
+    del content["sha256"], content["digest"]
     (path / "checkpoint.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="state.pt: cannot be read"):
         load_checkpoint(path, nn.Linear(3, 2))
@@ -241,3 +244,59 @@ def test_random_state_round_trip(tmp_path):
     drawn = draw()
     restore_random_state(torch.load(tmp_path / "r.pt", weights_only=True), generator)
     assert draw() == drawn
+
+
+def test_every_flipped_bit_is_refused_by_name(tmp_path):
+    path = checkpoint(tmp_path, ema={"weight": torch.randn(2, 3)})
+    model, draws = nn.Linear(3, 2), random.Random(0)
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        for _ in range(25):
+            data = bytearray(whole)
+            data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+            file.write_bytes(data)
+            with pytest.raises(ValueError, match=file.name.replace(".", r"\.")):
+                load_checkpoint(path, model)
+        file.write_bytes(whole)
+    load_checkpoint(path, model)
+
+
+def test_a_checkpoint_of_another_step_is_refused(tmp_path):
+    path = checkpoint(tmp_path, 3).rename(tmp_path / "step-00000004")
+    with pytest.raises(ValueError, match="step in .*checkpoint.json is 3, expected 4"):
+        load_checkpoint(path, nn.Linear(3, 2))
+
+
+def test_checkpoints_without_digests_are_read_with_a_note(tmp_path, caplog):
+    path = checkpoint(tmp_path)
+    content = json.loads((path / "checkpoint.json").read_text())
+    content = {name: content[name] for name in ("step", "settings", "files")}
+    content["format"] = "prfl_fast checkpoint 2"
+    (path / "checkpoint.json").write_text(json.dumps(content))
+    assert load_checkpoint(path, nn.Linear(3, 2))[0]["step"] == 3
+    assert "without digests: damage goes unnoticed" in caplog.text
+
+
+def test_last_good_skips_damaged_checkpoints(tmp_path, caplog):
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    damage("state.pt", 0.5)(tmp_path / "step-00000003")
+    assert find_checkpoint(tmp_path, "last-good") == tmp_path / "step-00000002"
+    assert "step-00000003/state.pt" in caplog.text
+    assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-00000003"
+    assert find_checkpoint(tmp_path / "new", "last-good") is None
+
+
+def test_changed_inputs_are_refused_or_accepted(tmp_path, caplog):
+    path = checkpoint(tmp_path, inputs={"data: number of samples": 4})
+    model, inputs = nn.Linear(3, 2), {"data: number of samples": 3}
+    with pytest.raises(ValueError, match="began with data: number of samples = 4, now it is 3"):
+        load_checkpoint(path, model, inputs=inputs)
+    load_checkpoint(path, model, inputs=inputs, accept_inputs=True)
+    assert "going on as asked" in caplog.text
+
+
+def test_final_links_to_the_newest_model(tmp_path):
+    for step in (1, 2):
+        path = checkpoint(tmp_path, step, keep_last=1)
+        assert (tmp_path / "final").resolve() == (path / "model").resolve()

@@ -5,10 +5,12 @@ import signal
 
 import pytest
 import torch
+from processes import forked
 from runs import NoisyFit, linear, log, trainer
 from torch import nn
 
 from prfl_fast.training.checkpoint import latest_checkpoint, list_checkpoints
+from prfl_fast.utils.folder_lock import FolderInUseError
 
 
 @pytest.mark.parametrize("gradients", ["parameter", "fp32"])
@@ -64,7 +66,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
     with pytest.raises(RuntimeError, match="stop"):
         broken.run()
     assert [r["step"] for r in log(tmp_path / "broken")][-1] == stop + 1
-    (latest_checkpoint(tmp_path / "broken").parent / "step-00000099.tmp-1-00000000").mkdir()
+    (latest_checkpoint(tmp_path / "broken").parent / "step-00000099.tmp-99999901-00000000").mkdir()
     torch.manual_seed(77)
     resumed = trainer(linear(3), tmp_path / "broken", **options)
     assert resumed.result.step == latest_step(tmp_path / "broken")
@@ -169,3 +171,74 @@ def test_a_log_with_a_cut_line_is_repaired(tmp_path):
         file.write('{"step": 3, "a/lo')
     trainer(folder=tmp_path, steps=3).run()
     assert [r["step"] for r in log(tmp_path)] == [1, 2, 3]
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    found = []
+
+    def second():
+        try:
+            trainer(folder=tmp_path).run()
+        except FolderInUseError:
+            return 7
+        return 0
+
+    trainer(folder=tmp_path, on_step=lambda record: found.append(forked(second))).run()
+    assert found == [7] * 4 and [step for step, _ in list_checkpoints(tmp_path)] == [4]
+
+
+def test_a_run_that_another_one_overtook_is_refused(tmp_path):
+    first, second = trainer(folder=tmp_path), trainer(folder=tmp_path)
+    first.run()
+    with pytest.raises(ValueError, match="Another run has worked in the folder since"):
+        second.run()
+
+
+@pytest.mark.parametrize("draw", [2, 3])
+def test_a_bad_sample_saves_the_steps_before_it(tmp_path, draw):
+    class Bad(NoisyFit):
+        def __call__(self, at, generator, loss_scale):
+            if at == draw and self.broken:
+                torch.rand(())
+                raise ValueError("sample 7 has NaN")
+            return super().__call__(at, generator, loss_scale)
+
+    def run(folder, broken):
+        model = linear()
+        objectives = {"a": NoisyFit(model), "b": Bad(model)}
+        objectives["b"].broken = broken
+        torch.manual_seed(4)
+        made = trainer(model, folder, objectives=objectives, ema_decay=0.9)
+        return made, model
+
+    whole, model = run(tmp_path / "whole", False)
+    whole.run()
+    broken, _ = run(tmp_path / "broken", True)
+    with pytest.raises(
+        ValueError, match=f"sample 7 has NaN. Step {draw} is saved in .*step-0000000"
+    ):
+        broken.run()
+    assert [step for step, _ in list_checkpoints(tmp_path / "broken")] == [draw]
+    mended, again = run(tmp_path / "broken", False)
+    mended.run()
+    assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+
+
+def test_the_first_signal_says_what_happens(tmp_path, capfd):
+    def stop(record):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
+    result = trainer(folder=tmp_path, on_step=stop).run()
+    signal.signal(signal.SIGHUP, before)
+    assert result.stopped_by == signal.SIGHUP and latest_checkpoint(tmp_path).name.endswith("1")
+    assert "finishing this step, then saving; again to stop at once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("line", ['{"step": null}', '{"step": "x"}', '{"step": 1.5}', "[1]", "7"])
+def test_log_lines_without_a_step_are_dropped(tmp_path, line):
+    trainer(folder=tmp_path, steps=2).run()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(line + "\n")
+    trainer(folder=tmp_path, steps=3).run()
+    assert [record["step"] for record in log(tmp_path)] == [1, 2, 3]

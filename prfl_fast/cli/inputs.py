@@ -1,0 +1,83 @@
+"""Describe a run's data and models, so that a resumed run notices other ones."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.loading import transformer_folder
+from prfl_fast.cli.sections import ReferenceReward
+from prfl_fast.data.manifest import EMPTY_PROMPT, LatentDataset
+from prfl_fast.utils.digests import DIGESTS
+from prfl_fast.utils.io import digest_of
+
+# A file of weights is read in this many places: 56 GB take a second, not minutes. Another training
+# of the same model differs everywhere.
+_PLACES, _BLOCK, _HEAD = 64, 4096, 1 << 16
+
+
+def inputs_of(
+    config: TrainFile | TrainRewardFile, dataset: LatentDataset, losers: LatentDataset | None = None
+) -> dict[str, Any]:
+    """Return values that tell the datasets, the base model and the rewards of a run apart."""
+    found = _data("data", dataset)
+    if losers is not None:
+        found |= _data("lose_data", losers)
+    if config.text_drop > 0:
+        found["empty prompt: fingerprint"] = fingerprint(dataset.folder / EMPTY_PROMPT)
+    found["model: fingerprint"] = fingerprint(transformer_folder(config.model))
+    if isinstance(config, TrainFile) and "prfl" in config.objectives:
+        for name, path in _rewards(config):
+            found[f"{name}: fingerprint"] = fingerprint(path)
+        if config.prfl.guidance is not None:
+            negative = Path(config.prfl.guidance.negative)
+            found["prfl.guidance.negative: fingerprint"] = fingerprint(negative)
+    return found
+
+
+def _data(name: str, dataset: LatentDataset) -> dict[str, Any]:
+    sizes = hashlib.sha256()
+    for path in dataset.files():
+        sizes.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return {
+        f"{name}: number of samples": len(dataset),
+        f"{name}: manifest": digest_of(dataset.manifest)[:16],
+        f"{name}: sizes of files": sizes.hexdigest()[:16],
+    }
+
+
+def _rewards(config: TrainFile) -> list[tuple[str, Path]]:
+    several = config.reward if isinstance(config.reward, tuple) else ()
+    sources: list[tuple[str, Any]] = [(f"reward {r.name}", r.path) for r in several]
+    if not sources:
+        sources = [("reward", config.reward)]
+    found = []
+    for name, source in sources:
+        members = source if isinstance(source, tuple) else (source,)
+        for number, member in enumerate(members):
+            label = f"{name} {number}" if len(members) > 1 else name
+            if isinstance(member, ReferenceReward):
+                for part in ("transformer", "mlp", "pool"):
+                    found.append((f"{label} {part}", Path(getattr(member, part))))
+            else:
+                found.append((label, Path(member)))
+    return found
+
+
+def fingerprint(path: Path) -> str:
+    """Return a digest of names, sizes, headers and a sample of the bytes of a file or folder."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or file.name == DIGESTS:  # such as the cache of a download
+            continue
+        size = file.stat().st_size
+        digest.update(f"{relative.as_posix()} {size}\n".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(_HEAD))
+            for place in range(_PLACES if size > _HEAD else 0):
+                opened.seek(max(_HEAD, size - _BLOCK) * (place + 1) // _PLACES)
+                digest.update(opened.read(_BLOCK))
+    return digest.hexdigest()[:16]

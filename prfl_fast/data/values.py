@@ -1,0 +1,69 @@
+"""Read every sample of a dataset and check its values."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from prfl_fast.data.manifest import LatentDataset, Pair, Sample
+
+# Standard deviation of a normalized latent's channel over a dataset: near 1. Those of Wan's VAE
+# before (z - mean) / std are 1.1 to 3.3, with a geometric mean of 2.0.
+_CHANNEL, _ALL = (0.25, 4.0), (0.6, 1.6)
+
+
+def check_values(dataset: LatentDataset) -> None:
+    """Read all samples of a dataset.
+
+    Raises:
+        ValueError: if a sample has NaN, infinite or too large values, or the latents of the whole
+            dataset are scaled unlike normalized latents.
+    """
+    problems: list[str] = []
+    spread = _Spread()
+    for index in range(len(dataset)):
+        try:
+            for sample in _samples(dataset[index]):
+                spread.add(sample.latents)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        more = f" ({len(problems) - 1} more items are bad)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
+    spread.check(str(dataset.folder))
+
+
+def _samples(item: Sample | Pair) -> Iterator[Sample]:
+    yield from (item.win, item.lose) if isinstance(item, Pair) else (item,)
+
+
+class _Spread:
+    """Standard deviation of each channel over all samples, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum = self.squares = torch.zeros(())
+
+    def add(self, latents: torch.Tensor) -> None:
+        values = latents.double().flatten(1)
+        self.count += values.shape[1]
+        self.sum = self.sum + values.sum(1)
+        self.squares = self.squares + values.square().sum(1)
+
+    def check(self, where: str) -> None:
+        mean = self.sum / self.count
+        stds = (self.squares / self.count - mean.square()).clamp_min(0).sqrt().tolist()
+        low, high = _CHANNEL
+        bad = [f"{i}: {std:.3g}" for i, std in enumerate(stds) if not low <= std <= high]
+        geometric = math.exp(sum(math.log(max(std, 1e-12)) for std in stds) / len(stds))
+        if bad:
+            listed = ", ".join(bad[:4])
+            found = f"channels with a standard deviation outside {low:g} to {high:g} ({listed})"
+        elif not _ALL[0] <= geometric <= _ALL[1]:
+            found = f"channels with standard deviations of {min(stds):.3g} to {max(stds):.3g}"
+        else:
+            return
+        raise ValueError(
+            f"{where}: latents have {found}, expected about 1, as normalized latents have. "
+            "Most likely (z - mean) / std with the VAE's latents_mean and latents_std was left out"
+        )

@@ -1,0 +1,225 @@
+"""Save and load a model: all of it, or the adapter that trains, in the format of diffusers."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from prfl_fast.utils.adapters import adapter_scales, trained_adapters
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
+from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, save_tensors
+from prfl_fast.utils.optional import need
+
+# Kinds of adapters whose scale in a layer is alpha / rank.
+_SCALED = ("LORA", "LOHA", "LOKR")
+# Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
+_PIPELINE_PART = "transformer."
+_ADAPTER_METADATA = "lora_adapter_metadata"
+
+
+def copy_into(
+    tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], source: object
+) -> None:
+    """Copy ``tensors`` into ``targets`` in place; errors name their ``source``.
+
+    Raises:
+        ValueError: if names, shapes or dtypes differ. No target is changed then.
+    """
+    check_fit(targets, tensors, source, dtypes=True)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def adapter_name(model: torch.nn.Module) -> str | None:
+    """Return the name of the peft adapter that is saved, or None if ``model`` has no adapter.
+
+    It is the only adapter, or of several the one that trains; frozen ones are part of the model.
+
+    Raises:
+        ValueError: if the model has several adapters, and not exactly one of them trains.
+    """
+    names = list(getattr(model, "peft_config", None) or ())
+    if len(names) < 2:
+        return names[0] if names else None
+    trained = trained_adapters(model)
+    hint = "Freeze or delete the others: one adapter is saved"
+    check(len(trained) == 1, f"adapters that train, of {names},", trained, "one", hint=hint)
+    return trained[0]
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors to save, not copied: those of the adapter, or the whole state dict.
+
+    Raises:
+        ValueError: if the model has an adapter and also trains parameters outside it.
+    """
+    name = adapter_name(model)
+    if name is None:
+        return dict(model.state_dict())
+    read = need("peft").get_peft_model_state_dict
+    tensors: dict[str, torch.Tensor] = read(model, adapter_name=name)
+    stored = {t.data_ptr() for t in tensors.values()}
+    for other, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr() not in stored:
+            raise ValueError(
+                f"{other} is trained beside adapter {name!r}, but only the adapter is saved. "
+                "Freeze it, or list it in peft's modules_to_save"
+            )
+    return tensors
+
+
+def _model_file(model: torch.nn.Module) -> str:
+    if adapter_name(model) is not None:
+        return "pytorch_lora_weights.safetensors"
+    prefix = "diffusion_pytorch_" if hasattr(model, "save_config") else ""
+    return f"{prefix}model.safetensors"
+
+
+def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors, not copied, by the names that ``load_lora_weights`` reads."""
+    stored = stored_tensors(model).items()
+    return {_PIPELINE_PART + n.removeprefix("base_model.model."): t for n, t in stored}
+
+
+def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the adapter's configuration as plain values, for diffusers to read rank and alpha.
+
+    Alpha includes the weight that ``set_adapters`` gave the adapter, in each layer.
+    """
+    name = adapter_name(model)
+    config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
+    plain: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    if name is not None and plain.get("peft_type") in _SCALED:
+        scales, expected, alpha = adapter_scales(model, name), _scales_of(plain), _alpha_key(plain)
+        weights = {layer: scale / (expected(layer) or 1.0) for layer, scale in scales.items()}
+        first = next(iter(weights.values()), 1.0)
+        if all(math.isclose(weight, first, rel_tol=1e-9) for weight in weights.values()):
+            if not math.isclose(first, 1.0, rel_tol=1e-9):
+                plain[alpha] *= first
+                patterns = plain.get("alpha_pattern") or {}
+                plain["alpha_pattern"] = {k: v * first for k, v in patterns.items()}
+        else:
+            alphas = {k: _pattern_value(plain, "alpha", k) * w for k, w in weights.items()}
+            plain["alpha_pattern"] = alphas
+    return {_PIPELINE_PART + key: value for key, value in plain.items()}
+
+
+def _pattern_value(settings: Mapping[str, Any], kind: str, layer: str) -> float:
+    """Return rank or alpha of one layer, as peft reads ``rank_pattern`` and ``alpha_pattern``."""
+    for pattern, value in (settings.get(f"{kind}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return float(value)
+    return float(settings["r" if kind == "rank" else _alpha_key(settings)])
+
+
+def _alpha_key(settings: Mapping[str, Any]) -> str:
+    return "lora_alpha" if "lora_alpha" in settings else "alpha"
+
+
+def _scales_of(settings: Mapping[str, Any]) -> Callable[[str], float]:
+    """Return the function that gives a layer's scale by the settings of a LoRA adapter."""
+
+    def scale(layer: str) -> float:
+        rank = _pattern_value(settings, "rank", layer)
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        return _pattern_value(settings, "alpha", layer) / divisor
+
+    return scale
+
+
+def check_savable(model: torch.nn.Module) -> None:
+    """Check that ``model`` can be saved, before a training whose result would be lost.
+
+    Raises:
+        ValueError: if the model trains several adapters or parameters beside an adapter, or a
+            tensor has no plain bytes (torchao's weights, shards, meta tensors).
+        MissingExtraError: if safetensors, or the peft of an adapter, is not installed.
+    """
+    need("safetensors.torch")
+    for name, tensor in stored_tensors(model).items():
+        kind = type(tensor).__name__
+        plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
+        if plain and tensor.is_meta:
+            plain, kind = False, "a meta tensor"
+        expected = "a plain tensor, as safetensors cannot hold it"
+        check(plain, name, kind, expected, hint="Train an adapter, which is saved alone")
+    if adapter_name(model) is not None:
+        try:
+            json.dumps(_adapter_settings(model))
+        except TypeError as error:
+            raise ValueError(f"the adapter's configuration cannot be saved: {error}") from error
+
+
+def save_model(model: torch.nn.Module, folder: Path) -> None:
+    """Write ``model`` into ``folder`` in its library's format; see the top of this file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _model_file(model)
+    if adapter_name(model) is not None:
+        settings = json.dumps(_adapter_settings(model), sort_keys=True)
+        save_tensors(_adapter_tensors(model), path, {"format": "pt", _ADAPTER_METADATA: settings})
+        write_digests(folder, (path.name,))
+        return
+    if hasattr(model, "save_config"):
+        model.save_config(folder)  # type: ignore[operator]
+    save_tensors(stored_tensors(model), path)
+
+
+def load_model(model: torch.nn.Module, folder: Path) -> None:
+    """Copy the weights in a folder of :func:`save_model` into ``model``, in place.
+
+    The folder may hold a file of diffusers' ``save_lora_weights`` or ``save_lora_adapter``. An
+    adapter is cast to the dtype of the adapter in ``model``.
+
+    Raises:
+        ValueError: if the file is missing, truncated, or of another model, or if its adapter has
+            another rank or scale. The model is unchanged then.
+    """
+    path = folder / _model_file(model)
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    hint = "A run with other adapter settings may have written the folder"
+    check(path.is_file(), f"content of {folder}", found, path.name, hint=hint)
+    tensors = load_tensors(path)
+    if adapter_name(model) is None:
+        copy_into(tensors, stored_tensors(model), path)
+        return
+    if (folder / DIGESTS).is_file():  # diffusers writes none
+        check_folder(folder, (path.name,), "adapter")
+    with open_tensors(path) as opened:
+        saved = json.loads((opened.metadata() or {}).get(_ADAPTER_METADATA, "{}"))
+    _check_adapter(model, saved, path)
+    targets = _adapter_tensors(model)
+    tensors = {_PIPELINE_PART + n.removeprefix(_PIPELINE_PART): t for n, t in tensors.items()}
+    tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
+    copy_into(tensors, targets, path)
+
+
+def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path) -> None:
+    """Raise ``ValueError`` unless the adapter in a file has the rank and scales of the model's."""
+    part, name = len(_PIPELINE_PART), adapter_name(model)
+    wanted = {key[part:]: value for key, value in _adapter_settings(model).items()}
+    # As in diffusers, alpha equals the rank in a file without metadata.
+    rank, alpha = wanted.get("r"), _alpha_key(wanted)
+    defaults = {"r": rank, alpha: rank, "use_rslora": False}
+    defaults |= {"rank_pattern": wanted.get("rank_pattern"), "alpha_pattern": {}}
+    found = {k: saved.get(_PIPELINE_PART + k, saved.get(k, v)) for k, v in defaults.items()}
+    hint = "Add the adapter with the file's value"
+    for key in ("r", alpha, "use_rslora"):
+        label, value = f"{key} of the adapter in {path}", found[key]
+        ok = key not in wanted or value == wanted[key]
+        if not ok and key == alpha and isinstance(value, (int, float)):
+            ok = math.isclose(value, wanted[key], rel_tol=1e-6)
+        check(ok, label, value, f"this model's {wanted.get(key)!r}", hint=hint)
+    if name is None or wanted.get("peft_type") not in _SCALED:
+        return
+    scale_in_file = _scales_of(found)
+    for layer, scale in adapter_scales(model, name).items():
+        value, label = scale_in_file(layer), f"scale of {layer} in the adapter in {path}"
+        ok = math.isclose(value, scale, rel_tol=1e-6)
+        check(ok, label, value, f"this model's {scale}", hint="Add it with the file's patterns")

@@ -1,0 +1,55 @@
+"""Write and check the SHA-256 digests of the files of a folder."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import digest_of, write_atomic
+
+DIGESTS = "digests.json"
+_log = logging.getLogger("prfl_fast")
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file below ``folder`` by its path relative to it."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {p.relative_to(folder).as_posix(): digest_of(p) for p in paths}
+
+
+def check_digests(folder: Path, digests: Mapping[str, Any], hint: str) -> None:
+    """Raise ``ValueError`` that names the first file whose digest is another one."""
+    for name, digest in digests.items():
+        found = digest_of(folder / name) if (folder / name).is_file() else None
+        expected = f"{digest}, as written: the file was damaged or changed since"
+        check(found == digest, f"SHA-256 of {folder / name}", found, expected, hint=hint)
+
+
+def write_digests(folder: Path, names: tuple[str, ...]) -> None:
+    """Write ``digests.json`` beside the files ``names`` that it is about."""
+    with write_atomic(folder / DIGESTS) as temporary:
+        digests = {name: digest_of(folder / name) for name in names}
+        temporary.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+
+
+def check_folder(folder: Path, names: tuple[str, ...], kind: str) -> None:
+    """Check the files ``names`` of a folder against its ``digests.json``.
+
+    A folder of an earlier revision has none; the log says so. ``kind`` is the word for the folder.
+
+    Raises:
+        ValueError: if a file is damaged, or ``digests.json`` does not cover it.
+    """
+    path = folder / DIGESTS
+    if not path.is_file():
+        _log.warning("%s: this %s has no %s, so damage goes unnoticed", folder, kind, DIGESTS)
+        return
+    hint = f"Copy the {kind} again, or delete {DIGESTS} if you changed the file yourself"
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}). {hint}") from error
+    check(isinstance(digests, dict), str(path), digests, "a JSON object of digests", hint=hint)
+    check_digests(folder, {name: digests.get(name) for name in names}, hint)
