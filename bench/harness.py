@@ -96,8 +96,6 @@ class Context:
         compile_ops: also compile each naive operation of the kernels suite; seconds each on a CPU.
         out: folder of the results.
         bar: makes a progress bar, ``bar(total, description)``.
-        alignment_follows: True if the run measures the suite ``alignment`` after ``memory``.
-        small_world: what ``experiments.small_world.prepare`` returned for it, if already called.
     """
 
     device: torch.device
@@ -110,8 +108,6 @@ class Context:
     out: Path = Path("bench-out")
     preset_given: bool = False
     bar: Callable[[int, str], Any] = lambda total, description: contextlib.nullcontext(NoBar())
-    alignment_follows: bool = False
-    small_world: Any = None
 
     @property
     def dtype(self) -> torch.dtype:

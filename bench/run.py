@@ -87,10 +87,7 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         out=args.out,
         bar=_bar,
     )
-    names = tuple(dict.fromkeys(args.suite))
-    if {"memory", "alignment"} <= set(names):
-        context.alignment_follows = names.index("memory") < names.index("alignment")
-    return context, names
+    return context, tuple(dict.fromkeys(args.suite))
 
 
 def _baselines(parser: _Parser, text: str, kind: str) -> tuple[tuple[str, ...], Path | None]:

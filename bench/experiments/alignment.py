@@ -173,8 +173,7 @@ def run(context: Context) -> SuiteResult:
 
 
 def _run(s: Settings, context: Context, pool: Executor) -> SuiteResult:
-    prepared = context.small_world or small_world.prepare(s, context, pool)
-    start, held_out, trained = prepared
+    start, held_out, trained = small_world.prepare(s, context, pool)
     device, seed = context.device, context.seed
     jobs = [
         submit(pool, run_arm, start, s, arm, seed + i)

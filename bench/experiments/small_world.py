@@ -317,18 +317,10 @@ def train_arm(
     return result.skipped, seconds
 
 
-def prepare(
-    s: Settings,
-    context: Context,
-    pool: Executor,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> tuple[Start, Clips, str]:
+def prepare(s: Settings, context: Context, pool: Executor) -> tuple[Start, Clips, str]:
     """Make the clips and train generator, reward and classifier.
 
     A run with the same settings, seed and code leaves its models in ``context.out``: read these.
-
-    Args:
-        meanwhile: called before this process trains; may give the pool more work.
 
     Returns:
         The start, the held-out clips, and a note that says if the models were trained or read.
@@ -351,7 +343,6 @@ def prepare(
         note = f"Generator and reward models read back from {kept.name}."
     else:
         job = submit(pool, train_pixel_reward, clips, s, seed, device)
-        meanwhile()
         samples = clips.samples()
         generator = train_generator(samples, s, context)
         reward = train_reward(generator, samples, s, context)
@@ -423,18 +414,17 @@ def results_of(jobs: "Sequence[Future[Any]]", context: Context, label: str) -> l
 
 
 @contextlib.contextmanager
-def workers(context: Context, spare: int = 0) -> Iterator[Executor]:
+def workers(context: Context) -> Iterator[Executor]:
     """Return the pool in which arms run: on a CPU as many processes as there are threads.
 
-    Each process has one thread: with 20 tokens of width 96 a second thread does not pay. ``spare``
-    threads stay free for this process.
+    Each process has one thread: with 20 tokens of width 96 a second thread does not pay.
     """
     if context.device.type != "cpu":
         yield Inline()
         return
     threads = torch.get_num_threads()
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, threads - spare), spawn, initializer=quiet_libraries)
+    pool = ProcessPoolExecutor(threads, spawn, initializer=quiet_libraries)
     try:
         torch.set_num_threads(1)
         yield pool

@@ -14,7 +14,6 @@ from typing import Any
 import harness
 import report
 import torch
-from experiments import alignment, small_world
 from harness import PRESETS, Context, Preset, SuiteResult, Table, UnavailableError
 
 from prfl_fast import MemoryConfig, plan_memory
@@ -115,51 +114,26 @@ def _predicted(cases: list[Case]) -> list[dict[str, Any]]:
     return [predict(case) for case in cases]
 
 
-def _by_size(cases: Iterable[Case]) -> list[list[Case]]:
-    """Return each case once, in one group for each size, the largest group first."""
-    sizes: dict[Preset, list[Case]] = {}
-    for case in dict.fromkeys(cases):
-        sizes.setdefault(case.preset, []).append(case)
-    return sorted(sizes.values(), key=len, reverse=True)
-
-
 def predictions(cases: Iterable[Case], context: Context) -> dict[Case, dict[str, Any]]:
     """Simulate each case once, in as many processes as there are cores.
 
     A process takes all cases of a size: PyTorch remembers the shapes of results it has seen.
     """
-    groups = _by_size(cases)
+    sizes: dict[Preset, list[Case]] = {}
+    for case in dict.fromkeys(cases):
+        sizes.setdefault(case.preset, []).append(case)
     cores = min(8, len(os.sched_getaffinity(0)))
     spawn = multiprocessing.get_context("spawn")
     found: dict[Case, dict[str, Any]] = {}
     with (
         ProcessPoolExecutor(cores, spawn, initializer=_start_process) as pool,
-        context.bar(sum(map(len, groups)), "simulating") as bar,
+        context.bar(sum(map(len, sizes.values())), "simulating") as bar,
     ):
-        for group, records in zip(groups, pool.map(_predicted, groups), strict=True):
+        largest_first = sorted(sizes.values(), key=len, reverse=True)
+        for group, records in zip(largest_first, pool.map(_predicted, largest_first), strict=True):
             found |= zip(group, records, strict=True)
             bar.update(len(group))
     return found
-
-
-def predictions_during_training(
-    cases: Iterable[Case], context: Context
-) -> dict[Case, dict[str, Any]]:
-    """Simulate each case once while this process trains the models of the suite ``alignment``.
-
-    They train in one thread for minutes, in which the other cores have nothing else to do.
-    """
-    todo = [case for group in _by_size(cases) for case in group]
-    jobs: list[Any] = []
-    with small_world.workers(context, spare=1) as pool:
-        context.small_world = small_world.prepare(
-            alignment.Settings(),
-            context,
-            pool,
-            lambda: jobs.extend(small_world.submit(pool, predict, case) for case in todo),
-        )
-        records = small_world.results_of(jobs, context, "simulating")
-    return dict(zip(todo, records, strict=True))
 
 
 def _identity(case: Case) -> dict[str, Any]:
@@ -202,10 +176,7 @@ def _gib(size: float | None) -> str:
 def simulated(context: Context) -> tuple[Table, list[dict[str, Any]], Any]:
     """Return table, records and figure of the real sizes."""
     curves = curve_cases()
-    train = context.alignment_follows
-    train = train and not small_world.kept_models(alignment.Settings(), context).is_file()
-    simulate = predictions_during_training if train else predictions
-    found = simulate([*table_cases().values(), *curves.values()], context)
+    found = predictions([*table_cases().values(), *curves.values()], context)
     records = [{"case": "simulated", **_identity(case), **found[case]} for case in found]
     return _simulated_table(found), records, curves_figure({k: found[c] for k, c in curves.items()})
 

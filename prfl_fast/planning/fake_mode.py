@@ -5,23 +5,10 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-_PLAIN = (
-    int,
-    float,
-    bool,
-    str,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
+_PLAIN: tuple[type, ...] = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_PLAIN += (torch.layout, torch.memory_format)
 # (function, arguments) → recipe of the result, or _UNKNOWN. An operation's result depends on
 # nothing else, so all simulations of a process share it, as they share FakeTensorMode's own cache.
 _recipes: dict[Any, Any] = {}
