@@ -221,7 +221,8 @@ def _evaluate(
         for i in range(len(dataset)):
             batch = collate([dataset[i]])
             assert isinstance(batch, Batch)
-            labels = torch.tensor([label_of(record, config.label) for record in batch.labels])
+            values = [label_of(record, config.label) for record in batch.labels]
+            labels = torch.tensor(values, dtype=torch.float32, device="cpu")
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
     with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):

@@ -8,13 +8,14 @@ safetensors files in the folder; ``labels`` is optional.
 import json
 import os
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 
 from prfl_fast.models.velocity import check_finite
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
 
 MANIFEST = "manifest.jsonl"
@@ -168,7 +169,7 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     labels = record.get("labels", {})
     check(isinstance(labels, dict), f"{where}: labels", labels, "a JSON object")
     for name, value in labels.items():
-        ok = isinstance(value, (bool, int, float, str))
+        ok = isinstance(value, (Real, str))
         check(ok, f"{where}: labels.{name}", value, "a number or a string")
     return record
 
@@ -204,7 +205,7 @@ def write_dataset(
         else:
             record["latents"] = save(first, f"{number:06d}")
         if first.labels:
-            record["labels"] = dict(first.labels)
+            record["labels"] = {name: plain(value) for name, value in first.labels.items()}
         lines.append(json.dumps(record) + "\n")
     check(bool(lines), "samples", [], "at least one")
     # Last, so that an interrupted call leaves no manifest and thus no dataset.

@@ -11,7 +11,14 @@ from typing import Literal
 import torch
 
 from prfl_fast.feedback.points import Bound, Point, as_points, in_order, is_bound, resolve
-from prfl_fast.utils.checks import check, check_choice, check_count, check_fraction, is_number
+from prfl_fast.utils.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_fraction,
+    is_number,
+    plain,
+)
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,16 @@ class GradientPlan:
     attenuation: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("points", "depth", "strength", "renoised", "segments", "attenuation"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         check_count("points", self.points)
         check_choice("draws", self.draws, ("systematic", "independent"))
         check_choice("reward_at", self.reward_at, ("next", "clean", "current"))
         check_choice("to", self.to, ("parameters", "noise", "latent"))
         check_choice("start", self.start, ("noise", "data"))
         for name in ("window", "depth"):  # YAML gives lists
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, tuple(map(plain, getattr(self, name))))
         window = self.window
         ok = isinstance(window, tuple) and len(window) == 2 and all(map(is_bound, window))
         expected = "(first, end): integers, fractions in [0, 1], or None"

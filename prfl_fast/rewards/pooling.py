@@ -1,5 +1,7 @@
 """Query attention pooling and the head of the latent reward model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,8 +32,10 @@ class QueryAttentionPool(nn.Module):
         check(ok, "num_heads", num_heads, f"a divisor of dim = {dim}")
         check_count("num_queries", num_queries)
         # This module holds and initializes the parameters; its forward is never called.
-        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        # Scripts that load models in bfloat16 often make it the default dtype.
+        wide: Any = {"dtype": torch.float32}
+        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True, **wide)
+        self.queries = nn.Parameter(torch.empty(num_queries, dim, **wide))
         nn.init.xavier_uniform_(self.queries)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +68,8 @@ class RewardHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(dim, 1024), nn.Linear(1024, 512), nn.Linear(512, 1)
+        sizes = ((dim, 1024), (1024, 512), (512, 1))
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(*n, dtype=torch.float32) for n in sizes)
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

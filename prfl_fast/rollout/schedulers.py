@@ -6,6 +6,7 @@ diffusers counterparts. Their coefficients are computed in float64 before the ro
 update is one ``flow_step``, rounded once to the latents' dtype and differentiable in every tensor.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe, require_float
 from prfl_fast.rollout.unipc_coefficients import unipc_updates
-from prfl_fast.utils.checks import check, check_choice, check_count
+from prfl_fast.utils.checks import check, check_choice, check_count, is_number, plain
 
 # UniPC's log-SNR is infinite at σ = 1, so that schedules start this much below, as in diffusers.
 _UNIPC_SIGMA_GAP = 1e-6
@@ -54,11 +55,11 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     _check_shift(shift)
     check_count("num", num)
     sigmas = [_shifted(1 - i / num, shift) for i in range(num)]
-    return torch.tensor(sigmas, dtype=torch.float64).to(torch.float32)
+    return torch.tensor(sigmas, dtype=torch.float64, device="cpu").to(torch.float32)
 
 
 def _check_shift(shift: float) -> None:
-    ok = math.isfinite(shift) and shift > 0
+    ok = is_number(shift) and shift > 0
     check(ok, "shift", shift, "a positive number (Wan uses 5.0, or 3.0 at 480p)")
 
 
@@ -69,9 +70,9 @@ class _FlowScheduler:
         _check_shift(shift)
         check_count("num_train_timesteps", num_train_timesteps)
         self.shift = float(shift)
-        self.num_train_timesteps = num_train_timesteps
-        self.timesteps = torch.empty(0)
-        self.sigmas = torch.empty(0)
+        self.num_train_timesteps = plain(num_train_timesteps)
+        self.timesteps = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.sigmas = torch.empty(0, dtype=torch.float32, device="cpu")
         self._sigmas: tuple[float, ...] = ()
         self._times: tuple[float, ...] = ()
         self._step_index: int | None = None
@@ -91,8 +92,8 @@ class _FlowScheduler:
         ``num_inference_steps`` is not a positive integer.
         """
         check_count("num_inference_steps", num_inference_steps)
-        sigmas, timesteps = self.schedule(num_inference_steps)
-        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64).to(torch.float32)
+        sigmas, timesteps = self.schedule(plain(num_inference_steps))
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64, device="cpu").to(torch.float32)
         self.timesteps = timesteps.to(device) if device is not None else timesteps
         # The update coefficients start from the float32 levels that diffusers uses, not from their
         # unrounded values: near σ = 1 the rounding moves 1-σ by 1 %, and with it the log-SNR.
@@ -203,7 +204,8 @@ class FlowEuler(_FlowScheduler):
     def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         super().__init__(shift, num_train_timesteps)
         # diffusers derives the ends in float32, and the last timesteps depend on that rounding.
-        ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32) / num_train_timesteps
+        ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32, device="cpu")
+        ends = ends / num_train_timesteps
         ends = self.shift * ends / (1 + (self.shift - 1) * ends)
         self._ends: tuple[float, float] = (ends[0].item(), ends[1].item())
 
@@ -211,7 +213,7 @@ class FlowEuler(_FlowScheduler):
         scale = self.num_train_timesteps
         even = _linspace(self._ends[0] * scale, self._ends[1] * scale, count)
         sigmas = [_shifted(t / scale, self.shift) for t in even]
-        return sigmas, torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * scale
+        return sigmas, torch.tensor(sigmas, dtype=torch.float64, device="cpu").to(torch.float32) * scale
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return flow_step([sample, velocity], [1.0, self._sigmas[index + 1] - self._sigmas[index]])
@@ -245,7 +247,7 @@ class FlowUniPC(_FlowScheduler):
         sigmas = [_shifted(s, self.shift) for s in _linspace(1, 1 / scale, count + 1)[:-1]]
         if abs(sigmas[0] - 1) < _UNIPC_SIGMA_GAP:
             sigmas[0] -= _UNIPC_SIGMA_GAP
-        return sigmas, torch.tensor([int(s * scale) for s in sigmas], dtype=torch.int64)
+        return sigmas, torch.tensor([int(s * scale) for s in sigmas], dtype=torch.int64, device="cpu")
 
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None
@@ -309,6 +311,28 @@ def fresh_copy(scheduler: Any) -> Any:
     clone = copy.copy(scheduler)
     detach_state(clone)
     return copy.deepcopy(clone)
+
+
+def check_deterministic(scheduler: Any, num_inference_steps: int) -> None:
+    """Raise ``ValueError`` if the steps of a foreign scheduler draw random numbers.
+
+    Its ``step`` may ignore a generator (diffusers' Euler does), so no seed would fix a trajectory.
+    """
+    if isinstance(scheduler, _FlowScheduler):
+        return
+    x = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float32, device="cpu")
+    before = torch.get_rng_state()
+    # Errors are raised again by the trajectory, which knows the latents.
+    with torch.no_grad(), contextlib.suppress(Exception):
+        scheduler, timesteps = start_trajectory(scheduler, num_inference_steps)
+        for timestep in timesteps:
+            (x,) = scheduler.step(x, timestep, x, return_dict=False)
+    random = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    name = f"scheduler {type(scheduler).__name__}"
+    hint = "Build it without stochastic sampling, or use FlowUniPC or FlowEuler."
+    kind = "one that draws random numbers in its steps"
+    check(not random, name, kind, "a deterministic sampler", hint=hint)
 
 
 def _config(scheduler: Any) -> Mapping[str, Any]:

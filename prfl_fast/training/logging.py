@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class TrainingLog:
         self._file.write(json.dumps(record).encode() + b"\n")
         if self._board is not None:
             for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
+                if isinstance(value, Real) and name != "step":
                     self._board.add_scalar(name, value, record["step"])
 
     def flush(self) -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from prfl_fast.kernels.runtime.checks import describe
+from prfl_fast.models.adapter import not_inference
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.utils.checks import check
@@ -70,7 +71,7 @@ def noise_like(
     same = same and noise.device == latents.device
     check(same, "noise", noise, f"the shape and device of the latents, {describe(latents)}")
     check_finite("noise", noise)
-    return noise
+    return not_inference(noise)  # type: ignore[no-any-return]
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,9 @@ class RewardFeedback:
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw]
         # Drawn on the CPU, so that a run has the same noise on every device.
-        noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
+        shape, source = batch.latents.shape, generator.device
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=source)
+        noise = noise.to(self.device)
         batch = batch.to(self.device)
         from_data = self.step.plan.start == "data"
         out = self.step(
@@ -179,7 +181,8 @@ class RewardFit:
                 clean = (win.latents, lose.latents, win.conditions, lose.conditions)
                 loss = bt_loss(self.reward, *clean, **draws)
             else:
-                labels = torch.tensor([label_of(record, self.label) for record in batch.labels])
+                values = [label_of(record, self.label) for record in batch.labels]
+                labels = torch.tensor(values, dtype=torch.float32, device="cpu")
                 loss = ce_loss(self.reward, batch.latents, batch.conditions, labels, **draws)
         (loss * loss_scale).backward()
         return {"loss": loss.detach()}

@@ -5,11 +5,13 @@ training schedule, and scored at model time t = 1000·σ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from prfl_fast.models.adapter import not_inference
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import add_noise, check_sigma, choose_sigma, noise_like
 from prfl_fast.utils.checks import check, check_choice
@@ -37,7 +39,7 @@ def label_of(record: Mapping[str, Any], key: str) -> float:
     if isinstance(value, str):
         value = {"good": 1.0, "poor": 0.0}.get(value, value)
     hint = "" if value is not None else f"The record has {sorted(record)}"
-    ok = isinstance(value, (bool, int, float)) and value in (0, 1)
+    ok = isinstance(value, Real) and value in (0, 1)
     check(ok, f"label {key}", value, "0, 1, 'good' or 'poor'", hint=hint)
     return 1.0 if value else 0.0
 
@@ -67,7 +69,7 @@ def ce_loss(
     Raises:
         ValueError: if labels are not 0 or 1, sigma is outside [0, 1], or shapes do not match.
     """
-    labels = _checked_labels(labels, latents)
+    labels = not_inference(_checked_labels(labels, latents))
     sigma = choose_sigma(sigma, latents, generator, shift, device="cpu")
     x = add_noise(latents, noise_like(latents, noise, generator), sigma)
     logits = reward.logits(x, 1000 * sigma, conditions)
@@ -151,7 +153,8 @@ def evaluate(
         for latents, conditions, labels in batches:
             truth.append(_checked_labels(labels, latents).double().cpu())
             # One draw per sample: a draw for the whole batch would depend on the batch size.
-            drawn = [torch.randn(latents.shape[1:], generator=generator) for _ in latents]
+            like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            drawn = [torch.randn(latents.shape[1:], **like) for _ in latents]
             noise = torch.stack(drawn).to(latents.device)
             for t in timesteps:
                 sigma = check_sigma(t / 1000, latents)

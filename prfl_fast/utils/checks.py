@@ -5,18 +5,26 @@ Each raises an error that names the argument, its value and the expected values.
 
 import math
 from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
 
 from prfl_fast.kernels.runtime.checks import describe
 
 
+def plain(value: Any) -> Any:
+    """Return a numpy number as the Python number that it is; return other objects unchanged."""
+    # numpy registers its scalars as numbers, and only float64 is a subclass of a Python type.
+    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
+
+
 def is_number(value: object) -> bool:
     """Return True for a finite real number; booleans are not numbers."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value: object, least: int = 1) -> bool:
     """Return True for an integer of at least ``least``; booleans are not integers."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def check(ok: bool, name: str, value: object, expected: str, *, hint: str = "") -> None:
