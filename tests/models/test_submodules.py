@@ -67,9 +67,6 @@ PLACES = ("norm1", "norm2", "norm3", "attn1", "attn2.norm_k", "ffn", "ffn.net.0"
 @pytest.mark.parametrize("change", CHANGES)
 def test_customized_submodules_run(change, when):
     for place in PLACES:
-        if change == "backward hook" and place == "norm2":
-            continue  # the unpatched block calls it with a temporary in float32, as the others
-        plain, model = wan.tiny_wan(), wan.tiny_wan()
         model = prfl_fast.patch(model) if when == "after" else model
         for m in (plain, model):
             CHANGES[change](m.blocks[1].get_submodule(place))
