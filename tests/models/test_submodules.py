@@ -67,6 +67,7 @@ PLACES = ("norm1", "norm2", "norm3", "attn1", "attn2.norm_k", "ffn", "ffn.net.0"
 @pytest.mark.parametrize("change", CHANGES)
 def test_customized_submodules_run(change, when):
     for place in PLACES:
+        plain, model = wan.tiny_wan(), wan.tiny_wan()
         model = prfl_fast.patch(model) if when == "after" else model
         for m in (plain, model):
             CHANGES[change](m.blocks[1].get_submodule(place))
@@ -115,9 +116,8 @@ def test_layer_norm_tuning_and_its_rollout():
     assert any("norm2 is a LNTuningLayer" in text for text in same(model, plain))
     x, _, conditions = wan.inputs()
     expected = rollout(plain, x, conditions, prfl_fast.FlowUniPC(), 3)
-    out = rollout(
-        model, x, conditions, prfl_fast.FlowUniPC(), 3, rollout_config=RolloutConfig()
-    )
+    exact = RolloutConfig()
+    out = rollout(model, x, conditions, prfl_fast.FlowUniPC(), 3, rollout_config=exact)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
