@@ -98,7 +98,7 @@ def check_rollout_forwards(base: Any) -> None:
             )
     for index, block in enumerate(base.blocks):
         if reason := why_not_fused(block):
-            raise UnsupportedError(f"blocks.{index} runs its own forward: {reason}")
+            raise UnsupportedError(f"blocks.{index}.{reason}, so the block runs its own forward")
     if not type(base).forward.__module__.startswith("diffusers."):
         raise UnsupportedError(
             f"{type(base).__name__} has a forward that is not diffusers', which may use its "

@@ -48,19 +48,24 @@ def why_not_fused(block: Any) -> str:
     """Return why a block must run its own forward, ``""`` if it can run on the kernels.
 
     The kernels replace norms, attention processors and the feed-forward. What users, peft,
-    accelerate or FSDP2 put on these submodules works only if they are called.
+    accelerate or FSDP2 put on these submodules works only if they are called. Raise
+    ``ValueError`` if context parallelism was enabled after patching.
     """
-    norm = ("FP32LayerNorm", "Identity")
-    for name in ("norm1", "norm2", "norm3"):
-        if reason := _customized(name, getattr(block, name), norm):
+    if reason := _customized("norm2", block.norm2, ("FP32LayerNorm", "Identity")):
+        return reason
+    for name in ("norm1", "norm3"):
+        norm = getattr(block, name)
+        if reason := _customized(name, norm, ("FP32LayerNorm",)):
             return reason
+        if norm.weight is not None:
+            return f"{name} has a weight"
     for name in ("attn1", "attn2"):
         attn = getattr(block, name)
         if reason := _customized(name, attn, ("WanAttention",)):
             return reason
         if type(attn.processor).__name__ != PROCESSOR:
-            return f"the processor of {name} is a {type(attn.processor).__name__}"
-        if attn.processor._parallel_config is not None:
+            return f"{name}.processor is a {type(attn.processor).__name__}"
+        if getattr(attn.processor, "_parallel_config", None) is not None:
             raise ValueError(
                 f"context parallelism is on for {name} of a patched block, expected off. Call "
                 "prfl_fast.unpatch(model) before enable_parallelism"
