@@ -82,7 +82,7 @@ class WanDiffusersAdapter:
         """
         base: Any = unwrap(model)
         for module, forward in replacements(base):
-            others = _patched_by.get(module, set()) - {base.rope}
+            others = {*_patched_by.get(module, ())} - {base.rope}
             if module in _patched_by:
                 _patched_by[module].discard(base.rope)
             if instance_forward(module) is forward and not others:
@@ -127,7 +127,7 @@ class WanDiffusersAdapter:
     def hidden_size(self, model: nn.Module) -> int:
         """Return D, the width of the residual stream."""
         config: Any = unwrap(model).config  # patch_embedding may have an adapter
-        return config.num_attention_heads * config.attention_head_dim  # type: ignore[no-any-return]
+        return config.num_attention_heads * config.attention_head_dim
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return patch, text, time and image embeddings, which a reward model keeps frozen."""

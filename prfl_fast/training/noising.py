@@ -71,7 +71,7 @@ def noise_like(
     same = same and noise.device == latents.device
     check(same, "noise", noise, f"the shape and device of the latents, {describe(latents)}")
     check_finite("noise", noise)
-    return not_inference(noise)  # type: ignore[no-any-return]
+    return not_inference(noise)
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
