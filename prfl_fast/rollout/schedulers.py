@@ -43,6 +43,11 @@ def _linspace(first: float, last: float, count: int) -> list[float]:
     return [first + i * spacing for i in range(count - 1)] + [last]
 
 
+def _float32(values: list[float]) -> torch.Tensor:
+    """Return numbers rounded to float32, on the CPU whatever the default device."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu").to(torch.float32)
+
+
 def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     """Return the noise levels of supervised training from 1 down, float32 ``[num]``.
 
@@ -55,7 +60,7 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     _check_shift(shift)
     check_count("num", num)
     sigmas = [_shifted(1 - i / num, shift) for i in range(num)]
-    return torch.tensor(sigmas, dtype=torch.float64, device="cpu").to(torch.float32)
+    return _float32(sigmas)
 
 
 def _check_shift(shift: float) -> None:
@@ -93,7 +98,7 @@ class _FlowScheduler:
         """
         check_count("num_inference_steps", num_inference_steps)
         sigmas, timesteps = self.schedule(plain(num_inference_steps))
-        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64, device="cpu").to(torch.float32)
+        self.sigmas = _float32([*sigmas, 0.0])
         self.timesteps = timesteps.to(device) if device is not None else timesteps
         # The update coefficients start from the float32 levels that diffusers uses, not from their
         # unrounded values: near σ = 1 the rounding moves 1-σ by 1 %, and with it the log-SNR.
@@ -213,7 +218,7 @@ class FlowEuler(_FlowScheduler):
         scale = self.num_train_timesteps
         even = _linspace(self._ends[0] * scale, self._ends[1] * scale, count)
         sigmas = [_shifted(t / scale, self.shift) for t in even]
-        return sigmas, torch.tensor(sigmas, dtype=torch.float64, device="cpu").to(torch.float32) * scale
+        return sigmas, _float32(sigmas) * scale
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return flow_step([sample, velocity], [1.0, self._sigmas[index + 1] - self._sigmas[index]])
@@ -247,7 +252,8 @@ class FlowUniPC(_FlowScheduler):
         sigmas = [_shifted(s, self.shift) for s in _linspace(1, 1 / scale, count + 1)[:-1]]
         if abs(sigmas[0] - 1) < _UNIPC_SIGMA_GAP:
             sigmas[0] -= _UNIPC_SIGMA_GAP
-        return sigmas, torch.tensor([int(s * scale) for s in sigmas], dtype=torch.int64, device="cpu")
+        timesteps = [int(s * scale) for s in sigmas]
+        return sigmas, torch.tensor(timesteps, dtype=torch.int64, device="cpu")
 
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None

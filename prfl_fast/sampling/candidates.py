@@ -117,7 +117,8 @@ class _Remaining(FlowEuler):
 
     def schedule(self, count: int) -> tuple[list[float], torch.Tensor]:
         sigmas = [self._start * (count - i) / count for i in range(count)]
-        return sigmas, torch.tensor(sigmas, dtype=torch.float64, device="cpu").float() * 1000
+        levels = torch.tensor(sigmas, dtype=torch.float64, device="cpu")
+        return sigmas, levels.to(torch.float32) * 1000
 
 
 class Candidates:
