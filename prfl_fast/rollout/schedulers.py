@@ -8,7 +8,6 @@ update is one ``flow_step``, rounded once to the latents' dtype and differentiab
 
 import contextlib
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -24,7 +24,7 @@ def is_number(value: object) -> bool:
 
 def is_count(value: object, least: int = 1) -> bool:
     """Return True for an integer of at least ``least``; booleans are not integers."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check(ok: bool, name: str, value: object, expected: str, *, hint: str = "") -> None:

@@ -44,8 +44,7 @@ def gradients(model):
 class One:
     """Return the same batch for each number."""
 
-    def __init__(self):
-        x, _, conditions = wan.inputs()
+    def __init__(self, x, conditions):
         self.batch = Batch(x, conditions, [{"motion_quality": 1}, {"motion_quality": 0}])
 
     def __getitem__(self, number):
@@ -73,13 +72,13 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-def everything(model, reward):
+def everything(model, reward, x, conditions):
     """Return numbers of every draw of a training."""
-    x, _, conditions = wan.inputs()
     labels = torch.tensor([1.0, 0.0], dtype=torch.float32)
+    batches = One(x, conditions)
     numbers = [prfl(model, reward)(x, conditions, generator=seeded()).latents]
-    RewardFeedback(prfl(model), One())(0, seeded(), 1.0)
-    SupervisedFlow(model, One())(0, seeded(), 1.0)
+    RewardFeedback(prfl(model), batches)(0, seeded(), 1.0)
+    SupervisedFlow(model, batches)(0, seeded(), 1.0)
     numbers += [*gradients(model), sft_loss(model, x, conditions, generator=seeded())]
     numbers.append(ce_loss(reward, x, conditions, labels, generator=seeded()))
     rows = evaluate(reward, [(x, conditions, labels)]).values()
@@ -98,9 +97,10 @@ def everything(model, reward):
 def test_default_dtype_and_device_change_nothing(surroundings):
     model = prfl_fast.patch(wan.tiny_wan())
     reward = prfl_fast.LatentRewardModel.from_backbone(model, 1, num_heads=2).freeze()
-    expected = everything(model, reward)
+    x, _, conditions = wan.inputs()
+    expected = everything(model, reward, x, conditions)
     with surroundings():
-        found = everything(model, reward)
+        found = everything(model, reward, x, conditions)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
