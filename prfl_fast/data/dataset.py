@@ -55,7 +55,7 @@ def _stack(samples: Sequence[Sample]) -> Batch:
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     """Return a permutation of ``range(length)`` that depends on the arguments only."""
     # Seeds and epochs below 1,000,003 map to different generator seeds.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(int(seed) * 1_000_003 + int(epoch))
     return torch.randperm(length, generator=generator, device="cpu").tolist()
 
 

@@ -8,7 +8,6 @@ safetensors files in the folder; ``labels`` is optional.
 import json
 import os
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -169,7 +168,7 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     labels = record.get("labels", {})
     check(isinstance(labels, dict), f"{where}: labels", labels, "a JSON object")
     for name, value in labels.items():
-        ok = isinstance(value, (Real, str))
+        ok = isinstance(value, (bool, int, float, str))
         check(ok, f"{where}: labels.{name}", value, "a number or a string")
     return record
 

@@ -44,6 +44,23 @@ def _customized(name: str, module: Any, kinds: tuple[str, ...], own: object = No
     return found and f"{name} has {found}"
 
 
+def _customized_attention(name: str, attn: Any) -> str:
+    if reason := _customized(name, attn, ("WanAttention",)):
+        return reason
+    if type(attn.processor).__name__ != PROCESSOR:
+        return f"{name}.processor is a {type(attn.processor).__name__}"
+    if getattr(attn.processor, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"context parallelism is on for {name} of a patched block, expected off. Call "
+            "prfl_fast.unpatch(model) before enable_parallelism"
+        )
+    norms = ("norm_q", "norm_k") if attn.add_k_proj is None else _IMAGE_NORMS
+    for part in norms:
+        if reason := _customized(f"{name}.{part}", getattr(attn, part), ("RMSNorm",)):
+            return reason
+    return ""
+
+
 def why_not_fused(block: Any) -> str:
     """Return why a block must run its own forward, ``""`` if it can run on the kernels.
 
@@ -51,6 +68,9 @@ def why_not_fused(block: Any) -> str:
     accelerate or FSDP2 put on these submodules works only if they are called. Raise
     ``ValueError`` if context parallelism was enabled after patching.
     """
+    # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
+    if not type(block).forward.__module__.startswith("diffusers."):
+        return f"forward is that of {type(block).__name__}"
     if reason := _customized("norm2", block.norm2, ("FP32LayerNorm", "Identity")):
         return reason
     for name in ("norm1", "norm3"):
@@ -60,26 +80,17 @@ def why_not_fused(block: Any) -> str:
         if norm.weight is not None:
             return f"{name} has a weight"
     for name in ("attn1", "attn2"):
-        attn = getattr(block, name)
-        if reason := _customized(name, attn, ("WanAttention",)):
+        if reason := _customized_attention(name, getattr(block, name)):
             return reason
-        if type(attn.processor).__name__ != PROCESSOR:
-            return f"{name}.processor is a {type(attn.processor).__name__}"
-        if getattr(attn.processor, "_parallel_config", None) is not None:
-            raise ValueError(
-                f"context parallelism is on for {name} of a patched block, expected off. Call "
-                "prfl_fast.unpatch(model) before enable_parallelism"
-            )
-        norms = ("norm_q", "norm_k") if attn.add_k_proj is None else _IMAGE_NORMS
-        for part in norms:
-            if reason := _customized(f"{name}.{part}", getattr(attn, part), ("RMSNorm",)):
-                return reason
     ffn = block.ffn
     if reason := _customized("ffn", ffn, ("FeedForward",), feed_forward_in_chunks):
         return reason
     gelu, dropout = ffn.net[0], ffn.net[1]
-    reason = _customized("ffn.net.0", gelu, ("GELU",))
-    reason = reason or _customized("ffn.net.1", dropout, ("Dropout", "Identity"))
+    if reason := _customized("ffn.net.0", gelu, ("GELU",)):
+        return reason
+    if gelu.approximate != "tanh":
+        return f"ffn.net.0 has approximate={gelu.approximate!r}"
+    reason = _customized("ffn.net.1", dropout, ("Dropout", "Identity"))
     if not reason and dropout.training and getattr(dropout, "p", 0) > 0:
         return f"ffn.net.1 has dropout p={dropout.p} in train mode"
     return reason

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from prfl_fast.kernels import query_pool
-from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.checks import check, check_count, plain
 
 
 class QueryAttentionPool(nn.Module):
@@ -34,7 +34,7 @@ class QueryAttentionPool(nn.Module):
         # This module holds and initializes the parameters; its forward is never called.
         # Scripts that load models in bfloat16 often make it the default dtype.
         wide: Any = {"dtype": torch.float32}
-        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True, **wide)
+        self.multihead_attn = nn.MultiheadAttention(dim, plain(num_heads), batch_first=True, **wide)
         self.queries = nn.Parameter(torch.empty(num_queries, dim, **wide))
         nn.init.xavier_uniform_(self.queries)
 

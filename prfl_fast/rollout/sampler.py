@@ -9,7 +9,7 @@ from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import check_deterministic, fresh_copy
-from prfl_fast.utils.checks import check_count, check_type, plain
+from prfl_fast.utils.checks import check_count, check_type, make_fields_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ class Sampler:
     rollout: RolloutConfig | None = None
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         check_transformer(self.transformer)
         check_count("num_inference_steps", self.num_inference_steps)
-        object.__setattr__(self, "num_inference_steps", plain(self.num_inference_steps))
         check_type("guidance", self.guidance, (Guidance, type(None)))
         check_type("rollout", self.rollout, (RolloutConfig, type(None)))
         object.__setattr__(self, "scheduler", fresh_copy(self.scheduler))

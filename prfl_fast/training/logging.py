@@ -4,10 +4,10 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from prfl_fast.utils.checks import plain
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 
@@ -39,10 +39,11 @@ class TrainingLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step's record."""
+        record = {name: plain(value) for name, value in record.items()}
         self._file.write(json.dumps(record).encode() + b"\n")
         if self._board is not None:
             for name, value in record.items():
-                if isinstance(value, Real) and name != "step":
+                if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, record["step"])
 
     def flush(self) -> None:

@@ -5,7 +5,6 @@ training schedule, and scored at model time t = 1000·σ.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn import functional
 from prfl_fast.models.adapter import not_inference
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import add_noise, check_sigma, choose_sigma, noise_like
-from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.checks import check, check_choice, plain
 
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
 # Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
@@ -30,7 +29,7 @@ def label_of(record: Mapping[str, Any], key: str) -> float:
         ValueError: if the key is unknown, the record lacks it, or the label has another value.
     """
     check_choice("label", key, LABELS)
-    value = record.get(key)
+    value = plain(record.get(key))
     if value is None and key == "motion_quality":
         # As in the reference, motion is good if physics and humans are both good.
         parts = ("physics_quality", "human_quality")
@@ -39,7 +38,7 @@ def label_of(record: Mapping[str, Any], key: str) -> float:
     if isinstance(value, str):
         value = {"good": 1.0, "poor": 0.0}.get(value, value)
     hint = "" if value is not None else f"The record has {sorted(record)}"
-    ok = isinstance(value, Real) and value in (0, 1)
+    ok = isinstance(value, (int, float)) and value in (0, 1)
     check(ok, f"label {key}", value, "0, 1, 'good' or 'poor'", hint=hint)
     return 1.0 if value else 0.0
 
@@ -142,9 +141,10 @@ def evaluate(
     Raises:
         ValueError: if batches or timesteps are missing or out of range, or as in :func:`ce_loss`.
     """
+    timesteps = [plain(t) for t in timesteps]
     ok = bool(timesteps) and all(0 <= t <= 1000 for t in timesteps)
-    check(ok, "timesteps", list(timesteps), "one or more numbers in [0, 1000]")
-    generator = torch.Generator().manual_seed(seed)
+    check(ok, "timesteps", timesteps, "one or more numbers in [0, 1000]")
+    generator = torch.Generator().manual_seed(plain(seed))
     scores: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
     truth: list[torch.Tensor] = []
     modes = {module: module.training for module in reward.modules()}

@@ -5,6 +5,7 @@ Each raises an error that names the argument, its value and the expected values.
 
 import math
 from collections.abc import Collection
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,9 +13,18 @@ from prfl_fast.kernels.runtime.checks import describe
 
 
 def plain(value: Any) -> Any:
-    """Return a numpy number as the Python number that it is; return other objects unchanged."""
-    # numpy registers its scalars as numbers, and only float64 is a subclass of a Python type.
-    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
+    """Return a numpy scalar, alone or in a tuple, as a Python value; return others unchanged."""
+    if type(value) is tuple:
+        return tuple(map(plain, value))
+    # Of numpy's scalars, only float64 is an instance of a Python type.
+    scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0
+    return value.item() if scalar else value
+
+
+def make_fields_plain(config: Any) -> None:
+    """Replace the numpy scalars among the fields of a dataclass, which may be frozen."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, plain(getattr(config, field.name)))
 
 
 def is_number(value: object) -> bool:

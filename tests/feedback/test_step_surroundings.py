@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import prfl_fast
 from prfl_fast.data.dataset import Batch, epoch_order
+from prfl_fast.data.manifest import Sample, write_dataset
 from prfl_fast.feedback.points import Point
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC, training_sigmas
@@ -130,7 +131,7 @@ def test_inputs_of_inference_mode(patched):
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
-def test_numpy_numbers_are_numbers():
+def test_numpy_numbers_are_numbers(tmp_path):
     model = prfl_fast.patch(wan.tiny_wan())
     x, _, conditions = wan.inputs()
     one, half = np.int64(1), np.float32(0.5)
@@ -152,6 +153,15 @@ def test_numpy_numbers_are_numbers():
         rollout(model, x, conditions, FlowEuler(np.float32(3)), np.int64(3), stop=np.int64(2)),
         rollout(model, x, conditions, FlowEuler(3), 3, stop=2),
     )
+    prfl(model)(x, conditions, indices=np.array([1]))
+    record = {"motion_quality": np.float32(1), "text_alignment": np.True_, "fps": np.int64(16)}
+    sample = Sample(x[0], {"text": x[0, 0, 0]}, record)
+    assert write_dataset(tmp_path / "data", [sample])[0].labels == record
+    labels = torch.tensor([1.0, 0.0])
+    made = prfl_fast.LatentRewardModel.from_backbone(model, one, num_heads=np.int64(2))
+    made.save(tmp_path / "reward")
+    assert [*evaluate(made, [(x, conditions, labels)], np.array([200]), seed=one)] == [200]
+    assert epoch_order(9, one, np.int64(2)) == epoch_order(9, 1, 2)
     for flag in (np.True_, True):
         with pytest.raises(ValueError, match="num_inference_steps is"):
             prfl(model, num_inference_steps=flag)

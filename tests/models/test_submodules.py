@@ -75,6 +75,15 @@ def test_customized_submodules_run(change, when):
         assert any("runs its own forward" in text and place in text for text in said), said
 
 
+def test_a_subclass_of_a_block_and_another_activation_run():
+    for change in (subclass, lambda block: setattr(block.ffn.net[0], "approximate", "none")):
+        plain, model = wan.tiny_wan(), prfl_fast.patch(wan.tiny_wan())
+        for m in (plain, model):
+            change(m.blocks[1])
+        (text,) = same(model, plain)
+        assert "forward is that of Doubled" in text or "approximate='none'" in text
+
+
 def test_an_unchanged_block_warns_about_nothing():
     assert same(prfl_fast.patch(wan.tiny_wan()), wan.tiny_wan()) == []
 
