@@ -2,6 +2,7 @@
 # make test    set up .venv, lint, run the tests (what CI runs)
 # make lint    ruff check, ruff format --check and mypy
 # make install set up .venv only
+# make lowest  test the lowest declared versions of other packages, in .venv-lowest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install
 
-.PHONY: bench test lint install clean
+.PHONY: bench test lint lowest install clean
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
@@ -37,5 +38,14 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(if $(DRIVER),,PRFL_FAST_CUDA=0) $(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 
+lowest: .venv-lowest/installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-lowest/bin/python tests/versions.py lowest
+
+.venv-lowest/installed: pyproject.toml tests/versions.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install $(CPU_TORCH) || .venv-lowest/bin/python -m pip install $(CPU_TORCH) --index-url $(CPU_INDEX)
+	.venv-lowest/bin/python -m pip install $$($(PYTHON) tests/versions.py pins) accelerate hypothesis expecttest pytest "triton>=3.6,<3.7"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/_C*.so
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info kernels/_C*.so

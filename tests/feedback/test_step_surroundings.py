@@ -92,8 +92,13 @@ def everything(model, reward, x, conditions):
 
 @pytest.mark.parametrize(
     "surroundings",
-    [lambda: default_dtype(torch.bfloat16), lambda: default_dtype(torch.float64), CudaDefault],
-    ids=["bfloat16", "float64", "cuda"],
+    [
+        lambda: default_dtype(torch.bfloat16),
+        lambda: default_dtype(torch.float64),
+        CudaDefault,
+        lambda: torch.device("meta"),
+    ],
+    ids=["bfloat16", "float64", "cuda", "meta"],
 )
 def test_default_dtype_and_device_change_nothing(surroundings):
     model = prfl_fast.patch(wan.tiny_wan())
