@@ -1,7 +1,7 @@
 """Run the tests that depend on other packages, and write the versions into docs/models.md.
 
-``python tests/versions.py pins`` prints the lowest declared versions for pip, and
-``python tests/versions.py lowest`` (or ``newest``) runs the tests in the environment it runs in.
+The argument ``pins`` prints the lowest declared versions for pip. ``lowest`` and ``newest`` run the
+tests in the present environment and record it under that name.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE, RECORDS = ROOT / "docs" / "models.md", ROOT / "docs" / "tested_versions.json"
 MARKS = ("<!-- tested versions -->\n", "<!-- end of tested versions -->")
 PACKAGES = ("torch", "diffusers", "peft", "torchao", "bitsandbytes", "safetensors", "pydantic")
