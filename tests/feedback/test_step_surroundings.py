@@ -75,7 +75,7 @@ def default_dtype(dtype):
 
 def everything(model, reward, x, conditions):
     """Return numbers of every draw of a training."""
-    labels = torch.tensor([1.0, 0.0], dtype=torch.float32)
+    labels = torch.tensor([1.0, 0.0], dtype=torch.float32, device="cpu")
     batches = One(x, conditions)
     numbers = [prfl(model, reward)(x, conditions, generator=seeded()).latents]
     RewardFeedback(prfl(model), batches)(0, seeded(), 1.0)
@@ -83,11 +83,13 @@ def everything(model, reward, x, conditions):
     numbers += [*gradients(model), sft_loss(model, x, conditions, generator=seeded())]
     numbers.append(ce_loss(reward, x, conditions, labels, generator=seeded()))
     rows = evaluate(reward, [(x, conditions, labels)]).values()
-    numbers.append(torch.tensor([row["loss"] for row in rows], dtype=torch.float64))
+    numbers.append(torch.tensor([row["loss"] for row in rows], dtype=torch.float64, device="cpu"))
     torch.manual_seed(0)
-    for part in (QueryAttentionPool(16), RewardHead(16)):
-        numbers += [p.detach() for p in part.parameters()]
-    return [*numbers, torch.tensor(epoch_order(9, 1, 2)), training_sigmas()]
+    with torch.device("cpu"):  # modules follow the default device
+        for part in (QueryAttentionPool(16), RewardHead(16)):
+            numbers += [p.detach() for p in part.parameters()]
+    assert epoch_order(9, 1, 2) == [6, 2, 7, 4, 0, 3, 8, 1, 5]
+    return [*numbers, training_sigmas()]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_numpy_numbers_are_numbers(tmp_path):
     )
     prfl(model)(x, conditions, indices=np.array([1]))
     record = {"motion_quality": np.float32(1), "text_alignment": np.True_, "fps": np.int64(16)}
-    sample = Sample(x[0], {"text": x[0, 0, 0]}, record)
+    sample = Sample(x[0], {"encoder_hidden_states": x[0, 0, 0]}, record)
     assert write_dataset(tmp_path / "data", [sample])[0].labels == record
     labels = torch.tensor([1.0, 0.0])
     made = prfl_fast.LatentRewardModel.from_backbone(model, one, num_heads=np.int64(2))
