@@ -34,7 +34,7 @@ def draw_index(
 def check_sigma(sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
     """Return ``sigma`` as ``[B]`` on the device of ``latents``; raise ``ValueError`` if invalid."""
     batch = latents.shape[0]
-    sigma = torch.as_tensor(sigma, dtype=wide_dtype(latents)).to(latents.device)
+    sigma = torch.as_tensor(sigma, dtype=wide_dtype(latents), device=latents.device)
     ok = sigma.shape in ((), (batch,)) and bool(((sigma >= 0) & (sigma <= 1)).all())
     expected = f"a number in [0, 1], or {batch} of them"
     check(ok, "sigma", sigma.tolist(), expected, hint="Timesteps are 1000 sigma")
