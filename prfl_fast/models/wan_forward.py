@@ -69,7 +69,7 @@ def why_not_fused(block: Any) -> str:
     ``ValueError`` if context parallelism was enabled after patching.
     """
     # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
-    if not type(block).forward.__module__.startswith("diffusers."):
+    if type(block).__name__ not in ("WanTransformerBlock", "FSDPWanTransformerBlock"):
         return f"forward is that of {type(block).__name__}"
     if reason := _customized("norm2", block.norm2, ("FP32LayerNorm", "Identity")):
         return reason
