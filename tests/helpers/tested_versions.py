@@ -25,7 +25,9 @@ def pins() -> list[str]:
 
 
 def table() -> str:
-    """Return the Markdown table of the recorded runs."""
+    """Return the Markdown table of the recorded runs; empty if there are none."""
+    if not RECORDS.exists():
+        return ""
     rows = [f"| | {' | '.join(PACKAGES)} | tests |", "|---" * (len(PACKAGES) + 2) + "|"]
     for name, record in json.loads(RECORDS.read_text()).items():
         cells = [record["versions"][package] for package in PACKAGES]
