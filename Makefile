@@ -2,6 +2,7 @@
 # make test    set up .venv, lint, run the tests (what CI runs)
 # make lint    ruff check, ruff format --check and mypy
 # make install set up .venv only
+# make lowest  test the lowest declared versions of other packages, in .venv-lowest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip would compile the bytecode of all packages on one core. Python compiles what is imported.
 PIP := $(BIN)/python -m pip install --no-compile
 
-.PHONY: bench test lint install clean
+.PHONY: bench test lint lowest install clean
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
@@ -38,5 +39,14 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(if $(DRIVER),,PRFL_FAST_CUDA=0) $(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 
+lowest: .venv-lowest/installed
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-lowest/bin/python tests/helpers/tested_versions.py lowest
+
+.venv-lowest/installed: pyproject.toml tests/helpers/tested_versions.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install $(CPU_TORCH) || .venv-lowest/bin/python -m pip install $(CPU_TORCH) --index-url $(CPU_INDEX)
+	.venv-lowest/bin/python -m pip install $$($(PYTHON) tests/helpers/tested_versions.py pins) "transformers<5" accelerate hypothesis expecttest pytest "triton>=3.6,<3.7"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/_C*.so
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info kernels/_C*.so

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import readme_figure
 import results_tables
+import tested_versions
 import torch
 from plans import once
 from wan import tiny_wan
@@ -201,3 +202,4 @@ def test_links_lead_somewhere():
 def test_generated_parts_agree_with_the_records(capsys):
     assert results_tables.main(["--check"]) == 0, capsys.readouterr().err
     assert readme_figure.main(["--check"]) == 0, capsys.readouterr().out
+    assert tested_versions.table() in tested_versions.PAGE.read_text()

@@ -280,7 +280,7 @@ def _efficient_backward(grad, q, k, v, out, lse, scale, lengths):
 def _mask(lengths: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor | None:
     if lengths is None:
         return None
-    beyond = torch.arange(k.shape[1]) >= lengths[:, None]
+    beyond = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
     return k.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -42,10 +43,11 @@ def rope_table(
     require(positions > 0, "rope_table", "positions", positions, "a positive integer")
     ok = head_dim > 0 and head_dim % 2 == 0
     require(ok, "rope_table", "head_dim", head_dim, "a positive even integer")
-    rows = torch.arange(positions, dtype=torch.float64)
+    like: Any = {"dtype": torch.float64, "device": "cpu"}  # not the default device
+    rows = torch.arange(positions, **like)
     angles = torch.cat(
         [
-            torch.outer(rows, 1.0 / theta ** (torch.arange(n, dtype=torch.float64) / max(n, 1)))
+            torch.outer(rows, 1.0 / theta ** (torch.arange(n, **like) / max(n, 1)))
             for n in split_pairs(head_dim // 2)
         ],
         dim=1,

@@ -68,7 +68,8 @@ def _scores(
             batch = collate([dataset[i] for i in indices])
             assert isinstance(batch, Batch)
             # One draw per video for all timesteps, so that scores do not depend on the batch size.
-            noise = torch.stack([torch.randn(x.shape, generator=generator) for x in batch.latents])
+            like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            noise = torch.stack([torch.randn(x.shape, **like) for x in batch.latents])
             scores = []
             for t in config.timesteps:
                 level = evaluation_sigma(t, config.shift, config.integer_timesteps)

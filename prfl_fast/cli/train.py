@@ -225,14 +225,15 @@ def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
 def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     device, out = loading.device_of(config.hardware), Path(config.out)
     dataset, held_out = _labeled_data(config)
-    batches: Batches | DrawnPairs = _batches(dataset, config)
+    winners = _batches(dataset, config)
+    batches: Batches | DrawnPairs = winners
     loading.check_model(config.model, dataset)
     losers = None
     if config.lose_data is not None:
         losers = LatentDataset(config.lose_data, allow_outside=config.allow_outside)
         check(not losers.pairs, "lose_data", config.lose_data, "single videos, but it holds pairs")
         loading.check_model(config.model, losers)
-        batches = DrawnPairs(batches, _batches(losers, config, 1))
+        batches = DrawnPairs(winners, _batches(losers, config, 1))
     for source in (dataset, losers, held_out) if options.deep else ():
         if source is not None:
             check_values(source)
@@ -316,7 +317,7 @@ def _evaluate(
             batch = collate([dataset[i]])
             assert isinstance(batch, Batch)
             found = [label_of(r, config.label, config.missing_label) for r in batch.labels]
-            labels = torch.tensor(found)
+            labels = torch.tensor(found, dtype=torch.float32, device="cpu")
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
     with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):

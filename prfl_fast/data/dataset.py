@@ -57,8 +57,8 @@ def _stack(samples: Sequence[Sample]) -> Batch:
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     """Return a permutation of ``range(length)`` that depends on the arguments only."""
     # Seeds below 2^44 and epochs below 1,000,003 map to different generator seeds.
-    generator = torch.Generator().manual_seed(torch_seed(seed * 1_000_003 + epoch))
-    return torch.randperm(length, generator=generator).tolist()
+    generator = torch.Generator().manual_seed(torch_seed(int(seed) * 1_000_003 + int(epoch)))
+    return torch.randperm(length, generator=generator, device="cpu").tolist()
 
 
 class Batches:

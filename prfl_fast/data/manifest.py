@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from prfl_fast.models.velocity import check_finite
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
 
 MANIFEST = "manifest.jsonl"
@@ -274,7 +274,7 @@ def write_dataset(
         else:
             record["latents"] = save(first, f"{number:06d}")
         if first.labels:
-            record["labels"] = dict(first.labels)
+            record["labels"] = {name: plain(value) for name, value in first.labels.items()}
         lines.append(json.dumps(record) + "\n")
     check(bool(lines), "samples", [], "at least one")
     # Last, so that an interrupted call leaves no manifest and thus no dataset.

@@ -203,7 +203,8 @@ class GradientEstimator:
         self._timesteps.append(0.0 if end else float(trajectory.timesteps[index]))
         weight = self.spec.weight * steps.weight
         on_frames = _frame_scorer(self.spec.plan, x, self.generator)
-        scores, loss, gradients = {}, torch.zeros((), device=x.device), []
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        scores, gradients = {}, []
         for name, reward in self.spec.rewards.items():
             leaf = x.detach().requires_grad_()
             if on_frames is None:

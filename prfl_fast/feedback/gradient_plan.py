@@ -11,7 +11,14 @@ from typing import Literal
 import torch
 
 from prfl_fast.feedback.points import Bound, Point, as_points, in_order, is_bound, resolve
-from prfl_fast.utils.checks import check, check_choice, check_count, check_fraction, is_number
+from prfl_fast.utils.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_fraction,
+    is_number,
+    make_fields_plain,
+)
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,15 @@ class GradientPlan:
     attenuation: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("window", "depth"):  # YAML gives lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        make_fields_plain(self)
         check_count("points", self.points)
         check_choice("draws", self.draws, ("systematic", "independent"))
         check_choice("reward_at", self.reward_at, ("next", "clean", "current"))
         check_choice("to", self.to, ("parameters", "noise", "latent"))
         check_choice("start", self.start, ("noise", "data"))
-        for name in ("window", "depth"):  # YAML gives lists
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         window = self.window
         ok = isinstance(window, tuple) and len(window) == 2 and all(map(is_bound, window))
         expected = "(first, end): integers, fractions in [0, 1], or None"
@@ -298,6 +306,7 @@ class GradientPlan:
             ValueError: if they are not increasing steps of the schedule, overlap, or do not fit the
                 plan.
         """
+        indices = indices.tolist() if hasattr(indices, "tolist") else indices  # an array
         hint = "Its window names the guided steps."
         check(self.to != "latent", "indices", indices, "None for a guided trajectory", hint=hint)
         begin = self.begin(num_inference_steps)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from prfl_fast.utils.checks import is_count, is_number
+from prfl_fast.utils.checks import is_count, is_number, plain
 
 Bound = int | float | None  # a step, or a fraction of a schedule
 
@@ -43,6 +43,7 @@ def as_points(
                 return None
             reach = item + 1 - begin if depth is None else depth
             item = Point(item, reach, 1 / len(indices))
+        item = Point(*map(plain, item))
         if not (is_count(item.step, 0) and is_count(item.depth) and is_number(item.weight)):
             return None
         points.append(item)
@@ -58,6 +59,7 @@ def in_order(points: Sequence[Point], begin: int, end: int) -> bool:
 
 def is_bound(bound: object) -> bool:
     """Return True for an integer, a fraction in [0, 1], or None."""
+    bound = plain(bound)
     if isinstance(bound, float):
         return 0 <= bound <= 1
     return bound is None or isinstance(bound, int) and not isinstance(bound, bool)

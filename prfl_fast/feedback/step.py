@@ -14,7 +14,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Point
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe
-from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.adapter import Conditions, not_inference
 from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, model_of
 from prfl_fast.rewards.functions import Reward, check_callable, check_frozen
 from prfl_fast.rollout.config import RolloutConfig
@@ -22,7 +22,7 @@ from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
-from prfl_fast.utils.checks import check, check_number, check_type
+from prfl_fast.utils.checks import check, check_number, check_type, plain
 from prfl_fast.utils.recompute import NO_GRADIENT
 
 # At Wan's first level, 0.9998 at shift 5, the factor σ/(1-σ) of guided sampling is already 5000.
@@ -87,6 +87,8 @@ class PRFL:
         self.sampler = Sampler(transformer, scheduler, num_inference_steps, guidance, rollout)
         rewards = _named_rewards(reward)
         factors = dict.fromkeys(rewards, 1.0) | dict(reward_weights or {})
+        factors = {name: plain(factor) for name, factor in factors.items()}
+        target, weight, divergence = plain(target), plain(weight), plain(divergence)
         expected = f"names of the rewards, {sorted(rewards)}"
         check(bool(rewards) and len(factors) == len(rewards), "reward_weights", factors, expected)
         numbers = {"weight": weight, "divergence": divergence}
@@ -143,7 +145,7 @@ class PRFL:
         self._check_model()
         points = plan.draw(steps, generator) if indices is None else plan.points_at(indices, steps)
         trajectory = self._open(points, noise, conditions, latents)
-        estimator = GradientEstimator(self.spec, trajectory, generator, loss_scale)
+        estimator = GradientEstimator(self.spec, trajectory, generator, plain(loss_scale))
         if plan.to == "latent":
             return estimator.run_guided(points)
         # The trajectory's own point and the renoised ones have equal weights.
@@ -160,7 +162,7 @@ class PRFL:
                         taken = estimator.take(point, point.weight / share, last=last)
                     else:
                         taken = estimator.take_again(point, 1 / share)
-                    estimator.backward(taken, estimator.score(taken, loss_scale))
+                    estimator.backward(taken, estimator.score(taken, estimator.loss_scale))
                     del taken  # frees its latents before the next rollout
             finally:
                 # An exception's traceback would keep the graph of several steps alive.
@@ -185,7 +187,8 @@ class PRFL:
         )
         if latents is not None:  # the plan starts from data, corrupted to its first noise level
             sigma = trajectory.sigma(begin)
-            trajectory.x = flow_step([noise, latents], [sigma, 1 - sigma])
+            latents = not_inference(latents)
+            trajectory.x = flow_step([trajectory.x, latents], [sigma, 1 - sigma])
         if plan.to == "latent":
             first = points[0].step
             sigma = trajectory.sigma(first)

@@ -83,7 +83,7 @@ class Offloader:
             if not isinstance(source, FakeTensor) or self.host_limit is not None:
                 self._make_room(nbytes)
             if stream is None:
-                buffer = torch.empty(nbytes, dtype=torch.uint8)
+                buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             else:
                 buffer = _page_locked(nbytes, stream)
             self.bytes["host_pool"] += nbytes
@@ -365,7 +365,7 @@ def _page_locked(nbytes: int, stream: torch.cuda.Stream) -> torch.Tensor:
     """Return page-locked host memory."""
     # pin_memory=True would round the size up to a power of two. The buffer has whole pages of its
     # own, because no page can be locked twice.
-    memory = torch.empty(nbytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
+    memory = torch.empty(nbytes + 2 * mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % mmap.PAGESIZE
     buffer = memory[start : start + nbytes]
     address, runtime = buffer.data_ptr(), torch.cuda.cudart()

@@ -276,7 +276,8 @@ class _Staging:
             p.numel() * max(p.itemsize, (p.grad_dtype or p.dtype).itemsize) for p in parameters
         )
         self.buffers = [
-            torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda) for _ in range(2)
+            torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.cuda)
+            for _ in range(2)
         ]
         self._of: dict[torch.Tensor, torch.Tensor] = {}
 

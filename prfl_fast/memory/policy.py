@@ -11,7 +11,7 @@ from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
 from prfl_fast.memory.quantized import cast_weights
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.utils.checks import check, check_choice, check_count
+from prfl_fast.utils.checks import check, check_choice, check_count, make_fields_plain
 from prfl_fast.utils.optional import need
 
 WeightDtype = Literal["fp32", "bf16", "fp8", "nf4"]
@@ -51,6 +51,7 @@ class MemoryConfig:
     FREE: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "offload", "feed_forward_chunk")
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         check_choice("weight_dtype", self.weight_dtype, typing.get_args(WeightDtype))
         check_choice(
             "activation_checkpointing",

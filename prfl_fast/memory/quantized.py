@@ -262,8 +262,8 @@ def _quantize_blocks(model: nn.Module, kind: Kind, device: torch.device | str | 
     for _, _, layer, name in found:
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
             raise ValueError(
-                f"{name} has hooks or a forward of its own, expected a plain nn.Linear. Quantize "
-                "the model before they are added"
+                f"{name} has hooks, a forward of its own or a weight that is quantized already, "
+                "expected a plain nn.Linear. Quantize the model before they are added"
             )
     while found:
         owner, attribute, layer, _ = found.pop()  # a loop would keep the wide matrices alive

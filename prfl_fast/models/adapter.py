@@ -78,6 +78,19 @@ def check_inputs(name: str, x: Any, conditions: Any) -> None:
         check(ok, f"conditions[{key!r}]", value, expected)
 
 
+def not_inference(value: Any) -> Any:
+    """Return a tensor, or each tensor of a dict, copied if it was made in inference mode.
+
+    Autograd cannot save such a tensor for the backward. Other objects do not change.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return value
+    if isinstance(value, dict):
+        return {key: not_inference(item) for key, item in value.items()}
+    inference = isinstance(value, torch.Tensor) and value.is_inference()
+    return value.clone() if inference else value
+
+
 def check_timesteps(timesteps: Sequence[torch.Tensor], batch: int) -> None:
     """Raise ``ValueError`` unless there is a timestep ``[B]`` for every step."""
     check(len(timesteps) > 0, "timesteps", timesteps, "one tensor for each step")

@@ -249,6 +249,8 @@ def transformer_block(
         and rounded once, where Wan rounds.
     """
     (norm, gate), (ffn_norm, ffn_gate) = modulation.arguments()
+    # In diffusers before 0.40 the stream of the first block is a transposed view.
+    x = x.contiguous()
     h = parts.norm(x, **norm, eps=parts.eps[0])
     # No name holds an attention output, so that it is freed after use: 0.77 GB at 14B and 720p.
     cross_norm = parts.cross_norm

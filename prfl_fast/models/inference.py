@@ -29,6 +29,7 @@ from prfl_fast.models.inference_linear import (
     half_of,
 )
 from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.modules import instance_forward
 from prfl_fast.utils.recompute import in_chunks
 
 LayerPrecision = Literal["exact", "fp8"]
@@ -126,8 +127,7 @@ def check_rollout(
         "diffusers?), which may change cached values. Remove them",
     )
     for name, module in base.named_modules():
-        forward = getattr(module.__dict__.get("forward"), "__func__", None)
-        replaced = "forward" in module.__dict__ and forward not in own
+        replaced = "forward" in module.__dict__ and instance_forward(module) not in own
         hooked = replaced or module._forward_hooks or module._forward_pre_hooks
         _require(
             module is base or not hooked,

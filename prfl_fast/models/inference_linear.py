@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.kernels import fp8_linear, quantize_fp8
 from prfl_fast.kernels.linear.fp8 import unsupported_reason
@@ -113,9 +112,8 @@ class Matrix(NamedTuple):
 
 
 def _has_matrix(layer: nn.Module) -> bool:
-    if is_plain_linear(layer):  # torchao stores quantized weights in plain linear layers
-        return not is_traceable_wrapper_subclass(layer.weight)
-    return hasattr(layer, "dequantize")  # prfl_fast.memory.quantized.QuantizedLinear
+    # A layer of prfl_fast.memory.quantized has the method.
+    return is_plain_linear(layer) or hasattr(layer, "dequantize")
 
 
 def as_matrix(layer: nn.Module) -> Matrix | str:

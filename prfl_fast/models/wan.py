@@ -6,7 +6,7 @@ sample or per token.
 
 import copy
 import functools
-import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,15 +33,19 @@ from prfl_fast.models.wan_forward import (
     block_modulation,
     block_parts,
     feed_forward_in_chunks,
-    instance_forward,
     model_inputs,
     replacements,
 )
 from prfl_fast.utils.checks import check, check_count
-from prfl_fast.utils.modules import layers_of, unwrap
+from prfl_fast.utils.modules import instance_forward, layers_of, set_forward, unwrap
 from prfl_fast.utils.optional import need
 
 _CLASS = "WanTransformer3DModel"
+
+# The rotary embeddings of the patched models that share a block.
+_patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class WanDiffusersAdapter:
@@ -66,12 +70,22 @@ class WanDiffusersAdapter:
         check_patchable(base)
         for module, forward in replacements(base):
             if "forward" not in module.__dict__:
-                module.forward = types.MethodType(forward, module)
+                set_forward(module, forward)
+        for block in base.blocks:
+            _patched_by.setdefault(block, weakref.WeakSet()).add(base.rope)
 
     def unpatch(self, model: nn.Module) -> None:
-        """Delete our forwards; a model that is not patched stays unchanged."""
-        for module, forward in replacements(unwrap(model)):
-            if instance_forward(module) is forward:
+        """Delete our forwards; a model that is not patched stays unchanged.
+
+        Blocks that another patched model shares keep theirs, which run diffusers' forward if the
+        model that calls them is not patched.
+        """
+        base: Any = unwrap(model)
+        for module, forward in replacements(base):
+            others = {*_patched_by.get(module, ())} - {base.rope}
+            if module in _patched_by:
+                _patched_by[module].discard(base.rope)
+            if instance_forward(module) is forward and not others:
                 del module.forward
 
     def is_patched(self, model: nn.Module) -> bool:
@@ -90,7 +104,8 @@ class WanDiffusersAdapter:
         check_class_forward(layers, feed_forward_in_chunks)
         for layer in layers:
             if tokens is not None:
-                layer.chunk, layer.forward = tokens, types.MethodType(feed_forward_in_chunks, layer)
+                layer.chunk = tokens
+                set_forward(layer, feed_forward_in_chunks)
             elif "forward" in layer.__dict__:
                 del layer.chunk, layer.forward
 
@@ -111,7 +126,8 @@ class WanDiffusersAdapter:
 
     def hidden_size(self, model: nn.Module) -> int:
         """Return D, the width of the residual stream."""
-        return unwrap(model).patch_embedding.out_channels  # type: ignore[return-value, union-attr]
+        config: Any = unwrap(model).config  # patch_embedding may have an adapter
+        return config.num_attention_heads * config.attention_head_dim
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return patch, text, time and image embeddings, which a reward model keeps frozen."""

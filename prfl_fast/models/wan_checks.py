@@ -8,8 +8,15 @@ from torch import nn
 
 from prfl_fast.models.adapter import Conditions, check_inputs
 from prfl_fast.models.inference import UnsupportedError
-from prfl_fast.models.wan_forward import image_rows, instance_forward, replacements, text_rows
+from prfl_fast.models.wan_forward import (
+    PROCESSOR,
+    image_rows,
+    replacements,
+    text_rows,
+    why_not_fused,
+)
 from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.modules import instance_forward
 
 TEXT, IMAGE, LATENT = "encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"
 
@@ -93,10 +100,12 @@ def check_patchable(base: Any) -> None:
         check_class_forward([module], forward)
     for index, block in enumerate(base.blocks):
         for name in ("attn1", "attn2"):
-            processor = getattr(block, name).processor
+            processor = getattr(getattr(block, name), "processor", None)
+            if processor is None:  # the block runs its own forward
+                continue
             kind, label = type(processor).__name__, f"attention processor of blocks.{index}.{name}"
             hint = "Call model.set_attn_processor(WanAttnProcessor()) first"
-            check(kind == "WanAttnProcessor", label, kind, "WanAttnProcessor", hint=hint)
+            check(kind == PROCESSOR, label, kind, PROCESSOR, hint=hint)
             parallel = getattr(processor, "_parallel_config", None)
             hint = "Call prfl_fast.patch without enable_parallelism"
             label = f"context parallelism of blocks.{index}.{name}"
@@ -113,6 +122,9 @@ def check_rollout_forwards(base: Any) -> None:
                 f"{type(module).__name__} has a forward of its own over prfl_fast's (a hook of "
                 "accelerate or of diffusers?). Remove the hook"
             )
+    for index, block in enumerate(base.blocks):
+        if reason := why_not_fused(block):
+            raise UnsupportedError(f"blocks.{index}.{reason}, so the block runs its own forward")
     if not type(base).forward.__module__.startswith("diffusers."):
         raise UnsupportedError(
             f"{type(base).__name__} has a forward that is not diffusers', which may use its "

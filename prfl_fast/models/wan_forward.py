@@ -1,15 +1,21 @@
 """Forwards that replace those of diffusers' Wan modules, and the inputs of the whole model."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from prfl_fast.kernels.common.rope import rotations
+from prfl_fast.models.adapter import not_inference
 from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, transformer_block
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.modules import customization
 from prfl_fast.utils.recompute import in_chunks
+
+PROCESSOR = "WanAttnProcessor"
+_IMAGE_NORMS = ("norm_q", "norm_k", "norm_added_k")
 
 
 def block_parts(block: Any) -> BlockParts:
@@ -30,6 +36,75 @@ def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
     return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
 
 
+def _customized(name: str, module: Any, kinds: tuple[str, ...], own: object = None) -> str:
+    """Return why a module is not one that the kernels can replace; ``""`` if it is."""
+    kind = type(module).__name__
+    # FSDP2 changes a module's class, peft and users replace the module.
+    if kind not in kinds:
+        return f"{name} is a {kind}, expected {kinds[0]}"
+    found = customization(module, own)
+    return found and f"{name} has {found}"
+
+
+def _customized_attention(name: str, attn: Any) -> str:
+    if reason := _customized(name, attn, ("WanAttention",)):
+        return reason
+    if type(attn.processor).__name__ != PROCESSOR:
+        return f"{name}.processor is a {type(attn.processor).__name__}"
+    if getattr(attn.processor, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"context parallelism is on for {name} of a patched block, expected off. Call "
+            "prfl_fast.unpatch(model) before enable_parallelism"
+        )
+    norms = ("norm_q", "norm_k") if attn.add_k_proj is None else _IMAGE_NORMS
+    for part in norms:
+        if reason := _customized(f"{name}.{part}", getattr(attn, part), ("RMSNorm",)):
+            return reason
+    return ""
+
+
+def why_not_fused(block: Any) -> str:
+    """Return why a block must run its own forward, ``""`` if it can run on the kernels.
+
+    The kernels replace norms, attention processors and the feed-forward. What users, peft,
+    accelerate or FSDP2 put on these submodules works only if they are called. Raise
+    ``ValueError`` if context parallelism was enabled after patching.
+    """
+    # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
+    if type(block).__name__ not in ("WanTransformerBlock", "FSDPWanTransformerBlock"):
+        return f"forward is that of {type(block).__name__}"
+    if reason := _customized("norm2", block.norm2, ("FP32LayerNorm", "Identity")):
+        return reason
+    for name in ("norm1", "norm3"):
+        norm = getattr(block, name)
+        if reason := _customized(name, norm, ("FP32LayerNorm",)):
+            return reason
+        if norm.weight is not None:
+            return f"{name} has a weight"
+    for name in ("attn1", "attn2"):
+        if reason := _customized_attention(name, getattr(block, name)):
+            return reason
+    ffn = block.ffn
+    if reason := _customized("ffn", ffn, ("FeedForward",), feed_forward_in_chunks):
+        return reason
+    gelu, dropout = ffn.net[0], ffn.net[1]
+    if reason := _customized("ffn.net.0", gelu, ("GELU",)):
+        return reason
+    if gelu.approximate != "tanh":
+        return f"ffn.net.0 has approximate={gelu.approximate!r}"
+    reason = _customized("ffn.net.1", dropout, ("Dropout", "Identity"))
+    if not reason and dropout.training and getattr(dropout, "p", 0) > 0:
+        return f"ffn.net.1 has dropout p={dropout.p} in train mode"
+    return reason
+
+
+def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return diffusers' cosines and sines, float32 ``[1, L, 1, head_dim]`` each."""
+    table = rotations(rope.cos, rope.sin, list(rope.grid), list(rope.offset), torch.float32)
+    both = (table.real, table.imag)  # [L, 1, head_dim / 2]
+    return both[0].repeat_interleave(2, -1)[None], both[1].repeat_interleave(2, -1)[None]
+
+
 def block_forward(
     self: Any,
     hidden_states: torch.Tensor,
@@ -40,8 +115,14 @@ def block_forward(
     """Replace ``WanTransformerBlock.forward``."""
     if not isinstance(rotary_emb, Rope):  # the caller passes diffusers' own cosines and sines
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+    # At each call, because hooks, processors and adapters may be added after patching.
+    if reason := why_not_fused(self):
+        if not torch.compiler.is_compiling():
+            text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
+            warnings.warn(text, stacklevel=2)
+        tables = rotary_tables(rotary_emb)
+        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, tables)
     modulation = block_modulation(self, temb)
-    # Submodules are looked up at each call: LoRA may be added after patching.
     parts = block_parts(self)
     return transformer_block(hidden_states, encoder_hidden_states, modulation, rotary_emb, parts)
 
@@ -64,11 +145,6 @@ OWN_FORWARDS = (block_forward, rope_forward, feed_forward_in_chunks)
 def replacements(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
     """Return the pairs (module, forward) that :func:`prfl_fast.patch` sets."""
     return [(block, block_forward) for block in base.blocks] + [(base.rope, rope_forward)]
-
-
-def instance_forward(module: nn.Module) -> object:
-    """Return the function behind a module's instance forward; None if there is none."""
-    return getattr(module.__dict__.get("forward"), "__func__", None)
 
 
 def text_rows(base: Any, text: torch.Tensor) -> int:
@@ -100,6 +176,7 @@ def model_inputs(
 
     Text gets rows of zeros up to :func:`text_rows`, without a mask: Wan was trained on such text.
     """
+    x, conditions = not_inference(x), not_inference(conditions)
     dtype = base.patch_embedding.weight.dtype  # diffusers does not cast its inputs
     latents = [x]
     if "latent_condition" in conditions:

@@ -8,7 +8,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.planning.presets import Model, model_config
 from prfl_fast.training.lora import DEFAULT_TARGETS
-from prfl_fast.utils.checks import check, check_choice, check_count, check_type
+from prfl_fast.utils.checks import check, check_choice, check_count, check_type, make_fields_plain
 
 # Wan's VAE encodes 8 × 8 pixels and 4 frames in one latent; the first frame has its own latent.
 _VAE_STRIDE, _VAE_FRAMES, LATENT_CHANNELS, IMAGE_TOKENS = 8, 4, 16, 257
@@ -60,6 +60,7 @@ class Workload:
     precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         object.__setattr__(self, "model", model_config(self.model))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in (

@@ -29,7 +29,7 @@ from prfl_fast.rewards.reference_checkpoint import (
     read_state,
     save_shards,
 )
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import (
     check_fit,
@@ -100,7 +100,9 @@ class LatentRewardModel(nn.Module):
         dim = adapter.hidden_size(transformer)
         device = next(transformer.parameters()).device
         pool = QueryAttentionPool(dim, num_heads, num_queries).to(device)
-        return cls(adapter.backbone(transformer, num_blocks), pool, RewardHead(dim).to(device))
+        return cls(
+            adapter.backbone(transformer, plain(num_blocks)), pool, RewardHead(dim).to(device)
+        )
 
     @property
     def num_blocks(self) -> int:

@@ -1,10 +1,12 @@
 """Query attention pooling and the head of the latent reward model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from prfl_fast.kernels import query_pool
-from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.checks import check, check_count, plain
 
 
 class QueryAttentionPool(nn.Module):
@@ -31,8 +33,10 @@ class QueryAttentionPool(nn.Module):
         check_count("num_queries", num_queries)
         self.add_query = True  # False for reference checkpoints whose return_type is not query
         # This module holds and initializes the parameters; its forward is never called.
-        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        # Scripts that load models in bfloat16 often make it the default dtype.
+        wide: Any = {"dtype": torch.float32}
+        self.multihead_attn = nn.MultiheadAttention(dim, plain(num_heads), batch_first=True, **wide)
+        self.queries = nn.Parameter(torch.empty(num_queries, dim, **wide))
         nn.init.xavier_uniform_(self.queries)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +70,8 @@ class RewardHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(dim, 1024), nn.Linear(1024, 512), nn.Linear(512, 1)
+        sizes = ((dim, 1024), (1024, 512), (512, 1))
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(*n, dtype=torch.float32) for n in sizes)
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

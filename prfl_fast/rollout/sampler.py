@@ -8,8 +8,8 @@ from torch import nn
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
-from prfl_fast.rollout.schedulers import fresh_copy
-from prfl_fast.utils.checks import check_count, check_type
+from prfl_fast.rollout.schedulers import check_deterministic, fresh_copy
+from prfl_fast.utils.checks import check_count, check_type, make_fields_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Sampler:
     Raises:
         TypeError: if the model is unsupported, or an attribute has the wrong type.
         ValueError: if ``num_inference_steps`` is not a positive integer, or a diffusers scheduler
-            predicts something other than the velocity.
+            predicts something other than the velocity or draws random numbers.
     """
 
     transformer: nn.Module | ModelCall | Velocity
@@ -40,8 +40,10 @@ class Sampler:
     rollout: RolloutConfig | None = None
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)
         check_transformer(self.transformer)
         check_count("num_inference_steps", self.num_inference_steps)
         check_type("guidance", self.guidance, (Guidance, type(None)))
         check_type("rollout", self.rollout, (RolloutConfig, type(None)))
         object.__setattr__(self, "scheduler", fresh_copy(self.scheduler))
+        check_deterministic(self.scheduler, self.num_inference_steps)

@@ -6,9 +6,9 @@ diffusers counterparts. Their coefficients are computed in float64 before the ro
 update is one ``flow_step``, rounded once to the latents' dtype and differentiable in every tensor.
 """
 
+import contextlib
 import copy
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +17,7 @@ import torch
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe, require_float
 from prfl_fast.rollout.unipc_coefficients import unipc_updates
-from prfl_fast.utils.checks import check, check_choice, check_count, check_type, is_number
+from prfl_fast.utils.checks import check, check_choice, check_count, check_type, is_number, plain
 
 Schedule = Literal["wan", "diffusers"]
 
@@ -45,6 +45,11 @@ def _linspace(first: float, last: float, count: int) -> list[float]:
     return [first + i * spacing for i in range(count - 1)] + [last]
 
 
+def _float32(values: list[float]) -> torch.Tensor:
+    """Return numbers rounded to float32, on the CPU whatever the default device."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu").to(torch.float32)
+
+
 def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     """Return the noise levels of supervised training from 1 down, float32 ``[num]``.
 
@@ -57,7 +62,7 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     _check_shift(shift)
     check_count("num", num)
     sigmas = [_shifted(1 - i / num, shift) for i in range(num)]
-    return torch.tensor(sigmas, dtype=torch.float64).to(torch.float32)
+    return _float32(sigmas)
 
 
 def _wan_first(scale: int) -> float:
@@ -66,7 +71,7 @@ def _wan_first(scale: int) -> float:
 
 
 def _check_shift(shift: float) -> None:
-    ok = math.isfinite(shift) and shift > 0
+    ok = is_number(shift) and shift > 0
     check(ok, "shift", shift, "a positive number (Wan uses 5.0, or 3.0 at 480p)")
 
 
@@ -79,9 +84,9 @@ class _FlowScheduler:
         check_type("integer_timesteps", integer_timesteps, bool)
         self.integer_timesteps = integer_timesteps
         self.shift = float(shift)
-        self.num_train_timesteps = num_train_timesteps
-        self.timesteps = torch.empty(0)
-        self.sigmas = torch.empty(0)
+        self.num_train_timesteps = plain(num_train_timesteps)
+        self.timesteps = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.sigmas = torch.empty(0, dtype=torch.float32, device="cpu")
         self._sigmas: tuple[float, ...] = ()
         self._times: tuple[float, ...] = ()
         self._step_index: int | None = None
@@ -101,8 +106,8 @@ class _FlowScheduler:
         ``num_inference_steps`` is not a positive integer.
         """
         check_count("num_inference_steps", num_inference_steps)
-        sigmas, timesteps = self.levels(num_inference_steps)
-        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float64).to(torch.float32)
+        sigmas, timesteps = self.levels(plain(num_inference_steps))
+        self.sigmas = _float32([*sigmas, 0.0])
         self.timesteps = timesteps.to(device) if device is not None else timesteps
         # The update coefficients start from the float32 levels that diffusers uses, not from their
         # unrounded values: near σ = 1 the rounding moves 1-σ by 1 %, and with it the log-SNR.
@@ -221,7 +226,8 @@ class FlowEuler(_FlowScheduler):
     ) -> None:
         super().__init__(shift, num_train_timesteps, integer_timesteps)
         # diffusers derives the ends in float32, and the last timesteps depend on that rounding.
-        ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32) / num_train_timesteps
+        ends = torch.tensor([num_train_timesteps, 1], dtype=torch.float32, device="cpu")
+        ends = ends / num_train_timesteps
         ends = self.shift * ends / (1 + (self.shift - 1) * ends)
         self._ends: tuple[float, float] = (ends[0].item(), ends[1].item())
 
@@ -229,7 +235,7 @@ class FlowEuler(_FlowScheduler):
         scale = self.num_train_timesteps
         even = _linspace(self._ends[0] * scale, self._ends[1] * scale, count)
         sigmas = [_shifted(t / scale, self.shift) for t in even]
-        timesteps = torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * scale
+        timesteps = _float32(sigmas) * scale
         # The ends are float32: a whole number may come out one rounding below itself.
         return sigmas, (timesteps + 1e-4).long() if self.integer_timesteps else timesteps
 
@@ -282,8 +288,8 @@ class FlowUniPC(_FlowScheduler):
             sigmas[0] -= _UNIPC_SIGMA_GAP
         times = [s * scale for s in sigmas]
         if self.integer_timesteps:
-            return sigmas, torch.tensor([int(t) for t in times], dtype=torch.int64)
-        return sigmas, torch.tensor(times, dtype=torch.float64).to(torch.float32)
+            return sigmas, torch.tensor([int(t) for t in times], dtype=torch.int64, device="cpu")
+        return sigmas, _float32(times)
 
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None
@@ -395,6 +401,28 @@ class WithShift:
         if name == "scheduler" or name.startswith("__"):  # while a copy is made
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+
+def check_deterministic(scheduler: Any, num_inference_steps: int) -> None:
+    """Raise ``ValueError`` if the steps of a foreign scheduler draw random numbers.
+
+    Its ``step`` may ignore a generator (diffusers' Euler does), so no seed would fix a trajectory.
+    """
+    if isinstance(scheduler, _FlowScheduler):
+        return
+    x = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float32, device="cpu")
+    before = torch.get_rng_state()
+    # Errors are raised again by the trajectory, which knows the latents.
+    with torch.no_grad(), contextlib.suppress(Exception):
+        scheduler, timesteps = start_trajectory(scheduler, num_inference_steps)
+        for timestep in timesteps:
+            (x,) = scheduler.step(x, timestep, x, return_dict=False)
+    random = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    name = f"scheduler {type(scheduler).__name__}"
+    hint = "Build it without stochastic sampling, or use FlowUniPC or FlowEuler."
+    kind = "one that draws random numbers in its steps"
+    check(not random, name, kind, "a deterministic sampler", hint=hint)
 
 
 def _config(scheduler: Any) -> Mapping[str, Any]:

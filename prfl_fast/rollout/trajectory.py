@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.adapter import Conditions, not_inference
 from prfl_fast.models.velocity import Velocity, bind_velocity
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine, RolloutSession
@@ -22,7 +22,7 @@ from prfl_fast.rollout.schedulers import (
     start_trajectory,
     strided_steps,
 )
-from prfl_fast.utils.checks import check, check_type
+from prfl_fast.utils.checks import check, check_type, is_count
 from prfl_fast.utils.optional import progress_bar
 
 # (index, velocity) → velocity like it.
@@ -67,6 +67,7 @@ class Trajectory:
         visit: Sequence[int] = (),
     ) -> None:
         transformer, count = sampler.transformer, sampler.num_inference_steps
+        noise, conditions = not_inference(noise), not_inference(conditions)
         self._velocity = bind_velocity(transformer, noise, conditions, "noise")
         if engine is None and sampler.rollout is not None:
             engine = RolloutEngine(transformer, sampler.rollout)
@@ -189,7 +190,7 @@ class Trajectory:
             ValueError: if ``stop`` is not a step, or the stride of this rollout skips it.
         """
         count = len(self.timesteps)
-        ok = isinstance(stop, int) and not isinstance(stop, bool) and stop <= count
+        ok = is_count(stop, 0) and stop <= count
         check(ok, "stop", stop, f"a step in 0 … {count}")
         stop, shadow = max(stop, self.index), self._shadow
         if stop == self.index and (shadow is None or shadow.index == stop):

@@ -117,7 +117,8 @@ class _Remaining(FlowEuler):
 
     def levels(self, count: int) -> tuple[list[float], torch.Tensor]:
         sigmas = [self._start * (count - i) / count for i in range(count)]
-        return sigmas, torch.tensor(sigmas, dtype=torch.float64).to(torch.float32) * 1000
+        levels = torch.tensor(sigmas, dtype=torch.float64, device="cpu")
+        return sigmas, levels.to(torch.float32) * 1000
 
 
 class Candidates:
@@ -231,10 +232,10 @@ class Candidates:
 
     def score(self, batches: Iterable[_Batch]) -> torch.Tensor:
         """Return all rewards, ``[n]`` on the CPU; NaN where latents or rewards are not finite."""
-        scores = [torch.zeros(0)]
+        scores = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         for x, timestep, conditions in batches:
             finite = _finite_rows(x)
-            table = torch.full((len(x),), math.nan, dtype=torch.float32)
+            table = torch.full((len(x),), math.nan, dtype=torch.float32, device="cpu")
             if finite:
                 # A reward model raises on latents that are not finite, so these rows are left out.
                 if len(finite) < len(x):
@@ -269,7 +270,7 @@ class Candidates:
         self, step: int, scores: torch.Tensor, prompts: list[int], places: list[int], width: int
     ) -> None:
         """Write the scores that were compared after ``step`` into the history."""
-        table = torch.full((self.size, width), math.nan, dtype=scores.dtype)
+        table = torch.full((self.size, width), math.nan, dtype=scores.dtype, device="cpu")
         table[prompts, places] = scores
         self.history[step] = table
 
@@ -300,7 +301,7 @@ class Candidates:
         return SearchResult(
             latents=self._latents()[chosen],
             scores=scores[chosen],
-            chosen=torch.tensor([self.origins[row] for row in chosen]),
+            chosen=torch.tensor([self.origins[row] for row in chosen], device="cpu"),
             history=self.history,
             forwards=Forwards(self._generated, self._rewarded),
         )

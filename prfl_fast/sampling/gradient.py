@@ -146,7 +146,7 @@ class _Best:
 
     def __init__(self, noise: torch.Tensor) -> None:
         self._noise, self._latents = noise.detach().clone(), torch.zeros_like(noise)
-        self._scores = torch.zeros(0)
+        self._scores = torch.zeros(0, dtype=torch.float32, device="cpu")
         self.history: list[torch.Tensor] = []
 
     def update(self, noise: torch.Tensor, latents: torch.Tensor, scores: torch.Tensor) -> None:

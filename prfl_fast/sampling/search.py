@@ -10,7 +10,7 @@ from prfl_fast.models.adapter import Conditions
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.sampling.candidates import Candidates, SearchResult
-from prfl_fast.utils.checks import check, check_choice, check_count, is_count, is_number
+from prfl_fast.utils.checks import check, check_choice, check_count, is_count, is_number, plain
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def _survivors(
     left, survivors = candidates, {}
     for step in sorted(steps):
         value = keep[step]
-        fraction = isinstance(value, float) and 0 < value < 1
+        fraction = isinstance(plain(value), float) and 0 < value < 1
         whole = is_count(value) and value <= left
         expected = f"a fraction in (0, 1), or one of the 1 … {left} that are left"
         check(fraction or whole, f"keep[{step}]", value, expected)

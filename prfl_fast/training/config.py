@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
-from prfl_fast.utils.checks import check_choice, check_count, check_positive
+from prfl_fast.utils.checks import check_choice, check_count, check_positive, make_fields_plain
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class TrainConfig:
     FREE = ("steps", "save_every", "keep_last")
 
     def __post_init__(self) -> None:
+        make_fields_plain(self)  # a checkpoint is read with weights_only, which takes no numpy
         for name in ("steps", "gradient_accumulation_steps"):
             check_count(name, getattr(self, name))
         for name in ("warmup_steps", "save_every"):

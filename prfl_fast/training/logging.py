@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prfl_fast.utils.checks import plain
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.progress import step_progress
@@ -41,6 +42,7 @@ class TrainingLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step's record."""
+        record = {name: plain(value) for name, value in record.items()}
         self._file.write(json.dumps(record).encode() + b"\n")
         if self._board is not None:
             for name, value in record.items():

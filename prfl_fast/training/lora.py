@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prfl_fast.training.model_files import adapter_name
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.optional import need
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -38,8 +38,8 @@ def add_lora(
     peft = need("peft")
     model.requires_grad_(False)
     config = peft.LoraConfig(
-        r=lora_rank,
-        lora_alpha=lora_rank if lora_alpha is None else lora_alpha,
+        r=plain(lora_rank),
+        lora_alpha=plain(lora_rank if lora_alpha is None else lora_alpha),
         target_modules=list(target_modules),
     )
     if hasattr(model, "add_adapter"):

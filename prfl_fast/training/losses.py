@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from prfl_fast.kernels import flow_loss
-from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.adapter import Conditions, not_inference
 from prfl_fast.models.velocity import Velocity, bind_velocity
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import training_sigmas
@@ -52,6 +52,7 @@ def sft_loss(
         ValueError: if an input has the wrong shape, is out of range or is not finite.
     """
     velocity = bind_velocity(transformer, latents, conditions, "latents")
+    latents, conditions = not_inference(latents), not_inference(conditions)
     noise = noise_like(latents, noise, generator)
     sigma, timestep = choose_sigma(sigma, latents, generator, shift, integer_timesteps)
     x = add_noise(latents, noise, sigma)
@@ -124,6 +125,7 @@ def consistency_loss(
     of_student, of_target, of_teacher = (
         bind_velocity(model, latents, conditions, "latents") for model in (student, target, teacher)
     )
+    latents, conditions = not_inference(latents), not_inference(conditions)
     noise = noise_like(latents, noise, generator)
     sigma, following = _levels(config, index, latents, generator)
     x = add_noise(latents, noise, sigma)

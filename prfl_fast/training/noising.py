@@ -3,6 +3,7 @@
 import torch
 
 from prfl_fast.kernels.runtime.checks import describe
+from prfl_fast.models.adapter import not_inference
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.utils.checks import check
@@ -34,7 +35,7 @@ def draw_index(
 def check_sigma(sigma: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
     """Return ``sigma`` as ``[B]`` on the device of ``latents``; raise ``ValueError`` if invalid."""
     batch = latents.shape[0]
-    sigma = torch.as_tensor(sigma, dtype=wide_dtype(latents)).to(latents.device)
+    sigma = torch.as_tensor(sigma, dtype=wide_dtype(latents), device=latents.device)
     ok = sigma.shape in ((), (batch,)) and bool(((sigma >= 0) & (sigma <= 1)).all())
     expected = f"a number in [0, 1], or {batch} of them"
     check(ok, "sigma", sigma.tolist(), expected, hint="Timesteps are 1000 sigma")
@@ -94,7 +95,7 @@ def noise_like(
     same = same and noise.device == latents.device
     check(same, "noise", noise, f"the shape and device of the latents, {describe(latents)}")
     check_finite("noise", noise)
-    return noise
+    return not_inference(noise)
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,9 @@ class RewardFeedback:
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw]
         # Drawn on the CPU, so that a run has the same noise on every device.
-        noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
+        shape, source = batch.latents.shape, generator.device
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=source)
+        noise = noise.to(self.device)
         batch = batch.to(self.device)
         from_data = self.step.plan.start == "data"
         out = self.step(
@@ -188,7 +190,7 @@ class RewardFit:
                 loss = bt_loss(self.reward, *clean, **draws)
             else:
                 found = [label_of(r, self.label, self.missing_label) for r in batch.labels]
-                labels = torch.tensor(found)
+                labels = torch.tensor(found, dtype=torch.float32, device="cpu")
                 loss = ce_loss(self.reward, batch.latents, batch.conditions, labels, **draws)
         (loss * loss_scale).backward()
         return {"loss": loss.detach()}

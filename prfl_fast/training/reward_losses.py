@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from prfl_fast.models.adapter import not_inference
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import (
     add_noise,
@@ -19,7 +20,7 @@ from prfl_fast.training.noising import (
     model_timestep,
     noise_like,
 )
-from prfl_fast.utils.checks import check, check_choice, torch_seed
+from prfl_fast.utils.checks import check, check_choice, plain, torch_seed
 
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
 # Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
@@ -36,7 +37,7 @@ def label_of(record: Mapping[str, Any], key: str, missing: float | None = None) 
         ValueError: if the key is unknown, the record lacks it, or the label has another value.
     """
     check_choice("label", key, LABELS)
-    value = record.get(key)
+    value = plain(record.get(key))
     if value is None and key == "motion_quality":
         # As in the reference, motion is good if physics and humans are both good.
         parts = ("physics_quality", "human_quality")
@@ -46,7 +47,7 @@ def label_of(record: Mapping[str, Any], key: str, missing: float | None = None) 
     if isinstance(value, str):
         value = {"good": 1.0, "poor": 0.0}.get(value, value)
     hint = "" if value is not None else f"The record has {sorted(record)}"
-    ok = isinstance(value, (bool, int, float)) and value in (0, 1)
+    ok = isinstance(value, (int, float)) and value in (0, 1)
     check(ok, f"label {key}", value, "0, 1, 'good' or 'poor'", hint=hint)
     return 1.0 if value else 0.0
 
@@ -78,7 +79,7 @@ def ce_loss(
     Raises:
         ValueError: if labels are not 0 or 1, sigma is outside [0, 1], or shapes do not match.
     """
-    labels = _checked_labels(labels, latents)
+    labels = not_inference(_checked_labels(labels, latents))
     sigma, timestep = choose_sigma(
         sigma, latents, generator, shift, integer_timesteps, device="cpu"
     )
@@ -158,9 +159,10 @@ def evaluate(
     Raises:
         ValueError: if batches or timesteps are missing or out of range, or as in :func:`ce_loss`.
     """
+    timesteps = [plain(t) for t in timesteps]
     ok = bool(timesteps) and all(0 <= t <= 1000 for t in timesteps)
-    check(ok, "timesteps", list(timesteps), "one or more numbers in [0, 1000]")
-    generator = torch.Generator().manual_seed(torch_seed(seed))
+    check(ok, "timesteps", timesteps, "one or more numbers in [0, 1000]")
+    generator = torch.Generator().manual_seed(torch_seed(plain(seed)))
     scores: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
     truth: list[torch.Tensor] = []
     modes = {module: module.training for module in reward.modules()}
@@ -169,7 +171,8 @@ def evaluate(
         for latents, conditions, labels in batches:
             truth.append(_checked_labels(labels, latents).double().cpu())
             # One draw per sample: a draw for the whole batch would depend on the batch size.
-            drawn = [torch.randn(latents.shape[1:], generator=generator) for _ in latents]
+            like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            drawn = [torch.randn(latents.shape[1:], **like) for _ in latents]
             noise = torch.stack(drawn).to(latents.device)
             for t in timesteps:
                 sigma = check_sigma(evaluation_sigma(t, shift, integer_timesteps), latents)

@@ -5,18 +5,36 @@ Each raises an error that names the argument, its value and the expected values.
 
 import math
 from collections.abc import Collection
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
 
 from prfl_fast.kernels.runtime.checks import describe
 
 
+def plain(value: Any) -> Any:
+    """Return a numpy scalar, alone or in a tuple, as a Python value; return others unchanged."""
+    if type(value) is tuple:
+        return tuple(map(plain, value))
+    # Of numpy's scalars, only float64 is an instance of a Python type.
+    scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0
+    return value.item() if scalar else value
+
+
+def make_fields_plain(config: Any) -> None:
+    """Replace the numpy scalars among the fields of a dataclass, which may be frozen."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, plain(getattr(config, field.name)))
+
+
 def is_number(value: object) -> bool:
     """Return True for a finite real number; booleans are not numbers."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value: object, least: int = 1) -> bool:
     """Return True for an integer of at least ``least``; booleans are not integers."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check(ok: bool, name: str, value: object, expected: str, *, hint: str = "") -> None:

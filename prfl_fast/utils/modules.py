@@ -1,6 +1,7 @@
 """Find the bare model inside the wrappers that trainers put around it."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,39 @@ def unwrap(model: Any) -> nn.Module:
     return bare
 
 
+def set_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Make ``function(module, ...)`` the forward of this instance."""
+    # A bound method is pickled by its name, under which the module's class has no method.
+    module.forward = functools.partial(function, module)
+
+
+def instance_forward(module: nn.Module) -> object:
+    """Return the function that :func:`set_forward` set; None if there is none."""
+    forward = module.__dict__.get("forward")
+    return forward.func if isinstance(forward, functools.partial) else None
+
+
+def customization(module: nn.Module, own: object = None) -> str:
+    """Return ``"hooks"`` or ``"a forward of its own"`` if a module has them, else ``""``.
+
+    ``own`` is a function of :func:`set_forward` that does not count.
+    """
+    if "forward" in module.__dict__ and (own is None or instance_forward(module) is not own):
+        return "a forward of its own"
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return "hooks" if hooked else ""
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Return True if calling ``module`` runs ``F.linear`` on its weight and nothing else."""
     return (
         type(module) is nn.Linear  # no adapter and no quantized layer, which are subclasses
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
+        and not customization(module)
+        # torchao keeps quantized weights, tensor subclasses, in plain linear layers.
+        and not hasattr(module.weight, "__tensor_flatten__")
     )

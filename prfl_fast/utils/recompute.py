@@ -165,5 +165,5 @@ def recomputed_step(
         ValueError: in the backward, if no output of ``evaluate`` requires a gradient.
     """
     # The anchor makes the outputs require a gradient even if x does not.
-    anchor = torch.zeros(0, requires_grad=True)
+    anchor = torch.zeros(0, dtype=torch.float32, device=x.device, requires_grad=True)
     return _RecomputedStep.apply(evaluate, context, x, anchor)

@@ -24,6 +24,7 @@ from prfl_world import (
     run,
     score_of,
     seeded,
+    skip_older_unipc,
     trained,
     velocity_of,
     with_lora,
@@ -123,6 +124,8 @@ def assert_method(method, step, ours, theirs, world, solver=textbook.UniPC, seed
 @pytest.mark.parametrize("name", ["euler", "unipc"])
 @pytest.mark.parametrize("start", [0, 2])
 def test_the_textbooks_samplers_are_diffusers(name, start):
+    if name == "unipc":
+        skip_older_unipc()
     scheduler = diffusers_euler() if name == "euler" else diffusers_unipc()
     foreign, solver = DiffusersSolver(scheduler, 7, wide=True), SOLVERS[name][1](7)
     scheduler.set_begin_index(start)

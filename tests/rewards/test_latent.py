@@ -66,7 +66,7 @@ def test_from_backbone_copies_and_leaves_the_generator_alone():
 def test_a_patched_generator_gives_a_patched_reward():
     transformer = patch(tiny_wan(layers=2))
     reward = LatentRewardModel.from_backbone(transformer, 2, HEADS)
-    assert all(block.forward.__self__ is block for block in reward.backbone.blocks)
+    assert all(block.forward.args[0] is block for block in reward.backbone.blocks)
     plain, _ = build(layers=2)
     plain.load_state_dict(reward.state_dict())
     ours, theirs = (model.logits(*inputs()) for model in (reward, plain))
