@@ -257,7 +257,8 @@ class RolloutModel:
         modulation = self._modulation(self._blocks[index], time)
         parts = self._prepare(index, x, fp8, eight_bits)
         run = _compiled() if self._compile else transformer_block
-        return run(x, self._keys[index], modulation, rope, parts)
+        # Contiguous out here too: a first block with other strides would be a second graph.
+        return run(x.contiguous(), self._keys[index], modulation, rope, parts)
 
     def _prepare(self, index: int, x: torch.Tensor, fp8: bool, eight_bits: bool) -> BlockParts:
         """Return the parts of a block with the layers that run in its place."""
