@@ -67,7 +67,7 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
 
 def _wan_first(scale: int) -> float:
     """Return Wan's first level before the shift, which it rounds to float32: 0.999."""
-    return torch.tensor(1 - 1 / scale, dtype=torch.float32).item()
+    return _float32([1 - 1 / scale]).item()
 
 
 def _check_shift(shift: float) -> None:

@@ -13,6 +13,7 @@ from prfl_fast.models.registry import find_adapter
 from prfl_fast.training import sft_loss
 from prfl_fast.training.checkpoint import load_model, save_model
 from prfl_fast.training.lora import add_lora
+from prfl_fast.utils.digests import DIGESTS
 
 safe_open = pytest.importorskip("safetensors").safe_open
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -96,7 +97,7 @@ def test_an_adapter_loads_in_a_pipeline_and_samples_the_same_bits(layout, tmp_pa
     adapters = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in adapters} == {torch.float32 if layout == "fp32" else torch.bfloat16}
     save_model(model, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {FILE}
+    assert {p.name for p in tmp_path.iterdir()} == {FILE, DIGESTS}
     pipe = pipeline(base, tmp_path)
     unpatch(model)
     expected = sample(pipeline(model))
@@ -173,6 +174,7 @@ def test_an_adapter_of_another_scale_rank_or_place_is_refused(tmp_path):
             load_model(model, tmp_path)
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     # A file without settings has alpha equal to its rank: diffusers reads it so.
+    (tmp_path / DIGESTS).unlink()
     save_file(load_file(tmp_path / FILE), tmp_path / FILE)
     with pytest.raises(ValueError, match="lora_alpha of .* is 4, expected this model's 6"):
         load_model(adapted(), tmp_path)
