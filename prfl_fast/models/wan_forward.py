@@ -190,7 +190,7 @@ def model_inputs(
     if missing := text_rows(base, text) - text.shape[1]:
         text = functional.pad(text, (0, 0, 0, missing))
     return (
-        torch.cat([part.to(dtype) for part in latents], dim=1),  # [B, C + C', F, H, W]
+        torch.cat([part.to(dtype) for part in latents], dim=1).contiguous(),  # [B, C + C', F, H, W]
         timestep.expand(x.shape[0]) if timestep.ndim == 0 else timestep,  # [B] or [B, L]
         text,
         None if image is None else image.to(dtype),

@@ -192,7 +192,7 @@ CHECKPOINTING = "memory: {activation_checkpointing: "
 BAD = {
     "optimizer: {learning_rte: 1}": "'optimizer.learning_rte': did you mean 'learning_rate'?",
     "objectivs: [sft]": "unknown key 'objectivs': did you mean 'objectives'?",
-    "zzz: 1": "unknown key 'zzz': expected one of model, data, out, run",
+    "zzz: 1": "unknown key 'zzz': expected one of model, data, allow_outside, out, run",
     "optimizer: {learning_rate: -1}": "optimizer.learning_rate is -1, expected a number above 0",
     "optimizer: {learning_rate: .nan}": "optimizer.learning_rate is nan, expected a finite number",
     "optimizer: {learning_rate: 1e999}": "learning_rate is '1e999', expected a finite number",
