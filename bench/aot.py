@@ -117,7 +117,10 @@ def measure(
     process fails, the last line of its stderr is the message of a ``RuntimeError``.
     """
     command = [sys.executable, __file__, *ops, "--capability", *map(str, capabilities)]
-    command += ["--every"] * every + ([] if ttir is None else ["--ttir", str(ttir)])
+    if every:
+        command.append("--every")
+    if ttir is not None:
+        command += ["--ttir", str(ttir)]
     run = subprocess.run(command, env=compiler_environment(), capture_output=True, text=True)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]

@@ -1,4 +1,4 @@
-"""Leave cases of a test to the slow tier: the default one takes five minutes of two cores."""
+"""Leave cases of a test to the slow tier, so that the default one stays short."""
 
 import pytest
 
