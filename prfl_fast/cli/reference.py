@@ -99,7 +99,7 @@ def reference_page() -> str:
     ]
     shown: dict[type[Section], str] = {}
     for command, kind in FILES.items():
-        lines += ["", f"## `prfl-fast {command}`", "", *_table(kind, None)]
+        lines += ["", f"## `prfl-fast {command}`", *_table(kind, None)]
         for key, section in _sections_of(kind, ""):
             if section in shown:
                 continue
@@ -107,7 +107,7 @@ def reference_page() -> str:
             where = "" if command == "train" else f" of `{command}`"
             same = "" if like is None else f" Other keys are as in `{shown[like]}`."
             purpose, _, details = (section.__doc__ or "").partition("\n")
-            lines += ["", f"### `{key}`{where} – {purpose}{same}", ""]
+            lines += ["", f"### `{key}`{where} – {purpose}{same}"]
             if details.strip():
                 lines += [" ".join(details.split()), ""]
             lines += _table(section, like)
