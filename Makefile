@@ -3,6 +3,7 @@
 # make lint    ruff check, ruff format --check and mypy
 # make install set up .venv only
 # make lowest  test the lowest declared versions of other packages, in .venv-lowest
+# make newest  test the newest versions and, as it is a CUDA build of torch, fake CUDA tensors, in .venv-newest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip would compile the bytecode of all packages on one core. Python compiles what is imported.
 PIP := $(BIN)/python -m pip install --no-compile
 
-.PHONY: bench test lint lowest install clean
+.PHONY: bench test lint lowest newest install clean
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
@@ -39,14 +40,21 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(if $(DRIVER),,PRFL_FAST_CUDA=0) $(PIP) --no-build-isolation -e ".[test]"
 	touch $@
 
-lowest: .venv-lowest/installed
-	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-lowest/bin/python tests/helpers/tested_versions.py lowest
+VERSIONS := tests/helpers/tested_versions.py
+TESTS_NEED := accelerate hypothesis expecttest pytest matplotlib
+lowest newest: %: .venv-%/installed
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-$@/bin/python $(VERSIONS) $@
 
-.venv-lowest/installed: pyproject.toml tests/helpers/tested_versions.py
+.venv-lowest/installed: pyproject.toml $(VERSIONS)
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install $(CPU_TORCH) || .venv-lowest/bin/python -m pip install $(CPU_TORCH) --index-url $(CPU_INDEX)
-	.venv-lowest/bin/python -m pip install $$($(PYTHON) tests/helpers/tested_versions.py pins) "transformers<5" accelerate hypothesis expecttest pytest "triton>=3.6,<3.7"
+	.venv-lowest/bin/python -m pip install $$($(PYTHON) $(VERSIONS) lowest-pins) "transformers<5" $(TESTS_NEED) "triton>=3.6,<3.7"
+	touch $@
+
+.venv-newest/installed: pyproject.toml $(VERSIONS)
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install torch $$($(PYTHON) $(VERSIONS) newest-pins) transformers $(TESTS_NEED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info kernels/_C*.so
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist *.egg-info kernels/_C*.so

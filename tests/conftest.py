@@ -26,7 +26,9 @@ import prfl_fast.kernels as kernels  # noqa: E402
 from prfl_fast.kernels.runtime.registry import get_backend  # noqa: E402
 from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
 
-INTERPRETED = 3  # cases of a test that the default tier runs in Triton's slow interpreter
+# Cases of a test that the default tier runs in Triton's slow interpreter. Of the tests that
+# operations share, in classes, it is the smoke test alone: their numbers are tested by each one's.
+INTERPRETED = 3
 
 
 def leave_cases_to_the_slow_tier(items):
@@ -36,7 +38,8 @@ def leave_cases_to_the_slow_tier(items):
         mark = item.get_closest_marker("cases")
         interpreted = not HAS_GPU and item.get_closest_marker("triton")
         if mark or interpreted:
-            number = mark.args[0] if mark else INTERPRETED
+            shared = item.cls is not None and "gpu_smoke" not in item.keywords
+            number = mark.args[0] if mark else 0 if shared else INTERPRETED
             tests[item.nodeid.partition("[")[0], number].append(item)
     for (name, number), cases in tests.items():
         # The same ones in every process of a run.

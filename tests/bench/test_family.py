@@ -167,6 +167,7 @@ def test_every_method_trains_and_every_user_samples(trained, tmp_path):
     assert costs["guide10"]["flops"] == costs["guide500"]["flops"]
 
 
+@pytest.mark.slow
 def test_cost_of_repeated_iterations_is_that_of_all_of_them(trained):
     """ReNO's FLOPs are counted on two iterations; here on all."""
     _, _, start, _ = trained

@@ -76,6 +76,7 @@ def test_an_unknown_stage_is_refused(tmp_path):
     assert found.returncode == 2 and "--stages has speed, expected some of env" in found.stderr
 
 
+@pytest.mark.slow
 def test_a_case_that_kills_its_process_costs_no_other_case(tmp_path):
     # Far more than it takes: stages must not run out of time on a busy machine.
     options = ("--dry", "--device", "cpu", "--minutes", "9", "--stages", "env")

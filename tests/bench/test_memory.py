@@ -113,6 +113,7 @@ def test_a_run_writes_tables_records_and_the_curves(quick, tmp_path, capsys):
     assert all(sum(c["categories"].values()) == c["peak_bytes"] for c in simulated)
 
 
+@pytest.mark.slow
 def test_a_policy_with_another_gradient_is_a_problem(quick, monkeypatch):
     feedback = MeasuredStep.feedback
 
@@ -156,6 +157,7 @@ def gpu(quick, monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_policies_on_a_gpu(gpu):
     records, problems = memory.run_small_on_gpu(context())
     assert problems == [] and all(r["peak_bytes"] == 10 * GIB for r in records)
@@ -175,6 +177,7 @@ def found_plan(policy, peak_gib, *, feasible=True, missing=0):
     return plan
 
 
+@pytest.mark.slow
 def test_plans_run_in_a_capped_process(gpu, monkeypatch):
     asked = {}
 

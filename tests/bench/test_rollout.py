@@ -55,6 +55,7 @@ def test_parts_by_two_depths_are_those_of_the_whole_model(way):
         assert split.flops_of(found["caches"]) > 0
 
 
+@pytest.mark.slow
 def test_the_references_reward_costs_its_weight_gradients_and_projections():
     reference, ours = (parts(way)["reward"] for way in split.WAYS[:2])
     tokens, dim, ffn = SMALL.tokens, SMALL.dim, SMALL.ffn_dim

@@ -1,7 +1,8 @@
 """Run the tests that depend on other packages, and write the versions into docs/models.md.
 
-The argument ``pins`` prints the lowest declared versions for pip. ``lowest`` and ``newest`` run the
-tests in the present environment and record it under that name.
+``lowest-pins`` and ``newest-pins`` print requirements for pip: the lowest declared versions, or no
+version. ``lowest`` and ``newest`` run the tests in the present environment and record it under that
+name.
 """
 
 import json
@@ -15,13 +16,15 @@ PAGE, RECORDS = ROOT / "docs" / "models.md", ROOT / "docs" / "tested_versions.js
 MARKS = ("<!-- tested versions -->\n", "<!-- end of tested versions -->")
 PACKAGES = ("torch", "diffusers", "peft", "torchao", "bitsandbytes", "safetensors", "pydantic")
 TESTS = ("tests/models", "tests/feedback", "tests/training/test_lora.py", "tests/cli/test_main.py")
+FAKE_CUDA = "tests/kernels/test_fake_cuda.py"  # skipped in a CPU build of torch
 
 
-def pins() -> list[str]:
-    """Return the lower bounds of the extras that pyproject.toml declares, as exact versions."""
+def pins(name: str) -> list[str]:
+    """Return the packages of the extras: at the declared lower bounds, or of any version."""
     text = (ROOT / "pyproject.toml").read_text()
     extras = re.findall(r"^(?:train|nf4|optim) = \[(.*)\]$", text, re.M)
-    return [name.replace(">=", "==") for name in re.findall(r'"([^"]+)"', ", ".join(extras))]
+    bounds = re.findall(r'"([^"]+)"', ", ".join(extras))
+    return [re.sub(">=.*", "", b) if name == "newest" else b.replace(">=", "==") for b in bounds]
 
 
 def table() -> str:
@@ -50,7 +53,7 @@ def run(name: str) -> int:
     import pytest
 
     count = Count()
-    code = pytest.main(["-q", *(str(ROOT / test) for test in TESTS)], plugins=[count])
+    code = pytest.main(["-q", *(str(ROOT / test) for test in (*TESTS, FAKE_CUDA))], plugins=[count])
     if code == 0:
         records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         versions = {package: metadata.version(package) for package in PACKAGES}
@@ -62,5 +65,5 @@ def run(name: str) -> int:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    sys.exit(print(*pins()) if name == "pins" else run(name))
+    name, _, list_pins = sys.argv[1].partition("-")
+    sys.exit(print(*pins(name)) if list_pins else run(name))

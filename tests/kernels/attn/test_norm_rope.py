@@ -343,6 +343,7 @@ def test_launches_are_sane(capability):
         assert launch == module.backward_launch(10**6, dim, 128, dtype, capability)
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 def test_memory_instructions():
     """Move 16 bytes each; only a reduction uses shared memory, and nothing for heads."""

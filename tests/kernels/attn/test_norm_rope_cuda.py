@@ -174,6 +174,7 @@ BARRIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except(BARRIERS, ("two sets of angles",)))
 def test_the_emulation_notices_a_missing_barrier_of_rope(tmp_path, monkeypatch, case):
     library = compile_kernel("qk_norm_rope", tmp_path, BARRIERS[case])

@@ -121,6 +121,7 @@ def test_gradients_of_large_scores_in_triton(triton_device):
     check(query_pool, naive, tensors, rounding=16)
 
 
+@pytest.mark.slow
 def test_width_of_the_14b_model(backend):
     # √D half-ulps: as a random walk, the rounding of each partial sum of a score and of g·x. The
     # 34 scores are too few for the ratio of two errors to be near 1: it leaves up to 40 of them.
@@ -249,6 +250,7 @@ def test_launches_hold_every_head(heads, dtype):
     assert launch.precision == ("ieee" if dtype == FP32 else "tf32")
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 def test_addresses_are_multiplied_in_64_bits():
     script = """

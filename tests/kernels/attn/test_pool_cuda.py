@@ -148,6 +148,7 @@ BARRIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_except(BARRIERS, ("scores", "backward, two sets")))
 def test_the_emulation_notices_a_missing_barrier(tmp_path, case):
     name, before, place, after, cluster = BARRIERS[case]

@@ -399,6 +399,7 @@ INSTRUCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.parametrize("capability", slow_except((80, 89, 90, 100, 120), (90,)))
 def test_the_products_are_8_bit_instructions(capability):

@@ -68,6 +68,7 @@ def test_ties_go_to_even_and_their_neighbors_do_not(backend):
         assert (e4m3.codes(q) == e4m3.encode(values.astype(np.float64))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 def test_chips_with_an_instruction_use_it():
     """Find the instruction where there is one: without a GPU only the integers above run."""
