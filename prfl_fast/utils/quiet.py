@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
     Call this function before importing them, and in programs only: it changes loggers, warning
     filters and environment of the whole process.
     """
-    for name in (*_PACKAGES, "torch.utils._pytree"):
+    for name in (*_PACKAGES, "torch.utils._pytree", "torch.utils.flop_counter"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # diffusers and transformers set the level of their loggers at import, from these variables.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):

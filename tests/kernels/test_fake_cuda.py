@@ -122,6 +122,6 @@ def test_a_patched_model_stays_on_the_device(case):
         with torch.device("cuda"):
             model = patch(tiny_wan(case))
         x, timestep, conditions = tree_map_only(torch.Tensor, on_cuda, inputs(case))
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            velocity = ModelCall(model)(x, timestep, conditions)
+        with torch.no_grad():
+            velocity = ModelCall(model, "fp32")(x, timestep, conditions)
     assert (velocity.shape, velocity.device.type) == (x.shape, "cuda")
