@@ -250,6 +250,7 @@ def test_guidance_is_read_from_a_file_and_changes_the_trajectory(root, tmp_path)
     assert len({round(value, 7) for value in first.values()}) >= 3
 
 
+@pytest.mark.slow
 def test_a_run_with_a_drift_guard_resumes_as_it_would_have_gone_on(root, tmp_path):
     """Fewer steps with a limit: the guard's counts and its fall back are part of the run."""
     changes = {

@@ -39,6 +39,7 @@ def steps_of(points):
     return tuple(point.step for point in points)
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("points,steps", CASES)
 def test_outcomes_are_a_distribution_with_equal_marginals(points, steps):
     outcomes = GradientPlan.prfl(points).outcomes(steps)
@@ -75,6 +76,7 @@ def test_independent_draws_weigh_every_step_alike(points, steps):
     assert expected == pytest.approx({m: 1 / (steps - 1) for m in range(steps - 1)})
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", NAMED)
 def test_draws_follow_the_enumerated_distribution(name):
     plan, generator, draws, steps = NAMED[name], torch.Generator().manual_seed(1), 4000, 7

@@ -143,7 +143,7 @@ def test_the_textbooks_samplers_are_diffusers(name, start):
         torch.testing.assert_close(ours, theirs.double(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.cases(15)
+@pytest.mark.cases(8)
 @pytest.mark.parametrize(
     "method,name,kind",
     [
@@ -219,6 +219,7 @@ def test_draft_lv(name):
         assert torch.equal(again.loss, output.loss) == (seed == 0)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("frames,segments", [(4, 4), (4, 2), (5, 3)])
 def test_instruct_video_with_attenuated_frames(name, frames, segments):
@@ -269,6 +270,7 @@ def assert_reno(output, world, solver=textbook.UniPC):
     torch.testing.assert_close(output.loss.double(), loss.detach(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "kind,name",
     [
@@ -305,6 +307,7 @@ def test_flow_nrg(name, window):
     torch.testing.assert_close(alone.latents, expected[:1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "method,target",
     [("prfl-3", 0.97), ("prfl-3", None), ("draft-3", 0.6), ("draft-3", None), ("rg-lcd", 0.6)],
@@ -333,6 +336,7 @@ def guided_world(model):
     return textbook.World(velocity, loss_of())
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("method", ["prfl-3", "refl", "draft-3", "instructvideo-3"])
 def test_guidance_passes_the_gradient_through_both_branches(method, batched):
@@ -348,6 +352,7 @@ def test_guidance_of_noise_optimization(batched):
     assert_reno(step(NOISE, TEXT), guided_world(theirs))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("copied", [copy.deepcopy, patched], ids=["unpatched", "patched"])
 @pytest.mark.parametrize("plan", [GradientPlan.prfl(), GradientPlan.prfl(3), GradientPlan.draft(3)])
 def test_divergence_from_the_initial_model(plan, copied):
@@ -391,6 +396,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_expectation_over_all_draws_is_the_plans_target(name):
     plan, targets = TARGETS[name]

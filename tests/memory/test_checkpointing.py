@@ -73,7 +73,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @PATCHED
 @pytest.mark.parametrize("case", wan.CASES)
@@ -156,7 +156,7 @@ def test_model_compiled_whole(setting):
             torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("case,per_block", [("t2v", 2), ("i2v", 3)])
 @PATCHED
 def test_attention_recompute_runs_no_attention(case, per_block, patched):
@@ -252,7 +252,7 @@ def test_bad_arguments(arguments, message):
         activation_checkpointing(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @EACH_SETTING
 def test_several_graphs_alive(setting):
     """Two losses, backward in either order, and one backward through both."""
@@ -351,6 +351,7 @@ def block_bytes(kind, mode, patched):
             return ledger.live - out.untyped_storage().nbytes()
 
 
+@pytest.mark.slow
 @PATCHED
 def test_bytes_of_a_14b_block(patched):
     x = 75600 * 5120 * 2

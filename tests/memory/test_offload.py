@@ -354,6 +354,7 @@ def test_copies_run_one_block_ahead(mode, monkeypatch):
 
 
 # Fake tensors, as the planner uses them.
+@pytest.mark.cases(1)
 @EACH_MODE
 def test_fake_tensors_count_the_same_bytes(mode, monkeypatch):
     real = build(4, mode)

@@ -211,6 +211,7 @@ def run(kinds, weights, gradients):
     return [p.detach().float() - w.float() for p, w in zip(params, weights, strict=True)]
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_follows_float32_in_expectation():
     generator = torch.Generator().manual_seed(1)
     start = torch.empty(16384).uniform_(0.02, 1, generator=generator).bfloat16()

@@ -37,6 +37,7 @@ def in_one_step(*tensors, cos=None, sin=None, grid=None, offset=(0, 0, 0)):
 NEEDED = [NAMES, ("q", "k", "v"), ("q",), ("v",), ("q_weight",), ("k_weight", "v")]
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("needed", NEEDED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("keys, turn", [(LENGTH, rope()), (7, {})], ids=["self", "cross"])

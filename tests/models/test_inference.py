@@ -206,7 +206,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["exact", "lora", "merged", "quantized", "fp8"])
 def test_one_graph_for_all_blocks_and_steps(change, graphs):
     model = build(layers=3)

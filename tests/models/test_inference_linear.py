@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 
 
 # Merged adapters.
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("base", ["plain", "fp8", "nf4"])
 def test_merged_adapters_are_within_twice_the_unmerged_error(base, layout):
@@ -109,6 +110,7 @@ def test_a_merged_matrix_is_the_exact_sum_rounded_once():
 
 
 # 8 bits.
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "autocast"])
 def test_errors_of_8_bits_have_their_size(case, layout):
     work = Case(build(case, layout), case)

@@ -51,6 +51,7 @@ def test_every_pair_follows_from_shallow_runs(calls):
     assert len(calls) == 2 * (2 * len(MODES) - 1)  # none is not run in chunks
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("host", [None, 50, 200])
 @pytest.mark.parametrize("mib", [410, 415, 430, 470, 520, 640, 800, 1000])
 def test_takes_the_fastest_that_fits(calls, mib, host):
@@ -173,6 +174,7 @@ def check_prediction(pair, chunk=None, optimizer="adamw", **options):
     assert predicted.host == pytest.approx(run.host, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("mode", slow_except((MODES[0], MODES[-1]), MODES[-1:]), ids=str)
 def test_a_supervised_step_is_never_the_peak(mode, train):

@@ -70,6 +70,7 @@ def _poison_empty():
     """Not here: real tensors would be filled and fake ones not, which is one operation more."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(POLICIES, ("offloaded", "fp8")))
 def test_the_faster_fake_tensors_change_nothing(name, monkeypatch):
     runs = [shallow(SMALL, POLICIES[name]) for _ in range(2)]  # the second from remembered layouts
@@ -77,6 +78,7 @@ def test_the_faster_fake_tensors_change_nothing(name, monkeypatch):
     assert runs == 2 * [shallow(SMALL, POLICIES[name])]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", slow_except(POLICIES, ("none", "offloaded")))
 def test_fake_and_real_tensors_give_the_same_bytes(name):
     memory = POLICIES[name]
@@ -95,6 +97,7 @@ def test_fake_and_real_tensors_give_the_same_bytes(name):
 
 # Not in bfloat16: where operands of one operation differ in dtype, the CPU casts one of them inside
 # the kernel, in memory that no ledger sees and that CUDA does without.
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "name", slow_except(("none", "full", "attention", "offloaded"), ("offloaded",))
 )
@@ -169,6 +172,7 @@ def test_work_of_a_block():
     assert none["backward"].attention_flops == 5 * products // 2
 
 
+@pytest.mark.slow
 def test_offloaded_bytes_and_depth():
     workload = replace(SMALL, sft=False)
     runs = [

@@ -71,6 +71,7 @@ def test_schedules_are_those_of_diffusers_bit_for_bit(shift):
                 assert torch.equal(a, b) and a.dtype == b.dtype, count
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("field", [None, nonlinear_field], ids=["random", "nonlinear"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", COUNTS)
@@ -78,6 +79,7 @@ def test_euler_trajectories_equal_diffusers(count, dtype, field):
     assert largest_difference(FlowEuler(5.0), diffusers_euler(), count, dtype, field) <= 1e-6
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("field", [None, nonlinear_field], ids=["random", "nonlinear"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("count", COUNTS)

@@ -193,6 +193,7 @@ def textbook_beams(solver, beams, candidates, eta, lookahead, branching, generat
     return ended, history
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("batch", [None, 1, 5])
 @pytest.mark.parametrize("eta", [1.0, 0.4])
 @pytest.mark.parametrize("lookahead", [0, 1, 3])

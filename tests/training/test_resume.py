@@ -150,6 +150,7 @@ def test_killed_in_the_middle_and_resumed(root, runner, whole, tmp_path, place, 
     assert not list(out.glob("*.tmp-*")) and assert_nothing_truncated(out) >= 6
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(root, runner, whole, tmp_path):
     out = tmp_path / "out"
     kills = {"two optimizer steps": 5, "the rewriting of the log": 1, "a state file": 1}
@@ -180,6 +181,7 @@ def kill_and_resume(runner, root, tmp_path, changes):
     return out
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_and_8bit_states_resume_too(root, runner, tmp_path):
     memory = {"weight_dtype": "bf16", "optimizer": "adamw8bit", "gradient_dtype": "fp32"}
     changes = {"hardware.precision": "bf16", "memory": memory}

@@ -13,6 +13,14 @@ class Thing:
     pass
 
 
+@pytest.fixture(autouse=True)
+def _handler():
+    """Set Python's handler: a shell starts background processes with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press(*_):
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -99,6 +99,7 @@ def slow(*cases):
 SLOW_DRAFT = ("unpatched", "full", "attention", "offload-unpatched", "offload-full")
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "plan_name,scheduler,memory",
     [
@@ -115,6 +116,7 @@ def test_a_trajectory_keeps_one_latent_per_step(plan_name, scheduler, memory):
     assert max(found) <= LATENT + NUMBERS
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_guided_trajectory_keeps_one_latent_per_step(batched):
     model = build(layers=1, offload=None)
@@ -158,6 +160,7 @@ def test_the_count_sees_a_trajectory_of_plain_autograd():
 
 
 # The memory engine.
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @pytest.mark.parametrize("plan", [*LONG_PLANS.values(), GradientPlan.draft(2)], ids=str)
 def test_checkpointing_changes_no_bit_of_a_long_gradient(plan, patched):
@@ -173,6 +176,7 @@ def test_checkpointing_changes_no_bit_of_a_long_gradient(plan, patched):
             assert held(model) == (0, 0)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_bit_of_a_long_divergence():
     """The initial model's blocks must also be recomputed without adapters."""
 
@@ -229,6 +233,7 @@ class TrapInBackward(torch.autograd.Function):
         return grad, None
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "plan_name,memory",
     [
@@ -313,6 +318,7 @@ def frozen_reward():
     return reward.freeze()
 
 
+@pytest.mark.slow
 def test_flops_per_gradient_point_of_five_are_less_than_half_of_one():
     """40 steps, without SFT; the reward has a quarter of the generator's blocks, as in PRFL."""
     model, reward = build(4, offload=None), frozen_reward()

@@ -103,6 +103,7 @@ def test_forward_and_gradients(backend, shape, dtype):
     check(query_pool, naive, make(*shape, dtype, FP32), grads=grads, rounding=rounding)
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_small_and_large_scores(shape, scale):

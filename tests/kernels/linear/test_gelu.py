@@ -120,6 +120,7 @@ SHAPES = [
 DTYPES = [(FP32, None), (FP32, FP32), (BF16, None), (BF16, BF16), (BF16, FP32), (FP16, BF16)]
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype, bias", DTYPES)
 def test_forward_and_gradients(backend, shape, dtype, bias):

@@ -102,6 +102,7 @@ class TestResidualNormModulate(OperationTests):
 compare = TestResidualNormModulate.compare
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "none")
 @pytest.mark.parametrize("kind", module.KINDS)
 def test_every_kind_with_any_arguments(backend, kind, parts):
@@ -120,6 +121,7 @@ def test_a_token_too_wide_for_one_pass(backend):
     compare(make((2, 8000), **AFFINE))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "gate, rows", [(1, 2), (2, 1), (6, 12), (12, 6), (4, 6), (3, 4), (1, 12), (12, 1), (12, 12)]
 )
@@ -128,6 +130,7 @@ def test_numbers_of_rows(backend, gate, rows):
     compare(make((2, 6, 40), gate=gate, scale=rows, shift=rows, gate_table=True))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "shape, dtype, parts",
     [
@@ -146,6 +149,7 @@ def test_row_index(backend, shape, dtype, parts):
     compare(make(shape, **parts), row_index=row_index)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "dtypes", [(BF16, FP32, FP32), (FP32, BF16, FP32), (FP16, FP32, BF16), (BF16, BF16, BF16)]
 )
