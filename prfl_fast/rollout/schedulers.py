@@ -294,6 +294,12 @@ class FlowUniPC(_FlowScheduler):
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None
         self._predictions: list[torch.Tensor] = []
+        # Here, because a step may run on fake tensors, which have no values.
+        self._updates = {
+            dtype: unipc_updates(self._sigmas, self.order, dtype)
+            for dtype in (torch.float32, torch.float64)
+            if self._sigmas
+        }
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         tensors = [sample, velocity]
@@ -305,8 +311,7 @@ class FlowUniPC(_FlowScheduler):
             tensors += [before, *self._predictions]
         # One linear combination corrects x_i with the velocity found there and predicts x_{i+1}.
         # In float32 as Wan's own solver, for latents that float32 holds.
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        updates = unipc_updates(self._sigmas, self.order, dtype)
+        updates = self._updates[torch.float64 if sample.dtype == torch.float64 else torch.float32]
         update = updates[index][len(self._predictions)]
         prev_sample = flow_step(tensors, list(update.advance))
         if index + 1 < len(updates):
