@@ -2,8 +2,8 @@
 
 A latent at noise level σ is ``x_σ = (1-σ)·x0 + σ·ε``, the model predicts the velocity ``v = ε -
 x0``, and its timestep is ``1000·σ``. Both samplers have the interface and conventions of their
-diffusers counterparts. Their coefficients are computed in float64 before the rollout, and each
-update is one ``flow_step``, rounded once to the latents' dtype and differentiable in every tensor.
+diffusers counterparts. Each update is one ``flow_step``, rounded once to the latents' dtype and
+differentiable in every tensor.
 """
 
 import contextlib
@@ -294,7 +294,12 @@ class FlowUniPC(_FlowScheduler):
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None
         self._predictions: list[torch.Tensor] = []
-        self._updates = unipc_updates(self._sigmas, self.order) if self._sigmas else ()
+        # Here, because a step may run on fake tensors, which have no values.
+        self._updates = {
+            dtype: unipc_updates(self._sigmas, self.order, dtype)
+            for dtype in (torch.float32, torch.float64)
+            if self._sigmas
+        }
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         tensors = [sample, velocity]
@@ -305,9 +310,11 @@ class FlowUniPC(_FlowScheduler):
             check(ok, f"{type(self).__name__}.step: sample", sample, expected, hint=_NEW)
             tensors += [before, *self._predictions]
         # One linear combination corrects x_i with the velocity found there and predicts x_{i+1}.
-        update = self._updates[index][len(self._predictions)]
+        # In float32 as Wan's own solver, for latents that float32 holds.
+        updates = self._updates[torch.float64 if sample.dtype == torch.float64 else torch.float32]
+        update = updates[index][len(self._predictions)]
         prev_sample = flow_step(tensors, list(update.advance))
-        if index + 1 < len(self._updates):
+        if index + 1 < len(updates):
             correct = update.correct
             self._previous = sample if correct is None else flow_step(tensors, list(correct))
             prediction = flow_step([sample, velocity], [1.0, -self._sigmas[index]])
