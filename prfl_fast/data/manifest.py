@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from prfl_fast.models.velocity import check_finite
-from prfl_fast.utils.checks import check, plain
+from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
 
 MANIFEST = "manifest.jsonl"
@@ -237,8 +237,8 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     labels = record.get("labels", {})
     check(isinstance(labels, dict), f"{where}: labels", labels, "a JSON object")
     for name, value in labels.items():
-        ok = isinstance(value, (bool, int, float, str))
-        check(ok, f"{where}: labels.{name}", value, "a number or a string")
+        ok = isinstance(value, (bool, str)) or is_number(value)
+        check(ok, f"{where}: labels.{name}", value, "a finite number or a string")
     return record
 
 

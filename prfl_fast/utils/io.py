@@ -1,6 +1,7 @@
 """Write files and folders atomically; read, write and compare the tensors of safetensors files."""
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -131,6 +132,14 @@ def _is_stale(path: Path) -> bool:
         return not is_writing(pid, path.lstat().st_mtime)
     except FileNotFoundError:  # its writer has just renamed it
         return False
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; raise ``ValueError`` if it is none, ``OSError`` if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

@@ -1,6 +1,7 @@
 """Datasets on disk: round trips, the order of batches, and rejected files."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -155,7 +156,8 @@ MANIFESTS = {
     "half a pair": ([{"id": "a", "win": "x"}], "manifest.jsonl:1: lose is None"),
     "unknown key": ([{**GOOD, "label": {}}], "key is 'label', expected one of id, labels, latents"),
     "labels a list": ([{**GOOD, "labels": [1]}], r"labels is \[1\], expected a JSON object"),
-    "label null": ([{**GOOD, "labels": {"q": None}}], "labels.q is None, expected a number or a"),
+    "label null": ([{**GOOD, "labels": {"q": None}}], "labels.q is None, expected a finite num"),
+    "label NaN": ([{**GOOD, "labels": {"q": math.nan}}], "labels.q is nan, expected a finite n"),
     "same id": ([GOOD, GOOD], "manifest.jsonl:2: id is 'a', expected a new one, as line 1 has it"),
     "mixed": ([GOOD, PAIR], "manifest.jsonl:2: item is 'pairs', expected videos on all lines"),
 }
