@@ -3,7 +3,7 @@
 Each raises an error that names the argument, its value and the expected values.
 """
 
-import sys
+import math
 from collections.abc import Collection
 from dataclasses import fields
 from numbers import Integral, Real
@@ -29,8 +29,10 @@ def make_fields_plain(config: Any) -> None:
 
 def is_number(value: object) -> bool:
     """Return True for a finite real number; booleans are not numbers."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type, operator]
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def is_count(value: object, least: int = 1) -> bool:

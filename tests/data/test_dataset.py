@@ -241,14 +241,23 @@ def test_texts_that_are_missing_or_too_long_are_refused(folder, tmp_path):
     for value in (-0.1, 1.5, "0.1", True):
         with pytest.raises(ValueError, match="text_drop is"):
             Batches(dataset, text_drop=value)
-    save_tensors({"encoder_hidden_states": torch.ones(4, 20)}, folder / "empty_prompt.safetensors")
-    with pytest.raises(ValueError, match="expected 1 to 3 rows of 20"):
-        Batches(dataset, text_drop=0.1)
+    rows = torch.ones(3, 20)
+    for text, message in (
+        (torch.ones(4, 20), "expected 1 to 3 rows of 20"),
+        (rows.int(), "is int32.*, expected 1 to 3 rows of 20 floating-point numbers"),
+        (rows.double() * 1e300, "as float32 has 60 NaN or infinite values"),
+    ):
+        save_tensors({"encoder_hidden_states": text}, folder / "empty_prompt.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Batches(dataset, text_drop=0.1)
     with pytest.raises(ValueError, match="text_drop is 0.1, expected 0 for a data"):
         Batches(samples(2), text_drop=0.1)
     wide = [s._replace(short=torch.ones(2, 21)) for s in samples(1)]
     with pytest.raises(ValueError, match="width of encoder_hidden_states_short is 21"):
         write_dataset(tmp_path / "wide", wide)
+    assert not (tmp_path / "wide" / "manifest.jsonl").exists()
+    with pytest.raises(ValueError, match="seed is 1.5, expected an integer"):
+        Batches(dataset, seed=1.5)
 
 
 def test_texts_of_different_lengths_have_the_rows_of_the_longest(tmp_path):
