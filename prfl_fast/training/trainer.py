@@ -266,11 +266,11 @@ class Trainer:
                 link_final(self.folder / f"step-{self.result.step:08d}")
             self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
         try:
-            steps = self.config.steps
+            step, steps = self.result.step, self.config.steps
             with (
                 # A run without a folder has nothing to save, so signals keep their usual effect.
                 collect_signals(self.folder is not None) as signals,
-                progress_bar(self.progress, self.result.step, steps) as bar,
+                progress_bar(self.progress and step < steps, step, steps) as bar,
             ):
                 while self.result.step < steps and not signals:
                     self._step(bar)

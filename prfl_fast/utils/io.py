@@ -162,7 +162,7 @@ def save_tensors(
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         # safetensors rejects tensors that share storage, so tied weights are copied.
         address = tensor.untyped_storage().data_ptr()
         owned[name] = tensor.clone() if address in seen else tensor
