@@ -4,10 +4,11 @@ import torch
 
 
 def describe(value: object) -> str:
-    """Return a tensor as ``float32[2, 16, 64] on cpu``, anything else as its ``repr``."""
+    """Return a tensor as ``float32[2, 16, 64] on cpu``, others as a short ``repr``."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def require(ok: bool, op: str, argument: str, got: object, expected: str) -> None:

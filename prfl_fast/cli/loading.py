@@ -1,7 +1,6 @@
 """Load and check the inputs of commands: device, generator, reward models, guidance."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.io import load_tensors, read_json
 from prfl_fast.utils.optional import need
 
 
@@ -43,6 +42,7 @@ def device_of(hardware: HardwareSection) -> torch.device:
 
 def check_writable(path: Path, key: str) -> None:
     """Raise ``ValueError`` if ``path`` cannot be written; call it before the work starts."""
+    check("\0" not in str(path), key, str(path), "a path without the character NUL")
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -66,7 +66,7 @@ def _transformer_class(folder: str) -> tuple[Any, Mapping[str, Any]]:
     if not path.is_file():
         raise ValueError(f"model: {folder} has no config.json, expected the folder of {kind}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         name = config["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model: {path} is not the configuration of {kind}") from error

@@ -21,7 +21,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import add_noise, evaluation_sigma, model_timestep
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.io import write_atomic
-from prfl_fast.utils.optional import need
+from prfl_fast.utils.progress import count_progress
 
 
 def run_score(config: ScoreFile, check_only: bool) -> int:
@@ -62,8 +62,10 @@ def _scores(
     """Return one row per video: its id and its score at each timestep."""
     generator = torch.Generator().manual_seed(torch_seed(config.seed))
     rows: list[dict[str, Any]] = []
-    with need("tqdm").tqdm(total=len(dataset), unit="video", desc="score", disable=None) as bar:
-        for start in range(0, len(dataset), config.batch_size):
+    starts = range(0, len(dataset), config.batch_size)
+    with count_progress("score", "batches", len(starts)) as show:
+        for start in starts:
+            show("")
             indices = range(start, min(start + config.batch_size, len(dataset)))
             batch = collate([dataset[i] for i in indices])
             assert isinstance(batch, Batch)
@@ -82,7 +84,6 @@ def _scores(
             for row, index in enumerate(indices):
                 values = {f"t{t}": scores[i][row] for i, t in enumerate(config.timesteps)}
                 rows.append({"id": dataset.ids()[index], **values})
-            bar.update(len(indices))
     return rows
 
 

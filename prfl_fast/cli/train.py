@@ -50,6 +50,7 @@ from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.progress import count_progress
 
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
@@ -87,6 +88,11 @@ def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterato
         yield
 
 
+def _check_values(dataset: LatentDataset) -> None:
+    with count_progress("check", "samples", len(dataset)) as show:
+        check_values(dataset, show)
+
+
 def _train(config: TrainFile, options: RunOptions) -> int:
     given, config = config, _with_learning_rate(config)
     device = loading.device_of(config.hardware)
@@ -96,7 +102,7 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     batches = _batches(dataset, config)
     loading.check_model(config.model, dataset)
     if options.deep:
-        check_values(dataset)
+        _check_values(dataset)
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
     check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
@@ -236,7 +242,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
         batches = DrawnPairs(winners, _batches(losers, config, 1))
     for source in (dataset, losers, held_out) if options.deep else ():
         if source is not None:
-            check_values(source)
+            _check_values(source)
     memory = choose_reward_memory(config, dataset, device)
     config = config.model_copy(update={"memory": TrainedRewardMemorySection.of(memory)})
     check_available(memory, device)
@@ -313,14 +319,18 @@ def _evaluate(
     assert isinstance(config.memory, MemorySection)
 
     def batches() -> Iterator[Any]:
-        for i in range(len(dataset)):
+        for i, name in enumerate(dataset.ids()):
+            show(name)
             batch = collate([dataset[i]])
             assert isinstance(batch, Batch)
             found = [label_of(r, config.label, config.missing_label) for r in batch.labels]
             labels = torch.tensor(found, dtype=torch.float32, device="cpu")
             yield batch.latents.to(device), batch.to(device).conditions, labels
 
-    with autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)):
+    with (
+        autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)),
+        count_progress("evaluation", "videos", len(dataset)) as show,
+    ):
         metrics = evaluate(
             reward,
             batches(),

@@ -1,6 +1,5 @@
 """Workload of the planner from a trainer's YAML, its dataset, and command line options."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from prfl_fast.cli.yaml_config import parse_config, read_yaml
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.planning.presets import model_config
+from prfl_fast.utils.io import read_json
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
 _EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
@@ -92,7 +92,7 @@ def _reward_blocks(config: TrainFile) -> dict[str, int]:
     if not isinstance(config.reward, str) or not path.is_file():
         return {}
     try:
-        return {"reward_blocks": int(json.loads(path.read_text())["num_blocks"])}
+        return {"reward_blocks": int(read_json(path)["num_blocks"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a reward model") from error
 
@@ -162,7 +162,8 @@ def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, An
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     there = (Path(config.data) / "manifest.jsonl").is_file()
-    found = fields_of_reward_run(config, LatentDataset(config.data) if there else None)
+    dataset = LatentDataset(config.data, allow_outside=config.allow_outside) if there else None
+    found = fields_of_reward_run(config, dataset)
     free = {"model", "frames", "height", "width"} - found.keys()
     for name, value in given.items():
         if name not in free and found.get(name) != value:

@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from prfl_fast.kernels.runtime.checks import describe
 from prfl_fast.utils.optional import need
 
 # YAML 1.1 reads 5e-6 and 1e3 as strings, but learning rates are written in this form.
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_VALUES = 10_000  # in a file
 _LIMITS = (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
@@ -112,13 +114,26 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {reason}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not YAML: nested too deeply") from error
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # a date or number that Python cannot read
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        reason = getattr(error, "problem", None) or error
+        reason = str(getattr(error, "problem", None) or error)
         raise ConfigError(f"{where}: not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {_shown(content)}, expected keys and values")
+    # Nested aliases can stand for a billion values, over which pydantic and repr take minutes.
+    left: list[Any] = [content]
+    count = 0
+    while left:
+        value, count = left.pop(), count + 1
+        if count > _VALUES:
+            raise ConfigError(
+                f"{path}: holds over {_VALUES} values, with those that aliases repeat"
+            )
+        if isinstance(value, (dict, list)):
+            left += value.values() if isinstance(value, dict) else value
     return content
 
 
@@ -275,4 +290,4 @@ def _words_in(hint: Any) -> list[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return "empty"
-    return "a mapping" if isinstance(value, dict) else repr(value)
+    return "a mapping" if isinstance(value, dict) else describe(value)

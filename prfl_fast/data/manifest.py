@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from prfl_fast.models.velocity import check_finite
-from prfl_fast.utils.checks import check, plain
+from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
 
 MANIFEST = "manifest.jsonl"
@@ -188,9 +188,10 @@ class LatentDataset:
         text, (rows, width) = load_tensors(path).get(TEXT), self.shapes[TEXT]
         ok = text is not None and text.ndim == 2 and text.shape[1] == width
         ok = ok and text is not None and 0 < len(text) <= rows
-        check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width}")
+        ok = ok and text is not None and text.is_floating_point()
+        check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width} floating-point numbers")
         assert text is not None
-        check_finite(f"{path}: {TEXT}", text)
+        check_finite(f"{path}: {TEXT} as float32", text.float())
         return text
 
     def labels(self) -> list[tuple[str, Mapping[str, Any]]]:
@@ -237,8 +238,8 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     labels = record.get("labels", {})
     check(isinstance(labels, dict), f"{where}: labels", labels, "a JSON object")
     for name, value in labels.items():
-        ok = isinstance(value, (bool, int, float, str))
-        check(ok, f"{where}: labels.{name}", value, "a number or a string")
+        ok = isinstance(value, (bool, str)) or is_number(value)
+        check(ok, f"{where}: labels.{name}", value, "a finite number or a string")
     return record
 
 
@@ -280,4 +281,8 @@ def write_dataset(
     # Last, so that an interrupted call leaves no manifest and thus no dataset.
     with write_atomic(folder / MANIFEST) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-    return LatentDataset(folder)
+    try:
+        return LatentDataset(folder)
+    except ValueError:
+        (folder / MANIFEST).unlink()
+        raise

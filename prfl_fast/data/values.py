@@ -1,7 +1,7 @@
 """Read every sample of a dataset and check its values."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -12,8 +12,8 @@ from prfl_fast.data.manifest import LatentDataset, Pair, Sample
 _CHANNEL, _ALL = (0.25, 4.0), (0.6, 1.6)
 
 
-def check_values(dataset: LatentDataset) -> None:
-    """Read all samples of a dataset.
+def check_values(dataset: LatentDataset, show: Callable[[str], object] = str) -> None:
+    """Read all samples of a dataset, and call ``show`` with the id of each before.
 
     Raises:
         ValueError: if a sample has NaN, infinite or too large values, or the latents of the whole
@@ -21,7 +21,8 @@ def check_values(dataset: LatentDataset) -> None:
     """
     problems: list[str] = []
     spread = _Spread()
-    for index in range(len(dataset)):
+    for index, name in enumerate(dataset.ids()):
+        show(name)
         try:
             for sample in _samples(dataset[index]):
                 spread.add(sample.latents)

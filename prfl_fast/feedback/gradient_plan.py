@@ -18,6 +18,7 @@ from prfl_fast.utils.checks import (
     check_fraction,
     is_number,
     make_fields_plain,
+    plain,
 )
 
 
@@ -252,6 +253,7 @@ class GradientPlan:
             ValueError: if there are too few for the points or the depth.
         """
         check_count("num_inference_steps", num_inference_steps)
+        num_inference_steps = plain(num_inference_steps)  # an unsigned one has no -1
         first = resolve(self.window[0], num_inference_steps, 0)
         end = resolve(self.window[1], num_inference_steps, num_inference_steps)
         depth = self.depth[0] if isinstance(self.depth, tuple) else self.depth or 1

@@ -96,7 +96,7 @@ class PRFL:
         numbers |= {f"reward_weights[{name!r}]": factor for name, factor in factors.items()}
         for name, value in numbers.items():
             check_number(name, value)
-        plan.steps(num_inference_steps)  # raises if the plan does not fit the schedule
+        plan.steps(self.sampler.num_inference_steps)  # raises if the plan does not fit the schedule
         if divergence:
             _check_divergence(divergence, transformer, plan)
         self.plan = plan

@@ -1,6 +1,5 @@
 """Configuration of the transformer that is planned for: presets, folders and models."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 
 from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.utils.checks import check, check_type
+from prfl_fast.utils.io import read_json
 
 _WAN_14B: dict[str, Any] = {
     "patch_size": (1, 2, 2),
@@ -60,7 +60,7 @@ def model_config(model: Model) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if "_class_name" in config:
             adapter_by_name(f"diffusers {config['_class_name']}")
         layers = config["num_layers"]

@@ -34,6 +34,7 @@ from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import (
     check_fit,
     load_tensors,
+    read_json,
     save_checkpoint_dir,
     save_tensors,
     write_atomic,
@@ -216,7 +217,7 @@ class LatentRewardModel(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file. {folder} is not a saved reward model")
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
             check(config["format"] == FORMAT, "format", config["format"], repr(FORMAT))
             reward = _from_config(config)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

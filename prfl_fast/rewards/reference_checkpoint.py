@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 
-from prfl_fast.utils.io import load_pickled, load_tensors, open_tensors, save_tensors
+from prfl_fast.utils.io import (
+    load_pickled,
+    load_tensors,
+    open_tensors,
+    read_json,
+    save_tensors,
+)
 
 SHARD_BYTES = 5 * 1024**3  # the limit of diffusers and HY-Video-PRFL
 _SHARDS = "diffusion_pytorch_model"
@@ -70,7 +76,7 @@ def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.T
 def read_return_type(folder: Path) -> str | None:
     """Return the ``return_type`` in a folder's ``config.json``; None if it stores none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     return config.get("return_type") if isinstance(config, dict) else None
@@ -80,7 +86,7 @@ def _shard_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index of safetensors. Copy it again") from error
         files = [folder / name for name in sorted(names)]

@@ -39,6 +39,7 @@ from prfl_fast.utils.io import (
     link_atomic,
     load_pickled,
     load_tensors,
+    read_json,
     remove_atomic,
     save_checkpoint_dir,
     save_tensors,
@@ -182,7 +183,8 @@ def save_checkpoint(
         (temporary / "checkpoint.json").write_text(_text(content))
     link_final(path)
     if keep_last:
-        for _, old in list_checkpoints(folder)[:-keep_last]:
+        # Later ones, which are damaged if this run went back before them, count for none.
+        for _, old in [c for c in list_checkpoints(folder) if c[0] <= step][:-keep_last]:
             remove_atomic(old)
     return path
 
@@ -218,9 +220,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     manifest = path / "checkpoint.json"
     try:
-        text = manifest.read_text(encoding="utf-8")
-        content: dict[str, Any] = json.loads(text)
+        content: dict[str, Any] = read_json(manifest)
         found, files = content["format"], content["files"].items()
+        content.get("settings", {}).items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{path}: not a checkpoint of this library: it has no readable checkpoint.json"
         raise ValueError(text) from error
@@ -230,7 +232,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if found == FORMAT or "digest" in content:
         wanted, there = content.get("digest"), _digest(content)
         # A flipped bit can keep the content: 1e-05 and 1E-05 are the same number.
-        whole = there == wanted and text == _text(content)
+        whole = there == wanted and manifest.read_text(encoding="utf-8") == _text(content)
         expected = f"{wanted}, as written in it: the file was damaged or changed"
         check(whole, f"SHA-256 of the content of {manifest}", there, expected, hint=hint)
     for name, size in files:
@@ -238,12 +240,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         check(actual == size, f"size of {path / name}", actual, f"{size} bytes", hint=hint)
     if found == FORMAT:
         check_digests(path, content["sha256"], hint)
-    else:
-        _log.warning("%s: of an earlier revision, without digests: damage goes unnoticed", path)
     if match := _STEP.fullmatch(path.name):
         step, wanted = content.get("step"), int(match[1])
         expected = f"{wanted}, as in its folder's name"
         check(step == wanted, f"step in {manifest}", step, expected, hint=hint)
+    if found != FORMAT:
+        _log.warning("%s: of an earlier revision, without digests: damage goes unnoticed", path)
     return content
 
 

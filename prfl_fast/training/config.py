@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
-from prfl_fast.utils.checks import check_choice, check_count, check_positive, make_fields_plain
+from prfl_fast.utils.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_positive,
+    make_fields_plain,
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,15 @@ class TrainConfig:
         make_fields_plain(self)  # a checkpoint is read with weights_only, which takes no numpy
         for name in ("steps", "gradient_accumulation_steps"):
             check_count(name, getattr(self, name))
-        for name in ("warmup_steps", "save_every"):
+        for name in ("warmup_steps", "save_every", "keep_last"):
             check_count(name, getattr(self, name), least=0)
+        check(isinstance(self.seed, int), "seed", self.seed, "an integer")
         check_choice("optimizer", self.optimizer, KINDS)
         check_choice("clip", self.clip, ("all", "blocks"))
-        if self.head_learning_rate is not None:
-            check_positive("head_learning_rate", self.head_learning_rate)
+        for name in ("head_learning_rate", "max_grad_norm", "ema_decay"):
+            if (value := getattr(self, name)) is not None:
+                check_positive(name, value)
+        check((self.ema_decay or 0) < 1, "ema_decay", self.ema_decay, "a number below 1")
         check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
 
     def fixed(self) -> dict[str, Any]:

@@ -21,9 +21,10 @@ class TrainingLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / LOG
         # A resumed run repeats the steps after its checkpoint, so their records are removed.
-        kept = [line for at, line in self._lines(path) if at <= step]
+        # Of a step twice in it, as after runs were mixed, the last record counts.
+        kept = {at: line for at, line in self._lines(path) if 1 <= at <= step}
         with write_atomic(path) as temporary:
-            temporary.write_bytes(b"".join(kept))
+            temporary.write_bytes(b"".join(kept[at] for at in sorted(kept)))
         # Unbuffered: each record is one write, so a killed run leaves complete lines.
         self._file = open(path, "ab", buffering=0)
         self._board = None

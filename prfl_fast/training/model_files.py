@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.utils.adapters import adapter_scales, trained_adapters
@@ -18,6 +19,7 @@ from prfl_fast.utils.optional import need
 
 # Kinds of adapters whose scale in a layer is alpha / rank.
 _SCALED = ("LORA", "LOHA", "LOKR")
+_UNSAVABLE = (torch.complex128, torch.quint8, torch.qint8, torch.qint32)
 # Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
 _PIPELINE_PART = "transformer."
 _ADAPTER_METADATA = "lora_adapter_metadata"
@@ -34,7 +36,11 @@ def copy_into(
     check_fit(targets, tensors, source, dtypes=True)
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            source = tensors[name]
+            for dim, stride in enumerate(target.stride()):
+                if stride == 0 and target.shape[dim] > 1:  # expanded, which copy_ cannot write
+                    target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+            target.copy_(source)
 
 
 def adapter_name(model: torch.nn.Module) -> str | None:
@@ -146,8 +152,10 @@ def check_savable(model: torch.nn.Module) -> None:
     for name, tensor in stored_tensors(model).items():
         kind = type(tensor).__name__
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
-        if plain and tensor.is_meta:
-            plain, kind = False, "a meta tensor"
+        if plain and (tensor.is_meta or is_lazy(tensor)):
+            plain, kind = False, "a meta tensor or one without a shape yet"
+        elif plain and (tensor.layout != torch.strided or tensor.dtype in _UNSAVABLE):
+            plain, kind = False, f"{tensor.layout} of {tensor.dtype}"
         expected = "a plain tensor, as safetensors cannot hold it"
         check(plain, name, kind, expected, hint="Train an adapter, which is saved alone")
     if adapter_name(model) is not None:

@@ -29,6 +29,7 @@ from prfl_fast.memory.optimizers import (
 from prfl_fast.training.checkpoint import (
     check_free,
     find_checkpoint,
+    link_final,
     list_checkpoints,
     load_checkpoint,
     random_state,
@@ -261,13 +262,15 @@ class Trainer:
             expected = f"{known}, as when this run read the folder"
             check(newest <= known, "newest checkpoint's step", newest, expected, hint=hint)
             clean_temporaries(self.folder)
+            if self._saved_step == self.result.step:  # the newest one may be damaged
+                link_final(self.folder / f"step-{self.result.step:08d}")
             self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
         try:
-            steps = self.config.steps
+            step, steps = self.result.step, self.config.steps
             with (
                 # A run without a folder has nothing to save, so signals keep their usual effect.
                 collect_signals(self.folder is not None) as signals,
-                progress_bar(self.progress, self.result.step, steps) as bar,
+                progress_bar(self.progress and step < steps, step, steps) as bar,
             ):
                 while self.result.step < steps and not signals:
                     self._step(bar)
@@ -284,7 +287,7 @@ class Trainer:
     def _check_whole(self) -> None:
         if self._partly_updated:
             raise ValueError(
-                "The device was full during an optimizer step, so only some weights were updated. "
+                "An optimizer step did not end, so only some weights may have been updated. "
                 "Start again from the last checkpoint"
             )
 
@@ -338,27 +341,29 @@ class Trainer:
         states = self._objective_states()
         try:
             means = self._gradients(name, objective)
-        except RuntimeError as error:
-            place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
-            failure = self._out_of_memory(f"objective {name!r}, {place}", error)
+        except BaseException as error:  # for example a sample with NaN: the steps so far are good
+            failure = None
+            if is_out_of_memory(error):
+                place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
+                failure = self._out_of_memory(f"objective {name!r}, {place}", error)
             # Restore after the report, because advise() may draw random numbers.
-            self._draws[name] = draws
-            self._load_objectives(states)
-            restore_random_state(random, self.generator)
-            raise failure from error
-        except Exception as error:  # for example a sample with NaN: the steps so far are good
             self.optimizer.zero_grad(set_to_none=True)
             self._draws[name] = draws
             self._load_objectives(states)
             restore_random_state(random, self.generator)
-            self._save_before(error)
+            if failure is not None:
+                raise failure from error
+            if isinstance(error, Exception):
+                self._save_before(error)
             raise
         try:
             return means, self._apply(name, means)
-        except RuntimeError as error:
-            failure = self._out_of_memory(f"the optimizer step of objective {name!r}", error)
+        except BaseException as error:
             self._partly_updated = True
-            raise failure from error
+            if is_out_of_memory(error):
+                place = f"the optimizer step of objective {name!r}"
+                raise self._out_of_memory(place, error) from error
+            raise
 
     def _save_before(self, error: Exception) -> None:
         """Save the state before an update that raised ``error``, unless it is saved already."""
@@ -367,7 +372,7 @@ class Trainer:
             return
         try:
             path = self._save()
-        except (OSError, NonFiniteTrainingError) as failure:
+        except Exception as failure:  # noqa: BLE001 - of any type after an error of the device
             _log.error("step %d could not be saved: %s", self.result.step, failure)
             return
         if isinstance(error, ValueError) and len(error.args) == 1:
@@ -386,6 +391,10 @@ class Trainer:
                 seen.setdefault(key, []).append(value)
             if not math.isfinite(metrics["loss"]):  # the update is skipped, so stop early
                 break
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        expected = "a gradient in at least one trainable parameter"
+        ok = bool(gradients) or not math.isfinite(metrics["loss"])
+        check(ok, f"gradient of objective {name!r}", None, expected)
         return {key: float(sum(values)) / len(values) for key, values in seen.items()}
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
@@ -394,8 +403,6 @@ class Trainer:
         finite = math.isfinite(means["loss"])
         if finite:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            expected = "a gradient in at least one trainable parameter"
-            check(bool(gradients), f"gradient of objective {name!r}", None, expected)
             norm = gradient_norm(gradients)
             means["grad_norm"] = float(norm)  # before clipping, for the log
             finite = math.isfinite(means["grad_norm"])
@@ -416,10 +423,8 @@ class Trainer:
             # average ← decay·average + (1 - decay)·parameter
             average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]
 
-    def _out_of_memory(self, place: str, error: RuntimeError) -> OutOfMemoryError:
-        """Free gradients and the failed forward, and return the report; re-raise other errors."""
-        if not is_out_of_memory(error):
-            raise error
+    def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
+        """Free gradients and the failed forward, and return the report."""
         step = self.result.step + 1
         device = next(iter(self.parameters.values())).device
         held: Any = {"average": self.ema or {}, "others": self.objectives}

@@ -29,7 +29,10 @@ def make_fields_plain(config: Any) -> None:
 
 def is_number(value: object) -> bool:
     """Return True for a finite real number; booleans are not numbers."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def is_count(value: object, least: int = 1) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import digest_of, write_atomic
+from prfl_fast.utils.io import digest_of, read_json, write_atomic
 
 DIGESTS = "digests.json"
 _log = logging.getLogger("prfl_fast")
@@ -48,7 +48,7 @@ def check_folder(folder: Path, names: tuple[str, ...], kind: str) -> None:
         return
     hint = f"Copy the {kind} again, or delete {DIGESTS} if you changed the file yourself"
     try:
-        digests = json.loads(path.read_text(encoding="utf-8"))
+        digests = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}). {hint}") from error
     check(isinstance(digests, dict), str(path), digests, "a JSON object of digests", hint=hint)

@@ -67,7 +67,7 @@ def is_writing(pid: int, written: float) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content
@@ -88,6 +88,13 @@ def _owner_lives(path: Path, owner: dict[str, Any]) -> bool:
     if not isinstance(pid, int) or pid <= 0:
         return False
     return owner.get("host") != socket.gethostname() or is_writing(pid, path.stat().st_mtime)
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    """Return True if ``descriptor`` is of the file that is at ``path`` now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
 
 
 def _lock(folder: Path) -> int:
@@ -111,9 +118,8 @@ def _lock(folder: Path) -> int:
                 if _owner_lives(path, owner):
                     raise _in_use(folder, owner) from error
             # The previous owner may have removed the file between open and lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                    break
+            if _is_file(path, descriptor):
+                break
         except BaseException:
             os.close(descriptor)
             raise
@@ -132,7 +138,8 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     dies, so a killed run leaves a ``run.lock`` that the next run takes over.
 
     Raises:
-        FolderInUseError: if another process or thread holds the folder.
+        FolderInUseError: if another process or thread holds the folder, or has begun in a new
+            folder of this name since this one was moved.
         ValueError: if ``folder`` is a file.
         OSError: if the folder cannot be written.
     """
@@ -143,6 +150,9 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     key = (os.getpid(), threading.get_ident(), str(folder.resolve()))
     if key not in _HELD:
         _HELD[key] = [_lock(folder), 0]
+    elif (folder / LOCK).exists() and not _is_file(folder / LOCK, _HELD[key][0]):
+        # The folder was moved away, and another run began in a new one.
+        raise _in_use(folder, _read(folder / LOCK))
     _HELD[key][1] += 1
     try:
         yield
@@ -153,7 +163,8 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
             if held[1] == 0:
                 del _HELD[key]
                 # Before the lock is dropped, so that no process removes the file of another.
-                (folder / LOCK).unlink(missing_ok=True)
+                if _is_file(folder / LOCK, held[0]):
+                    (folder / LOCK).unlink(missing_ok=True)
                 # A child between fork and exec may still have a copy of the descriptor.
                 with contextlib.suppress(OSError):
                     fcntl.flock(held[0], fcntl.LOCK_UN)

@@ -1,6 +1,7 @@
 """Write files and folders atomically; read, write and compare the tensors of safetensors files."""
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -133,6 +134,14 @@ def _is_stale(path: Path) -> bool:
         return False
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; raise ``ValueError`` if it is none, ``OSError`` if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def digest_of(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 digest of a file, as ``sha256sum`` prints it."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
@@ -153,7 +162,7 @@ def save_tensors(
     seen: set[int] = set()
     owned = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         # safetensors rejects tensors that share storage, so tied weights are copied.
         address = tensor.untyped_storage().data_ptr()
         owned[name] = tensor.clone() if address in seen else tensor

@@ -64,10 +64,15 @@ def step_progress(name: str, step: int, steps: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def count_progress(name: str, unit: str) -> Iterator[Callable[[str], object]]:
-    """Yield a function that counts and shows what is being done, of an unknown number."""
+def count_progress(
+    name: str, unit: str, total: int | None = None
+) -> Iterator[Callable[[str], object]]:
+    """Yield a function that counts, and shows the text that it is given.
+
+    It shows a bar on a terminal; elsewhere a line on stderr every 30 seconds.
+    """
     if on_terminal():
-        with need("tqdm").tqdm(desc=name, unit=f" {unit}", leave=False) as bar:
+        with need("tqdm").tqdm(desc=name, unit=f" {unit}", total=total, leave=False) as bar:
 
             def show(text: str) -> None:
                 bar.set_postfix_str(text, refresh=False)
@@ -76,12 +81,14 @@ def count_progress(name: str, unit: str) -> Iterator[Callable[[str], object]]:
             yield show
         return
     done, printed = 0, time.monotonic()
+    of = "" if total is None else f" of {total}"
 
     def tell(text: str) -> None:
         nonlocal done, printed
         if time.monotonic() - printed >= SECONDS:
             printed = time.monotonic()
-            print(f"{name}: {done} {unit} done, now {text}", file=sys.stderr, flush=True)
+            now = f", now {text}" if text else ""
+            print(f"{name}: {done}{of} {unit} done{now}", file=sys.stderr, flush=True)
         done += 1
 
     yield tell

@@ -287,6 +287,7 @@ def test_bad_values_name_the_key(error_of, text):
 
 NF4 = "memory: {weight_dtype: nf4}\n"
 PARTS = "reward: {transformer: a, mlp: b, pool: c}"
+BOMB = [("1", "x0")] + [(f"*x{i}", f"x{i + 1}") for i in range(60)]
 BAD_FILES = [
     ("train", "", "holds empty, expected keys and values"),
     ("train", "- 1\n", "holds [1], expected keys and values"),
@@ -320,6 +321,21 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_config(TrainFile, tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 2001-99-99", "not YAML: month must be in 1..12"),
+        (f"a: {'9' * 5000}", "not YAML: Exceeds the limit"),
+        ("&a {model: *a}", "not YAML: found unconstructable recursive node"),
+        ("".join(f"{b}: &{b} [{a}, {a}]\n" for a, b in BOMB), "holds over 10000 values"),
+        (f"model: [{'x, ' * 5000}]", "…, expected a string"),
+    ],
+)
+def test_values_that_python_cannot_take(error_of, text, message):
+    error = error_of(text, "train")
+    assert message in error and len(error) < 400
 
 
 def test_mappings_build_without_a_file():

@@ -151,7 +151,12 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
 
 
 def test_apply_plans_the_training_of_a_reward_model(root, tmp_path, calls, searched, capsys):
-    changes = {"loss": "bt", "data": str(root / "pairs"), "run.batch_size": 3}
+    manifest = (root / "pairs" / "manifest.jsonl").read_text()
+    (tmp_path / "pairs").mkdir()
+    outside = manifest.replace("samples/", f"{root / 'pairs' / 'samples'}/")
+    (tmp_path / "pairs" / "manifest.jsonl").write_text(outside)
+    changes = {"loss": "bt", "data": str(tmp_path / "pairs"), "run.batch_size": 3}
+    changes["allow_outside"] = True
     content = config("train-reward", root, tmp_path / "out", changes)
     file = write_config(tmp_path / "reward.yaml", content)
     assert run("--apply", file) == 0

@@ -1,6 +1,7 @@
 """Datasets on disk: round trips, the order of batches, and rejected files."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -155,7 +156,8 @@ MANIFESTS = {
     "half a pair": ([{"id": "a", "win": "x"}], "manifest.jsonl:1: lose is None"),
     "unknown key": ([{**GOOD, "label": {}}], "key is 'label', expected one of id, labels, latents"),
     "labels a list": ([{**GOOD, "labels": [1]}], r"labels is \[1\], expected a JSON object"),
-    "label null": ([{**GOOD, "labels": {"q": None}}], "labels.q is None, expected a number or a"),
+    "label null": ([{**GOOD, "labels": {"q": None}}], "labels.q is None, expected a finite num"),
+    "label NaN": ([{**GOOD, "labels": {"q": math.nan}}], "labels.q is nan, expected a finite n"),
     "same id": ([GOOD, GOOD], "manifest.jsonl:2: id is 'a', expected a new one, as line 1 has it"),
     "mixed": ([GOOD, PAIR], "manifest.jsonl:2: item is 'pairs', expected videos on all lines"),
 }
@@ -239,14 +241,23 @@ def test_texts_that_are_missing_or_too_long_are_refused(folder, tmp_path):
     for value in (-0.1, 1.5, "0.1", True):
         with pytest.raises(ValueError, match="text_drop is"):
             Batches(dataset, text_drop=value)
-    save_tensors({"encoder_hidden_states": torch.ones(4, 20)}, folder / "empty_prompt.safetensors")
-    with pytest.raises(ValueError, match="expected 1 to 3 rows of 20"):
-        Batches(dataset, text_drop=0.1)
+    rows = torch.ones(3, 20)
+    for text, message in (
+        (torch.ones(4, 20), "expected 1 to 3 rows of 20"),
+        (rows.int(), "is int32.*, expected 1 to 3 rows of 20 floating-point numbers"),
+        (rows.double() * 1e300, "as float32 has 60 NaN or infinite values"),
+    ):
+        save_tensors({"encoder_hidden_states": text}, folder / "empty_prompt.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Batches(dataset, text_drop=0.1)
     with pytest.raises(ValueError, match="text_drop is 0.1, expected 0 for a data"):
         Batches(samples(2), text_drop=0.1)
     wide = [s._replace(short=torch.ones(2, 21)) for s in samples(1)]
     with pytest.raises(ValueError, match="width of encoder_hidden_states_short is 21"):
         write_dataset(tmp_path / "wide", wide)
+    assert not (tmp_path / "wide" / "manifest.jsonl").exists()
+    with pytest.raises(ValueError, match="seed is 1.5, expected an integer"):
+        Batches(dataset, seed=1.5)
 
 
 def test_texts_of_different_lengths_have_the_rows_of_the_longest(tmp_path):

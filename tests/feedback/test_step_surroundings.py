@@ -144,6 +144,7 @@ def test_numpy_numbers_are_numbers(tmp_path):
     one, half = np.int64(1), np.float32(0.5)
     plan = prfl_fast.GradientPlan
     assert plan.prfl(np.int64(2)) == plan.prfl(2)
+    assert plan.prfl().steps(np.uint8(4)) == range(3)
     assert plan.refl(half) == plan.refl(0.5)
     assert plan.alignprop(one, np.int32(2)) == plan.alignprop(1, 2)
     assert plan.instruct_video(half, one).begin(40) == plan.instruct_video(0.5, 1).begin(40)

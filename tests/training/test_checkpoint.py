@@ -196,6 +196,7 @@ DAMAGE = {
     "missing weights": (lambda p: shutil.rmtree(p / "model"), "model.safetensors is None"),
     "missing manifest": (lambda p: (p / "checkpoint.json").unlink(), NO_CHECKPOINT),
     "foreign format": (lambda p: (p / MANIFEST).write_text(FOREIGN), "format of .* is 'x'"),
+    "deep json": (lambda p: (p / MANIFEST).write_text("[" * 99_999), NO_CHECKPOINT),
     "foreign json": (lambda p: (p / MANIFEST).write_text("[1]"), NO_CHECKPOINT),
 }
 
@@ -285,6 +286,9 @@ def test_last_good_skips_damaged_checkpoints(tmp_path, caplog):
     assert "step-00000003/state.pt" in caplog.text
     assert find_checkpoint(tmp_path, "auto") == tmp_path / "step-00000003"
     assert find_checkpoint(tmp_path / "new", "last-good") is None
+    checkpoint(tmp_path, 2, keep_last=1)  # the damaged later one does not count
+    assert (tmp_path / "final").resolve() == tmp_path / "step-00000002" / "model"
+    assert names(tmp_path) == ["final", "step-00000002", "step-00000003"]
 
 
 def test_changed_inputs_are_refused_or_accepted(tmp_path, caplog):

@@ -198,3 +198,42 @@ def test_divergence_leaves_a_frozen_adapter_on():
     active = [m.active_adapters for m in model.modules() if hasattr(m, "lora_A")]
     assert step(NOISE, TEXT).divergence > 0
     assert [m.active_adapters for m in model.modules() if hasattr(m, "lora_A")] == active
+
+
+def linear_with(buffer):
+    model = nn.Linear(3, 2)
+    model.register_buffer("x", buffer)
+    return model
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.arange(3.0)[:, None].expand(3, 4),
+        torch._neg_view(torch.arange(3.0)),
+        torch.full((2,), 1j).conj(),
+        torch.arange(6.0).view(2, 3).t(),
+    ],
+)
+def test_views_are_saved_and_loaded(tmp_path, buffer):
+    save_model(linear_with(buffer), tmp_path)
+    model = linear_with(
+        torch.zeros_like(buffer[:, :1]).expand(3, 4)
+        if 0 in buffer.stride()
+        else torch.zeros_like(buffer)
+    )
+    load_model(model, tmp_path)
+    assert torch.equal(model.x, buffer)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.eye(2).to_sparse(),
+        torch.ones(2, dtype=torch.complex128),
+        torch.ones(2, device="meta"),
+    ],
+)
+def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path, buffer):
+    with pytest.raises(ValueError, match="x is .*, expected a plain tensor"):
+        trainer(linear_with(buffer), tmp_path)

@@ -194,13 +194,14 @@ def test_a_run_that_another_one_overtook_is_refused(tmp_path):
         second.run()
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("draw", [2, 3])
-def test_a_bad_sample_saves_the_steps_before_it(tmp_path, draw):
+def test_an_exception_saves_the_steps_before_it(tmp_path, draw, error):
     class Bad(NoisyFit):
         def __call__(self, at, generator, loss_scale):
             if at == draw and self.broken:
                 torch.rand(())
-                raise ValueError("sample 7 has NaN")
+                raise error("sample 7 has NaN")
             return super().__call__(at, generator, loss_scale)
 
     def run(folder, broken):
@@ -214,14 +215,18 @@ def test_a_bad_sample_saves_the_steps_before_it(tmp_path, draw):
     whole, model = run(tmp_path / "whole", False)
     whole.run()
     broken, _ = run(tmp_path / "broken", True)
-    with pytest.raises(
-        ValueError, match=f"sample 7 has NaN. Step {draw} is saved in .*step-0000000"
-    ):
+    with pytest.raises(error, match="sample 7 has NaN") as caught:
         broken.run()
-    assert [step for step, _ in list_checkpoints(tmp_path / "broken")] == [draw]
-    mended, again = run(tmp_path / "broken", False)
+    if error is ValueError:
+        assert f"NaN. Step {draw} is saved in {tmp_path / 'broken'}" in str(caught.value)
+    if error is KeyboardInterrupt:  # a second Ctrl-C saves nothing; the same process may go on
+        mended, mended.objectives["b"].broken = broken, False
+    else:
+        assert [step for step, _ in list_checkpoints(tmp_path / "broken")] == [draw]
+        mended, _ = run(tmp_path / "broken", False)
     mended.run()
-    assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+    assert torch.equal(mended.model.weight, model.weight)
+    assert torch.equal(mended.model.bias, model.bias)
 
 
 def test_the_first_signal_says_what_happens(tmp_path, capfd):
@@ -242,3 +247,12 @@ def test_log_lines_without_a_step_are_dropped(tmp_path, line):
         file.write(line + "\n")
     trainer(folder=tmp_path, steps=3).run()
     assert [record["step"] for record in log(tmp_path)] == [1, 2, 3]
+
+
+def test_of_a_step_twice_in_the_log_the_last_line_counts(tmp_path):
+    trainer(folder=tmp_path, steps=2).run()
+    lines = log(tmp_path)
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 2, "of": "another run"}\n' + path.read_text())
+    trainer(folder=tmp_path, steps=2).run()
+    assert log(tmp_path) == lines

@@ -1,5 +1,6 @@
 """One process per folder; locks and temporaries of dead processes."""
 
+import json
 import os
 import signal
 import socket
@@ -121,3 +122,16 @@ def test_files_have_the_permissions_of_the_umask(tmp_path, mask):
         os.umask(before)
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "b", "b/c")]
     assert modes == [0o666 & ~mask, 0o777 & ~mask, 0o666 & ~mask]
+
+
+def test_a_folder_moved_away_leaves_its_place_to_another_run(tmp_path):
+    out = tmp_path / "out"
+    with hold_folder(out):
+        out.rename(tmp_path / "moved")
+        with hold_folder(out):  # no other run began: the same one goes on
+            assert not (out / LOCK).exists()
+        (out / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+        with pytest.raises(FolderInUseError, match="process 1 on host elsewhere"):
+            with hold_folder(out):
+                pass
+    assert (out / LOCK).exists()
