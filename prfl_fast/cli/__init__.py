@@ -1,0 +1,11 @@
+"""Command line: ``prfl-fast``, or ``python -m prfl_fast.cli``."""
+
+
+def run() -> int:
+    """Run the command and return its exit code, 130 after Ctrl-C, also during imports."""
+    try:
+        from prfl_fast.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130

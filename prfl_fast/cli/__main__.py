@@ -2,6 +2,6 @@
 
 import sys
 
-from prfl_fast.cli.main import main
+from prfl_fast.cli import run
 
-sys.exit(main())
+sys.exit(run())

@@ -151,7 +151,3 @@ def _reasons_shown() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,6 +17,7 @@ from runs import SIZE, config, samples, write_config
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
+from prfl_fast.cli import run
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.tables import print_table
 from prfl_fast.cli.yaml_config import load_config
@@ -56,6 +57,14 @@ def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
     assert report["attention_backend"] == "plain"
     assert report["attention_backends"]["plain"] == {"usable": True, "reason": None}
     assert "attention backend plain" in report["operations"]["attention"]["reason"]
+
+
+def test_an_interrupt_before_the_command_is_read_ends_with_130(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert run() == 130
 
 
 def test_doctor_needs_torch_alone(tmp_path):
