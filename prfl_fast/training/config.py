@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
-from prfl_fast.utils.checks import check_choice, check_count, check_positive, make_fields_plain
+from prfl_fast.utils.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_positive,
+    check_seed,
+    is_number,
+    make_fields_plain,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class TrainConfig:
         keep_last: number of newest checkpoints to keep; 0 keeps all.
 
     Raises:
-        ValueError: if a count is not an integer in its range, or a choice is unknown.
+        ValueError: if a number is out of range, or a choice is unknown.
     """
 
     steps: int
@@ -61,10 +69,15 @@ class TrainConfig:
             check_count(name, getattr(self, name))
         for name in ("warmup_steps", "save_every"):
             check_count(name, getattr(self, name), least=0)
+        for name in ("learning_rate", "eps", "weight_decay"):
+            value = getattr(self, name)
+            check(is_number(value) and value >= 0, name, value, "a number of at least 0")
+        for name in ("max_grad_norm", "ema_decay", "head_learning_rate"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         check_choice("optimizer", self.optimizer, KINDS)
+        check_seed(self.seed)
         check_choice("clip", self.clip, ("all", "blocks"))
-        if self.head_learning_rate is not None:
-            check_positive("head_learning_rate", self.head_learning_rate)
         check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
 
     def fixed(self) -> dict[str, Any]:

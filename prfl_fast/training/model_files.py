@@ -148,6 +148,8 @@ def check_savable(model: torch.nn.Module) -> None:
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
         if plain and tensor.is_meta:
             plain, kind = False, "a meta tensor"
+        if plain and tensor.layout is not torch.strided:
+            plain, kind = False, "a sparse tensor"
         expected = "a plain tensor, as safetensors cannot hold it"
         check(plain, name, kind, expected, hint="Train an adapter, which is saved alone")
     if adapter_name(model) is not None:

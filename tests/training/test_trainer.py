@@ -257,6 +257,8 @@ def test_other_errors_pass_as_they_are():
         ({"gradient_dtype": "bf16"}, "gradient_dtype is 'bf16', expected one of 'parameter'"),
         ({"tensorboard": True}, "folder is None, expected a path for tensorboard"),
         ({"steps": 0}, "steps is 0, expected a positive integer"),
+        ({"learning_rate": math.inf}, "learning_rate is inf, expected a number of at least 0"),
+        ({"ema_decay": math.nan}, "ema_decay is nan, expected a positive number"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5, expected"),
         ({"objectives": {"a": lambda *_: {"loss": 1.0}}}, "gradient of objective 'a' is None"),
         ({"folder": __file__}, "test_trainer.*py', expected a folder, not a file"),
