@@ -24,6 +24,7 @@ from prfl_fast.models.velocity import bind_velocity
 from prfl_fast.rewards import PixelReward
 from prfl_fast.rollout import Sampler, Trajectory
 from prfl_fast.training import RewardFeedback, add_lora, consistency_loss, sft_loss
+from prfl_fast.training.losses import ConsistencyConfig
 
 # What a method's gradient raises: rewards along the sampler, of its result, or of its pixels.
 Goal = Literal["along", "end", "pixel"]
@@ -137,7 +138,8 @@ class RewardedDistillation:
 
     def distill(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         models = (self.student, self.target, self.teacher)
-        return consistency_loss(*models, batch.latents, batch.conditions, generator=generator)
+        given = {"generator": generator, "config": ConsistencyConfig(integer_timesteps=False)}
+        return consistency_loss(*models, batch.latents, batch.conditions, **given)
 
 
 def make_step(method: Method, start: Start, model: nn.Module, s: Settings) -> PRFL:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from prfl_fast.data.manifest import SHORT, TEXT, Pair, Sample
-from prfl_fast.utils.checks import check, check_count, is_number, plain, torch_seed
+from prfl_fast.utils.checks import check, check_count, check_seed, is_number, torch_seed
 
 
 class Batch(NamedTuple):
@@ -95,9 +95,9 @@ class Batches:
         short_captions: float = 0.0,
     ) -> None:
         check_count("batch_size", batch_size)
+        check_seed(seed)
         expected = f"at most {len(dataset)}, the samples of the dataset"
         check(batch_size <= len(dataset), "batch_size", batch_size, expected)
-        check(isinstance(plain(seed), int), "seed", seed, "an integer")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self._epoch, self._order = -1, [0]  # the permutation of one epoch is cached
         for name, value in (("text_drop", text_drop), ("short_captions", short_captions)):

@@ -16,7 +16,7 @@ from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe
 from prfl_fast.models.adapter import Conditions, not_inference
 from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, model_of
-from prfl_fast.rewards.functions import Reward, check_callable, check_frozen
+from prfl_fast.rewards.functions import Reward, check_autograd, check_callable, check_frozen
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.guidance import Guidance
@@ -105,6 +105,7 @@ class PRFL:
         )
         self.engine = RolloutEngine(transformer, rollout)
 
+    @torch.inference_mode(mode=False)  # whose tensors carry no graph
     def __call__(
         self,
         noise: torch.Tensor,
@@ -202,6 +203,7 @@ class PRFL:
         model, plan = model_of(self.sampler.transformer), self.plan
         if model is None:
             return
+        check_autograd("transformer", model)
         if plan.to == "parameters" and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(NO_GRADIENT)
         if plan.depth == 1:

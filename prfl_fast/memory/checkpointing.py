@@ -99,7 +99,7 @@ def activation_checkpointing(
     _offloaders.pop(blocks, None)
     if offloader is not None:
         _offloaders[blocks] = offloader
-    run: BlockRunner | None = _runner(mode, offloader)
+    run: BlockRunner | None = _Runner(mode, offloader)
     if offloader is None and mode != "attention":
         run = None if mode == "none" else _run_full
     adapter.checkpoint_blocks(model, run)
@@ -118,44 +118,49 @@ def offload_bytes(model: nn.Module) -> dict[str, int]:
     return dict((offloader or Offloader()).bytes)
 
 
-# These are closures, not objects, so that a deep copy of the model shares them.
 def _run_full(block: nn.Module, *args: Any) -> torch.Tensor:
     mark(args[0], "checkpoints")
     return recomputed(block, *args)
 
 
-def _runner(mode: str, offloader: Offloader | None) -> BlockRunner:
-    """Return the function that runs a block in a mode, with or without offload."""
-    warned = False  # the warning is about the model's class, so it is given once
+class _Runner:
+    """Run a block in a mode, with or without offload. Deep copies of a model share it."""
+
+    def __init__(self, mode: str, offloader: Offloader | None) -> None:
+        self.mode, self.offloader = mode, offloader
+        self.warned = False  # the warning is about the model's class, so it is given once
+
+    def __deepcopy__(self, memo: object) -> "_Runner":
+        return self
+
+    def __reduce__(self) -> Any:  # a model read from a file has its own host buffers
+        return _Runner, (self.mode, self.offloader and Offloader(self.offloader.host_limit))
 
     # When the whole model is compiled, blocks run eagerly or are compiled one by one.
     @torch.compiler.disable
-    def run(block: nn.Module, *args: Any) -> torch.Tensor:
-        nonlocal warned
+    def __call__(self, block: nn.Module, *args: Any) -> torch.Tensor:
         pack: Callable[[torch.Tensor], Handle] = _stay
         hooks: Any = contextlib.nullcontext()
-        if offloader is None:
+        if self.offloader is None:
             mark(args[0], "checkpoints")
         else:
-            pack = offloader.open(block, args[0], tree_leaves(args[1:])).pack
+            pack = self.offloader.open(block, args[0], tree_leaves(args[1:])).pack
             hooks = saved_tensors_hooks(pack, Handle.unpack)
         with hooks:
-            if mode == "none":
+            if self.mode == "none":
                 return block(*args)
-            if mode == "full":
+            if self.mode == "full":
                 return recomputed(block, *args)
             kept: deque[Any] = deque()  # one per call, because several graphs may be alive
             out = recomputed(block, *args, context_fn=lambda: (_Keep(pack, kept), _Replay(kept)))
-        if not (kept or warned):
-            warned = True
+        if not (kept or self.warned):
+            self.warned = True
             warnings.warn(
                 f"mode 'attention' found no known attention operation in {type(block).__name__}; "
                 "the whole block is recomputed, as in mode 'full'",
                 stacklevel=2,
             )
         return out
-
-    return run
 
 
 def _stay(tensor: torch.Tensor) -> Handle:

@@ -97,14 +97,15 @@ def bind_velocity(
         ValueError: if latents or conditions have the wrong type, shape or batch, or latents are not
             finite.
     """
-    check_inputs(name, x, conditions)
-    check_finite(name, x)
     check_transformer(transformer)
     model = model_of(transformer)
     if model is None:
+        check_inputs(name, x, conditions)
+        check_finite(name, x)
         return transformer
     adapter = find_adapter(model)
-    adapter.check_latents(model, x, conditions)
+    adapter.check_latents(model, x, conditions, name)
+    check_finite(name, x)
     if isinstance(transformer, ModelCall):
         return transformer
     return functools.partial(adapter.velocity, model)

@@ -134,9 +134,11 @@ class WanDiffusersAdapter:
         base: Any = unwrap(model)
         return [base.patch_embedding, base.condition_embedder]
 
-    def check_latents(self, model: nn.Module, x: torch.Tensor, conditions: Conditions) -> None:
-        """Raise ``ValueError`` unless the model takes these latents and conditions."""
-        check_wan_inputs(unwrap(model), x, conditions)
+    def check_latents(
+        self, model: nn.Module, x: torch.Tensor, conditions: Conditions, name: str = "x"
+    ) -> None:
+        """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
+        check_wan_inputs(unwrap(model), x, conditions, name)
 
     def velocity(
         self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions

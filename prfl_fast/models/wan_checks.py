@@ -21,12 +21,12 @@ from prfl_fast.utils.modules import instance_forward
 TEXT, IMAGE, LATENT = "encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"
 
 
-def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions) -> None:
+def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions, name: str = "x") -> None:
     """Raise ``ValueError`` unless the model takes the latents and conditions."""
     config, rows = base.config, image_rows(base)
     if rows is not None:
         conditions = _joined_images(x, conditions, rows)
-    check_inputs("x", x, conditions)
+    check_inputs(name, x, conditions)
     check(TEXT in conditions, "conditions", sorted(conditions), f"a dict with {TEXT!r} [B, T, C]")
     for key, value in conditions.items():
         check_choice("a key of conditions", key, (TEXT, IMAGE, LATENT))

@@ -15,19 +15,24 @@ from prfl_fast.utils.modules import customization
 from prfl_fast.utils.recompute import in_chunks
 
 PROCESSOR = "WanAttnProcessor"
+# Modules of these packages have the forwards that the kernels replace.
+_LIBRARIES = ("diffusers", "torch")
 _IMAGE_NORMS = ("norm_q", "norm_k", "norm_added_k")
 
 
 def block_parts(block: Any) -> BlockParts:
     """Return the submodules of a ``WanTransformerBlock`` as :class:`BlockParts`."""
+    parts = block._modules
+    ffn = parts["ffn"]
+    gelu, _, down = ffn.net
     return BlockParts(
-        attn=block.attn1,
-        cross=block.attn2,
-        cross_norm=block.norm2,
-        up=block.ffn.net[0].proj,
-        down=block.ffn.net[2],
-        eps=(block.norm1.eps, block.norm3.eps),
-        chunk=getattr(block.ffn, "chunk", None),
+        attn=parts["attn1"],
+        cross=parts["attn2"],
+        cross_norm=parts["norm2"],
+        up=gelu.proj,
+        down=down,
+        eps=(parts["norm1"].eps, parts["norm3"].eps),
+        chunk=ffn.__dict__.get("chunk"),
     )
 
 
@@ -36,12 +41,18 @@ def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
     return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
 
 
+def _is_library(function: Any) -> bool:
+    """Return True for a function of diffusers or torch; dynamo cannot read its module."""
+    return torch.compiler.is_compiling() or function.__module__.split(".")[0] in _LIBRARIES
+
+
 def _customized(name: str, module: Any, kinds: tuple[str, ...], own: object = None) -> str:
     """Return why a module is not one that the kernels can replace; ``""`` if it is."""
-    kind = type(module).__name__
-    # FSDP2 changes a module's class, peft and users replace the module.
-    if kind not in kinds:
-        return f"{name} is a {kind}, expected {kinds[0]}"
+    kind = type(module)
+    # FSDP2 changes a module's class, peft and users replace the module. A user's class may have the
+    # name of diffusers', and a class may have a user's forward.
+    if kind.__name__ not in kinds or not _is_library(kind.forward):
+        return f"{name} is a {kind.__module__}.{kind.__name__}, expected the library's {kinds[0]}"
     found = customization(module, own)
     return found and f"{name} has {found}"
 
@@ -49,17 +60,22 @@ def _customized(name: str, module: Any, kinds: tuple[str, ...], own: object = No
 def _customized_attention(name: str, attn: Any) -> str:
     if reason := _customized(name, attn, ("WanAttention",)):
         return reason
-    if type(attn.processor).__name__ != PROCESSOR:
-        return f"{name}.processor is a {type(attn.processor).__name__}"
+    kind = type(attn.processor)
+    if kind.__name__ != PROCESSOR or not _is_library(kind.__call__):
+        return f"{name}.processor is a {kind.__module__}.{kind.__name__}"
     if getattr(attn.processor, "_parallel_config", None) is not None:
         raise ValueError(
             f"context parallelism is on for {name} of a patched block, expected off. Call "
             "prfl_fast.unpatch(model) before enable_parallelism"
         )
     norms = ("norm_q", "norm_k") if attn.add_k_proj is None else _IMAGE_NORMS
+    parts = attn._modules
     for part in norms:
-        if reason := _customized(f"{name}.{part}", getattr(attn, part), ("RMSNorm",)):
+        norm = parts.get(part)
+        if reason := _customized(f"{name}.{part}", norm, ("RMSNorm",)):
             return reason
+        if norm._parameters.get("weight") is None or norm.eps != parts["norm_q"].eps:
+            return f"{name}.{part} has no weight, or another eps than norm_q"
     return ""
 
 
@@ -71,23 +87,30 @@ def why_not_fused(block: Any) -> str:
     ``ValueError`` if context parallelism was enabled after patching.
     """
     # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
-    if type(block).__name__ not in ("WanTransformerBlock", "FSDPWanTransformerBlock"):
-        return f"forward is that of {type(block).__name__}"
-    if reason := _customized("norm2", block.norm2, ("FP32LayerNorm", "Identity")):
+    kind = type(block)
+    known = kind.__name__ in ("WanTransformerBlock", "FSDPWanTransformerBlock")
+    if not known or not _is_library(kind.forward):
+        return f"forward is that of {kind.__module__}.{kind.__name__}"
+    # Every block call pays for this check: 15 us through _modules, 40 through attributes.
+    parts = block._modules
+    if reason := _customized("norm2", parts.get("norm2"), ("FP32LayerNorm", "Identity")):
         return reason
     for name in ("norm1", "norm3"):
-        norm = getattr(block, name)
+        norm = parts.get(name)
         if reason := _customized(name, norm, ("FP32LayerNorm",)):
             return reason
-        if norm.weight is not None:
+        if norm._parameters["weight"] is not None:
             return f"{name} has a weight"
     for name in ("attn1", "attn2"):
-        if reason := _customized_attention(name, getattr(block, name)):
+        if reason := _customized_attention(name, parts.get(name)):
             return reason
-    ffn = block.ffn
+    ffn = parts.get("ffn")
     if reason := _customized("ffn", ffn, ("FeedForward",), feed_forward_in_chunks):
         return reason
-    gelu, dropout = ffn.net[0], ffn.net[1]
+    layers = list(ffn.net)
+    if len(layers) != 3:
+        return f"ffn.net has {len(layers)} layers, expected 3"
+    gelu, dropout, _ = layers
     if reason := _customized("ffn.net.0", gelu, ("GELU",)):
         return reason
     if gelu.approximate != "tanh":
@@ -132,8 +155,10 @@ def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tens
     return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
 
 
-def rope_forward(self: Any, hidden_states: torch.Tensor) -> Rope:
+def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     """Replace ``WanRotaryPosEmbed.forward``: a compact table, not ``[L, head_dim]`` tensors."""
+    if customization(self, rope_forward):  # a hook expects diffusers' tensors
+        return type(self).forward(self, hidden_states)
     sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
     grid = [size // patch for size, patch in sizes]
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)

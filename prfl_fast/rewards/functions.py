@@ -16,9 +16,17 @@ Reward = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
 EnsembleMode = Literal["mean", "worst", "uncertainty"]
 
 
+def check_autograd(name: str, module: nn.Module) -> None:
+    """Raise ``ValueError`` if autograd cannot save a parameter for a backward."""
+    bad = next((n for n, p in module.named_parameters() if p.is_inference()), None)
+    hint = "Load the weights outside torch.inference_mode()"
+    check(bad is None, f"{name}'s {bad}", "an inference tensor", "a plain one", hint=hint)
+
+
 def check_frozen(reward: object) -> None:
-    """Raise ``ValueError`` if a reward has trainable parameters."""
+    """Raise ``ValueError`` if a reward has trainable parameters, or ones of inference mode."""
     for module in _modules(reward):
+        check_autograd(type(module).__name__, module)
         trainable = [name for name, p in module.named_parameters() if p.requires_grad]
         if trainable:
             raise ValueError(

@@ -11,6 +11,8 @@ from prfl_fast.utils.checks import (
     check_choice,
     check_count,
     check_positive,
+    check_seed,
+    is_number,
     make_fields_plain,
 )
 
@@ -38,7 +40,7 @@ class TrainConfig:
         keep_last: number of newest checkpoints to keep; 0 keeps all.
 
     Raises:
-        ValueError: if a count is not an integer in its range, or a choice is unknown.
+        ValueError: if a number is out of range, or a choice is unknown.
     """
 
     steps: int
@@ -67,12 +69,15 @@ class TrainConfig:
             check_count(name, getattr(self, name))
         for name in ("warmup_steps", "save_every", "keep_last"):
             check_count(name, getattr(self, name), least=0)
-        check(isinstance(self.seed, int), "seed", self.seed, "an integer")
+        for name in ("learning_rate", "eps", "weight_decay"):
+            value = getattr(self, name)
+            check(is_number(value) and value >= 0, name, value, "a number of at least 0")
+        for name in ("max_grad_norm", "ema_decay", "head_learning_rate"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         check_choice("optimizer", self.optimizer, KINDS)
+        check_seed(self.seed)
         check_choice("clip", self.clip, ("all", "blocks"))
-        for name in ("head_learning_rate", "max_grad_norm", "ema_decay"):
-            if (value := getattr(self, name)) is not None:
-                check_positive(name, value)
         check((self.ema_decay or 0) < 1, "ema_decay", self.ema_decay, "a number below 1")
         check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
 

@@ -11,10 +11,10 @@ from prfl_fast.models.velocity import Velocity, bind_velocity
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.training.noising import (
-    TIMESTEPS_PER_SIGMA,
     add_noise,
     choose_sigma,
     draw_index,
+    model_timestep,
     noise_like,
     wide_dtype,
 )
@@ -67,6 +67,7 @@ class ConsistencyConfig:
         num_levels: number of levels above 0 (50 in the paper).
         shift: the levels are ``training_sigmas(shift, num_levels)``.
         huber: error at which the loss changes from quadratic to linear.
+        integer_timesteps: False calls the models at t = 1000σ, not rounded down.
 
     Raises:
         ValueError: if a value is not positive.
@@ -75,6 +76,7 @@ class ConsistencyConfig:
     num_levels: int = 50
     shift: float = 5.0
     huber: float = 1e-3
+    integer_timesteps: bool = True
 
     def __post_init__(self) -> None:
         check_count("num_levels", self.num_levels)
@@ -98,11 +100,11 @@ def consistency_loss(
     """Compute the scalar consistency distillation loss between two adjacent noise levels.
 
     This is the distillation term of RG-LCD (arXiv 2403.11027) for flow models; the reward term is
-    ``PRFL`` with ``GradientPlan.rg_lcd()``. With ``f(x, σ) = x - σ·v(x, 1000σ, c)`` and σ' the
-    level after σ::
+    ``PRFL`` with ``GradientPlan.rg_lcd()``. With ``f(x, σ) = x - σ·v(x, t, c)``, t = 1000σ rounded
+    down, and σ' the level after σ::
 
         x_σ  = (1-σ)·x0 + σ·ε
-        x_σ' = x_σ + (σ' - σ)·v_teacher(x_σ, 1000σ, c)      one Euler step, with guidance if given
+        x_σ' = x_σ + (σ' - σ)·v_teacher(x_σ, t, c)      one Euler step, with guidance if given
         loss = mean(sqrt((f_student(x_σ, σ) - f_target(x_σ', σ'))² + huber²) - huber)
 
     Only the student has a graph. Values outside the models are float32 (float64 for float64
@@ -129,16 +131,25 @@ def consistency_loss(
     noise = noise_like(latents, noise, generator)
     sigma, following = _levels(config, index, latents, generator)
     x = add_noise(latents, noise, sigma)
+
+    def call(
+        name: str, velocity: Velocity, x: torch.Tensor, sigma: torch.Tensor, c: Conditions
+    ) -> torch.Tensor:
+        v = velocity(x, model_timestep(sigma, config.integer_timesteps), c)
+        ok = isinstance(v, torch.Tensor) and v.shape == x.shape
+        check(ok, f"the velocity of the {name}", v, f"a tensor of shape {list(x.shape)}")
+        return v
+
     with torch.no_grad():
         branches = (conditions,) if guidance is None else guidance.branches(conditions)
         copies = 1 if guidance is None or not guidance.batched else 2
         inputs = torch.cat([x] * copies), sigma.repeat(copies)
-        outputs = [_call("teacher", of_teacher, *inputs, branch) for branch in branches]
+        outputs = [call("teacher", of_teacher, *inputs, branch) for branch in branches]
         v = outputs[0] if guidance is None else guidance.combine(outputs)
         x_next = x + (following - sigma).view(-1, 1, 1, 1, 1) * v  # x_σ', by Euler's step
-        v = _call("target", of_target, x_next, following, conditions)
+        v = call("target", of_target, x_next, following, conditions)
         aim = x_next - following.view(-1, 1, 1, 1, 1) * v  # f_target(x_σ', σ')
-    v = _call("student", of_student, x, sigma, conditions)
+    v = call("student", of_student, x, sigma, conditions)
     off = x - sigma.view(-1, 1, 1, 1, 1) * v - aim
     return ((off.square() + config.huber**2).sqrt() - config.huber).mean()
 
@@ -161,14 +172,5 @@ def _levels(
         ok = not floating and chosen.shape in ((), (batch,))
         ok = ok and bool(((chosen >= 0) & (chosen < count)).all())
         check(ok, "index", index, f"an integer in 0 … {count - 1}, or {batch} of them")
-        chosen = chosen.to(latents.device).expand(batch)
+        chosen = chosen.to(latents.device, torch.long).expand(batch)
     return levels[chosen], levels[chosen + 1]
-
-
-def _call(
-    name: str, velocity: Velocity, x: torch.Tensor, sigma: torch.Tensor, conditions: Conditions
-) -> torch.Tensor:
-    v = velocity(x, TIMESTEPS_PER_SIGMA * sigma, conditions)
-    ok = isinstance(v, torch.Tensor) and v.shape == x.shape
-    check(ok, f"the velocity of the {name}", v, f"a tensor of shape {list(x.shape)}")
-    return v

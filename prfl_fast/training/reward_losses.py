@@ -20,7 +20,7 @@ from prfl_fast.training.noising import (
     model_timestep,
     noise_like,
 )
-from prfl_fast.utils.checks import check, check_choice, plain, torch_seed
+from prfl_fast.utils.checks import check, check_choice, check_seed, plain, torch_seed
 
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
 # Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
@@ -162,6 +162,7 @@ def evaluate(
     timesteps = [plain(t) for t in timesteps]
     ok = bool(timesteps) and all(0 <= t <= 1000 for t in timesteps)
     check(ok, "timesteps", timesteps, "one or more numbers in [0, 1000]")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(torch_seed(plain(seed)))
     scores: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
     truth: list[torch.Tensor] = []

@@ -64,6 +64,12 @@ def check_number(name: str, value: object) -> None:
     check(is_number(value), name, value, "a finite number")
 
 
+def check_seed(seed: object) -> None:
+    """Raise ``ValueError`` unless ``seed`` is an integer, of any size and sign."""
+    ok = isinstance(seed, Integral) and not isinstance(seed, bool)
+    check(ok, "seed", seed, "an integer")
+
+
 def torch_seed(seed: int) -> int:
     """Return a seed that torch takes: of 64 bits, and ``seed`` itself if it has no more."""
     return seed if -(1 << 63) <= seed < 1 << 64 else seed % (1 << 64)

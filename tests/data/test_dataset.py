@@ -16,6 +16,7 @@ from prfl_fast.data.dataset import (
     epoch_order,
 )
 from prfl_fast.data.manifest import LatentDataset, Pair, Sample, write_dataset
+from prfl_fast.training.config import TrainConfig
 from prfl_fast.utils.io import load_tensors, save_tensors
 
 
@@ -62,6 +63,13 @@ def test_round_trip_of_pairs_and_image_conditions(tmp_path):
     tensors = (batch.win.latents, batch.lose.conditions["latent_condition"])
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert torch.equal(batch.lose.latents[1], pairs[2].lose.latents.float())
+
+
+@pytest.mark.parametrize("seed", [True, 1.5, "7", None])
+def test_a_seed_is_an_integer(seed):
+    for make in (lambda: Batches([0], seed=seed), lambda: TrainConfig(steps=1, seed=seed)):
+        with pytest.raises(ValueError, match=f"seed is {seed!r}, expected an integer"):
+            make()
 
 
 def test_order_is_a_permutation_that_depends_on_seed_and_epoch_only():

@@ -138,6 +138,18 @@ def test_inputs_of_inference_mode(patched):
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
+def test_a_step_called_in_inference_mode_and_weights_made_there():
+    model, (x, _, conditions) = prfl_fast.patch(wan.tiny_wan()), wan.inputs()
+    prfl(model)(x, conditions, indices=[2])
+    expected = gradients(model)
+    with torch.inference_mode():
+        prfl(model)(x, conditions, indices=[2])
+        made = wan.tiny_wan()
+    assert all(map(torch.equal, gradients(model), expected))
+    with pytest.raises(ValueError, match="transformer's .* is 'an inference tensor'"):
+        prfl(made)(x, conditions, indices=[2])
+
+
 def test_numpy_numbers_are_numbers(tmp_path):
     model = prfl_fast.patch(wan.tiny_wan())
     x, _, conditions = wan.inputs()
@@ -182,8 +194,13 @@ def test_stochastic_schedulers_are_refused():
     sde = diffusers.DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True
     )
+
+    class Noisy(FlowEuler):
+        def step(self, velocity, *args, **kwargs):
+            return super().step(velocity + torch.randn(()), *args, **kwargs)
+
     state = torch.get_rng_state()
-    for scheduler in (euler(stochastic_sampling=True), sde):
+    for scheduler in (euler(stochastic_sampling=True), sde, Noisy()):
         with pytest.raises(ValueError, match="random numbers in its steps', expected a determ"):
             prfl(smooth_velocity, scheduler=scheduler)
     prfl(smooth_velocity, scheduler=euler())

@@ -9,6 +9,7 @@ import wan
 
 import prfl_fast
 from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.training import sft_loss
 
 pytest.importorskip("diffusers")
 TEXT = "encoder_hidden_states"
@@ -205,12 +206,14 @@ def test_first_and_last_frame(patched):
     adapter = find_adapter(model)
     reward = prfl_fast.LatentRewardModel.from_backbone(model, 2, 2).freeze()
     scores = reward(x, timestep, conditions)
+    loss = sft_loss(model, x, conditions, noise=x, sigma=0.5)
     for image in (conditions[f"{TEXT}_image"], pairs):
         given = {**conditions, f"{TEXT}_image": image}
         adapter.check_latents(model, x, given)
         found = adapter.velocity(model, x, timestep, given)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(reward(x, timestep, given), scores)
+        torch.testing.assert_close(sft_loss(model, x, given, noise=x, sigma=0.5), loss)
         if patched:
             rollout = adapter.open_rollout(model, x, [timestep], given)
             with torch.no_grad():

@@ -194,6 +194,28 @@ def test_the_file_is_that_of_a_pipeline(tmp_path):
     assert settings["transformer.target_modules"] == ["net.0.proj", "to_q"]
 
 
+def test_alpha_and_rank_are_read_by_a_transformer_alone_and_by_peft(tmp_path):
+    import peft
+
+    model = base_model("fp32")
+    settings = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn2.to_k": 32.0}}
+    names = ["to_q", "to_k"]
+    config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, **settings)
+    model.add_adapter(config)
+    model.set_adapters(["default"], [0.3])
+    save_model(model, tmp_path)
+    theirs, injected = base_model("fp32"), base_model("fp32")
+    theirs.load_lora_adapter(tmp_path, use_safetensors=True)
+    assert relative(theirs, model) < 1e-6
+    with safe_open(tmp_path / FILE, framework="pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    plain = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    peft.inject_adapter_in_model(peft.LoraConfig(**plain), injected)
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / FILE).items()}
+    peft.set_peft_model_state_dict(injected, tensors)
+    assert relative(injected, model) < 1e-6
+
+
 def test_a_model_that_peft_wrapped_writes_the_same_file(tmp_path):
     import peft
 

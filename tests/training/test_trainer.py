@@ -262,6 +262,8 @@ def test_other_errors_pass_as_they_are():
         ({"max_grad_norm": 0}, "max_grad_norm is 0, expected a positive number"),
         ({"max_grad_norm": 10**400}, "max_grad_norm is 1000.*, expected a positive number"),
         ({"steps": 0}, "steps is 0, expected a positive integer"),
+        ({"learning_rate": math.inf}, "learning_rate is inf, expected a number of at least 0"),
+        ({"ema_decay": math.nan}, "ema_decay is nan, expected a positive number"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5, expected"),
         ({"objectives": {"a": lambda *_: {"loss": 1.0}}}, "gradient of objective 'a' is None"),
         ({"folder": __file__}, "test_trainer.*py', expected a folder, not a file"),
