@@ -61,7 +61,7 @@ class WanDiffusersAdapter:
         )
 
     def patch(self, model: nn.Module) -> None:
-        """Set our forward on every block, the rotary embedding and the timesteps' sinusoids.
+        """Set our forward on every block and on the rotary embedding of this instance.
 
         Raises:
             ValueError: for another attention processor, context parallelism or replaced forwards.
@@ -89,7 +89,7 @@ class WanDiffusersAdapter:
                 del module.forward
 
     def is_patched(self, model: nn.Module) -> bool:
-        """Return True if every block and both fixed embeddings run our forward."""
+        """Return True if every block and the rotary embedding run our forward."""
         return all(instance_forward(m) is forward for m, forward in replacements(unwrap(model)))
 
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:

@@ -164,26 +164,12 @@ def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)
 
 
-def timesteps_forward(self: Any, timesteps: torch.Tensor) -> torch.Tensor:
-    """Replace ``Timesteps.forward``: float32 cosines and sines ``[N, num_channels]``."""
-    # In float64, as official Wan computes them: diffusers rounds angles of up to 1000 to float32,
-    # which moves gradients by 1e-6 to 3e-6 (relative).
-    half = self.num_channels // 2
-    rows = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-    angles = timesteps.double()[:, None] * 10000.0 ** (-rows / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-OWN_FORWARDS = (block_forward, rope_forward, timesteps_forward, feed_forward_in_chunks)
+OWN_FORWARDS = (block_forward, rope_forward, feed_forward_in_chunks)
 
 
 def replacements(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
     """Return the pairs (module, forward) that :func:`prfl_fast.patch` sets."""
-    embeddings = [
-        (base.rope, rope_forward),
-        (base.condition_embedder.timesteps_proj, timesteps_forward),
-    ]
-    return [*((block, block_forward) for block in base.blocks), *embeddings]
+    return [(block, block_forward) for block in base.blocks] + [(base.rope, rope_forward)]
 
 
 def text_rows(base: Any, text: torch.Tensor) -> int:

@@ -6,8 +6,6 @@ import copy
 import pytest
 import torch
 
-from prfl_fast.models.wan_forward import timesteps_forward
-
 CASES = ("t2v", "i2v", "per-token")
 
 
@@ -71,16 +69,13 @@ def mixed_layout(model):
 
 @contextlib.contextmanager
 def float_means_double():
-    """Make ``Tensor.float()`` return float64, so that diffusers' casts keep an oracle exact.
-
-    Sinusoids of timesteps are official Wan's, because diffusers' frequencies stay float32.
-    """
-    from diffusers.models.embeddings import Timesteps
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        patch.setattr(Timesteps, "forward", timesteps_forward)
+    """Make ``Tensor.float()`` return float64, so that diffusers' casts keep an oracle exact."""
+    original = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double
+    try:
         yield
+    finally:
+        torch.Tensor.float = original
 
 
 def run(model, x, timestep, conditions, *, double: bool = False):
