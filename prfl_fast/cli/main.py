@@ -56,7 +56,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     told = commands.add_parser("doctor", help=text)
     told.add_argument("--json", action="store_true", help="print one JSON object")
     new = commands.add_parser("init", help="print a commented YAML file of every key")
-    new.add_argument("kind", choices=["train", "train-reward"], help="command it is for")
+    new.add_argument("kind", choices=["train-reward", "train", "score"], help="command it is for")
     new.add_argument("path", nargs="?", help="new file to write (default: print)")
     text = "choose a memory policy that fits a GPU; needs no GPU"
     plan = commands.add_parser("plan", usage="prfl-fast plan [options]", help=text)

@@ -87,11 +87,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
     for name in ("budget", "host_budget"):
-        size = getattr(options, name)
-        # A bare number is in bytes, so a small one probably lacks its unit.
-        small = size is not None and size.isdigit() and int(size) < 1 << 20
-        option = f"--{name.replace('_', '-')}"
-        check(not small, option, f"{size} bytes", f"a size like {size}GiB")
+        if getattr(options, name) is not None:
+            planner.size_of(getattr(options, name), f"--{name.replace('_', '-')}")
     path = None if options.apply is None else Path(options.apply)
     if path is not None:
         _check_target("--apply", path)

@@ -74,9 +74,10 @@ def _check_latents(config: Any, x: torch.Tensor, extra: torch.Tensor | None) -> 
         channels += extra.shape[1]
         came += f" and {extra.shape[1]} of {LATENT}"
     if channels != config.in_channels:
-        raise ValueError(
-            f"channels are {came}, expected {config.in_channels} (the model's in_channels)"
-        )
+        text = f"channels are {came}, expected {config.in_channels} (the model's in_channels)"
+        if extra is None and config.image_dim is not None:
+            text += f". {LATENT} is missing: 4 mask channels and the latents of the given frames"
+        raise ValueError(text)
     for axis, length, patch in zip("FHW", size, config.patch_size, strict=True):
         check(length % patch == 0, f"{axis} of x", length, f"a multiple of the patch size {patch}")
         limit = patch * config.rope_max_seq_len

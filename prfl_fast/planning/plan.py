@@ -1,7 +1,7 @@
 """Result of the planner: two memory policies with their prediction."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.gpu_specs import GpuSpecs
@@ -37,7 +37,7 @@ class Plan:
     categories: dict[str, int]
     host: int
     seconds: dict[str, float]
-    timeline: list[tuple[str, dict[str, int]]]
+    timeline: list[tuple[str, dict[str, int]]] = field(repr=False)
     candidates: list[Candidate]
     notes: list[str]
     workload: Workload

@@ -111,6 +111,9 @@ def size_of(value: int | str, name: str) -> int:
     unit = units.get(match[2].upper()) if match else None
     number = 0.0 if match is None or unit is None or isinstance(value, bool) else float(match[1])
     check(number > 0, name, value, "bytes or a size like 24GiB or 24GB")
+    # A text without unit is in bytes, so a small one probably lacks its unit.
+    small = isinstance(value, str) and unit == 1 and number < 1 << 20
+    check(not small, name, f"{value} bytes", f"a size like {value}GiB")
     return int(number * (unit or 0))
 
 

@@ -3,6 +3,7 @@
 Each raises an error that names the argument, its value and the expected values.
 """
 
+import hashlib
 import math
 from collections.abc import Collection
 from dataclasses import fields
@@ -71,8 +72,10 @@ def check_seed(seed: object) -> None:
 
 
 def torch_seed(seed: int) -> int:
-    """Return a seed that torch takes: of 64 bits, and ``seed`` itself if it has no more."""
-    return seed if -(1 << 63) <= seed < 1 << 64 else seed % (1 << 64)
+    """Return a seed that torch takes: ``seed`` itself in 64 bits, else 64 bits of its hash."""
+    if -(1 << 63) <= seed < 1 << 64:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
 
 
 def check_positive(name: str, value: object) -> None:

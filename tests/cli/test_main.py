@@ -340,7 +340,7 @@ def test_no_other_package_writes_to_the_terminal(root, tmp_path):
     assert done.returncode == 0 and "lora_rank: 2" in done.stdout and done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["train", "train-reward"])
+@pytest.mark.parametrize("command", ["train", "train-reward", "score"])
 def test_init_prints_or_writes_a_new_file(tmp_path, capsys, command):
     path = tmp_path / "new.yaml"
     assert cli.main(["init", command]) == 0

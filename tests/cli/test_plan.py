@@ -230,10 +230,10 @@ def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, m
 
 BAD = {
     "--budget 24gigs": "budget is '24gigs', expected bytes or a size like 24GiB",
-    "--budget 0": "--budget is '0 bytes', expected",
+    "--budget 0": "--budget is '0', expected bytes",
     "--budget 24": "--budget is '24 bytes', expected a size like 24GiB",
     "--host-budget 64": "--host-budget is '64 bytes', expected a size like 64GiB",
-    "--host-budget much": "host_budget is 'much', expected",
+    "--host-budget much": "--host-budget is 'much', expected",
     "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
     "--model FLUX": "FLUX/config.json is not a configuration of a transformer: adapter is",
     "--model LIST": "LIST/config.json is not a configuration of a transformer: ",

@@ -334,3 +334,9 @@ def test_a_path_outside_the_folder_needs_the_flag(folder, tmp_path_factory):
     for path in (str(folder / FIRST), f"samples/../{FIRST}"):
         (folder / "manifest.jsonl").write_text(json.dumps({"id": "a", "latents": path}) + "\n")
         assert len(LatentDataset(folder)) == 1
+
+
+def test_a_seed_beyond_64_bits_is_one_of_its_own():
+    orders = [epoch_order(64, seed, 0) for seed in (0, 1 << 64, 1 << 70)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert epoch_order(64, 1 << 70, 0) == orders[2]
