@@ -29,8 +29,7 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
     device, out = loading.device_of(config.hardware), Path(config.out)
     check(not out.is_dir(), "out", config.out, "a file, but it is a folder")
     loading.check_writable(out, "out")
-    dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
-    check(not dataset.pairs, "data", config.data, "single videos, but it holds preference pairs")
+    dataset = loading.open_dataset(config, "data", "single videos")
     transformer = None
     if not isinstance(config.reward, str):
         assert config.model is not None

@@ -185,12 +185,11 @@ class LatentDataset:
         path = self.folder / EMPTY_PROMPT
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
-        text, (rows, width) = load_tensors(path).get(TEXT), self.shapes[TEXT]
-        ok = text is not None and text.ndim == 2 and text.shape[1] == width
-        ok = ok and text is not None and 0 < len(text) <= rows
-        ok = ok and text is not None and text.is_floating_point()
+        rows, width = self.shapes[TEXT]
+        text: Any = load_tensors(path).get(TEXT)
+        ok = text is not None and text.is_floating_point() and text.ndim == 2
+        ok = ok and 0 < len(text) <= rows and text.shape[1] == width
         check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width} floating-point numbers")
-        assert text is not None
         check_finite(f"{path}: {TEXT} as float32", text.float())
         return text
 

@@ -10,7 +10,6 @@ from typing import Any
 from prfl_fast.utils.checks import plain
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
-from prfl_fast.utils.progress import step_progress
 
 LOG = "log.jsonl"
 
@@ -61,16 +60,3 @@ class TrainingLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-class _NoBar:
-    def set_postfix(self, *_: object, **__: object) -> None:
-        pass
-
-    def update(self) -> None:
-        pass
-
-
-def progress_bar(enabled: bool, step: int, steps: int) -> contextlib.AbstractContextManager[Any]:
-    """Return a bar of ``steps`` steps that starts at ``step``; lines replace it off a terminal."""
-    return step_progress("train", step, steps) if enabled else contextlib.nullcontext(_NoBar())

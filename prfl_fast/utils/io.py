@@ -64,16 +64,11 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     _writing.add(temporary)
     try:
         yield temporary
-        for folder, _, files in os.walk(temporary):
-            for name in files:
-                _open_to_group(Path(folder) / name)
-                _flush(Path(folder) / name)
-            _open_to_group(Path(folder))
-            _flush(Path(folder))
-        if not temporary.is_dir():
-            _open_to_group(temporary)
-            _flush(temporary)
-        elif path.exists():  # os.replace cannot replace a folder that has files
+        is_folder = temporary.is_dir()
+        for written in (*(temporary.rglob("*") if is_folder else ()), temporary):
+            _open_to_group(written)
+            _flush(written)
+        if is_folder and path.exists():  # os.replace cannot replace a folder that has files
             remove_atomic(path)
         os.replace(temporary, path)
         _flush(path.parent)  # after a power failure the new name could otherwise be missing

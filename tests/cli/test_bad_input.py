@@ -84,7 +84,7 @@ BAD = [
     ("train", {"out": "../FILE/out"}, "is a file"),
     ("score", {"out": "../FOLDER.jsonl"}, "expected a file, but it is a folder"),
     ("train", {"run.batch_size": 5}, "batch_size is 5, expected at most 4, the samples"),
-    ("train", {"data": "../WORLD/pairs"}, "train needs single videos"),
+    ("train", {"data": "../WORLD/pairs"}, "holds preference pairs, expected single videos"),
     ("train", {"text_drop": 0.1}, "empty_prompt.safetensors: no such file, expected encoder_hi"),
     ("train", {"short_captions": 0.3}, "short_captions is 0.3, expected 0 for a dataset without"),
     ("train-reward", {"loss": "bt"}, "ce takes single videos, bt pairs"),
@@ -93,7 +93,7 @@ BAD = [
     (
         "train-reward",
         {**LOSERS, "lose_data": "../WORLD/pairs"},
-        "expected single videos, but it ho",
+        "preference pairs, expected single",
     ),
     ("train-reward", {"label": "beauty"}, "label is 'beauty', expected one of"),
     ("train-reward", {"label": "blur_quality"}, "label blur_quality is None, expected 0, 1"),
