@@ -12,8 +12,8 @@ from prfl_fast.data.manifest import EMPTY_PROMPT, LatentDataset
 from prfl_fast.utils.digests import DIGESTS
 from prfl_fast.utils.io import digest_of
 
-# A file of weights is read in this many places: 56 GB take a second, not minutes. Another training
-# of the same model differs everywhere.
+# A file of weights is read in 64 places, so 56 GB take a second, not minutes. Another training of
+# the same model changes all of them.
 _PLACES, _BLOCK, _HEAD = 64, 4096, 1 << 16
 
 

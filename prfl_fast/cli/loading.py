@@ -43,7 +43,10 @@ def device_of(hardware: HardwareSection) -> torch.device:
 def open_dataset(
     config: TrainFile | TrainRewardFile | ScoreFile, key: str, expected: str = ""
 ) -> LatentDataset:
-    """Open the dataset of a key; raise ``ValueError`` if it holds pairs and not ``expected``."""
+    """Open the dataset of a key; pairs are allowed only without ``expected``.
+
+    Raise ``ValueError`` if the dataset is bad, or holds pairs in place of ``expected``.
+    """
     folder = getattr(config, key)
     dataset = LatentDataset(folder, allow_outside=config.allow_outside)
     if expected and dataset.pairs:

@@ -56,11 +56,12 @@ from prfl_fast.utils.progress import count_progress
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-4
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
+_LEVELS = {"shift", "integer_timesteps"}  # keys of the noise levels, which losses take too
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options of a training command that are not in its file.
+    """Hold the options of a training command that are not in its file.
 
     Attributes:
         check: load and check everything, and write nothing.
@@ -102,10 +103,8 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     if config.prfl.guidance is not None:  # the file is checked even without the prfl objective
         guidance = loading.load_guidance(config.prfl.guidance, dataset, device)
     memory, reward_memory, plan = choose_memory(config, dataset, device)
-    sections = {
-        "memory": MemorySection.of(memory),
-        "reward_memory": RewardMemorySection.of(reward_memory),
-    }
+    sections: Any = {"memory": MemorySection.of(memory)}
+    sections["reward_memory"] = RewardMemorySection.of(reward_memory)
     config = config.model_copy(update=sections)
     for policy in (memory, reward_memory):
         check_available(policy, device)
@@ -118,15 +117,9 @@ def _train(config: TrainFile, options: RunOptions) -> int:
             objectives[name] = RewardFeedback(step, batches, device)
         else:
             # Supervised steps in the same order would repeat the conditions of the PRFL step.
-            own = _batches(dataset, config, 1)
+            own, levels = _batches(dataset, config, 1), config.prfl.model_dump(include=_LEVELS)
             precision = _autocast(memory.weight_dtype, config.hardware.precision)
-            objectives[name] = SupervisedFlow(
-                transformer,
-                own,
-                shift=config.prfl.shift,
-                integer_timesteps=config.prfl.integer_timesteps,
-                precision=precision,
-            )
+            objectives[name] = SupervisedFlow(transformer, own, precision=precision, **levels)
     advise = partial(next_policy, config, dataset, device, plan)
     inputs = inputs_of(config, dataset)
     trainer = _trainer(config, transformer, objectives, inputs, options, advise=advise)
@@ -176,9 +169,8 @@ def _step(
     """Build the PRFL step of a configuration from its loaded models."""
     assert isinstance(config.memory, MemorySection)
     feedback, precision = config.prfl, config.hardware.precision
-    rewards, weights = loading.rewards_of_step(
-        config, models, _autocast(config.reward_memory.weight_dtype, precision)
-    )
+    of_reward = _autocast(config.reward_memory.weight_dtype, precision)
+    rewards, weights = loading.rewards_of_step(config, models, of_reward)
     return PRFL(
         velocity_call(transformer, _autocast(config.memory.weight_dtype, precision)),
         rewards,
@@ -247,16 +239,9 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     check(not taken, "out", str(out), "one without a folder evaluation.json")
     if config.hardware.patch:
         patch(reward.backbone)
-    fit = RewardFit(
-        reward,
-        batches,
-        loss=config.loss,
-        label=config.label,
-        missing_label=config.missing_label,
-        shift=config.shift,
-        integer_timesteps=config.integer_timesteps,
-        precision=_autocast(memory.weight_dtype, config.hardware.precision),
-    )
+    precision = _autocast(memory.weight_dtype, config.hardware.precision)
+    keys = config.model_dump(include={"loss", "label", "missing_label", *_LEVELS})
+    fit = RewardFit(reward, batches, precision=precision, **keys)
     inputs = inputs_of(config, dataset, losers)
     trainer = _trainer(config, reward, {"reward": fit}, inputs, options)
     if options.check:
@@ -314,14 +299,9 @@ def _evaluate(
         autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)),
         count_progress("evaluation", "videos", len(dataset)) as show,
     ):
-        metrics = evaluate(
-            reward,
-            batches(),
-            config.timesteps,
-            seed=config.run.seed,
-            shift=config.shift,
-            integer_timesteps=config.integer_timesteps,
-        )
+        levels = config.model_dump(include=_LEVELS)
+        seed = config.run.seed
+        metrics = evaluate(reward, batches(), config.timesteps, seed=seed, **levels)
     with write_atomic(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     for t, values in metrics.items():

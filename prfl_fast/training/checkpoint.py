@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00000012``::
 
     checkpoint.json     format, step, settings, inputs, the size in bytes and the SHA-256 digest of
-                        every other file, and the digest of all this
+                        every other file, and the digest of this content
     model/              config.json + diffusion_pytorch_model.safetensors (diffusers models),
                         pytorch_lora_weights.safetensors (models with an adapter: the adapter only,
                         in the format of diffusers' load_lora_weights),
@@ -43,8 +43,7 @@ from prfl_fast.utils.io import (
 )
 
 FORMAT = "prfl_fast checkpoint 3"
-# Checkpoints without digests, which are still read.
-_UNDIGESTED = "prfl_fast checkpoint 2"
+_UNDIGESTED = "prfl_fast checkpoint 2"  # without digests, still read
 FINAL = "final"
 # Values of ``resume``: the newest checkpoint, and the newest one that is not damaged.
 AUTO, LAST_GOOD = "auto", "last-good"
@@ -200,7 +199,7 @@ def _text(content: Mapping[str, Any]) -> str:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Return the digest of ``checkpoint.json`` without that digest."""
+    """Return the digest of the other content of ``checkpoint.json``."""
     rest = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

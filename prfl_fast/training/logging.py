@@ -20,7 +20,7 @@ class TrainingLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / LOG
         # A resumed run repeats the steps after its checkpoint, so their records are removed.
-        # Of a step twice in it, as after runs were mixed, the last record counts.
+        # A log of mixed runs may have several records of a step; the last one is kept.
         kept = {at: line for at, line in self._lines(path) if 1 <= at <= step}
         with write_atomic(path) as temporary:
             temporary.write_bytes(b"".join(kept[at] for at in sorted(kept)))

@@ -66,7 +66,8 @@ class Trainer:
     (:mod:`prfl_fast.training.checkpoint`) into ``folder``, or nothing if it is None. It holds the
     folder meanwhile (:func:`prfl_fast.utils.folder_lock.hold_folder`); ``final`` there links to the
     newest saved model. SIGINT, SIGTERM and SIGHUP end the run after the current step and save it; a
-    second signal ends it at once. So does a sample that cannot be read, which is then raised.
+    second signal ends it at once. An exception in an objective, for example for a sample that
+    cannot be read, is raised after the steps before it are saved.
 
     An update whose loss or gradient is not finite is skipped: weights, optimizer and average do not
     change. Five steps in a row with a skipped update end the run.
@@ -89,9 +90,9 @@ class Trainer:
         advise: called when a device is full; returns a sentence that suggests a memory policy.
 
     Raises:
-        ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype, or
-            the checkpoint is damaged, of another model, or of other settings or inputs.
-            Also if ``model`` cannot be saved into ``folder``.
+        ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype,
+            ``model`` cannot be saved into ``folder``, or the checkpoint is damaged, of another
+            model, or of other settings or inputs.
         MissingExtraError: if the optimizer's library is not installed.
     """
 

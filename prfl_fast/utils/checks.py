@@ -71,7 +71,7 @@ def check_seed(seed: object) -> None:
 
 
 def torch_seed(seed: int) -> int:
-    """Return a seed that torch takes: of 64 bits, and ``seed`` itself if it has no more."""
+    """Return a seed of 64 bits, which torch takes; ``seed`` itself if it has no more."""
     return seed if -(1 << 63) <= seed < 1 << 64 else seed % (1 << 64)
 
 

@@ -108,7 +108,7 @@ def link_atomic(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 def clean_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary files of killed writers directly in ``folder``; return their paths.
 
-    Those of a process of this host that is alive are kept.
+    Files of a process of this host that still runs are kept.
     """
     stale = [p for p in sorted(Path(folder).iterdir()) if _is_stale(p)]
     for path in stale:
@@ -130,7 +130,7 @@ def _is_stale(path: Path) -> bool:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; raise ``ValueError`` if it is none, ``OSError`` if it cannot be read."""
+    """Read a JSON file; raise ``ValueError`` if it is not JSON, ``OSError`` if it is unreadable."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError as error:
