@@ -24,6 +24,16 @@ Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_
 Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), from_list]
 
 
+def _check_memory(
+    memory: Literal["auto"] | sections.MemorySection, train: str, precision: str
+) -> None:
+    if memory != "auto":
+        check_compatible(memory.build(), train=train, precision=precision)
+        return
+    wanted = "bf16 with memory: auto, which plans for bfloat16"
+    check(precision == "bf16", "hardware.precision", precision, wanted)
+
+
 class TrainFile(Section):
     """Train a generator: reward feedback alternated with supervised steps, or either alone."""
 
@@ -62,7 +72,7 @@ class TrainFile(Section):
         check(unique, "objectives", list(self.objectives), "no repeats")
         if "prfl" in self.objectives and self.reward is None:
             raise ValueError("reward is missing, expected a reward model for the prfl objective")
-        names = [r.name for r in self.reward] if isinstance(self.reward, tuple) else []
+        names = [reward.name for reward in self.rewards()]
         for i, name in enumerate(names):
             check(name not in names[:i], f"reward[{i}].name", name, "a name of its own")
         for name, value, off in (
@@ -71,22 +81,20 @@ class TrainFile(Section):
         ):
             ok, wanted = not value or self.lora is not None, f"{off} without adapters"
             check(ok, name, value, wanted, hint="Add lora: {lora_rank: 16}")
-        self._check_memory()
-        return self
-
-    def _check_memory(self) -> None:
         precision = self.hardware.precision
         frozen = self.reward_memory.build()
         check_compatible(frozen, train=None, precision=precision, name="reward_memory")
-        if isinstance(self.memory, sections.MemorySection):
-            train: Literal["full", "lora"] = "full" if self.lora is None else "lora"
-            check_compatible(self.memory.build(), train=train, precision=precision)
-            return
-        wanted = "bf16 with memory: auto, which plans for bfloat16"
-        check(precision == "bf16", "hardware.precision", precision, wanted)
-        same = self.reward_memory == sections.RewardMemorySection()
+        _check_memory(self.memory, "full" if self.lora is None else "lora", precision)
+        same = self.memory != "auto" or self.reward_memory == sections.RewardMemorySection()
         hint = "Leave out reward_memory, which memory: auto plans too"
         check(same, "memory", self.memory, "a mapping beside reward_memory", hint=hint)
+        return self
+
+    def rewards(self) -> tuple[sections.NamedReward, ...]:
+        """Return the rewards by name, of which a single one is called ``reward``."""
+        if self.reward is None or isinstance(self.reward, tuple):
+            return self.reward or ()
+        return (sections.NamedReward(name="reward", path=self.reward),)
 
 
 class TrainRewardFile(Section):
@@ -134,19 +142,10 @@ class TrainRewardFile(Section):
     )
 
     @model_validator(mode="after")
-    def _check_losers(self) -> Self:
+    def _check_sections(self) -> Self:
         ok = self.lose_data is None or self.loss == "bt"
         check(ok, "lose_data", self.lose_data, "no value with loss: ce")
-        return self
-
-    @model_validator(mode="after")
-    def _check_memory(self) -> Self:
-        precision = self.hardware.precision
-        if isinstance(self.memory, sections.MemorySection):
-            check_compatible(self.memory.build(), train="full", precision=precision)
-            return self
-        wanted = "bf16 with memory: auto, which plans for bfloat16"
-        check(precision == "bf16", "hardware.precision", precision, wanted)
+        _check_memory(self.memory, "full", self.hardware.precision)
         return self
 
 

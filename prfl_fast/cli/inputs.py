@@ -1,6 +1,7 @@
 """Describe a run's data and models, so that a resumed run notices other ones."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from prfl_fast.data.manifest import EMPTY_PROMPT, LatentDataset
 from prfl_fast.utils.digests import DIGESTS
 from prfl_fast.utils.io import digest_of
 
-# A file of weights is read in this many places: 56 GB take a second, not minutes. Another training
-# of the same model differs everywhere.
+# A file of weights is read in 64 places, so 56 GB take a second, not minutes. Another training of
+# the same model changes all of them.
 _PLACES, _BLOCK, _HEAD = 64, 4096, 1 << 16
 
 
@@ -46,22 +47,17 @@ def _data(name: str, dataset: LatentDataset) -> dict[str, Any]:
     }
 
 
-def _rewards(config: TrainFile) -> list[tuple[str, Path]]:
-    several = config.reward if isinstance(config.reward, tuple) else ()
-    sources: list[tuple[str, Any]] = [(f"reward {r.name}", r.path) for r in several]
-    if not sources:
-        sources = [("reward", config.reward)]
-    found = []
-    for name, source in sources:
-        members = source if isinstance(source, tuple) else (source,)
-        for number, member in enumerate(members):
-            label = f"{name} {number}" if len(members) > 1 else name
-            if isinstance(member, ReferenceReward):
+def _rewards(config: TrainFile) -> Iterator[tuple[str, Path]]:
+    """Yield a name and the path of each file or folder of the rewards."""
+    for reward in config.rewards():
+        name = f"reward {reward.name}" if isinstance(config.reward, tuple) else "reward"
+        for number, source in enumerate(reward.paths):
+            label = f"{name} {number}" if len(reward.paths) > 1 else name
+            if isinstance(source, ReferenceReward):
                 for part in ("transformer", "mlp", "pool"):
-                    found.append((f"{label} {part}", Path(getattr(member, part))))
+                    yield f"{label} {part}", Path(getattr(source, part))
             else:
-                found.append((label, Path(member)))
-    return found
+                yield label, Path(source)
 
 
 def fingerprint(path: Path) -> str:

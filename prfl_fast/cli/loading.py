@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.cli.config import TrainFile
-from prfl_fast.cli.sections import GuidanceSection, HardwareSection, NamedReward, ReferenceReward
+from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
+from prfl_fast.cli.sections import GuidanceSection, HardwareSection, ReferenceReward
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.models.registry import find_adapter
@@ -38,6 +38,20 @@ def device_of(hardware: HardwareSection) -> torch.device:
     there_is = device.type == "cpu" or (device.index or 0) < there
     check(there_is, "hardware.device", name, f"{wanted}, but there are {there} CUDA devices")
     return device
+
+
+def open_dataset(
+    config: TrainFile | TrainRewardFile | ScoreFile, key: str, expected: str = ""
+) -> LatentDataset:
+    """Open the dataset of a key; pairs are allowed only without ``expected``.
+
+    Raise ``ValueError`` if the dataset is bad, or holds pairs in place of ``expected``.
+    """
+    folder = getattr(config, key)
+    dataset = LatentDataset(folder, allow_outside=config.allow_outside)
+    if expected and dataset.pairs:
+        raise ValueError(f"{key}: {folder} holds preference pairs, expected {expected}")
+    return dataset
 
 
 def check_writable(path: Path, key: str) -> None:
@@ -142,22 +156,19 @@ def load_rewards(
     config: TrainFile, transformer: nn.Module
 ) -> dict[str, tuple[LatentRewardModel, ...]]:
     """Read the reward models of a run to the CPU, by name; models of one name form an ensemble."""
-    assert config.reward is not None
-    loaded = {}
-    for reward in _named(config.reward):
-        paths = reward.path if isinstance(reward.path, tuple) else (reward.path,)
-        loaded[reward.name] = tuple(load_reward(path, transformer) for path in paths)
-    return loaded
+    return {
+        reward.name: tuple(load_reward(path, transformer) for path in reward.paths)
+        for reward in config.rewards()
+    }
 
 
 def rewards_of_step(
     config: TrainFile, models: Mapping[str, tuple[LatentRewardModel, ...]], precision: Precision
 ) -> tuple[dict[str, Reward], dict[str, float]]:
     """Return loaded models in the form that :class:`prfl_fast.PRFL` takes, and their weights."""
-    assert config.reward is not None
     rewards: dict[str, Reward] = {}
     weights = {}
-    for reward in _named(config.reward):
+    for reward in config.rewards():
         calls = [reward_call(model, precision) for model in models[reward.name]]
         rewards[reward.name] = calls[0]
         if reward.ensemble is not None:
@@ -165,10 +176,6 @@ def rewards_of_step(
             rewards[reward.name] = RewardEnsemble(calls, reward.ensemble, **given)
         weights[reward.name] = reward.weight
     return rewards, weights
-
-
-def _named(reward: str | ReferenceReward | tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
-    return reward if isinstance(reward, tuple) else (NamedReward(name="reward", path=reward),)
 
 
 def load_guidance(

@@ -110,7 +110,7 @@ def run_plan(options: argparse.Namespace) -> int:
     print(json.dumps(report.as_dict(found), indent=1) if options.json else report.table(found))
     reward_training = path is not None and is_reward_file(path)
     if reward_training:
-        _note(
+        note(
             "planned as the training of a generator of this depth, which takes somewhat more "
             "memory; the times are not those of train-reward"
         )
@@ -122,9 +122,9 @@ def run_plan(options: argparse.Namespace) -> int:
         report.apply_to_yaml(found, path, reward_training=reward_training)
         written.append(path)
     elif path is not None:
-        _note(f"no plan fits: {path} is not changed")
+        note(f"no plan fits: {path} is not changed")
     for target in written:
-        _note(f"written: {target}")
+        note(f"written: {target}")
     return 0 if found.feasible else NOTHING_FITS
 
 
@@ -134,8 +134,8 @@ def _host_room() -> int:
     return max(1, int(available - RESERVE * total))
 
 
-def _note(text: str, command: str = "plan") -> None:
-    # stdout has the table or JSON object of plan, and the configuration of train --check only.
+def note(text: str, command: str = "plan") -> None:
+    """Print a line to stderr: stdout has the result of plan or of --check only."""
     print(f"prfl-fast {command}: {text}", file=sys.stderr)
 
 
@@ -161,25 +161,16 @@ def choose_memory(
     config: TrainFile, dataset: LatentDataset, device: torch.device
 ) -> tuple[MemoryConfig, MemoryConfig, Plan | None]:
     """Return the policies of the trained and the reward model, and the plan they come from."""
-    # A resumed run keeps its policies, because another weight dtype would change its numbers.
     if config.memory != "auto":
         return config.memory.build(), config.reward_memory.build(), None
-    began = _stored_memory(config)
-    if began is not None:
-        _note(f"memory: auto chose {_in_words(*began)}, as this run began", "train")
-        return *began, None
-    # The memory that is free now, because other processes may use the device as well.
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    found = _plan_training(config, dataset, device, room)
+    began = _stored(TrainFile, config)
+    if began is not None and began.memory != "auto":
+        policies = began.memory.build(), began.reward_memory.build()
+        note(f"memory: auto chose {_in_words(*policies)}, as this run began", "train")
+        return *policies, None
+    found = _plan_training(config, dataset, device, _free_memory(device))
     chosen = _in_words(found.memory, found.reward_memory)
-    takes, budget = (size / GIB for size in (found.peak + found.reserve, found.budget))
-    if not found.feasible:
-        raise ValueError(
-            f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
-            f"{takes:.1f} GiB. Run prfl-fast plan for all candidates"
-        )
-    predicted = f"predicted to take {takes:.1f} of {budget:.1f} GiB"
-    _note(f"memory: auto chose {chosen}, {predicted}", "train")
+    _report_choice("train", chosen, found, "Run prfl-fast plan for all candidates")
     return found.memory, found.reward_memory, found
 
 
@@ -191,22 +182,32 @@ def choose_reward_memory(
         return config.memory.build()
     began = _stored(TrainRewardFile, config)
     if began is not None and began.memory != "auto":
-        _note("memory: auto takes the policy with which this run began", "train-reward")
+        note("memory: auto takes the policy with which this run began", "train-reward")
         return began.memory.build()
     model = model_config(config.model) | {"num_layers": config.num_blocks}
     work = Workload(model, **fields_of_reward_run(config, dataset))
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    found = _plan(work, device, room)
-    chosen = _in_words(found.memory, None)
+    found = _plan(work, device, _free_memory(device))
+    hint = "Take fewer num_blocks, or smaller videos"
+    _report_choice("train-reward", _in_words(found.memory), found, hint)
+    return found.memory
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a GPU now: other processes may use it as well."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _report_choice(command: str, chosen: str, found: Plan, hint: str) -> None:
+    """Print the policy that ``memory: auto`` chose; raise ``ValueError`` if it does not fit."""
     takes, budget = (size / GIB for size in (found.peak + found.reserve, found.budget))
     if not found.feasible:
         raise ValueError(
             f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
-            f"{takes:.1f} GiB. Take fewer num_blocks, or smaller videos"
+            f"{takes:.1f} GiB. {hint}"
         )
-    predicted = f"predicted to take at most {takes:.1f} of {budget:.1f} GiB"
-    _note(f"memory: auto chose {chosen}, {predicted}", "train-reward")
-    return found.memory
+    most = "at most " if command == "train-reward" else ""
+    predicted = f"predicted to take {most}{takes:.1f} of {budget:.1f} GiB"
+    note(f"memory: auto chose {chosen}, {predicted}", command)
 
 
 def next_policy(
@@ -232,12 +233,10 @@ def next_policy(
     return f"try {_in_words(*policies)}{precision}, predicted to peak at {peak / GIB:.1f} GiB"
 
 
-def _in_words(memory: MemoryConfig, reward_memory: MemoryConfig | None) -> str:
-    """Return the memory sections on one line, as YAML, without defaults."""
+def _in_words(*policies: MemoryConfig) -> str:
+    """Return one or both memory sections on one line, as YAML, without defaults."""
     parts = []
-    for section, config in (("memory", memory), ("reward_memory", reward_memory)):
-        if config is None:
-            continue
+    for section, config in zip(("memory", "reward_memory"), policies, strict=False):
         values = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
         changed = [f"{field.name}: {value}" for field, value in values if value != field.default]
         parts.append(f"{section}: {{{', '.join(changed)}}}")
@@ -245,23 +244,17 @@ def _in_words(memory: MemoryConfig, reward_memory: MemoryConfig | None) -> str:
 
 
 def _stored(kind: type[Config], config: TrainFile | TrainRewardFile) -> Config | None:
-    """Return the configuration of the run that this one resumes, or None."""
+    """Return the configuration of the run that this one resumes, or None.
+
+    A resumed run keeps its policies, because another weight dtype would change its numbers.
+    """
     resume = config.run.resume
-    if resume is None:
-        return None
-    newest = latest_checkpoint(config.out) if resume in (AUTO, LAST_GOOD) else None
-    checkpoint = newest if resume in (AUTO, LAST_GOOD) else Path(resume)
+    checkpoint = None if resume is None else Path(resume)
+    if resume in (AUTO, LAST_GOOD):
+        checkpoint = latest_checkpoint(config.out)
     if checkpoint is None or not (checkpoint.parent / "config.yaml").is_file():
         return None
     return load_config(kind, checkpoint.parent / "config.yaml")
-
-
-def _stored_memory(config: TrainFile) -> tuple[MemoryConfig, MemoryConfig] | None:
-    """Return the policies of the run that this one resumes, or None."""
-    stored = _stored(TrainFile, config)
-    if stored is None or stored.memory == "auto":
-        return None
-    return stored.memory.build(), stored.reward_memory.build()
 
 
 def _plan_training(

@@ -18,7 +18,7 @@ from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.registry import patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.training.noising import add_noise, evaluation_sigma, model_timestep
+from prfl_fast.training.noising import add_noise, evaluation_sigma, model_timestep, noise_of_samples
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.progress import count_progress
@@ -29,8 +29,7 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
     device, out = loading.device_of(config.hardware), Path(config.out)
     check(not out.is_dir(), "out", config.out, "a file, but it is a folder")
     loading.check_writable(out, "out")
-    dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
-    check(not dataset.pairs, "data", config.data, "single videos, but it holds preference pairs")
+    dataset = loading.open_dataset(config, "data", "single videos")
     transformer = None
     if not isinstance(config.reward, str):
         assert config.model is not None
@@ -69,9 +68,7 @@ def _scores(
             indices = range(start, min(start + config.batch_size, len(dataset)))
             batch = collate([dataset[i] for i in indices])
             assert isinstance(batch, Batch)
-            # One draw per video for all timesteps, so that scores do not depend on the batch size.
-            like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-            noise = torch.stack([torch.randn(x.shape, **like) for x in batch.latents])
+            noise = noise_of_samples(batch.latents, generator)  # the same for all timesteps
             scores = []
             for t in config.timesteps:
                 level = evaluation_sigma(t, config.shift, config.integer_timesteps)

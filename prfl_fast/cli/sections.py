@@ -289,6 +289,11 @@ class NamedReward(Section):
         check(ok, "coefficient", self.coefficient, "no value without ensemble: uncertainty")
         return self
 
+    @property
+    def paths(self) -> tuple[str | ReferenceReward, ...]:
+        """Return the sources of the reward's models, several of an ensemble."""
+        return self.path if isinstance(self.path, tuple) else (self.path,)
+
 
 class HardwareSection(Section):
     """Device and precision."""

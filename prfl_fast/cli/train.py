@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import random
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.inputs import inputs_of
-from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy
+from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy, note
 from prfl_fast.cli.sections import (
     FeedbackSection,
     MemorySection,
@@ -57,11 +56,12 @@ from prfl_fast.utils.progress import count_progress
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-4
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
+_LEVELS = {"shift", "integer_timesteps"}  # keys of the noise levels, which losses take too
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options of a training command that are not in its file.
+    """Hold the options of a training command that are not in its file.
 
     Attributes:
         check: load and check everything, and write nothing.
@@ -88,21 +88,14 @@ def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterato
         yield
 
 
-def _check_values(dataset: LatentDataset) -> None:
-    with count_progress("check", "samples", len(dataset)) as show:
-        check_values(dataset, show)
-
-
 def _train(config: TrainFile, options: RunOptions) -> int:
     given, config = config, _with_learning_rate(config)
     device = loading.device_of(config.hardware)
-    dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
-    if dataset.pairs:
-        raise ValueError(f"data: {config.data} holds preference pairs; train needs single videos")
+    dataset = loading.open_dataset(config, "data", "single videos")
     batches = _batches(dataset, config)
     loading.check_model(config.model, dataset)
     if options.deep:
-        _check_values(dataset)
+        check_values(dataset)
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
     check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
@@ -110,10 +103,8 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     if config.prfl.guidance is not None:  # the file is checked even without the prfl objective
         guidance = loading.load_guidance(config.prfl.guidance, dataset, device)
     memory, reward_memory, plan = choose_memory(config, dataset, device)
-    sections = {
-        "memory": MemorySection.of(memory),
-        "reward_memory": RewardMemorySection.of(reward_memory),
-    }
+    sections: Any = {"memory": MemorySection.of(memory)}
+    sections["reward_memory"] = RewardMemorySection.of(reward_memory)
     config = config.model_copy(update=sections)
     for policy in (memory, reward_memory):
         check_available(policy, device)
@@ -126,22 +117,16 @@ def _train(config: TrainFile, options: RunOptions) -> int:
             objectives[name] = RewardFeedback(step, batches, device)
         else:
             # Supervised steps in the same order would repeat the conditions of the PRFL step.
-            own = _batches(dataset, config, 1)
+            own, levels = _batches(dataset, config, 1), config.prfl.model_dump(include=_LEVELS)
             precision = _autocast(memory.weight_dtype, config.hardware.precision)
-            objectives[name] = SupervisedFlow(
-                transformer,
-                own,
-                shift=config.prfl.shift,
-                integer_timesteps=config.prfl.integer_timesteps,
-                precision=precision,
-            )
+            objectives[name] = SupervisedFlow(transformer, own, precision=precision, **levels)
     advise = partial(next_policy, config, dataset, device, plan)
     inputs = inputs_of(config, dataset)
     trainer = _trainer(config, transformer, objectives, inputs, options, advise=advise)
     if config.lora is not None and given.optimizer.learning_rate is None:
         rate = config.optimizer.learning_rate
         text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
-        print(f"prfl-fast train: {text}", file=sys.stderr)
+        note(text, "train")
     return _print_check(config) if options.check else _finish(trainer, config)
 
 
@@ -154,8 +139,9 @@ def _load_models(
 ) -> tuple[nn.Module, dict[str, tuple[LatentRewardModel, ...]]]:
     """Return the generator and the rewards, checked and under their memory policies."""
     dtypes = {memory.weight_dtype}
-    if _in_the_references_layout(config):  # such a reward is built from the generator
-        dtypes.add(reward_memory.weight_dtype)
+    sources = [source for reward in config.rewards() for source in reward.paths]
+    if any(isinstance(source, ReferenceReward) for source in sources):
+        dtypes.add(reward_memory.weight_dtype)  # such a reward is built from the generator
     # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
     transformer = loading.load_transformer(config.model, dtype)
@@ -174,12 +160,6 @@ def _load_models(
     return transformer, rewards
 
 
-def _in_the_references_layout(config: TrainFile) -> bool:
-    several = config.reward if isinstance(config.reward, tuple) else ()
-    sources = [config.reward, *(reward.path for reward in several)]
-    return any(isinstance(source, ReferenceReward) for source in sources)
-
-
 def _step(
     config: TrainFile,
     transformer: nn.Module,
@@ -189,9 +169,8 @@ def _step(
     """Build the PRFL step of a configuration from its loaded models."""
     assert isinstance(config.memory, MemorySection)
     feedback, precision = config.prfl, config.hardware.precision
-    rewards, weights = loading.rewards_of_step(
-        config, models, _autocast(config.reward_memory.weight_dtype, precision)
-    )
+    of_reward = _autocast(config.reward_memory.weight_dtype, precision)
+    rewards, weights = loading.rewards_of_step(config, models, of_reward)
     return PRFL(
         velocity_call(transformer, _autocast(config.memory.weight_dtype, precision)),
         rewards,
@@ -236,13 +215,12 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     loading.check_model(config.model, dataset)
     losers = None
     if config.lose_data is not None:
-        losers = LatentDataset(config.lose_data, allow_outside=config.allow_outside)
-        check(not losers.pairs, "lose_data", config.lose_data, "single videos, but it holds pairs")
+        losers = loading.open_dataset(config, "lose_data", "single videos")
         loading.check_model(config.model, losers)
         batches = DrawnPairs(winners, _batches(losers, config, 1))
     for source in (dataset, losers, held_out) if options.deep else ():
         if source is not None:
-            _check_values(source)
+            check_values(source)
     memory = choose_reward_memory(config, dataset, device)
     config = config.model_copy(update={"memory": TrainedRewardMemorySection.of(memory)})
     check_available(memory, device)
@@ -261,16 +239,9 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     check(not taken, "out", str(out), "one without a folder evaluation.json")
     if config.hardware.patch:
         patch(reward.backbone)
-    fit = RewardFit(
-        reward,
-        batches,
-        loss=config.loss,
-        label=config.label,
-        missing_label=config.missing_label,
-        shift=config.shift,
-        integer_timesteps=config.integer_timesteps,
-        precision=_autocast(memory.weight_dtype, config.hardware.precision),
-    )
+    precision = _autocast(memory.weight_dtype, config.hardware.precision)
+    keys = config.model_dump(include={"loss", "label", "missing_label", *_LEVELS})
+    fit = RewardFit(reward, batches, precision=precision, **keys)
     inputs = inputs_of(config, dataset, losers)
     trainer = _trainer(config, reward, {"reward": fit}, inputs, options)
     if options.check:
@@ -287,18 +258,15 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
 
 def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset | None]:
     """Return the datasets for training and evaluation, with every label checked."""
-    dataset = LatentDataset(config.data, allow_outside=config.allow_outside)
+    drawn = config.lose_data is not None
+    dataset = loading.open_dataset(config, "data", "single videos with lose_data" if drawn else "")
     held_out = None
     if config.eval_data is not None:
-        held_out = LatentDataset(config.eval_data, allow_outside=config.allow_outside)
+        held_out = loading.open_dataset(config, "eval_data", "labeled videos")
     kind = "pairs" if dataset.pairs else "single videos"
     hint = f"data: {config.data} holds {kind}; ce takes single videos, bt pairs"
-    wanted = "bt" if dataset.pairs or config.lose_data is not None else "ce"
-    if config.lose_data is not None and dataset.pairs:
-        raise ValueError(f"data: {config.data} holds pairs, expected single videos with lose_data")
+    wanted = "bt" if dataset.pairs or drawn else "ce"
     check(config.loss == wanted, "loss", config.loss, f"{wanted} for this dataset", hint=hint)
-    if held_out is not None and held_out.pairs:
-        raise ValueError(f"eval_data: {config.eval_data} holds pairs, expected labeled videos")
     labeled_sets = [held_out] if config.loss == "bt" else [dataset, held_out]
     for labeled in (d for d in labeled_sets if d is not None):
         for place, labels in labeled.labels():
@@ -331,14 +299,9 @@ def _evaluate(
         autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)),
         count_progress("evaluation", "videos", len(dataset)) as show,
     ):
-        metrics = evaluate(
-            reward,
-            batches(),
-            config.timesteps,
-            seed=config.run.seed,
-            shift=config.shift,
-            integer_timesteps=config.integer_timesteps,
-        )
+        levels = config.model_dump(include=_LEVELS)
+        seed = config.run.seed
+        metrics = evaluate(reward, batches(), config.timesteps, seed=seed, **levels)
     with write_atomic(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     for t, values in metrics.items():

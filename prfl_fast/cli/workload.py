@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.yaml_config import parse_config, read_yaml
-from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.cli.loading import open_dataset
+from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
+from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.planning.presets import model_config
 from prfl_fast.utils.io import read_json
@@ -112,16 +113,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {}
     content = read_yaml(path)
-    # The plan replaces both memory sections, so they may be out of date.
-    filled: dict[str, Any] = {k: v for k, v in content.items() if not k.endswith("memory")}
-    # Required keys may be missing here, because the plan needs only some of them.
-    filled = {"model": "-", "data": "-", "reward": "-", "out": "-", "run": {}} | filled
-    if isinstance(filled["run"], dict):
-        filled["run"] = {"steps": 1} | filled["run"]
-    try:
-        config = parse_config(TrainFile, filled)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = _parse(TrainFile, {"reward": "-"} | content, path)
     found = fields_of_run(config)
     for name, (section, key) in _KEYS.items():
         field = "gradient_plan" if name == "points" else name
@@ -153,17 +145,8 @@ def is_reward_file(path: Path) -> bool:
 def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Workload fields that the YAML of train-reward decides."""
     content = read_yaml(path)
-    filled: dict[str, Any] = {"model": "-", "data": "-", "out": "-", "run": {}} | content
-    filled.pop("memory", None)  # the plan replaces it
-    if isinstance(filled["run"], dict):
-        filled["run"] = {"steps": 1} | filled["run"]
-    try:
-        config = parse_config(TrainRewardFile, filled)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    there = (Path(config.data) / "manifest.jsonl").is_file()
-    dataset = LatentDataset(config.data, allow_outside=config.allow_outside) if there else None
-    found = fields_of_reward_run(config, dataset)
+    config = _parse(TrainRewardFile, content, path)
+    found = fields_of_reward_run(config, _dataset(config))
     free = {"model", "frames", "height", "width"} - found.keys()
     for name, value in given.items():
         if name not in free and found.get(name) != value:
@@ -172,11 +155,29 @@ def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, An
     return found | {"model": model_config(model) | {"num_layers": config.num_blocks}}
 
 
+def _parse(kind: type[Config], content: Mapping[str, Any], path: Path) -> Config:
+    """Parse a file in which required keys may be missing, as the plan needs only some of them."""
+    # The plan replaces the memory sections, so they may be out of date.
+    planned = {"memory", "reward_memory"} & kind.model_fields.keys()
+    filled: dict[str, Any] = {k: v for k, v in content.items() if k not in planned}
+    filled = {"model": "-", "data": "-", "out": "-", "run": {}} | filled
+    if isinstance(filled["run"], dict):
+        filled["run"] = {"steps": 1} | filled["run"]
+    try:
+        return parse_config(kind, filled)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _dataset(config: TrainFile | TrainRewardFile) -> LatentDataset | None:
+    """Return the file's dataset; None if it does not exist yet."""
+    return open_dataset(config, "data") if (Path(config.data) / MANIFEST).is_file() else None
+
+
 def _sizes_of_data(config: TrainFile, given: Mapping[str, Any], path: Path) -> dict[str, int]:
     """Return the sizes of the file's dataset, if it exists."""
-    if not (Path(config.data) / "manifest.jsonl").is_file():
-        return {}
-    found = sizes_of(LatentDataset(config.data, allow_outside=config.allow_outside))
+    dataset = _dataset(config)
+    found = {} if dataset is None else sizes_of(dataset)
     for name, value in found.items():
         if given.get(name, value) != value:
             _contradicted(name, given[name], f"the data of {path} has {value}")

@@ -27,7 +27,7 @@ _RANKS = {
     "latent_condition": 4,
 }
 TEXT, SHORT = "encoder_hidden_states", "encoder_hidden_states_short"
-# Of the prompt "", which text drop takes in place of a sample's text.
+# File with the text of the prompt "", which text drop takes in place of a sample's text.
 EMPTY_PROMPT = "empty_prompt.safetensors"
 _REQUIRED = ("latents", "encoder_hidden_states")
 # torch's names of dtypes by those of safetensors; a dataset has floating-point tensors only.
@@ -118,7 +118,7 @@ class LatentDataset:
         return records
 
     def _is_inside(self, name: str) -> bool:
-        # Links inside the folder may lead anywhere: they are its owner's, the manifest may not be.
+        # Links inside the folder may lead anywhere: its owner made them, perhaps not the manifest.
         folder = os.path.abspath(self.folder)
         path = os.path.abspath(os.path.join(folder, name))
         return path.startswith(os.path.join(folder, ""))
@@ -146,7 +146,7 @@ class LatentDataset:
         condition = shapes.get("latent_condition", shapes["latents"])
         same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
         check(same, f"{where}: latent_condition", list(condition), expected)
-        # Texts may differ in length: all count with the rows of the longest.
+        # Texts may differ in length: each shape has the rows of the longest.
         both, texts = (shapes, self.shapes or shapes), (TEXT, SHORT)
         rows = max(of[key][0] for of in both for key in texts if key in of)
         shapes, self.shapes = (
@@ -185,12 +185,11 @@ class LatentDataset:
         path = self.folder / EMPTY_PROMPT
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
-        text, (rows, width) = load_tensors(path).get(TEXT), self.shapes[TEXT]
-        ok = text is not None and text.ndim == 2 and text.shape[1] == width
-        ok = ok and text is not None and 0 < len(text) <= rows
-        ok = ok and text is not None and text.is_floating_point()
+        rows, width = self.shapes[TEXT]
+        text: Any = load_tensors(path).get(TEXT)
+        ok = text is not None and text.is_floating_point() and text.ndim == 2
+        ok = ok and 0 < len(text) <= rows and text.shape[1] == width
         check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width} floating-point numbers")
-        assert text is not None
         check_finite(f"{path}: {TEXT} as float32", text.float())
         return text
 

@@ -1,19 +1,19 @@
 """Read every sample of a dataset and check its values."""
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 
-from prfl_fast.data.manifest import LatentDataset, Pair, Sample
+from prfl_fast.data.manifest import LatentDataset, Pair
+from prfl_fast.utils.progress import count_progress
 
 # Standard deviation of a normalized latent's channel over a dataset: near 1. Those of Wan's VAE
 # before (z - mean) / std are 1.1 to 3.3, with a geometric mean of 2.0.
 _CHANNEL, _ALL = (0.25, 4.0), (0.6, 1.6)
 
 
-def check_values(dataset: LatentDataset, show: Callable[[str], object] = str) -> None:
-    """Read all samples of a dataset, and call ``show`` with the id of each before.
+def check_values(dataset: LatentDataset) -> None:
+    """Read all samples of a dataset and check their values; show the progress.
 
     Raises:
         ValueError: if a sample has NaN, infinite or too large values, or the latents of the whole
@@ -21,25 +21,23 @@ def check_values(dataset: LatentDataset, show: Callable[[str], object] = str) ->
     """
     problems: list[str] = []
     spread = _Spread()
-    for index, name in enumerate(dataset.ids()):
-        show(name)
-        try:
-            for sample in _samples(dataset[index]):
-                spread.add(sample.latents)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
+    with count_progress("check", "samples", len(dataset)) as show:
+        for index, name in enumerate(dataset.ids()):
+            show(name)
+            try:
+                item = dataset[index]
+                for sample in (item.win, item.lose) if isinstance(item, Pair) else (item,):
+                    spread.add(sample.latents)
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
     if problems:
         more = f" ({len(problems) - 1} more items are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
     spread.check(str(dataset.folder))
 
 
-def _samples(item: Sample | Pair) -> Iterator[Sample]:
-    yield from (item.win, item.lose) if isinstance(item, Pair) else (item,)
-
-
 class _Spread:
-    """Standard deviation of each channel over all samples, in float64."""
+    """Accumulate the standard deviation of each channel over all samples, in float64."""
 
     def __init__(self) -> None:
         self.count = 0

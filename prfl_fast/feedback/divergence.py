@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from prfl_fast.utils.adapters import adapter_parameters
+from prfl_fast.utils.adapters import adapter_parameters, trained_adapters
 
 # Attributes of every peft layer, and of its modules_to_save.
 _SWITCH, _ACTIVE = "_disable_adapters", "_active_adapter"
@@ -49,9 +49,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     A frozen adapter, such as one that distills the sampler, is part of the initial model.
     """
-    trains: dict[str, bool] = {}
-    for name, parameter in adapter_parameters(model):
-        trains[name] = trains.get(name, False) or parameter.requires_grad
+    frozen = {name for name, _ in adapter_parameters(model)} - set(trained_adapters(model))
     before: list[tuple[nn.Module, Any, Any]] = []
     try:
         for layer in model.modules():
@@ -59,7 +57,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
                 continue
             active = getattr(layer, _ACTIVE, None)
             names = [active] if isinstance(active, str) else list(active or ())
-            kept = [name for name in names if not trains.get(name, True)]
+            kept = [name for name in names if name in frozen]
             if len(kept) == len(names):
                 continue  # no adapter of this layer trains
             before.append((layer, active, getattr(layer, _SWITCH)))

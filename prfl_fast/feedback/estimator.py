@@ -36,9 +36,9 @@ class FeedbackSpec:
 
 
 class StepLoss(torch.Tensor):
-    """A loss whose gradients are in ``.grad`` already; ``backward()`` says so.
+    """Hold a loss whose gradients are in ``.grad`` already; ``backward()`` raises an error.
 
-    Results of its arithmetic are of this class too, except ``detach()``.
+    Results of its arithmetic are of this class too, except that of ``detach()``.
     """
 
     @classmethod

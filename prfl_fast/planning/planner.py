@@ -7,7 +7,7 @@ for the comparison of candidates, and :mod:`prfl_fast.planning.report` for the o
 import contextlib
 import itertools
 import re
-from collections.abc import Callable
+from typing import Any
 
 from prfl_fast.planning.gpu_specs import GpuSpecs, find_gpu
 from prfl_fast.planning.plan import Plan
@@ -88,17 +88,13 @@ def plan_memory(
 
 def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
     """Run a search that Ctrl-C ends between two simulations."""
-    with contextlib.ExitStack() as stack:
-        # Outermost, so that the bar is closed before the interrupt is raised.
-        interrupt = stack.enter_context(interrupts_held())
-        show: Callable[[str], object] | None = None
-        if progress:
-            show = stack.enter_context(count_progress("plan", "simulations"))
+    bar: Any = count_progress("plan", "simulations") if progress else contextlib.nullcontext(str)
+    # In this order, so that the bar is closed before the interrupt is raised.
+    with interrupts_held() as interrupt, bar as show:
 
         def next_simulation(text: str) -> None:
             interrupt()
-            if show is not None:
-                show(text)
+            show(text)
 
         search.show = next_simulation
         return search.run(tiers)

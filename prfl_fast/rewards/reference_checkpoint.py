@@ -8,13 +8,7 @@ from pathlib import Path
 
 import torch
 
-from prfl_fast.utils.io import (
-    load_pickled,
-    load_tensors,
-    open_tensors,
-    read_json,
-    save_tensors,
-)
+from prfl_fast.utils.io import load_pickled, load_tensors, open_tensors, read_json, save_tensors
 
 SHARD_BYTES = 5 * 1024**3  # the limit of diffusers and HY-Video-PRFL
 _SHARDS = "diffusion_pytorch_model"

@@ -61,13 +61,7 @@ def training_sigmas(shift: float = 5.0, num: int = 1000) -> torch.Tensor:
     """
     _check_shift(shift)
     check_count("num", num)
-    sigmas = [_shifted(1 - i / num, shift) for i in range(num)]
-    return _float32(sigmas)
-
-
-def _wan_first(scale: int) -> float:
-    """Return Wan's first level before the shift, which it rounds to float32: 0.999."""
-    return _float32([1 - 1 / scale]).item()
+    return _float32([_shifted(1 - i / num, shift) for i in range(num)])
 
 
 def _check_shift(shift: float) -> None:
@@ -85,8 +79,7 @@ class _FlowScheduler:
         self.integer_timesteps = integer_timesteps
         self.shift = float(shift)
         self.num_train_timesteps = plain(num_train_timesteps)
-        self.timesteps = torch.empty(0, dtype=torch.float32, device="cpu")
-        self.sigmas = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.timesteps = self.sigmas = _float32([])
         self._sigmas: tuple[float, ...] = ()
         self._times: tuple[float, ...] = ()
         self._step_index: int | None = None
@@ -282,7 +275,9 @@ class FlowUniPC(_FlowScheduler):
 
     def levels(self, count: int) -> tuple[list[float], torch.Tensor]:
         scale = self.num_train_timesteps
-        first, last = (1.0, 1 / scale) if self.schedule == "diffusers" else (_wan_first(scale), 0.0)
+        first, last = 1.0, 1 / scale
+        if self.schedule == "wan":  # which rounds its first level before the shift, 0.999
+            first, last = _float32([1 - 1 / scale]).item(), 0.0
         sigmas = [_shifted(s, self.shift) for s in _linspace(first, last, count + 1)[:-1]]
         if abs(sigmas[0] - 1) < _UNIPC_SIGMA_GAP:
             sigmas[0] -= _UNIPC_SIGMA_GAP
@@ -295,11 +290,8 @@ class FlowUniPC(_FlowScheduler):
         self._previous: torch.Tensor | None = None
         self._predictions: list[torch.Tensor] = []
         # Here, because a step may run on fake tensors, which have no values.
-        self._updates = {
-            dtype: unipc_updates(self._sigmas, self.order, dtype)
-            for dtype in (torch.float32, torch.float64)
-            if self._sigmas
-        }
+        dtypes = (torch.float32, torch.float64) if self._sigmas else ()
+        self._updates = {dtype: unipc_updates(self._sigmas, self.order, dtype) for dtype in dtypes}
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         tensors = [sample, velocity]
@@ -355,9 +347,9 @@ def fresh_copy(scheduler: Any) -> Any:
             "object with set_timesteps and step)"
         )
     prediction = _config(scheduler).get("prediction_type")
-    ok, expected = prediction in (None, "flow_prediction"), "'flow_prediction'"
     hint = "Build it with that and use_flow_sigmas=True: the model predicts a velocity."
-    check(ok, f"scheduler {name}: prediction_type", prediction, expected, hint=hint)
+    ok, label = prediction in (None, "flow_prediction"), f"scheduler {name}: prediction_type"
+    check(ok, label, prediction, "'flow_prediction'", hint=hint)
     _check_shift_given(scheduler)
     clone = copy.copy(scheduler)
     detach_state(clone)

@@ -19,7 +19,7 @@ class Update(NamedTuple):
 
 
 class _Levels:
-    """Noise levels with λ = log((1-σ)/σ) and, from each to the next, h = λ' - λ and e^{-h} - 1."""
+    """Hold noise levels, their λ = log((1-σ)/σ), and h = λ' - λ and e^{-h} - 1 between them."""
 
     def __init__(self, sigmas: Sequence[float], dtype: torch.dtype) -> None:
         sigma = torch.tensor(sigmas, dtype=dtype, device="cpu")

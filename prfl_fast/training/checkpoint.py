@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00000012``::
 
     checkpoint.json     format, step, settings, inputs, the size in bytes and the SHA-256 digest of
-                        every other file, and the digest of all this
+                        every other file, and the digest of this content
     model/              config.json + diffusion_pytorch_model.safetensors (diffusers models),
                         pytorch_lora_weights.safetensors (models with an adapter: the adapter only,
                         in the format of diffusers' load_lora_weights),
@@ -31,10 +31,7 @@ import torch
 
 from prfl_fast.training.model_files import load_model, save_model
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.digests import (
-    check_digests,
-    file_digests,
-)
+from prfl_fast.utils.digests import check_digests, file_digests
 from prfl_fast.utils.io import (
     link_atomic,
     load_pickled,
@@ -46,8 +43,7 @@ from prfl_fast.utils.io import (
 )
 
 FORMAT = "prfl_fast checkpoint 3"
-# Checkpoints without digests, which are still read.
-_UNDIGESTED = "prfl_fast checkpoint 2"
+_UNDIGESTED = "prfl_fast checkpoint 2"  # without digests, still read
 FINAL = "final"
 # Values of ``resume``: the newest checkpoint, and the newest one that is not damaged.
 AUTO, LAST_GOOD = "auto", "last-good"
@@ -57,11 +53,12 @@ _log = logging.getLogger("prfl_fast")
 
 def check_free(folder: Path) -> None:
     """Raise ``ValueError`` if a foreign file is where a run writes its checkpoints or its log."""
+    hint = "Move it away, or choose a new folder"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        wrong = _STEP.fullmatch(path.name) and not path.is_dir()
-        wrong = wrong or (path.name in ("log.jsonl", "config.yaml") and path.is_dir())
-        wrong = wrong or (path.name == "tensorboard" and not path.is_dir())
-        hint = "Move it away, or choose a new folder"
+        if path.is_dir():
+            wrong = path.name in ("log.jsonl", "config.yaml")
+        else:
+            wrong = path.name == "tensorboard" or _STEP.fullmatch(path.name) is not None
         check(not wrong, "folder", str(folder), f"one without a foreign {path.name}", hint=hint)
 
 
@@ -109,11 +106,11 @@ def find_checkpoint(folder: Path | None, resume: str | os.PathLike[str] | None) 
     is_file = folder is not None and folder.is_file()
     check(not is_file, "folder", str(folder), "a folder, not a file")
     existing = [] if folder is None else list_checkpoints(folder)
-    newest = existing[-1][1].name if existing else ""
     if resume == AUTO:
         return existing[-1][1] if existing else None
     if resume == LAST_GOOD:
         return _last_good([path for _, path in existing])
+    newest = existing[-1][1].name if existing else ""
     hint = "Resume from it, or choose a new folder"
     if resume is None:
         check(not existing, "folder", str(folder), f"one without {newest}", hint=hint)
@@ -169,28 +166,27 @@ def save_checkpoint(
             torch.save(dict(state), temporary / "state.pt")
         except RuntimeError as error:  # torch's zip writer raises it if the disk is full
             raise OSError(f"{path / 'state.pt'}: cannot be written: {error}") from error
-        paths = [p for p in sorted(temporary.rglob("*")) if p.is_file()]
-        files = {str(p.relative_to(temporary)): p.stat().st_size for p in paths}
+        digests = file_digests(temporary)
         content = {
             "format": FORMAT,
             "step": step,
             "settings": dict(settings or {}),
             "inputs": dict(inputs or {}),
-            "files": files,
-            "sha256": file_digests(temporary),
+            "files": {name: (temporary / name).stat().st_size for name in digests},
+            "sha256": digests,
         }
         content["digest"] = _digest(content)
         (temporary / "checkpoint.json").write_text(_text(content))
     link_final(path)
     if keep_last:
-        # Later ones, which are damaged if this run went back before them, count for none.
+        # Later ones do not count: they are damaged, and this run went back before them.
         for _, old in [c for c in list_checkpoints(folder) if c[0] <= step][:-keep_last]:
             remove_atomic(old)
     return path
 
 
 def link_final(checkpoint: Path) -> None:
-    """Let ``final`` beside a checkpoint link to its model; a folder of that name is kept."""
+    """Link ``final`` beside a checkpoint to its model; keep a folder of that name."""
     link = checkpoint.parent / FINAL
     if link.exists() and not link.is_symlink():
         return
@@ -203,7 +199,7 @@ def _text(content: Mapping[str, Any]) -> str:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Return the digest of ``checkpoint.json`` without that digest."""
+    """Return the digest of the other content of ``checkpoint.json``."""
     rest = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -276,12 +272,11 @@ def load_checkpoint(
     content = read_checkpoint(path)
     saved = content.get("settings", {})
     wanted = json.loads(json.dumps(dict(settings or {})))  # tuples become lists, as in the file
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{path}: made with {name} = {saved.get(name)!r}, this run has "
-                f"{wanted.get(name)!r}. Restore the value, or start in a new folder"
-            )
+    for name, before, now in _differences(saved, wanted):
+        raise ValueError(
+            f"{path}: made with {name} = {before!r}, this run has {now!r}. "
+            "Restore the value, or start in a new folder"
+        )
     _compare_inputs(path, content.get("inputs"), inputs or {}, accept_inputs)
     state = load_pickled(path / "state.pt")
     step = content.get("step")
@@ -292,6 +287,12 @@ def load_checkpoint(
     return state, ema
 
 
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return name and both values of each entry that differs, in the order of names."""
+    both = ((n, saved.get(n), wanted.get(n)) for n in sorted(saved.keys() | wanted.keys()))
+    return [entry for entry in both if entry[1] != entry[2]]
+
+
 def _compare_inputs(
     path: Path, saved: Mapping[str, Any] | None, wanted: Mapping[str, Any], accept: bool
 ) -> None:
@@ -300,10 +301,8 @@ def _compare_inputs(
         _log.warning("%s: of an earlier revision, which did not note its data and models", path)
     if not saved or not wanted:  # a run from Python need not note any
         return
-    for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) == wanted.get(name):
-            continue
-        text = f"{path}: began with {name} = {saved.get(name)!r}, now it is {wanted.get(name)!r}"
+    for name, before, now in _differences(saved, wanted):
+        text = f"{path}: began with {name} = {before!r}, now it is {now!r}"
         if not accept:
             raise ValueError(
                 f"{text}. Restore it, start in a new folder, or go on with --accept-changed-inputs "

@@ -10,7 +10,6 @@ from typing import Any
 from prfl_fast.utils.checks import plain
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
-from prfl_fast.utils.progress import step_progress
 
 LOG = "log.jsonl"
 
@@ -21,7 +20,7 @@ class TrainingLog:
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         path = folder / LOG
         # A resumed run repeats the steps after its checkpoint, so their records are removed.
-        # Of a step twice in it, as after runs were mixed, the last record counts.
+        # A log of mixed runs may have several records of a step; the last one is kept.
         kept = {at: line for at, line in self._lines(path) if 1 <= at <= step}
         with write_atomic(path) as temporary:
             temporary.write_bytes(b"".join(kept[at] for at in sorted(kept)))
@@ -61,16 +60,3 @@ class TrainingLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-class _NoBar:
-    def set_postfix(self, *_: object, **__: object) -> None:
-        pass
-
-    def update(self) -> None:
-        pass
-
-
-def progress_bar(enabled: bool, step: int, steps: int) -> contextlib.AbstractContextManager[Any]:
-    """Return a bar of ``steps`` steps that starts at ``step``; lines replace it off a terminal."""
-    return step_progress("train", step, steps) if enabled else contextlib.nullcontext(_NoBar())

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _ADAPTER_METADATA = "lora_adapter_metadata"
 def copy_into(
     tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], source: object
 ) -> None:
-    """Copy ``tensors`` into ``targets`` in place; errors name their ``source``.
+    """Copy ``tensors`` into ``targets`` in place; errors name the file ``source``.
 
     Raises:
         ValueError: if names, shapes or dtypes differ. No target is changed then.
@@ -36,11 +36,11 @@ def copy_into(
     check_fit(targets, tensors, source, dtypes=True)
     with torch.no_grad():
         for name, target in targets.items():
-            source = tensors[name]
+            tensor = tensors[name]
             for dim, stride in enumerate(target.stride()):
                 if stride == 0 and target.shape[dim] > 1:  # expanded, which copy_ cannot write
-                    target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-            target.copy_(source)
+                    target, tensor = target.narrow(dim, 0, 1), tensor.narrow(dim, 0, 1)
+            target.copy_(tensor)
 
 
 def adapter_name(model: torch.nn.Module) -> str | None:
@@ -103,12 +103,12 @@ def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     config = model.peft_config[name].to_dict()  # type: ignore[union-attr, index, operator]
     plain: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     if name is not None and plain.get("peft_type") in _SCALED:
-        scales, expected, alpha = adapter_scales(model, name), _scales_of(plain), _alpha_key(plain)
-        weights = {layer: scale / (expected(layer) or 1.0) for layer, scale in scales.items()}
+        scales = adapter_scales(model, name)
+        weights = {layer: scale / (_scale(plain, layer) or 1.0) for layer, scale in scales.items()}
         first = next(iter(weights.values()), 1.0)
         if all(math.isclose(weight, first, rel_tol=1e-9) for weight in weights.values()):
             if not math.isclose(first, 1.0, rel_tol=1e-9):
-                plain[alpha] *= first
+                plain[_alpha_key(plain)] *= first
                 patterns = plain.get("alpha_pattern") or {}
                 plain["alpha_pattern"] = {k: v * first for k, v in patterns.items()}
         else:
@@ -129,15 +129,11 @@ def _alpha_key(settings: Mapping[str, Any]) -> str:
     return "lora_alpha" if "lora_alpha" in settings else "alpha"
 
 
-def _scales_of(settings: Mapping[str, Any]) -> Callable[[str], float]:
-    """Return the function that gives a layer's scale by the settings of a LoRA adapter."""
-
-    def scale(layer: str) -> float:
-        rank = _pattern_value(settings, "rank", layer)
-        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-        return _pattern_value(settings, "alpha", layer) / divisor
-
-    return scale
+def _scale(settings: Mapping[str, Any], layer: str) -> float:
+    """Return the scale of one layer by the settings of its adapter."""
+    rank = _pattern_value(settings, "rank", layer)
+    divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+    return _pattern_value(settings, "alpha", layer) / divisor
 
 
 def check_savable(model: torch.nn.Module) -> None:
@@ -166,7 +162,7 @@ def check_savable(model: torch.nn.Module) -> None:
 
 
 def save_model(model: torch.nn.Module, folder: Path) -> None:
-    """Write ``model`` into ``folder`` in its library's format; see the top of this file."""
+    """Write ``model`` into ``folder``; :mod:`prfl_fast.training.checkpoint` lists the files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _model_file(model)
     if adapter_name(model) is not None:
@@ -226,8 +222,7 @@ def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path)
         check(ok, label, value, f"this model's {wanted.get(key)!r}", hint=hint)
     if name is None or wanted.get("peft_type") not in _SCALED:
         return
-    scale_in_file = _scales_of(found)
     for layer, scale in adapter_scales(model, name).items():
-        value, label = scale_in_file(layer), f"scale of {layer} in the adapter in {path}"
+        value, label = _scale(found, layer), f"scale of {layer} in the adapter in {path}"
         ok = math.isclose(value, scale, rel_tol=1e-6)
         check(ok, label, value, f"this model's {scale}", hint="Add it with the file's patterns")

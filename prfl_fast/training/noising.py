@@ -1,5 +1,7 @@
 """Noise clean latents for a training loss: ``x_σ = (1-σ)·x0 + σ·ε``."""
 
+from typing import Any
+
 import torch
 
 from prfl_fast.kernels.runtime.checks import describe
@@ -46,7 +48,7 @@ def model_timestep(sigma: torch.Tensor, integer: bool) -> torch.Tensor:
     """Return the timestep 1000·σ, rounded down if ``integer``, in the dtype of ``sigma``."""
     if not integer:
         return TIMESTEPS_PER_SIGMA * sigma
-    # In float32, where levels are rounded: in float64, 1000 times float32's 0.9 is below 900.
+    # In float32, as the levels are: in float64, 1000 times the float32 number 0.9 is below 900.
     return (TIMESTEPS_PER_SIGMA * sigma.float()).floor().to(sigma.dtype)
 
 
@@ -96,6 +98,12 @@ def noise_like(
     check(same, "noise", noise, f"the shape and device of the latents, {describe(latents)}")
     check_finite("noise", noise)
     return not_inference(noise)
+
+
+def noise_of_samples(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw float32 noise like ``latents`` that does not depend on the batch size."""
+    like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    return torch.stack([torch.randn(x.shape, **like) for x in latents]).to(latents.device)
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

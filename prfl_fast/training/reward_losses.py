@@ -19,6 +19,7 @@ from prfl_fast.training.noising import (
     evaluation_sigma,
     model_timestep,
     noise_like,
+    noise_of_samples,
 )
 from prfl_fast.utils.checks import check, check_choice, check_seed, plain, torch_seed
 
@@ -171,10 +172,7 @@ def evaluate(
     try:
         for latents, conditions, labels in batches:
             truth.append(_checked_labels(labels, latents).double().cpu())
-            # One draw per sample: a draw for the whole batch would depend on the batch size.
-            like: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-            drawn = [torch.randn(latents.shape[1:], **like) for _ in latents]
-            noise = torch.stack(drawn).to(latents.device)
+            noise = noise_of_samples(latents, generator)
             for t in timesteps:
                 sigma = check_sigma(evaluation_sigma(t, shift, integer_timesteps), latents)
                 timestep = model_timestep(sigma, integer_timesteps)

@@ -37,7 +37,7 @@ from prfl_fast.training.checkpoint import (
     save_checkpoint,
 )
 from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
-from prfl_fast.training.logging import TrainingLog, progress_bar
+from prfl_fast.training.logging import TrainingLog
 from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
@@ -45,6 +45,7 @@ from prfl_fast.training.signals import collect_signals
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
+from prfl_fast.utils.progress import step_progress
 
 NON_FINITE_LIMIT = 5
 _log = logging.getLogger("prfl_fast")
@@ -65,7 +66,8 @@ class Trainer:
     (:mod:`prfl_fast.training.checkpoint`) into ``folder``, or nothing if it is None. It holds the
     folder meanwhile (:func:`prfl_fast.utils.folder_lock.hold_folder`); ``final`` there links to the
     newest saved model. SIGINT, SIGTERM and SIGHUP end the run after the current step and save it; a
-    second signal ends it at once. So does a sample that cannot be read, which is then raised.
+    second signal ends it at once. An exception in an objective, for example for a sample that
+    cannot be read, is raised after the steps before it are saved.
 
     An update whose loss or gradient is not finite is skipped: weights, optimizer and average do not
     change. Five steps in a row with a skipped update end the run.
@@ -88,9 +90,9 @@ class Trainer:
         advise: called when a device is full; returns a sentence that suggests a memory policy.
 
     Raises:
-        ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype, or
-            the checkpoint is damaged, of another model, or of other settings or inputs.
-            Also if ``model`` cannot be saved into ``folder``.
+        ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype,
+            ``model`` cannot be saved into ``folder``, or the checkpoint is damaged, of another
+            model, or of other settings or inputs.
         MissingExtraError: if the optimizer's library is not installed.
     """
 
@@ -118,20 +120,7 @@ class Trainer:
         hint = "Call requires_grad_(True) on the parameters to train, or add_lora(model, ...)"
         count = len(self.parameters)
         check(count > 0, "the number of trainable parameters", count, "at least one", hint=hint)
-        check_dtypes(config.optimizer, self.parameters)
-        names = ("learning_rate", "betas", "eps", "weight_decay", "gradient_dtype")
-        options = {name: getattr(config, name) for name in names}
-        parameters = self.parameters.values()
-        self.optimizer = make_optimizer(config.optimizer, parameters, **options)
-        # A reward model's pool and head, which may train and be clipped by themselves.
-        head = {n: p for n, p in self.parameters.items() if n.startswith(("pool.", "head."))}
-        self._clipped = [p for n, p in self.parameters.items() if n not in head]
-        if config.clip == "all":
-            self._clipped = list(parameters)
-        if config.head_learning_rate is not None:
-            hint = "Only a LatentRewardModel has them"
-            check(bool(head), "head_learning_rate", config.head_learning_rate, "None", hint=hint)
-            split_group(self.optimizer, head.values())
+        self._make_optimizer()
         self.generator = torch.Generator().manual_seed(torch_seed(config.seed))
         self.ema: dict[str, torch.Tensor] | None = None
         if config.ema_decay is not None:
@@ -151,8 +140,7 @@ class Trainer:
         self._log: TrainingLog | None = None
         if not isinstance(identity, RunIdentity):
             identity = RunIdentity(identity or {})
-        names_of_objectives = {"objectives": list(objectives)}
-        self._identity = {**config.fixed(), **identity.settings, **names_of_objectives}
+        self._identity = {**config.fixed(), **identity.settings, "objectives": list(objectives)}
         self._inputs = dict(identity.inputs)
         self._saved_step: int | None = None
         if self.folder is not None:
@@ -163,11 +151,24 @@ class Trainer:
         if self.resumed_from is not None:
             self._restore(self.resumed_from, identity.accept_changed_inputs)
 
+    def _make_optimizer(self) -> None:
+        config = self.config
+        check_dtypes(config.optimizer, self.parameters)
+        names = ("learning_rate", "betas", "eps", "weight_decay", "gradient_dtype")
+        options = {name: getattr(config, name) for name in names}
+        self.optimizer = make_optimizer(config.optimizer, self.parameters.values(), **options)
+        # A reward model's pool and head may have their own rate, and may stay unclipped.
+        head = {n: p for n, p in self.parameters.items() if n.startswith(("pool.", "head."))}
+        unclipped = head if config.clip == "blocks" else ()
+        self._clipped = [p for n, p in self.parameters.items() if n not in unclipped]
+        if config.head_learning_rate is not None:
+            hint = "Only a LatentRewardModel has them"
+            check(bool(head), "head_learning_rate", config.head_learning_rate, "None", hint=hint)
+            split_group(self.optimizer, head.values())
+
     def _restore(self, path: Path, accept_inputs: bool) -> None:
-        settings, inputs = self._identity, self._inputs
-        state, ema = load_checkpoint(
-            path, self.model, settings=settings, inputs=inputs, accept_inputs=accept_inputs
-        )
+        run: Any = {"settings": self._identity, "inputs": self._inputs}
+        state, ema = load_checkpoint(path, self.model, **run, accept_inputs=accept_inputs)
         if state["parameters"] != list(self.parameters):
             raise ValueError(f"{path}: trained other parameters. Freeze the same ones in this run")
         self.optimizer.load_state_dict(state["optimizer"])
@@ -231,10 +232,11 @@ class Trainer:
             "objectives": self._objective_states(),
             "random": random_state(self.generator),
         }
-        step, keep = self.result.step, self.config.keep_last
+        step = self.result.step
         rest: Any = {"ema": self.ema, "settings": self._identity, "inputs": self._inputs}
+        rest["keep_last"] = self.config.keep_last
         with hold_folder(self.folder):
-            path = save_checkpoint(self.folder, step, self.model, state, keep_last=keep, **rest)
+            path = save_checkpoint(self.folder, step, self.model, state, **rest)
         self._newest = self._saved_step = step
         return path
 
@@ -267,10 +269,11 @@ class Trainer:
             self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
         try:
             step, steps = self.result.step, self.config.steps
+            shown = self.progress and step < steps
             with (
                 # A run without a folder has nothing to save, so signals keep their usual effect.
                 collect_signals(self.folder is not None) as signals,
-                progress_bar(self.progress and step < steps, step, steps) as bar,
+                step_progress("train", step, steps) if shown else contextlib.nullcontext() as bar,
             ):
                 while self.result.step < steps and not signals:
                     self._step(bar)
@@ -315,12 +318,8 @@ class Trainer:
         self.result.history.append(record)
         if self._log is not None:
             self._log.write(record)
-        # Loss and reward first, because a terminal of 80 columns shows no more.
-        ordered = sorted(record, key=lambda k: ("loss" not in k) + ("reward" not in k) == 2)
-        shown = {k: f"{record[k]:.4g}" for k in ordered if "/" in k and record[k] is not None}
-        with contextlib.suppress(OSError):  # the terminal may be gone, after SIGHUP
-            bar.set_postfix({**shown, "skipped": self.result.skipped}, refresh=False)
-            bar.update()
+        if bar is not None:
+            self._show(bar, record)
         if self._in_a_row >= NON_FINITE_LIMIT:
             where = "" if self.folder is None else f"; the last good state is in {self.save()}"
             raise NonFiniteTrainingError(
@@ -332,6 +331,15 @@ class Trainer:
             self.save()
         if self.on_step is not None:
             self.on_step(record)
+
+    @staticmethod
+    def _show(bar: Any, record: Mapping[str, Any]) -> None:
+        # Loss and reward first, because a terminal of 80 columns shows no more.
+        ordered = sorted(record, key=lambda k: "loss" not in k and "reward" not in k)
+        shown = {k: f"{record[k]:.4g}" for k in ordered if "/" in k and record[k] is not None}
+        with contextlib.suppress(OSError):  # the terminal may be gone, after SIGHUP
+            bar.set_postfix({**shown, "skipped": record["skipped"]}, refresh=False)
+            bar.update()
 
     def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
         """Take one optimizer step for one objective; return its metrics, and False if skipped."""
@@ -399,10 +407,9 @@ class Trainer:
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
         """Clip, step and average if all values are finite; return True if so."""
-        parameters, limit = list(self.parameters.values()), self.config.max_grad_norm
-        finite = math.isfinite(means["loss"])
+        limit, finite = self.config.max_grad_norm, math.isfinite(means["loss"])
         if finite:
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             norm = gradient_norm(gradients)
             means["grad_norm"] = float(norm)  # before clipping, for the log
             finite = math.isfinite(means["grad_norm"])

@@ -20,7 +20,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def check_digests(folder: Path, digests: Mapping[str, Any], hint: str) -> None:
-    """Raise ``ValueError`` that names the first file whose digest is another one."""
+    """Raise a ``ValueError`` that names the first file whose digest differs."""
     for name, digest in digests.items():
         found = digest_of(folder / name) if (folder / name).is_file() else None
         expected = f"{digest}, as written: the file was damaged or changed since"
@@ -28,7 +28,7 @@ def check_digests(folder: Path, digests: Mapping[str, Any], hint: str) -> None:
 
 
 def write_digests(folder: Path, names: tuple[str, ...]) -> None:
-    """Write ``digests.json`` beside the files ``names`` that it is about."""
+    """Write the digests of the files ``names`` of a folder into its ``digests.json``."""
     with write_atomic(folder / DIGESTS) as temporary:
         digests = {name: digest_of(folder / name) for name in names}
         temporary.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
@@ -37,7 +37,7 @@ def write_digests(folder: Path, names: tuple[str, ...]) -> None:
 def check_folder(folder: Path, names: tuple[str, ...], kind: str) -> None:
     """Check the files ``names`` of a folder against its ``digests.json``.
 
-    A folder of an earlier revision has none; the log says so. ``kind`` is the word for the folder.
+    A folder of an earlier revision has none, which is logged. Messages call the folder ``kind``.
 
     Raises:
         ValueError: if a file is damaged, or ``digests.json`` does not cover it.

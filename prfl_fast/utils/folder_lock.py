@@ -106,16 +106,13 @@ def _lock(folder: Path) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = _read(path)
                 for _ in range(10):  # the owner writes its name a moment after it locked
-                    if owner:
+                    if owner := _read(path):
                         break
                     time.sleep(0.02)
-                    owner = _read(path)
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise _in_use(folder, owner) from error
                 # Some network file systems have no locks: then the content decides.
-                if _owner_lives(path, owner):
+                locked = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+                if locked or _owner_lives(path, owner):
                     raise _in_use(folder, owner) from error
             # The previous owner may have removed the file between open and lock.
             if _is_file(path, descriptor):

@@ -64,16 +64,11 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     _writing.add(temporary)
     try:
         yield temporary
-        for folder, _, files in os.walk(temporary):
-            for name in files:
-                _open_to_group(Path(folder) / name)
-                _flush(Path(folder) / name)
-            _open_to_group(Path(folder))
-            _flush(Path(folder))
-        if not temporary.is_dir():
-            _open_to_group(temporary)
-            _flush(temporary)
-        elif path.exists():  # os.replace cannot replace a folder that has files
+        is_folder = temporary.is_dir()
+        for written in (*(temporary.rglob("*") if is_folder else ()), temporary):
+            _open_to_group(written)
+            _flush(written)
+        if is_folder and path.exists():  # os.replace cannot replace a folder that has files
             remove_atomic(path)
         os.replace(temporary, path)
         _flush(path.parent)  # after a power failure the new name could otherwise be missing
@@ -113,7 +108,7 @@ def link_atomic(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 def clean_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary files of killed writers directly in ``folder``; return their paths.
 
-    Those of a process of this host that is alive are kept.
+    Files of a process of this host that still runs are kept.
     """
     stale = [p for p in sorted(Path(folder).iterdir()) if _is_stale(p)]
     for path in stale:
@@ -135,7 +130,7 @@ def _is_stale(path: Path) -> bool:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; raise ``ValueError`` if it is none, ``OSError`` if it cannot be read."""
+    """Read a JSON file; raise ``ValueError`` if it is not JSON, ``OSError`` if it is unreadable."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError as error:

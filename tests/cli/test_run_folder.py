@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from commands import call, one_line, refused, train
+from commands import call, refused, train
 from processes import forked
 
 pytest.importorskip("pydantic")
@@ -15,13 +15,8 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import load_tensors, save_tensors
 
-SFT = {
-    "objectives": ["sft"],
-    "reward": ...,
-    "run.steps": 2,
-    "run.save_every": 1,
-    "run.keep_last": 9,
-}
+SFT = {"objectives": ["sft"], "reward": ..., "run.steps": 2, "run.save_every": 1}
+SFT["run.keep_last"] = 9
 
 
 def flip(path, position=0.6):
@@ -53,14 +48,12 @@ def test_a_damaged_checkpoint_is_refused_or_skipped(root, tmp_path, capsys):
     assert "damaged checkpoint" in said.err and f"resumed from {out / 'step-00000001'}" in said.out
 
 
-def fewer(world):
-    path = world / "data" / "manifest.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+def lines(part):
+    def change(world):
+        path = world / "data" / "manifest.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[part]))
 
-
-def reordered(world):
-    path = world / "data" / "manifest.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
+    return change
 
 
 def other_model(world):
@@ -77,8 +70,8 @@ def other_reward(world):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (fewer, "data: number of samples"),
-        (reordered, "data: manifest"),
+        (lines(slice(3)), "data: number of samples"),
+        (lines(slice(None, None, -1)), "data: manifest"),
         (other_model, "model: fingerprint"),
         (other_reward, "reward: fingerprint"),
     ],
@@ -130,9 +123,8 @@ def test_the_folder_of_a_pipeline_is_a_model(world, tmp_path):
     train(world, tmp_path / "out", {**SFT, "model": str(world / "pipeline")})
 
 
-@pytest.mark.parametrize("seed", [2**32 - 1, 2**63 + 5, 10**30])
-def test_seeds_of_any_size(root, tmp_path, seed):
-    train(root, tmp_path / "out", {**SFT, "run.seed": seed})
+def test_seeds_of_any_size(root, tmp_path):
+    train(root, tmp_path / "out", {**SFT, "run.seed": 10**30})
 
 
 def test_fingerprints_see_small_changes_of_large_files(tmp_path):
@@ -140,12 +132,5 @@ def test_fingerprints_see_small_changes_of_large_files(tmp_path):
     path.write_bytes(os.urandom(1 << 18))
     before = fingerprint(path)
     assert fingerprint(tmp_path) != before  # with its name
-    data = bytearray(path.read_bytes())
-    path.write_bytes(bytes(b ^ 1 for b in data))
+    path.write_bytes(bytes(b ^ 1 for b in path.read_bytes()))
     assert fingerprint(path) != before
-
-
-def test_one_line_without_a_folder(root, tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    assert call("train", root, tmp_path / "file", SFT) == 2
-    assert "expected a folder, not a file" in one_line(capsys, "train")

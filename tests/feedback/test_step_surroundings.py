@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import wan
+from prfl_world import mean, seeded
 from torch.overrides import TorchFunctionMode
 
 import prfl_fast
@@ -20,20 +21,10 @@ from prfl_fast.training.losses import sft_loss
 from prfl_fast.training.objectives import RewardFeedback, SupervisedFlow
 from prfl_fast.training.reward_losses import ce_loss, evaluate
 
-pytest.importorskip("diffusers")
 
-
-def smooth(x, timestep, conditions):
-    return torch.tanh(x.float()).mean((1, 2, 3, 4)) + conditions["encoder_hidden_states"].mean()
-
-
-def prfl(model, reward=smooth, scheduler=None, **options):
+def prfl(model, reward=mean, scheduler=None, **options):
     options = {"num_inference_steps": 4} | options
     return prfl_fast.PRFL(model, reward, scheduler or FlowUniPC(), **options)
-
-
-def seeded():
-    return torch.Generator().manual_seed(1)
 
 
 def gradients(model):
@@ -202,13 +193,9 @@ def test_stochastic_schedulers_are_refused():
     state = torch.get_rng_state()
     for scheduler in (euler(stochastic_sampling=True), sde, Noisy()):
         with pytest.raises(ValueError, match="random numbers in its steps', expected a determ"):
-            prfl(smooth_velocity, scheduler=scheduler)
-    prfl(smooth_velocity, scheduler=euler())
+            prfl(lambda x, timestep, conditions: x, scheduler=scheduler)
+    prfl(lambda x, timestep, conditions: x, scheduler=euler())
     assert torch.equal(state, torch.get_rng_state())
-
-
-def smooth_velocity(x, timestep, conditions):
-    return x
 
 
 @pytest.mark.parametrize("patched", [True, False])

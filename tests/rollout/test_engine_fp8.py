@@ -51,7 +51,7 @@ class MatrixAdapter:
     def hidden_size(self, model):
         return 16
 
-    def check_latents(self, model, x, conditions, name="latents"):
+    def check_latents(self, model, x, conditions, name="x"):
         assert x.shape[1] == 16
 
     def velocity(self, model, x, timestep, conditions):

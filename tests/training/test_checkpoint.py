@@ -298,9 +298,3 @@ def test_changed_inputs_are_refused_or_accepted(tmp_path, caplog):
         load_checkpoint(path, model, inputs=inputs)
     load_checkpoint(path, model, inputs=inputs, accept_inputs=True)
     assert "going on as asked" in caplog.text
-
-
-def test_final_links_to_the_newest_model(tmp_path):
-    for step in (1, 2):
-        path = checkpoint(tmp_path, step, keep_last=1)
-        assert (tmp_path / "final").resolve() == (path / "model").resolve()

@@ -9,7 +9,7 @@ from torch import nn
 from wan import inputs, tiny_wan
 
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.training.checkpoint import load_model, save_model
+from prfl_fast.training.model_files import load_model, save_model
 from prfl_fast.utils import optional
 
 peft = pytest.importorskip("peft", reason="adapters need peft")
@@ -123,12 +123,9 @@ def test_scales_are_saved_and_another_scale_is_refused(tmp_path, case):
 
     torch.manual_seed(5)
     plain, first, second = add(tiny_wan()), make(6), make(7)
+    base = {name: p for name, p in first.state_dict().items() if "lora_" not in name}
     for model in (plain, second):
-        for (name, p), (_, q) in zip(
-            model.named_parameters(), first.named_parameters(), strict=True
-        ):
-            if "lora_" not in name:
-                p.data.copy_(q)
+        model.load_state_dict(base, strict=False)
     save_model(first, tmp_path)
     load_model(second, tmp_path)
     assert torch.equal(call(second), call(first))
@@ -159,28 +156,6 @@ def test_a_layer_scaled_by_hand_is_saved_with_its_scale(tmp_path):
         load_model(plain, tmp_path)
     plain.blocks[1].attn1.to_q.set_scale("default", 0.25)
     load_model(plain, tmp_path)
-
-
-def test_a_run_resumes_only_with_the_scale_it_had(tmp_path):
-    class Fit:
-        def __init__(self, model):
-            self.model = model
-
-        def __call__(self, draw, generator, loss_scale):
-            loss = find_adapter(self.model).velocity(self.model, *inputs()).square().mean()
-            (loss * loss_scale).backward()
-            return {"loss": loss.detach()}
-
-    def run(weight):
-        torch.manual_seed(0)
-        model = add(tiny_wan())
-        model.set_adapters(["default"], weights=weight)
-        return trainer(model, tmp_path, objectives={"a": Fit(model)}, steps=1)
-
-    run(0.5).run()
-    assert run(0.5).result.step == 1
-    with pytest.raises(ValueError, match="lora_alpha of the adapter in .* is 2.0, expected"):
-        run(1.0)
 
 
 def test_divergence_leaves_a_frozen_adapter_on():
@@ -217,22 +192,15 @@ def linear_with(buffer):
 )
 def test_views_are_saved_and_loaded(tmp_path, buffer):
     save_model(linear_with(buffer), tmp_path)
-    model = linear_with(
-        torch.zeros_like(buffer[:, :1]).expand(3, 4)
-        if 0 in buffer.stride()
-        else torch.zeros_like(buffer)
-    )
+    zeros = torch.zeros_like(buffer)
+    model = linear_with(zeros[:, :1].expand(3, 4) if 0 in buffer.stride() else zeros)
     load_model(model, tmp_path)
     assert torch.equal(model.x, buffer)
 
 
 @pytest.mark.parametrize(
     "buffer",
-    [
-        torch.eye(2).to_sparse(),
-        torch.ones(2, dtype=torch.complex128),
-        torch.ones(2, device="meta"),
-    ],
+    [torch.eye(2).to_sparse(), torch.ones(2).to(torch.complex128), torch.ones(2, device="meta")],
 )
 def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path, buffer):
     with pytest.raises(ValueError, match="x is .*, expected a plain tensor"):

@@ -9,7 +9,7 @@ import threading
 import pytest
 from processes import forked
 
-from prfl_fast.utils.folder_lock import LOCK, FolderInUseError, hold_folder, process_start
+from prfl_fast.utils.folder_lock import LOCK, FolderInUseError, hold_folder
 from prfl_fast.utils.io import clean_temporaries, write_atomic
 
 NO_PROCESS = 99_999_999  # above the largest number that Linux gives
@@ -102,11 +102,6 @@ def test_temporaries_of_live_processes_are_kept(tmp_path):
         temporary.write_text("x")
         assert clean_temporaries(tmp_path) == [dead, older, recycled]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", live.name]
-
-
-def test_process_start():
-    assert process_start(NO_PROCESS) is None
-    assert process_start(os.getppid()) <= process_start(os.getpid())
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
