@@ -72,15 +72,10 @@ def check_seed(seed: object) -> None:
 
 
 def torch_seed(seed: int) -> int:
-<<<<<<< HEAD
     """Return a seed that torch takes: ``seed`` itself in 64 bits, else 64 bits of its hash."""
     if -(1 << 63) <= seed < 1 << 64:
         return seed
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little")
-=======
-    """Return a seed of 64 bits, which torch takes; ``seed`` itself if it has no more."""
-    return seed if -(1 << 63) <= seed < 1 << 64 else seed % (1 << 64)
->>>>>>> s1
 
 
 def check_positive(name: str, value: object) -> None:
