@@ -16,12 +16,14 @@ from prfl_fast.utils.io import digest_of
 # the same model changes all of them.
 _PLACES, _BLOCK, _HEAD = 64, 4096, 1 << 16
 
+PATHS = ("data", "lose_data", "model")  # keys whose values are inputs, not settings
+
 
 def inputs_of(
     config: TrainFile | TrainRewardFile, dataset: LatentDataset, losers: LatentDataset | None = None
 ) -> dict[str, Any]:
     """Return values that tell the datasets, the base model and the rewards of a run apart."""
-    found = _data("data", dataset)
+    found = {name: getattr(config, name, None) for name in PATHS} | _data("data", dataset)
     if losers is not None:
         found |= _data("lose_data", losers)
     if config.text_drop > 0:

@@ -14,7 +14,7 @@ from torch import nn
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.inputs import inputs_of
+from prfl_fast.cli.inputs import PATHS, inputs_of
 from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy, note
 from prfl_fast.cli.sections import (
     FeedbackSection,
@@ -356,7 +356,7 @@ def _trainer(
 
 def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     """Return the keys that determine a run's numbers, without the trainer's own settings."""
-    paths = {"out", "allow_outside", "eval_data"}
+    paths = {"out", "allow_outside", "eval_data", *PATHS}  # those that are inputs of the run
     values = config.model_dump(exclude={*paths, "run", "optimizer", "timesteps"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
     for name, value in values.items():

@@ -88,6 +88,15 @@ def test_changed_inputs(world, tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_dataset_that_moved(world, tmp_path, capsys):
+    changes = {"run.steps": 1}
+    assert call("train", world, tmp_path / "out", changes) == 0
+    moved = (world / "data").rename(world / "moved")
+    changes = {"run.steps": 2, "data": str(moved)}
+    assert "began with data = " in refused(capsys, "train", world, tmp_path / "out", changes)
+    assert call("train", world, tmp_path / "out", changes, "--accept-changed-inputs") == 0
+
+
 def test_deep_reads_every_sample(world, tmp_path, capsys):
     assert call("train", world, tmp_path / "out", None, "--check", "--deep") == 0
     assert "--check --deep" in refused(capsys, "train", world, tmp_path / "out", None, "--deep")
