@@ -114,6 +114,7 @@ def test_the_checkout_runs_without_being_installed(tmp_path):
     assert "has no kernels: install it with pip install ." in ran.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_installs_without_triton(tmp_path):
     """Import, doctor's report and an operation, with triton made unimportable."""
     (tmp_path / "triton.py").write_text("raise ImportError('blocked by the test')\n")

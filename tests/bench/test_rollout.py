@@ -86,6 +86,7 @@ def test_split_table_adds_up():
 # Rollouts.
 
 
+@pytest.mark.slow
 def test_counts_of_a_rollout():
     # More tokens than channels, as everywhere: a merged adapter costs what its matrix has.
     size = replace(SMALL, layers=2, latent=(5, 32, 32))
@@ -114,6 +115,7 @@ def test_drift_of_a_hand_case():
     assert curve == pytest.approx({1: 0.1, 3: 1 / 2**0.5})  # 0.5 over 5; 1 over √2
 
 
+@pytest.mark.slow
 def test_drift_is_what_the_engine_reports(tiny):
     trained = rollout_options.trained_subject(make_context())
     exact = trained.latents(rollout_options.PLAIN)

@@ -87,6 +87,7 @@ def test_a_reward_in_the_reference_layout_keeps_its_float32(root, tmp_path, monk
         assert torch.equal(weight, file["backbone.blocks.0.attn1.to_q.weight"].to(dtype))
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, tmp_path, capsys):
     base = {**QLORA, "memory.weight_dtype": "nf4"}
     policies = {"memory": {**KEPT, "weight_dtype": "nf4"}}

@@ -81,6 +81,7 @@ print(json.dumps({k: aot.compile_case(c, 90).asm["ttir"] for k, c in cases.items
 """
 
 
+@pytest.mark.slow
 def test_the_check_of_addresses_finds_a_kernel_that_would_wrap(tmp_path):
     """Widening after the product does not help, neither straight nor through a loop."""
     path = tmp_path / "kernel.py"  # Triton reads the source of a kernel from its file
@@ -111,6 +112,7 @@ def test_wrong_arguments_are_refused(capsys, arguments, message):
     assert not out and message in err
 
 
+@pytest.mark.slow
 def test_measuring_an_unknown_operation_is_refused():
     with pytest.raises(RuntimeError, match="no cases of no_such_op"):
         aot.measure(["no_such_op"])

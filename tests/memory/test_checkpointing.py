@@ -126,6 +126,7 @@ def compiled_case(backend, patched, trains):
         assert count.attention == (8 if mode == "full" else 4), (mode, offload)
 
 
+@pytest.mark.slow
 def test_compiled_blocks():
     torch.compiler.reset()
     compiled_case("aot_eager", True, "")

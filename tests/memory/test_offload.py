@@ -318,6 +318,7 @@ class LateCopies:
         monkeypatch.setattr(offloading._Saved, "_drop", checked_drop)
 
 
+@pytest.mark.cases(1)
 @EACH_MODE
 def test_every_use_and_every_release_waits_for_its_copy(mode, monkeypatch):
     model, plain = build(6, mode), gradients_of_loss(build(6, offload=None))

@@ -58,7 +58,7 @@ def inject_copy(model, index, patch):
     patch.setattr(offloading._Window, "copy", copy)
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["forward", "recompute", "copy", "backward"])
 def test_exceptions_leave_nothing_behind(where, mode, monkeypatch):

@@ -333,6 +333,7 @@ def test_bad_arguments(kind, params, gradients, message):
         make_optimizer(kind, params, learning_rate=RATE, gradient_dtype=gradients)
 
 
+@pytest.mark.slow
 def test_libraries_are_imported_when_asked_for_and_silently(tmp_path):
     script = """
         import sys, torch, prfl_fast

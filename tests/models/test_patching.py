@@ -24,6 +24,7 @@ def three_runs(plain, model, arguments):
     return oracle, theirs, wan.run(prfl_fast.patch(model), *arguments)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed"])
 @pytest.mark.parametrize("case", wan.CASES)
 def test_outputs_and_gradients_within_twice(case, layout):
@@ -58,6 +59,7 @@ def test_outputs_and_gradients_within_twice(case, layout):
     assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
 
 
+@pytest.mark.cases(1)
 @pytest.mark.triton
 @pytest.mark.parametrize("case", slow_except(wan.CASES, ("t2v", "per-token")))
 def test_triton_kernels_through_a_whole_model(case, triton_backend):

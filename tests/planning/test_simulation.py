@@ -149,6 +149,7 @@ def one_more_block(workload, memory):
     }
 
 
+@pytest.mark.slow
 def test_work_of_a_block():
     length, text, rank = SMALL.tokens, SMALL.text_tokens, SMALL.lora_rank
     dim = HEADS * HEAD_DIM
@@ -205,6 +206,7 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_forward():
     assert again.peak > once.peak and again.costs["forward"] == once.costs["forward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu", "paged-adamw8bit"])
 def test_optimizer_states_are_held_from_the_start(kind):
     trained, reward = POLICIES["full"]

@@ -136,6 +136,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(("place", "count", "survives"), KILLS)
 def test_killed_in_the_middle_and_resumed(root, runner, whole, tmp_path, place, count, survives):
     out = tmp_path / "out"
@@ -191,6 +192,7 @@ def test_bfloat16_weights_and_8bit_states_resume_too(root, runner, tmp_path):
         assert tensors["blocks.0.ffn.net.2.weight"].dtype is dtype
 
 
+@pytest.mark.slow
 def test_the_count_of_a_drift_guard_resumes_too(root, runner, tmp_path):
     changes = {
         "prfl": {"num_inference_steps": 9, "points": 2},

@@ -128,6 +128,7 @@ def test_register_builds_a_working_op(monkeypatch):
     torch.library.opcheck(torch.ops.prfl_fast.test_probe.default, (torch.zeros(3),))
 
 
+@pytest.mark.slow
 def test_environment_variable_sets_the_backend():
     script = "from prfl_fast.kernels.runtime import registry; print(registry.get_backend())"
     run = run_python(script, environment=os.environ | {"PRFL_FAST_BACKEND": "reference"})
