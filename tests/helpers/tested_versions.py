@@ -53,7 +53,8 @@ def run(name: str) -> int:
     import pytest
 
     count = Count()
-    code = pytest.main(["-q", *(str(ROOT / test) for test in (*TESTS, FAKE_CUDA))], plugins=[count])
+    tests = [str(ROOT / test) for test in (*TESTS, FAKE_CUDA)]
+    code = pytest.main(["-q", "-m", "slow or not slow", *tests], plugins=[count])
     if code == 0:
         records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         versions = {package: metadata.version(package) for package in PACKAGES}
