@@ -62,15 +62,15 @@ def test_what_to_try_next_has_room_on_the_host(real):
 # Arguments.
 @pytest.mark.parametrize(
     "value, expected",
-    [("24GiB", 24 << 30), ("1.5 gib", 3 << 29), ("80GB", 80 * 10**9), (123, 123), ("7", 7)],
+    [("24GiB", 24 << 30), ("1.5 gib", 3 << 29), ("80GB", 80 * 10**9), (123, 123), (f"{7 << 30}", 7 << 30)],
 )
 def test_sizes(value, expected):
     assert planner.size_of(value, "budget") == expected
 
 
-@pytest.mark.parametrize("value", ["24 G", "much", 0, -1, True, "GiB", "0GiB"])
+@pytest.mark.parametrize("value", ["24 G", "much", 0, -1, True, "GiB", "0GiB", "7"])
 def test_bad_sizes(value):
-    with pytest.raises(ValueError, match="budget is .*expected bytes or a size"):
+    with pytest.raises(ValueError, match="budget is .*expected (bytes or )?a size"):
         planner.size_of(value, "budget")
 
 
