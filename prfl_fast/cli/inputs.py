@@ -16,7 +16,7 @@ from prfl_fast.utils.io import digest_of
 # the same model changes all of them.
 _PLACES, _BLOCK, _HEAD = 64, 4096, 1 << 16
 
-PATHS = ("data", "lose_data", "model")  # keys whose values are inputs, not settings
+PATHS = ("data", "lose_data", "model")  # keys whose values are inputs, not settings; so are rewards
 
 
 def inputs_of(
@@ -31,7 +31,7 @@ def inputs_of(
     found["model: fingerprint"] = fingerprint(transformer_folder(config.model))
     if isinstance(config, TrainFile) and "prfl" in config.objectives:
         for name, path in _rewards(config):
-            found[f"{name}: fingerprint"] = fingerprint(path)
+            found |= {name: str(path), f"{name}: fingerprint": fingerprint(path)}
         if config.prfl.guidance is not None:
             negative = Path(config.prfl.guidance.negative)
             found["prfl.guidance.negative: fingerprint"] = fingerprint(negative)

@@ -19,6 +19,7 @@ from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy,
 from prfl_fast.cli.sections import (
     FeedbackSection,
     MemorySection,
+    NamedReward,
     ReferenceReward,
     RewardMemorySection,
     TrainedRewardMemorySection,
@@ -359,6 +360,8 @@ def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     paths = {"out", "allow_outside", "eval_data", *PATHS}  # those that are inputs of the run
     values = config.model_dump(exclude={*paths, "run", "optimizer", "timesteps"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
+    if isinstance(config, TrainFile):  # the paths of rewards are inputs too
+        values["reward"] = [_settings_of(reward) for reward in config.rewards()]
     for name, value in values.items():
         section = isinstance(value, dict)
         flat |= {f"{name}.{k}": v for k, v in value.items()} if section else {name: value}
@@ -368,6 +371,15 @@ def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     free = {f"{section}.{k}" for section in ("memory", "reward_memory") for k in memory}
     free |= {"hardware.device", *(f"rollout.{k}" for k in _FREE)}
     return {name: value for name, value in flat.items() if name not in free}
+
+
+def _settings_of(reward: NamedReward) -> dict[str, Any]:
+    """Return the keys of a reward without its paths."""
+    settings = reward.model_dump(exclude={"path"})
+    for source in reward.paths:
+        if isinstance(source, ReferenceReward):
+            settings |= source.model_dump(include={"num_heads", "return_type"})
+    return settings
 
 
 def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:

@@ -272,6 +272,9 @@ def load_checkpoint(
     content = read_checkpoint(path)
     saved = content.get("settings", {})
     wanted = json.loads(json.dumps(dict(settings or {})))  # tuples become lists, as in the file
+    if content["format"] == _UNDIGESTED and (new := wanted.keys() - saved.keys()):
+        wanted = {name: value for name, value in wanted.items() if name in saved}
+        _log.warning("%s: it does not note %s, which may differ now", path, ", ".join(sorted(new)))
     for name, before, now in _differences(saved, wanted):
         raise ValueError(
             f"{path}: made with {name} = {before!r}, this run has {now!r}. "

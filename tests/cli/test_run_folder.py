@@ -88,12 +88,13 @@ def test_changed_inputs(world, tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_dataset_that_moved(world, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["data", "reward"])
+def test_an_input_that_moved(world, tmp_path, capsys, name):
     changes = {"run.steps": 1}
     assert call("train", world, tmp_path / "out", changes) == 0
-    moved = (world / "data").rename(world / "moved")
-    changes = {"run.steps": 2, "data": str(moved)}
-    assert "began with data = " in refused(capsys, "train", world, tmp_path / "out", changes)
+    moved = (world / name).rename(world / "moved")
+    changes = {"run.steps": 2, name: str(moved)}
+    assert f"began with {name} = " in refused(capsys, "train", world, tmp_path / "out", changes)
     assert call("train", world, tmp_path / "out", changes, "--accept-changed-inputs") == 0
 
 
