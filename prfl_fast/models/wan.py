@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models import wan_weights
-from prfl_fast.models.adapter import Conditions, check_timesteps
+from prfl_fast.models.adapter import Conditions, check_timesteps, zero_first_frame
 from prfl_fast.models.blocks import context_keys
 from prfl_fast.models.inference import (
     RolloutModel,
@@ -33,6 +33,7 @@ from prfl_fast.models.wan_forward import (
     block_modulation,
     block_parts,
     feed_forward_in_chunks,
+    frame_timesteps,
     model_inputs,
     replacements,
 )
@@ -61,7 +62,7 @@ class WanDiffusersAdapter:
         )
 
     def patch(self, model: nn.Module) -> None:
-        """Set our forward on every block and on the rotary embedding of this instance.
+        """Set our forward on the blocks, rotary embedding and embedder of this instance.
 
         Raises:
             ValueError: for another attention processor, context parallelism or replaced forwards.
@@ -71,7 +72,7 @@ class WanDiffusersAdapter:
         for module, forward in replacements(base):
             if "forward" not in module.__dict__:
                 set_forward(module, forward)
-        for block in base.blocks:
+        for block in (*base.blocks, base.condition_embedder):
             _patched_by.setdefault(block, weakref.WeakSet()).add(base.rope)
 
     def unpatch(self, model: nn.Module) -> None:
@@ -89,7 +90,7 @@ class WanDiffusersAdapter:
                 del module.forward
 
     def is_patched(self, model: nn.Module) -> bool:
-        """Return True if every block and the rotary embedding run our forward."""
+        """Return True if every block and the embeddings run our forward."""
         return all(instance_forward(m) is forward for m, forward in replacements(unwrap(model)))
 
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
@@ -154,7 +155,7 @@ class WanDiffusersAdapter:
         (out,) = model(
             latents, timestep, text, encoder_hidden_states_image=image, return_dict=False
         )
-        return out.to(x.dtype)
+        return zero_first_frame(out.to(x.dtype), conditions)
 
     def open_rollout(
         self,
@@ -178,7 +179,8 @@ class WanDiffusersAdapter:
         check_rollout(list(layers_of(model)), OWN_FORWARDS, options.compile)
         self.check_latents(model, x, conditions)
         check_timesteps(timesteps, len(x))
-        embedder, timesteps = base.condition_embedder, list(timesteps)
+        embedder = base.condition_embedder
+        timesteps = [frame_timesteps(base, x, timestep, conditions) for timestep in timesteps]
         with torch.no_grad():
             latents, _, raw_text, raw_image = model_inputs(base, x, timesteps[0], conditions)
             rope = base.rope(latents)
@@ -190,7 +192,7 @@ class WanDiffusersAdapter:
             # The embedder's own forward computes the time rows, one timestep at a time, because a
             # batched product rounds differently.
             with replaced_forwards(known):
-                times = [embedder(t.to(x.device), raw_text, raw_image)[:2] for t in timesteps]
+                times = [embedder(t, raw_text, raw_image)[:2] for t in timesteps]
             context = text if image is None else torch.cat([image, text], dim=1)
             keys = [context_keys(block.attn2, context) for block in base.blocks]
 
