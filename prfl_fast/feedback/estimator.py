@@ -142,7 +142,7 @@ class GradientEstimator:
         self._leaf: torch.Tensor | None = None
         if spec.plan.to == "noise":
             self._leaf = trajectory.x = trajectory.x.detach().requires_grad_()
-        self._rewarded = trajectory.x
+        self._rewarded: torch.Tensor  # not the initial latents, which would stay in memory
         self._scores: list[dict[str, torch.Tensor]] = []
         self._losses: list[torch.Tensor] = []
         self._divergences: list[torch.Tensor] = []

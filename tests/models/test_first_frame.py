@@ -57,6 +57,13 @@ def test_a_function_gets_the_first_frame_and_the_others_time():
     assert not v[:, :, 0].any() and torch.equal(v[:, :, 1:], X[:, :, 1:] + 1)
 
 
+def test_features_are_those_of_the_same_call():
+    model, seen = wan.tiny_wan(), []
+    model.blocks[1].register_forward_hook(lambda _, __, out: seen.append(out))
+    by_hand(model)
+    assert torch.equal(find_adapter(model).features(model, X, TIMESTEP, CONDITIONS, 2), seen[0])
+
+
 class Sizes(TorchDispatchMode):
     """Record the largest number of elements of all tensors."""
 
