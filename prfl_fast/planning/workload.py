@@ -100,8 +100,10 @@ class Workload:
 
     def _check_size(self) -> None:
         stride = vae_stride(self.latent_channels)
-        ok, least = self.frames % stride[0] == 1, stride[0] if self.first_frame else 0
-        check(ok and self.frames > least, "frames", self.frames, f"{stride[0]}n + 1, as 81")
+        ok, expected = self.frames % stride[0] == 1, f"{stride[0]}n + 1"
+        if self.first_frame:
+            ok, expected = ok and self.frames > 1, f"{expected} above 1"
+        check(ok, "frames", self.frames, f"{expected}, as 81")
         names = ("frames", "height", "width")
         sizes = zip(names, self.latent_shape[2:], self._patch, stride, strict=True)
         longest = self.config.get("rope_max_seq_len", 1024)
@@ -143,8 +145,8 @@ class Workload:
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents, which the transformer predicts."""
-        return self.config.get("out_channels") or self.config.get("in_channels", 16)
+        """Channels of the latents, which the transformer predicts; 16 is diffusers' default."""
+        return self.config.get("out_channels", 16) or self.config.get("in_channels", 16)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:

@@ -270,6 +270,8 @@ def test_what_a_workload_refuses():
         ({"reward_blocks": 4}, "reward_blocks is 4, expected at most the model's 3"),
         ({"gradient_plan": GradientPlan(40)}, "points is 40, expected at most num_inference_steps"),
         ({"batch_size": True}, "batch_size is True, expected a positive integer"),
+        ({"model": {**CONFIG, "out_channels": 5}}, "latent channels is 5, expected one of 16, 48"),
+        ({"frames": 1, "first_frame": True}, "frames is 1, expected 4n \\+ 1 above 1"),
         ({"model": {**CONFIG, "image_dim": 8}}, "text_tokens is 32, expected 512"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -277,6 +279,18 @@ def test_what_a_workload_refuses():
     assert Workload({"num_layers": 40}).tokens == 75600
     assert Workload({"num_layers": 40}).latent_shape == (1, 16, 21, 90, 160)
     assert Workload({"num_layers": 30}, height=480, width=832).tokens == 32760
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_given_first_frame_costs_rows_per_token_only_unpatched(train):
+    """At 30 blocks and 27 280 tokens a row of modulation per token takes 2 GB in every forward."""
+    patched, plain, text = (
+        shallow(replace(TI2V, train=train, patched=patched, first_frame=first), POLICIES["full"])
+        for patched, first in ((True, True), (False, True), (True, False))
+    )
+    rows = 4 * TI2V.tokens * 6 * HEADS * HEAD_DIM
+    assert plain.peak > text.peak + rows
+    assert text.peak <= patched.peak < text.peak + rows / 4
 
 
 def test_image_to_video_and_an_unpatched_model():
