@@ -15,7 +15,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from helpers.official_layout import (
+from official_layout import (
     HYPRFL,
     IMAGE_TOKENS,
     Block,
