@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from prfl_fast.kernels.common.rope import rotations
 from prfl_fast.models.adapter import FIRST_FRAME, not_inference, set_first_frame
+from prfl_fast.models.block_adapter import feed_forward_in_chunks
 from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, transformer_block
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization, instance_forward
-from prfl_fast.utils.recompute import in_chunks
 
 PROCESSOR = "WanAttnProcessor"
 # Modules of these packages have the forwards that the kernels replace.
@@ -126,6 +126,7 @@ def why_not_fused(block: Any) -> str:
 
 def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
     """Return diffusers' cosines and sines, float32 ``[1, L, 1, head_dim]`` each."""
+    assert rope.grid is not None
     table = rotations(rope.cos, rope.sin, list(rope.grid), list(rope.offset), torch.float32)
     both = (table.real, table.imag)  # [L, 1, head_dim / 2]
     return both[0].repeat_interleave(2, -1)[None], both[1].repeat_interleave(2, -1)[None]
@@ -154,11 +155,6 @@ def block_forward(
     modulation = block_modulation(self, temb)
     parts = block_parts(self)
     return transformer_block(hidden_states, encoder_hidden_states, modulation, rotary_emb, parts)
-
-
-def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Replace ``FeedForward.forward`` of an unpatched block, ``self.chunk`` tokens at a time."""
-    return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
