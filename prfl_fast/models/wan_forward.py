@@ -1,5 +1,6 @@
 """Forwards that replace those of diffusers' Wan modules, and the inputs of the whole model."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,8 @@ def block_parts(block: Any) -> BlockParts:
 def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
     """Return a block's modulation.
 
-    ``temb`` is ``[B, 6, D]``, ``[B·F, 6, D]`` per frame, or ``[B, L, 6, D]`` per token.
+    ``temb`` is ``[B, 6, D]``, ``[B·F, 6, D]`` per frame, or ``[B, R, 6, D]`` for R equal parts of
+    the tokens.
     """
     return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
 
@@ -148,9 +150,11 @@ def block_forward(
             text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
             warnings.warn(text, stacklevel=2)
         tables = rotary_tables(rotary_emb)
-        if temb.ndim == 3 and len(temb) != len(hidden_states):  # per frame: expand to tokens
-            frames = temb.unflatten(0, (len(hidden_states), -1))
-            temb = frames.repeat_interleave(hidden_states.shape[1] // frames.shape[1], 1)
+        batch, tokens, _ = hidden_states.shape
+        if temb.ndim == 3 and len(temb) != batch:
+            temb = temb.unflatten(0, (batch, -1))
+        if temb.ndim == 4 and temb.shape[1] != tokens:  # diffusers' forward takes a row per token
+            temb = temb.repeat_interleave(tokens // temb.shape[1], 1)
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, tables)
     modulation = block_modulation(self, temb)
     parts = block_parts(self)
@@ -166,16 +170,42 @@ def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)
 
 
-def embedder_forward(
-    self: Any, timestep: torch.Tensor, text: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, ...]:
-    """Replace ``WanTimeTextImageEmbedding.forward``: ``timestep`` may also be ``[B·F]``.
+def _equal_runs(times: torch.Tensor) -> int:
+    """Return n such that each n consecutive tokens of ``times`` ``[B, L]`` share a timestep.
 
-    Blocks then get one row of modulation per latent frame. The head gets the last frame's: its
-    result for the first frame is not used, and diffusers' head has no rows per frame.
+    It is 1 where values cannot be read: in a compilation, a CUDA graph, on fake and meta tensors.
     """
-    temb, *others = type(self).forward(self, timestep, text, *args, **kwargs)
-    if temb.ndim == 2 and len(temb) != len(text):
+    readable = not torch.compiler.is_compiling() and type(times) is torch.Tensor
+    readable = readable and not times.is_meta
+    if not readable or (times.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 1
+    changes = (times[:, 1:] != times[:, :-1]).any(0).nonzero() + 1  # waits for the device
+    return math.gcd(times.shape[1], *changes.flatten().tolist())
+
+
+def embedder_forward(
+    self: Any,
+    timestep: torch.Tensor,
+    text: torch.Tensor,
+    image: torch.Tensor | None = None,
+    timestep_seq_len: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Replace ``WanTimeTextImageEmbedding.forward``, with fewer rows of modulation.
+
+    ``timestep`` may also be ``[B·F]``: blocks get one row per latent frame, and the head that of
+    the last frame, as its result for the first one is not used. Timesteps per token, flattened from
+    ``[B, timestep_seq_len]``, give one row for each run of equal ones; at 27 280 tokens of Wan2.2
+    TI2V a row per token takes 2 GB.
+    """
+    repeats = 1
+    if timestep_seq_len is not None:
+        times = timestep.unflatten(0, (-1, timestep_seq_len))
+        repeats = _equal_runs(times)
+        timestep, timestep_seq_len = times[:, ::repeats].flatten(), timestep_seq_len // repeats
+    temb, *others = type(self).forward(self, timestep, text, image, timestep_seq_len)
+    if temb.ndim == 3:
+        temb = temb.repeat_interleave(repeats, 1)  # diffusers' head takes a row per token
+    elif len(temb) != len(text):
         temb = temb.unflatten(0, (len(text), -1))[:, -1]
     return temb, *others
 
