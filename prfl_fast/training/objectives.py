@@ -15,6 +15,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.losses import sft_loss
 from prfl_fast.training.reward_losses import bt_loss, ce_loss, label_of
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.modules import device_of
 
 Metrics = Mapping[str, torch.Tensor | float]
 
@@ -138,7 +139,7 @@ class SupervisedFlow:
         self.velocity = velocity_call(transformer, precision)
         self.batches = batches
         self.levels: dict[str, Any] = {"shift": shift, "integer_timesteps": integer_timesteps}
-        self.device = next(transformer.parameters()).device
+        self.device = device_of(transformer)
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw].to(self.device)
