@@ -1,52 +1,102 @@
 """Keep one of two experts on the device and the other in host memory.
 
-The experts have tensors of the same layouts, so they exchange the device's memory tensor by tensor:
-one goes to a spare host buffer, the other takes its place. The device holds the bytes of one expert
-at any time, the host those of one expert and one spare buffer of each layout. Adapters that are
-added later stay on the device, where their optimizer is.
+The experts have tensors of the same layouts, so they exchange memory tensor by tensor: one goes to
+a spare host buffer, the other takes its place on the device. The device holds the bytes of one
+expert at any time, the host those of one expert and a spare buffer of each layout. Adapters that
+are added later stay on the device, where their optimizer states are.
 
-On CUDA the host memory is page-locked, and copies are queued on the compute stream. On the CPU they
-are ordinary copies.
+On CUDA the host memory is page-locked, and the copies are queued on the compute stream. On the CPU
+they are ordinary copies.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from prfl_fast.memory.ledger import mark
+from prfl_fast.memory.ledger import HOST, mark
 from prfl_fast.memory.offload import _page_locked
 from prfl_fast.models.experts import Experts
 from prfl_fast.utils.checks import check
 
 
 class ExpertSwap:
-    """Exchange the experts of a model; ``high`` is on the device, and ``low`` on the host, at first.
+    """Exchange of a model's experts, as its ``swap``; the expert ``high`` begins on the device.
+
+    ``prepare`` moves an expert to the device. Each expert leaves before the other comes.
 
     Attributes:
-        swaps: number of exchanges.
-        copied: bytes copied to the device, and as many to the host.
-        host: bytes of host memory.
+        swaps: number of exchanges so far.
+        host: bytes of host buffers.
+        one: bytes of one expert, which an exchange copies in each direction.
     """
 
-    def __init__(self, experts: Experts) -> None:
-        self._pairs = list(zip(tensors_of(experts.high), tensors_of(experts.low), strict=True))
-        same = all(_layout(high) == _layout(low) for high, low in self._pairs)
-        hint = "Give both experts one memory policy"
-        check(same, "low", "other dtypes or strides than high", "the same layouts", hint=hint)
-        self.device = self._pairs[0][0].device
-        self._held: dict[int, Any] = {}  # page-locked bytes stay so while they are referenced here
-        for _, low in self._pairs:
-            host = self._buffer(low)
-            host.copy_(low.data)
-            low.data = host
+    def __init__(self, experts: Experts, prepare: Callable[[nn.Module], object]) -> None:
+        self.swaps = self.host = 0
+        # Page-locked memory is unlocked when its first tensor is deleted.
+        self._buffers: list[torch.Tensor] = []
         self._spare: dict[Any, torch.Tensor] = {}
-        self._on_device = [0] * len(self._pairs)  # by pair, so that an interrupt harms nothing
-        self.swaps = self.copied = 0
-        self._name = "high"
+        prepare(experts.low)
+        low = moved_tensors(experts.low)
+        for tensor in low:
+            host = self._buffer(tensor)
+            tensor.data = host.copy_(tensor.data)
+        prepare(experts.high)
+        high = moved_tensors(experts.high)
+        hint = "Give both experts one memory policy, before adapters"
+        same = list(map(_layout, high)) == list(map(_layout, low))
+        check(same, "low", "a model of other dtypes or shapes", "the layouts of high", hint=hint)
+        self.one = sum(tensor.nbytes for tensor in high)
+        # By pair, so that an exchange that was interrupted can be finished.
+        self._on_device = ["high"] * len(high)
+        self._pairs = [{"high": h, "low": n} for h, n in zip(high, low, strict=True)]
 
-    @property
-    def host(self) -> int:
-        """Bytes of host buffers."""
-        return sum(self._held.values())
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """Return host memory in the layout of a tensor."""
+        if like.device.type == "cuda" and not isinstance(like, FakeTensor):
+            stream = torch.cuda.current_stream(like.device)
+            self._buffers.append(_page_locked(like.nbytes, stream))
+            host = self._buffers[-1].view(like.dtype).as_strided(like.shape, like.stride())
+        else:
+            host = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+        self.host += like.nbytes
+        mark(host, HOST)
+        return host
+
+    @torch.no_grad()
+    def __call__(self, name: str) -> None:
+        """Put an expert on the device and the other into host memory."""
+        if all(there == name for there in self._on_device):
+            return
+        device = None
+        for index, pair in enumerate(self._pairs):
+            if self._on_device[index] == name:
+                continue
+            comes, leaves = pair[name], pair["low" if name == "high" else "high"]
+            layout, place = _layout(leaves), leaves.data
+            spare = self._spare[layout] if layout in self._spare else self._buffer(leaves)
+            spare.copy_(place, non_blocking=True)
+            place.copy_(comes.data, non_blocking=True)
+            self._spare[layout] = comes.data
+            comes.data, leaves.data = place, spare
+            self._on_device[index], device = name, place.device
+        if device is not None and device.type == "cuda":  # the host may read its tensors now
+            torch.cuda.current_stream(device).synchronize()
+        self.swaps += 1
+
+
+def moved_tensors(expert: nn.Module) -> list[torch.Tensor]:
+    """Return the tensors of an expert that an exchange moves."""
+    return [t for t in (*expert.parameters(), *expert.buffers()) if t.numel()]
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def host_bytes(tensors: list[torch.Tensor]) -> int:
+    """Return the bytes of host memory in which an expert with these tensors waits."""
+    spare = {_layout(tensor): tensor.nbytes for tensor in tensors}
+    return sum(tensor.nbytes for tensor in tensors) + sum(spare.values())

@@ -79,7 +79,8 @@ class Experts(nn.Module):
     def trained(self) -> tuple[str, ...]:
         """Names of the experts that train now."""
         names = NAMES if self._only is None else (self._only,)
-        return tuple(n for n in names if any(p.requires_grad for p in getattr(self, n).parameters()))
+        trains = {n: any(p.requires_grad for p in getattr(self, n).parameters()) for n in names}
+        return tuple(name for name in names if trains[name])
 
     @contextlib.contextmanager
     def only(self, name: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from prfl_fast.models.experts import Experts
 from prfl_fast.utils.adapters import adapter_scales, trained_adapters
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
@@ -22,6 +23,9 @@ _SCALED = ("LORA", "LOHA", "LOKR")
 _UNSAVABLE = (torch.complex128, torch.quint8, torch.qint8, torch.qint32)
 # Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
 _PIPELINE_PART = "transformer."
+# Subfolders of two experts, named as in a diffusers pipeline, whose load_lora_weights takes the
+# second adapter with load_into_transformer_2=True.
+EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 _ADAPTER_METADATA = "lora_adapter_metadata"
 
 
@@ -145,6 +149,10 @@ def check_savable(model: torch.nn.Module) -> None:
         MissingExtraError: if safetensors, or the peft of an adapter, is not installed.
     """
     need("safetensors.torch")
+    if isinstance(model, Experts):
+        for expert in model.trained:
+            check_savable(getattr(model, expert))
+        return
     for name, tensor in stored_tensors(model).items():
         kind = type(tensor).__name__
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
@@ -163,6 +171,10 @@ def check_savable(model: torch.nn.Module) -> None:
 
 def save_model(model: torch.nn.Module, folder: Path) -> None:
     """Write ``model`` into ``folder``; :mod:`prfl_fast.training.checkpoint` lists the files."""
+    if isinstance(model, Experts):
+        for expert in model.trained:
+            save_model(getattr(model, expert), folder / EXPERT_FOLDERS[expert])
+        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _model_file(model)
     if adapter_name(model) is not None:
@@ -185,6 +197,10 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         ValueError: if the file is missing, truncated, or of another model, or if its adapter has
             another rank or scale. The model is unchanged then.
     """
+    if isinstance(model, Experts):
+        for expert in model.trained:
+            load_model(getattr(model, expert), folder / EXPERT_FOLDERS[expert])
+        return
     path = folder / _model_file(model)
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     hint = "A run with other adapter settings may have written the folder"
