@@ -21,13 +21,9 @@ from prfl_fast.models.velocity import check_finite
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rewards.reference_checkpoint import (
     RETURN_TYPES,
-    SHARD_BYTES,
-    SHARD_FILES,
     check_replaceable,
     read_blocks,
     read_return_type,
-    read_state,
-    save_shards,
 )
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
@@ -40,6 +36,7 @@ from prfl_fast.utils.io import (
     write_atomic,
 )
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.shards import SHARD_BYTES, SHARD_FILES, read_state, save_shards
 from prfl_fast.utils.version import __version__
 
 FORMAT = "prfl_fast reward 1"
