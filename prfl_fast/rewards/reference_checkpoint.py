@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,8 @@ from prfl_fast.utils.shards import read_weights
 
 # Results of the pool: with its query added, and the attention alone.
 RETURN_TYPES = ("query", "attention")
+POOL_HEADS = "pool_num_heads"  # our key of config.json
+
 
 def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.Tensor], int]:
     """Read the embeddings and the first ``num_blocks`` blocks from a folder of safetensors.
@@ -32,13 +35,12 @@ def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.T
     return state, num_blocks
 
 
-def read_return_type(folder: Path) -> str | None:
-    """Return the ``return_type`` in a folder's ``config.json``; None if it stores none."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's ``config.json``; nothing if it has none."""
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return None
-    return config.get("return_type") if isinstance(config, dict) else None
+        return dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _block_index(name: str) -> int:
@@ -56,3 +58,17 @@ def check_replaceable(folder: str | os.PathLike[str], *patterns: str) -> None:
     if others:
         listed = ", ".join(others[:3])
         raise ValueError(f"{path} holds {listed}, which saving would remove. Choose a new folder")
+
+
+def reference_parts(folder: Path) -> tuple[Path, Path, Path] | None:
+    """Return backbone, head and pool of the newest step in the folder of a training run.
+
+    None means that the folder has no such files.
+    """
+    steps = []
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        step = checkpoint.name.rpartition("-")[2]
+        head, pool = (folder / "mlp" / f"{n}_step_{step}.ckpt" for n in ("mlp", "query_attention"))
+        if step.isdecimal() and head.is_file() and pool.is_file():
+            steps.append((int(step), (checkpoint, head, pool)))
+    return max(steps)[1] if steps else None

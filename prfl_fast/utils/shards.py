@@ -108,7 +108,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.pth"))[:2]
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.pth"))
+    if len(files) > 1 and files[0].suffix == ".pth":
+        raise ValueError(f"{folder}: holds {len(files)} .pth files. Give the one of the model")
     for index in folder.glob("*.safetensors.index.json"):
         try:
             names = set(read_json(index)["weight_map"].values())
