@@ -17,6 +17,9 @@ from prfl_fast.utils.checks import check, check_type, is_number, plain
 from prfl_fast.utils.modules import unwrap
 
 NAMES = ("high", "low")
+# Subfolders of the experts in a diffusers pipeline, whose load_lora_weights takes the adapter of the
+# second with load_into_transformer_2=True.
+FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 
 class Experts(nn.Module):
