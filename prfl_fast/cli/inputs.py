@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.loading import transformer_folder
 from prfl_fast.cli.sections import ReferenceReward
 from prfl_fast.data.manifest import EMPTY_PROMPT, LatentDataset
+from prfl_fast.models.loading import transformer_folder
 from prfl_fast.utils.digests import DIGESTS
 from prfl_fast.utils.io import digest_of
 

@@ -13,6 +13,7 @@ from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.sections import GuidanceSection, HardwareSection, ReferenceReward
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.blocks import TEXT_TOKENS
+from prfl_fast.models.loading import load_transformer, transformer_class
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import Precision, check_finite
 from prfl_fast.rewards.functions import Reward, RewardEnsemble
@@ -20,8 +21,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import load_tensors, read_json
-from prfl_fast.utils.optional import need
+from prfl_fast.utils.io import load_tensors
 
 
 def device_of(hardware: HardwareSection) -> torch.device:
@@ -66,28 +66,12 @@ def check_writable(path: Path, key: str) -> None:
     check(ok, key, str(path), f"a writable path, but {existing} is not writable")
 
 
-def transformer_folder(folder: str) -> Path:
-    """Return the folder of the transformer, which may be given as that of its pipeline."""
-    path = Path(folder)
-    pipeline = (path / "model_index.json").is_file() and not (path / "config.json").is_file()
-    return path / "transformer" if pipeline else path
-
-
-def _transformer_class(folder: str) -> tuple[Any, Mapping[str, Any]]:
-    """Return the diffusers class and configuration of a model folder."""
-    path = transformer_folder(folder) / "config.json"
-    kind = "a diffusers transformer or pipeline"
-    if not path.is_file():
-        raise ValueError(f"model: {folder} has no config.json, expected the folder of {kind}")
+def _transformer_class(path: str) -> tuple[Any, Mapping[str, Any]]:
+    """Return the diffusers class and configuration of a model; errors name the key."""
     try:
-        config = read_json(path)
-        name = config["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model: {path} is not the configuration of {kind}") from error
-    found = getattr(need("diffusers"), str(name), None)
-    if found is None:
-        raise ValueError(f"model: {path} names {name!r}, which this diffusers does not have")
-    return found, config
+        return transformer_class(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model: {error}") from error
 
 
 def check_data(dataset: LatentDataset, model: nn.Module, name: str) -> None:
@@ -118,27 +102,12 @@ def check_model(folder: str, dataset: LatentDataset) -> None:
     check_data(dataset, model, folder)
 
 
-def load_transformer(folder: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Read the transformer in a folder to the CPU."""
-    found, _ = _transformer_class(folder)
-    # diffusers warns about tensors that are missing or left over; here these are errors.
-    need("diffusers").utils.logging.set_verbosity_error()
+def load_generator(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read the transformer of the key ``model`` to the CPU."""
     try:
-        # Modules that diffusers keeps in float32 stay float32 even if dtype is narrower.
-        model, info = found.from_pretrained(
-            transformer_folder(folder),
-            local_files_only=True,
-            torch_dtype=dtype,
-            output_loading_info=True,
-        )
-    except Exception as error:  # diffusers passes on the errors of its readers, of any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model: {folder} cannot be loaded: {reason}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := list(info.get(kind) or ()):
-            listed = ", ".join(map(str, keys[:3]))
-            raise ValueError(f"model: {folder} has {kind.replace('_', ' ')}: {listed}")
-    return model
+        return load_transformer(path, dtype)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model: {error}") from error
 
 
 def load_reward(source: str | ReferenceReward, transformer: nn.Module | None) -> LatentRewardModel:

@@ -1,4 +1,4 @@
-"""``prfl-fast``: doctor, init, plan, train-reward, train, score.
+"""``prfl-fast``: doctor, init, plan, train-reward, train, score, convert, merge.
 
 All inputs of a run are checked and loaded before the first file is written. An input error is one
 line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if a
@@ -80,7 +80,38 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub.add_argument("--deep", action="store_true", help=text)
         text = "resume although the data or the models have changed since the run began"
         sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
+    _add_file_commands(commands)
     return parser
+
+
+def _add_file_commands(commands: Any) -> None:
+    """Add convert and merge, which read and write weights and run no model."""
+    layouts, form = ["diffusers", "official", "comfyui", "kohya"], argparse.RawTextHelpFormatter
+    model = "weights: a file or folder of diffusers, official Wan or ComfyUI"
+    out = "new folder, or new file *.safetensors: a file for ComfyUI and for adapters, a folder\n"
+    out += "for diffusers' models and rewards, either for official Wan"
+    convert = commands.add_parser(
+        "convert",
+        help="write a generator, an adapter or a reward model in another layout",
+        formatter_class=form,
+        epilog="example: prfl-fast convert runs/prfl/final adapter.safetensors --layout comfyui",
+    )
+    text = f"{model};\na LoRA of any trainer; or a reward model of prfl_fast or HY-Video-PRFL"
+    convert.add_argument("source", metavar="IN", help=text)
+    convert.add_argument("out", metavar="OUT", help=out)
+    text = "of OUT: a reward is written by prfl_fast (diffusers) or for HY-Video-PRFL (official)"
+    convert.add_argument("--layout", required=True, choices=layouts, help=text)
+    merge = commands.add_parser(
+        "merge",
+        help="add a LoRA to the weights of a generator",
+        formatter_class=form,
+        epilog="example: prfl-fast merge Wan2.1-T2V-14B runs/prfl/final merged",
+    )
+    merge.add_argument("source", metavar="MODEL", help=model)
+    merge.add_argument("adapter", metavar="LORA", help="file or folder of a LoRA of any trainer")
+    merge.add_argument("out", metavar="OUT", help=out)
+    text = "of OUT (default: that of MODEL)"
+    merge.add_argument("--layout", choices=layouts[:3], help=text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -88,6 +119,10 @@ def _run(options: argparse.Namespace) -> int:
         from prfl_fast.cli.doctor import run_doctor
 
         return run_doctor(options.json)
+    if options.command in ("convert", "merge"):
+        from prfl_fast.cli import convert
+
+        return (convert.run_convert if options.command == "convert" else convert.run_merge)(options)
     need("pydantic")
     if options.command == "init":
         from prfl_fast.cli.reference import init

@@ -33,7 +33,7 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
     transformer = None
     if not isinstance(config.reward, str):
         assert config.model is not None
-        transformer = loading.load_transformer(config.model)
+        transformer = loading.load_generator(config.model)
     reward = loading.load_reward(config.reward, transformer).float().to(device).freeze()
     loading.check_data(dataset, reward.backbone, "the reward model")
     if config.hardware.patch:

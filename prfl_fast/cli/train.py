@@ -149,7 +149,7 @@ def _load_models(
         dtypes.add(reward_memory.weight_dtype)  # such a reward is built from the generator
     # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
-    transformer = loading.load_transformer(config.model, dtype)
+    transformer = loading.load_generator(config.model, dtype)
     rewards = loading.load_rewards(config, transformer) if "prfl" in config.objectives else {}
     models = [model for members in rewards.values() for model in members]
     for model in models:
@@ -231,7 +231,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     check_available(memory, device)
     _seed(config)  # pool and head are initialized at random
     dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
-    transformer = loading.load_transformer(config.model, dtype)
+    transformer = loading.load_generator(config.model, dtype)
     reward = LatentRewardModel.from_backbone(
         transformer, config.num_blocks, num_heads=config.num_heads, num_queries=config.num_queries
     )

@@ -295,7 +295,7 @@ class GradientPlan:
             chosen = self._systematic(steps, uniform())
         else:
             chosen = tuple(steps[int(uniform() * len(steps))] for _ in range(self.points))
-        depths = self._depths(chosen[0], num_inference_steps)
+        depths = self.depths(chosen[0], num_inference_steps)
         random = isinstance(self.depth, tuple)
         return self._points(chosen, depths[int(uniform() * len(depths)) if random else 0])
 
@@ -356,7 +356,7 @@ class GradientPlan:
                 found.append((Fraction(orders, len(steps) ** points), chosen))
         outcomes = []
         for probability, chosen in found:
-            depths = self._depths(chosen[0], num_inference_steps)
+            depths = self.depths(chosen[0], num_inference_steps)
             outcomes += [(probability / len(depths), self._points(chosen, d)) for d in depths]
         return outcomes
 
@@ -385,7 +385,7 @@ class GradientPlan:
             steps[int((i + uniform) * len(steps) / self.points)] for i in range(self.points)
         )
 
-    def _depths(self, step: int, num_inference_steps: int) -> range:
+    def depths(self, step: int, num_inference_steps: int) -> range:
         """Return the depths that a point at ``step`` may have."""
         whole = step + 1 - self.begin(num_inference_steps)
         if isinstance(self.depth, tuple):

@@ -10,11 +10,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from prfl_fast.feedback.divergence import check_adapters
 from prfl_fast.feedback.estimator import FeedbackSpec, GradientEstimator, PRFLOutput
+from prfl_fast.feedback.experts import check_points, expert_steps, trained_plan
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Point
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe
 from prfl_fast.models.adapter import FIRST_FRAME, Conditions, not_inference, set_first_frame
+from prfl_fast.models.experts import Experts
 from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, model_of
 from prfl_fast.rewards.functions import Reward, check_autograd, check_callable, check_frozen
 from prfl_fast.rollout.config import RolloutConfig
@@ -63,7 +65,8 @@ class PRFL:
         TypeError: if the model, reward or scheduler is unsupported, or an argument has the wrong
             type.
         ValueError: if the schedule is too short for the plan, a number is not finite, a weight
-            names no reward, or a divergence has no adapters or no gradient to the parameters.
+            names no reward, a divergence has no adapters or no gradient to the parameters, or a
+            point's gradient may go through the steps of two experts.
     """
 
     def __init__(  # noqa: PLR0913 - the public face: one call holds every option of a step
@@ -97,6 +100,11 @@ class PRFL:
         for name, value in numbers.items():
             check_number(name, value)
         plan.steps(self.sampler.num_inference_steps)  # raises if the plan does not fit the schedule
+        model = model_of(transformer)
+        self._experts = model if isinstance(model, Experts) else None
+        self._names = [] if self._experts is None else expert_steps(self.sampler, self._experts)
+        if self._experts is not None and self._experts.trained:
+            trained_plan(plan, self._names, self._experts.trained)
         if divergence:
             _check_divergence(divergence, transformer, plan)
         self.plan = plan
@@ -138,13 +146,13 @@ class PRFL:
                 shape, or no graph to its input; the transformer has no trainable parameter; or a
                 plan of several steps finds active dropout, or a sharded or DDP model.
         """
-        plan, steps = self.plan, self.sampler.num_inference_steps
+        plan = self.plan
         for reward in self.spec.rewards.values():
             check_frozen(reward)
         check_number("loss_scale", loss_scale)
         self._check_inputs(noise, latents)
         self._check_model()
-        points = plan.draw(steps, generator) if indices is None else plan.points_at(indices, steps)
+        points = self._points(indices, generator)
         trajectory = self._open(points, noise, conditions, latents)
         estimator = GradientEstimator(self.spec, trajectory, generator, plain(loss_scale))
         if plan.to == "latent":
@@ -169,6 +177,26 @@ class PRFL:
                 # An exception's traceback would keep the graph of several steps alive.
                 trajectory.cut()
         return estimator.output(points)
+
+    def _points(
+        self, indices: Sequence[int | Point] | None, generator: torch.Generator | None
+    ) -> tuple[Point, ...]:
+        """Return the given points, or draw some, of two experts where one trains."""
+        plan, steps, experts = self.plan, self.sampler.num_inference_steps, self._experts
+        if indices is not None:
+            points = plan.points_at(indices, steps)
+            if experts is not None and plan.to == "parameters":
+                check_points(points, self._names, experts.trained)
+            return points
+        if experts is not None:
+            plan = trained_plan(plan, self._names, experts.trained)
+        return plan.draw(steps, generator)
+
+    @property
+    def high_share(self) -> float:
+        """Share of the gradient points that the expert ``high`` of two experts gets."""
+        steps = self.plan.steps(self.sampler.num_inference_steps)
+        return sum(self._names[step] == "high" for step in steps) / len(steps)
 
     def _open(
         self,

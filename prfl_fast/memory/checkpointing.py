@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prfl_fast.memory.ledger import mark
 from prfl_fast.memory.offload import Handle, Offloader
+from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.recompute import recomputed
@@ -93,6 +94,10 @@ def activation_checkpointing(
     check_choice("offload", offload, (None, "cpu"))
     ok = host_limit is None or (offload is not None and host_limit >= 0)
     check(ok, "host_limit", host_limit, "bytes, with offload='cpu' only")
+    if isinstance(model, Experts):
+        for expert in members(model):
+            activation_checkpointing(expert, mode, offload, host_limit=host_limit)
+        return model
     adapter = find_adapter(model)
     offloader = None if offload is None else Offloader(host_limit)
     blocks = adapter.blocks(model)  # the list that wrapped and bare model share

@@ -2,14 +2,17 @@
 
 import typing
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from prfl_fast.memory.checkpointing import activation_checkpointing
+from prfl_fast.memory.experts import ExpertSwap
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
 from prfl_fast.memory.quantized import cast_weights
+from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.utils.checks import check, check_choice, check_count, make_fields_plain
 from prfl_fast.utils.optional import need
@@ -75,7 +78,8 @@ def apply_memory(
 
     Args:
         module: a supported transformer, or a reward model with such a transformer as its
-            ``backbone``. The other children of a reward model keep their dtype.
+            ``backbone``. The other children of a reward model keep their dtype. Of two experts one
+            is on ``device`` at a time, see :mod:`prfl_fast.memory.experts`.
         config: the policy. Its ``optimizer`` and ``gradient_dtype`` are not applied here, but by
             :func:`prfl_fast.memory.make_optimizer`.
         device: target of the model, which moves layer by layer, each layer in its new dtype; None
@@ -86,6 +90,14 @@ def apply_memory(
         ValueError: if the weights are already quantized to another dtype.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
+    if isinstance(module, Experts):
+        if device is None:
+            for expert in members(module):
+                apply_memory(expert, config)
+        else:
+            module.swap = None  # of an earlier call
+            module.swap = ExpertSwap(module, partial(apply_memory, config=config, device=device))
+        return
     backbone = getattr(module, "backbone", None)
     transformer = backbone if isinstance(backbone, nn.Module) else module
     # Weights come first, because they move to the device layer by layer, already narrow.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prfl_fast.kernels import quantize_fp8
+from prfl_fast.models.experts import members
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import is_plain_linear, unwrap
@@ -291,7 +292,8 @@ def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = No
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     check_choice("kind", kind, KINDS)
-    _quantize_blocks(model, kind, device)
+    for member in members(model):
+        _quantize_blocks(member, kind, device)
     return model if device is None else model.to(device)
 
 

@@ -2,6 +2,7 @@
 
 from prfl_fast.models.adapter import Adapter, Conditions
 from prfl_fast.models.blocks import BlockParts, transformer_block
+from prfl_fast.models.experts import Experts
 from prfl_fast.models.layers import (
     CrossAttention,
     ModulatedFeedForward,
@@ -15,6 +16,7 @@ __all__ = [
     "BlockParts",
     "Conditions",
     "CrossAttention",
+    "Experts",
     "ModelCall",
     "ModulatedFeedForward",
     "TimestepConditionedAttention",

@@ -3,11 +3,12 @@
 A function that takes a model raises ``TypeError`` if no adapter supports it.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from prfl_fast.models.adapter import Adapter
+from prfl_fast.models.experts import Experts, ExpertsAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.utils.checks import check_choice
 
@@ -18,6 +19,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def find_adapter(model: nn.Module) -> Adapter:
     """Return the adapter of a model; raise ``TypeError`` that lists the supported classes."""
+    if isinstance(model, Experts):
+        pair: Any = ExpertsAdapter(find_adapter(model.high))
+        return pair
     for adapter in ADAPTERS:
         if isinstance(model, nn.Module) and adapter.matches(model):
             return adapter

@@ -17,6 +17,7 @@ from prfl_fast.models.adapter import (
 )
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.utils.checks import check_choice
+from prfl_fast.utils.modules import device_of
 
 # (x [B, C, F, H, W], timestep [B], conditions) → velocity like x.
 Velocity = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
@@ -54,7 +55,7 @@ class ModelCall:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Return the autocast of a forward, see :func:`autocast`."""
-        return autocast(next(self.model.parameters()).device, self.precision)
+        return autocast(device_of(self.model), self.precision)
 
     def __call__(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions

@@ -1,9 +1,13 @@
 """Parameter names and ``config.json`` of official Wan, which HY-Video-PRFL's checkpoints use."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from prfl_fast.models.blocks import TEXT_TOKENS
+from prfl_fast.utils.checks import check
 
 # (diffusers, official Wan)
 _RENAMES = (
@@ -75,4 +79,98 @@ def reference_config(config: Any, dim: int) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "cross_attn_norm": config.cross_attn_norm,
         "eps": config.eps,
+    }
+
+
+# Layers of official Wan that an adapter may change; those of a block are below "blocks.<i>.".
+_BLOCK_LAYERS = (
+    *(f"{part}.{layer}" for part in ("self_attn", "cross_attn") for layer in "qkvo"),
+    *("cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2"),
+)
+_LAYERS = (
+    *("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0"),
+    *("time_embedding.2", "time_projection.1", "img_emb.proj.1", "img_emb.proj.3", "head.head"),
+)
+
+
+def rename_layer(name: str, to_reference: bool) -> str:
+    """Convert the name of a module as :func:`rename` converts those of its parameters."""
+    return rename(f"{name}.weight", to_reference).removesuffix(".weight")
+
+
+def _layer_names() -> dict[str, str]:
+    """Return diffusers' name of every layer by that and official Wan's, also with underscores."""
+    names = {}
+    for layer in (*(f"blocks.0.{layer}" for layer in _BLOCK_LAYERS), *_LAYERS):
+        ours = rename_layer(layer, to_reference=False)
+        for name in (ours, layer):
+            names[name] = names[name.replace(".", "_")] = ours
+    return names
+
+
+_NAMES = _layer_names()
+
+
+def find_layer(name: str) -> str | None:
+    """Return diffusers' name of a layer that an adapter names, or None if Wan has no such layer.
+
+    ``name`` is diffusers' or official Wan's, with dots or with underscores in their place. The
+    latter is ambiguous (``self_attn_k_img``), so that it is looked up, not split.
+    """
+    block = re.match(r"blocks[._](\d+)(?=[._])", name)
+    if block is None:
+        return _NAMES.get(name)
+    found = _NAMES.get(f"{name[:7]}0{name[block.end() :]}")
+    return found and found.replace("blocks.0.", f"blocks.{block[1]}.", 1)
+
+
+def diffusers_config(
+    weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any], source: object
+) -> dict[str, Any]:
+    """Return the arguments of diffusers' class for weights under its names.
+
+    Shapes decide all but the number of heads, taken from ``settings`` (``config.json`` of official
+    Wan or of diffusers), else from heads of 128 columns, which all released Wan models have.
+
+    Raises:
+        ValueError: if a tensor that decides is missing, or ``settings`` contradict the shapes.
+    """
+
+    def shape(name: str) -> torch.Size:
+        check(name in weights, f"{source}: {name}", None, "a tensor of Wan")
+        return weights[name].shape
+
+    dim, channels, *patch = shape("patch_embedding.weight")
+    layers = {int(match[1]) for n in weights if (match := re.match(r"blocks\.(\d+)\.", n))}
+    found: dict[str, Any] = {
+        "in_dim": channels,
+        "dim": dim,
+        "num_layers": len(layers),
+        "text_len": TEXT_TOKENS,  # rows of text, which the weights do not tell
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
+        "out_dim": shape("proj_out.weight")[0] // torch.Size(patch).numel(),
+    }
+    for key, value in found.items():
+        given = settings.get(key, value)
+        check(given == value, f"{source}: {key} of config.json", given, f"the weights' {value}")
+    heads = settings.get("num_heads", settings.get("num_attention_heads", dim // 128))
+    whole = isinstance(heads, int) and heads > 0 and dim % heads == 0
+    hint = "The weights do not tell: put the model's config.json beside them"
+    check(whole, f"{source}: num_heads", heads, f"a divisor of {dim}", hint=hint)
+    embedder = "condition_embedder.image_embedder"
+    image, table = (weights.get(f"{embedder}.{n}") for n in ("norm1.weight", "pos_embed"))
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": channels,
+        "out_channels": found["out_dim"],
+        **{k: found[k] for k in ("text_dim", "freq_dim", "ffn_dim", "num_layers")},
+        "cross_attn_norm": "blocks.0.norm2.weight" in weights,
+        "eps": settings.get("eps", 1e-6),
+        "image_dim": None if image is None else len(image),
+        "added_kv_proj_dim": dim if "blocks.0.attn2.add_k_proj.weight" in weights else None,
+        "pos_embed_seq_len": None if table is None else table.shape[1],
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from prfl_fast.models.loading import transformer_class
 from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.io import read_json
@@ -45,7 +46,7 @@ def model_config(model: Model) -> dict[str, Any]:
 
     Args:
         model: a supported transformer, its configuration, a folder with ``config.json`` (or with
-            ``transformer/config.json``), or one of ``MODELS``.
+            ``transformer/config.json``), weights of official Wan, or one of ``MODELS``.
 
     Raises:
         ValueError: if there is no preset, folder or valid configuration of that name.
@@ -59,6 +60,8 @@ def model_config(model: Model) -> dict[str, Any]:
         return MODELS[str(model).lower()]
     paths = (Path(model) / "config.json", Path(model) / "transformer" / "config.json")
     path = next((path for path in paths if path.is_file()), None)
+    if path is None and Path(model).exists():  # weights alone, whose shapes tell
+        return dict(transformer_class(model)[1])
     expected = f"one of {', '.join(MODELS)}, or the folder of a diffusers transformer"
     check(path is not None, "model", str(model), expected, hint="The folder has a config.json")
     assert path is not None
@@ -78,6 +81,8 @@ def vae_stride(channels: int) -> tuple[int, int, int]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
+        if "num_heads" in config:  # official Wan's, which has diffusers' values in its weights only
+            return dict(transformer_class(path.parent)[1])
         if "_class_name" in config:
             adapter_by_name(f"diffusers {config['_class_name']}")
         layers = config["num_layers"]

@@ -16,18 +16,16 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Adapter
+from prfl_fast.models.loading import build_headless_wan
 from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rewards.reference_checkpoint import (
+    POOL_HEADS,
     RETURN_TYPES,
-    SHARD_BYTES,
-    SHARD_FILES,
     check_replaceable,
     read_blocks,
-    read_return_type,
-    read_state,
-    save_shards,
+    read_settings,
 )
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
@@ -40,6 +38,7 @@ from prfl_fast.utils.io import (
     write_atomic,
 )
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.shards import SHARD_BYTES, SHARD_FILES, read_state, save_shards
 from prfl_fast.utils.version import __version__
 
 FORMAT = "prfl_fast reward 1"
@@ -259,6 +258,7 @@ class LatentRewardModel(nn.Module):
         state = self._adapter.to_reference(self.backbone.state_dict())
         config = self._adapter.reference_config(self.backbone)
         config["return_type"] = RETURN_TYPES[not self.pool.add_query]
+        config[POOL_HEADS] = self.pool.multihead_attn.num_heads
         with save_checkpoint_dir(checkpoint) as temporary:
             save_shards(state, temporary, shard_bytes)
             (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -274,26 +274,27 @@ class LatentRewardModel(nn.Module):
     @classmethod
     def load_reference(
         cls,
-        transformer: nn.Module,
+        transformer: nn.Module | None,
         transformer_folder: _Path,
         mlp_file: _Path,
         pool_file: _Path,
         *,
         num_blocks: int | None = None,
-        num_heads: int = 8,
+        num_heads: int | None = None,
         return_type: Literal["query", "attention"] | None = None,
     ) -> "LatentRewardModel":
         """Read a reward model trained by HY-Video-PRFL (``pool: q_attn``).
 
         Args:
             transformer: a generator of the same size, left unchanged; the reward has its structure,
-                dtypes and device.
+                dtypes and device. None takes structure and dtypes from the folder.
             transformer_folder: safetensors under official Wan's names; a head is ignored.
             mlp_file: the head's ``fc1``, ``fc2``, ``fc3``; safetensors, or a state dict of
                 ``torch.save``, plain or under the key ``"state_dict"``.
             pool_file: the pool's ``queries`` and ``multihead_attn``, in the same formats.
             num_blocks: number of blocks to read; None reads all blocks of the folder.
-            num_heads: heads of the pool; the files do not store it.
+            num_heads: heads of the pool; None reads it where :meth:`save_reference` writes it, else
+                takes 8, as in published configurations.
             return_type: of the pool: ``"query"`` adds the query to the attention's result, as all
                 published configurations do, ``"attention"`` does not. None reads it from the
                 folder's ``config.json``, where :meth:`save_reference` writes it.
@@ -304,9 +305,14 @@ class LatentRewardModel(nn.Module):
             ValueError: if a file is not a state dict, a tensor is missing, unexpected or has the
                 wrong shape, or ``return_type`` is neither given nor stored.
         """
+        folder = Path(transformer_folder)
+        state, found = read_blocks(folder, num_blocks)
+        settings = read_settings(folder)
+        if transformer is None:
+            transformer = build_headless_wan(state, settings, folder)
         adapter = find_adapter(transformer)
-        state, found = read_blocks(Path(transformer_folder), num_blocks)
-        kind = return_type or read_return_type(Path(transformer_folder))
+        kind = return_type or settings.get("return_type")
+        num_heads = num_heads or int(settings.get(POOL_HEADS, 8))
         expected = "'query' or 'attention'"
         hint = "The files do not tell; published configurations have return_type: query"
         check(kind in RETURN_TYPES, "return_type", kind, expected, hint=hint)

@@ -1,44 +1,18 @@
 """Reward checkpoints in the layout of HY-Video-PRFL: safetensors shards and ``.ckpt`` files."""
 
-import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from prfl_fast.utils.io import load_pickled, load_tensors, open_tensors, read_json, save_tensors
+from prfl_fast.utils.io import read_json
+from prfl_fast.utils.shards import read_weights
 
-SHARD_BYTES = 5 * 1024**3  # the limit of diffusers and HY-Video-PRFL
-_SHARDS = "diffusion_pytorch_model"
-_INDEX = f"{_SHARDS}.safetensors.index.json"
 # Results of the pool: with its query added, and the attention alone.
 RETURN_TYPES = ("query", "attention")
-# Names of the files that save_shards writes.
-SHARD_FILES = rf"{_SHARDS}[-\w]*\.safetensors(\.index\.json)?"
-
-
-def save_shards(state: Mapping[str, torch.Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write safetensors files of at most ``shard_bytes`` bytes, with an index for several files."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = total = 0
-    for name, tensor in state.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + nbytes > shard_bytes:  # a larger tensor gets its own file
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size, total = size + nbytes, total + nbytes
-    if len(shards) == 1:
-        save_tensors(shards[0], folder / f"{_SHARDS}.safetensors")
-        return
-    files = [f"{_SHARDS}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for shard, file in zip(shards, files, strict=True):
-        save_tensors(shard, folder / file)
-    weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+POOL_HEADS = "pool_num_heads"  # our key of config.json
 
 
 def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.Tensor], int]:
@@ -51,67 +25,27 @@ def read_blocks(folder: Path, num_blocks: int | None) -> tuple[dict[str, torch.T
         FileNotFoundError: if the folder, or a file that the index names, is missing.
         ValueError: if a file is truncated, or a tensor is in two files.
     """
-    places: dict[str, Path] = {}
-    state: dict[str, torch.Tensor] = {}
-    for file in _shard_files(folder):
-        with open_tensors(file) as opened:
-            for name in opened.keys():
-                place = places.setdefault(name, file)
-                if place is not file:
-                    raise ValueError(f"{folder}: {name} is in {place.name} and in {file.name}")
-                wanted = num_blocks is None or _block_index(name) < num_blocks
-                if wanted and not name.startswith("head."):
-                    state[name] = opened.get_tensor(name)
+    state = {
+        name: tensor
+        for name, tensor in read_weights(folder).items()
+        if (num_blocks is None or _block_index(name) < num_blocks) and not name.startswith("head.")
+    }
     if num_blocks is None:
         num_blocks = 1 + max(map(_block_index, state), default=-1)
     return state, num_blocks
 
 
-def read_return_type(folder: Path) -> str | None:
-    """Return the ``return_type`` in a folder's ``config.json``; None if it stores none."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's ``config.json``; nothing if it has none."""
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return None
-    return config.get("return_type") if isinstance(config, dict) else None
-
-
-def _shard_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index of safetensors. Copy it again") from error
-        files = [folder / name for name in sorted(names)]
-    if not files:
-        raise FileNotFoundError(f"{folder}: no such folder, or no .safetensors file in it")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, but the index names it. Copy it again")
-    return files
+        return dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _block_index(name: str) -> int:
     match = re.match(r"blocks\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def read_state(file: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read a state dict written by safetensors or ``torch.save``; only tensors are unpickled.
-
-    A missing file raises ``FileNotFoundError``, a truncated or other file ``ValueError``.
-    """
-    path = Path(file)
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    state = load_pickled(path)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    values = state.values() if isinstance(state, Mapping) else [None]
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        raise ValueError(f"{path}: holds {type(state).__name__}, expected a state dict of tensors")
-    return dict(state)
 
 
 def check_replaceable(folder: str | os.PathLike[str], *patterns: str) -> None:
@@ -124,3 +58,17 @@ def check_replaceable(folder: str | os.PathLike[str], *patterns: str) -> None:
     if others:
         listed = ", ".join(others[:3])
         raise ValueError(f"{path} holds {listed}, which saving would remove. Choose a new folder")
+
+
+def reference_parts(folder: Path) -> tuple[Path, Path, Path] | None:
+    """Return backbone, head and pool of the newest step in the folder of a training run.
+
+    None means that the folder has no such files.
+    """
+    steps = []
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        step = checkpoint.name.rpartition("-")[2]
+        head, pool = (folder / "mlp" / f"{n}_step_{step}.ckpt" for n in ("mlp", "query_attention"))
+        if step.isdecimal() and head.is_file() and pool.is_file():
+            steps.append((int(step), (checkpoint, head, pool)))
+    return max(steps)[1] if steps else None

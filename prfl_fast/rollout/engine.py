@@ -72,7 +72,7 @@ class RolloutSession:
         open: Callable[[bool], list[RolloutModel]],
         steps: Sequence[int],
         compiled: bool,
-        guidance: Guidance | None,
+        guidance: Sequence[Guidance] | None,
     ) -> None:
         self._engine, self._open, self._compiled = engine, open, compiled
         self._models, self._guidance = open(compiled), guidance
@@ -83,7 +83,8 @@ class RolloutSession:
 
         The noise level ``sigma`` decides the precision; None gives an exact velocity.
         """
-        engine, guidance, position = self._engine, self._guidance, self._positions[step]
+        engine, position = self._engine, self._positions[step]
+        guidance = None if self._guidance is None else self._guidance[step]
         precisions: dict[str, LayerPrecision] = {} if sigma is None else engine.precisions(sigma)
         # One call of twice the batch: two calls take 1.26 times as long on a CPU, and 0.61 of the
         # peak bytes (bench/RESULTS.md).
@@ -178,7 +179,7 @@ class RolloutEngine:
         x: torch.Tensor,
         timesteps: Mapping[int, torch.Tensor],
         branches: Sequence[Conditions],
-        guidance: Guidance | None = None,
+        guidance: Sequence[Guidance] | None = None,
     ) -> Iterator[RolloutSession | None]:
         """Open the model for some steps of a trajectory; yield None if it cannot be opened.
 
@@ -186,6 +187,7 @@ class RolloutEngine:
             x: latents of a model call, ``[B, C, F, H, W]``.
             timesteps: ``[B]`` of each step that may be taken.
             branches: conditions of the calls at each step.
+            guidance: of each step of the schedule.
         """
         session = self._session(x, timesteps, branches, guidance) if timesteps else None
         try:
@@ -199,7 +201,7 @@ class RolloutEngine:
         x: torch.Tensor,
         timesteps: Mapping[int, torch.Tensor],
         branches: Sequence[Conditions],
-        guidance: Guidance | None,
+        guidance: Sequence[Guidance] | None,
     ) -> RolloutSession | None:
         if self.model is None:
             self._report_once(

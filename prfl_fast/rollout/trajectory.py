@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions, not_inference, set_first_frame
-from prfl_fast.models.velocity import Velocity, bind_velocity
+from prfl_fast.models.experts import Experts
+from prfl_fast.models.velocity import Velocity, bind_velocity, model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine, RolloutSession
 from prfl_fast.rollout.guidance import Guidance
@@ -91,6 +92,11 @@ class Trajectory:
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
         self._model_timesteps = torch.stack(list(self.timesteps)).to(noise.device, dtype)
         self._sigmas = schedule_sigmas(self.scheduler, self.timesteps)
+        # The guidance of each step: two experts may have two scales.
+        model, times = model_of(transformer), [float(t) for t in self.timesteps]
+        experts = model if isinstance(model, Experts) else None
+        names = [None if experts is None else experts.name_at(t) for t in times]
+        self._guided = None if guidance is None else [guidance.of(name) for name in names]
         self.x = set_first_frame(noise.detach(), conditions)
         self.index = start
         self._engine = engine
@@ -132,7 +138,7 @@ class Trajectory:
             ok = isinstance(v, torch.Tensor) and v.shape == x.shape
             check(ok, "the transformer's result", v, f"a velocity of shape {list(x.shape)}")
             outputs.append(v)
-        return outputs[0] if self.guidance is None else self.guidance.combine(outputs)
+        return outputs[0] if self._guided is None else self._guided[index].combine(outputs)
 
     def solve(self, v: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next latents, differentiable in ``v``, ``x`` and the scheduler's history.
@@ -230,7 +236,7 @@ class Trajectory:
         # The engine reads shape, dtype and device only, so an expanded view is enough.
         x = self.x[:1].expand(copies * len(self.x), *self.x.shape[1:])
         timesteps = {index: self.model_timestep(index).repeat(copies) for index in sorted(needed)}
-        with engine.open(x, timesteps, self._branches, self.guidance) as session:
+        with engine.open(x, timesteps, self._branches, self._guided) as session:
             if session is None and engine.stride == 1:
                 self._inexact, self._shadow = False, None
             if self._inexact and not self._counted:

@@ -7,7 +7,8 @@ A checkpoint is a folder ``step-00000012``::
     model/              config.json + diffusion_pytorch_model.safetensors (diffusers models),
                         pytorch_lora_weights.safetensors (models with an adapter: the adapter only,
                         in the format of diffusers' load_lora_weights),
-                        or model.safetensors (all other modules)
+                        or model.safetensors (all other modules); of two experts, those that train
+                        in transformer/ and transformer_2/
     ema.safetensors     the averaged trainable parameters, if averaging is on
     state.pt            optimizer, counters, random number generators: tensors and plain values
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.training.model_files import adapter_name
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.optional import need
@@ -24,7 +25,7 @@ def add_lora(
     Adapters are float32 on float32 layers and bfloat16 on all others, quantized ones included.
 
     Args:
-        model: a transformer without adapters, patched or not.
+        model: a transformer without adapters, patched or not; of two experts, both get adapters.
         lora_rank: rank of each adapter's two matrices.
         lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``; None means ``lora_rank``.
         target_modules: suffixes of the names of the linear layers that receive an adapter.
@@ -33,6 +34,10 @@ def add_lora(
         ValueError: if no layer matches ``target_modules``, or the model already has an adapter.
         MissingExtraError: if peft is not installed.
     """
+    if isinstance(model, Experts):
+        for expert in NAMES:  # on the device, where the adapters stay
+            add_lora(model.use(expert), lora_rank, lora_alpha, target_modules)
+        return
     name = adapter_name(model)
     check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
     peft = need("peft")

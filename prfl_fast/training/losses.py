@@ -7,7 +7,8 @@ from torch import nn
 
 from prfl_fast.kernels import flow_loss
 from prfl_fast.models.adapter import Conditions, generated_frames, not_inference
-from prfl_fast.models.velocity import Velocity, bind_velocity
+from prfl_fast.models.experts import Experts
+from prfl_fast.models.velocity import Velocity, bind_velocity, model_of
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.training.noising import (
@@ -44,7 +45,8 @@ def sft_loss(
         conditions: tensors of batch B.
         noise: ε, of the shape of ``latents``; drawn if None.
         sigma: noise level in [0, 1], one number or ``[B]``; None draws one per sample, uniformly
-            from ``training_sigmas(shift)``.
+            from ``training_sigmas(shift)``. Two experts take levels on one side of their boundary;
+            drawn ones are of an expert that trains.
         generator: random number generator on any device; the noise is drawn first.
         integer_timesteps: False calls the model at t = 1000σ.
 
@@ -55,7 +57,10 @@ def sft_loss(
     velocity = bind_velocity(transformer, latents, conditions, "latents")
     latents, conditions = not_inference(latents), not_inference(conditions)
     noise = noise_like(latents, noise, generator)
-    sigma, timestep = choose_sigma(sigma, latents, generator, shift, integer_timesteps)
+    model = model_of(transformer)
+    experts = model if isinstance(model, Experts) else None
+    levels = (shift, integer_timesteps)
+    sigma, timestep = choose_sigma(sigma, latents, generator, *levels, experts=experts)
     x = add_noise(latents, noise, sigma)
     v = velocity(x, timestep, conditions)
     return flow_loss(*(generated_frames(part, conditions) for part in (v, noise, latents)))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,16 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prfl_fast.utils.adapters import adapter_scales, trained_adapters
+from prfl_fast.models.experts import FOLDERS, Experts
+from prfl_fast.utils.adapters import (
+    ADAPTER_METADATA,
+    PIPELINE_PART,
+    adapter_scales,
+    alpha_key,
+    pattern_value,
+    scale_of,
+    trained_adapters,
+)
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, save_tensors
@@ -20,9 +28,6 @@ from prfl_fast.utils.optional import need
 # Kinds of adapters whose scale in a layer is alpha / rank.
 _SCALED = ("LORA", "LOHA", "LOKR")
 _UNSAVABLE = (torch.complex128, torch.quint8, torch.qint8, torch.qint32)
-# Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
-_PIPELINE_PART = "transformer."
-_ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def copy_into(
@@ -91,7 +96,7 @@ def _model_file(model: torch.nn.Module) -> str:
 def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors, not copied, by the names that ``load_lora_weights`` reads."""
     stored = stored_tensors(model).items()
-    return {_PIPELINE_PART + n.removeprefix("base_model.model."): t for n, t in stored}
+    return {PIPELINE_PART + n.removeprefix("base_model.model."): t for n, t in stored}
 
 
 def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
@@ -104,36 +109,19 @@ def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     plain: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     if name is not None and plain.get("peft_type") in _SCALED:
         scales = adapter_scales(model, name)
-        weights = {layer: scale / (_scale(plain, layer) or 1.0) for layer, scale in scales.items()}
+        weights = {
+            layer: scale / (scale_of(plain, layer) or 1.0) for layer, scale in scales.items()
+        }
         first = next(iter(weights.values()), 1.0)
         if all(math.isclose(weight, first, rel_tol=1e-9) for weight in weights.values()):
             if not math.isclose(first, 1.0, rel_tol=1e-9):
-                plain[_alpha_key(plain)] *= first
+                plain[alpha_key(plain)] *= first
                 patterns = plain.get("alpha_pattern") or {}
                 plain["alpha_pattern"] = {k: v * first for k, v in patterns.items()}
         else:
-            alphas = {k: _pattern_value(plain, "alpha", k) * w for k, w in weights.items()}
+            alphas = {k: pattern_value(plain, "alpha", k) * w for k, w in weights.items()}
             plain["alpha_pattern"] = alphas
-    return {_PIPELINE_PART + key: value for key, value in plain.items()}
-
-
-def _pattern_value(settings: Mapping[str, Any], kind: str, layer: str) -> float:
-    """Return rank or alpha of one layer, as peft reads ``rank_pattern`` and ``alpha_pattern``."""
-    for pattern, value in (settings.get(f"{kind}_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(value)
-    return float(settings["r" if kind == "rank" else _alpha_key(settings)])
-
-
-def _alpha_key(settings: Mapping[str, Any]) -> str:
-    return "lora_alpha" if "lora_alpha" in settings else "alpha"
-
-
-def _scale(settings: Mapping[str, Any], layer: str) -> float:
-    """Return the scale of one layer by the settings of its adapter."""
-    rank = _pattern_value(settings, "rank", layer)
-    divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-    return _pattern_value(settings, "alpha", layer) / divisor
+    return {PIPELINE_PART + key: value for key, value in plain.items()}
 
 
 def check_savable(model: torch.nn.Module) -> None:
@@ -145,6 +133,10 @@ def check_savable(model: torch.nn.Module) -> None:
         MissingExtraError: if safetensors, or the peft of an adapter, is not installed.
     """
     need("safetensors.torch")
+    if isinstance(model, Experts):
+        for expert in model.trained:
+            check_savable(getattr(model, expert))
+        return
     for name, tensor in stored_tensors(model).items():
         kind = type(tensor).__name__
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
@@ -163,11 +155,15 @@ def check_savable(model: torch.nn.Module) -> None:
 
 def save_model(model: torch.nn.Module, folder: Path) -> None:
     """Write ``model`` into ``folder``; :mod:`prfl_fast.training.checkpoint` lists the files."""
+    if isinstance(model, Experts):
+        for expert in model.trained:
+            save_model(getattr(model, expert), folder / FOLDERS[expert])
+        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _model_file(model)
     if adapter_name(model) is not None:
         settings = json.dumps(_adapter_settings(model), sort_keys=True)
-        save_tensors(_adapter_tensors(model), path, {"format": "pt", _ADAPTER_METADATA: settings})
+        save_tensors(_adapter_tensors(model), path, {"format": "pt", ADAPTER_METADATA: settings})
         write_digests(folder, (path.name,))
         return
     if hasattr(model, "save_config"):
@@ -185,6 +181,10 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         ValueError: if the file is missing, truncated, or of another model, or if its adapter has
             another rank or scale. The model is unchanged then.
     """
+    if isinstance(model, Experts):
+        for expert in model.trained:
+            load_model(getattr(model, expert), folder / FOLDERS[expert])
+        return
     path = folder / _model_file(model)
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     hint = "A run with other adapter settings may have written the folder"
@@ -196,23 +196,23 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
     if (folder / DIGESTS).is_file():  # diffusers writes none
         check_folder(folder, (path.name,), "adapter")
     with open_tensors(path) as opened:
-        saved = json.loads((opened.metadata() or {}).get(_ADAPTER_METADATA, "{}"))
+        saved = json.loads((opened.metadata() or {}).get(ADAPTER_METADATA, "{}"))
     _check_adapter(model, saved, path)
     targets = _adapter_tensors(model)
-    tensors = {_PIPELINE_PART + n.removeprefix(_PIPELINE_PART): t for n, t in tensors.items()}
+    tensors = {PIPELINE_PART + n.removeprefix(PIPELINE_PART): t for n, t in tensors.items()}
     tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
     copy_into(tensors, targets, path)
 
 
 def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path) -> None:
     """Raise ``ValueError`` unless the adapter in a file has the rank and scales of the model's."""
-    part, name = len(_PIPELINE_PART), adapter_name(model)
+    part, name = len(PIPELINE_PART), adapter_name(model)
     wanted = {key[part:]: value for key, value in _adapter_settings(model).items()}
     # As in diffusers, alpha equals the rank in a file without metadata.
-    rank, alpha = wanted.get("r"), _alpha_key(wanted)
+    rank, alpha = wanted.get("r"), alpha_key(wanted)
     defaults = {"r": rank, alpha: rank, "use_rslora": False}
     defaults |= {"rank_pattern": wanted.get("rank_pattern"), "alpha_pattern": {}}
-    found = {k: saved.get(_PIPELINE_PART + k, saved.get(k, v)) for k, v in defaults.items()}
+    found = {k: saved.get(PIPELINE_PART + k, saved.get(k, v)) for k, v in defaults.items()}
     hint = "Add the adapter with the file's value"
     for key in ("r", alpha, "use_rslora"):
         label, value = f"{key} of the adapter in {path}", found[key]
@@ -223,6 +223,6 @@ def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path)
     if name is None or wanted.get("peft_type") not in _SCALED:
         return
     for layer, scale in adapter_scales(model, name).items():
-        value, label = _scale(found, layer), f"scale of {layer} in the adapter in {path}"
+        value, label = scale_of(found, layer), f"scale of {layer} in the adapter in {path}"
         ok = math.isclose(value, scale, rel_tol=1e-6)
         check(ok, label, value, f"this model's {scale}", hint="Add it with the file's patterns")

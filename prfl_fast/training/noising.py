@@ -6,6 +6,7 @@ import torch
 
 from prfl_fast.kernels.runtime.checks import describe
 from prfl_fast.models.adapter import not_inference
+from prfl_fast.models.experts import Experts
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.utils.checks import check
@@ -70,16 +71,25 @@ def choose_sigma(
     shift: float,
     integer_timesteps: bool,
     device: Device | None = None,
+    experts: Experts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the checked ``sigma`` and the model's timestep of each sample, ``[B]`` each.
 
     If ``sigma`` is None, draw it uniformly from ``training_sigmas(shift)`` as in
-    :func:`draw_index`.
+    :func:`draw_index`. Of two experts, all samples get levels of one that trains: if both do, a
+    first draw from all levels chooses it.
     """
     if sigma is not None:
         sigma = check_sigma(sigma, latents)
     else:
         levels = training_sigmas(shift).to(latents.device, wide_dtype(latents))
+        if experts is not None:
+            high = experts.is_high(model_timestep(levels, integer_timesteps))
+            if len(experts.trained) == 1:
+                chosen = torch.tensor(experts.trained == ("high",))
+            else:
+                chosen = high[draw_index(len(levels), latents[:1], generator, device)]
+            levels = levels[high == chosen.to(high.device)]
         sigma = levels[draw_index(len(levels), latents, generator, device)]
     return sigma, model_timestep(sigma, integer_timesteps)
 

@@ -10,11 +10,15 @@ from torch import nn
 from prfl_fast.data.dataset import Batch, PairBatch
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.experts import Experts
 from prfl_fast.models.velocity import ModelCall, Precision, autocast
 from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.training.losses import sft_loss
+from prfl_fast.training.noising import model_timestep
 from prfl_fast.training.reward_losses import bt_loss, ce_loss, label_of
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.modules import device_of
 
 Metrics = Mapping[str, torch.Tensor | float]
 
@@ -23,7 +27,9 @@ class Objective(Protocol):
     """Compute the gradient of one loss of a training step.
 
     An objective with state also has ``state_dict()``, which returns tensors and plain values, and
-    ``load_state_dict(state)``; checkpoints contain this state.
+    ``load_state_dict(state)``; checkpoints contain this state. One of two experts
+    (:class:`prfl_fast.models.Experts`) may have ``high_share``, the share of the steps that train
+    the expert ``high``; the trainer asks the first objective.
     """
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
@@ -110,6 +116,11 @@ class RewardFeedback:
             metrics["drift"] = max(out.drift.values())
         return metrics
 
+    @property
+    def high_share(self) -> float:
+        """Share of the gradient points that the expert ``high`` of two experts gets."""
+        return self.step.high_share
+
     def state_dict(self) -> dict[str, Any]:
         """Return the rollout engine's count of trajectories and measured drift."""
         return self.step.engine.state_dict()
@@ -138,7 +149,16 @@ class SupervisedFlow:
         self.velocity = velocity_call(transformer, precision)
         self.batches = batches
         self.levels: dict[str, Any] = {"shift": shift, "integer_timesteps": integer_timesteps}
-        self.device = next(transformer.parameters()).device
+        self.device = device_of(transformer)
+        self._experts = transformer if isinstance(transformer, Experts) else None
+
+    @property
+    def high_share(self) -> float:
+        """Share of the noise levels that are of the expert ``high`` of two experts."""
+        assert self._experts is not None
+        levels = training_sigmas(self.levels["shift"])
+        timesteps = model_timestep(levels, self.levels["integer_timesteps"])
+        return float(self._experts.is_high(timesteps).double().mean())
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw].to(self.device)

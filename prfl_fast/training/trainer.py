@@ -26,6 +26,7 @@ from prfl_fast.memory.optimizers import (
     set_learning_rate,
     split_group,
 )
+from prfl_fast.models.experts import Experts
 from prfl_fast.training.checkpoint import (
     check_free,
     find_checkpoint,
@@ -45,6 +46,7 @@ from prfl_fast.training.signals import collect_signals
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
+from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.progress import step_progress
 
 NON_FINITE_LIMIT = 5
@@ -74,6 +76,9 @@ class Trainer:
 
     After an :class:`OutOfMemoryError` in a forward or backward, :meth:`run` continues from the
     state before that update, for example after a call of ``activation_checkpointing``.
+
+    Of two experts (:class:`prfl_fast.models.Experts`) that both train, each step trains one, in the
+    share of the first objective's gradient points or noise levels that are its own.
 
     Args:
         model: the model to train. Its parameters and persistent buffers are saved; of a model with
@@ -116,6 +121,8 @@ class Trainer:
         self.progress, self.tensorboard = progress, tensorboard
         self.on_step, self.advise = on_step, advise
         check(not tensorboard or folder is not None, "folder", folder, "a path for tensorboard")
+        if isinstance(model, Experts) and model.trained:
+            model.use(model.trained[0])  # states of optimizer and average are made on the device
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         hint = "Call requires_grad_(True) on the parameters to train, or add_lora(model, ...)"
         count = len(self.parameters)
@@ -392,7 +399,8 @@ class Trainer:
         count = self.config.gradient_accumulation_steps
         for _ in range(count):
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
-            metrics = objective(self._draws[name], self.generator, 1 / count)
+            with self._one_expert():
+                metrics = objective(self._draws[name], self.generator, 1 / count)
             self._draws[name] += 1
             for key, value in metrics.items():
                 value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
@@ -404,6 +412,16 @@ class Trainer:
         ok = bool(gradients) or not math.isfinite(metrics["loss"])
         check(ok, f"gradient of objective {name!r}", None, expected)
         return {key: float(sum(values)) / len(values) for key, values in seen.items()}
+
+    def _one_expert(self) -> contextlib.AbstractContextManager[None]:
+        """Let this step train one of two experts, each in its share of the steps."""
+        model = self.model
+        if not isinstance(model, Experts) or len(model.trained) < 2:
+            return contextlib.nullcontext()
+        share = getattr(next(iter(self.objectives.values())), "high_share", 0.5)
+        step = self.result.step  # evenly spread, so that a resumed run needs no state
+        high = math.floor((step + 1) * share) > math.floor(step * share)
+        return model.only("high" if high else "low")
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
         """Clip, step and average if all values are finite; return True if so."""
@@ -426,14 +444,14 @@ class Trainer:
 
     def _average(self) -> None:
         for name, average in (self.ema or {}).items():
-            parameter = self.parameters[name].detach().to(average.dtype)
+            parameter = self.parameters[name].detach().to(average)
             # average ← decay·average + (1 - decay)·parameter
             average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]
 
     def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report."""
         step = self.result.step + 1
-        device = next(iter(self.parameters.values())).device
+        device = device_of(self.model)
         held: Any = {"average": self.ema or {}, "others": self.objectives}
         live = live_bytes(device, self.model, self.optimizer, **held)
         first = str(error).partition("\n")[0]

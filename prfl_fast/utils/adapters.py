@@ -1,9 +1,15 @@
 """Read the adapters that peft puts into a model: their parameters, and the scale of each layer."""
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+
+# Prefix in the file of an adapter: the name of the model inside a diffusers pipeline.
+PIPELINE_PART = "transformer."
+ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -33,3 +39,23 @@ def adapter_scales(model: nn.Module, name: str) -> dict[str, float]:
         if isinstance(factors, dict) and name in factors:
             scales[layer.removeprefix("base_model.model.")] = float(factors[name])
     return scales
+
+
+def pattern_value(settings: Mapping[str, Any], kind: str, layer: str) -> float:
+    """Return rank or alpha of one layer, as peft reads ``rank_pattern`` and ``alpha_pattern``."""
+    for pattern, value in (settings.get(f"{kind}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return float(value)
+    return float(settings["r" if kind == "rank" else alpha_key(settings)])
+
+
+def alpha_key(settings: Mapping[str, Any]) -> str:
+    """Return the key of alpha in the settings of an adapter."""
+    return "lora_alpha" if "lora_alpha" in settings else "alpha"
+
+
+def scale_of(settings: Mapping[str, Any], layer: str) -> float:
+    """Return the scale of one layer by the settings of its adapter."""
+    rank = pattern_value(settings, "rank", layer)
+    divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+    return pattern_value(settings, "alpha", layer) / divisor

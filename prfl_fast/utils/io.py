@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -193,13 +194,15 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def load_pickled(path: str | os.PathLike[str]) -> Any:
+def load_pickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
     """Read a file of ``torch.save`` to the CPU; only tensors and plain values are unpickled.
 
-    A missing file raises ``FileNotFoundError``, an unreadable one ``ValueError``.
+    ``mmap`` reads the bytes of a tensor when it is used, except in files of torch before 1.6. A
+    missing file raises ``FileNotFoundError``, an unreadable one ``ValueError``.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except Exception as error:  # the type of error depends on the bytes in the file

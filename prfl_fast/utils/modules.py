@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -28,6 +29,13 @@ def unwrap(model: Any) -> nn.Module:
     """Return the bare model inside the wrappers of :func:`layers_of`."""
     *_, bare = layers_of(model)
     return bare
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model, of whose parameters some may wait in host memory."""
+    devices = (p.device for p in model.parameters())
+    first = next(devices)
+    return first if first.type != "cpu" else next((d for d in devices if d.type != "cpu"), first)
 
 
 def set_forward(module: nn.Module, function: Callable[..., Any]) -> None:

@@ -1,0 +1,124 @@
+"""Write a Wan model in another layout, or with a LoRA merged into its weights."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from prfl_fast.models import wan_weights
+from prfl_fast.models.loading import COMFYUI, Layout, WanFiles, empty_wan, read_wan
+from prfl_fast.models.lora_files import Lora, read_lora
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import save_checkpoint_dir
+from prfl_fast.utils.shards import SHARD_BYTES, Change, save_shards, write_tensors
+
+FILE, FOLDER = "a file *.safetensors", "a folder"
+# ComfyUI reads no shards, and diffusers needs a config.json.
+_FORMS = {"comfyui": FILE, "diffusers": FOLDER}
+_Path = str | os.PathLike[str]
+Show = Callable[[str], object]
+
+
+def convert_wan(
+    source: _Path, out: _Path, layout: Layout, shard_bytes: int = SHARD_BYTES, show: Show = str
+) -> None:
+    """Write a Wan model in another layout: the same bits under other names.
+
+    Args:
+        source: a model as in :func:`prfl_fast.models.loading.read_wan`.
+        out: a new file ``*.safetensors``, or a new folder for shards with ``config.json``. Layout
+            ``"diffusers"`` is a folder, ``"comfyui"`` a file.
+        layout: of the names.
+        shard_bytes: largest size of a file in a folder.
+        show: called with the name of each tensor before it is written.
+
+    Raises:
+        ValueError: if ``source`` is no Wan model, or ``out`` exists or does not fit the layout.
+        FileNotFoundError: if a file is missing.
+    """
+    check_output(out, _FORMS.get(layout))
+    _write(read_wan(_only_transformer(source)), Path(out), layout, shard_bytes, _shown(show))
+
+
+def merge_lora(
+    source: _Path,
+    adapter: _Path,
+    out: _Path,
+    layout: Layout | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    show: Show = str,
+) -> None:
+    """Write a Wan model with a LoRA added to its weights.
+
+    Sums are float32 (float64 for float64 weights) and rounded once to the dtype of the weight,
+    nearest even. Arguments and errors are those of :func:`convert_wan`; None is the layout of
+    ``source``.
+
+    Raises:
+        ValueError: if the LoRA is not plain, see :func:`prfl_fast.models.lora_files.read_lora`, or
+            changes a layer that the model does not have.
+    """
+    files, lora = read_wan(_only_transformer(source)), read_lora(Path(adapter))
+    check_output(out, _FORMS.get(layout or files.layout))
+    for name, layer in lora.items():
+        weight = files.weights.get(f"{name}.weight")
+        form = None if weight is None else tuple(weight.shape)
+        ok = form == (len(layer.up), *layer.down.shape[1:])
+        check(ok, f"{adapter}: {name}", [len(layer.up), *layer.down.shape[1:]], f"a layer {form}")
+    _write(files, Path(out), layout or files.layout, shard_bytes, _shown(show, lora))
+
+
+def check_output(out: _Path, form: str | None) -> None:
+    """Raise ``ValueError`` if ``out`` exists, or is not of ``form``: a folder, a file, or both."""
+    path = Path(out)
+    check(not (path.exists() or path.is_symlink()), "OUT", str(path), "a path that is new")
+    ok = form is None or (path.suffix == ".safetensors") == (form == FILE)
+    check(ok, "OUT", str(path), f"{form} for this layout and kind of weights")
+
+
+def _only_transformer(source: _Path) -> _Path:
+    both = (Path(source) / "transformer").is_dir() and (Path(source) / "transformer_2").is_dir()
+    check(not both, "model", str(source), "its folder transformer or transformer_2: it has both")
+    return source
+
+
+def _shown(show: Show, lora: Lora | None = None) -> Change:
+    """Return the change of a tensor that is written: its layer of the LoRA, if there is one."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        show(name)
+        layer = (lora or {}).get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if layer is None:
+            return tensor
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return (tensor.to(wide) + layer.delta()).to(tensor.dtype)
+
+    return change
+
+
+def _write(files: WanFiles, path: Path, layout: Layout, shard_bytes: int, change: Change) -> None:
+    names = {name: name for name in files.weights}  # by the name in the file
+    config = files.config
+    if layout != "diffusers":
+        prefix = COMFYUI if layout == "comfyui" else ""
+        names = {prefix + wan_weights.rename(n, to_reference=True): n for n in files.weights}
+    state = {written: files.weights[name] for written, name in names.items()}
+
+    def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return change(names[name], tensor)
+
+    if path.suffix == ".safetensors":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(state, path, changed)
+        return
+    model = empty_wan(config, path)
+    with save_checkpoint_dir(path) as temporary:
+        save_shards(state, temporary, shard_bytes, changed)
+        if layout == "diffusers":
+            model.save_config(temporary)
+        else:
+            dim = config["num_attention_heads"] * config["attention_head_dim"]
+            settings = wan_weights.reference_config(model.config, dim)
+            (temporary / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

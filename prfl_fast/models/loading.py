@@ -1,0 +1,216 @@
+"""Read a transformer from diffusers' folders, or from official Wan's and ComfyUI's files."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from prfl_fast.models import wan_weights
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import check_fit, read_json
+from prfl_fast.utils.optional import need
+from prfl_fast.utils.shards import read_weights
+
+Layout = Literal["diffusers", "official", "comfyui"]
+WAN = "WanTransformer3DModel"
+COMFYUI = "diffusion_model."
+_PREFIXES = (f"model.{COMFYUI}", COMFYUI)
+_KINDS = "official Wan's names, with or without ComfyUI's prefix, or diffusers'"
+
+
+class WanFiles(NamedTuple):
+    """Weights of a Wan model: layout of its files, configuration and tensors of diffusers."""
+
+    layout: Layout
+    config: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+
+def transformer_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of the transformer, which may be given as that of its pipeline."""
+    folder = Path(path)
+    pipeline = (folder / "model_index.json").is_file() and not (folder / "config.json").is_file()
+    return folder / "transformer" if pipeline else folder
+
+
+def read_wan(path: str | os.PathLike[str]) -> WanFiles:
+    """Map the weights of a Wan model; their bytes are read when a tensor is used.
+
+    Args:
+        path: safetensors or ``.pth`` with weights only, in one file or in the shards of a folder
+            (also that of a pipeline), in the layout of diffusers, official Wan or ComfyUI.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the names are of no layout, or tensors are missing, unexpected (``ref_conv``
+            and ``control_adapter``, which diffusers' class cannot hold) or of another shape.
+    """
+    weights = read_weights(transformer_folder(path))
+    layout = _layout(weights)
+    expected = f"a Wan transformer under {_KINDS}"
+    check(layout is not None, f"{path}: names", sorted(weights)[:3], expected)
+    assert layout is not None
+    return named_wan(weights, layout, _settings(path), path)
+
+
+def named_wan(
+    weights: Mapping[str, torch.Tensor], layout: Layout, settings: Mapping[str, Any], source: object
+) -> WanFiles:
+    """Name weights as diffusers does, and check that they are those of one Wan model.
+
+    Errors are those of :func:`read_wan`; ``settings`` are the content of a ``config.json``.
+    """
+    named = {_diffusers_name(n, layout): tensor for n, tensor in weights.items()}
+    config = wan_weights.diffusers_config(named, settings, source)
+    check_fit(empty_wan(config, source).state_dict(), named, source)
+    return WanFiles(layout, config, named)
+
+
+def _diffusers_name(name: str, layout: Layout) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name if layout == "diffusers" else wan_weights.rename(name, to_reference=False)
+
+
+def _layout(names: Mapping[str, object]) -> Layout | None:
+    for name in names:
+        path = name.removeprefix(_PREFIXES[0]).removeprefix(COMFYUI)
+        if path == "blocks.0.self_attn.q.weight":
+            return "official" if path == name else "comfyui"
+        if name == "blocks.0.attn1.to_q.weight":
+            return "diffusers"
+    return None
+
+
+def _settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of the ``config.json`` in a model's folder or beside its file."""
+    folder = transformer_folder(path)
+    file = (folder.parent if folder.is_file() else folder) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(read_json(file))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the configuration of a diffusers model, or of Wan"
+        ) from error
+
+
+def empty_wan(config: Mapping[str, Any], source: object) -> Any:
+    """Build a Wan model on the meta device; raise ``ValueError`` with ``source`` if it cannot."""
+    try:
+        with torch.device("meta"):
+            return getattr(need("diffusers"), WAN)(**config)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{source}: builds no {WAN}: {error}") from error
+
+
+def _class_of_diffusers(path: str | os.PathLike[str]) -> Any:
+    """Return the class that diffusers reads a folder with; None if it has other names than its."""
+    found = getattr(need("diffusers"), str(_settings(path).get("_class_name")), None)
+    if found is None or Path(path).is_file():
+        return None
+    # VideoX-Fun gives diffusers' class name to official names, so the names decide.
+    with contextlib.suppress(OSError, ValueError):  # files that only diffusers reads
+        if _layout(read_weights(transformer_folder(path))) in ("official", "comfyui"):
+            return None
+    return found
+
+
+def transformer_class(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+    """Return the diffusers class and configuration of a model, without reading its weights.
+
+    Errors are those of :func:`load_transformer`.
+    """
+    if found := _class_of_diffusers(path):
+        return found, _settings(path)
+    name = _settings(path).get("_class_name")
+    unknown = f"{path} names {name!r}, which this diffusers does not have"
+    try:
+        files = read_wan(path)
+    except FileNotFoundError as error:
+        kind = "the folder of a diffusers transformer or pipeline, or weights of official Wan"
+        missing = f"{path} has no config.json, expected {kind}"
+        raise ValueError(missing if name is None else unknown) from error
+    if files.layout == "diffusers" and name not in (None, WAN):
+        raise ValueError(unknown)
+    return getattr(need("diffusers"), WAN), files.config
+
+
+def load_transformer(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read a transformer to the CPU, as a model of diffusers in eval mode.
+
+    Args:
+        path: the folder of a diffusers transformer or pipeline, or a Wan model as in
+            :func:`prfl_fast.models.loading.read_wan`.
+        dtype: of the weights; modules that diffusers keeps in float32 stay float32.
+
+    Raises:
+        ValueError: if it cannot be read, or tensors are missing, unexpected or of another shape.
+        MissingExtraError: if diffusers is not installed.
+    """
+    found, _ = transformer_class(path)
+    if _class_of_diffusers(path) is None:
+        return build_wan(read_wan(path), dtype)
+    # diffusers warns about tensors that are missing or left over; here these are errors.
+    need("diffusers").utils.logging.set_verbosity_error()
+    try:
+        model, info = found.from_pretrained(
+            transformer_folder(path),
+            local_files_only=True,
+            torch_dtype=dtype,
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers passes on the errors of its readers, of any type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := list(info.get(kind) or ()):
+            listed = ", ".join(map(str, keys[:3]))
+            raise ValueError(f"{path} has {kind.replace('_', ' ')}: {listed}")
+    return model
+
+
+def build_wan(files: WanFiles, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a model of copies of the weights, in ``dtype`` as :func:`load_transformer`.
+
+    None keeps the dtype of every tensor.
+    """
+    model: Any = empty_wan(files.config, "model")
+    wide = set(model._keep_in_fp32_modules or ())
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        target = torch.float32 if wide & set(name.split(".")) else dtype
+        # Tensors inside a file are not aligned, so they are copied even in the same dtype.
+        return tensor.to(tensor.dtype if dtype is None else target, copy=True)
+
+    model.load_state_dict({n: cast(n, t) for n, t in files.weights.items()}, assign=True)
+    config = model.config
+    # Its tables are no part of the state dict, so they are still on the meta device.
+    model.rope = type(model.rope)(
+        config.attention_head_dim, config.patch_size, config.rope_max_seq_len
+    )
+    return model.eval()
+
+
+def build_headless_wan(
+    state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], source: object
+) -> nn.Module:
+    """Return a model of official Wan's weights without those of a head, which is zero.
+
+    Errors are those of :func:`read_wan`; ``settings`` are the content of a ``config.json``.
+    """
+    patch = state.get("patch_embedding.weight")
+    check(
+        patch is not None and patch.ndim == 5, f"{source}: patch_embedding.weight", patch, "Wan's"
+    )
+    assert patch is not None
+    dim, _, *size = patch.shape
+    rows = settings.get("out_dim", 16) * torch.Size(size).numel()
+    shapes = {"head.head.weight": (rows, dim), "head.head.bias": (rows,)}
+    head = {n: patch.new_zeros(s) for n, s in (shapes | {"head.modulation": (1, 2, dim)}).items()}
+    return build_wan(named_wan({**state, **head}, "official", settings, source))
