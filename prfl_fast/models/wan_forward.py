@@ -241,6 +241,16 @@ def image_rows(base: Any) -> int | None:
     return None if base.config.image_dim is None else base.config.pos_embed_seq_len
 
 
+def token_timesteps(
+    x: torch.Tensor, timestep: torch.Tensor, patch_size: tuple[int, int, int]
+) -> torch.Tensor:
+    """Return timesteps ``[B]`` of latents per token, ``[B, L]``, with 0 for the first frame."""
+    times = timestep[:, None].repeat(1, x.shape[2])
+    times[:, 0] = 0
+    _, height, width = patch_size
+    return times.repeat_interleave((x.shape[3] // height) * (x.shape[4] // width), 1)
+
+
 def frame_timesteps(
     base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> torch.Tensor:
@@ -254,12 +264,11 @@ def frame_timesteps(
     timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
     if FIRST_FRAME not in conditions or timestep.shape != (len(x),):
         return timestep
+    if instance_forward(base.condition_embedder) is not embedder_forward:
+        return token_timesteps(x, timestep, base.config.patch_size)
     times = timestep[:, None].repeat(1, x.shape[2])
     times[:, 0] = 0
-    if instance_forward(base.condition_embedder) is embedder_forward:
-        return times.flatten()
-    _, height, width = base.config.patch_size
-    return times.repeat_interleave((x.shape[3] // height) * (x.shape[4] // width), 1)
+    return times.flatten()
 
 
 def model_inputs(

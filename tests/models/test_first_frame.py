@@ -6,6 +6,7 @@ import numerics
 import pytest
 import torch
 import wan
+from official_wan import tiny_official
 from rollouts import lay_out
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,3 +158,19 @@ def test_other_shapes_are_refused(name):
 def test_a_video_of_one_frame_has_nothing_to_generate():
     with pytest.raises(ValueError, match="more frames than one"):
         bind_velocity(wan.tiny_wan(), X[:, :, :1], CONDITIONS, "x")
+
+
+def test_the_official_layout_takes_one_too():
+    model = tiny_official("wan22")
+    adapter = find_adapter(model)
+    v = adapter.velocity(model, X, TIMESTEP, CONDITIONS)
+    seen = torch.cat([FIRST, X[:, :, 1:]], dim=2)
+    text = torch.nn.functional.pad(TEXT, (0, 0, 0, model.text_len - TEXT.shape[1]))
+    theirs = torch.stack(model(list(seen), per_token(TIMESTEP), list(text), 3 * TOKENS))
+    assert torch.equal(v[:, :, 1:], theirs[:, :, 1:]) and not v[:, :, 0].any()
+    prfl_fast.patch(model)
+    ours = adapter.velocity(model, X, TIMESTEP, CONDITIONS)
+    torch.testing.assert_close(ours, v, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        opened = adapter.open_rollout(model, X, [TIMESTEP], CONDITIONS)
+        assert torch.equal(opened.velocity(X, 0), ours)
