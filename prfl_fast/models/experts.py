@@ -17,8 +17,8 @@ from prfl_fast.utils.checks import check, check_type, is_number, plain
 from prfl_fast.utils.modules import unwrap
 
 NAMES = ("high", "low")
-# Subfolders of the experts in a diffusers pipeline, whose load_lora_weights takes the second's
-# adapter with load_into_transformer_2=True.
+# Subfolders of the experts in a diffusers pipeline, whose load_lora_weights takes the adapter of
+# the second with load_into_transformer_2=True.
 FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.models.adapter import Conditions, not_inference
+from prfl_fast.models.adapter import Conditions, not_inference, set_first_frame
 from prfl_fast.models.experts import Experts
 from prfl_fast.models.velocity import Velocity, bind_velocity, model_of
 from prfl_fast.rollout.config import RolloutConfig
@@ -35,7 +35,8 @@ class Trajectory:
 
     :meth:`run` takes steps without gradient. A step with gradient is ``x = solve(velocity())``,
     then ``move_to(x)``; several in a row call ``follow(x)`` after each and :meth:`cut` at the end.
-    The latents ``x`` have the noise's dtype. The scheduler is a private copy.
+    The latents ``x`` have the noise's dtype. The condition ``first_frame``, if any, replaces their
+    first frame at the start and after every step. The scheduler is a private copy.
 
     Args:
         sampler: the model, the schedule, guidance and the rollout configuration.
@@ -96,7 +97,7 @@ class Trajectory:
         experts = model if isinstance(model, Experts) else None
         names = [None if experts is None else experts.name_at(t) for t in times]
         self._guided = None if guidance is None else [guidance.of(name) for name in names]
-        self.x = noise.detach()
+        self.x = set_first_frame(noise.detach(), conditions)
         self.index = start
         self._engine = engine
         self._inexact = engine is not None and engine.inexact
@@ -161,7 +162,7 @@ class Trajectory:
         """Continue from ``x``, the result of :meth:`solve`, with its graph."""
         if self._inexact and self._first_x is None:
             self._first_x = self.x.detach()
-        self.x, self.index = x, self._next()
+        self.x, self.index = set_first_frame(x, self.conditions), self._next()
 
     def cut(self) -> None:
         """Detach the latents and the scheduler's history from the graph."""
