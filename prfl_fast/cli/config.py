@@ -37,7 +37,10 @@ def _check_memory(
 class TrainFile(Section):
     """Train a generator: reward feedback alternated with supervised steps, or either alone."""
 
-    model: Text = key(..., "Folder of a diffusers transformer, or of a pipeline with one.")
+    model: Text | sections.ExpertsSection = key(
+        ...,
+        "Folder of a diffusers transformer, or of a pipeline with one or with two experts.",
+    )
     data: Text = key(..., "Folder of a dataset of latents.")
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
@@ -52,6 +55,10 @@ class TrainFile(Section):
     rollout: sections.RolloutSection = key(sections.RolloutSection(), "The steps without gradient.")
     optimizer: sections.OptimizerSection = key(sections.OptimizerSection(), "AdamW.")
     lora: sections.LoraSection | None = key(None, "Low-rank adapters; null trains all parameters.")
+    train: Literal["high", "low", "both"] | None = key(
+        None,
+        "Expert that trains, of two; null is both, which needs lora. Then each step trains one.",
+    )
     text_drop: Probability = key(
         0.0, "Probability of the text of empty_prompt.safetensors in data (HY-Video-PRFL: 0.1)."
     )

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.sections import ReferenceReward
 from prfl_fast.data.manifest import EMPTY_PROMPT, LatentDataset
+from prfl_fast.models.experts import NAMES
 from prfl_fast.models.loading import transformer_folder
 from prfl_fast.utils.digests import DIGESTS
 from prfl_fast.utils.io import digest_of
@@ -28,7 +30,13 @@ def inputs_of(
         found |= _data("lose_data", losers)
     if config.text_drop > 0:
         found["empty prompt: fingerprint"] = fingerprint(dataset.folder / EMPTY_PROMPT)
-    found["model: fingerprint"] = fingerprint(transformer_folder(config.model))
+    folders, boundary = loading.folders_of(config.model)
+    if boundary is None:
+        found["model: fingerprint"] = fingerprint(transformer_folder(folders[0]))
+    else:
+        found["model"] = [*folders, boundary]
+        for name, folder in zip(NAMES, folders, strict=True):
+            found[f"model {name}: fingerprint"] = fingerprint(Path(folder))
     if isinstance(config, TrainFile) and "prfl" in config.objectives:
         for name, path in _rewards(config):
             found |= {name: str(path), f"{name}: fingerprint": fingerprint(path)}

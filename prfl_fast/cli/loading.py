@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
-from prfl_fast.cli.sections import GuidanceSection, HardwareSection, ReferenceReward
+from prfl_fast.cli.sections import ExpertsSection, GuidanceSection, HardwareSection, ReferenceReward
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.blocks import TEXT_TOKENS
-from prfl_fast.models.loading import load_transformer, transformer_class
+from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.loading import expert_folders, load_transformer, transformer_class
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import Precision, check_finite
 from prfl_fast.rewards.functions import Reward, RewardEnsemble
@@ -102,6 +103,24 @@ def check_model(folder: str, dataset: LatentDataset) -> None:
     check_data(dataset, model, folder)
 
 
+def folders_of(model: str | ExpertsSection) -> tuple[tuple[str, ...], float | None]:
+    """Return the paths of a model's transformers, and the boundary of two experts."""
+    if isinstance(model, ExpertsSection):
+        return (model.high, model.low), model.boundary
+    try:
+        found = expert_folders(model)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model: {error}") from error
+    return ((model,), None) if found is None else ((str(found[0]), str(found[1])), found[2])
+
+
+def load_model(model: str | ExpertsSection, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read the generator of a run to the CPU, one transformer or two experts."""
+    folders, boundary = folders_of(model)
+    models = [load_generator(folder, dtype) for folder in folders]
+    return models[0] if boundary is None else Experts(models[0], models[1], boundary)
+
+
 def load_generator(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Read the transformer of the key ``model`` to the CPU."""
     try:
@@ -126,7 +145,8 @@ def load_rewards(
 ) -> dict[str, tuple[LatentRewardModel, ...]]:
     """Read the reward models of a run to the CPU, by name; models of one name form an ensemble."""
     return {
-        reward.name: tuple(load_reward(path, transformer) for path in reward.paths)
+        # Of two experts either will do: it gives the configuration, the files the weights.
+        reward.name: tuple(load_reward(path, members(transformer)[0]) for path in reward.paths)
         for reward in config.rewards()
     }
 

@@ -46,6 +46,8 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "the first frame is given (Wan2.2 TI2V)",
         {"action": "store_true", "default": None},
     ),
+    "expert": ("expert that trains, of two", {"choices": ["high", "low", "both"]}),
+    "shift": ("timestep shift, which decides the steps of two experts", {"type": float}),
     "train": ("train adapters, or all parameters", {"choices": ["lora", "full"]}),
     "lora_rank": ("rank of the adapters", _COUNT),
     "batch_size": ("videos per forward", _COUNT),

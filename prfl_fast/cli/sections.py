@@ -55,6 +55,16 @@ _METHODS: dict[str, tuple[Callable[..., GradientPlan], dict[str, str]]] = {
 _METHOD_KEYS = sorted({key for _, keys in _METHODS.values() for key in keys})
 
 
+class ExpertsSection(Section):
+    """Two transformers for high and low noise, as Wan2.2 A14B has."""
+
+    high: Text = key(..., "Folder or file of the transformer for high noise.")
+    low: Text = key(..., "Folder or file of the transformer for low noise.")
+    boundary: Annotated[Number, Field(gt=0, lt=1)] = key(
+        ..., "Timestep / 1000 from which on high runs: 0.875 of T2V-A14B, 0.9 of I2V-A14B."
+    )
+
+
 class OptimizerSection(Section):
     """AdamW, whose implementation memory.optimizer chooses."""
 
@@ -108,8 +118,10 @@ class RunConfig(Section):
 class GuidanceSection(Section):
     """Classifier-free guidance of the trajectories."""
 
-    guidance_scale: Positive = key(
-        ..., "Factor of the difference between velocities with and without the prompt."
+    guidance_scale: Positive | Annotated[tuple[Positive, Positive], from_list] = key(
+        ...,
+        "Factor of the difference between velocities with and without the prompt; of two experts "
+        "also [high, low].",
     )
     negative: Text = key(
         ...,

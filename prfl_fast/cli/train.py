@@ -31,6 +31,7 @@ from prfl_fast.data.values import check_values
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
 from prfl_fast.models.adapter import FIRST_FRAME
+from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.registry import patch, unpatch
 from prfl_fast.models.velocity import Precision, autocast
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -95,7 +96,10 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     device = loading.device_of(config.hardware)
     dataset = loading.open_dataset(config, "data", "single videos")
     batches = _batches(dataset, config)
-    loading.check_model(config.model, dataset)
+    folders, boundary = loading.folders_of(config.model)
+    for folder in folders:
+        loading.check_model(folder, dataset)
+    _check_experts(config, boundary)
     if options.deep:
         check_values(dataset)
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
@@ -135,6 +139,18 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     return _print_check(config) if options.check else _finish(trainer, config)
 
 
+def _check_experts(config: TrainFile, boundary: float | None) -> None:
+    """Check the keys that depend on the number of transformers of the model."""
+    train, guidance = config.train, config.prfl.guidance
+    if boundary is None:
+        check(train is None, "train", train, "no value for a model with one transformer")
+        scale = None if guidance is None else guidance.guidance_scale
+        one = not isinstance(scale, tuple)
+        check(one, "prfl.guidance.guidance_scale", scale, "one number for one transformer")
+    elif config.lora is None:
+        check(train in NAMES, "train", train, "high or low without lora", hint="Or add lora")
+
+
 def _load_models(
     config: TrainFile,
     dataset: LatentDataset,
@@ -149,7 +165,7 @@ def _load_models(
         dtypes.add(reward_memory.weight_dtype)  # such a reward is built from the generator
     # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
-    transformer = loading.load_generator(config.model, dtype)
+    transformer = loading.load_model(config.model, dtype)
     rewards = loading.load_rewards(config, transformer) if "prfl" in config.objectives else {}
     models = [model for members in rewards.values() for model in members]
     for model in models:
@@ -157,8 +173,15 @@ def _load_models(
     apply_memory(transformer, memory, device=device)
     for model in models:
         apply_memory(model, reward_memory, device=device)
-    if config.lora is not None:
-        add_lora(transformer, **config.lora.model_dump())
+    lora = None if config.lora is None else config.lora.model_dump()
+    if isinstance(transformer, Experts):
+        for name in NAMES:
+            if config.train not in (None, "both", name):
+                getattr(transformer, name).requires_grad_(False)
+            elif lora is not None:
+                add_lora(transformer.use(name), **lora)
+    elif lora is not None:
+        add_lora(transformer, **lora)
     if config.hardware.patch:
         for module in (transformer, *(model.backbone for model in models)):
             patch(module)

@@ -23,6 +23,7 @@ _KEYS = {
     "gradient_accumulation_steps": ("run", "run.gradient_accumulation_steps"),
     "points": ("prfl", "prfl.points"),
     "num_inference_steps": ("prfl", "prfl.num_inference_steps"),
+    "shift": ("prfl", "prfl.shift"),
 }
 
 
@@ -44,7 +45,9 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
             f"forwards. The planner handles steps without guidance only: {_EXPLICIT}"
         )
     fields: dict[str, Any] = {
-        "model": config.model,
+        "model": _model_of(config),
+        "expert": config.train or "both",
+        "shift": config.prfl.shift,
         "train": "full" if lora is None else "lora",
         "batch_size": config.run.batch_size,
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
@@ -57,6 +60,13 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     if lora is not None:
         fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
     return fields | _reward_blocks(config)
+
+
+def _model_of(config: TrainFile) -> Any:
+    """Return the file's model in the form that Workload takes."""
+    if isinstance(config.model, str):
+        return config.model
+    return model_config(config.model.high) | {"boundary_ratio": config.model.boundary}
 
 
 def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None) -> dict[str, Any]:
@@ -130,7 +140,13 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         _contradicted("train", "full", f"{path} has a lora section")
     if given.get("sft") is False and "objectives" in content and found["sft"]:
         raise ValueError(f"--no-sft, but {path} has sft among its objectives. Change the file")
-    undecided = {"sft": "objectives" in content, "train": config.lora is not None}
+    if given.get("expert", config.train) != config.train is not None:
+        _contradicted("expert", given["expert"], f"{path} has train: {config.train}")
+    undecided = {
+        "expert": config.train is not None,
+        "sft": "objectives" in content,
+        "train": config.lora is not None,
+    }
     undecided |= {"model": "model" in content and "model" not in given}
     known = "reward" in content or "prfl" not in config.objectives
     undecided |= {"reward_blocks": known and "reward_blocks" not in given}

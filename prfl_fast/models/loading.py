@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models import wan_weights
+from prfl_fast.models.experts import FOLDERS
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import check_fit, read_json
 from prfl_fast.utils.optional import need
@@ -31,10 +32,48 @@ class WanFiles(NamedTuple):
 
 
 def transformer_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of the transformer, which may be given as that of its pipeline."""
+    """Return the folder of the transformer, which may be given as that of its pipeline.
+
+    Raise ``ValueError`` if it is that of a pipeline with two experts.
+    """
     folder = Path(path)
-    pipeline = (folder / "model_index.json").is_file() and not (folder / "config.json").is_file()
-    return folder / "transformer" if pipeline else folder
+    if not _is_pipeline(folder):
+        return folder
+    high, low = (folder / name for name in FOLDERS.values())
+    if low.is_dir():
+        raise ValueError(
+            f"{folder} has two experts, expected one: {high} (high noise) or {low} (low noise)"
+        )
+    return high
+
+
+def expert_folders(path: str | os.PathLike[str]) -> tuple[Path, Path, float] | None:
+    """Return the folders of a pipeline's two experts, high noise first, and their boundary.
+
+    None stands for a path with one transformer. Raise ``ValueError`` if ``model_index.json`` names
+    a second transformer that is missing, or no ``boundary_ratio``.
+    """
+    folder = Path(path)
+    if not _is_pipeline(folder):
+        return None
+    high, low = (folder / name for name in FOLDERS.values())
+    index = folder / "model_index.json"
+    try:
+        content = dict(read_json(index))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{index} is not the configuration of a pipeline") from error
+    named = content.get(low.name) or [None]
+    if named[0] is None and not low.is_dir():
+        return None
+    check(low.is_dir(), str(low), "missing", f"the second transformer that {index} names")
+    boundary: Any = content.get("boundary_ratio")
+    hint = f"Give the folders: {{high: {high}, low: {low}, boundary: ...}}"
+    check(boundary is not None, f"{index}: boundary_ratio", None, "a number", hint=hint)
+    return high, low, boundary
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file() and not (folder / "config.json").is_file()
 
 
 def read_wan(path: str | os.PathLike[str]) -> WanFiles:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from prfl_fast.models.loading import transformer_class
+from prfl_fast.models.loading import expert_folders, transformer_class
 from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.io import read_json
@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-14b": _WAN_14B,
     "wan2.1-i2v-14b": _WAN_14B | _IMAGE,
     "wan2.1-flf2v-14b": _WAN_14B | _IMAGE | {"pos_embed_seq_len": 514},
+    "wan2.2-t2v-a14b": _WAN_14B | {"boundary_ratio": 0.875},
+    "wan2.2-i2v-a14b": _WAN_14B | {"in_channels": 36, "boundary_ratio": 0.9},
     "wan2.2-ti2v-5b": _WAN_14B
     | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
     | {"in_channels": 48, "out_channels": 48},
@@ -42,7 +44,7 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def model_config(model: Model) -> dict[str, Any]:
-    """Return the diffusers configuration of a transformer.
+    """Return the diffusers configuration of a transformer, with ``boundary_ratio`` of two experts.
 
     Args:
         model: a supported transformer, its configuration, a folder with ``config.json`` (or with
@@ -58,6 +60,8 @@ def model_config(model: Model) -> dict[str, Any]:
     check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
     if str(model).lower() in MODELS:
         return MODELS[str(model).lower()]
+    if experts := expert_folders(model):
+        return _read_config(experts[0] / "config.json") | {"boundary_ratio": experts[2]}
     paths = (Path(model) / "config.json", Path(model) / "transformer" / "config.json")
     path = next((path for path in paths if path.is_file()), None)
     if path is None and Path(model).exists():  # weights alone, whose shapes tell

@@ -16,7 +16,7 @@ from typing import Any
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.simulation import Simulation, simulate
+from prfl_fast.planning.simulation import SWAP_PHASES, Simulation, simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
 
@@ -97,6 +97,7 @@ def step_seconds(
     times = {"rollout": workload.rollout_forwards, "optimizer": 1.0 + workload.sft}
     per_point = ("forward", *REWARD_PHASES, "backward")
     times |= dict.fromkeys(per_point, float(workload.points))
+    times |= dict.fromkeys(SWAP_PHASES, workload.swaps)
     found = {phase: times.get(phase, 1.0) * value for phase, value in once.items()}
     return {
         phase: value if phase == "optimizer" else workload.gradient_accumulation_steps * value

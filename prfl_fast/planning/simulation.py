@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prfl_fast.kernels import flow_loss
+from prfl_fast.memory.experts import host_bytes, moved_tensors
 from prfl_fast.memory.ledger import HOST, Ledger, mark
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
@@ -40,6 +41,7 @@ PHASES = (
     "sft forward",
     "sft backward",
 )
+SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued on one stream
 # Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
 # These are upper bounds for torchao, whose compiled step holds some copies in registers.
 _WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
@@ -55,7 +57,8 @@ class Simulation:
         timeline: (phase, live bytes by category) in order of time.
         costs: work by phase. ``rollout`` is one forward without gradient; ``forward``, ``reward``,
             ``reward backward`` and ``backward`` are of one gradient point, ``sft …`` of one
-            micro-batch, ``optimizer`` of one update for each objective.
+            micro-batch, ``optimizer`` of one update for each objective. ``swap out`` and
+            ``swap in`` are one exchange of two experts.
     """
 
     peak: int
@@ -75,7 +78,7 @@ def build(
     reward_layers: int | None = None,
 ) -> tuple[nn.Module, LatentRewardModel]:
     """Return generator and frozen reward model on the ``meta`` device, not patched yet."""
-    own = ("_", "text_tokens")  # keys that the model's class does not take
+    own = ("_", "text_tokens", "boundary_ratio")  # keys that the model's class does not take
     config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
     cls = need("diffusers").WanTransformer3DModel
     depth = config["num_layers"] if layers is None else layers
@@ -133,13 +136,17 @@ class SimulatedStep:
             parameter.register_post_accumulate_grad_hook(_mark_gradient)
             if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
                 parameter.grad_dtype = torch.float32
+        self.trained = 2 if workload.experts and workload.expert == "both" else 1
         self.device_states, self.host_states = self._states()
         if workload.ema:
-            count = sum(parameter.numel() for parameter in self.parameters)
+            count = self.trained * sum(parameter.numel() for parameter in self.parameters)
             self.ema = self._make(count, category="optimizer")
+        self.moved = 0
+        if workload.experts:
+            self._other_expert()
         self.conditions = self._conditions()
         with unset_fake_temporarily():
-            self.scheduler = FlowUniPC()
+            self.scheduler = FlowUniPC(workload.shift)
             self.scheduler.set_timesteps(workload.num_inference_steps)
             self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
 
@@ -154,7 +161,7 @@ class SimulatedStep:
         """Return the optimizer's states on the device and on the host, as bytes."""
         kind = self.memory.optimizer
         sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.parameters]
-        device, host = (sum(column) for column in zip(*sizes, strict=True))
+        device, host = (self.trained * sum(column) for column in zip(*sizes, strict=True))
         if kind == "adamw-cpu":  # gradients and weights pass through two buffers
             host += 2 * max(
                 p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.parameters
@@ -162,6 +169,18 @@ class SimulatedStep:
         return (
             self._make(device, category="optimizer", dtype=torch.uint8),
             self._make(host, category=HOST, dtype=torch.uint8),
+        )
+
+    def _other_expert(self) -> None:
+        """Allocate the expert that waits: its adapters on the device, the rest on the host."""
+        adapters = self.parameters if self.workload.train == "lora" else []
+        stay = {id(parameter) for parameter in adapters}
+        moved = [t for t in moved_tensors(self.generator) if id(t) not in stay]
+        self.moved = sum(tensor.nbytes for tensor in moved)
+        waits = (self.trained - 1) * sum(parameter.nbytes for parameter in adapters)
+        self.other = (
+            self._make(host_bytes(moved), category=HOST, dtype=torch.uint8),
+            self._make(waits, category="weights", dtype=torch.uint8),
         )
 
     def _conditions(self) -> dict[str, torch.Tensor]:
@@ -196,6 +215,11 @@ class SimulatedStep:
     def run(self) -> None:
         """Run reward feedback and an optimizer step, then the same for the supervised loss."""
         several = max(self.workload.points, self.workload.gradient_accumulation_steps) > 1
+        ways = ({"to_host_bytes": self.moved}, {"to_device_bytes": self.moved})
+        for phase, copied in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
+            self.ledger.start_phase(phase)
+            if isinstance(self.ledger, CostLedger):
+                self.ledger.count(**copied)
         self._feedback(several)
         self._update()
         if self.workload.sft:

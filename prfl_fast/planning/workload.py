@@ -2,13 +2,23 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
+from prfl_fast.feedback.experts import trained_plan
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.planning.presets import Model, model_config, vae_stride
+from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.lora import DEFAULT_TARGETS
-from prfl_fast.utils.checks import check, check_choice, check_count, check_type, make_fields_plain
+from prfl_fast.utils.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_positive,
+    check_type,
+    make_fields_plain,
+)
 
 IMAGE_TOKENS = 257  # of CLIP, for one image
 
@@ -31,6 +41,8 @@ class Workload:
         gradient_plan: steps that carry gradient. Every gradient point has one step, whose gradient
             goes to the parameters.
         num_inference_steps: solver steps of a trajectory.
+        expert: expert that trains, of two; ``both`` trains one per step, and needs ``lora``.
+        shift: timestep shift of the schedule, which decides the steps of each expert.
         reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks.
         sft: a supervised step follows each PRFL step.
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
@@ -55,6 +67,8 @@ class Workload:
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     gradient_plan: GradientPlan = GradientPlan()
     num_inference_steps: int = 40
+    expert: Literal["high", "low", "both"] = "both"
+    shift: float = 5.0
     reward_blocks: int = 8
     sft: bool = True
     ema: bool = False
@@ -82,6 +96,13 @@ class Workload:
         self._check_gradient_plan()
         self._check_size()
         self._check_model()
+        check_choice("expert", self.expert, ("high", "low", "both"))
+        check_positive("shift", self.shift)
+        both, two = self.expert == "both", bool(self.experts)
+        check(both or two, "expert", self.expert, "both for a model without two experts")
+        wanted = "high or low with train full"
+        check(not (both and two) or self.train == "lora", "expert", self.expert, wanted)
+        _ = self.rollout_forwards  # raises if an expert that trains has no step in the window
 
     def _check_gradient_plan(self) -> None:
         plan = self.gradient_plan
@@ -141,7 +162,39 @@ class Workload:
     @property
     def rollout_forwards(self) -> float:
         """Expected forwards without gradient of a trajectory."""
-        return self.gradient_plan.expected_forwards(self.num_inference_steps)
+        plan, steps = self.gradient_plan, self.num_inference_steps
+        if not self.experts:
+            return plan.expected_forwards(steps)
+        return sum(
+            share * trained_plan(plan, self.experts, (name,)).expected_forwards(steps)
+            for name, share in self.shares.items()
+        )
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """Names of the experts that run the solver steps; empty for one transformer."""
+        if "boundary_ratio" not in self.config:
+            return []
+        scheduler = FlowUniPC(self.shift)
+        scheduler.set_timesteps(self.num_inference_steps)
+        boundary = 1000 * self.config["boundary_ratio"]
+        return ["high" if t >= boundary else "low" for t in scheduler.timesteps.tolist()]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the steps that train each of the trained experts."""
+        if self.expert != "both":
+            return {self.expert: 1.0}
+        own = [self.experts[m] for m in self.gradient_plan.steps(self.num_inference_steps)]
+        return {name: own.count(name) / len(own) for name in ("high", "low")}
+
+    @property
+    def swaps(self) -> float:
+        """Expected exchanges of two experts on the device per trajectory."""
+        if not self.experts or self.experts[0] == "low":
+            return 0.0
+        # One on the way to each point of the expert low, and one back for the next trajectory.
+        return 2.0 * self.shares.get("low", 0.0)
 
     @property
     def latent_channels(self) -> int:
