@@ -123,6 +123,7 @@ def why_not_fused(block: Any) -> str:
 
 def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
     """Return diffusers' cosines and sines, float32 ``[1, L, 1, head_dim]`` each."""
+    assert rope.grid is not None
     table = rotations(rope.cos, rope.sin, list(rope.grid), list(rope.offset), torch.float32)
     both = (table.real, table.imag)  # [L, 1, head_dim / 2]
     return both[0].repeat_interleave(2, -1)[None], both[1].repeat_interleave(2, -1)[None]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 IMAGE_TOKENS = 257
+T5_CONTEXT_TOKEN_NUMBER = 512  # Wan2.1 and HY-Video-PRFL have this name in the module
 
 
 def get_sequence_parallel_state():
@@ -145,7 +146,7 @@ class ImageCrossAttention(CrossAttention):
         self.norm_k_img = RMSNorm(self.dim, self.eps) if self.qk_norm else nn.Identity()
 
     def image_tokens(self, context):
-        return context.shape[1] - 512
+        return context.shape[1] - T5_CONTEXT_TOKEN_NUMBER
 
     def forward(self, x, context, context_lens, dtype=None, t=0):
         count = self.image_tokens(context)
@@ -170,7 +171,9 @@ def modulation_rows(modulation, e):
     return [row.squeeze(-2) for row in rows] if e.ndim == 4 else rows
 
 
-class Block(nn.Module):
+class BlockBase(nn.Module):
+    """Hold the children of every variant's block; these define its forward."""
+
     self_attention, cross_attention, image_attention = (
         SelfAttention,
         CrossAttention,
@@ -209,6 +212,8 @@ class Block(nn.Module):
     def gated(self, x, gate, y):
         return x + y * gate
 
+
+class Block(BlockBase):
     def forward(self, x, e, seq_lens, grid_sizes, freqs, context, context_lens):
         assert e.dtype != torch.bfloat16
         return self.compute(

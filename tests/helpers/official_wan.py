@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from official_layout import (
     HYPRFL,
     IMAGE_TOKENS,
-    Block,
+    BlockBase,
     FixedImageCrossAttention,
     Head,
     SelfAttention,
@@ -49,7 +49,7 @@ class VideoXCrossAttention(SelfAttention):
         return self.o(attend(q, k, v, context_lens))
 
 
-class VideoXBlock(Block):
+class VideoXBlock(BlockBase):
     """Work in the latents' ``dtype``."""
 
     self_attention, cross_attention = VideoXSelfAttention, VideoXCrossAttention
@@ -210,7 +210,7 @@ class DiffSynthImageCrossAttention(FixedImageCrossAttention):
         return super().forward(x, y, None)
 
 
-class DiTBlock(Block):
+class DiTBlock(BlockBase):
     """Take context, modulation and per-token rotary factors by position; no grid."""
 
     self_attention, cross_attention = DiffSynthSelfAttention, DiffSynthCrossAttention
@@ -332,7 +332,7 @@ class MusubiImageCrossAttention(FixedImageCrossAttention):
         return self.o(attend_in_half(q, k, v, context_lens) + attend_in_half(q, k_img, v_img, None))
 
 
-class MusubiBlock(Block):
+class MusubiBlock(BlockBase):
     """Keep the residual in its own dtype; recompute inside ``forward``."""
 
     self_attention, cross_attention = MusubiSelfAttention, MusubiCrossAttention
