@@ -34,7 +34,7 @@ class Case:
     """A tiny model and one call of it.
 
     ``velocity`` is the class's own call, through which a class without adapter gets PRFL; ``flow``
-    is False if it returns no flow velocity.
+    is False if it returns no flow velocity. ``tolerance`` is that of relative L2 distances.
     """
 
     model: nn.Module
@@ -43,6 +43,7 @@ class Case:
     conditions: dict[str, torch.Tensor]
     velocity: Callable[..., torch.Tensor] | None = None
     flow: bool = True
+    tolerance: float = 1e-5
 
     def call(self):
         """Return the velocity, through the adapter if the model has one."""
@@ -60,7 +61,7 @@ class Case:
         return out.detach(), torch.cat(grads)
 
 
-def close(ours, theirs, tolerance=1e-5):
+def close(ours, theirs, tolerance):
     """Assert that relative L2 distances of two lists of tensors are small."""
     for one, other in zip(ours, theirs, strict=True):
         assert float((one - other).norm() / other.norm()) < tolerance
@@ -71,7 +72,7 @@ def check_patch(case):
     keys = list(case.model.state_dict())
     prfl_fast.patch(case.model)
     assert prfl_fast.is_patched(case.model) and list(case.model.state_dict()) == keys
-    close(case.gradients(), plain)
+    close(case.gradients(), plain, case.tolerance)
     prfl_fast.unpatch(case.model)
     assert not prfl_fast.is_patched(case.model)
     close(case.gradients(), plain, 1e-12)
@@ -82,7 +83,7 @@ def check_policies(case):
     for mode in ("full", "attention"):
         for offload in (None, "cpu"):
             activation_checkpointing(case.model, mode, offload)
-            close(case.gradients(), plain)
+            close(case.gradients(), plain, case.tolerance)
 
 
 def check_quantize(case):
@@ -169,7 +170,9 @@ def official(variant, kind="t2v"):
             conditions["latent_condition"] = given["y"]
         if "clip_fea" in given:
             conditions["encoder_hidden_states_image"] = given["clip_fea"]
-        return Case(model, given["x"], torch.tensor([600.0]), conditions)
+        # musubi-tuner casts float32 to bfloat16 in attention.
+        tolerance = 5e-3 if variant.startswith("musubi") else 1e-5
+        return Case(model, given["x"], torch.tensor([600.0]), conditions, tolerance=tolerance)
 
     return build
 

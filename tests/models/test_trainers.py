@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
 import prfl_fast
+from prfl_fast.models import find_adapter
 
 pytestmark = pytest.mark.filterwarnings("error:a patched block runs its own forward")
 I2V = ("wan21", "videox", "diffsynth", "musubi")  # these have image tokens
@@ -122,6 +123,23 @@ def test_hy_video_prfls_sequence_parallelism_is_refused(monkeypatch):
     monkeypatch.setattr(official_layout, "get_sequence_parallel_state", lambda: True)
     with pytest.raises(ValueError, match="sequence"):
         prfl_fast.patch(model)
+
+
+def test_hy_video_prfls_reward_has_no_head():
+    """Its training script removes the head, and reads features from the model's own forward."""
+    model, arguments = tiny_official("hyprfl"), inputs("hyprfl")
+    del model.head
+    model.head = None
+    given = {**arguments, "x": list(arguments["x"])}
+    options = {"output_features": True, "selected_layers": [1, 2]}
+    expected = model(**given, **options)
+    ours = prfl_fast.patch(model)(**given, **options)
+    torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+    conditions = {"encoder_hidden_states": torch.stack(arguments["context"])}
+    features = find_adapter(model).features(model, arguments["x"], arguments["t"], conditions, 1)
+    torch.testing.assert_close(features, expected[0], rtol=2e-5, atol=2e-5)
+    prfl_fast.unpatch(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 class Offloader:
