@@ -357,7 +357,8 @@ class WanOfficialAdapter(BlockAdapter):
                     f"blocks.{index}: {reason}, so the block runs its own forward"
                 )
         for name in ("teacache", "cfg_skip_ratio", "blocks_to_swap", "enable_teacache"):
-            if getattr(base, name, None):
+            # VideoX-Fun has a method of the name enable_teacache.
+            if (value := getattr(base, name, None)) and not callable(value):
                 raise UnsupportedError(f"{name} is on, which skips or moves blocks by itself")
         if hasattr(base, "cfg_skip_ratio") and batch > 1:
             raise UnsupportedError("VideoX-Fun runs a batch in halves where there is no gradient")
