@@ -142,6 +142,33 @@ def test_hy_video_prfls_reward_has_no_head():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp_around_blocks_with_checkpoint_wrappers(tmp_path, use_orig_params):
+    """HY-Video-PRFL shards each block with FSDP1; its weights are then tensors, not parameters."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model, arguments = tiny_official("hyprfl"), inputs("hyprfl")
+    expected = gradients(model, arguments, {})
+    prfl_fast.patch(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        policy = ModuleWrapPolicy({official_layout.Block})
+        sharded = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=policy,
+            device_id=torch.device("cpu"),
+            use_orig_params=use_orig_params,
+        )
+        checkpoint_wrapper.apply_activation_checkpointing(
+            sharded, check_fn=lambda module: isinstance(module, official_layout.Block)
+        )
+        assert_close(gradients(sharded, arguments, {}), expected)
+    finally:
+        dist.destroy_process_group()
+
+
 class Offloader:
     """Keep the weights of each block elsewhere, except while the block runs."""
 
