@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from prfl_fast.models.official import WanOfficialAdapter, diffusers_config
 from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.models.wan_weights import from_reference_config
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.io import read_json
 
@@ -34,7 +36,7 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def model_config(model: Model) -> dict[str, Any]:
-    """Return the diffusers configuration of a transformer.
+    """Return the diffusers configuration of a transformer, or of an official Wan's equal.
 
     Args:
         model: a supported transformer, its configuration, a folder with ``config.json`` (or with
@@ -44,8 +46,13 @@ def model_config(model: Model) -> dict[str, Any]:
         ValueError: if there is no preset, folder or valid configuration of that name.
     """
     if isinstance(model, nn.Module):
-        return find_adapter(model).backbone_config(model)
+        adapter = find_adapter(model)
+        if isinstance(adapter, WanOfficialAdapter):
+            return diffusers_config(model)
+        return adapter.backbone_config(model)
     if isinstance(model, Mapping):
+        if "dim" in model and "num_heads" in model:
+            return from_reference_config(model)
         return {key: value for key, value in model.items() if not key.startswith("_")}
     check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
     if str(model).lower() in MODELS:
@@ -61,7 +68,7 @@ def model_config(model: Model) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
-        if "_class_name" in config:
+        if "num_attention_heads" in config and "_class_name" in config:
             adapter_by_name(f"diffusers {config['_class_name']}")
         layers = config["num_layers"]
         check(isinstance(layers, int), "num_layers", layers, "an integer")
