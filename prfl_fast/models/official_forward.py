@@ -50,12 +50,22 @@ class Attention(NamedTuple):
 
 
 def _attention(module: Any) -> Attention:
-    parts = module._modules
-    names = ("q", "k", "v", "o", "norm_q", "norm_k", "k_img", "v_img", "norm_k_img")
+    parts = module._modules.get
     # Wan2.1 and HY-Video-PRFL take the last 512 tokens as text, the others the first 257 as image.
     text_last = "T5_CONTEXT_TOKEN_NUMBER" in type(module).forward.__globals__
-    count = None if text_last else _IMAGE_TOKENS
-    return Attention(module.num_heads, *map(parts.get, names), image_tokens=count)
+    return Attention(
+        heads=module.num_heads,
+        to_q=parts("q"),
+        to_k=parts("k"),
+        to_v=parts("v"),
+        to_out=parts("o"),
+        norm_q=parts("norm_q"),
+        norm_k=parts("norm_k"),
+        add_k_proj=parts("k_img"),
+        add_v_proj=parts("v_img"),
+        norm_added_k=parts("norm_k_img"),
+        image_tokens=None if text_last else _IMAGE_TOKENS,
+    )
 
 
 def block_parts(block: Any) -> BlockParts:
@@ -103,7 +113,7 @@ def _why_not_attention(name: str, attn: Any) -> str:
         norm = attn._modules.get(part)
         if norm is None and part == "norm_k_img":
             continue
-        if norm is None or norm._parameters.get("weight") is None or customization(norm):
+        if norm is None or getattr(norm, "weight", None) is None or customization(norm):
             return f"{name}.{part} has hooks, a forward of its own or no weight"
         if norm.eps != attn.norm_q.eps:
             return f"{name}.{part} has another eps than norm_q"
@@ -123,7 +133,7 @@ def why_not_fused(block: Any) -> str:
         if found := customization(parts[name]):
             return f"{name} has {found}"
     for name in ("norm1", "norm2"):
-        if parts[name]._parameters.get("weight") is not None:
+        if getattr(parts[name], "weight", None) is not None:
             return f"{name} has a weight"
     for name in ("self_attn", "cross_attn"):
         if reason := _why_not_attention(name, parts[name]):

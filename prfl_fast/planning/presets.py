@@ -1,5 +1,6 @@
 """Configuration of the transformer that is planned for: presets, folders and models."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from prfl_fast.models.loading import expert_folders, transformer_class
+from prfl_fast.models.loading import expert_folders, read_wan, transformer_class
+from prfl_fast.models.official import WanOfficialAdapter, diffusers_config
 from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.models.wan_weights import from_reference_config
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.io import read_json
 
@@ -44,7 +47,9 @@ Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def model_config(model: Model) -> dict[str, Any]:
-    """Return the diffusers configuration of a transformer, with ``boundary_ratio`` of two experts.
+    """Return the diffusers configuration of a transformer, or of an official Wan's equal.
+
+    That of two experts has ``boundary_ratio``.
 
     Args:
         model: a supported transformer, its configuration, a folder with ``config.json`` (or with
@@ -54,8 +59,13 @@ def model_config(model: Model) -> dict[str, Any]:
         ValueError: if there is no preset, folder or valid configuration of that name.
     """
     if isinstance(model, nn.Module):
-        return find_adapter(model).backbone_config(model)
+        adapter = find_adapter(model)
+        if isinstance(adapter, WanOfficialAdapter):
+            return diffusers_config(model)
+        return adapter.backbone_config(model)
     if isinstance(model, Mapping):
+        if "dim" in model and "num_heads" in model:
+            return from_reference_config(model)
         return {key: value for key, value in model.items() if not key.startswith("_")}
     check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
     if str(model).lower() in MODELS:
@@ -85,9 +95,10 @@ def vae_stride(channels: int) -> tuple[int, int, int]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
-        if "num_heads" in config:  # official Wan's, which has diffusers' values in its weights only
-            return dict(transformer_class(path.parent)[1])
-        if "_class_name" in config:
+        if "num_heads" in config:  # official Wan's: only weights tell Wan2.1 I2V from Wan2.2 I2V
+            with contextlib.suppress(FileNotFoundError):
+                return dict(read_wan(path.parent).config)
+        elif "_class_name" in config:
             adapter_by_name(f"diffusers {config['_class_name']}")
         layers = config["num_layers"]
         check(isinstance(layers, int), "num_layers", layers, "an integer")

@@ -94,6 +94,9 @@ class WanTransformer3DModel(Wan21):
         if add_ref_conv:
             self.ref_conv = nn.Conv2d(16, self.dim, self.patch_size[1:], self.patch_size[1:])
 
+    def enable_teacache(self, coefficients, num_steps, rel_l1_thresh):
+        self.teacache = (coefficients, num_steps, rel_l1_thresh)
+
     def embed_time(self, t, dtype):
         e = sinusoid(self.freq_dim, t).float().unflatten(0, t.shape)
         e = self.time_embedding(e).to(dtype)
@@ -245,6 +248,11 @@ class DiffSynth(Wan21):
         for name in ("text_len", "num_heads", "out_dim", "model_type", "window_size", "qk_norm"):
             delattr(self, name)
 
+    def unpatchify(self, x, grid_size):
+        channels = self.head.head.out_features // math.prod(self.patch_size)
+        x = x.unflatten(1, grid_size).unflatten(-1, (*self.patch_size, channels))
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+
     def forward(self, x, timestep, context, clip_feature=None, y=None, **kwargs):
         raise ValueError("not enough values to unpack (expected 2, got 1)")
 
@@ -294,12 +302,7 @@ def model_fn_wan_video(
     x = dit.head(x, t)
     if reference_latents is not None:
         x, frames = x[:, reference.shape[1] :], frames - 1
-    patch = dit.patch_size
-    channels = dit.head.head.out_features // math.prod(patch)
-    x = x.view(len(x), frames, height, width, *patch, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.reshape(
-        len(x), channels, *(n * p for n, p in zip((frames, height, width), patch, strict=True))
-    )
+    return dit.unpatchify(x, (frames, height, width))
 
 
 def attend_in_half(q, k, v, lengths):
