@@ -39,7 +39,7 @@ class TrainFile(Section):
 
     model: Text | sections.ExpertsSection = key(
         ...,
-        "Folder of a diffusers transformer, or of a pipeline with one or with two experts.",
+        "A transformer or a pipeline: a folder of diffusers, or weights of official Wan or ComfyUI.",
     )
     data: Text = key(..., "Folder of a dataset of latents.")
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
@@ -108,7 +108,7 @@ class TrainRewardFile(Section):
     """Train a latent reward model from a generator's first blocks."""
 
     model: Text = key(
-        ..., "Folder of the generator: a diffusers transformer, or a pipeline with one."
+        ..., "The generator: a folder of diffusers, or weights of official Wan or ComfyUI."
     )
     data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
@@ -166,7 +166,7 @@ class ScoreFile(Section):
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "File of the scores, .jsonl or .csv.")
     model: Text | None = key(
-        None, "Folder of the generator; required with a reward of HY-Video-PRFL."
+        None, "The generator, as in train; required with a reward of HY-Video-PRFL."
     )
     timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
     shift: Positive = key(5.0, "Timestep shift of the noise schedule the reward was trained on.")

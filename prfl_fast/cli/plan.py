@@ -38,7 +38,7 @@ NOTHING_FITS = 1
 # option is a line here, and a line in cli/workload.py if a YAML key decides it.
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": (f"the folder of a diffusers transformer, or one of {', '.join(MODELS)}", {}),
+    "model": (f"a transformer of diffusers or official Wan, or one of {', '.join(MODELS)}", {}),
     "frames": ("frames of a video, 4n + 1", _COUNT),
     "height": ("height of a video in pixels", _COUNT),
     "width": ("width of a video in pixels", _COUNT),

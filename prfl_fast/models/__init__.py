@@ -2,12 +2,15 @@
 
 from prfl_fast.models.adapter import Adapter, Conditions
 from prfl_fast.models.blocks import BlockParts, transformer_block
+from prfl_fast.models.conversion import convert_wan, merge_lora
 from prfl_fast.models.experts import Experts
 from prfl_fast.models.layers import (
     CrossAttention,
     ModulatedFeedForward,
     TimestepConditionedAttention,
 )
+from prfl_fast.models.loading import load_transformer
+from prfl_fast.models.lora_files import read_lora, write_lora
 from prfl_fast.models.registry import find_adapter, is_patched, patch, unpatch
 from prfl_fast.models.velocity import ModelCall
 
@@ -20,9 +23,14 @@ __all__ = [
     "ModelCall",
     "ModulatedFeedForward",
     "TimestepConditionedAttention",
+    "convert_wan",
     "find_adapter",
     "is_patched",
+    "load_transformer",
+    "merge_lora",
     "patch",
+    "read_lora",
     "transformer_block",
     "unpatch",
+    "write_lora",
 ]

@@ -13,8 +13,8 @@ from prfl_fast.models.loading import COMFYUI
 from prfl_fast.models.wan_weights import find_layer, rename_layer
 from prfl_fast.utils.adapters import ADAPTER_METADATA, PIPELINE_PART, pattern_value
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import open_tensors, read_json, save_tensors
-from prfl_fast.utils.shards import read_state
+from prfl_fast.utils.io import open_tensors, read_json
+from prfl_fast.utils.shards import read_state, write_tensors
 
 LoraLayout = Literal["diffusers", "official", "comfyui", "kohya"]
 
@@ -150,9 +150,9 @@ def write_lora(lora: Mapping[str, LoraLayer], path: Path, layout: LoraLayout) ->
     ``"official"`` (bare names) and ``"comfyui"`` (``diffusion_model.``) alpha where it is not the
     rank. Read tensors are written bit for bit.
     """
-    tensors, metadata = {}, {"format": "pt"}
+    tensors, metadata = {}, {}
     down, up = ("lora_down", "lora_up") if layout == "kohya" else ("lora_A", "lora_B")
-    for name, layer in lora.items():
+    for name, layer in sorted(lora.items()):
         key = PIPELINE_PART + name
         if layout != "diffusers":
             key = rename_layer(name, to_reference=True)
@@ -168,14 +168,14 @@ def write_lora(lora: Mapping[str, LoraLayer], path: Path, layout: LoraLayout) ->
     if layout == "diffusers":
         metadata[ADAPTER_METADATA] = json.dumps(_metadata(lora), sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, path, metadata)
+    write_tensors(tensors, path, metadata=metadata)
 
 
 def _metadata(lora: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """Return peft's configuration of a LoRA, with patterns for layers unlike most."""
     settings: dict[str, Any] = {"peft_type": "LORA", "target_modules": sorted(lora)}
-    values = {"rank": {n: len(v.down) for n, v in lora.items()}}
-    values["alpha"] = {n: v.alpha for n, v in lora.items()}  # type: ignore[misc]
+    values = {"rank": {n: len(v.down) for n, v in sorted(lora.items())}}
+    values["alpha"] = {n: v.alpha for n, v in sorted(lora.items())}  # type: ignore[misc]
     for kind, key in (("rank", "r"), ("alpha", "lora_alpha")):
         ((common, _),) = Counter(values[kind].values()).most_common(1)
         settings[key] = common

@@ -26,19 +26,23 @@ Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def write_tensors(
-    state: Mapping[str, torch.Tensor], path: Path, change: Change | None = None
+    state: Mapping[str, torch.Tensor],
+    path: Path,
+    change: Change | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file atomically, tensor by tensor.
 
     ``change`` gets the name and value of each tensor when it is written, and returns the values to
-    write, of the same shape and dtype. safetensors' own writer needs all of them at once.
+    write, of the same shape and dtype. safetensors' own writer needs all of them at once, and
+    orders metadata at random.
 
     Raises:
         ValueError: if a dtype is not one of safetensors.
     """
     # Wide dtypes first, as safetensors orders them, so that every tensor is aligned.
     names = sorted(state, key=lambda name: (-state[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         tensor, start = state[name], end
