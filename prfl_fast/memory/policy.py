@@ -10,7 +10,7 @@ from torch import nn
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
 from prfl_fast.memory.quantized import cast_weights
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice, check_count, make_fields_plain
 from prfl_fast.utils.optional import need
 
@@ -82,7 +82,7 @@ def apply_memory(
             does not move it.
 
     Raises:
-        TypeError: if the model is not supported.
+        TypeError: if it is no ``nn.Module``.
         ValueError: if the weights are already quantized to another dtype.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
@@ -93,7 +93,7 @@ def apply_memory(
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
     # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (mode
     # full, offloaded) for 1.6 % more FLOPs (bench/RESULTS.md).
-    find_adapter(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
+    find_blocks(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
     if device is not None:
         for child in module.children() if transformer is backbone else ():
             if child is not backbone:

@@ -7,6 +7,7 @@ from prfl_fast.models.layers import (
     ModulatedFeedForward,
     TimestepConditionedAttention,
 )
+from prfl_fast.models.other import VelocityModel
 from prfl_fast.models.registry import find_adapter, is_patched, patch, unpatch
 from prfl_fast.models.velocity import ModelCall
 
@@ -18,6 +19,7 @@ __all__ = [
     "ModelCall",
     "ModulatedFeedForward",
     "TimestepConditionedAttention",
+    "VelocityModel",
     "find_adapter",
     "is_patched",
     "patch",

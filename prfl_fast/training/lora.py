@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.training.model_files import adapter_name
+from prfl_fast.training.model_files import adapter_name, without_function
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.optional import need
 
@@ -33,6 +33,7 @@ def add_lora(
         ValueError: if no layer matches ``target_modules``, or the model already has an adapter.
         MissingExtraError: if peft is not installed.
     """
+    model = without_function(model)
     name = adapter_name(model)
     check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
     peft = need("peft")

@@ -11,10 +11,12 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from prfl_fast.models.other import VelocityModel
 from prfl_fast.utils.adapters import adapter_scales, trained_adapters
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, save_tensors
+from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.optional import need
 
 # Kinds of adapters whose scale in a layer is alpha / rank.
@@ -136,6 +138,12 @@ def _scale(settings: Mapping[str, Any], layer: str) -> float:
     return _pattern_value(settings, "alpha", layer) / divisor
 
 
+def without_function(model: torch.nn.Module) -> Any:
+    """Return the model that a :class:`prfl_fast.models.VelocityModel` holds; others unchanged."""
+    bare = unwrap(model)
+    return unwrap(bare.model) if isinstance(bare, VelocityModel) else model
+
+
 def check_savable(model: torch.nn.Module) -> None:
     """Check that ``model`` can be saved, before a training whose result would be lost.
 
@@ -145,6 +153,7 @@ def check_savable(model: torch.nn.Module) -> None:
         MissingExtraError: if safetensors, or the peft of an adapter, is not installed.
     """
     need("safetensors.torch")
+    model = without_function(model)
     for name, tensor in stored_tensors(model).items():
         kind = type(tensor).__name__
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
@@ -164,6 +173,7 @@ def check_savable(model: torch.nn.Module) -> None:
 def save_model(model: torch.nn.Module, folder: Path) -> None:
     """Write ``model`` into ``folder``; :mod:`prfl_fast.training.checkpoint` lists the files."""
     folder.mkdir(parents=True, exist_ok=True)
+    model = without_function(model)
     path = folder / _model_file(model)
     if adapter_name(model) is not None:
         settings = json.dumps(_adapter_settings(model), sort_keys=True)
@@ -185,6 +195,7 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         ValueError: if the file is missing, truncated, or of another model, or if its adapter has
             another rank or scale. The model is unchanged then.
     """
+    model = without_function(model)
     path = folder / _model_file(model)
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     hint = "A run with other adapter settings may have written the folder"
