@@ -296,7 +296,8 @@ def flow_step_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
 def qk_norm_rope_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
     """Yield the kernels of self-attention in Wan 1.3B and 14B and of cross-attention in 14B.
 
-    ``every``: each gradient alone, one weight, a rotation or a norm alone, D to 8192.
+    Those of HunyuanVideo and LTX too, whose tables have a row for every token. ``every``: each
+    gradient alone, one weight, a rotation or a norm alone, D to 8192.
     """
     all_of_it = ("qk", "qk", "qk")  # normalized, moved by d_x, weights trained
     wan = [
@@ -304,10 +305,14 @@ def qk_norm_rope_cases(capability: Capability, every: bool) -> Iterator[AotCase]
         ((5120, 128), "bf16", all_of_it, True, False),
         ((5120, 128), "bf16", all_of_it, False, False),
         ((5120, 128), "fp32", all_of_it, True, False),
+        *(((3072, 128), dtype, all_of_it, 64, True) for dtype in DTYPES),
+        *(((2048, 64), dtype, all_of_it, 1024, False) for dtype in DTYPES),
     ]
     sizes = ((1536, 128), (3072, 96), (5120, 128), (5120, 40), (8192, 128))
     parts = (all_of_it, ("qk", "qk", ""), ("qk", "", "qk"), ("q", "qk", "q"), ("", "qk", ""))
-    chosen = product(sizes, DTYPES, parts, (True, False), (True, False)) if every else wan
+    chosen = [*product(sizes, DTYPES, parts, (True, False), (True, False))] if every else []
+    # A rotation is True for the table of a grid, a number for the columns of a table by token.
+    chosen += wan
     for (dim, head_dim), dtype, (normed, moved, trained), turned, per_head in chosen:
         if not (normed or turned):
             continue
@@ -329,7 +334,8 @@ def qk_norm_rope_cases(capability: Capability, every: bool) -> Iterator[AotCase]
             label = f"{part_of(kernel)} {dtype} D={dim} d={head_dim} norm={normed}"
             label += f"{flag} rope={turned} per_head={per_head}"
             types = argument_types(kernel, pointers, lengths)
-            constexprs, warps = launch.constants(dim, per_head), launch.num_warps
+            table = 0 if isinstance(turned, bool) else turned
+            constexprs, warps = launch.constants(dim, per_head, table), launch.num_warps
             yield AotCase(label, kernel, types, constexprs, warps, maxnreg=launch.registers)
 
 

@@ -10,8 +10,12 @@ Token l of the grid (F, H, W) is (f, h, w), frame-major. Of a head's P = d/2 pai
 i of an axis with n pairs turns by φ = position · theta^(-i/n). This is the rotary embedding of
 Wan2.1's ``rope_apply``; the norm is its ``WanRMSNorm``.
 
+Other embeddings give cos φ and sin φ of every token, in rows shared by its heads (HunyuanVideo,
+CogVideoX; 1 and 0 for text tokens) or for each head (LTX). Such rows are 4 % (shared, 24 heads) and
+50 % (each head) more bytes in bfloat16.
+
 Shapes: q ``[B, Lq, D]``, k ``[B, Lk, D]``, weights ``[D]`` or ``[d]``, cos and sin ``[positions,
-d/2]``.
+d/2]``; by token ``[L, d/2]`` or ``[L, D/2]``.
 Dtypes: everything between x and y is float32 (float64 for float64 x), rounded once to x's dtype.
 Weights may have another dtype. The tables are computed in float64 and stored in float32.
 Saved for backward: q and k if they were normalized (a rotation alone saves neither), weights and
@@ -32,7 +36,7 @@ from prfl_fast.kernels.attn.norm_rope_triton import (
     forward_tokens,
 )
 from prfl_fast.kernels.common.modulation_rows import token_strides
-from prfl_fast.kernels.common.rope import check_grid, rope_table, rotations
+from prfl_fast.kernels.common.rope import check_grid, check_tables, rope_table, rotations
 from prfl_fast.kernels.runtime import cuda_launch as _cuda
 from prfl_fast.kernels.runtime.checks import (
     compute_dtype,
@@ -85,6 +89,22 @@ def _forward_one(
     return z
 
 
+def _turns(
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    grid: list[int],
+    offset: list[int],
+    pairs: int,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``."""
+    if cos is None or sin is None:
+        return None
+    if grid:
+        return rotations(cos, sin, grid, offset, dtype)
+    return torch.complex(cos.to(dtype), sin.to(dtype)).unflatten(1, (-1, pairs))
+
+
 def reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -99,12 +119,12 @@ def reference(
     eps: float,
     upcast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``(q', k')``, contiguous; ``grid`` is empty for the norm alone.
+    """Return ``(q', k')``, contiguous; ``grid`` is empty without a grid.
 
     ``upcast`` is the dtype computed in and returned.
     """
     dtype = compute_dtype(q, upcast)
-    turns = None if cos is None or sin is None else rotations(cos, sin, grid, offset, dtype)
+    turns = _turns(cos, sin, grid, offset, q.shape[2] // heads // 2, dtype)
     q_out = _forward_one(q, q_weight, turns, heads, per_head, eps, dtype)
     k_out = _forward_one(k, k_weight, turns, heads, per_head, eps, dtype)
     return q_out.to(upcast or q.dtype), k_out.to(upcast or k.dtype)
@@ -166,9 +186,7 @@ def reference_backward(
     """
     some = q_grad if q_grad is not None else k_grad
     assert some is not None
-    turns = None
-    if cos is not None and sin is not None:
-        turns = rotations(cos, sin, grid, offset, compute_dtype(some))
+    turns = _turns(cos, sin, grid, offset, some.shape[2] // heads // 2, compute_dtype(some))
     results = []
     for grad, x, weight, need_x, need_weight in (
         (q_grad, q, q_weight, needed[0], needed[2]),
@@ -191,19 +209,19 @@ def forward_kernel(
     stride_qb, stride_ql, length_q, stride_kb, stride_kl, length_k, q_tokens, k_tokens,
     frames, height, width, start_f, start_h, start_w, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
+    PER_HEAD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     sizes = (frames, height, width)
     starts = (start_f, start_h, start_w)
     if tl.program_id(1) == 0:
         forward_tokens(
             q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, stride_qb, stride_ql, length_q,
-            q_tokens, sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+            q_tokens, sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD, TABLE,
         )  # fmt: skip
     else:
         forward_tokens(
             k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, stride_kb, stride_kl, length_k,
-            k_tokens, sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+            k_tokens, sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD, TABLE,
         )  # fmt: skip
 
 
@@ -215,7 +233,7 @@ def backward_kernel(
     stride_qb, stride_ql, length_q, stride_kb, stride_kl, length_k, q_tokens, k_tokens,
     frames, height, width, start_f, start_h, start_w, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
+    PER_HEAD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     sizes = (frames, height, width)
     starts = (start_f, start_h, start_w)
@@ -224,14 +242,14 @@ def backward_kernel(
             backward_tokens(
                 q_grad_ptr, q_ptr, dq_ptr, dq_weight_ptr, q_weight_ptr, cos_ptr, sin_ptr,
                 stride_gqb, stride_gql, length_gq, stride_qb, stride_ql, length_q, q_tokens,
-                sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+                sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD, TABLE,
             )  # fmt: skip
     else:
         if k_grad_ptr is not None:
             backward_tokens(
                 k_grad_ptr, k_ptr, dk_ptr, dk_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
                 stride_gkb, stride_gkl, length_gk, stride_kb, stride_kl, length_k, k_tokens,
-                sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD,
+                sizes, starts, eps, DIM, HEAD, BLOCK_H, BLOCK_D, PER_HEAD, TABLE,
             )  # fmt: skip
 
 
@@ -240,18 +258,27 @@ def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _places(
+    x: torch.Tensor, cos: torch.Tensor | None, grid: list[int], offset: list[int]
+) -> tuple[tuple[int, ...], int]:
+    """Return grid and offset as a kernel's arguments, and the columns of a table by token or 0."""
+    by_token = not grid and cos is not None
+    return (*(grid or (x.shape[1], 1, 1)), *(offset or (0, 0, 0))), cos.shape[1] if by_token else 0
+
+
 def _triton_forward(q, k, q_weight, k_weight, cos, sin, grid, offset, heads, per_head, eps):
     results = q.new_empty(q.shape), k.new_empty(k.shape)
     dim = q.shape[2]
     tokens = [x.shape[0] * x.shape[1] for x in (q, k)]
     if max(tokens) == 0:
         return results
-    head_dim = dim // heads if per_head or grid else None
+    head_dim = dim // heads if per_head or cos is not None else None
+    places, table = _places(q, cos, grid, offset)
     launch = forward_launch(max(tokens), dim, head_dim, q.dtype, capability(q.device))
     forward_kernel[(launch.programs, 2)](
         q, k, *results, *map(_dense, (q_weight, k_weight, cos, sin)),
-        *token_strides(q), *token_strides(k), *tokens, *(grid or (1, 1, 1)), *(offset or (0, 0, 0)),
-        eps, **launch.constants(dim, per_head),
+        *token_strides(q), *token_strides(k), *tokens, *places, eps,
+        **launch.constants(dim, per_head, table),
         num_warps=launch.num_warps, maxnreg=launch.registers,
     )  # fmt: skip
     return results
@@ -270,7 +297,8 @@ def _triton_backward(
     if some is None:
         return results
     dim = some.shape[2]
-    head_dim = dim // heads if per_head or grid else None
+    head_dim = dim // heads if per_head or cos is not None else None
+    places, table = _places(some, cos, grid, offset)
     launch = backward_launch(max(tokens), dim, head_dim, some.dtype, capability(some.device))
     partials = [
         some.new_empty(launch.programs, d.numel(), dtype=torch.float32) if d.numel() else None
@@ -280,8 +308,8 @@ def _triton_backward(
     backward_kernel[(launch.programs, 2)](
         *grads, q, k, *(d if d.numel() else None for d in results[:2]), *partials,
         *map(_dense, (q_weight, k_weight, cos, sin)), *itertools.chain(*strides), *tokens,
-        *(grid or (1, 1, 1)), *(offset or (0, 0, 0)), eps,
-        **launch.constants(dim, per_head), num_warps=launch.num_warps, maxnreg=launch.registers,
+        *places, eps, **launch.constants(dim, per_head, table),
+        num_warps=launch.num_warps, maxnreg=launch.registers,
     )  # fmt: skip
     sums = [
         d if p is None else p.sum(0).to(d.dtype) for d, p in zip(results[2:], partials, strict=True)
@@ -353,15 +381,17 @@ def qk_norm_rope(
     per_head: bool = False,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalize q and k (RMSNorm) if a weight is given, then rotate them if a grid is given.
+    """Normalize q and k (RMSNorm) if a weight is given, then rotate them if tables are given.
 
     Args:
         q: ``[B, Lq, D]``; the last axis is contiguous, rows may be strided (a slice of a packed
             projection).
-        k: ``[B, Lk, D]``, q's dtype; Lk may differ from Lq if there is no grid.
+        k: ``[B, Lk, D]``, q's dtype; Lk may differ from Lq if there are no tables.
         q_weight, k_weight: ``[D]``, or ``[d]`` if ``per_head``; any floating dtype.
-        heads: D = heads · d; d is even if there is a grid.
-        cos, sin: the tables of :func:`rope_table`, ``[positions, d/2]``; constants, no gradient.
+        heads: D = heads · d; d is even if there are tables.
+        cos, sin: the tables of :func:`rope_table`, ``[positions, d/2]``; without a grid, one row
+            for every token, ``[L, d/2]`` or ``[L, D/2]`` (each head has its own angles).
+            Constants, no gradient.
         grid: (F, H, W) in tokens, F·H·W = L; token l is (f, h, w), frame-major.
         offset: added to the token's index on each axis, for a shard of a larger grid.
         per_head: normalize each head by itself instead of the whole of D.
@@ -372,8 +402,8 @@ def qk_norm_rope(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match; the grid's product is not L; a table
-            is shorter than an axis of the grid plus its offset; only one of grid and tables is
-            given; or neither a weight nor a grid is given.
+            is shorter than an axis of the grid plus its offset, or has no row for every token; a
+            grid comes without tables; or neither a weight nor a table is given.
     """
     op = "qk_norm_rope"
     for name, x in (("q", q), ("k", k)):
@@ -391,15 +421,13 @@ def qk_norm_rope(
         if weight is not None:
             require_float(op, name, weight)
             require(weight.shape == (normed,), op, name, weight, f"shape [{normed}]")
-    if grid is None:
-        for name, table in (("cos", cos), ("sin", sin)):
-            require(
-                table is None, op, name, table, "None without a grid, or grid=(F, H, W) with it"
-            )
-        ok = q_weight is not None or k_weight is not None
-        require(ok, op, "q_weight", q_weight, "a weight or a grid: there is nothing to do")
-    else:
+    if grid is not None:
         check_grid(op, q, k, heads, cos, sin, grid, offset)
+    elif cos is not None or sin is not None:
+        check_tables(op, q, k, heads, cos, sin)
+    else:
+        ok = q_weight is not None or k_weight is not None
+        require(ok, op, "q_weight", q_weight, "a weight or tables: there is nothing to do")
     require_same_device(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     axes = ([], []) if grid is None else ([int(n) for n in grid], [int(n) for n in offset])
     return _forward_op(q, k, q_weight, k_weight, cos, sin, *axes, heads, per_head, float(eps))

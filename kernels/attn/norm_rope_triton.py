@@ -27,10 +27,10 @@ class Launch:
     # registers of some kernels to fit one more program.
     registers: int = 128
 
-    def constants(self, dim: int, per_head: bool) -> dict[str, int | bool]:
-        """Return the ``constexpr`` parameters of a kernel."""
+    def constants(self, dim: int, per_head: bool, table: int = 0) -> dict[str, int | bool]:
+        """Return the ``constexpr`` parameters; ``table``: columns of a table by token, else 0."""
         tile = {"HEAD": self.head, "BLOCK_H": self.block_h, "BLOCK_D": self.block_d}
-        return {"DIM": dim, **tile, "PER_HEAD": per_head}
+        return {"DIM": dim, **tile, "PER_HEAD": per_head, "TABLE": table}
 
 
 def _power_of_2(n: int) -> int:
@@ -114,6 +114,20 @@ def _load_weight(weight_ptr, o_x, m_x, PER_HEAD: tl.constexpr):
 
 
 @triton.jit
+def _load_turns(
+    p_cos, p_sin, i, DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Load cos φ and sin φ of every head of chunk ``i`` in float32, ``[BH, BLOCK_D / 2]``."""
+    o_p = tl.arange(0, BLOCK_D // 2)[None, :]
+    o_h = (i * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    o_table = o_h * (HEAD // 2) + o_p
+    m_table = (o_table < DIM // 2) & (o_p < HEAD // 2)
+    b_cos = tl.load(p_cos + o_table, mask=m_table, other=0.0).to(tl.float32)
+    return b_cos, tl.load(p_sin + o_table, mask=m_table, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _add_at(b_sums, i: tl.constexpr, b_more):
     """Return the tuple with ``b_more`` added to its i-th block."""
     b_new = ()
@@ -130,7 +144,7 @@ def forward_tokens(
     x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, stride_b, stride_l, length, tokens,
     sizes, starts, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
+    PER_HEAD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Normalize and rotate the tokens of q or of k that belong to this program."""
     share = tl.cdiv(tokens, tl.num_programs(0))
@@ -141,7 +155,9 @@ def forward_tokens(
         p_x = x_ptr + token_offset(i_token, stride_b, stride_l, length)
         b_xs = _load_token(p_x, DIM, HEAD, BLOCK_H, BLOCK_D)
         if cos_ptr is not None:
-            b_cos, b_sin = load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD, BLOCK_D)
+            if TABLE <= HEAD // 2:  # the heads share their angles
+                b_cos, b_sin = load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD, BLOCK_D, TABLE)
+            p_table = i_place[0].to(tl.int64) * TABLE
             i_place = next_place(i_place, sizes)
         rho = 1.0
         if weight_ptr is not None and not PER_HEAD:
@@ -156,6 +172,10 @@ def forward_tokens(
                 if PER_HEAD:
                     rho = tl.rsqrt(tl.sum(b_z * b_z, 1) * (1.0 / HEAD) + eps)[:, None]
                 b_z *= _load_weight(weight_ptr, o_x, m_x, PER_HEAD)
+            if TABLE > HEAD // 2:
+                b_cos, b_sin = _load_turns(
+                    cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D
+                )
             if cos_ptr is not None:  # scale the few angles by rho instead of the whole token
                 b_z = rotate(b_z, b_cos * rho, b_sin * rho, BLOCK_H, BLOCK_D)
             else:
@@ -169,7 +189,7 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
     grad_ptr, x_ptr, dx_ptr, dw_ptr, weight_ptr, cos_ptr, sin_ptr,
     stride_gb, stride_gl, length_g, stride_xb, stride_xl, length_x, tokens, sizes, starts, eps,
     DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
+    PER_HEAD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Compute d_x of this program's tokens of q or of k, and its partial row of d_w."""
     share = tl.cdiv(tokens, tl.num_programs(0))
@@ -188,7 +208,9 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
             p_x = x_ptr + token_offset(i_token, stride_xb, stride_xl, length_x)
             b_xs = _load_token(p_x, DIM, HEAD, BLOCK_H, BLOCK_D)
         if cos_ptr is not None:
-            b_cos, b_sin = load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD, BLOCK_D)
+            if TABLE <= HEAD // 2:  # the heads share their angles
+                b_cos, b_sin = load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD, BLOCK_D, TABLE)
+            p_table = i_place[0].to(tl.int64) * TABLE
             i_place = next_place(i_place, sizes)
         rho = 1.0
         if weight_ptr is not None and not PER_HEAD:
@@ -198,6 +220,10 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
                 o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
                 b_n = b_xs[i].to(tl.float32)  # [BH, BD]
                 b_dz = b_gs[i].to(tl.float32)  # [BH, BD]
+                if TABLE > HEAD // 2:
+                    b_cos, b_sin = _load_turns(
+                        cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D
+                    )
                 if cos_ptr is not None:
                     b_dz = rotate(b_dz, b_cos, -b_sin, BLOCK_H, BLOCK_D)
                 b_square += b_n * b_n
@@ -219,6 +245,10 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
                 b_x = b_xs[i].to(tl.float32)
                 rho = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / HEAD) + eps)[:, None]
             b_dz = b_g.to(tl.float32)  # rho is a factor from here on
+            if TABLE > HEAD // 2:
+                b_cos, b_sin = _load_turns(
+                    cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D
+                )
             if cos_ptr is not None:
                 b_dz = rotate(b_dz, b_cos * rho, -b_sin * rho, BLOCK_H, BLOCK_D)
             else:

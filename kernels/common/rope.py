@@ -92,17 +92,26 @@ def next_place(i_place, sizes):
 
 
 @triton.jit
-def load_turn(cos_ptr, sin_ptr, i_place, starts, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load cos φ and sin φ of a place in float32, ``[1, BLOCK_D / 2]``."""
+def load_turn(
+    cos_ptr, sin_ptr, i_place, starts, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    TABLE: tl.constexpr,
+):  # fmt: skip
+    """Load cos φ and sin φ of a place in float32, ``[1, BLOCK_D / 2]``.
+
+    If ``TABLE`` is not 0, the table has a row for every token of a grid (L, 1, 1).
+    """
     PAIRS: tl.constexpr = HEAD // 2
     WIDTH: tl.constexpr = PAIRS - PAIRS // 3  # first pair that turns with w
     HEIGHT: tl.constexpr = WIDTH - PAIRS // 3  # first pair that turns with h
     i_f, i_h, i_w = i_place
     start_f, start_h, start_w = starts
     o_p = tl.arange(0, BLOCK_D // 2)
-    i_position = tl.where(o_p < WIDTH, start_h + i_h, start_w + i_w)
-    i_position = tl.where(o_p < HEIGHT, start_f + i_f, i_position)
-    o_table = i_position * PAIRS + o_p
+    if TABLE:
+        o_table = i_f.to(tl.int64) * PAIRS + o_p
+    else:
+        i_position = tl.where(o_p < WIDTH, start_h + i_h, start_w + i_w)
+        i_position = tl.where(o_p < HEIGHT, start_f + i_f, i_position)
+        o_table = i_position * PAIRS + o_p
     b_cos = tl.load(cos_ptr + o_table, mask=o_p < PAIRS, other=0.0).to(tl.float32)
     b_sin = tl.load(sin_ptr + o_table, mask=o_p < PAIRS, other=0.0).to(tl.float32)
     return b_cos[None, :], b_sin[None, :]
@@ -148,3 +157,28 @@ def check_grid(
                 table_call = f"rope_table({end}, {head_dim})"
                 expected = f"at least {end} positions for the {axis} axis: {table_call}"
                 require(False, op, name, table, expected)
+
+
+def check_tables(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+) -> None:
+    """Raise ``ValueError`` unless both tables have a row for every token of q and k."""
+    head_dim, tokens = q.shape[2] // heads, q.shape[1]
+    require(head_dim % 2 == 0, op, "heads", heads, f"a number giving even heads, not {head_dim}")
+    columns = (head_dim // 2, q.shape[2] // 2)
+    if k.shape[1] != tokens:
+        require(False, op, "k", k, f"{tokens} tokens, as q has: the tables rotate both")
+    for name, table in (("cos", cos), ("sin", sin)):
+        expected = f"[L, {columns[0]}] or [L, {columns[1]}] without a grid, L the tokens of q"
+        if table is None:
+            raise ValueError(f"{op}: {name} is None, expected {expected}")
+        require_float(op, name, table)
+        ok = table.ndim == 2 and table.shape[0] == tokens and table.shape[1] in columns
+        require(ok, op, name, table, expected)
+    if cos is not None and sin is not None:
+        require(sin.shape == cos.shape, op, "sin", sin, "the shape of cos")

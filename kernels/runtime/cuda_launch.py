@@ -256,6 +256,8 @@ def qk_norm_rope(
     """Run ``prfl_fast::qk_norm_rope``, or return None."""
     if q.numel() == 0 or k.numel() == 0 or not (_fits(q) and _fits(k)):
         return None
+    if cos is not None and not grid:  # a table by token
+        return None
     launch = rope_launch(
         _rows(q), _rows(k), q.shape[2], heads, cos is not None, per_head, q.dtype,
         capability(q.device),
@@ -289,6 +291,8 @@ def qk_norm_rope_backward(
     grads = [g if w else None for g, w in zip((q_grad, k_grad), wanted, strict=True)]
     some = next((g for g in grads if g is not None), None)
     if some is None or any(g is not None and g.numel() == 0 for g in grads):
+        return None
+    if cos is not None and not grid:
         return None
     normed = [
         x for x, g, w in zip((q, k), grads, (q_weight, k_weight), strict=True)

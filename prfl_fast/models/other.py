@@ -166,7 +166,7 @@ class _StopForward(BaseException):
 
 
 @contextlib.contextmanager
-def _stop_after(block: nn.Module) -> Iterator[list[Any]]:
+def stop_after(block: nn.Module) -> Iterator[list[Any]]:
     """Leave the forward called inside after ``block``; the list receives the block's output."""
     outputs: list[Any] = []
 
@@ -296,7 +296,7 @@ class VelocityAdapter:
         expected = "a model without FSDP, hooks of accelerate or torch.compile around it as a whole"
         hint = "Its forward is stopped after a block, which they do not survive; wrap the blocks"
         check(stoppable and not torch.compiler.is_compiling(), kind, kind, expected, hint=hint)
-        with _stop_after(self.blocks(model)[num_blocks - 1]) as outputs:
+        with stop_after(self.blocks(model)[num_blocks - 1]) as outputs:
             self._call(model, x, timestep, conditions)
         check(len(outputs) > 0, "calls of the last block", 0, "one: the function calls the model")
         out = outputs[0][0] if isinstance(outputs[0], (tuple, list)) else outputs[0]

@@ -8,8 +8,10 @@ from typing import TypeVar
 from torch import nn
 
 from prfl_fast.models.adapter import Adapter
+from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.models.other import BlocksAdapter, VelocityAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
+from prfl_fast.models.wan_relatives import RELATIVES
 from prfl_fast.utils.checks import check_choice, check_type
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,6 +50,8 @@ def find_blocks(model: nn.Module) -> Adapter | BlocksAdapter:
 
 ADAPTERS: tuple[Adapter, ...] = (
     WanDiffusersAdapter(),
+    WanOfficialAdapter(),
+    *RELATIVES,
     VelocityAdapter(find_adapter, find_blocks),
 )
 

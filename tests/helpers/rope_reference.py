@@ -29,19 +29,25 @@ def naive_qk(
     q, k, q_weight=None, k_weight=None, *, heads, cos=None, sin=None, grid=None, offset=(0, 0, 0),
     per_head=False, eps=EPS,
 ):  # fmt: skip
-    """Return what ``qk_norm_rope`` returns, by angles of its own in place of the tables."""
-    phi = None if grid is None else angles(tuple(grid), q.shape[-1] // heads, tuple(offset))
-    pairs = ((q, q_weight), (k, k_weight))
-    return tuple(naive_one(x, weight, heads, phi, per_head) for x, weight in pairs)
+    """Return what ``qk_norm_rope`` returns, by angles of its own in place of a grid's tables."""
+    turn, pairs = None, q.shape[-1] // heads // 2
+    if grid is not None:
+        phi = angles(tuple(grid), 2 * pairs, tuple(offset))
+        turn = [phi.cos()[:, None], phi.sin()[:, None]]
+    elif cos is not None:
+        turn = [cos.unflatten(1, (-1, pairs)), sin.unflatten(1, (-1, pairs))]
+    return tuple(
+        naive_one(x, weight, heads, turn, per_head) for x, weight in ((q, q_weight), (k, k_weight))
+    )
 
 
-def naive_one(x, weight, heads, phi, per_head):
+def naive_one(x, weight, heads, turn, per_head):
     """Return RMSNorm and rotation the way models write them: rounded in between, float32 inside."""
     if weight is not None:
         groups = wide(x.unflatten(-1, (heads, -1)) if per_head else x)
         x = naive_norm(groups, weight, None, "rms", EPS).reshape(x.shape).to(x.dtype)
-    if phi is not None:
-        cos, sin = (t.float().to(wide(x))[:, None] for t in (phi.cos(), phi.sin()))
+    if turn is not None:
+        cos, sin = (t.float().to(wide(x)) for t in turn)
         even, odd = wide(x).unflatten(-1, (heads, -1, 2)).unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         x = turned.flatten(-3).to(x.dtype)

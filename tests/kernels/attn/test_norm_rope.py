@@ -37,6 +37,12 @@ def arguments_for(heads, grid=None, offset=(0, 0, 0), head_dim=None, per_head=Fa
     return fixed | {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
 
 
+def by_token(heads, length, columns, per_head=False):
+    """Return arguments with random angles for every token, ``[L, columns]``."""
+    phi = 6 * torch.rand(length, columns)
+    return {"heads": heads, "per_head": per_head, "eps": EPS, "cos": phi.cos(), "sin": phi.sin()}
+
+
 def functions(*args):
     """Return the operation and its plain counterpart with these ``arguments_for``."""
     fixed = arguments_for(*args)
@@ -70,6 +76,7 @@ class TestQkNormRope(OperationTests):
         for per_head in (False, True):
             tensors = make(1, 2, 2, 8, dtype, small, 4 if per_head else 8)
             yield tensors, arguments_for(2, (1, 1, 2), (0, 0, 0), 4, per_head)
+            yield tensors, by_token(2, 2, 4 if per_head else 2, per_head)
         yield make(1, 2, 2, 8, dtype), arguments_for(2, (1, 1, 2), (0, 0, 0), 4)
         del tensors["k_weight"]
         yield tensors, arguments_for(2, None, None, None, True)
@@ -127,7 +134,10 @@ class TestQkNormRope(OperationTests):
         ({"offset": (3, 0, 0)}, "cos is .*4 positions for the frame axis"),
         ({"sin": None}, "sin is None.*rope_table"),
         ({"cos": torch.ones(3, 12)}, r"cos is float32\[3, 12\].*\[positions, 6\]"),
-        ({"grid": None}, "cos is .*None without a grid"),
+        ({"grid": None}, r"cos is float32\[3, 6\].*\[L, 6\] or \[L, 12\] without a grid"),
+        ({"grid": None, "cos": torch.ones(6, 6)}, r"sin is float32\[3, 6\].*\[L, 6\]"),
+        ({"grid": None, "cos": torch.ones(6, 6), "sin": torch.ones(6, 12)}, "sin is .*of cos"),
+        ({"grid": None, "k": torch.ones(2, 5, 24)}, "k is .*6 tokens"),
         (dict.fromkeys(("grid", "cos", "sin", "q_weight", "k_weight")), "q_weight is .*nothing to"),
     ]
 
@@ -166,6 +176,36 @@ def test_norm_and_rope_in_triton(triton_device, dtype, combination):
     other = BF16 if dtype == FP32 else FP32
     weight_dtype = {"none": None, "same": dtype, "other": other}[weights]
     check_case(case, dtype, weight_dtype, per_head, rounding("triton", dtype), (1, 0, 2))
+
+
+# HunyuanVideo: heads share the angles and have a norm each. LTX: each head has its own angles.
+TABLE_CASES = [
+    # batch, tokens, heads, head_dim, a norm of each head, angles of each head
+    (1, 1, 1, 2, True, False), (2, 3, 3, 10, True, False), (1, 2, 5, 40, False, False),
+    (2, 2, 3, 12, False, True), (1, 2, 5, 40, True, True), (1, 3, 3, 96, False, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE_CASES)
+@pytest.mark.parametrize("weights", ["none", "float32"])
+def test_tables_by_token(backend, dtype, case, weights):
+    batch, length, heads, head_dim, per_head, own = case
+    dim = heads * head_dim
+    weight_dtype = None if weights == "none" else FP32
+    tensors = make(batch, length, length, dim, dtype, weight_dtype, head_dim if per_head else dim)
+    fixed = by_token(heads, length, (dim if own else head_dim) // 2, per_head)
+    both = bind(qk_norm_rope, fixed), bind(naive_qk, fixed)
+    check(*both, tensors, rounding=rounding(backend, dtype))
+
+
+def test_tables_by_token_equal_those_of_a_grid(backend):
+    grid, tensors = (1, 2, 1), make(2, 2, 2, 36, FP32, FP32)
+    by_grid = functions(3, grid, (0, 0, 0), 12)[0](**tensors)
+    phi = angles(grid, 12).float()
+    for copies in (1, 3):
+        tables = {"cos": phi.cos().repeat(1, copies), "sin": phi.sin().repeat(1, copies)}
+        out = qk_norm_rope(**tensors, **tables, heads=3, eps=EPS)
+        torch.testing.assert_close(out, by_grid, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
