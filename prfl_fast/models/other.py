@@ -189,6 +189,7 @@ class VelocityAdapter:
     """
 
     name = "VelocityModel"
+    planned = False  # a simulation has no function
 
     def __init__(self, find: Callable[..., Any], find_blocks: Callable[..., Any]) -> None:
         self._find, self._find_blocks = find, find_blocks

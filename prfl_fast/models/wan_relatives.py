@@ -100,6 +100,7 @@ class _RelativeAdapter(WanDiffusersAdapter):
     model that returns their channels, and the frames that they have more than ``x`` (None: any).
     """
 
+    planned = False
     block: ClassVar[Callable[..., Any]] = block_forward
     rope: ClassVar[Callable[..., Any]] = rope_forward
     extra: ClassVar[dict[str, tuple[Callable[[Any], int], int | None]]] = {}

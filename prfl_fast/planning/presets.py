@@ -33,6 +33,14 @@ MODELS: dict[str, dict[str, Any]] = {
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
+def _planned(adapter: Any) -> Any:
+    """Return the adapter; raise ``ValueError`` if the planner cannot simulate its models."""
+    known = getattr(adapter, "planned", True)
+    hint = "Measure a short run with prfl_fast.memory instead"
+    check(known, "model", adapter.name, "a class that the planner simulates", hint=hint)
+    return adapter
+
+
 def model_config(model: Model) -> dict[str, Any]:
     """Return the diffusers configuration of a transformer.
 
@@ -44,7 +52,7 @@ def model_config(model: Model) -> dict[str, Any]:
         ValueError: if there is no preset, folder or valid configuration of that name.
     """
     if isinstance(model, nn.Module):
-        return find_adapter(model).backbone_config(model)
+        return _planned(find_adapter(model)).backbone_config(model)
     if isinstance(model, Mapping):
         return {key: value for key, value in model.items() if not key.startswith("_")}
     check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
@@ -62,7 +70,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
         if "_class_name" in config:
-            adapter_by_name(f"diffusers {config['_class_name']}")
+            _planned(adapter_by_name(f"diffusers {config['_class_name']}"))
         layers = config["num_layers"]
         check(isinstance(layers, int), "num_layers", layers, "an integer")
     except (ValueError, KeyError, TypeError) as error:

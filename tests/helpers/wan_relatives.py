@@ -12,7 +12,7 @@ from prfl_fast.models import find_adapter
 CASES = ("vace", "animate", "skyreels", "skyreels-forcing", "chronoedit", "chronoedit-2")
 
 _DIM = 48
-_IMAGE = {"image_dim": 20, "added_kv_proj_dim": _DIM, "in_channels": 36}
+_IMAGE = {"image_dim": 20, "added_kv_proj_dim": None, "in_channels": 36}
 _FACE = {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16}
 _FACE |= {"motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16}
 _FACE |= {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2}
@@ -35,8 +35,11 @@ def tiny_relative(case, *, seed=0, **changes):
         pytest.skip(f"this diffusers has no {name}")
     config = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2}
     config |= {"ffn_dim": 3 * _DIM, "text_dim": 20, "freq_dim": 32, "rope_max_seq_len": 64}
+    config |= own | changes
+    if "added_kv_proj_dim" in own:
+        config["added_kv_proj_dim"] = 2 * config["attention_head_dim"]
     torch.manual_seed(seed)
-    model = getattr(diffusers, name)(**config | own | changes)
+    model = getattr(diffusers, name)(**config)
     model.text_tokens = None
     with torch.no_grad():
         for parameter in model.parameters():
