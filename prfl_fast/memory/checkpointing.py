@@ -86,7 +86,7 @@ def activation_checkpointing(
             use, minus a tenth of the machine's memory.
 
     Raises:
-        TypeError: if it is no ``nn.Module``.
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
         ValueError: if a choice is unknown, ``host_limit`` is given without offload, or a model
             without an adapter has no single ``ModuleList`` of blocks, replaced forwards of blocks,
             or its own gradient checkpointing on.

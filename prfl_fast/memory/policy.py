@@ -82,7 +82,7 @@ def apply_memory(
             does not move it.
 
     Raises:
-        TypeError: if it is no ``nn.Module``.
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
         ValueError: if the weights are already quantized to another dtype.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """

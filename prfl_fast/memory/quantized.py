@@ -286,7 +286,7 @@ def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = No
             than one wide matrix; None does not move it.
 
     Raises:
-        TypeError: if it is no ``nn.Module``.
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
         ValueError: if the kind is unknown, layers have hooks or are quantized to the other kind.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """

@@ -60,7 +60,7 @@ class VelocityModel(nn.Module):
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the lists of blocks of a model by name; see :class:`VelocityModel`.
 
-    Raise ``ValueError`` if the model has none, or several and none says which are its blocks.
+    Raise ``ValueError`` if there is none, or several of which none is said to hold its blocks.
     """
     base: Any = unwrap(model)
     names = None
@@ -115,8 +115,9 @@ class BlocksAdapter:
     name = "blocks of any model"
 
     def matches(self, model: nn.Module) -> bool:
-        """Return True for every model."""
-        return True
+        """Return True for a model with a ``ModuleList`` as a direct child."""
+        lists = unwrap(model).children() if isinstance(model, nn.Module) else ()
+        return any(isinstance(child, nn.ModuleList) for child in lists)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return all blocks of the model, in order."""

@@ -12,7 +12,7 @@ from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.models.other import BlocksAdapter, VelocityAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.models.wan_relatives import RELATIVES
-from prfl_fast.utils.checks import check_choice, check_type
+from prfl_fast.utils.checks import check_choice
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,14 +38,12 @@ def find_blocks(model: nn.Module) -> Adapter | BlocksAdapter:
     """Return the object that knows the blocks of any model, for memory policies.
 
     Raises:
-        TypeError: if ``model`` is not an ``nn.Module``.
-        ValueError: from its methods, if the model has no adapter and no single list of blocks.
+        TypeError: if ``model`` has neither an adapter nor a ``ModuleList``.
+        ValueError: from its methods, if there are several lists and none is said to hold blocks.
     """
-    for adapter in ADAPTERS:
-        if isinstance(model, nn.Module) and adapter.matches(model):
-            return adapter
-    check_type("model", model, nn.Module, "a torch.nn.Module with a ModuleList of blocks")
-    return BlocksAdapter()
+    blocks = BlocksAdapter()
+    known = any(isinstance(model, nn.Module) and a.matches(model) for a in ADAPTERS)
+    return blocks if not known and blocks.matches(model) else find_adapter(model)
 
 
 ADAPTERS: tuple[Adapter, ...] = (

@@ -97,6 +97,23 @@ def test_latent_rewards_and_rollouts(case, tmp_path):
     assert sft_loss(model, x, conditions, noise=torch.zeros_like(x), sigma=0.5).isfinite()
 
 
+@pytest.mark.parametrize("mode", [("full", None), ("attention", "cpu")])
+def test_checkpointed_rewards_have_the_same_gradients(mode):
+    """The forward is stopped inside the call that diffusers checkpoints."""
+    model = prfl_fast.patch(tiny_relative("skyreels"))
+    x, timestep, conditions = relative_inputs("skyreels")
+    torch.manual_seed(0)
+    reward = LatentRewardModel.from_backbone(model, 2, num_heads=2)
+    found = []
+    for settings in (("none", None), mode):
+        activation_checkpointing(reward.backbone, *settings)
+        leaf = x.clone().requires_grad_()
+        reward(leaf, timestep, conditions).sum().backward()
+        found.append([leaf.grad, *(p.grad for p in reward.parameters() if p.requires_grad)])
+        reward.zero_grad()
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
+
+
 def test_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="num_frame_per_block of SkyReelsV2.* is 2, expected 1"):
         prfl_fast.patch(tiny_relative("skyreels", num_frame_per_block=2))
