@@ -39,7 +39,7 @@ class TrainFile(Section):
 
     model: Text | sections.ExpertsSection = key(
         ...,
-        "A transformer or a pipeline: a folder of diffusers, or weights of official Wan or ComfyUI.",
+        "A transformer or pipeline: a folder of diffusers, or weights of official Wan or ComfyUI.",
     )
     data: Text = key(..., "Folder of a dataset of latents.")
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")

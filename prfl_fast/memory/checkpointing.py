@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from prfl_fast.memory.ledger import mark
 from prfl_fast.memory.offload import Handle, Offloader
 from prfl_fast.models.experts import Experts, members
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.recompute import recomputed
 
@@ -77,7 +77,8 @@ def activation_checkpointing(
     gradients are not affected. A graph in mode ``attention`` supports one backward.
 
     Args:
-        model: a supported transformer, wrapped or not; for a reward model, its backbone.
+        model: a transformer, wrapped or not, with an adapter or a ``ModuleList`` of blocks; for a
+            reward model, its backbone.
         mode: ``none`` saves every tensor of a block, ``full`` recomputes the block in the
             backward, ``attention`` recomputes all of it except attention.
         offload: ``"cpu"`` keeps saved tensors in host memory; the device holds those of two blocks
@@ -86,8 +87,10 @@ def activation_checkpointing(
             use, minus a tenth of the machine's memory.
 
     Raises:
-        TypeError: if the model is not supported.
-        ValueError: if a choice is unknown, or ``host_limit`` is given without offload.
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
+        ValueError: if a choice is unknown, ``host_limit`` is given without offload, or a model
+            without an adapter has no single ``ModuleList`` of blocks, replaced forwards of blocks,
+            or its own gradient checkpointing on.
         RuntimeError: from a later forward, if host memory does not suffice.
     """
     check_choice("mode", mode, MODES)
@@ -98,7 +101,7 @@ def activation_checkpointing(
         for expert in members(model):
             activation_checkpointing(expert, mode, offload, host_limit=host_limit)
         return model
-    adapter = find_adapter(model)
+    adapter = find_blocks(model)
     offloader = None if offload is None else Offloader(host_limit)
     blocks = adapter.blocks(model)  # the list that wrapped and bare model share
     _offloaders.pop(blocks, None)
@@ -119,7 +122,7 @@ def offload_bytes(model: nn.Module) -> dict[str, int]:
         ``host_now, host_peak``: host buffers of live graphs; ``host_pool``: these plus free buffers
         for the next graph; ``transferred``: total in both directions. All are 0 without offloading.
     """
-    offloader = _offloaders.get(find_adapter(model).blocks(model))
+    offloader = _offloaders.get(find_blocks(model).blocks(model))
     return dict((offloader or Offloader()).bytes)
 
 

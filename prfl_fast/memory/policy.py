@@ -13,7 +13,7 @@ from prfl_fast.memory.experts import ExpertSwap
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
 from prfl_fast.memory.quantized import cast_weights
 from prfl_fast.models.experts import Experts, members
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice, check_count, make_fields_plain
 from prfl_fast.utils.optional import need
 
@@ -86,7 +86,7 @@ def apply_memory(
             does not move it.
 
     Raises:
-        TypeError: if the model is not supported.
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
         ValueError: if the weights are already quantized to another dtype.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
@@ -105,7 +105,7 @@ def apply_memory(
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
     # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (mode
     # full, offloaded) for 1.6 % more FLOPs (bench/RESULTS.md).
-    find_adapter(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
+    find_blocks(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
     if device is not None:
         for child in module.children() if transformer is backbone else ():
             if child is not backbone:

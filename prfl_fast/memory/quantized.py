@@ -18,7 +18,7 @@ from torch import nn
 
 from prfl_fast.kernels import quantize_fp8
 from prfl_fast.models.experts import members
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import is_plain_linear, unwrap
 from prfl_fast.utils.optional import need
@@ -248,7 +248,7 @@ def _block_linears(model: nn.Module, kind: str) -> list[tuple[nn.Module, str, nn
     """Return the linear layers of every block; raise if one is quantized to another kind."""
     found = [
         entry
-        for index, block in enumerate(find_adapter(model).blocks(model))
+        for index, block in enumerate(find_blocks(model).blocks(model))
         for entry in _linears(block, f"blocks.{index}")
     ]
     for _, _, layer, name in found:
@@ -280,14 +280,14 @@ def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = No
     For a reward model, quantize its ``backbone``.
 
     Args:
-        model: a supported transformer, possibly wrapped.
+        model: a transformer with an adapter or a ``ModuleList`` of blocks, possibly wrapped.
         kind: ``"fp8"`` (e4m3, one scale per row) or ``"nf4"`` (QLoRA, arXiv 2305.14314; needs
             bitsandbytes).
         device: target of the model, which moves layer by layer, so that the device never holds more
             than one wide matrix; None does not move it.
 
     Raises:
-        TypeError: if the model is not supported.
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
         ValueError: if the kind is unknown, layers have hooks or are quantized to the other kind.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """

@@ -11,6 +11,7 @@ from prfl_fast.models.layers import (
 )
 from prfl_fast.models.loading import load_transformer
 from prfl_fast.models.lora_files import read_lora, write_lora
+from prfl_fast.models.other import VelocityModel
 from prfl_fast.models.registry import find_adapter, is_patched, patch, unpatch
 from prfl_fast.models.velocity import ModelCall
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModulatedFeedForward",
     "TimestepConditionedAttention",
     "convert_wan",
+    "VelocityModel",
     "find_adapter",
     "is_patched",
     "load_transformer",

@@ -1,6 +1,6 @@
 """Find the adapter of a model, and put a model on the fused kernels.
 
-A function that takes a model raises ``TypeError`` if no adapter supports it.
+A function that needs an adapter raises ``TypeError`` if none supports the model.
 """
 
 from typing import Any, TypeVar
@@ -10,16 +10,16 @@ from torch import nn
 from prfl_fast.models.adapter import Adapter
 from prfl_fast.models.experts import Experts, ExpertsAdapter
 from prfl_fast.models.official import WanOfficialAdapter
+from prfl_fast.models.other import BlocksAdapter, VelocityAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
+from prfl_fast.models.wan_relatives import RELATIVES
 from prfl_fast.utils.checks import check_choice
-
-ADAPTERS: tuple[Adapter, ...] = (WanDiffusersAdapter(), WanOfficialAdapter())
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of a model; raise ``TypeError`` that lists the supported classes."""
+    """Return the adapter of a model; raise ``TypeError`` that says what works without one."""
     if isinstance(model, Experts):
         pair: Any = ExpertsAdapter(find_adapter(model.high))
         return pair
@@ -27,11 +27,35 @@ def find_adapter(model: nn.Module) -> Adapter:
         if isinstance(model, nn.Module) and adapter.matches(model):
             return adapter
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    known = ", ".join(adapter.name for adapter in ADAPTERS)
-    raise TypeError(
-        f"model is a {kind}, expected a supported class: {known}. Build other models from "
-        "prfl_fast.models.blocks"
-    )
+    known = ", ".join(adapter.name for adapter in ADAPTERS if adapter is not ADAPTERS[-1])
+    text = f"model is a {kind}, expected a supported class: {known}"
+    if isinstance(model, nn.Module):
+        text += (
+            ". For other models with a ModuleList of blocks, activation_checkpointing, offload, "
+            "quantize and add_lora work; PRFL, SupervisedFlow and LatentRewardModel take "
+            "prfl_fast.models.VelocityModel(model, function); patch and plan do not work"
+        )
+    raise TypeError(text)
+
+
+def find_blocks(model: nn.Module) -> Adapter | BlocksAdapter:
+    """Return the object that knows the blocks of any model, for memory policies.
+
+    Raises:
+        TypeError: if ``model`` has neither an adapter nor a ``ModuleList``.
+        ValueError: from its methods, if there are several lists and none is said to hold blocks.
+    """
+    blocks = BlocksAdapter()
+    known = any(isinstance(model, nn.Module) and a.matches(model) for a in ADAPTERS)
+    return blocks if not known and blocks.matches(model) else find_adapter(model)
+
+
+ADAPTERS: tuple[Adapter, ...] = (
+    WanDiffusersAdapter(),
+    WanOfficialAdapter(),
+    *RELATIVES,
+    VelocityAdapter(find_adapter, find_blocks),
+)
 
 
 def adapter_by_name(name: str) -> Adapter:
@@ -56,7 +80,7 @@ def patch(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
-        TypeError: if the model is not supported; the message lists the supported classes.
+        TypeError: if the model is not supported; the message says what works without.
         ValueError: if patching would change the model's behavior (another attention processor,
             context parallelism, replaced forwards); the message names the call that fixes it.
     """

@@ -7,7 +7,7 @@ import torch
 from prfl_fast.models.adapter import FIRST_FRAME, Conditions, check_inputs
 from prfl_fast.models.inference import UnsupportedError
 from prfl_fast.models.wan_forward import (
-    PROCESSOR,
+    PROCESSORS,
     image_rows,
     replacements,
     text_rows,
@@ -84,14 +84,14 @@ def _check_latents(config: Any, x: torch.Tensor, extra: torch.Tensor | None) -> 
 
 def check_processors(base: Any) -> None:
     """Raise ``ValueError`` for attention processors of which our forwards know nothing."""
-    for index, block in enumerate(base.blocks):
+    for index, block in enumerate([*base.blocks, *getattr(base, "vace_blocks", ())]):
         for name in ("attn1", "attn2"):
             processor = getattr(getattr(block, name), "processor", None)
             if processor is None:  # the block runs its own forward
                 continue
             kind, label = type(processor).__name__, f"attention processor of blocks.{index}.{name}"
             hint = "Call model.set_attn_processor(WanAttnProcessor()) first"
-            check(kind == PROCESSOR, label, kind, PROCESSOR, hint=hint)
+            check(kind in PROCESSORS, label, kind, PROCESSORS[0], hint=hint)
             parallel = getattr(processor, "_parallel_config", None)
             hint = "Call prfl_fast.patch without enable_parallelism"
             label = f"context parallelism of blocks.{index}.{name}"

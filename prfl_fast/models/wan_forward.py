@@ -15,7 +15,14 @@ from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, t
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization, instance_forward
 
-PROCESSOR = "WanAttnProcessor"
+PROCESSORS = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
+# Blocks of Wan's structure, and the classes that FSDP2 derives of them.
+_BLOCKS: tuple[str, ...] = (
+    "WanTransformerBlock",
+    "WanVACETransformerBlock",
+    "SkyReelsV2TransformerBlock",
+)
+_BLOCKS += tuple(f"FSDP{name}" for name in _BLOCKS)
 # Modules of these packages have the forwards that the kernels replace.
 _LIBRARIES = ("diffusers", "torch")
 _IMAGE_NORMS = ("norm_q", "norm_k", "norm_added_k")
@@ -63,10 +70,10 @@ def _customized(name: str, module: Any, kinds: tuple[str, ...], own: object = No
 
 
 def _customized_attention(name: str, attn: Any) -> str:
-    if reason := _customized(name, attn, ("WanAttention",)):
+    if reason := _customized(name, attn, ("WanAttention", "SkyReelsV2Attention")):
         return reason
     kind = type(attn.processor)
-    if kind.__name__ != PROCESSOR or not _is_library(kind.__call__):
+    if kind.__name__ not in PROCESSORS or not _is_library(kind.__call__):
         return f"{name}.processor is a {kind.__module__}.{kind.__name__}"
     if getattr(attn.processor, "_parallel_config", None) is not None:
         raise ValueError(
@@ -93,8 +100,7 @@ def why_not_fused(block: Any) -> str:
     """
     # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
     kind = type(block)
-    known = kind.__name__ in ("WanTransformerBlock", "FSDPWanTransformerBlock")
-    if not known or not _is_library(kind.forward):
+    if kind.__name__ not in _BLOCKS or not _is_library(kind.forward):
         return f"forward is that of {kind.__module__}.{kind.__name__}"
     # Every block call pays for this check, and a module's attributes go through __getattr__.
     parts = block._modules
@@ -134,6 +140,19 @@ def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
     return both[0].repeat_interleave(2, -1)[None], both[1].repeat_interleave(2, -1)[None]
 
 
+def class_rotary(block: Any, rotary_emb: Any) -> Any:
+    """Return the rotary tables with which a block must run its class's forward, None for ours."""
+    if not isinstance(rotary_emb, Rope):  # the caller passes diffusers' own cosines and sines
+        return rotary_emb
+    # At each call, because hooks, processors and adapters may be added after patching.
+    if reason := why_not_fused(block):
+        if not torch.compiler.is_compiling():
+            text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
+            warnings.warn(text, stacklevel=3)
+        return rotary_tables(rotary_emb)
+    return None
+
+
 def block_forward(
     self: Any,
     hidden_states: torch.Tensor,
@@ -142,14 +161,8 @@ def block_forward(
     rotary_emb: Any,
 ) -> torch.Tensor:
     """Replace ``WanTransformerBlock.forward``."""
-    if not isinstance(rotary_emb, Rope):  # the caller passes diffusers' own cosines and sines
-        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
-    # At each call, because hooks, processors and adapters may be added after patching.
-    if reason := why_not_fused(self):
-        if not torch.compiler.is_compiling():
-            text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
-            warnings.warn(text, stacklevel=2)
-        tables = rotary_tables(rotary_emb)
+    tables = class_rotary(self, rotary_emb)
+    if tables is not None:
         batch, tokens, _ = hidden_states.shape
         if temb.ndim == 3 and len(temb) != batch:
             temb = temb.unflatten(0, (batch, -1))

@@ -46,6 +46,14 @@ MODELS: dict[str, dict[str, Any]] = {
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 
 
+def _planned(adapter: Any) -> Any:
+    """Return the adapter; raise ``ValueError`` if the planner cannot simulate its models."""
+    known = getattr(adapter, "planned", True)
+    hint = "Measure a short run with prfl_fast.memory instead"
+    check(known, "model", adapter.name, "a class that the planner simulates", hint=hint)
+    return adapter
+
+
 def model_config(model: Model) -> dict[str, Any]:
     """Return the diffusers configuration of a transformer, or of an official Wan's equal.
 
@@ -59,7 +67,7 @@ def model_config(model: Model) -> dict[str, Any]:
         ValueError: if there is no preset, folder or valid configuration of that name.
     """
     if isinstance(model, nn.Module):
-        adapter = find_adapter(model)
+        adapter = _planned(find_adapter(model))
         if isinstance(adapter, WanOfficialAdapter):
             return diffusers_config(model)
         return adapter.backbone_config(model)
@@ -99,7 +107,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             with contextlib.suppress(FileNotFoundError):
                 return dict(read_wan(path.parent).config)
         elif "_class_name" in config:
-            adapter_by_name(f"diffusers {config['_class_name']}")
+            _planned(adapter_by_name(f"diffusers {config['_class_name']}"))
         layers = config["num_layers"]
         check(isinstance(layers, int), "num_layers", layers, "an integer")
     except (ValueError, KeyError, TypeError) as error:

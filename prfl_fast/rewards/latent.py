@@ -17,6 +17,7 @@ from torch import nn
 
 from prfl_fast.models.adapter import Adapter
 from prfl_fast.models.loading import build_headless_wan
+from prfl_fast.models.other import VelocityAdapter
 from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
@@ -198,14 +199,22 @@ class LatentRewardModel(nn.Module):
             "add_query": self.pool.add_query,
             "backbone": self._adapter.backbone_config(self.backbone),
         }
+        if config["class"] == VelocityAdapter.name:  # only the caller of load can rebuild it
+            extra = [n for n, m in self.backbone.named_modules() if hasattr(m, "base_layer")]
+            check(not extra, "adapters of the backbone", extra[:3], "none", hint="Merge them first")
+            return config
         with torch.device("meta"):
             expected = _from_config(config).state_dict()
         check_fit(expected, self.state_dict(), "this reward model cannot be saved")
         return config
 
     @classmethod
-    def load(cls, folder: _Path) -> "LatentRewardModel":
+    def load(cls, folder: _Path, transformer: nn.Module | None = None) -> "LatentRewardModel":
         """Read a folder of :meth:`save` to the CPU, in the saved dtypes, as a new unpatched model.
+
+        Args:
+            transformer: a generator of the same size, left unchanged, from which the backbone is
+                rebuilt. Only a reward of a :class:`prfl_fast.models.VelocityModel` needs it.
 
         Raises:
             FileNotFoundError: if the folder or a file in it is missing.
@@ -218,7 +227,7 @@ class LatentRewardModel(nn.Module):
         try:
             config = read_json(path)
             check(config["format"] == FORMAT, "format", config["format"], repr(FORMAT))
-            reward = _from_config(config)
+            reward = _from_config(config, transformer)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             text = f"{path}: not the configuration of a reward model: {reason}"
@@ -334,10 +343,15 @@ class LatentRewardModel(nn.Module):
         return reward
 
 
-def _from_config(config: dict[str, Any]) -> LatentRewardModel:
-    """Build a randomly initialized model from a saved configuration."""
+def _from_config(config: dict[str, Any], transformer: nn.Module | None = None) -> LatentRewardModel:
+    """Build a model of a saved configuration, with random weights or those of a transformer."""
     adapter = adapter_by_name(config["class"])
-    backbone = adapter.backbone_from_config(config["backbone"])
+    if transformer is None:
+        backbone = adapter.backbone_from_config(config["backbone"])
+    else:
+        name = find_adapter(transformer).name
+        check(name == adapter.name, "adapter of transformer", name, f"the saved {adapter.name}")
+        backbone = adapter.backbone(transformer, config["num_blocks"]).cpu()
     blocks = len(adapter.blocks(backbone))
     saved = config["num_blocks"]
     check(blocks == saved, "num_blocks", saved, f"the backbone's {blocks}")

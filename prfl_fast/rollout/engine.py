@@ -20,11 +20,13 @@ from prfl_fast.models.inference import (
     RolloutOptions,
     UnsupportedError,
 )
+from prfl_fast.models.other import VelocityModel
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.modules import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +139,9 @@ class RolloutEngine:
         self.trajectories = 0
         self.drift: dict[int, float] | None = None
         self.notes: list[str] = []
-        self._supported = self.model is not None
+        # A VelocityModel runs its function at each step, as a plain function does.
+        plain = self.model is None or isinstance(unwrap(self.model), VelocityModel)
+        self._opens = self._supported = not plain
         self._compiled_shapes: Any = None
         self._compiler_fails = False
 
@@ -203,7 +207,7 @@ class RolloutEngine:
         branches: Sequence[Conditions],
         guidance: Sequence[Guidance] | None,
     ) -> RolloutSession | None:
-        if self.model is None:
+        if not self._opens:
             self._report_once(
                 "rollouts call the transformer as it is: it is a function, not a supported model "
                 "or a ModelCall of one"
@@ -211,6 +215,7 @@ class RolloutEngine:
             return None
         if not self.config.cache:
             return None
+        assert self.model is not None
         model, adapter = self.model, find_adapter(self.model)
 
         def open(compiled: bool) -> list[RolloutModel]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models.experts import NAMES, Experts
-from prfl_fast.training.model_files import adapter_name
+from prfl_fast.training.model_files import adapter_name, without_function
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.optional import need
 
@@ -38,6 +38,7 @@ def add_lora(
         for expert in NAMES:  # on the device, where the adapters stay
             add_lora(model.use(expert), lora_rank, lora_alpha, target_modules)
         return
+    model = without_function(model)
     name = adapter_name(model)
     check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
     peft = need("peft")

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.models.experts import FOLDERS, Experts
+from prfl_fast.models.other import VelocityModel
 from prfl_fast.utils.adapters import (
     ADAPTER_METADATA,
     PIPELINE_PART,
@@ -23,6 +24,7 @@ from prfl_fast.utils.adapters import (
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, save_tensors
+from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.optional import need
 
 # Kinds of adapters whose scale in a layer is alpha / rank.
@@ -124,6 +126,12 @@ def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
     return {PIPELINE_PART + key: value for key, value in plain.items()}
 
 
+def without_function(model: torch.nn.Module) -> Any:
+    """Return the model that a :class:`prfl_fast.models.VelocityModel` holds; others unchanged."""
+    bare = unwrap(model)
+    return unwrap(bare.model) if isinstance(bare, VelocityModel) else model
+
+
 def check_savable(model: torch.nn.Module) -> None:
     """Check that ``model`` can be saved, before a training whose result would be lost.
 
@@ -137,6 +145,7 @@ def check_savable(model: torch.nn.Module) -> None:
         for expert in model.trained:
             check_savable(getattr(model, expert))
         return
+    model = without_function(model)
     for name, tensor in stored_tensors(model).items():
         kind = type(tensor).__name__
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
@@ -160,6 +169,7 @@ def save_model(model: torch.nn.Module, folder: Path) -> None:
             save_model(getattr(model, expert), folder / FOLDERS[expert])
         return
     folder.mkdir(parents=True, exist_ok=True)
+    model = without_function(model)
     path = folder / _model_file(model)
     if adapter_name(model) is not None:
         settings = json.dumps(_adapter_settings(model), sort_keys=True)
@@ -185,6 +195,7 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         for expert in model.trained:
             load_model(getattr(model, expert), folder / FOLDERS[expert])
         return
+    model = without_function(model)
     path = folder / _model_file(model)
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     hint = "A run with other adapter settings may have written the folder"

@@ -11,7 +11,13 @@ from prfl_fast.data.dataset import Batch, PairBatch
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.experts import Experts
-from prfl_fast.models.velocity import ModelCall, Precision, autocast
+from prfl_fast.models.velocity import (
+    ModelCall,
+    Precision,
+    Velocity,
+    autocast,
+    check_transformer,
+)
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.training.losses import sft_loss
@@ -133,23 +139,33 @@ class RewardFeedback:
 class SupervisedFlow:
     """Train a generator on clean latents with :func:`prfl_fast.training.losses.sft_loss`.
 
-    ``batches[n]`` returns the :class:`prfl_fast.data.dataset.Batch` of micro-batch n. ``precision``
-    is ``"bf16"`` for autocast, else ``"fp32"``.
+    ``transformer`` is a supported model, or a function ``(x, timestep [B], conditions) ->
+    velocity``, which gets batches on ``device``. ``batches[n]`` returns the
+    :class:`prfl_fast.data.dataset.Batch` of micro-batch n. ``precision`` is ``"bf16"`` for autocast
+    of a model, else ``"fp32"``; a function enters its own.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: nn.Module | Velocity,
         batches: Any,
         *,
         shift: float = 5.0,
         integer_timesteps: bool = True,
         precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.velocity = velocity_call(transformer, precision)
+        self.velocity: Any = transformer
+        self.device: torch.device | str = device
+        if isinstance(transformer, nn.Module):
+            self.velocity = velocity_call(transformer, precision)
+            self.device = device_of(transformer)
+        else:
+            hint = "Enter torch.autocast in the function"
+            check(precision == "fp32", "precision", precision, "fp32 for a function", hint=hint)
+        check_transformer(self.velocity)
         self.batches = batches
         self.levels: dict[str, Any] = {"shift": shift, "integer_timesteps": integer_timesteps}
-        self.device = device_of(transformer)
         self._experts = transformer if isinstance(transformer, Experts) else None
 
     @property

@@ -16,11 +16,13 @@ import pytest
 import torch
 import wan
 from official_wan import CLASSES, official_inputs, tiny_official
+from other_models import HandMade, hand_made_inputs, hand_made_velocity
 from torch import nn
+from wan_relatives import relative_inputs, tiny_relative
 
 import prfl_fast
 from prfl_fast.memory import activation_checkpointing, quantize
-from prfl_fast.models import find_adapter
+from prfl_fast.models import VelocityModel, find_adapter
 from prfl_fast.models.inference import UnsupportedError
 from prfl_fast.planning import Workload
 from prfl_fast.planning.simulation import simulate
@@ -178,6 +180,25 @@ def official(variant, kind="t2v"):
     return build
 
 
+def relative(kind):
+    """Return a row of a class of :mod:`wan_relatives`."""
+
+    def build():
+        model = tiny_relative(kind, attention_head_dim=32, num_layers=6)
+        x, timestep, conditions = relative_inputs(kind, batch=1)
+        return Case(model, x, timestep, conditions)
+
+    return build
+
+
+def any_other():
+    """Return a row of a model without an adapter, paired with its function."""
+    torch.manual_seed(0)
+    model = VelocityModel(HandMade(width=64), hand_made_velocity, hidden_size=64)
+    x, timestep, conditions = hand_made_inputs(batch=1)
+    return Case(model, x, timestep, conditions)
+
+
 _LABELS = {
     "wan21": "Wan2.1 `WanModel`",
     "wan22": "Wan2.2 `WanModel`",
@@ -211,7 +232,12 @@ ROWS: dict[str, Callable[[], Case]] = {
     **{_LABELS[variant]: official(variant) for variant in CLASSES},
     "Wan2.1 `WanModel`, I2V": official("wan21", "i2v"),
     "Wan2.2 `WanModel`, I2V": official("wan22", "i2v"),
+    "diffusers `WanVACETransformer3DModel`": relative("vace"),
+    "diffusers `WanAnimateTransformer3DModel`": relative("animate"),
+    "diffusers `SkyReelsV2Transformer3DModel`": relative("skyreels"),
+    "diffusers `ChronoEditTransformer3DModel`": relative("chronoedit"),
     **{f"diffusers `{name}`": family(name) for name in families.CONFIGS},
+    "any other model as `VelocityModel`": any_other,
 }
 
 

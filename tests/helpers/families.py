@@ -14,9 +14,6 @@ WAN = WIDTH | {"ffn_dim": 96, "text_dim": 20, "freq_dim": 32, "rope_max_seq_len"
 HUNYUAN = WIDTH | {"num_refiner_layers": 1, "text_embed_dim": 20, "rope_axes_dim": (8, 12, 12)}
 
 CONFIGS = {
-    "WanVACETransformer3DModel": WAN | {"vace_layers": [0], "vace_in_channels": 16},
-    "SkyReelsV2Transformer3DModel": WAN,
-    "ChronoEditTransformer3DModel": WAN,
     "HunyuanVideoTransformer3DModel": HUNYUAN
     | {"num_single_layers": 1, "pooled_projection_dim": 12},
     "HunyuanVideo15Transformer3DModel": HUNYUAN

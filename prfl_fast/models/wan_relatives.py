@@ -1,0 +1,261 @@
+"""Adapters of diffusers' VACE, Animate, SkyReels-V2 and ChronoEdit, whose blocks are Wan's.
+
+The model's own forward stays, because it does more between the blocks than Wan's; the blocks and
+the rotary embedding are replaced. Rollouts call the model as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from prfl_fast.models.adapter import Conditions, check_inputs
+from prfl_fast.models.block_adapter import Replacements
+from prfl_fast.models.blocks import Rope, transformer_block
+from prfl_fast.models.inference import RolloutModel, UnsupportedError
+from prfl_fast.models.other import stop_after
+from prfl_fast.models.wan import WanDiffusersAdapter
+from prfl_fast.models.wan_checks import check_wan_inputs
+from prfl_fast.models.wan_forward import (
+    block_forward,
+    block_modulation,
+    block_parts,
+    class_rotary,
+    model_inputs,
+    rope_forward,
+)
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.modules import customization, unwrap
+
+
+def vace_block_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    control_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Replace ``WanVACETransformerBlock.forward``."""
+    x, text, control = hidden_states, encoder_hidden_states, control_hidden_states
+    tables = class_rotary(self, rotary_emb)
+    if tables is not None:
+        out: Any = type(self).forward(self, x, text, control, temb, tables)
+        return out  # type: ignore[no-any-return]
+    if self.proj_in is not None:
+        control = self.proj_in(control) + x
+    modulation = block_modulation(self, temb)
+    control = transformer_block(control, text, modulation, rotary_emb, block_parts(self))
+    return None if self.proj_out is None else self.proj_out(control), control
+
+
+def skyreels_block_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: Any,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Replace ``SkyReelsV2TransformerBlock.forward``."""
+    x, text = hidden_states, encoder_hidden_states
+    if attention_mask is not None:
+        raise ValueError(
+            "the blocks of a patched SkyReelsV2Transformer3DModel got a causal mask, expected none "
+            "(num_frame_per_block 1). Call prfl_fast.unpatch(model) for causal attention"
+        )
+    tables = class_rotary(self, rotary_emb)
+    if tables is not None:
+        out: torch.Tensor = type(self).forward(self, x, text, temb, tables, None)
+        return out
+    if temb.ndim == 4:
+        # [B, 6, L, D], which the model's forward repeats over the tokens of a frame, to [B, F, ..].
+        temb = temb[:, :, :: rotary_emb.grid[1] * rotary_emb.grid[2]].transpose(1, 2)
+    modulation = block_modulation(self, temb)
+    return transformer_block(x, text, modulation, rotary_emb, block_parts(self))
+
+
+def chronoedit_rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
+    """Replace ``ChronoEditRotaryPosEmbed.forward``: two frames lie ``temporal_skip_len`` apart."""
+    if customization(self, chronoedit_rope_forward):  # a hook expects diffusers' tensors
+        return type(self).forward(self, hidden_states)
+    sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
+    grid = [size // patch for size, patch in sizes]
+    width, last = self.attention_head_dim, self.temporal_skip_len - 1
+    if hidden_states.shape[2] != 2:
+        return Rope.from_grid(grid, width, device=hidden_states.device)
+    longest = [max(last + 1, *grid)] * 3
+    rope = Rope.from_grid(longest, width, device=hidden_states.device)
+    columns = width // 2 - 2 * (width // 6)  # the first columns are of the frame axis
+    for table in (rope.cos, rope.sin):
+        table[1, :columns] = table[last, :columns]
+    return rope._replace(grid=tuple(grid))
+
+
+class _RelativeAdapter(WanDiffusersAdapter):
+    """Adapter of a class with Wan's blocks and a forward of its own.
+
+    ``extra`` names the conditions beside Wan's, as the forward's arguments, with a function of the
+    model that returns their channels, and the frames that they have more than ``x`` (None: any).
+    """
+
+    planned = False
+    block: ClassVar[Callable[..., Any]] = block_forward
+    rope: ClassVar[Callable[..., Any]] = rope_forward
+    extra: ClassVar[dict[str, tuple[Callable[[Any], int], int | None]]] = {}
+
+    def replacements(self, base: Any) -> Replacements:
+        """Return our forwards of the blocks and of the rotary embedding."""
+        kind = type(self)
+        return [(block, kind.block) for block in base.blocks] + [(base.rope, kind.rope)]
+
+    def check_latents(
+        self, model: nn.Module, x: torch.Tensor, conditions: Conditions, name: str = "x"
+    ) -> None:
+        """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
+        check_inputs(name, x, conditions)
+        base: Any = unwrap(model)
+        for key, (channels, frames) in self.extra.items():
+            value, wanted = conditions.get(key), [len(x), channels(base)]
+            if frames is not None:
+                wanted += [x.shape[2] + frames, *x.shape[3:]]
+            ok = value is not None and value.ndim == 5 and value.is_floating_point()
+            ok = ok and value is not None and list(value.shape[: len(wanted)]) == wanted
+            ok = ok and value is not None and value.device == x.device
+            expected = f"a floating-point tensor of 5 dimensions, the first {wanted}"
+            check(ok, f"conditions[{key!r}]", value, expected)
+        others = {key: value for key, value in conditions.items() if key not in self.extra}
+        check_wan_inputs(base, x, others, name)
+
+    def options(self, base: Any, timestep: torch.Tensor) -> dict[str, Any]:
+        """Return further arguments of the model's forward."""
+        return {}
+
+    def velocity(
+        self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """Return the velocity ``[B, C, F, H, W]`` in ``x.dtype``.
+
+        Arguments are those of :class:`WanDiffusersAdapter`; SkyReels-V2 takes timesteps ``[B, F]``
+        for diffusion forcing.
+        """
+        base: Any = unwrap(model)
+        latents, timestep, text, image = model_inputs(base, x, timestep, conditions)
+        given = {key: conditions[key].to(latents.dtype) for key in self.extra}
+        given |= self.options(base, timestep)
+        (out,) = model(
+            latents, timestep, text, encoder_hidden_states_image=image, return_dict=False, **given
+        )
+        return out.to(x.dtype)
+
+    def open_rollout(self, *args: Any, **kwargs: Any) -> RolloutModel:
+        """Raise :class:`UnsupportedError`: the forward between the blocks is not Wan's."""
+        raise UnsupportedError(f"{self.class_name} has a forward of its own between the blocks")
+
+    def features(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: Conditions,
+        num_blocks: int,
+    ) -> torch.Tensor:
+        """Return the residual stream ``[B, L, D]`` after block ``num_blocks``.
+
+        The forward is stopped there. Arguments are those of :meth:`velocity`.
+        """
+        base: Any = unwrap(model)
+        with stop_after(base.blocks[num_blocks - 1]) as outputs:
+            self.velocity(base, x, timestep, conditions)
+        return outputs[0].contiguous()  # type: ignore[no-any-return]
+
+    def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
+        """Return all modules but the blocks, which a reward model keeps frozen."""
+        return [m for name, m in unwrap(model).named_children() if name != "blocks"]
+
+    def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Raise ``ValueError``: the reference's layout holds Wan only."""
+        raise ValueError(f"{self.class_name} has no layout of HY-Video-PRFL, use save and load")
+
+    from_reference = to_reference
+
+    def reference_config(self, model: nn.Module) -> dict[str, Any]:
+        """Raise the ``ValueError`` of :meth:`to_reference`."""
+        return dict(self.to_reference({}))
+
+
+class _WithoutBackbone(_RelativeAdapter):
+    def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
+        """Raise ``ValueError``: modules beside the blocks depend on their number."""
+        raise ValueError(
+            f"{self.class_name} has no backbone by itself, because modules beside its blocks "
+            "depend on their number. Pass VelocityModel(model, function)"
+        )
+
+
+class WanVACEAdapter(_WithoutBackbone):
+    """Adapter of ``WanVACETransformer3DModel``; its control layers are patched as its blocks."""
+
+    class_name = "WanVACETransformer3DModel"
+    name = f"diffusers {class_name}"
+    extra = {"control_hidden_states": (lambda base: base.config.vace_in_channels, 0)}
+
+    def replacements(self, base: Any) -> Replacements:
+        """Return our forwards of both kinds of blocks and of the rotary embedding."""
+        pairs: Replacements = [(block, vace_block_forward) for block in base.vace_blocks]
+        return super().replacements(base) + pairs
+
+    def feed_forwards(self, base: Any) -> list[Any]:
+        """Return the feed-forwards of both kinds of blocks."""
+        return [block.ffn for block in [*base.blocks, *base.vace_blocks]]
+
+
+class WanAnimateAdapter(_WithoutBackbone):
+    """Adapter of ``WanAnimateTransformer3DModel``; its face blocks run as they are."""
+
+    class_name = "WanAnimateTransformer3DModel"
+    name = f"diffusers {class_name}"
+    extra = {
+        "pose_hidden_states": (lambda base: base.config.latent_channels, -1),
+        "face_pixel_values": (lambda base: 3, None),
+    }
+
+
+class SkyReelsV2Adapter(_RelativeAdapter):
+    """Adapter of ``SkyReelsV2Transformer3DModel`` without causal attention."""
+
+    class_name = "SkyReelsV2Transformer3DModel"
+    name = f"diffusers {class_name}"
+    block = skyreels_block_forward
+
+    def check_patchable(self, base: Any) -> None:
+        """Raise ``ValueError`` for causal attention, and as for Wan."""
+        frames = base.config.num_frame_per_block
+        hint = "Our attention has no causal mask over frames"
+        check(frames == 1, f"num_frame_per_block of {self.class_name}", frames, "1", hint=hint)
+        super().check_patchable(base)
+
+    def check_latents(
+        self, model: nn.Module, x: torch.Tensor, conditions: Conditions, name: str = "x"
+    ) -> None:
+        """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
+        sampled = unwrap(model).config.inject_sample_info  # type: ignore[union-attr]
+        hint = "Pair it with a function that passes fps: VelocityModel(model, function)"
+        check(not sampled, f"inject_sample_info of {self.class_name}", sampled, "False", hint=hint)
+        super().check_latents(model, x, conditions, name)
+
+    def options(self, base: Any, timestep: torch.Tensor) -> dict[str, Any]:
+        """Return the switch of diffusion forcing, on for timesteps ``[B, F]``."""
+        return {"enable_diffusion_forcing": timestep.ndim == 2}
+
+
+class ChronoEditAdapter(_RelativeAdapter):
+    """Adapter of ``ChronoEditTransformer3DModel``."""
+
+    class_name = "ChronoEditTransformer3DModel"
+    name = f"diffusers {class_name}"
+    rope = chronoedit_rope_forward
+
+
+RELATIVES = (WanVACEAdapter(), WanAnimateAdapter(), SkyReelsV2Adapter(), ChronoEditAdapter())
