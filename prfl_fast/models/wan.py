@@ -4,9 +4,7 @@ It supports text-to-video and image-to-video models of Wan2.1 and Wan2.2, with o
 sample or per token.
 """
 
-import copy
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import nn
 
 from prfl_fast.models import wan_weights
 from prfl_fast.models.adapter import Conditions, check_timesteps
+from prfl_fast.models.block_adapter import DiffusersAdapter, Replacements
 from prfl_fast.models.blocks import context_keys
 from prfl_fast.models.inference import (
     RolloutModel,
@@ -23,8 +22,7 @@ from prfl_fast.models.inference import (
     replaced_forwards,
 )
 from prfl_fast.models.wan_checks import (
-    check_class_forward,
-    check_patchable,
+    check_processors,
     check_rollout_forwards,
     check_wan_inputs,
 )
@@ -32,97 +30,37 @@ from prfl_fast.models.wan_forward import (
     OWN_FORWARDS,
     block_modulation,
     block_parts,
-    feed_forward_in_chunks,
     model_inputs,
     replacements,
 )
-from prfl_fast.utils.checks import check, check_count
-from prfl_fast.utils.modules import instance_forward, layers_of, set_forward, unwrap
-from prfl_fast.utils.optional import need
-
-_CLASS = "WanTransformer3DModel"
-
-# The rotary embeddings of the patched models that share a block.
-_patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" = (
-    weakref.WeakKeyDictionary()
-)
+from prfl_fast.utils.modules import layers_of, unwrap
 
 
-class WanDiffusersAdapter:
+class WanDiffusersAdapter(DiffusersAdapter):
     """Adapter of diffusers' ``WanTransformer3DModel``; see :class:`prfl_fast.models.Adapter`."""
 
-    name = f"diffusers {_CLASS}"
+    class_name = "WanTransformer3DModel"
+    name = f"diffusers {class_name}"
+    attributes = ("text_tokens",)
 
-    def matches(self, model: nn.Module) -> bool:
-        """Return True for the diffusers class, its subclasses, and wrappers around them."""
-        return any(
-            c.__name__ == _CLASS and c.__module__.startswith("diffusers.")
-            for c in type(unwrap(model)).__mro__
-        )
+    def replacements(self, base: Any) -> Replacements:
+        """Return our forwards of the blocks and of the rotary embedding."""
+        return replacements(base)
 
-    def patch(self, model: nn.Module) -> None:
-        """Set our forward on every block and on the rotary embedding of this instance.
+    def check_patchable(self, base: Any) -> None:
+        """Raise ``ValueError`` for other attention processors, context parallelism or forwards."""
+        super().check_patchable(base)
+        check_processors(base)
 
-        Raises:
-            ValueError: for another attention processor, context parallelism or replaced forwards.
-        """
-        base: Any = unwrap(model)
-        check_patchable(base)
-        for module, forward in replacements(base):
-            if "forward" not in module.__dict__:
-                set_forward(module, forward)
-        for block in base.blocks:
-            _patched_by.setdefault(block, weakref.WeakSet()).add(base.rope)
+    def head_modules(self, base: Any) -> list[nn.Module]:
+        """Return the norm and the projection after the last block."""
+        return [base.norm_out, base.proj_out]
 
-    def unpatch(self, model: nn.Module) -> None:
-        """Delete our forwards; a model that is not patched stays unchanged.
-
-        Blocks that another patched model shares keep theirs, which run diffusers' forward if the
-        model that calls them is not patched.
-        """
-        base: Any = unwrap(model)
-        for module, forward in replacements(base):
-            others = {*_patched_by.get(module, ())} - {base.rope}
-            if module in _patched_by:
-                _patched_by[module].discard(base.rope)
-            if instance_forward(module) is forward and not others:
-                del module.forward
-
-    def is_patched(self, model: nn.Module) -> bool:
-        """Return True if every block and the rotary embedding run our forward."""
-        return all(instance_forward(m) is forward for m, forward in replacements(unwrap(model)))
-
-    def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
-        """Run the feed-forward of every block ``tokens`` tokens at a time; None undoes it.
-
-        Raise ``ValueError`` if ``tokens`` is not positive, or a feed-forward has a replaced
-        forward.
-        """
-        if tokens is not None:
-            check_count("tokens", tokens)
-        layers = [block.ffn for block in unwrap(model).blocks]  # type: ignore[union-attr]
-        check_class_forward(layers, feed_forward_in_chunks)
-        for layer in layers:
-            if tokens is not None:
-                layer.chunk = tokens
-                set_forward(layer, feed_forward_in_chunks)
-            elif "forward" in layer.__dict__:
-                del layer.chunk, layer.forward
-
-    def checkpoint_blocks(self, model: nn.Module, run: Callable[..., torch.Tensor] | None) -> None:
-        """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.
-
-        ``args`` are the residual stream ``[B, L, D]`` and the inputs that all blocks share.
-        """
-        base: Any = unwrap(model)
-        if run is None:
-            base.disable_gradient_checkpointing()
-        else:
-            base.enable_gradient_checkpointing(run)
-
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """Return the transformer blocks, in order."""
-        return unwrap(model).blocks  # type: ignore[return-value]
+    def remove_head(self, base: Any, num_blocks: int) -> None:
+        """Remove norm, projection and modulation after the last block."""
+        base.norm_out = base.proj_out = nn.Identity()
+        del base.scale_shift_table
+        base.register_to_config(num_layers=num_blocks)
 
     def hidden_size(self, model: nn.Module) -> int:
         """Return D, the width of the residual stream."""
@@ -240,50 +178,6 @@ class WanDiffusersAdapter:
             else:
                 h = block(h, context, time, rope)
         return h
-
-    def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
-        """Return a deep copy of the embeddings and the first blocks, patched if the model is.
-
-        Raise ``ValueError`` if ``num_blocks`` is not between 1 and the model's number of blocks.
-        """
-        base: Any = unwrap(model)
-        expected = f"1 to {len(base.blocks)} (the model's blocks)"
-        check(1 <= num_blocks <= len(base.blocks), "num_blocks", num_blocks, expected)
-        # deepcopy takes the memo's entries instead of copies, so unused parts need no memory.
-        kept = nn.ModuleList(copy.deepcopy(block) for block in base.blocks[:num_blocks])
-        memo: dict[int, nn.Module] = {id(base.blocks): kept}
-        memo |= {id(part): nn.Identity() for part in (base.norm_out, base.proj_out)}
-        return self._remove_head(copy.deepcopy(base, memo), num_blocks)
-
-    def _remove_head(self, base: Any, num_blocks: int) -> nn.Module:
-        base.norm_out = base.proj_out = nn.Identity()
-        del base.scale_shift_table  # modulation of the head only
-        base.register_to_config(num_layers=num_blocks)
-        for parameter in base.parameters():
-            parameter.grad = None
-        return base
-
-    def backbone_config(self, model: nn.Module) -> dict[str, Any]:
-        """Return the configuration for :meth:`backbone_from_config` as plain JSON values."""
-        config: Any = unwrap(model).config
-        public = {k: v for k, v in config.items() if not k.startswith("_")}
-        if hasattr(unwrap(model), "text_tokens"):
-            public["text_tokens"] = unwrap(model).text_tokens
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
-
-    def backbone_from_config(self, config: dict[str, Any]) -> nn.Module:
-        """Build a randomly initialized headless backbone of that configuration.
-
-        Raise ``ValueError`` if diffusers does not take the configuration.
-        """
-        own = {k: v for k, v in config.items() if k != "text_tokens"}
-        try:
-            base = getattr(need("diffusers"), _CLASS)(**own)
-        except TypeError as error:
-            raise ValueError(f"backbone config does not fit {_CLASS}: {error}") from error
-        if "text_tokens" in config:
-            base.text_tokens = config["text_tokens"]
-        return self._remove_head(base, config["num_layers"])
 
     def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename diffusers' parameters as official Wan's (``blocks.0.self_attn.q.weight``)."""

@@ -1,10 +1,8 @@
 """Checks of latents, conditions and modules against a diffusers Wan model."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from prfl_fast.models.adapter import Conditions, check_inputs
 from prfl_fast.models.inference import UnsupportedError
@@ -84,21 +82,8 @@ def _check_latents(config: Any, x: torch.Tensor, extra: torch.Tensor | None) -> 
         check(length <= limit, f"{axis} of x", length, f"at most {limit} (rope_max_seq_len)")
 
 
-def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) -> None:
-    """Raise ``ValueError`` if a module has an instance forward that is not ``allowed``."""
-    for module in modules:
-        if "forward" in module.__dict__ and instance_forward(module) is not allowed:
-            raise ValueError(
-                f"{type(module).__name__} already has a forward of its own (a hook of "
-                "accelerate?), expected that of its class. Remove the hook, and add it again after "
-                "this call"
-            )
-
-
-def check_patchable(base: Any) -> None:
-    """Raise ``ValueError`` if our forwards would change the model's behavior."""
-    for module, forward in replacements(base):
-        check_class_forward([module], forward)
+def check_processors(base: Any) -> None:
+    """Raise ``ValueError`` for attention processors of which our forwards know nothing."""
     for index, block in enumerate(base.blocks):
         for name in ("attn1", "attn2"):
             processor = getattr(getattr(block, name), "processor", None)

@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from prfl_fast.kernels.common.rope import rotations
 from prfl_fast.models.adapter import not_inference
+from prfl_fast.models.block_adapter import feed_forward_in_chunks
 from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, transformer_block
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization
-from prfl_fast.utils.recompute import in_chunks
 
 PROCESSOR = "WanAttnProcessor"
 # Modules of these packages have the forwards that the kernels replace.
@@ -148,11 +148,6 @@ def block_forward(
     modulation = block_modulation(self, temb)
     parts = block_parts(self)
     return transformer_block(hidden_states, encoder_hidden_states, modulation, rotary_emb, parts)
-
-
-def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Replace ``FeedForward.forward`` of an unpatched block, ``self.chunk`` tokens at a time."""
-    return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:

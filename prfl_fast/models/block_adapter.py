@@ -1,0 +1,203 @@
+"""Base classes of adapters for models with one list of transformer blocks.
+
+A family derives from :class:`BlockAdapter`, or from :class:`DiffusersAdapter` for a class of
+diffusers, and fills in its forwards, checks, inputs, features and head.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.modules import instance_forward, set_forward, unwrap
+from prfl_fast.utils.optional import need
+from prfl_fast.utils.recompute import in_chunks
+
+Replacements = list[tuple[Any, Callable[..., Any]]]
+# Calls run(block, *args) in place of block(*args).
+BlockRunner = Callable[..., torch.Tensor]
+
+# The patched models that share a block.
+_patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Replace a feed-forward's forward by its class's, run on ``self.chunk`` tokens at a time."""
+    return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
+
+
+def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) -> None:
+    """Raise ``ValueError`` if a module has an instance forward that is not ``allowed``."""
+    for module in modules:
+        if "forward" in module.__dict__ and instance_forward(module) is not allowed:
+            raise ValueError(
+                f"{type(module).__name__} already has a forward of its own (a hook of "
+                "accelerate?), expected that of its class. Remove the hook, and add it again after "
+                "this call"
+            )
+
+
+class BlockAdapter:
+    """Implement the methods of :class:`prfl_fast.models.Adapter` that block-based families share.
+
+    A family fills in ``replacements``, ``remove_head`` and the methods of the protocol that are
+    missing here, and overrides what differs. ``base`` is a model without its wrappers.
+    """
+
+    name: str
+
+    def replacements(self, base: Any) -> Replacements:
+        """Return the pairs (module, forward) that :meth:`patch` sets."""
+        raise NotImplementedError
+
+    def check_patchable(self, base: Any) -> None:
+        """Raise ``ValueError`` if our forwards would change the model's behavior."""
+        for module, forward in self.replacements(base):
+            check_class_forward([module], forward)
+
+    def head_modules(self, base: Any) -> list[nn.Module]:
+        """Return the modules after the last block."""
+        raise NotImplementedError
+
+    def remove_head(self, base: Any, num_blocks: int) -> None:
+        """Remove parameters after the last block, and note ``num_blocks`` in the configuration."""
+        raise NotImplementedError
+
+    def patch(self, model: nn.Module) -> None:
+        """Set our forwards on this instance; raise ``ValueError`` of :meth:`check_patchable`."""
+        base = unwrap(model)
+        self.check_patchable(base)
+        for module, forward in self.replacements(base):
+            if "forward" not in module.__dict__:
+                set_forward(module, forward)
+        for block in self.blocks(base):
+            _patched_by.setdefault(block, weakref.WeakSet()).add(base)
+
+    def unpatch(self, model: nn.Module) -> None:
+        """Delete our forwards; a model that is not patched stays unchanged.
+
+        Blocks that another patched model shares keep theirs, which run the class's forward if the
+        model that calls them is not patched.
+        """
+        base = unwrap(model)
+        for module, forward in self.replacements(base):
+            others = {*_patched_by.get(module, ())} - {base}
+            if module in _patched_by:
+                _patched_by[module].discard(base)
+            if instance_forward(module) is forward and not others:
+                del module.forward
+
+    def is_patched(self, model: nn.Module) -> bool:
+        """Return True if every module runs our forward."""
+        pairs = self.replacements(unwrap(model))
+        return all(instance_forward(module) is forward for module, forward in pairs)
+
+    def feed_forwards(self, base: Any) -> list[Any]:
+        """Return the feed-forward of every block, a module of one tensor ``[B, L, D]``."""
+        return [block.ffn for block in self.blocks(base)]
+
+    def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
+        """Run the feed-forward of every block ``tokens`` tokens at a time; None undoes it.
+
+        Raise ``ValueError`` if ``tokens`` is not positive, or a feed-forward has a replaced
+        forward.
+        """
+        if tokens is not None:
+            check_count("tokens", tokens)
+        layers = self.feed_forwards(unwrap(model))
+        check_class_forward(layers, feed_forward_in_chunks)
+        for layer in layers:
+            if tokens is not None:
+                layer.chunk = tokens
+                set_forward(layer, feed_forward_in_chunks)
+            elif "forward" in layer.__dict__:
+                del layer.chunk, layer.forward
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """Return the transformer blocks, in order."""
+        return unwrap(model).blocks  # type: ignore[return-value]
+
+    def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
+        """Return a deep copy of the embeddings and the first blocks, patched if the model is.
+
+        Raise ``ValueError`` if ``num_blocks`` is not between 1 and the model's number of blocks.
+        """
+        base, blocks = unwrap(model), self.blocks(model)
+        expected = f"1 to {len(blocks)} (the model's blocks)"
+        check(1 <= num_blocks <= len(blocks), "num_blocks", num_blocks, expected)
+        # deepcopy takes the memo's entries instead of copies, so unused parts need no memory.
+        kept = nn.ModuleList(copy.deepcopy(block) for block in blocks[:num_blocks])
+        memo: dict[int, nn.Module] = {id(blocks): kept}
+        memo |= {id(part): nn.Identity() for part in self.head_modules(base)}
+        return self._headless(copy.deepcopy(base, memo), num_blocks)
+
+    def _headless(self, base: Any, num_blocks: int) -> nn.Module:
+        self.remove_head(base, num_blocks)
+        for parameter in base.parameters():
+            parameter.grad = None
+        return base
+
+    def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return ``state`` under the names of the family's official checkpoints."""
+        return dict(state)
+
+    def from_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return ``state`` of an official checkpoint under this class's names."""
+        return dict(state)
+
+
+class DiffusersAdapter(BlockAdapter):
+    """Adapter of one transformer class of diffusers, a ``ModelMixin`` with a ``config``.
+
+    ``attributes`` names plain attributes of a model that are kept with its configuration.
+    """
+
+    class_name: ClassVar[str]
+    attributes: ClassVar[tuple[str, ...]] = ()
+
+    def matches(self, model: nn.Module) -> bool:
+        """Return True for the diffusers class, its subclasses, and wrappers around them."""
+        return any(
+            c.__name__ == self.class_name and c.__module__.startswith("diffusers.")
+            for c in type(unwrap(model)).__mro__
+        )
+
+    def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
+        """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.
+
+        ``args`` are the residual stream ``[B, L, D]`` and the inputs that all blocks share.
+        """
+        base: Any = unwrap(model)
+        if run is None:
+            base.disable_gradient_checkpointing()
+        else:
+            base.enable_gradient_checkpointing(run)
+
+    def backbone_config(self, model: nn.Module) -> dict[str, Any]:
+        """Return the configuration for :meth:`backbone_from_config` as plain JSON values."""
+        base: Any = unwrap(model)
+        public = {k: v for k, v in base.config.items() if not k.startswith("_")}
+        public |= {k: getattr(base, k) for k in self.attributes if hasattr(base, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in public.items()}
+
+    def backbone_from_config(self, config: dict[str, Any]) -> nn.Module:
+        """Build a randomly initialized headless backbone of that configuration.
+
+        Raise ``ValueError`` if diffusers does not take the configuration.
+        """
+        own = {k: v for k, v in config.items() if k not in self.attributes}
+        try:
+            base = getattr(need("diffusers"), self.class_name)(**own)
+        except TypeError as error:
+            text = f"backbone config does not fit {self.class_name}: {error}"
+            raise ValueError(text) from error
+        for key in self.attributes:
+            if key in config:
+                setattr(base, key, config[key])
+        return self._headless(base, config["num_layers"])
