@@ -262,8 +262,8 @@ def _places(
     x: torch.Tensor, cos: torch.Tensor | None, grid: list[int], offset: list[int]
 ) -> tuple[tuple[int, ...], int]:
     """Return grid and offset as a kernel's arguments, and the columns of a table by token or 0."""
-    by_token = not grid and cos is not None
-    return (*(grid or (x.shape[1], 1, 1)), *(offset or (0, 0, 0))), cos.shape[1] if by_token else 0
+    columns = 0 if grid or cos is None else cos.shape[1]
+    return (*(grid or (x.shape[1], 1, 1)), *(offset or (0, 0, 0))), columns
 
 
 def _triton_forward(q, k, q_weight, k_weight, cos, sin, grid, offset, heads, per_head, eps):

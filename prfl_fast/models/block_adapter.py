@@ -7,6 +7,7 @@ diffusers, and fills in its forwards, checks, inputs, features and head.
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,7 @@ class BlockAdapter:
     """
 
     name: str
+    lists: ClassVar[tuple[str, ...]] = ("blocks",)  # names of the lists of blocks, in order
 
     def replacements(self, base: Any) -> Replacements:
         """Return the pairs (module, forward) that :meth:`patch` sets."""
@@ -121,7 +123,17 @@ class BlockAdapter:
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks, in order."""
-        return unwrap(model).blocks  # type: ignore[return-value]
+        base: Any = unwrap(model)
+        lists = [getattr(base, name) for name in self.lists]
+        return lists[0] if len(lists) == 1 else nn.ModuleList(chain(*lists))
+
+    def first_blocks(self, base: Any, num_blocks: int) -> dict[str, nn.ModuleList]:
+        """Return the lists of a model cut to its first blocks, by name."""
+        kept = {}
+        for name in self.lists:
+            kept[name] = getattr(base, name)[:num_blocks]
+            num_blocks -= len(kept[name])
+        return kept
 
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
         """Return a deep copy of the embeddings and the first blocks, patched if the model is.
@@ -132,8 +144,10 @@ class BlockAdapter:
         expected = f"1 to {len(blocks)} (the model's blocks)"
         check(1 <= num_blocks <= len(blocks), "num_blocks", num_blocks, expected)
         # deepcopy takes the memo's entries instead of copies, so unused parts need no memory.
-        kept = nn.ModuleList(copy.deepcopy(block) for block in blocks[:num_blocks])
-        memo: dict[int, nn.Module] = {id(blocks): kept}
+        kept = self.first_blocks(base, num_blocks).items()
+        memo: dict[int, nn.Module] = {
+            id(getattr(base, name)): copy.deepcopy(first) for name, first in kept
+        }
         memo |= {id(part): nn.Identity() for part in self.head_modules(base)}
         return self._headless(copy.deepcopy(base, memo), num_blocks)
 
@@ -157,6 +171,10 @@ class DiffusersAdapter(BlockAdapter):
 
     ``attributes`` names plain attributes of a model that are kept with its configuration.
     """
+
+    def depth(self, config: Any, num_blocks: int) -> dict[str, int]:
+        """Return the entries of a configuration that a model of its first blocks changes."""
+        return {"num_layers": num_blocks}
 
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
@@ -200,4 +218,4 @@ class DiffusersAdapter(BlockAdapter):
         for key in self.attributes:
             if key in config:
                 setattr(base, key, config[key])
-        return self._headless(base, config["num_layers"])
+        return self._headless(base, len(self.blocks(base)))

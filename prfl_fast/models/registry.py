@@ -8,10 +8,15 @@ from typing import TypeVar
 from torch import nn
 
 from prfl_fast.models.adapter import Adapter
+from prfl_fast.models.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.utils.checks import check_choice
 
-ADAPTERS: tuple[Adapter, ...] = (WanDiffusersAdapter(),)
+ADAPTERS: tuple[Adapter, ...] = (
+    WanDiffusersAdapter(),
+    HunyuanVideoAdapter(),
+    HunyuanVideo15Adapter(),
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
