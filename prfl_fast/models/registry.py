@@ -9,6 +9,7 @@ from torch import nn
 
 from prfl_fast.models.adapter import Adapter
 from prfl_fast.models.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
+from prfl_fast.models.ltx import LTXVideoAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.utils.checks import check_choice
 
@@ -16,6 +17,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     WanDiffusersAdapter(),
     HunyuanVideoAdapter(),
     HunyuanVideo15Adapter(),
+    LTXVideoAdapter(),
 )
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -33,9 +33,19 @@ CASES = {
         {**_JOINT, "num_layers": 2, "text_embed_2_dim": 12, "image_embed_dim": 16},
         32,
     ),
-}
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 8, "out_channels": 8, "num_attention_heads": 2,
+            "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 3,
+            "caption_channels": 20,
+        },
+        8,
+    ),
+}  # fmt: skip
 # Changes of a case for which its heads may have 32 columns.
 WIDE = {case: {"rope_axes_dim": (8, 12, 12)} for case in CASES if case.startswith("hunyuan")}
+WIDE["ltx"] = {"cross_attention_dim": 64}
 
 
 def tiny(case, *, seed=0, **overrides):
