@@ -5,12 +5,14 @@ import shlex
 import shutil
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import readme_figure
 import results_tables
 import tested_versions
 import torch
+from official_wan import tiny_official
 from plans import once
 from wan import tiny_wan
 
@@ -30,7 +32,7 @@ from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.presets import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ("quickstart", "methods", "memory", "models", "kernels", "configuration")
+GUIDES = ("quickstart", "methods", "memory", "models", "trainers", "kernels", "configuration")
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)]
 
 
@@ -103,6 +105,29 @@ def test_python_snippets_run(page, monkeypatch):
         exec(compile(body, page, "exec"), given)
     if "out" in given:
         assert given["out"].finite
+
+
+def test_the_lines_for_trainers_patch_each_model():
+    """Run each section's lines in the names of its script, on a stand-in of its model."""
+    models = {name: tiny_official(name) for name in ("hyprfl", "videox", "diffsynth", "musubi")}
+    pipe = SimpleNamespace(dit=models["diffsynth"])
+    hyprfl = {"transformer": models["hyprfl"], "lrm_transformer": tiny_official("hyprfl")}
+    scripts = {
+        "diffusers": {},
+        "HY-Video-PRFL": hyprfl,
+        "VideoX-Fun": {"transformer3d": models["videox"]},
+        "DiffSynth-Studio": {"self": SimpleNamespace(pipe=pipe)},
+        "musubi-tuner": {},
+    }
+    for section in (ROOT / "docs" / "trainers.md").read_text().split("\n## ")[1:]:
+        (given,) = (names() | own for name, own in scripts.items() if section.startswith(name))
+        for body in re.findall(r"^```python\n(.*?)^```$", section, re.S | re.M):
+            exec(compile(body, "docs/trainers.md", "exec"), given)
+        if "on_transformer_loaded" in given:
+            given["on_transformer_loaded"](None, None, None, models["musubi"])
+        if "out" in given:
+            assert given["out"].finite and prfl_fast.is_patched(given["transformer"])
+    assert all(map(prfl_fast.is_patched, (*models.values(), hyprfl["lrm_transformer"])))
 
 
 @pytest.fixture(scope="module")

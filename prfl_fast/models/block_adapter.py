@@ -44,6 +44,43 @@ def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) ->
             )
 
 
+def unwrap_block(block: Any) -> Any:
+    """Return a block without the wrappers of torch's checkpointing, FSDP and torch.compile."""
+    for name in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
+        block = block._modules.get(name, block)
+    return block
+
+
+class BlockCall:
+    """Call ``function(block, ...)`` in place of a block; the last arguments are ``names``."""
+
+    def __init__(
+        self, block: nn.Module, function: Callable[..., torch.Tensor], names: tuple[str, ...]
+    ) -> None:
+        self.block, self.function, self.names = block, function, names
+        self.parameters, self.buffers = block.parameters, block.buffers
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        count = len(args) - len(self.names)
+        named = dict(zip(self.names, args[count:], strict=True))
+        return self.function(self.block, *args[:count], **named)
+
+
+def call_block(
+    block: Any, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Return ``function(block, ...)``, called by the runner of ``checkpoint_blocks`` if any."""
+    run = block.__dict__.get("block_runner")
+    if run is None or not torch.is_grad_enabled():
+        return function(block, *args, **kwargs)
+    return run(BlockCall(block, function, tuple(kwargs)), *args, *kwargs.values())
+
+
+def class_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the class's forward of a block that has a runner and is not patched."""
+    return call_block(self, type(self).forward, *args, **kwargs)
+
+
 class BlockAdapter:
     """Implement the methods of :class:`prfl_fast.models.Adapter` that block-based families share.
 
@@ -53,6 +90,8 @@ class BlockAdapter:
 
     name: str
     lists: ClassVar[tuple[str, ...]] = ("blocks",)  # names of the lists of blocks, in order
+    # Forwards that this family sets; those of blocks call call_block.
+    own_forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
 
     def replacements(self, base: Any) -> Replacements:
         """Return the pairs (module, forward) that :meth:`patch` sets."""
@@ -61,7 +100,8 @@ class BlockAdapter:
     def check_patchable(self, base: Any) -> None:
         """Raise ``ValueError`` if our forwards would change the model's behavior."""
         for module, forward in self.replacements(base):
-            check_class_forward([module], forward)
+            if instance_forward(module) is not class_forward:
+                check_class_forward([module], forward)
 
     def head_modules(self, base: Any) -> list[nn.Module]:
         """Return the modules after the last block."""
@@ -76,9 +116,9 @@ class BlockAdapter:
         base = unwrap(model)
         self.check_patchable(base)
         for module, forward in self.replacements(base):
-            if "forward" not in module.__dict__:
+            if "forward" not in module.__dict__ or instance_forward(module) is class_forward:
                 set_forward(module, forward)
-        for block in self.blocks(base):
+        for block in map(unwrap_block, self.blocks(base)):
             _patched_by.setdefault(block, weakref.WeakSet()).add(base)
 
     def unpatch(self, model: nn.Module) -> None:
@@ -94,6 +134,8 @@ class BlockAdapter:
                 _patched_by[module].discard(base)
             if instance_forward(module) is forward and not others:
                 del module.forward
+                if "block_runner" in module.__dict__:
+                    set_forward(module, class_forward)
 
     def is_patched(self, model: nn.Module) -> bool:
         """Return True if every module runs our forward."""
@@ -120,6 +162,23 @@ class BlockAdapter:
                 set_forward(layer, feed_forward_in_chunks)
             elif "forward" in layer.__dict__:
                 del layer.chunk, layer.forward
+
+    def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
+        """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.
+
+        ``args`` are the arguments that the model passes, the residual stream first. Raise
+        ``ValueError`` if a block has a forward that is not of this package.
+        """
+        for block in map(unwrap_block, self.blocks(model)):
+            block.__dict__.pop("block_runner", None)
+            if instance_forward(block) is class_forward:
+                del block.forward
+            if run is not None:
+                if "forward" not in block.__dict__:
+                    set_forward(block, class_forward)
+                elif instance_forward(block) not in self.own_forwards:
+                    check_class_forward([block])
+                block.__dict__["block_runner"] = run
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks, in order."""

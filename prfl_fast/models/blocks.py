@@ -145,8 +145,9 @@ def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
     """Compute keys and values of the context; arguments as for :func:`cross_attention`."""
     image = None
     if getattr(parts, "add_k_proj", None) is not None:
-        # [B, N, D] and [B, T, D]
-        image, context = context[:, :-TEXT_TOKENS], context[:, -TEXT_TOKENS:]
+        count = getattr(parts, "image_tokens", None)
+        count = context.shape[1] - TEXT_TOKENS if count is None else count
+        image, context = context[:, :count], context[:, count:]  # [B, N, D] and [B, T, D]
     fused = getattr(parts, "fused_projections", False)
     if fused:
         k, v = parts.to_kv(context).chunk(2, dim=-1)
@@ -169,7 +170,8 @@ def cross_attention(
 
     Args:
         parts: as for :func:`self_attention`. If it has ``add_k_proj, add_v_proj, norm_added_k``,
-            they process the tokens before the last 512 of ``context``, which are image tokens.
+            they process the image tokens of ``context``: the first ``image_tokens``, or without
+            that attribute all before the last 512.
         x: ``[B, L, D]``.
         context: ``[B, T, D]``, or the result of :func:`context_keys`.
 

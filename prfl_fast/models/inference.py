@@ -122,7 +122,8 @@ def check_rollout(
             "DataParallel copies the model for each call. Use one process per GPU",
         )
     _require(
-        not base._forward_pre_hooks and "forward" not in base.__dict__,
+        not base._forward_pre_hooks
+        and ("forward" not in base.__dict__ or instance_forward(base) in own),
         f"{type(base).__name__} has forward pre-hooks or a forward of its own (accelerate or "
         "diffusers?), which may change cached values. Remove them",
     )
@@ -161,6 +162,12 @@ def _autocast(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
+def _wan_inputs(
+    block: nn.Module, x: torch.Tensor, context: torch.Tensor, time: torch.Tensor, rope: Rope
+) -> tuple[torch.Tensor, torch.Tensor, Rope]:
+    return x, time, rope
+
+
 class RolloutModel:
     """Compute velocities of one rollout; ``adapter.open_rollout`` makes it.
 
@@ -176,6 +183,8 @@ class RolloutModel:
         modulation: returns a block's modulation from the time rows that the model passes to it.
         timesteps: ``[B]`` of every step.
         options: LoRA merge and compilation of the blocks.
+        inputs: returns residual stream, time rows and rotary embedding of a block's arguments;
+            those of diffusers' Wan if None.
 
     Attributes:
         notes: distinct reasons why layers stay unmerged or exact although an option asks for more.
@@ -193,7 +202,9 @@ class RolloutModel:
         modulation: Callable[[nn.Module, torch.Tensor], Modulation],
         timesteps: Sequence[torch.Tensor],
         options: RolloutOptions,
+        inputs: Callable[..., tuple[torch.Tensor, torch.Tensor, Rope]] | None = None,
     ) -> None:
+        self._inputs = _wan_inputs if inputs is None else inputs
         self.notes: list[str] = []
         self._call, self._cached, self._modulation = call, cached, modulation
         self._blocks, self._parts, self._keys, self._timesteps = blocks, parts, keys, timesteps
@@ -249,11 +260,10 @@ class RolloutModel:
         index: int,
         fp8: bool,
         eight_bits: bool,
-        x: torch.Tensor,
-        context: torch.Tensor,
-        time: torch.Tensor,
-        rope: Rope,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
+        x, time, rope = self._inputs(self._blocks[index], *args, **kwargs)
         modulation = self._modulation(self._blocks[index], time)
         parts = self._prepare(index, x, fp8, eight_bits)
         run = _compiled() if self._compile else transformer_block

@@ -10,11 +10,13 @@ from torch import nn
 from prfl_fast.models.adapter import Adapter
 from prfl_fast.models.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
 from prfl_fast.models.ltx import LTXVideoAdapter
+from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.utils.checks import check_choice
 
 ADAPTERS: tuple[Adapter, ...] = (
     WanDiffusersAdapter(),
+    WanOfficialAdapter(),
     HunyuanVideoAdapter(),
     HunyuanVideo15Adapter(),
     LTXVideoAdapter(),

@@ -1,0 +1,293 @@
+"""Forwards that replace those of Wan models in the official layout.
+
+The layout is that of Wan2.1, Wan2.2 and HY-Video-PRFL, which VideoX-Fun, DiffSynth-Studio and
+musubi-tuner share. Their blocks differ in arguments, and in the form of rotary factors.
+"""
+
+import inspect
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from prfl_fast.models.block_adapter import (
+    BlockCall,
+    call_block,
+    feed_forward_in_chunks,
+    unwrap_block,
+)
+from prfl_fast.models.blocks import BlockParts, Modulation, Rope, transformer_block
+from prfl_fast.utils.modules import customization
+from prfl_fast.utils.recompute import recomputed
+
+CHILDREN = ("norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn")
+_GRID_ARGUMENTS = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
+_FLAT_ARGUMENTS = ("x", "context", "t_mod", "freqs")  # DiffSynth-Studio
+# Tokens of one CLIP image, which come first in the context.
+_IMAGE_TOKENS = 257
+
+# Tables of rotary factors that a model keeps or makes once for all blocks.
+_tables: Any = WeakIdKeyDictionary()
+
+
+class Attention(NamedTuple):
+    """Hold the parts of an attention module under the names of :mod:`prfl_fast.models.blocks`."""
+
+    heads: int
+    to_q: Any
+    to_k: Any
+    to_v: Any
+    to_out: Any
+    norm_q: Any
+    norm_k: Any
+    add_k_proj: Any = None
+    add_v_proj: Any = None
+    norm_added_k: Any = None
+    image_tokens: int | None = None
+
+
+def _attention(module: Any) -> Attention:
+    parts = module._modules
+    names = ("q", "k", "v", "o", "norm_q", "norm_k", "k_img", "v_img", "norm_k_img")
+    # Wan2.1 and HY-Video-PRFL take the last 512 tokens as text, the others the first 257 as image.
+    text_last = "T5_CONTEXT_TOKEN_NUMBER" in type(module).forward.__globals__
+    count = None if text_last else _IMAGE_TOKENS
+    return Attention(module.num_heads, *map(parts.get, names), image_tokens=count)
+
+
+def block_parts(block: Any) -> BlockParts:
+    """Return the submodules of a block as :class:`BlockParts`."""
+    parts = block._modules
+    up, _, down = parts["ffn"]
+    return BlockParts(
+        attn=_attention(parts["self_attn"]),
+        cross=_attention(parts["cross_attn"]),
+        cross_norm=parts["norm3"],
+        up=up,
+        down=down,
+        eps=(parts["norm1"].eps, parts["norm2"].eps),
+        chunk=parts["ffn"].__dict__.get("chunk"),
+    )
+
+
+def block_modulation(block: Any, e: torch.Tensor) -> Modulation:
+    """Return a block's modulation; ``e`` is ``[B, 6, D]``, or ``[B, R, 6, D]``, R rows a sample."""
+    return Modulation(block.modulation[0], e.flatten(0, 1) if e.ndim == 4 else e)
+
+
+def is_known_block(block: Any) -> bool:
+    """Return True if the forward of a block's class takes the arguments of the layout's."""
+    # A class that overrides the forward of another block does more than that block.
+    owners = [c for c in type(block).__mro__ if c is not nn.Module and "forward" in vars(c)]
+    if len(owners) != 1:
+        return False
+    names = tuple(inspect.signature(vars(owners[0])["forward"]).parameters)[1:]
+    known = (_GRID_ARGUMENTS, (*_GRID_ARGUMENTS, "dtype", "t"), _FLAT_ARGUMENTS)
+    return names in known
+
+
+def is_sequence_parallel(attn: Any) -> bool:
+    """Return True if HY-Video-PRFL splits tokens over ranks, inside its attention's forward."""
+    state = type(attn).forward.__globals__.get("get_sequence_parallel_state")
+    return state is not None and bool(state())
+
+
+def _why_not_attention(name: str, attn: Any) -> str:
+    found = customization(attn)
+    if found:
+        return f"{name} has {found}"
+    for part in ("norm_q", "norm_k", "norm_k_img"):
+        norm = attn._modules.get(part)
+        if norm is None and part == "norm_k_img":
+            continue
+        if norm is None or norm._parameters.get("weight") is None or customization(norm):
+            return f"{name}.{part} has hooks, a forward of its own or no weight"
+        if norm.eps != attn.norm_q.eps:
+            return f"{name}.{part} has another eps than norm_q"
+    if tuple(getattr(attn, "window_size", (-1, -1))) != (-1, -1):
+        return f"{name} has window_size {attn.window_size}"
+    return ""
+
+
+def why_not_fused(block: Any) -> str:
+    """Return why a block must run its own forward, ``""`` if it can run on the kernels.
+
+    What users, trainers, peft or FSDP put on norms, attention and feed-forward works only if these
+    are called.
+    """
+    parts = block._modules
+    for name in ("norm1", "norm2", "norm3"):
+        if found := customization(parts[name]):
+            return f"{name} has {found}"
+    for name in ("norm1", "norm2"):
+        if parts[name]._parameters.get("weight") is not None:
+            return f"{name} has a weight"
+    for name in ("self_attn", "cross_attn"):
+        if reason := _why_not_attention(name, parts[name]):
+            return reason
+    ffn = parts["ffn"]
+    if found := customization(ffn, feed_forward_in_chunks):
+        return f"ffn has {found}"
+    if len(ffn) != 3 or getattr(ffn[1], "approximate", None) != "tanh" or customization(ffn[1]):
+        return "ffn is not two layers around a GELU with approximate='tanh'"
+    if getattr(block, "activation_cpu_offloading", False) and block.training:
+        return "activation_cpu_offloading is on"
+    if hasattr(block.modulation, "ds_id"):
+        return "parameters are sharded by DeepSpeed ZeRO-3"
+    if not torch.compiler.is_compiling() and is_sequence_parallel(parts["self_attn"]):
+        return "self_attn splits the sequence over ranks"
+    return ""
+
+
+def _table(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines of complex factors ``[n, d/2]`` or ``[n, 1, d/2]``, float32."""
+    found = None if torch.compiler.is_compiling() else _tables.get(freqs)
+    if found is None:
+        flat = freqs.flatten(0, 1) if freqs.ndim == 3 else freqs
+        found = flat.real.float().contiguous(), flat.imag.float().contiguous()
+        if not torch.compiler.is_compiling():
+            _tables[freqs] = found
+    return found
+
+
+def _rope(freqs: Any, length: int, grids: list[list[int]] | None) -> Rope | str:
+    """Return the rotary embedding of a block's arguments, or why the kernels cannot apply it."""
+    if grids is not None and any(grid != grids[0] for grid in grids):
+        return f"samples have different grids {grids}"
+    if isinstance(freqs, (list, tuple)):
+        if any(other is not freqs[0] for other in freqs):
+            return "samples have different rotary factors"
+        freqs = freqs[0]
+    if not (isinstance(freqs, torch.Tensor) and freqs.is_complex()):
+        return "freqs are not complex rotary factors"
+    if freqs.ndim == 3:
+        return Rope(*_table(freqs), None) if len(freqs) == length else "the sequence is padded"
+    if grids is None or math.prod(grids[0]) != length:
+        return f"the sequence of {length} tokens is padded"
+    frames, height, width = grids[0]
+    return Rope(*_table(freqs), (frames, height, width))
+
+
+class BlockInputs(NamedTuple):
+    """Inputs of :func:`transformer_block`, from the arguments of one of the layout's blocks."""
+
+    x: torch.Tensor
+    context: torch.Tensor
+    e: torch.Tensor
+    rope: Rope
+
+
+def block_inputs(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> BlockInputs | str:
+    """Return the inputs of a block, or why its own forward must run on them."""
+    names = _FLAT_ARGUMENTS if "gate" in block._modules else (*_GRID_ARGUMENTS, "dtype", "t")
+    given = dict(zip(names[1:], args, strict=False)) | kwargs
+    e, context = given.get("e", given.get("t_mod")), given["context"]
+    if not (isinstance(e, torch.Tensor) and e.ndim in (3, 4) and len(e) in (1, len(x))):
+        return "its modulation is not one tensor [B, 6, D] or [B, L, 6, D]"
+    if e.ndim == 4 and e.shape[1] > 1 and len(e) != len(x):
+        e = e.expand(len(x), -1, -1, -1)
+    grids = given["grid_sizes"].tolist() if "grid_sizes" in given else None
+    if given.get("context_lens") is not None:
+        return "context_lens is given"
+    lengths = given.get("seq_lens")
+    if lengths is not None and lengths.tolist() != [x.shape[1]] * len(x):
+        return f"the sequence of {x.shape[1]} tokens is padded"
+    rope = _rope(given["freqs"], x.shape[1], grids)
+    if isinstance(rope, str):
+        return rope
+    # Wan's x + y·e has the wider of both dtypes: from block 1 on the stream is float32 under
+    # autocast. musubi-tuner casts it back to x's dtype.
+    if not hasattr(block, "_forward"):
+        x = x.to(torch.promote_types(x.dtype, e.dtype))
+    return BlockInputs(x, context, e, rope)
+
+
+def own_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run the class's forward, with a row of ``e`` for each token if it came with fewer."""
+    e = kwargs.get("e")
+    if isinstance(e, torch.Tensor) and e.ndim == 4 and e.shape[1] not in (1, x.shape[1]):
+        kwargs["e"] = e.repeat_interleave(x.shape[1] // e.shape[1], dim=1)
+    return type(self).forward(self, x, *args, **kwargs)
+
+
+def _fused(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    # At each call, because hooks and forwards may be added after patching.
+    reason = why_not_fused(self)
+    inputs = reason or block_inputs(self, x, *args, **kwargs)
+    if isinstance(inputs, str):
+        if not torch.compiler.is_compiling():
+            text = f"a patched block runs its own forward, not prfl_fast's kernels: {inputs}"
+            warnings.warn(text, stacklevel=2)
+        return own_forward(self, x, *args, **kwargs)
+    modulation = block_modulation(self, inputs.e)
+    return transformer_block(inputs.x, inputs.context, modulation, inputs.rope, block_parts(self))
+
+
+def block_forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Replace the forward of a block, with the arguments of its class."""
+    # musubi-tuner checkpoints inside the forward that this one replaces.
+    own = self.training and getattr(self, "gradient_checkpointing", False)
+    if own and torch.is_grad_enabled() and not why_not_fused(self):
+        names = tuple(kwargs)
+        return recomputed(BlockCall(self, _fused, names), *args, *kwargs.values())
+    return call_block(self, _fused, *args, **kwargs)
+
+
+def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replace the model's forward: tell the time embedding how many rows of time differ."""
+    self.time_embedding.rows = _time_rows(self, *args[:4], **kwargs)
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        self.time_embedding.rows = None
+
+
+def _time_rows(
+    base: Any, x: Any = None, t: Any = None, context: Any = None, seq_len: Any = None, **_: Any
+) -> tuple[int, int] | None:
+    """Return the number of time rows of a sample and of its tokens; None for a row a token.
+
+    Wan2.2 computes a row for each token, ``[B, L, 6, D]``: 9.3 GB at 14B and 720p. Text-to-video
+    has one row, and a video with a given first frame has one row for each frame.
+    """
+    if not isinstance(t, torch.Tensor):
+        return None
+    if t.ndim < 2 or t.shape[1] == 1 or t.stride(1) == 0:
+        return 1, 0
+    frames = x[0].shape[1] // base.patch_size[0]
+    if t.shape[1] % frames or t.shape[1] != seq_len or torch.compiler.is_compiling():
+        return None
+    by_frame = t.unflatten(1, (frames, -1))
+    same = bool((by_frame == by_frame[..., :1]).all())  # waits for the device
+    return (frames, t.shape[1]) if same else None
+
+
+def time_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Replace the time embedding's forward: compute each row of equal tokens once."""
+    if self.rows is not None and x.ndim == 3:
+        rows, tokens = self.rows
+        if rows == 1 or x.shape[1] == tokens:
+            x = x[:, :: x.shape[1] // rows]
+    return type(self).forward(self, x)
+
+
+def head_forward(self: Any, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """Replace the head's forward: let it read rows of time that several tokens share."""
+    rows = e.shape[1] if e.ndim == 3 else 1
+    if rows in (1, x.shape[1]):
+        return type(self).forward(self, x, e)
+    out = type(self).forward(
+        self, x.unflatten(1, (rows, -1)).flatten(0, 1), e.reshape(-1, 1, e.shape[-1])
+    )
+    return out.unflatten(0, (-1, rows)).flatten(1, 2)
+
+
+OWN_FORWARDS = (block_forward, model_forward, time_forward, head_forward, feed_forward_in_chunks)
+
+
+def blocks_of(base: Any) -> list[Any]:
+    """Return the blocks without the wrappers of checkpointing, FSDP and torch.compile."""
+    return [unwrap_block(block) for block in base.blocks]

@@ -1,0 +1,228 @@
+"""Run what docs/models.md says about model classes, and write its table.
+
+``python tests/helpers/capabilities.py`` runs every check on every row and rewrites the table. To
+add a model, add its row to ``ROWS``: a function that returns a :class:`Case`.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import wan
+from official_wan import CLASSES, official_inputs, tiny_official
+from torch import nn
+
+import prfl_fast
+from prfl_fast.memory import activation_checkpointing, quantize
+from prfl_fast.models import find_adapter
+from prfl_fast.models.inference import UnsupportedError
+from prfl_fast.planning import Workload
+from prfl_fast.planning.simulation import simulate
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+MARKS = ("<!-- models -->\n", "<!-- end of models -->")
+REFUSALS = (TypeError, ValueError, UnsupportedError)
+
+
+@dataclass
+class Case:
+    """A tiny model and one call of it; ``velocity`` is the call of a class without adapter."""
+
+    model: nn.Module
+    x: torch.Tensor
+    timestep: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    velocity: Callable[..., torch.Tensor] | None = None
+
+    def call(self):
+        """Return the velocity, through the adapter if the model has one."""
+        if self.velocity is not None:
+            return self.velocity(self.x, self.timestep, self.conditions)
+        adapter = find_adapter(self.model)
+        return adapter.velocity(self.model, self.x, self.timestep, self.conditions)
+
+    def gradients(self):
+        """Return the output and the parameters' gradients of its mean square."""
+        self.model.zero_grad()
+        out = self.call()
+        out.square().mean().backward()
+        grads = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        return out.detach(), torch.cat(grads)
+
+
+def close(ours, theirs, tolerance=1e-5):
+    """Assert that relative L2 distances of two lists of tensors are small."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
+
+
+def check_patch(case):
+    plain = case.gradients()
+    keys = list(case.model.state_dict())
+    prfl_fast.patch(case.model)
+    assert prfl_fast.is_patched(case.model) and list(case.model.state_dict()) == keys
+    close(case.gradients(), plain)
+    prfl_fast.unpatch(case.model)
+    assert not prfl_fast.is_patched(case.model)
+    close(case.gradients(), plain, 1e-12)
+
+
+def check_policies(case):
+    plain = case.gradients()
+    for mode in ("full", "attention"):
+        for offload in (None, "cpu"):
+            activation_checkpointing(case.model, mode, offload)
+            close(case.gradients(), plain)
+
+
+def check_quantize(case):
+    plain = case.call().detach()
+    before = sum(p.numel() * p.itemsize for p in case.model.parameters())
+    quantize(case.model, "fp8")
+    assert sum(p.numel() * p.itemsize for p in case.model.parameters()) < 0.6 * before
+    close([case.call().detach()], [plain], 0.1)
+
+
+def check_rollout(case):
+    prfl_fast.patch(case.model)
+    adapter, times = find_adapter(case.model), [case.timestep, case.timestep * 0.5]
+    opened = adapter.open_rollout(case.model, case.x, times, case.conditions)
+    with torch.no_grad():
+        close([opened.velocity(case.x, 0)], [case.call()], 1e-6)
+
+
+def latent_reward(case):
+    return prfl_fast.LatentRewardModel.from_backbone(case.model, 1, num_heads=2).freeze()
+
+
+def check_reward(case):
+    reward, x = latent_reward(case), case.x.clone().requires_grad_()
+    score = reward(x, case.timestep, case.conditions)
+    score.sum().backward()
+    assert score.shape == (len(x),) and float(x.grad.norm()) > 0
+
+
+def check_prfl(case):
+    def reward(x, timestep, conditions):
+        return torch.sigmoid(x.mean(dim=(1, 2, 3, 4)))
+
+    target = case.model if case.velocity is None else case.velocity
+    step = prfl_fast.PRFL(target, reward, prfl_fast.FlowUniPC(), num_inference_steps=4)
+    assert step(case.x, case.conditions, indices=[1]).finite
+    assert any(float(p.grad.norm()) > 0 for p in case.model.parameters() if p.grad is not None)
+
+
+def check_plan(case):
+    size = {"frames": 5, "height": 64, "width": 64, "reward_blocks": 1, "lora_rank": 2}
+    memory = prfl_fast.MemoryConfig("bf16", "full"), prfl_fast.MemoryConfig("bf16", "full")
+    run = simulate(Workload(case.model, **size), *memory)
+    assert run.peak == sum(run.categories.values()) > 0
+
+
+CHECKS = {
+    "patch": check_patch,
+    "policies": check_policies,
+    "quantize": check_quantize,
+    "rollout engine": check_rollout,
+    "reward": check_reward,
+    "PRFL": check_prfl,
+    "plan": check_plan,
+}
+
+
+def diffusers_wan(kind="t2v", **options):
+    """Return a row of diffusers' ``WanTransformer3DModel``."""
+
+    def build():
+        model = wan.tiny_wan(kind, head_dim=32, **options)
+        x, _, conditions = wan.inputs(kind, batch=1, size=(2, 4, 4))
+        return Case(model, x, torch.tensor([600.0]), conditions)
+
+    return build
+
+
+def official(variant, kind="t2v"):
+    """Return a row of a stand-in of :mod:`official_wan`."""
+
+    def build():
+        model = tiny_official(variant, kind, head_dim=32)
+        given = official_inputs(variant, kind, batch=1, size=(2, 4, 4))
+        conditions = {"encoder_hidden_states": torch.stack(given["context"])}
+        if kind != "t2v":
+            conditions["latent_condition"] = given["y"]
+        if "clip_fea" in given:
+            conditions["encoder_hidden_states_image"] = given["clip_fea"]
+        return Case(model, given["x"], torch.tensor([600.0]), conditions)
+
+    return build
+
+
+_LABELS = {
+    "wan21": "Wan2.1 `WanModel`",
+    "wan22": "Wan2.2 `WanModel`",
+    "hyprfl": "HY-Video-PRFL `WanModel`",
+    "videox": "VideoX-Fun `WanTransformer3DModel`",
+    "videox22": "VideoX-Fun `Wan2_2Transformer3DModel`",
+    "diffsynth": "DiffSynth-Studio `WanModel`",
+    "musubi": "musubi-tuner `WanModel`, 2.1",
+    "musubi22": "musubi-tuner `WanModel`, 2.2",
+}
+ROWS: dict[str, Callable[[], Case]] = {
+    "diffusers `WanTransformer3DModel`, T2V": diffusers_wan(),
+    "diffusers `WanTransformer3DModel`, I2V": diffusers_wan("i2v"),
+    "diffusers `WanTransformer3DModel`, first and last frame": diffusers_wan("flf"),
+    **{_LABELS[variant]: official(variant) for variant in CLASSES},
+    "Wan2.1 `WanModel`, I2V": official("wan21", "i2v"),
+    "Wan2.2 `WanModel`, I2V": official("wan22", "i2v"),
+}
+
+
+def cells(name):
+    """Run every check on a row; return ``yes``, ``function`` (no adapter) or ``refused`` each."""
+    case = ROWS[name]()
+    found = {}
+    for column, check in CHECKS.items():
+        try:
+            # deepcopy of the whole case, so that a velocity function keeps its model.
+            check(copy.deepcopy(case) if case.velocity is None else ROWS[name]())
+            found[column] = "yes"
+            if column == "PRFL" and case.velocity is not None:
+                found[column] = "function"
+        except REFUSALS as error:
+            print(f"{name}, {column}: {type(error).__name__}: {str(error)[:200]}")
+            found[column] = "refused"
+    return found
+
+
+def row(name, found):
+    return f"| {name} | {' | '.join(found.values())} |"
+
+
+def rows():
+    """Return the rows of docs/models.md by the name of their model."""
+    lines = PAGE.read_text().split(MARKS[0])[1].split(MARKS[1])[0].splitlines()[2:]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+def write(only):
+    """Run the checks of some rows, all by default, and write the table."""
+    known = rows()
+    for name in ROWS:
+        if not only or any(word in name for word in only):
+            try:
+                known[name] = row(name, cells(name))
+            except pytest.skip.Exception as missing:
+                print(f"{name}: kept, {missing}")
+    lines = [f"| model | {' | '.join(CHECKS)} |", "|---" * (len(CHECKS) + 1) + "|"]
+    lines += [known[name] for name in ROWS if name in known]
+    before, rest = PAGE.read_text().split(MARKS[0])
+    table = "\n".join(lines) + "\n"
+    PAGE.write_text(before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1])[1])
+
+
+if __name__ == "__main__":
+    write(sys.argv[1:])
