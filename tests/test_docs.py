@@ -76,6 +76,7 @@ def names():
         "prfl_fast": prfl_fast,
         "transformer": transformer,
         "noise": torch.randn(1, 16, 2, 4, 4),
+        "latents": torch.randn(1, 16, 2, 4, 4),
         "conditions": {"encoder_hidden_states": text},
         "text": text,
         "negative": torch.zeros(1, 3, 20),

@@ -42,6 +42,10 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "frames": ("frames of a video, 4n + 1", _COUNT),
     "height": ("height of a video in pixels", _COUNT),
     "width": ("width of a video in pixels", _COUNT),
+    "first_frame": (
+        "the first frame is given (Wan2.2 TI2V)",
+        {"action": "store_true", "default": None},
+    ),
     "train": ("train adapters, or all parameters", {"choices": ["lora", "full"]}),
     "lora_rank": ("rank of the adapters", _COUNT),
     "batch_size": ("videos per forward", _COUNT),

@@ -30,6 +30,7 @@ from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.values import check_values
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
+from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.registry import patch, unpatch
 from prfl_fast.models.velocity import Precision, autocast
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -100,6 +101,9 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
     check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
+    fits = "prfl" not in config.objectives or segments is None or FIRST_FRAME not in dataset.shapes
+    expected = f"all: frames of a dataset with {FIRST_FRAME} are not rewarded one by one"
+    check(fits, "prfl.segments", segments, expected)
     guidance = None
     if config.prfl.guidance is not None:  # the file is checked even without the prfl objective
         guidance = loading.load_guidance(config.prfl.guidance, dataset, device)

@@ -9,7 +9,8 @@ from prfl_fast.cli.loading import open_dataset
 from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
 from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.planning.presets import model_config
+from prfl_fast.models.adapter import FIRST_FRAME
+from prfl_fast.planning.presets import model_config, vae_stride
 from prfl_fast.utils.io import read_json
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
@@ -99,9 +100,12 @@ def _reward_blocks(config: TrainFile) -> dict[str, int]:
 
 
 def sizes_of(dataset: LatentDataset) -> dict[str, int]:
-    """Return frames, height and width of the videos in a dataset (Wan's VAE: 4 × 8 × 8)."""
-    _, frames, height, width = dataset.shapes["latents"]
-    return {"frames": 4 * (frames - 1) + 1, "height": 8 * height, "width": 8 * width}
+    """Return the Workload fields that the shapes of a dataset decide."""
+    channels, *latents = dataset.shapes["latents"]
+    frames, *size = (n * stride for n, stride in zip(latents, vae_stride(channels), strict=True))
+    frames -= vae_stride(channels)[0] - 1  # the first frame has its own latent
+    found = dict(zip(("frames", "height", "width"), (frames, *size), strict=True))
+    return found | {"first_frame": FIRST_FRAME in dataset.shapes}
 
 
 def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, An
     content = read_yaml(path)
     config = _parse(TrainRewardFile, content, path)
     found = fields_of_reward_run(config, _dataset(config))
-    free = {"model", "frames", "height", "width"} - found.keys()
+    free = {"model", "frames", "height", "width", "first_frame"} - found.keys()
     for name, value in given.items():
         if name not in free and found.get(name) != value:
             _contradicted(name, value, f"{path} is of train-reward, which decides it")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.nn.functional import pad
 
+from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
@@ -25,6 +26,7 @@ _RANKS = {
     "encoder_hidden_states_short": 2,
     "encoder_hidden_states_image": 2,
     "latent_condition": 4,
+    FIRST_FRAME: 4,
 }
 TEXT, SHORT = "encoder_hidden_states", "encoder_hidden_states_short"
 # File with the text of the prompt "", which text drop takes in place of a sample's text.
@@ -146,6 +148,11 @@ class LatentDataset:
         condition = shapes.get("latent_condition", shapes["latents"])
         same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
         check(same, f"{where}: latent_condition", list(condition), expected)
+        channels, frames, *size = shapes["latents"]
+        first, wanted = shapes.get(FIRST_FRAME), (channels, 1, *size)
+        ok = first is None or (frames > 1 and first == wanted)
+        expected = f"{list(wanted)}, beside latents of more frames than one"
+        check(ok, f"{where}: {FIRST_FRAME}", first, expected)
         # Texts may differ in length: each shape has the rows of the longest.
         both, texts = (shapes, self.shapes or shapes), (TEXT, SHORT)
         rows = max(of[key][0] for of in both for key in texts if key in of)

@@ -13,7 +13,7 @@ from prfl_fast.feedback.divergence import adapters_off
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Point
 from prfl_fast.kernels import flow_step
-from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.adapter import Conditions, generated_frames, set_first_frame
 from prfl_fast.models.velocity import model_of
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.sampler import Sampler
@@ -142,7 +142,7 @@ class GradientEstimator:
         self._leaf: torch.Tensor | None = None
         if spec.plan.to == "noise":
             self._leaf = trajectory.x = trajectory.x.detach().requires_grad_()
-        self._rewarded = trajectory.x
+        self._rewarded: torch.Tensor  # not the initial latents, which would stay in memory
         self._scores: list[dict[str, torch.Tensor]] = []
         self._losses: list[torch.Tensor] = []
         self._divergences: list[torch.Tensor] = []
@@ -179,6 +179,7 @@ class GradientEstimator:
         index, end = point.step, self.trajectory.x
         sigma = self.trajectory.sigma(index)
         x = flow_step([end, _randn_like(end, self.generator)], [1 - sigma, sigma])
+        x = set_first_frame(x, self.trajectory.conditions)
         v, *penalties = self._evaluate(index, x)
         _check_graph(v.requires_grad, NO_GRADIENT)
         return self._steps(flow_step([x, v], [1.0, -sigma]), index + 1, penalties, weight)
@@ -317,7 +318,8 @@ class GradientEstimator:
             with torch.no_grad(), off():
                 (base,) = initial(x)
         wide = torch.promote_types(v.dtype, torch.float32)
-        return [(v.to(wide) - base.to(wide)).square().mean()]
+        difference = generated_frames(v.to(wide) - base.to(wide), self.trajectory.conditions)
+        return [difference.square().mean()]
 
 
 _NO_GRAPH = (

@@ -14,7 +14,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Point
 from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe
-from prfl_fast.models.adapter import Conditions, not_inference
+from prfl_fast.models.adapter import FIRST_FRAME, Conditions, not_inference, set_first_frame
 from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, model_of
 from prfl_fast.rewards.functions import Reward, check_autograd, check_callable, check_frozen
 from prfl_fast.rollout.config import RolloutConfig
@@ -186,10 +186,14 @@ class PRFL:
         trajectory = Trajectory(
             self.sampler, noise, conditions, engine=self.engine, start=begin, visit=visit
         )
+        alone = plan.segments is not None and FIRST_FRAME in conditions
+        expected = f"no {FIRST_FRAME}, because this plan rewards frames one by one"
+        check(not alone, "conditions", sorted(conditions), expected)
         if latents is not None:  # the plan starts from data, corrupted to its first noise level
             sigma = trajectory.sigma(begin)
             latents = not_inference(latents)
-            trajectory.x = flow_step([trajectory.x, latents], [sigma, 1 - sigma])
+            x = flow_step([trajectory.x, latents], [sigma, 1 - sigma])
+            trajectory.x = set_first_frame(x, trajectory.conditions)
         if plan.to == "latent":
             first = points[0].step
             sigma = trajectory.sigma(first)

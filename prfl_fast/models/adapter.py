@@ -5,11 +5,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from prfl_fast.models.inference import RolloutModel, RolloutOptions
 from prfl_fast.utils.checks import check
 
 Conditions = dict[str, torch.Tensor]
+
+# Condition with the clean latents [B, C, 1, H, W] of the first frame, whose tokens have time 0
+# (Wan2.2 TI2V). That frame is given, so its velocity is 0 and no loss counts it.
+FIRST_FRAME = "first_frame"
 
 
 class Adapter(Protocol):
@@ -78,6 +83,28 @@ def check_inputs(name: str, x: Any, conditions: Any) -> None:
     for key, value in conditions.items():
         ok = isinstance(value, torch.Tensor) and value.shape[:1] == x.shape[:1]
         check(ok, f"conditions[{key!r}]", value, expected)
+    first = conditions.get(FIRST_FRAME)
+    if first is not None:
+        batch, channels, frames, height, width = x.shape
+        ok = frames > 1 and first.shape == (batch, channels, 1, height, width)
+        expected = f"[B, C, 1, H, W] of {name}, {list(x.shape)}, and more frames than one there"
+        check(ok, f"conditions[{FIRST_FRAME!r}]", first, expected)
+
+
+def set_first_frame(x: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+    """Return ``x`` with the first frame of ``conditions`` in place of its own, if there is one."""
+    first = conditions.get(FIRST_FRAME)
+    return x if first is None else torch.cat([first.to(x), x[:, :, 1:]], dim=2)
+
+
+def zero_first_frame(v: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+    """Return a velocity that is 0 in the first frame, if ``conditions`` give that frame."""
+    return pad(v[:, :, 1:], (0, 0, 0, 0, 1, 0)) if FIRST_FRAME in conditions else v
+
+
+def generated_frames(x: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+    """Return the frames of ``x`` that ``conditions`` do not give, as a view."""
+    return x[:, :, 1:] if FIRST_FRAME in conditions else x
 
 
 def not_inference(value: Any) -> Any:

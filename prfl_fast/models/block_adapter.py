@@ -22,7 +22,7 @@ Replacements = list[tuple[Any, Callable[..., Any]]]
 # Calls run(block, *args) in place of block(*args).
 BlockRunner = Callable[..., torch.Tensor]
 
-# The patched models that share a block.
+# The patched models that share a module.
 _patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" = (
     weakref.WeakKeyDictionary()
 )
@@ -118,13 +118,13 @@ class BlockAdapter:
         for module, forward in self.replacements(base):
             if "forward" not in module.__dict__ or instance_forward(module) is class_forward:
                 set_forward(module, forward)
-        for block in map(unwrap_block, self.blocks(base)):
-            _patched_by.setdefault(block, weakref.WeakSet()).add(base)
+        for module, _ in self.replacements(base):
+            _patched_by.setdefault(unwrap_block(module), weakref.WeakSet()).add(base)
 
     def unpatch(self, model: nn.Module) -> None:
         """Delete our forwards; a model that is not patched stays unchanged.
 
-        Blocks that another patched model shares keep theirs, which run the class's forward if the
+        Modules that another patched model shares keep theirs, which run the class's forward if the
         model that calls them is not patched.
         """
         base = unwrap(model)

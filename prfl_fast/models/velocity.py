@@ -8,7 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prfl_fast.models.adapter import Conditions, check_inputs
+from prfl_fast.models.adapter import (
+    FIRST_FRAME,
+    Conditions,
+    check_inputs,
+    set_first_frame,
+    zero_first_frame,
+)
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.utils.checks import check_choice
 
@@ -87,6 +93,10 @@ def bind_velocity(
 ) -> Velocity:
     """Check latents and conditions, and return the velocity function of a transformer.
 
+    With the condition ``first_frame`` ``[B, C, 1, H, W]`` it sees those latents in the first frame,
+    and its velocity there is 0. A model gets time 0 for the tokens of that frame; a function gets
+    the timestep ``[B]`` of the others.
+
     Args:
         transformer: a supported model, or a velocity function (not an ``nn.Module``).
         x: latents ``[B, C, F, H, W]``, called ``name`` in error messages.
@@ -102,10 +112,18 @@ def bind_velocity(
     if model is None:
         check_inputs(name, x, conditions)
         check_finite(name, x)
-        return transformer
+        given = FIRST_FRAME in conditions
+        return functools.partial(_keep_first_frame, transformer) if given else transformer
     adapter = find_adapter(model)
     adapter.check_latents(model, x, conditions, name)
     check_finite(name, x)
     if isinstance(transformer, ModelCall):
         return transformer
     return functools.partial(adapter.velocity, model)
+
+
+def _keep_first_frame(
+    function: Velocity, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+) -> torch.Tensor:
+    v = function(set_first_frame(x, conditions), timestep, conditions)
+    return zero_first_frame(v, conditions)

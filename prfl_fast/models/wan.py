@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models import wan_weights
-from prfl_fast.models.adapter import Conditions, check_timesteps
+from prfl_fast.models.adapter import Conditions, check_timesteps, zero_first_frame
 from prfl_fast.models.block_adapter import DiffusersAdapter, Replacements
 from prfl_fast.models.blocks import context_keys
 from prfl_fast.models.inference import (
@@ -30,6 +30,7 @@ from prfl_fast.models.wan_forward import (
     OWN_FORWARDS,
     block_modulation,
     block_parts,
+    frame_timesteps,
     model_inputs,
     replacements,
 )
@@ -44,7 +45,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
     attributes = ("text_tokens",)
 
     def replacements(self, base: Any) -> Replacements:
-        """Return our forwards of the blocks and of the rotary embedding."""
+        """Return our forwards of the blocks and the embeddings."""
         return replacements(base)
 
     def check_patchable(self, base: Any) -> None:
@@ -92,7 +93,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
         (out,) = model(
             latents, timestep, text, encoder_hidden_states_image=image, return_dict=False
         )
-        return out.to(x.dtype)
+        return zero_first_frame(out.to(x.dtype), conditions)
 
     def open_rollout(
         self,
@@ -116,7 +117,8 @@ class WanDiffusersAdapter(DiffusersAdapter):
         check_rollout(list(layers_of(model)), OWN_FORWARDS, options.compile)
         self.check_latents(model, x, conditions)
         check_timesteps(timesteps, len(x))
-        embedder, timesteps = base.condition_embedder, list(timesteps)
+        embedder = base.condition_embedder
+        timesteps = [frame_timesteps(base, x, timestep, conditions) for timestep in timesteps]
         with torch.no_grad():
             latents, _, raw_text, raw_image = model_inputs(base, x, timesteps[0], conditions)
             rope = base.rope(latents)
@@ -128,7 +130,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
             # The embedder's own forward computes the time rows, one timestep at a time, because a
             # batched product rounds differently.
             with replaced_forwards(known):
-                times = [embedder(t.to(x.device), raw_text, raw_image)[:2] for t in timesteps]
+                times = [embedder(t, raw_text, raw_image)[:2] for t in timesteps]
             context = text if image is None else torch.cat([image, text], dim=1)
             keys = [context_keys(block.attn2, context) for block in base.blocks]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from prfl_fast.models.adapter import Conditions, check_inputs
+from prfl_fast.models.adapter import FIRST_FRAME, Conditions, check_inputs
 from prfl_fast.models.inference import UnsupportedError
 from prfl_fast.models.wan_forward import (
     PROCESSOR,
@@ -27,7 +27,7 @@ def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions, name: s
     check_inputs(name, x, conditions)
     check(TEXT in conditions, "conditions", sorted(conditions), f"a dict with {TEXT!r} [B, T, C]")
     for key, value in conditions.items():
-        check_choice("a key of conditions", key, (TEXT, IMAGE, LATENT))
+        check_choice("a key of conditions", key, (TEXT, IMAGE, LATENT, FIRST_FRAME))
         ok = value.is_floating_point() and value.device == x.device
         check(ok, f"conditions[{key!r}]", value, f"a floating-point tensor on {x.device}")
     _check_latents(config, x, conditions.get(LATENT))

@@ -1,5 +1,6 @@
 """Forwards that replace those of diffusers' Wan modules, and the inputs of the whole model."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +9,11 @@ import torch
 from torch.nn import functional
 
 from prfl_fast.kernels.common.rope import rotations
-from prfl_fast.models.adapter import not_inference
+from prfl_fast.models.adapter import FIRST_FRAME, not_inference, set_first_frame
 from prfl_fast.models.block_adapter import feed_forward_in_chunks
 from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, transformer_block
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import customization
+from prfl_fast.utils.modules import customization, instance_forward
 
 PROCESSOR = "WanAttnProcessor"
 # Modules of these packages have the forwards that the kernels replace.
@@ -37,7 +38,11 @@ def block_parts(block: Any) -> BlockParts:
 
 
 def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
-    """Return a block's modulation; ``temb`` is ``[B, 6, D]``, or ``[B, L, 6, D]`` per token."""
+    """Return a block's modulation.
+
+    ``temb`` is ``[B, 6, D]``, ``[B·F, 6, D]`` per frame, or ``[B, R, 6, D]`` for R equal parts of
+    the tokens.
+    """
     return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
 
 
@@ -145,6 +150,11 @@ def block_forward(
             text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
             warnings.warn(text, stacklevel=2)
         tables = rotary_tables(rotary_emb)
+        batch, tokens, _ = hidden_states.shape
+        if temb.ndim == 3 and len(temb) != batch:
+            temb = temb.unflatten(0, (batch, -1))
+        if temb.ndim == 4 and temb.shape[1] != tokens:  # diffusers' forward takes a row per token
+            temb = temb.repeat_interleave(tokens // temb.shape[1], 1)
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, tables)
     modulation = block_modulation(self, temb)
     parts = block_parts(self)
@@ -160,12 +170,53 @@ def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)
 
 
-OWN_FORWARDS = (block_forward, rope_forward, feed_forward_in_chunks)
+def _equal_runs(times: torch.Tensor) -> int:
+    """Return n such that each n consecutive tokens of ``times`` ``[B, L]`` share a timestep.
+
+    It is 1 where values cannot be read: in a compilation, a CUDA graph, on fake and meta tensors.
+    """
+    readable = not torch.compiler.is_compiling() and type(times) is torch.Tensor
+    readable = readable and not times.is_meta
+    if not readable or (times.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return 1
+    changes = (times[:, 1:] != times[:, :-1]).any(0).nonzero() + 1  # waits for the device
+    return math.gcd(times.shape[1], *changes.flatten().tolist())
+
+
+def embedder_forward(
+    self: Any,
+    timestep: torch.Tensor,
+    text: torch.Tensor,
+    image: torch.Tensor | None = None,
+    timestep_seq_len: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Replace ``WanTimeTextImageEmbedding.forward``, with fewer rows of modulation.
+
+    ``timestep`` may also be ``[B·F]``: blocks get one row per latent frame, and the head that of
+    the last frame, as its result for the first one is not used. Timesteps per token, flattened from
+    ``[B, timestep_seq_len]``, give one row for each run of equal ones; at 27 280 tokens of Wan2.2
+    TI2V a row per token takes 2 GB.
+    """
+    repeats = 1
+    if timestep_seq_len is not None:
+        times = timestep.unflatten(0, (-1, timestep_seq_len))
+        repeats = _equal_runs(times)
+        timestep, timestep_seq_len = times[:, ::repeats].flatten(), timestep_seq_len // repeats
+    temb, *others = type(self).forward(self, timestep, text, image, timestep_seq_len)
+    if temb.ndim == 3:
+        temb = temb.repeat_interleave(repeats, 1)  # diffusers' head takes a row per token
+    elif len(temb) != len(text):
+        temb = temb.unflatten(0, (len(text), -1))[:, -1]
+    return temb, *others
+
+
+OWN_FORWARDS = (block_forward, rope_forward, embedder_forward, feed_forward_in_chunks)
 
 
 def replacements(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
     """Return the pairs (module, forward) that :func:`prfl_fast.patch` sets."""
-    return [(block, block_forward) for block in base.blocks] + [(base.rope, rope_forward)]
+    embeddings = ((base.rope, rope_forward), (base.condition_embedder, embedder_forward))
+    return [*((block, block_forward) for block in base.blocks), *embeddings]
 
 
 def text_rows(base: Any, text: torch.Tensor) -> int:
@@ -190,20 +241,42 @@ def image_rows(base: Any) -> int | None:
     return None if base.config.image_dim is None else base.config.pos_embed_seq_len
 
 
+def frame_timesteps(
+    base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return timesteps ``[]`` or ``[B]`` as a model takes them, 0 for a given first frame.
+
+    With that they are ``[B·F]`` for a patched model, whose blocks have one row of modulation per
+    frame, and ``[B, L]`` for diffusers' forward, which makes a row for every token. Timesteps of
+    these shapes do not change.
+    """
+    timestep = timestep.to(x.device)
+    timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
+    if FIRST_FRAME not in conditions or timestep.shape != (len(x),):
+        return timestep
+    times = timestep[:, None].repeat(1, x.shape[2])
+    times[:, 0] = 0
+    if instance_forward(base.condition_embedder) is embedder_forward:
+        return times.flatten()
+    _, height, width = base.config.patch_size
+    return times.repeat_interleave((x.shape[3] // height) * (x.shape[4] // width), 1)
+
+
 def model_inputs(
     base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return latents, timesteps, text and image tokens as diffusers' forward takes them.
 
     Text gets rows of zeros up to :func:`text_rows`, without a mask: Wan was trained on such text.
+    The first frame of ``conditions``, if any, replaces that of ``x``, at time 0.
     """
     x, conditions = not_inference(x), not_inference(conditions)
+    x = set_first_frame(x, conditions)
     dtype = base.patch_embedding.weight.dtype  # diffusers does not cast its inputs
     latents = [x]
     if "latent_condition" in conditions:
         latents.append(conditions["latent_condition"])
     image = conditions.get("encoder_hidden_states_image")
-    timestep = timestep.to(x.device)
     if image is not None and image_rows(base) is not None:
         # First and last frame: diffusers' embedding joins the rows of two images again.
         image = image.reshape(2 * len(x), -1, image.shape[-1])
@@ -212,7 +285,7 @@ def model_inputs(
         text = functional.pad(text, (0, 0, 0, missing))
     return (
         torch.cat([part.to(dtype) for part in latents], dim=1).contiguous(),  # [B, C + C', F, H, W]
-        timestep.expand(x.shape[0]) if timestep.ndim == 0 else timestep,  # [B] or [B, L]
+        frame_timesteps(base, x, timestep, conditions),
         text,
         None if image is None else image.to(dtype),
     )

@@ -22,12 +22,19 @@ _WAN_14B: dict[str, Any] = {
     "ffn_dim": 13824,
     "num_layers": 40,
 }
+# Strides of the VAEs in frames, height and width by their latent channels, those that a transformer
+# predicts: Wan2.1's, and that of Wan2.2 TI2V-5B. The first frame of a video has its own latent.
+VAE_STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
+
 _IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 MODELS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": _WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "wan2.1-t2v-14b": _WAN_14B,
     "wan2.1-i2v-14b": _WAN_14B | _IMAGE,
     "wan2.1-flf2v-14b": _WAN_14B | _IMAGE | {"pos_embed_seq_len": 514},
+    "wan2.2-ti2v-5b": _WAN_14B
+    | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
+    | {"in_channels": 48, "out_channels": 48},
 }
 
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
@@ -56,6 +63,16 @@ def model_config(model: Model) -> dict[str, Any]:
     check(path is not None, "model", str(model), expected, hint="The folder has a config.json")
     assert path is not None
     return _read_config(path)
+
+
+def vae_stride(channels: int) -> tuple[int, int, int]:
+    """Return frames, rows and columns of pixels per latent of the VAE with these latent channels.
+
+    Raise ``ValueError`` if there is none in ``VAE_STRIDES``.
+    """
+    expected = f"one of {', '.join(map(str, VAE_STRIDES))}, as the known VAEs have"
+    check(channels in VAE_STRIDES, "latent channels", channels, expected)
+    return VAE_STRIDES[channels]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def _headline(plan: Plan) -> list[str]:
     work = plan.workload
     kind = f"LoRA rank {work.lora_rank}" if work.train == "lora" else "all parameters"
     points = f"{work.points} gradient point{'s' if work.points > 1 else ''}"
-    size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens, "
+    given = ", first frame given" if work.first_frame else ""
+    size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens{given}, "
     size += f"batch {work.batch_size}"
     count = work.gradient_accumulation_steps
     micro_batches = f"{count} micro-batch{'es' if count > 1 else ''} per step"

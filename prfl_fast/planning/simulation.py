@@ -17,11 +17,12 @@ from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.ledger import HOST, Ledger, mark
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
+from prfl_fast.models.adapter import FIRST_FRAME, generated_frames, set_first_frame
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.planning.costs import CUBLAS_BYTES, Cost, CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
-from prfl_fast.planning.workload import IMAGE_TOKENS, LATENT_CHANNELS, Workload
+from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
@@ -171,10 +172,12 @@ class SimulatedStep:
             tokens = config.get("pos_embed_seq_len") or IMAGE_TOKENS  # of two images, if set
             image = self._make(batch, tokens, config["image_dim"])
             conditions["encoder_hidden_states_image"] = image
-        extra = config.get("in_channels", LATENT_CHANNELS) - LATENT_CHANNELS
+        channels, frames, *size = self.workload.latent_shape[1:]
+        extra = config.get("in_channels", channels) - channels
         if extra:
-            shape = self.workload.latent_shape
-            conditions["latent_condition"] = self._make(batch, extra, *shape[2:])
+            conditions["latent_condition"] = self._make(batch, extra, frames, *size)
+        if self.workload.first_frame:
+            conditions[FIRST_FRAME] = self._make(batch, channels, 1, *size)
         return conditions
 
     def _precision(self, memory: MemoryConfig) -> contextlib.AbstractContextManager[Any]:
@@ -185,6 +188,10 @@ class SimulatedStep:
         timestep = torch.full((len(x),), time)
         with self._precision(self.memory):
             return self.adapter.velocity(self.generator, x, timestep, self.conditions)
+
+    def _step(self, v: torch.Tensor, time: float, x: torch.Tensor) -> torch.Tensor:
+        (out,) = self.scheduler.step(v, time, x)
+        return set_first_frame(out, self.conditions)
 
     def run(self) -> None:
         """Run reward feedback and an optimizer step, then the same for the supervised loss."""
@@ -205,18 +212,19 @@ class SimulatedStep:
         self.ledger.start_phase("rollout")
         if several:
             self._hold_gradients()
-        noise = x = self._make(*self.workload.latent_shape)
+        noise = self._make(*self.workload.latent_shape)
+        x = set_first_frame(noise, self.conditions)
         with torch.no_grad():
             # One forward stands for all; the solver's history is full after two steps.
             v = self._velocity(x, self.times[0])
             for time in self.times[: min(2, len(self.times) - 2)]:
-                (x,) = self.scheduler.step(v, time, x)
+                x = self._step(v, time, x)
                 detach_state(self.scheduler)
             del v
         self.ledger.start_phase("forward")
         time, after = self.times[self.scheduler.step_index or 0 :][:2]
         with self.ledger.saving():
-            (x,) = self.scheduler.step(self._velocity(x, time), time, x)
+            x = self._step(self._velocity(x, time), time, x)
         self.ledger.start_phase("reward")
         with self.ledger.saving(), self._precision(self.reward_memory):
             score = self.reward(x, torch.full((len(x),), after), self.conditions)
@@ -238,7 +246,8 @@ class SimulatedStep:
         x = (1 - level) * clean + level * noise
         with self.ledger.saving():
             v = self._velocity(x, TIMESTEPS_PER_SIGMA * 0.5)
-            loss = flow_loss(v, noise, clean)
+            parts = (generated_frames(part, self.conditions) for part in (v, noise, clean))
+            loss = flow_loss(*parts)
             del v, x
         self.ledger.start_phase("sft backward")
         (loss * 1.0).backward()

@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.blocks import TEXT_TOKENS
-from prfl_fast.planning.presets import Model, model_config
+from prfl_fast.planning.presets import Model, model_config, vae_stride
 from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.utils.checks import check, check_choice, check_count, check_type, make_fields_plain
 
-# Wan's VAE encodes 8 × 8 pixels and 4 frames in one latent; the first frame has its own latent.
-_VAE_STRIDE, _VAE_FRAMES, LATENT_CHANNELS, IMAGE_TOKENS = 8, 4, 16, 257
+IMAGE_TOKENS = 257  # of CLIP, for one image
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,9 @@ class Workload:
     Attributes:
         model: a supported transformer, its configuration, a folder with ``config.json`` or a preset
             name, see :func:`prfl_fast.planning.presets.model_config`; stored as a configuration.
-        frames, height, width: of the videos, in frames and pixels; frames is 4n + 1.
+        frames, height, width: of the videos, in frames and pixels; frames is 4n + 1. The model's
+            latent channels decide the VAE's strides, see ``presets.VAE_STRIDES``.
+        first_frame: the first frame is given (Wan2.2 TI2V), so that its tokens have time 0.
         batch_size: videos per forward.
         gradient_accumulation_steps: micro-batches per optimizer step.
         text_tokens: rows of a sample's text states after padding.
@@ -45,6 +46,7 @@ class Workload:
     frames: int = 81
     height: int = 720
     width: int = 1280
+    first_frame: bool = False
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
     text_tokens: int = 512
@@ -97,11 +99,16 @@ class Workload:
         plan.steps(self.num_inference_steps)
 
     def _check_size(self) -> None:
-        check(self.frames % _VAE_FRAMES == 1, "frames", self.frames, "4n + 1, as 81")
-        sizes = zip(("frames", "height", "width"), self.latent_shape[2:], self._patch, strict=True)
+        stride = vae_stride(self.latent_channels)
+        ok, expected = self.frames % stride[0] == 1, f"{stride[0]}n + 1"
+        if self.first_frame:
+            ok, expected = ok and self.frames > 1, f"{expected} above 1"
+        check(ok, "frames", self.frames, f"{expected}, as 81")
+        names = ("frames", "height", "width")
+        sizes = zip(names, self.latent_shape[2:], self._patch, stride, strict=True)
         longest = self.config.get("rope_max_seq_len", 1024)
-        for name, size, patch in sizes:
-            value, multiple = getattr(self, name), _VAE_STRIDE * patch
+        for name, size, patch, pixels in sizes:
+            value, multiple = getattr(self, name), pixels * patch
             if name != "frames":
                 check(value % multiple == 0, name, value, f"a multiple of {multiple}")
             expected = f"at most {longest} positions (the model's rope_max_seq_len)"
@@ -137,15 +144,17 @@ class Workload:
         return self.gradient_plan.expected_forwards(self.num_inference_steps)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, which the transformer predicts; 16 is diffusers' default."""
+        return self.config.get("out_channels", 16) or self.config.get("in_channels", 16)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         """Shape ``[B, C, F, H, W]`` of the latents."""
-        return (
-            self.batch_size,
-            LATENT_CHANNELS,
-            (self.frames - 1) // _VAE_FRAMES + 1,
-            self.height // _VAE_STRIDE,
-            self.width // _VAE_STRIDE,
-        )
+        frames, height, width = vae_stride(self.latent_channels)
+        latent_frames = (self.frames - 1) // frames + 1
+        size = (self.height // height, self.width // width)
+        return (self.batch_size, self.latent_channels, latent_frames, *size)
 
     @property
     def tokens(self) -> int:

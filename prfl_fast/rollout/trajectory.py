@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.models.adapter import Conditions, not_inference
+from prfl_fast.models.adapter import Conditions, not_inference, set_first_frame
 from prfl_fast.models.velocity import Velocity, bind_velocity
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine, RolloutSession
@@ -34,7 +34,8 @@ class Trajectory:
 
     :meth:`run` takes steps without gradient. A step with gradient is ``x = solve(velocity())``,
     then ``move_to(x)``; several in a row call ``follow(x)`` after each and :meth:`cut` at the end.
-    The latents ``x`` have the noise's dtype. The scheduler is a private copy.
+    The latents ``x`` have the noise's dtype. The condition ``first_frame``, if any, replaces their
+    first frame at the start and after every step. The scheduler is a private copy.
 
     Args:
         sampler: the model, the schedule, guidance and the rollout configuration.
@@ -90,7 +91,7 @@ class Trajectory:
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
         self._model_timesteps = torch.stack(list(self.timesteps)).to(noise.device, dtype)
         self._sigmas = schedule_sigmas(self.scheduler, self.timesteps)
-        self.x = noise.detach()
+        self.x = set_first_frame(noise.detach(), conditions)
         self.index = start
         self._engine = engine
         self._inexact = engine is not None and engine.inexact
@@ -155,7 +156,7 @@ class Trajectory:
         """Continue from ``x``, the result of :meth:`solve`, with its graph."""
         if self._inexact and self._first_x is None:
             self._first_x = self.x.detach()
-        self.x, self.index = x, self._next()
+        self.x, self.index = set_first_frame(x, self.conditions), self._next()
 
     def cut(self) -> None:
         """Detach the latents and the scheduler's history from the graph."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from prfl_fast.kernels import flow_loss
-from prfl_fast.models.adapter import Conditions, not_inference
+from prfl_fast.models.adapter import Conditions, generated_frames, not_inference
 from prfl_fast.models.velocity import Velocity, bind_velocity
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import training_sigmas
@@ -34,7 +34,8 @@ def sft_loss(
 ) -> torch.Tensor:
     """Compute the scalar flow-matching loss ``mean((v_θ(x_σ, t, c) - (ε - x0))²)``.
 
-    The timestep t is 1000σ rounded down. ``x_σ = (1-σ)·x0 + σ·ε`` and the loss are float32 (float64
+    The mean leaves out a first frame that the conditions give. The timestep t is 1000σ rounded
+    down. ``x_σ = (1-σ)·x0 + σ·ε`` and the loss are float32 (float64
     for float64 latents).
 
     Args:
@@ -56,7 +57,8 @@ def sft_loss(
     noise = noise_like(latents, noise, generator)
     sigma, timestep = choose_sigma(sigma, latents, generator, shift, integer_timesteps)
     x = add_noise(latents, noise, sigma)
-    return flow_loss(velocity(x, timestep, conditions), noise, latents)
+    v = velocity(x, timestep, conditions)
+    return flow_loss(*(generated_frames(part, conditions) for part in (v, noise, latents)))
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def consistency_loss(
         v = call("target", of_target, x_next, following, conditions)
         aim = x_next - following.view(-1, 1, 1, 1, 1) * v  # f_target(x_σ', σ')
     v = call("student", of_student, x, sigma, conditions)
-    off = x - sigma.view(-1, 1, 1, 1, 1) * v - aim
+    off = generated_frames(x - sigma.view(-1, 1, 1, 1, 1) * v - aim, conditions)
     return ((off.square() + config.huber**2).sqrt() - config.huber).mean()
 
 

@@ -259,6 +259,26 @@ def test_guidance_is_read_from_a_file_and_changes_the_trajectory(root, tmp_path)
     assert len({round(value, 7) for value in first.values()}) >= 3
 
 
+def test_a_dataset_may_give_first_frames(root, tmp_path, capsys):
+    given = [
+        s._replace(conditions={**s.conditions, "first_frame": s.latents[:, :1].clone()})
+        for s in samples(4)
+    ]
+    data = {"data": str(write_dataset(tmp_path / "data", given).folder)}
+    plain = train(root, tmp_path / "plain", {"run.steps": 1})
+    ours = train(root, tmp_path / "first", {**data, "run.steps": 1})
+    assert ours[0]["prfl/loss"] != plain[0]["prfl/loss"]
+    assert ours[0]["sft/loss"] != plain[0]["sft/loss"]
+    assert call("train-reward", root, tmp_path / "reward", {**data, "run.steps": 1}) == 0
+    for number, chosen in enumerate(({}, data)):
+        assert call("score", root, tmp_path / f"scores-{number}", chosen) == 0
+    scores = [(tmp_path / f"scores-{number}.jsonl").read_text() for number in range(2)]
+    assert scores[0] != scores[1]
+    method = {"prfl.method": "instructvideo", "prfl.segments": 2}
+    error = refused(capsys, "train", root, tmp_path / "frames", {**data, **method})
+    assert "prfl.segments is 2, expected all: frames of a dataset with first_frame are" in error
+
+
 @pytest.mark.slow
 def test_a_run_with_a_drift_guard_resumes_as_it_would_have_gone_on(root, tmp_path):
     """Fewer steps with a limit: the guard's counts and its fall back are part of the run."""

@@ -17,7 +17,9 @@ pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.workload import sizes_of
 from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.data.manifest import Sample, write_dataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
@@ -111,6 +113,22 @@ def test_without_options_it_plans_the_14b_model_at_720p(calls, capsys):
     assert asked.weight_dtype == "auto" and asked.budget is None
     if not torch.cuda.is_available():
         assert asked.gpu == "h200" and asked.host_budget is None
+
+
+def test_a_model_whose_vae_has_other_numbers(calls, root, tmp_path):
+    size = ("--model", "wan2.2-ti2v-5b", "--frames", 121, "--height", 704, "--width", 1280)
+    assert run(*size) == run(*size, "--first-frame") == 0
+    assert [call.workload.first_frame for call in calls] == [False, True]
+    assert all(call.workload.latent_shape == (1, 48, 31, 44, 80) for call in calls)
+    assert all(call.workload.tokens == 27280 for call in calls)
+    data = [
+        Sample(
+            torch.zeros(48, 3, 4, 6),
+            {"encoder_hidden_states": torch.zeros(2, 20), "first_frame": torch.zeros(48, 1, 4, 6)},
+        )
+    ]
+    sizes = {"frames": 9, "height": 64, "width": 96, "first_frame": True}
+    assert sizes_of(write_dataset(tmp_path / "data", data)) == sizes
 
 
 def test_json_is_all_that_is_printed(calls, searched, capsys):
@@ -258,6 +276,9 @@ BAD = {
     "--apply FILE --num-inference-steps 40": "is 40, but FILE has prfl.num_inference_steps: 9",
     "--apply FILE --gradient-accumulation-steps 5": "has run.gradient_accumulation_steps: 2",
     "--apply FILE --batch-size 2": "--batch-size is 2, but FILE has run.batch_size: 1",
+    "--apply FILE --first-frame": "--first-frame is True, but the data of FILE has False",
+    "--model wan2.2-ti2v-5b": "height is 720, expected a multiple of 32",
+    "--frames 1 --first-frame": "frames is 1, expected 4n + 1 above 1",
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",

@@ -46,6 +46,7 @@ def test_round_trip_of_pairs_and_image_conditions(tmp_path):
     def image(s):
         extra = {"encoder_hidden_states_image": torch.ones(5, 7)}
         extra["latent_condition"] = torch.ones(20, 2, 4, 4).bfloat16()
+        extra["first_frame"] = s.latents[:, :1].half()
         return Sample(s.latents.half(), {**s.conditions, **extra}, s.labels)
 
     pairs = [Pair(image(a), image(b)) for a, b in zip(samples(3), samples(3, 1), strict=True)]
@@ -55,6 +56,7 @@ def test_round_trip_of_pairs_and_image_conditions(tmp_path):
     assert isinstance(batch, PairBatch) and batch.win.latents.shape == (2, 16, 2, 4, 4)
     tensors = (batch.win.latents, batch.lose.conditions["latent_condition"])
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert torch.equal(batch.win.conditions["first_frame"], batch.win.latents[:, :, :1])
     assert torch.equal(batch.lose.latents[1], pairs[2].lose.latents.float())
 
 
@@ -115,6 +117,8 @@ FILES = {
     "wrong rank": ({"latents": FLAT}, r"latents is \[16, 4, 4\], expected 4 dimensions"),
     "empty": ({"latents": EMPTY}, "none 0"),
     "other grid": ({"latent_condition": GRID}, r"is \[20, 1, 4, 4\], expected latents' frames"),
+    "other first frame": ({"first_frame": GRID[:16, :, :2]}, r"is \(16, 1, 2, 4\), expected \[16"),
+    "one frame": ({"latents": GRID[:16], "first_frame": GRID[:16]}, "more frames than one"),
 }
 
 

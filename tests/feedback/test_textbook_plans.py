@@ -1,6 +1,7 @@
 """Gradients of every published plan against the paper's formula, in float64."""
 
 import copy
+from functools import partial
 
 import pytest
 import textbook
@@ -423,3 +424,50 @@ def test_points_may_be_given_instead_of_drawn():
     assert output.depths == (4,)
     loss = textbook.draft(world_of(theirs), textbook.UniPC(STEPS), NOISE, 4)
     assert_gradient(output, found, loss, theirs)
+
+
+FIRST = normal(6, (2, 16, 1, 4, 4))
+
+
+def velocity_per_token(model, x, timestep):
+    """Return diffusers' velocity at time 0 of the first frame's four tokens."""
+    times = torch.full((len(x), x.shape[2] * 4), float(timestep), dtype=x.dtype)
+    times[:, :4] = 0
+    return model(x, times, TEXT["encoder_hidden_states"], return_dict=False)[0]
+
+
+@pytest.mark.cases(6)
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_given_first_frame(method, name):
+    """The model and the reward see the first frame, the model at time 0; it gets no gradient."""
+    theirs, ours = pair()
+    conditions = {**TEXT, "first_frame": FIRST}
+
+    def given(function, x, timestep):
+        return function(torch.cat([FIRST, x[:, :, 1:]], dim=2), timestep)
+
+    velocity = partial(velocity_per_token, theirs)
+    world = textbook.World(partial(given, velocity), partial(given, loss_of()))
+    plan, estimator = METHODS[method]
+    scheduler, solver = SOLVERS[name]
+    points = plan.draw(STEPS, seeded())
+    step = prfl(ours, plan, scheduler())
+    output, found = run(step, ours, NOISE, conditions, generator=seeded(), **data_of(plan))
+    loss = sum(p.weight * estimator(world, solver(STEPS), p) for p in points)
+    assert_gradient(output, found, loss, theirs)
+    assert torch.equal(output.latents[:, :, :1], FIRST)
+
+
+def test_a_given_first_frame_to_the_noise_and_in_divergence():
+    theirs, ours = lora(), patch(lora())
+    conditions = {**TEXT, "first_frame": FIRST}
+    step = prfl(patch(make_wan()), GradientPlan.reno(), FlowEuler())
+    gradient = step(NOISE, conditions).gradient
+    assert not gradient[:, :, 0].any() and gradient[:, :, 1:].all()
+    output, _ = run(prfl(ours, divergence=1.0), ours, NOISE, conditions, indices=(0,))
+    x = torch.cat([FIRST, NOISE[:, :, 1:]], dim=2)
+    v = velocity_per_token(theirs, x, 999.0)
+    theirs.disable_adapters()
+    expected = (v - velocity_per_token(theirs, x, 999.0))[:, :, 1:].square().mean()
+    torch.testing.assert_close(output.divergence, expected.detach(), rtol=1e-9, atol=0)

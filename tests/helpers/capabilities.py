@@ -175,6 +175,9 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diffusers `WanTransformer3DModel`, T2V": diffusers_wan(),
     "diffusers `WanTransformer3DModel`, I2V": diffusers_wan("i2v"),
     "diffusers `WanTransformer3DModel`, first and last frame": diffusers_wan("flf"),
+    "diffusers `WanTransformer3DModel`, given first frame (Wan2.2 TI2V)": diffusers_wan(
+        "first-frame"
+    ),
     **{_LABELS[variant]: official(variant) for variant in CLASSES},
     "Wan2.1 `WanModel`, I2V": official("wan21", "i2v"),
     "Wan2.2 `WanModel`, I2V": official("wan22", "i2v"),

@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 
+from prfl_fast.models.registry import find_adapter
+
 CASES = ("t2v", "i2v", "per-token")
 
 
@@ -55,6 +57,8 @@ def inputs(case="t2v", *, batch=2, size=(3, 4, 6), text_tokens=7, seed=1):
     if image:
         conditions["encoder_hidden_states_image"] = randn(batch, image, 20)
         conditions["latent_condition"] = randn(batch, 20, *size)
+    if case == "first-frame":
+        conditions["first_frame"] = randn(batch, 16, 1, height, width)
     return randn(batch, 16, *size), timestep if case == "per-token" else timestep[:, 0], conditions
 
 
@@ -79,7 +83,10 @@ def float_means_double():
 
 
 def run(model, x, timestep, conditions, *, double: bool = False):
-    """Return output and every gradient (inputs, parameters) of one forward and backward."""
+    """Return output and every gradient (inputs, parameters) of one forward and backward.
+
+    With a first frame the adapter calls the model, else this function.
+    """
     model = copy.deepcopy(model).double() if double else model
     dtype = torch.float64 if double else model.patch_embedding.weight.dtype
     leaves = {"x": x, **conditions}
@@ -88,13 +95,17 @@ def run(model, x, timestep, conditions, *, double: bool = False):
     if "latent_condition" in leaves:
         latents = torch.cat([latents, leaves["latent_condition"]], dim=1)
     with float_means_double() if double else contextlib.nullcontext():
-        out = model(
-            latents,
-            timestep,
-            leaves["encoder_hidden_states"],
-            encoder_hidden_states_image=leaves.get("encoder_hidden_states_image"),
-            return_dict=False,
-        )[0]
+        if "first_frame" in leaves:
+            conditions = {name: value for name, value in leaves.items() if name != "x"}
+            out = find_adapter(model).velocity(model, latents, timestep, conditions)
+        else:
+            out = model(
+                latents,
+                timestep,
+                leaves["encoder_hidden_states"],
+                encoder_hidden_states_image=leaves.get("encoder_hidden_states_image"),
+                return_dict=False,
+            )[0]
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
         out.backward(cotangent)
     gradients = {name: value.grad for name, value in leaves.items()}

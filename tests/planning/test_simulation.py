@@ -95,25 +95,38 @@ def test_fake_and_real_tensors_give_the_same_bytes(name):
     assert (fake.host_peak > 0) == (memory[0].offload is not None)
 
 
+# The size of SMALL in tokens, through another VAE.
+TI2V = replace(
+    SMALL,
+    model={**CONFIG, "in_channels": 48, "out_channels": 48},
+    height=512,
+    width=512,
+    first_frame=True,
+)
+
+
 # Not in bfloat16: where operands of one operation differ in dtype, the CPU casts one of them inside
 # the kernel, in memory that no ledger sees and that CUDA does without.
 @pytest.mark.cases(1)
 @pytest.mark.parametrize(
-    "name", slow_except(("none", "full", "attention", "offloaded"), ("offloaded",))
+    "name", slow_except(("none", "full", "attention", "offloaded", "ti2v"), ("offloaded", "ti2v"))
 )
 def test_the_peak_is_what_training_really_allocates(name):
     """PRFL, the supervised loss and the optimizer as a user runs them, on PyTorch's allocator."""
-    memory = POLICIES[name]
-    full = name == "none"
-    workload = replace(SMALL, train="full" if full else "lora", sft=full)
+    memory = POLICIES["none" if name == "ti2v" else name]
+    full = name in ("none", "ti2v")
+    small = TI2V if name == "ti2v" else SMALL
+    workload = replace(small, train="full" if full else "lora", sft=full)
     predicted = ledger_of(workload, memory, fake=True)
     generator, reward = prepared(*build(workload, *memory))
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = make_optimizer(memory[0].optimizer, parameters, learning_rate=1e-5)
     velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
     prfl = PRFL(velocity, score, FlowUniPC(), num_inference_steps=6)
-    latents = torch.randn(SMALL.latent_shape)
+    latents = torch.randn(small.latent_shape)
     conditions = {"encoder_hidden_states": torch.randn(1, SMALL.text_tokens, TEXT)}
+    if small.first_frame:
+        conditions["first_frame"] = latents[:, :, :1].clone()
 
     def update():
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -121,7 +134,7 @@ def test_the_peak_is_what_training_really_allocates(name):
         optimizer.zero_grad(set_to_none=True)
 
     def step():
-        assert prfl(torch.randn(SMALL.latent_shape), conditions, indices=[3]).finite
+        assert prfl(torch.randn(small.latent_shape), conditions, indices=[3]).finite
         update()
         if workload.sft:
             sft_loss(velocity, latents, conditions).backward()
@@ -135,7 +148,8 @@ def test_the_peak_is_what_training_really_allocates(name):
     before = sum(t.nbytes for t in held)
     peak = before + allocator_peak(step)
     # Host buffers are ordinary memory here; they stay in the pool from step to step.
-    assert abs(predicted.peak - peak) <= 0.02 * peak, (predicted.peak, peak)
+    allowed = 0.01 if name == "ti2v" else 0.02
+    assert abs(predicted.peak - peak) <= allowed * peak, (predicted.peak, peak)
     assert predicted.peak > 2 * predicted.peak_categories["weights"]
 
 
@@ -256,6 +270,8 @@ def test_what_a_workload_refuses():
         ({"reward_blocks": 4}, "reward_blocks is 4, expected at most the model's 3"),
         ({"gradient_plan": GradientPlan(40)}, "points is 40, expected at most num_inference_steps"),
         ({"batch_size": True}, "batch_size is True, expected a positive integer"),
+        ({"model": {**CONFIG, "out_channels": 5}}, "latent channels is 5, expected one of 16, 48"),
+        ({"frames": 1, "first_frame": True}, "frames is 1, expected 4n \\+ 1 above 1"),
         ({"model": {**CONFIG, "image_dim": 8}}, "text_tokens is 32, expected 512"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -263,6 +279,17 @@ def test_what_a_workload_refuses():
     assert Workload({"num_layers": 40}).tokens == 75600
     assert Workload({"num_layers": 40}).latent_shape == (1, 16, 21, 90, 160)
     assert Workload({"num_layers": 30}, height=480, width=832).tokens == 32760
+
+
+def test_a_given_first_frame_costs_rows_per_token_only_unpatched():
+    """At 30 blocks and 27 280 tokens a row of modulation per token takes 2 GB in every forward."""
+    patched, plain, text = (
+        shallow(replace(TI2V, patched=patched, first_frame=first), POLICIES["full"])
+        for patched, first in ((True, True), (False, True), (True, False))
+    )
+    rows = 4 * TI2V.tokens * 6 * HEADS * HEAD_DIM
+    assert plain.peak > text.peak + rows
+    assert text.peak <= patched.peak < text.peak + rows / 4
 
 
 def test_image_to_video_and_an_unpatched_model():

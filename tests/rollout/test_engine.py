@@ -22,10 +22,10 @@ from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.rollout.trajectory import Trajectory, rollout
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("guided", [None, "batched", "sequential"])
-@pytest.mark.parametrize("case", ["t2v", "i2v"])
+@pytest.mark.parametrize("case", ["t2v", "i2v", "first-frame"])
 def test_caches_change_no_bit(case, guided, precision):
     x, conditions = wan_inputs(case)
     model = ModelCall(make_wan(case, lora=True), precision)

@@ -10,6 +10,7 @@ from torch import nn
 from toy_flow import CONDITIONS, NOISE, gaussian
 from wan import inputs, tiny_wan
 
+from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import ModelCall, model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
@@ -368,3 +369,34 @@ def test_the_text_of_a_negative_prompt_is_checked_as_its_own():
     negative = {"encoder_hidden_states": torch.zeros(1, 10, 20)}
     with pytest.raises(ValueError, match="guidance negative: .*expected 1 to 9 text tokens"):
         rollout(model, x, conditions, FlowUniPC(), 2, guidance=Guidance(2.0, negative, False))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("reblend", [False, True], ids=["diffusers", "official"])
+@pytest.mark.parametrize("make", [FlowUniPC, FlowEuler, diffusers_unipc])
+def test_a_given_first_frame_as_in_the_public_loops(make, reblend, patched):
+    """Diffusers blends what the model sees, and the result; official Wan2.2 every result."""
+    x, _, conditions = inputs("first-frame")
+    model = patch(tiny_wan()) if patched else tiny_wan()
+    first, text = conditions["first_frame"], conditions["encoder_hidden_states"]
+    mask = torch.ones(1, 1, *x.shape[2:])
+    mask[:, :, 0] = 0
+
+    def blend(latents):
+        return (1 - mask) * first + mask * latents
+
+    scheduler, latents = make(), x
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            per_token = (mask[0, 0, :, ::2, ::2] * t).flatten().expand(len(x), -1)
+            if patched:  # the kernels round differently from diffusers' blocks
+                v = find_adapter(model).velocity(model, blend(latents), t, conditions)
+            else:
+                v = model(blend(latents), per_token, text, return_dict=False)[0]
+            latents = scheduler.step(v, t, latents, return_dict=False)[0]
+            latents = blend(latents) if reblend else latents
+    for config in (None, RolloutConfig()) if patched else (None,):
+        ours = rollout(model, x, conditions, make(), 4, rollout_config=config)
+        assert torch.equal(ours, blend(latents))
+        assert torch.equal(ours[:, :, :1], first)

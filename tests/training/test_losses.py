@@ -63,6 +63,25 @@ def textbook(student, target, teacher, indices, *, scale=None, shift=5.0, levels
     return total / LATENTS.numel()
 
 
+def test_a_given_first_frame_is_not_counted():
+    """Models see it clean, and the means are over the other frames."""
+    net, first = Net(10), gaussian(3, 2, 1, 4, 4, seed=9)
+    conditions = {**CONDITIONS, "first_frame": first}
+    sigma = torch.full((3, 1, 1, 1, 1), 0.5, dtype=torch.float64)
+    x = torch.cat([first, ((1 - sigma) * LATENTS + sigma * NOISE)[:, :, 1:]], dim=2)
+    error = net(x, 1000 * sigma.flatten(), conditions) - (NOISE - LATENTS)
+    loss = sft_loss(as_function(net), LATENTS, conditions, noise=NOISE, sigma=0.5)
+    torch.testing.assert_close(loss, error[:, :, 1:].square().mean())
+    nets = [as_function(net), as_function(net), as_function(Net(12))]
+    values = []
+    for value in (0.0, 100.0):  # of the latents and the noise there, which nothing reads
+        latents, noise = LATENTS.clone(), NOISE.clone()
+        latents[:, :, 0], noise[:, :, 0] = value, -value
+        loss = consistency_loss(*nets, latents, conditions, noise=noise, index=7)
+        values.append(loss.item())
+    assert values[0] == values[1] > 0
+
+
 @pytest.mark.parametrize("indices", [(0, 17, 49), (3, 3, 3)])
 @pytest.mark.parametrize(("scale", "batched"), [(None, True), (6.0, True), (6.0, False)])
 def test_loss_and_gradient_equal_the_textbook(indices, scale, batched):
