@@ -6,7 +6,7 @@ diffusers, and fills in its forwards, checks, inputs, features and head.
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -231,9 +231,20 @@ class DiffusersAdapter(BlockAdapter):
     ``attributes`` names plain attributes of a model that are kept with its configuration.
     """
 
-    def depth(self, config: Any, num_blocks: int) -> dict[str, int]:
+    # Depths from which the planner extrapolates the bytes of ``shallow`` models.
+    shallow_depths: ClassVar[tuple[int, int]] = (3, 4)
+
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        """Return the number of blocks of a configuration."""
+        return int(config["num_layers"])
+
+    def depth(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
         """Return the entries of a configuration that a model of its first blocks changes."""
         return {"num_layers": num_blocks}
+
+    def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
+        """Return the entries of a model with a share of the blocks of each kind."""
+        return self.depth(config, num_blocks)
 
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()

@@ -111,10 +111,9 @@ class FamilyAdapter(DiffusersAdapter):
         """Return the model's output as a velocity of latents x."""
         return out
 
-    def patch_sizes(self, base: Any) -> tuple[int, int, int]:
+    def patch_sizes(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """Return frames, rows and columns of a patch."""
-        config = base.config
-        return config.patch_size_t, config.patch_size, config.patch_size
+        return config["patch_size_t"], config["patch_size"], config["patch_size"]
 
     def check_patchable(self, base: Any) -> None:
         """Raise ``ValueError`` for replaced forwards and other attention processors."""
@@ -176,7 +175,9 @@ class FamilyAdapter(DiffusersAdapter):
         wanted = base.config.in_channels
         expected_text = f"{wanted} (the model's in_channels)"
         check(channels == wanted, f"channels of {name} and {LATENT}", channels, expected_text)
-        for axis, size, patch in zip("FHW", x.shape[2:], self.patch_sizes(base), strict=True):
+        for axis, size, patch in zip(
+            "FHW", x.shape[2:], self.patch_sizes(base.config), strict=True
+        ):
             check(size % patch == 0, f"{axis} of {name}", size, f"a multiple of {patch}, the patch")
 
     def timestep(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

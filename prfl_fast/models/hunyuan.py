@@ -1,5 +1,6 @@
 """Adapters of diffusers' HunyuanVideo classes, 1.0 and 1.5."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -139,7 +140,19 @@ class HunyuanVideoAdapter(_HunyuanAdapter):
     lists = ("transformer_blocks", "single_transformer_blocks")
     embeddings = ("x_embedder", "context_embedder", "time_text_embed")
 
-    def depth(self, config: Any, num_blocks: int) -> dict[str, int]:
+    shallow_depths = (3, 6)  # one double-stream block, two single-stream ones, and twice that
+
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        """Return the number of blocks of both kinds."""
+        return int(config["num_layers"] + config["num_single_layers"])
+
+    def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
+        """Return numbers of blocks with the shares of the configuration."""
+        share = config["num_layers"] / self.block_count(config)
+        double = max(1, round(num_blocks * share))
+        return {"num_layers": double, "num_single_layers": num_blocks - double}
+
+    def depth(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
         """Return the numbers of double-stream and of single-stream blocks."""
         double = min(num_blocks, config["num_layers"])
         return {"num_layers": double, "num_single_layers": num_blocks - double}

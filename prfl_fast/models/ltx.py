@@ -124,7 +124,8 @@ class LTXVideoAdapter(FamilyAdapter):
     ) -> None:
         """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
         super().check_latents(model, x, conditions, name)
-        patch: Any = self.patch_sizes(unwrap(model))
+        base: Any = unwrap(model)
+        patch = self.patch_sizes(base.config)
         check(patch == (1, 1, 1), "patch sizes of the model", patch, "(1, 1, 1), as LTX has")
         scale = conditions.get("rope_interpolation_scale")
         if scale is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import adapter_by_name, find_adapter
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.io import read_json
@@ -23,8 +24,9 @@ _WAN_14B: dict[str, Any] = {
     "num_layers": 40,
 }
 # Strides of the VAEs in frames, height and width by their latent channels, those that a transformer
-# predicts: Wan2.1's, and that of Wan2.2 TI2V-5B. The first frame of a video has its own latent.
-VAE_STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
+# predicts: Wan2.1's and HunyuanVideo's, HunyuanVideo-1.5's, Wan2.2 TI2V-5B's, LTX-Video's. The
+# first frame of a video has its own latent.
+VAE_STRIDES = {16: (4, 8, 8), 32: (4, 16, 16), 48: (4, 16, 16), 128: (8, 32, 32)}
 
 _IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 MODELS: dict[str, dict[str, Any]] = {
@@ -35,9 +37,47 @@ MODELS: dict[str, dict[str, Any]] = {
     "wan2.2-ti2v-5b": _WAN_14B
     | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
     | {"in_channels": 48, "out_channels": 48},
+    "hunyuan-video": {
+        "class_name": "HunyuanVideoTransformer3DModel",
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 20,
+        "num_single_layers": 40,
+    },
+    "ltx-video": {
+        "class_name": "LTXVideoTransformer3DModel",
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_attention_heads": 32,
+        "attention_head_dim": 64,
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_layers": 28,
+    },
 }
 
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+_WAN = "WanTransformer3DModel"
+
+
+def adapter_of(config: Mapping[str, Any]) -> Any:
+    """Return the adapter of a configuration's ``class_name``, which is Wan's if there is none.
+
+    Raise ``ValueError`` for a class that the planner does not simulate.
+    """
+    name = config.get("class_name", _WAN)
+    expected = "another class: its forward reads values that a simulation does not have"
+    check(name != "HunyuanVideo15Transformer3DModel", "class of the model", name, expected)
+    return adapter_by_name(f"diffusers {name}")
+
+
+def first_blocks(config: dict[str, Any], num_blocks: int) -> dict[str, Any]:
+    """Return the configuration of the first blocks of a model."""
+    return config | adapter_of(config).depth(config, num_blocks)
 
 
 def model_config(model: Model) -> dict[str, Any]:
@@ -51,9 +91,13 @@ def model_config(model: Model) -> dict[str, Any]:
         ValueError: if there is no preset, folder or valid configuration of that name.
     """
     if isinstance(model, nn.Module):
-        return find_adapter(model).backbone_config(model)
+        adapter = find_adapter(model)
+        kind = {"class_name": adapter.class_name} if isinstance(adapter, FamilyAdapter) else {}
+        return adapter.backbone_config(model) | kind
     if isinstance(model, Mapping):
-        return {key: value for key, value in model.items() if not key.startswith("_")}
+        name = model.get("_class_name", _WAN)
+        kind = {} if name == _WAN else {"class_name": name}
+        return {key: value for key, value in model.items() if not key.startswith("_")} | kind
     check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
     if str(model).lower() in MODELS:
         return MODELS[str(model).lower()]
