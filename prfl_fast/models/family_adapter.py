@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from prfl_fast.models.adapter import Conditions, check_inputs, check_timesteps, not_inference
 from prfl_fast.models.block_adapter import (
@@ -172,8 +173,11 @@ class FamilyAdapter(DiffusersAdapter):
             text = ", ".join(map(str, ("B", *shape)))
             check(ok, f"conditions[{key!r}]", value, f"[{text}]")
         channels = x.shape[1] + (conditions[LATENT].shape[1] if LATENT in conditions else 0)
-        wanted = base.config.in_channels
-        expected_text = f"{wanted} (the model's in_channels)"
+        # Image latents that may be missing are zeros then.
+        optional = LATENT not in conditions and expected.get(LATENT) is not None
+        kind = "out_channels" if optional else "in_channels"
+        wanted = base.config[kind]
+        expected_text = f"{wanted} (the model's {kind})"
         check(channels == wanted, f"channels of {name} and {LATENT}", channels, expected_text)
         for axis, size, patch in zip(
             "FHW", x.shape[2:], self.patch_sizes(base.config), strict=True
@@ -200,6 +204,8 @@ class FamilyAdapter(DiffusersAdapter):
         floats = {k: v.to(dtype) for k, v in conditions.items() if v.is_floating_point()}
         conditions = {**conditions, **floats}
         latents = torch.cat([given.to(dtype), *(floats[k] for k in (LATENT,) if k in floats)], 1)
+        missing = base.config.in_channels - latents.shape[1]
+        latents = pad(latents, (0, 0, 0, 0, 0, 0, 0, missing)) if missing > 0 else latents
         timestep = timestep.to(x.device)
         timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
         (out,) = model(

@@ -193,7 +193,7 @@ class HunyuanVideo15Adapter(_HunyuanAdapter):
             "encoder_attention_mask_2": (True, ("T2",)),
             "image_embeds": (True, ("N", config.image_embed_dim)),
             **({"timestep_r": (False, ())} if config.use_meanflow else {}),
-            LATENT: (True, ("C", "F", "H", "W")),
+            LATENT: (False, ("C", "F", "H", "W")),  # zeros for text-to-video
         }
 
     def timestep(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ class TimeRows(NamedTuple):
     """Timestep conditioning of a block before its linear layer.
 
     Attributes:
-        embedding: ``[R, D]``; each row belongs to B·L/R consecutive tokens.
+        embedding: ``[R, D']``; each row belongs to B·L/R consecutive tokens.
         row_index: int32 ``[B, L]``, the row of each token in place of that rule; None for it.
     """
 
@@ -30,9 +30,9 @@ class TimeRows(NamedTuple):
     def triples(self, norm: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return shift and scale, and gate, as kernel arguments for each triple of ``norm``.
 
-        ``norm`` has ``silu`` and ``linear``, whose output is a multiple of 3·D.
+        ``norm`` has ``silu``, ``linear``, whose output is a multiple of 3·D, and a ``norm`` of D.
         """
-        width, index = self.embedding.shape[-1], {"row_index": self.row_index}
+        width, index = norm.norm.normalized_shape[-1], {"row_index": self.row_index}
         rows = norm.linear(norm.silu(self.embedding)).unflatten(-1, (-1, width)).unbind(-2)
         return [
             ({"shift": rows[i], "scale": rows[i + 1], **index}, {"gate": rows[i + 2], **index})

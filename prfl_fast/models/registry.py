@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from prfl_fast.models.adapter import Adapter
+from prfl_fast.models.cogvideox import CogVideoXAdapter
 from prfl_fast.models.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
 from prfl_fast.models.ltx import LTXVideoAdapter
 from prfl_fast.models.official import WanOfficialAdapter
@@ -20,6 +21,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     HunyuanVideoAdapter(),
     HunyuanVideo15Adapter(),
     LTXVideoAdapter(),
+    CogVideoXAdapter(),
 )
 
 Model = TypeVar("Model", bound=nn.Module)

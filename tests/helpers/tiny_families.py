@@ -112,3 +112,36 @@ def run(model, x, timestep, conditions, *, double=False, autocast=False):
     gradients |= {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return out.detach(), gradients
+
+
+def cogvideox(seed, batch, layout):
+    """Return a tiny CogVideoX and its arguments, rotary tables included."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        time_embed_dim=16, text_embed_dim=20, num_layers=2, sample_width=6, sample_height=4,
+        sample_frames=9, use_rotary_positional_embeddings=True, max_text_seq_length=5,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.2 if parameter.ndim == 1 else 0.0) * torch.randn_like(parameter))
+    dtype = torch.bfloat16 if layout == "bf16" else torch.float32
+    phi = (6 * torch.rand(3 * 2 * 3, 8)).repeat_interleave(2, dim=1)
+    x, text = torch.randn(batch, 3, 4, 4, 6).to(dtype), torch.randn(batch, 5, 20).to(dtype)
+    return model.to(dtype).train(), (x, text, torch.full((batch,), 3.0), (phi.cos(), phi.sin()))
+
+
+def run_cogvideox(model, arguments, double=False):
+    """Return output and gradients by name of one forward and backward of CogVideoX."""
+    model = copy.deepcopy(model).double() if double else model
+    x, text, timestep, rope = arguments
+    leaves = [t.detach().to(next(model.parameters()).dtype).requires_grad_() for t in (x, text)]
+    with float_means_double() if double else contextlib.nullcontext():
+        (out,) = model(*leaves, timestep, image_rotary_emb=rope, return_dict=False)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+        out.backward(cotangent)
+    found = {"output": out.detach(), "x": leaves[0].grad, "text": leaves[1].grad}
+    found |= {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
