@@ -50,12 +50,22 @@ class Attention(NamedTuple):
 
 
 def _attention(module: Any) -> Attention:
-    parts = module._modules
-    names = ("q", "k", "v", "o", "norm_q", "norm_k", "k_img", "v_img", "norm_k_img")
+    parts = module._modules.get
     # Wan2.1 and HY-Video-PRFL take the last 512 tokens as text, the others the first 257 as image.
     text_last = "T5_CONTEXT_TOKEN_NUMBER" in type(module).forward.__globals__
-    count = None if text_last else _IMAGE_TOKENS
-    return Attention(module.num_heads, *map(parts.get, names), image_tokens=count)
+    return Attention(
+        heads=module.num_heads,
+        to_q=parts("q"),
+        to_k=parts("k"),
+        to_v=parts("v"),
+        to_out=parts("o"),
+        norm_q=parts("norm_q"),
+        norm_k=parts("norm_k"),
+        add_k_proj=parts("k_img"),
+        add_v_proj=parts("v_img"),
+        norm_added_k=parts("norm_k_img"),
+        image_tokens=None if text_last else _IMAGE_TOKENS,
+    )
 
 
 def block_parts(block: Any) -> BlockParts:

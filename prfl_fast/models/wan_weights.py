@@ -1,6 +1,7 @@
 """Parameter names and ``config.json`` of official Wan, which HY-Video-PRFL's checkpoints use."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from prfl_fast.models.blocks import TEXT_TOKENS
@@ -76,3 +77,33 @@ def reference_config(config: Any, dim: int) -> dict[str, Any]:
         "cross_attn_norm": config.cross_attn_norm,
         "eps": config.eps,
     }
+
+
+def from_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the diffusers configuration for a ``config.json`` in the official layout.
+
+    It may be that of Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun or DiffSynth-Studio. Raise
+    ``KeyError`` if a size is missing.
+    """
+    kind, dim, heads = config.get("model_type"), config["dim"], config["num_heads"]
+    image = config.get("has_image_input", kind in ("i2v", "flf2v"))
+    found = {
+        "patch_size": list(config.get("patch_size", (1, 2, 2))),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": config["in_dim"],
+        "out_channels": config["out_dim"],
+        "text_dim": config.get("text_dim", 4096),
+        "freq_dim": config["freq_dim"],
+        "ffn_dim": config["ffn_dim"],
+        "num_layers": config["num_layers"],
+        "cross_attn_norm": config.get("cross_attn_norm", True),
+        "eps": config["eps"],
+    }
+    # VideoX-Fun names Wan2.2's cross-attention without image tokens; Wan2.2's own files have an
+    # I2V type and no image tokens either, and only their class is named otherwise.
+    if image and config.get("cross_attn_type") != "cross_attn":
+        found |= {"image_dim": 1280, "added_kv_proj_dim": dim}
+        if kind == "flf2v" or config.get("has_image_pos_emb"):
+            found["pos_embed_seq_len"] = 514
+    return found

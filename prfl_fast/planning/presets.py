@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from prfl_fast.models.family_adapter import FamilyAdapter
+from prfl_fast.models.official import WanOfficialAdapter, diffusers_config
 from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.models.wan_weights import from_reference_config
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.io import read_json
 
@@ -81,7 +83,7 @@ def first_blocks(config: dict[str, Any], num_blocks: int) -> dict[str, Any]:
 
 
 def model_config(model: Model) -> dict[str, Any]:
-    """Return the diffusers configuration of a transformer.
+    """Return the diffusers configuration of a transformer, or of an official Wan's equal.
 
     Args:
         model: a supported transformer, its configuration, a folder with ``config.json`` (or with
@@ -92,9 +94,13 @@ def model_config(model: Model) -> dict[str, Any]:
     """
     if isinstance(model, nn.Module):
         adapter = find_adapter(model)
+        if isinstance(adapter, WanOfficialAdapter):
+            return diffusers_config(model)
         kind = {"class_name": adapter.class_name} if isinstance(adapter, FamilyAdapter) else {}
         return adapter.backbone_config(model) | kind
     if isinstance(model, Mapping):
+        if "dim" in model and "num_heads" in model:
+            return from_reference_config(model)
         name = model.get("_class_name", _WAN)
         kind = {} if name == _WAN else {"class_name": name}
         return {key: value for key, value in model.items() if not key.startswith("_")} | kind
@@ -122,7 +128,7 @@ def vae_stride(channels: int) -> tuple[int, int, int]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
-        if "_class_name" in config:
+        if "num_attention_heads" in config and "_class_name" in config:
             adapter_by_name(f"diffusers {config['_class_name']}")
         layers = config["num_layers"]
         check(isinstance(layers, int), "num_layers", layers, "an integer")
