@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def _why_not_fused(block: Any) -> str:
-    if type(block).__name__.removeprefix("FSDP") != "CogVideoXBlock":
+    if type(block).__name__ not in ("CogVideoXBlock", "FSDPCogVideoXBlock"):
         return f"forward is that of {type(block).__module__}.{type(block).__name__}"
     if reason := why_not_fused(block, _KINDS, ("CogVideoXAttnProcessor2_0",)):
         return reason

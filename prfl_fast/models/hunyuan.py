@@ -39,27 +39,28 @@ _SINGLE = {
     "attn.norm_k": "RMSNorm",
     "act_mlp": "GELU",
 }
-_REPLACE = "TokenReplaceAdaLayerNormZero"
-# Class of a block without its prefix → class names of the submodules that the kernels replace.
-_BLOCKS = {
-    "TransformerBlock": {"norm1": "AdaLayerNormZero", **_DOUBLE},
-    "TokenReplaceTransformerBlock": {"norm1": f"HunyuanVideo{_REPLACE}", **_DOUBLE},
-    "SingleTransformerBlock": {"norm": "AdaLayerNormZeroSingle", **_SINGLE},
-    "TokenReplaceSingleTransformerBlock": {"norm": f"HunyuanVideo{_REPLACE}Single", **_SINGLE},
+_REPLACE = "HunyuanVideoTokenReplaceAdaLayerNormZero"
+_NAMED = {
+    "HunyuanVideoTransformerBlock": {"norm1": "AdaLayerNormZero", **_DOUBLE},
+    "HunyuanVideo15TransformerBlock": {"norm1": "AdaLayerNormZero", **_DOUBLE},
+    "HunyuanVideoTokenReplaceTransformerBlock": {"norm1": _REPLACE, **_DOUBLE},
+    "HunyuanVideoSingleTransformerBlock": {"norm": "AdaLayerNormZeroSingle", **_SINGLE},
+    "HunyuanVideoTokenReplaceSingleTransformerBlock": {"norm": f"{_REPLACE}Single", **_SINGLE},
 }
+# Class of a block → class names of the submodules that the kernels replace. FSDP2 derives classes.
+_BLOCKS = {f"{prefix}{name}": kinds for name, kinds in _NAMED.items() for prefix in ("", "FSDP")}
+_PROCESSORS = ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0")
 
 
 def _why_not_fused(block: Any) -> str:
-    name, processors = type(block).__name__.removeprefix("FSDP"), []
-    for prefix in ("HunyuanVideo15", "HunyuanVideo"):
-        if name.startswith(prefix):
-            processors, name = [f"{prefix}AttnProcessor2_0"], name.removeprefix(prefix)
+    name = type(block).__name__
     if name not in _BLOCKS:
-        return f"forward is that of {type(block).__module__}.{type(block).__name__}"
-    if reason := why_not_fused(block, _BLOCKS[name], processors):
+        return f"forward is that of {type(block).__module__}.{name}"
+    if reason := why_not_fused(block, _BLOCKS[name], _PROCESSORS):
         return reason
-    norms = [m for n, m in block.attn.named_children() if n.startswith("norm_") and m is not None]
-    if any(norm.weight is None or norm.eps != norms[0].eps for norm in norms):
+    attn, norms = block.attn._modules, ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    found = [attn[norm] for norm in norms if attn.get(norm) is not None]
+    if any(norm.weight is None or norm.eps != found[0].eps for norm in found):
         return "attn has norms without weight, or of different eps"
     return ""
 

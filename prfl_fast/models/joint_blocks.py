@@ -45,8 +45,11 @@ def _attend(
 ) -> torch.Tensor:
     """Return the attention ``[B, L + T, D]`` of q, k, v of both streams."""
     q, k = attn.norm_q, attn.norm_k
-    text_q, text_k = (q, k) if attn.add_q_proj is None else (attn.norm_added_q, attn.norm_added_k)
-    weights = (norm.weight for norm in (q, k, text_q, text_k))
+    shared = attn.add_q_proj is None
+    text_norms = (q, k) if shared else (attn.norm_added_q, attn.norm_added_k)
+    weights = [norm.weight for norm in (q, k, *text_norms)]
+    if shared:  # Dynamo takes no tensor twice
+        weights[2:] = [weight.view_as(weight) for weight in weights[2:]]
     return JointAttention.apply(
         *video, *text, *weights, rope.cos, rope.sin, lengths, attn.heads, q.eps
     )

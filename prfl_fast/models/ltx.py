@@ -24,7 +24,7 @@ _SCALE = (8 / 25, 32, 32)
 
 
 def _why_not_fused(block: Any) -> str:
-    if type(block).__name__.removeprefix("FSDP") != "LTXVideoTransformerBlock":
+    if type(block).__name__ not in ("LTXVideoTransformerBlock", "FSDPLTXVideoTransformerBlock"):
         return f"forward is that of {type(block).__module__}.{type(block).__name__}"
     if reason := why_not_fused(block, _KINDS, ("LTXVideoAttnProcessor",)):
         return reason

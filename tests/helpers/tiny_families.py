@@ -145,3 +145,8 @@ def run_cogvideox(model, arguments, double=False):
     found |= {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def single(case):
+    """Return True for a model with single-stream blocks."""
+    return "num_single_layers" in CASES[case][1]
