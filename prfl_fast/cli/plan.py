@@ -26,7 +26,7 @@ from prfl_fast.memory.offload import RESERVE, host_memory
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import gpu_specs, planner, report
 from prfl_fast.planning.plan import Plan
-from prfl_fast.planning.presets import MODELS, model_config
+from prfl_fast.planning.presets import MODELS, first_blocks, model_config
 from prfl_fast.planning.workload import Workload
 from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
 from prfl_fast.utils.checks import check
@@ -190,7 +190,7 @@ def choose_reward_memory(
     if began is not None and began.memory != "auto":
         note("memory: auto takes the policy with which this run began", "train-reward")
         return began.memory.build()
-    model = model_config(config.model) | {"num_layers": config.num_blocks}
+    model = first_blocks(model_config(config.model), config.num_blocks)
     work = Workload(model, **fields_of_reward_run(config, dataset))
     found = _plan(work, device, _free_memory(device))
     hint = "Take fewer num_blocks, or smaller videos"

@@ -10,7 +10,7 @@ from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
 from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.adapter import FIRST_FRAME
-from prfl_fast.planning.presets import model_config, vae_stride
+from prfl_fast.planning.presets import first_blocks, model_config, vae_stride
 from prfl_fast.utils.io import read_json
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
@@ -172,7 +172,7 @@ def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, An
         if name not in free and found.get(name) != value:
             _contradicted(name, value, f"{path} is of train-reward, which decides it")
     model = given.get("model") or content.get("model", DEFAULT_MODEL)
-    return found | {"model": model_config(model) | {"num_layers": config.num_blocks}}
+    return found | {"model": first_blocks(model_config(model), config.num_blocks)}
 
 
 def _parse(kind: type[Config], content: Mapping[str, Any], path: Path) -> Config:

@@ -24,6 +24,7 @@ from prfl_fast.memory.offload import Handle, Offloader
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
+from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.recompute import recomputed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -103,10 +104,10 @@ def activation_checkpointing(
         return model
     adapter = find_blocks(model)
     offloader = None if offload is None else Offloader(host_limit)
-    blocks = adapter.blocks(model)  # the list that wrapped and bare model share
-    _offloaders.pop(blocks, None)
+    base = unwrap(model)  # wrapped and bare model share it
+    _offloaders.pop(base, None)
     if offloader is not None:
-        _offloaders[blocks] = offloader
+        _offloaders[base] = offloader
     run: BlockRunner | None = _Runner(mode, offloader)
     if offloader is None and mode != "attention":
         run = None if mode == "none" else _run_full
@@ -122,7 +123,8 @@ def offload_bytes(model: nn.Module) -> dict[str, int]:
         ``host_now, host_peak``: host buffers of live graphs; ``host_pool``: these plus free buffers
         for the next graph; ``transferred``: total in both directions. All are 0 without offloading.
     """
-    offloader = _offloaders.get(find_blocks(model).blocks(model))
+    find_blocks(model)
+    offloader = _offloaders.get(unwrap(model))
     return dict((offloader or Offloader()).bytes)
 
 

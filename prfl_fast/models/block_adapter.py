@@ -6,7 +6,8 @@ diffusers, and fills in its forwards, checks, inputs, features and head.
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +89,7 @@ class BlockAdapter:
     """
 
     name: str
+    lists: ClassVar[tuple[str, ...]] = ("blocks",)  # names of the lists of blocks, in order
     # Forwards that this family sets; those of blocks call call_block.
     own_forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
 
@@ -117,7 +119,7 @@ class BlockAdapter:
             if "forward" not in module.__dict__ or instance_forward(module) is class_forward:
                 set_forward(module, forward)
         for module, _ in self.replacements(base):
-            _patched_by.setdefault(module, weakref.WeakSet()).add(base)
+            _patched_by.setdefault(unwrap_block(module), weakref.WeakSet()).add(base)
 
     def unpatch(self, model: nn.Module) -> None:
         """Delete our forwards; a model that is not patched stays unchanged.
@@ -180,7 +182,17 @@ class BlockAdapter:
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks, in order."""
-        return unwrap(model).blocks  # type: ignore[return-value]
+        base: Any = unwrap(model)
+        lists = [getattr(base, name) for name in self.lists]
+        return lists[0] if len(lists) == 1 else nn.ModuleList(chain(*lists))
+
+    def first_blocks(self, base: Any, num_blocks: int) -> dict[str, nn.ModuleList]:
+        """Return the lists of a model cut to its first blocks, by name."""
+        kept = {}
+        for name in self.lists:
+            kept[name] = getattr(base, name)[:num_blocks]
+            num_blocks -= len(kept[name])
+        return kept
 
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
         """Return a deep copy of the embeddings and the first blocks, patched if the model is.
@@ -191,8 +203,10 @@ class BlockAdapter:
         expected = f"1 to {len(blocks)} (the model's blocks)"
         check(1 <= num_blocks <= len(blocks), "num_blocks", num_blocks, expected)
         # deepcopy takes the memo's entries instead of copies, so unused parts need no memory.
-        kept = nn.ModuleList(copy.deepcopy(block) for block in blocks[:num_blocks])
-        memo: dict[int, nn.Module] = {id(blocks): kept}
+        kept = self.first_blocks(base, num_blocks).items()
+        memo: dict[int, nn.Module] = {
+            id(getattr(base, name)): copy.deepcopy(first) for name, first in kept
+        }
         memo |= {id(part): nn.Identity() for part in self.head_modules(base)}
         return self._headless(copy.deepcopy(base, memo), num_blocks)
 
@@ -216,6 +230,21 @@ class DiffusersAdapter(BlockAdapter):
 
     ``attributes`` names plain attributes of a model that are kept with its configuration.
     """
+
+    # Depths from which the planner extrapolates the bytes of ``shallow`` models.
+    shallow_depths: ClassVar[tuple[int, int]] = (3, 4)
+
+    def block_count(self, config: Mapping[str, Any]) -> int:
+        """Return the number of blocks of a configuration."""
+        return int(config["num_layers"])
+
+    def depth(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
+        """Return the entries of a configuration that a model of its first blocks changes."""
+        return {"num_layers": num_blocks}
+
+    def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
+        """Return the entries of a model with a share of the blocks of each kind."""
+        return self.depth(config, num_blocks)
 
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
@@ -259,4 +288,4 @@ class DiffusersAdapter(BlockAdapter):
         for key in self.attributes:
             if key in config:
                 setattr(base, key, config[key])
-        return self._headless(base, config["num_layers"])
+        return self._headless(base, len(self.blocks(base)))

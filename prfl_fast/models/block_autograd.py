@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from prfl_fast.kernels import attention, qk_norm_rope
+from prfl_fast.kernels import qk_norm_rope
 from prfl_fast.utils.modules import is_plain_linear
 
 
 class NormAttention(torch.autograd.Function):
     """RMSNorm, RoPE and attention: ``attention(*qk_norm_rope(q, k, ...), v)[0]``, ``[B, Lq, D]``.
 
-    Call ``NormAttention.apply(q, k, v, q_weight, k_weight, cos, sin, grid, offset, heads, eps)``.
-    Arguments and errors are those of :func:`prfl_fast.kernels.qk_norm_rope` and
-    :func:`prfl_fast.kernels.attention`; ``cos``, ``sin`` and ``grid`` are None without RoPE. The
-    backward recomputes the normed q and k.
+    Call ``NormAttention.apply(q, k, v, q_weight, k_weight, cos, sin, grid, offset, heads, eps)``,
+    with ``key_lengths`` as an optional last argument. Arguments and errors are those of
+    :func:`prfl_fast.kernels.qk_norm_rope` and :func:`prfl_fast.kernels.attention`; ``cos``, ``sin``
+    and ``grid`` are None without RoPE. The backward recomputes the normed q and k.
     """
 
     @staticmethod
@@ -27,13 +27,16 @@ class NormAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
     ) -> torch.Tensor:
         """Return ``[B, Lq, D]``; save q and k before their norm."""
-        q_weight, k_weight, cos, sin, grid, offset, heads, eps = norm_and_rope
+        q_weight, k_weight, cos, sin, grid, offset, heads, eps, *lengths = norm_and_rope
+        key_lengths = lengths[0] if lengths else None
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
         normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
-        out, lse = attention(*normed, v, heads=heads)
+        # The operation itself: the check of the lengths would wait for the device.
+        scale = 1 / math.sqrt(q.shape[-1] // heads)
+        out, lse = torch.ops.prfl_fast.attention(*normed, v, heads, scale, key_lengths)
         # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
         # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
-        ctx.save_for_backward(q, k, v, q_weight, k_weight, cos, sin, out, lse)
+        ctx.save_for_backward(q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
         ctx.heads = heads
         # The operators end in (grid, offset, heads, per_head, eps) and take [] for no grid.
         ctx.numbers = (*(([], []) if grid is None else (grid, offset)), heads, False, eps)
@@ -43,7 +46,7 @@ class NormAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """Recompute the normed q and k, then differentiate attention, RoPE and norms."""
-        q, k, v, q_weight, k_weight, cos, sin, out, lse = ctx.saved_tensors
+        q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse = ctx.saved_tensors
         weights = q_weight, k_weight
         need_q, need_k, need_v, *need_weights = ctx.needs_input_grad[:5]
         # q and the weight of its norm both need the gradient of the normed q; the same holds for k.
@@ -52,7 +55,7 @@ class NormAttention(torch.autograd.Function):
         ops, scale = torch.ops.prfl_fast, 1 / math.sqrt(q.shape[-1] // ctx.heads)
         normed = ops.qk_norm_rope(q, k, *weights, cos, sin, *ctx.numbers)
         d_q, d_k, d_v = ops.attention_backward(
-            grad, *normed, v, out, lse, ctx.heads, scale, [*through, need_v], None
+            grad, *normed, v, out, lse, ctx.heads, scale, [*through, need_v], key_lengths
         )
         del normed, out, grad  # 0.77 GB each at 14B and 720p, not needed below
         gradients: Sequence[torch.Tensor | None] = (None,) * 4
@@ -64,7 +67,74 @@ class NormAttention(torch.autograd.Function):
         d_q, d_k, *d_weights = (
             d if need else None for d, need in zip(gradients, needed, strict=True)
         )
-        return d_q, d_k, d_v if need_v else None, *d_weights, *(None,) * 6
+        rest = (None,) * (len(ctx.needs_input_grad) - 5)
+        return d_q, d_k, d_v if need_v else None, *d_weights, *rest
+
+
+class JointAttention(torch.autograd.Function):
+    """Attention of the video and text tokens of a sample over all of them, ``[B, L + T, D]``.
+
+    Call ``JointAttention.apply(q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight,
+    text_k_weight, cos, sin, key_lengths, heads, eps)``: ``[B, L, D]`` of the video, ``[B, T, D]``
+    of the text, weights ``[d]`` of each head's RMSNorm, cos and sin ``[L, d/2]`` of the video's
+    tokens. ``key_lengths`` is int32 ``[B]`` or None: sample b attends to its first
+    ``key_lengths[b]`` tokens. The backward recomputes the normed q and k.
+    """
+
+    @staticmethod
+    def _joined(tensors: Any, weights: Any, tables: Any, heads: int, eps: float) -> Any:
+        """Return q, k and v of all tokens, ``[B, L + T, D]``, q and k normed."""
+        numbers: Any = [], [], heads, True, eps
+        q, k, v, text_q, text_k, text_v = tensors
+        norm = torch.ops.prfl_fast.qk_norm_rope
+        video = norm(q, k, *weights[:2], *tables, *numbers)
+        text = norm(text_q, text_k, *weights[2:], None, None, *numbers)
+        pairs = zip((*video, v), (*text, text_v), strict=True)
+        return [torch.cat(pair, dim=1) for pair in pairs]
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # type: ignore[override]
+        """Return ``[B, L + T, D]``; save q and k before their norm."""
+        *tensors, key_lengths, ctx.heads, ctx.eps = inputs
+        scale = 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
+        parts = tensors[:6], tensors[6:10], tensors[10:]
+        joined = JointAttention._joined(*parts, ctx.heads, ctx.eps)
+        out, lse = torch.ops.prfl_fast.attention(*joined, ctx.heads, scale, key_lengths)
+        ctx.save_for_backward(*tensors, key_lengths, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """Recompute the normed q and k, then differentiate attention, RoPE and norms."""
+        *tensors, key_lengths, out, lse = ctx.saved_tensors
+        weights, tables, length = tensors[6:10], tensors[10:], tensors[0].shape[1]
+        needs = ctx.needs_input_grad[:10]
+        needed = [
+            any(needs[i] for i in (j, j + 3, j + 6, j + 8)[: 4 if j < 2 else 2]) for j in range(3)
+        ]
+        ops, scale = torch.ops.prfl_fast, 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
+        joined = JointAttention._joined(tensors[:6], weights, tables, ctx.heads, ctx.eps)
+        d_joined = ops.attention_backward(
+            grad, *joined, out, lse, ctx.heads, scale, needed, key_lengths
+        )
+        del joined, out, grad
+        gradients: list[Any] = [None] * 10
+        for i, rows in enumerate((slice(0, length), slice(length, None))):
+            j, w = 3 * i, 6 + 2 * i  # first of this stream's q, k, v, and of its weights
+            d_q, d_k, d_v = (
+                d[:, rows] if n else None for d, n in zip(d_joined, needed, strict=True)
+            )
+            wanted = [needs[j], needs[j + 1], needs[w], needs[w + 1]]
+            if d_q is not None or d_k is not None:
+                found = ops.qk_norm_rope_backward(
+                    d_q, d_k, *tensors[j : j + 2], *weights[2 * i : 2 * i + 2],
+                    *(tables if i == 0 else (None, None)), [], [], ctx.heads, True, ctx.eps, wanted,
+                )  # fmt: skip
+                gradients[j : j + 2], gradients[w : w + 2] = found[:2], found[2:]
+            gradients[j + 2] = d_v
+        kept = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        return *kept, *(None,) * 5
 
 
 class Projections(torch.autograd.Function):

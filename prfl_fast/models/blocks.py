@@ -32,12 +32,12 @@ TEXT_TOKENS = 512
 
 
 class Rope(NamedTuple):
-    """3-D rotary position embedding of a token grid, as one compact table.
+    """Rotary position embedding of the tokens, as one compact table.
 
     Attributes:
-        cos, sin: float32 ``[positions, head_dim // 2]``, see :func:`prfl_fast.kernels.rope_table`.
-        grid: number of frames, rows and columns of tokens; tokens are frame-major. None if cos and
-            sin have one row for each token.
+        cos, sin: float32 ``[positions, head_dim // 2]``, see :func:`prfl_fast.kernels.rope_table`;
+            without a grid one row for each token, see :func:`prfl_fast.kernels.qk_norm_rope`.
+        grid: number of frames, rows and columns of tokens; tokens are frame-major.
         offset: first position on each axis (a sequence shard's place in the whole).
     """
 
@@ -93,7 +93,8 @@ class Modulation(NamedTuple):
         return pairs
 
 
-def _project_out(to_out: Any, x: torch.Tensor) -> torch.Tensor:
+def project_out(to_out: Any, x: torch.Tensor) -> torch.Tensor:
+    """Apply an output projection: one layer, or the layers of a list."""
     for layer in to_out if isinstance(to_out, (nn.ModuleList, tuple)) else (to_out,):
         x = layer(x)
     return x
@@ -121,7 +122,7 @@ def self_attention(
         q, k, v = project(x, parts.to_q, parts.to_k, parts.to_v)
     norm_q, norm_k = parts.norm_q, parts.norm_k
     out = attend(q, k, v, norm_q.weight, norm_k.weight, *rope, parts.heads, norm_q.eps)
-    return _project_out(parts.to_out, out)
+    return project_out(parts.to_out, out)
 
 
 class ContextKeys(NamedTuple):
@@ -130,12 +131,14 @@ class ContextKeys(NamedTuple):
     Attributes:
         k, v: ``[B, T, D]`` of the text, keys before their norm.
         extra_k, extra_v: ``[B, N, D]`` of the image, keys normalized; None in text-only models.
+        lengths: int32 ``[B]``, the number of a sample's text tokens; None for all.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     extra_k: torch.Tensor | None = None
     extra_v: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
 
 def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
@@ -178,15 +181,16 @@ def cross_attention(
     q = parts.to_q(x)
     if not isinstance(context, ContextKeys):
         context = context_keys(parts, context)
-    k, v, extra_k, extra_v = context  # [B, T, D] each, image [B, N, D]
+    k, v, extra_k, extra_v, lengths = context  # [B, T, D] each, image [B, N, D]
     heads, eps, weights = parts.heads, parts.norm_q.eps, (parts.norm_q.weight, parts.norm_k.weight)
     if extra_k is None:
-        out = NormAttention.apply(q, k, v, *weights, None, None, None, (0, 0, 0), heads, eps)
+        rope = (None, None, None, (0, 0, 0))
+        out = NormAttention.apply(q, k, v, *weights, *rope, heads, eps, lengths)
     else:
         # Both key sets share the normed queries, so these are saved and not recomputed.
         q, k = qk_norm_rope(q, k, *weights, heads=heads, eps=eps)
         out, _ = attention(q, k, v, heads=heads, extra_k=extra_k, extra_v=extra_v)
-    return _project_out(parts.to_out, out)
+    return project_out(parts.to_out, out)
 
 
 def feed_forward(
@@ -215,6 +219,7 @@ class BlockParts(NamedTuple):
         up, down: linear layers of the feed-forward.
         eps: epsilons of the norms before the self-attention and before the feed-forward.
         chunk: tokens of the feed-forward at a time; None for all.
+        kind: of the two modulated norms, see :func:`prfl_fast.kernels.norm_modulate`.
         norm, attend, feed: called in place of :func:`prfl_fast.kernels.norm_modulate` before the
             self-attention, of ``NormAttention.apply`` in it, and of :func:`feed_forward`.
     """
@@ -226,6 +231,7 @@ class BlockParts(NamedTuple):
     down: Any
     eps: tuple[float, float]
     chunk: int | None = None
+    kind: str = "layer"
     norm: Callable[..., Any] = norm_modulate
     attend: Callable[..., torch.Tensor] = NormAttention.apply
     feed: Callable[..., torch.Tensor] = feed_forward
@@ -254,7 +260,7 @@ def transformer_block(
     (norm, gate), (ffn_norm, ffn_gate) = modulation.arguments()
     # In diffusers before 0.40 the stream of the first block is a transposed view.
     x = x.contiguous()
-    h = parts.norm(x, **norm, eps=parts.eps[0])
+    h = parts.norm(x, **norm, kind=parts.kind, eps=parts.eps[0])
     # No name holds an attention output, so that it is freed after use: 0.77 GB at 14B and 720p.
     cross_norm = parts.cross_norm
     affine = getattr(cross_norm, "weight", None) is not None
@@ -268,6 +274,10 @@ def transformer_block(
         **gate,
     )
     x, h = residual_norm_modulate(
-        x, cross_attention(parts.cross, h, context), **ffn_norm, eps=parts.eps[1]
+        x,
+        cross_attention(parts.cross, h, context),
+        **ffn_norm,
+        kind=parts.kind,
+        eps=parts.eps[1],
     )
     return gated_residual(x, parts.feed(parts.up, parts.down, h, parts.chunk), **ffn_gate)

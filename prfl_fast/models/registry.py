@@ -8,7 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from prfl_fast.models.adapter import Adapter
+from prfl_fast.models.cogvideox import CogVideoXAdapter
 from prfl_fast.models.experts import Experts, ExpertsAdapter
+from prfl_fast.models.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
+from prfl_fast.models.ltx import LTXVideoAdapter
 from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.models.other import BlocksAdapter, VelocityAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
@@ -54,6 +57,10 @@ ADAPTERS: tuple[Adapter, ...] = (
     WanDiffusersAdapter(),
     WanOfficialAdapter(),
     *RELATIVES,
+    HunyuanVideoAdapter(),
+    HunyuanVideo15Adapter(),
+    LTXVideoAdapter(),
+    CogVideoXAdapter(),
     VelocityAdapter(find_adapter, find_blocks),
 )
 

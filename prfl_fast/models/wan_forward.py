@@ -53,27 +53,27 @@ def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
     return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
 
 
-def _is_library(function: Any) -> bool:
+def is_library(function: Any) -> bool:
     """Return True for a function of diffusers or torch; dynamo cannot read its module."""
     return torch.compiler.is_compiling() or function.__module__.split(".")[0] in _LIBRARIES
 
 
-def _customized(name: str, module: Any, kinds: tuple[str, ...], own: object = None) -> str:
+def customized(name: str, module: Any, kinds: tuple[str, ...], own: object = None) -> str:
     """Return why a module is not one that the kernels can replace; ``""`` if it is."""
     kind = type(module)
     # FSDP2 changes a module's class, peft and users replace the module. A user's class may have the
     # name of diffusers', and a class may have a user's forward.
-    if kind.__name__ not in kinds or not _is_library(kind.forward):
+    if kind.__name__ not in kinds or not is_library(kind.forward):
         return f"{name} is a {kind.__module__}.{kind.__name__}, expected the library's {kinds[0]}"
     found = customization(module, own)
     return found and f"{name} has {found}"
 
 
 def _customized_attention(name: str, attn: Any) -> str:
-    if reason := _customized(name, attn, ("WanAttention", "SkyReelsV2Attention")):
+    if reason := customized(name, attn, ("WanAttention", "SkyReelsV2Attention")):
         return reason
     kind = type(attn.processor)
-    if kind.__name__ not in PROCESSORS or not _is_library(kind.__call__):
+    if kind.__name__ not in PROCESSORS or not is_library(kind.__call__):
         return f"{name}.processor is a {kind.__module__}.{kind.__name__}"
     if getattr(attn.processor, "_parallel_config", None) is not None:
         raise ValueError(
@@ -84,7 +84,7 @@ def _customized_attention(name: str, attn: Any) -> str:
     parts = attn._modules
     for part in norms:
         norm = parts.get(part)
-        if reason := _customized(f"{name}.{part}", norm, ("RMSNorm",)):
+        if reason := customized(f"{name}.{part}", norm, ("RMSNorm",)):
             return reason
         if getattr(norm, "weight", None) is None or norm.eps != parts["norm_q"].eps:
             return f"{name}.{part} has no weight, or another eps than norm_q"
@@ -100,15 +100,15 @@ def why_not_fused(block: Any) -> str:
     """
     # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
     kind = type(block)
-    if kind.__name__ not in _BLOCKS or not _is_library(kind.forward):
+    if kind.__name__ not in _BLOCKS or not is_library(kind.forward):
         return f"forward is that of {kind.__module__}.{kind.__name__}"
     # Every block call pays for this check, and a module's attributes go through __getattr__.
     parts = block._modules
-    if reason := _customized("norm2", parts.get("norm2"), ("FP32LayerNorm", "Identity")):
+    if reason := customized("norm2", parts.get("norm2"), ("FP32LayerNorm", "Identity")):
         return reason
     for name in ("norm1", "norm3"):
         norm = parts.get(name)
-        if reason := _customized(name, norm, ("FP32LayerNorm",)):
+        if reason := customized(name, norm, ("FP32LayerNorm",)):
             return reason
         if norm._parameters["weight"] is not None:
             return f"{name} has a weight"
@@ -116,17 +116,17 @@ def why_not_fused(block: Any) -> str:
         if reason := _customized_attention(name, parts.get(name)):
             return reason
     ffn = parts.get("ffn")
-    if reason := _customized("ffn", ffn, ("FeedForward",), feed_forward_in_chunks):
+    if reason := customized("ffn", ffn, ("FeedForward",), feed_forward_in_chunks):
         return reason
     layers = list(ffn.net)
     if len(layers) != 3:
         return f"ffn.net has {len(layers)} layers, expected 3"
     gelu, dropout, _ = layers
-    if reason := _customized("ffn.net.0", gelu, ("GELU",)):
+    if reason := customized("ffn.net.0", gelu, ("GELU",)):
         return reason
     if gelu.approximate != "tanh":
         return f"ffn.net.0 has approximate={gelu.approximate!r}"
-    reason = _customized("ffn.net.1", dropout, ("Dropout", "Identity"))
+    reason = customized("ffn.net.1", dropout, ("Dropout", "Identity"))
     if not reason and dropout.training and getattr(dropout, "p", 0) > 0:
         return f"ffn.net.1 has dropout p={dropout.p} in train mode"
     return reason

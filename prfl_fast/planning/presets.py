@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.loading import expert_folders, read_wan, transformer_class
 from prfl_fast.models.official import WanOfficialAdapter, diffusers_config
 from prfl_fast.models.registry import adapter_by_name, find_adapter
@@ -27,8 +28,9 @@ _WAN_14B: dict[str, Any] = {
     "num_layers": 40,
 }
 # Strides of the VAEs in frames, height and width by their latent channels, those that a transformer
-# predicts: Wan2.1's, and that of Wan2.2 TI2V-5B. The first frame of a video has its own latent.
-VAE_STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
+# predicts: Wan2.1's and HunyuanVideo's, HunyuanVideo-1.5's, Wan2.2 TI2V-5B's, LTX-Video's. The
+# first frame of a video has its own latent.
+VAE_STRIDES = {16: (4, 8, 8), 32: (4, 16, 16), 48: (4, 16, 16), 128: (8, 32, 32)}
 
 _IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 MODELS: dict[str, dict[str, Any]] = {
@@ -41,9 +43,44 @@ MODELS: dict[str, dict[str, Any]] = {
     "wan2.2-ti2v-5b": _WAN_14B
     | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
     | {"in_channels": 48, "out_channels": 48},
+    "hunyuan-video": {
+        "class_name": "HunyuanVideoTransformer3DModel",
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 20,
+        "num_single_layers": 40,
+    },
+    "ltx-video": {
+        "class_name": "LTXVideoTransformer3DModel",
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_attention_heads": 32,
+        "attention_head_dim": 64,
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_layers": 28,
+    },
 }
 
 Model = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+_WAN = "WanTransformer3DModel"
+
+
+def adapter_of(config: Mapping[str, Any]) -> Any:
+    """Return the adapter of a configuration's ``class_name``, which is Wan's if there is none.
+
+    Raise ``ValueError`` for a class that the planner does not simulate.
+    """
+    return _planned(adapter_by_name(f"diffusers {config.get('class_name', _WAN)}"))
+
+
+def first_blocks(config: dict[str, Any], num_blocks: int) -> dict[str, Any]:
+    """Return the configuration of the first blocks of a model."""
+    return config | adapter_of(config).depth(config, num_blocks)
 
 
 def _planned(adapter: Any) -> Any:
@@ -70,11 +107,14 @@ def model_config(model: Model) -> dict[str, Any]:
         adapter = _planned(find_adapter(model))
         if isinstance(adapter, WanOfficialAdapter):
             return diffusers_config(model)
-        return adapter.backbone_config(model)
+        kind = {"class_name": adapter.class_name} if isinstance(adapter, FamilyAdapter) else {}
+        return adapter.backbone_config(model) | kind
     if isinstance(model, Mapping):
         if "dim" in model and "num_heads" in model:
             return from_reference_config(model)
-        return {key: value for key, value in model.items() if not key.startswith("_")}
+        name = model.get("_class_name", _WAN)
+        kind = {} if name == _WAN else {"class_name": name}
+        return {key: value for key, value in model.items() if not key.startswith("_")} | kind
     check_type("model", model, (str, os.PathLike), "a transformer, its configuration or a path")
     if str(model).lower() in MODELS:
         return MODELS[str(model).lower()]

@@ -89,7 +89,7 @@ def _headline(plan: Plan) -> list[str]:
     count = work.gradient_accumulation_steps
     micro_batches = f"{count} micro-batch{'es' if count > 1 else ''} per step"
     lines = [
-        f"PRFL step: {plan.workload.config['num_layers']} blocks, {kind}, {size}",
+        f"PRFL step: {plan.workload.blocks} blocks, {kind}, {size}",
         f"{work.num_inference_steps} steps, {points}, {micro_batches}, "
         f"reward of {work.reward_blocks} blocks" + (", then a supervised step" if work.sft else ""),
     ]

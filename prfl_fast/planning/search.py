@@ -16,6 +16,7 @@ from typing import Any
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
+from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulation import SWAP_PHASES, Simulation, simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
@@ -37,7 +38,6 @@ MODES: tuple[tuple[Any, Any], ...] = (
     ("full", "cpu"),
 )
 # Offload keeps two blocks on the device, so bytes are affine in the depth from three blocks on.
-DEPTHS = (3, 4)
 REWARD_PHASES = ("reward", "reward backward")
 CHOSEN, SLOWER = "chosen", "fits, slower"
 
@@ -108,7 +108,7 @@ def step_seconds(
 class Shallow:
     """Simulations of both models in one mode at two depths, extrapolated to any depth."""
 
-    def __init__(self, runs: Sequence[Simulation], depths: Sequence[int] = DEPTHS) -> None:
+    def __init__(self, runs: Sequence[Simulation], depths: Sequence[int] = (3, 4)) -> None:
         self._runs, self._depths = runs, depths
         self._highs = [_highs(run) for run in runs]
         self._starts, self._middles = (
@@ -221,7 +221,7 @@ class Search:
         self.workload, self.rates = workload, rates
         self.show: Callable[[str], object] = lambda text: None
         self.limit, self.host_budget = budget - reserve_of(budget), host_budget
-        self.layers = int(workload.config["num_layers"])
+        self.layers = workload.blocks
         self._seen: dict[tuple[Any, ...], Shallow] = {}
 
     def run(self, tiers: Sequence[Tier]) -> Found:
@@ -301,7 +301,9 @@ class Search:
         key = (tier, mode, chunk)
         if key not in self._seen:
             memory = memory_of(tier, mode, mode, chunk)
-            self._seen[key] = Shallow([self._simulate(*memory, depth) for depth in DEPTHS])
+            depths = adapter_of(self.workload.config).shallow_depths
+            runs = [self._simulate(*memory, depth) for depth in depths]
+            self._seen[key] = Shallow(runs, depths)
         return self._seen[key]
 
     def _simulate(

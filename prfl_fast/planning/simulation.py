@@ -19,16 +19,19 @@ from prfl_fast.memory.ledger import HOST, Ledger, mark
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.models.adapter import FIRST_FRAME, generated_frames, set_first_frame
+from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.planning.costs import CUBLAS_BYTES, Cost, CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
+from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
+from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.optional import need
 
 PHASES = (
@@ -78,15 +81,16 @@ def build(
     reward_layers: int | None = None,
 ) -> tuple[nn.Module, LatentRewardModel]:
     """Return generator and frozen reward model on the ``meta`` device, not patched yet."""
-    own = ("_", "text_tokens", "boundary_ratio")  # keys that the model's class does not take
+    # Keys that the model's class does not take.
+    own = ("_", "text_tokens", "boundary_ratio", "class_name")
     config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
-    cls = need("diffusers").WanTransformer3DModel
-    depth = config["num_layers"] if layers is None else layers
+    adapter = adapter_of(workload.config)
+    cls = getattr(need("diffusers"), adapter.class_name)
+    changed = {} if layers is None else adapter.shallow(config, layers)
     reward_depth = workload.reward_blocks if reward_layers is None else reward_layers
     with torch.device("meta"):
-        generator = cls(**{**config, "num_layers": depth}).train()
-        adapter = find_adapter(generator)
-        backbone = adapter.backbone_from_config({**config, "num_layers": reward_depth})
+        generator = cls(**{**config, **changed}).train()
+        backbone = adapter.backbone_from_config({**config, **adapter.depth(config, reward_depth)})
         dim = adapter.hidden_size(backbone)
         reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
     both: tuple[Any, ...] = (generator, backbone)
@@ -185,6 +189,16 @@ class SimulatedStep:
 
     def _conditions(self) -> dict[str, torch.Tensor]:
         config, batch = self.workload.config, self.workload.batch_size
+        if isinstance(self.adapter, FamilyAdapter):
+            channels, *size = self.workload.latent_shape[1:]
+            sizes: dict[Any, Any] = {"T": self.workload.text_tokens}
+            sizes |= dict(zip("FHW", size, strict=True)) | {"C": config["in_channels"] - channels}
+            expected = self.adapter.expected_conditions(unwrap(self.generator))
+            return {
+                key: self._make(batch, *(sizes.get(n, n) for n in shape)).add_("mask" in key)
+                for key, (required, shape) in expected.items()
+                if required
+            }
         text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
         conditions = {"encoder_hidden_states": text}
         if config.get("image_dim") is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from prfl_fast.feedback.experts import trained_plan
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.blocks import TEXT_TOKENS
-from prfl_fast.planning.presets import Model, model_config, vae_stride
+from prfl_fast.planning.presets import Model, adapter_of, model_config, vae_stride
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.utils.checks import (
@@ -136,7 +136,7 @@ class Workload:
             check(size // patch <= longest, name, value, f"{expected}, not {size // patch}")
 
     def _check_model(self) -> None:
-        layers = self.config["num_layers"]
+        layers = self.blocks
         expected = f"at most the model's {layers} blocks"
         check(self.reward_blocks <= layers, "reward_blocks", self.reward_blocks, expected)
         fixed = self.config.get("image_dim") is not None
@@ -150,7 +150,14 @@ class Workload:
         return self.model  # type: ignore[return-value]
 
     @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return adapter_of(self.config).block_count(self.config)
+
+    @property
     def _patch(self) -> tuple[int, int, int]:
+        if "class_name" in self.config:
+            return adapter_of(self.config).patch_sizes(self.config)
         frames, height, width = self.config.get("patch_size", (1, 2, 2))
         return frames, height, width
 

@@ -1,11 +1,16 @@
 """Workloads and simulations that the planner's tests share."""
 
+import contextlib
 import itertools
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prfl_fast.memory.ledger import Ledger
+from prfl_fast.models.registry import patch
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import MODES
-from prfl_fast.planning.simulation import Simulation, simulate
+from prfl_fast.planning.simulation import SimulatedStep, Simulation, build, materialize, simulate
 from prfl_fast.planning.workload import Workload
 
 # Wide enough that a block's input is worth offloading, and otherwise as small as it gets.
@@ -98,3 +103,22 @@ def once(work, *memory, layers=None, reward_layers=None):
     if key not in _runs:
         _runs[key] = simulate(work, *memory, layers=layers, reward_layers=reward_layers)
     return _runs[key]
+
+
+def prepared(generator, reward):
+    """Give the built models weights, real or fake, and patch them, as the simulation does."""
+    for model in (generator, reward):
+        materialize(model)
+    patch(generator)
+    patch(reward.backbone)
+    return generator, reward
+
+
+def ledger_of(workload, memory, fake):
+    """Return the ledger of one simulated step, with operations opened up as on the CPU."""
+    built = build(workload, *memory)
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        generator, reward = prepared(*built)
+        with Ledger(open_operations=True) as ledger:
+            SimulatedStep(workload, *memory, generator, reward, ledger).run()
+    return ledger

@@ -1,6 +1,5 @@
 """The simulated step against real ones: the same bytes as real tensors, and as the allocator."""
 
-import contextlib
 import operator
 from dataclasses import astuple, replace
 
@@ -8,18 +7,17 @@ import pytest
 import torch
 from allocations import allocator_peak
 from plans import SMALL as TINY
+from plans import ledger_of, prepared
 from tiers import slow_except
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
-from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.models.registry import patch
 from prfl_fast.planning import simulation
 from prfl_fast.planning.costs import Cost
-from prfl_fast.planning.simulation import PHASES, SimulatedStep, build, materialize, simulate
+from prfl_fast.planning.simulation import PHASES, build, simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.losses import sft_loss
@@ -40,25 +38,6 @@ POLICIES = {  # of generator and reward
     "autocast": (MemoryConfig("fp32", "full"), MemoryConfig()),
     "fp8": (MemoryConfig("fp8", "attention"), MemoryConfig("fp8", "full")),
 }
-
-
-def prepared(generator, reward):
-    """Give the built models weights, real or fake, and patch them, as the simulation does."""
-    for model in (generator, reward):
-        materialize(model)
-    patch(generator)
-    patch(reward.backbone)
-    return generator, reward
-
-
-def ledger_of(workload, memory, fake):
-    """Return the ledger of one simulated step, with operations opened up as on the CPU."""
-    built = build(workload, *memory)
-    with FakeTensorMode() if fake else contextlib.nullcontext():
-        generator, reward = prepared(*built)
-        with Ledger(open_operations=True) as ledger:
-            SimulatedStep(workload, *memory, generator, reward, ledger).run()
-    return ledger
 
 
 def shallow(workload, memory):

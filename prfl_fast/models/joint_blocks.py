@@ -1,0 +1,132 @@
+"""Blocks whose video and text tokens attend to each other, on prfl_fast's kernels.
+
+Sources: diffusers' ``transformer_hunyuan_video.py`` and ``transformer_hunyuan_video15.py``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from prfl_fast.kernels import bias_gelu, gated_residual, norm_modulate, residual_norm_modulate
+from prfl_fast.models.block_autograd import JointAttention, project
+from prfl_fast.models.blocks import Rope, feed_forward, project_out
+from prfl_fast.utils.modules import is_plain_linear
+
+Tokens = tuple[torch.Tensor, torch.Tensor]
+
+
+class TimeRows(NamedTuple):
+    """Timestep conditioning of a block before its linear layer.
+
+    Attributes:
+        embedding: ``[R, D']``; each row belongs to B·L/R consecutive tokens.
+        row_index: int32 ``[B, L]``, the row of each token in place of that rule; None for it.
+    """
+
+    embedding: torch.Tensor
+    row_index: torch.Tensor | None = None
+
+    def triples(self, norm: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return shift and scale, and gate, as kernel arguments for each triple of ``norm``.
+
+        ``norm`` has ``silu``, ``linear``, whose output is a multiple of 3·D, and a ``norm`` of D.
+        """
+        width, index = norm.norm.normalized_shape[-1], {"row_index": self.row_index}
+        rows = norm.linear(norm.silu(self.embedding)).unflatten(-1, (-1, width)).unbind(-2)
+        return [
+            ({"shift": rows[i], "scale": rows[i + 1], **index}, {"gate": rows[i + 2], **index})
+            for i in range(0, len(rows), 3)
+        ]
+
+
+def _attend(
+    attn: Any, video: Sequence[Any], text: Sequence[Any], rope: Rope, lengths: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the attention ``[B, L + T, D]`` of q, k, v of both streams."""
+    q, k = attn.norm_q, attn.norm_k
+    shared = attn.add_q_proj is None
+    text_norms = (q, k) if shared else (attn.norm_added_q, attn.norm_added_k)
+    weights = [norm.weight for norm in (q, k, *text_norms)]
+    if shared:  # Dynamo takes no tensor twice
+        weights[2:] = [weight.view_as(weight) for weight in weights[2:]]
+    return JointAttention.apply(
+        *video, *text, *weights, rope.cos, rope.sin, lengths, attn.heads, q.eps
+    )
+
+
+def double_stream_block(
+    block: Any,
+    x: torch.Tensor,
+    text: torch.Tensor,
+    time: TimeRows,
+    text_time: TimeRows,
+    rope: Rope,
+    key_lengths: torch.Tensor | None,
+) -> Tokens:
+    """Run a block that has own weights for video and text, which attend jointly.
+
+    Args:
+        block: module with ``norm1, attn, norm2, ff`` and ``norm1_context, norm2_context,
+            ff_context``, as a diffusers ``HunyuanVideoTransformerBlock``.
+        x, text: ``[B, L, D]`` and ``[B, T, D]``.
+        time, text_time: conditioning of each stream.
+        rope: table by token of the video.
+        key_lengths: int32 ``[B]``, the tokens of [video, text] that sample b attends to.
+
+    Returns:
+        Both streams.
+    """
+    attn = block.attn
+    (norm, gate), (ff_norm, ff_gate) = time.triples(block.norm1)
+    (text_norm, text_gate), (text_ff_norm, text_ff_gate) = text_time.triples(block.norm1_context)
+    x, text = x.contiguous(), text.contiguous()
+    h = norm_modulate(x, **norm, eps=block.norm1.norm.eps)
+    c = norm_modulate(text, **text_norm, eps=block.norm1_context.norm.eps)
+    video_qkv = project(h, attn.to_q, attn.to_k, attn.to_v)
+    text_qkv = project(c, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    out = _attend(attn, list(video_qkv), list(text_qkv), rope, key_lengths)
+    y, text_y = out.split([x.shape[1], text.shape[1]], dim=1)
+    y, text_y = project_out(attn.to_out, y), attn.to_add_out(text_y)
+    x, h = residual_norm_modulate(x, y, **{**gate, **ff_norm}, eps=block.norm2.eps)
+    rows = {**text_gate, **text_ff_norm}
+    text, c = residual_norm_modulate(text, text_y, **rows, eps=block.norm2_context.eps)
+    return (
+        gated_residual(x, _feed(block.ff, h), **ff_gate),
+        gated_residual(text, _feed(block.ff_context, c), **text_ff_gate),
+    )
+
+
+def _feed(ff: Any, h: torch.Tensor) -> torch.Tensor:
+    """Run a diffusers ``FeedForward`` with tanh GELU."""
+    gelu, _, down = ff.net
+    return feed_forward(gelu.proj, down, h, ff.__dict__.get("chunk"))
+
+
+def single_stream_block(
+    block: Any,
+    x: torch.Tensor,
+    text: torch.Tensor,
+    time: TimeRows,
+    rope: Rope,
+    key_lengths: torch.Tensor | None,
+) -> Tokens:
+    """Run a block that shares its weights between video and text, MLP beside the attention.
+
+    Arguments are those of :func:`double_stream_block`; ``block`` has ``norm, attn, proj_mlp,
+    proj_out``, and the rows of ``time`` are those of [video, text].
+    """
+    attn, sizes = block.attn, [x.shape[1], text.shape[1]]
+    ((norm, gate),) = time.triples(block.norm)
+    joint = torch.cat([x, text], dim=1)
+    h = norm_modulate(joint, **norm, eps=block.norm.norm.eps)
+    qkv = [t.split(sizes, dim=1) for t in project(h, attn.to_q, attn.to_k, attn.to_v)]
+    out = _attend(attn, [t[0] for t in qkv], [t[1] for t in qkv], rope, key_lengths)
+    up = block.proj_mlp
+    if is_plain_linear(up):
+        mlp = bias_gelu(torch.nn.functional.linear(h, up.weight), up.bias)
+    else:
+        mlp = bias_gelu(up(h))
+    joint = gated_residual(joint, block.proj_out(torch.cat([out, mlp], dim=2)), **gate)
+    x, text = joint.split(sizes, dim=1)
+    return x, text

@@ -1,0 +1,113 @@
+"""The planner's bytes for other families than Wan, against real steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from allocations import allocator_peak
+from plans import ledger_of, prepared
+
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.memory.optimizers import make_optimizer
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning.simulation import SimulatedStep, build, simulate
+from prfl_fast.planning.workload import Workload
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.training.objectives import reward_call, velocity_call
+
+_SMALL = {"num_attention_heads": 4, "attention_head_dim": 32}
+HUNYUAN = {
+    **_SMALL,
+    "class_name": "HunyuanVideoTransformer3DModel",
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "num_refiner_layers": 1,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "rope_axes_dim": (8, 12, 12),
+    "text_embed_dim": 64,
+}
+LTX = {
+    **_SMALL,
+    "class_name": "LTXVideoTransformer3DModel",
+    "num_layers": 3,
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "cross_attention_dim": 128,
+    "caption_channels": 64,
+}
+SHARED = {"text_tokens": 32, "reward_blocks": 2, "precision": "fp32", "sft": False}
+WORK = {
+    "hunyuan": Workload(HUNYUAN, frames=9, height=256, width=256, **SHARED),
+    "ltx": Workload(LTX, frames=17, height=512, width=512, **SHARED),
+}
+POLICIES = {
+    "none": 2 * (MemoryConfig(),),
+    "attention": 2 * (MemoryConfig("fp32", "attention"),),
+    "full": 2 * (MemoryConfig("fp32", "full"),),
+}
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty():
+    """Not here: real tensors would be filled and fake ones not, which is one operation more."""
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", WORK)
+def test_the_peak_is_what_training_really_allocates(name, policy):
+    memory = POLICIES[policy]
+    workload = replace(WORK[name], train="full" if policy == "none" else "lora")
+    predicted = ledger_of(workload, memory, fake=True)
+    assert predicted.peak == ledger_of(workload, memory, fake=False).peak
+    generator, reward = prepared(*build(workload, *memory))
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    optimizer = make_optimizer("adamw", parameters, learning_rate=1e-5)
+    with predicted:
+        conditions = SimulatedStep(workload, *memory, generator, reward, predicted).conditions
+    velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
+    prfl = PRFL(velocity, score, FlowUniPC(), num_inference_steps=6)
+
+    def step():
+        prfl(torch.randn(workload.latent_shape), conditions, indices=[3])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    held = [*conditions.values()]
+    for model in (generator, reward):
+        held += [*model.parameters(), *model.buffers()]
+    held += [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    peak = sum(t.nbytes for t in held) + allocator_peak(step)
+    print(f"{name} {policy}: predicted {predicted.peak}, real {peak}")
+    assert abs(predicted.peak - peak) <= 0.01 * peak, (predicted.peak, peak)
+
+
+@pytest.mark.slow
+def test_shallow_models_have_both_kinds_of_blocks():
+    """Bytes of shallow models extrapolate to those of the whole one."""
+    work, memory = WORK["hunyuan"], POLICIES["full"]
+    three, six = (simulate(work, *memory, layers=n, reward_layers=2).peak for n in (3, 6))
+    assert work.blocks == 6 and six == simulate(work, *memory, reward_layers=2).peak
+    config = {**HUNYUAN, "num_layers": 3, "num_single_layers": 6}
+    nine = simulate(replace(work, model=config), *memory, reward_layers=2).peak
+    assert abs(nine - (six + six - three)) <= 0.01 * nine
+
+
+@pytest.mark.parametrize(
+    "preset, frames, height, tokens",
+    [("hunyuan-video", 81, 720, 75600), ("ltx-video", 89, 704, 10560)],
+)
+def test_presets(preset, frames, height, tokens):
+    assert Workload(preset, frames=frames, height=height, width=1280).tokens == tokens
+
+
+def test_a_class_that_reads_values_is_refused():
+    config = {"class_name": "HunyuanVideo15Transformer3DModel", "num_layers": 2}
+    with pytest.raises(ValueError, match="its forward reads values"):
+        Workload({**config, "out_channels": 32})
