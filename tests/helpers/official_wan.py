@@ -11,7 +11,6 @@ One class for each repository, own code that keeps its children, parameters, sig
 
 import contextlib
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -245,6 +244,11 @@ class DiffSynth(Wan21):
         for name in ("text_len", "num_heads", "out_dim", "model_type", "window_size", "qk_norm"):
             delattr(self, name)
 
+    def unpatchify(self, x, grid_size):
+        sizes = [n * p for n, p in zip(grid_size, self.patch_size, strict=True)]
+        x = x.view(len(x), *grid_size, *self.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(len(x), -1, *sizes)
+
     def forward(self, x, timestep, context, clip_feature=None, y=None, **kwargs):
         raise ValueError("not enough values to unpack (expected 2, got 1)")
 
@@ -294,12 +298,7 @@ def model_fn_wan_video(
     x = dit.head(x, t)
     if reference_latents is not None:
         x, frames = x[:, reference.shape[1] :], frames - 1
-    patch = dit.patch_size
-    channels = dit.head.head.out_features // math.prod(patch)
-    x = x.view(len(x), frames, height, width, *patch, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.reshape(
-        len(x), channels, *(n * p for n, p in zip((frames, height, width), patch, strict=True))
-    )
+    return dit.unpatchify(x, (frames, height, width))
 
 
 def attend_in_half(q, k, v, lengths):
