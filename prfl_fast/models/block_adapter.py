@@ -100,7 +100,8 @@ class BlockAdapter:
     def check_patchable(self, base: Any) -> None:
         """Raise ``ValueError`` if our forwards would change the model's behavior."""
         for module, forward in self.replacements(base):
-            if instance_forward(module) is not class_forward:
+            # accelerate may have wrapped the whole model's forward, which still runs.
+            if module is not base and instance_forward(module) is not class_forward:
                 check_class_forward([module], forward)
 
     def head_modules(self, base: Any) -> list[nn.Module]:

@@ -11,7 +11,6 @@ One class for each repository, own code that keeps its children, parameters, sig
 
 import contextlib
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -249,9 +248,9 @@ class DiffSynth(Wan21):
             delattr(self, name)
 
     def unpatchify(self, x, grid_size):
-        channels = self.head.head.out_features // math.prod(self.patch_size)
-        x = x.unflatten(1, grid_size).unflatten(-1, (*self.patch_size, channels))
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+        sizes = [n * p for n, p in zip(grid_size, self.patch_size, strict=True)]
+        x = x.view(len(x), *grid_size, *self.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(len(x), -1, *sizes)
 
     def forward(self, x, timestep, context, clip_feature=None, y=None, **kwargs):
         raise ValueError("not enough values to unpack (expected 2, got 1)")
