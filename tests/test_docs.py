@@ -120,7 +120,8 @@ def test_the_lines_for_trainers_patch_each_model():
         "musubi-tuner": {},
     }
     for section in (ROOT / "docs" / "trainers.md").read_text().split("\n## ")[1:]:
-        (given,) = (names() | own for name, own in scripts.items() if section.startswith(name))
+        own = next((own for name, own in scripts.items() if section.startswith(name)), {})
+        given = names() | own
         for body in re.findall(r"^```python\n(.*?)^```$", section, re.S | re.M):
             exec(compile(body, "docs/trainers.md", "exec"), given)
         if "on_transformer_loaded" in given:

@@ -102,11 +102,11 @@ class WanOfficialAdapter(BlockAdapter):
     own_forwards = OWN_FORWARDS
 
     def matches(self, model: nn.Module) -> bool:
-        """Return True for a model with the layout's embeddings, blocks and head."""
+        """Return True for a model with the layout's embeddings and blocks."""
         base: Any = unwrap(model)
         blocks = getattr(base, "blocks", None)
         if not (isinstance(blocks, nn.ModuleList) and len(blocks)) or not all(
-            isinstance(getattr(base, name, None), nn.Module) for name in (*_EMBEDDINGS, "head")
+            isinstance(getattr(base, name, None), nn.Module) for name in _EMBEDDINGS
         ):
             return False
         block = blocks_of(base)[0]
@@ -115,8 +115,10 @@ class WanOfficialAdapter(BlockAdapter):
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of blocks, time embedding, head and model."""
         pairs: Replacements = [(block, block_forward) for block in blocks_of(base)]
-        pairs += [(base.time_embedding, time_forward), (base.head, head_forward)]
-        return [*pairs, (base, model_forward)]
+        pairs += [(base.time_embedding, time_forward), (base, model_forward)]
+        # HY-Video-PRFL sets the head of its reward's transformer to None.
+        head = getattr(base, "head", None)
+        return pairs if head is None else [*pairs, (head, head_forward)]
 
     def check_patchable(self, base: Any) -> None:
         """Raise ``ValueError`` for other blocks, sequence parallelism or replaced forwards."""
@@ -266,6 +268,8 @@ class WanOfficialAdapter(BlockAdapter):
             return tokens
 
         given = self._arguments(base, x, timestep, conditions)
+        if base.head is None:
+            base.head = nn.Identity()
         own = base.__dict__.get("unpatchify")
         base.__dict__["unpatchify"] = lambda *_: [x.new_zeros(1)]
         try:
@@ -353,7 +357,8 @@ class WanOfficialAdapter(BlockAdapter):
                     f"blocks.{index}: {reason}, so the block runs its own forward"
                 )
         for name in ("teacache", "cfg_skip_ratio", "blocks_to_swap", "enable_teacache"):
-            if getattr(base, name, None):
+            # VideoX-Fun has a method of the name enable_teacache.
+            if (value := getattr(base, name, None)) and not callable(value):
                 raise UnsupportedError(f"{name} is on, which skips or moves blocks by itself")
         if hasattr(base, "cfg_skip_ratio") and batch > 1:
             raise UnsupportedError("VideoX-Fun runs a batch in halves where there is no gradient")

@@ -113,7 +113,7 @@ def _why_not_attention(name: str, attn: Any) -> str:
         norm = attn._modules.get(part)
         if norm is None and part == "norm_k_img":
             continue
-        if norm is None or norm._parameters.get("weight") is None or customization(norm):
+        if norm is None or getattr(norm, "weight", None) is None or customization(norm):
             return f"{name}.{part} has hooks, a forward of its own or no weight"
         if norm.eps != attn.norm_q.eps:
             return f"{name}.{part} has another eps than norm_q"
@@ -133,7 +133,7 @@ def why_not_fused(block: Any) -> str:
         if found := customization(parts[name]):
             return f"{name} has {found}"
     for name in ("norm1", "norm2"):
-        if parts[name]._parameters.get("weight") is not None:
+        if getattr(parts[name], "weight", None) is not None:
             return f"{name} has a weight"
     for name in ("self_attn", "cross_attn"):
         if reason := _why_not_attention(name, parts[name]):

@@ -74,7 +74,7 @@ def _customized_attention(name: str, attn: Any) -> str:
         norm = parts.get(part)
         if reason := _customized(f"{name}.{part}", norm, ("RMSNorm",)):
             return reason
-        if norm._parameters.get("weight") is None or norm.eps != parts["norm_q"].eps:
+        if getattr(norm, "weight", None) is None or norm.eps != parts["norm_q"].eps:
             return f"{name}.{part} has no weight, or another eps than norm_q"
     return ""
 

@@ -93,6 +93,9 @@ class WanTransformer3DModel(Wan21):
         if add_ref_conv:
             self.ref_conv = nn.Conv2d(16, self.dim, self.patch_size[1:], self.patch_size[1:])
 
+    def enable_teacache(self, coefficients, num_steps, rel_l1_thresh):
+        self.teacache = (coefficients, num_steps, rel_l1_thresh)
+
     def embed_time(self, t, dtype):
         e = sinusoid(self.freq_dim, t).float().unflatten(0, t.shape)
         e = self.time_embedding(e).to(dtype)
