@@ -27,7 +27,7 @@ def run(model, arguments, *, double=False, autocast=False):
     dtype = torch.float64 if double else torch.float32
 
     def leaf(value):
-        return value.to(dtype).requires_grad_()
+        return value.to(dtype, copy=True).requires_grad_()
 
     given = {k: leaf(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     given["t"] = arguments["t"].to(dtype)
