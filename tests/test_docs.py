@@ -32,7 +32,11 @@ from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.presets import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ("quickstart", "methods", "memory", "models", "trainers", "kernels", "configuration")
+GUIDES = (
+    *("quickstart", "methods", "memory", "models", "families"),
+    *("trainers", "kernels", "configuration"),
+)
+PYTHON = ("methods", "memory", "models", "families", "kernels")  # run in the same names
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)]
 
 
@@ -88,7 +92,11 @@ def names():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/methods.md", "docs/memory.md", "docs/models.md", "docs/kernels.md"]
+    "page",
+    [
+        "README.md",
+        *(f"docs/{n}.md" for n in ("methods", "memory", "models", "families", "kernels")),
+    ],
 )
 def test_python_snippets_run(page, monkeypatch):
     snippets = blocks(page, "python")

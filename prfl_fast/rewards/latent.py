@@ -138,6 +138,7 @@ class LatentRewardModel(nn.Module):
             values = timestep.flatten().tolist()[:5]
             check(in_range, "timestep", values, "1000 times sigma, in [0, 1000]")
         features = self._adapter.features(self.backbone, x, timestep, conditions, self.num_blocks)
+        features = features.contiguous()  # unpatched blocks keep a transposed stream
         # The caller's autocast applies to the blocks; pool and head keep their own dtype.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.pool(features))

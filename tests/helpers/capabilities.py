@@ -13,6 +13,7 @@ from pathlib import Path
 
 import families
 import pytest
+import tiny_families
 import torch
 import wan
 from official_wan import CLASSES, official_inputs, tiny_official
@@ -24,6 +25,7 @@ import prfl_fast
 from prfl_fast.memory import activation_checkpointing, quantize
 from prfl_fast.models import VelocityModel, find_adapter
 from prfl_fast.models.inference import UnsupportedError
+from prfl_fast.models.registry import find_blocks
 from prfl_fast.planning import Workload
 from prfl_fast.planning.simulation import simulate
 
@@ -89,11 +91,17 @@ def check_policies(case):
             close(case.gradients(), plain, case.tolerance)
 
 
+def block_bytes(model):
+    """Return the bytes of the parameters of the blocks."""
+    blocks = find_blocks(model).blocks(model)
+    return sum(parameter.nbytes for parameter in blocks.parameters())
+
+
 def check_quantize(case):
     plain = case.call().detach()
-    before = sum(p.numel() * p.itemsize for p in case.model.parameters())
+    before = block_bytes(case.model)
     quantize(case.model, "fp8")
-    assert sum(p.numel() * p.itemsize for p in case.model.parameters()) < 0.6 * before
+    assert block_bytes(case.model) < 0.6 * before
     close([case.call().detach()], [plain], 0.1)
 
 
@@ -211,8 +219,18 @@ _LABELS = {
 }
 
 
-def family(class_name):
-    """Return a row of another class of diffusers."""
+def tiny_family(case):
+    """Return a row of a class of :mod:`tiny_families`."""
+
+    def build():
+        model = tiny_families.tiny(case, attention_head_dim=32, **tiny_families.WIDE[case])
+        return Case(model, *tiny_families.inputs(case, batch=1, size=(2, 4, 4)))
+
+    return build
+
+
+def own_call(class_name):
+    """Return a row of a class of diffusers that has no velocity through an adapter."""
 
     def build():
         model, x, timestep, conditions, call = families.build(class_name)
@@ -236,7 +254,10 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diffusers `WanAnimateTransformer3DModel`": relative("animate"),
     "diffusers `SkyReelsV2Transformer3DModel`": relative("skyreels"),
     "diffusers `ChronoEditTransformer3DModel`": relative("chronoedit"),
-    **{f"diffusers `{name}`": family(name) for name in families.CONFIGS},
+    "diffusers `HunyuanVideoTransformer3DModel`": tiny_family("hunyuan"),
+    "diffusers `HunyuanVideo15Transformer3DModel`": tiny_family("hunyuan15"),
+    "diffusers `LTXVideoTransformer3DModel`": tiny_family("ltx"),
+    **{f"diffusers `{name}`": own_call(name) for name in families.CONFIGS},
     "any other model as `VelocityModel`": any_other,
 }
 

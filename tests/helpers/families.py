@@ -10,16 +10,8 @@ import torch
 SIZE = (2, 4, 4)
 # The smallest configuration with two heads of 32 channels; every class takes these names.
 WIDTH = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2}
-WAN = WIDTH | {"ffn_dim": 96, "text_dim": 20, "freq_dim": 32, "rope_max_seq_len": 64}
-HUNYUAN = WIDTH | {"num_refiner_layers": 1, "text_embed_dim": 20, "rope_axes_dim": (8, 12, 12)}
 
 CONFIGS = {
-    "HunyuanVideoTransformer3DModel": HUNYUAN
-    | {"num_single_layers": 1, "pooled_projection_dim": 12},
-    "HunyuanVideo15Transformer3DModel": HUNYUAN
-    | {"in_channels": 9, "out_channels": 4, "text_embed_2_dim": 16, "image_embed_dim": 12},
-    "LTXVideoTransformer3DModel": WIDTH
-    | {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "caption_channels": 20},
     "CogVideoXTransformer3DModel": WIDTH
     | {
         "text_embed_dim": 20,
@@ -34,39 +26,13 @@ CONFIGS = {
     "MochiTransformer3DModel": WIDTH
     | {"pooled_projection_dim": 24, "text_embed_dim": 24, "time_embed_dim": 16, "in_channels": 4},
 }
-CHANNELS = {"Mochi": 4, "CogVideoX": 4, "LTXVideo": 8, "HunyuanVideo15": 4}
+CHANNELS = {"Mochi": 4, "CogVideoX": 4}
 
 
 def _conditions(name, randn):
     text = {"encoder_hidden_states": randn(1, 6, 24 if name == "Mochi" else 20)}
     mask = {"encoder_attention_mask": torch.ones(1, 6)}
-    if name == "WanVACE":
-        return text | {"control_hidden_states": randn(1, 16, *SIZE)}
-    if name == "HunyuanVideo":
-        guidance = {"guidance": torch.tensor([6000.0])}
-        return text | mask | {"pooled_projections": randn(1, 12)} | guidance
-    if name == "HunyuanVideo15":
-        second = {
-            "encoder_hidden_states_2": randn(1, 5, 16),
-            "encoder_attention_mask_2": torch.ones(1, 5),
-            "image_embeds": torch.zeros(1, 3, 12),
-        }
-        return text | mask | second
-    if name == "LTXVideo":
-        return text | mask
     return text | (mask if name == "Mochi" else {})
-
-
-def _ltx(model, x, timestep, conditions):
-    packed = x.flatten(2).transpose(1, 2)
-    sizes = dict(zip(("num_frames", "height", "width"), x.shape[2:], strict=True))
-    (out,) = model(packed, timestep=timestep, **conditions, **sizes, return_dict=False)
-    return out.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def _hunyuan15(model, x, timestep, conditions):
-    latents = torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1)
-    return model(latents, timestep, **conditions, return_dict=False)[0]
 
 
 def _cogvideox(model, x, timestep, conditions):
@@ -79,13 +45,7 @@ def _mochi(model, x, timestep, conditions):
     return -model(x, timestep=1000 - timestep, **conditions, return_dict=False)[0]
 
 
-def _own(model, x, timestep, conditions):
-    return model(x, timestep=timestep, **conditions, return_dict=False)[0]
-
-
 _CALLS = {
-    "LTXVideo": _ltx,
-    "HunyuanVideo15": _hunyuan15,
     "CogVideoX": _cogvideox,
     "Mochi": _mochi,
 }
@@ -109,5 +69,5 @@ def build(class_name, seed=0, **overrides):
         return torch.randn(*shape, generator=generator)
 
     name = class_name.partition("Transformer")[0]
-    x = randn(1, CHANNELS.get(name, 16), *SIZE)
-    return model, x, torch.tensor([600.0]), _conditions(name, randn), _CALLS.get(name, _own)
+    x = randn(1, CHANNELS[name], *SIZE)
+    return model, x, torch.tensor([600.0]), _conditions(name, randn), _CALLS[name]

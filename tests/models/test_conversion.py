@@ -88,10 +88,9 @@ def test_a_single_pth_without_a_config(tmp_path, prefix, wrapped):
     assert kind is type(model) and config["ffn_dim"] == 384
 
 
-TI2V = {"num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48, "num_layers": 30}
-RELEASED = MODELS | {
-    "ti2v-5b": TI2V | {"out_channels": 48, "ffn_dim": 14336},
-    "i2v-a14b": MODELS["wan2.1-t2v-14b"] | {"in_channels": 36},
+WAN = {name: config for name, config in MODELS.items() if name.startswith("wan")}
+RELEASED = {
+    **{n: {k: v for k, v in c.items() if k != "boundary_ratio"} for n, c in WAN.items()},
     "fun-control": MODELS["wan2.1-i2v-14b"] | {"in_channels": 48},
 }
 

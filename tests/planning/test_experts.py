@@ -46,6 +46,7 @@ def predicted_by(work):
     return ledger
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_is_what_two_experts_really_take(kind):
     """PRFL with a swap in each direction and the optimizer, on PyTorch's allocator."""

@@ -109,5 +109,5 @@ def test_presets(preset, frames, height, tokens):
 
 def test_a_class_that_reads_values_is_refused():
     config = {"class_name": "HunyuanVideo15Transformer3DModel", "num_layers": 2}
-    with pytest.raises(ValueError, match="its forward reads values"):
+    with pytest.raises(ValueError, match="expected a class that the planner simulates"):
         Workload({**config, "out_channels": 32})

@@ -249,7 +249,10 @@ def test_what_a_workload_refuses():
         ({"reward_blocks": 4}, "reward_blocks is 4, expected at most the model's 3"),
         ({"gradient_plan": GradientPlan(40)}, "points is 40, expected at most num_inference_steps"),
         ({"batch_size": True}, "batch_size is True, expected a positive integer"),
-        ({"model": {**CONFIG, "out_channels": 5}}, "latent channels is 5, expected one of 16, 48"),
+        (
+            {"model": {**CONFIG, "out_channels": 5}},
+            "latent channels is 5, expected one of 16, 32",
+        ),
         ({"frames": 1, "first_frame": True}, "frames is 1, expected 4n \\+ 1 above 1"),
         ({"model": {**CONFIG, "image_dim": 8}}, "text_tokens is 32, expected 512"),
     ):
