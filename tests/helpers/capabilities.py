@@ -219,12 +219,15 @@ _LABELS = {
 }
 
 
-def tiny_family(case):
-    """Return a row of a class of :mod:`tiny_families`."""
+def tiny_family(case, channels=None):
+    """Return a row of a class of :mod:`tiny_families`, with latents of that many channels."""
 
     def build():
-        model = tiny_families.tiny(case, attention_head_dim=32, **tiny_families.WIDE[case])
-        return Case(model, *tiny_families.inputs(case, batch=1, size=(2, 4, 4)))
+        own = {} if channels is None else {"in_channels": channels, "out_channels": channels}
+        wide = {"attention_head_dim": 32, **tiny_families.WIDE[case]}
+        x, timestep, conditions = tiny_families.inputs(case, batch=1, size=(2, 4, 4))
+        x = x if channels is None else x.repeat(1, channels // x.shape[1], 1, 1, 1)
+        return Case(tiny_families.tiny(case, **wide, **own), x, timestep, conditions)
 
     return build
 
@@ -256,7 +259,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diffusers `ChronoEditTransformer3DModel`": relative("chronoedit"),
     "diffusers `HunyuanVideoTransformer3DModel`": tiny_family("hunyuan"),
     "diffusers `HunyuanVideo15Transformer3DModel`": tiny_family("hunyuan15"),
-    "diffusers `LTXVideoTransformer3DModel`": tiny_family("ltx"),
+    "diffusers `LTXVideoTransformer3DModel`": tiny_family("ltx", channels=128),
     **{f"diffusers `{name}`": own_call(name) for name in families.CONFIGS},
     "any other model as `VelocityModel`": any_other,
 }
