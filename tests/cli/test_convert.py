@@ -29,6 +29,7 @@ def adapter(path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_takes_every_layout_of_its_model(root, tmp_path, capsys):
     wanted = train(root, tmp_path / "a", {"run.steps": 2})
     official = convert(root / "model", tmp_path / "official", "official")

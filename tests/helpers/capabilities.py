@@ -142,7 +142,7 @@ def check_prfl(case):
 
 
 def check_plan(case):
-    size = {"frames": 5, "height": 64, "width": 64, "reward_blocks": 1, "lora_rank": 2}
+    size = {"frames": 9, "height": 64, "width": 64, "reward_blocks": 1, "lora_rank": 2}
     memory = prfl_fast.MemoryConfig("bf16", "full"), prfl_fast.MemoryConfig("bf16", "full")
     run = simulate(Workload(case.model, **size), *memory)
     assert run.peak == sum(run.categories.values()) > 0

@@ -225,6 +225,7 @@ def test_cogvideox(layout, batch):
 
 @pytest.mark.cases(1)
 @pytest.mark.triton
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_triton_kernels_through_a_whole_model(case, triton_backend):
     """One seed: errors of single gradients scatter, their geometric mean does not."""
