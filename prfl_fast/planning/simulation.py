@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.experts import host_bytes, moved_tensors
@@ -149,7 +149,7 @@ class SimulatedStep:
         if workload.experts:
             self._other_expert()
         self.conditions = self._conditions()
-        with unset_fake_temporarily():
+        with _disable_current_modes():  # numbers of the host: real, and in no ledger
             self.scheduler = FlowUniPC(workload.shift)
             self.scheduler.set_timesteps(workload.num_inference_steps)
             self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
