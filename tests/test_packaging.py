@@ -93,6 +93,7 @@ def test_an_installed_package_kernels_is_found_from_the_root(tmp_path):
     assert ran.stdout.split() == ["3", "4", "0.1", str(tmp_path / "kernels" / "__init__.py")]
 
 
+@pytest.mark.slow
 def test_diffusers_imports_from_the_root():
     """Transformers and diffusers probe for a package `kernels`."""
     pytest.importorskip("diffusers")

@@ -162,6 +162,7 @@ def test_tracker_finds_the_centers_through_the_codec():
 
 
 # Two bodies that touch or pass each other are harder to follow.
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("bodies", "overall"), [((1, 1), 0.97), ((1, 2), 0.9)])
 def test_score_separates_good_clips_from_every_defect(bodies, overall):
     good = motion_score(through_codec(clips(None, bodies).frames))

@@ -352,6 +352,7 @@ def test_the_installed_command_prints_one_line(tmp_path):
     assert done.stderr == f"prfl-fast train: {path}: unknown key 'modell': did you mean 'model'?\n"
 
 
+@pytest.mark.slow
 def test_no_other_package_writes_to_the_terminal(root, tmp_path):
     changes = {"memory": {"weight_dtype": "nf4", "optimizer": "adamw8bit"}}
     changes |= {"lora.lora_rank": 2, "hardware.precision": "bf16"}

@@ -190,6 +190,7 @@ def test_memory_auto_by_a_whole_search(root, tmp_path, capsys):
     assert f"memory: auto chose {expected}" in capsys.readouterr().err
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("data", ["data", "pairs"])
 def test_memory_auto_of_a_reward_model(root, tmp_path, planned, capsys, data):
     out, changes = tmp_path / "out", {**AUTO, "run.steps": 1, "data": str(root / data)}

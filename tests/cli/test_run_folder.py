@@ -67,6 +67,7 @@ def other_reward(world):
     reward.save(world / "reward")
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,9 @@
 """Fixtures of the kernel tests: the backends, tensors past 32-bit offsets, shared parameters."""
 
+import ctypes
+import fcntl
 import functools
+import os
 
 import pytest
 import torch
@@ -89,9 +92,22 @@ def capability(request):
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
-    """Return a function that gives an emulated CUDA kernel by name; its first use compiles it."""
-    folder = tmp_path_factory.mktemp("emulation")
-    return functools.cache(lambda name: compile_kernel(name, folder))
+    """Return a function that gives an emulated CUDA kernel by name; its first use compiles it.
+
+    The processes of a parallel run share what they compile.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulation"
+    folder.mkdir(exist_ok=True)
+
+    @functools.cache
+    def get(name):
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            library = folder / f"{name}.so"
+            return ctypes.CDLL(str(library)) if library.exists() else compile_kernel(name, folder)
+
+    return get
 
 
 @pytest.fixture

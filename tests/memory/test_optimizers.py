@@ -235,6 +235,7 @@ def test_stochastic_rounding_follows_float32_in_expectation():
         assert error < 0.1 * whole.abs().mean() and abs(bias.mean()) < 4 * error
 
 
+@pytest.mark.slow
 def test_8bit_moments_follow_float32_roughly():
     """Measured: 4 % root-mean-square, 2 % median, where noise dominates the gradients.
 

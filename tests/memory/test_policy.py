@@ -53,6 +53,7 @@ def apply_both(transformer, reward, config, reward_config=None):
     apply_memory(reward, reward_config or config)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("patched", [True, False])
 def test_what_may_change_between_runs_gives_the_same_bits(patched):
     transformer, reward = models()

@@ -25,6 +25,7 @@ from prfl_fast.models.registry import find_adapter
 pytest.importorskip("diffusers")
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed", "autocast"])
 def test_caches_change_no_bit(case, layout, batch):
@@ -40,6 +41,7 @@ def test_caches_change_no_bit(case, layout, batch):
 OTHERS = ["lora-after", "lora-before", "peft", "fused", "chunks", "no-norm", "fp8", "nf4"]
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("change", OTHERS)
 def test_caches_change_no_bit_of_other_models(change, case):
     model = wan.tiny_wan(case, cross_attn_norm=change != "no-norm")

@@ -71,6 +71,7 @@ CHANGES = {
 PLACES = ("norm1", "norm2", "norm3", "attn1", "attn2.norm_k", "ffn", "ffn.net.0", "ffn.net.1")
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_customized_submodules_run(change, when):

@@ -243,6 +243,7 @@ def test_lora_by_replaced_forwards(variant, before):
     assert_close(results[1], results[0], tolerance(variant))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_copies_pickles_and_swapped_weights(variant):
     model, arguments = tiny_official(variant), inputs(variant)

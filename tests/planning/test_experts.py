@@ -106,6 +106,7 @@ def test_steps_of_the_experts():
     assert 15 < points.rollout_forwards < 25
 
 
+@pytest.mark.slow
 def test_one_trained_expert_takes_less_than_two():
     runs = {e: simulate(workload(expert=e), FULL, FULL) for e in ("both", "low")}
     both, low = runs["both"], runs["low"]

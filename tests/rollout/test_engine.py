@@ -22,7 +22,7 @@ from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.rollout.trajectory import Trajectory, rollout
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("guided", [None, "batched", "sequential"])
 @pytest.mark.parametrize("case", ["t2v", "i2v", "first-frame"])

@@ -371,6 +371,7 @@ def test_the_text_of_a_negative_prompt_is_checked_as_its_own():
         rollout(model, x, conditions, FlowUniPC(), 2, guidance=Guidance(2.0, negative, False))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("reblend", [False, True], ids=["diffusers", "official"])
 @pytest.mark.parametrize("make", [FlowUniPC, FlowEuler, diffusers_unipc])

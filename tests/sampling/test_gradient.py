@@ -141,6 +141,7 @@ def test_one_iteration_is_plain_sampling_and_nothing_is_drawn():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_the_prior_pulls_the_norm_to_that_of_gaussian_noise_and_equal_rewards_change_nothing():
     seen = []
 

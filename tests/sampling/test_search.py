@@ -243,6 +243,7 @@ def test_without_fresh_noise_a_beam_is_eulers_trajectory(dtype):
     assert several.chosen.tolist() == of_n.chosen.tolist()
 
 
+@pytest.mark.slow
 def test_a_stochastic_step_keeps_the_level_of_noise():
     """Against the flow of a Gaussian: data N(0, 4), whose velocity and marginals are known."""
 

@@ -160,7 +160,7 @@ def test_the_count_sees_a_trajectory_of_plain_autograd():
 
 
 # The memory engine.
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @pytest.mark.parametrize("plan", [*LONG_PLANS.values(), GradientPlan.draft(2)], ids=str)
 def test_checkpointing_changes_no_bit_of_a_long_gradient(plan, patched):
