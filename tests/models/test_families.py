@@ -169,8 +169,8 @@ def test_bad_input(case):
     bad = [
         (x[:, :-1], conditions, "channels of x and latent_condition is "),
         (x, conditions | {"pose": x}, "a key of conditions is 'pose'"),
-        (x, {k: v for k, v in conditions.items() if k != key}, f"{key}.* is None.*\\[B, T, 20\\]"),
-        (x, conditions | {key: conditions[key][..., :-1]}, "\\[B, T, 20\\]"),
+        (x, {k: v for k, v in conditions.items() if k != key}, f"{key}.* is None.*\\[B, T, 2.\\]"),
+        (x, conditions | {key: conditions[key][..., :-1]}, "\\[B, T, 2.\\]"),
     ]
     for latents, given, message in bad:
         with pytest.raises(ValueError, match=message):
