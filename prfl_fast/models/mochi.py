@@ -48,9 +48,7 @@ def _finish(
     )
     gate, scale, ff_gate = rows
     y = rms_norm(y, eps=norm2.eps)
-    x, h = residual_norm_modulate(
-        x, y, torch.tanh(gate), scale=scale, kind="rms", eps=norm3.eps
-    )
+    x, h = residual_norm_modulate(x, y, torch.tanh(gate), scale=scale, kind="rms", eps=norm3.eps)
     return gated_residual(x, rms_norm(feed_forward(h), eps=norm4.eps), torch.tanh(ff_gate))
 
 
@@ -91,7 +89,7 @@ def block_forward(
 class MochiAdapter(FamilyAdapter):
     """Adapter of ``MochiTransformer3DModel``.
 
-    The model predicts x0 - ε at time 1000·(1 - σ), so the velocity is v(x, t) = -model(x, 1000 - t).
+    The model predicts x0 - ε at time 1000·(1 - σ): the velocity is v(x, t) = -model(x, 1000 - t).
     """
 
     class_name = "MochiTransformer3DModel"
