@@ -77,8 +77,8 @@ def block_forward(
     order = valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     c = c.gather(1, order[..., None].expand_as(c))
     lengths = valid.sum(1, dtype=torch.int32)
-    tables = Rope(*(table.flatten(1) for table in rope), None)  # [L, H, d/2] each
-    y, text_y = joint_attention(attn, h, c, tables, lengths + x.shape[1])
+    cos, sin = (table.flatten(1) for table in rope)  # [L, H, d/2] each
+    y, text_y = joint_attention(attn, h, c, Rope(cos, sin, None), lengths + x.shape[1])
     if not last:
         rest = torch.arange(text.shape[1], device=text.device) >= lengths[:, None]
         text_y = attn.to_add_out(text_y.masked_fill(rest[..., None], 0))
