@@ -94,7 +94,6 @@ class MochiAdapter(FamilyAdapter):
 
     class_name = "MochiTransformer3DModel"
     name = f"diffusers {class_name}"
-    planned = False
     embeddings = ("patch_embed", "time_embed")
     # True for a backbone of all blocks, whose last one has no text output.
     attributes = ("context_pre_only",)

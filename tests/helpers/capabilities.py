@@ -140,7 +140,7 @@ def check_prfl(case):
 
 
 def check_plan(case):
-    size = {"frames": 9, "height": 64, "width": 64, "reward_blocks": 1, "lora_rank": 2}
+    size = {"frames": 25, "height": 64, "width": 64, "reward_blocks": 1, "lora_rank": 2}
     memory = prfl_fast.MemoryConfig("bf16", "full"), prfl_fast.MemoryConfig("bf16", "full")
     run = simulate(Workload(case.model, **size), *memory)
     assert run.peak == sum(run.categories.values()) > 0
@@ -260,7 +260,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diffusers `HunyuanVideo15Transformer3DModel`": tiny_family("hunyuan15"),
     "diffusers `LTXVideoTransformer3DModel`": tiny_family("ltx", channels=128),
     "diffusers `CogVideoXTransformer3DModel`": cogvideox,
-    "diffusers `MochiTransformer3DModel`": tiny_family("mochi"),
+    "diffusers `MochiTransformer3DModel`": tiny_family("mochi", channels=12),
     "any other model as `VelocityModel`": any_other,
 }
 

@@ -61,7 +61,7 @@ def test_gradient_of_rotary_angles(columns):
         return JointAttention.apply(*video, *text, *weights, *tables, lengths, 2, 1e-6)
 
     angle = torch.randn(5, columns).double().requires_grad_()
-    assert torch.autograd.gradcheck(attend, angle)
+    assert torch.autograd.gradcheck(attend, angle, fast_mode=True)
 
 
 def test_reward_of_all_blocks(tmp_path):
