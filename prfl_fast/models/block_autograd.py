@@ -76,9 +76,10 @@ class JointAttention(torch.autograd.Function):
 
     Call ``JointAttention.apply(q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight,
     text_k_weight, cos, sin, key_lengths, heads, eps)``: ``[B, L, D]`` of the video, ``[B, T, D]``
-    of the text, weights ``[d]`` of each head's RMSNorm, cos and sin ``[L, d/2]`` of the video's
-    tokens. ``key_lengths`` is int32 ``[B]`` or None: sample b attends to its first
-    ``key_lengths[b]`` tokens. The backward recomputes the normed q and k.
+    of the text, weights ``[d]`` of each head's RMSNorm, cos and sin ``[L, d/2]`` or ``[L, D/2]`` of
+    the video's tokens. ``key_lengths`` is int32 ``[B]`` or None: sample b attends to its first
+    ``key_lengths[b]`` tokens. The backward recomputes the normed q and k. Gradients of cos and sin
+    are those for which their angles get the right gradient.
     """
 
     @staticmethod
@@ -104,6 +105,20 @@ class JointAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    def _table_gradients(turned: Any, grads: Any, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """Return gradients of cos φ and sin φ from q and k after their turn, and their gradients.
+
+        y = z·e^{iφ} has ∂y/∂φ = i·y. The results are -sin φ and cos φ times the gradient of φ.
+        """
+        d_angle = torch.zeros_like(cos)
+        for y, d_y in zip(turned, grads, strict=True):
+            pairs = (t[:, : len(cos)].to(cos.dtype).unflatten(2, (-1, 2)) for t in (y, d_y))
+            (even, odd), (d_even, d_odd) = (t.unbind(-1) for t in pairs)
+            each = (even * d_odd - odd * d_even).sum(0)
+            d_angle += each.unflatten(1, (-1, cos.shape[1])).sum(1)
+        return -sin * d_angle, cos * d_angle
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """Recompute the normed q and k, then differentiate attention, RoPE and norms."""
@@ -113,11 +128,16 @@ class JointAttention(torch.autograd.Function):
         needed = [
             any(needs[i] for i in (j, j + 3, j + 6, j + 8)[: 4 if j < 2 else 2]) for j in range(3)
         ]
+        need_tables = ctx.needs_input_grad[10]
+        needed = [need or (need_tables and j < 2) for j, need in enumerate(needed)]
         ops, scale = torch.ops.prfl_fast, 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
         joined = JointAttention._joined(tensors[:6], weights, tables, ctx.heads, ctx.eps)
         d_joined = ops.attention_backward(
             grad, *joined, out, lse, ctx.heads, scale, needed, key_lengths
         )
+        d_tables = (None, None)
+        if need_tables:
+            d_tables = JointAttention._table_gradients(joined[:2], d_joined[:2], *tables)
         del joined, out, grad
         gradients: list[Any] = [None] * 10
         for i, rows in enumerate((slice(0, length), slice(length, None))):
@@ -134,7 +154,7 @@ class JointAttention(torch.autograd.Function):
                 gradients[j : j + 2], gradients[w : w + 2] = found[:2], found[2:]
             gradients[j + 2] = d_v
         kept = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-        return *kept, *(None,) * 5
+        return *kept, *d_tables, *(None,) * 3
 
 
 class Projections(torch.autograd.Function):

@@ -55,6 +55,16 @@ def _attend(
     )
 
 
+def joint_attention(
+    attn: Any, x: torch.Tensor, text: torch.Tensor, rope: Rope, key_lengths: torch.Tensor | None
+) -> Sequence[torch.Tensor]:
+    """Return the attention of both streams, normalized and modulated, before ``to_out``."""
+    video = project(x, attn.to_q, attn.to_k, attn.to_v)
+    added = project(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    out = _attend(attn, list(video), list(added), rope, key_lengths)
+    return out.split([x.shape[1], text.shape[1]], dim=1)
+
+
 def double_stream_block(
     block: Any,
     x: torch.Tensor,
@@ -83,10 +93,7 @@ def double_stream_block(
     x, text = x.contiguous(), text.contiguous()
     h = norm_modulate(x, **norm, eps=block.norm1.norm.eps)
     c = norm_modulate(text, **text_norm, eps=block.norm1_context.norm.eps)
-    video_qkv = project(h, attn.to_q, attn.to_k, attn.to_v)
-    text_qkv = project(c, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    out = _attend(attn, list(video_qkv), list(text_qkv), rope, key_lengths)
-    y, text_y = out.split([x.shape[1], text.shape[1]], dim=1)
+    y, text_y = joint_attention(attn, h, c, rope, key_lengths)
     y, text_y = project_out(attn.to_out, y), attn.to_add_out(text_y)
     x, h = residual_norm_modulate(x, y, **{**gate, **ff_norm}, eps=block.norm2.eps)
     rows = {**text_gate, **text_ff_norm}

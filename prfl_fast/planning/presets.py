@@ -28,9 +28,15 @@ _WAN_14B: dict[str, Any] = {
     "num_layers": 40,
 }
 # Strides of the VAEs in frames, height and width by their latent channels, those that a transformer
-# predicts: Wan2.1's and HunyuanVideo's, HunyuanVideo-1.5's, Wan2.2 TI2V-5B's, LTX-Video's. The
-# first frame of a video has its own latent.
-VAE_STRIDES = {16: (4, 8, 8), 32: (4, 16, 16), 48: (4, 16, 16), 128: (8, 32, 32)}
+# predicts: Mochi's, Wan2.1's and HunyuanVideo's, HunyuanVideo-1.5's, Wan2.2 TI2V-5B's, LTX-Video's.
+# The first frame of a video has its own latent.
+VAE_STRIDES = {
+    12: (6, 8, 8),
+    16: (4, 8, 8),
+    32: (4, 16, 16),
+    48: (4, 16, 16),
+    128: (8, 32, 32),
+}
 
 _IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 MODELS: dict[str, dict[str, Any]] = {
@@ -63,6 +69,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "in_channels": 128,
         "out_channels": 128,
         "num_layers": 28,
+    },
+    "mochi": {
+        "class_name": "MochiTransformer3DModel",
+        "patch_size": 2,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "in_channels": 12,
+        "out_channels": 12,
+        "num_layers": 48,
     },
 }
 

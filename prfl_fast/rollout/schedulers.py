@@ -337,8 +337,8 @@ def fresh_copy(scheduler: Any) -> Any:
     """Return a deep copy of a scheduler without its graph; the caller's object never steps.
 
     Raise ``TypeError`` for an object without ``set_timesteps`` or ``step``, and ``ValueError`` for
-    a diffusers scheduler that predicts something other than the velocity, or a scheduler whose
-    ``set_timesteps`` takes a shift that it was not given.
+    a diffusers scheduler that predicts something other than the velocity or runs from σ = 0 to 1,
+    or a scheduler whose ``set_timesteps`` takes a shift that it was not given.
     """
     name = type(scheduler).__name__
     if not all(callable(getattr(scheduler, method, None)) for method in ("set_timesteps", "step")):
@@ -350,6 +350,9 @@ def fresh_copy(scheduler: Any) -> Any:
     hint = "Build it with that and use_flow_sigmas=True: the model predicts a velocity."
     ok, label = prediction in (None, "flow_prediction"), f"scheduler {name}: prediction_type"
     check(ok, label, prediction, "'flow_prediction'", hint=hint)
+    inverted = _config(scheduler).get("invert_sigmas", False)
+    hint = "The adapter of Mochi turns time and velocity, so build the scheduler without it."
+    check(not inverted, f"scheduler {name}: invert_sigmas", inverted, "False", hint=hint)
     _check_shift_given(scheduler)
     clone = copy.copy(scheduler)
     detach_state(clone)

@@ -42,10 +42,20 @@ CASES = {
         },
         8,
     ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "in_channels": 4,
+            "pooled_projection_dim": 20, "text_embed_dim": 24, "time_embed_dim": 16,
+        },
+        4,
+    ),
 }  # fmt: skip
 # Changes of a case for which its heads may have 32 columns.
 WIDE = {case: {"rope_axes_dim": (8, 12, 12)} for case in CASES if case.startswith("hunyuan")}
-WIDE["ltx"] = {"cross_attention_dim": 64}
+WIDE |= {"ltx": {"cross_attention_dim": 64}, "mochi": {}}
+# Perturbation by number of dimensions; three has the table of Mochi's frequencies, zeros at first.
+_NOISE = {1: 0.2, 3: 0.02}
 
 
 def tiny(case, *, seed=0, **overrides):
@@ -58,8 +68,8 @@ def tiny(case, *, seed=0, **overrides):
     model = getattr(diffusers, name)(**{**config, **overrides})
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+            if parameter.ndim in _NOISE:
+                parameter.add_(_NOISE[parameter.ndim] * torch.randn_like(parameter))
     return model.train()
 
 
@@ -74,7 +84,7 @@ def inputs(case, *, batch=2, size=(3, 4, 6), text=7, seed=1):
         return (torch.arange(tokens) < tokens - 2 * torch.arange(batch)[:, None]).long()
 
     conditions = {
-        "encoder_hidden_states": randn(batch, text, 20),
+        "encoder_hidden_states": randn(batch, text, 24 if case == "mochi" else 20),
         "encoder_attention_mask": mask(text),
     }
     if case.startswith("hunyuan15"):
@@ -90,7 +100,8 @@ def inputs(case, *, batch=2, size=(3, 4, 6), text=7, seed=1):
             conditions["guidance"] = 6 * torch.ones(batch)
     x = randn(batch, CASES[case][2], *size)
     # Small timesteps, because the error of their float32 sines would hide the blocks'.
-    return x, 4 * torch.rand(batch, generator=generator), conditions
+    timestep = 4 * torch.rand(batch, generator=generator)
+    return x, 1000 - timestep if case == "mochi" else timestep, conditions
 
 
 def run(model, x, timestep, conditions, *, double=False, autocast=False):

@@ -73,13 +73,18 @@ def mixed_layout(model):
 
 @contextlib.contextmanager
 def float_means_double():
-    """Make ``Tensor.float()`` return float64, so that diffusers' casts keep an oracle exact."""
-    original = torch.Tensor.float
-    torch.Tensor.float = torch.Tensor.double
+    """Make casts to float32 return float64, so that diffusers' casts keep an oracle exact."""
+    to_float, to = torch.Tensor.float, torch.Tensor.to
+
+    def wide(tensor, *args, **kwargs):
+        args = (torch.float64 if arg is torch.float32 else arg for arg in args)
+        return to(tensor, *args, **kwargs)
+
+    torch.Tensor.float, torch.Tensor.to = torch.Tensor.double, wide
     try:
         yield
     finally:
-        torch.Tensor.float = original
+        torch.Tensor.float, torch.Tensor.to = to_float, to
 
 
 def run(model, x, timestep, conditions, *, double: bool = False):

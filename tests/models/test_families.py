@@ -7,6 +7,7 @@ import pytest
 import tiny_families as families
 import torch
 from rollouts import add_lora
+from tiers import slow_except
 
 import prfl_fast
 from prfl_fast.feedback.step import PRFL
@@ -127,7 +128,7 @@ def test_latent_reward(case, tmp_path):
         reward.save_reference(tmp_path / "reference")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_except(CASES, [c for c in CASES if c != "mochi"]))
 def test_rollouts(case):
     """Give the model's own bits; merged LoRA and FP8 layers stay near."""
     model = prfl_fast.patch(
@@ -169,8 +170,8 @@ def test_bad_input(case):
     bad = [
         (x[:, :-1], conditions, "channels of x and latent_condition is "),
         (x, conditions | {"pose": x}, "a key of conditions is 'pose'"),
-        (x, {k: v for k, v in conditions.items() if k != key}, f"{key}.* is None.*\\[B, T, 20\\]"),
-        (x, conditions | {key: conditions[key][..., :-1]}, "\\[B, T, 20\\]"),
+        (x, {k: v for k, v in conditions.items() if k != key}, f"{key}.* is None.*\\[B, T, 2.\\]"),
+        (x, conditions | {key: conditions[key][..., :-1]}, "\\[B, T, 2.\\]"),
     ]
     for latents, given, message in bad:
         with pytest.raises(ValueError, match=message):

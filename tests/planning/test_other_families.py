@@ -6,6 +6,7 @@ import pytest
 import torch
 from allocations import allocator_peak
 from plans import ledger_of, prepared
+from tiers import slow_except
 
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.optimizers import make_optimizer
@@ -40,10 +41,21 @@ LTX = {
     "cross_attention_dim": 128,
     "caption_channels": 64,
 }
+MOCHI = {
+    **_SMALL,
+    "class_name": "MochiTransformer3DModel",
+    "num_layers": 3,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "pooled_projection_dim": 64,
+    "text_embed_dim": 64,
+}
 SHARED = {"text_tokens": 32, "reward_blocks": 2, "precision": "fp32", "sft": False}
 WORK = {
     "hunyuan": Workload(HUNYUAN, frames=9, height=256, width=256, **SHARED),
     "ltx": Workload(LTX, frames=17, height=512, width=512, **SHARED),
+    "mochi": Workload(MOCHI, frames=13, height=256, width=256, **SHARED),
 }
 POLICIES = {
     "none": 2 * (MemoryConfig(),),
@@ -57,10 +69,12 @@ def _poison_empty():
     """Not here: real tensors would be filled and fake ones not, which is one operation more."""
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ["ltx", pytest.param("hunyuan", marks=pytest.mark.slow)])
-@pytest.mark.cases(1)
-def test_the_peak_is_what_training_really_allocates(name, policy):
+CASES = [(name, policy) for name in WORK for policy in POLICIES]
+
+
+@pytest.mark.parametrize("case", slow_except(CASES, [("ltx", "attention")]), ids=str)
+def test_the_peak_is_what_training_really_allocates(case):
+    name, policy = case
     memory = POLICIES[policy]
     workload = replace(WORK[name], train="full" if policy == "none" else "lora")
     predicted = ledger_of(workload, memory, fake=True)
@@ -101,7 +115,7 @@ def test_shallow_models_have_both_kinds_of_blocks():
 
 @pytest.mark.parametrize(
     "preset, frames, height, tokens",
-    [("hunyuan-video", 81, 720, 75600), ("ltx-video", 89, 704, 10560)],
+    [("hunyuan-video", 81, 720, 75600), ("ltx-video", 89, 704, 10560), ("mochi", 85, 720, 54000)],
 )
 def test_presets(preset, frames, height, tokens):
     assert Workload(preset, frames=frames, height=height, width=1280).tokens == tokens
