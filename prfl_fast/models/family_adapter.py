@@ -80,12 +80,14 @@ class FamilyAdapter(DiffusersAdapter):
     Attributes:
         embeddings: names of the modules before the first block, that of the latents first.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
+        token_counts: usual sizes of letters in ``expected_conditions``, which the planner takes.
     """
 
     embeddings: ClassVar[tuple[str, ...]]
     block_forward: ClassVar[Callable[..., Any]]
     rope_forward: ClassVar[Callable[..., Any]]
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    token_counts: ClassVar[dict[str, int]] = {}
 
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks and of the rotary embedding."""

@@ -175,7 +175,7 @@ class HunyuanVideo15Adapter(_HunyuanAdapter):
 
     class_name = "HunyuanVideo15Transformer3DModel"
     name = f"diffusers {class_name}"
-    planned = False  # its forward reads values that a simulation does not have
+    token_counts = {"T2": 256, "N": 729}
     embeddings = (
         "x_embedder",
         "context_embedder",
