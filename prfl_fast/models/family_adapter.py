@@ -20,20 +20,15 @@ from prfl_fast.models.inference import (
     RolloutOptions,
     UnsupportedError,
     check_rollout,
-    replaced_forwards,
 )
 from prfl_fast.models.layer_rollout import LayerRollout
 from prfl_fast.models.wan_forward import customized, is_library
 from prfl_fast.utils.checks import check, check_choice
-from prfl_fast.utils.modules import layers_of, unwrap
+from prfl_fast.utils.modules import layers_of, stopped_at, unwrap
 
 # The conditions of a family: name → (required, shape after the batch); a letter is any number.
 Expected = Mapping[str, tuple[bool, tuple[int | str, ...]]]
 LATENT = "latent_condition"
-
-
-class _Stop(Exception):  # noqa: N818 - no error
-    """Carry the residual stream out of a model's forward."""
 
 
 def why_not_fused(block: Any, kinds: Mapping[str, str], processors: Sequence[str]) -> str:
@@ -231,21 +226,14 @@ class FamilyAdapter(DiffusersAdapter):
         Later blocks and the head do not run. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
-
-        def stop(hidden_states: torch.Tensor, *_: Any) -> None:
-            raise _Stop(hidden_states)
-
         lists = {name: getattr(base, name) for name in self.lists}
+        base._modules.update(self.first_blocks(base, num_blocks))
         try:
-            for name, kept in self.first_blocks(base, num_blocks).items():
-                base._modules[name] = kept
-            with replaced_forwards([(base.norm_out, stop)]):
+            with stopped_at(base.norm_out.register_forward_pre_hook) as found:
                 self.velocity(base, x, timestep, conditions)
-        except _Stop as stopped:
-            return stopped.args[0]
         finally:
             base._modules.update(lists)
-        raise RuntimeError(f"{self.class_name} did not call norm_out, expected after its blocks")
+        return found[0][0]  # type: ignore[no-any-return]
 
     def open_rollout(
         self,

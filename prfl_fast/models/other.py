@@ -1,9 +1,8 @@
 """Models of other libraries without an adapter: their blocks, and a function as their velocity."""
 
-import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from prfl_fast.models.adapter import Conditions, check_inputs, not_inference
 from prfl_fast.models.block_adapter import BlockRunner, check_class_forward
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import instance_forward, set_forward, unwrap
+from prfl_fast.utils.modules import instance_forward, set_forward, stopped_at, unwrap
 
 # The blocks of a model with several lists of them, as one list.
 _joined: "weakref.WeakKeyDictionary[nn.Module, nn.ModuleList]" = weakref.WeakKeyDictionary()
@@ -162,27 +161,6 @@ def _inner(model: nn.Module) -> Any:
     return unwrap(base.model)
 
 
-class _StopForward(BaseException):
-    """Leave a model's forward after a block; no handler of ``Exception`` catches it."""
-
-
-@contextlib.contextmanager
-def stop_after(block: nn.Module) -> Iterator[list[Any]]:
-    """Leave the forward called inside after ``block``; the list receives the block's output."""
-    outputs: list[Any] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-        raise _StopForward
-
-    hook = block.register_forward_hook(stop)
-    try:
-        with contextlib.suppress(_StopForward):
-            yield outputs
-    finally:
-        hook.remove()
-
-
 class VelocityAdapter:
     """Adapter of :class:`VelocityModel`, which uses the adapter of the model inside, if any.
 
@@ -298,7 +276,7 @@ class VelocityAdapter:
         expected = "a model without FSDP, hooks of accelerate or torch.compile around it as a whole"
         hint = "Its forward is stopped after a block, which they do not survive; wrap the blocks"
         check(stoppable and not torch.compiler.is_compiling(), kind, kind, expected, hint=hint)
-        with stop_after(self.blocks(model)[num_blocks - 1]) as outputs:
+        with stopped_at(self.blocks(model)[num_blocks - 1].register_forward_hook) as outputs:
             self._call(model, x, timestep, conditions)
         check(len(outputs) > 0, "calls of the last block", 0, "one: the function calls the model")
         out = outputs[0][0] if isinstance(outputs[0], (tuple, list)) else outputs[0]

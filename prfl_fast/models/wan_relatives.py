@@ -14,7 +14,6 @@ from prfl_fast.models.adapter import Conditions, check_inputs
 from prfl_fast.models.block_adapter import Replacements
 from prfl_fast.models.blocks import Rope, transformer_block
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
-from prfl_fast.models.other import stop_after
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.models.wan_checks import check_wan_inputs
 from prfl_fast.models.wan_forward import (
@@ -26,7 +25,7 @@ from prfl_fast.models.wan_forward import (
     rope_forward,
 )
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import customization, unwrap
+from prfl_fast.utils.modules import customization, stopped_at, unwrap
 
 
 def vace_block_forward(
@@ -166,7 +165,7 @@ class _RelativeAdapter(WanDiffusersAdapter):
         The forward is stopped there. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
-        with stop_after(base.blocks[num_blocks - 1]) as outputs:
+        with stopped_at(base.blocks[num_blocks - 1].register_forward_hook) as outputs:
             self.velocity(base, x, timestep, conditions)
         return outputs[0].contiguous()  # type: ignore[no-any-return]
 
