@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from prfl_fast.models.adapter import Conditions, check_inputs, check_timesteps, not_inference
 from prfl_fast.models.block_adapter import (
     DiffusersAdapter,
+    NoReference,
     Replacements,
     feed_forward_in_chunks,
 )
@@ -69,16 +70,18 @@ def warn_not_fused(reason: str) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-class FamilyAdapter(DiffusersAdapter):
+class FamilyAdapter(NoReference, DiffusersAdapter):
     """Adapter of a class whose forward keeps running: only its blocks and rotary table change.
 
     Attributes:
         embeddings: names of the modules before the first block, that of the latents first.
+        why_not_fused: returns why a block must run its own forward, see :func:`why_not_fused`.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
         token_counts: usual sizes of letters in ``expected_conditions``, which the planner takes.
     """
 
     embeddings: ClassVar[tuple[str, ...]]
+    why_not_fused: ClassVar[Callable[..., str]]
     block_forward: ClassVar[Callable[..., Any]]
     rope_forward: ClassVar[Callable[..., Any]]
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
@@ -88,10 +91,6 @@ class FamilyAdapter(DiffusersAdapter):
         """Return our forwards of the blocks and of the rotary embedding."""
         pairs = [(block, self.block_forward) for block in self.blocks(base)]
         return [*pairs, (base.rope, self.rope_forward)]
-
-    def why_not_fused(self, block: Any) -> str:
-        """Return why a block must run its own forward, see :func:`why_not_fused`."""
-        raise NotImplementedError
 
     def expected_conditions(self, base: Any) -> Expected:
         """Return the conditions that the model takes."""
@@ -124,20 +123,6 @@ class FamilyAdapter(DiffusersAdapter):
                     "Call model.set_attn_processor with that of a new model, or patch before "
                     "enable_parallelism"
                 )
-
-    def head_modules(self, base: Any) -> list[nn.Module]:
-        """Return the norm and the projection after the last block."""
-        return [base.norm_out, base.proj_out]
-
-    def remove_head(self, base: Any, num_blocks: int) -> None:
-        """Remove norm and projection after the last block."""
-        base.norm_out = base.proj_out = nn.Identity()
-        base.register_to_config(**self.depth(base.config, num_blocks))
-
-    def hidden_size(self, model: nn.Module) -> int:
-        """Return D, the width of the residual stream."""
-        config: Any = unwrap(model).config
-        return config.num_attention_heads * config.attention_head_dim
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules before the first block, which a reward model keeps frozen."""
@@ -264,9 +249,3 @@ class FamilyAdapter(DiffusersAdapter):
         check_timesteps(timesteps, len(x))
         call = functools.partial(self.velocity, model, conditions=conditions)
         return LayerRollout(call, x, list(self.blocks(base)), list(timesteps), options)
-
-    def reference_config(self, model: nn.Module) -> dict[str, Any]:
-        """Raise ``ValueError``: HY-Video-PRFL's layout is Wan's."""
-        raise ValueError(
-            f"{self.class_name} has no layout of HY-Video-PRFL, which is that of Wan. Call save"
-        )

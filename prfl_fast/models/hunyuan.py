@@ -128,9 +128,7 @@ def block_forward(
 
 class _HunyuanAdapter(FamilyAdapter):
     block_forward, rope_forward = staticmethod(block_forward), staticmethod(rope_forward)
-
-    def why_not_fused(self, block: Any) -> str:
-        return _why_not_fused(block)
+    why_not_fused = staticmethod(_why_not_fused)
 
 
 class HunyuanVideoAdapter(_HunyuanAdapter):
