@@ -258,6 +258,14 @@ class WanOfficialAdapter(BlockAdapter):
         Later blocks and the head do not run. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
+        if hasattr(base, "cfg_skip_ratio") and len(x) > 1 and not torch.is_grad_enabled():
+            # VideoX-Fun's forward takes the batch as guidance then, and runs it in halves.
+            times = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
+            found = []
+            for i in range(len(x)):
+                given = {name: value[i : i + 1] for name, value in conditions.items()}
+                found.append(self.features(base, x[i : i + 1], times[i : i + 1], given, num_blocks))
+            return torch.cat(found)
         skipped = [(block, _same) for block in base.blocks[num_blocks:]]
         return self._head_input(base, x, timestep, conditions, skipped)
 
