@@ -73,7 +73,9 @@ def call_block(
     run = block.__dict__.get("block_runner")
     if run is None or not torch.is_grad_enabled():
         return function(block, *args, **kwargs)
-    return run(BlockCall(block, function, tuple(kwargs)), *args, *kwargs.values())
+    # A runner keeps its first argument, the residual stream, for the backward.
+    names = tuple(sorted(kwargs, key=lambda name: not isinstance(kwargs[name], torch.Tensor)))
+    return run(BlockCall(block, function, names), *args, *(kwargs[name] for name in names))
 
 
 def class_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -226,6 +228,22 @@ class BlockAdapter:
         return dict(state)
 
 
+class NoReference:
+    """Refuse the layout of HY-Video-PRFL, which holds Wan only."""
+
+    name: str
+
+    def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Raise ``ValueError``."""
+        raise ValueError(f"{self.name} has no layout of HY-Video-PRFL, use save and load")
+
+    from_reference = to_reference
+
+    def reference_config(self, model: nn.Module) -> dict[str, Any]:
+        """Raise ``ValueError``."""
+        return self.to_reference({})
+
+
 class DiffusersAdapter(BlockAdapter):
     """Adapter of one transformer class of diffusers, a ``ModelMixin`` with a ``config``.
 
@@ -256,6 +274,20 @@ class DiffusersAdapter(BlockAdapter):
             c.__name__ == self.class_name and c.__module__.startswith("diffusers.")
             for c in type(unwrap(model)).__mro__
         )
+
+    def head_modules(self, base: Any) -> list[nn.Module]:
+        """Return the norm and the projection after the last block."""
+        return [base.norm_out, base.proj_out]
+
+    def remove_head(self, base: Any, num_blocks: int) -> None:
+        """Remove norm and projection after the last block."""
+        base.norm_out = base.proj_out = nn.Identity()
+        base.register_to_config(**self.depth(base.config, num_blocks))
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """Return D, the width of the residual stream."""
+        config: Any = unwrap(model).config  # embeddings may have an adapter
+        return config.num_attention_heads * config.attention_head_dim
 
     def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
         """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from prfl_fast.kernels import (
     attention,
@@ -13,7 +12,6 @@ from prfl_fast.kernels import (
     qk_norm_rope,
     residual_norm_modulate,
 )
-from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.block_adapter import Replacements
 from prfl_fast.models.block_autograd import project
 from prfl_fast.models.blocks import feed_forward, project_out
@@ -106,32 +104,17 @@ class CogVideoXAdapter(FamilyAdapter):
     planned = False
     embeddings = ("patch_embed", "time_embedding")
     block_forward = staticmethod(block_forward)
+    why_not_fused = staticmethod(_why_not_fused)
 
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks; rotary tables come with each call."""
         return [(block, block_forward) for block in self.blocks(base)]
 
-    def why_not_fused(self, block: Any) -> str:
-        """Return why a block must run its own forward."""
-        return _why_not_fused(block)
-
-    def check_latents(
-        self, model: nn.Module, x: torch.Tensor, conditions: Conditions, name: str = "x"
-    ) -> None:
+    def check_latents(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ``ValueError``: the model predicts no velocity."""
         raise ValueError(
             f"{self.class_name} predicts v of a DDIM or DPM schedule, expected the velocity of a "
             "flow. It gets kernels (prfl_fast.patch) and memory policies only"
         )
 
-    def velocity(
-        self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
-    ) -> torch.Tensor:
-        """Raise ``ValueError`` of :meth:`check_latents`."""
-        self.check_latents(model, x, conditions)
-        raise AssertionError
-
-    def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
-        """Raise ``ValueError`` of :meth:`check_latents`."""
-        self.check_latents(model, torch.empty(0), {})
-        raise AssertionError
+    velocity = backbone = check_latents

@@ -201,7 +201,6 @@ class _ExpertsRollout(RolloutModel):
         check(0 <= step < len(self._names), "step", step, f"0 to {len(self._names) - 1}")
         name = self._names[step]
         if name != self._current:
-            self.notes += [n for n in self._opened.notes if n not in self.notes]
             del self._opened  # frees its caches before the other expert's are made
             self._current, self._opened = name, self._open(name)
         self._model.use(name)  # a gradient step may have run the other one meanwhile

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from prfl_fast.models.adapter import Conditions, check_inputs, check_timesteps, not_inference
 from prfl_fast.models.block_adapter import (
     DiffusersAdapter,
+    NoReference,
     Replacements,
     feed_forward_in_chunks,
 )
@@ -20,20 +21,15 @@ from prfl_fast.models.inference import (
     RolloutOptions,
     UnsupportedError,
     check_rollout,
-    replaced_forwards,
 )
 from prfl_fast.models.layer_rollout import LayerRollout
 from prfl_fast.models.wan_forward import customized, is_library
 from prfl_fast.utils.checks import check, check_choice
-from prfl_fast.utils.modules import layers_of, unwrap
+from prfl_fast.utils.modules import layers_of, stopped_at, unwrap
 
 # The conditions of a family: name → (required, shape after the batch); a letter is any number.
 Expected = Mapping[str, tuple[bool, tuple[int | str, ...]]]
 LATENT = "latent_condition"
-
-
-class _Stop(Exception):  # noqa: N818 - no error
-    """Carry the residual stream out of a model's forward."""
 
 
 def why_not_fused(block: Any, kinds: Mapping[str, str], processors: Sequence[str]) -> str:
@@ -74,27 +70,27 @@ def warn_not_fused(reason: str) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-class FamilyAdapter(DiffusersAdapter):
+class FamilyAdapter(NoReference, DiffusersAdapter):
     """Adapter of a class whose forward keeps running: only its blocks and rotary table change.
 
     Attributes:
         embeddings: names of the modules before the first block, that of the latents first.
+        why_not_fused: returns why a block must run its own forward, see :func:`why_not_fused`.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
+        token_counts: usual sizes of letters in ``expected_conditions``, which the planner takes.
     """
 
     embeddings: ClassVar[tuple[str, ...]]
+    why_not_fused: ClassVar[Callable[..., str]]
     block_forward: ClassVar[Callable[..., Any]]
     rope_forward: ClassVar[Callable[..., Any]]
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    token_counts: ClassVar[dict[str, int]] = {}
 
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks and of the rotary embedding."""
         pairs = [(block, self.block_forward) for block in self.blocks(base)]
         return [*pairs, (base.rope, self.rope_forward)]
-
-    def why_not_fused(self, block: Any) -> str:
-        """Return why a block must run its own forward, see :func:`why_not_fused`."""
-        raise NotImplementedError
 
     def expected_conditions(self, base: Any) -> Expected:
         """Return the conditions that the model takes."""
@@ -127,20 +123,6 @@ class FamilyAdapter(DiffusersAdapter):
                     "Call model.set_attn_processor with that of a new model, or patch before "
                     "enable_parallelism"
                 )
-
-    def head_modules(self, base: Any) -> list[nn.Module]:
-        """Return the norm and the projection after the last block."""
-        return [base.norm_out, base.proj_out]
-
-    def remove_head(self, base: Any, num_blocks: int) -> None:
-        """Remove norm and projection after the last block."""
-        base.norm_out = base.proj_out = nn.Identity()
-        base.register_to_config(**self.depth(base.config, num_blocks))
-
-    def hidden_size(self, model: nn.Module) -> int:
-        """Return D, the width of the residual stream."""
-        config: Any = unwrap(model).config
-        return config.num_attention_heads * config.attention_head_dim
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules before the first block, which a reward model keeps frozen."""
@@ -229,21 +211,14 @@ class FamilyAdapter(DiffusersAdapter):
         Later blocks and the head do not run. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
-
-        def stop(hidden_states: torch.Tensor, *_: Any) -> None:
-            raise _Stop(hidden_states)
-
         lists = {name: getattr(base, name) for name in self.lists}
+        base._modules.update(self.first_blocks(base, num_blocks))
         try:
-            for name, kept in self.first_blocks(base, num_blocks).items():
-                base._modules[name] = kept
-            with replaced_forwards([(base.norm_out, stop)]):
+            with stopped_at(base.norm_out.register_forward_pre_hook) as found:
                 self.velocity(base, x, timestep, conditions)
-        except _Stop as stopped:
-            return stopped.args[0]
         finally:
             base._modules.update(lists)
-        raise RuntimeError(f"{self.class_name} did not call norm_out, expected after its blocks")
+        return found[0][0]  # type: ignore[no-any-return]
 
     def open_rollout(
         self,
@@ -274,9 +249,3 @@ class FamilyAdapter(DiffusersAdapter):
         check_timesteps(timesteps, len(x))
         call = functools.partial(self.velocity, model, conditions=conditions)
         return LayerRollout(call, x, list(self.blocks(base)), list(timesteps), options)
-
-    def reference_config(self, model: nn.Module) -> dict[str, Any]:
-        """Raise ``ValueError``: HY-Video-PRFL's layout is Wan's."""
-        raise ValueError(
-            f"{self.class_name} has no layout of HY-Video-PRFL, which is that of Wan. Call save"
-        )

@@ -128,9 +128,7 @@ def block_forward(
 
 class _HunyuanAdapter(FamilyAdapter):
     block_forward, rope_forward = staticmethod(block_forward), staticmethod(rope_forward)
-
-    def why_not_fused(self, block: Any) -> str:
-        return _why_not_fused(block)
+    why_not_fused = staticmethod(_why_not_fused)
 
 
 class HunyuanVideoAdapter(_HunyuanAdapter):
@@ -175,7 +173,7 @@ class HunyuanVideo15Adapter(_HunyuanAdapter):
 
     class_name = "HunyuanVideo15Transformer3DModel"
     name = f"diffusers {class_name}"
-    planned = False  # its forward reads values that a simulation does not have
+    token_counts = {"T2": 256, "N": 729}
     embeddings = (
         "x_embedder",
         "context_embedder",

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prfl_fast.kernels import bias_gelu, gated_residual, norm_modulate, residual_norm_modulate
+from prfl_fast.kernels import gated_residual, norm_modulate, residual_norm_modulate
 from prfl_fast.models.block_autograd import JointAttention, project
 from prfl_fast.models.blocks import Rope, feed_forward, project_out
-from prfl_fast.utils.modules import is_plain_linear
 
 Tokens = tuple[torch.Tensor, torch.Tensor]
+_IDENTITY = torch.nn.Identity()
 
 
 class TimeRows(NamedTuple):
@@ -129,11 +129,7 @@ def single_stream_block(
     h = norm_modulate(joint, **norm, eps=block.norm.norm.eps)
     qkv = [t.split(sizes, dim=1) for t in project(h, attn.to_q, attn.to_k, attn.to_v)]
     out = _attend(attn, [t[0] for t in qkv], [t[1] for t in qkv], rope, key_lengths)
-    up = block.proj_mlp
-    if is_plain_linear(up):
-        mlp = bias_gelu(torch.nn.functional.linear(h, up.weight), up.bias)
-    else:
-        mlp = bias_gelu(up(h))
+    mlp = feed_forward(block.proj_mlp, _IDENTITY, h)
     joint = gated_residual(joint, block.proj_out(torch.cat([out, mlp], dim=2)), **gate)
     x, text = joint.split(sizes, dim=1)
     return x, text

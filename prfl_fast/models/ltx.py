@@ -106,10 +106,7 @@ class LTXVideoAdapter(FamilyAdapter):
     name = f"diffusers {class_name}"
     embeddings = ("proj_in", "caption_projection", "time_embed")
     block_forward, rope_forward = staticmethod(block_forward), staticmethod(rope_forward)
-
-    def why_not_fused(self, block: Any) -> str:
-        """Return why a block must run its own forward."""
-        return _why_not_fused(block)
+    why_not_fused = staticmethod(_why_not_fused)
 
     def expected_conditions(self, base: Any) -> Expected:
         """Return text, its mask, and seconds and pixels of a latent (default: 25 frames/s)."""

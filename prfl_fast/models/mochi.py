@@ -98,14 +98,11 @@ class MochiAdapter(FamilyAdapter):
     # True for a backbone of all blocks, whose last one has no text output.
     attributes = ("context_pre_only",)
     block_forward = staticmethod(block_forward)
+    why_not_fused = staticmethod(_why_not_fused)
 
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks; rotary tables come with each call."""
         return [(block, block_forward) for block in self.blocks(base)]
-
-    def why_not_fused(self, block: Any) -> str:
-        """Return why a block must run its own forward."""
-        return _why_not_fused(block)
 
     def expected_conditions(self, base: Any) -> Expected:
         """Return text and its mask."""

@@ -53,7 +53,7 @@ from prfl_fast.models.official_forward import (
 )
 from prfl_fast.models.wan_checks import IMAGE, LATENT, TEXT, check_wan_inputs
 from prfl_fast.models.wan_forward import text_rows, token_timesteps
-from prfl_fast.utils.modules import instance_forward, layers_of, unwrap
+from prfl_fast.utils.modules import instance_forward, layers_of, stopped_at, unwrap
 
 _EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
 
@@ -258,38 +258,34 @@ class WanOfficialAdapter(BlockAdapter):
         Later blocks and the head do not run. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
-        found: list[torch.Tensor] = []
+        if hasattr(base, "cfg_skip_ratio") and len(x) > 1 and not torch.is_grad_enabled():
+            # VideoX-Fun's forward takes the batch as guidance then, and runs it in halves.
+            times = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
+            found = []
+            for i in range(len(x)):
+                given = {name: value[i : i + 1] for name, value in conditions.items()}
+                found.append(self.features(base, x[i : i + 1], times[i : i + 1], given, num_blocks))
+            return torch.cat(found)
         skipped = [(block, _same) for block in base.blocks[num_blocks:]]
-        self._run_headless(base, x, timestep, conditions, skipped, found.append)
-        return found[0]
+        return self._head_input(base, x, timestep, conditions, skipped)
 
-    def _run_headless(
+    def _head_input(
         self,
         base: Any,
         x: torch.Tensor,
         timestep: torch.Tensor,
         conditions: Conditions,
         forwards: Sequence[tuple[nn.Module, Callable[..., Any]]],
-        read: Callable[[torch.Tensor], Any],
-    ) -> None:
-        """Run the model's forward with other forwards; ``read`` gets the input of the head."""
-
-        def head(tokens: torch.Tensor, *_: Any) -> torch.Tensor:
-            read(tokens)
-            return tokens
-
-        given = self._arguments(base, x, timestep, conditions)
+    ) -> torch.Tensor:
+        """Run the model's forward with other forwards up to the head; return the head's input."""
         if base.head is None:
             base.head = nn.Identity()
-        own = base.__dict__.get("unpatchify")
-        base.__dict__["unpatchify"] = lambda *_: [x.new_zeros(1)]
-        try:
-            with replaced_forwards([*forwards, (base.head, head), *_working_forward(base)]):
-                base(**given)
-        finally:
-            del base.__dict__["unpatchify"]
-            if own is not None:
-                base.__dict__["unpatchify"] = own
+        with (
+            replaced_forwards(forwards),
+            stopped_at(base.head.register_forward_pre_hook) as found,
+        ):
+            self.velocity(base, x, timestep, conditions)
+        return found[0][0]  # type: ignore[no-any-return]
 
     def open_rollout(
         self,
@@ -338,7 +334,7 @@ class WanOfficialAdapter(BlockAdapter):
             forwards.append((blocks[0], functools.partial(take, blocks[0])))
             forwards += [(block, _same) for block in blocks[1:]]
             for timestep in timesteps:
-                self._run_headless(base, x, timestep, conditions, forwards, lambda _: None)
+                self._head_input(base, x, timestep, conditions, forwards)
             keys = [context_keys(block_parts(b).cross, first[0].context) for b in blocks]
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:

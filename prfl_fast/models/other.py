@@ -1,19 +1,23 @@
 """Models of other libraries without an adapter: their blocks, and a function as their velocity."""
 
-import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions, check_inputs, not_inference
-from prfl_fast.models.block_adapter import BlockRunner, check_class_forward
+from prfl_fast.models.block_adapter import (
+    BlockRunner,
+    NoReference,
+    check_class_forward,
+    class_forward,
+)
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import instance_forward, set_forward, unwrap
+from prfl_fast.utils.modules import instance_forward, set_forward, stopped_at, unwrap
 
 # The blocks of a model with several lists of them, as one list.
 _joined: "weakref.WeakKeyDictionary[nn.Module, nn.ModuleList]" = weakref.WeakKeyDictionary()
@@ -86,29 +90,6 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return lists
 
 
-class _Call(nn.Module):
-    """Call a block's own forward with its keyword arguments, as a block of positional ones."""
-
-    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.block, self.names = block, names
-
-    def forward(self, *args: Any) -> Any:
-        """Split ``args`` into positional and keyword arguments, and call the block's class."""
-        split = len(args) - len(self.names)
-        keywords = dict(zip(self.names, args[split:], strict=True))
-        return type(self.block).forward(self.block, *args[:split], **keywords)
-
-
-def _run_block(block: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replace a block's forward by a call of ``block.block_runner``."""
-    if not torch.is_grad_enabled():
-        return type(block).forward(block, *args, **kwargs)
-    # A runner keeps its first argument, the residual stream, for the backward.
-    names = sorted(kwargs, key=lambda name: not isinstance(kwargs[name], torch.Tensor))
-    return block.block_runner(_Call(block, names), *args, *(kwargs[name] for name in names))
-
-
 class BlocksAdapter:
     """Serve the memory policies of any model with lists of transformer blocks."""
 
@@ -138,7 +119,7 @@ class BlocksAdapter:
         replaced forward.
         """
         blocks = self.blocks(model)
-        check_class_forward(blocks, _run_block)
+        check_class_forward(blocks, class_forward)
         for name, module in unwrap(model).named_modules():
             on = getattr(module, "gradient_checkpointing", False) is True and run is not None
             hint = "Call model.disable_gradient_checkpointing(); it would recompute a second time"
@@ -146,8 +127,8 @@ class BlocksAdapter:
         for block in blocks:
             if run is not None:
                 block.block_runner = run  # type: ignore[assignment]
-                set_forward(block, _run_block)
-            elif instance_forward(block) is _run_block:
+                set_forward(block, class_forward)
+            elif instance_forward(block) is class_forward:
                 del block.block_runner, block.forward
 
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
@@ -162,28 +143,7 @@ def _inner(model: nn.Module) -> Any:
     return unwrap(base.model)
 
 
-class _StopForward(BaseException):
-    """Leave a model's forward after a block; no handler of ``Exception`` catches it."""
-
-
-@contextlib.contextmanager
-def stop_after(block: nn.Module) -> Iterator[list[Any]]:
-    """Leave the forward called inside after ``block``; the list receives the block's output."""
-    outputs: list[Any] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-        raise _StopForward
-
-    hook = block.register_forward_hook(stop)
-    try:
-        with contextlib.suppress(_StopForward):
-            yield outputs
-    finally:
-        hook.remove()
-
-
-class VelocityAdapter:
+class VelocityAdapter(NoReference):
     """Adapter of :class:`VelocityModel`, which uses the adapter of the model inside, if any.
 
     ``find`` and ``find_blocks`` are those of :mod:`prfl_fast.models.registry`.
@@ -298,7 +258,7 @@ class VelocityAdapter:
         expected = "a model without FSDP, hooks of accelerate or torch.compile around it as a whole"
         hint = "Its forward is stopped after a block, which they do not survive; wrap the blocks"
         check(stoppable and not torch.compiler.is_compiling(), kind, kind, expected, hint=hint)
-        with stop_after(self.blocks(model)[num_blocks - 1]) as outputs:
+        with stopped_at(self.blocks(model)[num_blocks - 1].register_forward_hook) as outputs:
             self._call(model, x, timestep, conditions)
         check(len(outputs) > 0, "calls of the last block", 0, "one: the function calls the model")
         out = outputs[0][0] if isinstance(outputs[0], (tuple, list)) else outputs[0]
@@ -348,13 +308,3 @@ class VelocityAdapter:
             f"the backbone is a VelocityModel of {config.get('model')}, which a file cannot hold. "
             "Pass the generator: LatentRewardModel.load(folder, transformer=VelocityModel(...))"
         )
-
-    def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Raise ``ValueError``: the reference's layout is that of Wan."""
-        raise ValueError("a VelocityModel has no layout of HY-Video-PRFL, use save and load")
-
-    from_reference = to_reference
-
-    def reference_config(self, model: nn.Module) -> dict[str, Any]:
-        """Raise the ``ValueError`` of :meth:`to_reference`."""
-        return dict(self.to_reference({}))

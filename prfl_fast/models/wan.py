@@ -53,20 +53,10 @@ class WanDiffusersAdapter(DiffusersAdapter):
         super().check_patchable(base)
         check_processors(base)
 
-    def head_modules(self, base: Any) -> list[nn.Module]:
-        """Return the norm and the projection after the last block."""
-        return [base.norm_out, base.proj_out]
-
     def remove_head(self, base: Any, num_blocks: int) -> None:
         """Remove norm, projection and modulation after the last block."""
-        base.norm_out = base.proj_out = nn.Identity()
+        super().remove_head(base, num_blocks)
         del base.scale_shift_table
-        base.register_to_config(num_layers=num_blocks)
-
-    def hidden_size(self, model: nn.Module) -> int:
-        """Return D, the width of the residual stream."""
-        config: Any = unwrap(model).config  # patch_embedding may have an adapter
-        return config.num_attention_heads * config.attention_head_dim
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return patch, text, time and image embeddings, which a reward model keeps frozen."""
@@ -79,6 +69,12 @@ class WanDiffusersAdapter(DiffusersAdapter):
         """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
         check_wan_inputs(unwrap(model), x, conditions, name)
 
+    def further_arguments(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> dict[str, Any]:
+        """Return arguments of a class's forward beside Wan's, given latents as it takes them."""
+        return {}
+
     def velocity(
         self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
@@ -86,12 +82,14 @@ class WanDiffusersAdapter(DiffusersAdapter):
 
         Args:
             x: latents ``[B, C, F, H, W]``.
-            timestep: 1000·σ, ``[]``, ``[B]``, or ``[B, L]`` per token.
+            timestep: 1000·σ, ``[]``, ``[B]``, or ``[B, L]`` per token; SkyReels-V2 takes ``[B, F]``
+                for diffusion forcing.
             conditions: see :meth:`check_latents`.
         """
         latents, timestep, text, image = model_inputs(unwrap(model), x, timestep, conditions)
+        given = self.further_arguments(latents, timestep, conditions)
         (out,) = model(
-            latents, timestep, text, encoder_hidden_states_image=image, return_dict=False
+            latents, timestep, text, encoder_hidden_states_image=image, return_dict=False, **given
         )
         return zero_first_frame(out.to(x.dtype), conditions)
 

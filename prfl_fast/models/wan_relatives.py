@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions, check_inputs
-from prfl_fast.models.block_adapter import Replacements
+from prfl_fast.models.block_adapter import NoReference, Replacements
 from prfl_fast.models.blocks import Rope, transformer_block
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
-from prfl_fast.models.other import stop_after
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.models.wan_checks import check_wan_inputs
 from prfl_fast.models.wan_forward import (
@@ -22,11 +21,10 @@ from prfl_fast.models.wan_forward import (
     block_modulation,
     block_parts,
     class_rotary,
-    model_inputs,
     rope_forward,
 )
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import customization, unwrap
+from prfl_fast.utils.modules import customization, stopped_at, unwrap
 
 
 def vace_block_forward(
@@ -93,7 +91,7 @@ def chronoedit_rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     return rope._replace(grid=tuple(grid))
 
 
-class _RelativeAdapter(WanDiffusersAdapter):
+class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     """Adapter of a class with Wan's blocks and a forward of its own.
 
     ``extra`` names the conditions beside Wan's, as the forward's arguments, with a function of the
@@ -117,37 +115,22 @@ class _RelativeAdapter(WanDiffusersAdapter):
         check_inputs(name, x, conditions)
         base: Any = unwrap(model)
         for key, (channels, frames) in self.extra.items():
-            value, wanted = conditions.get(key), [len(x), channels(base)]
+            value: Any = conditions.get(key)
+            wanted = [len(x), channels(base)]
             if frames is not None:
                 wanted += [x.shape[2] + frames, *x.shape[3:]]
             ok = value is not None and value.ndim == 5 and value.is_floating_point()
-            ok = ok and value is not None and list(value.shape[: len(wanted)]) == wanted
-            ok = ok and value is not None and value.device == x.device
+            ok = ok and (list(value.shape[: len(wanted)]), value.device) == (wanted, x.device)
             expected = f"a floating-point tensor of 5 dimensions, the first {wanted}"
             check(ok, f"conditions[{key!r}]", value, expected)
         others = {key: value for key, value in conditions.items() if key not in self.extra}
         check_wan_inputs(base, x, others, name)
 
-    def options(self, base: Any, timestep: torch.Tensor) -> dict[str, Any]:
-        """Return further arguments of the model's forward."""
-        return {}
-
-    def velocity(
-        self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
-    ) -> torch.Tensor:
-        """Return the velocity ``[B, C, F, H, W]`` in ``x.dtype``.
-
-        Arguments are those of :class:`WanDiffusersAdapter`; SkyReels-V2 takes timesteps ``[B, F]``
-        for diffusion forcing.
-        """
-        base: Any = unwrap(model)
-        latents, timestep, text, image = model_inputs(base, x, timestep, conditions)
-        given = {key: conditions[key].to(latents.dtype) for key in self.extra}
-        given |= self.options(base, timestep)
-        (out,) = model(
-            latents, timestep, text, encoder_hidden_states_image=image, return_dict=False, **given
-        )
-        return out.to(x.dtype)
+    def further_arguments(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> dict[str, Any]:
+        """Return the conditions beside Wan's."""
+        return {key: conditions[key].to(x.dtype) for key in self.extra}
 
     def open_rollout(self, *args: Any, **kwargs: Any) -> RolloutModel:
         """Raise :class:`UnsupportedError`: the forward between the blocks is not Wan's."""
@@ -166,23 +149,13 @@ class _RelativeAdapter(WanDiffusersAdapter):
         The forward is stopped there. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
-        with stop_after(base.blocks[num_blocks - 1]) as outputs:
+        with stopped_at(base.blocks[num_blocks - 1].register_forward_hook) as outputs:
             self.velocity(base, x, timestep, conditions)
         return outputs[0].contiguous()  # type: ignore[no-any-return]
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return all modules but the blocks, which a reward model keeps frozen."""
         return [m for name, m in unwrap(model).named_children() if name != "blocks"]
-
-    def to_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Raise ``ValueError``: the reference's layout holds Wan only."""
-        raise ValueError(f"{self.class_name} has no layout of HY-Video-PRFL, use save and load")
-
-    from_reference = to_reference
-
-    def reference_config(self, model: nn.Module) -> dict[str, Any]:
-        """Raise the ``ValueError`` of :meth:`to_reference`."""
-        return dict(self.to_reference({}))
 
 
 class _WithoutBackbone(_RelativeAdapter):
@@ -245,7 +218,9 @@ class SkyReelsV2Adapter(_RelativeAdapter):
         check(not sampled, f"inject_sample_info of {self.class_name}", sampled, "False", hint=hint)
         super().check_latents(model, x, conditions, name)
 
-    def options(self, base: Any, timestep: torch.Tensor) -> dict[str, Any]:
+    def further_arguments(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
+    ) -> dict[str, Any]:
         """Return the switch of diffusion forcing, on for timesteps ``[B, F]``."""
         return {"enable_diffusion_forcing": timestep.ndim == 2}
 

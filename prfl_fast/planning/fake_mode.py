@@ -13,6 +13,8 @@ _PLAIN += (torch.layout, torch.memory_format)
 # nothing else, so all simulations of a process share it, as they share FakeTensorMode's own cache.
 _recipes: dict[Any, Any] = {}
 _UNKNOWN = object()
+_NOT, _INDEX = torch.ops.aten.bitwise_not.default, torch.ops.aten.index.Tensor
+_READS = (torch.ops.aten._local_scalar_dense.default, _NOT, _INDEX)
 
 
 class _NoKeyError(Exception):
@@ -69,7 +71,11 @@ def _recipe(out: Any, args: tuple[Any, ...]) -> Any:
 
 
 class FastFakeTensorMode(FakeTensorMode):
-    """``FakeTensorMode`` with less time per operation; results are the same.
+    """``FakeTensorMode`` with less time per operation, in which a program may read booleans.
+
+    They count as True: a mask selects all, its complement nothing, and a condition holds. Models
+    that order text tokens by masks read them (HunyuanVideo-1.5). All other results are those of
+    ``FakeTensorMode``.
 
     Views run PyTorch's C++ kernel for ``meta`` tensors at once. A new result is made from the
     layout that the same operation had before. PyTorch's own cache spends most of a hit on a key
@@ -79,6 +85,8 @@ class FastFakeTensorMode(FakeTensorMode):
 
     def dispatch(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        if func in _READS and (out := self._read(func, *args)) is not None:
+            return out
         if not _is_plain(func) or func in self.lift_fns or "out" in kwargs:
             return super().dispatch(func, types, args, kwargs)
         try:
@@ -98,6 +106,22 @@ class FastFakeTensorMode(FakeTensorMode):
         out = super().dispatch(func, types, args, kwargs)
         _recipes[key] = _recipe(out, args)
         return out
+
+    def _read(self, func: Any, value: Any, indices: Any = ()) -> Any:
+        """Return the result of an operation that reads booleans; None for other operations."""
+        mask, *others = (value,) if func is not _INDEX else indices
+        if others or mask.dtype != torch.bool or mask.constant is not None:
+            return None
+        true = not getattr(mask, "complement", False)
+        if func is _NOT:
+            with self:
+                out: Any = torch.empty_like(mask)
+            out.complement = true
+            return out
+        if func is not _INDEX:
+            return true
+        with self:
+            return value.new_empty(true * mask.numel(), *value.shape[mask.ndim :])
 
     def _make(self, recipe: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(recipe, list):

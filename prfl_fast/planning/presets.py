@@ -60,6 +60,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_layers": 20,
         "num_single_layers": 40,
     },
+    "hunyuan-video-1.5": {
+        "class_name": "HunyuanVideo15Transformer3DModel",
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_attention_heads": 16,
+        "attention_head_dim": 128,
+        "in_channels": 65,
+        "out_channels": 32,
+        "num_layers": 54,
+    },
     "ltx-video": {
         "class_name": "LTXVideoTransformer3DModel",
         "patch_size": 1,

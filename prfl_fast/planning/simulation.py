@@ -191,7 +191,7 @@ class SimulatedStep:
         config, batch = self.workload.config, self.workload.batch_size
         if isinstance(self.adapter, FamilyAdapter):
             channels, *size = self.workload.latent_shape[1:]
-            sizes: dict[Any, Any] = {"T": self.workload.text_tokens}
+            sizes: dict[Any, Any] = {"T": self.workload.text_tokens, **self.adapter.token_counts}
             sizes |= dict(zip("FHW", size, strict=True)) | {"C": config["in_channels"] - channels}
             expected = self.adapter.expected_conditions(unwrap(self.generator))
             return {

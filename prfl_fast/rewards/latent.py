@@ -201,8 +201,10 @@ class LatentRewardModel(nn.Module):
             "backbone": self._adapter.backbone_config(self.backbone),
         }
         if config["class"] == VelocityAdapter.name:  # only the caller of load can rebuild it
-            extra = [n for n, m in self.backbone.named_modules() if hasattr(m, "base_layer")]
-            check(not extra, "adapters of the backbone", extra[:3], "none", hint="Merge them first")
+            modules = self.backbone.named_modules()
+            extra = [n for n, m in modules if hasattr(m, "base_layer") or hasattr(m, "qweight")]
+            hint = "Merge adapters first, and save before quantizing"
+            check(not extra, "adapted or quantized layers", extra[:3], "none", hint=hint)
             return config
         with torch.device("meta"):
             expected = _from_config(config).state_dict()

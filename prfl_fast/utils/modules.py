@@ -1,5 +1,6 @@
 """Find the bare model inside the wrappers that trainers put around it."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,6 +49,32 @@ def instance_forward(module: nn.Module) -> object:
     """Return the function that :func:`set_forward` set; None if there is none."""
     forward = module.__dict__.get("forward")
     return forward.func if isinstance(forward, functools.partial) else None
+
+
+class _StopForward(BaseException):
+    """Leave a model's forward at a hook; no handler of ``Exception`` catches it."""
+
+
+@contextlib.contextmanager
+def stopped_at(register: Callable[..., Any]) -> Iterator[list[Any]]:
+    """Leave the forward called inside at a hook; the list receives the hook's last argument.
+
+    Args:
+        register: a module's ``register_forward_hook``, for the module's output, or
+            ``register_forward_pre_hook``, for the tuple of its arguments.
+    """
+    found: list[Any] = []
+
+    def stop(*args: Any) -> None:
+        found.append(args[-1])
+        raise _StopForward
+
+    hook = register(stop)
+    try:
+        with contextlib.suppress(_StopForward):
+            yield found
+    finally:
+        hook.remove()
 
 
 def customization(module: nn.Module, own: object = None) -> str:

@@ -3,11 +3,10 @@
 import contextlib
 import itertools
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import patch
 from prfl_fast.planning.costs import Cost
+from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import MODES
 from prfl_fast.planning.simulation import SimulatedStep, Simulation, build, materialize, simulate
@@ -117,7 +116,7 @@ def prepared(generator, reward):
 def ledger_of(workload, memory, fake):
     """Return the ledger of one simulated step, with operations opened up as on the CPU."""
     built = build(workload, *memory)
-    with FakeTensorMode() if fake else contextlib.nullcontext():
+    with FastFakeTensorMode() if fake else contextlib.nullcontext():
         generator, reward = prepared(*built)
         with Ledger(open_operations=True) as ledger:
             SimulatedStep(workload, *memory, generator, reward, ledger).run()

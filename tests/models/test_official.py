@@ -141,6 +141,17 @@ def test_velocity_features_and_rollout(variant):
         adapter.check_latents(model, x[:, :8], conditions)
 
 
+@pytest.mark.parametrize("variant", ["videox", "musubi"])
+def test_features_of_a_batch_without_gradient(variant):
+    """VideoX-Fun's forward runs it in halves, the second first."""
+    model = tiny_official(variant)
+    given = official_inputs(variant, batch=3, text=(5,))
+    arguments = model, given["x"], torch.tensor(500.0), conditions_of(given), 1
+    expected = find_adapter(model).features(*arguments).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(find_adapter(model).features(*arguments), expected)
+
+
 def test_a_reward_is_saved_and_read(tmp_path):
     model = tiny_official("wan21", image_dim=1280)
     reward = LatentRewardModel.from_backbone(model, 1, num_heads=2)

@@ -189,6 +189,10 @@ def test_latent_reward_equals_a_loop_over_its_blocks(mode, tmp_path):
         LatentRewardModel.load(tmp_path / "reward")
     loaded = LatentRewardModel.load(tmp_path / "reward", velocity_model())
     assert torch.equal(loaded(x, timestep, conditions), reward(x, timestep, conditions))
+    quantize(loaded.backbone, "fp8")
+    with pytest.raises(ValueError, match="quantized layers is .*model.layers.0.*before quantizing"):
+        loaded.save(tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
 
 
 def test_latent_reward_names_what_it_cannot_read():

@@ -63,3 +63,14 @@ def test_gradients():
             x = torch.zeros(4, 6, requires_grad=True)
             (x.t() @ x).relu().sum().backward()
             assert layout(x.grad) == layout(x)
+
+
+def test_booleans_count_as_true():
+    with FastFakeTensorMode():
+        x, mask = torch.zeros(4, 6, requires_grad=True), torch.zeros(4) > 0
+        for _ in range(2):  # the second time with what the first left in the cache
+            assert bool((x == 1).all()) and not bool(~mask[0]) and bool(~~mask[0])
+            assert layout(x[mask]) == layout(x) and x[~mask].shape == (0, 6)
+            assert x[~~mask].shape == (4, 6) and x[x > 0].shape == (24,)
+        torch.cat([x[mask], x[~mask]]).sum().backward()
+        assert layout(x.grad) == layout(x)
