@@ -52,12 +52,11 @@ def merge_lora(
 ) -> None:
     """Write a Wan model with a LoRA added to its weights.
 
-    Sums are float32 (float64 for float64 weights) and rounded once to the dtype of the weight,
-    nearest even. Arguments and errors are those of :func:`convert_wan`; None is the layout of
-    ``source``.
+    The arithmetic is that of :meth:`prfl_fast.models.lora_files.LoraLayer.merge`. Arguments and
+    errors are those of :func:`convert_wan`; None is the layout of ``source``.
 
     Raises:
-        ValueError: if the LoRA is not plain, see :func:`prfl_fast.models.lora_files.read_lora`, or
+        ValueError: if :func:`prfl_fast.models.lora_files.read_lora` cannot read the LoRA, or it
             changes a layer that the model does not have.
     """
     files, lora = read_wan(_only_transformer(source)), read_lora(Path(adapter))
@@ -67,6 +66,8 @@ def merge_lora(
         form = None if weight is None else tuple(weight.shape)
         ok = form == (len(layer.up), *layer.down.shape[1:])
         check(ok, f"{adapter}: {name}", [len(layer.up), *layer.down.shape[1:]], f"a layer {form}")
+        ok = layer.bias is None or f"{name}.bias" in files.weights
+        check(ok, f"{adapter}: {name}'s bias", layer.bias, "a layer with bias")
     _write(files, Path(out), layout or files.layout, shard_bytes, _shown(show, lora))
 
 
@@ -89,11 +90,9 @@ def _shown(show: Show, lora: Lora | None = None) -> Change:
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         show(name)
-        layer = (lora or {}).get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if layer is None:
-            return tensor
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return (tensor.to(wide) + layer.delta()).to(tensor.dtype)
+        path, _, part = name.rpartition(".")
+        layer = (lora or {}).get(path)
+        return tensor if layer is None else layer.merge(part, tensor)
 
     return change
 
