@@ -103,7 +103,8 @@ def _write(files: WanFiles, path: Path, layout: Layout, shard_bytes: int, change
     if layout != "diffusers":
         prefix = COMFYUI if layout == "comfyui" else ""
         names = {prefix + wan_weights.rename(n, to_reference=True): n for n in files.weights}
-    state = {written: files.weights[name] for written, name in names.items()}
+    # Nothing else holds a tensor, so that each one's file is unmapped after its last.
+    state = {written: files.weights.pop(name) for written, name in names.items()}
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return change(names[name], tensor)

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,11 +198,40 @@ def test_merge_rounds_once(tmp_path, dtype):
         merge_lora(tmp_path / "d", tmp_path / "wide.safetensors", tmp_path / "w")
 
 
+# Runs in a process of its own, since the peak of a process never falls.
+PEAK = """
+import re, sys
+from pathlib import Path
+from diffusers import WanTransformer3DModel
+from prfl_fast.models.conversion import convert_wan, merge_lora
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+before, root = peak(), Path(sys.argv[1])
+convert_wan(root / "d", root / "o", "official", 10_000_000)
+convert_wan(root / "d", root / "c.safetensors", "comfyui")
+merge_lora(root / "o", root / "lora.safetensors", root / "m", shard_bytes=10_000_000)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_no_more_than_a_few_shards_are_in_memory(tmp_path):
+    model = tiny_wan("t2v", heads=4, head_dim=128, layers=20)
+    size = sum(t.nbytes for t in model.state_dict().values()) >> 20
+    model.save_pretrained(tmp_path / "d", max_shard_size="10MB")
+    layer = LoraLayer(torch.randn(4, 512), torch.randn(512, 4), 4.0)
+    write_lora({"blocks.9.attn1.to_q": layer}, tmp_path / "lora.safetensors", "kohya")
+    words = [sys.executable, "-c", PEAK, str(tmp_path)]
+    rise = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    assert rise < 60 < size / 3, (rise, size)
+
+
 def test_tensors_are_written_as_safetensors_does(tmp_path):
     dtypes = (torch.float64, torch.bool, torch.float8_e4m3fn, torch.int64, torch.bfloat16)
     state = {str(d): torch.arange(5).to(d) for d in dtypes}
     state |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "t": torch.eye(3)[:, :2].T}
-    write_tensors(state, tmp_path / "a.safetensors")
+    write_tensors(dict(state), tmp_path / "a.safetensors")
     equal(safetensors.load_file(tmp_path / "a.safetensors"), state)
     with pytest.raises(ValueError, match="complex64"):
         write_tensors({"z": torch.zeros(1).to(torch.complex64)}, tmp_path / "b.safetensors")
