@@ -8,12 +8,21 @@ from pathlib import Path
 import torch
 
 from prfl_fast.models import wan_weights
-from prfl_fast.models.loading import COMFYUI, Layout, WanFiles, empty_wan, read_wan
+from prfl_fast.models.experts import FOLDERS
+from prfl_fast.models.loading import (
+    COMFYUI,
+    Layout,
+    WanFiles,
+    empty_wan,
+    expert_folders,
+    read_wan,
+)
 from prfl_fast.models.lora_files import Lora, read_lora
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import save_checkpoint_dir
 from prfl_fast.utils.shards import SHARD_BYTES, Change, save_shards, write_tensors
 
+OFFICIAL_FOLDERS = ("high_noise_model", "low_noise_model")
 FILE, FOLDER = "a file *.safetensors", "a folder"
 # ComfyUI reads no shards, and diffusers needs a config.json.
 _FORMS = {"comfyui": FILE, "diffusers": FOLDER}
@@ -39,7 +48,8 @@ def convert_wan(
         FileNotFoundError: if a file is missing.
     """
     check_output(out, _FORMS.get(layout))
-    _write(read_wan(_only_transformer(source)), Path(out), layout, shard_bytes, _shown(show))
+    check_single(source)
+    _write(read_wan(source), Path(out), layout, shard_bytes, _shown(show))
 
 
 def merge_lora(
@@ -59,7 +69,9 @@ def merge_lora(
         ValueError: if :func:`prfl_fast.models.lora_files.read_lora` cannot read the LoRA, or it
             changes a layer that the model does not have.
     """
-    files, lora = read_wan(_only_transformer(source)), read_lora(Path(adapter))
+    check_single(source)
+    check_single(adapter, "LORA")
+    files, lora = read_wan(source), read_lora(Path(adapter))
     check_output(out, _FORMS.get(layout or files.layout))
     for name, layer in lora.items():
         weight = files.weights.get(f"{name}.weight")
@@ -79,10 +91,13 @@ def check_output(out: _Path, form: str | None) -> None:
     check(ok, "OUT", str(path), f"{form} for this layout and kind of weights")
 
 
-def _only_transformer(source: _Path) -> _Path:
-    both = (Path(source) / "transformer").is_dir() and (Path(source) / "transformer_2").is_dir()
-    check(not both, "model", str(source), "its folder transformer or transformer_2: it has both")
-    return source
+def check_single(source: _Path, name: str = "model") -> None:
+    """Raise ``ValueError`` if ``source`` holds the models or adapters of two experts."""
+    for names in (FOLDERS.values(), OFFICIAL_FOLDERS):
+        folders = [Path(source) / folder for folder in names]
+        both, expected = all(folder.is_dir() for folder in folders), " or ".join(map(str, folders))
+        check(not both, name, str(source), f"{expected}, one expert at a time")
+    expert_folders(source)  # the second one is named, but missing
 
 
 def _shown(show: Show, lora: Lora | None = None) -> Change:

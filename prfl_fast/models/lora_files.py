@@ -154,9 +154,16 @@ def _layer(
     ok &= all(found[part].numel() == rows for part in ("magnitude", "bias") if part in found)
     forms = {part: list(tensor.shape) for part, tensor in found.items()}
     check(ok, label, forms, "down [rank, in] and up [out, rank], rank > 0")
+    ok = down.is_floating_point() and up.is_floating_point()
+    check(ok, f"{label}: dtypes", [down.dtype, up.dtype], "floating point")
     alpha = float(rank)
     if settings:
-        alpha = pattern_value(settings, "alpha", name)
+        try:
+            alpha = pattern_value(settings, "alpha", name)
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise ValueError(
+                f"{label}: no alpha in its adapter's configuration: {error}"
+            ) from error
         if settings.get("use_rslora"):  # exact for powers of two, else to one unit of float64
             alpha = alpha / math.sqrt(rank) * rank
     if "alpha" in found:

@@ -39,6 +39,7 @@ def write_tensors(
 
     Raises:
         ValueError: if a dtype is not one of safetensors.
+        OSError: if the file cannot be written.
     """
     # Wide dtypes first, as safetensors orders them, so that every tensor is aligned. Else the order
     # stays that of the files read, so that few of them are mapped at a time.
@@ -53,12 +54,15 @@ def write_tensors(
         header[name] = form | {"data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with write_atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            value = state.pop(name).detach()
-            value = value if change is None else change(name, value)
-            file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    try:
+        with write_atomic(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                value = state.pop(name).detach()
+                value = value if change is None else change(name, value)
+                file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    except OSError as error:  # of a full disk, it names no file
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def save_shards(
@@ -140,6 +144,8 @@ def read_state(file: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     path = Path(file)
     if path.suffix == ".safetensors":
         return load_tensors(path)
+    expected = "safetensors or a .pth, as GGUF holds quantized blocks"
+    check(path.suffix != ".gguf", "file", str(path), expected)
     state = load_pickled(path, mmap=True)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -97,6 +97,8 @@ BAD = [
     (["convert", "OTHER", "x", "--layout", "official"], "names is ['a'], expected a Wan transfor"),
     (["convert", "TORN", "x", "--layout", "official"], "not a whole safetensors file"),
     (["convert", "MODEL", "OTHER/x", "--layout", "official"], "OTHER"),
+    (["convert", "a.gguf", "x", "--layout", "official"], "file is 'a.gguf', expected safetensors"),
+    (["convert", "a.pth", "x", "--layout", "official"], "or holds more than tensors and plain"),
     (["merge", "MODEL", "MODEL", "x"], "no such file, or no LoRA in it"),
     (["merge", "MODEL", "OTHER", "x"], "no such file, or no LoRA in it"),
     (["merge", "LORA", "LORA", "x"], "expected a Wan transformer under"),
@@ -118,6 +120,8 @@ def test_errors_are_one_line_before_any_work(root, tmp_path, monkeypatch, capsys
     layer = LoraLayer(torch.randn(2, 48), torch.randn(48, 2), 1.5)
     write_lora({"blocks.7.attn1.to_q": layer}, tmp_path / "wide.safetensors", "comfyui")
     files = {f: f"{f.lower()}.safetensors" for f in ("LORA", "OTHER", "TORN", "WIDE")}
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    torch.save({"a": torch.nn.Linear(1, 1)}, tmp_path / "a.pth")
     before = sorted(tmp_path.iterdir())
     words = [files.get(w, w.replace("OTHER/", "other.safetensors/")) for w in words]
     assert cli.main(words) == 2

@@ -133,7 +133,18 @@ def damaged(folder, tmp_path, change, settings=None):
         (lambda s: None, {"num_heads": 0}, "num_heads is 0, expected a divisor of 48"),
         (lambda s: None, {"num_heads": 5}, "num_heads is 5, expected a divisor of 48"),
         (lambda s: None, {"text_len": 226}, "text_len of config.json is 226"),
-        (lambda s: s.pop("blocks.0.self_attn.q.weight"), {}, "expected a Wan transformer under"),
+        (
+            lambda s: s.pop("blocks.0.self_attn.q.weight"),
+            {},
+            "1 missing (blocks.0.attn1.to_q.weight",
+        ),
+        (lambda s: [s.pop(n) for n in list(s) if "_attn.q" in n], {}, "a Wan transformer under"),
+        (lambda s: s.update({"scaled_fp8": torch.ones(2)}), {}, "1 unexpected (scaled_fp8 [2])"),
+        (
+            lambda s: s.update({"diffusion_model.head.head.bias": torch.ones(64)}),
+            {},
+            "head.head.bias is 'a second one', expected one tensor proj_out.bias",
+        ),
     ],
 )
 def test_foreign_or_incomplete_weights_are_refused(tmp_path, change, settings, message):
@@ -165,8 +176,26 @@ def test_nothing_is_replaced_and_a_failure_leaves_nothing(tmp_path):
             convert_wan(tmp_path / "d", tmp_path / out, layout)
     (tmp_path / "p/transformer").mkdir(parents=True)
     (tmp_path / "p/transformer_2").mkdir()
-    with pytest.raises(ValueError, match="transformer or transformer_2"):
-        convert_wan(tmp_path / "p", tmp_path / "x", "official")
+    for name in ("high_noise_model", "low_noise_model"):
+        (tmp_path / "w" / name).mkdir(parents=True)
+    for folder, second in (("p", "transformer_2"), ("w", "low_noise_model")):
+        with pytest.raises(ValueError, match=f" or .*/{folder}/{second}, one expert at a time"):
+            convert_wan(tmp_path / folder, tmp_path / "x", "official")
+        with pytest.raises(ValueError, match=f"LORA is .*/{folder}/{second}, one expert"):
+            merge_lora(tmp_path / "d", tmp_path / folder, tmp_path / "x")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    tiny_wan("t2v").save_pretrained(tmp_path / "d")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prfl_fast.utils.io._flush", full)
+    for layout, out in (("official", "o"), ("comfyui", "c.safetensors")):
+        with pytest.raises(OSError, match=r"safetensors: cannot be written: .*No space left"):
+            convert_wan(tmp_path / "d", tmp_path / out, layout)
+        assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

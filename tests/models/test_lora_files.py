@@ -241,8 +241,13 @@ def test_alpha_of_a_peft_folder(tmp_path):
         ("use_dora", True, "number of layers with magnitude is 0, expected 1, as use_dora is"),
         ("peft_type", "LOHA", "peft_type is 'LOHA', expected 'LORA'"),
         ("init_lora_weights", "pissa", "init_lora_weights is 'pissa', expected True or"),
+        ("lora_alpha", "x", "q: no alpha in its adapter's configuration: could not convert"),
+        ("alpha_pattern", {"(": 2}, "q: no alpha in its adapter's configuration: missing"),
+        ("alpha_pattern", [2], "q: no alpha in its adapter's configuration: "),
     ):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps(config | {"alpha_pattern": {}, key: value})
+        )
         with pytest.raises(ValueError, match=message):
             read_lora(tmp_path)
 
@@ -256,6 +261,7 @@ Q = "lora_unet_blocks_0_self_attn_q"
         (f"{Q}.dora_scale", (6, 1), "dora_scale is 'DoRA of another trainer than peft', expected"),
         ("blocks.0.self_attn.q.lora_magnitude_vector", (5,), "'magnitude': [5], 'down'"),
         (f"{Q}.alpha", (2,), "blocks_0_self_attn_q: alpha is "),
+        ("proj_out.lora_A.weight", (0, 8), "'down': [0, 8]}, expected down [rank, in]"),
         (f"{Q}.hada_w1_a", (6, 3), "is 'LoHa'"),
         (f"{Q}.lokr_w1", (6, 3), "is 'LoKr'"),
         ("transformer.blocks.0.attn1.to_q.lora_B.bias", (3,), "'bias': [3]"),
