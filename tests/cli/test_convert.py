@@ -11,6 +11,7 @@ from prfl_fast.models.loading import load_transformer, read_wan
 from prfl_fast.models.lora_files import LoraLayer, read_lora, write_lora
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.io import load_tensors, save_tensors
+from prfl_fast.utils.shards import read_state
 
 pytest.importorskip("safetensors")
 
@@ -75,6 +76,13 @@ def test_a_reward_travels(root, tmp_path, capsys):
     second = convert(first, tmp_path / "reward", "diffusers")
     third = convert(second, tmp_path / "again", "official")
     assert f"reward model: {third}" in capsys.readouterr().out
+    for file in (f.relative_to(first) for f in first.rglob("*") if f.is_file()):
+        if file.suffix == ".ckpt":  # holds the random name of its temporary file
+            one, two = (read_state(folder / file) for folder in (first, third))
+            assert list(one) == list(two)
+            assert all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+        else:
+            assert (first / file).read_bytes() == (third / file).read_bytes(), file
     name = "model.safetensors"
     assert (second / name).read_bytes() == (root / "reward" / name).read_bytes()
     configs = [json.loads((p / "config.json").read_text()) for p in (root / "reward", second)]
