@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from prfl_fast.models.conversion import FILE, FOLDER, check_output, convert_wan, merge_lora
+from prfl_fast.models.conversion import (
+    FILE,
+    FOLDER,
+    check_output,
+    check_single,
+    convert_wan,
+    merge_lora,
+)
 from prfl_fast.models.lora_files import lora_file, read_lora, write_lora
 from prfl_fast.rewards.latent import FORMAT, LatentRewardModel
 from prfl_fast.rewards.reference_checkpoint import read_settings, reference_parts
@@ -15,6 +22,7 @@ def run_convert(options: argparse.Namespace) -> int:
     """Write a generator, an adapter or a reward model in another layout; return the exit code."""
     source, out, layout = Path(options.source), Path(options.out), options.layout
     check(source.exists(), "IN", str(source), "a file or folder that exists")
+    check_single(source, "IN")
     parts = reference_parts(source) if source.is_dir() else None
     if parts is not None or read_settings(source).get("format") == FORMAT:
         kind = "reward model"

@@ -8,12 +8,21 @@ from pathlib import Path
 import torch
 
 from prfl_fast.models import wan_weights
-from prfl_fast.models.loading import COMFYUI, Layout, WanFiles, empty_wan, read_wan
+from prfl_fast.models.experts import FOLDERS
+from prfl_fast.models.loading import (
+    COMFYUI,
+    Layout,
+    WanFiles,
+    empty_wan,
+    expert_folders,
+    read_wan,
+)
 from prfl_fast.models.lora_files import Lora, read_lora
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import save_checkpoint_dir
 from prfl_fast.utils.shards import SHARD_BYTES, Change, save_shards, write_tensors
 
+OFFICIAL_FOLDERS = ("high_noise_model", "low_noise_model")
 FILE, FOLDER = "a file *.safetensors", "a folder"
 # ComfyUI reads no shards, and diffusers needs a config.json.
 _FORMS = {"comfyui": FILE, "diffusers": FOLDER}
@@ -39,7 +48,8 @@ def convert_wan(
         FileNotFoundError: if a file is missing.
     """
     check_output(out, _FORMS.get(layout))
-    _write(read_wan(_only_transformer(source)), Path(out), layout, shard_bytes, _shown(show))
+    check_single(source)
+    _write(read_wan(source), Path(out), layout, shard_bytes, _shown(show))
 
 
 def merge_lora(
@@ -52,21 +62,24 @@ def merge_lora(
 ) -> None:
     """Write a Wan model with a LoRA added to its weights.
 
-    Sums are float32 (float64 for float64 weights) and rounded once to the dtype of the weight,
-    nearest even. Arguments and errors are those of :func:`convert_wan`; None is the layout of
-    ``source``.
+    The arithmetic is that of :meth:`prfl_fast.models.lora_files.LoraLayer.merge`. Arguments and
+    errors are those of :func:`convert_wan`; None is the layout of ``source``.
 
     Raises:
-        ValueError: if the LoRA is not plain, see :func:`prfl_fast.models.lora_files.read_lora`, or
+        ValueError: if :func:`prfl_fast.models.lora_files.read_lora` cannot read the LoRA, or it
             changes a layer that the model does not have.
     """
-    files, lora = read_wan(_only_transformer(source)), read_lora(Path(adapter))
+    check_single(source)
+    check_single(adapter, "LORA")
+    files, lora = read_wan(source), read_lora(Path(adapter))
     check_output(out, _FORMS.get(layout or files.layout))
     for name, layer in lora.items():
         weight = files.weights.get(f"{name}.weight")
         form = None if weight is None else tuple(weight.shape)
         ok = form == (len(layer.up), *layer.down.shape[1:])
         check(ok, f"{adapter}: {name}", [len(layer.up), *layer.down.shape[1:]], f"a layer {form}")
+        ok = layer.bias is None or f"{name}.bias" in files.weights
+        check(ok, f"{adapter}: {name}'s bias", layer.bias, "a layer with bias")
     _write(files, Path(out), layout or files.layout, shard_bytes, _shown(show, lora))
 
 
@@ -78,10 +91,13 @@ def check_output(out: _Path, form: str | None) -> None:
     check(ok, "OUT", str(path), f"{form} for this layout and kind of weights")
 
 
-def _only_transformer(source: _Path) -> _Path:
-    both = (Path(source) / "transformer").is_dir() and (Path(source) / "transformer_2").is_dir()
-    check(not both, "model", str(source), "its folder transformer or transformer_2: it has both")
-    return source
+def check_single(source: _Path, name: str = "model") -> None:
+    """Raise ``ValueError`` if ``source`` holds the models or adapters of two experts."""
+    for names in (FOLDERS.values(), OFFICIAL_FOLDERS):
+        folders = [Path(source) / folder for folder in names]
+        both, expected = all(folder.is_dir() for folder in folders), " or ".join(map(str, folders))
+        check(not both, name, str(source), f"{expected}, one expert at a time")
+    expert_folders(source)  # the second one is named, but missing
 
 
 def _shown(show: Show, lora: Lora | None = None) -> Change:
@@ -89,11 +105,9 @@ def _shown(show: Show, lora: Lora | None = None) -> Change:
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         show(name)
-        layer = (lora or {}).get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if layer is None:
-            return tensor
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return (tensor.to(wide) + layer.delta()).to(tensor.dtype)
+        path, _, part = name.rpartition(".")
+        layer = (lora or {}).get(path)
+        return tensor if layer is None else layer.merge(part, tensor)
 
     return change
 
@@ -104,7 +118,8 @@ def _write(files: WanFiles, path: Path, layout: Layout, shard_bytes: int, change
     if layout != "diffusers":
         prefix = COMFYUI if layout == "comfyui" else ""
         names = {prefix + wan_weights.rename(n, to_reference=True): n for n in files.weights}
-    state = {written: files.weights[name] for written, name in names.items()}
+    # Nothing else holds a tensor, so that each one's file is unmapped after its last.
+    state = {written: files.weights.pop(name) for written, name in names.items()}
 
     def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return change(names[name], tensor)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -103,7 +104,11 @@ def named_wan(
 
     Errors are those of :func:`read_wan`; ``settings`` are the content of a ``config.json``.
     """
-    named = {_diffusers_name(n, layout): tensor for n, tensor in weights.items()}
+    named: dict[str, torch.Tensor] = {}
+    for written, tensor in weights.items():
+        name = _diffusers_name(written, layout)
+        check(name not in named, f"{source}: {written}", "a second one", f"one tensor {name}")
+        named[name] = tensor
     config = wan_weights.diffusers_config(named, settings, source)
     check_fit(empty_wan(config, source).state_dict(), named, source)
     return WanFiles(layout, config, named)
@@ -118,9 +123,10 @@ def _diffusers_name(name: str, layout: Layout) -> str:
 def _layout(names: Mapping[str, object]) -> Layout | None:
     for name in names:
         path = name.removeprefix(_PREFIXES[0]).removeprefix(COMFYUI)
-        if path == "blocks.0.self_attn.q.weight":
+        # Of any block, so that half of a model is told as such.
+        if re.fullmatch(r"blocks\.\d+\.self_attn\.q\.weight", path):
             return "official" if path == name else "comfyui"
-        if name == "blocks.0.attn1.to_q.weight":
+        if re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name):
             return "diffusers"
     return None
 

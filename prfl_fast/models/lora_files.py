@@ -1,6 +1,7 @@
 """Read and write LoRA files of Wan trainers, told apart by their keys."""
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -25,18 +26,22 @@ _PREFIXES = (
     *(f"{KOHYA}_", KOHYA, "lora_"),
 )
 _KEY = re.compile(
-    r"(?P<layer>.+)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up)|alpha)(?:\.default)?"
-    r"(?:\.weight)?"
+    r"(?P<layer>.+)\.(?:(?P<bias>lora_B(?:\.default)?\.bias)|(?:(?P<down>lora_A|lora_down)"
+    r"|(?P<up>lora_B|lora_up)|(?P<magnitude>lora_magnitude_vector)|alpha)"
+    r"(?:\.default)?(?:\.weight)?)"
 )
-# Keys of what a pair of matrices with a scale cannot express.
+# Keys of what a pair of matrices with a scale, and peft's DoRA and bias, cannot express.
 _OTHERS = {
-    r"lora_magnitude_vector|dora_scale": "DoRA",
+    # ComfyUI divides by the norm of the unchanged weight, LyCORIS by that of the changed one and
+    # along either axis.
+    r"\.dora_scale": "DoRA of another trainer than peft",
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.lora_mid": "LoCon",
-    r"lora_(B|up)(\.\w+)?\.bias$": "LoRA with bias",
     r"\.diff(_b)?$": "weight differences",
 }
+# Initial values that peft adds without changing the weights below.
+_INITIAL = (True, False, None, "gaussian", "eva")
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
@@ -46,12 +51,31 @@ class LoraLayer(NamedTuple):
     down: torch.Tensor  # [rank, in], of a convolution [rank, in, ...]
     up: torch.Tensor  # [out, rank], of a convolution [out, rank, 1, ...]
     alpha: float
+    magnitude: torch.Tensor | None = None  # of DoRA: norms of the rows of the changed weight
+    bias: torch.Tensor | None = None  # of peft's ``lora_bias``: [out], scaled like the product
 
     def delta(self) -> torch.Tensor:
-        """Return the change of the weight, float32."""
+        """Return the change of the weight before DoRA, float32."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         product *= self.alpha / len(self.down)
         return product.view(len(self.up), *self.down.shape[1:])
+
+    def merge(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the layer's ``"weight"`` or ``"bias"`` with the adapter, in its dtype.
+
+        Sums are float32 (float64 for float64) and rounded once, nearest even.
+        """
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        if part == "bias":
+            if self.bias is None:
+                return tensor
+            changed = tensor.to(wide) + self.bias.to(wide) * (self.alpha / len(self.down))
+        else:
+            changed = tensor.to(wide) + self.delta()
+            if self.magnitude is not None:
+                rows = changed.flatten(1)
+                rows *= self.magnitude.to(wide).view(-1, 1) / rows.norm(dim=1, keepdim=True)
+        return changed.to(tensor.dtype)
 
 
 Lora = dict[str, LoraLayer]  # by diffusers' name of the layer
@@ -78,13 +102,14 @@ def read_lora(path: Path) -> Lora:
     """Read a LoRA of a Wan model; its bytes are read when a tensor is used.
 
     It may be of diffusers (``transformer.``, with metadata), peft (``base_model.model.``, with
-    ``adapter_config.json``), ComfyUI, DiffSynth-Studio (``.lora_A.default.``), kohya's tools,
-    VideoX-Fun and HY-Video-PRFL (``lora_…lora_down``). Without alpha, alpha is the rank.
+    ``adapter_config.json``), both also with DoRA, rsLoRA and bias, ComfyUI, DiffSynth-Studio
+    (``.lora_A.default.``), kohya's tools, VideoX-Fun and HY-Video-PRFL (``lora_…lora_down``).
+    Without alpha, alpha is the rank. The alpha of rsLoRA is that of the same scale without it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no plain LoRA (DoRA, LoHa, LoKr, rsLoRA, bias) or incomplete, or
-            names a layer that Wan does not have.
+        ValueError: if the file is no LoRA (LoHa, LoKr) or incomplete, or names a layer that Wan
+            does not have.
     """
     file = lora_file(path)
     if file is None:
@@ -96,7 +121,8 @@ def read_lora(path: Path) -> Lora:
         match = _KEY.fullmatch(key)
         kind = next((kind for mark, kind in _OTHERS.items() if re.search(mark, key)), None)
         label = f"{file}: {key}"
-        check(kind is None and match is not None, label, kind, "a plain LoRA's down, up or alpha")
+        ok, kind = kind is None and match is not None, kind or "unknown"
+        check(ok, label, kind, "a LoRA's down, up, alpha, peft's DoRA or bias")
         assert match is not None
         written = match["layer"]
         prefix = next((p for p in _PREFIXES if written.startswith(p)), "")
@@ -104,21 +130,46 @@ def read_lora(path: Path) -> Lora:
         layer = find_layer(stripped)
         check(layer is not None, label, stripped, "a linear layer of Wan")
         assert layer is not None
-        part = next((p for p in ("down", "up") if match[p]), "alpha")
+        part = next((p for p in ("down", "up", "magnitude", "bias") if match[p]), "alpha")
         check(part not in parts[layer], label, "a second one", f"one {part} of a layer")
         parts[layer][part], names[layer] = tensor, stripped
-    lora = {}
-    for layer, found in parts.items():
-        pair = "down" in found and "up" in found and found["up"].shape[1] == len(found["down"])
-        forms = {part: list(tensor.shape) for part, tensor in found.items()}
-        check(pair, f"{file}: {names[layer]}", forms, "down [rank, in] and up [out, rank]")
-        alpha = float(len(found["down"]))
-        if settings:
-            alpha = pattern_value(settings, "alpha", names[layer])
-        if "alpha" in found:
-            alpha = float(found["alpha"])
-        lora[layer] = LoraLayer(found["down"], found["up"], alpha)
-    return lora
+    for part, key in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        count = sum(part in found for found in parts.values())
+        wanted = len(parts) if settings.get(key, count > 0) else 0
+        expected = f"{wanted}, as {key} is of the whole adapter"
+        check(count == wanted, f"{file}: number of layers with {part}", count, expected)
+    return {
+        layer: _layer(found, settings, names[layer], f"{file}: {names[layer]}")
+        for layer, found in parts.items()
+    }
+
+
+def _layer(
+    found: Mapping[str, torch.Tensor], settings: Mapping[str, Any], name: str, label: str
+) -> LoraLayer:
+    """Return a layer of the tensors ``found`` in a file; errors name its ``label``."""
+    down, up = (found.get(part, torch.empty(0)) for part in ("down", "up"))
+    rank, rows = len(down), len(up)
+    ok = rank > 0 and down.ndim == up.ndim > 1 and up.shape == (rows, rank, *[1] * (up.ndim - 2))
+    ok &= all(found[part].numel() == rows for part in ("magnitude", "bias") if part in found)
+    forms = {part: list(tensor.shape) for part, tensor in found.items()}
+    check(ok, label, forms, "down [rank, in] and up [out, rank], rank > 0")
+    ok = down.is_floating_point() and up.is_floating_point()
+    check(ok, f"{label}: dtypes", [down.dtype, up.dtype], "floating point")
+    alpha = float(rank)
+    if settings:
+        try:
+            alpha = pattern_value(settings, "alpha", name)
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise ValueError(
+                f"{label}: no alpha in its adapter's configuration: {error}"
+            ) from error
+        if settings.get("use_rslora"):  # exact for powers of two, else to one unit of float64
+            alpha = alpha / math.sqrt(rank) * rank
+    if "alpha" in found:
+        alpha = float(found["alpha"]) if found["alpha"].numel() == 1 else math.nan
+    check(math.isfinite(alpha), f"{label}: alpha", found.get("alpha", alpha), "a number")
+    return LoraLayer(down, up, alpha, found.get("magnitude"), found.get("bias"))
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -134,11 +185,9 @@ def _settings(file: Path) -> dict[str, Any]:
         settings = {k.removeprefix(PIPELINE_PART): v for k, v in settings.items()}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: its adapter's configuration cannot be read: {error}") from error
-    plain = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "lora_bias": False}
-    for key, value in plain.items():
-        given = settings.get(key, value)
-        hint = "No other layout holds it"
-        check(given == value, f"{file}: {key}", given, f"{value}, a plain LoRA", hint=hint)
+    for key, values in (("peft_type", ("LORA",)), ("init_lora_weights", _INITIAL)):
+        given = settings.get(key, values[0])
+        check(given in values, f"{file}: {key}", given, " or ".join(map(repr, values)))
     check(not settings or "r" in settings, f"{file}: metadata", sorted(settings)[:3], "a rank r")
     return settings
 
@@ -149,12 +198,21 @@ def write_lora(lora: Mapping[str, LoraLayer], path: Path, layout: LoraLayout) ->
     ``"diffusers"`` has metadata for ``load_lora_weights``, ``"kohya"`` the alpha of every layer,
     ``"official"`` (bare names) and ``"comfyui"`` (``diffusion_model.``) alpha where it is not the
     rank. Read tensors are written bit for bit.
+
+    Raises:
+        ValueError: if the LoRA has DoRA or bias, which only ``"diffusers"`` holds.
     """
-    tensors, metadata = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    metadata = {}
     down, up = ("lora_down", "lora_up") if layout == "kohya" else ("lora_A", "lora_B")
     for name, layer in sorted(lora.items()):
         key = PIPELINE_PART + name
+        extra = {"lora_magnitude_vector": layer.magnitude, "lora_B.bias": layer.bias}
+        held = {part: value for part, value in extra.items() if value is not None}
+        tensors |= {f"{key}.{part}": value for part, value in held.items()}
         if layout != "diffusers":
+            hint = "Its readers ignore it or give it another meaning: use diffusers, or merge"
+            check(not held, f"{name} for layout {layout}", list(held), "a plain LoRA", hint=hint)
             key = rename_layer(name, to_reference=True)
             prefixes = {"official": "", "comfyui": COMFYUI, "kohya": KOHYA}
             key = prefixes[layout] + (key.replace(".", "_") if layout == "kohya" else key)
@@ -174,6 +232,8 @@ def write_lora(lora: Mapping[str, LoraLayer], path: Path, layout: LoraLayout) ->
 def _metadata(lora: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """Return peft's configuration of a LoRA, with patterns for layers unlike most."""
     settings: dict[str, Any] = {"peft_type": "LORA", "target_modules": sorted(lora)}
+    settings["use_dora"] = any(layer.magnitude is not None for layer in lora.values())
+    settings["lora_bias"] = any(layer.bias is not None for layer in lora.values())
     values = {"rank": {n: len(v.down) for n, v in sorted(lora.items())}}
     values["alpha"] = {n: v.alpha for n, v in sorted(lora.items())}  # type: ignore[misc]
     for kind, key in (("rank", "r"), ("alpha", "lora_alpha")):

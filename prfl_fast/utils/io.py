@@ -207,6 +207,8 @@ def load_pickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         raise FileNotFoundError(f"{path}: no such file") from error
     except Exception as error:  # the type of error depends on the bytes in the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("Weights only load failed"):  # goes on to advise an unsafe load
+            reason = "it is no file of torch.save, or holds more than tensors and plain values"
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 

@@ -26,22 +26,24 @@ Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def write_tensors(
-    state: Mapping[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
     path: Path,
     change: Change | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file atomically, tensor by tensor.
+    """Write a safetensors file atomically, tensor by tensor, and empty ``state`` on the way.
 
-    ``change`` gets the name and value of each tensor when it is written, and returns the values to
-    write, of the same shape and dtype. safetensors' own writer needs all of them at once, and
-    orders metadata at random.
+    A file whose tensors are mapped is unmapped with the last of them. ``change`` gets the name and
+    value of each tensor when it is written, and returns the values to write, of the same shape and
+    dtype. safetensors' own writer needs all of them at once, and orders metadata at random.
 
     Raises:
         ValueError: if a dtype is not one of safetensors.
+        OSError: if the file cannot be written.
     """
-    # Wide dtypes first, as safetensors orders them, so that every tensor is aligned.
-    names = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    # Wide dtypes first, as safetensors orders them, so that every tensor is aligned. Else the order
+    # stays that of the files read, so that few of them are mapped at a time.
+    names = sorted(state, key=lambda name: -state[name].element_size())
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
@@ -52,27 +54,31 @@ def write_tensors(
         header[name] = form | {"data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with write_atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            value = state[name].detach()
-            value = value if change is None else change(name, value)
-            file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    try:
+        with write_atomic(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                value = state.pop(name).detach()
+                value = value if change is None else change(name, value)
+                file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    except OSError as error:  # of a full disk, it names no file
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def save_shards(
-    state: Mapping[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
     change: Change | None = None,
 ) -> None:
     """Write safetensors files of at most ``shard_bytes`` bytes, with an index for several files.
 
-    ``change`` is that of :func:`write_tensors`.
+    ``change``, and the emptied ``state``, are those of :func:`write_tensors`.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
-    for name, tensor in state.items():
+    for name in list(state):
+        tensor = state.pop(name)
         nbytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + nbytes > shard_bytes:  # a larger tensor gets its own file
             shards.append({})
@@ -83,9 +89,10 @@ def save_shards(
         write_tensors(shards[0], folder / f"{_SHARDS}.safetensors", change)
         return
     files = [f"{_SHARDS}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
+    del tensor  # the last one
     for shard, file in zip(shards, files, strict=True):
         write_tensors(shard, folder / file, change)
-    weight_map = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -137,6 +144,8 @@ def read_state(file: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     path = Path(file)
     if path.suffix == ".safetensors":
         return load_tensors(path)
+    expected = "safetensors or a .pth, as GGUF holds quantized blocks"
+    check(path.suffix != ".gguf", "file", str(path), expected)
     state = load_pickled(path, mmap=True)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -11,6 +11,7 @@ from prfl_fast.models.loading import load_transformer, read_wan
 from prfl_fast.models.lora_files import LoraLayer, read_lora, write_lora
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.io import load_tensors, save_tensors
+from prfl_fast.utils.shards import read_state
 
 pytest.importorskip("safetensors")
 
@@ -75,6 +76,13 @@ def test_a_reward_travels(root, tmp_path, capsys):
     second = convert(first, tmp_path / "reward", "diffusers")
     third = convert(second, tmp_path / "again", "official")
     assert f"reward model: {third}" in capsys.readouterr().out
+    for file in (f.relative_to(first) for f in first.rglob("*") if f.is_file()):
+        if file.suffix == ".ckpt":  # holds the random name of its temporary file
+            one, two = (read_state(folder / file) for folder in (first, third))
+            assert list(one) == list(two)
+            assert all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+        else:
+            assert (first / file).read_bytes() == (third / file).read_bytes(), file
     name = "model.safetensors"
     assert (second / name).read_bytes() == (root / "reward" / name).read_bytes()
     configs = [json.loads((p / "config.json").read_text()) for p in (root / "reward", second)]
@@ -97,6 +105,8 @@ BAD = [
     (["convert", "OTHER", "x", "--layout", "official"], "names is ['a'], expected a Wan transfor"),
     (["convert", "TORN", "x", "--layout", "official"], "not a whole safetensors file"),
     (["convert", "MODEL", "OTHER/x", "--layout", "official"], "OTHER"),
+    (["convert", "a.gguf", "x", "--layout", "official"], "file is 'a.gguf', expected safetensors"),
+    (["convert", "a.pth", "x", "--layout", "official"], "or holds more than tensors and plain"),
     (["merge", "MODEL", "MODEL", "x"], "no such file, or no LoRA in it"),
     (["merge", "MODEL", "OTHER", "x"], "no such file, or no LoRA in it"),
     (["merge", "LORA", "LORA", "x"], "expected a Wan transformer under"),
@@ -118,6 +128,8 @@ def test_errors_are_one_line_before_any_work(root, tmp_path, monkeypatch, capsys
     layer = LoraLayer(torch.randn(2, 48), torch.randn(48, 2), 1.5)
     write_lora({"blocks.7.attn1.to_q": layer}, tmp_path / "wide.safetensors", "comfyui")
     files = {f: f"{f.lower()}.safetensors" for f in ("LORA", "OTHER", "TORN", "WIDE")}
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    torch.save({"a": torch.nn.Linear(1, 1)}, tmp_path / "a.pth")
     before = sorted(tmp_path.iterdir())
     words = [files.get(w, w.replace("OTHER/", "other.safetensors/")) for w in words]
     assert cli.main(words) == 2

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,7 +134,18 @@ def damaged(folder, tmp_path, change, settings=None):
         (lambda s: None, {"num_heads": 0}, "num_heads is 0, expected a divisor of 48"),
         (lambda s: None, {"num_heads": 5}, "num_heads is 5, expected a divisor of 48"),
         (lambda s: None, {"text_len": 226}, "text_len of config.json is 226"),
-        (lambda s: s.pop("blocks.0.self_attn.q.weight"), {}, "expected a Wan transformer under"),
+        (
+            lambda s: s.pop("blocks.0.self_attn.q.weight"),
+            {},
+            "1 missing (blocks.0.attn1.to_q.weight",
+        ),
+        (lambda s: [s.pop(n) for n in list(s) if "_attn.q" in n], {}, "a Wan transformer under"),
+        (lambda s: s.update({"scaled_fp8": torch.ones(2)}), {}, "1 unexpected (scaled_fp8 [2])"),
+        (
+            lambda s: s.update({"diffusion_model.head.head.bias": torch.ones(64)}),
+            {},
+            "head.head.bias is 'a second one', expected one tensor proj_out.bias",
+        ),
     ],
 )
 def test_foreign_or_incomplete_weights_are_refused(tmp_path, change, settings, message):
@@ -163,8 +177,26 @@ def test_nothing_is_replaced_and_a_failure_leaves_nothing(tmp_path):
             convert_wan(tmp_path / "d", tmp_path / out, layout)
     (tmp_path / "p/transformer").mkdir(parents=True)
     (tmp_path / "p/transformer_2").mkdir()
-    with pytest.raises(ValueError, match="transformer or transformer_2"):
-        convert_wan(tmp_path / "p", tmp_path / "x", "official")
+    for name in ("high_noise_model", "low_noise_model"):
+        (tmp_path / "w" / name).mkdir(parents=True)
+    for folder, second in (("p", "transformer_2"), ("w", "low_noise_model")):
+        with pytest.raises(ValueError, match=f" or .*/{folder}/{second}, one expert at a time"):
+            convert_wan(tmp_path / folder, tmp_path / "x", "official")
+        with pytest.raises(ValueError, match=f"LORA is .*/{folder}/{second}, one expert"):
+            merge_lora(tmp_path / "d", tmp_path / folder, tmp_path / "x")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    tiny_wan("t2v").save_pretrained(tmp_path / "d")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prfl_fast.utils.io._flush", full)
+    for layout, out in (("official", "o"), ("comfyui", "c.safetensors")):
+        with pytest.raises(OSError, match=r"safetensors: cannot be written: .*No space left"):
+            convert_wan(tmp_path / "d", tmp_path / out, layout)
+        assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -196,11 +228,40 @@ def test_merge_rounds_once(tmp_path, dtype):
         merge_lora(tmp_path / "d", tmp_path / "wide.safetensors", tmp_path / "w")
 
 
+# Runs in a process of its own, since the peak of a process never falls.
+PEAK = """
+import re, sys
+from pathlib import Path
+from diffusers import WanTransformer3DModel
+from prfl_fast.models.conversion import convert_wan, merge_lora
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+before, root = peak(), Path(sys.argv[1])
+convert_wan(root / "d", root / "o", "official", 10_000_000)
+convert_wan(root / "d", root / "c.safetensors", "comfyui")
+merge_lora(root / "o", root / "lora.safetensors", root / "m", shard_bytes=10_000_000)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_no_more_than_a_few_shards_are_in_memory(tmp_path):
+    model = tiny_wan("t2v", heads=4, head_dim=128, layers=20)
+    size = sum(t.nbytes for t in model.state_dict().values()) >> 20
+    model.save_pretrained(tmp_path / "d", max_shard_size="10MB")
+    layer = LoraLayer(torch.randn(4, 512), torch.randn(512, 4), 4.0)
+    write_lora({"blocks.9.attn1.to_q": layer}, tmp_path / "lora.safetensors", "kohya")
+    words = [sys.executable, "-c", PEAK, str(tmp_path)]
+    rise = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    assert rise < 60 < size / 3, (rise, size)
+
+
 def test_tensors_are_written_as_safetensors_does(tmp_path):
     dtypes = (torch.float64, torch.bool, torch.float8_e4m3fn, torch.int64, torch.bfloat16)
     state = {str(d): torch.arange(5).to(d) for d in dtypes}
     state |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "t": torch.eye(3)[:, :2].T}
-    write_tensors(state, tmp_path / "a.safetensors")
+    write_tensors(dict(state), tmp_path / "a.safetensors")
     equal(safetensors.load_file(tmp_path / "a.safetensors"), state)
     with pytest.raises(ValueError, match="complex64"):
         write_tensors({"z": torch.zeros(1).to(torch.complex64)}, tmp_path / "b.safetensors")

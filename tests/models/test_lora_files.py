@@ -9,7 +9,7 @@ from wan import inputs, tiny_wan
 
 from prfl_fast.models.lora_files import KOHYA, LoraLayer, read_lora, write_lora
 from prfl_fast.training.model_files import save_model
-from prfl_fast.utils.io import open_tensors, save_tensors
+from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors
 
 pytest.importorskip("safetensors")
 
@@ -112,7 +112,7 @@ def test_layouts_round_trip_with_patterns(tmp_path, first, second):
         assert sum(name.endswith(".alpha") for name in names) == len(lora)
 
 
-def lora_model(complete, ranks=True):
+def lora_model(complete, ranks=True, **kind):
     """Return a model with a peft adapter that has patterns."""
     peft = pytest.importorskip("peft")
     model = tiny_wan("t2v").eval()
@@ -123,12 +123,15 @@ def lora_model(complete, ranks=True):
         target_modules=layers if complete else layers[1::2],
         rank_pattern={"blocks.1.attn1.to_k": 2} if ranks else {},
         alpha_pattern={"ffn.net.2": 0.1, "attn2.to_k": 4},
+        **kind,
     )
     model.add_adapter(config)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.3)
+        elif "lora_magnitude_vector" in name:
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
     return model
 
 
@@ -180,6 +183,51 @@ def test_a_kohya_file_has_the_effect_of_its_peft_form(tmp_path):
     assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["use_dora", "use_rslora", "lora_bias"])
+def test_kinds_of_peft_keep_their_effect(tmp_path, kind):
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    from prfl_fast.models.conversion import merge_lora
+    from prfl_fast.models.loading import read_wan
+
+    model = lora_model(complete=False, **{kind: True})
+    save_model(model, tmp_path / "final")
+    lora, path = read_lora(tmp_path / "final"), tmp_path / "lora.safetensors"
+    write_lora(lora, path, "diffusers")
+    wanted = load_tensors(tmp_path / "final" / "pytorch_lora_weights.safetensors")
+    found = load_tensors(path)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    for layout in ("official", "comfyui", "kohya"):
+        other = tmp_path / f"{layout}.safetensors"
+        if kind == "use_rslora":
+            write_lora(lora, other, layout)
+            assert all(read_lora(other)[n].alpha == layer.alpha for n, layer in lora.items())
+            continue
+        with pytest.raises(ValueError, match=f"for layout {layout} is .* expected a plain LoRA"):
+            write_lora(lora, other, layout)
+        assert not other.exists()
+
+    class Pipeline(WanLoraLoaderMixin):
+        transformer = fresh = tiny_wan("t2v").eval()
+        components = {"transformer": fresh}
+        hf_device_map = None
+
+    Pipeline().load_lora_weights(str(path))
+    base = tiny_wan("t2v")
+    base.save_pretrained(tmp_path / "model")
+    merge_lora(tmp_path / "model", path, tmp_path / "merged")
+    merged = read_wan(tmp_path / "merged").weights
+    for theirs in (model, Pipeline.fresh):  # peft's own merge
+        theirs.fuse_lora()
+        theirs.unload_lora()
+        for name, tensor in theirs.state_dict().items():
+            limit = 1e-6 * tensor.abs().max()
+            assert (merged[name] - tensor).abs().max() <= limit, name
+    name = f"blocks.1.attn2.to_k.{'bias' if kind == 'lora_bias' else 'weight'}"
+    assert (merged[name] - base.state_dict()[name]).abs().max() > 0.01
+
+
 def test_alpha_of_a_peft_folder(tmp_path):
     down, up = pair("x")
     keys = dotted("base_model.model.", "lora_A", "lora_B")("blocks.0.self_attn.q")
@@ -187,9 +235,20 @@ def test_alpha_of_a_peft_folder(tmp_path):
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 9, "alpha_pattern": {"self_attn.q": 6}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert read_lora(tmp_path)["blocks.0.attn1.to_q"].alpha == 6
-    for key, value in (("use_rslora", True), ("use_dora", True), ("peft_type", "LOHA")):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match=f"{key} is {value!r}, expected"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    assert read_lora(tmp_path)["blocks.0.attn1.to_q"].alpha == pytest.approx(6 * 3**0.5, rel=1e-15)
+    for key, value, message in (
+        ("use_dora", True, "number of layers with magnitude is 0, expected 1, as use_dora is"),
+        ("peft_type", "LOHA", "peft_type is 'LOHA', expected 'LORA'"),
+        ("init_lora_weights", "pissa", "init_lora_weights is 'pissa', expected True or"),
+        ("lora_alpha", "x", "q: no alpha in its adapter's configuration: could not convert"),
+        ("alpha_pattern", {"(": 2}, "q: no alpha in its adapter's configuration: missing"),
+        ("alpha_pattern", [2], "q: no alpha in its adapter's configuration: "),
+    ):
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps(config | {"alpha_pattern": {}, key: value})
+        )
+        with pytest.raises(ValueError, match=message):
             read_lora(tmp_path)
 
 
@@ -199,22 +258,26 @@ Q = "lora_unet_blocks_0_self_attn_q"
 @pytest.mark.parametrize(
     ("key", "shape", "message"),
     [
-        (f"{Q}.dora_scale", (6, 1), "dora_scale is 'DoRA', expected a plain LoRA"),
-        ("blocks.0.self_attn.q.lora_magnitude_vector", (6,), "is 'DoRA'"),
+        (f"{Q}.dora_scale", (6, 1), "dora_scale is 'DoRA of another trainer than peft', expected"),
+        ("blocks.0.self_attn.q.lora_magnitude_vector", (5,), "'magnitude': [5], 'down'"),
+        (f"{Q}.alpha", (2,), "blocks_0_self_attn_q: alpha is "),
+        ("proj_out.lora_A.weight", (0, 8), "'down': [0, 8]}, expected down [rank, in]"),
         (f"{Q}.hada_w1_a", (6, 3), "is 'LoHa'"),
         (f"{Q}.lokr_w1", (6, 3), "is 'LoKr'"),
-        ("transformer.blocks.0.attn1.to_q.lora_B.bias", (6,), "is 'LoRA with bias'"),
+        ("transformer.blocks.0.attn1.to_q.lora_B.bias", (3,), "'bias': [3]"),
+        (f"{Q}.lora_up.bias", (6,), "lora_up.bias is 'unknown'"),
         ("diffusion_model.blocks.0.self_attn.q.diff_b", (6,), "is 'weight differences'"),
-        ("blocks.0.self_attn.q.weight", (6, 6), "is None, expected a plain LoRA's"),
+        ("blocks.0.self_attn.q.weight", (6, 6), "is 'unknown', expected a LoRA's"),
         ("transformer_2.blocks.0.attn1.to_q.lora_A.weight", (3, 8), "expected a linear layer of"),
         ("lora_unet_blocks_0_attn_q.lora_down.weight", (3, 8), "is 'blocks_0_attn_q', expected a"),
         ("lora_unet_double_blocks_0_img_mod.lora_up.weight", (3, 8), "expected a linear layer of"),
         ("blocks.0.self_attn.q.lora_down.weight", (3, 8), "is 'a second one', expected one down"),
         (f"{Q.replace('_q', '_k')}.lora_down.weight", (3, 8), "expected down [rank, in] and up"),
         (f"{Q.replace('_q', '_k')}.alpha", (), "is {'alpha': []}, expected down"),
+        ("proj_out.lora_magnitude_vector", (6,), "layers with magnitude is 1, expected 2"),
     ],
 )
-def test_what_is_no_plain_lora_of_wan_is_refused(tmp_path, key, shape, message):
+def test_what_is_no_lora_of_wan_is_refused(tmp_path, key, shape, message):
     down, up = pair("x")
     tensors = {f"{Q}.lora_down.weight": down, f"{Q}.lora_up.weight": up, key: torch.ones(shape)}
     save_tensors(tensors, tmp_path / "lora.safetensors")
