@@ -79,10 +79,14 @@ class FamilyAdapter(DiffusersAdapter):
 
     Attributes:
         embeddings: names of the modules before the first block, that of the latents first.
+        heads: names of the modules after the last block.
+        exact_conditions: names of conditions that keep their dtype; others get that of the model.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
     """
 
-    embeddings: ClassVar[tuple[str, ...]]
+    embeddings: ClassVar[Sequence[str]]
+    heads: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
+    exact_conditions: ClassVar[Sequence[str]] = ()
     block_forward: ClassVar[Callable[..., Any]]
     rope_forward: ClassVar[Callable[..., Any]]
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
@@ -130,11 +134,12 @@ class FamilyAdapter(DiffusersAdapter):
 
     def head_modules(self, base: Any) -> list[nn.Module]:
         """Return the norm and the projection after the last block."""
-        return [base.norm_out, base.proj_out]
+        return [getattr(base, name) for name in self.heads]
 
     def remove_head(self, base: Any, num_blocks: int) -> None:
         """Remove norm and projection after the last block."""
-        base.norm_out = base.proj_out = nn.Identity()
+        for name in self.heads:
+            setattr(base, name, nn.Identity())
         base.register_to_config(**self.depth(base.config, num_blocks))
 
     def hidden_size(self, model: nn.Module) -> int:
@@ -144,7 +149,8 @@ class FamilyAdapter(DiffusersAdapter):
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules before the first block, which a reward model keeps frozen."""
-        return [getattr(unwrap(model), name) for name in self.embeddings]
+        found = (getattr(unwrap(model), name, None) for name in self.embeddings)
+        return [module for module in found if module is not None]
 
     def feed_forwards(self, base: Any) -> list[Any]:
         """Return the feed-forwards of the blocks that have one as a module."""
@@ -201,14 +207,18 @@ class FamilyAdapter(DiffusersAdapter):
         base: Any = unwrap(model)
         given, conditions = not_inference(x), not_inference(conditions)
         dtype = next(getattr(base, self.embeddings[0]).parameters()).dtype
-        floats = {k: v.to(dtype) for k, v in conditions.items() if v.is_floating_point()}
+        floats = {
+            k: v.to(dtype)
+            for k, v in conditions.items()
+            if v.is_floating_point() and k not in self.exact_conditions
+        }
         conditions = {**conditions, **floats}
         latents = torch.cat([given.to(dtype), *(floats[k] for k in (LATENT,) if k in floats)], 1)
         missing = base.config.in_channels - latents.shape[1]
         latents = pad(latents, (0, 0, 0, 0, 0, 0, 0, missing)) if missing > 0 else latents
         timestep = timestep.to(x.device)
         timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
-        (out,) = model(
+        out, *_ = model(
             hidden_states=self.pack(latents),
             timestep=self.timestep(timestep, dtype),
             return_dict=False,
