@@ -260,6 +260,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diffusers `HunyuanVideoTransformer3DModel`": tiny_family("hunyuan"),
     "diffusers `HunyuanVideo15Transformer3DModel`": tiny_family("hunyuan15"),
     "diffusers `LTXVideoTransformer3DModel`": tiny_family("ltx", channels=128),
+    "diffusers `LTX2VideoTransformer3DModel`": tiny_family("ltx2", channels=128),
     **{f"diffusers `{name}`": own_call(name) for name in families.CONFIGS},
     "any other model as `VelocityModel`": any_other,
 }

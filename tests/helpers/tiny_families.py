@@ -24,7 +24,7 @@ _LTX2 = {
     "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
     "cross_attention_dim": 32, "audio_in_channels": 6, "audio_out_channels": 6,
     "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
-    "audio_cross_attention_dim": 16, "num_layers": 3, "caption_channels": 20,
+    "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": 20,
 }  # fmt: skip
 # What LTX-2.3 has more than LTX-2.
 LTX23 = {
@@ -103,7 +103,7 @@ def inputs(case, *, batch=2, size=(3, 4, 6), text=7, seed=1):
     elif case == "ltx2":
         conditions |= {
             "audio_hidden_states": randn(batch, 5, 6),
-            "audio_encoder_hidden_states": randn(batch, 7, 20),
+            "audio_encoder_hidden_states": randn(batch, text, 20),
             "audio_encoder_attention_mask": mask(text),
             "audio_timestep": torch.full((batch,), 3),
         }
