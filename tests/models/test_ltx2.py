@@ -79,12 +79,12 @@ def run(model, given, *, double=False, autocast=False):
     return found
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_both_streams_within_twice(variant, layout, batch):
-    """Squares of errors are summed over seeds and blocks, because single gradients' scatter."""
+    """Squares of errors are summed over seeds and blocks, because those of single gradients scatter."""
     squares = {}
     for seed in range(5):
         model = families.tiny("ltx2", seed=seed, **VARIANTS[variant])
@@ -121,20 +121,20 @@ def close(ours, theirs):
 
 
 OPTIONS = {
-    "isolated": {"isolate_modalities": True},
-    "time by token": {
+    ("interleaved", "isolated"): {"isolate_modalities": True},
+    ("2.3", "time by token"): {
         "timestep": 3 * torch.rand(2, 24, generator=torch.Generator().manual_seed(5)),
         "audio_timestep": 3 * torch.rand(2, 5, generator=torch.Generator().manual_seed(6)),
         "use_cross_timestep": True,
     },
-    "coordinates by sample": {"video_coords": torch.arange(288.0).view(2, 3, 24, 2) / 20},
+    ("2.5", "coordinates by sample"): {"video_coords": torch.arange(288.0).view(2, 3, 24, 2) / 20},
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options_of_the_forward(option):
-    model = families.tiny("ltx2", **VARIANTS["2.3"])
-    given = inputs(model.config, 2) | OPTIONS[option]
+@pytest.mark.parametrize("variant, option", OPTIONS)
+def test_options_of_the_forward(variant, option):
+    model = families.tiny("ltx2", **VARIANTS[variant])
+    given = inputs(model.config, 2) | OPTIONS[variant, option]
     theirs = run(model, given)
     close(run(prfl_fast.patch(model), given), theirs)
     plain = run(model, inputs(model.config, 2))
