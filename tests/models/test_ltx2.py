@@ -84,7 +84,7 @@ def run(model, given, *, double=False, autocast=False):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_both_streams_within_twice(variant, layout, batch):
-    """Squares of errors are summed over seeds and blocks, because those of single gradients scatter."""
+    """Sum squares of errors over seeds and blocks, because those of single gradients scatter."""
     squares = {}
     for seed in range(5):
         model = families.tiny("ltx2", seed=seed, **VARIANTS[variant])
