@@ -6,7 +6,7 @@ diffusers, and fills in its forwards, checks, inputs, features and head.
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -247,7 +247,8 @@ class NoReference:
 class DiffusersAdapter(BlockAdapter):
     """Adapter of one transformer class of diffusers, a ``ModelMixin`` with a ``config``.
 
-    ``attributes`` names plain attributes of a model that are kept with its configuration.
+    ``attributes`` names plain attributes of a model that are kept with its configuration, ``heads``
+    the modules after the last block.
     """
 
     # Depths from which the planner extrapolates the bytes of ``shallow`` models.
@@ -267,6 +268,7 @@ class DiffusersAdapter(BlockAdapter):
 
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
+    heads: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
 
     def matches(self, model: nn.Module) -> bool:
         """Return True for the diffusers class, its subclasses, and wrappers around them."""
@@ -276,12 +278,13 @@ class DiffusersAdapter(BlockAdapter):
         )
 
     def head_modules(self, base: Any) -> list[nn.Module]:
-        """Return the norm and the projection after the last block."""
-        return [base.norm_out, base.proj_out]
+        """Return norms and projections after the last block, the norm of the video first."""
+        return [getattr(base, name) for name in self.heads]
 
     def remove_head(self, base: Any, num_blocks: int) -> None:
-        """Remove norm and projection after the last block."""
-        base.norm_out = base.proj_out = nn.Identity()
+        """Remove norms and projections after the last block."""
+        for name in self.heads:
+            setattr(base, name, nn.Identity())
         base.register_to_config(**self.depth(base.config, num_blocks))
 
     def hidden_size(self, model: nn.Module) -> int:

@@ -75,12 +75,14 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
 
     Attributes:
         embeddings: names of the modules before the first block, that of the latents first.
+        exact_conditions: names of conditions that keep their dtype; others get that of the model.
         why_not_fused: returns why a block must run its own forward, see :func:`why_not_fused`.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
         token_counts: usual sizes of letters in ``expected_conditions``, which the planner takes.
     """
 
-    embeddings: ClassVar[tuple[str, ...]]
+    embeddings: ClassVar[Sequence[str]]
+    exact_conditions: ClassVar[Sequence[str]] = ()
     why_not_fused: ClassVar[Callable[..., str]]
     block_forward: ClassVar[Callable[..., Any]]
     rope_forward: ClassVar[Callable[..., Any]]
@@ -126,7 +128,8 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules before the first block, which a reward model keeps frozen."""
-        return [getattr(unwrap(model), name) for name in self.embeddings]
+        found = (getattr(unwrap(model), name, None) for name in self.embeddings)
+        return [module for module in found if module is not None]
 
     def feed_forwards(self, base: Any) -> list[Any]:
         """Return the feed-forwards of the blocks that have one as a module."""
@@ -183,14 +186,18 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
         base: Any = unwrap(model)
         given, conditions = not_inference(x), not_inference(conditions)
         dtype = next(getattr(base, self.embeddings[0]).parameters()).dtype
-        floats = {k: v.to(dtype) for k, v in conditions.items() if v.is_floating_point()}
+        floats = {
+            k: v.to(dtype)
+            for k, v in conditions.items()
+            if v.is_floating_point() and k not in self.exact_conditions
+        }
         conditions = {**conditions, **floats}
         latents = torch.cat([given.to(dtype), *(floats[k] for k in (LATENT,) if k in floats)], 1)
         missing = base.config.in_channels - latents.shape[1]
         latents = pad(latents, (0, 0, 0, 0, 0, 0, 0, missing)) if missing > 0 else latents
         timestep = timestep.to(x.device)
         timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
-        (out,) = model(
+        out, *_ = model(
             hidden_states=self.pack(latents),
             timestep=self.timestep(timestep, dtype),
             return_dict=False,

@@ -1,6 +1,7 @@
 """Adapter of diffusers' ``LTXVideoTransformer3DModel``, whose latents are packed ``[B, L, C]``."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,7 +44,7 @@ def rope_forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: A
     return Rope(cos, sin, None)
 
 
-def _valid_first(
+def valid_first(
     context: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return context tokens with the valid ones first, and their number ``[B]``.
@@ -81,7 +82,7 @@ def block_forward(
     # Under autocast the float32 table makes the residual stream float32, as in diffusers.
     wide = torch.promote_types(hidden_states.dtype, self.scale_shift_table.dtype)
     hidden_states = hidden_states.to(wide)
-    context, lengths = _valid_first(encoder_hidden_states, mask)
+    context, lengths = valid_first(encoder_hidden_states, mask)
     gelu, _, down = self.ff.net
     parts = BlockParts(
         attn=self.attn1,
@@ -104,7 +105,7 @@ class LTXVideoAdapter(FamilyAdapter):
 
     class_name = "LTXVideoTransformer3DModel"
     name = f"diffusers {class_name}"
-    embeddings = ("proj_in", "caption_projection", "time_embed")
+    embeddings: ClassVar[Sequence[str]] = ("proj_in", "caption_projection", "time_embed")
     block_forward, rope_forward = staticmethod(block_forward), staticmethod(rope_forward)
     why_not_fused = staticmethod(_why_not_fused)
 

@@ -12,6 +12,7 @@ from prfl_fast.models.cogvideox import CogVideoXAdapter
 from prfl_fast.models.experts import Experts, ExpertsAdapter
 from prfl_fast.models.hunyuan import HunyuanVideo15Adapter, HunyuanVideoAdapter
 from prfl_fast.models.ltx import LTXVideoAdapter
+from prfl_fast.models.ltx2 import LTX2VideoAdapter
 from prfl_fast.models.mochi import MochiAdapter
 from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.models.other import BlocksAdapter, VelocityAdapter
@@ -61,6 +62,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     HunyuanVideoAdapter(),
     HunyuanVideo15Adapter(),
     LTXVideoAdapter(),
+    LTX2VideoAdapter(),
     CogVideoXAdapter(),
     MochiAdapter(),
     VelocityAdapter(find_adapter, find_blocks),

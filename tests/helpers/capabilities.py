@@ -259,6 +259,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "diffusers `HunyuanVideoTransformer3DModel`": tiny_family("hunyuan"),
     "diffusers `HunyuanVideo15Transformer3DModel`": tiny_family("hunyuan15"),
     "diffusers `LTXVideoTransformer3DModel`": tiny_family("ltx", channels=128),
+    "diffusers `LTX2VideoTransformer3DModel`": tiny_family("ltx2", channels=128),
     "diffusers `CogVideoXTransformer3DModel`": cogvideox,
     "diffusers `MochiTransformer3DModel`": tiny_family("mochi", channels=12),
     "any other model as `VelocityModel`": any_other,

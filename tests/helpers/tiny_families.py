@@ -20,6 +20,17 @@ _JOINT = {
 HUNYUAN = {
     **_JOINT, "num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": 12,
 }  # fmt: skip
+_LTX2 = {
+    "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
+    "cross_attention_dim": 32, "audio_in_channels": 6, "audio_out_channels": 6,
+    "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": 20,
+}  # fmt: skip
+# What LTX-2.3 has more than LTX-2.
+LTX23 = {
+    "gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True,
+    "audio_cross_attn_mod": True, "perturbed_attn": True, "use_prompt_embeddings": False,
+}  # fmt: skip
 # Name of a case → class, configuration, channels of the latents.
 CASES = {
     "hunyuan": ("HunyuanVideoTransformer3DModel", HUNYUAN, 16),
@@ -50,10 +61,15 @@ CASES = {
         },
         4,
     ),
+    # The weights that were released have split rotary tables.
+    "ltx2": ("LTX2VideoTransformer3DModel", {**_LTX2, "rope_type": "split"}, 8),
 }  # fmt: skip
 # Changes of a case for which its heads may have 32 columns.
 WIDE = {case: {"rope_axes_dim": (8, 12, 12)} for case in CASES if case.startswith("hunyuan")}
 WIDE |= {"ltx": {"cross_attention_dim": 64}, "mochi": {}}
+WIDE["ltx2"] = {
+    "cross_attention_dim": 64, "audio_attention_head_dim": 32, "audio_cross_attention_dim": 64,
+}  # fmt: skip
 # Perturbation by number of dimensions; three has the table of Mochi's frequencies, zeros at first.
 _NOISE = {1: 0.2, 3: 0.02}
 
@@ -93,6 +109,13 @@ def inputs(case, *, batch=2, size=(3, 4, 6), text=7, seed=1):
             "encoder_attention_mask_2": mask(5),
             "image_embeds": randn(batch, 3, 16),
             "latent_condition": randn(batch, 33, *size),
+        }
+    elif case == "ltx2":
+        conditions |= {
+            "audio_hidden_states": randn(batch, 5, 6),
+            "audio_encoder_hidden_states": randn(batch, text, 20),
+            "audio_encoder_attention_mask": mask(text),
+            "audio_timestep": torch.full((batch,), 3),
         }
     elif case.startswith("hunyuan"):
         conditions["pooled_projections"] = randn(batch, 12)
