@@ -229,12 +229,20 @@ def test_pages_are_short():
     assert max(lengths.values()) <= 200, lengths
 
 
+def anchors(path):
+    """Return the names under which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, "bench/RESULTS.md", "CHANGELOG.md"]:
         path = ROOT / page
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[\w-]*)?\)", path.read_text()):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([\w-]*)\)", path.read_text()):
             if not target.startswith("http"):
-                assert (path.parent / target).exists(), f"{page}: {target}"
+                linked = path.parent / target if target else path
+                assert linked.exists(), f"{page}: {target}"
+                assert not anchor or anchor in anchors(linked), f"{page}: {target}#{anchor}"
 
 
 def test_generated_parts_agree_with_the_records(capsys):

@@ -19,7 +19,7 @@ from prfl_fast.utils.progress import count_progress
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    """Write a generator, an adapter or a reward model in another layout; return the exit code."""
+    """Write a generator, a LoRA or a reward model in another layout; return the exit code."""
     source, out, layout = Path(options.source), Path(options.out), options.layout
     check(source.exists(), "IN", str(source), "a file or folder that exists")
     check_single(source, "IN")
@@ -41,7 +41,7 @@ def run_convert(options: argparse.Namespace) -> int:
     else:
         kind = "generator"
         expected = "diffusers, official or comfyui for a generator"
-        check(layout != "kohya", "--layout", layout, expected, hint="kohya's holds adapters only")
+        check(layout != "kohya", "--layout", layout, expected, hint="Layout kohya holds only LoRA")
         with count_progress("convert", "tensors") as show:
             convert_wan(source, out, layout, show=show)
     print(f"{kind}: {out}")

@@ -49,17 +49,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog="prfl-fast", description="Reward feedback learning of video models.")
+    parser = _Parser(
+        prog="prfl-fast",
+        description="Reward feedback learning (PRFL) of video models. docs/quickstart.md runs all "
+        "commands on a tiny model.",
+        epilog="exit codes: 0 done, 1 no plan fits, 2 bad input, 3 non-finite losses, "
+        "4 device memory full, 128 + N after signal N",
+    )
     parser.add_argument("--version", action="version", version=f"prfl_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "show versions, devices, and the backend of each operation"
-    told = commands.add_parser("doctor", help=text)
+    told = _command(commands, "doctor", text)
     told.add_argument("--json", action="store_true", help="print one JSON object")
-    new = commands.add_parser("init", help="print a commented YAML file of every key")
-    new.add_argument("kind", choices=["train-reward", "train", "score"], help="command it is for")
-    new.add_argument("path", nargs="?", help="new file to write (default: print)")
-    text = "choose a memory policy that fits a GPU; needs no GPU"
-    plan = commands.add_parser("plan", usage="prfl-fast plan [options]", help=text)
+    new = _command(commands, "init", "write a commented YAML file with every key of a command")
+    new.add_argument("kind", choices=["train-reward", "train", "score"], help="the command")
+    new.add_argument("path", nargs="?", help="new file (default: print to stdout)")
+    text = "choose the fastest memory policy that fits a GPU; needs no GPU"
+    plan = _command(commands, "plan", text, usage="prfl-fast plan [options]")
     if command == "plan":  # its options need more packages than torch
         need("pydantic")
         from prfl_fast.cli.plan import add_options
@@ -68,49 +74,60 @@ def _parser(command: str) -> argparse.ArgumentParser:
     for name, text in (
         ("train-reward", "train a latent reward model"),
         ("train", "train a generator with reward feedback and supervised steps"),
-        ("score", "score the videos of a dataset"),
+        ("score", "compute the rewards of a dataset at several timesteps"),
     ):
-        sub = commands.add_parser(name, help=text)
+        sub = _command(commands, name, text)
         sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
-        text = "load and check everything, print the configuration, write nothing"
+        text = "check configuration, models and data; print the configuration and write nothing"
         sub.add_argument("--check", action="store_true", help=text)
         if name == "score":
             continue
-        text = "with --check: read every sample and check its values"
+        text = "with --check: also read every sample and check its values"
         sub.add_argument("--deep", action="store_true", help=text)
-        text = "resume although the data or the models have changed since the run began"
+        text = "resume even if the data or the models have changed since the run began"
         sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
     _add_file_commands(commands)
     return parser
 
 
+def _command(commands: Any, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+    """Add a command whose own help begins with its line in the list of commands."""
+    description = f"{text[0].upper()}{text[1:]}."
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=description, **options
+    )
+    return made
+
+
 def _add_file_commands(commands: Any) -> None:
     """Add convert and merge, which read and write weights and run no model."""
-    layouts, form = ["diffusers", "official", "comfyui", "kohya"], argparse.RawTextHelpFormatter
-    model = "weights: a file or folder of diffusers, official Wan or ComfyUI"
-    out = "new folder, or new file *.safetensors: a file for ComfyUI and for adapters, a folder\n"
-    out += "for diffusers' models and rewards, either for official Wan"
-    convert = commands.add_parser(
-        "convert",
-        help="write a generator, an adapter or a reward model in another layout",
-        formatter_class=form,
-        epilog="example: prfl-fast convert runs/prfl/final adapter.safetensors --layout comfyui",
+    layouts = ["diffusers", "official", "comfyui", "kohya"]
+    model = "file or folder of weights of diffusers, official Wan or ComfyUI"
+    out = (
+        "new folder, or new file *.safetensors: a file for ComfyUI and for a LoRA, a folder for "
+        "models and rewards of diffusers, either for official Wan"
     )
-    text = f"{model};\na LoRA of any trainer; or a reward model of prfl_fast or HY-Video-PRFL"
+    convert = _command(
+        commands,
+        "convert",
+        "write a generator, a LoRA or a reward model in another layout",
+        epilog="example: prfl-fast convert runs/prfl/final lora.safetensors --layout comfyui",
+    )
+    text = f"{model}; LoRA of any trainer; or reward model of prfl_fast or HY-Video-PRFL"
     convert.add_argument("source", metavar="IN", help=text)
     convert.add_argument("out", metavar="OUT", help=out)
-    text = "of OUT: a reward is written by prfl_fast (diffusers) or for HY-Video-PRFL (official)"
+    text = "layout of OUT; for a reward, diffusers is prfl_fast's and official HY-Video-PRFL's"
     convert.add_argument("--layout", required=True, choices=layouts, help=text)
-    merge = commands.add_parser(
+    merge = _command(
+        commands,
         "merge",
-        help="add a LoRA to the weights of a generator",
-        formatter_class=form,
+        "add a LoRA to the weights of a generator",
         epilog="example: prfl-fast merge Wan2.1-T2V-14B runs/prfl/final merged",
     )
     merge.add_argument("source", metavar="MODEL", help=model)
     merge.add_argument("adapter", metavar="LORA", help="file or folder of a LoRA of any trainer")
     merge.add_argument("out", metavar="OUT", help=out)
-    text = "of OUT (default: that of MODEL)"
+    text = "layout of OUT (default: that of MODEL)"
     merge.add_argument("--layout", choices=layouts[:3], help=text)
 
 

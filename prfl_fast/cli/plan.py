@@ -39,17 +39,17 @@ NOTHING_FITS = 1
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "model": (f"a transformer of diffusers or official Wan, or one of {', '.join(MODELS)}", {}),
-    "frames": ("frames of a video, 4n + 1", _COUNT),
+    "frames": ("frames of a video, 4n + 1 for Wan", _COUNT),
     "height": ("height of a video in pixels", _COUNT),
     "width": ("width of a video in pixels", _COUNT),
     "first_frame": (
-        "the first frame is given (Wan2.2 TI2V)",
+        "the first frame is given, for Wan2.2 TI2V",
         {"action": "store_true", "default": None},
     ),
-    "expert": ("expert that trains, of two", {"choices": ["high", "low", "both"]}),
-    "shift": ("timestep shift, which decides the steps of two experts", {"type": float}),
-    "train": ("train adapters, or all parameters", {"choices": ["lora", "full"]}),
-    "lora_rank": ("rank of the adapters", _COUNT),
+    "expert": ("of two experts, the one that trains", {"choices": ["high", "low", "both"]}),
+    "shift": ("timestep shift; it divides the steps between two experts", {"type": float}),
+    "train": ("train LoRA, or all parameters", {"choices": ["lora", "full"]}),
+    "lora_rank": ("rank of LoRA", _COUNT),
     "batch_size": ("videos per forward", _COUNT),
     "gradient_accumulation_steps": ("forwards per optimizer step", _COUNT),
     "points": ("gradient points per trajectory", _COUNT),
@@ -65,27 +65,28 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("training run")
     for name, (text, kind) in _OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, help=f"{text} (default: {defaults[name]})", **kind)
+        shown = "" if defaults[name] is False else f" (default: {defaults[name]})"
+        group.add_argument(option, help=text + shown, **kind)
     group.add_argument(
-        "--no-sft", dest="sft", action="store_false", default=None, help="no supervised steps"
+        "--no-sft", dest="sft", action="store_false", default=None, help="without supervised steps"
     )
     group = command.add_argument_group("hardware")
-    text = "device memory: 24GiB, 80GB … (default: all of the GPU here, or of --gpu)"
+    text = "device memory, e.g. 24GiB or 80GB (default: all memory of this GPU, or of --gpu)"
     group.add_argument("--budget", metavar="SIZE", help=text)
-    text = "host memory for offloaded tensors (default: free memory here if there is a GPU and "
-    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}no --gpu, else unlimited)")
-    text = f"GPU whose rates give the times: {', '.join(gpu_specs.GPUS)} (default: the GPU here, "
-    group.add_argument("--gpu", metavar="NAME", help=f"{text}or h200)")
-    text = "weights of both models' blocks (default: the first of these that fits)"
+    text = "host memory for offloaded tensors (default: free memory here for a plan of this "
+    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}GPU, else unlimited)")
+    text = f"GPU for the predicted times: {', '.join(gpu_specs.GPUS)} (default: this GPU, "
+    group.add_argument("--gpu", metavar="NAME", help=f"{text}else h200)")
+    text = "dtype of both models' blocks; auto takes the first of the others that fits"
     dtypes = ["auto", "bf16", "fp8", "nf4"]
     group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
     group = command.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
-        "write the plan into a YAML of train: memory, reward_memory, hardware.precision, and those "
-        "of lora, prfl and run that it lacks; or of train-reward: memory and hardware.precision. "
-        "The plan is for the run in the file; comments outside these sections do not change"
+        "plan the run of this YAML file, and write the plan into it. For train: memory, "
+        "reward_memory, hardware.precision, and keys of lora, prfl and run that it lacks. For "
+        "train-reward: memory and hardware.precision. Comments in other sections do not change"
     )
     group.add_argument("--apply", metavar="FILE.yaml", help=text)
 

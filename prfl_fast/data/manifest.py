@@ -151,7 +151,7 @@ class LatentDataset:
         channels, frames, *size = shapes["latents"]
         first, wanted = shapes.get(FIRST_FRAME), (channels, 1, *size)
         ok = first is None or (frames > 1 and first == wanted)
-        expected = f"{list(wanted)}, beside latents of more frames than one"
+        expected = f"{list(wanted)}, and latents of two frames or more"
         check(ok, f"{where}: {FIRST_FRAME}", first, expected)
         # Texts may differ in length: each shape has the rows of the longest.
         both, texts = (shapes, self.shapes or shapes), (TEXT, SHORT)

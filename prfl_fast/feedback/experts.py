@@ -1,4 +1,4 @@
-"""Gradient points of a generator with two experts: drawn where an expert trains."""
+"""Gradient points of a generator with two experts, drawn among the steps of trained experts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,22 +18,24 @@ def expert_steps(sampler: Sampler, experts: Experts) -> list[str]:
 
 
 def trained_plan(plan: GradientPlan, names: Sequence[str], trained: Sequence[str]) -> GradientPlan:
-    """Return a plan whose points are drawn among the steps of the trained experts.
+    """Return the plan with points drawn among the steps of the trained experts.
 
-    ``names`` has the expert of each step. The gradient of a point goes to the parameters of one
-    expert, as only one is on the device.
+    ``names`` holds the expert of each step. The gradient of a point goes to the parameters of one
+    expert, because only one is on the device.
 
     Raises:
-        ValueError: if the window has no step of a trained expert, or the steps of a point may be of
-            both experts.
+        ValueError: if the window has no step of a trained expert, or a point may have steps of both
+            experts.
     """
     if plan.to != "parameters":
         return plan
     steps = plan.steps(len(names))
     own = [step for step in steps if names[step] in trained]
     for name in trained:
-        ok, hint = any(names[step] == name for step in own), "Freeze it, or move the window"
-        check(ok, "window", plan.window, f"steps of the expert {name}, which trains", hint=hint)
+        ok = any(names[step] == name for step in own)
+        expected = f"one with a step of the expert {name}, which trains"
+        hint = "Freeze that expert, or change the window, the shift or the number of steps"
+        check(ok, "window", plan.window, expected, hint=hint)
     plan = plan if len(own) == len(steps) else replace(plan, window=(own[0], own[-1] + 1))
     plan.steps(len(names))  # raises if there are too few for the points
     for step in own:
@@ -42,7 +44,7 @@ def trained_plan(plan: GradientPlan, names: Sequence[str], trained: Sequence[str
 
 
 def check_points(points: Sequence[Point], names: Sequence[str], trained: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless each point's steps are of one expert that trains."""
+    """Raise ``ValueError`` unless all steps of each point are of one trained expert."""
     for point in points:
         expected = f"steps of an expert that trains: {', '.join(trained)}"
         check(names[point.step] in trained, "indices", point.step, expected)
@@ -52,6 +54,6 @@ def check_points(points: Sequence[Point], names: Sequence[str], trained: Sequenc
 def _check_one(names: Sequence[str], point: Point) -> None:
     if names[point.first] != names[point.step]:
         most = point.step + 1 - names.index("low")
-        expected = f"at most {most} at step {point.step}, the steps of one expert up to there"
-        hint = "A point's gradient goes to one expert, the only one on the device"
+        expected = f"at most {most} at step {point.step}, so that one expert runs all its steps"
+        hint = "A point's gradient goes to one expert, because only one is on the device"
         check(False, "depth", point.depth, expected, hint=hint)

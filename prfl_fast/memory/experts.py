@@ -1,12 +1,12 @@
 """Keep one of two experts on the device and the other in host memory.
 
-The experts have tensors of the same layouts, so they exchange memory tensor by tensor: one goes to
-a spare host buffer, the other takes its place on the device. The device holds the bytes of one
-expert at any time, the host those of one expert and a spare buffer of each layout. Adapters that
-are added later stay on the device, where their optimizer states are.
+Both experts have tensors of the same layouts, so they exchange memory tensor by tensor: one tensor
+is copied to a spare host buffer, and the other is copied to its place on the device. The device
+holds the bytes of one expert, and the host those of one expert plus one spare buffer per layout.
+LoRA that is added later stays on the device, like its optimizer states.
 
-On CUDA the host memory is page-locked, and the copies are queued on the compute stream. On the CPU
-they are ordinary copies.
+On CUDA the host memory is page-locked, and copies run on the compute stream. On the CPU they are
+ordinary copies.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,22 @@ from prfl_fast.utils.checks import check
 
 
 class ExpertSwap:
-    """Exchange of a model's experts, as its ``swap``; the expert ``high`` begins on the device.
+    """Exchange two experts between device and host; set as ``swap`` of :class:`Experts`.
 
-    ``prepare`` moves an expert to the device. Each expert leaves before the other comes.
+    Expert ``high`` is on the device first. ``prepare`` moves an expert to the device.
 
     Attributes:
         swaps: number of exchanges so far.
         host: bytes of host buffers.
-        one: bytes of one expert, which an exchange copies in each direction.
+        one: bytes of one expert. An exchange copies this number in each direction.
+
+    Raises:
+        ValueError: if the experts' tensors differ in shape, stride or dtype.
     """
 
     def __init__(self, experts: Experts, prepare: Callable[[nn.Module], object]) -> None:
         self.swaps = self.host = 0
-        # Page-locked memory is unlocked when its first tensor is deleted.
+        # Kept, because page-locked memory is unlocked when its first tensor is deleted.
         self._buffers: list[torch.Tensor] = []
         self._spare: dict[Any, torch.Tensor] = {}
         prepare(experts.low)
@@ -45,11 +48,11 @@ class ExpertSwap:
             tensor.data = host.copy_(tensor.data)
         prepare(experts.high)
         high = moved_tensors(experts.high)
-        hint = "Give both experts one memory policy, before adapters"
+        hint = "Apply one memory policy to both experts before LoRA"
         same = list(map(_layout, high)) == list(map(_layout, low))
         check(same, "low", "a model of other dtypes or shapes", "the layouts of high", hint=hint)
         self.one = sum(tensor.nbytes for tensor in high)
-        # By pair, so that an exchange that was interrupted can be finished.
+        # One entry per pair, so that an interrupted exchange can be finished.
         self._on_device = ["high"] * len(high)
         self._pairs = [{"high": h, "low": n} for h, n in zip(high, low, strict=True)]
 
@@ -67,7 +70,7 @@ class ExpertSwap:
 
     @torch.no_grad()
     def __call__(self, name: str) -> None:
-        """Put an expert on the device and the other into host memory."""
+        """Put the expert ``name`` on the device and the other into host memory."""
         if all(there == name for there in self._on_device):
             return
         device = None
@@ -82,13 +85,13 @@ class ExpertSwap:
             self._spare[layout] = comes.data
             comes.data, leaves.data = place, spare
             self._on_device[index], device = name, place.device
-        if device is not None and device.type == "cuda":  # the host may read its tensors now
+        if device is not None and device.type == "cuda":  # the host may read its tensors after this
             torch.cuda.current_stream(device).synchronize()
         self.swaps += 1
 
 
 def moved_tensors(expert: nn.Module) -> list[torch.Tensor]:
-    """Return the tensors of an expert that an exchange moves."""
+    """Return the parameters and buffers of an expert that an exchange moves."""
     return [t for t in (*expert.parameters(), *expert.buffers()) if t.numel()]
 
 
@@ -97,6 +100,6 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def host_bytes(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes of host memory in which an expert with these tensors waits."""
+    """Return the bytes of host memory for an expert with these tensors, spare buffers included."""
     spare = {_layout(tensor): tensor.nbytes for tensor in tensors}
     return sum(tensor.nbytes for tensor in tensors) + sum(spare.values())

@@ -263,7 +263,7 @@ def _quantize_blocks(model: nn.Module, kind: Kind, device: torch.device | str | 
     for _, _, layer, name in found:
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
             raise ValueError(
-                f"{name} has hooks, a forward of its own or a weight that is quantized already, "
+                f"{name} has hooks, a replaced forward or a quantized weight, "
                 "expected a plain nn.Linear. Quantize the model before they are added"
             )
     while found:

@@ -1,4 +1,4 @@
-"""Run models of other libraries on the fused kernels: adapters, patching, blocks."""
+"""Run models of other libraries on the fused kernels: model adapters, patching, blocks."""
 
 from prfl_fast.models.adapter import Adapter, Conditions
 from prfl_fast.models.blocks import BlockParts, transformer_block

@@ -12,8 +12,8 @@ from prfl_fast.utils.checks import check
 
 Conditions = dict[str, torch.Tensor]
 
-# Condition with the clean latents [B, C, 1, H, W] of the first frame, whose tokens have time 0
-# (Wan2.2 TI2V). That frame is given, so its velocity is 0 and no loss counts it.
+# Condition with the clean latents [B, C, 1, H, W] of the first frame (Wan2.2 TI2V). Its tokens have
+# time 0. The frame is given, so its velocity is 0 and losses exclude it.
 FIRST_FRAME = "first_frame"
 
 
@@ -87,7 +87,7 @@ def check_inputs(name: str, x: Any, conditions: Any) -> None:
     if first is not None:
         batch, channels, frames, height, width = x.shape
         ok = frames > 1 and first.shape == (batch, channels, 1, height, width)
-        expected = f"[B, C, 1, H, W] of {name}, {list(x.shape)}, and more frames than one there"
+        expected = f"[B, C, 1, H, W] for {name} {list(x.shape)}, which needs two frames or more"
         check(ok, f"conditions[{FIRST_FRAME!r}]", first, expected)
 
 
@@ -108,9 +108,9 @@ def generated_frames(x: torch.Tensor, conditions: Conditions) -> torch.Tensor:
 
 
 def not_inference(value: Any) -> Any:
-    """Return a tensor, or each tensor of a dict, copied if it was made in inference mode.
+    """Copy a tensor, or the tensors of a dict, if inference mode made them; return other objects.
 
-    Autograd cannot save such a tensor for the backward. Other objects do not change.
+    Autograd cannot save a tensor of inference mode for the backward.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return value

@@ -1,7 +1,7 @@
-"""Base classes of adapters for models with one list of transformer blocks.
+"""Base classes of model adapters.
 
 A family derives from :class:`BlockAdapter`, or from :class:`DiffusersAdapter` for a class of
-diffusers, and fills in its forwards, checks, inputs, features and head.
+diffusers, and implements its forwards, checks, inputs, features and head.
 """
 
 import copy
@@ -29,7 +29,7 @@ _patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" 
 
 
 def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Replace a feed-forward's forward by its class's, run on ``self.chunk`` tokens at a time."""
+    """Replace a feed-forward's forward: run the class's forward on ``self.chunk`` tokens a time."""
     return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
 
 
@@ -38,9 +38,8 @@ def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) ->
     for module in modules:
         if "forward" in module.__dict__ and instance_forward(module) is not allowed:
             raise ValueError(
-                f"{type(module).__name__} already has a forward of its own (a hook of "
-                "accelerate?), expected that of its class. Remove the hook, and add it again after "
-                "this call"
+                f"{type(module).__name__} has a replaced forward (a hook of accelerate?), expected "
+                "that of its class. Remove the hook, and add it again after this call"
             )
 
 
@@ -69,7 +68,7 @@ class BlockCall:
 def call_block(
     block: Any, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Return ``function(block, ...)``, called by the runner of ``checkpoint_blocks`` if any."""
+    """Return ``function(block, ...)``, called by the runner of ``checkpoint_blocks``, if any."""
     run = block.__dict__.get("block_runner")
     if run is None or not torch.is_grad_enabled():
         return function(block, *args, **kwargs)
@@ -79,15 +78,15 @@ def call_block(
 
 
 def class_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the class's forward of a block that has a runner and is not patched."""
+    """Run the class's forward of an unpatched block that has a runner."""
     return call_block(self, type(self).forward, *args, **kwargs)
 
 
 class BlockAdapter:
     """Implement the methods of :class:`prfl_fast.models.Adapter` that block-based families share.
 
-    A family fills in ``replacements``, ``remove_head`` and the methods of the protocol that are
-    missing here, and overrides what differs. ``base`` is a model without its wrappers.
+    A family implements ``replacements``, ``remove_head`` and the methods of the protocol that are
+    missing here, and overrides methods that differ. ``base`` is a model without its wrappers.
     """
 
     name: str
@@ -111,7 +110,7 @@ class BlockAdapter:
         raise NotImplementedError
 
     def remove_head(self, base: Any, num_blocks: int) -> None:
-        """Remove parameters after the last block, and note ``num_blocks`` in the configuration."""
+        """Remove parameters after the last block, and set ``num_blocks`` in the configuration."""
         raise NotImplementedError
 
     def patch(self, model: nn.Module) -> None:
@@ -125,10 +124,10 @@ class BlockAdapter:
             _patched_by.setdefault(unwrap_block(module), weakref.WeakSet()).add(base)
 
     def unpatch(self, model: nn.Module) -> None:
-        """Delete our forwards; a model that is not patched stays unchanged.
+        """Delete our forwards. An unpatched model does not change.
 
-        Modules that another patched model shares keep theirs, which run the class's forward if the
-        model that calls them is not patched.
+        Modules that another patched model shares keep our forwards. These run the class's forward
+        if an unpatched model calls them.
         """
         base = unwrap(model)
         for module, forward in self.replacements(base):
@@ -152,8 +151,7 @@ class BlockAdapter:
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
         """Run the feed-forward of every block ``tokens`` tokens at a time; None undoes it.
 
-        Raise ``ValueError`` if ``tokens`` is not positive, or a feed-forward has a replaced
-        forward.
+        Raise ``ValueError`` if ``tokens`` is not positive or a feed-forward has a replaced forward.
         """
         if tokens is not None:
             check_count("tokens", tokens)
@@ -247,8 +245,8 @@ class NoReference:
 class DiffusersAdapter(BlockAdapter):
     """Adapter of one transformer class of diffusers, a ``ModelMixin`` with a ``config``.
 
-    ``attributes`` names plain attributes of a model that are kept with its configuration, ``heads``
-    the modules after the last block.
+    ``attributes`` names the plain attributes of a model that are saved with its configuration,
+    ``heads`` the modules after the last block.
     """
 
     # Depths from which the planner extrapolates the bytes of ``shallow`` models.
@@ -259,11 +257,11 @@ class DiffusersAdapter(BlockAdapter):
         return int(config["num_layers"])
 
     def depth(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
-        """Return the entries of a configuration that a model of its first blocks changes."""
+        """Return the entries of a configuration for a model of its first ``num_blocks`` blocks."""
         return {"num_layers": num_blocks}
 
     def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
-        """Return the entries of a model with a share of the blocks of each kind."""
+        """Return the entries for ``num_blocks`` blocks, each kind in its share of all blocks."""
         return self.depth(config, num_blocks)
 
     class_name: ClassVar[str]

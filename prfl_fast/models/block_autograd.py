@@ -1,4 +1,4 @@
-"""Autograd functions of a block that save or move fewer bytes than autograd's own graph."""
+"""Autograd functions of a block. They save or move fewer bytes than autograd's own graph."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -31,14 +31,14 @@ class NormAttention(torch.autograd.Function):
         key_lengths = lengths[0] if lengths else None
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
         normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
-        # The operation itself: the check of the lengths would wait for the device.
+        # The operator, because kernels.attention checks lengths, which waits for the device.
         scale = 1 / math.sqrt(q.shape[-1] // heads)
         out, lse = torch.ops.prfl_fast.attention(*normed, v, heads, scale, key_lengths)
         # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
         # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
         ctx.save_for_backward(q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
         ctx.heads = heads
-        # The operators end in (grid, offset, heads, per_head, eps) and take [] for no grid.
+        # The operators' last arguments are (grid, offset, heads, per_head, eps); [] is no grid.
         ctx.numbers = (*(([], []) if grid is None else (grid, offset)), heads, False, eps)
         return out
 
@@ -72,7 +72,7 @@ class NormAttention(torch.autograd.Function):
 
 
 class JointAttention(torch.autograd.Function):
-    """Attention of the video and text tokens of a sample over all of them, ``[B, L + T, D]``.
+    """Joint attention of a sample's video and text tokens, ``[B, L + T, D]``.
 
     Call ``JointAttention.apply(q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight,
     text_k_weight, cos, sin, key_lengths, heads, eps)``: ``[B, L, D]`` of the video, ``[B, T, D]``

@@ -1,8 +1,8 @@
 """Blocks of a timestep-conditioned video transformer on prfl_fast's kernels.
 
 Source: diffusers' ``transformer_wan.py``. :func:`prfl_fast.patch` runs the submodules of diffusers'
-blocks with :func:`transformer_block`. For a model without an adapter, call this function or its
-parts from your own forward.
+blocks with :func:`transformer_block`. In a model of your own, call this function or its parts in
+the forward of a block.
 """
 
 import functools
@@ -36,9 +36,10 @@ class Rope(NamedTuple):
 
     Attributes:
         cos, sin: float32 ``[positions, head_dim // 2]``, see :func:`prfl_fast.kernels.rope_table`;
-            without a grid one row for each token, see :func:`prfl_fast.kernels.qk_norm_rope`.
-        grid: number of frames, rows and columns of tokens; tokens are frame-major.
-        offset: first position on each axis (a sequence shard's place in the whole).
+            without a grid one row per token, see :func:`prfl_fast.kernels.qk_norm_rope`.
+        grid: number of frames, rows and columns of tokens, in frame-major order; None for a row
+            per token.
+        offset: first position on each axis, for a shard of the sequence.
     """
 
     cos: torch.Tensor
@@ -55,7 +56,7 @@ class Rope(NamedTuple):
         theta: float = 10000.0,
         device: torch.device | None = None,
     ) -> "Rope":
-        """Return the embedding of a whole ``(frames, height, width)`` grid of tokens."""
+        """Return the embedding of a complete ``(frames, height, width)`` grid of tokens."""
         frames, height, width = grid
         cos, sin = rope_table(max(frames, height, width), head_dim, theta=theta, device=device)
         return cls(cos, sin, (frames, height, width))
@@ -66,9 +67,9 @@ class Modulation(NamedTuple):
 
     Attributes:
         table: ``[n, D]``, one row per modulation vector; n is a multiple of 3.
-        time: ``[R, n, D]``, where R divides the number B·L of tokens. Each row belongs to B·L/R
-            consecutive tokens: R = B is one timestep per sample, B·F per latent frame, B·L per
-            token.
+        time: ``[R, n, D]``, where R divides the number B·L of tokens. Each row is for B·L/R
+            consecutive tokens: R is B for one timestep per sample, B·F for one per latent frame,
+            B·L for one per token.
         row_index: optional integer ``[B, L]``, the row of each token.
     """
 
@@ -94,7 +95,7 @@ class Modulation(NamedTuple):
 
 
 def project_out(to_out: Any, x: torch.Tensor) -> torch.Tensor:
-    """Apply an output projection: one layer, or the layers of a list."""
+    """Apply an output projection: one layer, or all layers of a list in order."""
     for layer in to_out if isinstance(to_out, (nn.ModuleList, tuple)) else (to_out,):
         x = layer(x)
     return x
@@ -109,9 +110,9 @@ def self_attention(
         parts: module with ``to_q, to_k, to_v, to_out, norm_q, norm_k, heads`` (a
             :class:`prfl_fast.models.TimestepConditionedAttention` or a diffusers ``WanAttention``;
             fused q/k/v projections are used when present).
-        x: ``[B, L, D]``, normalized and modulated, or any other input of the projections.
+        x: ``[B, L, D]``, input of the projections, e.g. normalized and modulated.
         rope: position embedding of the tokens.
-        attend: replaces ``NormAttention.apply``, with the same arguments.
+        attend: called in place of ``NormAttention.apply``, with the same arguments.
 
     Returns:
         ``[B, L, D]``.
@@ -126,12 +127,12 @@ def self_attention(
 
 
 class ContextKeys(NamedTuple):
-    """Keys and values of a block's cross-attention; they do not depend on the video tokens.
+    """Keys and values of a block's cross-attention, which do not depend on the video tokens.
 
     Attributes:
-        k, v: ``[B, T, D]`` of the text, keys before their norm.
-        extra_k, extra_v: ``[B, N, D]`` of the image, keys normalized; None in text-only models.
-        lengths: int32 ``[B]``, the number of a sample's text tokens; None for all.
+        k, v: ``[B, T, D]`` of the text; keys are not normalized yet.
+        extra_k, extra_v: ``[B, N, D]`` of the image; keys are normalized. None without image.
+        lengths: int32 ``[B]``, number of valid text tokens of each sample; None if all are valid.
     """
 
     k: torch.Tensor
@@ -142,7 +143,7 @@ class ContextKeys(NamedTuple):
 
 
 def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
-    """Compute keys and values of the context; arguments as for :func:`cross_attention`."""
+    """Compute keys and values of the context, with the arguments of :func:`cross_attention`."""
     image = None
     if getattr(parts, "add_k_proj", None) is not None:
         count = getattr(parts, "image_tokens", None)
@@ -170,8 +171,8 @@ def cross_attention(
 
     Args:
         parts: as for :func:`self_attention`. If it has ``add_k_proj, add_v_proj, norm_added_k``,
-            they process the image tokens of ``context``: the first ``image_tokens``, or without
-            that attribute all before the last 512.
+            these process the image tokens of ``context``: the first ``image_tokens`` ones, or all
+            before the last 512 if that attribute is missing.
         x: ``[B, L, D]``.
         context: ``[B, T, D]``, or the result of :func:`context_keys`.
 
@@ -187,7 +188,7 @@ def cross_attention(
         rope = (None, None, None, (0, 0, 0))
         out = NormAttention.apply(q, k, v, *weights, *rope, heads, eps, lengths)
     else:
-        # Both key sets share the normed queries, so these are saved and not recomputed.
+        # Text and image keys share the normed queries, so these are saved and not recomputed.
         q, k = qk_norm_rope(q, k, *weights, heads=heads, eps=eps)
         out, _ = attention(q, k, v, heads=heads, extra_k=extra_k, extra_v=extra_v)
     return project_out(parts.to_out, out)
@@ -201,7 +202,7 @@ def feed_forward(
     Args:
         up, down: linear layers. The bias of a plain ``nn.Linear`` is added in the GELU kernel.
         x: ``[B, L, D]``.
-        chunk: tokens at a time, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
+        chunk: tokens per pass, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
     """
     if chunk is not None:
         return in_chunks(functools.partial(feed_forward, up, down), x, chunk)
@@ -215,13 +216,13 @@ class BlockParts(NamedTuple):
 
     Attributes:
         attn, cross: self-attention and cross-attention, see :func:`self_attention`.
-        cross_norm: LayerNorm before the cross-attention, or a module without weight for none.
+        cross_norm: LayerNorm before the cross-attention; None or a module without weight for none.
         up, down: linear layers of the feed-forward.
         eps: epsilons of the norms before the self-attention and before the feed-forward.
-        chunk: tokens of the feed-forward at a time; None for all.
-        kind: of the two modulated norms, see :func:`prfl_fast.kernels.norm_modulate`.
-        norm, attend, feed: called in place of :func:`prfl_fast.kernels.norm_modulate` before the
-            self-attention, of ``NormAttention.apply`` in it, and of :func:`feed_forward`.
+        chunk: tokens per pass of the feed-forward; None for all.
+        kind: kind of these two norms, see :func:`prfl_fast.kernels.norm_modulate`.
+        norm, attend, feed: replacements of :func:`prfl_fast.kernels.norm_modulate` before the
+            self-attention, of ``NormAttention.apply``, and of :func:`feed_forward`.
     """
 
     attn: Any
@@ -249,7 +250,7 @@ def transformer_block(
     Args:
         x: ``[B, L, D]``.
         context: ``[B, T, D]``, or the result of :func:`context_keys`.
-        modulation: six vectors: shift, scale, gate of the self-attention, then of the feed-forward.
+        modulation: shift, scale and gate of the self-attention, then those of the feed-forward.
         rope: position embedding of the tokens.
         parts: modules of the block.
 
@@ -261,7 +262,7 @@ def transformer_block(
     # In diffusers before 0.40 the stream of the first block is a transposed view.
     x = x.contiguous()
     h = parts.norm(x, **norm, kind=parts.kind, eps=parts.eps[0])
-    # No name holds an attention output, so that it is freed after use: 0.77 GB at 14B and 720p.
+    # No variable holds an attention output, so it is freed after use: 0.77 GB at 14B and 720p.
     cross_norm = parts.cross_norm
     affine = getattr(cross_norm, "weight", None) is not None
     x, h = residual_norm_modulate(

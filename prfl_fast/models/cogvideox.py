@@ -42,7 +42,7 @@ def _affine(norm: Any) -> dict[str, Any]:
 
 
 def _attend(attn: Any, h: torch.Tensor, rope: Any, text: int) -> torch.Tensor:
-    """Return the attention of [text, video] tokens h; norms of q and k are LayerNorms of a head."""
+    """Return the attention of [text, video] tokens h, with a LayerNorm per head on q and k."""
     q, k, v = project(h, attn.to_q, attn.to_k, attn.to_v)
     if attn.norm_q is not None:
         q, k = (
@@ -51,7 +51,7 @@ def _attend(attn: Any, h: torch.Tensor, rope: Any, text: int) -> torch.Tensor:
         )
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast computes LayerNorm in float32
     if rope is not None:
-        # Text tokens are turned by nothing. Columns of diffusers' tables come in pairs.
+        # RoPE leaves text tokens unchanged (cos 1, sin 0). diffusers' tables hold columns twice.
         cos, sin = (
             F.pad(table[:, ::2].float(), (0, 0, text, 0), value=value)
             for table, value in zip(rope, (1.0, 0.0), strict=True)
@@ -95,8 +95,8 @@ def block_forward(
 class CogVideoXAdapter(FamilyAdapter):
     """Adapter of ``CogVideoXTransformer3DModel``.
 
-    Its blocks run on the kernels and take memory policies. It is no velocity of a flow, so PRFL,
-    rewards and rollouts refuse it.
+    Its blocks run on the kernels and take memory policies. It does not predict the velocity of a
+    flow, so PRFL, rewards and rollouts refuse it.
     """
 
     class_name = "CogVideoXTransformer3DModel"
@@ -107,7 +107,7 @@ class CogVideoXAdapter(FamilyAdapter):
     why_not_fused = staticmethod(_why_not_fused)
 
     def replacements(self, base: Any) -> Replacements:
-        """Return our forwards of the blocks; rotary tables come with each call."""
+        """Return our forwards of the blocks. Each call passes rotary tables."""
         return [(block, block_forward) for block in self.blocks(base)]
 
     def check_latents(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Write a Wan model in another layout, or with a LoRA merged into its weights."""
+"""Write a Wan model in another layout, or with LoRA merged into its weights."""
 
 import json
 import os
@@ -33,18 +33,18 @@ Show = Callable[[str], object]
 def convert_wan(
     source: _Path, out: _Path, layout: Layout, shard_bytes: int = SHARD_BYTES, show: Show = str
 ) -> None:
-    """Write a Wan model in another layout: the same bits under other names.
+    """Write a Wan model in another layout, with the same bits under other names.
 
     Args:
         source: a model as in :func:`prfl_fast.models.loading.read_wan`.
         out: a new file ``*.safetensors``, or a new folder for shards with ``config.json``. Layout
             ``"diffusers"`` is a folder, ``"comfyui"`` a file.
-        layout: of the names.
-        shard_bytes: largest size of a file in a folder.
+        layout: layout of the names in ``out``.
+        shard_bytes: largest size of a file in a folder, in bytes.
         show: called with the name of each tensor before it is written.
 
     Raises:
-        ValueError: if ``source`` is no Wan model, or ``out`` exists or does not fit the layout.
+        ValueError: if ``source`` is not a Wan model, or ``out`` exists or does not fit the layout.
         FileNotFoundError: if a file is missing.
     """
     check_output(out, _FORMS.get(layout))
@@ -84,7 +84,7 @@ def merge_lora(
 
 
 def check_output(out: _Path, form: str | None) -> None:
-    """Raise ``ValueError`` if ``out`` exists, or is not of ``form``: a folder, a file, or both."""
+    """Raise ``ValueError`` if ``out`` exists or is not of ``form``; None allows both forms."""
     path = Path(out)
     check(not (path.exists() or path.is_symlink()), "OUT", str(path), "a path that is new")
     ok = form is None or (path.suffix == ".safetensors") == (form == FILE)

@@ -1,6 +1,6 @@
-"""A generator of two experts, one for high noise and one for low (Wan2.2 A14B).
+"""A generator of two experts, one for high noise and one for low noise (Wan2.2 A14B).
 
-The timestep decides between them: t ≥ 1000·boundary runs ``high``, any other ``low``.
+Timesteps t ≥ 1000·boundary run ``high``, all others ``low``.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ FOLDERS = {"high": "transformer", "low": "transformer_2"}
 
 
 class Experts(nn.Module):
-    """Hold two transformers of one architecture that share a sampler's timesteps.
+    """Hold two transformers of one architecture, of which each runs a range of timesteps.
 
-    All functions that take a supported model take this one. The experts that train are those with a
-    parameter that requires a gradient: freeze the other, or add LoRA to one. Wrap each expert
-    (DistributedDataParallel, torch.compile), not the pair. A reward model is built from one expert.
+    Functions that take a supported model take this pair. An expert trains if one of its parameters
+    requires a gradient; to train one expert, freeze the other. Wrap each expert
+    (DistributedDataParallel, torch.compile), not the pair. Build a reward model from one expert.
 
     Args:
         high, low: supported transformers for high and low noise, the ``transformer`` and
             ``transformer_2`` of a diffusers pipeline.
-        boundary: the pipeline's ``boundary_ratio``: 0.875 of Wan2.2 T2V-A14B, 0.9 of I2V-A14B.
+        boundary: the pipeline's ``boundary_ratio``: 0.875 for Wan2.2 T2V-A14B, 0.9 for I2V-A14B.
 
     Raises:
         TypeError: if an expert is not a module.
@@ -40,7 +40,7 @@ class Experts(nn.Module):
             shape.
     """
 
-    # Called with the name of an expert before it runs; prfl_fast.memory sets it, to move experts.
+    # Called with the name of an expert before it runs. prfl_fast.memory sets it to move experts.
     swap: Callable[[str], object] | None = None
 
     def __init__(self, high: nn.Module, low: nn.Module, boundary: float) -> None:
@@ -61,11 +61,11 @@ class Experts(nn.Module):
         return timestep >= 1000 * self.boundary
 
     def name_at(self, timestep: torch.Tensor | float) -> str:
-        """Return ``"high"`` or ``"low"``, the expert of timesteps of any shape.
+        """Return ``"high"`` or ``"low"``, the expert for these timesteps of any shape.
 
         Raise ``ValueError`` if they lie on both sides of the boundary.
         """
-        # Reading a tensor waits for the device, once for each forward outside of rollouts.
+        # Reading a tensor waits for the device, once per forward outside rollouts.
         high = self.is_high(torch.as_tensor(timestep)).flatten().tolist()
         expected = f"timesteps on one side of the boundary {1000 * self.boundary:g}"
         hint = "Split the batch: one call runs one expert"
@@ -73,7 +73,7 @@ class Experts(nn.Module):
         return NAMES[0] if high[0] else NAMES[1]
 
     def use(self, name: str) -> nn.Module:
-        """Return the expert of that name, on the device if the experts take turns there."""
+        """Return the expert of that name, moved to the device if experts take turns there."""
         if self.swap is not None:
             self.swap(name)
         return getattr(self, name)
@@ -106,9 +106,9 @@ def members(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 class ExpertsAdapter:
-    """Adapter of :class:`Experts`, whose experts are of the adapter ``each``.
+    """Adapter of :class:`Experts`; ``each`` is the adapter of both experts.
 
-    Methods that make a reward model need one expert, and raise ``ValueError`` for two.
+    Methods that build a reward model need one expert, and raise ``ValueError`` for the pair.
     """
 
     name = "prfl_fast.models.Experts"
@@ -154,7 +154,7 @@ class ExpertsAdapter:
     def velocity(
         self, model: Experts, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """Return the velocity of the expert of the timestep, which is one for the batch."""
+        """Return the velocity of the timestep's expert, the same for the whole batch."""
         return self.each.velocity(model.use(model.name_at(timestep)), x, timestep, conditions)
 
     def open_rollout(
@@ -165,12 +165,12 @@ class ExpertsAdapter:
         conditions: Conditions,
         options: RolloutOptions = RolloutOptions(),  # noqa: B008 - frozen
     ) -> RolloutModel:
-        """Return the experts opened for one rollout, each when its first step comes."""
+        """Return a rollout that opens each expert at its first step."""
         return _ExpertsRollout(model, self.each, x, timesteps, conditions, options)
 
 
 class _ExpertsRollout(RolloutModel):
-    """Run the expert of each step; only that expert's caches exist."""
+    """Run the expert of each step, with the caches of that expert only."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _ExpertsRollout(RolloutModel):
         if name != self._current:
             del self._opened  # frees its caches before the other expert's are made
             self._current, self._opened = name, self._open(name)
-        self._model.use(name)  # a gradient step may have run the other one meanwhile
+        self._model.use(name)  # a gradient step may have run the other expert in between
         v = self._opened.velocity(x, self._names[:step].count(name), **precisions)
         self.notes += [n for n in self._opened.notes if n not in self.notes]
         return v

@@ -1,4 +1,4 @@
-"""Base class of the adapters of other families of diffusers, and the checks that they share."""
+"""Base class of adapters of other families of diffusers, and the checks that they share."""
 
 import functools
 import warnings
@@ -27,13 +27,13 @@ from prfl_fast.models.wan_forward import customized, is_library
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import layers_of, stopped_at, unwrap
 
-# The conditions of a family: name → (required, shape after the batch); a letter is any number.
+# The conditions of a family: name → (required, shape after the batch). A letter is any number.
 Expected = Mapping[str, tuple[bool, tuple[int | str, ...]]]
 LATENT = "latent_condition"
 
 
 def why_not_fused(block: Any, kinds: Mapping[str, str], processors: Sequence[str]) -> str:
-    """Return why a block must run its own forward, ``""`` if it can run on the kernels.
+    """Return why a block must run its class's forward, ``""`` if it can run on the kernels.
 
     Args:
         block: a transformer block.
@@ -122,8 +122,8 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
             if "processor" in reason or "parallelism" in reason:
                 raise ValueError(
                     f"block {index}: {reason}, expected diffusers' own attention on one device. "
-                    "Call model.set_attn_processor with that of a new model, or patch before "
-                    "enable_parallelism"
+                    "Call model.set_attn_processor with the processor of a new model, and train "
+                    "without enable_parallelism"
                 )
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
@@ -158,7 +158,7 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
             text = ", ".join(map(str, ("B", *shape)))
             check(ok, f"conditions[{key!r}]", value, f"[{text}]")
         channels = x.shape[1] + (conditions[LATENT].shape[1] if LATENT in conditions else 0)
-        # Image latents that may be missing are zeros then.
+        # Optional image latents are zeros if they are missing.
         optional = LATENT not in conditions and expected.get(LATENT) is not None
         kind = "out_channels" if optional else "in_channels"
         wanted = base.config[kind]
@@ -170,7 +170,7 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
             check(size % patch == 0, f"{axis} of {name}", size, f"a multiple of {patch}, the patch")
 
     def timestep(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the timesteps as the model takes them; ``dtype`` is that of its latents."""
+        """Return the timesteps as the model takes them; ``dtype`` is the dtype of its latents."""
         return timestep
 
     def velocity(
@@ -237,8 +237,8 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
     ) -> RolloutModel:
         """Return the patched model opened for one rollout.
 
-        The text embedding depends on the timestep in most families, so no value is kept from step
-        to step: the rollout merges LoRA and runs linear layers in FP8.
+        In most families the text embedding depends on the timestep, so no value is kept from step
+        to step. The rollout can merge LoRA and run linear layers in FP8.
 
         Raises:
             UnsupportedError: if the model is not patched, is compiled as a whole, or has hooks.

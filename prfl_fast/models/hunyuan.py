@@ -47,7 +47,7 @@ _NAMED = {
     "HunyuanVideoSingleTransformerBlock": {"norm": "AdaLayerNormZeroSingle", **_SINGLE},
     "HunyuanVideoTokenReplaceSingleTransformerBlock": {"norm": f"{_REPLACE}Single", **_SINGLE},
 }
-# Class of a block → class names of the submodules that the kernels replace. FSDP2 derives classes.
+# Class of a block → classes of the submodules that the kernels replace. FSDP2 adds a prefix.
 _BLOCKS = {f"{prefix}{name}": kinds for name, kinds in _NAMED.items() for prefix in ("", "FSDP")}
 _PROCESSORS = ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0")
 
@@ -66,7 +66,7 @@ def _why_not_fused(block: Any) -> str:
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
-    """Replace the forward of the rotary embedding: half of its columns, which come in pairs."""
+    """Replace the forward of the rotary embedding: return every second column of its tables."""
     tables = type(self).forward(self, hidden_states)
     if customization(self, rope_forward):  # a hook expects diffusers' tensors
         return tables
@@ -75,7 +75,7 @@ def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
 
 
 def _diffusers_tables(rope: Any) -> Any:
-    """Return diffusers' cosines and sines ``[L, head_dim]`` of our table."""
+    """Return our table as diffusers' cosines and sines, ``[L, head_dim]`` each."""
     if not isinstance(rope, Rope):
         return rope
     return rope.cos.repeat_interleave(2, dim=-1), rope.sin.repeat_interleave(2, dim=-1)
@@ -84,7 +84,7 @@ def _diffusers_tables(rope: Any) -> Any:
 def _time_rows(
     temb: torch.Tensor, replaced: torch.Tensor | None, first: int | None, tokens: int
 ) -> TimeRows:
-    """Return the conditioning of ``tokens`` tokens, the ``first`` ones by ``replaced``."""
+    """Return the conditioning of ``tokens`` tokens; the first ``first`` tokens use ``replaced``."""
     if replaced is None or first is None:
         return TimeRows(temb)
     samples = torch.arange(len(temb), dtype=torch.int32, device=temb.device)[:, None]
@@ -114,7 +114,7 @@ def block_forward(
         return type(self).forward(self, x, text, temb, attention_mask, tables, *rest)
     lengths = None
     if attention_mask is not None:
-        # 1.0 passes [B, 1, 1, L + T], ones first; 1.5 passes [B, T] of the text, ones first.
+        # Valid tokens come first. 1.0 passes [B, 1, 1, L + T], 1.5 passes [B, T] of the text.
         lengths = attention_mask.flatten(1).sum(1, dtype=torch.int32)
         if attention_mask.ndim == 2:
             lengths = lengths + x.shape[1]
@@ -139,14 +139,14 @@ class HunyuanVideoAdapter(_HunyuanAdapter):
     lists = ("transformer_blocks", "single_transformer_blocks")
     embeddings = ("x_embedder", "context_embedder", "time_text_embed")
 
-    shallow_depths = (3, 6)  # one double-stream block, two single-stream ones, and twice that
+    shallow_depths = (3, 6)  # 1 double-stream and 2 single-stream blocks, and twice as many
 
     def block_count(self, config: Mapping[str, Any]) -> int:
         """Return the number of blocks of both kinds."""
         return int(config["num_layers"] + config["num_single_layers"])
 
     def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
-        """Return numbers of blocks with the shares of the configuration."""
+        """Return the numbers of both kinds of blocks, in the shares of the configuration."""
         share = config["num_layers"] / self.block_count(config)
         double = max(1, round(num_blocks * share))
         return {"num_layers": double, "num_single_layers": num_blocks - double}
@@ -169,7 +169,7 @@ class HunyuanVideoAdapter(_HunyuanAdapter):
 
 
 class HunyuanVideo15Adapter(_HunyuanAdapter):
-    """Adapter of ``HunyuanVideo15Transformer3DModel``; text and image tokens have masks."""
+    """Adapter of ``HunyuanVideo15Transformer3DModel``, whose text and image tokens have masks."""
 
     class_name = "HunyuanVideo15Transformer3DModel"
     name = f"diffusers {class_name}"

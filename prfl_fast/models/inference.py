@@ -2,8 +2,8 @@
 
 The model's own forward runs with replaced forwards of its embeddings and blocks. Values that depend
 only on the conditions and the schedule (text, image and time embeddings, rotary tables, keys and
-values of the cross-attention) are computed once. Exact rollouts are bit-identical to the model,
-because they run the same operations on the same values.
+values of the cross-attention) are computed once. Exact rollouts have the bits of the model, because
+they run the same operations on the same values.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class RolloutOptions:
 def _eight_bit_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
 ) -> torch.Tensor:
-    """Compute ``NormAttention`` with 8-bit products; the kernel takes 16-bit tensors."""
+    """Compute ``NormAttention`` with 8-bit products, in a kernel that takes 16-bit tensors."""
     q_weight, k_weight, cos, sin, grid, offset, heads, eps = norm_and_rope
     rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
     dtype, half = q.dtype, half_of(q.dtype)
@@ -67,7 +67,7 @@ def _norm_modulate_fp8(x: torch.Tensor, **arguments: Any) -> Any:
 
 
 def _feed_forward(up: Layer, down: Layer, x: torch.Tensor, chunk: int | None) -> torch.Tensor:
-    """Compute the feed-forward; GELU writes FP8 tokens if the second layer runs in FP8."""
+    """Compute the feed-forward. GELU writes FP8 tokens if the second layer runs in FP8."""
     out = {"out_dtype": torch.float8_e4m3fn} if isinstance(down, Fp8Dense) else {}
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def check_rollout(
     _require(
         not base._forward_pre_hooks
         and ("forward" not in base.__dict__ or instance_forward(base) in own),
-        f"{type(base).__name__} has forward pre-hooks or a forward of its own (accelerate or "
+        f"{type(base).__name__} has forward pre-hooks or a replaced forward (accelerate or "
         "diffusers?), which may change cached values. Remove them",
     )
     for name, module in base.named_modules():
@@ -132,7 +132,7 @@ def check_rollout(
         hooked = replaced or module._forward_hooks or module._forward_pre_hooks
         _require(
             module is base or not hooked,
-            f"{name} has hooks or a forward of its own (accelerate, diffusers, or yours?), which "
+            f"{name} has hooks or a replaced forward (accelerate, diffusers, or yours?), which "
             "would run once instead of at every step. Remove them",
         )
         drops = isinstance(module, _DropoutNd) and module.training and module.p > 0
@@ -169,25 +169,26 @@ def _wan_inputs(
 
 
 class RolloutModel:
-    """Compute velocities of one rollout; ``adapter.open_rollout`` makes it.
+    """Compute velocities of one rollout. ``adapter.open_rollout`` creates an instance.
 
-    An instance is valid until the weights change. It holds the caches: delete it to free them.
+    An instance is valid until the weights change. It holds the caches; delete it to free them.
 
     Args:
         call: ``(x, timestep) -> velocity``, the model's own forward.
         like: latents of the rollout's shape and device.
         blocks: the transformer blocks.
-        parts: returns the :class:`BlockParts` of a block.
+        parts: function of a block that returns its :class:`BlockParts`.
         keys: keys and values of each block's cross-attention.
-        cached: returns the other modules whose forward is replaced at step i, and their forwards.
-        modulation: returns a block's modulation from the time rows that the model passes to it.
+        cached: function of a step's index that returns the other replaced modules, with their
+            forwards for that step.
+        modulation: function of a block and the time rows passed to it; returns its modulation.
         timesteps: ``[B]`` of every step.
         options: LoRA merge and compilation of the blocks.
-        inputs: returns residual stream, time rows and rotary embedding of a block's arguments;
-            those of diffusers' Wan if None.
+        inputs: function of a block and its arguments that returns residual stream, time rows and
+            rotary embedding; None takes the arguments of diffusers' Wan.
 
     Attributes:
-        notes: distinct reasons why layers stay unmerged or exact although an option asks for more.
+        notes: reasons why layers stay unmerged or exact, though an option asks otherwise.
     """
 
     def __init__(
@@ -267,7 +268,7 @@ class RolloutModel:
         modulation = self._modulation(self._blocks[index], time)
         parts = self._prepare(index, x, fp8, eight_bits)
         run = _compiled() if self._compile else transformer_block
-        # Contiguous out here too: a first block with other strides would be a second graph.
+        # Contiguous before the compiled function: other strides would compile a second graph.
         return run(x.contiguous(), self._keys[index], modulation, rope, parts)
 
     def _prepare(self, index: int, x: torch.Tensor, fp8: bool, eight_bits: bool) -> BlockParts:

@@ -3,7 +3,7 @@
     merged:  W' = W + Σ_a s_a B_a A_a, computed in float32 when the block runs, rounded once
     fp8:     y = fp8_linear(quantized x, quantize_fp8(W')), with W' computed when the block runs
 
-Stored weights do not change, and W' is freed after the block.
+Stored weights do not change. W' is freed after the block.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def add_note(notes: list[str], reason: str) -> None:
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
-    """Return ``dtype`` if it has 16 bits, else bfloat16: 8-bit kernels return 16-bit tensors."""
+    """Return ``dtype`` if it has 16 bits, else bfloat16, because 8-bit kernels return 16 bits."""
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
@@ -45,7 +45,7 @@ class Dense:
 
 
 class Fp8Dense:
-    """Compute ``x Wᵀ + b`` by FP8 products, in ``dtype``; x may be a pair ``(x_q, x_scale)``."""
+    """Compute ``x Wᵀ + b`` with FP8 products, as ``dtype``; x may be a pair ``(x_q, x_scale)``."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ Layer = Any  # nn.Module | Dense | Fp8Dense
 
 
 class AttentionParts:
-    """Hold the parts of an attention module, with the linear layers of a rollout."""
+    """Hold the parts of an attention module; linear layers are those of a rollout."""
 
     def __init__(self, attn: Any, names: Sequence[str], layer: Callable[[nn.Module], Layer]):
         self.heads, self.norm_q, self.norm_k = attn.heads, attn.norm_q, attn.norm_k
@@ -136,7 +136,7 @@ def as_matrix(layer: nn.Module) -> Matrix | str:
         # peft before 0.16 has no variants and marks DoRA by a flag.
         variant = getattr(lora, "lora_variant", {}).get(name) or lora.use_dora.get(name)
         if variant or lora.fan_in_fan_out:
-            return f"adapter {name!r} is more than B·A: {type(variant).__name__}"
+            return f"adapter {name!r} is not only B·A: {type(variant).__name__}"
         if not (is_plain_linear(a) and is_plain_linear(b)):
             return f"the matrices of adapter {name!r} are not plain linear layers"
         adapters.append((a, b, float(lora.scaling[name])))
@@ -154,7 +154,7 @@ class Layers:
         self._merge_lora, self._notes = merge_lora, notes
 
     def __call__(self, layer: nn.Module, dtype: torch.dtype, fp8: bool) -> Layer:
-        """Return the layer as this rollout runs it; its output has ``dtype``."""
+        """Return the layer in the form that this rollout runs, with outputs of ``dtype``."""
         matrix = as_matrix(layer)
         if isinstance(matrix, str):
             if fp8 or self._merge_lora:
@@ -177,7 +177,7 @@ class Layers:
     def _fp8(self, matrix: Matrix, dtype: torch.dtype) -> Fp8Dense | None:
         base = matrix.base
         rows, columns, device = base.out_features, base.in_features, base.weight.device
-        if rows % 16 or columns % 16:  # sizes that torch._scaled_mm does not take
+        if rows % 16 or columns % 16:  # torch._scaled_mm refuses such sizes
             add_note(self._notes, f"exact layers: {rows} × {columns} is not in multiples of 16")
             return None
         reason = unsupported_reason(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Blocks whose video and text tokens attend to each other, on prfl_fast's kernels.
+"""Blocks with joint attention of video and text tokens, on prfl_fast's kernels.
 
 Sources: diffusers' ``transformer_hunyuan_video.py`` and ``transformer_hunyuan_video15.py``.
 """
@@ -17,20 +17,21 @@ _IDENTITY = torch.nn.Identity()
 
 
 class TimeRows(NamedTuple):
-    """Timestep conditioning of a block before its linear layer.
+    """Timestep conditioning of a block, before the block's linear layer.
 
     Attributes:
-        embedding: ``[R, D']``; each row belongs to B·L/R consecutive tokens.
-        row_index: int32 ``[B, L]``, the row of each token in place of that rule; None for it.
+        embedding: ``[R, D']``.
+        row_index: int32 ``[B, L]``, the row of each token; None if each row belongs to B·L/R
+            consecutive tokens.
     """
 
     embedding: torch.Tensor
     row_index: torch.Tensor | None = None
 
     def triples(self, norm: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return shift and scale, and gate, as kernel arguments for each triple of ``norm``.
+        """Return (shift and scale, gate) as kernel arguments for each triple of ``norm``.
 
-        ``norm`` has ``silu``, ``linear``, whose output is a multiple of 3·D, and a ``norm`` of D.
+        ``norm`` has ``silu``, ``linear`` with a multiple of 3·D outputs, and a ``norm`` of width D.
         """
         width, index = norm.norm.normalized_shape[-1], {"row_index": self.row_index}
         rows = norm.linear(norm.silu(self.embedding)).unflatten(-1, (-1, width)).unbind(-2)
@@ -43,12 +44,12 @@ class TimeRows(NamedTuple):
 def _attend(
     attn: Any, video: Sequence[Any], text: Sequence[Any], rope: Rope, lengths: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the attention ``[B, L + T, D]`` of q, k, v of both streams."""
+    """Return the joint attention ``[B, L + T, D]`` of q, k, v of both streams."""
     q, k = attn.norm_q, attn.norm_k
     shared = attn.add_q_proj is None
     text_norms = (q, k) if shared else (attn.norm_added_q, attn.norm_added_k)
     weights = [norm.weight for norm in (q, k, *text_norms)]
-    if shared:  # Dynamo takes no tensor twice
+    if shared:  # Dynamo refuses the same tensor twice
         weights[2:] = [weight.view_as(weight) for weight in weights[2:]]
     return JointAttention.apply(
         *video, *text, *weights, rope.cos, rope.sin, lengths, attn.heads, q.eps
@@ -74,18 +75,19 @@ def double_stream_block(
     rope: Rope,
     key_lengths: torch.Tensor | None,
 ) -> Tokens:
-    """Run a block that has own weights for video and text, which attend jointly.
+    """Run a block with separate weights for video and text, and joint attention.
 
     Args:
         block: module with ``norm1, attn, norm2, ff`` and ``norm1_context, norm2_context,
-            ff_context``, as a diffusers ``HunyuanVideoTransformerBlock``.
+            ff_context``, like diffusers' ``HunyuanVideoTransformerBlock``.
         x, text: ``[B, L, D]`` and ``[B, T, D]``.
         time, text_time: conditioning of each stream.
-        rope: table by token of the video.
-        key_lengths: int32 ``[B]``, the tokens of [video, text] that sample b attends to.
+        rope: table with a row for each video token.
+        key_lengths: int32 ``[B]``, number of [video, text] tokens that sample b attends to; None
+            for all.
 
     Returns:
-        Both streams.
+        Both streams, ``[B, L, D]`` and ``[B, T, D]``.
     """
     attn = block.attn
     (norm, gate), (ff_norm, ff_gate) = time.triples(block.norm1)
@@ -118,10 +120,10 @@ def single_stream_block(
     rope: Rope,
     key_lengths: torch.Tensor | None,
 ) -> Tokens:
-    """Run a block that shares its weights between video and text, MLP beside the attention.
+    """Run a block that shares weights between video and text, with an MLP parallel to attention.
 
-    Arguments are those of :func:`double_stream_block`; ``block`` has ``norm, attn, proj_mlp,
-    proj_out``, and the rows of ``time`` are those of [video, text].
+    Arguments and result are those of :func:`double_stream_block`. ``block`` has ``norm, attn,
+    proj_mlp, proj_out``, and ``time`` has the rows of [video, text].
     """
     attn, sizes = block.attn, [x.shape[1], text.shape[1]]
     ((norm, gate),) = time.triples(block.norm)

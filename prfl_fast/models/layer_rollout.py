@@ -14,7 +14,7 @@ class LayerRollout(RolloutModel):
     """Compute velocities of one rollout, see :class:`RolloutModel`.
 
     With ``merge_lora`` or FP8, the linear layers of a block are replaced while the block runs.
-    Attention stays exact, and blocks are not compiled; ``notes`` says so.
+    Attention stays exact and blocks are not compiled; ``notes`` reports both.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class LayerRollout(RolloutModel):
         self._forwards = [block.forward for block in blocks]
         self._merge = options.merge_lora
         if options.compile:
-            add_note(self.notes, "blocks are not compiled: only Wan's are")
+            add_note(self.notes, "blocks are not compiled: only those of Wan are")
 
     def _run(self, index: int, fp8: bool, eight_bits: bool, *args: Any, **kwargs: Any) -> Any:
         block = self._blocks[index]
         if eight_bits:
-            add_note(self.notes, "attention stays exact: 8 bits are for Wan's blocks")
+            add_note(self.notes, "attention stays exact: only Wan's blocks have 8-bit attention")
         replaced = []
         if fp8 or self._merge:
             dtype = self._autocast or next(iter((*args, *kwargs.values()))).dtype

@@ -1,9 +1,9 @@
 """Attention and feed-forward modules of a timestep-conditioned block, for models of your own.
 
 All modules share these arguments: ``dim``, the channels D; ``heads``, the number of attention
-heads, each of an even size D / heads (otherwise ``ValueError``); ``eps`` of all norms. Forwards
-return ``[B, L, D]`` from x ``[B, L, D]``. Modulated modules also take ``time`` ``[R, 3, D]``, rows
-of shift, scale and gate, and an optional ``row_index``, see
+heads, whose size D / heads must be even (else ``ValueError``); ``eps``, the epsilon of all norms.
+Forwards take x ``[B, L, D]`` and return ``[B, L, D]``. Modulated modules also take ``time``
+``[R, 3, D]``, rows of shift, scale and gate, and an optional ``row_index``, see
 :class:`prfl_fast.models.blocks.Modulation`.
 """
 
@@ -55,7 +55,7 @@ class TimestepConditionedAttention(_Attention):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, rope: Rope, row_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return ``[B, L, D]``; ``rope`` is the position embedding of the tokens."""
+        """Return ``[B, L, D]`` from x ``[B, L, D]``; ``rope`` is the tokens' position embedding."""
         ((norm, gate),) = Modulation(self.scale_shift_table, time, row_index).arguments()
         h = norm_modulate(x, **norm, eps=self.eps)
         return gated_residual(x, self_attention(self, h, rope), **gate)
@@ -64,8 +64,8 @@ class TimestepConditionedAttention(_Attention):
 class CrossAttention(_Attention):
     """Apply LayerNorm (affine) → attention to text and, optionally, image tokens → residual.
 
-    ``norm=False`` omits the LayerNorm. ``image_dim`` is the number of channels of the image tokens,
-    which precede the last 512 context tokens, the text; None makes a text-only module.
+    ``norm=False`` omits the LayerNorm. ``image_dim`` is the number of channels of image tokens;
+    None makes a text-only module. The last 512 tokens of the context are text, those before image.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ModulatedFeedForward(nn.Module):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, row_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return ``[B, L, D]``."""
+        """Return ``[B, L, D]`` from x ``[B, L, D]``."""
         ((norm, gate),) = Modulation(self.scale_shift_table, time, row_index).arguments()
         h = norm_modulate(x, **norm, eps=self.eps)
         return gated_residual(x, feed_forward(self.up, self.down, h), **gate)

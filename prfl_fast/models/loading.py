@@ -25,7 +25,7 @@ _KINDS = "official Wan's names, with or without ComfyUI's prefix, or diffusers'"
 
 
 class WanFiles(NamedTuple):
-    """Weights of a Wan model: layout of its files, configuration and tensors of diffusers."""
+    """Wan weights: layout of the files; configuration and tensors under diffusers' names."""
 
     layout: Layout
     config: dict[str, Any]
@@ -33,9 +33,9 @@ class WanFiles(NamedTuple):
 
 
 def transformer_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of the transformer, which may be given as that of its pipeline.
+    """Return the folder of a transformer, from that folder or the one of its pipeline.
 
-    Raise ``ValueError`` if it is that of a pipeline with two experts.
+    Raise ``ValueError`` for a pipeline with two experts.
     """
     folder = Path(path)
     if not _is_pipeline(folder):
@@ -81,13 +81,13 @@ def read_wan(path: str | os.PathLike[str]) -> WanFiles:
     """Map the weights of a Wan model; their bytes are read when a tensor is used.
 
     Args:
-        path: safetensors or ``.pth`` with weights only, in one file or in the shards of a folder
-            (also that of a pipeline), in the layout of diffusers, official Wan or ComfyUI.
+        path: a file of safetensors, a ``.pth`` file with weights only, or a folder of shards or
+            of a pipeline, in the layout of diffusers, official Wan or ComfyUI.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the names are of no layout, or tensors are missing, unexpected (``ref_conv``
-            and ``control_adapter``, which diffusers' class cannot hold) or of another shape.
+        ValueError: if names fit no layout, or tensors are missing, have another shape, or do not
+            fit diffusers' class (``ref_conv``, ``control_adapter``).
     """
     weights = read_weights(transformer_folder(path))
     layout = _layout(weights)
@@ -100,9 +100,9 @@ def read_wan(path: str | os.PathLike[str]) -> WanFiles:
 def named_wan(
     weights: Mapping[str, torch.Tensor], layout: Layout, settings: Mapping[str, Any], source: object
 ) -> WanFiles:
-    """Name weights as diffusers does, and check that they are those of one Wan model.
+    """Give weights diffusers' names, and check that they make one Wan model.
 
-    Errors are those of :func:`read_wan`; ``settings`` are the content of a ``config.json``.
+    Errors are those of :func:`read_wan`. ``settings`` is the content of a ``config.json``.
     """
     named: dict[str, torch.Tensor] = {}
     for written, tensor in weights.items():
@@ -146,7 +146,7 @@ def _settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def empty_wan(config: Mapping[str, Any], source: object) -> Any:
-    """Build a Wan model on the meta device; raise ``ValueError`` with ``source`` if it cannot."""
+    """Build a Wan model on the meta device; raise ``ValueError`` if ``config`` does not fit."""
     try:
         with torch.device("meta"):
             return getattr(need("diffusers"), WAN)(**config)
@@ -155,12 +155,12 @@ def empty_wan(config: Mapping[str, Any], source: object) -> Any:
 
 
 def _class_of_diffusers(path: str | os.PathLike[str]) -> Any:
-    """Return the class that diffusers reads a folder with; None if it has other names than its."""
+    """Return diffusers' class for a folder; None if its tensors do not have diffusers' names."""
     found = getattr(need("diffusers"), str(_settings(path).get("_class_name")), None)
     if found is None or Path(path).is_file():
         return None
-    # VideoX-Fun gives diffusers' class name to official names, so the names decide.
-    with contextlib.suppress(OSError, ValueError):  # files that only diffusers reads
+    # VideoX-Fun stores official names with diffusers' class name, so the names decide.
+    with contextlib.suppress(OSError, ValueError):  # for files that only diffusers can read
         if _layout(read_weights(transformer_folder(path))) in ("official", "comfyui"):
             return None
     return found
@@ -192,16 +192,17 @@ def load_transformer(path: str | os.PathLike[str], dtype: torch.dtype = torch.fl
     Args:
         path: the folder of a diffusers transformer or pipeline, or a Wan model as in
             :func:`prfl_fast.models.loading.read_wan`.
-        dtype: of the weights; modules that diffusers keeps in float32 stay float32.
+        dtype: dtype of the weights; modules that diffusers keeps in float32 stay float32.
 
     Raises:
-        ValueError: if it cannot be read, or tensors are missing, unexpected or of another shape.
+        ValueError: if the files cannot be read, or tensors are missing, unexpected or of another
+            shape.
         MissingExtraError: if diffusers is not installed.
     """
     found, _ = transformer_class(path)
     if _class_of_diffusers(path) is None:
         return build_wan(read_wan(path), dtype)
-    # diffusers warns about tensors that are missing or left over; here these are errors.
+    # diffusers only warns about missing and unexpected tensors; here they are errors.
     need("diffusers").utils.logging.set_verbosity_error()
     try:
         model, info = found.from_pretrained(
@@ -210,7 +211,7 @@ def load_transformer(path: str | os.PathLike[str], dtype: torch.dtype = torch.fl
             torch_dtype=dtype,
             output_loading_info=True,
         )
-    except Exception as error:  # diffusers passes on the errors of its readers, of any type
+    except Exception as error:  # diffusers' readers raise errors of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -221,21 +222,21 @@ def load_transformer(path: str | os.PathLike[str], dtype: torch.dtype = torch.fl
 
 
 def build_wan(files: WanFiles, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a model of copies of the weights, in ``dtype`` as :func:`load_transformer`.
+    """Return a model with copies of the weights, in ``dtype`` as in :func:`load_transformer`.
 
-    None keeps the dtype of every tensor.
+    With None every tensor keeps its dtype.
     """
     model: Any = empty_wan(files.config, "model")
     wide = set(model._keep_in_fp32_modules or ())
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
         target = torch.float32 if wide & set(name.split(".")) else dtype
-        # Tensors inside a file are not aligned, so they are copied even in the same dtype.
+        # Tensors in a mapped file are not aligned, so they are copied even in the same dtype.
         return tensor.to(tensor.dtype if dtype is None else target, copy=True)
 
     model.load_state_dict({n: cast(n, t) for n, t in files.weights.items()}, assign=True)
     config = model.config
-    # Its tables are no part of the state dict, so they are still on the meta device.
+    # Rotary tables are not in the state dict, so they are still on the meta device.
     model.rope = type(model.rope)(
         config.attention_head_dim, config.patch_size, config.rope_max_seq_len
     )
@@ -245,9 +246,9 @@ def build_wan(files: WanFiles, dtype: torch.dtype | None = None) -> nn.Module:
 def build_headless_wan(
     state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], source: object
 ) -> nn.Module:
-    """Return a model of official Wan's weights without those of a head, which is zero.
+    """Return a model from official Wan's weights without a head; its head is zero.
 
-    Errors are those of :func:`read_wan`; ``settings`` are the content of a ``config.json``.
+    Errors are those of :func:`read_wan`. ``settings`` is the content of a ``config.json``.
     """
     patch = state.get("patch_embedding.weight")
     check(

@@ -35,11 +35,11 @@ def _why_not_fused(block: Any) -> str:
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Replace the forward of the rotary embedding: one sample's angles, ``[L, D/2]``."""
+    """Replace the forward of the rotary embedding: return one sample's tables, ``[L, D/2]``."""
     coordinates = args[4] if len(args) > 4 else kwargs.get("video_coords")
     if coordinates is not None or customization(self, rope_forward):
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    tables = type(self).forward(self, hidden_states[:1], *args, **kwargs)  # samples are alike
+    tables = type(self).forward(self, hidden_states[:1], *args, **kwargs)  # equal for all samples
     cos, sin = (table[0, :, ::2].contiguous() for table in tables)
     return Rope(cos, sin, None)
 
@@ -47,9 +47,9 @@ def rope_forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: A
 def valid_first(
     context: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return context tokens with the valid ones first, and their number ``[B]``.
+    """Return context tokens with the valid ones first, and the number of valid ones, ``[B]``.
 
-    ``mask`` is diffusers' addend of the scores, ``[B, 1, T]``: 0, or -10000 for a masked token.
+    ``mask`` ``[B, 1, T]`` is added to the scores by diffusers: 0, or -10000 for a masked token.
     """
     if mask is None:
         return context, None
@@ -57,7 +57,7 @@ def valid_first(
     order = valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     context = context.gather(1, order[..., None].expand_as(context))
     lengths = valid.sum(1, dtype=torch.int32)
-    # An addend that is the same for all tokens changes no softmax.
+    # The same addend for all tokens does not change a softmax, so all of them are valid then.
     return context, torch.where(lengths == 0, mask.shape[2], lengths)
 
 

@@ -1,6 +1,6 @@
 """Adapter of Wan models in the official layout, found by their structure.
 
-It serves Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun, DiffSynth-Studio and musubi-tuner, whose
+Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun, DiffSynth-Studio and musubi-tuner have this layout: their
 parameters have the same names.
 """
 
@@ -64,7 +64,7 @@ def _base_layer(module: Any) -> Any:
 
 
 def diffusers_config(model: nn.Module) -> dict[str, Any]:
-    """Return the diffusers configuration of the same transformer, with ``num_layers`` as it is."""
+    """Return diffusers' configuration of this transformer, with its present ``num_layers``."""
     base: Any = unwrap(model)
     block, blocks = blocks_of(base)[0], base.blocks
     patch, text = _base_layer(base.patch_embedding), _base_layer(base.text_embedding[0])
@@ -140,9 +140,8 @@ class WanOfficialAdapter(BlockAdapter):
             attn = block.self_attn
             if "forward" in attn.__dict__ or is_sequence_parallel(attn):
                 raise ValueError(
-                    f"blocks.{index}.self_attn splits the sequence over ranks or has another "
-                    "forward of its own, which a patched block would not call. Do not patch this "
-                    "model"
+                    f"blocks.{index}.self_attn splits the sequence over ranks or has a replaced "
+                    "forward, which a patched block would not call. Do not patch this model"
                 )
         super().check_patchable(base)
 
@@ -152,7 +151,7 @@ class WanOfficialAdapter(BlockAdapter):
         unwrap(model).time_embedding.rows = None  # type: ignore[union-attr]
 
     def unpatch(self, model: nn.Module) -> None:
-        """Delete our forwards; a model that is not patched stays unchanged."""
+        """Delete our forwards. An unpatched model does not change."""
         super().unpatch(model)
         unwrap(model).time_embedding.__dict__.pop("rows", None)
 
@@ -217,13 +216,13 @@ class WanOfficialAdapter(BlockAdapter):
             if image is not None:
                 given["clip_feature"] = image.to(dtype)
             return given
-        # Wan2.2's forward takes one timestep for each sample only if there is one sample.
+        # Wan2.2's forward takes timesteps [B] only for B = 1, so every token gets its timestep.
         names = inspect.signature(type(base).forward).parameters
         if timestep.ndim == 1 and "t" in names and "clip_fea" not in names:
             timestep = timestep[:, None].expand(-1, tokens)
         given |= {"t": timestep, "seq_len": tokens}
         if image is not None:
-            if like.config.pos_embed_seq_len is not None:  # two images, joined by the embedding
+            if like.config.pos_embed_seq_len is not None:  # its embedding joins two images
                 image = image.reshape(2 * len(x), -1, image.shape[-1])
             given["clip_fea"] = image.to(dtype)
         return given
@@ -322,12 +321,12 @@ class WanOfficialAdapter(BlockAdapter):
         def take(block: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             inputs = block_inputs(block, *args, **kwargs)
             if isinstance(inputs, str):
-                raise UnsupportedError(f"{inputs}, so the blocks run their own forward")
+                raise UnsupportedError(f"{inputs}, so blocks run their own forward")
             first.append(inputs)
             return args[0]
 
         blocks = blocks_of(base)
-        # The model's own forward computes the time rows, one timestep at a time, because a batched
+        # The model's forward computes the time rows for one timestep at a time, because a batched
         # product rounds differently.
         with torch.no_grad():
             forwards = [recording(module) for module in values]
@@ -366,9 +365,9 @@ class WanOfficialAdapter(BlockAdapter):
         for name in ("teacache", "cfg_skip_ratio", "blocks_to_swap", "enable_teacache"):
             # VideoX-Fun has a method of the name enable_teacache.
             if (value := getattr(base, name, None)) and not callable(value):
-                raise UnsupportedError(f"{name} is on, which skips or moves blocks by itself")
+                raise UnsupportedError(f"{name} is on, so the model skips or moves blocks itself")
         if hasattr(base, "cfg_skip_ratio") and batch > 1:
-            raise UnsupportedError("VideoX-Fun runs a batch in halves where there is no gradient")
+            raise UnsupportedError("VideoX-Fun runs a batch in halves if no gradient is needed")
 
     def backbone_config(self, model: nn.Module) -> dict[str, Any]:
         """Return the configuration for :meth:`backbone_from_config` as plain JSON values."""
@@ -389,7 +388,9 @@ class WanOfficialAdapter(BlockAdapter):
         # A file must not choose which module is imported.
         kind = getattr(sys.modules.get(module), name, None)
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ValueError(f"backbone is a {name} of {module}, which is not imported. Import it")
+            raise ValueError(
+                f"backbone is a {name} of {module}, expected an imported module. Import it"
+            )
         try:
             base = kind(**{**config["arguments"], "num_layers": config["num_layers"]})
         except TypeError as error:
@@ -416,12 +417,12 @@ def _rollout_inputs(block: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, An
 
 
 def _working_forward(base: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Return the forward of DiffSynth-Studio's model, whose own does not run; else nothing."""
+    """Return a working forward of DiffSynth-Studio's model, whose own fails; else nothing."""
     return [(base, functools.partial(_diffsynth_forward, base))] if _is_diffsynth(base) else []
 
 
 def _is_diffsynth(base: Any) -> bool:
-    """Return True for DiffSynth-Studio's model, which keeps the tables of three axes apart."""
+    """Return True for DiffSynth-Studio's model, which has one rotary table per axis."""
     return isinstance(base.freqs, tuple)
 
 
@@ -451,7 +452,7 @@ def _diffsynth_forward(
 
 
 def _init_arguments(base: Any) -> dict[str, Any]:
-    """Return the arguments of the class that build this model, as plain JSON values."""
+    """Return the arguments with which the class builds this model, as plain JSON values."""
     like, config = diffusers_config(base), dict(getattr(base, "config", {}))
     heads = like["num_attention_heads"]
     known = {name: like[name] for name in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "eps")}

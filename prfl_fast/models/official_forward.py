@@ -1,7 +1,7 @@
 """Forwards that replace those of Wan models in the official layout.
 
-The layout is that of Wan2.1, Wan2.2 and HY-Video-PRFL, which VideoX-Fun, DiffSynth-Studio and
-musubi-tuner share. Their blocks differ in arguments, and in the form of rotary factors.
+Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun, DiffSynth-Studio and musubi-tuner have this layout. Their
+blocks differ in their arguments and in the form of rotary factors.
 """
 
 import inspect
@@ -29,12 +29,12 @@ _FLAT_ARGUMENTS = ("x", "context", "t_mod", "freqs")  # DiffSynth-Studio
 # Tokens of one CLIP image, which come first in the context.
 _IMAGE_TOKENS = 257
 
-# Tables of rotary factors that a model keeps or makes once for all blocks.
+# Float32 tables by the tensor of rotary factors, which a model makes once for all blocks.
 _tables: Any = WeakIdKeyDictionary()
 
 
 class Attention(NamedTuple):
-    """Hold the parts of an attention module under the names of :mod:`prfl_fast.models.blocks`."""
+    """Hold the parts of an attention, under the names of :mod:`prfl_fast.models.blocks`."""
 
     heads: int
     to_q: Any
@@ -84,7 +84,7 @@ def block_parts(block: Any) -> BlockParts:
 
 
 def block_modulation(block: Any, e: torch.Tensor) -> Modulation:
-    """Return a block's modulation; ``e`` is ``[B, 6, D]``, or ``[B, R, 6, D]``, R rows a sample."""
+    """Return a block's modulation; ``e`` is ``[B, 6, D]``, or ``[B, R, 6, D]`` for R rows each."""
     return Modulation(block.modulation[0], e.flatten(0, 1) if e.ndim == 4 else e)
 
 
@@ -100,7 +100,7 @@ def is_known_block(block: Any) -> bool:
 
 
 def is_sequence_parallel(attn: Any) -> bool:
-    """Return True if HY-Video-PRFL splits tokens over ranks, inside its attention's forward."""
+    """Return True if HY-Video-PRFL's attention splits tokens over ranks inside its forward."""
     state = type(attn).forward.__globals__.get("get_sequence_parallel_state")
     return state is not None and bool(state())
 
@@ -123,10 +123,10 @@ def _why_not_attention(name: str, attn: Any) -> str:
 
 
 def why_not_fused(block: Any) -> str:
-    """Return why a block must run its own forward, ``""`` if it can run on the kernels.
+    """Return why a block must run its class's forward, ``""`` if it can run on the kernels.
 
-    What users, trainers, peft or FSDP put on norms, attention and feed-forward works only if these
-    are called.
+    The kernels do not call norms, attention and feed-forward, so hooks and forwards that users,
+    trainers, peft or FSDP set on these submodules would not run.
     """
     parts = block._modules
     for name in ("norm1", "norm2", "norm3"):
@@ -164,7 +164,7 @@ def _table(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rope(freqs: Any, length: int, grids: list[list[int]] | None) -> Rope | str:
-    """Return the rotary embedding of a block's arguments, or why the kernels cannot apply it."""
+    """Return the rotary embedding of a block's arguments, or why the kernels cannot use it."""
     if grids is not None and any(grid != grids[0] for grid in grids):
         return f"samples have different grids {grids}"
     if isinstance(freqs, (list, tuple)):
@@ -216,7 +216,7 @@ def block_inputs(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Bloc
 
 
 def own_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Run the class's forward, with a row of ``e`` for each token if it came with fewer."""
+    """Run the class's forward, with one row of ``e`` per token if ``e`` has fewer."""
     e = kwargs.get("e")
     if isinstance(e, torch.Tensor) and e.ndim == 4 and e.shape[1] not in (1, x.shape[1]):
         kwargs["e"] = e.repeat_interleave(x.shape[1] // e.shape[1], dim=1)
@@ -224,7 +224,7 @@ def own_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.
 
 
 def _fused(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    # At each call, because hooks and forwards may be added after patching.
+    # Checked at each call, because hooks and forwards may be added after patching.
     reason = why_not_fused(self)
     inputs = reason or block_inputs(self, x, *args, **kwargs)
     if isinstance(inputs, str):
@@ -238,7 +238,7 @@ def _fused(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tenso
 
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Replace the forward of a block, with the arguments of its class."""
-    # musubi-tuner checkpoints inside the forward that this one replaces.
+    # musubi-tuner's activation checkpointing is inside the forward that this one replaces.
     own = self.training and getattr(self, "gradient_checkpointing", False)
     if own and torch.is_grad_enabled() and not why_not_fused(self):
         names = tuple(kwargs)
@@ -247,7 +247,7 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replace the model's forward: tell the time embedding how many rows of time differ."""
+    """Replace the model's forward: first set the number of different time rows."""
     self.time_embedding.rows = _time_rows(self, *args[:4], **kwargs)
     try:
         return type(self).forward(self, *args, **kwargs)
@@ -258,10 +258,10 @@ def model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _time_rows(
     base: Any, x: Any = None, t: Any = None, context: Any = None, seq_len: Any = None, **_: Any
 ) -> tuple[int, int] | None:
-    """Return the number of time rows of a sample and of its tokens; None for a row a token.
+    """Return the numbers of time rows and of tokens of a sample; None for one row per token.
 
-    Wan2.2 computes a row for each token, ``[B, L, 6, D]``: 9.3 GB at 14B and 720p. Text-to-video
-    has one row, and a video with a given first frame has one row for each frame.
+    Wan2.2 computes one row per token, ``[B, L, 6, D]``: 9.3 GB at 14B and 720p. Text-to-video needs
+    one row, and a video with a given first frame one row per frame.
     """
     if not isinstance(t, torch.Tensor):
         return None
@@ -285,7 +285,7 @@ def time_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def head_forward(self: Any, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-    """Replace the head's forward: let it read rows of time that several tokens share."""
+    """Replace the head's forward: accept time rows that several tokens share."""
     rows = e.shape[1] if e.ndim == 3 else 1
     if rows in (1, x.shape[1]):
         return type(self).forward(self, x, e)

@@ -1,4 +1,4 @@
-"""Models of other libraries without an adapter: their blocks, and a function as their velocity."""
+"""Models without an adapter of their own: their blocks, and a function as their velocity."""
 
 import copy
 import weakref
@@ -19,7 +19,7 @@ from prfl_fast.models.inference import RolloutModel, UnsupportedError
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import instance_forward, set_forward, stopped_at, unwrap
 
-# The blocks of a model with several lists of them, as one list.
+# For a model with several lists of blocks: all blocks as one list, by the first list.
 _joined: "weakref.WeakKeyDictionary[nn.Module, nn.ModuleList]" = weakref.WeakKeyDictionary()
 
 
@@ -27,18 +27,18 @@ class VelocityModel(nn.Module):
     """Pair a model with the function that computes its velocity.
 
     :class:`prfl_fast.PRFL`, the rollout, the objectives of the trainer and
-    :meth:`prfl_fast.LatentRewardModel.from_backbone` take it as a transformer. Checkpoints hold the
-    parameters of ``model`` under its own names.
+    :meth:`prfl_fast.LatentRewardModel.from_backbone` take this pair as a transformer. Checkpoints
+    hold the parameters of ``model`` under the names of ``model``.
 
     Args:
         model: any transformer, possibly wrapped.
         function: ``(model, x [B, C, F, H, W], timestep [B], conditions) -> velocity`` like ``x``,
             where ``x`` is ``(1-σ)·x0 + σ·ε``, ``timestep`` is 1000·σ, and the velocity is
             ``ε - x0``. It must call ``model`` once.
-        blocks: names of the model's lists of blocks, in the order in which they run. None finds
-            them: the only ``nn.ModuleList`` of the model, or those whose classes the model names in
-            ``_repeated_blocks`` or ``_no_split_modules``, as models of diffusers do.
-        hidden_size: width of a block's output; None reads ``num_attention_heads`` and
+        blocks: names of the model's lists of blocks, in the order in which they run. None takes
+            the only ``nn.ModuleList`` of the model, or the lists whose classes are named in its
+            ``_repeated_blocks`` or ``_no_split_modules``, as in models of diffusers.
+        hidden_size: width of a block's output; None takes ``num_attention_heads`` times
             ``attention_head_dim`` of the model's ``config``. Only a latent reward needs it.
     """
 
@@ -64,7 +64,7 @@ class VelocityModel(nn.Module):
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the lists of blocks of a model by name; see :class:`VelocityModel`.
 
-    Raise ``ValueError`` if there is none, or several of which none is said to hold its blocks.
+    Raise ``ValueError`` if there is no list, or several lists and no names of those with blocks.
     """
     base: Any = unwrap(model)
     names = None
@@ -84,14 +84,14 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         named = {k: m for k, m in lists.items() if type(unwrap(m[0])).__name__ in classes}
         if named:
             return named
-    hint = "Say which hold its blocks: VelocityModel(model, function, blocks=[...])"
+    hint = "Name the lists with blocks: VelocityModel(model, function, blocks=[...])"
     expected = "one torch.nn.ModuleList of blocks, a direct child of the model"
     check(len(lists) == 1, f"blocks of {kind}", sorted(lists), expected, hint=hint)
     return lists
 
 
 class BlocksAdapter:
-    """Serve the memory policies of any model with lists of transformer blocks."""
+    """Apply memory policies to any model with lists of transformer blocks."""
 
     name = "blocks of any model"
 
@@ -108,7 +108,7 @@ class BlocksAdapter:
         blocks = [block for part in lists for block in part]
         joined = _joined.get(lists[0])
         if joined is None or list(joined) != blocks:
-            # One object for each model, because callers keep their state by it.
+            # The same object at each call, because callers store their state under it.
             joined = _joined[lists[0]] = nn.ModuleList(blocks)
         return joined
 
@@ -122,7 +122,7 @@ class BlocksAdapter:
         check_class_forward(blocks, class_forward)
         for name, module in unwrap(model).named_modules():
             on = getattr(module, "gradient_checkpointing", False) is True and run is not None
-            hint = "Call model.disable_gradient_checkpointing(); it would recompute a second time"
+            hint = "Call model.disable_gradient_checkpointing(): both would recompute each block"
             check(not on, f"gradient_checkpointing of {name or 'the model'}", on, "off", hint=hint)
         for block in blocks:
             if run is not None:
@@ -160,7 +160,7 @@ class VelocityAdapter(NoReference):
         return isinstance(unwrap(model), VelocityModel)
 
     def patch(self, model: nn.Module) -> None:
-        """Patch the model inside; raise ``TypeError`` if no adapter supports it."""
+        """Patch the inner model; raise ``TypeError`` if no adapter supports it."""
         self._find(_inner(model)).patch(_inner(model))
 
     def unpatch(self, model: nn.Module) -> None:
@@ -168,16 +168,16 @@ class VelocityAdapter(NoReference):
         self._find(_inner(model)).unpatch(_inner(model))
 
     def is_patched(self, model: nn.Module) -> bool:
-        """Return True if the model inside is patched."""
+        """Return True if the inner model is patched."""
         return bool(self._find(_inner(model)).is_patched(_inner(model)))
 
     def _memory(self, model: nn.Module) -> tuple[Any, nn.Module]:
-        """Return the adapter that knows the blocks, and the model to call it with."""
+        """Return the adapter for the blocks, and the model to pass to it."""
         adapter = self._find_blocks(_inner(model))
         return adapter, model if isinstance(adapter, BlocksAdapter) else _inner(model)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """Return all blocks of the model inside, in order."""
+        """Return all blocks of the inner model, in order."""
         adapter, target = self._memory(model)
         found: nn.ModuleList = adapter.blocks(target)
         return found
@@ -188,12 +188,15 @@ class VelocityAdapter(NoReference):
         adapter.checkpoint_blocks(target, run)
 
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
-        """Run the feed-forwards ``tokens`` tokens at a time, if an adapter knows them."""
+        """Run the feed-forwards ``tokens`` tokens at a time; None undoes it.
+
+        Raise ``ValueError`` if no adapter supports the inner model.
+        """
         adapter, target = self._memory(model)
         adapter.chunk_feed_forward(target, tokens)
 
     def hidden_size(self, model: nn.Module) -> int:
-        """Return the width of a block's output; raise ``ValueError`` if nothing tells it."""
+        """Return the width of a block's output; raise ``ValueError`` if it is unknown."""
         base: Any = unwrap(model)
         config = getattr(_inner(model), "config", None)
         heads, width = (
@@ -205,7 +208,7 @@ class VelocityAdapter(NoReference):
         return int(size)
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
-        """Return everything but the blocks, which a reward model keeps frozen."""
+        """Return all modules except the blocks. A reward model keeps them frozen."""
         inner, blocks = _inner(model), {*self.blocks(model)}
         parts = [m for m in inner.children() if not (m in blocks or blocks & {*m.children()})]
         return [*parts, nn.ParameterList(inner.parameters(recurse=False))]
@@ -233,7 +236,7 @@ class VelocityAdapter(NoReference):
         return model(not_inference(x), timestep, not_inference(conditions))
 
     def open_rollout(self, *args: Any, **kwargs: Any) -> RolloutModel:
-        """Raise :class:`UnsupportedError`: a function has no values that its steps share."""
+        """Raise :class:`UnsupportedError`: values of a function cannot be cached."""
         raise UnsupportedError("a VelocityModel runs its function at each step")
 
     def features(
@@ -244,19 +247,19 @@ class VelocityAdapter(NoReference):
         conditions: Conditions,
         num_blocks: int,
     ) -> torch.Tensor:
-        """Return the output of block ``num_blocks``, ``[B, L, D]``, of a tuple its first item.
+        """Return the output of block ``num_blocks`` (of a tuple, the first item), ``[B, L, D]``.
 
-        The forward is stopped there.
+        The forward stops after this block.
 
         Raises:
-            ValueError: if the model runs under FSDP, hooks of accelerate or torch.compile as a
-                whole, the function does not reach the block, or its output has another form.
+            ValueError: if the model is wrapped as a whole by FSDP, accelerate's hooks or
+                torch.compile, the function does not run the block, or the output has another shape.
         """
         inner, width = _inner(model), self.hidden_size(model)
         stoppable = not ("forward" in inner.__dict__ or type(inner).__name__.startswith("FSDP"))
         kind = f"{type(inner).__name__} of a reward"
         expected = "a model without FSDP, hooks of accelerate or torch.compile around it as a whole"
-        hint = "Its forward is stopped after a block, which they do not survive; wrap the blocks"
+        hint = "They fail if its forward stops after a block. Wrap the blocks instead"
         check(stoppable and not torch.compiler.is_compiling(), kind, kind, expected, hint=hint)
         with stopped_at(self.blocks(model)[num_blocks - 1].register_forward_hook) as outputs:
             self._call(model, x, timestep, conditions)
@@ -266,14 +269,14 @@ class VelocityAdapter(NoReference):
         ok = ok and (out.shape[0], out.shape[-1]) == (len(x), width)
         expected = f"[{len(x)}, ..., {width}], batch and hidden_size"
         check(ok, f"the output of block {num_blocks}", out, expected)
-        # A stream that began as a transposed view, as HunyuanVideo's, stays one.
+        # The stream may be a transposed view, as in HunyuanVideo.
         return out.flatten(1, -2).contiguous()  # [B, L, D]
 
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
-        """Return a deep copy without the blocks after ``num_blocks``, paired with the function.
+        """Return a deep copy with the first ``num_blocks`` blocks, paired with the function.
 
-        What the model runs after its blocks stays in the copy, but never runs. Raise ``ValueError``
-        if ``num_blocks`` is not between 1 and the model's number of blocks.
+        Modules after the blocks stay in the copy and never run. Raise ``ValueError`` if
+        ``num_blocks`` is not between 1 and the model's number of blocks.
         """
         base: Any = unwrap(model)
         inner, blocks = _inner(model), self.blocks(model)
@@ -298,12 +301,12 @@ class VelocityAdapter(NoReference):
         return VelocityModel(copied, base.function, blocks=names, hidden_size=size)
 
     def backbone_config(self, model: nn.Module) -> dict[str, Any]:
-        """Return the name of the class inside; the rest is in the code of the user."""
+        """Return the name of the inner class; user code must build the rest."""
         kind = type(_inner(model))
         return {"model": f"{kind.__module__}.{kind.__qualname__}"}
 
     def backbone_from_config(self, config: dict[str, Any]) -> nn.Module:
-        """Raise ``ValueError``: a function cannot be read from a file."""
+        """Raise ``ValueError``: a file cannot hold a function."""
         raise ValueError(
             f"the backbone is a VelocityModel of {config.get('model')}, which a file cannot hold. "
             "Pass the generator: LatentRewardModel.load(folder, transformer=VelocityModel(...))"

@@ -1,6 +1,6 @@
-"""Find the adapter of a model, and put a model on the fused kernels.
+"""Find the adapter of a model, and run a model on the fused kernels.
 
-A function that needs an adapter raises ``TypeError`` if none supports the model.
+Functions that need an adapter raise ``TypeError`` if none supports the model.
 """
 
 from typing import Any, TypeVar
@@ -24,7 +24,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """Return the adapter of a model; raise ``TypeError`` that says what works without one."""
+    """Return the adapter of a model.
+
+    Raise ``TypeError`` for an unsupported class; the message lists the functions that take it.
+    """
     if isinstance(model, Experts):
         pair: Any = ExpertsAdapter(find_adapter(model.high))
         return pair
@@ -36,19 +39,21 @@ def find_adapter(model: nn.Module) -> Adapter:
     text = f"model is a {kind}, expected a supported class: {known}"
     if isinstance(model, nn.Module):
         text += (
-            ". For other models with a ModuleList of blocks, activation_checkpointing, offload, "
-            "quantize and add_lora work; PRFL, SupervisedFlow and LatentRewardModel take "
-            "prfl_fast.models.VelocityModel(model, function); patch and plan do not work"
+            ". Other models with a ModuleList of blocks work with activation_checkpointing, "
+            "offload, quantize and add_lora. PRFL, SupervisedFlow and LatentRewardModel take "
+            "prfl_fast.models.VelocityModel(model, function). patch and plan do not take them"
         )
     raise TypeError(text)
 
 
 def find_blocks(model: nn.Module) -> Adapter | BlocksAdapter:
-    """Return the object that knows the blocks of any model, for memory policies.
+    """Return the object that finds the blocks of any model, for memory policies.
+
+    Its methods raise ``ValueError`` if the model has several lists and no names of those with
+    blocks.
 
     Raises:
         TypeError: if ``model`` has neither an adapter nor a ``ModuleList``.
-        ValueError: from its methods, if there are several lists and none is said to hold blocks.
     """
     blocks = BlocksAdapter()
     known = any(isinstance(model, nn.Module) and a.matches(model) for a in ADAPTERS)
@@ -77,11 +82,11 @@ def adapter_by_name(name: str) -> Adapter:
 
 
 def patch(model: Model) -> Model:
-    """Run this model on fused kernels: same outputs, same parameters, same ``state_dict``.
+    """Run this model on fused kernels, with the same parameters and ``state_dict``.
 
-    Only this instance changes, and a second call changes nothing. Adapters of peft may be added
-    before or after, and diffusers' ``enable_gradient_checkpointing`` still works. :func:`unpatch`
-    restores the model.
+    Outputs are equal up to rounding. Only this instance changes, and a second call has no effect.
+    LoRA of peft may be added before or after, and diffusers' ``enable_gradient_checkpointing``
+    works as before. :func:`unpatch` restores the model.
 
     Args:
         model: a supported transformer, possibly wrapped by peft, torch.compile or
@@ -91,7 +96,7 @@ def patch(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
-        TypeError: if the model is not supported; the message says what works without.
+        TypeError: if the class is not supported; the message lists the functions that take it.
         ValueError: if patching would change the model's behavior (another attention processor,
             context parallelism, replaced forwards); the message names the call that fixes it.
     """
@@ -100,7 +105,7 @@ def patch(model: Model) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Undo :func:`patch` and return ``model``; a model that is not patched stays unchanged."""
+    """Undo :func:`patch` and return ``model``. An unpatched model does not change."""
     find_adapter(model).unpatch(model)
     return model
 

@@ -1,4 +1,4 @@
-"""Velocity functions ``(x, timestep, conditions) → velocity`` of models, and their autocast."""
+"""Velocity functions ``(x, timestep, conditions) -> velocity`` of models, and their autocast."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from prfl_fast.models.registry import find_adapter
 from prfl_fast.utils.checks import check_choice
 from prfl_fast.utils.modules import device_of
 
-# (x [B, C, F, H, W], timestep [B], conditions) → velocity like x.
+# (x [B, C, F, H, W], timestep [B], conditions) -> velocity like x.
 Velocity = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
 
 Precision = Literal["fp32", "bf16"]
@@ -29,15 +29,15 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     """Return an autocast to bfloat16 for ``"bf16"``, an empty context for ``"fp32"``."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    # Callers enter it for one forward at a time and run the backward outside. Autocast keeps cast
-    # weights until it exits, and a forward with gradient must not reuse those without a graph.
+    # Callers enter it for one forward and run the backward outside. Autocast caches cast weights
+    # until it exits; a forward with gradient must not reuse weights that were cast without a graph.
     return torch.autocast(device.type, torch.bfloat16)
 
 
 class ModelCall:
-    """Call a supported model as a velocity function, its forward under autocast.
+    """Call a supported model as a velocity function, with its forward under autocast.
 
-    Unlike a plain function, an instance exposes its model, so that the rollout engine can open it.
+    The rollout engine finds the model inside, which it cannot do for a plain function.
 
     Args:
         model: a supported transformer, possibly wrapped.
@@ -65,7 +65,7 @@ class ModelCall:
 
 
 def model_of(transformer: object) -> nn.Module | None:
-    """Return the supported model that a transformer is or calls; None for a plain function."""
+    """Return the supported model of a transformer; None for a plain function."""
     if isinstance(transformer, ModelCall):
         return transformer.model
     return transformer if isinstance(transformer, nn.Module) else None
@@ -94,9 +94,9 @@ def bind_velocity(
 ) -> Velocity:
     """Check latents and conditions, and return the velocity function of a transformer.
 
-    With the condition ``first_frame`` ``[B, C, 1, H, W]`` it sees those latents in the first frame,
-    and its velocity there is 0. A model gets time 0 for the tokens of that frame; a function gets
-    the timestep ``[B]`` of the others.
+    The condition ``first_frame`` ``[B, C, 1, H, W]`` replaces the first frame of the latents, and
+    the velocity of that frame is 0. A model gets time 0 for the tokens of that frame; a plain
+    function gets the timestep ``[B]`` of the other frames.
 
     Args:
         transformer: a supported model, or a velocity function (not an ``nn.Module``).

@@ -1,7 +1,6 @@
-"""Adapter of diffusers' ``WanTransformer3DModel``.
+"""Adapter of diffusers' ``WanTransformer3DModel``: Wan2.1 and Wan2.2.
 
-It supports text-to-video and image-to-video models of Wan2.1 and Wan2.2, with one timestep per
-sample or per token.
+Models may be text-to-video or image-to-video, with one timestep per sample or per token.
 """
 
 import functools
@@ -103,8 +102,8 @@ class WanDiffusersAdapter(DiffusersAdapter):
     ) -> RolloutModel:
         """Return the patched model opened for one rollout, with its caches computed.
 
-        Call it under the autocast of the rollout. Only shape, dtype and device of ``x`` are used;
-        ``timesteps`` are 1000·σ of every step, ``[B]`` each.
+        Call this method under the autocast of the rollout. Only shape, dtype and device of ``x``
+        matter. ``timesteps`` holds 1000·σ of every step, ``[B]`` each.
 
         Raises:
             UnsupportedError: if the model is not patched, is compiled as a whole, or has hooks.
@@ -125,7 +124,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
             known = [(embedder.text_embedder, lambda *_: text)]
             if image is not None:
                 known.append((embedder.image_embedder, lambda *_: image))
-            # The embedder's own forward computes the time rows, one timestep at a time, because a
+            # The embedder's forward computes the time rows for one timestep at a time, because a
             # batched product rounds differently.
             with replaced_forwards(known):
                 times = [embedder(t, raw_text, raw_image)[:2] for t in timesteps]

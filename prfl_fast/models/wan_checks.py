@@ -83,7 +83,7 @@ def _check_latents(config: Any, x: torch.Tensor, extra: torch.Tensor | None) -> 
 
 
 def check_processors(base: Any) -> None:
-    """Raise ``ValueError`` for attention processors of which our forwards know nothing."""
+    """Raise ``ValueError`` for attention processors that our forwards do not implement."""
     for index, block in enumerate([*base.blocks, *getattr(base, "vace_blocks", ())]):
         for name in ("attn1", "attn2"):
             processor = getattr(getattr(block, name), "processor", None)
@@ -105,7 +105,7 @@ def check_rollout_forwards(base: Any) -> None:
             raise UnsupportedError("the model is not patched. Call prfl_fast.patch(model)")
         if instance_forward(module) is not forward:
             raise UnsupportedError(
-                f"{type(module).__name__} has a forward of its own over prfl_fast's (a hook of "
+                f"{type(module).__name__} has a replaced forward over prfl_fast's (a hook of "
                 "accelerate or of diffusers?). Remove the hook"
             )
     for index, block in enumerate(base.blocks):
@@ -113,6 +113,6 @@ def check_rollout_forwards(base: Any) -> None:
             raise UnsupportedError(f"blocks.{index}.{reason}, so the block runs its own forward")
     if not type(base).forward.__module__.startswith("diffusers."):
         raise UnsupportedError(
-            f"{type(base).__name__} has a forward that is not diffusers', which may use its "
+            f"{type(base).__name__} has a forward that is not diffusers', which may use cached "
             "embeddings in another way"
         )

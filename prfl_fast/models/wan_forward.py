@@ -16,7 +16,7 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization, instance_forward
 
 PROCESSORS = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
-# Blocks of Wan's structure, and the classes that FSDP2 derives of them.
+# Blocks with Wan's structure, and the classes that FSDP2 derives from them.
 _BLOCKS: tuple[str, ...] = (
     "WanTransformerBlock",
     "WanVACETransformerBlock",
@@ -54,15 +54,15 @@ def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
 
 
 def is_library(function: Any) -> bool:
-    """Return True for a function of diffusers or torch; dynamo cannot read its module."""
+    """Return True for a function of diffusers or torch, and under dynamo, which cannot tell."""
     return torch.compiler.is_compiling() or function.__module__.split(".")[0] in _LIBRARIES
 
 
 def customized(name: str, module: Any, kinds: tuple[str, ...], own: object = None) -> str:
-    """Return why a module is not one that the kernels can replace; ``""`` if it is."""
+    """Return why the kernels cannot replace a module; ``""`` if they can."""
     kind = type(module)
-    # FSDP2 changes a module's class, peft and users replace the module. A user's class may have the
-    # name of diffusers', and a class may have a user's forward.
+    # FSDP2 changes a module's class; peft and users replace the module. A user's class may have the
+    # name of diffusers' class, and any class may have a user's forward.
     if kind.__name__ not in kinds or not is_library(kind.forward):
         return f"{name} is a {kind.__module__}.{kind.__name__}, expected the library's {kinds[0]}"
     found = customization(module, own)
@@ -92,13 +92,13 @@ def _customized_attention(name: str, attn: Any) -> str:
 
 
 def why_not_fused(block: Any) -> str:
-    """Return why a block must run its own forward, ``""`` if it can run on the kernels.
+    """Return why a block must run its class's forward, ``""`` if it can run on the kernels.
 
-    The kernels replace norms, attention processors and the feed-forward. What users, peft,
-    accelerate or FSDP2 put on these submodules works only if they are called. Raise
+    The kernels do not call norms, attention processors and the feed-forward, so hooks and forwards
+    that users, peft, accelerate or FSDP2 set on these submodules would not run. Raise
     ``ValueError`` if context parallelism was enabled after patching.
     """
-    # FSDP2 derives a class that keeps diffusers' forward; a user's subclass may have another.
+    # FSDP2 derives a class with diffusers' forward; a user's subclass may have another forward.
     kind = type(block)
     if kind.__name__ not in _BLOCKS or not is_library(kind.forward):
         return f"forward is that of {kind.__module__}.{kind.__name__}"
@@ -133,7 +133,7 @@ def why_not_fused(block: Any) -> str:
 
 
 def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return diffusers' cosines and sines, float32 ``[1, L, 1, head_dim]`` each."""
+    """Return our table as diffusers' cosines and sines, float32 ``[1, L, 1, head_dim]`` each."""
     assert rope.grid is not None
     table = rotations(rope.cos, rope.sin, list(rope.grid), list(rope.offset), torch.float32)
     both = (table.real, table.imag)  # [L, 1, head_dim / 2]
@@ -141,10 +141,10 @@ def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def class_rotary(block: Any, rotary_emb: Any) -> Any:
-    """Return the rotary tables with which a block must run its class's forward, None for ours."""
+    """Return diffusers' rotary tables if a block must run its class's forward; else None."""
     if not isinstance(rotary_emb, Rope):  # the caller passes diffusers' own cosines and sines
         return rotary_emb
-    # At each call, because hooks, processors and adapters may be added after patching.
+    # Checked at each call, because hooks, processors and LoRA may be added after patching.
     if reason := why_not_fused(block):
         if not torch.compiler.is_compiling():
             text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
@@ -175,7 +175,7 @@ def block_forward(
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
-    """Replace ``WanRotaryPosEmbed.forward``: a compact table, not ``[L, head_dim]`` tensors."""
+    """Replace ``WanRotaryPosEmbed.forward``: return a compact table, not ``[L, head_dim]``."""
     if customization(self, rope_forward):  # a hook expects diffusers' tensors
         return type(self).forward(self, hidden_states)
     sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
@@ -184,7 +184,7 @@ def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
 
 
 def _equal_runs(times: torch.Tensor) -> int:
-    """Return n such that each n consecutive tokens of ``times`` ``[B, L]`` share a timestep.
+    """Return n such that every group of n consecutive tokens of ``times`` ``[B, L]`` has one time.
 
     It is 1 where values cannot be read: in a compilation, a CUDA graph, on fake and meta tensors.
     """
@@ -205,10 +205,10 @@ def embedder_forward(
 ) -> tuple[torch.Tensor, ...]:
     """Replace ``WanTimeTextImageEmbedding.forward``, with fewer rows of modulation.
 
-    ``timestep`` may also be ``[B·F]``: blocks get one row per latent frame, and the head that of
-    the last frame, as its result for the first one is not used. Timesteps per token, flattened from
-    ``[B, timestep_seq_len]``, give one row for each run of equal ones; at 27 280 tokens of Wan2.2
-    TI2V a row per token takes 2 GB.
+    ``timestep`` may also be ``[B·F]``. Blocks then get one row per latent frame. The head gets the
+    row of the last frame, because its result for the first frame is not used. Timesteps per token,
+    flattened from ``[B, timestep_seq_len]``, give one row per group of equal timesteps: one row per
+    token takes 2 GB for the 27 280 tokens of Wan2.2 TI2V.
     """
     repeats = 1
     if timestep_seq_len is not None:
@@ -233,16 +233,16 @@ def replacements(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
 
 
 def text_rows(base: Any, text: torch.Tensor) -> int:
-    """Return the number of rows to which a model's text states are padded, 512 for published Wans.
+    """Return the number of rows to which text is padded, 512 for published Wan models.
 
-    An attribute ``text_tokens`` of a text-to-video model replaces the 512; None pads nothing. Raise
-    ``ValueError`` unless ``text`` ``[B, T, C]`` has 1 to that many rows.
+    An attribute ``text_tokens`` of a text-to-video model overrides 512; None means no padding.
+    Raise ``ValueError`` if ``text`` ``[B, T, C]`` has no row or more rows than that.
     """
-    rows = TEXT_TOKENS  # image-to-video blocks split text and image tokens there
+    rows = TEXT_TOKENS  # fixed for image-to-video, whose blocks split text and image tokens there
     if base.config.image_dim is None:
         given = getattr(base, "text_tokens", TEXT_TOKENS)
         rows = max(text.shape[1], 1) if given is None else given
-    hint = "Text is padded with zeros to that many rows, as in training. Shorten it"
+    hint = "Text is padded with zeros to that number of rows, as in training. Shorten it"
     name = "conditions['encoder_hidden_states']"
     ok = 1 <= text.shape[1] <= rows
     check(ok, name, text, f"1 to {rows} text tokens, [B, T, C]", hint=hint)
@@ -250,14 +250,14 @@ def text_rows(base: Any, text: torch.Tensor) -> int:
 
 
 def image_rows(base: Any) -> int | None:
-    """Return the image tokens of a sample of a first-last-frame model, both images'; else None."""
+    """Return the image tokens per sample of a model of first and last frame; else None."""
     return None if base.config.image_dim is None else base.config.pos_embed_seq_len
 
 
 def token_timesteps(
     x: torch.Tensor, timestep: torch.Tensor, patch_size: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Return timesteps ``[B]`` of latents per token, ``[B, L]``, with 0 for the first frame."""
+    """Return timesteps ``[B]`` as timesteps per token ``[B, L]``, with 0 for the first frame."""
     times = timestep[:, None].repeat(1, x.shape[2])
     times[:, 0] = 0
     _, height, width = patch_size
@@ -267,11 +267,11 @@ def token_timesteps(
 def frame_timesteps(
     base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Return timesteps ``[]`` or ``[B]`` as a model takes them, 0 for a given first frame.
+    """Return timesteps ``[]`` or ``[B]`` as a model takes them, with 0 for a given first frame.
 
-    With that they are ``[B·F]`` for a patched model, whose blocks have one row of modulation per
-    frame, and ``[B, L]`` for diffusers' forward, which makes a row for every token. Timesteps of
-    these shapes do not change.
+    With a first frame they are ``[B·F]`` for a patched model, which has one row of modulation per
+    frame, and ``[B, L]`` for diffusers' forward, which has one row per token. Timesteps that have
+    such a shape already do not change.
     """
     timestep = timestep.to(x.device)
     timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
@@ -289,8 +289,8 @@ def model_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return latents, timesteps, text and image tokens as diffusers' forward takes them.
 
-    Text gets rows of zeros up to :func:`text_rows`, without a mask: Wan was trained on such text.
-    The first frame of ``conditions``, if any, replaces that of ``x``, at time 0.
+    Text is padded with rows of zeros to :func:`text_rows`, without a mask, as in Wan's training. A
+    first frame in ``conditions`` replaces that of ``x`` and has time 0.
     """
     x, conditions = not_inference(x), not_inference(conditions)
     x = set_first_frame(x, conditions)
@@ -300,7 +300,7 @@ def model_inputs(
         latents.append(conditions["latent_condition"])
     image = conditions.get("encoder_hidden_states_image")
     if image is not None and image_rows(base) is not None:
-        # First and last frame: diffusers' embedding joins the rows of two images again.
+        # First and last frame: diffusers' embedding takes [2B, N, C] and joins both images.
         image = image.reshape(2 * len(x), -1, image.shape[-1])
     text = conditions["encoder_hidden_states"].to(dtype)
     if missing := text_rows(base, text) - text.shape[1]:

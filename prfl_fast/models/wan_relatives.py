@@ -1,7 +1,7 @@
-"""Adapters of diffusers' VACE, Animate, SkyReels-V2 and ChronoEdit, whose blocks are Wan's.
+"""Adapters of diffusers' VACE, Animate, SkyReels-V2 and ChronoEdit, which have Wan's blocks.
 
-The model's own forward stays, because it does more between the blocks than Wan's; the blocks and
-the rotary embedding are replaced. Rollouts call the model as it is.
+Blocks and rotary embedding are replaced. The model's forward is kept, because it does more between
+the blocks than Wan's. Rollouts run without caches.
 """
 
 from collections.abc import Callable
@@ -68,14 +68,17 @@ def skyreels_block_forward(
         out: torch.Tensor = type(self).forward(self, x, text, temb, tables, None)
         return out
     if temb.ndim == 4:
-        # [B, 6, L, D], which the model's forward repeats over the tokens of a frame, to [B, F, ..].
+        # [B, 6, L, D] to [B, F, 6, D]: the model's forward repeats rows over a frame's tokens.
         temb = temb[:, :, :: rotary_emb.grid[1] * rotary_emb.grid[2]].transpose(1, 2)
     modulation = block_modulation(self, temb)
     return transformer_block(x, text, modulation, rotary_emb, block_parts(self))
 
 
 def chronoedit_rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
-    """Replace ``ChronoEditRotaryPosEmbed.forward``: two frames lie ``temporal_skip_len`` apart."""
+    """Replace ``ChronoEditRotaryPosEmbed.forward``: of two frames, the second has the last place.
+
+    Its position is ``temporal_skip_len - 1``.
+    """
     if customization(self, chronoedit_rope_forward):  # a hook expects diffusers' tensors
         return type(self).forward(self, hidden_states)
     sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
@@ -94,8 +97,8 @@ def chronoedit_rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
 class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     """Adapter of a class with Wan's blocks and a forward of its own.
 
-    ``extra`` names the conditions beside Wan's, as the forward's arguments, with a function of the
-    model that returns their channels, and the frames that they have more than ``x`` (None: any).
+    ``extra`` maps each further condition, named as an argument of the forward, to a function of the
+    model that returns its channels, and to its number of frames minus that of ``x`` (None: any).
     """
 
     planned = False
@@ -133,7 +136,7 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
         return {key: conditions[key].to(x.dtype) for key in self.extra}
 
     def open_rollout(self, *args: Any, **kwargs: Any) -> RolloutModel:
-        """Raise :class:`UnsupportedError`: the forward between the blocks is not Wan's."""
+        """Raise :class:`UnsupportedError`: the model does more between blocks than Wan."""
         raise UnsupportedError(f"{self.class_name} has a forward of its own between the blocks")
 
     def features(
@@ -146,7 +149,7 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     ) -> torch.Tensor:
         """Return the residual stream ``[B, L, D]`` after block ``num_blocks``.
 
-        The forward is stopped there. Arguments are those of :meth:`velocity`.
+        The forward stops after this block. Arguments are those of :meth:`velocity`.
         """
         base: Any = unwrap(model)
         with stopped_at(base.blocks[num_blocks - 1].register_forward_hook) as outputs:
@@ -154,7 +157,7 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
         return outputs[0].contiguous()  # type: ignore[no-any-return]
 
     def embedding_modules(self, model: nn.Module) -> list[nn.Module]:
-        """Return all modules but the blocks, which a reward model keeps frozen."""
+        """Return all modules except the blocks. A reward model keeps them frozen."""
         return [m for name, m in unwrap(model).named_children() if name != "blocks"]
 
 
@@ -162,8 +165,8 @@ class _WithoutBackbone(_RelativeAdapter):
     def backbone(self, model: nn.Module, num_blocks: int) -> nn.Module:
         """Raise ``ValueError``: modules beside the blocks depend on their number."""
         raise ValueError(
-            f"{self.class_name} has no backbone by itself, because modules beside its blocks "
-            "depend on their number. Pass VelocityModel(model, function)"
+            f"{self.class_name} cannot be cut to its first blocks, because other modules depend on "
+            "the number of blocks. Pass VelocityModel(model, function)"
         )
 
 
@@ -203,9 +206,9 @@ class SkyReelsV2Adapter(_RelativeAdapter):
     block = skyreels_block_forward
 
     def check_patchable(self, base: Any) -> None:
-        """Raise ``ValueError`` for causal attention, and as for Wan."""
+        """Raise ``ValueError`` for causal attention, and in the cases of Wan."""
         frames = base.config.num_frame_per_block
-        hint = "Our attention has no causal mask over frames"
+        hint = "The kernels have no causal mask over frames"
         check(frames == 1, f"num_frame_per_block of {self.class_name}", frames, "1", hint=hint)
         super().check_patchable(base)
 

@@ -42,8 +42,8 @@ _BLOCK_RENAMES = (
 
 
 def rename(key: str, to_reference: bool) -> str:
-    """Convert a diffusers parameter name to official Wan's, or back; others stay unchanged."""
-    # The head's table has the name of the blocks' tables in diffusers, so it is handled by itself.
+    """Convert a parameter name of diffusers to official Wan's, or back; keep other names."""
+    # In diffusers the head's table has the same name as those of blocks, so it comes first.
     if key in ("scale_shift_table", "head.modulation"):
         return "head.modulation" if to_reference else "scale_shift_table"
     block = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
@@ -51,7 +51,7 @@ def rename(key: str, to_reference: bool) -> str:
     renames: tuple[tuple[str, str], ...] = _BLOCK_RENAMES if block else _RENAMES
     for ours, theirs in renames:
         old, new = (ours, theirs) if to_reference else (theirs, ours)
-        # Anchored at a path component, so that "norm_q." is not taken for "q.".
+        # Matches whole parts of a path only: "norm_q." is not "q.".
         path = re.sub(rf"(^|\.){re.escape(old)}", lambda m, new=new: m[1] + new, path, count=1)
         if not block and path != key:
             break
@@ -60,7 +60,7 @@ def rename(key: str, to_reference: bool) -> str:
 
 def reference_config(config: Any, dim: int) -> dict[str, Any]:
     """Return official Wan's ``config.json`` for a diffusers config of width ``dim``."""
-    # Defaults that no released Wan changes are omitted.
+    # Defaults that are the same in all released Wan models are omitted.
     kind = "t2v"
     if config.image_dim is not None:
         kind = "i2v" if config.pos_embed_seq_len is None else "flf2v"
@@ -94,12 +94,12 @@ _LAYERS = (
 
 
 def rename_layer(name: str, to_reference: bool) -> str:
-    """Convert the name of a module as :func:`rename` converts those of its parameters."""
+    """Convert the name of a layer as :func:`rename` converts its parameters' names."""
     return rename(f"{name}.weight", to_reference).removesuffix(".weight")
 
 
 def _layer_names() -> dict[str, str]:
-    """Return diffusers' name of every layer by that and official Wan's, also with underscores."""
+    """Map both names of every layer, with dots or underscores, to diffusers' name."""
     names = {}
     for layer in (*(f"blocks.0.{layer}" for layer in _BLOCK_LAYERS), *_LAYERS):
         ours = rename_layer(layer, to_reference=False)
@@ -112,10 +112,10 @@ _NAMES = _layer_names()
 
 
 def find_layer(name: str) -> str | None:
-    """Return diffusers' name of a layer that an adapter names, or None if Wan has no such layer.
+    """Return diffusers' name of a layer of a LoRA file; None if Wan has no such layer.
 
-    ``name`` is diffusers' or official Wan's, with dots or with underscores in their place. The
-    latter is ambiguous (``self_attn_k_img``), so that it is looked up, not split.
+    ``name`` is diffusers' or official Wan's, with dots or underscores. Underscores are ambiguous
+    (``self_attn_k_img``), so the name is looked up and not split.
     """
     block = re.match(r"blocks[._](\d+)(?=[._])", name)
     if block is None:
@@ -127,13 +127,14 @@ def find_layer(name: str) -> str | None:
 def diffusers_config(
     weights: Mapping[str, torch.Tensor], settings: Mapping[str, Any], source: object
 ) -> dict[str, Any]:
-    """Return the arguments of diffusers' class for weights under its names.
+    """Return the arguments of diffusers' class for weights under diffusers' names.
 
-    Shapes decide all but the number of heads, taken from ``settings`` (``config.json`` of official
-    Wan or of diffusers), else from heads of 128 columns, which all released Wan models have.
+    Shapes give all arguments except the number of heads. That comes from ``settings`` (the
+    ``config.json`` of official Wan or diffusers), or from heads of 128 columns, as in all released
+    Wan models.
 
     Raises:
-        ValueError: if a tensor that decides is missing, or ``settings`` contradict the shapes.
+        ValueError: if a needed tensor is missing, or ``settings`` contradicts the shapes.
     """
 
     def shape(name: str) -> torch.Size:
@@ -146,7 +147,7 @@ def diffusers_config(
         "in_dim": channels,
         "dim": dim,
         "num_layers": len(layers),
-        "text_len": TEXT_TOKENS,  # rows of text, which the weights do not tell
+        "text_len": TEXT_TOKENS,  # rows of text, which the weights do not contain
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
         "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
         "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
@@ -157,7 +158,7 @@ def diffusers_config(
         check(given == value, f"{source}: {key} of config.json", given, f"the weights' {value}")
     heads = settings.get("num_heads", settings.get("num_attention_heads", dim // 128))
     whole = isinstance(heads, int) and heads > 0 and dim % heads == 0
-    hint = "The weights do not tell: put the model's config.json beside them"
+    hint = "The weights do not contain it: put the model's config.json beside them"
     check(whole, f"{source}: num_heads", heads, f"a divisor of {dim}", hint=hint)
     embedder = "condition_embedder.image_embedder"
     image, table = (weights.get(f"{embedder}.{n}") for n in ("norm1.weight", "pos_embed"))
@@ -179,7 +180,7 @@ def diffusers_config(
 def from_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the diffusers configuration for a ``config.json`` in the official layout.
 
-    It may be that of Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun or DiffSynth-Studio. Raise
+    It may come from Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun or DiffSynth-Studio. Raise
     ``KeyError`` if a size is missing.
     """
     kind, dim, heads = config.get("model_type"), config["dim"], config["num_heads"]
@@ -197,8 +198,8 @@ def from_reference_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "cross_attn_norm": config.get("cross_attn_norm", True),
         "eps": config["eps"],
     }
-    # VideoX-Fun names Wan2.2's cross-attention without image tokens; Wan2.2's own files have an
-    # I2V type and no image tokens either, and only their class is named otherwise.
+    # Wan2.2 I2V has no image tokens. VideoX-Fun marks this by cross_attn_type. Wan2.2's own files
+    # also have the type i2v, and only their class has another name.
     if image and config.get("cross_attn_type") != "cross_attn":
         found |= {"image_dim": 1280, "added_kv_proj_dim": dim}
         if kind == "flf2v" or config.get("has_image_pos_emb"):

@@ -78,12 +78,12 @@ def stopped_at(register: Callable[..., Any]) -> Iterator[list[Any]]:
 
 
 def customization(module: nn.Module, own: object = None) -> str:
-    """Return ``"hooks"`` or ``"a forward of its own"`` if a module has them, else ``""``.
+    """Return ``"hooks"`` or ``"a replaced forward"`` if a module has them, else ``""``.
 
     ``own`` is a function of :func:`set_forward` that does not count.
     """
     if "forward" in module.__dict__ and (own is None or instance_forward(module) is not own):
-        return "a forward of its own"
+        return "a replaced forward"
     hooked = (
         module._forward_hooks
         or module._forward_pre_hooks

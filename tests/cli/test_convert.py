@@ -96,7 +96,7 @@ BAD = [
     (["convert", "MODEL", "x", "--layout", "comfyui"], "OUT is 'x', expected a file *.safetensors"),
     (["convert", "MODEL", "x.safetensors", "--layout", "diffusers"], "expected a folder for this"),
     (["convert", "MODEL", "MODEL", "--layout", "official"], "expected a path that is new"),
-    (["convert", "MODEL", "x", "--layout", "kohya"], "kohya's holds adapters only"),
+    (["convert", "MODEL", "x", "--layout", "kohya"], "Layout kohya holds only LoRA"),
     (["convert", "REWARD", "x", "--layout", "kohya"], "--layout is 'kohya', expected diffusers or"),
     (["convert", "REWARD", "x.safetensors", "--layout", "official"], "expected a folder for"),
     (["convert", "LORA", "x", "--layout", "kohya"], "OUT is 'x', expected a file *.safetensors"),

@@ -118,7 +118,7 @@ FILES = {
     "empty": ({"latents": EMPTY}, "none 0"),
     "other grid": ({"latent_condition": GRID}, r"is \[20, 1, 4, 4\], expected latents' frames"),
     "other first frame": ({"first_frame": GRID[:16, :, :2]}, r"is \(16, 1, 2, 4\), expected \[16"),
-    "one frame": ({"latents": GRID[:16], "first_frame": GRID[:16]}, "more frames than one"),
+    "one frame": ({"latents": GRID[:16], "first_frame": GRID[:16]}, "two frames or more"),
 }
 
 

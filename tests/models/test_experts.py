@@ -136,7 +136,7 @@ def test_points_are_drawn_where_an_expert_trains():
 def test_chains_stay_within_an_expert():
     model = experts()
     with pytest.raises(
-        ValueError, match=r"window is \(-1, None\), expected steps of the expert high"
+        ValueError, match=r"window is \(-1, None\), expected one with a step of the expert high"
     ):
         prfl(model, GradientPlan.draft(2))
     model.high.requires_grad_(False)

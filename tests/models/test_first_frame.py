@@ -156,7 +156,7 @@ def test_other_shapes_are_refused(name):
 
 
 def test_a_video_of_one_frame_has_nothing_to_generate():
-    with pytest.raises(ValueError, match="more frames than one"):
+    with pytest.raises(ValueError, match="two frames or more"):
         bind_velocity(wan.tiny_wan(), X[:, :, :1], CONDITIONS, "x")
 
 

@@ -84,7 +84,7 @@ def test_adapters_that_peft_has_merged_are_left_alone():
 def test_other_adapters_stay_unmerged_with_a_note(kind):
     peft = pytest.importorskip("peft")
     model = build()
-    kinds = {"dora": "adapter 'default' is more than B·A", "lokr": "lokr"}
+    kinds = {"dora": "adapter 'default' is not only B·A", "lokr": "lokr"}
     if kind == "dora":
         add_lora(model, use_dora=True, target_modules=["to_q"])
     else:

@@ -251,5 +251,5 @@ def test_refuses_what_it_would_break():
     assert "forward" not in model.blocks[0].__dict__, "nothing may be half patched"
     model = wan.tiny_wan()
     model.blocks[0].forward = types.MethodType(lambda self, *a: None, model.blocks[0])
-    with pytest.raises(ValueError, match="forward of its own"):
+    with pytest.raises(ValueError, match="a replaced forward"):
         prfl_fast.patch(model)

@@ -120,7 +120,10 @@ def test_bad_workloads_of_experts():
     for options, message in (
         ({"expert": "first"}, "expert is 'first', expected one of"),
         ({"train": "full"}, "expert is 'both', expected high or low with train full"),
-        ({"gradient_plan": GradientPlan.refl()}, "window is .* expected steps of the expert high"),
+        (
+            {"gradient_plan": GradientPlan.refl()},
+            "window is .* a step of the expert high",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             workload(**options)

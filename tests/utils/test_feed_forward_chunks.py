@@ -92,7 +92,7 @@ def test_errors():
     with pytest.raises(ValueError, match="tokens is 0, expected a positive integer"):
         chunked(model, 0)
     model.blocks[0].ffn.forward = lambda x: x
-    with pytest.raises(ValueError, match="FeedForward already has a forward of its own"):
+    with pytest.raises(ValueError, match="FeedForward has a replaced forward"):
         chunked(model, 4)
 
 
