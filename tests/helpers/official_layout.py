@@ -196,7 +196,7 @@ class BlockBase(nn.Module):
 
     def compute(self, x, e, self_attn, cross_attn, inner=None, outer=None):
         """Run the block; ``inner`` casts inputs of attention and FFN, ``outer`` the residual."""
-        e = modulation_rows(self.modulation, e)
+        e = self.rows(e)
 
         def modulated(norm, shift, scale):
             y = norm(x).float() if self.wide else norm(x)
@@ -208,6 +208,9 @@ class BlockBase(nn.Module):
         x = x + cross_attn(self.norm3(x).to(x.dtype))
         x = self.gated(x, e[5], self.ffn(modulated(self.norm2, e[3], e[4])))
         return x if outer is None else x.to(outer)
+
+    def rows(self, e):
+        return modulation_rows(self.modulation, e)
 
     def gated(self, x, gate, y):
         return x + y * gate

@@ -223,6 +223,9 @@ class DiTBlock(BlockBase):
         super().__init__(*args)
         self.gate = Gate()
 
+    def rows(self, e):
+        return modulation_rows(self.modulation.to(e.dtype), e)
+
     def gated(self, x, gate, y):
         return self.gate(x, gate, y)
 

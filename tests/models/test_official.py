@@ -80,6 +80,17 @@ def test_time_of_each_token(variant):
     assert_ratio(variant, "t2v", False, per_token=True)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_residual_stream_keeps_the_dtype_of_its_class(variant):
+    """Under autocast Wan's is float32 from block 1 on, DiffSynth-Studio's and musubi's is not."""
+    model, dtypes = tiny_official(variant), []
+    model.head.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    for change in (prfl_fast.unpatch, prfl_fast.patch):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            call_official(change(model), **official_inputs(variant, batch=1))
+    assert dtypes[0] == dtypes[1]
+
+
 class Sizes(TorchDispatchMode):
     """Note the shape of every result."""
 
