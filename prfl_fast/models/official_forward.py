@@ -266,7 +266,8 @@ def _time_rows(
     Wan2.2 computes a row for each token, ``[B, L, 6, D]``: 9.3 GB at 14B and 720p. Text-to-video
     has one row, and a video with a given first frame has one row for each frame.
     """
-    if not isinstance(t, torch.Tensor):
+    # A sequence-parallel model splits rows over ranks as it splits tokens.
+    if not isinstance(t, torch.Tensor) or "forward" in blocks_of(base)[0].self_attn.__dict__:
         return None
     if t.ndim < 2 or t.shape[1] == 1 or t.stride(1) == 0:
         return 1, 0

@@ -121,6 +121,21 @@ def test_sequence_parallel_attention_is_never_lost(variant):
     assert_close(ours, plain, 2e-6, 3e-5)
 
 
+def test_a_sequence_parallel_model_gets_a_time_row_for_each_token():
+    """VideoX-Fun's forward splits the rows over ranks, in as many parts as the tokens."""
+    model, arguments = tiny_official("videox22"), inputs("videox22", per_token=True)
+    prfl_fast.patch(model)
+    for block in model.blocks:
+        block.self_attn.forward = types.MethodType(usp_forward, block.self_attn)
+    rows = []
+    model.blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["e"].shape[1]), with_kwargs=True
+    )
+    with pytest.warns(UserWarning, match="self_attn"):
+        call_official(model, **arguments)
+    assert rows == [arguments["seq_len"]]
+
+
 def test_hy_video_prfls_sequence_parallelism_is_refused(monkeypatch):
     model = tiny_official("hyprfl")
     monkeypatch.setattr(official_layout, "get_sequence_parallel_state", lambda: True)
