@@ -217,14 +217,11 @@ class DiTBlock(BlockBase):
 
     self_attention, cross_attention = DiffSynthSelfAttention, DiffSynthCrossAttention
     image_attention = DiffSynthImageCrossAttention
-    wide = False
+    wide, cast_modulation = False, True
 
     def __init__(self, *args):
         super().__init__(*args)
         self.gate = Gate()
-
-    def rows(self, e):
-        return modulation_rows(self.modulation.to(e.dtype), e)
 
     def gated(self, x, gate, y):
         return self.gate(x, gate, y)
