@@ -192,7 +192,8 @@ class BlockInputs(NamedTuple):
 
 def block_inputs(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> BlockInputs | str:
     """Return the inputs of a block, or why its own forward must run on them."""
-    names = _FLAT_ARGUMENTS if "gate" in block._modules else (*_GRID_ARGUMENTS, "dtype", "t")
+    flat = "gate" in block._modules
+    names = _FLAT_ARGUMENTS if flat else (*_GRID_ARGUMENTS, "dtype", "t")
     given = dict(zip(names[1:], args, strict=False)) | kwargs
     e, context = given.get("e", given.get("t_mod")), given["context"]
     if not (isinstance(e, torch.Tensor) and e.ndim in (3, 4) and len(e) in (1, len(x))):
@@ -208,10 +209,12 @@ def block_inputs(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Bloc
     rope = _rope(given["freqs"], x.shape[1], grids)
     if isinstance(rope, str):
         return rope
-    # Wan's x + y·e has the wider of both dtypes: from block 1 on the stream is float32 under
-    # autocast. musubi-tuner casts it back to x's dtype.
+    # Wan's x + y·(modulation + e) has the widest dtype: from block 1 on the stream is float32
+    # under autocast. DiffSynth-Studio casts its modulation to e's dtype, and musubi-tuner the
+    # stream back to x's.
     if not hasattr(block, "_forward"):
-        x = x.to(torch.promote_types(x.dtype, e.dtype))
+        added = e.dtype if flat else torch.promote_types(e.dtype, block.modulation.dtype)
+        x = x.to(torch.promote_types(x.dtype, added))
     return BlockInputs(x, context, e, rope)
 
 
@@ -263,7 +266,8 @@ def _time_rows(
     Wan2.2 computes one row per token, ``[B, L, 6, D]``: 9.3 GB at 14B and 720p. Text-to-video needs
     one row, and a video with a given first frame one row per frame.
     """
-    if not isinstance(t, torch.Tensor):
+    # A sequence-parallel model splits rows over ranks as it splits tokens.
+    if not isinstance(t, torch.Tensor) or "forward" in blocks_of(base)[0].self_attn.__dict__:
         return None
     if t.ndim < 2 or t.shape[1] == 1 or t.stride(1) == 0:
         return 1, 0

@@ -1,5 +1,7 @@
 """The one rule for numerics: the error against float64 is at most twice that of plain PyTorch."""
 
+import re
+
 import torch
 
 
@@ -46,3 +48,37 @@ def assert_within_twice(
         assert error <= limit, (
             f"{name}: {kind} error {error:.3e} > 2 × {allowed:.3e} + rounding ({limit:.3e})"
         )
+
+
+class PooledErrors:
+    """Hold the rule for a model: errors of a kind of tensor, pooled over seeds and blocks.
+
+    A gradient such as a cross-attention query bias's has few degrees of freedom: between two
+    equally exact computations the ratio of one seed's errors reaches 3.4. That of the root mean
+    squares over six seeds stays below 1.5 in all cases of the official layout.
+    """
+
+    def __init__(self):
+        self.squares = {}
+
+    def add(self, oracle, plain, out):
+        """Add one seed's tensors by name: in float64, of plain PyTorch, and those under test."""
+        assert out.keys() == plain.keys() == oracle.keys()
+        for name, exact in oracle.items():
+            ours, theirs = out[name], plain[name]
+            assert (ours is None) == (theirs is None) == (exact is None), name
+            if exact is None:
+                continue
+            assert ours.dtype == theirs.dtype and torch.isfinite(ours).all(), name
+            sums = self.squares.setdefault(re.sub(r"blocks\.\d+", "blocks", name), [0.0, 0.0])
+            for index, found in enumerate((ours, theirs)):
+                sums[index] += (found.double() - exact).square().mean().item()
+
+    def assert_within_twice(self):
+        """Assert that no kind's error is more than twice that of plain PyTorch."""
+        ratios = {
+            k: (ours / max(theirs, 1e-60)) ** 0.5 for k, (ours, theirs) in self.squares.items()
+        }
+        worst = max(ratios, key=ratios.__getitem__)
+        print(f"output {ratios.get('output', 0):.2f}, worst {ratios[worst]:.2f} ({worst})")
+        assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"

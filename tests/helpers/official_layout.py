@@ -179,7 +179,7 @@ class BlockBase(nn.Module):
         CrossAttention,
         ImageCrossAttention,
     )
-    wide = True  # norms and modulation in float32
+    wide, cast_modulation = True, False  # norms and modulation in float32, or in e's dtype
 
     def __init__(self, image, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps):
         super().__init__()
@@ -196,7 +196,8 @@ class BlockBase(nn.Module):
 
     def compute(self, x, e, self_attn, cross_attn, inner=None, outer=None):
         """Run the block; ``inner`` casts inputs of attention and FFN, ``outer`` the residual."""
-        e = modulation_rows(self.modulation, e)
+        table = self.modulation.to(e.dtype) if self.cast_modulation else self.modulation
+        e = modulation_rows(table, e)
 
         def modulated(norm, shift, scale):
             y = norm(x).float() if self.wide else norm(x)

@@ -217,7 +217,7 @@ class DiTBlock(BlockBase):
 
     self_attention, cross_attention = DiffSynthSelfAttention, DiffSynthCrossAttention
     image_attention = DiffSynthImageCrossAttention
-    wide = False
+    wide, cast_modulation = False, True
 
     def __init__(self, *args):
         super().__init__(*args)

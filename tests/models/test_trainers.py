@@ -5,6 +5,7 @@ import io
 import types
 
 import official_layout
+import official_wan
 import pytest
 import torch
 from official_wan import VARIANTS, DiffSynth, call_official, official_inputs, tiny_official
@@ -32,7 +33,14 @@ def gradients(model, arguments, parameters=None):
     return out.detach(), dict(zip(["x", *names], grads, strict=True))
 
 
-def assert_close(ours, theirs, tolerance=2e-5):
+@pytest.fixture(autouse=True)
+def _attention_in_float32(monkeypatch):
+    """musubi-tuner casts float32 to bfloat16 in attention, which would hide differences."""
+    monkeypatch.setattr(official_wan, "attend_in_half", official_wan.attend)
+
+
+def assert_close(ours, theirs, tolerance=3e-6, of_gradients=8e-5):
+    """Compare with tolerances of at most five times the largest difference seen."""
     (out, grads), (plain, expected) = ours, theirs
     torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
     assert grads.keys() == expected.keys()
@@ -41,12 +49,7 @@ def assert_close(ours, theirs, tolerance=2e-5):
         assert (grads[name] is None) == (grad is None), name
         if grad is not None:
             distance = (grads[name] - grad).norm() / (grad.norm() + 1e-2 * total)
-            assert distance < 50 * tolerance, (name, float(distance))
-
-
-def tolerance(variant):
-    # musubi-tuner casts float32 to bfloat16 in attention.
-    return 2e-3 if variant.startswith("musubi") else 2e-5
+            assert distance <= of_gradients, (name, float(distance))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -61,7 +64,7 @@ def test_a_blocks_own_call_stays_the_trainers(variant):
         block.register_forward_hook(with_residual)
     plain = gradients(model, arguments)
     prfl_fast.patch(model)
-    assert_close(gradients(model, arguments), plain, tolerance(variant))
+    assert_close(gradients(model, arguments), plain)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -84,7 +87,7 @@ def test_the_trainers_own_checkpointing(variant):
             checkpoint_wrapper_fn=checkpoint_wrapper.checkpoint_wrapper,
             check_fn=lambda module: isinstance(module, official_layout.Block),
         )
-    assert_close(gradients(model, arguments), plain_names(plain, model), tolerance(variant))
+    assert_close(gradients(model, arguments), plain_names(plain, model))
     assert len(calls) == 2 * len(model.blocks)
 
 
@@ -115,7 +118,22 @@ def test_sequence_parallel_attention_is_never_lost(variant):
         block.self_attn.forward = types.MethodType(usp_forward, block.self_attn)
     with pytest.warns(UserWarning, match="self_attn"):
         ours = gradients(model, arguments)
-    assert_close(ours, plain, 1e-6)
+    assert_close(ours, plain, 2e-6, 3e-5)
+
+
+def test_a_sequence_parallel_model_gets_a_time_row_for_each_token():
+    """VideoX-Fun's forward splits the rows over ranks, in as many parts as the tokens."""
+    model, arguments = tiny_official("videox22"), inputs("videox22", per_token=True)
+    prfl_fast.patch(model)
+    for block in model.blocks:
+        block.self_attn.forward = types.MethodType(usp_forward, block.self_attn)
+    rows = []
+    model.blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["e"].shape[1]), with_kwargs=True
+    )
+    with pytest.warns(UserWarning, match="self_attn"):
+        call_official(model, **arguments)
+    assert rows == [arguments["seq_len"]]
 
 
 def test_hy_video_prfls_sequence_parallelism_is_refused(monkeypatch):
@@ -134,10 +152,10 @@ def test_hy_video_prfls_reward_has_no_head():
     options = {"output_features": True, "selected_layers": [1, 2]}
     expected = model(**given, **options)
     ours = prfl_fast.patch(model)(**given, **options)
-    torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ours, expected, rtol=3e-6, atol=3e-6)
     conditions = {"encoder_hidden_states": torch.stack(arguments["context"])}
     features = find_adapter(model).features(model, arguments["x"], arguments["t"], conditions, 1)
-    torch.testing.assert_close(features, expected[0], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(features, expected[0], rtol=3e-6, atol=3e-6)
     prfl_fast.unpatch(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -164,7 +182,7 @@ def test_fsdp_around_blocks_with_checkpoint_wrappers(tmp_path, use_orig_params):
         checkpoint_wrapper.apply_activation_checkpointing(
             sharded, check_fn=lambda module: isinstance(module, official_layout.Block)
         )
-        assert_close(gradients(sharded, arguments, {}), expected)
+        assert_close(gradients(sharded, arguments, {}), expected, 2e-6, 2e-6)
     finally:
         dist.destroy_process_group()
 
@@ -205,7 +223,7 @@ def test_block_swap(variant):
     model.train().enable_gradient_checkpointing()
     expected = gradients(prfl_fast.patch(model), arguments, {})
     model.blocks_to_swap, model.offloader = 2, Offloader(model.blocks)
-    assert_close(gradients(model, arguments, {}), expected, 1e-6)
+    assert_close(gradients(model, arguments, {}), expected, 0, 0)
     assert model.offloader.calls == [("wait", 0), ("submit", 0), ("wait", 1), ("submit", 1)]
 
 
@@ -240,7 +258,7 @@ def test_lora_by_replaced_forwards(variant, before):
         if candidate is ours and not before:
             prfl_fast.patch(ours)
         results.append(gradients(candidate, arguments, dict(network.named_parameters())))
-    assert_close(results[1], results[0], tolerance(variant))
+    assert_close(results[1], results[0], 3e-6, 6e-6)
 
 
 @pytest.mark.cases(3)
@@ -257,12 +275,12 @@ def test_state_copies_pickles_and_swapped_weights(variant):
     buffer.seek(0)
     for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         assert prfl_fast.is_patched(twin)
-        assert_close(gradients(twin, arguments), plain, tolerance(variant))
+        assert_close(gradients(twin, arguments), plain)
         prfl_fast.unpatch(twin)
-        assert_close(gradients(twin, arguments), plain, 1e-7)
+        assert_close(gradients(twin, arguments), plain, 0, 0)
         assert prfl_fast.is_patched(model)
     model.load_state_dict(other.state_dict(), assign=True)  # as musubi-tuner swaps its experts
-    assert_close(gradients(model, arguments), theirs, tolerance(variant))
+    assert_close(gradients(model, arguments), theirs)
     prfl_fast.unpatch(model)
-    assert_close(gradients(model, arguments), theirs, 1e-7)
+    assert_close(gradients(model, arguments), theirs, 0, 0)
     assert not any("forward" in module.__dict__ for module in model.modules())

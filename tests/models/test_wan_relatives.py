@@ -1,10 +1,10 @@
 """VACE, Animate, SkyReels-V2 and ChronoEdit: patched against unpatched, policies, rewards."""
 
 import copy
-import re
 
 import pytest
 import torch
+from numerics import PooledErrors
 from rollouts import lay_out
 from wan_relatives import CASES, relative_inputs, run_relative, tiny_relative
 
@@ -22,30 +22,14 @@ pytest.importorskip("diffusers")
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "mixed"])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_within_twice(case, layout):
-    """Per kind of parameter, relative errors are pooled over seeds, batches and blocks."""
-    squares = {}
+    errors = PooledErrors()
     for seed, batch in ((0, 1), (1, 2), (2, 2)):
         model = lay_out(tiny_relative(case, seed=seed), layout)
         arguments = relative_inputs(case, batch=batch, seed=seed + 10)
-        oracle, theirs = (run_relative(model, *arguments, double=d) for d in (True, False))
-        ours = run_relative(prfl_fast.patch(model), *arguments)
-        exact_of, theirs_of, ours_of = (
-            {"output": out} | grads for out, grads in (oracle, theirs, ours)
-        )
-        for name, exact in exact_of.items():
-            ours, theirs = ours_of[name], theirs_of[name]
-            if exact is None:
-                assert ours is None, name
-                continue
-            assert ours.dtype == theirs.dtype and torch.isfinite(ours).all(), name
-            kind = re.sub(r"blocks\.\d+", "blocks", name)
-            sums, size = squares.setdefault(kind, [0.0, 0.0]), exact.square().mean().item()
-            sums[0] += (ours - exact).square().mean().item() / max(size, 1e-30)
-            sums[1] += (theirs - exact).square().mean().item() / max(size, 1e-30)
-    ratios = {n: (ours / max(theirs, 1e-30)) ** 0.5 for n, (ours, theirs) in squares.items()}
-    worst = max(ratios, key=ratios.__getitem__)
-    print(f"{case} {layout}: output {ratios['output']:.2f}, worst {ratios[worst]:.2f} ({worst})")
-    assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
+        runs = [run_relative(model, *arguments, double=double) for double in (True, False)]
+        runs.append(run_relative(prfl_fast.patch(model), *arguments))
+        errors.add(*({"output": out} | gradients for out, gradients in runs))
+    errors.assert_within_twice()
 
 
 @pytest.mark.parametrize("case", ["vace", "animate", "skyreels-forcing", "chronoedit-2"])
