@@ -19,7 +19,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout import FlowUniPC, Guidance, RolloutConfig, rollout
 from prfl_fast.training import TrainConfig, Trainer
 from prfl_fast.training.lora import add_lora
-from prfl_fast.training.losses import sft_loss
+from prfl_fast.training.losses import consistency_loss, sft_loss
 from prfl_fast.training.model_files import load_model
 from prfl_fast.training.objectives import RewardFeedback, SupervisedFlow
 
@@ -348,3 +348,19 @@ def test_one_expert_trains_in_full(data, tmp_path):
     again = trainer_of(data, tmp_path, ("low",), steps=3, rank=0)
     assert all(again.model.get_parameter(n).equal(p) for n, p in after.items())
     again.run()
+
+
+def test_what_two_experts_cannot_do():
+    model = experts(swapped=False)
+    with pytest.raises(ValueError, match="teacher is 'two experts', expected one model"):
+        consistency_loss(model.low, model.low, model, X, TEXT)
+    with pytest.raises(TypeError, match=r"DataParallel of two experts, .* Experts\(wrap"):
+        sft_loss(torch.nn.DataParallel(model), X, TEXT)
+    model.high.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"boundary is .*, expected a noise level of .*trains, low"
+    ):
+        sft_loss(Experts(model.high, model.low, 1e-9), X, TEXT)
+    model.low.patch_embedding = model.high.patch_embedding
+    with pytest.raises(ValueError, match="parameters that both experts hold is 2, expected 0"):
+        apply_memory(model, MemoryConfig(), device="cpu")
