@@ -20,6 +20,7 @@ from prfl_fast.models.block_adapter import (
     unwrap_block,
 )
 from prfl_fast.models.blocks import BlockParts, Modulation, Rope, transformer_block
+from prfl_fast.models.wan_forward import is_readable
 from prfl_fast.utils.modules import customization
 from prfl_fast.utils.recompute import recomputed
 
@@ -290,7 +291,7 @@ def _time_rows(
     if t.ndim < 2 or t.shape[1] == 1 or t.stride(1) == 0:
         return 1, 0
     frames = x[0].shape[1] // base.patch_size[0]
-    if t.shape[1] % frames or t.shape[1] != seq_len or torch.compiler.is_compiling():
+    if t.shape[1] % frames or t.shape[1] != seq_len or not is_readable(t):
         return None
     by_frame = t.unflatten(1, (frames, -1))
     same = bool((by_frame == by_frame[..., :1]).all())  # waits for the device

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import assert_within_twice
 from official_wan import VARIANTS, call_official, official_inputs, tiny_official
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan import float_means_double
 
@@ -234,3 +235,13 @@ def test_a_first_frame_needs_time_of_each_token(variant):
     expected = pytest.raises(ValueError, match="expected no first_frame: this Wan takes one")
     with expected if variant in ("wan21", "hyprfl", "musubi") else contextlib.nullcontext():
         find_adapter(model).check_latents(model, given["x"], conditions)
+
+
+def test_times_of_tokens_that_cannot_be_read():
+    """Fake tensors have no values: the model makes a row for each token, as unpatched."""
+    with FakeTensorMode(), Sizes() as sizes:
+        model = prfl_fast.patch(tiny_official("wan22"))
+        given = official_inputs("wan22", batch=1, per_token=True)
+        arguments = given["x"], given["t"], conditions_of(given)
+        find_adapter(model).features(model, *arguments, 0)
+    assert (1, given["seq_len"], 6 * 48) in sizes.shapes
