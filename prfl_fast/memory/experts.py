@@ -41,6 +41,8 @@ class ExpertSwap:
         # Kept, because page-locked memory is unlocked when its first tensor is deleted.
         self._buffers: list[torch.Tensor] = []
         self._spare: dict[Any, torch.Tensor] = {}
+        shared = {*map(id, experts.high.parameters())} & {*map(id, experts.low.parameters())}
+        check(not shared, "parameters that both experts hold", len(shared), "0: one of them waits")
         prepare(experts.low)
         low = moved_tensors(experts.low)
         for tensor in low:

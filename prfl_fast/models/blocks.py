@@ -24,6 +24,7 @@ from prfl_fast.kernels import (
     rope_table,
 )
 from prfl_fast.models.block_autograd import NormAttention, project
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import is_plain_linear
 from prfl_fast.utils.recompute import in_chunks
 
@@ -178,11 +179,16 @@ def cross_attention(
 
     Returns:
         ``[B, L, D]``, the sum of both attentions after the output projection.
+
+    Raises:
+        ValueError: if there is no text token.
     """
     q = parts.to_q(x)
     if not isinstance(context, ContextKeys):
         context = context_keys(parts, context)
     k, v, extra_k, extra_v, lengths = context  # [B, T, D] each, image [B, N, D]
+    # PyTorch's attention on the CPU divides by the number of keys, and ends the process.
+    check(k.shape[1] > 0, "context", k, "at least one text token")
     heads, eps, weights = parts.heads, parts.norm_q.eps, (parts.norm_q.weight, parts.norm_k.weight)
     if extra_k is None:
         rope = (None, None, None, (0, 0, 0))

@@ -154,7 +154,11 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
                 continue
             came = () if value is None else value.shape[1:]
             ok = len(came) == len(shape) and (value is not None)
-            ok = ok and all(isinstance(n, str) or n == m for n, m in zip(shape, came, strict=True))
+            # A letter is any number, but a prompt has a token.
+            ok = ok and all(
+                (m > 0 or n != "T") if isinstance(n, str) else n == m
+                for n, m in zip(shape, came, strict=True)
+            )
             text = ", ".join(map(str, ("B", *shape)))
             check(ok, f"conditions[{key!r}]", value, f"[{text}]")
         channels = x.shape[1] + (conditions[LATENT].shape[1] if LATENT in conditions else 0)

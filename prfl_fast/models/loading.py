@@ -52,9 +52,16 @@ def expert_folders(path: str | os.PathLike[str]) -> tuple[Path, Path, float] | N
     """Return the folders of a pipeline's two experts, high noise first, and their boundary.
 
     None stands for a path with one transformer. Raise ``ValueError`` if ``model_index.json`` names
-    a second transformer that is missing, or no ``boundary_ratio``.
+    a second transformer that is missing, or no ``boundary_ratio``, and for official Wan2.2's
+    folder, which has none.
     """
     folder = Path(path)
+    high, low = (folder / f"{name}_noise_model" for name in FOLDERS)
+    if high.is_dir() and low.is_dir():
+        raise ValueError(
+            f"{folder} is official Wan2.2's, which does not tell the boundary of its experts. Give "
+            f"{{high: {high}, low: {low}, boundary: ...}}, 0.875 for T2V-A14B and 0.9 for I2V-A14B"
+        )
     if not _is_pipeline(folder):
         return None
     high, low = (folder / name for name in FOLDERS.values())

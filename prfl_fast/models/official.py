@@ -53,6 +53,7 @@ from prfl_fast.models.official_forward import (
 )
 from prfl_fast.models.wan_checks import IMAGE, LATENT, TEXT, check_wan_inputs
 from prfl_fast.models.wan_forward import text_rows, token_timesteps
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import instance_forward, layers_of, stopped_at, unwrap
 
 _EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
@@ -190,7 +191,14 @@ class WanOfficialAdapter(BlockAdapter):
         self, model: nn.Module, x: torch.Tensor, conditions: Conditions, name: str = "x"
     ) -> None:
         """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
-        check_wan_inputs(_as_diffusers(unwrap(model)), x, conditions, name)
+        base: Any = unwrap(model)
+        check_wan_inputs(_as_diffusers(base), x, conditions, name)
+        names = inspect.signature(type(base).forward).parameters
+        # Wan2.1's sinusoid takes [B]; Wan2.2, VideoX-Fun and musubi-tuner's 2.2 take [B, L] too.
+        ok = _is_diffsynth(base) or "y_camera" in names or "clip_fea" not in names
+        ok = ok or getattr(base, "model_version", "2.1") == "2.2"
+        expected = f"no {FIRST_FRAME}: this Wan takes one timestep for each sample"
+        check(ok or FIRST_FRAME not in conditions, "conditions", sorted(conditions), expected)
 
     def _arguments(
         self, base: Any, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions

@@ -20,12 +20,14 @@ from prfl_fast.models.block_adapter import (
     unwrap_block,
 )
 from prfl_fast.models.blocks import BlockParts, Modulation, Rope, transformer_block
+from prfl_fast.models.wan_forward import is_readable
 from prfl_fast.utils.modules import customization
 from prfl_fast.utils.recompute import recomputed
 
 CHILDREN = ("norm1", "self_attn", "norm3", "cross_attn", "norm2", "ffn")
 _GRID_ARGUMENTS = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
 _FLAT_ARGUMENTS = ("x", "context", "t_mod", "freqs")  # DiffSynth-Studio
+_LINEARS = ("q", "k", "v", "o", "k_img", "v_img")
 # Tokens of one CLIP image, which come first in the context.
 _IMAGE_TOKENS = 257
 
@@ -91,12 +93,29 @@ def block_modulation(block: Any, e: torch.Tensor) -> Modulation:
 def is_known_block(block: Any) -> bool:
     """Return True if the forward of a block's class takes the arguments of the layout's."""
     # A class that overrides the forward of another block does more than that block.
-    owners = [c for c in type(block).__mro__ if c is not nn.Module and "forward" in vars(c)]
-    if len(owners) != 1:
+    owners = _owners(block)
+    if len(owners) != 1 or type(block).forward.__module__ != owners[0].__module__:
         return False
-    names = tuple(inspect.signature(vars(owners[0])["forward"]).parameters)[1:]
+    names = tuple(inspect.signature(type(block).forward).parameters)[1:]
     known = (_GRID_ARGUMENTS, (*_GRID_ARGUMENTS, "dtype", "t"), _FLAT_ARGUMENTS)
     return names in known
+
+
+def _owners(block: Any) -> list[type]:
+    return [c for c in type(block).__mro__ if c is not nn.Module and "forward" in vars(c)]
+
+
+def _customized(block: Any, part: Any, own: object = None) -> str:
+    """Return what a part of a block has that is not of the block's repository, ``""`` if nothing.
+
+    A part of a user's class, or of a class with a user's forward, may compute something else.
+    """
+    if not torch.compiler.is_compiling():  # Dynamo cannot read a function's module
+        where = type(part).forward.__module__
+        repository = {base.__module__ for base in _owners(block)[0].__mro__}
+        if where not in repository and not where.startswith("torch.nn."):
+            return f"the forward of {where}.{type(part).__name__}"
+    return customization(part, own)
 
 
 def is_sequence_parallel(attn: Any) -> bool:
@@ -105,17 +124,18 @@ def is_sequence_parallel(attn: Any) -> bool:
     return state is not None and bool(state())
 
 
-def _why_not_attention(name: str, attn: Any) -> str:
-    found = customization(attn)
-    if found:
+def _why_not_attention(block: Any, name: str) -> str:
+    attn = block._modules[name]
+    if found := _customized(block, attn):
         return f"{name} has {found}"
-    for part in ("norm_q", "norm_k", "norm_k_img"):
-        norm = attn._modules.get(part)
-        if norm is None and part == "norm_k_img":
+    for part, module in attn._modules.items():
+        if module is None or part in _LINEARS:  # our forward calls them
             continue
-        if norm is None or getattr(norm, "weight", None) is None or customization(norm):
-            return f"{name}.{part} has hooks, a forward of its own or no weight"
-        if norm.eps != attn.norm_q.eps:
+        if found := _customized(block, module):
+            return f"{name}.{part} has {found}"
+        if part.startswith("norm_") and getattr(module, "weight", None) is None:
+            return f"{name}.{part} has no weight"
+        if part.startswith("norm_") and module.eps != attn.norm_q.eps:
             return f"{name}.{part} has another eps than norm_q"
     if tuple(getattr(attn, "window_size", (-1, -1))) != (-1, -1):
         return f"{name} has window_size {attn.window_size}"
@@ -129,19 +149,20 @@ def why_not_fused(block: Any) -> str:
     trainers, peft or FSDP set on these submodules would not run.
     """
     parts = block._modules
-    for name in ("norm1", "norm2", "norm3"):
-        if found := customization(parts[name]):
+    for name in ("norm1", "norm2", "norm3", "gate"):
+        if name in parts and (found := _customized(block, parts[name])):
             return f"{name} has {found}"
     for name in ("norm1", "norm2"):
         if getattr(parts[name], "weight", None) is not None:
             return f"{name} has a weight"
     for name in ("self_attn", "cross_attn"):
-        if reason := _why_not_attention(name, parts[name]):
+        if reason := _why_not_attention(block, name):
             return reason
     ffn = parts["ffn"]
-    if found := customization(ffn, feed_forward_in_chunks):
+    if found := _customized(block, ffn, feed_forward_in_chunks):
         return f"ffn has {found}"
-    if len(ffn) != 3 or getattr(ffn[1], "approximate", None) != "tanh" or customization(ffn[1]):
+    gelu = len(ffn) == 3 and getattr(ffn[1], "approximate", None) == "tanh"
+    if not gelu or _customized(block, ffn[1]):
         return "ffn is not two layers around a GELU with approximate='tanh'"
     if getattr(block, "activation_cpu_offloading", False) and block.training:
         return "activation_cpu_offloading is on"
@@ -154,12 +175,14 @@ def why_not_fused(block: Any) -> str:
 
 def _table(freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines of complex factors ``[n, d/2]`` or ``[n, 1, d/2]``, float32."""
-    found = None if torch.compiler.is_compiling() else _tables.get(freqs)
-    if found is None:
+    kept = not torch.compiler.is_compiling()
+    version = None if not kept or freqs.is_inference() else freqs._version
+    written, found = _tables.get(freqs, (None, None)) if kept else (None, None)
+    if found is None or written != version:
         flat = freqs.flatten(0, 1) if freqs.ndim == 3 else freqs
         found = flat.real.float().contiguous(), flat.imag.float().contiguous()
-        if not torch.compiler.is_compiling():
-            _tables[freqs] = found
+        if kept:
+            _tables[freqs] = version, found
     return found
 
 
@@ -272,7 +295,7 @@ def _time_rows(
     if t.ndim < 2 or t.shape[1] == 1 or t.stride(1) == 0:
         return 1, 0
     frames = x[0].shape[1] // base.patch_size[0]
-    if t.shape[1] % frames or t.shape[1] != seq_len or torch.compiler.is_compiling():
+    if t.shape[1] % frames or t.shape[1] != seq_len or not is_readable(t):
         return None
     by_frame = t.unflatten(1, (frames, -1))
     same = bool((by_frame == by_frame[..., :1]).all())  # waits for the device
@@ -281,8 +304,9 @@ def _time_rows(
 
 def time_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Replace the time embedding's forward: compute each row of equal tokens once."""
-    if self.rows is not None and x.ndim == 3:
-        rows, tokens = self.rows
+    count = getattr(self, "rows", None)
+    if count is not None and x.ndim == 3:
+        rows, tokens = count
         if rows == 1 or x.shape[1] == tokens:
             x = x[:, :: x.shape[1] // rows]
     return type(self).forward(self, x)

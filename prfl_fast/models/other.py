@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.models.adapter import Conditions, check_inputs, not_inference
+from prfl_fast.models.adapter import (
+    Conditions,
+    check_inputs,
+    not_inference,
+    set_first_frame,
+    zero_first_frame,
+)
 from prfl_fast.models.block_adapter import (
     BlockRunner,
     NoReference,
@@ -71,8 +77,7 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     if isinstance(base, VelocityModel):
         base, names = unwrap(base.model), base.block_names
     lists = {k: m for k, m in base.named_children() if isinstance(m, nn.ModuleList)}
-    if names is None:
-        lists = {k: m for k, m in lists.items() if len(m)}
+    lists = {k: m for k, m in lists.items() if len(m)}
     kind = type(base).__name__
     if names is not None:
         missing = [name for name in names if name not in lists]
@@ -182,6 +187,13 @@ class VelocityAdapter(NoReference):
         found: nn.ModuleList = adapter.blocks(target)
         return found
 
+    def _distinct(self, model: nn.Module) -> nn.ModuleList:
+        """Return the blocks; raise ``ValueError`` if one runs twice: N blocks have no end then."""
+        blocks = self.blocks(model)
+        count, expected = len({*blocks}), f"{len(blocks)}: each module once in its lists"
+        check(count == len(blocks), "the number of blocks of a reward", count, expected)
+        return blocks
+
     def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
         """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it."""
         adapter, target = self._memory(model)
@@ -226,14 +238,15 @@ class VelocityAdapter(NoReference):
         out = self._call(model, x, timestep, conditions)
         ok = isinstance(out, torch.Tensor) and out.shape == x.shape
         check(ok, "the result of VelocityModel's function", out, f"a tensor {list(x.shape)}")
-        return out.to(x.dtype)
+        return zero_first_frame(out.to(x.dtype), conditions)
 
     def _call(
         self, model: nn.Module, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions
     ) -> Any:
         timestep = timestep.to(x.device)
         timestep = timestep.expand(len(x)) if timestep.ndim == 0 else timestep
-        return model(not_inference(x), timestep, not_inference(conditions))
+        x, conditions = not_inference(x), not_inference(conditions)
+        return model(set_first_frame(x, conditions), timestep, conditions)
 
     def open_rollout(self, *args: Any, **kwargs: Any) -> RolloutModel:
         """Raise :class:`UnsupportedError`: values of a function cannot be cached."""
@@ -261,7 +274,7 @@ class VelocityAdapter(NoReference):
         expected = "a model without FSDP, hooks of accelerate or torch.compile around it as a whole"
         hint = "They fail if its forward stops after a block. Wrap the blocks instead"
         check(stoppable and not torch.compiler.is_compiling(), kind, kind, expected, hint=hint)
-        with stopped_at(self.blocks(model)[num_blocks - 1].register_forward_hook) as outputs:
+        with stopped_at(self._distinct(model)[num_blocks - 1].register_forward_hook) as outputs:
             self._call(model, x, timestep, conditions)
         check(len(outputs) > 0, "calls of the last block", 0, "one: the function calls the model")
         out = outputs[0][0] if isinstance(outputs[0], (tuple, list)) else outputs[0]
@@ -279,7 +292,7 @@ class VelocityAdapter(NoReference):
         ``num_blocks`` is not between 1 and the model's number of blocks.
         """
         base: Any = unwrap(model)
-        inner, blocks = _inner(model), self.blocks(model)
+        inner, blocks = _inner(model), self._distinct(model)
         expected = f"1 to {len(blocks)} (the model's blocks)"
         check(1 <= num_blocks <= len(blocks), "num_blocks", num_blocks, expected)
         kept = {*blocks[:num_blocks]}

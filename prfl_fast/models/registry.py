@@ -19,6 +19,7 @@ from prfl_fast.models.other import BlocksAdapter, VelocityAdapter
 from prfl_fast.models.wan import WanDiffusersAdapter
 from prfl_fast.models.wan_relatives import RELATIVES
 from prfl_fast.utils.checks import check_choice
+from prfl_fast.utils.modules import unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,6 +32,11 @@ def find_adapter(model: nn.Module) -> Adapter:
     if isinstance(model, Experts):
         pair: Any = ExpertsAdapter(find_adapter(model.high))
         return pair
+    if isinstance(model, nn.Module) and isinstance(unwrap(model), Experts):
+        raise TypeError(
+            f"model is a {type(model).__qualname__} of two experts, expected an Experts. Wrap each "
+            "expert by itself: Experts(wrap(high), wrap(low), boundary)"
+        )
     for adapter in ADAPTERS:
         if isinstance(model, nn.Module) and adapter.matches(model):
             return adapter

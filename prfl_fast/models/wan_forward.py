@@ -183,14 +183,19 @@ def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
     return Rope.from_grid(grid, self.attention_head_dim, device=hidden_states.device)
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Return False in a compilation, a CUDA graph, and for fake and meta tensors."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _equal_runs(times: torch.Tensor) -> int:
     """Return n such that every group of n consecutive tokens of ``times`` ``[B, L]`` has one time.
 
-    It is 1 where values cannot be read: in a compilation, a CUDA graph, on fake and meta tensors.
+    It is 1 where values cannot be read.
     """
-    readable = not torch.compiler.is_compiling() and type(times) is torch.Tensor
-    readable = readable and not times.is_meta
-    if not readable or (times.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not is_readable(times):
         return 1
     changes = (times[:, 1:] != times[:, :-1]).any(0).nonzero() + 1  # waits for the device
     return math.gcd(times.shape[1], *changes.flatten().tolist())

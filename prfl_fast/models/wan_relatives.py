@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from prfl_fast.models.adapter import Conditions, check_inputs
+from prfl_fast.models.adapter import FIRST_FRAME, Conditions, check_inputs
 from prfl_fast.models.block_adapter import NoReference, Replacements
 from prfl_fast.models.blocks import Rope, transformer_block
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
@@ -116,6 +116,8 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     ) -> None:
         """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
         check_inputs(name, x, conditions)
+        expected = f"no {FIRST_FRAME}, as {self.class_name} has no time of its own for it"
+        check(FIRST_FRAME not in conditions, "conditions", sorted(conditions), expected)
         base: Any = unwrap(model)
         for key, (channels, frames) in self.extra.items():
             value: Any = conditions.get(key)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prfl_fast.kernels import flow_step
-from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.adapter import Conditions, set_first_frame
 from prfl_fast.models.velocity import bind_velocity
 from prfl_fast.rewards.functions import Reward, check_callable
 from prfl_fast.rollout.config import RolloutConfig
@@ -228,7 +228,8 @@ class Candidates:
                 yield _Batch(ahead.x, _zero_timestep(ahead.x), ahead.conditions)
             else:
                 timestep = first.model_timestep(step)[:1].expand(len(rows))
-                yield _Batch(x[rows], timestep, _take(self.conditions, chosen))
+                conditions = _take(self.conditions, chosen)
+                yield _Batch(set_first_frame(x[rows], conditions), timestep, conditions)
 
     def score(self, batches: Iterable[_Batch]) -> torch.Tensor:
         """Return all rewards, ``[n]`` on the CPU; NaN where latents or rewards are not finite."""

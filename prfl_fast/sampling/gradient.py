@@ -11,7 +11,7 @@ from torch import nn
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Bound
 from prfl_fast.feedback.step import PRFL
-from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.adapter import Conditions, generated_frames, zero_first_frame
 from prfl_fast.models.velocity import bind_velocity
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.config import RolloutConfig
@@ -78,7 +78,8 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
         -r(x0(ε), 0, c) + prior·(‖ε‖²/2 - (d-1)·log ‖ε‖),   d = C·F·H·W
 
     by SGD with Nesterov momentum, the gradient clipped to a norm. The second term is the negative
-    log density of the norm of Gaussian noise, least at ‖ε‖² = d - 1. The gradient goes through all
+    log density of the norm of Gaussian noise, least at ‖ε‖² = d - 1; a first frame that the
+    conditions give has no part in it, and its noise does not move. The gradient goes through all
     steps and keeps one latent of each (``GradientPlan.reno()``), at the cost of a forward, a
     recomputed one and a backward per step. The paper's generators take one step.
 
@@ -134,7 +135,8 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
             if gradient is None or not bool(gradient.isfinite().all()):
                 break
             # PRFL's loss is a mean over the batch. The factor gives each prompt its own gradient.
-            slope = len(noise) * gradient.to(epsilon.dtype) + _prior_slope(epsilon, prior)
+            slope = len(noise) * gradient.to(epsilon.dtype)
+            slope = slope + _prior_slope(epsilon, prior, conditions)
             slope = slope * (max_grad_norm / (_norm(slope) + 1e-6)).clamp(max=1)
             velocity = momentum * velocity + slope  # SGD with Nesterov momentum, as torch's
             epsilon = epsilon - learning_rate * (slope + momentum * velocity)
@@ -175,9 +177,11 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
 
 
-def _prior_slope(epsilon: torch.Tensor, prior: float) -> torch.Tensor:
-    """Return the gradient of prior·(‖ε‖²/2 - (d-1)·log ‖ε‖) for each sample."""
-    return prior * (1 - (epsilon[0].numel() - 1) / _norm(epsilon) ** 2) * epsilon
+def _prior_slope(epsilon: torch.Tensor, prior: float, conditions: Conditions) -> torch.Tensor:
+    """Return the gradient of prior·(‖ε‖²/2 - (d-1)·log ‖ε‖) for each sample's generated frames."""
+    free = generated_frames(epsilon, conditions)
+    slope = prior * (1 - (free[0].numel() - 1) / _norm(free) ** 2) * epsilon
+    return zero_first_frame(slope, conditions)
 
 
 def _cost(step: PRFL, batch: int, samples: int, gradients: int) -> Forwards:

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from prfl_fast.models.experts import NAMES, Experts
+from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.training.model_files import adapter_name, without_function
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.optional import need
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_OFFICIAL_TARGETS = ("q", "k", "v", "o")  # the same layers in the official Wan layout
 
 
 def add_lora(
@@ -28,7 +30,9 @@ def add_lora(
         model: a transformer without adapters, patched or not; of two experts, both get adapters.
         lora_rank: rank of each adapter's two matrices.
         lora_alpha: adapters are scaled by ``lora_alpha / lora_rank``; None means ``lora_rank``.
-        target_modules: suffixes of the names of the linear layers that receive an adapter.
+        target_modules: suffixes of the names of the linear layers that receive an adapter. The
+            default are the attentions' layers, in the official Wan layout ``q``, ``k``, ``v``,
+            ``o``.
 
     Raises:
         ValueError: if no layer matches ``target_modules``, or the model already has an adapter.
@@ -41,6 +45,8 @@ def add_lora(
     model = without_function(model)
     name = adapter_name(model)
     check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
+    if tuple(target_modules) == DEFAULT_TARGETS and WanOfficialAdapter().matches(model):
+        target_modules = _OFFICIAL_TARGETS
     peft = need("peft")
     model.requires_grad_(False)
     config = peft.LoraConfig(

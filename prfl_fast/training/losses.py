@@ -128,9 +128,12 @@ def consistency_loss(
 
     Raises:
         TypeError: if a model is not supported.
-        ValueError: if an input has the wrong shape, is out of range or is not finite, or a model
-            returns another shape.
+        ValueError: if an input has the wrong shape, is out of range or is not finite, a model
+            returns another shape or has two experts.
     """
+    for name, model in (("student", student), ("target", target), ("teacher", teacher)):
+        two, hint = isinstance(model_of(model), Experts), "A level and the next may be of both"
+        check(not two, name, "two experts", "one model: high or low of them", hint=hint)
     of_student, of_target, of_teacher = (
         bind_velocity(model, latents, conditions, "latents") for model in (student, target, teacher)
     )

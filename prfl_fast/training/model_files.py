@@ -24,7 +24,7 @@ from prfl_fast.utils.adapters import (
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
 from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, save_tensors
-from prfl_fast.utils.modules import unwrap
+from prfl_fast.utils.modules import layers_of, unwrap
 from prfl_fast.utils.optional import need
 
 # Kinds of adapters whose scale in a layer is alpha / rank.
@@ -127,9 +127,11 @@ def _adapter_settings(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def without_function(model: torch.nn.Module) -> Any:
-    """Return the model that a :class:`prfl_fast.models.VelocityModel` holds; others unchanged."""
-    bare = unwrap(model)
-    return unwrap(bare.model) if isinstance(bare, VelocityModel) else model
+    """Return the model whose names are saved: without wrappers but peft's, and without function."""
+    *wrappers, bare = layers_of(model)
+    if isinstance(bare, VelocityModel):
+        return unwrap(bare.model)
+    return next((layer for layer in wrappers if hasattr(layer, "get_base_model")), bare)
 
 
 def check_savable(model: torch.nn.Module) -> None:

@@ -90,6 +90,8 @@ def choose_sigma(
             else:
                 chosen = high[draw_index(len(levels), latents[:1], generator, device)]
             levels = levels[high == chosen.to(high.device)]
+            expected = f"a noise level of the expert that trains, {' or '.join(experts.trained)}"
+            check(len(levels) > 0, "boundary", experts.boundary, expected)
         sigma = levels[draw_index(len(levels), latents, generator, device)]
     return sigma, model_timestep(sigma, integer_timesteps)
 

@@ -444,6 +444,8 @@ class Trainer:
 
     def _average(self) -> None:
         for name, average in (self.ema or {}).items():
+            if self.parameters[name].grad is None:  # of the expert that waits
+                continue
             parameter = self.parameters[name].detach().to(average)
             # average ← decay·average + (1 - decay)·parameter
             average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]

@@ -69,3 +69,10 @@ def test_per_frame_and_per_token_rows_agree_with_an_index():
 def test_heads_that_do_not_divide_the_width():
     with pytest.raises(ValueError, match="heads is 5, expected a divisor of dim = 48"):
         layers.TimestepConditionedAttention(48, 5)
+
+
+def test_a_context_without_tokens():
+    """PyTorch's attention on the CPU would end the process."""
+    cross = layers.CrossAttention.from_wan_block(wan.tiny_wan(layers=1).blocks[0])
+    with pytest.raises(ValueError, match=r"context is .*, expected at least one text token"):
+        cross(torch.randn(1, 4, 48), torch.randn(1, 0, 48))

@@ -19,7 +19,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout import FlowUniPC, Guidance, RolloutConfig, rollout
 from prfl_fast.training import TrainConfig, Trainer
 from prfl_fast.training.lora import add_lora
-from prfl_fast.training.losses import sft_loss
+from prfl_fast.training.losses import consistency_loss, sft_loss
 from prfl_fast.training.model_files import load_model
 from prfl_fast.training.objectives import RewardFeedback, SupervisedFlow
 
@@ -312,17 +312,22 @@ def values(model):
 
 def test_each_step_trains_one_expert_and_resumes(data, tmp_path):
     run = trainer_of(data, tmp_path / "whole")
-    changed, before = [], values(run.model)
+    changed = ([], [])
+
+    def copies():
+        return values(run.model), {name: average.clone() for name, average in run.ema.items()}
 
     def note(record):
-        nonlocal before
-        now = values(run.model)
-        changed.append({n.split(".")[0] for n in now if not now[n].equal(before[n])})
-        before = now
+        now = copies()
+        for steps, old, new in zip(changed, before, now, strict=True):
+            steps.append({n.split(".")[0] for n in new if not new[n].equal(old[n])})
+        before[:] = now
 
+    before = [*copies()]
     run.on_step = note
     run.run()
-    assert changed == [{"low"}, {"high"}, {"low"}, {"high"}, {"high"}, {"low"}]  # share 3/5
+    expected = [{"low"}, {"high"}, {"low"}, {"high"}, {"high"}, {"low"}]  # share 3/5
+    assert changed == (expected, expected)  # the average of the other expert waits too
     trainer_of(data, tmp_path / "parts", steps=3).run()
     again = trainer_of(data, tmp_path / "parts")
     again.run()
@@ -348,3 +353,19 @@ def test_one_expert_trains_in_full(data, tmp_path):
     again = trainer_of(data, tmp_path, ("low",), steps=3, rank=0)
     assert all(again.model.get_parameter(n).equal(p) for n, p in after.items())
     again.run()
+
+
+def test_what_two_experts_cannot_do():
+    model = experts(swapped=False)
+    with pytest.raises(ValueError, match="teacher is 'two experts', expected one model"):
+        consistency_loss(model.low, model.low, model, X, TEXT)
+    with pytest.raises(TypeError, match=r"DataParallel of two experts, .* Experts\(wrap"):
+        sft_loss(torch.nn.DataParallel(model), X, TEXT)
+    model.high.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"boundary is .*, expected a noise level of .*trains, low"
+    ):
+        sft_loss(Experts(model.high, model.low, 1e-9), X, TEXT)
+    model.low.patch_embedding = model.high.patch_embedding
+    with pytest.raises(ValueError, match="parameters that both experts hold is 2, expected 0"):
+        apply_memory(model, MemoryConfig(), device="cpu")

@@ -1,18 +1,23 @@
 """A given first frame: what the model is called with, and tensors that a patched one avoids."""
 
 import copy
+import functools
 
 import numerics
 import pytest
 import torch
 import wan
 from official_wan import tiny_official
+from other_models import HandMade, hand_made_inputs, hand_made_velocity
 from rollouts import lay_out
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prfl_fast
+from prfl_fast.models import VelocityModel
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import bind_velocity
+from prfl_fast.rewards import LatentRewardModel
+from prfl_fast.training import sft_loss
 
 X, TIMESTEP, CONDITIONS = wan.inputs("first-frame")
 TEXT, FIRST = CONDITIONS["encoder_hidden_states"], CONDITIONS["first_frame"]
@@ -56,6 +61,20 @@ def test_a_function_gets_the_first_frame_and_the_others_time():
 
     v = bind_velocity(function, X, CONDITIONS, "x")(X, TIMESTEP, CONDITIONS)
     assert not v[:, :, 0].any() and torch.equal(v[:, :, 1:], X[:, :, 1:] + 1)
+
+
+def test_a_paired_model_gets_what_a_function_gets():
+    x, timestep, conditions = hand_made_inputs()
+    conditions["first_frame"] = torch.randn(2, 4, 1, 3, 2)
+    model, losses = HandMade(), []
+    paired = VelocityModel(model, hand_made_velocity, hidden_size=16)
+    for transformer in (paired, functools.partial(hand_made_velocity, model)):
+        generator = torch.Generator().manual_seed(0)
+        losses.append(sft_loss(transformer, x, conditions, generator=generator))
+    assert losses[0].equal(losses[1])
+    reward = LatentRewardModel.from_backbone(paired, 1, 2)
+    moved = torch.cat([x[:, :, :1] + 1, x[:, :, 1:]], dim=2)
+    assert torch.equal(*(reward(each, timestep, conditions) for each in (x, moved)))
 
 
 def test_features_are_those_of_the_same_call():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numerics import PooledErrors
 from official_wan import VARIANTS, DiffSynth, call_official, official_inputs, tiny_official
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan import float_means_double
 
@@ -202,3 +203,69 @@ def test_a_subclass_that_overrides_the_block_is_refused():
     model.blocks[1].__class__ = Hinted
     with pytest.raises(ValueError, match=r"blocks\.1 is a .*Hinted"):
         prfl_fast.patch(model)
+
+
+PARTS = ["self_attn", "cross_attn", "norm2", "self_attn.norm_q", "ffn"]
+
+
+@pytest.mark.parametrize(
+    ("part", "of_class"), [*((part, False) for part in PARTS), ("self_attn", True)]
+)
+def test_a_part_with_anothers_forward_runs(part, of_class, monkeypatch):
+    """Sage attention, a user's norm: the kernels would not call them."""
+    model, given = tiny_official("wan22"), official_inputs("wan22", batch=1)
+    module = model.blocks[1].get_submodule(part)
+    original = type(module).forward
+
+    def doubled(self, *args, **kwargs):
+        return 2 * original(self, *args, **kwargs)
+
+    if of_class:
+        monkeypatch.setattr(type(module), "forward", doubled)
+    else:
+        module.__class__ = type("Doubled", (type(module),), {"forward": doubled})
+    plain = call_official(model, **given)
+    prfl_fast.patch(model)
+    with pytest.warns(UserWarning, match=f"{part} has the forward of .*test_official"):
+        ours = call_official(model, **given)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_rotary_factors_that_are_written_in_place():
+    models, given = (tiny_official("wan21"), tiny_official("wan21")), official_inputs("wan21")
+    call_official(prfl_fast.patch(models[1]), **given)
+    for model in models:
+        model.freqs.copy_(model.freqs.flip(0))
+    outs = [call_official(model, **given) for model in models]
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-4)
+
+
+def test_a_time_embedding_that_a_patched_model_shares():
+    first, second = (prfl_fast.patch(tiny_official("diffsynth")) for _ in range(2))
+    first.time_embedding = second.time_embedding
+    second = prfl_fast.patch(second)
+    prfl_fast.patch(first)
+    prfl_fast.unpatch(second)
+    given = official_inputs("diffsynth", batch=1)
+    plain = tiny_official("diffsynth")
+    outs = [call_official(model, **given) for model in (first, plain)]
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_first_frame_needs_time_of_each_token(variant):
+    model, given = tiny_official(variant), official_inputs(variant, batch=1)
+    conditions = conditions_of(given) | {"first_frame": given["x"][:, :, :1]}
+    expected = pytest.raises(ValueError, match="expected no first_frame: this Wan takes one")
+    with expected if variant in ("wan21", "hyprfl", "musubi") else contextlib.nullcontext():
+        find_adapter(model).check_latents(model, given["x"], conditions)
+
+
+def test_times_of_tokens_that_cannot_be_read():
+    """Fake tensors have no values: the model makes a row for each token, as unpatched."""
+    with FakeTensorMode(), Sizes() as sizes:
+        model = prfl_fast.patch(tiny_official("wan22"))
+        given = official_inputs("wan22", batch=1, per_token=True)
+        arguments = given["x"], given["t"], conditions_of(given)
+        find_adapter(model).features(model, *arguments, 0)
+    assert (1, given["seq_len"], 6 * 48) in sizes.shapes

@@ -294,3 +294,14 @@ def test_frozen_weights_are_quantized_and_adapters_train():
     sft_loss(paired, x, conditions, noise=torch.zeros_like(x), sigma=0.5).backward()
     lora = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
     assert len(lora) == 6 and all(g.abs().sum() > 0 for g in lora)
+
+
+def test_blocks_that_a_reward_cannot_count():
+    model = hand_made()
+    model.layers = nn.ModuleList([model.layers[0]] * 3)
+    flow = VelocityModel(model, hand_made_velocity, hidden_size=16)
+    with pytest.raises(ValueError, match="number of blocks of a reward is 1, expected 3"):
+        reward_of(flow)
+    model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="blocks is .*layers.*expected names of lists"):
+        activation_checkpointing(VelocityModel(model, hand_made_velocity, blocks=["layers"]))

@@ -119,3 +119,11 @@ def test_refuses_what_it_cannot_serve():
         find_adapter(vace).to_reference({})
     twin = copy.deepcopy(prfl_fast.patch(vace))
     assert twin.vace_blocks[0].forward.args[0] is twin.vace_blocks[0]
+
+
+@pytest.mark.parametrize("case", ["vace", "animate", "skyreels-forcing", "chronoedit"])
+def test_a_first_frame_is_refused(case):
+    """These classes give no time to the tokens of one frame, or their velocity has that frame."""
+    model, (x, _, conditions) = tiny_relative(case), relative_inputs(case)
+    with pytest.raises(ValueError, match="conditions is .*expected no first_frame, as "):
+        sft_loss(model, x, conditions | {"first_frame": x[:, :, :1]})

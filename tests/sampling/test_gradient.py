@@ -350,3 +350,21 @@ def test_wrong_types():
 def test_one_door_to_all_ways_of_sampling():
     assert sampling.prune is search.prune and sampling.beam_search is search.beam_search
     assert all(hasattr(sampling, name) for name in sampling.__all__)
+
+
+def test_the_noise_of_a_given_first_frame_has_no_part():
+    """Another noise there changes nothing, and stays; a beam's reward sees the frame itself."""
+    conditions, found = CONDITIONS | {"first_frame": NOISE[:, :, :1] + 1}, []
+    other = torch.cat([3 * NOISE[:, :, :1], NOISE[:, :, 1:]], dim=2)
+    for noise in (NOISE, other):
+        options = {"iterations": 3, "prior": 0.1, "learning_rate": 1.0}
+        result = optimize_noise(EULER, reward, noise, conditions, **options)
+        assert torch.equal(result.noise[:, :, :1], noise[:, :, :1])
+        found.append(result.latents)
+    assert torch.equal(*found)
+
+    def judge(x, timestep, conditions):
+        assert torch.equal(x[:, :, :1], conditions["first_frame"])
+        return reward(x, timestep, conditions)
+
+    search.beam_search(EULER, judge, NOISE, conditions, beams=2, lookahead=0)

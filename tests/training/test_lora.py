@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from official_wan import tiny_official
 from wan import inputs, tiny_wan
 
 from prfl_fast import patch, unpatch
@@ -238,3 +239,12 @@ def test_an_image_to_video_adapter(tmp_path):
     save_model(model, tmp_path)
     pipeline(base, tmp_path)
     assert torch.equal(call(base, "i2v"), call(unpatch(model), "i2v"))
+
+
+@pytest.mark.parametrize("variant", ["wan22", "diffsynth"])
+def test_the_official_layouts_attentions_get_adapters(variant):
+    model = tiny_official(variant)
+    add_lora(model, 2)
+    trained = {n.split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
+    names = {f"blocks.{i}.{a}_attn.{x}" for i in (0, 1) for a in ("self", "cross") for x in "qkvo"}
+    assert trained == names

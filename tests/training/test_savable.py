@@ -4,7 +4,8 @@ import pytest
 import torch
 from commands import refused
 from prfl_world import NOISE, TEXT, make_wan, prfl
-from runs import make_world, trainer
+from runs import linear, make_world, trainer
+from safetensors.torch import load_file
 from torch import nn
 from wan import inputs, tiny_wan
 
@@ -205,3 +206,12 @@ def test_views_are_saved_and_loaded(tmp_path, buffer):
 def test_tensors_that_safetensors_cannot_hold_are_refused(tmp_path, buffer):
     with pytest.raises(ValueError, match="x is .*, expected a plain tensor"):
         trainer(linear_with(buffer), tmp_path)
+
+
+def test_wrappers_are_not_saved(tmp_path):
+    """DataParallel and torch.compile would add a prefix to names, and hide the adapter."""
+    model = linear()
+    for number, wrap in enumerate((nn.DataParallel, torch.compile)):
+        save_model(wrap(model), tmp_path / str(number))
+        assert load_file(tmp_path / str(number) / "model.safetensors").keys() == {"weight", "bias"}
+        load_model(wrap(linear(1)), tmp_path / str(number))
