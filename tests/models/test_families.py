@@ -59,6 +59,18 @@ def test_outputs_and_gradients_within_twice(case, layout, batch):
     assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
 
 
+def test_latents_and_image_latents_are_concatenated():
+    """HunyuanVideo I2V of the kind ``latent_concat``: 16 channels, 16 of the image and a mask."""
+    model = families.tiny("hunyuan", in_channels=33, image_condition_type="latent_concat")
+    x, timestep, conditions = families.inputs("hunyuan")
+    image = torch.randn(len(x), 17, *x.shape[2:])
+    whole = torch.cat([x, image], 1)
+    (own,) = model(hidden_states=whole, timestep=timestep, return_dict=False, **conditions)
+    prfl_fast.patch(model)
+    given = conditions | {"latent_condition": image}
+    torch.testing.assert_close(find_adapter(model).velocity(model, x, timestep, given), own)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_patch_is_reversible(case):
     model, arguments = families.tiny(case), families.inputs(case)
