@@ -42,7 +42,8 @@ class VelocityModel(nn.Module):
             where ``x`` is ``(1-σ)·x0 + σ·ε``, ``timestep`` is 1000·σ, and the velocity is
             ``ε - x0``. It must call ``model`` once.
         blocks: names of the model's lists of blocks, in the order in which they run. None takes
-            the only ``nn.ModuleList`` of the model, or the lists whose classes are named in its
+            the only ``nn.ModuleList`` among the model's children, or without any the only one
+            further inside (``"backbone.layers"``), or the lists whose classes are named in
             ``_repeated_blocks`` or ``_no_split_modules``, as in models of diffusers.
         hidden_size: width of a block's output; None takes ``num_attention_heads`` times
             ``attention_head_dim`` of the model's ``config``. Only a latent reward needs it.
@@ -67,6 +68,12 @@ class VelocityModel(nn.Module):
         return self.function(self.model, x, timestep, conditions)
 
 
+def _outer_lists(base: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the lists of a model that are not in another list, by their dotted names."""
+    lists = {k: m for k, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    return {k: m for k, m in lists.items() if not any(k.startswith(f"{o}.") for o in lists)}
+
+
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the lists of blocks of a model by name; see :class:`VelocityModel`.
 
@@ -76,21 +83,21 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     names = None
     if isinstance(base, VelocityModel):
         base, names = unwrap(base.model), base.block_names
-    lists = {k: m for k, m in base.named_children() if isinstance(m, nn.ModuleList)}
-    lists = {k: m for k, m in lists.items() if len(m)}
+    lists = _outer_lists(base)
     kind = type(base).__name__
     if names is not None:
         missing = [name for name in names if name not in lists]
         ok = len(names) > 0 and not missing
         check(ok, "blocks", missing or names, f"names of lists of {kind}, of {[*lists]}")
         return {name: lists[name] for name in names}
+    lists = {k: m for k, m in lists.items() if "." not in k} or lists
     for attribute in ("_repeated_blocks", "_no_split_modules"):
         classes = getattr(base, attribute, None) or ()
         named = {k: m for k, m in lists.items() if type(unwrap(m[0])).__name__ in classes}
         if named:
             return named
     hint = "Name the lists with blocks: VelocityModel(model, function, blocks=[...])"
-    expected = "one torch.nn.ModuleList of blocks, a direct child of the model"
+    expected = "one torch.nn.ModuleList of blocks"
     check(len(lists) == 1, f"blocks of {kind}", sorted(lists), expected, hint=hint)
     return lists
 
@@ -101,9 +108,9 @@ class BlocksAdapter:
     name = "blocks of any model"
 
     def matches(self, model: nn.Module) -> bool:
-        """Return True for a model with a ``ModuleList`` as a direct child."""
-        lists = unwrap(model).children() if isinstance(model, nn.Module) else ()
-        return any(isinstance(child, nn.ModuleList) for child in lists)
+        """Return True for a model with a ``ModuleList``."""
+        modules = unwrap(model).modules() if isinstance(model, nn.Module) else ()
+        return any(isinstance(module, nn.ModuleList) for module in modules)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return all blocks of the model, in order."""
@@ -296,7 +303,7 @@ class VelocityAdapter(NoReference):
         expected = f"1 to {len(blocks)} (the model's blocks)"
         check(1 <= num_blocks <= len(blocks), "num_blocks", num_blocks, expected)
         kept = {*blocks[:num_blocks]}
-        lists = [m for m in inner.children() if isinstance(m, nn.ModuleList)]
+        lists = _outer_lists(inner).values()
         memo: dict[int, Any] = {
             id(part): nn.ModuleList(copy.deepcopy(b) for b in part if b in kept)
             for part in lists

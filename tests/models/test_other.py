@@ -296,6 +296,32 @@ def test_frozen_weights_are_quantized_and_adapters_train():
     assert len(lora) == 6 and all(g.abs().sum() > 0 for g in lora)
 
 
+class Outer(nn.Module):
+    """Hold the model one level down, as DiT classes with a ``backbone`` do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, *arguments):
+        return self.backbone(*arguments)
+
+
+@pytest.mark.parametrize("blocks", [None, ["backbone.layers"]])
+def test_lists_of_blocks_may_be_nested(blocks):
+    x, timestep, conditions = hand_made_inputs()
+    plain = hand_made()
+    outer = VelocityModel(
+        Outer(copy.deepcopy(plain)), hand_made_velocity, blocks=blocks, hidden_size=16
+    )
+    expected = reward_of(VelocityModel(plain, hand_made_velocity, hidden_size=16))
+    reward = reward_of(outer)
+    assert len(reward.backbone.model.backbone.layers) == len(expected.backbone.model.layers) == 2
+    assert torch.equal(reward(x, timestep, conditions), expected(x, timestep, conditions))
+    activation_checkpointing(outer, "full")
+    assert all("block_runner" in vars(block) for block in outer.model.backbone.layers)
+
+
 def test_blocks_that_a_reward_cannot_count():
     model = hand_made()
     model.layers = nn.ModuleList([model.layers[0]] * 3)
