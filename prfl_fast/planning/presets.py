@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from prfl_fast.models.block_adapter import DiffusersAdapter
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.loading import expert_folders, read_wan, transformer_class
 from prfl_fast.models.official import WanOfficialAdapter, diffusers_config
-from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.models.registry import ADAPTERS, find_adapter
 from prfl_fast.models.wan_weights import from_reference_config
-from prfl_fast.utils.checks import check, check_type
+from prfl_fast.utils.checks import check, check_choice, check_type
 from prfl_fast.utils.io import read_json
 
 _WAN_14B: dict[str, Any] = {
@@ -100,7 +101,14 @@ def adapter_of(config: Mapping[str, Any]) -> Any:
 
     Raise ``ValueError`` for a class that the planner does not simulate.
     """
-    return _planned(adapter_by_name(f"diffusers {config.get('class_name', _WAN)}"))
+    name = config.get("class_name", _WAN)
+    adapters: dict[str, Any] = {
+        a.class_name: a for a in ADAPTERS if isinstance(a, DiffusersAdapter)
+    }
+    if name not in adapters:
+        planned = [n for n, adapter in adapters.items() if getattr(adapter, "planned", True)]
+        check_choice("class of the model", name, planned)
+    return _planned(adapters[name])
 
 
 def first_blocks(config: dict[str, Any], num_blocks: int) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             with contextlib.suppress(FileNotFoundError):
                 return dict(read_wan(path.parent).config)
         elif "_class_name" in config:
-            _planned(adapter_by_name(f"diffusers {config['_class_name']}"))
+            adapter_of({"class_name": config["_class_name"]})
         layers = config["num_layers"]
         check(isinstance(layers, int), "num_layers", layers, "an integer")
     except (ValueError, KeyError, TypeError) as error:

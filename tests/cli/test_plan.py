@@ -253,7 +253,7 @@ BAD = {
     "--host-budget 64": "--host-budget is '64 bytes', expected a size like 64GiB",
     "--host-budget much": "--host-budget is 'much', expected",
     "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
-    "--model FLUX": "FLUX/config.json is not a configuration of a transformer: adapter is",
+    "--model FLUX": "FLUX/config.json is not a configuration of a transformer: class of",
     "--model LIST": "LIST/config.json is not a configuration of a transformer: ",
     "--model BRACE": "BRACE/config.json is not a configuration of a transformer: Expecting",
     "--model NOTHING": "NOTHING/config.json is not a configuration of a transformer: it has no",

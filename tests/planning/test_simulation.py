@@ -251,7 +251,7 @@ def test_what_a_workload_refuses():
         ({"batch_size": True}, "batch_size is True, expected a positive integer"),
         (
             {"model": {**CONFIG, "out_channels": 5}},
-            "latent channels is 5, expected one of 16, 32",
+            "latent channels is 5, expected one of 12, 16, 32",
         ),
         ({"frames": 1, "first_frame": True}, "frames is 1, expected 4n \\+ 1 above 1"),
         ({"model": {**CONFIG, "image_dim": 8}}, "text_tokens is 32, expected 512"),
