@@ -56,6 +56,15 @@ def _attend(
     )
 
 
+def valid_tokens_first(
+    context: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens ``[B, T, D]`` with those of the mask ``[B, T]`` first, and their number."""
+    order = valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    context = context.gather(1, order[..., None].expand_as(context))
+    return context, valid.sum(1, dtype=torch.int32)
+
+
 def joint_attention(
     attn: Any, x: torch.Tensor, text: torch.Tensor, rope: Rope, key_lengths: torch.Tensor | None
 ) -> Sequence[torch.Tensor]:

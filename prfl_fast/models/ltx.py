@@ -8,6 +8,7 @@ import torch
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.blocks import BlockParts, Modulation, Rope, context_keys, transformer_block
 from prfl_fast.models.family_adapter import Expected, FamilyAdapter, warn_not_fused, why_not_fused
+from prfl_fast.models.joint_blocks import valid_tokens_first
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization, unwrap
 
@@ -53,10 +54,7 @@ def valid_first(
     """
     if mask is None:
         return context, None
-    valid = mask[:, 0] > -1
-    order = valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    context = context.gather(1, order[..., None].expand_as(context))
-    lengths = valid.sum(1, dtype=torch.int32)
+    context, lengths = valid_tokens_first(context, mask[:, 0] > -1)
     # The same addend for all tokens does not change a softmax, so all of them are valid then.
     return context, torch.where(lengths == 0, mask.shape[2], lengths)
 

@@ -10,7 +10,7 @@ from prfl_fast.kernels import gated_residual, norm_modulate, residual_norm_modul
 from prfl_fast.models.block_adapter import Replacements
 from prfl_fast.models.blocks import Rope, project_out
 from prfl_fast.models.family_adapter import Expected, FamilyAdapter, warn_not_fused, why_not_fused
-from prfl_fast.models.joint_blocks import Tokens, joint_attention
+from prfl_fast.models.joint_blocks import Tokens, joint_attention, valid_tokens_first
 
 _ATTENTION_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 _KINDS = {
@@ -73,10 +73,7 @@ def block_forward(
     h = norm_modulate(x.contiguous(), scale=scale, kind="rms", eps=norm.norm.eps)
     c = norm_modulate(text.contiguous(), scale=text_scale, kind="rms", eps=text_norm.norm.eps)
     # As in diffusers, outputs of valid text tokens go to the first rows, and the others are 0.
-    valid = encoder_attention_mask != 0
-    order = valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    c = c.gather(1, order[..., None].expand_as(c))
-    lengths = valid.sum(1, dtype=torch.int32)
+    c, lengths = valid_tokens_first(c, encoder_attention_mask != 0)
     cos, sin = (table.flatten(1) for table in rope)  # [L, H, d/2] each
     y, text_y = joint_attention(attn, h, c, Rope(cos, sin, None), lengths + x.shape[1])
     if not last:
