@@ -33,7 +33,7 @@ from prfl_fast.planning.presets import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = (
-    *("quickstart", "methods", "memory", "models", "families"),
+    *("quickstart", "data", "methods", "memory", "models", "families"),
     *("trainers", "kernels", "configuration"),
 )
 PYTHON = ("methods", "memory", "models", "families", "kernels")  # run in the same names

@@ -16,9 +16,6 @@ from prfl_fast.memory.policy import check_compatible
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check
 
-Timesteps = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1), from_list
-]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_list]
 Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), from_list]
@@ -53,6 +50,9 @@ class TrainFile(Section):
     objectives: Objectives = key(("prfl", "sft"), "Objectives, which take turns: one step of each.")
     prfl: sections.FeedbackSection = key(sections.FeedbackSection(), "Reward feedback.")
     rollout: sections.RolloutSection = key(sections.RolloutSection(), "The steps without gradient.")
+    eval: sections.EvalSection | None = key(
+        None, "Evaluation on held-out prompts while training; null is none."
+    )
     optimizer: sections.OptimizerSection = key(sections.OptimizerSection(), "AdamW.")
     lora: sections.LoraSection | None = key(None, "Low-rank adapters; null trains all parameters.")
     train: Literal["high", "low", "both"] | None = key(
@@ -79,6 +79,8 @@ class TrainFile(Section):
         check(unique, "objectives", list(self.objectives), "no repeats")
         if "prfl" in self.objectives and self.reward is None:
             raise ValueError("reward is missing, expected a reward model for the prfl objective")
+        if self.eval is not None and self.reward is None and self.eval.codec is None:
+            raise ValueError("reward is missing, expected a reward model or eval.codec for eval")
         names = [reward.name for reward in self.rewards()]
         for i, name in enumerate(names):
             check(name not in names[:i], f"reward[{i}].name", name, "a name of its own")
@@ -117,10 +119,9 @@ class TrainRewardFile(Section):
     lose_data: Text | None = key(
         None, "Dataset of single videos from which bt draws the losers against the videos of data."
     )
-    eval_data: Text | None = key(
-        None, "Dataset of labeled videos to evaluate on at the end; null skips it."
+    eval: sections.RewardEvalSection | None = key(
+        None, "Evaluation on held-out samples; null is none."
     )
-    timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the evaluation.")
     num_blocks: Count = key(8, "Blocks taken from the generator.")
     num_heads: Count = key(8, "Heads of the attention pooling.")
     num_queries: Count = key(1, "Queries of the attention pooling.")
@@ -152,6 +153,9 @@ class TrainRewardFile(Section):
     def _check_sections(self) -> Self:
         ok = self.lose_data is None or self.loss == "bt"
         check(ok, "lose_data", self.lose_data, "no value with loss: ce")
+        if self.eval is not None:
+            share, wanted = self.eval.held_out, "no value with lose_data; give eval.data"
+            check(share is None or self.lose_data is None, "eval.held_out", share, wanted)
         _check_memory(self.memory, "full", self.hardware.precision)
         return self
 
@@ -168,7 +172,7 @@ class ScoreFile(Section):
     model: Text | None = key(
         None, "The generator, as in train; required with a reward of HY-Video-PRFL."
     )
-    timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
+    timesteps: sections.Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
     shift: Positive = key(5.0, "Timestep shift of the noise schedule the reward was trained on.")
     integer_timesteps: bool = key(
         True, "Score at the nearest level of the schedule, at 1000 sigma rounded down."

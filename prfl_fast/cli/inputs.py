@@ -8,11 +8,10 @@ from typing import Any
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.sections import ReferenceReward
-from prfl_fast.data.manifest import EMPTY_PROMPT, LatentDataset
+from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.experts import NAMES
 from prfl_fast.models.loading import transformer_folder
 from prfl_fast.utils.digests import DIGESTS
-from prfl_fast.utils.io import digest_of
 
 # A file of weights is read in 64 places, so 56 GB take a second, not minutes. Another training of
 # the same model changes all of them.
@@ -29,7 +28,7 @@ def inputs_of(
     if losers is not None:
         found |= _data("lose_data", losers)
     if config.text_drop > 0:
-        found["empty prompt: fingerprint"] = fingerprint(dataset.folder / EMPTY_PROMPT)
+        found["empty prompt: fingerprint"] = fingerprint(dataset.empty_prompt_file())
     folders, boundary = loading.folders_of(config.model)
     if boundary is None:
         found["model: fingerprint"] = fingerprint(transformer_folder(folders[0]))
@@ -52,7 +51,7 @@ def _data(name: str, dataset: LatentDataset) -> dict[str, Any]:
         sizes.update(f"{path.name} {path.stat().st_size}\n".encode())
     return {
         f"{name}: number of samples": len(dataset),
-        f"{name}: manifest": digest_of(dataset.manifest)[:16],
+        f"{name}: manifest": dataset.digest()[:16],
         f"{name}: sizes of files": sizes.hexdigest()[:16],
     }
 

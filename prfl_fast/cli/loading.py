@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+from argparse import Namespace
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import nn
 
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.sections import ExpertsSection, GuidanceSection, HardwareSection, ReferenceReward
-from prfl_fast.data.manifest import LatentDataset
+from prfl_fast.data.manifest import LATENT_CONDITION, LatentDataset
+from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.loading import expert_folders, load_transformer, transformer_class
@@ -42,13 +45,13 @@ def device_of(hardware: HardwareSection) -> torch.device:
 
 
 def open_dataset(
-    config: TrainFile | TrainRewardFile | ScoreFile, key: str, expected: str = ""
+    config: TrainFile | TrainRewardFile | ScoreFile | Namespace, key: str, expected: str = ""
 ) -> LatentDataset:
-    """Open the dataset of a key; pairs are allowed only without ``expected``.
+    """Open the dataset of a key such as ``eval.data``; pairs are allowed only without ``expected``.
 
     Raise ``ValueError`` if the dataset is bad, or holds pairs in place of ``expected``.
     """
-    folder = getattr(config, key)
+    folder = attrgetter(key)(config)
     dataset = LatentDataset(folder, allow_outside=config.allow_outside)
     if expected and dataset.pairs:
         raise ValueError(f"{key}: {folder} holds preference pairs, expected {expected}")
@@ -77,18 +80,20 @@ def _transformer_class(path: str) -> tuple[Any, Mapping[str, Any]]:
 
 def check_data(dataset: LatentDataset, model: nn.Module, name: str) -> None:
     """Check the dataset's shapes against a model or reward backbone, on meta tensors."""
-    shapes = dict(dataset.shapes)
-    x = torch.empty(1, *shapes.pop("latents"), device="meta")
-    conditions = {key: torch.empty(1, *shape, device="meta") for key, shape in shapes.items()}
     adapter = find_adapter(model)
-    try:
-        adapter.check_latents(model, x, conditions)
-        # A forward on meta tensors costs nothing and finds mismatches of widths.
-        if next(model.parameters()).is_meta:
-            with torch.no_grad():
-                adapter.velocity(model, x, torch.zeros(1, device="meta"), conditions)
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{dataset.folder}: does not fit {name}: {error}") from error
+    for bucket in dataset.buckets:
+        shapes = dict(bucket.shapes)
+        x = torch.empty(1, *shapes.pop("latents"), device="meta")
+        conditions = {key: torch.empty(1, *shape, device="meta") for key, shape in shapes.items()}
+        try:
+            adapter.check_latents(model, x, conditions)
+            # A forward on meta tensors costs nothing and finds mismatches of widths, which all
+            # buckets share.
+            if next(model.parameters()).is_meta and bucket is dataset.buckets[0]:
+                with torch.no_grad():
+                    adapter.velocity(model, x, torch.zeros(1, device="meta"), conditions)
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{dataset.folder}: does not fit {name}: {error}") from error
 
 
 def check_model(folder: str, dataset: LatentDataset) -> None:
@@ -176,6 +181,9 @@ def load_guidance(
     negative = load_tensors(source.negative)
     if not negative or set(negative) - set(shapes):
         raise ValueError(f"{key} holds {sorted(negative)}, expected some of {sorted(shapes)}")
+    sized = sorted(set(negative) & {LATENT_CONDITION, FIRST_FRAME})
+    one = not sized or len(dataset.buckets) == 1
+    check(one, f"{key}: tensors", sized, "only text and image states for videos of several sizes")
     for name, tensor in negative.items():
         wanted, text = tuple(shapes[name]), name == "encoder_hidden_states"
         fits = tensor.shape == wanted

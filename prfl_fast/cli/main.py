@@ -1,4 +1,4 @@
-"""``prfl-fast``: doctor, init, plan, train-reward, train, score, convert, merge.
+"""``prfl-fast``: doctor, init, plan, encode, train-reward, train, score, evaluate, convert, merge.
 
 All inputs of a run are checked and loaded before the first file is written. An input error is one
 line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if a
@@ -71,6 +71,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
         from prfl_fast.cli.plan import add_options
 
         add_options(plan)
+    judge = commands.add_parser("evaluate", help="compare a reward model's scores with labels")
+    if command == "evaluate":
+        need("pydantic")
+        from prfl_fast.cli import evaluate
+
+        evaluate.add_options(judge)
+    text = "encode clips and captions to a dataset of latents and conditions"
+    told = commands.add_parser("encode", usage="prfl-fast encode CLIPS OUT [options]", help=text)
+    if command == "encode":
+        need("pydantic")
+        from prfl_fast.cli.encode import add_options as add_encode_options
+
+        add_encode_options(told)
     for name, text in (
         ("train-reward", "train a latent reward model"),
         ("train", "train a generator with reward feedback and supervised steps"),
@@ -149,6 +162,14 @@ def _run(options: argparse.Namespace) -> int:
         from prfl_fast.cli.plan import run_plan
 
         return run_plan(options)
+    if options.command == "evaluate":
+        from prfl_fast.cli.evaluate import run_evaluate
+
+        return run_evaluate(options)
+    if options.command == "encode":
+        from prfl_fast.cli.encode import run_encode
+
+        return run_encode(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
     from prfl_fast.cli.score import run_score
     from prfl_fast.cli.train import RunOptions, run_train, train_reward

@@ -3,25 +3,17 @@
 import csv
 import io
 import json
-import statistics
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import ScoreFile
 from prfl_fast.cli.tables import print_table
 from prfl_fast.cli.yaml_config import to_yaml
-from prfl_fast.data.dataset import Batch, collate
-from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.registry import patch
-from prfl_fast.models.velocity import autocast
-from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.training.noising import add_noise, evaluation_sigma, model_timestep, noise_of_samples
-from prfl_fast.utils.checks import check, torch_seed
+from prfl_fast.training.evaluation import RewardEvaluator
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
-from prfl_fast.utils.progress import count_progress
 
 
 def run_score(config: ScoreFile, check_only: bool) -> int:
@@ -41,47 +33,26 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
     if check_only:
         print(to_yaml(config), end="")
         return 0
-    rows = _scores(config, dataset, reward, device)
+    keys = ("timesteps", "batch_size", "seed", "shift", "integer_timesteps")
+    options = {name: getattr(config, name) for name in keys}
+    evaluator = RewardEvaluator(dataset, precision=config.hardware.precision, **options)
+    scores = {t: of[0].sigmoid().float() for t, of in evaluator.logits(reward).items()}
+    rows = [
+        {"id": name, **{f"t{t}": of[i].item() for t, of in scores.items()}}
+        for i, name in enumerate(dataset.ids())
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_atomic(out) as temporary:
         temporary.write_text(_text(rows, out.suffix), encoding="utf-8")
     table = []
-    for t in config.timesteps:
-        scores = [row[f"t{t}"] for row in rows]
-        table.append((str(t), *(f"{of(scores):.4f}" for of in (statistics.mean, min, max))))
+    for t, found in scores.items():
+        table.append(
+            (str(t), *(f"{value:.4f}" for value in (found.mean(), found.min(), found.max())))
+        )
     columns = ("timestep", "mean", "lowest", "highest")
     print_table(table, columns, numbers=columns)
     print(f"{len(rows)} videos scored: {out}")
     return 0
-
-
-def _scores(
-    config: ScoreFile, dataset: LatentDataset, reward: LatentRewardModel, device: torch.device
-) -> list[dict[str, Any]]:
-    """Return one row per video: its id and its score at each timestep."""
-    generator = torch.Generator().manual_seed(torch_seed(config.seed))
-    rows: list[dict[str, Any]] = []
-    starts = range(0, len(dataset), config.batch_size)
-    with count_progress("score", "batches", len(starts)) as show:
-        for start in starts:
-            show("")
-            indices = range(start, min(start + config.batch_size, len(dataset)))
-            batch = collate([dataset[i] for i in indices])
-            assert isinstance(batch, Batch)
-            noise = noise_of_samples(batch.latents, generator)  # the same for all timesteps
-            scores = []
-            for t in config.timesteps:
-                level = evaluation_sigma(t, config.shift, config.integer_timesteps)
-                sigma = torch.full((len(noise),), level)
-                x = add_noise(batch.latents, noise, sigma).to(device)
-                times = model_timestep(sigma, config.integer_timesteps).to(device)
-                with torch.no_grad(), autocast(device, config.hardware.precision):
-                    found = reward(x, times, batch.to(device).conditions)
-                scores.append(found.float().tolist())
-            for row, index in enumerate(indices):
-                values = {f"t{t}": scores[i][row] for i, t in enumerate(config.timesteps)}
-                rows.append({"id": dataset.ids()[index], **values})
-    return rows
 
 
 def _text(rows: list[dict[str, Any]], suffix: str) -> str:

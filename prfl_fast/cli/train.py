@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,12 @@ from torch import nn
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.evaluation import (
+    generator_evaluation,
+    load_held_out,
+    reward_evaluation,
+    write_evaluation,
+)
 from prfl_fast.cli.inputs import PATHS, inputs_of
 from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy, note
 from prfl_fast.cli.sections import (
@@ -25,7 +31,8 @@ from prfl_fast.cli.sections import (
     TrainedRewardMemorySection,
 )
 from prfl_fast.cli.yaml_config import to_yaml
-from prfl_fast.data.dataset import Batch, Batches, DrawnPairs, collate
+from prfl_fast.data.dataset import Batches, DrawnPairs
+from prfl_fast.data.loader import LoadedBatches
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.values import check_values
 from prfl_fast.feedback.step import PRFL
@@ -33,13 +40,16 @@ from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.registry import patch, unpatch
-from prfl_fast.models.velocity import Precision, autocast
+from prfl_fast.models.velocity import Precision
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.training.checkpoint import FINAL
 from prfl_fast.training.config import RunIdentity, TrainConfig
+from prfl_fast.training.evaluation import labels_of
 from prfl_fast.training.lora import add_lora
+from prfl_fast.training.model_files import load_model
 from prfl_fast.training.objectives import (
     Objective,
     RewardFeedback,
@@ -47,12 +57,10 @@ from prfl_fast.training.objectives import (
     SupervisedFlow,
     velocity_call,
 )
-from prfl_fast.training.reward_losses import evaluate, label_of
 from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_atomic
-from prfl_fast.utils.progress import count_progress
 
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
@@ -97,12 +105,15 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     dataset = loading.open_dataset(config, "data", "single videos")
     batches = _batches(dataset, config)
     folders, boundary = loading.folders_of(config.model)
-    for folder in folders:
-        loading.check_model(folder, dataset)
+    held_out = None if config.eval is None else load_held_out(config, device)
+    datasets = [dataset, *(() if held_out is None else held_out[:1])]
+    for folder, source in itertools.product(folders, datasets):
+        loading.check_model(folder, source)
     _check_experts(config, boundary)
     if options.deep:
         check_values(dataset)
-    segments, frames = config.prfl.plan().segments, dataset.shapes["latents"][1]
+    segments = config.prfl.plan().segments
+    frames = min(bucket.shapes["latents"][1] for bucket in dataset.buckets)
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
     check(fits, "prfl.segments", segments, f"at most {frames}, the frames of the dataset's latents")
     fits = "prfl" not in config.objectives or segments is None or FIRST_FRAME not in dataset.shapes
@@ -118,20 +129,28 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     for policy in (memory, reward_memory):
         check_available(policy, device)
     _seed(config)  # adapters are initialized at random
-    transformer, rewards = _load_models(config, dataset, memory, reward_memory, device)
+    transformer, rewards = _load_models(config, datasets, memory, reward_memory, device)
     objectives: dict[str, Objective] = {}
     for name in config.objectives:
         if name == "prfl":
             step = _step(config, transformer, rewards, guidance)
-            objectives[name] = RewardFeedback(step, batches, device)
+            objectives[name] = RewardFeedback(step, _read_ahead(batches, config, device), device)
         else:
             # Supervised steps in the same order would repeat the conditions of the PRFL step.
-            own, levels = _batches(dataset, config, 1), config.prfl.model_dump(include=_LEVELS)
+            own = _read_ahead(_batches(dataset, config, 1), config, device)
+            levels = config.prfl.model_dump(include=_LEVELS)
             precision = _autocast(memory.weight_dtype, config.hardware.precision)
             objectives[name] = SupervisedFlow(transformer, own, precision=precision, **levels)
     advise = partial(next_policy, config, dataset, device, plan)
     inputs = inputs_of(config, dataset)
-    trainer = _trainer(config, transformer, objectives, inputs, options, advise=advise)
+    evaluation = None
+    if held_out is not None:
+        of_reward = _autocast(config.reward_memory.weight_dtype, config.hardware.precision)
+        calls, _ = loading.rewards_of_step(config, rewards, of_reward)
+        sampler = _sampler(config, transformer, guidance)
+        evaluation = generator_evaluation(config, *held_out, sampler, calls, device)
+    more: Any = {"advise": advise, "evaluation": evaluation}
+    trainer = _trainer(config, transformer, objectives, inputs, options, **more)
     if config.lora is not None and given.optimizer.learning_rate is None:
         rate = config.optimizer.learning_rate
         text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
@@ -153,7 +172,7 @@ def _check_experts(config: TrainFile, boundary: float | None) -> None:
 
 def _load_models(
     config: TrainFile,
-    dataset: LatentDataset,
+    datasets: Sequence[LatentDataset],
     memory: MemoryConfig,
     reward_memory: MemoryConfig,
     device: torch.device,
@@ -166,9 +185,10 @@ def _load_models(
     # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
     transformer = loading.load_model(config.model, dtype)
-    rewards = loading.load_rewards(config, transformer) if "prfl" in config.objectives else {}
+    wanted = "prfl" in config.objectives or config.eval is not None
+    rewards = loading.load_rewards(config, transformer) if wanted else {}
     models = [model for members in rewards.values() for model in members]
-    for model in models:
+    for model, dataset in itertools.product(models, datasets):
         loading.check_data(dataset, model.backbone, "the reward model")
     apply_memory(transformer, memory, device=device)
     for model in models:
@@ -214,12 +234,37 @@ def _step(
     )
 
 
+def _sampler(config: TrainFile, transformer: nn.Module, guidance: Guidance | None) -> Sampler:
+    """Return the sampler of the prfl section, for prompts of any length."""
+    assert isinstance(config.memory, MemorySection)
+    if guidance is not None:
+        guidance = dataclasses.replace(guidance, batched=False)
+    call = velocity_call(
+        transformer, _autocast(config.memory.weight_dtype, config.hardware.precision)
+    )
+    return Sampler(call, _scheduler(config.prfl), config.prfl.num_inference_steps, guidance)
+
+
 def _batches(
     dataset: LatentDataset, config: TrainFile | TrainRewardFile, offset: int = 0
 ) -> Batches:
     """Return the batches of a run; another ``offset`` gives another order."""
     drops = {"text_drop": config.text_drop, "short_captions": config.short_captions}
-    return Batches(dataset, config.run.batch_size, config.run.seed + offset, **drops)
+    batches = Batches(dataset, config.run.batch_size, config.run.seed + offset, **drops)
+    if not offset and (dropped := batches.dropped()):
+        command = "train" if isinstance(config, TrainFile) else "train-reward"
+        note(f"{dataset.folder}: {dropped}", command)
+    return batches
+
+
+def _read_ahead(
+    batches: Batches | DrawnPairs, config: TrainFile | TrainRewardFile, device: torch.device
+) -> Batches | DrawnPairs | LoadedBatches:
+    """Return the batches as the workers of a run read them."""
+    workers = config.run.workers
+    if not workers:
+        return batches
+    return LoadedBatches(batches, workers, pin_memory=device.type == "cuda")
 
 
 def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:
@@ -269,18 +314,23 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
         patch(reward.backbone)
     precision = _autocast(memory.weight_dtype, config.hardware.precision)
     keys = config.model_dump(include={"loss", "label", "missing_label", *_LEVELS})
-    fit = RewardFit(reward, batches, precision=precision, **keys)
+    read = _read_ahead(batches, config, device)
+    fit = RewardFit(reward, read, precision=precision, **keys)
     inputs = inputs_of(config, dataset, losers)
-    trainer = _trainer(config, reward, {"reward": fit}, inputs, options)
+    evaluator, evaluation = reward_evaluation(config, held_out, reward, precision)
+    trainer = _trainer(config, reward, {"reward": fit}, inputs, options, evaluation=evaluation)
     if options.check:
         return _print_check(config)
     if code := _finish(trainer, config):
         return code
+    if evaluation is not None and evaluation.best_step is not None:
+        load_model(reward, out / f"step-{evaluation.best_step:08d}" / "model")
+        print(f"best accuracy {evaluation.best:.4g}, at step {evaluation.best_step}")
     unpatch(reward.backbone)  # a saved model is plain diffusers
     reward.save(out / "reward")
     print(f"reward model: {out / 'reward'}")
-    if held_out is not None:
-        _evaluate(reward, held_out, config, device, out)
+    if evaluator is not None:
+        write_evaluation(evaluator, reward, out)
     return 0
 
 
@@ -289,51 +339,18 @@ def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset
     drawn = config.lose_data is not None
     dataset = loading.open_dataset(config, "data", "single videos with lose_data" if drawn else "")
     held_out = None
-    if config.eval_data is not None:
-        held_out = loading.open_dataset(config, "eval_data", "labeled videos")
+    if config.eval is not None and config.eval.held_out is not None:
+        dataset, held_out = dataset.split(config.eval.held_out)
+    elif config.eval is not None:
+        held_out = loading.open_dataset(config, "eval.data")
     kind = "pairs" if dataset.pairs else "single videos"
     hint = f"data: {config.data} holds {kind}; ce takes single videos, bt pairs"
     wanted = "bt" if dataset.pairs or drawn else "ce"
     check(config.loss == wanted, "loss", config.loss, f"{wanted} for this dataset", hint=hint)
-    labeled_sets = [held_out] if config.loss == "bt" else [dataset, held_out]
-    for labeled in (d for d in labeled_sets if d is not None):
-        for place, labels in labeled.labels():
-            try:
-                label_of(labels, config.label, config.missing_label)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
+    for labeled in ([dataset] if config.loss == "ce" else []) + ([held_out] if held_out else []):
+        if not labeled.pairs:
+            labels_of(labeled, config.label, config.missing_label)
     return dataset, held_out
-
-
-def _evaluate(
-    reward: LatentRewardModel,
-    dataset: LatentDataset,
-    config: TrainRewardFile,
-    device: torch.device,
-    out: Path,
-) -> None:
-    assert isinstance(config.memory, MemorySection)
-
-    def batches() -> Iterator[Any]:
-        for i, name in enumerate(dataset.ids()):
-            show(name)
-            batch = collate([dataset[i]])
-            assert isinstance(batch, Batch)
-            found = [label_of(r, config.label, config.missing_label) for r in batch.labels]
-            labels = torch.tensor(found, dtype=torch.float32, device="cpu")
-            yield batch.latents.to(device), batch.to(device).conditions, labels
-
-    with (
-        autocast(device, _autocast(config.memory.weight_dtype, config.hardware.precision)),
-        count_progress("evaluation", "videos", len(dataset)) as show,
-    ):
-        levels = config.model_dump(include=_LEVELS)
-        seed = config.run.seed
-        metrics = evaluate(reward, batches(), config.timesteps, seed=seed, **levels)
-    with write_atomic(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-    for t, values in metrics.items():
-        print(f"t = {t}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
 
 def _autocast(weight_dtype: str, precision: Precision) -> Precision:
@@ -384,11 +401,13 @@ def _trainer(
 
 def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     """Return the keys that determine a run's numbers, without the trainer's own settings."""
-    paths = {"out", "allow_outside", "eval_data", *PATHS}  # those that are inputs of the run
-    values = config.model_dump(exclude={*paths, "run", "optimizer", "timesteps"})
+    paths = {"out", "allow_outside", *PATHS}  # those that are inputs of the run
+    values = config.model_dump(exclude={*paths, "run", "optimizer", "eval"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
     if isinstance(config, TrainFile):  # the paths of rewards are inputs too
         values["reward"] = [_settings_of(reward) for reward in config.rewards()]
+    elif config.eval is not None and config.eval.held_out is not None:
+        flat["eval.held_out"] = config.eval.held_out  # these samples do not train
     for name, value in values.items():
         section = isinstance(value, dict)
         flat |= {f"{name}.{k}": v for k, v in value.items()} if section else {name: value}
@@ -424,7 +443,10 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
         how = f"stopped by {result.stopped_by.name} after step {result.step}"
         print(f"{how}; saved in {where}; run again to continue")
         return 128 + result.stopped_by
-    if began >= steps:
+    if trainer.evaluation.exhausted:
+        waited = trainer.evaluation.waited
+        print(f"stopped early: no higher accuracy in {waited} evaluations; saved in {where}")
+    elif began >= steps:
         print(f"already finished at step {began} of {steps}; saved in {where}")
     else:
         print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import pad
 
 from prfl_fast.data.manifest import SHORT, TEXT, Pair, Sample
-from prfl_fast.utils.checks import check, check_count, check_seed, is_number, torch_seed
+from prfl_fast.data.order import BatchOrder
+from prfl_fast.utils.checks import check, check_count, check_seed, is_number
 
 
 class Batch(NamedTuple):
@@ -20,8 +21,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``."""
-        conditions = {name: tensor.to(device) for name, tensor in self.conditions.items()}
-        return Batch(self.latents.to(device), conditions, self.labels)
+        # Copies from pinned memory do not wait. Copies to the host must, so that they are complete.
+        there: Any = {"device": device, "non_blocking": torch.device(device).type == "cuda"}
+        conditions = {name: tensor.to(**there) for name, tensor in self.conditions.items()}
+        return Batch(self.latents.to(**there), conditions, self.labels)
 
 
 class PairBatch(NamedTuple):
@@ -35,18 +38,27 @@ class PairBatch(NamedTuple):
         return PairBatch(self.win.to(device), self.lose.to(device))
 
 
-def collate(samples: Sequence[Sample | Pair]) -> Batch | PairBatch:
-    """Stack samples into a :class:`Batch`, pairs into a :class:`PairBatch`."""
+def collate(samples: Sequence[Sample | Pair], text_rows: int = 0) -> Batch | PairBatch:
+    """Stack samples into a :class:`Batch`, pairs into a :class:`PairBatch`.
+
+    Texts get rows of zeros up to the longest of the batch, or ``text_rows``, as models pad them.
+    """
     if isinstance(samples[0], Pair):
         pairs = cast(Sequence[Pair], samples)
-        return PairBatch(_stack([p.win for p in pairs]), _stack([p.lose for p in pairs]))
-    return _stack(cast(Sequence[Sample], samples))
+        sides = ([p.win for p in pairs], [p.lose for p in pairs])
+        return PairBatch(*(_stack(side, text_rows) for side in sides))
+    return _stack(cast(Sequence[Sample], samples), text_rows)
 
 
-def _stack(samples: Sequence[Sample]) -> Batch:
-    # Files may be bfloat16; losses and noise are float32.
+def _stack(samples: Sequence[Sample], text_rows: int) -> Batch:
+    rows = max(text_rows, *(len(s.conditions[TEXT]) for s in samples if TEXT in s.conditions), 0)
+
+    def wide(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.float()  # files may be bfloat16; losses and noise are float32
+        return pad(tensor, (0, 0, 0, rows - len(tensor))) if name == TEXT else tensor
+
     conditions = {
-        name: torch.stack([s.conditions[name].float() for s in samples])
+        name: torch.stack([wide(name, s.conditions[name]) for s in samples])
         for name in samples[0].conditions
     }
     return Batch(
@@ -54,22 +66,16 @@ def _stack(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """Return a permutation of ``range(length)`` that depends on the arguments only."""
-    # Seeds below 2^44 and epochs below 1,000,003 map to different generator seeds.
-    generator = torch.Generator().manual_seed(torch_seed(int(seed) * 1_000_003 + int(epoch)))
-    return torch.randperm(length, generator=generator, device="cpu").tolist()
-
-
 class Batches:
     """Index the endless, shuffled batches of a dataset: ``batches[n]`` depends on n and the seed.
 
-    There is no position to save: a resumed run reads the next n. An epoch drops its incomplete last
-    batch.
+    There is no position to save: a resumed run reads the next n. A batch has samples of one bucket,
+    so its latents have one shape; :class:`prfl_fast.data.order.BatchOrder` has the order. An epoch
+    visits every bucket in proportion to its size, and drops the incomplete last batch of each.
 
     Args:
         dataset: a :class:`LatentDataset`, or any object with ``len()`` and ``[i]`` that returns a
-            :class:`Sample` or :class:`Pair`.
+            :class:`Sample` or :class:`Pair`, all of one size.
         batch_size: samples, or pairs, of a batch.
         seed: seed of the order and of the draws of texts.
         text_drop: probability that the empty prompt's text, ``dataset.empty_prompt()``, replaces a
@@ -78,12 +84,9 @@ class Batches:
             (HY-Video-PRFL: 0.3).
 
     Raises:
-        ValueError: if ``batch_size`` is not positive or larger than the dataset, a probability is
+        ValueError: if ``batch_size`` is not positive or larger than every bucket, a probability is
             not in [0, 1], or the dataset lacks the texts that a probability asks for.
     """
-
-    # A DataLoader with this order would need a sampler that starts at n, and an iterator state for
-    # each objective.
 
     def __init__(
         self,
@@ -96,10 +99,13 @@ class Batches:
     ) -> None:
         check_count("batch_size", batch_size)
         check_seed(seed)
-        expected = f"at most {len(dataset)}, the samples of the dataset"
-        check(batch_size <= len(dataset), "batch_size", batch_size, expected)
+        buckets = getattr(dataset, "buckets", None)
+        indices = [range(len(dataset))] if buckets is None else [b.indices for b in buckets]
+        most, whole = max(map(len, indices)), "the dataset" if len(indices) == 1 else "a bucket"
+        expected = f"at most {most}, the samples of {whole}"
+        check(batch_size <= most, "batch_size", batch_size, expected)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self._epoch, self._order = -1, [0]  # the permutation of one epoch is cached
+        self.order = BatchOrder(indices, batch_size, seed)
         for name, value in (("text_drop", text_drop), ("short_captions", short_captions)):
             check(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
         self.text_drop, self.short_captions = text_drop, short_captions
@@ -108,50 +114,72 @@ class Batches:
         ok = not short_captions or getattr(dataset, "short", True)
         check(ok, "short_captions", short_captions, f"{expected} {SHORT}")
         self._empty = dataset.empty_prompt() if text_drop else None
+        # Every batch has the rows of the dataset's longest text, as a negative prompt that is
+        # guided in the same call must have the rows of the batch.
+        self._rows = 0 if buckets is None else dataset.shapes[TEXT][0]
+
+    def dropped(self) -> str:
+        """Return a sentence on the samples that incomplete batches leave out; empty for none."""
+        left = sum(len(b) % self.batch_size for b in self.order.buckets)
+        never = sum(len(b) for b in self.order.buckets if len(b) < self.batch_size)
+        text = f"each epoch leaves out {left} of {len(self.dataset)} samples, incomplete batches"
+        if never:
+            text += f"; {never} of them always, as their buckets have fewer than {self.batch_size}"
+        return text if left else ""
 
     def __getitem__(self, n: int) -> Batch | PairBatch:
-        epoch, position = divmod(n, len(self.dataset) // self.batch_size)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(len(self.dataset), self.seed, epoch)
-        start = position * self.batch_size
-        items = [self.dataset[i] for i in self._order[start : start + self.batch_size]]
-        if not (self.text_drop or self.short_captions):
-            return collate(items)
-        # Draws depend on n and the seed only, as the order does.
-        draw = random.Random(f"texts {self.seed} {n}").random
-        return collate([self._with_text(item, draw(), draw()) for item in items])
+        return self.read(*self.order.place(n), n)
+
+    def read(self, bucket: int, number: int, n: int) -> Batch | PairBatch:
+        """Return a batch of one bucket, with the draws of texts of batch n."""
+        items = [self.dataset[i] for i in self.order.indices(bucket, number)]
+        if self.text_drop or self.short_captions:
+            # Draws depend on n and the seed only, as the order does.
+            draw = random.Random(f"texts {self.seed} {n}").random
+            items = [self._with_text(item, draw(), draw()) for item in items]
+        return collate(items, self._rows)
 
     def _with_text(self, item: Sample | Pair, drop: float, short: float) -> Sample | Pair:
         """Replace the text of a sample, or of both videos of a pair, as the draws say."""
         if isinstance(item, Pair):
             return Pair(*(cast(Sample, self._with_text(s, drop, short)) for s in item))
-        text = item.conditions[TEXT]
         if drop < self.text_drop:
-            assert self._empty is not None
             chosen = self._empty
-        elif short < self.short_captions and item.short is not None:
-            chosen = item.short
         else:
+            chosen = item.short if short < self.short_captions else None
+        if chosen is None:
             return item
-        # The model's adapter pads with zeros too.
-        chosen = pad(chosen.to(text), (0, 0, 0, max(len(text) - len(chosen), 0)))
         return item._replace(conditions={**item.conditions, TEXT: chosen})
 
 
 class DrawnPairs:
     """Pair batches of videos with losers drawn from a second list, for Bradley-Terry training.
 
-    ``pairs[n]`` is a :class:`PairBatch` of batch n of both :class:`Batches`, which have the same
-    size. Raise ``ValueError`` if shapes of the datasets differ in more than the length of texts.
+    ``pairs[n]`` is a :class:`PairBatch` of batch n of the winners and the next batch of losers of
+    the same bucket. Both :class:`Batches` have the same batch size. Raise ``ValueError`` if shapes
+    of the datasets differ in more than the length of texts, or a bucket has too few losers.
     """
 
     def __init__(self, win: Batches, lose: Batches) -> None:
-        ours, theirs = (
-            {key: s[1:] if key == TEXT else s for key, s in batches.dataset.shapes.items()}
-            for batches in (win, lose)
-        )
-        check(ours == theirs, "shapes of the losers' dataset", theirs, f"{ours}, the winners'")
+        theirs = [_fixed(bucket.shapes) for bucket in lose.dataset.buckets]
+        self._bucket_of_losers: dict[int, int] = {}
+        for number, bucket in enumerate(win.dataset.buckets):
+            ours = _fixed(bucket.shapes)
+            if not win.order.counts[number]:
+                continue
+            check(ours in theirs, "shapes of the losers' dataset", theirs, f"{ours}, the winners'")
+            match = self._bucket_of_losers[number] = theirs.index(ours)
+            found = len(lose.dataset.buckets[match].indices)
+            name = f"number of losers with latents {list(ours['latents'])}"
+            check(lose.order.counts[match] > 0, name, found, f"at least {lose.batch_size}, a batch")
         self.win, self.lose = win, lose
 
     def __getitem__(self, n: int) -> PairBatch:
-        return PairBatch(cast(Batch, self.win[n]), cast(Batch, self.lose[n]))
+        bucket, number = self.win.order.place(n)
+        losers = self.lose.read(self._bucket_of_losers[bucket], number, n)
+        return PairBatch(cast(Batch, self.win[n]), cast(Batch, losers))
+
+
+def _fixed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return shapes without the number of text rows."""
+    return {name: shape[1:] if name == TEXT else shape for name, shape in shapes.items()}

@@ -5,27 +5,30 @@
 safetensors files in the folder; ``labels`` is optional.
 """
 
+import copy
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.nn.functional import pad
 
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check, is_number, plain
-from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors, write_atomic
+from prfl_fast.utils.io import digest_of, load_tensors, open_tensors, save_tensors, write_atomic
 
 MANIFEST = "manifest.jsonl"
+LATENT_CONDITION = "latent_condition"
 _RANKS = {
     "latents": 4,
     "encoder_hidden_states": 2,
     "encoder_hidden_states_short": 2,
     "encoder_hidden_states_image": 2,
-    "latent_condition": 4,
+    LATENT_CONDITION: 4,
     FIRST_FRAME: 4,
 }
 TEXT, SHORT = "encoder_hidden_states", "encoder_hidden_states_short"
@@ -57,15 +60,24 @@ class Pair(NamedTuple):
     lose: Sample
 
 
+class Bucket(NamedTuple):
+    """Hold the samples of one size: shapes of their tensors by name, and their indices."""
+
+    shapes: dict[str, tuple[int, ...]]
+    indices: list[int]
+
+
 class LatentDataset:
     """Open a dataset folder; item i is a :class:`Sample` or a :class:`Pair`.
 
-    The constructor checks the header of each file, and reading an item checks its values.
+    The constructor checks the header of each file, and reading an item checks its values. Samples
+    may differ in the frames, height and width of their latents, and in the length of their texts;
+    both videos of a pair have one size.
 
     Attributes:
         pairs: True if items are pairs.
-        shapes: shape of latents and conditions by name, the same in all files. Text has the rows of
-            the longest one, and shorter texts get rows of zeros, as models pad them.
+        buckets: one :class:`Bucket` per size of latents, the largest first. Text has the rows of
+            the longest one of the dataset in all of them.
         short: True if samples have the text states of a short caption.
 
     Args:
@@ -84,19 +96,71 @@ class LatentDataset:
             raise FileNotFoundError(
                 f"{self.folder}: no {MANIFEST} there. write_dataset() writes a dataset folder"
             )
+        self._open(allow_outside)
+
+    def _open(self, allow_outside: bool) -> None:
+        """Read the manifest, check the headers of all files, and form the buckets."""
         self._records = self._read_manifest()
         self.pairs = "win" in self._records[0]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for record in self._records:
-            for key in ("win", "lose") if self.pairs else ("latents",):
-                where = f"{self.manifest}:{record['line']}: {key}"
-                ok = allow_outside or self._is_inside(record[key])
-                hint = "Move the files, or set allow_outside if you trust the manifest"
-                check(ok, where, record[key], "a path inside the folder", hint=hint)
-                self._check_file(record[key], where)
-        self.short = SHORT in self.shapes
-        short, text = self.shapes.pop(SHORT, self.shapes[TEXT])[1], self.shapes[TEXT][1]
-        check(short == text, f"{self.folder}: width of {SHORT}", short, f"the text's {text}")
+        self.short, rows, form = False, 0, ""
+        found: dict[tuple[int, ...], Bucket] = {}
+        for index, record in enumerate(self._records):
+            size: tuple[int, ...] = ()
+            for key in self._sides():
+                where = self._where(record, key)
+                for path in self._paths(record, key):
+                    ok = allow_outside or self._is_inside(path)
+                    hint = "Move the files, or set allow_outside if you trust the manifest"
+                    check(ok, where, path, f"a path inside {self._base()}", hint=hint)
+                shapes = self._check_headers(record, key)
+                texts = [shapes.pop(name) for name in (TEXT, SHORT) if name in shapes]
+                self.short |= len(texts) > 1
+                rows = max(rows, *(text[0] for text in texts))
+                shapes[TEXT] = (0, texts[0][1])  # all have the rows of the longest, at the end
+                form = form or _form(shapes)
+                expected = f"{form} as on earlier lines"
+                check(_form(shapes) == form, f"{where}: shapes", _listed(shapes), expected)
+                expected = f"{list(size)}, those of win: a pair shares its noise"
+                ok = size in ((), shapes["latents"])
+                check(ok, f"{where}: latents", list(shapes["latents"]), expected)
+                size = shapes["latents"]
+            found.setdefault(size, Bucket(shapes, [])).indices.append(index)
+        self.buckets = [found[size] for size in sorted(found, key=lambda s: (-prod(s), s))]
+        for bucket in self.buckets:
+            bucket.shapes[TEXT] = (rows, bucket.shapes[TEXT][1])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of latents and conditions by name, those of the largest bucket."""
+        return self.buckets[0].shapes
+
+    # What a source of another form reads in another way: paths, headers and tensors of a video.
+
+    def _base(self) -> Path:
+        """Return the folder at which relative paths start."""
+        return self.folder
+
+    def _sides(self) -> tuple[str, ...]:
+        return ("win", "lose") if self.pairs else ("latents",)
+
+    def _where(self, record: Mapping[str, Any], key: str) -> str:
+        return f"{self.manifest}:{record['line']}: {key}"
+
+    def _paths(self, record: Mapping[str, Any], key: str) -> list[str]:
+        return [record[key]]
+
+    def _headers(self, record: Mapping[str, Any], key: str) -> dict[str, tuple[tuple, str]]:
+        """Return shape and dtype of each tensor of a video; the names of dtypes are torch's."""
+        with open_tensors(self._base() / record[key]) as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            known = _FLOATS | _INTEGERS
+            return {
+                name: (tuple(part.get_shape()), known.get(part.get_dtype(), part.get_dtype()))
+                for name, part in parts.items()
+            }
+
+    def _tensors(self, record: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
+        return load_tensors(self._base() / record[key])
 
     def _read_manifest(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -121,46 +185,41 @@ class LatentDataset:
 
     def _is_inside(self, name: str) -> bool:
         # Links inside the folder may lead anywhere: its owner made them, perhaps not the manifest.
-        folder = os.path.abspath(self.folder)
+        folder = os.path.abspath(self._base())
         path = os.path.abspath(os.path.join(folder, name))
         return path.startswith(os.path.join(folder, ""))
 
-    def _check_file(self, name: str, where: str) -> None:
-        path = self.folder / name
+    def _check_headers(self, record: Mapping[str, Any], key: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a video's tensors, checked against each other."""
+        where = self._where(record, key)
         try:
-            with open_tensors(path) as file:
-                parts = {key: file.get_slice(key) for key in file.keys()}
-                shapes = {key: tuple(part.get_shape()) for key, part in parts.items()}
-                dtypes = {key: part.get_dtype() for key, part in parts.items()}
+            headers = self._headers(record, key)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
-        where = f"{where}: {path}"
-        known = set(_REQUIRED) <= shapes.keys() <= _RANKS.keys()
+        where = f"{where}: {self._base() / self._paths(record, key)[0]}"
+        known = set(_REQUIRED) <= headers.keys() <= _RANKS.keys()
         expected = f"{' and '.join(_REQUIRED)}, and of others only {', '.join(_RANKS)}"
-        check(known, f"{where}: tensors", sorted(shapes), expected)
-        for key, shape in shapes.items():
-            kind = (_FLOATS | _INTEGERS).get(dtypes[key], dtypes[key])
+        check(known, f"{where}: tensors", sorted(headers), expected)
+        shapes = {name: shape for name, (shape, _) in headers.items()}
+        for name, (shape, kind) in headers.items():
             expected, hint = f"one of {', '.join(_FLOATS.values())}", "Convert it with .float()"
-            check(kind in _FLOATS.values(), f"{where}: dtype of {key}", kind, expected, hint=hint)
-            ok = len(shape) == _RANKS[key] and 0 not in shape
-            check(ok, f"{where}: {key}", list(shape), f"{_RANKS[key]} dimensions, none 0")
+            ok = kind in _FLOATS.values()
+            check(ok, f"{where}: dtype of {name}", kind, expected, hint=hint)
+            ok = len(shape) == _RANKS[name] and 0 not in shape
+            check(ok, f"{where}: {name}", list(shape), f"{_RANKS[name]} dimensions, none 0")
         grid = list(shapes["latents"][1:])
-        condition = shapes.get("latent_condition", shapes["latents"])
+        condition = shapes.get(LATENT_CONDITION, shapes["latents"])
         same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
-        check(same, f"{where}: latent_condition", list(condition), expected)
+        check(same, f"{where}: {LATENT_CONDITION}", list(condition), expected)
         channels, frames, *size = shapes["latents"]
         first, wanted = shapes.get(FIRST_FRAME), (channels, 1, *size)
         ok = first is None or (frames > 1 and first == wanted)
         expected = f"{list(wanted)}, and latents of two frames or more"
         check(ok, f"{where}: {FIRST_FRAME}", first, expected)
-        # Texts may differ in length: each shape has the rows of the longest.
-        both, texts = (shapes, self.shapes or shapes), (TEXT, SHORT)
-        rows = max(of[key][0] for of in both for key in texts if key in of)
-        shapes, self.shapes = (
-            {key: (rows, *s[1:]) if key in texts else s for key, s in of.items()} for of in both
-        )
-        expected = f"{_listed(self.shapes)} as on earlier lines"
-        check(shapes == self.shapes, f"{where}: shapes", _listed(shapes), expected)
+        width = shapes[TEXT][1]
+        short = shapes.get(SHORT, shapes[TEXT])[1]
+        check(short == width, f"{where}: width of {SHORT}", short, f"the text's {width}")
+        return shapes
 
     def __len__(self) -> int:
         return len(self._records)
@@ -173,41 +232,79 @@ class LatentDataset:
         return self._load(record, "latents")
 
     def _load(self, record: Mapping[str, Any], key: str) -> Sample:
-        path = self.folder / record[key]
-        tensors = load_tensors(path)
+        tensors, paths = self._tensors(record, key), self._paths(record, key)
         for name, tensor in tensors.items():
-            where = f"{self.manifest}:{record['line']}: {key}: {name} in {path}"
+            where = f"{self._where(record, key)}: {name} in {self._base() / paths[0]}"
             check_finite(where, tensor)
             if tensor.dtype == torch.float64:  # batches are float32
                 check_finite(f"{where} as float32", tensor.float())
-        latents, short, text = tensors.pop("latents"), tensors.pop(SHORT, None), tensors[TEXT]
-        tensors[TEXT] = pad(text, (0, 0, 0, self.shapes[TEXT][0] - len(text)))
+        latents, short = tensors.pop("latents"), tensors.pop(SHORT, None)
         return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
+
+    def empty_prompt_file(self) -> Path:
+        """Return the path of the text states of the empty prompt, which need not exist."""
+        return self.folder / EMPTY_PROMPT
 
     def empty_prompt(self) -> torch.Tensor:
         """Read the text states of the empty prompt, ``encoder_hidden_states`` ``[T, D]``.
 
         Raise ``ValueError`` if ``empty_prompt.safetensors`` is missing, or does not fit the text.
         """
-        path = self.folder / EMPTY_PROMPT
+        path = self.empty_prompt_file()
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
         rows, width = self.shapes[TEXT]
-        text: Any = load_tensors(path).get(TEXT)
+        text: Any = self._read_text(path)
         ok = text is not None and text.is_floating_point() and text.ndim == 2
         ok = ok and 0 < len(text) <= rows and text.shape[1] == width
         check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width} floating-point numbers")
         check_finite(f"{path}: {TEXT} as float32", text.float())
         return text
 
+    def subset(self, ids: Collection[str]) -> "LatentDataset":
+        """Return the dataset of the items with these ids, in the manifest's order."""
+        part = copy.copy(self)
+        kept = [i for i, name in enumerate(self.ids()) if name in ids]
+        part._records = [self._records[i] for i in kept]
+        place = {i: number for number, i in enumerate(kept)}
+        own = ([place[i] for i in bucket.indices if i in place] for bucket in self.buckets)
+        pairs = zip(self.buckets, own, strict=True)
+        part.buckets = [Bucket(bucket.shapes, indices) for bucket, indices in pairs if indices]
+        return part
+
+    def split(self, share: float) -> tuple["LatentDataset", "LatentDataset"]:
+        """Return all other items, and a share of the items to hold out, of which there is one.
+
+        A hash of the id chooses them, so neither the order nor a seed matters, and most items stay
+        where they are when others are added.
+
+        Raises:
+            ValueError: if no item remains.
+        """
+        ids = sorted(self.ids(), key=lambda name: hashlib.sha256(name.encode()).digest())
+        count = max(1, round(share * len(ids)))
+        expected = f"a share that leaves some of the {len(ids)} items of {self.folder}"
+        check(count < len(ids), "held_out", share, expected)
+        return self.subset(set(ids[count:])), self.subset(set(ids[:count]))
+
+    def _read_text(self, path: Path) -> torch.Tensor | None:
+        return load_tensors(path).get(TEXT)
+
     def labels(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Return ``(place, labels)`` of each item without reading tensors; place is file:line."""
         return [(f"{self.manifest}:{r['line']}", r.get("labels", {})) for r in self._records]
 
+    def digest(self) -> str:
+        """Return the SHA-256 digest of the manifest, which has paths and labels of all samples."""
+        return digest_of(self.manifest)
+
     def files(self) -> list[Path]:
         """Return the paths of all files of tensors, in the manifest's order."""
-        keys = ("win", "lose") if self.pairs else ("latents",)
-        return [self.folder / record[key] for record in self._records for key in keys]
+        keys = self._sides()
+        paths = (
+            path for record in self._records for key in keys for path in self._paths(record, key)
+        )
+        return [self._base() / path for path in paths]
 
     def ids(self) -> list[str]:
         """Return the ids of all items."""
@@ -216,6 +313,16 @@ class LatentDataset:
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+
+
+def _form(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the shapes with letters for the numbers that samples need not share."""
+    free = {TEXT: "T, {1}", "latents": "{0}, F, H, W", LATENT_CONDITION: "{0}, F, H, W"}
+    free[FIRST_FRAME] = "{0}, 1, H, W"
+    return ", ".join(
+        f"{name} [{free.get(name, ', '.join(map(str, shape))).format(*shape)}]"
+        for name, shape in sorted(shapes.items())
+    )
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any]:

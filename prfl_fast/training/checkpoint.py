@@ -148,12 +148,13 @@ def save_checkpoint(
     settings: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
     keep_last: int = 0,
+    best_step: int | None = None,
 ) -> Path:
     """Write the checkpoint ``folder/step-<step>`` and return its path; delete old checkpoints.
 
     ``state`` may hold tensors, numbers, strings, and lists, tuples and dicts of them. A resumed run
     must repeat ``settings``, and ``inputs`` too unless it accepts other ones. ``keep_last`` of 0
-    keeps all checkpoints.
+    keeps all checkpoints; that of ``best_step`` is always kept.
 
     Raises:
         OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
@@ -181,8 +182,9 @@ def save_checkpoint(
     link_final(path)
     if keep_last:
         # Later ones do not count: they are damaged, and this run went back before them.
-        for _, old in [c for c in list_checkpoints(folder) if c[0] <= step][:-keep_last]:
-            remove_atomic(old)
+        for at, old in [c for c in list_checkpoints(folder) if c[0] <= step][:-keep_last]:
+            if at != best_step:
+                remove_atomic(old)
     return path
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prfl_fast.data.video import write_image
 from prfl_fast.utils.checks import plain
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
@@ -15,13 +18,16 @@ LOG = "log.jsonl"
 
 
 class TrainingLog:
-    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files."""
+    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files.
+
+    Records after ``step`` are removed; -1 removes all. Step 0 is an evaluation before the first.
+    """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        path = folder / LOG
+        self._folder, path = folder, folder / LOG
         # A resumed run repeats the steps after its checkpoint, so their records are removed.
         # A log of mixed runs may have several records of a step; the last one is kept.
-        kept = {at: line for at, line in self._lines(path) if 1 <= at <= step}
+        kept = {at: line for at, line in self._lines(path) if 0 <= at <= step}
         with write_atomic(path) as temporary:
             temporary.write_bytes(b"".join(kept[at] for at in sorted(kept)))
         # Unbuffered: each record is one write, so a killed run leaves complete lines.
@@ -48,6 +54,14 @@ class TrainingLog:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, record["step"])
+
+    def write_picture(self, step: int, picture: torch.Tensor) -> None:
+        """Write an image, uint8 ``[height, width, 3]``, to ``samples/step-<step>.png``."""
+        path = self._folder / "samples" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_image(path, picture)
+        if self._board is not None:
+            self._board.add_image("eval/samples", picture, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Flush all records to disk."""

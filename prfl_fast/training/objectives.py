@@ -1,5 +1,6 @@
 """Objectives of the trainer: reward feedback, supervised flow matching, reward fitting."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -50,6 +51,20 @@ class Objective(Protocol):
             ``"loss"``, unscaled (NaN or infinite if the update must be skipped), and other scalars
             to log. The log has the mean over the micro-batches that returned the scalar.
         """
+
+
+def one_expert(
+    model: nn.Module, objectives: Mapping[str, Objective], step: int
+) -> contextlib.AbstractContextManager[None]:
+    """Let a step train one of two experts, each in its share of the steps of the first objective.
+
+    The steps are evenly spread, so that a resumed run needs no state.
+    """
+    if not isinstance(model, Experts) or len(model.trained) < 2:
+        return contextlib.nullcontext()
+    share = getattr(next(iter(objectives.values())), "high_share", 0.5)
+    high = math.floor((step + 1) * share) > math.floor(step * share)
+    return model.only("high" if high else "low")
 
 
 def velocity_call(transformer: nn.Module, precision: Precision) -> nn.Module | ModelCall:

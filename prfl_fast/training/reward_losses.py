@@ -4,13 +4,16 @@ The clean latents of a labeled video are noised, x_σ = (1 - σ)·x_0 + σ·ε w
 training schedule, and scored at model time t = 1000·σ, rounded down.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from prfl_fast.models.adapter import not_inference
+from prfl_fast.rewards.evaluation import classification_metrics
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import (
     add_noise,
@@ -23,6 +26,7 @@ from prfl_fast.training.noising import (
 )
 from prfl_fast.utils.checks import check, check_choice, check_seed, plain, torch_seed
 
+Video = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
 # Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
 EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
@@ -132,74 +136,91 @@ def bt_loss(
     return functional.binary_cross_entropy_with_logits((first - second) * (2 * label - 1), label)
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set all modules to evaluation mode, and back to their own modes at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
-def evaluate(
+def logits_by_timestep(
     reward: LatentRewardModel,
-    batches: Iterable[tuple[torch.Tensor, Mapping[str, torch.Tensor], torch.Tensor]],
+    batches: Iterable[Sequence[Video]],
     timesteps: Sequence[int] = EVALUATION_TIMESTEPS,
     *,
     seed: int = 0,
     shift: float = 5.0,
     integer_timesteps: bool = True,
-) -> dict[int, dict[str, float]]:
-    """Return accuracy, AUC and cross-entropy of the reward at each timestep.
+) -> dict[int, torch.Tensor]:
+    """Return the logits of noised videos at each timestep, ``{t: [V, N]}``, float64 on the CPU.
 
     The noise of a sample depends on ``seed`` and the sample's position only, and is the same at
     every timestep. The global random state and the modules' training modes do not change.
 
     Args:
-        batches: tuples of latents ``[B, C, F, H, W]``, conditions, and 0/1 labels ``[B]``.
+        batches: V tuples ``(latents [B, C, F, H, W], conditions)`` of each batch, which share their
+            noise: one of single videos, two of preference pairs.
         timesteps: model times in [0, 1000]. Each stands for the nearest of the levels
             ``training_sigmas(shift)``, on which rewards train.
         integer_timesteps: False evaluates at sigma = t / 1000 itself.
 
-    Returns:
-        ``{t: {"accuracy", "loss", "count"}}``, plus ``"auc"`` (area under the ROC curve, ties count
-        half) if both labels occur. A score above 0.5 predicts 1.
-
     Raises:
-        ValueError: if batches or timesteps are missing or out of range, or as in :func:`ce_loss`.
+        ValueError: if batches or timesteps are missing or out of range.
     """
     timesteps = [plain(t) for t in timesteps]
     ok = bool(timesteps) and all(0 <= t <= 1000 for t in timesteps)
     check(ok, "timesteps", timesteps, "one or more numbers in [0, 1000]")
     check_seed(seed)
     generator = torch.Generator().manual_seed(torch_seed(plain(seed)))
-    scores: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
-    truth: list[torch.Tensor] = []
-    modes = {module: module.training for module in reward.modules()}
-    reward.eval()
-    try:
-        for latents, conditions, labels in batches:
-            truth.append(_checked_labels(labels, latents).double().cpu())
-            noise = noise_of_samples(latents, generator)
+    found: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
+    with evaluation_mode(reward):
+        for videos in batches:
+            noise = noise_of_samples(videos[0][0], generator)
             for t in timesteps:
-                sigma = check_sigma(evaluation_sigma(t, shift, integer_timesteps), latents)
-                timestep = model_timestep(sigma, integer_timesteps)
-                logits = reward.logits(add_noise(latents, noise, sigma), timestep, conditions)
-                scores[t].append(logits.double().cpu())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    check(bool(truth), "batches", [], "at least one batch")
-    return {t: _metrics(torch.cat(scores[t]), torch.cat(truth)) for t in timesteps}
+                logits = []
+                for latents, conditions in videos:
+                    sigma = check_sigma(evaluation_sigma(t, shift, integer_timesteps), latents)
+                    timestep = model_timestep(sigma, integer_timesteps)
+                    x = add_noise(latents, noise, sigma)
+                    logits.append(reward.logits(x, timestep, conditions).double().cpu())
+                found[t].append(torch.stack(logits))
+    check(bool(found[timesteps[0]]), "batches", [], "at least one batch")
+    return {t: torch.cat(logits, 1) for t, logits in found.items()}
 
 
-def _metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    metrics = {
-        "accuracy": ((logits > 0) == (labels > 0)).double().mean().item(),
-        "loss": functional.binary_cross_entropy_with_logits(logits, labels).item(),
-        "count": float(labels.numel()),
-    }
-    positives = int(labels.sum())
-    negatives = labels.numel() - positives
-    if positives and negatives:
-        # Mann-Whitney U from the ranks of the positives; equal scores share their mean rank.
-        _, inverse, counts = logits.unique(return_inverse=True, return_counts=True)
-        ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]
-        above = ranks[labels > 0].sum().item() - positives * (positives + 1) / 2
-        metrics["auc"] = above / (positives * negatives)
-    return metrics
+def evaluate(
+    reward: LatentRewardModel,
+    batches: Iterable[tuple[torch.Tensor, Mapping[str, torch.Tensor], torch.Tensor]],
+    timesteps: Sequence[int] = EVALUATION_TIMESTEPS,
+    **options: Any,
+) -> dict[int, dict[str, float]]:
+    """Return the figures of the reward as a classifier at each timestep.
+
+    Args:
+        batches: tuples of latents ``[B, C, F, H, W]``, conditions, and 0/1 labels ``[B]``.
+        timesteps, options: as for :func:`logits_by_timestep`.
+
+    Returns:
+        ``{t: figures}`` of :func:`prfl_fast.rewards.evaluation.classification_metrics`.
+
+    Raises:
+        ValueError: as :func:`logits_by_timestep`, or if labels are not 0 or 1.
+    """
+    truth: list[torch.Tensor] = []
+
+    def videos() -> Iterator[tuple[Video]]:
+        for latents, conditions, labels in batches:
+            truth.append(_checked_labels(labels, latents))
+            yield ((latents, conditions),)
+
+    found = logits_by_timestep(reward, videos(), timesteps, **options)
+    return {t: classification_metrics(of[0], torch.cat(truth).cpu()) for t, of in found.items()}
 
 
 def _checked_labels(labels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

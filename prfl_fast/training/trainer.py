@@ -38,9 +38,10 @@ from prfl_fast.training.checkpoint import (
     save_checkpoint,
 )
 from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
+from prfl_fast.training.evaluation import Evaluated, EvaluationInterrupted, PeriodicEvaluation
 from prfl_fast.training.logging import TrainingLog
 from prfl_fast.training.model_files import check_savable, copy_into
-from prfl_fast.training.objectives import Objective
+from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.training.signals import collect_signals
 from prfl_fast.utils.checks import check, torch_seed
@@ -93,6 +94,8 @@ class Trainer:
         tensorboard: write TensorBoard's files; needs a folder.
         on_step: called with each step's record after the step.
         advise: called when a device is full; returns a sentence that suggests a memory policy.
+        evaluation: its figures are logged as ``eval/<name>``, before the first step under step 0;
+            a picture is written to ``samples`` in the folder.
 
     Raises:
         ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype,
@@ -101,7 +104,7 @@ class Trainer:
         MissingExtraError: if the optimizer's library is not installed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the public face of a run
         self,
         model: nn.Module,
         objectives: Mapping[str, Objective],
@@ -114,12 +117,15 @@ class Trainer:
         tensorboard: bool = False,
         on_step: Callable[[dict[str, Any]], object] | None = None,
         advise: Callable[[], str] | None = None,
+        evaluation: PeriodicEvaluation | None = None,
     ) -> None:
         check(bool(objectives), "objectives", objectives, "at least one")
         self.model, self.objectives, self.config = model, dict(objectives), config
         self.folder = None if folder is None else Path(folder)
         self.progress, self.tensorboard = progress, tensorboard
         self.on_step, self.advise = on_step, advise
+        self.evaluation = evaluation or PeriodicEvaluation(lambda tick: Evaluated({}))
+        self._signals: list[Any] = []  # received by this run
         check(not tensorboard or folder is not None, "folder", folder, "a path for tensorboard")
         if isinstance(model, Experts) and model.trained:
             model.use(model.trained[0])  # states of optimizer and average are made on the device
@@ -185,6 +191,7 @@ class Trainer:
         self._in_a_row, self._draws = state["in_a_row"], dict(state["draws"])
         self._done = {n: (dict(m), ok) for n, (m, ok) in state.get("done", {}).items()}
         self._load_objectives(state.get("objectives", {}))
+        self.evaluation.load_state_dict(state.get("evaluation", self.evaluation.state_dict()))
         restore_random_state(state["random"], self.generator)
         if self.folder is not None and path.resolve().parent == self.folder.resolve():
             self._saved_step = self.result.step
@@ -237,11 +244,13 @@ class Trainer:
             "parameters": list(self.parameters),
             "optimizer": self.optimizer.state_dict(),
             "objectives": self._objective_states(),
+            "evaluation": self.evaluation.state_dict(),
             "random": random_state(self.generator),
         }
         step = self.result.step
         rest: Any = {"ema": self.ema, "settings": self._identity, "inputs": self._inputs}
         rest["keep_last"] = self.config.keep_last
+        rest["best_step"] = self.evaluation.best_step
         with hold_folder(self.folder):
             path = save_checkpoint(self.folder, step, self.model, state, **rest)
         self._newest = self._saved_step = step
@@ -273,7 +282,8 @@ class Trainer:
             clean_temporaries(self.folder)
             if self._saved_step == self.result.step:  # the newest one may be damaged
                 link_final(self.folder / f"step-{self.result.step:08d}")
-            self._log = TrainingLog(self.folder, self.result.step, self.tensorboard)
+            begun = self.result.step if self.result.step or self._done else -1
+            self._log = TrainingLog(self.folder, begun, self.tensorboard)
         try:
             step, steps = self.result.step, self.config.steps
             shown = self.progress and step < steps
@@ -282,12 +292,12 @@ class Trainer:
                 collect_signals(self.folder is not None) as signals,
                 step_progress("train", step, steps) if shown else contextlib.nullcontext() as bar,
             ):
-                while self.result.step < steps and not signals:
-                    self._step(bar)
+                self._signals = signals
+                self._take_steps(bar)
                 if signals:
                     self.result.stopped_by = signals[0]
-            if self.folder is not None and self._saved_step != self.result.step:
-                self.save()
+            if self.folder is not None and (self._done or self._saved_step != self.result.step):
+                self._save()
         finally:
             if self._log is not None:
                 self._log.close()
@@ -300,6 +310,29 @@ class Trainer:
                 "An optimizer step did not end, so only some weights may have been updated. "
                 "Start again from the last checkpoint"
             )
+
+    def _take_steps(self, bar: Any) -> None:
+        try:
+            if self.result.step == 0 and not self._done and (figures := self._evaluate(0)):
+                self._write({"step": 0, **figures})
+            steps, evaluation = self.config.steps, self.evaluation
+            while self.result.step < steps and not (self._signals or evaluation.exhausted):
+                self._step(bar)
+        except EvaluationInterrupted:
+            pass  # by a signal; a resumed run repeats the evaluation after the same updates
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """Return the figures of an evaluation after ``step``; none if it is not due."""
+        try:
+            return self.evaluation.run(step, self.generator, self._signals, self._log)
+        except Exception as error:
+            self._save_before(error)
+            raise
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.result.history.append(record)
+        if self._log is not None:
+            self._log.write(record)
 
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
@@ -317,14 +350,14 @@ class Trainer:
                 record[f"{name}/{key}"] = value if math.isfinite(value) else None
             if not finite:
                 bad.append(name)
+        seconds = round(time.perf_counter() - start, 6)
+        record |= self._evaluate(step)
         self._done = {}
         self.result.step = step
         self.result.skipped += len(bad)
         self._in_a_row = self._in_a_row + 1 if bad else 0
-        record |= {"skipped": self.result.skipped, "seconds": round(time.perf_counter() - start, 6)}
-        self.result.history.append(record)
-        if self._log is not None:
-            self._log.write(record)
+        record |= {"skipped": self.result.skipped, "seconds": seconds}
+        self._write(record)
         if bar is not None:
             self._show(bar, record)
         if self._in_a_row >= NON_FINITE_LIMIT:
@@ -334,7 +367,8 @@ class Trainer:
                 f"(last: {', '.join(bad)} at step {step}){where}"
             )
         every = self.config.save_every
-        if self.folder is not None and every and step % every == 0:
+        best = self.evaluation.best_step == step
+        if self.folder is not None and (best or (every and step % every == 0)):
             self.save()
         if self.on_step is not None:
             self.on_step(record)
@@ -399,7 +433,7 @@ class Trainer:
         count = self.config.gradient_accumulation_steps
         for _ in range(count):
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
-            with self._one_expert():
+            with one_expert(self.model, self.objectives, self.result.step):
                 metrics = objective(self._draws[name], self.generator, 1 / count)
             self._draws[name] += 1
             for key, value in metrics.items():
@@ -412,16 +446,6 @@ class Trainer:
         ok = bool(gradients) or not math.isfinite(metrics["loss"])
         check(ok, f"gradient of objective {name!r}", None, expected)
         return {key: float(sum(values)) / len(values) for key, values in seen.items()}
-
-    def _one_expert(self) -> contextlib.AbstractContextManager[None]:
-        """Let this step train one of two experts, each in its share of the steps."""
-        model = self.model
-        if not isinstance(model, Experts) or len(model.trained) < 2:
-            return contextlib.nullcontext()
-        share = getattr(next(iter(self.objectives.values())), "high_share", 0.5)
-        step = self.result.step  # evenly spread, so that a resumed run needs no state
-        high = math.floor((step + 1) * share) > math.floor(step * share)
-        return model.only("high" if high else "low")
 
     def _apply(self, name: str, means: dict[str, float]) -> bool:
         """Clip, step and average if all values are finite; return True if so."""

@@ -109,10 +109,10 @@ def test_train_then_go_on(root, tmp_path, capsys):
 
 def test_train_reward_then_score(root, tmp_path, capsys):
     out = tmp_path / "out"
-    changes = {"run.steps": 2, "eval_data": str(root / "data"), "timesteps": [400, 1000]}
+    changes = {"run.steps": 2, "eval": {"data": str(root / "data"), "timesteps": [400, 1000]}}
     assert call("train-reward", root, out, changes) == 0
     assert set(json.loads((out / "evaluation.json").read_text())) == {"400", "1000"}
-    assert "t = 400: accuracy" in capsys.readouterr().out
+    assert "accuracy" in capsys.readouterr().out
     trained = LatentRewardModel.load(out / "reward").state_dict()
     assert_same(load_tensors(out / "step-00000002" / "model" / "model.safetensors"), dict(trained))
     scores = {"reward": str(out / "reward")}

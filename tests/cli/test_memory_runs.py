@@ -113,7 +113,7 @@ def test_train_reward_under_a_memory_policy(root, tmp_path, optimizer):
     policy = {**KEPT, "weight_dtype": "bf16", "optimizer": optimizer}
     out = tmp_path / "out"
     changes = {**BF16, "run.steps": 2, "memory": policy}
-    changes |= {"eval_data": str(root / "data"), "timesteps": [400]}
+    changes |= {"eval": {"data": str(root / "data"), "timesteps": [400]}}
     assert call("train-reward", root, out, changes) == 0
     reward = LatentRewardModel.load(out / "reward")
     assert reward.backbone.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16

@@ -7,8 +7,9 @@ import pytest
 import torch
 from runs import samples
 
-from prfl_fast.data.dataset import Batch, Batches, DrawnPairs, PairBatch, collate, epoch_order
+from prfl_fast.data.dataset import Batch, Batches, DrawnPairs, PairBatch, collate
 from prfl_fast.data.manifest import LatentDataset, Pair, Sample, write_dataset
+from prfl_fast.data.order import epoch_order
 from prfl_fast.training.config import TrainConfig
 from prfl_fast.utils.io import load_tensors, save_tensors
 
@@ -131,8 +132,11 @@ def test_files_are_checked_before_they_are_read(folder, case):
 
 
 def test_shapes_must_agree_throughout(folder):
-    rewrite(folder, latents=torch.ones(16, 1, 4, 4))
-    message = r"manifest.jsonl:2: .*latents \[16, 2, 4, 4\]', expected .* as on earlier lines"
+    rewrite(folder, latents=torch.ones(8, 1, 4, 4))
+    message = (
+        r"manifest.jsonl:2: .*latents \[16, 2, 4, 4\]', expected "
+        r"encoder_hidden_states \[T, 20\], latents \[8, F, H, W\] as on earlier lines"
+    )
     with pytest.raises(ValueError, match=message):
         LatentDataset(folder)
 
@@ -272,6 +276,7 @@ def test_texts_of_different_lengths_have_the_rows_of_the_longest(tmp_path):
     assert dataset.shapes["encoder_hidden_states"] == (7, 20)
     found = Batches(dataset, 3)[0].conditions["encoder_hidden_states"]
     assert found.shape == (3, 7, 20) and sorted(found.sum((1, 2)).tolist()) == [20, 60, 100]
+    assert collate([dataset[0], dataset[1]]).conditions["encoder_hidden_states"].shape[1] == 5
     found = Batches(dataset, 3, short_captions=1)[0].conditions["encoder_hidden_states"]
     assert found.shape == (3, 7, 20) and sorted(found.sum((1, 2)).tolist()) == [60, 100, 140]
     lose = Batches(write_dataset(tmp_path / "lose", samples(3)))
@@ -287,7 +292,7 @@ def test_losers_are_drawn_from_a_second_list(tmp_path):
         assert isinstance(pairs[n], PairBatch)
         assert torch.equal(pairs[n].win.latents, win[n].latents)
         assert torch.equal(pairs[n].lose.latents, lose[n].latents)
-    lose.dataset.shapes = {"latents": (16, 1, 4, 4), "encoder_hidden_states": (3, 20)}
+    lose.dataset.buckets[0].shapes["latents"] = (16, 1, 4, 4)
     with pytest.raises(ValueError, match="shapes of the losers' dataset"):
         DrawnPairs(win, lose)
 
@@ -320,7 +325,7 @@ def test_a_path_outside_the_folder_needs_the_flag(folder, tmp_path_factory):
     for path in (str(file), f"../{folder.name}/../{other.name}/x.safetensors"):
         record = {"id": "a", "latents": path}
         (folder / "manifest.jsonl").write_text(json.dumps(record) + "\n")
-        with pytest.raises(ValueError, match="expected a path inside the folder. .*allow_outside"):
+        with pytest.raises(ValueError, match=f"expected a path inside {folder}. .*allow_outside"):
             LatentDataset(folder)
     record["latents"] = str(file)
     (folder / "manifest.jsonl").write_text(json.dumps(record) + "\n")

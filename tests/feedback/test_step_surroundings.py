@@ -11,7 +11,7 @@ from prfl_world import mean, seeded
 from torch.overrides import TorchFunctionMode
 
 import prfl_fast
-from prfl_fast.data.dataset import Batch, epoch_order
+from prfl_fast.data import Batch, epoch_order
 from prfl_fast.data.manifest import Sample, write_dataset
 from prfl_fast.feedback.points import Point
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead

@@ -59,6 +59,7 @@ def trainer(model=None, folder=None, names=("a",), **options):
     """Make a trainer; ``options`` are those of ``TrainConfig`` and ``Trainer``."""
     model = model or linear()
     keys = ("resume", "identity", "on_step", "tensorboard", "objectives", "advise")
+    keys += ("evaluation",)
     rest = {key: options.pop(key) for key in keys if key in options}
     objectives = rest.pop("objectives", {name: NoisyFit(model) for name in names})
     settings = TrainConfig(**{"steps": 4, "learning_rate": 0.1, **options})

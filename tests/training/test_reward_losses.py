@@ -238,7 +238,7 @@ def test_evaluation_depends_on_the_seed_and_not_on_the_batches():
     whole = evaluate(reward, [data], seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(whole) == [201, 400, 600, 800, 1000]
-    assert {tuple(sorted(m)) for m in whole.values()} == {("accuracy", "auc", "count", "loss")}
+    assert all({"accuracy", "auc", "ece", "loss"} <= m.keys() for m in whole.values())
     assert {m["count"] for m in whole.values()} == {6}
     assert evaluate(reward, [data], seed=1) == whole
     assert evaluate(reward, [data], seed=2) != whole
@@ -301,7 +301,7 @@ def test_evaluation_measures_what_it_says():
     expected = functional.binary_cross_entropy(torch.sigmoid(logits), labels.float())
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-6)
     one_class = evaluate(reward, [(x[:2], {}, torch.ones(2))], (0,), integer_timesteps=False)[0]
-    assert one_class == {"accuracy": 0.0, "loss": one_class["loss"], "count": 2.0}
+    assert one_class["accuracy"] == 0.0 and one_class["count"] == 2.0 and "auc" not in one_class
 
 
 def test_evaluation_leaves_modes_and_gradients_as_they_were():

@@ -1,0 +1,169 @@
+"""Encode clips and captions to a dataset: ``prfl-fast encode``."""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from prfl_fast.cli.loading import check_writable, device_of
+from prfl_fast.cli.sections import HardwareSection
+from prfl_fast.data.clip_lists import read_clips
+from prfl_fast.data.codec import PATCH, VideoCodec, load_codec
+from prfl_fast.data.codec_files import find_part
+from prfl_fast.data.encode import Encoding, encode
+from prfl_fast.data.encode_plan import (
+    CONDITIONS,
+    EncodePlan,
+    EncodeSettings,
+    check_settings,
+    default_condition,
+    latent_tokens,
+    make_plan,
+)
+from prfl_fast.planning.planner import size_of
+from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.folder_lock import hold_folder
+from prfl_fast.utils.optional import need
+from prfl_fast.utils.progress import count_progress
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    text = "folder of clips with captions in NAME.txt; or .csv, .json, .jsonl"
+    parser.add_argument("clips", metavar="CLIPS", type=Path, help=text)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the dataset")
+    text = "folder of a pipeline of diffusers or official Wan"
+    parser.add_argument("--model", type=Path, required=True, help=text)
+    text = "height x width in pixels (default: 480x832)"
+    parser.add_argument("--size", type=_size, default=(480, 832), help=text)
+    text = "frames, 4n + 1; of several, a clip takes the largest that it has (default: 81)"
+    parser.add_argument("--frames", type=_numbers, default=(81,), metavar="N[,N...]", help=text)
+    parser.add_argument("--fps", type=float, default=16.0, help="frames per second (default: 16)")
+    text = "sizes to choose from by a clip's aspect ratio: auto (the area of --size), or a list"
+    parser.add_argument("--buckets", type=_buckets, default=(), metavar="auto|HxW,...", help=text)
+    text = "samples of each clip at random places (default: one at the center)"
+    parser.add_argument("--crops", type=int, default=1, help=text)
+    text = "place of the crop and first frame (default: center and first frame for one crop)"
+    parser.add_argument("--crop", choices=["center", "random"], help=text)
+    text = "given frames of image-to-video models (default: those of the pipeline's transformer)"
+    parser.add_argument("--condition", choices=CONDITIONS, help=text)
+    parser.add_argument("--negative", help="negative prompt for guidance: negative.safetensors")
+    text = "dtype of umT5, CLIP and the files (default: bf16 on a GPU)"
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help=text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    text = "device memory for the autoencoder, such as 20GiB; larger frames are cut into tiles"
+    parser.add_argument("--budget", metavar="SIZE", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of random crops (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read clips")
+    text = "write decoded frames of three samples to OUT/preview"
+    parser.add_argument("--preview", action="store_true", help=text)
+    text = "print how many samples, tokens and bytes, write nothing"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected HEIGHTxWIDTH") from None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 17,81") from None
+
+
+def _buckets(text: str) -> Any:
+    return "auto" if text == "auto" else tuple(_size(word) for word in text.split(","))
+
+
+def run_encode(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    check_count("--workers", options.workers)
+    check(options.model.exists(), "--model", str(options.model), "a folder that exists")
+    check_writable(options.out, "OUT")
+    budget = None if options.budget is None else size_of(options.budget, "--budget")
+    device = device_of(HardwareSection(device=options.device))
+    condition = options.condition or default_condition(options.model)
+    settings = EncodeSettings(
+        size=options.size,
+        frames=options.frames,
+        fps=options.fps,
+        buckets=options.buckets,
+        crops=options.crops,
+        random_crops=options.crop == "random" or (options.crops > 1 and options.crop is None),
+        condition=condition,
+        negative=options.negative,
+        dtype=options.dtype or ("bf16" if device.type == "cuda" else "fp32"),
+        seed=options.seed,
+    )
+    ok = options.crops == 1 or options.crop != "center"
+    check(ok, "--crops", options.crops, "1 with --crop center: the others would be equal")
+    clips = read_clips(options.clips)
+    need("transformers", "video").utils.logging.disable_progress_bar()
+    codec = load_codec(options.model)
+    check_settings(settings, codec)
+    ok = condition != "first-last" or codec.channels != 48
+    check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
+    find_part(options.model, "text_encoder")
+    step = codec.strides[1] * PATCH
+    with count_progress("read", "clips", len(clips)) as show:
+        plan = make_plan(clips, settings, step, workers=options.workers, show=show)
+    if options.dry_run:
+        return _print_plan(plan, settings, codec)
+    check(bool(plan.crops), "clips that can be used", 0, f"at least one: {_first(plan)}")
+    del codec
+    with hold_folder(options.out):
+        encoding = Encoding(
+            plan,
+            settings,
+            options.model,
+            options.out,
+            device=device,
+            workers=options.workers,
+            budget=budget,
+        )
+        samples = encode(encoding, options.preview)
+    _print_skipped(encoding.skipped)
+    print(f"dataset: {options.out}, {samples} samples, {len(encoding.skipped)} clips skipped")
+    if options.preview:
+        print(f"preview: {options.out / 'preview'}")
+    return 0
+
+
+def _first(plan: EncodePlan) -> str:
+    return plan.skipped[0][1] if plan.skipped else "there are none"
+
+
+def _print_skipped(skipped: dict[str, str]) -> None:
+    for reason in skipped.values():
+        print(f"prfl-fast encode: skipped {reason}", file=sys.stderr)
+
+
+def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: VideoCodec) -> int:
+    """Print samples, tokens and bytes by size and length."""
+    counts = Counter((crop.size, crop.frames) for crop in plan.crops)
+    element = 2 if settings.dtype == "bf16" else 4
+    total = 0
+    for (size, frames), count in sorted(counts.items()):
+        channels, *grid = codec.latent_shape(frames, *size)
+        held = channels + (channels + 4 if settings.condition != "none" and channels == 16 else 0)
+        values = held * grid[0] * grid[1] * grid[2]
+        total += count * values * element
+        print(
+            f"{size[0]}x{size[1]}, {frames} frames: {count} samples, "
+            f"{latent_tokens(frames, size, codec)} tokens each"
+        )
+    enlarged = sum(crop.enlarged for crop in plan.crops)
+    if enlarged:
+        print(f"{enlarged} samples are of clips smaller than their size, which are enlarged")
+    _print_skipped(dict(plan.skipped))
+    print(
+        f"{len(plan.crops)} samples of {len(plan.digests)} clips, {len(plan.skipped)} skipped, "
+        f"{total / 2**30:.3g} GiB of latents in {settings.dtype}"
+    )
+    return 0

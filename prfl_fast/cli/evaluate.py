@@ -1,0 +1,209 @@
+"""Evaluate a reward model on labels: ``prfl-fast evaluate``."""
+
+import argparse
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from prfl_fast.cli import loading
+from prfl_fast.cli.sections import HardwareSection
+from prfl_fast.cli.tables import print_table
+from prfl_fast.models.registry import patch
+from prfl_fast.rewards.evaluation import reliability_table
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.training.evaluation import RewardEvaluator
+from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS, LABELS
+from prfl_fast.utils.checks import check, check_count, check_positive
+from prfl_fast.utils.io import save_checkpoint_dir
+from prfl_fast.utils.optional import need
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # Okabe and Ito's
+_CLASSIFIER = ("accuracy", "precision", "recall", "f1", "auc")
+_NAMES = {"auc": "AUC", "f1": "F1", "ece": "calibration error", "margin_std": "margin std"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    text = "folder of a saved reward model; convert reads the files of HY-Video-PRFL"
+    parser.add_argument("reward", metavar="REWARD", help=text)
+    text = "dataset of labeled videos, or of preference pairs"
+    parser.add_argument("data", metavar="DATA", help=text)
+    text = "new folder for metrics.json, metrics.csv and plots (default: print the table only)"
+    parser.add_argument("--out", metavar="FOLDER", help=text)
+    text = "label of single videos (default: motion_quality)"
+    parser.add_argument("--label", default=LABELS[0], choices=LABELS, help=text)
+    text = "label of videos without one (default: refuse them)"
+    parser.add_argument("--missing-label", type=int, choices=(0, 1), help=text)
+    times = EVALUATION_TIMESTEPS
+    text = f"timesteps in 0 to 1000 (default: {' '.join(map(str, times))})"
+    parser.add_argument("--timesteps", type=int, nargs="+", default=times, metavar="T", help=text)
+    text = "timestep shift of the noise schedule the reward was trained on (default: 5)"
+    parser.add_argument("--shift", type=float, default=5.0, help=text)
+    text = "evaluate at T / 1000 itself, for rewards trained with integer_timesteps: false"
+    parser.add_argument("--float-timesteps", action="store_true", help=text)
+    text = "videos or pairs in a forward pass (default: 1)"
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    text = "auto, cpu, cuda or cuda:<number> (default: auto)"
+    parser.add_argument("--device", default="auto", help=text)
+    text = "bf16 computes under autocast (default: fp32)"
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help=text)
+    text = "let a manifest name files outside its folder"
+    parser.add_argument("--allow-outside", action="store_true", help=text)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Evaluate a reward model, print the table, write it and plots; return the exit code."""
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        check(not out.exists(), "--out", options.out, "a new folder, but it exists")
+        loading.check_writable(out, "--out")
+        need("matplotlib", "bench")
+    inside = all(0 <= t <= 1000 for t in options.timesteps)
+    check(inside, "--timesteps", options.timesteps, "numbers in [0, 1000]")
+    options.timesteps = sorted(set(options.timesteps))
+    check_count("--batch-size", options.batch_size)
+    check_positive("--shift", options.shift)
+    hardware = HardwareSection(device=options.device, precision=options.precision)
+    device = loading.device_of(hardware)
+    dataset = loading.open_dataset(options, "data")
+    evaluator = RewardEvaluator(
+        dataset,
+        label=options.label,
+        missing_label=options.missing_label,
+        timesteps=options.timesteps,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        seed=options.seed,
+        shift=options.shift,
+        integer_timesteps=not options.float_timesteps,
+    )
+    reward = LatentRewardModel.load(options.reward).float().to(device).freeze()
+    loading.check_data(dataset, reward.backbone, "the reward model")
+    patch(reward.backbone)
+    logits = evaluator.logits(reward)
+    finite = all(bool(of.isfinite().all()) for of in logits.values())
+    check(finite, "scores of the reward", "NaN or infinite", "finite numbers")
+    metrics = evaluator.metrics(logits)
+    print_metrics(metrics)
+    if out is None:
+        return 0
+    content: dict[str, Any] = {**vars(options), "metrics": metrics}
+    for name in ("command", "out", "device"):
+        content.pop(name, None)
+    if evaluator.labels is None:
+        figures = {"accuracy": _pairs_figure(metrics)}
+    else:
+        tables = {t: reliability_table(of[0], evaluator.labels) for t, of in logits.items()}
+        content["reliability"] = tables
+        figures = {"metrics": _metrics_figure(metrics)}
+        figures["reliability"] = _reliability_figure(tables, metrics)
+    with save_checkpoint_dir(out) as folder:
+        (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / "metrics.csv").write_text(_csv(metrics), encoding="utf-8")
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=120)
+    print(f"{len(dataset)} {'pairs' if dataset.pairs else 'videos'} evaluated: {out}")
+    return 0
+
+
+def print_metrics(metrics: dict[int, dict[str, float]]) -> None:
+    """Print the figures of each timestep as a table."""
+    names = _columns(metrics)
+    columns = ("timestep", *(_NAMES.get(name, name.replace("_", " ")) for name in names))
+    rows = []
+    for t, values in metrics.items():
+        form = (f"{values[n]:.0f}" if n == "count" else f"{values[n]:.4f}" for n in names)
+        rows.append((str(t), *form))
+    print_table(rows, columns, numbers=columns)
+
+
+def _columns(metrics: dict[int, dict[str, float]]) -> list[str]:
+    """Return the names of the figures, AUC behind F1 as in the plot."""
+    names = list(next(iter(metrics.values())))
+    return sorted(names, key=lambda n: _CLASSIFIER.index(n) if n in _CLASSIFIER else len(names))
+
+
+def _csv(metrics: dict[int, dict[str, float]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=["timestep", *_columns(metrics)])
+    writer.writeheader()
+    writer.writerows({"timestep": t, **values} for t, values in metrics.items())
+    return text.getvalue()
+
+
+def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    """Return a matplotlib figure that needs no display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(**grid)
+
+
+def _draw_by_timestep(axes: Any, times: list[int], title: str, chance: bool = True) -> None:
+    axes.set_xlabel("timestep (1000: noise)")
+    axes.set_xticks(times)
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    if chance:
+        axes.axhline(0.5, color="gray", linestyle="--", linewidth=1, label="0.5")
+        axes.set_ylim(0, 1.02)
+
+
+def _metrics_figure(metrics: dict[int, dict[str, float]]) -> Any:
+    times = list(metrics)
+    first = metrics[times[0]]
+    figure, (left, right) = _figure(10, 4, ncols=2, gridspec_kw={"width_ratios": (3, 2)})
+    title = f"{first['count']:.0f} videos, {first['positive_rate']:.0%} with label 1"
+    _draw_by_timestep(left, times, title)
+    for name, color in zip(_CLASSIFIER, _COLORS, strict=True):
+        values = [metrics[t].get(name, math.nan) for t in times]
+        if not all(map(math.isnan, values)):
+            left.plot(times, values, "o-", color=color, label=_NAMES.get(name, name))
+    left.legend(fontsize=8)
+    _draw_by_timestep(right, times, "expected calibration error", chance=False)
+    right.plot(times, [metrics[t]["ece"] for t in times], "o-", color=_COLORS[0])
+    right.set_ylim(bottom=0)
+    return figure
+
+
+def _reliability_figure(
+    tables: dict[int, list[dict[str, float]]], metrics: dict[int, dict[str, float]]
+) -> Any:
+    columns = min(5, len(tables))
+    lines = -(-len(tables) // columns)
+    sizes: dict[str, Any] = {"nrows": lines, "ncols": columns, "squeeze": False}
+    figure, grid = _figure(2.4 * columns, 2.6 * lines + 0.5, sharex=True, sharey=True, **sizes)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for axes, (t, rows) in zip(grid.flat, tables.items(), strict=False):
+        axes.set_visible(True)
+        axes.plot((0, 1), (0, 1), color="gray", linestyle="--", linewidth=1)
+        count = metrics[t]["count"]
+        scores, rates = ([row[name] for row in rows] for name in ("score", "positive_rate"))
+        areas = [10 + 150 * row["count"] / count for row in rows]  # of a marker: the bin's share
+        axes.plot(scores, rates, color=_COLORS[0], linewidth=1)
+        axes.scatter(scores, rates, s=areas, color=_COLORS[0], alpha=0.7)
+        axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
+        axes.set_title(f"t = {t}, error {metrics[t]['ece']:.3f}", fontsize=9)
+    figure.supxlabel("mean score of a bin (area: its share of the videos)", fontsize=9)
+    figure.supylabel("share with label 1", fontsize=9)
+    return figure
+
+
+def _pairs_figure(metrics: dict[int, dict[str, float]]) -> Any:
+    times = list(metrics)
+    figure, (left, right) = _figure(9, 4, ncols=2)
+    _draw_by_timestep(left, times, f"accuracy on {metrics[times[0]]['count']:.0f} pairs")
+    left.plot(times, [metrics[t]["accuracy"] for t in times], "o-", color=_COLORS[0])
+    left.legend(fontsize=8)
+    _draw_by_timestep(right, times, "margin of the logits, mean and deviation", chance=False)
+    means, spread = ([metrics[t][name] for t in times] for name in ("margin", "margin_std"))
+    right.errorbar(times, means, spread, fmt="o-", color=_COLORS[0], capsize=3)
+    right.axhline(0, color="gray", linestyle="--", linewidth=1)
+    return figure

@@ -1,0 +1,154 @@
+"""Read the clips to encode from a folder or list, or prompts from a text file."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prfl_fast.data.video import IMAGES, VIDEOS
+from prfl_fast.utils.checks import check, is_number
+
+# Names of columns, in the order in which they are tried; the first ones are the reference's.
+VIDEO = ("video_path", "video", "path", "file_name", "file")
+CAPTION = ("long_caption", "caption", "text", "prompt")
+SHORT_CAPTION = ("short_caption",)
+IDENTIFIER = ("source_id", "id")
+
+
+class Clip(NamedTuple):
+    """Describe a clip: a name, its file, captions and labels. A prompt alone has no file."""
+
+    id: str
+    path: Path | None
+    caption: str
+    short_caption: str | None = None
+    labels: Mapping[str, Any] = {}
+
+
+def read_clips(source: Path) -> list[Clip]:
+    """Return the clips of a folder or list.
+
+    Args:
+        source: a folder, searched with its subfolders, in which ``NAME.txt`` holds the caption of
+            ``NAME.mp4``; a ``.csv``, ``.json`` (an array of objects) or ``.jsonl`` file with the
+            columns ``video_path``, ``long_caption`` or ``caption``, and optionally
+            ``short_caption``, ``source_id`` and labels; or a ``.txt`` file with a prompt per line.
+
+    Raises:
+        ValueError: if the list is malformed, a clip has no caption or two have one id.
+        FileNotFoundError: if a file is missing.
+    """
+    check(source.exists(), "CLIPS", str(source), "a folder or a file that exists")
+    if source.is_dir():
+        clips = _folder(source)
+    elif source.suffix == ".txt":
+        lines = _text(source).splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        clips = [Clip(f"{i:06d}", None, prompt) for i, prompt in enumerate(prompts)]
+    else:
+        check(
+            source.suffix in _READERS, "CLIPS", str(source), "a folder, .csv, .json, .jsonl, .txt"
+        )
+        rows = _READERS[source.suffix](source)
+        clips = [_clip(source, number, row) for number, row in rows]
+    check(bool(clips), "CLIPS", str(source), "at least one clip")
+    seen: set[str] = set()
+    for clip in clips:
+        check(clip.id not in seen, f"{source}: id", clip.id, "each once")
+        seen.add(clip.id)
+    return clips
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
+
+
+def _folder(folder: Path) -> list[Clip]:
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (*VIDEOS, *IMAGES)]
+    clips, missing = [], []
+    for path in files:
+        caption = path.with_suffix(".txt")
+        if not caption.is_file():
+            missing.append(str(path))
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        clips.append(Clip(name, path, " ".join(_text(caption).split())))
+    more = f" ({len(missing)} clips have none)" if len(missing) > 1 else ""
+    expected = "a file of that name with .txt beside it, or a CSV or JSON list in place of a folder"
+    check(not missing, f"caption of {missing[0] if missing else ''}", None, expected + more)
+    return clips
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            check(None not in row, where, row.get(None), "no more cells than the first line")
+            yield where, {k: v for k, v in row.items() if v not in (None, "")}
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: not CSV ({error})") from error
+
+
+def _number(text: Any) -> Any:
+    """Return a cell of a CSV file as a number if it is one."""
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        return value if is_number(value) else text
+    return text
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    check(isinstance(content, list), str(path), content, "an array of objects")
+    for number, row in enumerate(content):
+        yield f"{path}: item {number}", row
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+
+
+_READERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
+
+
+def _clip(source: Path, where: str, row: Any) -> Clip:
+    check(isinstance(row, dict), where, row, "an object")
+    row = dict(row)
+
+    def take(names: tuple[str, ...]) -> Any:
+        found = next((name for name in names if row.get(name) is not None), names[0])
+        return row.pop(found, None)
+
+    file, caption = take(VIDEO), take(CAPTION)
+    short, name = take(SHORT_CAPTION), take(IDENTIFIER)
+    for names, value in ((VIDEO, file), (CAPTION, caption)):
+        expected = f"a string in one of the columns {', '.join(names)}"
+        ok = isinstance(value, str) or (value is not None and names is CAPTION)
+        check(ok, f"{where}: {names[0]}", value, expected)
+    # The reference's paths are relative to the folder in which it is called.
+    path = next((p for p in (source.parent / file, Path(file)) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{where}: {source.parent / file}: no such file")
+    labels = {k: _number(v) if source.suffix == ".csv" else v for k, v in row.items()}
+    for key, value in labels.items():
+        ok = isinstance(value, bool | str) or is_number(value)
+        check(ok, f"{where}: {key}", value, "a label: a number, string or boolean")
+    name = Path(file).with_suffix("").as_posix() if name is None else str(name)
+    return Clip(name, path, str(caption), None if short is None else str(short), labels)

@@ -1,0 +1,322 @@
+"""Encode clips and captions to a dataset of latents and conditions, one model at a time.
+
+A run may be killed at any moment: every file is written whole, the manifest last, and the same call
+continues. Batches do not depend on where a run was interrupted, so the files have the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prfl_fast.data.clip_lists import Clip
+from prfl_fast.data.codec import VideoCodec, load_codec, load_image_encoder, load_text_encoder
+from prfl_fast.data.codec_files import FILES, Device, find_part, has_part
+from prfl_fast.data.encode_plan import Crop, EncodePlan, EncodeSettings, ordered_map
+from prfl_fast.data.manifest import EMPTY_PROMPT, MANIFEST, SHORT, TEXT
+from prfl_fast.data.video import VideoFileError, contact_sheet, read_clip, write_image
+from prfl_fast.models.adapter import FIRST_FRAME
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.digests import write_digests
+from prfl_fast.utils.io import (
+    clean_temporaries,
+    digest_of,
+    load_tensors,
+    open_tensors,
+    read_json,
+    save_tensors,
+    write_atomic,
+)
+from prfl_fast.utils.progress import step_progress
+
+RECORD = "encode.json"  # what a dataset was encoded from
+NEGATIVE = "negative.safetensors"
+PREVIEW = "preview"
+TEXT_BATCH = 8
+PREVIEWS = 3
+IMAGE = "encoder_hidden_states_image"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_identity(model: Path) -> dict[str, Any]:
+    """Return names and sizes of the files of a pipeline's parts, and digests of their settings."""
+    found: dict[str, Any] = {}
+    for part in FILES:
+        if part == "image_encoder" and not has_part(model, part):
+            continue
+        place = find_part(model, part)
+        files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
+        found[part] = {
+            file.name: digest_of(file) if file.suffix == ".json" else file.stat().st_size
+            for file in files
+        }
+    return found
+
+
+class Encoding:
+    """Encode the samples of a plan into a folder; see :func:`encode`."""
+
+    def __init__(
+        self,
+        plan: EncodePlan,
+        settings: EncodeSettings,
+        model: Path,
+        out: Path,
+        *,
+        device: Device = "cpu",
+        workers: int = 1,
+        budget: int | None = None,
+    ) -> None:
+        self.plan, self.settings, self.model, self.out = plan, settings, model, out
+        self.device, self.workers, self.budget = device, workers, budget
+        self.dtype = DTYPES[settings.dtype]
+        self.parts = out / "parts"
+        self.skipped = dict(plan.skipped)
+        self.images = settings.condition != "none" and has_part(model, "image_encoder")
+        clips = [crop.clip for crop in plan.crops]
+        texts = [t for clip in clips for t in (clip.caption, clip.short_caption) if t is not None]
+        negative = [] if settings.negative is None else [settings.negative]
+        self.texts = list(dict.fromkeys(["", *negative, *texts]))
+
+    def open(self) -> bool:
+        """Begin or continue in the folder; return True if it is complete.
+
+        Raises:
+            ValueError: if the folder was begun from other clips, settings or models, or has another
+                dataset.
+        """
+        record = self.out / RECORD
+        wanted = json.loads(json.dumps(self._record()))
+        known = record.is_file()
+        ok = known or not (self.out / MANIFEST).exists()
+        check(ok, "OUT", str(self.out), f"a folder without {MANIFEST}, or one of this command")
+        for folder in (self.out, self.out / "samples", self.parts / "texts", self.parts / "images"):
+            folder.mkdir(parents=True, exist_ok=True)
+            clean_temporaries(folder)
+        if not known:
+            with write_atomic(record) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            return False
+        found = read_json(record)
+        hint = "Call it as it was begun, or choose a new folder"
+        for key, value in _flat(wanted).items():
+            before = _flat(found).get(key)
+            check(before == value, f"{record}: {key}", before, f"{value!r} of this call", hint=hint)
+        ok = len(found.get("clips", [])) == len(wanted["clips"])
+        check(ok, f"{record}: clips", len(found.get("clips", [])), f"{len(wanted['clips'])}")
+        if (self.out / MANIFEST).is_file():
+            shutil.rmtree(self.parts, ignore_errors=True)
+            return True
+        return False
+
+    def _record(self) -> dict[str, Any]:
+        clips: dict[str, Clip] = {crop.clip.id: crop.clip for crop in self.plan.crops}
+        listed = [
+            [clip.id, self.plan.digests[clip.id], clip.caption, clip.short_caption, clip.labels]
+            for clip in clips.values()
+        ]
+        return {
+            "settings": self.settings._asdict(),
+            "model": model_identity(self.model),
+            "clips": listed,
+        }
+
+    def sample_path(self, number: int) -> Path:
+        """Return the file of a sample of the plan."""
+        return self.out / "samples" / f"{number:06d}.safetensors"
+
+    def encode_texts(self) -> None:
+        """Write the states of all texts, a file for each batch of texts."""
+        batches = [self.texts[i : i + TEXT_BATCH] for i in range(0, len(self.texts), TEXT_BATCH)]
+        paths = [self.parts / "texts" / f"{i:06d}.safetensors" for i in range(len(batches))]
+        todo = [i for i, path in enumerate(paths) if not _is_whole(path)]
+        if not todo:
+            return
+        encoder = load_text_encoder(self.model, self.device, self.dtype)
+        with step_progress("texts", len(paths) - len(todo), len(paths)) as bar:
+            for i in todo:
+                states = encoder(batches[i])
+                save_tensors({str(k): state for k, state in enumerate(states)}, paths[i])
+                bar.update()
+        del encoder
+        _free()
+
+    def text(self, text: str) -> torch.Tensor:
+        """Return the states ``[T, D]`` of an encoded text."""
+        batch, place = divmod(self.texts.index(text), TEXT_BATCH)
+        with open_tensors(self.parts / "texts" / f"{batch:06d}.safetensors") as file:
+            return file.get_tensor(str(place))
+
+    def encode_images(self) -> None:
+        """Write the CLIP states of the given frames of each sample."""
+        if not self.images:
+            return
+        whole = self.settings.condition == "first-last"
+        with self._videos("images", self.parts / "images", whole) as videos:
+            encoder = None
+            for _, path, video in videos:
+                if encoder is None:
+                    encoder = load_image_encoder(self.model, self.device, self.dtype)
+                frames = [video[:, 0], video[:, -1]] if whole else [video[:, 0]]
+                save_tensors({IMAGE: encoder(frames).to(self.dtype)}, path)
+        del encoder
+        _free()
+
+    def encode_videos(self, preview: bool = False) -> None:
+        """Write all samples, and decoded frames of three of them if ``preview``."""
+        codec = None
+        with self._videos("videos", self.out / "samples", True) as videos:
+            for number, path, video in videos:
+                if codec is None:
+                    codec = load_codec(self.model, self.device, budget=self.budget)
+                crop, condition = self.plan.crops[number], self.settings.condition
+                tensors = {"latents": codec.encode(video[None])[0]}
+                first = video[None, :, 0].to(self.device)
+                if condition != "none" and codec.channels == 48:
+                    if crop.frames > 1:
+                        tensors[FIRST_FRAME] = codec.first_frame(first)[0]
+                elif condition != "none":
+                    last = video[None, :, -1].to(self.device) if condition == "first-last" else None
+                    tensors["latent_condition"] = codec.latent_condition(first, crop.frames, last)[
+                        0
+                    ]
+                tensors[TEXT] = self.text(crop.clip.caption)
+                if crop.clip.short_caption is not None:
+                    tensors[SHORT] = self.text(crop.clip.short_caption)
+                if self.images:
+                    tensors |= load_tensors(self.parts / "images" / path.name)
+                save_tensors({n: t.to(self.dtype) for n, t in tensors.items()}, path)
+        if preview:
+            self.write_preview(codec)
+        del codec
+        _free()
+
+    @contextmanager
+    def _videos(
+        self, name: str, folder: Path, whole: bool
+    ) -> Iterator[Iterator[tuple[int, Path, torch.Tensor]]]:
+        """Yield an iterator over the samples that a folder lacks: number, file, frames.
+
+        Frames are ``[3, F, H, W]``, the first one only unless ``whole``. Clips that cannot be read
+        are skipped.
+        """
+        paths = [folder / f"{i:06d}.safetensors" for i in range(len(self.plan.crops))]
+        live = [i for i, crop in enumerate(self.plan.crops) if crop.clip.id not in self.skipped]
+        todo = [i for i in live if not _is_whole(paths[i])]
+
+        def read(i: int) -> torch.Tensor | VideoFileError:
+            try:
+                return _read(self.plan.crops[i], self.settings.fps, whole)
+            except VideoFileError as error:
+                return error
+
+        def videos() -> Iterator[tuple[int, Path, torch.Tensor]]:
+            for i, video in ordered_map(read, todo, self.workers):
+                if isinstance(video, VideoFileError):
+                    self.skipped[self.plan.crops[i].clip.id] = str(video)
+                else:
+                    yield i, paths[i], video
+                bar.update()
+
+        if not todo:
+            yield iter(())
+            return
+        with step_progress(name, len(live) - len(todo), len(live)) as bar:
+            yield videos()
+
+    def write_preview(self, codec: VideoCodec | None = None) -> None:
+        """Write sheets of source frames above decoded ones, with a loaded codec or a new one."""
+        codec = codec or load_codec(self.model, self.device, budget=self.budget)
+        done = [i for i in range(len(self.plan.crops)) if self.sample_path(i).is_file()]
+        folder = self.out / PREVIEW
+        folder.mkdir(exist_ok=True)
+        for i in done[:: max(1, len(done) // PREVIEWS)][:PREVIEWS]:
+            latents = load_tensors(self.sample_path(i))["latents"]
+            decoded = codec.decode(latents[None].to(self.device))[0].float().cpu()
+            source = _read(self.plan.crops[i], self.settings.fps, True)
+            write_image(folder / f"{i:06d}.png", contact_sheet([source, decoded]))
+
+    def finish(self) -> int:
+        """Write the texts beside the samples, digests and the manifest; return the samples.
+
+        Raises:
+            ValueError: if all clips were skipped.
+        """
+        crops = [
+            (i, crop) for i, crop in enumerate(self.plan.crops) if crop.clip.id not in self.skipped
+        ]
+        reason = next(iter(self.skipped.values()), "")
+        check(bool(crops), "clips that can be read", 0, f"at least one: {reason}")
+        names = [EMPTY_PROMPT]
+        save_tensors({TEXT: self.text("").to(self.dtype)}, self.out / EMPTY_PROMPT)
+        if self.settings.negative is not None:
+            names.append(NEGATIVE)
+            negative = self.text(self.settings.negative).to(self.dtype)
+            save_tensors({TEXT: negative}, self.out / NEGATIVE)
+        lines = []
+        for i, crop in crops:
+            name = f"samples/{i:06d}.safetensors"
+            names.append(name)
+            record: dict[str, Any] = {"id": crop.id, "latents": name}
+            if crop.clip.labels:
+                record["labels"] = dict(crop.clip.labels)
+            lines.append(json.dumps(record) + "\n")
+        write_digests(self.out, tuple(names))
+        with write_atomic(self.out / MANIFEST) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        shutil.rmtree(self.parts)
+        return len(crops)
+
+
+def encode(encoding: Encoding, preview: bool = False) -> int:
+    """Run all stages of an encoding and return the number of samples; finished ones are skipped.
+
+    Raises:
+        ValueError: if the folder was begun from other clips, settings or models, no clip can be
+            read, or a tensor of a model does not fit.
+    """
+    if encoding.open():
+        if preview and not (encoding.out / PREVIEW).is_dir():
+            encoding.write_preview()
+        return (encoding.out / MANIFEST).read_text(encoding="utf-8").count("\n")
+    encoding.encode_texts()
+    encoding.encode_images()
+    encoding.encode_videos(preview)
+    return encoding.finish()
+
+
+def _read(crop: Crop, fps: float, whole: bool) -> torch.Tensor:
+    assert crop.clip.path is not None
+    frames = crop.frames if whole else 1
+    return read_clip(crop.clip.path, frames, crop.size, fps=fps, start=crop.start, at=crop.at)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with open_tensors(path):
+            return True
+    except (ValueError, OSError):
+        return False
+
+
+def _flat(record: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a record by their dotted places."""
+    if not isinstance(record, dict | list):
+        return {prefix: record}
+    items: Sequence[tuple[Any, Any]] = (
+        list(record.items()) if isinstance(record, dict) else list(enumerate(record))
+    )
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _free() -> None:
+    """Return the cached device memory of a model that was deleted."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
