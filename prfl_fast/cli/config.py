@@ -18,7 +18,9 @@ from prfl_fast.utils.checks import check
 
 Probability = Annotated[Number, Field(ge=0, le=1)]
 Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_list]
-Objectives = Annotated[tuple[Literal["prfl", "sft"], ...], Field(min_length=1), from_list]
+Objectives = Annotated[
+    tuple[Literal["prfl", "sft", "dpo", "rwr"], ...], Field(min_length=1), from_list
+]
 
 
 def _check_memory(
@@ -32,23 +34,29 @@ def _check_memory(
 
 
 class TrainFile(Section):
-    """Train a generator: reward feedback alternated with supervised steps, or either alone."""
+    """Train a generator by objectives that take turns."""
 
     model: Text | sections.ExpertsSection = key(
         ...,
         "A transformer or pipeline: a folder of diffusers, or weights of official Wan or ComfyUI.",
     )
-    data: Text = key(..., "Folder of a dataset of latents.")
+    data: Text = key(
+        ...,
+        "Folder of a dataset of latents: single videos; or pairs with the dpo objective, whose "
+        "winners the others take.",
+    )
     allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     reward: Text | sections.ReferenceReward | Rewards | None = key(
         None,
         "Folder of a saved reward model, files of HY-Video-PRFL, or a list of several rewards. "
-        "The prfl objective requires it.",
+        "The prfl objective requires it, and rwr without a label.",
     )
     objectives: Objectives = key(("prfl", "sft"), "Objectives, which take turns: one step of each.")
     prfl: sections.FeedbackSection = key(sections.FeedbackSection(), "Reward feedback.")
+    dpo: sections.DPOSection = key(sections.DPOSection(), "Flow-DPO on preference pairs.")
+    rwr: sections.RWRSection = key(sections.RWRSection(), "Flow-RWR.")
     rollout: sections.RolloutSection = key(sections.RolloutSection(), "The steps without gradient.")
     eval: sections.EvalSection | None = key(
         None, "Evaluation on held-out prompts while training; null is none."
@@ -77,8 +85,9 @@ class TrainFile(Section):
     def _check_sections(self) -> Self:
         unique = len(set(self.objectives)) == len(self.objectives)
         check(unique, "objectives", list(self.objectives), "no repeats")
-        if "prfl" in self.objectives and self.reward is None:
-            raise ValueError("reward is missing, expected a reward model for the prfl objective")
+        if self.reads_reward and self.reward is None:
+            reader = "prfl objective" if "prfl" in self.objectives else "rwr one, or rwr.label"
+            raise ValueError(f"reward is missing, expected a reward model for the {reader}")
         if self.eval is not None and self.reward is None and self.eval.codec is None:
             raise ValueError("reward is missing, expected a reward model or eval.codec for eval")
         names = [reward.name for reward in self.rewards()]
@@ -98,6 +107,12 @@ class TrainFile(Section):
         hint = "Leave out reward_memory, which memory: auto plans too"
         check(same, "memory", self.memory, "a mapping beside reward_memory", hint=hint)
         return self
+
+    @property
+    def reads_reward(self) -> bool:
+        """Return True if an objective needs reward models."""
+        scored = "rwr" in self.objectives and self.rwr.label is None
+        return scored or "prfl" in self.objectives
 
     def rewards(self) -> tuple[sections.NamedReward, ...]:
         """Return the rewards by name, of which a single one is called ``reward``."""
@@ -138,6 +153,11 @@ class TrainRewardFile(Section):
         "Call the model at 1000 sigma rounded down; evaluate at the nearest level of the schedule.",
     )
     optimizer: sections.RewardOptimizerSection = key(sections.RewardOptimizerSection(), "AdamW.")
+    lora: sections.LoraSection | None = key(
+        None,
+        "Low-rank adapters of the blocks, which train beside pooling and head; the saved reward "
+        "model has them merged. null trains the blocks.",
+    )
     text_drop: Probability = key(
         0.0, "Probability of the text of empty_prompt.safetensors in data (HY-Video-PRFL: 0.1)."
     )

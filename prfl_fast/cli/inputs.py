@@ -36,9 +36,10 @@ def inputs_of(
         found["model"] = [*folders, boundary]
         for name, folder in zip(NAMES, folders, strict=True):
             found[f"model {name}: fingerprint"] = fingerprint(Path(folder))
-    if isinstance(config, TrainFile) and "prfl" in config.objectives:
+    if isinstance(config, TrainFile) and config.reads_reward:
         for name, path in _rewards(config):
             found |= {name: str(path), f"{name}: fingerprint": fingerprint(path)}
+    if isinstance(config, TrainFile) and "prfl" in config.objectives:
         if config.prfl.guidance is not None:
             negative = Path(config.prfl.guidance.negative)
             found["prfl.guidance.negative: fingerprint"] = fingerprint(negative)

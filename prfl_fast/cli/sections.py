@@ -29,7 +29,9 @@ from prfl_fast.rewards.functions import EnsembleMode
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import Schedule
 from prfl_fast.training.lora import DEFAULT_TARGETS
+from prfl_fast.training.preferences import BETA
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
+from prfl_fast.training.schedules import ScheduleName
 from prfl_fast.utils.checks import check
 
 Level = Annotated[Number, Field(ge=0, le=1)]
@@ -83,13 +85,20 @@ class OptimizerSection(Section):
     max_grad_norm: Positive | None = key(
         1.0, "Largest L2 norm of all gradients together; null turns clipping off."
     )
+    schedule: ScheduleName = key(
+        "constant",
+        "Learning rate after the warmup: a schedule of diffusers, down to 0 at run.steps, which a "
+        "resumed run must repeat; or constant.",
+    )
     warmup_steps: Index = key(0, "Optimizer steps in which the learning rate rises linearly.")
 
 
 class RewardOptimizerSection(OptimizerSection):
     """AdamW with the learning rate of reward models."""
 
-    learning_rate: Positive = key(1e-6, "Learning rate after the warmup.")
+    learning_rate: Positive | None = key(
+        None, "Learning rate after the warmup; null is 1e-6, or 1e-4 with lora."
+    )
     head_learning_rate: Positive | None = key(
         None,
         "Learning rate of pooling and head; null is learning_rate. HY-Video-PRFL: 1e-5 with bt.",
@@ -115,6 +124,10 @@ class RunConfig(Section):
     )
     seed: Index = key(0, "Seed of all random numbers.")
     tensorboard: bool = key(True, "Write TensorBoard logs beside log.jsonl.")
+    wandb: bool = key(
+        False,
+        "Log to Weights & Biases, if wandb is installed, in the project of WANDB_PROJECT.",
+    )
     resume: Text | None = key(
         "auto",
         "Checkpoint to resume: auto is the latest one in out, last-good the latest one that is not "
@@ -220,6 +233,23 @@ class FeedbackSection(Section):
         values = {argument: getattr(self, name) for name, argument in taken.items()}
         given = {name: value for name, value in values.items() if value is not None}
         return make(**{name: None if value == "all" else value for name, value in given.items()})
+
+
+class DPOSection(Section):
+    """Flow-DPO on preference pairs."""
+
+    beta: Positive = key(BETA, "Strength with which the model is held to the initial one.")
+
+
+class RWRSection(Section):
+    """Flow-RWR: supervised steps weighted by exp(reward / temperature)."""
+
+    temperature: Positive = key(1.0, "A lower one weights good videos more; the paper has 1.")
+    label: Text | None = key(
+        None,
+        "Label of the dataset that is the reward, a number; null is the weighted sum of the "
+        "rewards of the clean latents.",
+    )
 
 
 class RolloutSection(Section):

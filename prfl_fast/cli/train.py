@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,9 +21,19 @@ from prfl_fast.cli.evaluation import (
     write_evaluation,
 )
 from prfl_fast.cli.inputs import PATHS, inputs_of
+from prfl_fast.cli.objectives import (
+    LEVELS,
+    autocast_of,
+    batches_of,
+    build_objectives,
+    first_batches,
+    open_data,
+    read_ahead,
+    rewards_of,
+    sampler_of,
+)
 from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy, note
 from prfl_fast.cli.sections import (
-    FeedbackSection,
     MemorySection,
     NamedReward,
     ReferenceReward,
@@ -32,31 +42,19 @@ from prfl_fast.cli.sections import (
 )
 from prfl_fast.cli.yaml_config import to_yaml
 from prfl_fast.data.dataset import Batches, DrawnPairs
-from prfl_fast.data.loader import LoadedBatches
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.values import check_values
-from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.registry import patch, unpatch
-from prfl_fast.models.velocity import Precision
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.guidance import Guidance
-from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.training.checkpoint import FINAL
 from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.evaluation import labels_of
-from prfl_fast.training.lora import add_lora
+from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.training.model_files import load_model
-from prfl_fast.training.objectives import (
-    Objective,
-    RewardFeedback,
-    RewardFit,
-    SupervisedFlow,
-    velocity_call,
-)
+from prfl_fast.training.objectives import Objective, RewardFit
 from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
@@ -64,10 +62,11 @@ from prfl_fast.utils.io import write_atomic
 
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
-FULL_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-4
+FULL_LEARNING_RATE, REWARD_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-6, 1e-4
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 _FREE = ("cache", "compile")
-_LEVELS = {"shift", "integer_timesteps"}  # keys of the noise levels, which losses take too
+
+Training = TypeVar("Training", TrainFile, TrainRewardFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +101,7 @@ def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterato
 def _train(config: TrainFile, options: RunOptions) -> int:
     given, config = config, _with_learning_rate(config)
     device = loading.device_of(config.hardware)
-    dataset = loading.open_dataset(config, "data", "single videos")
-    batches = _batches(dataset, config)
+    dataset = open_data(config)
     folders, boundary = loading.folders_of(config.model)
     held_out = None if config.eval is None else load_held_out(config, device)
     datasets = [dataset, *(() if held_out is None else held_out[:1])]
@@ -130,31 +128,17 @@ def _train(config: TrainFile, options: RunOptions) -> int:
         check_available(policy, device)
     _seed(config)  # adapters are initialized at random
     transformer, rewards = _load_models(config, datasets, memory, reward_memory, device)
-    objectives: dict[str, Objective] = {}
-    for name in config.objectives:
-        if name == "prfl":
-            step = _step(config, transformer, rewards, guidance)
-            objectives[name] = RewardFeedback(step, _read_ahead(batches, config, device), device)
-        else:
-            # Supervised steps in the same order would repeat the conditions of the PRFL step.
-            own = _read_ahead(_batches(dataset, config, 1), config, device)
-            levels = config.prfl.model_dump(include=_LEVELS)
-            precision = _autocast(memory.weight_dtype, config.hardware.precision)
-            objectives[name] = SupervisedFlow(transformer, own, precision=precision, **levels)
+    objectives = build_objectives(config, dataset, transformer, rewards, guidance, device)
     advise = partial(next_policy, config, dataset, device, plan)
     inputs = inputs_of(config, dataset)
     evaluation = None
     if held_out is not None:
-        of_reward = _autocast(config.reward_memory.weight_dtype, config.hardware.precision)
-        calls, _ = loading.rewards_of_step(config, rewards, of_reward)
-        sampler = _sampler(config, transformer, guidance)
+        calls, _ = rewards_of(config, rewards)
+        sampler = sampler_of(config, transformer, guidance)
         evaluation = generator_evaluation(config, *held_out, sampler, calls, device)
     more: Any = {"advise": advise, "evaluation": evaluation}
     trainer = _trainer(config, transformer, objectives, inputs, options, **more)
-    if config.lora is not None and given.optimizer.learning_rate is None:
-        rate = config.optimizer.learning_rate
-        text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
-        note(text, "train")
+    _note_learning_rate(given, config, "train")
     return _print_check(config) if options.check else _finish(trainer, config)
 
 
@@ -185,7 +169,7 @@ def _load_models(
     # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
     transformer = loading.load_model(config.model, dtype)
-    wanted = "prfl" in config.objectives or config.eval is not None
+    wanted = config.reads_reward or config.eval is not None
     rewards = loading.load_rewards(config, transformer) if wanted else {}
     models = [model for members in rewards.values() for model in members]
     for model, dataset in itertools.product(models, datasets):
@@ -208,72 +192,6 @@ def _load_models(
     return transformer, rewards
 
 
-def _step(
-    config: TrainFile,
-    transformer: nn.Module,
-    models: dict[str, tuple[LatentRewardModel, ...]],
-    guidance: Guidance | None,
-) -> PRFL:
-    """Build the PRFL step of a configuration from its loaded models."""
-    assert isinstance(config.memory, MemorySection)
-    feedback, precision = config.prfl, config.hardware.precision
-    of_reward = _autocast(config.reward_memory.weight_dtype, precision)
-    rewards, weights = loading.rewards_of_step(config, models, of_reward)
-    return PRFL(
-        velocity_call(transformer, _autocast(config.memory.weight_dtype, precision)),
-        rewards,
-        _scheduler(feedback),
-        feedback.plan(),
-        num_inference_steps=feedback.num_inference_steps,
-        target=feedback.target,
-        weight=feedback.weight,
-        reward_weights=weights,
-        guidance=guidance,
-        rollout=config.rollout.build(),
-        divergence=feedback.divergence,
-    )
-
-
-def _sampler(config: TrainFile, transformer: nn.Module, guidance: Guidance | None) -> Sampler:
-    """Return the sampler of the prfl section, for prompts of any length."""
-    assert isinstance(config.memory, MemorySection)
-    if guidance is not None:
-        guidance = dataclasses.replace(guidance, batched=False)
-    call = velocity_call(
-        transformer, _autocast(config.memory.weight_dtype, config.hardware.precision)
-    )
-    return Sampler(call, _scheduler(config.prfl), config.prfl.num_inference_steps, guidance)
-
-
-def _batches(
-    dataset: LatentDataset, config: TrainFile | TrainRewardFile, offset: int = 0
-) -> Batches:
-    """Return the batches of a run; another ``offset`` gives another order."""
-    drops = {"text_drop": config.text_drop, "short_captions": config.short_captions}
-    batches = Batches(dataset, config.run.batch_size, config.run.seed + offset, **drops)
-    if not offset and (dropped := batches.dropped()):
-        command = "train" if isinstance(config, TrainFile) else "train-reward"
-        note(f"{dataset.folder}: {dropped}", command)
-    return batches
-
-
-def _read_ahead(
-    batches: Batches | DrawnPairs, config: TrainFile | TrainRewardFile, device: torch.device
-) -> Batches | DrawnPairs | LoadedBatches:
-    """Return the batches as the workers of a run read them."""
-    workers = config.run.workers
-    if not workers:
-        return batches
-    return LoadedBatches(batches, workers, pin_memory=device.type == "cuda")
-
-
-def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:
-    options: dict[str, Any] = {"integer_timesteps": feedback.integer_timesteps}
-    if feedback.solver == "euler":
-        return FlowEuler(feedback.shift, **options)
-    return FlowUniPC(feedback.shift, schedule=feedback.schedule, **options)
-
-
 def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     """Train a latent reward model, or only load and check everything; return the exit code."""
     with _folder(config, options):
@@ -281,16 +199,17 @@ def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
 
 
 def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
+    given, config = config, _with_learning_rate(config)
     device, out = loading.device_of(config.hardware), Path(config.out)
     dataset, held_out = _labeled_data(config)
-    winners = _batches(dataset, config)
+    winners = first_batches(dataset, config)
     batches: Batches | DrawnPairs = winners
     loading.check_model(config.model, dataset)
     losers = None
     if config.lose_data is not None:
         losers = loading.open_dataset(config, "lose_data", "single videos")
         loading.check_model(config.model, losers)
-        batches = DrawnPairs(winners, _batches(losers, config, 1))
+        batches = DrawnPairs(winners, batches_of(losers, config, 1))
     for source in (dataset, losers, held_out) if options.deep else ():
         if source is not None:
             check_values(source)
@@ -310,15 +229,17 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     reward.check_savable(out / "reward")  # now, not after the training
     taken = (out / "evaluation.json").is_dir()
     check(not taken, "out", str(out), "one without a folder evaluation.json")
+    if config.lora is not None:
+        add_lora(reward.backbone, **config.lora.model_dump())
     if config.hardware.patch:
         patch(reward.backbone)
-    precision = _autocast(memory.weight_dtype, config.hardware.precision)
-    keys = config.model_dump(include={"loss", "label", "missing_label", *_LEVELS})
-    read = _read_ahead(batches, config, device)
-    fit = RewardFit(reward, read, precision=precision, **keys)
+    precision = autocast_of(memory.weight_dtype, config.hardware.precision)
+    keys = config.model_dump(include={"loss", "label", "missing_label", *LEVELS})
+    fit = RewardFit(reward, read_ahead(batches, config, device), precision=precision, **keys)
     inputs = inputs_of(config, dataset, losers)
     evaluator, evaluation = reward_evaluation(config, held_out, reward, precision)
     trainer = _trainer(config, reward, {"reward": fit}, inputs, options, evaluation=evaluation)
+    _note_learning_rate(given, config, "train-reward")
     if options.check:
         return _print_check(config)
     if code := _finish(trainer, config):
@@ -327,6 +248,8 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
         load_model(reward, out / f"step-{evaluation.best_step:08d}" / "model")
         print(f"best accuracy {evaluation.best:.4g}, at step {evaluation.best_step}")
     unpatch(reward.backbone)  # a saved model is plain diffusers
+    if config.lora is not None:
+        merge_lora(reward.backbone)
     reward.save(out / "reward")
     print(f"reward model: {out / 'reward'}")
     if evaluator is not None:
@@ -353,19 +276,22 @@ def _labeled_data(config: TrainRewardFile) -> tuple[LatentDataset, LatentDataset
     return dataset, held_out
 
 
-def _autocast(weight_dtype: str, precision: Precision) -> Precision:
-    """Return the autocast precision of a model."""
-    # Narrower weights compute in bfloat16 without autocast.
-    return precision if weight_dtype == "fp32" else "fp32"
-
-
-def _with_learning_rate(config: TrainFile) -> TrainFile:
+def _with_learning_rate(config: Training) -> Training:
     """Fill in the learning rate if the file gives none."""
     if config.optimizer.learning_rate is not None:
         return config
-    rate = FULL_LEARNING_RATE if config.lora is None else LORA_LEARNING_RATE
+    full = FULL_LEARNING_RATE if isinstance(config, TrainFile) else REWARD_LEARNING_RATE
+    rate = full if config.lora is None else LORA_LEARNING_RATE
     optimizer = config.optimizer.model_copy(update={"learning_rate": rate})
     return config.model_copy(update={"optimizer": optimizer})
+
+
+def _note_learning_rate(given: Training, config: Training, command: str) -> None:
+    """Print the learning rate of adapters if the file gives none."""
+    if config.lora is not None and given.optimizer.learning_rate is None:
+        rate = config.optimizer.learning_rate
+        text = f"optimizer.learning_rate is {rate:g}, for adapters; the file gives none"
+        note(text, command)
 
 
 def _seed(config: TrainFile | TrainRewardFile) -> None:
@@ -402,7 +328,8 @@ def _trainer(
 def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     """Return the keys that determine a run's numbers, without the trainer's own settings."""
     paths = {"out", "allow_outside", *PATHS}  # those that are inputs of the run
-    values = config.model_dump(exclude={*paths, "run", "optimizer", "eval"})
+    unused = {"dpo", "rwr"} - set(getattr(config, "objectives", ()))
+    values = config.model_dump(exclude={*paths, *unused, "run", "optimizer", "eval"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
     if isinstance(config, TrainFile):  # the paths of rewards are inputs too
         values["reward"] = [_settings_of(reward) for reward in config.rewards()]

@@ -44,6 +44,11 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
             "prfl.guidance is set, which doubles the batch or the number of the generator's "
             f"forwards. The planner handles steps without guidance only: {_EXPLICIT}"
         )
+    if "dpo" in config.objectives:
+        raise ValueError(
+            "objectives has dpo, which keeps two forwards of the generator for the backward. The "
+            f"planner handles one only: {_EXPLICIT}"
+        )
     fields: dict[str, Any] = {
         "model": _model_of(config),
         "expert": config.train or "both",
@@ -53,7 +58,7 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
         "gradient_plan": plan,
         "num_inference_steps": config.prfl.num_inference_steps,
-        "sft": "sft" in config.objectives,
+        "sft": not {"sft", "rwr"}.isdisjoint(config.objectives),  # one forward of clean latents
         "ema": config.run.ema_decay is not None,
         "patched": config.hardware.patch,
     }
@@ -73,7 +78,8 @@ def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None)
     """Return the Workload fields that stand for the training of a reward model.
 
     The planner simulates steps of a generator. One as deep as the reward model, trained in full
-    beside a reward of one block, takes somewhat more than the reward model does.
+    beside a reward of one block, takes somewhat more than the reward model does, and much more with
+    ``lora``.
     """
     videos = 2 if config.loss == "bt" else 1  # a pair is one sample of the batch
     fields: dict[str, Any] = {
@@ -93,7 +99,7 @@ def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None)
 
 def _reward_blocks(config: TrainFile) -> dict[str, int]:
     """Return the number of blocks of the saved reward model, by name; empty if it is unknown."""
-    if "prfl" not in config.objectives:
+    if not config.reads_reward:
         return {"reward_blocks": 1}  # the planner has no step without a reward: take the smallest
     if isinstance(config.reward, tuple):
         raise ValueError(
@@ -139,7 +145,8 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("train") == "full" and config.lora is not None:
         _contradicted("train", "full", f"{path} has a lora section")
     if given.get("sft") is False and "objectives" in content and found["sft"]:
-        raise ValueError(f"--no-sft, but {path} has sft among its objectives. Change the file")
+        name = "sft" if "sft" in config.objectives else "rwr"
+        raise ValueError(f"--no-sft, but {path} has {name} among its objectives. Change the file")
     if given.get("expert", config.train) != config.train is not None:
         _contradicted("expert", given["expert"], f"{path} has train: {config.train}")
     undecided = {
@@ -148,7 +155,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         "train": config.lora is not None,
     }
     undecided |= {"model": "model" in content and "model" not in given}
-    known = "reward" in content or "prfl" not in config.objectives
+    known = "reward" in content or not config.reads_reward
     undecided |= {"reward_blocks": known and "reward_blocks" not in given}
     for name, decided in undecided.items():
         if not decided:

@@ -180,6 +180,16 @@ class DrawnPairs:
         return PairBatch(cast(Batch, self.win[n]), cast(Batch, losers))
 
 
+class Winners:
+    """The winners of pair batches: ``winners[n]`` is a :class:`Batch`."""
+
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+
+    def __getitem__(self, n: int) -> Batch:
+        return cast(PairBatch, self.pairs[n]).win
+
+
 def _fixed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return shapes without the number of text rows."""
     return {name: shape[1:] if name == TEXT else shape for name, shape in shapes.items()}

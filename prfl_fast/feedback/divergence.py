@@ -18,8 +18,13 @@ _SWITCH, _ACTIVE = "_disable_adapters", "_active_adapter"
 _BASES = ("base_layer.", "original_module.")
 
 
-def check_adapters(model: nn.Module) -> None:
-    """Raise ``ValueError`` unless switching the trained adapters off restores the initial model."""
+def check_adapters(
+    model: nn.Module, what: str = "divergence", instead: str = "set it to 0"
+) -> None:
+    """Raise ``ValueError`` unless switching the trained adapters off restores the initial model.
+
+    The message says ``what`` needs this model, and what can be done ``instead``.
+    """
     layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
     problem = ""
     if not layers:
@@ -27,7 +32,7 @@ def check_adapters(model: nn.Module) -> None:
     if any(getattr(layer, "merged", False) for layer in layers):
         problem = "they are merged into the weights: unmerge them"
     if problem:
-        raise ValueError(f"divergence needs adapters to switch off, but {problem}, or set it to 0")
+        raise ValueError(f"{what} needs adapters to switch off, but {problem}, or {instead}")
     switched = {
         parameter
         for layer in layers
@@ -38,8 +43,8 @@ def check_adapters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in switched:
             raise ValueError(
-                f"divergence is the distance from the model without adapters, but {name} trains "
-                "too and is not part of an adapter. Freeze it, or set divergence to 0"
+                f"{what} compares with the model without adapters, but {name} trains too and is "
+                f"not part of an adapter. Freeze it, or {instead}"
             )
 
 

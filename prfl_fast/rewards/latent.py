@@ -175,7 +175,8 @@ class LatentRewardModel(nn.Module):
 
         Raises:
             ValueError: if ``folder`` holds other files, or the backbone has tensors that its class
-                does not have (merge peft adapters first; save before quantizing).
+                does not have (``prfl_fast.training.merge_lora(reward.backbone)`` first; save before
+                quantizing).
             OSError: if it cannot be written.
         """
         config = self.check_savable(folder)

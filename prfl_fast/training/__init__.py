@@ -1,14 +1,23 @@
 """Train generators and reward models: trainer, objectives, losses, LoRA."""
 
 from prfl_fast.training.config import TrainConfig
-from prfl_fast.training.lora import add_lora
+from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.training.losses import ConsistencyConfig, consistency_loss, sft_loss
-from prfl_fast.training.objectives import RewardFeedback, RewardFit, SupervisedFlow
+from prfl_fast.training.objectives import (
+    FlowDPO,
+    FlowRWR,
+    RewardFeedback,
+    RewardFit,
+    SupervisedFlow,
+)
+from prfl_fast.training.preferences import dpo_loss, rwr_loss
 from prfl_fast.training.reward_losses import bt_loss, ce_loss, evaluate
 from prfl_fast.training.trainer import Trainer
 
 __all__ = [
     "ConsistencyConfig",
+    "FlowDPO",
+    "FlowRWR",
     "RewardFeedback",
     "RewardFit",
     "SupervisedFlow",
@@ -18,6 +27,9 @@ __all__ = [
     "bt_loss",
     "ce_loss",
     "consistency_loss",
+    "dpo_loss",
     "evaluate",
+    "merge_lora",
+    "rwr_loss",
     "sft_loss",
 ]

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
+from prfl_fast.training.schedules import SCHEDULES, ScheduleName
 from prfl_fast.utils.checks import (
     check,
     check_choice,
@@ -26,7 +27,10 @@ class TrainConfig:
     Attributes:
         steps: total number of optimizer steps per objective.
         optimizer, gradient_dtype: see :func:`prfl_fast.memory.optimizers.make_optimizer`.
-        learning_rate: constant after a linear warmup over ``warmup_steps`` steps.
+        learning_rate: rate after a linear warmup over ``warmup_steps`` steps.
+        schedule: course of the rate after the warmup, see
+            :func:`prfl_fast.training.schedules.schedule_factor`. A run that resumes must repeat
+            ``steps`` unless it is ``"constant"``.
         betas, eps, weight_decay: constants of AdamW.
         max_grad_norm: limit for the norm of all gradients together; None turns clipping off.
         clip: gradients whose norm is limited: ``"all"``, or ``"blocks"``, those of a reward model
@@ -38,6 +42,7 @@ class TrainConfig:
         seed: seed of the CPU generator that all objectives draw from.
         save_every: steps between checkpoints; 0 saves at the end only.
         keep_last: number of newest checkpoints to keep; 0 keeps all.
+        wandb: log to Weights & Biases as well; without effect if wandb is not installed.
 
     Raises:
         ValueError: if a number is out of range, or a choice is unknown.
@@ -54,14 +59,17 @@ class TrainConfig:
     clip: Literal["all", "blocks"] = "all"
     head_learning_rate: float | None = None
     warmup_steps: int = 0
+    schedule: ScheduleName = "constant"
     gradient_accumulation_steps: int = 1
     ema_decay: float | None = None
     seed: int = 0
     save_every: int = 0
     keep_last: int = 2
+    wandb: bool = False
 
     # A resumed run may change these fields, because they do not affect the steps already taken.
-    FREE = ("steps", "save_every", "keep_last")
+    # The number of steps does if there is a schedule.
+    FREE = ("steps", "save_every", "keep_last", "wandb")
 
     def __post_init__(self) -> None:
         make_fields_plain(self)  # a checkpoint is read with weights_only, which takes no numpy
@@ -76,6 +84,7 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         check_choice("optimizer", self.optimizer, KINDS)
+        check_choice("schedule", self.schedule, SCHEDULES)
         check_seed(self.seed)
         check_choice("clip", self.clip, ("all", "blocks"))
         check((self.ema_decay or 0) < 1, "ema_decay", self.ema_decay, "a number below 1")
@@ -83,7 +92,8 @@ class TrainConfig:
 
     def fixed(self) -> dict[str, Any]:
         """Return the settings that a resumed run must repeat."""
-        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+        free = (*self.FREE, "schedule") if self.schedule == "constant" else self.FREE[1:]
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(frozen=True)

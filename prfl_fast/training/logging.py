@@ -1,8 +1,11 @@
 """Metric log and progress bar of a training run."""
 
 import contextlib
+import importlib
 import json
+import logging
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,17 @@ from prfl_fast.utils.checks import plain
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 
-LOG = "log.jsonl"
+LOG, WANDB_ID = "log.jsonl", "wandb-id"
+_log = logging.getLogger("prfl_fast")
 
 
 class TrainingLog:
-    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files.
+    """Append records to ``log.jsonl`` and, on request, to TensorBoard's files and to wandb.
 
     Records after ``step`` are removed; -1 removes all. Step 0 is an evaluation before the first.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, step: int, tensorboard: bool, wandb: bool = False) -> None:
         self._folder, path = folder, folder / LOG
         # A resumed run repeats the steps after its checkpoint, so their records are removed.
         # A log of mixed runs may have several records of a step; the last one is kept.
@@ -36,6 +40,7 @@ class TrainingLog:
         if tensorboard:
             writer = need("torch.utils.tensorboard").SummaryWriter
             self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
+        self._wandb = _wandb_run(folder) if wandb else None
 
     @staticmethod
     def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -54,6 +59,10 @@ class TrainingLog:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            # It leaves out the steps that a resumed run repeats, whose numbers are the same.
+            shown = {name: value for name, value in record.items() if value is not None}
+            self._wandb.log(shown, step=record["step"])
 
     def write_picture(self, step: int, picture: torch.Tensor) -> None:
         """Write an image, uint8 ``[height, width, 3]``, to ``samples/step-<step>.png``."""
@@ -74,3 +83,25 @@ class TrainingLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(folder: Path) -> Any:
+    """Return the run of Weights & Biases that belongs to a folder, new or resumed; None if none.
+
+    A run goes on without it: it must not end because of a service. wandb's environment variables
+    choose the project (``WANDB_PROJECT``), the server and the mode.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+        name = folder / WANDB_ID
+        if not name.is_file():
+            with write_atomic(name) as temporary:
+                temporary.write_text(secrets.token_hex(8))
+        where = {"project": os.environ.get("WANDB_PROJECT", "prfl_fast"), "dir": str(folder)}
+        known = {"id": name.read_text(), "name": folder.name, "resume": "allow"}
+        return wandb.init(**where, **known)
+    except Exception as error:  # noqa: BLE001 - of any type: not installed, no key, no network
+        _log.warning("run.wandb has no effect: %s", str(error).partition("\n")[0])
+        return None

@@ -1,4 +1,4 @@
-"""Add low-rank adapters (LoRA, arXiv 2106.09685) to a transformer through peft."""
+"""Add low-rank adapters (LoRA, arXiv 2106.09685) to a transformer through peft, and merge them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,3 +65,22 @@ def add_lora(
             for parameter in layer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapter to the weights of a transformer and remove it, in place.
+
+    Sums are float32 and rounded once to the dtype of the weights, which must not be quantized.
+    """
+    bare: Any = without_function(model)
+    layers: list[tuple[str, Any]] = [*bare.named_modules()]
+    for name, layer in layers:
+        if hasattr(layer, "base_layer"):
+            for matrix in (layer.lora_A, layer.lora_B):
+                matrix.float()  # the product would be rounded to bfloat16
+            layer.merge()
+            bare.set_submodule(name, layer.base_layer)
+    del bare.peft_config
+    if hasattr(bare, "_hf_peft_config_loaded"):  # of diffusers
+        bare._hf_peft_config_loaded = False

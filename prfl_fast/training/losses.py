@@ -1,6 +1,7 @@
 """Losses on clean latents: supervised flow matching and consistency distillation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,16 +55,48 @@ def sft_loss(
         TypeError: if a model is not supported.
         ValueError: if an input has the wrong shape, is out of range or is not finite.
     """
+    draws = (noise, sigma, generator, shift, integer_timesteps)
+    return flow_loss(*noised_velocity(transformer, latents, conditions, *draws))
+
+
+def sft_losses(
+    transformer: nn.Module | Velocity, latents: torch.Tensor, conditions: Conditions, **draws: Any
+) -> torch.Tensor:
+    """Compute the loss of :func:`sft_loss` for each sample, ``[B]``; arguments are the same."""
+    parts = noised_velocity(transformer, latents, conditions, **draws)
+    return torch.stack([flow_loss(*sample) for sample in zip(*parts, strict=True)])
+
+
+def noised_velocity(
+    transformer: nn.Module | Velocity,
+    latents: torch.Tensor,
+    conditions: Conditions,
+    noise: torch.Tensor | None = None,
+    sigma: float | torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    shift: float = 5.0,
+    integer_timesteps: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the velocity of noised latents, the noise and the latents, in the frames that count.
+
+    Arguments are those of :func:`sft_loss`.
+    """
     velocity = bind_velocity(transformer, latents, conditions, "latents")
     latents, conditions = not_inference(latents), not_inference(conditions)
     noise = noise_like(latents, noise, generator)
-    model = model_of(transformer)
-    experts = model if isinstance(model, Experts) else None
     levels = (shift, integer_timesteps)
+    experts = experts_of(transformer)
     sigma, timestep = choose_sigma(sigma, latents, generator, *levels, experts=experts)
     x = add_noise(latents, noise, sigma)
     v = velocity(x, timestep, conditions)
-    return flow_loss(*(generated_frames(part, conditions) for part in (v, noise, latents)))
+    v, noise, latents = (generated_frames(part, conditions) for part in (v, noise, latents))
+    return v, noise, latents
+
+
+def experts_of(transformer: nn.Module | Velocity) -> Experts | None:
+    """Return the two experts that a transformer is or calls; None for all others."""
+    model = model_of(transformer)
+    return model if isinstance(model, Experts) else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Objectives of the trainer: reward feedback, supervised flow matching, reward fitting."""
+"""Objectives of the trainer: reward feedback, losses of clean latents, reward fitting."""
 
 import contextlib
 import math
@@ -19,10 +19,19 @@ from prfl_fast.models.velocity import (
     autocast,
     check_transformer,
 )
+from prfl_fast.rewards.functions import Reward
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import training_sigmas
 from prfl_fast.training.losses import sft_loss
 from prfl_fast.training.noising import model_timestep
+from prfl_fast.training.preferences import (
+    BETA,
+    check_reference,
+    dpo_margin,
+    mean_loss,
+    rwr_loss,
+    score_of,
+)
 from prfl_fast.training.reward_losses import bt_loss, ce_loss, label_of
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import device_of
@@ -192,12 +201,95 @@ class SupervisedFlow:
         return float(self._experts.is_high(timesteps).double().mean())
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
-        batch: Batch = self.batches[draw].to(self.device)
-        loss = sft_loss(
-            self.velocity, batch.latents, batch.conditions, generator=generator, **self.levels
-        )
+        batch: Any = self.batches[draw].to(self.device)
+        loss, metrics = self._loss(batch, generator)
         (loss * loss_scale).backward()
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **metrics}
+
+    def _loss(self, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        """Return the loss of a batch with its graph, and scalars to log."""
+        given: Any = {"generator": generator, **self.levels}
+        return sft_loss(self.velocity, batch.latents, batch.conditions, **given), {}
+
+
+class FlowDPO(SupervisedFlow):
+    """Train a generator on preference pairs with :func:`prfl_fast.training.preferences.dpo_loss`.
+
+    The log has the loss, the mean ``margin`` of the pairs, and the ``accuracy``, the share of the
+    pairs whose margin is positive.
+
+    Args:
+        transformer, options: as of :class:`SupervisedFlow`.
+        batches: ``batches[n]`` returns the :class:`prfl_fast.data.dataset.PairBatch` of
+            micro-batch n.
+        reference: the frozen initial model; None is ``transformer`` with its trained adapters off.
+        beta: strength with which the model is held to the reference.
+
+    Raises:
+        ValueError: if ``reference`` is missing for a model without adapters or for a function.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module | Velocity,
+        batches: Any,
+        *,
+        reference: nn.Module | Velocity | None = None,
+        beta: float = BETA,
+        **options: Any,
+    ) -> None:
+        super().__init__(transformer, batches, **options)
+        check_reference(self.velocity, reference)
+        if isinstance(reference, nn.Module):
+            reference = velocity_call(reference, options.get("precision", "fp32"))
+        self.reference, self.beta = reference, beta
+
+    def _loss(self, batch: PairBatch, generator: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        win, lose = batch
+        pair = (win.latents, lose.latents, win.conditions, lose.conditions)
+        given: Any = {"generator": generator, **self.levels}
+        given |= {"reference": self.reference, "beta": self.beta}
+        margin = dpo_margin(self.velocity, *pair, **given)
+        found = margin.detach()
+        metrics = {"margin": found.mean(), "accuracy": (found > 0).double().mean()}
+        return mean_loss(margin), metrics
+
+
+class FlowRWR(SupervisedFlow):
+    """Train a generator on clean latents with :func:`prfl_fast.training.preferences.rwr_loss`.
+
+    The log has the loss and the mean ``reward``.
+
+    Args:
+        transformer, batches, options: as of :class:`SupervisedFlow`.
+        reward: a function ``(x, timestep [B], conditions) -> [B]``, which scores the clean latents
+            at timestep 0, or the name of a label, which is a number.
+        temperature: the weight of a sample is ``exp(reward / temperature)``.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module | Velocity,
+        batches: Any,
+        reward: Reward | str,
+        *,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(transformer, batches, **options)
+        self.reward, self.temperature = reward, temperature
+
+    def _loss(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, Metrics]:
+        latents, conditions = batch.latents, batch.conditions
+        if isinstance(self.reward, str):
+            found = [score_of(record, self.reward) for record in batch.labels]
+            rewards = latents.new_tensor(found)
+        else:
+            with torch.no_grad():
+                rewards = self.reward(latents, latents.new_zeros(len(latents)), conditions)
+        given: Any = {"generator": generator, "temperature": self.temperature, **self.levels}
+        loss = rwr_loss(self.velocity, latents, conditions, rewards, **given)
+        return loss, {"reward": rewards.mean()}
 
 
 class RewardFit:

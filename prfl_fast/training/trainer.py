@@ -43,6 +43,7 @@ from prfl_fast.training.logging import TrainingLog
 from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
+from prfl_fast.training.schedules import schedule_factor
 from prfl_fast.training.signals import collect_signals
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
@@ -134,6 +135,8 @@ class Trainer:
         count = len(self.parameters)
         check(count > 0, "the number of trainable parameters", count, "at least one", hint=hint)
         self._make_optimizer()
+        rates = (config.steps, config.warmup_steps, config.learning_rate)
+        self._factor = schedule_factor(config.schedule, *rates)
         self.generator = torch.Generator().manual_seed(torch_seed(config.seed))
         self.ema: dict[str, torch.Tensor] | None = None
         if config.ema_decay is not None:
@@ -283,7 +286,7 @@ class Trainer:
             if self._saved_step == self.result.step:  # the newest one may be damaged
                 link_final(self.folder / f"step-{self.result.step:08d}")
             begun = self.result.step if self.result.step or self._done else -1
-            self._log = TrainingLog(self.folder, begun, self.tensorboard)
+            self._log = TrainingLog(self.folder, begun, self.tensorboard, self.config.wandb)
         try:
             step, steps = self.result.step, self.config.steps
             shown = self.progress and step < steps
@@ -337,9 +340,10 @@ class Trainer:
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
         step = self.result.step + 1
-        warm = min(1.0, step / max(1, self.config.warmup_steps))
-        rate, head_rate = self.config.learning_rate * warm, self.config.head_learning_rate
-        set_learning_rate(self.optimizer, rate, *([] if head_rate is None else [head_rate * warm]))
+        factor = self._factor(step)
+        rate, head_rate = self.config.learning_rate * factor, self.config.head_learning_rate
+        heads = [] if head_rate is None else [head_rate * factor]
+        set_learning_rate(self.optimizer, rate, *heads)
         record: dict[str, Any] = {"step": step, "lr": rate}
         bad = []
         for name, objective in self.objectives.items():

@@ -57,7 +57,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert run.gradient_accumulation_steps == 5 and run.ema_decay is None
     reward = load(tmp_path, REWARD, TrainRewardFile)
     optimizer = reward.optimizer
-    assert (optimizer.learning_rate, optimizer.max_grad_norm, reward.num_blocks) == (1e-6, 1.0, 8)
+    assert (optimizer.learning_rate, optimizer.max_grad_norm, reward.num_blocks) == (None, 1.0, 8)
     assert reward.timesteps == (201, 400, 600, 800, 1000)
 
 
@@ -203,7 +203,7 @@ BAD = {
     "optimizer: 3": "optimizer is 3, expected a mapping with keys learning_rate",
     "objectives: []": "objectives is [], expected a list of one or more, each one of prfl, sft",
     "objectives: sft": "objectives is 'sft', expected a list",
-    "objectives: [sfd]": "objectives[0] is 'sfd', expected one of prfl, sft; did you mean 'sft'?",
+    "objectives: [sfd]": "expected one of prfl, sft, dpo, rwr; did you mean 'sft'?",
     "objectives: [sft, sft]": "objectives is ['sft', 'sft'], expected no repeats",
     "prfl: {num_inference_steps: 4.5}": "prfl.num_inference_steps is 4.5, expected a whole number",
     "prfl: {num_inference_steps: true}": "prfl.num_inference_steps is True, expected a whole numbe",

@@ -1,0 +1,78 @@
+"""Runs of the objectives dpo and rwr: pairs, references, rewards, labels, resume."""
+
+import pytest
+from commands import refused, train
+from runs import config, log, write_config
+
+from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.workload import fields_of_run
+from prfl_fast.cli.yaml_config import load_config
+
+LORA = {"lora": {"lora_rank": 2}, "run.ema_decay": ...}
+
+
+def of(root, data, **changes):
+    """Return changes of a configuration, with one of the world's datasets."""
+    keys = {name.replace("__", "."): value for name, value in changes.items()}
+    return {"data": str(root / data), **keys}
+
+
+def test_dpo_takes_turns_with_prfl_and_resumes(root, tmp_path):
+    """The pairs' winners are the samples of the other objectives."""
+    changes = of(root, "pairs", objectives=["dpo", "prfl", "rwr"], rwr__temperature=0.5) | LORA
+    records = train(root, tmp_path / "whole", changes)
+    assert records[0]["dpo/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert all(0 < record["rwr/reward"] < 1 for record in records)
+    assert {"prfl/reward", "dpo/margin", "dpo/accuracy"} <= records[0].keys()
+    train(root, tmp_path / "half", {**changes, "run.steps": 2})
+    assert train(root, tmp_path / "half", changes) == records
+
+
+def test_a_model_that_trains_in_full_is_held_to_a_copy(root, tmp_path):
+    """A resumed run has the initial weights as its reference too."""
+    changes = of(root, "pairs", objectives=["dpo"], reward=..., run__save_every=1)
+    records = train(root, tmp_path / "whole", {**changes, "run.steps": 3})
+    assert records[0]["dpo/loss"] == pytest.approx(0.693147, abs=1e-6) != records[2]["dpo/loss"]
+    for steps in (2, 3):
+        train(root, tmp_path / "half", {**changes, "run.steps": steps})
+    assert log(tmp_path / "half") == records
+
+
+def test_rwr_reads_a_label_or_the_reward(root, tmp_path):
+    alone = of(root, "data", objectives=["rwr"], run__steps=1) | LORA
+    labeled = {**alone, "reward": ..., "rwr.label": "motion_quality"}
+    labeled |= {"optimizer.schedule": "cosine", "run.steps": 2}
+    records = train(root, tmp_path / "label", labeled)
+    assert all(record["rwr/reward"] in (0, 1) for record in records)
+    assert [record["lr"] for record in records] == [1e-3, 5e-4]
+    assert 0 < train(root, tmp_path / "reward", alone)[0]["rwr/reward"] < 1
+
+
+ERRORS = [
+    ("data", {"objectives": ["dpo"]}, "objectives is 'dpo', expected a dataset of pairs for dpo"),
+    ("pairs", {"objectives": ["rwr"]}, "holds preference pairs, expected single videos"),
+    ("data", {"objectives": ["rwr"], "reward": ...}, "expected a reward model for the rwr one, or"),
+    (
+        "data",
+        {"objectives": ["rwr"], "reward": ..., "rwr__label": "score"},
+        "manifest.jsonl:1: label score is None, expected a number. The record has ['motion_quali",
+    ),
+    ("pairs", {"objectives": ["dpo"], "dpo__beta": 0}, "dpo.beta is 0, expected a number above 0"),
+]
+
+
+@pytest.mark.parametrize(("data", "changes", "message"), ERRORS)
+def test_bad_input_is_one_line(root, tmp_path, capsys, data, changes, message):
+    changes = of(root, data, **changes)
+    assert message in refused(capsys, "train", root, tmp_path / "out", changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_planner_says_what_it_does_not_simulate(root, tmp_path):
+    def fields(**changes):
+        content = config("train", root, tmp_path / "out", changes)
+        return fields_of_run(load_config(TrainFile, write_config(tmp_path / "a.yaml", content)))
+
+    with pytest.raises(ValueError, match="objectives has dpo, .* set memory explicitly"):
+        fields(objectives=["dpo"])
+    assert fields(objectives=["rwr"])["sft"] and fields(objectives=["rwr"])["reward_blocks"] == 1
