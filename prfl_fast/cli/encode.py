@@ -11,7 +11,7 @@ from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.clip_lists import read_clips
 from prfl_fast.data.codec import PATCH, VideoCodec, load_codec
 from prfl_fast.data.codec_files import find_part
-from prfl_fast.data.encode import Encoding, encode
+from prfl_fast.data.encode import Encoding, encode_dataset
 from prfl_fast.data.encode_plan import (
     CONDITIONS,
     EncodePlan,
@@ -20,6 +20,7 @@ from prfl_fast.data.encode_plan import (
     default_condition,
     latent_tokens,
     make_plan,
+    plan_prompts,
 )
 from prfl_fast.planning.planner import size_of
 from prfl_fast.utils.checks import check, check_count
@@ -30,7 +31,7 @@ from prfl_fast.utils.progress import count_progress
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    text = "folder of clips with captions in NAME.txt; or .csv, .json, .jsonl"
+    text = "folder of clips with captions in NAME.txt; .csv, .json, .jsonl; or prompts, .txt"
     parser.add_argument("clips", metavar="CLIPS", type=Path, help=text)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the dataset")
     text = "folder of a pipeline of diffusers or official Wan"
@@ -88,7 +89,15 @@ def run_encode(options: argparse.Namespace) -> int:
     check_writable(options.out, "OUT")
     budget = None if options.budget is None else size_of(options.budget, "--budget")
     device = device_of(HardwareSection(device=options.device))
+    clips = read_clips(options.clips)
+    prompts = clips[0].path is None
     condition = options.condition or default_condition(options.model)
+    if prompts:
+        hint = "A list of prompts has no frames"
+        check(condition == "none", "--condition", condition, "none for prompts alone", hint=hint)
+        for name, wanted in (("crops", 1), ("buckets", ()), ("preview", False)):
+            value = getattr(options, name)
+            check(value == wanted, f"--{name}", value, "none for prompts alone", hint=hint)
     settings = EncodeSettings(
         size=options.size,
         frames=options.frames,
@@ -103,7 +112,6 @@ def run_encode(options: argparse.Namespace) -> int:
     )
     ok = options.crops == 1 or options.crop != "center"
     check(ok, "--crops", options.crops, "1 with --crop center: the others would be equal")
-    clips = read_clips(options.clips)
     need("transformers", "video").utils.logging.disable_progress_bar()
     codec = load_codec(options.model)
     check_settings(settings, codec)
@@ -111,8 +119,11 @@ def run_encode(options: argparse.Namespace) -> int:
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
     find_part(options.model, "text_encoder")
     step = codec.strides[1] * PATCH
-    with count_progress("read", "clips", len(clips)) as show:
-        plan = make_plan(clips, settings, step, workers=options.workers, show=show)
+    if prompts:
+        plan = plan_prompts(clips, settings)
+    else:
+        with count_progress("read", "clips", len(clips)) as show:
+            plan = make_plan(clips, settings, step, workers=options.workers, show=show)
     if options.dry_run:
         return _print_plan(plan, settings, codec)
     check(bool(plan.crops), "clips that can be used", 0, f"at least one: {_first(plan)}")
@@ -127,7 +138,7 @@ def run_encode(options: argparse.Namespace) -> int:
             workers=options.workers,
             budget=budget,
         )
-        samples = encode(encoding, options.preview)
+        samples = encode_dataset(encoding, options.preview)
     _print_skipped(encoding.skipped)
     print(f"dataset: {options.out}, {samples} samples, {len(encoding.skipped)} clips skipped")
     if options.preview:
@@ -151,7 +162,11 @@ def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: VideoCodec) -
     total = 0
     for (size, frames), count in sorted(counts.items()):
         channels, *grid = codec.latent_shape(frames, *size)
-        held = channels + (channels + 4 if settings.condition != "none" and channels == 16 else 0)
+        held = (
+            0
+            if plan.crops[0].clip.path is None
+            else channels + (channels + 4 if settings.condition != "none" and channels == 16 else 0)
+        )
         values = held * grid[0] * grid[1] * grid[2]
         total += count * values * element
         print(

@@ -55,6 +55,14 @@ def open_dataset(
     dataset = LatentDataset(folder, allow_outside=config.allow_outside)
     if expected and dataset.pairs:
         raise ValueError(f"{key}: {folder} holds preference pairs, expected {expected}")
+    alone = isinstance(config, TrainFile) and (
+        tuple(config.objectives) == ("prfl",) and config.prfl.plan().start == "noise"
+    )
+    if dataset.prompts_only and not alone:
+        raise ValueError(
+            f"{key}: {folder} holds prompts without latents, expected latents. "
+            "Prompts alone train with objectives: [prfl] and a method that starts from noise"
+        )
     return dataset
 
 

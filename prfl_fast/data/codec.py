@@ -19,8 +19,10 @@ from prfl_fast.utils.optional import need
 
 PATCH = 2  # of all Wan transformers, in height and width of the latents
 MAX_TOKENS = 512
-# Peak bytes of a step of the autoencoder over those of its widest activation at full size.
-_PEAK = 14
+# Peak bytes of a step of the autoencoder over those of an activation at full size. Live tensors
+# have 9.2 to 13.2 of them (Wan2.1) and 11.5 to 21.1 (Wan2.2), counted with fake tensors at 480p and
+# 704p; a quarter more is for workspaces of convolutions.
+_PEAK = {"Wan2.1": 17, "Wan2.2": 27}
 
 
 class VideoCodec:
@@ -154,10 +156,11 @@ class VideoCodec:
         time, stride, _ = self.strides
         size = next(self.vae.parameters()).element_size()
         patch = self.vae.config.patch_size or 1
-        per_pixel = _PEAK * batch * time * channels * size / patch**2
+        peak = _PEAK["Wan2.2" if self.vae.config.is_residual else "Wan2.1"]
+        per_pixel = peak * batch * time * channels * size / patch**2
         if per_pixel * height * width <= self.budget:
             return False
-        step = 4 * stride * patch  # a quarter of a tile overlaps
+        step = 4 * stride  # a quarter of a tile overlaps
         # The tiles, and the video that they are blended into.
         rest = self.budget - 3 * batch * 3 * frames * height * width * size
         side = int((max(rest, 0) / per_pixel) ** 0.5) // step * step

@@ -6,7 +6,7 @@ continues. Batches do not depend on where a run was interrupted, so the files ha
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.codec import VideoCodec, load_codec, load_image_encoder, load_text_encoder
 from prfl_fast.data.codec_files import FILES, Device, find_part, has_part
 from prfl_fast.data.encode_plan import Crop, EncodePlan, EncodeSettings, ordered_map
-from prfl_fast.data.manifest import EMPTY_PROMPT, MANIFEST, SHORT, TEXT
+from prfl_fast.data.manifest import EMPTY_PROMPT, LATENT_SIZE, MANIFEST, SHORT, TEXT
 from prfl_fast.data.video import VideoFileError, contact_sheet, read_clip, write_image
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.utils.checks import check
@@ -58,7 +58,7 @@ def model_identity(model: Path) -> dict[str, Any]:
 
 
 class Encoding:
-    """Encode the samples of a plan into a folder; see :func:`encode`."""
+    """Encode the samples of a plan into a folder; see :func:`encode_dataset`."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Encoding:
         texts = [t for clip in clips for t in (clip.caption, clip.short_caption) if t is not None]
         negative = [] if settings.negative is None else [settings.negative]
         self.texts = list(dict.fromkeys(["", *negative, *texts]))
+        self._places = {text: place for place, text in enumerate(self.texts)}
 
     def open(self) -> bool:
         """Begin or continue in the folder; return True if it is complete.
@@ -94,24 +95,27 @@ class Encoding:
         known = record.is_file()
         ok = known or not (self.out / MANIFEST).exists()
         check(ok, "OUT", str(self.out), f"a folder without {MANIFEST}, or one of this command")
+        if known:
+            self._check_record(record, wanted)
+        if (self.out / MANIFEST).is_file():
+            shutil.rmtree(self.parts, ignore_errors=True)
+            return True
         for folder in (self.out, self.out / "samples", self.parts / "texts", self.parts / "images"):
             folder.mkdir(parents=True, exist_ok=True)
             clean_temporaries(folder)
         if not known:
             with write_atomic(record) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-            return False
-        found = read_json(record)
-        hint = "Call it as it was begun, or choose a new folder"
-        for key, value in _flat(wanted).items():
-            before = _flat(found).get(key)
-            check(before == value, f"{record}: {key}", before, f"{value!r} of this call", hint=hint)
-        ok = len(found.get("clips", [])) == len(wanted["clips"])
-        check(ok, f"{record}: clips", len(found.get("clips", [])), f"{len(wanted['clips'])}")
-        if (self.out / MANIFEST).is_file():
-            shutil.rmtree(self.parts, ignore_errors=True)
-            return True
         return False
+
+    @staticmethod
+    def _check_record(record: Path, wanted: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` with the first place in which a folder's record differs."""
+        hint = "Call it as it was begun, or choose a new folder"
+        begun, now = _flat(read_json(record)), _flat(wanted)
+        for key in (*now, *begun):
+            before, value = begun.get(key), now.get(key)
+            check(before == value, f"{record}: {key}", before, f"{value!r} of this call", hint=hint)
 
     def _record(self) -> dict[str, Any]:
         clips: dict[str, Clip] = {crop.clip.id: crop.clip for crop in self.plan.crops}
@@ -147,7 +151,7 @@ class Encoding:
 
     def text(self, text: str) -> torch.Tensor:
         """Return the states ``[T, D]`` of an encoded text."""
-        batch, place = divmod(self.texts.index(text), TEXT_BATCH)
+        batch, place = divmod(self._places[text], TEXT_BATCH)
         with open_tensors(self.parts / "texts" / f"{batch:06d}.safetensors") as file:
             return file.get_tensor(str(place))
 
@@ -194,6 +198,14 @@ class Encoding:
             self.write_preview(codec)
         del codec
         _free()
+
+    def write_prompts(self) -> None:
+        """Write the texts of prompts without clips, with the size of their latents."""
+        codec = load_codec(self.model)
+        for number, crop in enumerate(self.plan.crops):
+            size = ",".join(map(str, codec.latent_shape(crop.frames, *crop.size)))
+            text = {TEXT: self.text(crop.clip.caption).to(self.dtype)}
+            save_tensors(text, self.sample_path(number), {LATENT_SIZE: size})
 
     @contextmanager
     def _videos(
@@ -272,7 +284,7 @@ class Encoding:
         return len(crops)
 
 
-def encode(encoding: Encoding, preview: bool = False) -> int:
+def encode_dataset(encoding: Encoding, preview: bool = False) -> int:
     """Run all stages of an encoding and return the number of samples; finished ones are skipped.
 
     Raises:
@@ -284,8 +296,11 @@ def encode(encoding: Encoding, preview: bool = False) -> int:
             encoding.write_preview()
         return (encoding.out / MANIFEST).read_text(encoding="utf-8").count("\n")
     encoding.encode_texts()
-    encoding.encode_images()
-    encoding.encode_videos(preview)
+    if encoding.plan.crops[0].clip.path is None:
+        encoding.write_prompts()
+    else:
+        encoding.encode_images()
+        encoding.encode_videos(preview)
     return encoding.finish()
 
 

@@ -111,7 +111,7 @@ def plan_crops(clip: Clip, info: ClipInfo, settings: EncodeSettings, step: int) 
     size = nearest_size(info, bucket_sizes(settings, step))
     # As read_frames counts: a frame that ends within 2 % of an output frame is not shown again.
     available = max(1, math.ceil(info.seconds * settings.fps - 0.02))
-    if clip.path is not None and info.frames == 1:
+    if info.frames == 1:
         available = 1
     fitting = [n for n in settings.frames if n <= available]
     if not fitting:
@@ -168,6 +168,12 @@ def make_plan(
         crops += found[0]
         digests[clip.id] = found[1]
     return EncodePlan(crops, digests, skipped)
+
+
+def plan_prompts(clips: Sequence[Clip], settings: EncodeSettings) -> EncodePlan:
+    """Return the plan of prompts without clips: each has the size and the most frames."""
+    crops = [Crop(clip.id, clip, max(settings.frames), settings.size) for clip in clips]
+    return EncodePlan(crops, dict.fromkeys((clip.id for clip in clips), ""), [])
 
 
 def ordered_map(

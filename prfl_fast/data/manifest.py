@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -23,6 +24,8 @@ from prfl_fast.utils.io import digest_of, load_tensors, open_tensors, save_tenso
 
 MANIFEST = "manifest.jsonl"
 LATENT_CONDITION = "latent_condition"
+# Metadata of a file without latents: their shape, such as "16,21,60,104".
+LATENT_SIZE = "latent_size"
 _RANKS = {
     "latents": 4,
     "encoder_hidden_states": 2,
@@ -79,6 +82,8 @@ class LatentDataset:
         buckets: one :class:`Bucket` per size of latents, the largest first. Text has the rows of
             the longest one of the dataset in all of them.
         short: True if samples have the text states of a short caption.
+        prompts_only: True if files hold texts and the size of latents, but no latents. Samples have
+            latents of NaN then, which give noise its shape.
 
     Args:
         allow_outside: allow paths in the manifest that lead out of the folder.
@@ -103,6 +108,7 @@ class LatentDataset:
         self._records = self._read_manifest()
         self.pairs = "win" in self._records[0]
         self.short, rows, form = False, 0, ""
+        self._prompts: set[Path] = set()  # files without latents
         found: dict[tuple[int, ...], Bucket] = {}
         for index, record in enumerate(self._records):
             size: tuple[int, ...] = ()
@@ -125,6 +131,10 @@ class LatentDataset:
                 check(ok, f"{where}: latents", list(shapes["latents"]), expected)
                 size = shapes["latents"]
             found.setdefault(size, Bucket(shapes, [])).indices.append(index)
+        self.prompts_only = bool(self._prompts)
+        expected = "none, or all"
+        ok = len(self._prompts) in (0, len(self._records))
+        check(ok, f"{self.manifest}: samples without latents", len(self._prompts), expected)
         self.buckets = [found[size] for size in sorted(found, key=lambda s: (-prod(s), s))]
         for bucket in self.buckets:
             bucket.shapes[TEXT] = (rows, bucket.shapes[TEXT][1])
@@ -151,13 +161,22 @@ class LatentDataset:
 
     def _headers(self, record: Mapping[str, Any], key: str) -> dict[str, tuple[tuple, str]]:
         """Return shape and dtype of each tensor of a video; the names of dtypes are torch's."""
-        with open_tensors(self._base() / record[key]) as file:
+        path = self._base() / record[key]
+        with open_tensors(path) as file:
             parts = {name: file.get_slice(name) for name in file.keys()}
             known = _FLOATS | _INTEGERS
-            return {
+            found = {
                 name: (tuple(part.get_shape()), known.get(part.get_dtype(), part.get_dtype()))
                 for name, part in parts.items()
             }
+            size = (file.metadata() or {}).get(LATENT_SIZE)
+        if size is not None:
+            self._prompts.add(path)
+            ok = "latents" not in found and re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", size)
+            expected = "C,F,H,W of latents that the file lacks"
+            check(bool(ok), f"{path}: {LATENT_SIZE}", size, expected)
+            found["latents"] = (tuple(map(int, size.split(","))), "float32")
+        return found
 
     def _tensors(self, record: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
         return load_tensors(self._base() / record[key])
@@ -238,6 +257,9 @@ class LatentDataset:
             check_finite(where, tensor)
             if tensor.dtype == torch.float64:  # batches are float32
                 check_finite(f"{where} as float32", tensor.float())
+        if self.prompts_only:  # NaN, so that no use of more than the shape goes unnoticed
+            shape = self._headers(record, key)["latents"][0]
+            tensors["latents"] = torch.full((1,), torch.nan).expand(shape)
         latents, short = tensors.pop("latents"), tensors.pop(SHORT, None)
         return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
 

@@ -26,6 +26,8 @@ def check_values(dataset: LatentDataset) -> None:
             show(name)
             try:
                 item = dataset[index]
+                if dataset.prompts_only:
+                    continue
                 for sample in (item.win, item.lose) if isinstance(item, Pair) else (item,):
                     spread.add(sample.latents)
             except (ValueError, OSError) as error:
@@ -33,7 +35,8 @@ def check_values(dataset: LatentDataset) -> None:
     if problems:
         more = f" ({len(problems) - 1} more items are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
-    spread.check(str(dataset.folder))
+    if not dataset.prompts_only:
+        spread.check(str(dataset.folder))
 
 
 class _Spread:

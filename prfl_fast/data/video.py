@@ -55,7 +55,8 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise VideoFileError(f"{path}: has no video stream")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            # Callers read clips in parallel. One run with FFmpeg's own threads never ended.
+            stream.codec_context.thread_count = 1
             yield container, stream
     except (av.error.FFmpegError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
@@ -267,6 +268,8 @@ def write_video(
                     _encoder(path.suffix), rate=Fraction(fps).limit_denominator(1001)
                 )
                 stream.height, stream.width, stream.pix_fmt = *shape[2:], "yuv420p"
+                # The bytes of a file do not depend on the number of cores.
+                stream.codec_context.thread_count = 1
                 if stream.name == "libx264":
                     stream.options = {"crf": "18"}
                 else:

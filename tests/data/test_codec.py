@@ -46,6 +46,7 @@ def statistics(vae):
     return (torch.tensor(v).view(1, -1, 1, 1, 1) for v in values)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["t2v", "ti2v"])
 def test_latents_are_the_pipelines(pipelines, kind):
     pipeline = pipelines(kind)
@@ -62,6 +63,7 @@ def test_latents_are_the_pipelines(pipelines, kind):
     assert [part.shape[2] for part in codec.decode_parts(latents)] == [1, 4, 4]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("last", [False, True])
 def test_conditions_of_images_are_the_pipelines(pipelines, last):
     pipeline, video = pipelines("i2v"), clip()
@@ -74,6 +76,7 @@ def test_conditions_of_images_are_the_pipelines(pipelines, last):
     assert (found - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_first_frame_is_the_pipelines(pipelines):
     pipeline, video = pipelines("ti2v"), clip()
     codec = VideoCodec(pipeline.vae)
@@ -116,6 +119,7 @@ def test_images_are_the_pipelines(pipelines, folder):
     assert (encoder([video[:, 0], video[:, -1]]) - both.flatten(0, 1)).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_parts_are_frozen_and_in_the_dtype_asked_for(folder):
     codec = load_codec(folder, dtype=torch.bfloat16)
     parameter = next(codec.vae.parameters())
@@ -190,6 +194,7 @@ def official_vae(vae, nested):
     return {name: state[ours] for name, ours in found.items()}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", "Wan2.2_VAE.pth"])
 def test_official_autoencoders_are_read(tmp_path, file):
     from diffusers import AutoencoderKLWan
@@ -233,6 +238,7 @@ def test_the_official_text_encoder_is_read(pipelines, folder, tmp_path):
         load_text_encoder(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_official_image_encoder_is_read(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -43,6 +43,7 @@ def test_a_clip_keeps_its_frames(tmp_path, suffix):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("fps", [8, 12, 16, 32])
 def test_frames_are_those_shown_at_each_time(tmp_path, fps):
     found = levels(read_frames(encoded(tmp_path / "clip.mp4", 16), fps=fps))
@@ -80,6 +81,7 @@ def test_variable_rates_are_resampled_by_time(tmp_path):
     assert at_ten[:7] == [shown[i] for i in (0, 1, 1, 1, 1, 2, 3)]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation_is_applied(tmp_path, degrees):
     path = encoded(tmp_path / "clip.mp4", 2)
