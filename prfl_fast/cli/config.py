@@ -42,10 +42,10 @@ class TrainFile(Section):
     )
     data: Text = key(
         ...,
-        "Folder of a dataset of latents: single videos; or pairs with the dpo objective, whose "
-        "winners the others take.",
+        "Folder of a dataset of latents, or a .list of HY-Video-PRFL: single videos; or pairs with "
+        "the dpo objective, whose winners the others take.",
     )
-    allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
+    allow_outside: bool = key(False, "Let a manifest or list name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     reward: Text | sections.ReferenceReward | Rewards | None = key(
@@ -127,8 +127,10 @@ class TrainRewardFile(Section):
     model: Text = key(
         ..., "The generator: a folder of diffusers, or weights of official Wan or ComfyUI."
     )
-    data: Text = key(..., "Folder of a dataset of latents: labeled videos, or pairs.")
-    allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
+    data: Text = key(
+        ..., "Folder of a dataset of labeled videos or pairs, or a .list of HY-Video-PRFL."
+    )
+    allow_outside: bool = key(False, "Let a manifest or list name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints, the logs and the reward model.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
     lose_data: Text | None = key(
@@ -186,8 +188,8 @@ class ScoreFile(Section):
     reward: Text | sections.ReferenceReward = key(
         ..., "Folder of a saved reward model, or files of HY-Video-PRFL."
     )
-    data: Text = key(..., "Folder of a dataset of latents.")
-    allow_outside: bool = key(False, "Let a manifest name files outside its folder.")
+    data: Text = key(..., "Folder of a dataset of latents, or a .list of HY-Video-PRFL.")
+    allow_outside: bool = key(False, "Let a manifest or list name files outside its folder.")
     out: Text = key(..., "File of the scores, .jsonl or .csv.")
     model: Text | None = key(
         None, "The generator, as in train; required with a reward of HY-Video-PRFL."

@@ -14,6 +14,7 @@ from torch import nn
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.sections import ExpertsSection, GuidanceSection, HardwareSection, ReferenceReward
 from prfl_fast.data.manifest import LATENT_CONDITION, LatentDataset
+from prfl_fast.data.reference_lists import ReferenceList, open_latents
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.models.experts import Experts, members
@@ -26,6 +27,7 @@ from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.modules import unwrap
 
 
 def device_of(hardware: HardwareSection) -> torch.device:
@@ -52,11 +54,12 @@ def open_dataset(
     Raise ``ValueError`` if the dataset is bad, or holds pairs in place of ``expected``.
     """
     folder = attrgetter(key)(config)
-    dataset = LatentDataset(folder, allow_outside=config.allow_outside)
+    dataset = open_latents(folder, allow_outside=config.allow_outside)
     if expected and dataset.pairs:
         raise ValueError(f"{key}: {folder} holds preference pairs, expected {expected}")
     alone = isinstance(config, TrainFile) and (
-        tuple(config.objectives) == ("prfl",) and config.prfl.plan().start == "noise"
+        key == "eval.prompts"
+        or (tuple(config.objectives) == ("prfl",) and config.prfl.plan().start == "noise")
     )
     if dataset.prompts_only and not alone:
         raise ValueError(
@@ -89,6 +92,10 @@ def _transformer_class(path: str) -> tuple[Any, Mapping[str, Any]]:
 def check_data(dataset: LatentDataset, model: nn.Module, name: str) -> None:
     """Check the dataset's shapes against a model or reward backbone, on meta tensors."""
     adapter = find_adapter(model)
+    if isinstance(dataset, ReferenceList):
+        channels = dict(getattr(unwrap(model), "config", {})).get("in_channels")
+        if channels == dataset.shapes["latents"][0]:  # of a text-to-video model
+            dataset.drop_images()
     for bucket in dataset.buckets:
         shapes = dict(bucket.shapes)
         x = torch.empty(1, *shapes.pop("latents"), device="meta")

@@ -1,4 +1,4 @@
-"""``prfl-fast``: doctor, init, plan, encode, train-reward, train, score, evaluate, convert, merge.
+"""``prfl-fast``: doctor, init, plan, encode, train-reward, train, score, evaluate, inspect, convert, merge.
 
 All inputs of a run are checked and loaded before the first file is written. An input error is one
 line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if a
@@ -99,6 +99,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub.add_argument("--deep", action="store_true", help=text)
         text = "resume even if the data or the models have changed since the run began"
         sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
+    text = "say what a dataset, a run, a checkpoint, a reward, an adapter or a generator holds"
+    looked = commands.add_parser("inspect", help=text)
+    looked.add_argument("path", metavar="PATH", help="its file or folder; nothing is written")
     _add_file_commands(commands)
     return parser
 
@@ -149,6 +152,10 @@ def _run(options: argparse.Namespace) -> int:
         from prfl_fast.cli.doctor import run_doctor
 
         return run_doctor(options.json)
+    if options.command == "inspect":
+        from prfl_fast.cli.inspect import run_inspect
+
+        return run_inspect(options.path)
     if options.command in ("convert", "merge"):
         from prfl_fast.cli import convert
 

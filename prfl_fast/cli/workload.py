@@ -198,7 +198,8 @@ def _parse(kind: type[Config], content: Mapping[str, Any], path: Path) -> Config
 
 def _dataset(config: TrainFile | TrainRewardFile) -> LatentDataset | None:
     """Return the file's dataset; None if it does not exist yet."""
-    return open_dataset(config, "data") if (Path(config.data) / MANIFEST).is_file() else None
+    there = Path(config.data).is_file() or (Path(config.data) / MANIFEST).is_file()
+    return open_dataset(config, "data") if there else None
 
 
 def _sizes_of_data(config: TrainFile, given: Mapping[str, Any], path: Path) -> dict[str, int]:

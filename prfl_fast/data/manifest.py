@@ -23,14 +23,14 @@ from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import digest_of, load_tensors, open_tensors, save_tensors, write_atomic
 
 MANIFEST = "manifest.jsonl"
-LATENT_CONDITION = "latent_condition"
+LATENT_CONDITION, IMAGE = "latent_condition", "encoder_hidden_states_image"
 # Metadata of a file without latents: their shape, such as "16,21,60,104".
 LATENT_SIZE = "latent_size"
 _RANKS = {
     "latents": 4,
     "encoder_hidden_states": 2,
     "encoder_hidden_states_short": 2,
-    "encoder_hidden_states_image": 2,
+    IMAGE: 2,
     LATENT_CONDITION: 4,
     FIRST_FRAME: 4,
 }
@@ -114,10 +114,12 @@ class LatentDataset:
             size: tuple[int, ...] = ()
             for key in self._sides():
                 where = self._where(record, key)
-                for path in self._paths(record, key):
+                for path in self._paths(record, key).values():
                     ok = allow_outside or self._is_inside(path)
                     hint = "Move the files, or set allow_outside if you trust the manifest"
-                    check(ok, where, path, f"a path inside {self._base()}", hint=hint)
+                    check(
+                        ok, where, path, f"a path inside {os.path.abspath(self._base())}", hint=hint
+                    )
                 shapes = self._check_headers(record, key)
                 texts = [shapes.pop(name) for name in (TEXT, SHORT) if name in shapes]
                 self.short |= len(texts) > 1
@@ -156,8 +158,9 @@ class LatentDataset:
     def _where(self, record: Mapping[str, Any], key: str) -> str:
         return f"{self.manifest}:{record['line']}: {key}"
 
-    def _paths(self, record: Mapping[str, Any], key: str) -> list[str]:
-        return [record[key]]
+    def _paths(self, record: Mapping[str, Any], key: str) -> dict[str, str]:
+        """Return paths as written, by the tensors in them; that of the latents has all others."""
+        return {"latents": record[key]}
 
     def _headers(self, record: Mapping[str, Any], key: str) -> dict[str, tuple[tuple, str]]:
         """Return shape and dtype of each tensor of a video; the names of dtypes are torch's."""
@@ -215,7 +218,7 @@ class LatentDataset:
             headers = self._headers(record, key)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
-        where = f"{where}: {self._base() / self._paths(record, key)[0]}"
+        where = f"{where}: {self._base() / self._paths(record, key)['latents']}"
         known = set(_REQUIRED) <= headers.keys() <= _RANKS.keys()
         expected = f"{' and '.join(_REQUIRED)}, and of others only {', '.join(_RANKS)}"
         check(known, f"{where}: tensors", sorted(headers), expected)
@@ -253,7 +256,8 @@ class LatentDataset:
     def _load(self, record: Mapping[str, Any], key: str) -> Sample:
         tensors, paths = self._tensors(record, key), self._paths(record, key)
         for name, tensor in tensors.items():
-            where = f"{self._where(record, key)}: {name} in {self._base() / paths[0]}"
+            path = self._base() / paths.get(name, paths["latents"])
+            where = f"{self._where(record, key)}: {name} in {path}"
             check_finite(where, tensor)
             if tensor.dtype == torch.float64:  # batches are float32
                 check_finite(f"{where} as float32", tensor.float())
@@ -322,11 +326,8 @@ class LatentDataset:
 
     def files(self) -> list[Path]:
         """Return the paths of all files of tensors, in the manifest's order."""
-        keys = self._sides()
-        paths = (
-            path for record in self._records for key in keys for path in self._paths(record, key)
-        )
-        return [self._base() / path for path in paths]
+        groups = (self._paths(record, key) for record in self._records for key in self._sides())
+        return [self._base() / path for group in groups for path in group.values()]
 
     def ids(self) -> list[str]:
         """Return the ids of all items."""

@@ -20,7 +20,7 @@ def check_values(dataset: LatentDataset) -> None:
             dataset are scaled unlike normalized latents.
     """
     problems: list[str] = []
-    spread = _Spread()
+    spread = ChannelStatistics()
     with count_progress("check", "samples", len(dataset)) as show:
         for index, name in enumerate(dataset.ids()):
             show(name)
@@ -35,27 +35,38 @@ def check_values(dataset: LatentDataset) -> None:
     if problems:
         more = f" ({len(problems) - 1} more items are bad)" if len(problems) > 1 else ""
         raise ValueError(f"{problems[0]}{more}")
-    if not dataset.prompts_only:
-        spread.check(str(dataset.folder))
+    if not dataset.prompts_only and (problem := spread.problem()):
+        raise ValueError(f"{dataset.folder}: {problem}")
 
 
-class _Spread:
-    """Accumulate the standard deviation of each channel over all samples, in float64."""
+class ChannelStatistics:
+    """Accumulate mean and standard deviation of each channel over samples, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.sum = self.squares = torch.zeros(())
 
     def add(self, latents: torch.Tensor) -> None:
+        """Add the latents ``[C, F, H, W]`` of one sample."""
         values = latents.double().flatten(1)
         self.count += values.shape[1]
         self.sum = self.sum + values.sum(1)
         self.squares = self.squares + values.square().sum(1)
 
-    def check(self, where: str) -> None:
-        mean = self.sum / self.count
-        stds = (self.squares / self.count - mean.square()).clamp_min(0).sqrt().tolist()
-        low, high = _CHANNEL
+    @property
+    def means(self) -> list[float]:
+        """Return the mean of each channel."""
+        return (self.sum / self.count).tolist()
+
+    @property
+    def stds(self) -> list[float]:
+        """Return the standard deviation of each channel."""
+        variance = self.squares / self.count - (self.sum / self.count).square()
+        return variance.clamp_min(0).sqrt().tolist()
+
+    def problem(self) -> str:
+        """Return a sentence if the channels are scaled unlike normalized latents, else ``""``."""
+        stds, (low, high) = self.stds, _CHANNEL
         bad = [f"{i}: {std:.3g}" for i, std in enumerate(stds) if not low <= std <= high]
         geometric = math.exp(sum(math.log(max(std, 1e-12)) for std in stds) / len(stds))
         if bad:
@@ -64,8 +75,8 @@ class _Spread:
         elif not _ALL[0] <= geometric <= _ALL[1]:
             found = f"channels with standard deviations of {min(stds):.3g} to {max(stds):.3g}"
         else:
-            return
-        raise ValueError(
-            f"{where}: latents have {found}, expected about 1, as normalized latents have. "
-            "Most likely (z - mean) / std with the VAE's latents_mean and latents_std was left out"
+            return ""
+        return (
+            f"latents have {found}, expected about 1, as normalized latents have. Most likely "
+            "(z - mean) / std with the VAE's latents_mean and latents_std was left out"
         )

@@ -8,6 +8,8 @@ from runs import SIZE, log, samples
 
 pytest.importorskip("pydantic")
 
+from list_files import TEMPLATE, write
+
 from prfl_fast.data import Pair, write_dataset
 
 BIG = (3, 4, 6)
@@ -73,3 +75,19 @@ def test_each_size_is_checked_against_the_model(root, mixed, tmp_path, capsys):
     guidance = {"prfl.guidance": {"guidance_scale": 2.0, "negative": negative}}
     changes = {"data": mixed, "run.steps": 1, "objectives": ["prfl"], **guidance}
     assert len(train(root, tmp_path / "guided", changes)) == 1
+
+
+def test_lists_of_the_reference(root, tmp_path, capsys):
+    """Its lists have image conditions for text-to-video too, and no label for a poor video."""
+    videos = [(TEMPLATE, {"physics_quality": 1, "human_quality": i % 2 or None}) for i in range(3)]
+    path, _ = write(tmp_path, *videos)
+    changes = {"data": str(path), "run.steps": 1}
+    assert train(root, tmp_path / "out", changes)[0]["step"] == 1
+    reward = {"data": str(path), "eval_data": str(path), "missing_label": 0}
+    drawn = {"loss": "bt", "data": str(path), "lose_data": str(path)}
+    for name, keys in (("reward", reward), ("drawn", drawn)):
+        assert call("train-reward", root, tmp_path / name, keys, "--check", "--deep") == 0
+    meta = tmp_path / "data" / "meta" / "0_meta_v1.json"
+    meta.write_text(meta.read_text().replace('"physics_quality": 1', '"physics_quality": 0'))
+    error = refused(capsys, "train", root, tmp_path / "out", changes | {"run.steps": 2})
+    assert "data: manifest" in error
