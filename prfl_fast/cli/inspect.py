@@ -83,15 +83,15 @@ def _print_dataset(path: str, dataset: LatentDataset, report: DatasetReport) -> 
             frames, *size = (n * s for n, s in zip(latent, vae_stride(channels), strict=True))
             video = "×".join(map(str, (frames - vae_stride(channels)[0] + 1, *size)))
         share = f"{len(bucket.indices) / report.samples:.0%}"
-        size = "×".join(map(str, (channels, *latent)))
-        sizes.append((size, video, str(len(bucket.indices)), share))
+        size_of_latents = "×".join(map(str, (channels, *latent)))
+        sizes.append((size_of_latents, video, str(len(bucket.indices)), share))
     columns = ("latents C×F×H×W", "video F×H×W", kind, "share")
     print_table(sizes, columns, numbers=columns[2:])
     _print_labels(dataset, report)
     channels_of = zip(report.channels.means, report.channels.stds, strict=True)
     values = [(str(i), f"{mean:.3f}", f"{std:.3f}") for i, (mean, std) in enumerate(channels_of)]
-    columns = ("channel", "mean", "standard deviation")
-    print_table(values, columns, numbers=columns)
+    names = ("channel", "mean", "standard deviation")
+    print_table(values, names, numbers=names)
     fine = "latents are scaled as normalized latents are, about 1"
     source = f"from {report.read} of {report.samples} {kind}"
     print(f"{report.channels.problem() or fine} ({source})")
@@ -165,9 +165,9 @@ def _print_checkpoint(folder: Path) -> None:
     for model in _models(folder / "model"):
         _print_model(model)
     for name in ("inputs", "settings"):
-        rows = [(key, json.dumps(value)) for key, value in content.get(name, {}).items()]
-        if rows:
-            print_table(rows, (name, "value"))
+        values = [(key, json.dumps(value)) for key, value in content.get(name, {}).items()]
+        if values:
+            print_table(values, (name, "value"))
 
 
 def _models(folder: Path) -> list[Path]:

@@ -91,36 +91,42 @@ def _transformer_class(path: str) -> tuple[Any, Mapping[str, Any]]:
 
 def check_data(dataset: LatentDataset, model: nn.Module, name: str) -> None:
     """Check the dataset's shapes against a model or reward backbone, on meta tensors."""
-    adapter = find_adapter(model)
     if isinstance(dataset, ReferenceList):
         channels = dict(getattr(unwrap(model), "config", {})).get("in_channels")
         if channels == dataset.shapes["latents"][0]:  # of a text-to-video model
             dataset.drop_images()
     for bucket in dataset.buckets:
-        shapes = dict(bucket.shapes)
-        x = torch.empty(1, *shapes.pop("latents"), device="meta")
-        conditions = {key: torch.empty(1, *shape, device="meta") for key, shape in shapes.items()}
-        try:
-            adapter.check_latents(model, x, conditions)
-            # A forward on meta tensors costs nothing and finds mismatches of widths, which all
-            # buckets share.
-            if next(model.parameters()).is_meta and bucket is dataset.buckets[0]:
-                with torch.no_grad():
-                    adapter.velocity(model, x, torch.zeros(1, device="meta"), conditions)
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{dataset.folder}: does not fit {name}: {error}") from error
+        check_shapes(bucket.shapes, model, f"{dataset.folder}: does not fit {name}")
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, problem: str) -> None:
+    """Check shapes of latents and conditions against a model; errors begin with ``problem``."""
+    found = {key: torch.empty(1, *shape, device="meta") for key, shape in shapes.items()}
+    x, adapter = found.pop("latents"), find_adapter(model)
+    try:
+        adapter.check_latents(model, x, found)
+        # A forward on meta tensors costs nothing and finds mismatches of widths.
+        if next(model.parameters()).is_meta:
+            with torch.no_grad():
+                adapter.velocity(model, x, torch.zeros(1, device="meta"), found)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{problem}: {error}") from error
 
 
 def check_model(folder: str, dataset: LatentDataset) -> None:
     """Check the dataset's shapes against the model in a folder, before its weights are read."""
+    check_data(dataset, empty_model(folder), folder)
+
+
+def empty_model(folder: str) -> nn.Module:
+    """Return the model of a folder on the meta device, without reading its weights."""
     found, config = _transformer_class(folder)
     try:
         with torch.device("meta"):
-            model = found.from_config(config)
+            return found.from_config(config)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         kind = found.__name__
         raise ValueError(f"model: {folder}/config.json builds no {kind}: {error}") from error
-    check_data(dataset, model, folder)
 
 
 def folders_of(model: str | ExpertsSection) -> tuple[tuple[str, ...], float | None]:

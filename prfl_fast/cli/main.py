@@ -1,4 +1,4 @@
-"""``prfl-fast``: doctor, init, plan, encode, train-reward, train, score, evaluate, inspect, convert, merge.
+"""``prfl-fast``: the command line, from clips to compared videos.
 
 All inputs of a run are checked and loaded before the first file is written. An input error is one
 line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if a
@@ -8,9 +8,10 @@ packages that it needs, so ``doctor`` works with torch alone.
 
 import argparse
 import contextlib
+import importlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from prfl_fast.utils.interrupts import interrupts_held
@@ -19,6 +20,19 @@ from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.version import __version__
 
 BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
+
+# Commands whose modules have add_options and run_<command>: their lines of help, and the beginning
+# of their usage. Options are added when the command is called: they need more packages than torch.
+_OPTIONS = {
+    "encode": ("encode clips and captions to a dataset", "CLIPS OUT "),
+    "plan": ("choose the fastest memory policy that fits a GPU; needs no GPU", ""),
+    "evaluate": ("compare the scores of a reward model with labels or preferences", "REWARD DATA "),
+    "sample": ("sample videos of prompts or images", "OUT "),
+    "compare": (
+        "compare generators on the same prompts and noise, in one HTML page",
+        "[NAME=]PATH ... --out OUT ",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,26 +78,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
     new = _command(commands, "init", "write a commented YAML file with every key of a command")
     new.add_argument("kind", choices=["train-reward", "train", "score"], help="the command")
     new.add_argument("path", nargs="?", help="new file (default: print to stdout)")
-    text = "choose the fastest memory policy that fits a GPU; needs no GPU"
-    plan = _command(commands, "plan", text, usage="prfl-fast plan [options]")
-    if command == "plan":  # its options need more packages than torch
-        need("pydantic")
-        from prfl_fast.cli.plan import add_options
-
-        add_options(plan)
-    judge = commands.add_parser("evaluate", help="compare a reward model's scores with labels")
-    if command == "evaluate":
-        need("pydantic")
-        from prfl_fast.cli import evaluate
-
-        evaluate.add_options(judge)
-    text = "encode clips and captions to a dataset of latents and conditions"
-    told = commands.add_parser("encode", usage="prfl-fast encode CLIPS OUT [options]", help=text)
-    if command == "encode":
-        need("pydantic")
-        from prfl_fast.cli.encode import add_options as add_encode_options
-
-        add_encode_options(told)
+    for name, (text, usage) in _OPTIONS.items():
+        sub = _command(commands, name, text, usage=f"prfl-fast {name} {usage}[options]")
+        if command == name:
+            _module(name).add_options(sub)
     for name, text in (
         ("train-reward", "train a latent reward model"),
         ("train", "train a generator with reward feedback and supervised steps"),
@@ -99,11 +97,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub.add_argument("--deep", action="store_true", help=text)
         text = "resume even if the data or the models have changed since the run began"
         sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
-    text = "say what a dataset, a run, a checkpoint, a reward, an adapter or a generator holds"
-    looked = commands.add_parser("inspect", help=text)
+    text = "say what a dataset, a run, a checkpoint, a reward, a LoRA or a generator holds"
+    looked = _command(commands, "inspect", text)
     looked.add_argument("path", metavar="PATH", help="its file or folder; nothing is written")
     _add_file_commands(commands)
     return parser
+
+
+def _module(name: str) -> Any:
+    need("pydantic")
+    return importlib.import_module(f"prfl_fast.cli.{name}")
 
 
 def _command(commands: Any, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
@@ -165,18 +168,10 @@ def _run(options: argparse.Namespace) -> int:
         from prfl_fast.cli.reference import init
 
         return init(options.kind, options.path)
-    if options.command == "plan":
-        from prfl_fast.cli.plan import run_plan
-
-        return run_plan(options)
-    if options.command == "evaluate":
-        from prfl_fast.cli.evaluate import run_evaluate
-
-        return run_evaluate(options)
-    if options.command == "encode":
-        from prfl_fast.cli.encode import run_encode
-
-        return run_encode(options)
+    if options.command in _OPTIONS:
+        name = f"run_{options.command}"
+        run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
+        return run(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
     from prfl_fast.cli.score import run_score
     from prfl_fast.cli.train import RunOptions, run_train, train_reward

@@ -10,11 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from prfl_fast.models.loading import COMFYUI
+from prfl_fast.models.loading import COMFYUI, WAN
 from prfl_fast.models.wan_weights import find_layer, rename_layer
 from prfl_fast.utils.adapters import ADAPTER_METADATA, PIPELINE_PART, pattern_value
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import open_tensors, read_json
+from prfl_fast.utils.optional import need
 from prfl_fast.utils.shards import read_state, write_tensors
 
 LoraLayout = Literal["diffusers", "official", "comfyui", "kohya"]
@@ -190,6 +191,40 @@ def _settings(file: Path) -> dict[str, Any]:
         check(given in values, f"{file}: {key}", given, " or ".join(map(repr, values)))
     check(not settings or "r" in settings, f"{file}: metadata", sorted(settings)[:3], "a rank r")
     return settings
+
+
+def add_lora_file(model: Any, path: Path) -> None:
+    """Add the adapter in a file or folder to a diffusers model, frozen.
+
+    A Wan model takes the files of :func:`read_lora`, others those of diffusers.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no adapter in it.
+        ValueError: if the file is damaged, or the adapter does not fit the model.
+        MissingExtraError: if peft is not installed.
+    """
+    need("peft")
+    file = lora_file(path)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no such file, or no adapter in it")
+    source: Any = str(file)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    if type(model).__name__ == WAN:
+        lora = read_lora(path)
+        # diffusers and peft pass over layers that the model lacks.
+        lost = sorted(lora.keys() - dict(model.named_modules()).keys())
+        check(not lost, f"{file}: layers", lost[:3], "layers of the model")
+        source = {}
+        for name, layer in lora.items():
+            source[f"{PIPELINE_PART}{name}.lora_A.weight"] = layer.down.contiguous()
+            source[f"{PIPELINE_PART}{name}.lora_B.weight"] = layer.up.contiguous()
+        options = {"metadata": _metadata(lora)}
+    try:
+        model.load_lora_adapter(source, prefix=PIPELINE_PART.removesuffix("."), **options)
+    except Exception as error:  # readers of diffusers and peft raise errors of any type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: does not fit the model: {reason}") from error
+    model.requires_grad_(False)
 
 
 def write_lora(lora: Mapping[str, LoraLayer], path: Path, layout: LoraLayout) -> None:

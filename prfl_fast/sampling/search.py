@@ -63,7 +63,7 @@ def prune(
     # of 8 takes 80 and reaches 0.911 (bench/RESULTS.md).
     check_count("candidates", candidates)
     check_choice("reward_at", reward_at, ("next", "clean"))
-    left = _survivors(keep, candidates, sampler.num_inference_steps)
+    left = survivors(keep, candidates, sampler.num_inference_steps)
     search = Candidates(sampler, reward, noise, conditions, batch)
     search.begin(noise, candidates, generator)
     stops = [*(step + 1 for step in left), sampler.num_inference_steps]
@@ -157,7 +157,7 @@ def beam_search(  # noqa: PLR0913 - the method's own hyperparameters
         return search.finish(_places(search.prompts), beams)
 
 
-def _survivors(
+def survivors(
     keep: Mapping[int, int | float], candidates: int, num_inference_steps: int
 ) -> dict[int, int]:
     """Return the number of candidates that continue after each step, by increasing step."""

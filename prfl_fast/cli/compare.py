@@ -1,0 +1,181 @@
+"""Compare generators on the same prompts and noise: ``prfl-fast compare``."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prfl_fast.cli.page import PAGE, write_page
+from prfl_fast.cli.sample import Arm, add_sampling_options
+from prfl_fast.cli.sample_inputs import Job, check_reward, free_memory, load_reward
+from prfl_fast.cli.tables import print_table
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.sampling import compare as figures
+from prfl_fast.sampling import generate as files
+from prfl_fast.sampling.generate import Video
+from prfl_fast.training.noising import evaluation_sigma, model_timestep
+from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.folder_lock import hold_folder
+from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.optional import need
+from prfl_fast.utils.progress import step_progress
+
+BASE, FIGURES, DRIFT = "base", "comparison.json", "drift"
+DRIFT_VIDEOS = 4  # a file of drift has 16 latents, 134 MB of 81 frames at 480x832
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prfl-fast compare``."""
+    text = "generator beside that of --model: run of prfl-fast train, its final, an adapter or a "
+    text += "transformer; NAME= chooses its name"
+    parser.add_argument("arms", metavar="[NAME=]PATH", nargs="+", help=text)
+    text = "folder of the videos, figures and page"
+    parser.add_argument("--out", type=Path, required=True, help=text)
+    add_sampling_options(parser)
+    group = parser.add_argument_group("rewards")
+    text = "folder of a saved reward model; may be repeated"
+    group.add_argument("--reward", metavar="[NAME=]PATH", action="append", default=[], help=text)
+    text = "timesteps of the scores (default: " + ",".join(map(str, EVALUATION_TIMESTEPS)) + ")"
+    group.add_argument(
+        "--timesteps", type=_timesteps, metavar="T,...", default=EVALUATION_TIMESTEPS, help=text
+    )
+
+
+def _timesteps(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        found = (-1,)
+    if not all(0 <= t <= 1000 for t in found):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers in 0 … 1000")
+    return found
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    need("matplotlib.figure", "bench")
+    out = options.out
+    paths = _named("a generator", options.arms, BASE)
+    rewards = _named("--reward", options.reward)
+    job = Job(options)
+    for path in rewards.values():
+        check_reward(path, job)
+    arms = {BASE: Arm(job, out / BASE, None)}
+    arms |= {name: Arm(job, out / name, path) for name, path in paths.items()}
+    print(f"{arms[BASE].cost()} and of each of {len(paths)} others")
+    with hold_folder(out):
+        for arm in arms.values():
+            arm.open()
+        job.encode()
+        drift = _sample(job, arms)
+        for arm in arms.values():
+            arm.decode()
+        scores = {name: _scores(name, path, job, arms) for name, path in rewards.items()}
+        found = figures.compare_scores(scores, drift)
+        found |= {"arms": {name: arm.weights for name, arm in arms.items()}}
+        found |= {"timesteps": list(options.timesteps), "settings": arms[BASE].settings()}
+        found["scores"] = scores
+        with write_atomic(out / FIGURES) as temporary:
+            text = json.dumps(found, indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        write_page(out, found, job.videos, [prompt.text for prompt in job.prompts])
+    _print(found)
+    print(f"page: {out / PAGE}")
+    return 0
+
+
+def _named(what: str, given: Sequence[str], *taken: str) -> dict[str, str]:
+    """Return paths by name: the one before ``=``, or that of the folder."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            place = Path(text)
+            path, name = text, place.parent.name if place.name == "final" else place.stem
+        hint = f"Write NAME={path}"
+        plain = bool(name) and not set(name) & set("/\\\0") and name not in (".", "..")
+        fresh = plain and name not in found and name not in (*taken, DRIFT)
+        check(fresh, f"name of {what}", name, "another one than the others'", hint=hint)
+        found[name] = path
+    return found
+
+
+def _sample(job: Job, arms: dict[str, Arm]) -> dict[str, list[dict[int, float]]]:
+    """Sample the videos of all arms; return the drift of each from the base by video."""
+    folder = arms[BASE].out / DRIFT
+    folder.mkdir(exist_ok=True)
+    videos = {video.prompt: video for video in reversed(job.videos)}  # the first of each prompt
+    measured = [videos[prompt] for prompt in sorted(videos)][:DRIFT_VIDEOS]
+    drift: dict[str, list[dict[int, float]]] = {}
+
+    def record(sampler: Sampler) -> None:
+        with step_progress("velocities of base", 0, len(measured)) as bar:
+            for video in measured:
+                file = folder / f"{video.name}.safetensors"
+                if not file.is_file():
+                    noise = files.noise_of(video.seed, job.shape_of(video.prompt))[None].to(
+                        job.device
+                    )
+                    figures.record_velocities(sampler, noise, _conditions(job, video), file)
+                bar.update()
+
+    def measure(name: str, sampler: Sampler) -> None:
+        with step_progress(f"velocities of {name}", 0, len(measured)) as bar:
+            for video in measured:
+                file = folder / f"{video.name}.safetensors"
+                found = figures.velocity_drift(sampler, _conditions(job, video), file)
+                drift.setdefault(name, []).append(found)
+                bar.update()
+
+    for name, arm in arms.items():
+        arm.sample(record if name == BASE else partial(measure, name))
+    return drift
+
+
+def _conditions(job: Job, video: Video) -> Any:
+    return files.batch_conditions([job.conditions[video.prompt]], job.device)
+
+
+def _scores(name: str, path: str, job: Job, arms: dict[str, Arm]) -> dict[str, list[list[float]]]:
+    """Return the scores of a reward: by arm, of each video at each timestep."""
+    reward = load_reward(path, job.device)
+    levels = []
+    for t in job.options.timesteps:
+        sigma = evaluation_sigma(t, job.options.shift, True)
+        levels.append((sigma, float(model_timestep(torch.tensor(sigma), True))))
+    found: dict[str, list[list[float]]] = {}
+    with step_progress(f"scores of {name}", 0, len(arms) * len(job.videos)) as bar:
+        for arm_name, arm in arms.items():
+            found[arm_name] = []
+            for video in job.videos:
+                x = files.read_latents(arm.out, video)[0][None].to(job.device)
+                # Other noise than that of the sampler, which the latents still resemble.
+                noise = files.noise_of(~video.seed, x.shape).to(job.device)
+                conditions = _conditions(job, video)
+                scores = figures.rewards_by_timestep(reward, x, conditions, noise, levels)
+                found[arm_name].append(scores)
+                bar.update()
+    del reward
+    free_memory()
+    return found
+
+
+def _print(found: dict[str, Any]) -> None:
+    """Print win rates and drift as tables."""
+    rows = [
+        (
+            *(win["reward"], win["arm"], win["against"], f"{win['rate']:.2f}"),
+            *(f"{win['low']:.2f} to {win['high']:.2f}", f"{win['wins']}", f"{win['losses']}"),
+        )
+        for win in found["wins"]
+    ]
+    columns = ("reward", "generator", "against", "win rate", "95 % interval", "wins", "losses")
+    if rows:
+        print_table(rows, columns, numbers=columns[3:])
+    drift = [(arm, f"{sum(d.values()) / len(d):.4f}") for arm, d in found["drift"].items()]
+    print_table(drift, ("generator", "drift from base"), numbers=("drift from base",))

@@ -1,0 +1,309 @@
+"""Sample videos of prompts: ``prfl-fast sample``."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prfl_fast.cli.generators import load_sampler_model, weights_path
+from prfl_fast.cli.inputs import fingerprint
+from prfl_fast.cli.sample_inputs import Job, check_reward, free_memory, load_reward
+from prfl_fast.data.codec import (
+    VideoCodec,
+    load_codec,
+)
+from prfl_fast.rewards.functions import Reward
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.sampling import generate as files
+from prfl_fast.sampling.generate import Video
+from prfl_fast.sampling.methods import METHODS, Method, make_method
+from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.folder_lock import hold_folder
+from prfl_fast.utils.io import clean_temporaries, read_json, write_atomic
+from prfl_fast.utils.progress import step_progress
+from prfl_fast.utils.version import __version__
+
+RECORD = "samples.json"
+# Settings that name places, not what is there.
+_PLACES = ("model", "weights", "data")
+_WEIGHT_DTYPES = ("fp32", "bf16", "fp8", "nf4")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prfl-fast sample``."""
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the videos")
+    text = "generator: run of prfl-fast train, its final, an adapter of any trainer, or a "
+    text += "transformer (default: that of --model)"
+    parser.add_argument("--weights", metavar="PATH", help=text)
+    add_sampling_options(parser)
+    group = parser.add_argument_group("use of a reward")
+    text = "best-of: N noises; prune: drop the worst early; beam: beam search; reno: optimize the "
+    text += "noise; guide: add the reward's gradient to the velocity"
+    group.add_argument("--method", choices=METHODS, help=text)
+    text = "option of the method, such as candidates=8; docs/methods.md lists them"
+    group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+    group.add_argument("--reward", metavar="PATH", help="folder of a saved reward model")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``prfl-fast compare`` shares."""
+    text = "folder of a pipeline of diffusers or official Wan"
+    parser.add_argument("--model", type=Path, required=True, help=text)
+    group = parser.add_argument_group("prompts, of one kind")
+    text = ".txt with a prompt a line, or .csv or .jsonl with prompt, image and last_image"
+    group.add_argument("--prompts", metavar="FILE", help=text)
+    text = "a prompt; may be repeated"
+    group.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=text)
+    text = "first frame of the prompt at the same place"
+    group.add_argument("--image", metavar="FILE", action="append", default=[], help=text)
+    text = "dataset whose conditions and sizes are sampled"
+    group.add_argument("--data", metavar="FOLDER", help=text)
+    group = parser.add_argument_group("videos")
+    text = "height x width in pixels (default: 480x832)"
+    group.add_argument("--size", type=video_size, metavar="HxW", help=text)
+    group.add_argument("--frames", type=int, help="4n + 1 (default: 81)")
+    group.add_argument("--fps", type=float, default=16.0, help="frames per second (default: 16)")
+    group.add_argument("--samples", type=int, default=1, help="videos of a prompt (default: 1)")
+    text = "seed of the first video; the others count up (default: 0)"
+    group.add_argument("--seed", type=int, default=0, help=text)
+    text = "write latents and no videos, as for families whose autoencoder is not Wan's"
+    group.add_argument("--latents-only", action="store_true", help=text)
+    group = parser.add_argument_group("sampler")
+    text = "solver steps (default: 40)"
+    group.add_argument("--num-inference-steps", metavar="N", type=int, default=40, help=text)
+    text = "timestep shift of the noise schedule (default: 5)"
+    group.add_argument("--shift", type=float, default=5.0, help=text)
+    text = "1 is off; of two experts also HIGH,LOW (default: 5)"
+    group.add_argument("--guidance-scale", metavar="S", type=_scale, default=5.0, help=text)
+    text = "negative prompt (default: that of --data, or none)"
+    group.add_argument("--negative", metavar="TEXT", help=text)
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    text = "dtype of the generator's weights (default: bf16 on a GPU, else fp32)"
+    group.add_argument("--weight-dtype", choices=_WEIGHT_DTYPES, help=text)
+    text = "videos in a forward pass (default: 1)"
+    group.add_argument("--batch-size", type=int, default=1, help=text)
+    text = "device memory for the autoencoder, such as 20GiB (default: what is free); larger "
+    text += "frames are cut into tiles"
+    group.add_argument("--budget", metavar="SIZE", help=text)
+
+
+def video_size(text: str) -> tuple[int, int]:
+    """Return height and width of ``480x832``."""
+    height, _, width = text.partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected HEIGHTxWIDTH") from None
+
+
+def _scale(text: str) -> float | tuple[float, ...]:
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or HIGH,LOW") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    method = _method(options)
+    job = Job(options)
+    if method is not None:
+        check_reward(options.reward, job)
+    arm = Arm(job, options.out, options.weights, method, options.reward)
+    print(arm.cost())
+    with hold_folder(options.out):
+        arm.open()
+        if arm.missing():
+            job.encode()
+        arm.sample()
+        arm.decode()
+    print(f"{len(job.videos)} videos: {options.out}")
+    if not options.latents_only:
+        print(f"contact sheet: {options.out / files.SHEET}")
+    return 0
+
+
+def _method(options: argparse.Namespace) -> Method | None:
+    given = {}
+    for pair in options.set:
+        name, equals, value = pair.partition("=")
+        check(bool(equals), "--set", pair, "KEY=VALUE")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:
+            given[name] = value
+    if options.method is None:
+        ok = not given and options.reward is None
+        check(ok, "--method", None, f"one of {', '.join(METHODS)} beside --reward or --set")
+        return None
+    check(options.reward is not None, "--reward", None, f"a reward model for {options.method}")
+    check_count("--num-inference-steps", options.num_inference_steps)
+    return make_method(options.method, given, options.num_inference_steps)
+
+
+class Arm:
+    """Sample the videos of a job by one generator into a folder."""
+
+    def __init__(
+        self,
+        job: Job,
+        out: Path,
+        weights: str | None,
+        method: Method | None = None,
+        reward: str | None = None,
+    ) -> None:
+        self.job, self.out, self.weights = job, out, weights
+        self.method, self.reward = method, reward
+        if weights is not None:
+            weights_path(weights)
+
+    def cost(self) -> str:
+        """Return a line with the forwards and backwards of the videos."""
+        job, steps = self.job, self.job.options.num_inference_steps
+        branches, count = 2 if job.guided else 1, len(job.videos)
+        plain = steps * branches
+        if self.method is None:
+            return f"cost: {count} videos of {plain} forwards of the generator"
+        each = self.method.cost(steps, branches)
+        values = ", ".join(f"{k} {v}" for k, v in self.method.options.items() if v != {})
+        backwards = each.generator_backward + each.reward_backward
+        text = f"{each.generator} forwards of the generator and {each.reward} of the reward"
+        if backwards:
+            text += f", {each.generator_backward} and {each.reward_backward} backwards"
+        # A backward through frozen weights costs about one forward.
+        times = (each.generator + each.generator_backward) / plain
+        return (
+            f"cost: {self.method.name} ({values}) takes {text} for each of {count} videos, "
+            f"{times:.1f} times the generator's work without a method"
+        )
+
+    def missing(self) -> list[Video]:
+        """Return the videos without latents."""
+        return [v for v in self.job.videos if not files.latents_file(self.out, v).is_file()]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what determines the videos."""
+        found = {**self.job.settings(), "weights": self.weights, "method": None}
+        if self.weights is not None:
+            found["weights: fingerprint"] = fingerprint(weights_path(self.weights).resolve())
+        if self.method is not None:
+            assert self.reward is not None
+            found["method"] = [self.method.name, dict(self.method.options)]
+            found["reward: fingerprint"] = fingerprint(Path(self.reward).resolve())
+            found["batch_size"] = self.job.options.batch_size  # its random numbers are shared
+        return json.loads(json.dumps(found))
+
+    def open(self) -> None:
+        """Begin or continue in the folder; write the record.
+
+        Raises:
+            ValueError: if the folder has samples of other settings.
+        """
+        path, wanted = self.out / RECORD, self.settings()
+        if path.is_file():
+            before = read_json(path).get("settings", {})
+            hint = "Choose a new folder, or sample as it was begun"
+            for key in sorted((before.keys() | wanted.keys()) - set(_PLACES)):
+                was, now = before.get(key), wanted.get(key)
+                shown = f"{str(now)[:100]} of this call"  # prompts may fill pages
+                check(was == now, f"{path}: {key}", str(was)[:100], shown, hint=hint)
+        for folder in (self.out, self.out / files.LATENTS):
+            folder.mkdir(parents=True, exist_ok=True)
+            clean_temporaries(folder)
+        self._write_record(wanted)
+
+    def _write_record(self, settings: Mapping[str, Any]) -> None:
+        videos = []
+        for video in self.job.videos:
+            prompt, score = self.job.prompts[video.prompt], None
+            if self.method is not None and files.latents_file(self.out, video).is_file():
+                score = files.read_latents(self.out, video)[1]
+            values = {"file": f"{video.name}.mp4", "prompt": prompt.text, "seed": video.seed}
+            if self.job.dataset is not None:
+                values["id"] = values.pop("prompt")
+            if prompt.image is not None:
+                values["image"] = str(prompt.image)
+            videos.append(values if score is None else {**values, "reward": score})
+        content = {"prfl_fast": __version__, "settings": settings, "videos": videos}
+        with write_atomic(self.out / RECORD) as temporary:
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def sampler(self) -> Sampler:
+        """Return the sampler of the generator, which is loaded to the device."""
+        job, o = self.job, self.job.options
+        model = load_sampler_model(str(job.model), self.weights, job.weight_dtype, job.device)
+        scheduler = FlowUniPC(o.shift, integer_timesteps=True)
+        return Sampler(model, scheduler, o.num_inference_steps, job.guidance, RolloutConfig())
+
+    def sample(self, then: Callable[[Sampler], None] | None = None) -> None:
+        """Write the latents that are missing, then call a function with the loaded sampler."""
+        todo, job = self.missing(), self.job
+        if not todo and then is None:
+            return
+        sampler = self.sampler()
+        method = None
+        if self.method is not None:
+            assert self.reward is not None
+            method = (self.method, load_reward(self.reward, job.device))
+        if todo:
+            self._sample(sampler, set(todo), method)
+        if then is not None:
+            then(sampler)
+        del sampler, method
+        free_memory()
+        if self.method is not None:
+            self._write_record(self.settings())
+
+    def _sample(
+        self, sampler: Sampler, todo: set[Video], method: tuple[Method, Reward] | None
+    ) -> None:
+        job = self.job
+        # Those of an uninterrupted run, because rounding and a method's random numbers depend on
+        # the whole batch.
+        batches = files.batches_of(job.videos, job.shape_of, job.options.batch_size)
+        batches = [batch for batch in batches if todo.intersection(batch)]
+        steps = len(batches) * sampler.num_inference_steps
+        with step_progress(f"sample {self.out.name}", 0, steps) as bar:
+            files.sample_latents(
+                sampler,
+                batches,
+                lambda prompt: job.conditions[prompt],
+                job.shape_of,
+                self.out,
+                device=job.device,
+                method=method,
+                tick=bar.update,
+            )
+
+    def decode(self) -> None:
+        """Write the videos that are missing and the contact sheet."""
+        job = self.job
+        todo = [v for v in job.videos if not (self.out / f"{v.name}.mp4").is_file()]
+        if job.options.latents_only:
+            return
+        if todo:
+            codec = load_codec(job.model, job.device)
+            codec.budget = _room(codec, job.budget)
+            with step_progress(f"decode {self.out.name}", 0, len(todo)) as bar:
+                files.decode(codec, todo, self.out, job.options.fps, bar.update)
+            del codec
+            free_memory()
+        if todo or not (self.out / files.SHEET).is_file():
+            files.write_sheet(job.videos, self.out)
+
+
+def _room(codec: VideoCodec, budget: int | None) -> int | None:
+    """Return the bytes that the autoencoder may use beside its weights; None has no limit."""
+    parameters = list(codec.vae.parameters())
+    if budget is not None:
+        return max(0, budget - sum(p.nbytes for p in parameters))
+    device = parameters[0].device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

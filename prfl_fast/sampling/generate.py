@@ -1,0 +1,227 @@
+"""Sample videos into files: noise of a seed → latents → video files and a contact sheet.
+
+Each step reads the files of the one before and keeps those that exist, so a run that was killed
+goes on, and generator and autoencoder need not be in memory together.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import interpolate, pad
+
+from prfl_fast.data.codec import ImageEncoder, VideoCodec
+from prfl_fast.data.encode import IMAGE
+from prfl_fast.data.manifest import TEXT
+from prfl_fast.data.prompts import Prompt
+from prfl_fast.data.video import (
+    contact_sheet,
+    from_uint8,
+    read_clip,
+    read_frames,
+    write_image,
+    write_video,
+)
+from prfl_fast.models.adapter import FIRST_FRAME, Conditions
+from prfl_fast.rewards.functions import Reward
+from prfl_fast.rollout.engine import RolloutEngine
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.sampling.methods import Method
+from prfl_fast.utils.checks import check, torch_seed
+from prfl_fast.utils.io import open_tensors, save_tensors
+
+LATENTS = "latents"  # folder of latents, and the name of the tensor in its files
+SHEET = "sheet.png"
+_METADATA = "sample"
+_SHEET_HEIGHT, _SHEET_COLUMNS = 120, 8  # pixels, frames per video
+
+
+class Video(NamedTuple):
+    """Name a video to sample: ``name`` of its files, number of its prompt, seed of its noise."""
+
+    name: str
+    prompt: int
+    seed: int
+
+
+def list_videos(prompts: int, per_prompt: int = 1, seed: int = 0) -> list[Video]:
+    """Return the videos of all prompts; the seeds count up from ``seed``, so that none is twice."""
+    count = range(prompts * per_prompt)
+    return [
+        Video(f"{i // per_prompt:04d}-{i % per_prompt}", i // per_prompt, seed + i) for i in count
+    ]
+
+
+def noise_of(seed: int, shape: Sequence[int]) -> torch.Tensor:
+    """Return the noise of a seed, float32 of ``shape`` on the CPU: the same on every device."""
+    generator = torch.Generator().manual_seed(torch_seed(seed))
+    return torch.randn(tuple(shape), generator=generator, device="cpu")
+
+
+def batches_of(
+    videos: Sequence[Video], shape: Callable[[int], Sequence[int]], batch_size: int
+) -> list[list[Video]]:
+    """Return batches of videos whose latents have one shape; ``shape`` is that of a prompt."""
+    groups: dict[tuple[int, ...], list[Video]] = {}
+    for video in videos:
+        groups.setdefault(tuple(shape(video.prompt)), []).append(video)
+    return [
+        group[start : start + batch_size]
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+def batch_conditions(
+    samples: Sequence[Conditions], device: torch.device | str = "cpu"
+) -> Conditions:
+    """Stack conditions without batch dimension; shorter texts get rows of zeros, as models pad."""
+    rows = max(len(sample[TEXT]) for sample in samples)
+    padded = [
+        {**s, TEXT: pad(s[TEXT], (0, 0, 0, rows - len(s[TEXT])))} if TEXT in s else s
+        for s in samples
+    ]
+    return {k: torch.stack([s[k] for s in padded]).float().to(device) for k in padded[0]}
+
+
+def image_conditions(
+    prompt: Prompt,
+    frames: int,
+    size: tuple[int, int],
+    codec: VideoCodec,
+    encoder: ImageEncoder | None,
+) -> Conditions:
+    """Return the conditions of a prompt's images, without batch dimension, on the CPU.
+
+    Args:
+        prompt: with an image, or the first and the last.
+        frames: of the video.
+        size: height and width of the video, to which images are scaled and cropped.
+        codec: makes ``first_frame`` for Wan2.2 TI2V, ``latent_condition`` for other models.
+        encoder: makes CLIP's states for models that take them; None for others.
+
+    Raises:
+        ValueError: if an image cannot be read.
+    """
+    paths = [path for path in (prompt.image, prompt.last_image) if path is not None]
+    images = [read_clip(path, 1, size) for path in paths]  # [3, 1, H, W] each
+    found = {}
+    if encoder is not None:
+        found[IMAGE] = encoder([image[:, 0] for image in images]).cpu()
+    first, *last = (image[None, :, 0] for image in images)
+    if codec.channels == 48:
+        found[FIRST_FRAME] = codec.first_frame(first)[0].cpu()
+    else:
+        condition = codec.latent_condition(first, frames, last[0] if last else None)
+        found["latent_condition"] = condition[0].cpu()
+    return found
+
+
+def latents_file(folder: Path, video: Video) -> Path:
+    """Return the file of a video's latents in the folder of a run."""
+    return folder / LATENTS / f"{video.name}.safetensors"
+
+
+def read_latents(folder: Path, video: Video) -> tuple[torch.Tensor, float | None]:
+    """Read the latents ``[C, F, H, W]`` of a video, and its reward if a method computed it."""
+    with open_tensors(latents_file(folder, video)) as file:
+        return file.get_tensor(LATENTS), json.loads(file.metadata()[_METADATA])["score"]
+
+
+@torch.no_grad()
+def sample_latents(
+    sampler: Sampler,
+    batches: Sequence[Sequence[Video]],
+    conditions: Callable[[int], Conditions],
+    shape: Callable[[int], Sequence[int]],
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    method: tuple[Method, Reward] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Sample videos and write their latents, those of a batch together.
+
+    A video's noise depends on its seed only, and its other random numbers on its seed and those of
+    the batch.
+
+    Args:
+        sampler: the generator, its schedule, guidance and rollout configuration.
+        batches: the videos to sample, see :func:`batches_of`.
+        conditions: returns the conditions of a prompt's number, without batch dimension.
+        shape: returns that of a prompt's latents, ``(C, F, H, W)``.
+        folder: of the run; files are ``latents/<name>.safetensors``.
+        device: of the noise, the conditions and the model.
+        method: a use of a reward, and the reward.
+        tick: called ``num_inference_steps`` times for each batch, as it is sampled.
+
+    Raises:
+        TypeError, ValueError: as :func:`prfl_fast.rollout.rollout` and the method's function.
+    """
+    (folder / LATENTS).mkdir(parents=True, exist_ok=True)
+    engine = None
+    if sampler.rollout is not None:
+        engine = RolloutEngine(sampler.transformer, sampler.rollout)
+    for batch in batches:
+        noise = torch.stack([noise_of(v.seed, shape(v.prompt)) for v in batch]).to(device)
+        given = batch_conditions([conditions(video.prompt) for video in batch], device)
+        scores = None
+        if method is None:
+            trajectory = Trajectory(sampler, noise, given, engine=engine)
+            trajectory.run(sampler.num_inference_steps, tick)
+            latents = trajectory.x
+        else:
+            # Not the seed itself, whose numbers are the noise of the first candidate.
+            generator = torch.Generator().manual_seed(torch_seed(batch[0].seed) ^ 1 << 62)
+            with torch.enable_grad():
+                use, reward = method
+                latents, scores, _ = use.run(sampler, reward, noise, given, generator)
+            for _ in range(sampler.num_inference_steps):
+                tick()
+        for i, video in enumerate(batch):
+            score = None if scores is None else float(scores[i])
+            # One key, because safetensors writes several in random order.
+            metadata = {_METADATA: json.dumps({"seed": video.seed, "score": score})}
+            ok = bool(latents[i].isfinite().all())
+            hint = "Try another precision or dtype of the weights"
+            check(ok, f"latents of {video.name}", latents[i], "finite values", hint=hint)
+            save_tensors({LATENTS: latents[i]}, latents_file(folder, video), metadata)
+
+
+def decode(
+    codec: VideoCodec,
+    videos: Sequence[Video],
+    folder: Path,
+    fps: float,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Write ``<name>.mp4`` of the latents of videos; parts of a video are written as they come.
+
+    ``tick`` is called once for each video. Errors are those of :meth:`VideoCodec.decode` and
+    :func:`prfl_fast.data.video.write_video`.
+    """
+    for video in videos:
+        latents, _ = read_latents(folder, video)
+        parts = (part[0] for part in codec.decode_parts(latents[None]))
+        write_video(folder / f"{video.name}.mp4", parts, fps)
+        tick()
+
+
+def write_sheet(videos: Sequence[Video], folder: Path) -> None:
+    """Write ``sheet.png``: eight frames of each video in a row, at most 120 pixels high."""
+    write_image(folder / SHEET, contact_sheet([strip(folder / f"{v.name}.mp4") for v in videos], 8))
+
+
+def strip(path: Path, columns: int = _SHEET_COLUMNS, height: int = _SHEET_HEIGHT) -> torch.Tensor:
+    """Return evenly spaced frames of a video file, ``[3, columns, H, W]`` with H at most height."""
+    frames = []
+    for frame in read_frames(path):
+        scale = min(1.0, height / frame.shape[0])
+        size = [max(2, round(n * scale)) for n in frame.shape[:2]]
+        small = interpolate(frame.permute(2, 0, 1)[None].float(), size, mode="area")[0]
+        frames.append(small.round().to(torch.uint8).permute(1, 2, 0))
+    chosen = torch.linspace(0, len(frames) - 1, min(columns, len(frames))).round().long().tolist()
+    return from_uint8(torch.stack([frames[i] for i in chosen]))

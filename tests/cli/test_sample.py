@@ -1,0 +1,246 @@
+"""``prfl-fast sample`` on tiny random pipelines."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from commands import one_line
+from PIL import Image
+from tiny_pipeline import make_clips, make_pipeline
+
+from prfl_fast.cli import main as cli
+from prfl_fast.data.codec import load_codec, load_text_encoder
+from prfl_fast.data.manifest import Sample, write_dataset
+from prfl_fast.data.video import clip_info, read_clip, read_frames, to_uint8, write_image
+from prfl_fast.models.loading import load_transformer
+from prfl_fast.models.lora_files import LoraLayer, write_lora
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.sampling import generate
+from prfl_fast.utils.io import load_tensors, save_tensors
+
+pytest.importorskip("pydantic")
+PROMPTS = ["A disc glides.", "A square jerks to the left."]
+SMALL = ["--size", "32x48", "--frames", "5", "--num-inference-steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Tiny pipelines by kind, clips with captions, and a reward model; read only."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for kind in ("t2v", "i2v", "ti2v"):
+        make_pipeline(kind).save_pretrained(root / kind)
+    make_clips(root / "clips")
+    frame = next(iter(read_frames(root / "clips" / "disc.mp4")))
+    write_image(root / "first.png", frame)
+    transformer = load_transformer(root / "t2v")
+    LatentRewardModel.from_backbone(transformer, num_blocks=1, num_heads=2).save(root / "reward")
+    torch.manual_seed(3)
+    layer = LoraLayer(torch.randn(2, 48), torch.randn(48, 2), 2.0)
+    write_lora({"blocks.0.attn1.to_q": layer}, root / "lora.safetensors", "kohya")
+    return root
+
+
+def sample(pipelines, out, *words, kind="t2v", prompts=PROMPTS, small=SMALL):
+    """Run the command and return its exit code."""
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    words = ["sample", str(out), "--model", str(pipelines / kind), *given, *small, *words]
+    return cli.main(list(map(str, words)))
+
+
+def latents(out):
+    """Return the latents of a folder by name."""
+    return {p.stem: load_tensors(p)["latents"] for p in sorted((out / "latents").iterdir())}
+
+
+def record(out):
+    return json.loads((out / "samples.json").read_text())
+
+
+@pytest.mark.slow
+def test_samples_are_those_of_the_diffusers_pipeline(pipelines, tmp_path, capsys):
+    assert sample(pipelines, tmp_path / "a", "--samples", 2, "--seed", 5, "--negative", "Bad.") == 0
+    text = capsys.readouterr().out
+    assert "cost: 4 videos of 6 forwards of the generator" in text
+    found, videos = latents(tmp_path / "a"), record(tmp_path / "a")["videos"]
+    assert [v["seed"] for v in videos] == [5, 6, 7, 8]
+    pipeline = make_pipeline("t2v")
+    pipeline.scheduler = FlowUniPC(5.0, integer_timesteps=True)
+    for i, video in enumerate(videos):
+        expected = pipeline(
+            PROMPTS[i // 2], "Bad.", height=32, width=48, num_frames=5, num_inference_steps=3,
+            guidance_scale=5.0, output_type="latent", max_sequence_length=512,
+            latents=generate.noise_of(video["seed"], (1, 16, 2, 4, 6)),
+        ).frames  # fmt: skip
+        name = video["file"].removesuffix(".mp4")
+        assert torch.allclose(found[name], expected[0], rtol=1e-4, atol=1e-5)
+        info = clip_info(tmp_path / "a" / video["file"])
+        assert (info.height, info.width, info.frames, round(info.fps)) == (32, 48, 5, 16)
+    sheet = next(iter(read_frames(tmp_path / "a" / "sheet.png")))
+    assert sheet.shape == (4 * 36, 5 * 52, 3)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_other_settings_are_refused(pipelines, tmp_path, capsys):
+    assert sample(pipelines, tmp_path / "whole") == 0
+    out, calls = tmp_path / "part", []
+
+    def kill_once(*arguments):
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(1)
+        save_tensors(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "save_tensors", kill_once)
+        assert sample(pipelines, out) == 130
+    assert len(latents(out)) == 1 and not (out / "0000-0.mp4").exists()
+    kept = (out / "latents" / "0000-0.safetensors").stat().st_mtime_ns
+    assert sample(pipelines, out) == 0
+    assert (out / "latents" / "0000-0.safetensors").stat().st_mtime_ns == kept
+    for name in ("0000-0.mp4", "0001-0.mp4", "latents/0001-0.safetensors", "samples.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    capsys.readouterr()
+    assert sample(pipelines, out, "--shift", 3) == 2
+    assert "shift is '5.0', expected 3.0 of this call" in one_line(capsys, "sample")
+    assert sample(pipelines, out, "--weights", pipelines / "lora.safetensors") == 2
+    assert "weights: fingerprint is 'None'" in one_line(capsys, "sample")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["i2v", "ti2v"])
+def test_images_condition_the_videos(pipelines, tmp_path, kind):
+    (tmp_path / "prompts.csv").write_text(
+        f'prompt,image\n"A disc, moving",{pipelines / "first.png"}\n'
+    )
+    small = ["--size", "64x64", *SMALL[2:]]
+    words = ["--prompts", tmp_path / "prompts.csv"]
+    assert sample(pipelines, tmp_path / "a", *words, kind=kind, prompts=[], small=small) == 0
+    (found,) = latents(tmp_path / "a").values()
+    codec = load_codec(pipelines / kind)
+    image = read_clip(pipelines / "first.png", 1, (64, 64))
+    if kind == "ti2v":
+        assert torch.allclose(found[:, :1], codec.encode(image[None])[0], atol=1e-5)
+    else:
+        pipeline = make_pipeline(kind)
+        pipeline.scheduler = FlowUniPC(5.0, integer_timesteps=True)
+        expected = pipeline(
+            Image.fromarray(to_uint8(image)[0].numpy()), "A disc, moving", "", height=64, width=64,
+            num_frames=5, num_inference_steps=3, guidance_scale=5.0, output_type="latent",
+            latents=generate.noise_of(0, (1, 16, 2, 8, 8)),
+        ).frames  # fmt: skip
+        assert torch.allclose(found, expected[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_adapter_a_merged_model_and_a_run_sample_the_same(pipelines, tmp_path):
+    lora, merged = pipelines / "lora.safetensors", tmp_path / "merged"
+    assert cli.main(["merge", str(pipelines / "t2v"), str(lora), str(merged)]) == 0
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    (run / "final").symlink_to(merged)
+    off = ["--latents-only", "--guidance-scale", 1]
+    for name, weights in (("a", lora), ("b", merged), ("c", run), ("d", None)):
+        words = [] if weights is None else ["--weights", weights]
+        assert sample(pipelines, tmp_path / name, *off, *words) == 0
+        assert not list((tmp_path / name).glob("*.mp4"))
+    a, b, c, base = (latents(tmp_path / name) for name in "abcd")
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(b[name], c[name])
+        assert not torch.allclose(a[name], base[name], atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [["best-of", "candidates=3"], ["prune"], ["beam", "beams=2"], ["reno", "iterations=2"],
+     ["guide", "weight=5"]],
+)  # fmt: skip
+def test_methods_say_their_cost_and_their_reward(pipelines, tmp_path, capsys, method):
+    name, *options = method
+    words = [word for option in options for word in ("--set", option)]
+    words += ["--method", name, "--reward", pipelines / "reward", "--latents-only"]
+    assert sample(pipelines, tmp_path / "a", *words) == 0
+    assert f"cost: {name} (" in capsys.readouterr().out
+    videos = record(tmp_path / "a")["videos"]
+    if name == "guide":
+        assert "reward" not in videos[0]
+        return
+    reward = LatentRewardModel.load(pipelines / "reward")
+    encoder = load_text_encoder(pipelines / "t2v")
+    for video, (_, x) in zip(videos, latents(tmp_path / "a").items(), strict=True):
+        text = encoder([video["prompt"]])[0][None]
+        with torch.no_grad():
+            score = reward(x[None], torch.zeros(1), {"encoder_hidden_states": text})
+        assert float(score) == pytest.approx(video["reward"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_conditions_of_a_dataset_are_sampled(pipelines, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        Sample(
+            torch.randn(16, 2, 4, width, generator=generator),
+            {"encoder_hidden_states": torch.randn(n, 32, generator=generator)},
+            id=f"clip-{n}",
+        )
+        for n, width in ((5, 6), (4, 8), (3, 6))
+    ]
+    write_dataset(tmp_path / "data", samples)
+    words = ["--data", tmp_path / "data"]
+    small = SMALL[4:]
+    assert sample(pipelines, tmp_path / "a", *words, prompts=[], small=small) == 2
+    assert "expected one with negative.safetensors" in one_line(capsys, "sample")
+    words += ["--guidance-scale", 1]
+    assert sample(pipelines, tmp_path / "a", *words, prompts=[], small=small) == 0
+    assert (
+        sample(pipelines, tmp_path / "b", *words, "--batch-size", 2, prompts=[], small=small) == 0
+    )
+    assert [video["id"] for video in record(tmp_path / "a")["videos"]] == [
+        "clip-5",
+        "clip-4",
+        "clip-3",
+    ]
+    one, two = latents(tmp_path / "a"), latents(tmp_path / "b")
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+
+
+BAD = [
+    (["--size", "30x48"], "height is 30, expected a multiple of 16"),
+    (["--frames", "6"], "frames is 6, expected 4n + 1"),
+    (["--method", "prune"], "--reward is None, expected a reward model for prune"),
+    (["--method", "prune", "--reward", "REWARD", "--set", "keep=3"], "keep is 3, expected {step"),
+    (["--method", "guide", "--reward", "REWARD"], "weight of method guide is None"),
+    (["--method", "beam", "--reward", "nowhere"], "--reward is 'nowhere', expected the folder"),
+    (["--reward", "REWARD"], "--method is None, expected one of best-of"),
+    (["--image", "nowhere.png"], "--image is 1, expected one for each of 2 prompts"),
+    (["--weights", "nowhere"], "weights is 'nowhere', expected a file or folder that exists"),
+    (["--guidance-scale", "3,4"], "expected one number for one transformer"),
+    (["--prompts", "x.txt"], "expected one of --prompts, --prompt and --data"),
+    (["--samples", "0"], "--samples is 0, expected a positive integer"),
+    (["--num-inference-steps", "0"], "--num-inference-steps is 0"),
+    (["--budget", "7"], "--budget is '7 bytes'"),
+    (["--device", "cuda:7"], "hardware.device is"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_errors_are_one_line_and_nothing_is_written(pipelines, tmp_path, capsys, words, message):
+    words = [pipelines / "reward" if word == "REWARD" else word for word in words]
+    assert sample(pipelines, tmp_path / "a", *words) == 2
+    assert message in one_line(capsys, "sample")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_images_of_a_text_model_are_refused(pipelines, tmp_path, capsys):
+    words = ["--image", pipelines / "first.png", "--image", pipelines / "first.png"]
+    assert sample(pipelines, tmp_path / "a", *words) == 2
+    assert "expected none: the model takes none" in one_line(capsys, "sample")
+    assert sample(pipelines, tmp_path / "a", kind="i2v") == 2
+    assert "expected a file: this is an image-to-video model" in one_line(capsys, "sample")
