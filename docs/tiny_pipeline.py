@@ -14,6 +14,12 @@ import math
 from pathlib import Path
 
 import torch
+
+from prfl_fast.data.video import write_video
+from prfl_fast.utils.quiet import quiet_libraries
+
+quiet_libraries()
+
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -30,8 +36,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from prfl_fast.data.video import write_video
 
 KINDS = ("t2v", "i2v", "ti2v")
 TEXT_WIDTH, IMAGE_WIDTH, HEADS, HEAD_WIDTH = 32, 20, 2, 24

@@ -1,8 +1,10 @@
 """README and docs: every snippet and command runs, and generated parts agree with their source."""
 
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ from prfl_fast.planning.presets import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = (
-    *("quickstart", "data", "methods", "memory", "models", "families"),
+    *("quickstart", "data", "sampling", "methods", "memory", "models", "families"),
     *("trainers", "kernels", "configuration"),
 )
 PYTHON = ("methods", "memory", "models", "families", "kernels")  # run in the same names
@@ -147,29 +149,50 @@ def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for language, body in blocks("docs/quickstart.md", "python", "yaml", "bash"):
-            if language == "python":
-                exec(compile(body, "quickstart", "exec"), {})
-            elif language == "yaml":
+        for language, body in blocks("docs/quickstart.md", "yaml", "bash"):
+            if language == "yaml":
                 name = re.match(r"# (\S+\.yaml)\n", body)[1]
                 Path(name).write_text(body)
             else:
                 for words in commands(body):
-                    assert words[0] == "prfl-fast" and main(words[1:]) == 0, words
+                    run(words, patch)
     return folder
 
 
-def test_the_quickstart_trains_and_scores(quickstart):
-    assert (quickstart / "runs" / "reward" / "reward").is_dir()
-    assert len((quickstart / "runs" / "scores.csv").read_text().splitlines()) > 4
-    assert list((quickstart / "runs" / "prfl").rglob("*lora*.safetensors"))
+def run(words, patch):
+    """Run a command of the command line, or a script of the repository, in this process."""
+    if words[0] == "prfl-fast":
+        assert main(words[1:]) == 0, words
+    else:
+        assert words[0] == "python"
+        with patch.context() as own:
+            own.setattr(sys, "argv", words[1:])
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+
+
+def test_the_quickstart_leads_from_clips_to_a_compared_video(quickstart):
+    runs = quickstart / "runs"
+    assert (runs / "reward" / "reward").is_dir()
+    assert len((runs / "scores.csv").read_text().splitlines()) > 4
+    assert list((runs / "prfl").rglob("*lora*.safetensors"))
+    assert list((runs / "samples").glob("*.mp4"))
+    assert (runs / "comparison" / "index.html").is_file()
+
+
+def test_the_quickstart_has_eight_commands():
+    text = (ROOT / "docs" / "quickstart.md").read_text().partition("## More commands")[0]
+    bodies = re.findall(r"^```bash\n(.*?)^```$", text, re.S | re.M)
+    assert sum(len(commands(body)) for body in bodies) == 8
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/memory.md"])
 def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatch):
-    """Run the ``prfl-fast`` lines of a page on the quickstart's configurations."""
+    """Run the ``prfl-fast`` lines of a page on the quickstart's files and configurations."""
     folder = shutil.copytree(quickstart, tmp_path / "page")
     shutil.rmtree(folder / "runs" / "prfl")  # a planned run in bf16 cannot resume one in fp32
+    (folder / "Wan2.1-T2V-14B").symlink_to("world/pipeline")
+    shutil.copytree(folder / "world" / "clips", folder, dirs_exist_ok=True)
+    (folder / "prompts.txt").write_text("A disc glides.\n")
     monkeypatch.chdir(folder)
     for _, body in blocks(page, "bash"):
         for words in commands(body):
@@ -177,6 +200,10 @@ def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatc
                 continue
             if words[1] == "init":  # the quickstart's file of that name is filled in already
                 words = [*words[:-1], f"new-{words[-1]}"]
+            if words[1] in ("encode", "compare"):  # small videos
+                words += ["--size", "64x96", "--frames", "9"]
+            if words[1] == "compare":
+                words += ["--num-inference-steps", "2"]
             assert main(words[1:]) == 0, words
 
 

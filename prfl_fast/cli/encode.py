@@ -112,7 +112,7 @@ def run_encode(options: argparse.Namespace) -> int:
     )
     ok = options.crops == 1 or options.crop != "center"
     check(ok, "--crops", options.crops, "1 with --crop center: the others would be equal")
-    need("transformers", "video").utils.logging.disable_progress_bar()
+    need("transformers", "video")
     codec = load_codec(options.model)
     check_settings(settings, codec)
     ok = condition != "first-last" or codec.channels != 48

@@ -215,8 +215,16 @@ def _print_error(command: str, problem: str) -> None:
 
 @contextlib.contextmanager
 def _reasons_shown() -> Iterator[None]:
-    """Show the package's messages about uncompiled or uncached rollouts on stderr."""
-    logger, handler = logging.getLogger("prfl_fast"), logging.StreamHandler()
+    """Show the package's messages about uncompiled or uncached rollouts on stderr, each once."""
+    logger, handler, seen = logging.getLogger("prfl_fast"), logging.StreamHandler(), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        known = text in seen
+        seen.add(text)
+        return not known
+
+    handler.addFilter(is_new)
     handler.setFormatter(logging.Formatter("prfl-fast: %(message)s"))
     level = logger.level
     logger.addHandler(handler)

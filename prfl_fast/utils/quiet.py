@@ -17,7 +17,7 @@ _PACKAGES = (
 
 
 def quiet_libraries() -> None:
-    """Silence warnings of the packages that commands import; errors and exceptions still show.
+    """Silence warnings and bars of packages that commands import; errors and exceptions still show.
 
     Call this function before importing them, and in programs only: it changes loggers, warning
     filters and environment of the whole process.
@@ -27,6 +27,8 @@ def quiet_libraries() -> None:
     # diffusers and transformers set the level of their loggers at import, from these variables.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    # Bars of transformers, which reads a model within seconds.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     origin = "|".join(map(re.escape, _PACKAGES))
     warnings.filterwarnings("ignore", module=rf"({origin})(\.|$)")
     # torch's deprecation warnings are for the authors of the calling package, not its users.
