@@ -148,7 +148,7 @@ def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
 def _draw_by_timestep(axes: Any, times: list[int], title: str, chance: bool = True) -> None:
     axes.set_xlabel("timestep (1000: noise)")
     axes.set_xticks(times)
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     if chance:
         axes.axhline(0.5, color="gray", linestyle="--", linewidth=1, label="0.5")
@@ -159,14 +159,15 @@ def _metrics_figure(metrics: dict[int, dict[str, float]]) -> Any:
     times = list(metrics)
     first = metrics[times[0]]
     figure, (left, right) = _figure(10, 4, ncols=2, gridspec_kw={"width_ratios": (3, 2)})
-    title = f"{first['count']:.0f} videos, {first['positive_rate']:.0%} with label 1"
+    share = f"{first['positive_rate']:.0%} with label 1"
+    title = f"classification of {first['count']:.0f} videos, {share}"
     _draw_by_timestep(left, times, title)
     for name, color in zip(_CLASSIFIER, _COLORS, strict=True):
         values = [metrics[t].get(name, math.nan) for t in times]
         if not all(map(math.isnan, values)):
             left.plot(times, values, "o-", color=color, label=_NAMES.get(name, name))
     left.legend(fontsize=8)
-    _draw_by_timestep(right, times, "expected calibration error", chance=False)
+    _draw_by_timestep(right, times, "expected calibration error (ECE)", chance=False)
     right.plot(times, [metrics[t]["ece"] for t in times], "o-", color=_COLORS[0])
     right.set_ylim(bottom=0)
     return figure
@@ -178,7 +179,7 @@ def _reliability_figure(
     columns = min(5, len(tables))
     lines = -(-len(tables) // columns)
     sizes: dict[str, Any] = {"nrows": lines, "ncols": columns, "squeeze": False}
-    figure, grid = _figure(2.4 * columns, 2.6 * lines + 0.5, sharex=True, sharey=True, **sizes)
+    figure, grid = _figure(2.4 * columns, 2.6 * lines + 0.8, sharex=True, sharey=True, **sizes)
     for axes in grid.flat:
         axes.set_visible(False)
     for axes, (t, rows) in zip(grid.flat, tables.items(), strict=False):
@@ -190,19 +191,21 @@ def _reliability_figure(
         axes.plot(scores, rates, color=_COLORS[0], linewidth=1)
         axes.scatter(scores, rates, s=areas, color=_COLORS[0], alpha=0.7)
         axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), aspect="equal")
-        axes.set_title(f"t = {t}, error {metrics[t]['ece']:.3f}", fontsize=9)
+        axes.set_title(f"t = {t}, ECE {metrics[t]['ece']:.3f}", fontsize=9)
+    figure.suptitle("reliability by timestep; a calibrated score is on the diagonal", fontsize=10)
     figure.supxlabel("mean score of a bin (area: its share of the videos)", fontsize=9)
-    figure.supylabel("share with label 1", fontsize=9)
+    figure.supylabel("share of the bin with label 1", fontsize=9)
     return figure
 
 
 def _pairs_figure(metrics: dict[int, dict[str, float]]) -> Any:
     times = list(metrics)
-    figure, (left, right) = _figure(9, 4, ncols=2)
-    _draw_by_timestep(left, times, f"accuracy on {metrics[times[0]]['count']:.0f} pairs")
+    figure, (left, right) = _figure(10, 4, ncols=2)
+    count = f"{metrics[times[0]]['count']:.0f} pairs"
+    _draw_by_timestep(left, times, f"share of {count} whose preferred video scores higher")
     left.plot(times, [metrics[t]["accuracy"] for t in times], "o-", color=_COLORS[0])
-    left.legend(fontsize=8)
-    _draw_by_timestep(right, times, "margin of the logits, mean and deviation", chance=False)
+    title = "margin of the logits: preferred minus other, mean ± std"
+    _draw_by_timestep(right, times, title, chance=False)
     means, spread = ([metrics[t][name] for t in times] for name in ("margin", "margin_std"))
     right.errorbar(times, means, spread, fmt="o-", color=_COLORS[0], capsize=3)
     right.axhline(0, color="gray", linestyle="--", linewidth=1)

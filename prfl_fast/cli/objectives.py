@@ -38,6 +38,7 @@ LEVELS = {"shift", "integer_timesteps"}  # keys of the noise levels, which losse
 # Objectives draw samples in orders of their own: steps that take turns would otherwise repeat
 # conditions. The number is added to the seed.
 _ORDERS = {"prfl": 0, "sft": 1, "dpo": 2, "rwr": 3}
+_LARGEST = 88  # exp(89) is infinite in float32
 
 Models = Mapping[str, tuple[LatentRewardModel, ...]]
 
@@ -50,9 +51,12 @@ def open_data(config: TrainFile) -> LatentDataset:
     check(dataset.pairs or not pairs, "objectives", "dpo", "a dataset of pairs for dpo", hint=hint)
     first_batches(dataset, config)  # checks batch size and texts, before models are read
     if "rwr" in config.objectives and config.rwr.label is not None:
+        limit = _LARGEST * config.rwr.temperature
+        wanted = f"at most {limit:g}: exp(reward / rwr.temperature) must be finite"
         for place, labels in dataset.labels():
             try:
-                score_of(labels, config.rwr.label)
+                score = score_of(labels, config.rwr.label)
+                check(score <= limit, f"label {config.rwr.label}", score, wanted)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
     return dataset

@@ -87,8 +87,9 @@ class OptimizerSection(Section):
     )
     schedule: ScheduleName = key(
         "constant",
-        "Learning rate after the warmup: a schedule of diffusers, down to 0 at run.steps, which a "
-        "resumed run must repeat; or constant.",
+        "Learning rate after the warmup: constant, or a schedule of diffusers down to 0 at "
+        "run.steps, which a resumed run must repeat. With its defaults, cosine_with_restarts has "
+        "one cycle, and polynomial has power 1 and ends at 1e-7.",
     )
     warmup_steps: Index = key(0, "Optimizer steps in which the learning rate rises linearly.")
 
@@ -126,7 +127,7 @@ class RunConfig(Section):
     tensorboard: bool = key(True, "Write TensorBoard logs beside log.jsonl.")
     wandb: bool = key(
         False,
-        "Log to Weights & Biases, if wandb is installed, in the project of WANDB_PROJECT.",
+        "Log to Weights & Biases too; its environment variables (WANDB_PROJECT, WANDB_MODE) apply.",
     )
     resume: Text | None = key(
         "auto",

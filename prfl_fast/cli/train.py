@@ -52,6 +52,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.checkpoint import FINAL
 from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.evaluation import labels_of
+from prfl_fast.training.logging import check_loggers
 from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.training.model_files import load_model
 from prfl_fast.training.objectives import Objective, RewardFit
@@ -100,6 +101,7 @@ def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterato
 
 def _train(config: TrainFile, options: RunOptions) -> int:
     given, config = config, _with_learning_rate(config)
+    check_loggers(config.run.tensorboard, config.run.wandb)
     device = loading.device_of(config.hardware)
     dataset = open_data(config)
     folders, boundary = loading.folders_of(config.model)
@@ -200,6 +202,7 @@ def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
 
 def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     given, config = config, _with_learning_rate(config)
+    check_loggers(config.run.tensorboard, config.run.wandb)
     device, out = loading.device_of(config.hardware), Path(config.out)
     dataset, held_out = _labeled_data(config)
     winners = first_batches(dataset, config)
@@ -308,6 +311,13 @@ def _trainer(
     **more: Any,
 ) -> Trainer:
     assert isinstance(config.memory, MemorySection)
+    every = None if config.eval is None else config.eval.every
+    if every is not None and every > config.run.steps:
+        command = "train" if isinstance(config, TrainFile) else "train-reward"
+        text = (
+            f"eval.every is {every}, more than run.steps: while training, step 0 alone is evaluated"
+        )
+        note(text, command)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     values: dict[str, Any] = {}
     for part in (config.optimizer, config.run, config.memory):

@@ -42,7 +42,7 @@ class TrainConfig:
         seed: seed of the CPU generator that all objectives draw from.
         save_every: steps between checkpoints; 0 saves at the end only.
         keep_last: number of newest checkpoints to keep; 0 keeps all.
-        wandb: log to Weights & Biases as well; without effect if wandb is not installed.
+        wandb: log to Weights & Biases as well; a run without a folder does not.
 
     Raises:
         ValueError: if a number is out of range, or a choice is unknown.

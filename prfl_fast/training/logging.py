@@ -1,7 +1,6 @@
 """Metric log and progress bar of a training run."""
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -19,6 +18,14 @@ from prfl_fast.utils.optional import need
 
 LOG, WANDB_ID = "log.jsonl", "wandb-id"
 _log = logging.getLogger("prfl_fast")
+
+
+def check_loggers(tensorboard: bool, wandb: bool) -> None:
+    """Raise :class:`MissingExtraError` if a log is wanted whose package is not installed."""
+    if tensorboard:
+        need("tensorboard")  # a missing one is reported by this name, not by torch.utils'
+    if wandb:
+        need("wandb", "wandb")
 
 
 class TrainingLog:
@@ -71,6 +78,9 @@ class TrainingLog:
         write_image(path, picture)
         if self._board is not None:
             self._board.add_image("eval/samples", picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            image = need("wandb", "wandb").Image(picture.numpy())
+            self._wandb.log({"eval/samples": image}, step=step)
 
     def flush(self) -> None:
         """Flush all records to disk."""
@@ -88,13 +98,13 @@ class TrainingLog:
 
 
 def _wandb_run(folder: Path) -> Any:
-    """Return the run of Weights & Biases that belongs to a folder, new or resumed; None if none.
+    """Return the run of Weights & Biases that belongs to a folder, new or resumed.
 
-    A run goes on without it: it must not end because of a service. wandb's environment variables
-    choose the project (``WANDB_PROJECT``), the server and the mode.
+    If wandb cannot start it, return None: a training must not end because of a service. wandb's
+    environment variables choose the project (``WANDB_PROJECT``), the server and the mode.
     """
+    wandb = need("wandb", "wandb")
     try:
-        wandb = importlib.import_module("wandb")
         name = folder / WANDB_ID
         if not name.is_file():
             with write_atomic(name) as temporary:
@@ -102,6 +112,6 @@ def _wandb_run(folder: Path) -> Any:
         where = {"project": os.environ.get("WANDB_PROJECT", "prfl_fast"), "dir": str(folder)}
         known = {"id": name.read_text(), "name": folder.name, "resume": "allow"}
         return wandb.init(**where, **known)
-    except Exception as error:  # noqa: BLE001 - of any type: not installed, no key, no network
+    except Exception as error:  # noqa: BLE001 - of any type: no key, no network
         _log.warning("run.wandb has no effect: %s", str(error).partition("\n")[0])
         return None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import need
 
 ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -20,9 +21,12 @@ def schedule_factor(
     steps have the factor of ``diffusers.optimization.get_scheduler`` with its defaults.
 
     Raises:
+        ValueError: if ``learning_rate`` is not above 1e-7, the end of ``polynomial``.
         MissingExtraError: if diffusers is not installed; ``constant`` does not need it.
     """
     later: Callable[[int], float] = lambda index: 1.0  # noqa: E731
+    ok, expected = name != "polynomial" or learning_rate > 1e-7, "above 1e-7, the end of polynomial"
+    check(ok, "learning_rate", learning_rate, expected)
     if name != "constant":
         # Schedulers of torch change an optimizer, here of no use but to make the function.
         none = torch.optim.SGD([torch.zeros(())], lr=learning_rate)

@@ -39,7 +39,7 @@ from prfl_fast.training.checkpoint import (
 )
 from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
 from prfl_fast.training.evaluation import Evaluated, EvaluationInterrupted, PeriodicEvaluation
-from prfl_fast.training.logging import TrainingLog
+from prfl_fast.training.logging import TrainingLog, check_loggers
 from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
@@ -102,7 +102,7 @@ class Trainer:
         ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype,
             ``model`` cannot be saved into ``folder``, or the checkpoint is damaged, of another
             model, or of other settings or inputs.
-        MissingExtraError: if the optimizer's library is not installed.
+        MissingExtraError: if the package of the optimizer or of a log is not installed.
     """
 
     def __init__(  # noqa: PLR0913 - the public face of a run
@@ -128,6 +128,7 @@ class Trainer:
         self.evaluation = evaluation or PeriodicEvaluation(lambda tick: Evaluated({}))
         self._signals: list[Any] = []  # received by this run
         check(not tensorboard or folder is not None, "folder", folder, "a path for tensorboard")
+        check_loggers(tensorboard, config.wandb)
         if isinstance(model, Experts) and model.trained:
             model.use(model.trained[0])  # states of optimizer and average are made on the device
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -55,10 +55,10 @@ def test_defaults_are_the_papers(tmp_path):
     assert (optimizer.learning_rate, optimizer.betas, optimizer.eps) == (None, (0.9, 0.999), 1e-8)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.01, 1.0)
     assert run.gradient_accumulation_steps == 5 and run.ema_decay is None
-    reward = load(tmp_path, REWARD, TrainRewardFile)
+    reward = load(tmp_path, REWARD + "eval: {held_out: 0.1}\n", TrainRewardFile)
     optimizer = reward.optimizer
     assert (optimizer.learning_rate, optimizer.max_grad_norm, reward.num_blocks) == (None, 1.0, 8)
-    assert reward.timesteps == (201, 400, 600, 800, 1000)
+    assert reward.eval.timesteps == (201, 400, 600, 800, 1000)
 
 
 def test_values_are_read_as_people_write_them(tmp_path):

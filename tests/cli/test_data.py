@@ -46,7 +46,7 @@ def test_rewards_train_evaluate_and_score_mixed_sizes(root, mixed, tmp_path, cap
     runs = {"ce": {"data": mixed}, "bt": {"loss": "bt", "data": str(pairs)}, "drawn": drawn}
     for name, changes in runs.items():
         out = tmp_path / name
-        changes = {**changes, "eval_data": mixed, "run.steps": 2}
+        changes = {**changes, "eval.data": mixed, "run.steps": 2}
         assert call("train-reward", root, out, changes) == 0
         found = json.loads((out / "evaluation.json").read_text())
         assert {values["count"] for values in found.values()} == {7}
@@ -83,7 +83,7 @@ def test_lists_of_the_reference(root, tmp_path, capsys):
     path, _ = write(tmp_path, *videos)
     changes = {"data": str(path), "run.steps": 1}
     assert train(root, tmp_path / "out", changes)[0]["step"] == 1
-    reward = {"data": str(path), "eval_data": str(path), "missing_label": 0}
+    reward = {"data": str(path), "eval.data": str(path), "missing_label": 0}
     drawn = {"loss": "bt", "data": str(path), "lose_data": str(path)}
     for name, keys in (("reward", reward), ("drawn", drawn)):
         assert call("train-reward", root, tmp_path / name, keys, "--check", "--deep") == 0

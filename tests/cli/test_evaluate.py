@@ -51,6 +51,7 @@ def test_labels(root, tmp_path, capsys):
     assert capsys.readouterr().out == printed.partition("4 videos")[0]
 
 
+@pytest.mark.slow
 def test_pairs(root, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert run(root, "pairs", "--timesteps", 400, "--out", tmp_path / "out") == 0
@@ -91,6 +92,7 @@ def test_a_reward_that_is_not_one_is_refused(root, capsys):
     assert "not the configuration of a reward model" in one_line(capsys, "evaluate")
 
 
+@pytest.mark.slow
 def test_reward_training_is_evaluated_and_goes_on_as_it_would_have(root, tmp_path):
     held_out = {"eval": {"held_out": 0.5, "every": 2, "timesteps": [201, 800], "batch_size": 2}}
     assert call("train-reward", root, tmp_path / "whole", held_out) == 0
@@ -116,6 +118,7 @@ def test_reward_training_is_evaluated_and_goes_on_as_it_would_have(root, tmp_pat
     assert_same(*map(dict, weights))
 
 
+@pytest.mark.slow
 def test_early_stopping_saves_the_best_reward(root, tmp_path, capsys):
     changes = {"run.steps": 9, "eval.data": str(root / "data"), "eval.every": 1}
     changes |= {"eval.patience": 2, "eval.timesteps": [201]}

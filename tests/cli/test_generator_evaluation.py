@@ -1,12 +1,10 @@
 """The ``eval`` section of ``prfl-fast train``: rewards of held-out prompts, samples, resuming."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from commands import call, negative_file, refused, train
-from runs import log, samples
+from runs import samples
+from wan import tiny_wan
 
 pytest.importorskip("pydantic")
 pytest.importorskip("diffusers")
@@ -34,27 +32,70 @@ def numbers(records):
     return [{name: r[name] for name in NAMES} for r in records if r["step"]]
 
 
-def test_rewards_along_the_sampler_without_effect_on_the_training(root, tmp_path, prompts):
-    changes = {"run.steps": 3, "prfl.num_inference_steps": 4, "run.save_every": 2}
+def evaluated(prompts, folder, **changes):
+    """Return changes of a configuration with an evaluation that writes pictures."""
+    torch.manual_seed(0)
+    sizes = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_scales": []}
+    AutoencoderKLWan(z_dim=16, **sizes).save_pretrained(folder / "vae")
+    section = {"prompts": prompts, "every": 2, "seeds": [3, 4], "codec": str(folder / "vae")}
+    return {"eval": {**section, **changes}}
+
+
+def weights(out):
+    return (out / "final" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_rewards_and_samples_without_effect_on_the_training(root, tmp_path, prompts):
+    image = pytest.importorskip("PIL.Image")
+    changes = {"run.steps": 2, "prfl.num_inference_steps": 2}
     negative = negative_file(tmp_path / "n.safetensors", 3, 20)
     changes["prfl.guidance"] = {"guidance_scale": 3.0, "negative": negative}
-    evaluated = {"eval": {"prompts": prompts, "every": 2, "seeds": [3, 4]}}
-    records = train(root, tmp_path / "eval", {**changes, **evaluated})
-    plain = train(root, tmp_path / "plain", changes)
-    assert numbers(records) == numbers(plain)
-    weights = [
-        (tmp_path / name / "final" / "diffusion_pytorch_model.safetensors").read_bytes()
-        for name in ("eval", "plain")
-    ]
-    assert weights[0] == weights[1]
+    section = evaluated(prompts, tmp_path, seeds=[3])
+    records = train(root, tmp_path / "eval", {**changes, **section})
+    assert numbers(records) == numbers(train(root, tmp_path / "plain", changes))
+    assert weights(tmp_path / "eval") == weights(tmp_path / "plain")
     found = [r for r in records if "eval/reward" in r]
     assert [r["step"] for r in found] == [0, 2]
-    levels = {name for name in found[0] if name.startswith("eval/reward/t")}
-    assert len(levels) == 3 and found[0]["eval/reward"] != found[1]["eval/reward"]
-    train(root, tmp_path / "halves", {**changes, **evaluated, "run.steps": 1})
-    assert train(root, tmp_path / "halves", {**changes, **evaluated}) == records
+    assert sum(name.startswith("eval/reward/t") for name in found[0]) == 1
+    paths = sorted((tmp_path / "eval" / "samples").iterdir())
+    assert [path.name for path in paths] == ["step-00000000.png", "step-00000002.png"]
+    # Two rows: one frame of 32 x 16 pixels, five of 16 x 16; 4 pixels between frames.
+    assert image.open(paths[0]).size == (5 * (16 + 4), 32 + 4 + 16 + 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["workers", "sft", "experts", "dpo"])
+def test_a_resumed_run_writes_the_same_log_and_samples(root, tmp_path, prompts, case):
+    pytest.importorskip("PIL.Image")
+    lora = {"lora": {"lora_rank": 2}, "run.ema_decay": ...}
+    if case == "experts":
+        tiny_wan(layers=1, heads=1, text_tokens=512, seed=3).save_pretrained(tmp_path / "low")
+        model = {"high": str(root / "model"), "low": str(tmp_path / "low"), "boundary": 0.9}
+        lora["model"] = model
+    changes = {
+        "workers": {"run.workers": 2},
+        "sft": {"objectives": ["sft"], "reward": ..., "run.tensorboard": True},
+        "experts": lora,
+        "dpo": {"objectives": ["dpo", "prfl"], "data": str(root / "pairs"), **lora},
+    }[case]
+    changes |= {"run.steps": 4, "prfl.num_inference_steps": 4, "optimizer.learning_rate": 0.1}
+    section = evaluated(prompts, tmp_path)
+    whole = train(root, tmp_path / "whole", {**changes, **section})
+    for steps in (1, 3, 4):
+        half = train(root, tmp_path / "half", {**changes, **section, "run.steps": steps})
+    assert half == whole
+    pictures = [
+        [path.read_bytes() for path in sorted((tmp_path / name / "samples").iterdir())]
+        for name in ("whole", "half")
+    ]
+    assert pictures[0] == pictures[1] and len(set(pictures[0])) == 3
+    if case == "sft":
+        assert not any(name.startswith("eval") for r in whole for name in r)
+    plain = train(root, tmp_path / "plain", changes)
+    assert plain == [{k: v for k, v in r.items() if "eval" not in k} for r in whole if r["step"]]
+
+
+@pytest.mark.slow
 def test_the_reward_at_the_end_is_that_of_the_samples(root, tmp_path, prompts):
     changes = {"run.steps": 1, "eval": {"prompts": prompts, "every": 9, "seeds": [3]}}
     (first, *_) = train(root, tmp_path / "out", {**changes, "prfl.num_inference_steps": 4})
@@ -70,29 +111,6 @@ def test_the_reward_at_the_end_is_that_of_the_samples(root, tmp_path, prompts):
             scores.append(reward(x, torch.zeros(1), conditions).item())
     assert first["step"] == 0
     assert first["eval/reward"] == pytest.approx(sum(scores) / 2, rel=1e-4)
-
-
-def test_samples_are_written_and_rewards_are_not_needed(root, tmp_path, prompts):
-    image = pytest.importorskip("PIL.Image")
-    torch.manual_seed(0)
-    sizes = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_scales": []}
-    AutoencoderKLWan(z_dim=16, **sizes).save_pretrained(tmp_path / "vae")
-    section = {"prompts": prompts, "every": 1, "codec": str(tmp_path / "vae")}
-    changes = {"run.steps": 2, "objectives": ["sft"], "reward": ..., "eval": section}
-    changes |= {"prfl.num_inference_steps": 2, "run.tensorboard": True}
-    changes["optimizer.learning_rate"] = 0.1
-    records = train(root, tmp_path / "out", changes)
-    assert not any(name.startswith("eval") for r in records for name in r)
-    names = [f"step-{step:08d}.png" for step in range(3)]
-    paths = sorted((tmp_path / "out" / "samples").iterdir())
-    assert [path.name for path in paths] == names
-    # Two rows: one frame of 32 x 16 pixels, five of 16 x 16; 4 pixels between frames.
-    assert image.open(paths[0]).size == (5 * (16 + 4), 32 + 4 + 16 + 4)
-    shutil.rmtree(tmp_path / "out" / "step-00000002")
-    before = [path.read_bytes() for path in paths]
-    train(root, tmp_path / "out", changes)
-    assert [path.read_bytes() for path in paths] == before and before[0] != before[2]
-    assert json.dumps(log(tmp_path / "out")) == json.dumps(records)
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,22 @@ def of(root, data, **changes):
     return {"data": str(root / data), **keys}
 
 
-def test_dpo_takes_turns_with_prfl_and_resumes(root, tmp_path):
+@pytest.mark.parametrize("steps", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_dpo_takes_turns_with_prfl_and_resumes(root, tmp_path, steps):
     """The pairs' winners are the samples of the other objectives."""
     changes = of(root, "pairs", objectives=["dpo", "prfl", "rwr"], rwr__temperature=0.5) | LORA
+    changes["run.steps"] = steps
     records = train(root, tmp_path / "whole", changes)
     assert records[0]["dpo/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert all(0 < record["rwr/reward"] < 1 for record in records)
     assert {"prfl/reward", "dpo/margin", "dpo/accuracy"} <= records[0].keys()
+    if steps == 1:
+        return
     train(root, tmp_path / "half", {**changes, "run.steps": 2})
     assert train(root, tmp_path / "half", changes) == records
 
 
+@pytest.mark.slow
 def test_a_model_that_trains_in_full_is_held_to_a_copy(root, tmp_path):
     """A resumed run has the initial weights as its reference too."""
     changes = of(root, "pairs", objectives=["dpo"], reward=..., run__save_every=1)
@@ -56,6 +61,11 @@ ERRORS = [
         "data",
         {"objectives": ["rwr"], "reward": ..., "rwr__label": "score"},
         "manifest.jsonl:1: label score is None, expected a number. The record has ['motion_quali",
+    ),
+    (
+        "data",
+        {"objectives": ["rwr"], "rwr__label": "motion_quality", "rwr__temperature": 0.01},
+        "label motion_quality is 1.0, expected at most 0.88: exp(reward / rwr.temperature) must be",
     ),
     ("pairs", {"objectives": ["dpo"], "dpo__beta": 0}, "dpo.beta is 0, expected a number above 0"),
 ]

@@ -58,6 +58,7 @@ def test_merged_adapters_give_the_same_scores(dtype, tmp_path):
     patch(reward.backbone)
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_pooling_and_head_and_resumes(root, tmp_path, capsys):
     whole, half = tmp_path / "whole", tmp_path / "half"
     assert call("train-reward", root, whole, LORA) == 0

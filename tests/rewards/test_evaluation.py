@@ -21,6 +21,7 @@ def scored(count, seed, ties=False):
     return (logits.round() if ties else logits), labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("count", [7, 400])
 def test_figures_are_those_of_scikit_learn(count, ties):

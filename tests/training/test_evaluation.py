@@ -151,7 +151,7 @@ def test_a_reward_is_evaluated_on_labels_and_on_pairs(tmp_path):
     for name, options in (("data", {"label": "motion_quality"}), ("pairs", {})):
         dataset = LatentDataset(root / name)
         evaluator = RewardEvaluator(dataset, timesteps=(201, 800), batch_size=3, **options)
-        (figures,) = evaluator(reward)
+        figures = evaluator(reward).figures
         expected = evaluator.metrics(evaluator.logits(reward))
         for key in ("accuracy", "loss"):
             values = [expected[t][key] for t in (201, 800)]

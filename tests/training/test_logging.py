@@ -6,6 +6,8 @@ import types
 import pytest
 from runs import log, trainer
 
+from prfl_fast.utils.optional import MissingExtraError
+
 
 class FakeWandb(types.ModuleType):
     """Stand in for the package and record what a run logs."""
@@ -39,13 +41,20 @@ def test_a_run_is_one_run_of_wandb(tmp_path, monkeypatch):
         assert {key: value for key, value in record.items() if key != "seconds"} == line
 
 
-@pytest.mark.parametrize("why", ["absent", "broken"])
-def test_a_run_goes_on_without_wandb(tmp_path, monkeypatch, caplog, why):
+def test_a_run_goes_on_without_the_service(tmp_path, monkeypatch, caplog):
     fake = FakeWandb()
     fake.init = lambda **options: 1 / 0
-    monkeypatch.setitem(sys.modules, "wandb", None if why == "absent" else fake)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     plain, other = tmp_path / "plain", tmp_path / "wandb"
     trainer(folder=plain).run()
     trainer(folder=other, wandb=True).run()
     assert log(other) == log(plain)
     assert "run.wandb has no effect: " in caplog.text and caplog.text.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_run_without_the_package_of_a_log_is_refused(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"{package} is not installed: pip install 'prfl_"):
+        trainer(folder=tmp_path / "out", **{package: True})
+    assert not (tmp_path / "out").exists()

@@ -52,7 +52,7 @@ def error(net, latents, conditions, i):
 
 
 def textbook_dpo(net, reference, win, lose, beta):
-    """Return equation (6) of arXiv 2501.13918 with constant β, for samples and conditions."""
+    """Return the Flow-DPO loss of arXiv 2501.13918 with constant β and means, by its formula."""
     total = 0.0
     for i in range(3):
         of_win = error(net, WIN, win, i) - error(reference, WIN, win, i).detach()

@@ -62,3 +62,5 @@ def test_a_resumed_run_has_the_same_rates_and_bits(tmp_path):
 def test_bad_schedules_are_refused():
     with pytest.raises(ValueError, match="schedule is 'step', expected"):
         trainer(schedule="step")
+    with pytest.raises(ValueError, match="learning_rate is 1e-08, expected above 1e-7"):
+        trainer(schedule="polynomial", learning_rate=1e-8)
