@@ -31,9 +31,14 @@ def weights_path(path: str | Path) -> Path:
 
 
 def load_sampler_model(
-    model: str, weights: str | None, weight_dtype: str, device: torch.device
+    model: str,
+    weights: str | None,
+    weight_dtype: str,
+    device: torch.device,
+    *,
+    patched: bool = True,
 ) -> nn.Module:
-    """Return a frozen, patched generator on the device.
+    """Return a frozen generator on the device, in eval mode.
 
     Args:
         model: folder of the pipeline, or of its transformer.
@@ -41,6 +46,7 @@ def load_sampler_model(
             transformer in place of it; or a run of ``prfl-fast train``. Of two experts, a run's
             folders ``transformer`` and ``transformer_2`` hold those that were trained.
         weight_dtype: of the weights: ``fp32``, ``bf16``, ``fp8`` or ``nf4``.
+        patched: run it on the fused kernels.
 
     Raises:
         ValueError: if a model or an adapter cannot be read, or does not fit.
@@ -69,8 +75,7 @@ def load_sampler_model(
                 add_lora_file(transformer, part)
             else:
                 add_lora_file(_check_experts(transformer, path).use(name), part)
-    patch(transformer)
-    return transformer
+    return patch(transformer) if patched else transformer
 
 
 def _check_experts(model: nn.Module, path: Path | None) -> Experts:

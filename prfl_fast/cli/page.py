@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from prfl_fast.data.video import contact_sheet
@@ -16,6 +17,7 @@ PAGE = "index.html"
 # Videos above this many bytes together are left out; strips of frames stand for them.
 _VIDEO_BYTES = 64 << 20
 _COLORS = ("#444444", "#1b6ca8", "#c8553d", "#588157", "#7b4b94", "#b08900")
+_MARKERS = "os^Dv*"
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
@@ -29,14 +31,16 @@ td.n, th.n { text-align: right; }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px),
   1fr)); }
 .charts svg { width: 100%; height: auto; max-width: 560px; }
-.row { display: grid; gap: 12px; margin: 0 0 24px; grid-template-columns: repeat(auto-fit,
-  minmax(min(100%, 280px), 1fr)); }
-figure { margin: 0; } figcaption { font-weight: 600; }
+.row { display: grid; gap: 12px; margin: 0 0 16px; grid-template-columns: repeat(auto-fit,
+  minmax(min(100%, 170px), 1fr)); }
+figure { margin: 0; } figcaption { font-weight: 600; overflow-wrap: anywhere; }
 figcaption small { font-weight: 400; color: #555; }
+.seed { color: #555; font-size: 0.875rem; margin: 0 0 4px; }
 video, figure img { width: 100%; max-width: 832px; display: block; background: #eee; }
 figure img { margin-top: 4px; }
-blockquote { margin: 16px 0 4px; padding-left: 12px; border-left: 3px solid #ccc;
+blockquote { margin: 24px 0 4px; padding-left: 12px; border-left: 3px solid #ccc;
   overflow-wrap: anywhere; }
+@media (max-width: 600px) { table { font-size: 0.875rem; } th, td { padding-right: 8px; } }
 """
 
 
@@ -61,11 +65,8 @@ def write_page(
         f"<h1>{title}</h1>",
         f"<p>{len(prompts)} prompts, {len(videos)} videos of each generator from the same noise, "
         f"{settings['num_inference_steps']} steps, shift {settings['shift']:g}, guidance scale "
-        f"{_text(settings['guidance_scale'])}.</p>",
-        _table(
-            ("generator", "weights"),
-            [(name, weights or settings["model"]) for name, weights in arms.items()],
-        ),
+        f"{_numbers(settings['guidance_scale'])}.</p>",
+        _generators(found),
         *_wins(found["wins"]),
         "<h2>Rewards and drift</h2>",
         "<p>A reward is the mean score of videos with noise added up to each timestep, with a "
@@ -104,22 +105,40 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: in
     return f'<div class="scroll"><table>{line("th", columns)}{body}</table></div>'
 
 
+def _numbers(value: float | Sequence[float]) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else ", ".join(f"{v:g}" for v in value)
+
+
+def _generators(found: Mapping[str, Any]) -> str:
+    """Return the table of the generators with their mean rewards and drift."""
+    rows = []
+    for arm, weights in found["arms"].items():
+        means = [mean(by_arm[arm]["mean"]) for by_arm in found["rewards"].values()]
+        drift = found["drift"].get(arm)
+        drifted = "" if drift is None else f"{mean(drift.values()):.3f}"
+        place = weights or found["settings"]["model"]
+        rows.append((arm, place, *(f"{value:.3f}" for value in means), drifted))
+    columns = ("generator", "weights", *found["rewards"], "drift")
+    return _table(columns, rows, numbers=len(columns) - 2)
+
+
 def _wins(wins: Sequence[Mapping[str, Any]]) -> list[str]:
     if not wins:
         return []
     rows = [
         (
             *(win["reward"], f"{win['arm']} against {win['against']}", f"{win['rate']:.2f}"),
-            *(f"{win['low']:.2f} to {win['high']:.2f}", win["wins"], win["losses"], win["ties"]),
+            f"{win['low']:.2f} to {win['high']:.2f}",
+            f"{win['wins']} / {win['losses']} / {win['ties']}",
         )
         for win in wins
     ]
-    columns = ("reward", "generators", "win rate", "95 % interval", "wins", "losses", "ties")
+    columns = ("reward", "generators", "win rate", "95 % interval", "won / lost / tied")
     return [
         "<h2>Win rates</h2>",
         "<p>Share of videos whose mean score over the timesteps is higher, a tie counting half, "
         "with Wilson's interval. A rate whose interval holds 0.5 shows no difference.</p>",
-        _table(columns, rows, numbers=5),
+        _table(columns, rows, numbers=3),
     ]
 
 
@@ -150,12 +169,16 @@ def _chart(
     axes = figure.add_subplot()
     for arm, (x, y, halves) in lines.items():
         errors = None if halves is None else [half or 0.0 for half in halves]
-        color = _COLORS[names.index(arm) % len(_COLORS)]
-        axes.errorbar(x, y, errors, label=arm, color=color, marker="o", capsize=3)
+        place = names.index(arm)
+        style = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        # Equal lines stay visible, because later ones are thinner.
+        width = max(1.5, 4.0 - 1.2 * place)
+        axes.errorbar(x, y, errors, label=arm, capsize=3, linewidth=width, **style)
     axes.set(title=title, xlabel=axis)
     axes.grid(alpha=0.3)
     if floor is not None:
-        axes.set_ylim(bottom=floor)
+        top = max((max(y) for _, y, _ in lines.values()), default=0.0)
+        axes.set_ylim(floor, 1.1 * top if top > floor else floor + 1.0)
     axes.legend(frameon=False)
     text = io.StringIO()
     # Without a salt, the ids inside change from run to run.
@@ -180,9 +203,12 @@ def _gallery(
             f"<p>The videos have {size >> 20} MiB together, so this page shows strips of frames. "
             "The files are in the folders beside it.</p>"
         )
+    before = None
     for i, video in enumerate(videos):
-        parts.append(f"<blockquote>{_text(prompts[video.prompt])}</blockquote>")
-        parts.append(f"<p>Seed {video.seed}</p>" + '<div class="row">')
+        if video.prompt != before:
+            parts.append(f"<blockquote>{_text(prompts[video.prompt])}</blockquote>")
+        before = video.prompt
+        parts.append(f'<p class="seed">Seed {video.seed}</p><div class="row">')
         for arm in arms:
             scores = [
                 f"{name} {sum(by_arm[arm][i]) / len(by_arm[arm][i]):.3f}"
@@ -194,7 +220,7 @@ def _gallery(
             if shown:
                 data = base64.b64encode(path.read_bytes()).decode()
                 media = (
-                    "<video controls loop muted playsinline preload='metadata' "
+                    "<video controls autoplay loop muted playsinline "
                     f'src="data:video/mp4;base64,{data}"></video>{media}'
                 )
             parts.append(f"<figure><figcaption>{caption}</figcaption>{media}</figure>")

@@ -6,15 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prfl_fast.cli.generators import load_sampler_model, weights_path
 from prfl_fast.cli.inputs import fingerprint
 from prfl_fast.cli.sample_inputs import Job, check_reward, free_memory, load_reward
-from prfl_fast.data.codec import (
-    VideoCodec,
-    load_codec,
-)
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.sampler import Sampler
@@ -22,6 +16,7 @@ from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.sampling import generate as files
 from prfl_fast.sampling.generate import Video
 from prfl_fast.sampling.methods import METHODS, Method, make_method
+from prfl_fast.sampling.pipeline import WanPipelineSampler
 from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries, read_json, write_atomic
@@ -41,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text += "transformer (default: that of --model)"
     parser.add_argument("--weights", metavar="PATH", help=text)
     add_sampling_options(parser)
+    text = "sample by the pipeline of diffusers, with its own forward, in place of the rollout "
+    text += "engine: the same videos up to rounding"
+    parser.add_argument("--pipeline", action="store_true", help=text)
     group = parser.add_argument_group("use of a reward")
     text = "best-of: N noises; prune: drop the worst early; beam: beam search; reno: optimize the "
     text += "noise; guide: add the reward's gradient to the velocity"
@@ -106,7 +104,9 @@ def _scale(text: str) -> float | tuple[float, ...]:
     try:
         numbers = tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or HIGH,LOW") from None
+        numbers = ()
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or HIGH,LOW")
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -116,18 +116,36 @@ def run_sample(options: argparse.Namespace) -> int:
     job = Job(options)
     if method is not None:
         check_reward(options.reward, job)
+    if options.pipeline:
+        _check_pipeline(options, job)
     arm = Arm(job, options.out, options.weights, method, options.reward)
     print(arm.cost())
     with hold_folder(options.out):
         arm.open()
-        if arm.missing():
-            job.encode()
-        arm.sample()
+        if options.pipeline:
+            arm.sample_by_pipeline()
+        else:
+            if arm.missing():
+                job.encode()
+            arm.sample()
         arm.decode()
     print(f"{len(job.videos)} videos: {options.out}")
     if not options.latents_only:
         print(f"contact sheet: {options.out / files.SHEET}")
     return 0
+
+
+def _check_pipeline(options: argparse.Namespace, job: Job) -> None:
+    """Check the inputs that a pipeline takes."""
+    index = options.model / "model_index.json"
+    check(index.is_file(), "--model", str(options.model), f"a folder with {index.name}")
+    for name in ("method", "data"):
+        value = getattr(options, name)
+        check(value is None, f"--{name}", value, "no value with --pipeline")
+    check(options.batch_size == 1, "--batch-size", options.batch_size, "1 with --pipeline")
+    images = sum(prompt.image is not None for prompt in job.prompts)
+    all_or_none = images in (0, len(job.prompts))
+    check(all_or_none, "--image", images, "one for each prompt or none with --pipeline")
 
 
 def _method(options: argparse.Namespace) -> Method | None:
@@ -191,6 +209,7 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """Return what determines the videos."""
         found = {**self.job.settings(), "weights": self.weights, "method": None}
+        found["pipeline"] = getattr(self.job.options, "pipeline", False)
         if self.weights is not None:
             found["weights: fingerprint"] = fingerprint(weights_path(self.weights).resolve())
         if self.method is not None:
@@ -283,6 +302,34 @@ class Arm:
                 tick=bar.update,
             )
 
+    def sample_by_pipeline(self) -> None:
+        """Write the latents that are missing by the pipeline of diffusers, one video at a time."""
+        todo, job, o = self.missing(), self.job, self.job.options
+        if not todo:
+            return
+        model = load_sampler_model(
+            str(job.model), self.weights, job.weight_dtype, job.device, patched=False
+        )
+        images = job.prompts[0].image is not None
+        pipeline = WanPipelineSampler(
+            job.model, model, o.shift, images=images, device=job.device, dtype=job.dtype
+        )
+        with step_progress(f"sample {self.out.name}", 0, len(todo) * o.num_inference_steps) as bar:
+            for video in todo:
+                latents = pipeline(
+                    job.prompts[video.prompt],
+                    o.negative or "",
+                    files.noise_of(video.seed, job.shape_of(video.prompt))[None].to(job.device),
+                    job.frames,
+                    job.size,
+                    o.num_inference_steps,
+                    o.guidance_scale,
+                    bar.update,
+                )
+                files.write_latents(self.out, video, latents[0])
+        del model, pipeline
+        free_memory()
+
     def decode(self) -> None:
         """Write the videos that are missing and the contact sheet."""
         job = self.job
@@ -290,20 +337,10 @@ class Arm:
         if job.options.latents_only:
             return
         if todo:
-            codec = load_codec(job.model, job.device)
-            codec.budget = _room(codec, job.budget)
+            codec = job.open_codec()
             with step_progress(f"decode {self.out.name}", 0, len(todo)) as bar:
                 files.decode(codec, todo, self.out, job.options.fps, bar.update)
             del codec
             free_memory()
         if todo or not (self.out / files.SHEET).is_file():
-            files.write_sheet(job.videos, self.out)
-
-
-def _room(codec: VideoCodec, budget: int | None) -> int | None:
-    """Return the bytes that the autoencoder may use beside its weights; None has no limit."""
-    parameters = list(codec.vae.parameters())
-    if budget is not None:
-        return max(0, budget - sum(p.nbytes for p in parameters))
-    device = parameters[0].device
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+            files.write_sheet(job.videos, [p.text for p in job.prompts], self.out)

@@ -11,7 +11,13 @@ import torch
 from prfl_fast.cli import loading
 from prfl_fast.cli.inputs import fingerprint
 from prfl_fast.cli.sections import HardwareSection
-from prfl_fast.data.codec import MAX_TOKENS, load_codec, load_image_encoder, load_text_encoder
+from prfl_fast.data.codec import (
+    MAX_TOKENS,
+    VideoCodec,
+    load_codec,
+    load_image_encoder,
+    load_text_encoder,
+)
 from prfl_fast.data.codec_files import find_part, has_part
 from prfl_fast.data.encode import DTYPES, IMAGE, NEGATIVE
 from prfl_fast.data.encode_plan import Condition, default_condition
@@ -26,7 +32,7 @@ from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.sampling import generate as files
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check, check_count, check_number, check_positive
-from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.io import load_tensors, read_json
 from prfl_fast.utils.progress import step_progress
 
 
@@ -91,10 +97,12 @@ class Job:
         self.prompts = [Prompt(name) for name in dataset.ids()]
         self.shapes = dict(dataset.shapes)
         if not options.latents_only:
+            _check_family(self.model)
             find_part(self.model, "vae")
         if self.guided and options.negative is None:
             self._negative_file()
         elif self.guided:
+            _check_family(self.model)
             find_part(self.model, "text_encoder")
 
     def _negative_file(self) -> Path:
@@ -112,6 +120,7 @@ class Job:
         self.frames = 81 if options.frames is None else options.frames
         condition = default_condition(self.model)
         self.clip = condition != "none" and has_part(self.model, "image_encoder")
+        _check_family(self.model)
         find_part(self.model, "text_encoder")
         # The smallest part is read here, because it decides the shape of the latents.
         codec = load_codec(self.model)
@@ -182,7 +191,7 @@ class Job:
         encoder = None
         if self.clip:
             encoder = load_image_encoder(self.model, self.device, self.dtype)
-        codec = load_codec(self.model, self.device, budget=self.budget)
+        codec = self.open_codec()
         with step_progress("images", 0, len(places)) as bar:
             for i in places:
                 prompt = self.prompts[i]
@@ -191,6 +200,16 @@ class Job:
         del codec, encoder
         free_memory()
         return found
+
+    def open_codec(self) -> VideoCodec:
+        """Return the autoencoder; it and its weights keep within ``--budget``, or free memory."""
+        codec = load_codec(self.model, self.device)
+        if self.budget is not None:
+            weights = sum(parameter.nbytes for parameter in codec.vae.parameters())
+            codec.budget = max(0, self.budget - weights)
+        elif self.device.type == "cuda":
+            codec.budget = torch.cuda.mem_get_info(self.device)[0]
+        return codec
 
     def settings(self) -> dict[str, Any]:
         """Return what determines the videos, beside the weights and the method."""
@@ -228,6 +247,16 @@ def _sample(dataset: LatentDataset, index: int) -> Sample:
     sample = dataset[index]
     assert isinstance(sample, Sample)
     return sample
+
+
+def _check_family(model: Path) -> None:
+    """Check that a diffusers pipeline has Wan's autoencoder, and so its text encoder."""
+    config = model / "vae" / "config.json"
+    if config.is_file():
+        kind = read_json(config).get("_class_name", "AutoencoderKLWan")
+        hint = "Other families sample encoded prompts: --data FOLDER --latents-only"
+        expected = "a pipeline of Wan with AutoencoderKLWan"
+        check(kind == "AutoencoderKLWan", "--model", f"{model} with {kind}", expected, hint=hint)
 
 
 def _given_prompts(options: argparse.Namespace) -> list[Prompt]:

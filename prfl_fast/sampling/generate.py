@@ -32,11 +32,14 @@ from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.sampling.methods import Method
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.io import open_tensors, save_tensors
+from prfl_fast.utils.optional import need
+from prfl_fast.utils.progress import on_terminal
 
 LATENTS = "latents"  # folder of latents, and the name of the tensor in its files
 SHEET = "sheet.png"
 _METADATA = "sample"
 _SHEET_HEIGHT, _SHEET_COLUMNS = 120, 8  # pixels, frames per video
+_CAPTION = 16  # pixels
 
 
 class Video(NamedTuple):
@@ -131,6 +134,20 @@ def read_latents(folder: Path, video: Video) -> tuple[torch.Tensor, float | None
         return file.get_tensor(LATENTS), json.loads(file.metadata()[_METADATA])["score"]
 
 
+def write_latents(
+    folder: Path, video: Video, latents: torch.Tensor, score: float | None = None
+) -> None:
+    """Write the latents ``[C, F, H, W]`` of a video, and its reward.
+
+    Raise ``ValueError`` if they are not finite.
+    """
+    ok, hint = bool(latents.isfinite().all()), "Try another precision or dtype of the weights"
+    check(ok, f"latents of {video.name}", latents, "finite values", hint=hint)
+    # One key, because safetensors writes several in random order.
+    metadata = {_METADATA: json.dumps({"seed": video.seed, "score": score})}
+    save_tensors({LATENTS: latents}, latents_file(folder, video), metadata)
+
+
 @torch.no_grad()
 def sample_latents(
     sampler: Sampler,
@@ -161,7 +178,6 @@ def sample_latents(
     Raises:
         TypeError, ValueError: as :func:`prfl_fast.rollout.rollout` and the method's function.
     """
-    (folder / LATENTS).mkdir(parents=True, exist_ok=True)
     engine = None
     if sampler.rollout is not None:
         engine = RolloutEngine(sampler.transformer, sampler.rollout)
@@ -178,17 +194,14 @@ def sample_latents(
             generator = torch.Generator().manual_seed(torch_seed(batch[0].seed) ^ 1 << 62)
             with torch.enable_grad():
                 use, reward = method
-                latents, scores, _ = use.run(sampler, reward, noise, given, generator)
+                latents, scores, _ = use.run(
+                    sampler, reward, noise, given, generator, progress=on_terminal()
+                )
             for _ in range(sampler.num_inference_steps):
                 tick()
         for i, video in enumerate(batch):
             score = None if scores is None else float(scores[i])
-            # One key, because safetensors writes several in random order.
-            metadata = {_METADATA: json.dumps({"seed": video.seed, "score": score})}
-            ok = bool(latents[i].isfinite().all())
-            hint = "Try another precision or dtype of the weights"
-            check(ok, f"latents of {video.name}", latents[i], "finite values", hint=hint)
-            save_tensors({LATENTS: latents[i]}, latents_file(folder, video), metadata)
+            write_latents(folder, video, latents[i], score)
 
 
 def decode(
@@ -210,9 +223,27 @@ def decode(
         tick()
 
 
-def write_sheet(videos: Sequence[Video], folder: Path) -> None:
-    """Write ``sheet.png``: eight frames of each video in a row, at most 120 pixels high."""
-    write_image(folder / SHEET, contact_sheet([strip(folder / f"{v.name}.mp4") for v in videos], 8))
+def write_sheet(videos: Sequence[Video], prompts: Sequence[str], folder: Path) -> None:
+    """Write ``sheet.png``: eight frames of each video in a row under its name, seed and prompt.
+
+    Frames are at most 120 pixels high. Letters that Pillow's own font lacks leave a prompt out.
+    """
+    rows = []
+    for video in videos:
+        row = contact_sheet([strip(folder / f"{video.name}.mp4")])
+        prompt = prompts[video.prompt]
+        text = f"{video.name}  seed {video.seed}  {prompt if prompt.isascii() else ''}"
+        rows.append(torch.cat([_caption(text, row.shape[1]), row]))
+    width = max(row.shape[1] for row in rows)
+    sheet = torch.cat([pad(row, (0, 0, 0, width - row.shape[1]), value=255) for row in rows])
+    write_image(folder / SHEET, sheet)
+
+
+def _caption(text: str, width: int) -> torch.Tensor:
+    """Return a line of text, dark on white, as uint8 ``[16, width, 3]``; the rest is cut."""
+    image = need("PIL.Image", "video").new("RGB", (width, _CAPTION), "white")
+    need("PIL.ImageDraw", "video").Draw(image).text((1, 2), " ".join(text.split()), fill="black")
+    return torch.from_numpy(need("numpy", "video").array(image))
 
 
 def strip(path: Path, columns: int = _SHEET_COLUMNS, height: int = _SHEET_HEIGHT) -> torch.Tensor:

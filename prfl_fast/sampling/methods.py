@@ -46,8 +46,11 @@ class Method(NamedTuple):
         noise: torch.Tensor,
         conditions: Conditions,
         generator: torch.Generator,
+        progress: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Forwards]:
         """Sample one video of each of B prompts, of which ``noise`` is the first candidate.
+
+        With ``progress``, a tqdm bar counts the forwards.
 
         Returns:
             The latents ``[B, C, F, H, W]``, their rewards at timestep 0 ``[B]`` (None for
@@ -57,7 +60,7 @@ class Method(NamedTuple):
         options = dict(self.options)
         if self.name in ("best-of", "prune", "beam"):
             options["generator"] = generator
-        result = function(sampler, reward, noise, conditions, **options)
+        result = function(sampler, reward, noise, conditions, progress=progress, **options)
         return result.latents, getattr(result, "scores", None), result.forwards
 
     def cost(self, num_inference_steps: int, branches: int = 1) -> Forwards:

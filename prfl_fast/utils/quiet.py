@@ -27,7 +27,7 @@ def quiet_libraries() -> None:
     # diffusers and transformers set the level of their loggers at import, from these variables.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    # Bars of transformers, which reads a model within seconds.
+    # Bars of reading weights, which the commands' own bars would mix with.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     origin = "|".join(map(re.escape, _PACKAGES))
     warnings.filterwarnings("ignore", module=rf"({origin})(\.|$)")

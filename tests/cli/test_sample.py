@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import tiny_families
 import torch
 from commands import one_line
 from PIL import Image
@@ -18,6 +19,7 @@ from prfl_fast.models.loading import load_transformer
 from prfl_fast.models.lora_files import LoraLayer, write_lora
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.rollout.trajectory import rollout
 from prfl_fast.sampling import generate
 from prfl_fast.utils.io import load_tensors, save_tensors
 
@@ -32,6 +34,10 @@ def pipelines(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
     for kind in ("t2v", "i2v", "ti2v"):
         make_pipeline(kind).save_pretrained(root / kind)
+    pair, other = make_pipeline("t2v"), make_pipeline("t2v", seed=1)
+    pair.register_modules(transformer_2=other.transformer)
+    pair.register_to_config(boundary_ratio=0.7)
+    pair.save_pretrained(root / "a14b")
     make_clips(root / "clips")
     frame = next(iter(read_frames(root / "clips" / "disc.mp4")))
     write_image(root / "first.png", frame)
@@ -79,7 +85,8 @@ def test_samples_are_those_of_the_diffusers_pipeline(pipelines, tmp_path, capsys
         info = clip_info(tmp_path / "a" / video["file"])
         assert (info.height, info.width, info.frames, round(info.fps)) == (32, 48, 5, 16)
     sheet = next(iter(read_frames(tmp_path / "a" / "sheet.png")))
-    assert sheet.shape == (4 * 36, 5 * 52, 3)
+    assert sheet.shape == (4 * (16 + 36), 5 * 52, 3)
+    assert (sheet[:16] < 128).any()  # a caption
 
 
 @pytest.mark.slow
@@ -132,6 +139,24 @@ def test_images_condition_the_videos(pipelines, tmp_path, kind):
             latents=generate.noise_of(0, (1, 16, 2, 8, 8)),
         ).frames  # fmt: skip
         assert torch.allclose(found, expected[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t2v", "a14b", "i2v", "ti2v"])
+def test_the_pipeline_itself_gives_the_same_videos(pipelines, tmp_path, kind):
+    words, small = ["--negative", "Bad.", "--latents-only"], ["--size", "64x64", *SMALL[2:]]
+    if kind == "t2v":
+        words += ["--weights", pipelines / "lora.safetensors"]
+    elif kind == "a14b":
+        words += ["--guidance-scale", "4,3"]
+    else:
+        words += ["--image", pipelines / "first.png"] * 2
+    for name, more in (("engine", []), ("pipeline", ["--pipeline"])):
+        assert sample(pipelines, tmp_path / name, *words, *more, kind=kind, small=small) == 0
+    found, wanted = latents(tmp_path / "engine"), latents(tmp_path / "pipeline")
+    assert len(found) == 2
+    for name, x in found.items():
+        assert torch.allclose(x, wanted[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -225,6 +250,7 @@ BAD = [
     (["--num-inference-steps", "0"], "--num-inference-steps is 0"),
     (["--budget", "7"], "--budget is '7 bytes'"),
     (["--device", "cuda:7"], "hardware.device is"),
+    (["--pipeline", "--batch-size", "2"], "--batch-size is 2, expected 1 with --pipeline"),
 ]
 
 
@@ -244,3 +270,50 @@ def test_images_of_a_text_model_are_refused(pipelines, tmp_path, capsys):
     assert "expected none: the model takes none" in one_line(capsys, "sample")
     assert sample(pipelines, tmp_path / "a", kind="i2v") == 2
     assert "expected a file: this is an image-to-video model" in one_line(capsys, "sample")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["hunyuan", "hunyuan15", "ltx", "mochi"])
+def test_other_families_sample_a_dataset_to_latents(tmp_path, capsys, case):
+    model, (x, _, conditions) = tiny_families.tiny(case), tiny_families.inputs(case)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder / "transformer")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLOther"}')
+    (folder / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    samples = [
+        Sample(x[i], {k: v[i].float() for k, v in conditions.items()}, id=f"clip-{i}")
+        for i in range(2)
+    ]
+    write_dataset(tmp_path / "data", samples)
+
+    def call(*words):
+        words = ["sample", tmp_path / "out", "--model", folder, *words, *SMALL[4:]]
+        return cli.main(list(map(str, words)))
+
+    data = ["--data", tmp_path / "data", "--guidance-scale", 1]
+    for words in (["--prompt", "A disc."], data):
+        assert call(*words) == 2
+        hint = "Other families sample encoded prompts: --data FOLDER --latents-only"
+        assert hint in one_line(capsys, "sample")
+    assert not (tmp_path / "out").exists()
+    assert call(*data, "--latents-only") == 0
+    noise = torch.stack([generate.noise_of(i, x.shape[1:]) for i in range(2)])
+    scheduler = FlowUniPC(5.0, integer_timesteps=True)
+    expected = rollout(model.eval(), noise, conditions, scheduler, 3)
+    for found, wanted in zip(latents(tmp_path / "out").values(), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_generator_that_is_no_flow_is_refused(tmp_path, capsys):
+    model, (x, text, *_) = tiny_families.cogvideox(0, 1, "fp32")
+    model.save_pretrained(tmp_path / "model" / "transformer")
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    latents = x[0].transpose(0, 1).contiguous()
+    write_dataset(tmp_path / "data", [Sample(latents, {"encoder_hidden_states": text[0]}, id="a")])
+    words = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--latents-only"]
+    words = ["sample", tmp_path / "out", *words, "--guidance-scale", 1, *SMALL[4:]]
+    assert cli.main(list(map(str, words))) == 2
+    assert "CogVideoX" in one_line(capsys, "sample")
+    assert not (tmp_path / "out").exists()

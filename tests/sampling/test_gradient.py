@@ -97,6 +97,7 @@ def textbook_reno(
     return results
 
 
+@pytest.mark.cases(1)
 @SOLVERS
 @pytest.mark.parametrize(
     ("momentum", "clip", "prior"), [(0.9, 0.1, 0.01), (0.0, 100.0, 0.01), (0.5, 0.03, 0.0)]
@@ -114,6 +115,7 @@ def test_optimize_noise_equals_the_textbook(ours, hand, momentum, clip, prior):
     assert not found.latents.requires_grad and not found.noise.requires_grad
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batched", [True, False])
 def test_optimize_noise_with_several_rewards_and_guidance_equals_the_textbook(batched):
     model, guidance = Counted(velocity, graph=True), Guidance(2.0, NEGATIVE, batched=batched)
@@ -203,6 +205,7 @@ def test_gradients_that_are_not_finite_end_it_too():
     assert found.history.shape == (1, 2) and torch.equal(found.noise, NOISE)
 
 
+@pytest.mark.slow
 def test_a_wan_models_parameters_are_left_alone():
     model, (noise, _, conditions) = tiny_wan(), inputs(size=(2, 4, 4))
     model.patch_embedding.requires_grad_(False)
@@ -233,6 +236,7 @@ def textbook_guide(hand, weight, steps, *, scale=None, weights=(1.0, 0.0)):
     return torch.cat(latents), torch.stack(history, 1)
 
 
+@pytest.mark.cases(2)
 @SOLVERS
 @pytest.mark.parametrize(
     ("window", "steps"), [((1, None), (1, 2, 3)), ((2, -1), (2,)), ((0.5, 1.0), (2, 3))]

@@ -19,6 +19,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_cost_is_what_the_method_takes(name, guided):

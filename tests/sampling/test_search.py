@@ -59,6 +59,7 @@ def textbook_prune(solver, candidates, keep, generator, *, clean=False, scale=No
     return results, history
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batch", [None, 1, 4, 5])
 @SOLVERS
 def test_prune_equals_the_textbook(ours, hand, batch):
@@ -75,6 +76,7 @@ def test_prune_equals_the_textbook(ours, hand, batch):
     assert set(judge.timesteps) == {times[2], times[4], 0.0}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batched", [True, False])
 def test_prune_by_clean_estimates_and_with_guidance_equals_the_textbook(batched):
     expected, history = textbook_prune(UniPC, 5, {2: 2}, seeded(), clean=True, scale=3.0)
@@ -193,7 +195,7 @@ def textbook_beams(solver, beams, candidates, eta, lookahead, branching, generat
     return ended, history
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batch", [None, 1, 5])
 @pytest.mark.parametrize("eta", [1.0, 0.4])
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
@@ -223,6 +225,7 @@ def test_beam_search_with_guidance_branches_where_told_and_steps_with_the_solver
     assert list(found.history) == [2, STEPS - 1]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_fresh_noise_a_beam_is_eulers_trajectory(dtype):
     noise, conditions = NOISE.to(dtype), {"text": CONDITIONS["text"].to(dtype)}

@@ -31,6 +31,7 @@ def spoiled(bad, value=math.nan):
     return judge
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_are_not_finite_never_win(value):
     plain = pruned(EULER, candidates=4, keep={})
@@ -98,6 +99,7 @@ def test_prompts_without_any_finite_score_are_an_error():
         beamed(EULER, second_lost)
 
 
+@pytest.mark.slow
 def test_a_wan_model_a_latent_reward_and_the_rollouts_caches():
     model, (noise, _, conditions) = tiny_wan(), inputs(size=(2, 4, 4))
     judge = LatentRewardModel.from_backbone(model, num_blocks=1).freeze()

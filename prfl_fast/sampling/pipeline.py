@@ -1,0 +1,119 @@
+"""Sample latents by a diffusers pipeline itself, from the same noise as the rollout engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.data.codec import MAX_TOKENS
+from prfl_fast.data.prompts import Prompt
+from prfl_fast.data.video import read_clip, to_uint8
+from prfl_fast.models.experts import Experts
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.utils.optional import need
+
+
+class WanPipelineSampler:
+    """Run Wan's pipeline of diffusers: its prompt encoding, guidance, loop and forward.
+
+    The solver is :class:`FlowUniPC` in place of the pipeline's own, so that the result differs from
+    that of the rollout engine by rounding only.
+
+    Args:
+        folder: of the pipeline.
+        transformer: the generator, not patched.
+        shift: timestep shift of the noise schedule.
+        images: True if the prompts have images.
+        device: on which the pipeline runs; on a GPU, one part at a time is there.
+        dtype: of the text and image encoders.
+
+    Raises:
+        ValueError: if a part of the pipeline cannot be loaded.
+        MissingExtraError: if diffusers is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        transformer: nn.Module,
+        shift: float,
+        *,
+        images: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        diffusers = need("diffusers")
+        need("diffusers.utils.logging").disable_progress_bar()
+        kind = diffusers.WanImageToVideoPipeline if images else diffusers.WanPipeline
+        parts = {"transformer": transformer}
+        if isinstance(transformer, Experts):
+            parts = {"transformer": transformer.high, "transformer_2": transformer.low}
+        dtypes = {"vae": torch.float32, "default": dtype}
+        try:
+            pipe = kind.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True, **parts)
+        except Exception as error:  # its readers raise errors of any type
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
+        scheduler: Any = FlowUniPC(shift, integer_timesteps=True)
+        scheduler.config = SimpleNamespace(num_train_timesteps=1000)  # for the experts' boundary
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        if device.type == "cuda":
+            pipe.enable_model_cpu_offload(device=device)
+        self._pipe = pipe
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt,
+        negative: str,
+        noise: torch.Tensor,
+        frames: int,
+        size: tuple[int, int],
+        num_inference_steps: int,
+        guidance_scale: float | tuple[float, ...],
+        tick: Callable[[], object] = lambda: None,
+    ) -> torch.Tensor:
+        """Return the normalized latents ``[1, C, F, H, W]`` of a video.
+
+        Args:
+            prompt: its text and images, which are scaled and cropped to ``size``.
+            negative: negative prompt of guidance.
+            noise: ε, ``[1, C, F, H, W]``.
+            frames, size: of the video, size as height and width in pixels.
+            num_inference_steps: solver steps.
+            guidance_scale: one, or those of the experts ``high`` and ``low``.
+            tick: called after every step.
+        """
+
+        def on_step(*arguments: Any) -> dict[str, Any]:
+            tick()
+            return {}
+
+        options: dict[str, Any] = {}
+        make = need("PIL.Image", "video").fromarray
+        for name in ("image", "last_image"):
+            path = getattr(prompt, name)
+            if path is not None:
+                options[name] = make(to_uint8(read_clip(path, 1, size))[0].numpy())
+        if isinstance(guidance_scale, tuple):
+            options["guidance_scale_2"] = guidance_scale[1]
+            guidance_scale = guidance_scale[0]
+        found: torch.Tensor = self._pipe(
+            prompt=prompt.text,
+            negative_prompt=negative,
+            height=size[0],
+            width=size[1],
+            num_frames=frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            latents=noise,
+            output_type="latent",
+            max_sequence_length=MAX_TOKENS,
+            callback_on_step_end=on_step,
+            **options,
+        ).frames
+        return found
