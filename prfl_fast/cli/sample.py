@@ -59,7 +59,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=text)
     text = "first frame of the prompt at the same place"
     group.add_argument("--image", metavar="FILE", action="append", default=[], help=text)
-    text = "dataset whose conditions and sizes are sampled"
+    text = "dataset, or list of HY-Video-PRFL, whose conditions and sizes are sampled"
     group.add_argument("--data", metavar="FOLDER", help=text)
     group = parser.add_argument_group("videos")
     text = "height x width in pixels (default: 480x832)"

@@ -4,7 +4,7 @@ import argparse
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,10 +19,11 @@ from prfl_fast.data.codec import (
     load_text_encoder,
 )
 from prfl_fast.data.codec_files import find_part, has_part
-from prfl_fast.data.encode import DTYPES, IMAGE, NEGATIVE
+from prfl_fast.data.encode import DTYPES, IMAGE
 from prfl_fast.data.encode_plan import Condition, default_condition
-from prfl_fast.data.manifest import EMPTY_PROMPT, TEXT, LatentDataset, Sample
+from prfl_fast.data.manifest import TEXT, LatentDataset, Sample
 from prfl_fast.data.prompts import Prompt, read_prompts
+from prfl_fast.data.reference_lists import open_latents
 from prfl_fast.data.video import clip_info
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.registry import patch
@@ -32,7 +33,7 @@ from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.sampling import generate as files
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check, check_count, check_number, check_positive
-from prfl_fast.utils.io import load_tensors, read_json
+from prfl_fast.utils.io import read_json
 from prfl_fast.utils.progress import step_progress
 
 
@@ -86,7 +87,7 @@ class Job:
         self.videos = files.list_videos(len(self.prompts), options.samples, options.seed)
 
     def _open_dataset(self, options: argparse.Namespace) -> None:
-        dataset = self.dataset = LatentDataset(options.data)
+        dataset = self.dataset = open_latents(options.data)
         check(not dataset.pairs, "--data", options.data, "single videos, not preference pairs")
         for name in ("size", "frames"):
             value, wanted = getattr(options, name), "no value with --data, whose latents have one"
@@ -108,10 +109,10 @@ class Job:
     def _negative_file(self) -> Path:
         """Return the file of a dataset's negative prompt, or of its empty one."""
         assert self.dataset is not None
-        paths = [self.dataset.folder / name for name in (NEGATIVE, EMPTY_PROMPT)]
+        paths = [self.dataset.negative_prompt_file(), self.dataset.empty_prompt_file()]
         found = [path for path in paths if path.is_file()]
         hint = "Or give --negative TEXT, or --guidance-scale 1"
-        check(bool(found), "--data", str(self.dataset.folder), f"one with {NEGATIVE}", hint=hint)
+        check(bool(found), "--data", str(self.options.data), f"one with {paths[0]}", hint=hint)
         return found[0]
 
     def _open_prompts(self, options: argparse.Namespace) -> None:
@@ -162,7 +163,11 @@ class Job:
             ]
         if self.guided:
             if negative is None:
-                text = load_tensors(self._negative_file())[TEXT]
+                assert self.dataset is not None
+                path = self._negative_file()
+                found = self.dataset.read_text(path)
+                check(found is not None, str(path), None, f"{TEXT} of a prompt")
+                text = cast(torch.Tensor, found)
             else:
                 text = states[negative]
             of_batch = {TEXT: text.float()[None].to(self.device)}
@@ -220,6 +225,9 @@ class Job:
         found["model: fingerprint"] = fingerprint(self.model.resolve())
         if self.dataset is not None:
             found["data: fingerprint"] = fingerprint(self.dataset.folder.resolve())
+            found["data: manifest"] = (
+                self.dataset.digest()
+            )  # a list's names the files of its videos
         else:
             found |= {"size": self.size, "frames": self.frames}
             for key in ("text", "image", "last_image"):

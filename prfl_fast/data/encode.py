@@ -17,7 +17,14 @@ from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.codec import VideoCodec, load_codec, load_image_encoder, load_text_encoder
 from prfl_fast.data.codec_files import FILES, Device, find_part, has_part
 from prfl_fast.data.encode_plan import Crop, EncodePlan, EncodeSettings, ordered_map
-from prfl_fast.data.manifest import EMPTY_PROMPT, LATENT_SIZE, MANIFEST, SHORT, TEXT
+from prfl_fast.data.manifest import (
+    EMPTY_PROMPT,
+    LATENT_SIZE,
+    MANIFEST,
+    NEGATIVE_PROMPT,
+    SHORT,
+    TEXT,
+)
 from prfl_fast.data.video import VideoFileError, contact_sheet, read_clip, write_image
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.utils.checks import check
@@ -34,7 +41,6 @@ from prfl_fast.utils.io import (
 from prfl_fast.utils.progress import step_progress
 
 RECORD = "encode.json"  # what a dataset was encoded from
-NEGATIVE = "negative.safetensors"
 PREVIEW = "preview"
 TEXT_BATCH = 8
 PREVIEWS = 3
@@ -266,9 +272,9 @@ class Encoding:
         names = [EMPTY_PROMPT]
         save_tensors({TEXT: self.text("").to(self.dtype)}, self.out / EMPTY_PROMPT)
         if self.settings.negative is not None:
-            names.append(NEGATIVE)
+            names.append(NEGATIVE_PROMPT)
             negative = self.text(self.settings.negative).to(self.dtype)
-            save_tensors({TEXT: negative}, self.out / NEGATIVE)
+            save_tensors({TEXT: negative}, self.out / NEGATIVE_PROMPT)
         lines = []
         for i, crop in crops:
             name = f"samples/{i:06d}.safetensors"

@@ -16,7 +16,7 @@ class DatasetReport(NamedTuple):
     Attributes:
         samples: number of videos, or of pairs.
         labels: for each label, the number of samples by value; None counts those without it.
-        channels: statistics of the latents that were read.
+        channels: statistics of the latents that were read; of prompts alone there are none.
         read: number of samples that were read, spread evenly over the dataset.
         digest: SHA-256 digest of the manifest.
     """
@@ -42,6 +42,8 @@ def describe_dataset(dataset: LatentDataset, most: int = SAMPLES_READ) -> Datase
         for index in read:
             show("")
             item = dataset[index]
+            if dataset.prompts_only:
+                continue
             for sample in (item.win, item.lose) if isinstance(item, Pair) else (item,):
                 channels.add(sample.latents)
     records = [record for _, record in dataset.labels()]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,6 +21,7 @@ from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import digest_of, load_tensors, open_tensors, save_tensors, write_atomic
+from prfl_fast.utils.progress import count_progress
 
 MANIFEST = "manifest.jsonl"
 LATENT_CONDITION, IMAGE = "latent_condition", "encoder_hidden_states_image"
@@ -35,8 +36,9 @@ _RANKS = {
     FIRST_FRAME: 4,
 }
 TEXT, SHORT = "encoder_hidden_states", "encoder_hidden_states_short"
-# File with the text of the prompt "", which text drop takes in place of a sample's text.
-EMPTY_PROMPT = "empty_prompt.safetensors"
+# Files with the text of the prompt "", which text drop takes in place of a sample's text, and of
+# the negative prompt.
+EMPTY_PROMPT, NEGATIVE_PROMPT = "empty_prompt.safetensors", "negative.safetensors"
 _REQUIRED = ("latents", "encoder_hidden_states")
 # torch's names of dtypes by those of safetensors; a dataset has floating-point tensors only.
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -99,7 +101,7 @@ class LatentDataset:
         self.manifest = self.folder / MANIFEST
         if not self.manifest.is_file():
             raise FileNotFoundError(
-                f"{self.folder}: no {MANIFEST} there. write_dataset() writes a dataset folder"
+                f"{self.folder}: no {MANIFEST} there; prfl-fast encode or write_dataset writes it"
             )
         self._open(allow_outside)
 
@@ -109,8 +111,9 @@ class LatentDataset:
         self.pairs = "win" in self._records[0]
         self.short, rows, form = False, 0, ""
         self._prompts: set[Path] = set()  # files without latents
+        alone: list[bool] = []
         found: dict[tuple[int, ...], Bucket] = {}
-        for index, record in enumerate(self._records):
+        for index, record in enumerate(self._shown(self._records)):
             size: tuple[int, ...] = ()
             for key in self._sides():
                 where = self._where(record, key)
@@ -132,11 +135,12 @@ class LatentDataset:
                 ok = size in ((), shapes["latents"])
                 check(ok, f"{where}: latents", list(shapes["latents"]), expected)
                 size = shapes["latents"]
+                path = self._paths(record, key)["latents"]
+                alone.append(self._base() / path in self._prompts)
             found.setdefault(size, Bucket(shapes, [])).indices.append(index)
-        self.prompts_only = bool(self._prompts)
-        expected = "none, or all"
-        ok = len(self._prompts) in (0, len(self._records))
-        check(ok, f"{self.manifest}: samples without latents", len(self._prompts), expected)
+        self.prompts_only = any(alone)
+        ok = all(alone) == any(alone)
+        check(ok, f"{self.manifest}: files without latents", sum(alone), "none, or all")
         self.buckets = [found[size] for size in sorted(found, key=lambda s: (-prod(s), s))]
         for bucket in self.buckets:
             bucket.shapes[TEXT] = (rows, bucket.shapes[TEXT][1])
@@ -145,6 +149,13 @@ class LatentDataset:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of latents and conditions by name, those of the largest bucket."""
         return self.buckets[0].shapes
+
+    def _shown(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield the records, and show the progress: ten thousand files take seconds."""
+        with count_progress("open", "samples", len(records)) as show:
+            for record in records:
+                show("")
+                yield record
 
     # What a source of another form reads in another way: paths, headers and tensors of a video.
 
@@ -280,7 +291,7 @@ class LatentDataset:
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
         rows, width = self.shapes[TEXT]
-        text: Any = self._read_text(path)
+        text: Any = self.read_text(path)
         ok = text is not None and text.is_floating_point() and text.ndim == 2
         ok = ok and 0 < len(text) <= rows and text.shape[1] == width
         check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width} floating-point numbers")
@@ -307,13 +318,19 @@ class LatentDataset:
         Raises:
             ValueError: if no item remains.
         """
-        ids = sorted(self.ids(), key=lambda name: hashlib.sha256(name.encode()).digest())
+        # A list may repeat an id, and its items stay together.
+        ids = sorted(set(self.ids()), key=lambda name: hashlib.sha256(name.encode()).digest())
         count = max(1, round(share * len(ids)))
-        expected = f"a share that leaves some of the {len(ids)} items of {self.folder}"
+        expected = f"a share that leaves some of the {len(ids)} ids of {self.folder}"
         check(count < len(ids), "held_out", share, expected)
         return self.subset(set(ids[count:])), self.subset(set(ids[:count]))
 
-    def _read_text(self, path: Path) -> torch.Tensor | None:
+    def negative_prompt_file(self) -> Path:
+        """Return the path of the text states of the negative prompt, which need not exist."""
+        return self.folder / NEGATIVE_PROMPT
+
+    def read_text(self, path: Path) -> torch.Tensor | None:
+        """Read the text states ``[T, D]`` of a prompt that all samples share; None without."""
         return load_tensors(path).get(TEXT)
 
     def labels(self) -> list[tuple[str, Mapping[str, Any]]]:

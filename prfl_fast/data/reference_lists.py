@@ -19,6 +19,7 @@ from prfl_fast.data.manifest import (
     EMPTY_PROMPT,
     IMAGE,
     LATENT_CONDITION,
+    NEGATIVE_PROMPT,
     SHORT,
     TEXT,
     LatentDataset,
@@ -36,7 +37,8 @@ _KEYS = {
 }
 _LONG, _SHORT = ("textlong_path",), ("save_textshort_path", "textshort_path")
 _TEXTS = (*_SHORT, "text_en_path", *_LONG)  # of a video without both captions
-_NULL = "temp_data/null/wanx/null.npy"  # its text of the empty prompt, from its working directory
+# Its texts of the empty and of the negative prompt, from its working directory.
+_NULL, _UNCOND = "temp_data/null/wanx/null.npy", "temp_data/null/wanx/uncond.npy"
 _MASK_CHANNELS = 4
 
 
@@ -176,7 +178,13 @@ class ReferenceList(LatentDataset):
         ours = self.manifest.parent / EMPTY_PROMPT
         return ours if ours.is_file() else self._start / _NULL
 
-    def _read_text(self, path: Path) -> torch.Tensor | None:
+    def negative_prompt_file(self) -> Path:
+        """Return ``negative.safetensors`` beside the list, or else HY-Video-PRFL's own file."""
+        ours = self.manifest.parent / NEGATIVE_PROMPT
+        return ours if ours.is_file() else self._start / _UNCOND
+
+    def read_text(self, path: Path) -> torch.Tensor | None:
+        """Read the text states ``[T, D]`` of a prompt from safetensors, or ``[1, T, D]`` .npy."""
         if path.suffix != ".npy":
             return load_tensors(path).get(TEXT)
         array = _read_array(path, mapped=False)

@@ -72,7 +72,8 @@ def count_progress(
     It shows a bar on a terminal; elsewhere a line on stderr every 30 seconds.
     """
     if on_terminal():
-        with need("tqdm").tqdm(desc=name, unit=f" {unit}", total=total, leave=False) as bar:
+        options: Any = {"desc": name, "unit": f" {unit}", "total": total, "leave": False}
+        with need("tqdm").tqdm(**options, delay=1) as bar:  # none for work of less than a second
 
             def show(text: str) -> None:
                 bar.set_postfix_str(text, refresh=False)

@@ -1,17 +1,19 @@
 """What inspect says of each kind of path."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from commands import one_line, train
+from commands import one_line, reference_layout, train
 from list_files import OTHER_NAMES, TEMPLATE, write
-from runs import samples
+from runs import samples, write_prompts
 
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
 from prfl_fast.data import write_dataset
+from prfl_fast.utils.io import save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,25 @@ def test_a_dataset(tmp_path, capsys):
     means = torch.stack([torch.cat([s.latents[c].flatten() for s in items]) for c in range(16)])
     for c, (mean, std) in enumerate(zip(means.mean(1), means.std(1, correction=0), strict=True)):
         assert [str(c), f"{mean:.3f}", f"{std:.3f}"] in lines
-    assert "latents are scaled as normalized latents are".split() == lines[-1][:7]
-    write_dataset(tmp_path / "raw", [s._replace(latents=s.latents * 2) for s in items])
-    assert "(z - mean) / std" in " ".join(said(capsys, tmp_path / "raw")[-1])
+    assert " ".join(lines[-1]).startswith("latents are scaled as normalized latents are")
+    labels = [{"source": f"a long name of a source {i} " * 3, "sharp": True} for i in range(8)]
+    raw = [
+        s._replace(latents=s.latents * 2, labels=of) for s, of in zip(items, labels, strict=True)
+    ]
+    lines = said(capsys, write_dataset(tmp_path / "raw", raw[:7] + items[7:]).folder)
+    assert "(z - mean) / std" in " ".join(lines[-1])
+    (line,) = [" ".join(line) for line in lines if line[:1] == ["source"]]
+    assert line.count("a long name of a source") == 4 and line.endswith(
+        "(14%), and 3 more values 1"
+    )
+    assert ["sharp", "True:", "7", "(100%)", "1"] in lines
+
+
+def test_prompts_without_latents(tmp_path, capsys):
+    write_prompts(tmp_path, 3)
+    text = "\n".join(" ".join(line) for line in said(capsys, tmp_path))
+    assert "prompts: 3\n" in text and "16×2×4×4 5×32×32 3 100%" in text
+    assert "objectives: [prfl]" in text and "nan" not in text and "(z - mean)" not in text
 
 
 def test_a_list_of_the_reference(tmp_path, capsys):
@@ -56,18 +74,45 @@ def test_a_list_of_the_reference(tmp_path, capsys):
     assert "latent_condition" in " ".join(" ".join(line) for line in lines)
 
 
-def test_a_run_its_checkpoint_and_its_adapter(run, capsys):
+def test_a_run_its_checkpoint_and_its_adapter(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / "run", symlinks=True)
     lines = said(capsys, run)
-    assert [line[0::2] for line in lines if line[-1:] == ["whole"]] == [["1", "whole"]] + [
-        ["2", "whole"]
-    ]
+    steps = [line[1] for line in lines if line[-1:] == ["whole"]]
+    assert steps == ["1", "2"]
     lines = said(capsys, run / "step-00000002")
     assert ["step:", "2"] in lines
     assert "digests of all files are as written".split() in lines
     assert any(line[:1] == ["train.lora"] or "lora.lora_rank" in line for line in lines)
     for path in (run / "final", run / "final" / "pytorch_lora_weights.safetensors"):
         text = "\n".join(" ".join(line) for line in said(capsys, path))
-        assert "ranks: 2 (" in text and "alpha: 2 (" in text
+        assert "kind: LoRA\n" in text and "rank: 2 (8)" in text and "alpha / rank: 1 (8)" in text
+        assert "attn2.to_out.0 (1)" in text
+    (run / "final").unlink()
+    shutil.move(run / "step-00000001", tmp_path)
+    experts = shutil.copytree(run / "step-00000002" / "model", tmp_path / "two" / "transformer")
+    shutil.copytree(experts, tmp_path / "two" / "transformer_2")
+    assert [line[0] for line in said(capsys, tmp_path / "two")].count("adapter:") == 2
+    shutil.rmtree(run / "step-00000002")
+    assert ["no", "checkpoint", "yet"] in said(capsys, run)
+
+
+def test_adapters_of_other_kinds(tmp_path, capsys):
+    down, up = torch.ones(2, 48), torch.ones(48, 2)
+    names = {
+        "blocks.0.self_attn.q.lora_down.weight": down,
+        "blocks.0.self_attn.q.lora_up.weight": up,
+    }
+    torch.save(names, tmp_path / "lora.pt")
+    text = "\n".join(" ".join(line) for line in said(capsys, tmp_path / "lora.pt"))
+    assert "192 in 2 tensors, float32" in text and "layers: attn1.to_q (1)" in text
+    names = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": torch.ones(48)}
+    names = {f"transformer.blocks.0.attn1.to_q.{n}": t for n, t in names.items()}
+    save_tensors(names, tmp_path / "dora.safetensors")
+    text = "\n".join(" ".join(line) for line in said(capsys, tmp_path / "dora.safetensors"))
+    assert "kind: LoRA with DoRA" in text
+    save_tensors({"blocks.0.attn.q.hada_w1_a": down}, tmp_path / "loha.safetensors")
+    text = "\n".join(" ".join(line) for line in said(capsys, tmp_path / "loha.safetensors"))
+    assert "not a LoRA of Wan: " in text and "is 'LoHa'" in text and "rank:" not in text
 
 
 def test_models(root, capsys):
@@ -75,6 +120,13 @@ def test_models(root, capsys):
     assert "num blocks: 1" in text and "digests: of all files as written" in text
     text = "\n".join(" ".join(line) for line in said(capsys, root / "model"))
     assert "class: WanTransformer3DModel" in text and "in channels: 16" in text
+    assert "17,944 in 42 tensors, float32" in text
+
+
+def test_a_reward_of_the_reference(root, tmp_path, capsys):
+    reference_layout(root, tmp_path)
+    text = "\n".join(" ".join(line) for line in said(capsys, tmp_path))
+    assert "step: 0\nnum blocks: 1\n" in text and "\nmlp/mlp_step_0.ckpt " in text
 
 
 def test_damage_and_other_files_are_one_line(world, run, tmp_path, capsys):
@@ -84,11 +136,16 @@ def test_damage_and_other_files_are_one_line(world, run, tmp_path, capsys):
     weights.write_bytes(content)
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "bad.list").write_text("no.json\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "clip.mp4").touch()
+    (world / "model" / "config.json").write_text("{")
     for path, message in (
         (world / "reward", "SHA-256 of"),
+        (world / "model", "config.json is not the configuration of"),
         (tmp_path / "none", "expected a file or folder that exists"),
         (tmp_path / "notes.txt", "expected a dataset folder (manifest.jsonl), a list"),
-        (tmp_path, "expected a dataset folder (manifest.jsonl), a list"),
+        (tmp_path / "other", "an adapter or a generator\n"),
+        (tmp_path / "other" / "clip.mp4", "an adapter or a generator\n"),
         (tmp_path / "bad.list", "bad.list:1: no.json: not a readable JSON file"),
     ):
         capsys.readouterr()
@@ -98,6 +155,8 @@ def test_damage_and_other_files_are_one_line(world, run, tmp_path, capsys):
     text = manifest.read_text()
     manifest.write_text(json.dumps({**json.loads(text), "step": 7}))
     try:
-        assert sum("SHA-256" in line for line in said(capsys, run)) >= 1
+        lines = said(capsys, run)
+        assert ["step-00000001", "1", "damaged"] in [line[:2] + line[-1:] for line in lines]
+        assert any(line[:3] == ["step-00000001", "is", "damaged:"] for line in lines)
     finally:
         manifest.write_text(text)

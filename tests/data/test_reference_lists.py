@@ -121,3 +121,11 @@ def test_damaged_files(tmp_path):
         ReferenceList(path)
     with pytest.raises(FileNotFoundError, match="y.list: no such list"):
         open_latents(tmp_path / "y.list")
+
+
+def test_videos_of_one_id_stay_together(tmp_path):
+    """Held-out items must not train, also if the list names a video twice."""
+    path, _ = write(tmp_path, *[(TEMPLATE, {"source_id": f"v{i // 2}"}) for i in range(6)])
+    path.write_text(path.read_text() * 2)
+    rest, held_out = ReferenceList(path).split(0.3)
+    assert (len(rest), len(held_out)) == (8, 4) and not set(rest.ids()) & set(held_out.ids())

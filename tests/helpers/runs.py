@@ -11,6 +11,7 @@ from wan import tiny_wan
 from prfl_fast.data.manifest import Pair, Sample, write_dataset
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training import TrainConfig, Trainer
+from prfl_fast.utils.io import save_tensors
 
 SIZE = (2, 4, 4)  # frames, height, width of the latents
 
@@ -27,6 +28,18 @@ def samples(count, seed=0, **options):
     """Return random videos whose ``motion_quality`` alternates between 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     return [sample(generator, motion_quality=i % 2, **options) for i in range(count)]
+
+
+def write_prompts(folder, count, width=20, size="16,2,4,4"):
+    """Write a dataset of texts of 2, 3, … rows without latents."""
+    lines = []
+    for i in range(count):
+        text = torch.randn(2 + i, width, generator=torch.Generator().manual_seed(i))
+        metadata = {"latent_size": size}
+        save_tensors({"encoder_hidden_states": text}, folder / f"{i}.safetensors", metadata)
+        lines.append(json.dumps({"id": f"p{i}", "latents": f"{i}.safetensors"}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 class NoisyFit:
