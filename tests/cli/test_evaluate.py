@@ -23,6 +23,16 @@ def run(root, data, *arguments):
     return cli.main(["evaluate", str(root / "reward"), str(root / data), *map(str, arguments)])
 
 
+def test_the_table_needs_no_folder(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(root, "data", "--timesteps", 800, 201, "--batch-size", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "calibration error" in lines[1]
+    assert [line.split()[0] for line in lines[3:5]] == ["201", "800"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_labels(root, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "out"

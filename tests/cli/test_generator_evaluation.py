@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import call, negative_file, refused, train
+from commands import negative_file, refused, train
 from runs import samples
 from wan import tiny_wan
 
@@ -47,18 +47,18 @@ def weights(out):
 
 def test_rewards_and_samples_without_effect_on_the_training(root, tmp_path, prompts):
     image = pytest.importorskip("PIL.Image")
-    changes = {"run.steps": 2, "prfl.num_inference_steps": 2}
+    changes = {"run.steps": 1, "prfl.num_inference_steps": 2}
     negative = negative_file(tmp_path / "n.safetensors", 3, 20)
     changes["prfl.guidance"] = {"guidance_scale": 3.0, "negative": negative}
-    section = evaluated(prompts, tmp_path, seeds=[3])
+    section = evaluated(prompts, tmp_path, seeds=[3], every=1)
     records = train(root, tmp_path / "eval", {**changes, **section})
     assert numbers(records) == numbers(train(root, tmp_path / "plain", changes))
     assert weights(tmp_path / "eval") == weights(tmp_path / "plain")
     found = [r for r in records if "eval/reward" in r]
-    assert [r["step"] for r in found] == [0, 2]
+    assert [r["step"] for r in found] == [0, 1]
     assert sum(name.startswith("eval/reward/t") for name in found[0]) == 1
     paths = sorted((tmp_path / "eval" / "samples").iterdir())
-    assert [path.name for path in paths] == ["step-00000000.png", "step-00000002.png"]
+    assert [path.name for path in paths] == ["step-00000000.png", "step-00000001.png"]
     # Two rows: one frame of 32 x 16 pixels, five of 16 x 16; 4 pixels between frames.
     assert image.open(paths[0]).size == (5 * (16 + 4), 32 + 4 + 16 + 4)
 
@@ -132,4 +132,4 @@ def test_bad_evaluations_are_refused(root, tmp_path, capsys, prompts, changes, m
 def test_prompts_that_do_not_fit_the_model_are_refused(root, tmp_path, capsys):
     folder = write_dataset(tmp_path / "wide", samples(1, width=24)).folder
     error = refused(capsys, "train", root, tmp_path / "out", {"eval.prompts": str(folder)})
-    assert "does not fit" in error and call("train", root, tmp_path / "x", None, "--check") == 0
+    assert "does not fit" in error

@@ -27,7 +27,9 @@ def reward_with_lora(dtype):
     return reward
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_merged_adapters_give_the_same_scores(dtype, tmp_path):
     reward = reward_with_lora(dtype)
     layer = reward.backbone.blocks[0].attn1.to_q

@@ -61,7 +61,8 @@ def test_an_evaluation_changes_no_number_of_a_training(tmp_path):
     assert without == log(tmp_path / "plain") and len(seen.result.history) == 7
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.cases(2)
+@pytest.mark.parametrize("call", [2, 1, 3])
 @pytest.mark.parametrize("how", ["signal", "error"])
 def test_a_run_that_ends_in_an_evaluation_repeats_it(tmp_path, how, call):
     evaluated(tmp_path / "whole", save_every=3).run()

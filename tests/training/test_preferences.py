@@ -185,6 +185,7 @@ def test_bad_input_is_refused():
         rwr(0, seeded(0), 1.0)
 
 
+@pytest.mark.slow
 def test_training_on_pairs_and_on_their_winners():
     model = tiny_wan(layers=1, heads=1)
     add_lora(model, 4)
