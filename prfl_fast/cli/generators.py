@@ -1,5 +1,7 @@
 """Load the generator that samples: a pipeline's own, a trained one, or with an adapter."""
 
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from prfl_fast.cli import loading
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
-from prfl_fast.models.experts import FOLDERS, Experts
+from prfl_fast.models.experts import FOLDERS, NAMES, Experts
 from prfl_fast.models.loading import load_transformer
 from prfl_fast.models.lora_files import add_lora_file, lora_file
 from prfl_fast.models.registry import patch
@@ -30,6 +32,45 @@ def weights_path(path: str | Path) -> Path:
     return path
 
 
+def check_weights(
+    path: str | Path, folders: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check weights before the work starts, without reading those of a transformer.
+
+    Args:
+        path: see :func:`load_sampler_model`.
+        folders: of the pipeline's transformers; two are experts.
+        shapes: of latents and conditions by name, without batch dimension.
+
+    Raises:
+        ValueError: if the weights cannot be read, or do not fit the pipeline or the shapes.
+    """
+    path = weights_path(path)
+    for name, part in _parts(path).items():
+        if name == "model" and lora_file(part) is None:
+            for folder in loading.folders_of(str(part))[0]:
+                _check_shapes(folder, shapes)
+            continue
+        if name == "model":
+            hint = "Give a folder with the adapters transformer and transformer_2"
+            check(len(folders) == 1, "weights", str(path), "two adapters of two experts", hint=hint)
+        else:
+            expected = "those of one transformer: the model has no experts"
+            check(len(folders) == 2, "weights", str(path), expected)
+        if lora_file(part) is None:
+            _check_shapes(str(part), shapes)
+        else:
+            folder = folders[0] if name == "model" else folders[NAMES.index(name)]
+            with warnings.catch_warnings():
+                # torch warns that meta tensors take no values.
+                warnings.simplefilter("ignore")
+                add_lora_file(loading.empty_model(folder), part)
+
+
+def _check_shapes(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    loading.check_shapes(shapes, loading.empty_model(folder), f"{folder}: does not fit the videos")
+
+
 def load_sampler_model(
     model: str,
     weights: str | None,
@@ -49,7 +90,8 @@ def load_sampler_model(
         patched: run it on the fused kernels.
 
     Raises:
-        ValueError: if a model or an adapter cannot be read, or does not fit.
+        ValueError: if a model or an adapter cannot be read, or does not fit; :func:`check_weights`
+            finds most of this before.
     """
     path = None if weights is None else weights_path(weights)
     parts = _parts(path)
@@ -63,26 +105,13 @@ def load_sampler_model(
         transformer = loading.load_model(model, dtype)
     for name in whole:
         if name != "model":
-            _check_experts(transformer, path)
             setattr(transformer, name, load_transformer(parts[name], dtype))
     apply_memory(transformer.eval().requires_grad_(False), memory, device=device)
     for name, part in parts.items():
         if name not in whole:
-            if name == "model":
-                hint = "Give a folder with the adapters transformer and transformer_2"
-                one = not isinstance(transformer, Experts)
-                check(one, "weights", str(path), "two adapters of two experts", hint=hint)
-                add_lora_file(transformer, part)
-            else:
-                add_lora_file(_check_experts(transformer, path).use(name), part)
+            changed = transformer.use(name) if isinstance(transformer, Experts) else transformer
+            add_lora_file(changed, part)
     return patch(transformer) if patched else transformer
-
-
-def _check_experts(model: nn.Module, path: Path | None) -> Experts:
-    ok = isinstance(model, Experts)
-    check(ok, "weights", str(path), "those of one transformer: the model has no experts")
-    assert isinstance(model, Experts)
-    return model
 
 
 def _parts(path: Path | None) -> dict[str, Path]:

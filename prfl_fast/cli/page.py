@@ -70,10 +70,10 @@ def write_page(
         *_wins(found["wins"]),
         "<h2>Rewards and drift</h2>",
         "<p>A reward is the mean score of videos with noise added up to each timestep, with a "
-        "95 % interval of the mean. Low timesteps are nearly clean; at 1000 a score says nothing "
-        "about the video. Drift is the relative L2 distance of the velocity from that of base, at "
-        "the latents of base. A reward that rises while the videos get worse, with large drift, "
-        "is being exploited.</p>",
+        "95&nbsp;% interval of the mean. Low timesteps are nearly clean; at 1000 a score says "
+        "nothing about the video. Drift is the relative L2 distance of the velocity from that of "
+        "base, at the latents of base. A reward that rises while the videos get worse, with large "
+        "drift, is being exploited.</p>",
         f'<div class="charts">{"".join(_charts(found))}</div>',
         "<h2>Videos</h2>",
         *_gallery(out, found, videos, prompts),
@@ -173,7 +173,7 @@ def _chart(
         style = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
         # Equal lines stay visible, because later ones are thinner.
         width = max(1.5, 4.0 - 1.2 * place)
-        axes.errorbar(x, y, errors, label=arm, capsize=3, linewidth=width, **style)
+        axes.errorbar(x, y, errors, label=arm, capsize=3, linewidth=width, elinewidth=1.5, **style)
     axes.set(title=title, xlabel=axis)
     axes.grid(alpha=0.3)
     if floor is not None:

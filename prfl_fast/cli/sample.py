@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prfl_fast.cli.generators import load_sampler_model, weights_path
+from prfl_fast.cli.generators import check_weights, load_sampler_model, weights_path
 from prfl_fast.cli.inputs import fingerprint
 from prfl_fast.cli.sample_inputs import Job, check_reward, free_memory, load_reward
 from prfl_fast.rewards.functions import Reward
@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "best-of: N noises; prune: drop the worst early; beam: beam search; reno: optimize the "
     text += "noise; guide: add the reward's gradient to the velocity"
     group.add_argument("--method", choices=METHODS, help=text)
-    text = "option of the method, such as candidates=8; docs/methods.md lists them"
+    text = "option of the method, such as candidates=8; docs/sampling.md lists them"
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
     group.add_argument("--reward", metavar="PATH", help="folder of a saved reward model")
 
@@ -69,7 +69,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--samples", type=int, default=1, help="videos of a prompt (default: 1)")
     text = "seed of the first video; the others count up (default: 0)"
     group.add_argument("--seed", type=int, default=0, help=text)
-    text = "write latents and no videos, as for families whose autoencoder is not Wan's"
+    text = "write latents and no videos"
     group.add_argument("--latents-only", action="store_true", help=text)
     group = parser.add_argument_group("sampler")
     text = "solver steps (default: 40)"
@@ -180,7 +180,7 @@ class Arm:
         self.job, self.out, self.weights = job, out, weights
         self.method, self.reward = method, reward
         if weights is not None:
-            weights_path(weights)
+            check_weights(weights, job.folders, job.shapes)
 
     def cost(self) -> str:
         """Return a line with the forwards and backwards of the videos."""

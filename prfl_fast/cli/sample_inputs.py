@@ -73,7 +73,8 @@ class Job:
         self.guidance: Guidance | None = None
         self.dataset: LatentDataset | None = None
         given = [bool(options.prompts), bool(options.prompt), options.data is not None]
-        check(sum(given) == 1, "prompts", "", "one of --prompts, --prompt and --data")
+        expected = "1: --prompts, --prompt or --data"
+        check(sum(given) == 1, "number of inputs", sum(given), expected)
         self.folders, boundary = loading.folders_of(str(self.model))
         one = not isinstance(scale, tuple) or boundary is not None
         check(one, "--guidance-scale", scale, "one number for one transformer")
@@ -182,6 +183,8 @@ class Job:
         with step_progress("prompts", 0, len(unique)) as bar:
             for text in unique:
                 states[text] = encoder([text])[0].cpu()
+                if encoder.is_cut(text):
+                    print(f"cut to {MAX_TOKENS} tokens: {text[:60]!r}")
                 bar.update()
         del encoder
         free_memory()
@@ -262,7 +265,7 @@ def _check_family(model: Path) -> None:
     config = model / "vae" / "config.json"
     if config.is_file():
         kind = read_json(config).get("_class_name", "AutoencoderKLWan")
-        hint = "Other families sample encoded prompts: --data FOLDER --latents-only"
+        hint = "Sample other families in Python, by prfl_fast.rollout"
         expected = "a pipeline of Wan with AutoencoderKLWan"
         check(kind == "AutoencoderKLWan", "--model", f"{model} with {kind}", expected, hint=hint)
 

@@ -9,6 +9,7 @@ import torch
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.schedulers import FlowEuler
 from prfl_fast.sampling.candidates import Forwards
 from prfl_fast.sampling.gradient import guide, optimize_noise
 from prfl_fast.sampling.search import beam_search, prune, survivors
@@ -94,8 +95,8 @@ def make_method(name: str, given: Mapping[str, Any], num_inference_steps: int) -
         num_inference_steps: solver steps of the schedule.
 
     Raises:
-        ValueError: if the name or an option is unknown, a required one is missing, or a count is
-            not positive. The functions check other values when they run.
+        ValueError: if the name or an option is unknown, a required one is missing, or a value is
+            out of range.
     """
     check_choice("method", name, METHODS)
     known = _OPTIONS[name]
@@ -121,5 +122,21 @@ def make_method(name: str, given: Mapping[str, Any], num_inference_steps: int) -
             for k, v in options["keep"].items()
         }
     method = Method(name, options)
-    method.cost(num_inference_steps)  # checks keep
+    _try(method, num_inference_steps)
     return method
+
+
+def _try(method: Method, num_inference_steps: int) -> None:
+    """Run a method on a flow of one number, so that its own checks come before any long work."""
+
+    def velocity(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        return -x
+
+    def reward(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        return x.flatten(1).sum(1)
+
+    short = {"iterations": 1} if "iterations" in method.options else {}
+    method = Method(method.name, {**method.options, **short})
+    sampler = Sampler(velocity, FlowEuler(), num_inference_steps)
+    x = torch.ones(1, 1, 1, 1, 1, device="cpu")
+    method.run(sampler, reward, x, {"text": x[0, 0, 0]}, torch.Generator())

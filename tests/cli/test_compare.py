@@ -170,7 +170,9 @@ def test_the_commands_of_the_guide_run(root, tmp_path, monkeypatch):
     (tmp_path / "runs" / "reward").mkdir(parents=True)
     (tmp_path / "runs" / "reward" / "reward").symlink_to(root / "reward")
     for name in ("prfl", "sft"):
-        (tmp_path / "runs" / name).symlink_to(root / "lora.safetensors")
+        (tmp_path / "runs" / name).mkdir()
+        file = tmp_path / "runs" / name / "pytorch_lora_weights.safetensors"
+        file.symlink_to(root / "lora.safetensors")
     lines = [line for body in re.findall(r"^```bash\n(.*?)^```$", page, re.S | re.M)
              for line in body.splitlines()]  # fmt: skip
     assert len(lines) == 3

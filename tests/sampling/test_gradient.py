@@ -261,6 +261,7 @@ def test_guide_by_several_rewards_and_guidance_equals_the_textbook():
     assert found.forwards == Forwards(2 * 2 * STEPS, 2 * 2 * 3, 0, 2 * 2 * 3)
 
 
+@pytest.mark.slow
 def test_guidance_raises_the_reward_and_takes_a_diffusers_scheduler():
     plain = rollout(velocity, NOISE, CONDITIONS, FlowEuler(), STEPS)
     found = steered(weight=1.0)

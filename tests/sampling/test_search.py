@@ -119,6 +119,7 @@ def test_prune_without_pruning_is_best_of_n():
         torch.testing.assert_close(found.latents[b], finished[i][b])
 
 
+@pytest.mark.slow
 def test_a_foreign_multistep_scheduler_is_selected_along_with_its_candidates():
     options = {"keep": {1: 3, 2: 2}}
     own, foreign = (
