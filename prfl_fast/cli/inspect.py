@@ -133,7 +133,7 @@ def _print_labels(dataset: LatentDataset, report: DatasetReport) -> None:
             text = f"{min(numbers):g} to {max(numbers):g}, mean {mean:.4g}"
         else:
             ordered = sorted(given.items(), key=lambda item: -item[1])
-            shown = ((_short(str(v)), count) for v, count in ordered[:_VALUES])
+            shown = ((_short(v), count) for v, count in ordered[:_VALUES])
             text = ", ".join(f"{v}: {count} ({count / total:.0%})" for v, count in shown)
             more = len(ordered) - _VALUES
             text += f", and {more} more values" if more > 0 else ""
@@ -150,8 +150,8 @@ def _motion(record: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
+def _short(value: object) -> str:
+    text = f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
     return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
 
 
@@ -270,7 +270,8 @@ def _print_adapter(file: Path) -> None:
         of = next(iter(layers.values()))
         parts = {"DoRA": of.magnitude, "bias": of.bias}
         facts["kind"] = " with ".join(["LoRA", *(n for n, v in parts.items() if v is not None)])
-        facts["layers"] = _counted(re.sub(r"^blocks\.\d+\.", "", name) for name in layers)
+        kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in layers})
+        facts["layers"] = f"{len(layers)}, of {', '.join(kinds)}"
         facts["rank"] = _counted(len(layer.down) for layer in layers.values())
         scales = (f"{layer.alpha / len(layer.down):g}" for layer in layers.values())
         facts["alpha / rank"] = _counted(scales)
@@ -279,7 +280,7 @@ def _print_adapter(file: Path) -> None:
 
 def _counted(values: Iterable[object]) -> str:
     """Return the values in words, each with the number of layers that have it."""
-    return ", ".join(f"{value} ({n})" for value, n in Counter(values).most_common())
+    return ", ".join(f"{value} ({n} layers)" for value, n in Counter(values).most_common())
 
 
 def _generators(source: Path) -> list[tuple[Path, type, Mapping[str, Any]]]:

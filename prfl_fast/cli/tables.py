@@ -20,7 +20,8 @@ def print_table(
         return
     made = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        made.add_column(name, justify="right" if name in numbers else "left")
+        # Folded, as a long name of a file must not lose its end.
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
     for row in cells:
         made.add_row(*row)
     screen = console.Console(markup=False, highlight=False, emoji=False)

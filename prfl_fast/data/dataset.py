@@ -101,8 +101,9 @@ class Batches:
         check_seed(seed)
         buckets = getattr(dataset, "buckets", None)
         indices = [range(len(dataset))] if buckets is None else [b.indices for b in buckets]
-        most, whole = max(map(len, indices)), "the dataset" if len(indices) == 1 else "a bucket"
-        expected = f"at most {most}, the samples of {whole}"
+        most, whole = max(map(len, indices)), getattr(dataset, "folder", "the dataset")
+        part = "a size in " if len(indices) > 1 else ""
+        expected = f"at most {most}, the samples of {part}{whole}"
         check(batch_size <= most, "batch_size", batch_size, expected)
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.order = BatchOrder(indices, batch_size, seed)
@@ -112,7 +113,7 @@ class Batches:
         ok, expected = not text_drop or hasattr(dataset, "empty_prompt"), "0 for a dataset without"
         check(ok, "text_drop", text_drop, f"{expected} empty_prompt()")
         ok = not short_captions or getattr(dataset, "short", True)
-        check(ok, "short_captions", short_captions, f"{expected} {SHORT}")
+        check(ok, "short_captions", short_captions, f"0 for {whole}, which has no {SHORT}")
         self._empty = dataset.empty_prompt() if text_drop else None
         # Every batch has the rows of the dataset's longest text, as a negative prompt that is
         # guided in the same call must have the rows of the batch.

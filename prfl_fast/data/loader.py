@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,24 +39,29 @@ class LoadedBatches:
         check_count("workers", workers)
         self.batches, self.workers, self.pin_memory = batches, workers, pin_memory
         self._next = -1
-        self._iterator: Iterator[Any] | None = None
+        # At most one, in a list that the finalizer keeps out of reference cycles: if it is collected
+        # in one, its queues end before its workers, and torch waits 5 s for each of them.
+        self._iterators: list[Iterator[Any]] = []
+        weakref.finalize(self, self._iterators.clear).atexit = False
 
     def __getitem__(self, n: int) -> Any:
         """Return batch n; raise ``ValueError`` or ``OSError`` if a sample cannot be read."""
         if not self.workers:
             return self.batches[n]
-        if self._iterator is None or n != self._next:
-            self._iterator = None  # ends the workers of the last iterator first
-            self._iterator, self._next = self._start(n), n
+        if not self._iterators or n != self._next:
+            self._iterators.clear()  # ends the workers of the last iterator first
+            self._iterators.append(self._start(n))
+            self._next = n
         try:
-            batch = next(self._iterator)
+            batch = next(self._iterators[0])
         except RuntimeError as error:  # torch's error for a worker that ended
             _log.warning("%s. Batches are read without workers from now on", str(error).strip())
-            self.workers, self._iterator = 0, None
+            self.workers = 0
+            self._iterators.clear()
             return self.batches[n]
         self._next += 1
         if isinstance(batch, Exception):
-            self._iterator = None
+            self._iterators.clear()
             try:
                 raise batch
             finally:

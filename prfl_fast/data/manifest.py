@@ -100,9 +100,8 @@ class LatentDataset:
         self.folder = Path(folder)
         self.manifest = self.folder / MANIFEST
         if not self.manifest.is_file():
-            raise FileNotFoundError(
-                f"{self.folder}: no {MANIFEST} there; prfl-fast encode or write_dataset writes it"
-            )
+            hint = "prfl-fast encode or write_dataset() makes a dataset"
+            raise FileNotFoundError(f"{self.folder}: no {MANIFEST} there. {hint}")
         self._open(allow_outside)
 
     def _open(self, allow_outside: bool) -> None:

@@ -34,3 +34,5 @@ def quiet_libraries() -> None:
     # torch's deprecation warnings are for the authors of the calling package, not its users.
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch(\.|$)")
+    # Two warnings for each objective if run.workers is more than the CPUs.
+    warnings.filterwarnings("ignore", "This DataLoader will create")

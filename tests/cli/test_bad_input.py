@@ -86,7 +86,7 @@ BAD = [
     ("train", {"run.batch_size": 5}, "batch_size is 5, expected at most 4, the samples"),
     ("train", {"data": "../WORLD/pairs"}, "holds preference pairs, expected single videos"),
     ("train", {"text_drop": 0.1}, "empty_prompt.safetensors: no such file, expected encoder_hi"),
-    ("train", {"short_captions": 0.3}, "short_captions is 0.3, expected 0 for a dataset without"),
+    ("train", {"short_captions": 0.3}, "short_captions is 0.3, expected 0 for "),
     ("train-reward", {"loss": "bt"}, "ce takes single videos, bt pairs"),
     ("train-reward", {"lose_data": "../WORLD/data"}, "expected no value with loss: ce"),
     ("train-reward", {**LOSERS, "data": "../WORLD/pairs"}, "expected single videos with lo"),

@@ -132,7 +132,7 @@ def test_prompts_alone(root, tmp_path, capsys):
     (tmp_path / "prompts").mkdir()
     prompts = str(write_prompts(tmp_path / "prompts", 3))
     alone = {"data": prompts, "objectives": ["prfl"], "run.steps": 1}
-    record = train(root, tmp_path / "out", alone | {"eval": {"prompts": prompts, "every": 1}})[0]
+    record = train(root, tmp_path / "out", alone | {"eval": {"prompts": prompts, "every": 1}})[-1]
     assert "prfl/loss" in record and "eval/reward" in record
     for command, changes in (
         ("train", {"data": prompts}),

@@ -70,7 +70,7 @@ def test_a_list_of_the_reference(tmp_path, capsys):
     videos += [(OTHER_NAMES, {"physics_quality": "good", "human_quality": "good"})]
     lines = said(capsys, write(tmp_path, *videos)[0])
     assert ["videos:", "2"] in lines and ["human_quality", "good:", "1", "(100%)", "1"] in lines
-    assert ["motion_quality", "(both)", "1.0:", "1", "(100%)", "1"] in lines
+    assert ["motion_quality", "(both)", "1:", "1", "(100%)", "1"] in lines
     assert "latent_condition" in " ".join(" ".join(line) for line in lines)
 
 
@@ -85,8 +85,8 @@ def test_a_run_its_checkpoint_and_its_adapter(run, tmp_path, capsys):
     assert any(line[:1] == ["train.lora"] or "lora.lora_rank" in line for line in lines)
     for path in (run / "final", run / "final" / "pytorch_lora_weights.safetensors"):
         text = "\n".join(" ".join(line) for line in said(capsys, path))
-        assert "kind: LoRA\n" in text and "rank: 2 (8)" in text and "alpha / rank: 1 (8)" in text
-        assert "attn2.to_out.0 (1)" in text
+        assert "kind: LoRA\nlayers: 8, of attn1.to_k, attn1.to_out.0, " in text
+        assert "\nrank: 2 (8 layers)\nalpha / rank: 1 (8 layers)\n" in text
     (run / "final").unlink()
     shutil.move(run / "step-00000001", tmp_path)
     experts = shutil.copytree(run / "step-00000002" / "model", tmp_path / "two" / "transformer")
@@ -104,7 +104,7 @@ def test_adapters_of_other_kinds(tmp_path, capsys):
     }
     torch.save(names, tmp_path / "lora.pt")
     text = "\n".join(" ".join(line) for line in said(capsys, tmp_path / "lora.pt"))
-    assert "192 in 2 tensors, float32" in text and "layers: attn1.to_q (1)" in text
+    assert "192 in 2 tensors, float32" in text and "layers: 1, of attn1.to_q\n" in text
     names = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": torch.ones(48)}
     names = {f"transformer.blocks.0.attn1.to_q.{n}": t for n, t in names.items()}
     save_tensors(names, tmp_path / "dora.safetensors")

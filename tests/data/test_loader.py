@@ -1,7 +1,9 @@
 """Workers read the same batches, from any position, and their end does not end the run."""
 
+import gc
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -47,10 +49,21 @@ def test_an_unreadable_sample_is_one_line_and_reading_goes_on(batches):
     assert same(loaded[2], batches[2])
 
 
+def test_workers_end_at_once_in_a_reference_cycle(batches):
+    """Errors and trainers are in such cycles; torch would wait five seconds for each worker."""
+    cycle = {"loaded": LoadedBatches(batches, 2)}
+    cycle["itself"] = cycle
+    assert same(cycle["loaded"][0], batches[0])
+    del cycle
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 4
+
+
 def test_a_worker_that_is_killed_is_replaced_by_the_run_itself(batches, caplog):
     loaded = LoadedBatches(batches, 1)
     assert same(loaded[0], batches[0])
-    (worker,) = loaded._iterator._workers
+    (worker,) = loaded._iterators[0]._workers
     assert os.getpgid(worker.pid) != os.getpgid(0)  # Ctrl-C does not reach it
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
