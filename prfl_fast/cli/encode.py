@@ -9,8 +9,8 @@ from typing import Any
 from prfl_fast.cli.loading import check_writable, device_of
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.clip_lists import read_clips
-from prfl_fast.data.codec import PATCH, VideoCodec, load_codec
-from prfl_fast.data.codec_files import find_part
+from prfl_fast.data.codec import MAX_TOKENS, PATCH, VideoCodec, load_codec
+from prfl_fast.data.codec_files import check_parts, has_part
 from prfl_fast.data.encode import Encoding, encode_dataset
 from prfl_fast.data.encode_plan import (
     CONDITIONS,
@@ -87,6 +87,8 @@ def run_encode(options: argparse.Namespace) -> int:
     check_count("--workers", options.workers)
     check(options.model.exists(), "--model", str(options.model), "a folder that exists")
     check_writable(options.out, "OUT")
+    ok = options.clips.resolve() not in (options.out.resolve(), *options.out.resolve().parents)
+    check(ok, "OUT", str(options.out), f"a folder outside of the clips in {options.clips}")
     budget = None if options.budget is None else size_of(options.budget, "--budget")
     device = device_of(HardwareSection(device=options.device))
     clips = read_clips(options.clips)
@@ -113,11 +115,11 @@ def run_encode(options: argparse.Namespace) -> int:
     ok = options.crops == 1 or options.crop != "center"
     check(ok, "--crops", options.crops, "1 with --crop center: the others would be equal")
     need("transformers", "video")
-    codec = load_codec(options.model)
+    codec = load_codec(options.model, budget=budget)
     check_settings(settings, codec)
     ok = condition != "first-last" or codec.channels != 48
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
-    find_part(options.model, "text_encoder")
+    check_parts(options.model, condition != "none" and has_part(options.model, "image_encoder"))
     step = codec.strides[1] * PATCH
     if prompts:
         plan = plan_prompts(clips, settings)
@@ -140,6 +142,9 @@ def run_encode(options: argparse.Namespace) -> int:
         )
         samples = encode_dataset(encoding, options.preview)
     _print_skipped(encoding.skipped)
+    if encoding.cut:
+        text = f"{len(encoding.cut)} texts are cut at {MAX_TOKENS} tokens, such as"
+        print(f"prfl-fast encode: {text} {encoding.cut[0][:60]!r}", file=sys.stderr)
     print(f"dataset: {options.out}, {samples} samples, {len(encoding.skipped)} clips skipped")
     if options.preview:
         print(f"preview: {options.out / 'preview'}")

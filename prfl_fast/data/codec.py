@@ -86,8 +86,7 @@ class VideoCodec:
         check(ok, "video", video, "a floating-point [B, 3, F, H, W]")
         self.latent_shape(*video.shape[2:])
         video = video.to(self._mean.device, self.vae.dtype)
-        patch = self.vae.config.patch_size or 1
-        self._set_tiles(video.shape, self.vae.config.base_dim, patch)
+        self.set_encoder_tiles(video.shape)
         mode = self.vae.encode(video).latent_dist.mode()
         return (mode.float() - self._mean) / self._std
 
@@ -140,6 +139,14 @@ class VideoCodec:
                 )
             yield out.clamp_(-1.0, 1.0)
         self.vae.clear_cache()
+
+    def set_encoder_tiles(self, shape: tuple[int, ...]) -> None:
+        """Choose the tiles in which a video ``(B, 3, F, H, W)`` is encoded within the budget.
+
+        Raises:
+            ValueError: if not even a tile fits.
+        """
+        self._set_tiles(shape, self.vae.config.base_dim, self.vae.config.patch_size or 1)
 
     def _set_tiles(self, shape: tuple[int, ...], channels: int, unit: int) -> bool:
         """Choose the largest tiles that fit the budget; return False if a whole frame fits.

@@ -53,6 +53,31 @@ def has_part(path: Path, part: str) -> bool:
     return (path / part / "config.json").is_file() or any(path.glob(FILES[part]))
 
 
+def find_processor(place: Path, part: str) -> Path:
+    """Return the folder of umT5's tokenizer or CLIP's image processor beside the part.
+
+    Args:
+        place: of the part, see :func:`find_part`.
+        part: ``text_encoder`` or ``image_encoder``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folder = "tokenizer" if part == "text_encoder" else "image_processor"
+    folder = place.parent / (folder if place.is_dir() else "google/umt5-xxl")
+    check(folder.is_dir(), f"{folder.name} of {place}", None, f"the folder {folder}")
+    return folder
+
+
+def check_parts(model: Path, images: bool) -> None:
+    """Raise ``ValueError`` if umT5, its tokenizer or, with ``images``, CLIP is missing."""
+    find_processor(find_part(model, "text_encoder"), "text_encoder")
+    if images:
+        place = find_part(model, "image_encoder")
+        if place.is_dir():
+            find_processor(place, "image_encoder")
+
+
 def _pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Read a model of diffusers or transformers; any missing or unexpected tensor is an error."""
     try:
@@ -120,11 +145,9 @@ def read_text_encoder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     place = find_part(path, "text_encoder")
     if place.is_dir():
         model = _pretrained(transformers.UMT5EncoderModel, place, dtype)
-        tokenizer = place.parent / "tokenizer"
     else:
         model = _official_umt5(transformers, place, dtype)
-        tokenizer = place.parent / "google" / "umt5-xxl"
-        check(tokenizer.is_dir(), f"tokenizer of {place.name}", None, f"the folder {tokenizer}")
+    tokenizer = find_processor(place, "text_encoder")
     return model, _loaded(transformers.AutoTokenizer.from_pretrained, tokenizer)
 
 
@@ -165,7 +188,7 @@ def read_image_encoder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     place = find_part(path, "image_encoder")
     if place.is_dir():
         model = _pretrained(transformers.CLIPVisionModel, place, dtype)
-        folder = place.parent / "image_processor"
+        folder = find_processor(place, "image_encoder")
         return model, _loaded(transformers.CLIPImageProcessor.from_pretrained, folder)
     return _official_clip(transformers, place, dtype)
 

@@ -7,7 +7,7 @@ continues. Batches do not depend on where a run was interrupted, so the files ha
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ class Encoding:
         self.dtype = DTYPES[settings.dtype]
         self.parts = out / "parts"
         self.skipped = dict(plan.skipped)
+        self.cut: list[str] = []  # texts with too many tokens
         self.images = settings.condition != "none" and has_part(model, "image_encoder")
         clips = [crop.clip for crop in plan.crops]
         texts = [t for clip in clips for t in (clip.caption, clip.short_caption) if t is not None]
@@ -149,6 +150,7 @@ class Encoding:
         encoder = load_text_encoder(self.model, self.device, self.dtype)
         with step_progress("texts", len(paths) - len(todo), len(paths)) as bar:
             for i in todo:
+                self.cut += filter(encoder.is_cut, batches[i])
                 states = encoder(batches[i])
                 save_tensors({str(k): state for k, state in enumerate(states)}, paths[i])
                 bar.update()
@@ -243,8 +245,10 @@ class Encoding:
         if not todo:
             yield iter(())
             return
-        with step_progress(name, len(live) - len(todo), len(live)) as bar:
-            yield videos()
+        progress = step_progress(name, len(live) - len(todo), len(live))
+        # Closed at once after an error: the garbage collector would join its threads at any place.
+        with progress as bar, closing(videos()) as found:
+            yield found
 
     def write_preview(self, codec: VideoCodec | None = None) -> None:
         """Write sheets of source frames above decoded ones, with a loaded codec or a new one."""

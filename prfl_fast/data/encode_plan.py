@@ -69,7 +69,10 @@ class EncodePlan(NamedTuple):
 
 
 def check_settings(settings: EncodeSettings, codec: VideoCodec) -> None:
-    """Raise ``ValueError`` if a setting is out of range or a size does not fit the codec."""
+    """Raise ``ValueError`` if a setting is out of range or a size does not fit the codec.
+
+    That includes its budget of memory.
+    """
     check_positive("fps", settings.fps)
     check_count("crops", settings.crops)
     check_choice("condition", settings.condition, CONDITIONS)
@@ -78,6 +81,7 @@ def check_settings(settings: EncodeSettings, codec: VideoCodec) -> None:
     for frames in settings.frames:
         for height, width in (settings.size, *sizes):
             codec.latent_shape(frames, height, width)
+            codec.set_encoder_tiles((1, 3, frames, height, width))
     expected = "more than 1 with a given last frame"
     ok = settings.condition != "first-last" or min(settings.frames) > 1
     check(ok, "frames", settings.frames, expected)
@@ -206,7 +210,9 @@ def latent_tokens(frames: int, size: tuple[int, int], codec: VideoCodec) -> int:
 
 def default_condition(model: Path) -> Condition:
     """Return the condition that a pipeline's transformer takes, by its ``config.json``."""
-    for path in (model / "transformer" / "config.json", model / "config.json"):
+    # Those of diffusers, of official Wan2.1 and of official Wan2.2 with two experts.
+    for folder in ("transformer", ".", "high_noise_model"):
+        path = model / folder / "config.json"
         if path.is_file():
             config = read_json(path)
             kind = str(config.get("model_type", ""))

@@ -94,15 +94,16 @@ def clip_info(path: str | os.PathLike[str]) -> ClipInfo:
         if first.rotation % 180:
             width, height = height, width
         container.seek(0)
-        times, length = [], 0
-        for packet in container.demux(stream):
-            if packet.size and packet.pts is not None:
-                times.append(packet.pts)
-                length = packet.duration or length
+        # A trimmed file keeps packets before its first frame, which are not shown.
+        times = sorted(
+            (packet.pts, packet.duration or 0)
+            for packet in container.demux(stream)
+            if packet.size and packet.pts is not None and not packet.is_discard
+        )
         if not times:
             raise VideoFileError(f"{path}: its frames have no times")
-        times.sort()
-        ticks = times[-1] - times[0]
+        (first_tick, _), (last_tick, length) = times[0], times[-1]
+        ticks = last_tick - first_tick
         # Without a duration, the last frame lasts as long as the others do on average.
         length = length or (ticks / (len(times) - 1) if len(times) > 1 else 0)
         seconds = float((ticks + length) * stream.time_base) or 1.0

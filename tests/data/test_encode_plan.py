@@ -1,5 +1,6 @@
 """Sizes, lengths and crops of the samples of clips."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.encode_plan import (
     EncodeSettings,
     bucket_sizes,
+    default_condition,
     nearest_size,
     ordered_map,
     plan_crops,
@@ -93,3 +95,21 @@ def test_results_come_in_order_and_errors_where_they_belong(workers):
     assert max(started) <= 7 + workers
     with pytest.raises(ValueError, match="seven"):
         next(found)
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "expected"),
+    [
+        ("transformer", {"in_channels": 16, "out_channels": 16}, "none"),
+        ("transformer", {"in_channels": 36, "out_channels": 16}, "first"),
+        ("transformer", {"in_channels": 36, "out_channels": 16, "pos_embed_seq_len": 514}, None),
+        (".", {"model_type": "i2v", "in_dim": 36, "out_dim": 16}, "first"),
+        (".", {"model_type": "flf2v", "in_dim": 36, "out_dim": 16}, None),
+        (".", {"model_type": "ti2v", "in_dim": 48, "out_dim": 48}, "none"),
+        ("high_noise_model", {"model_type": "i2v", "in_dim": 36, "out_dim": 16}, "first"),
+    ],
+)
+def test_the_condition_is_the_transformers(tmp_path, folder, config, expected):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    assert default_condition(tmp_path) == (expected or "first-last")

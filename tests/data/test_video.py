@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from clips import atom, claim_hours, rotate
+from clips import atom, claim_hours, hide_start, rotate
 
 from prfl_fast.data import video
 from prfl_fast.data.video import VideoFileError, clip_info, read_clip, read_frames, write_video
@@ -177,6 +177,14 @@ def test_a_header_of_four_hours_is_not_believed(tmp_path, suffix):
     info = clip_info(path)
     assert info.frames == 12 and abs(info.seconds - 0.75) < 0.07
     assert len(list(read_frames(path, fps=16))) == 12
+
+
+def test_frames_before_a_trimmed_start_are_not_counted(tmp_path):
+    path = encoded(tmp_path / "clip.mp4", 12)
+    last = levels(read_frames(path))[4:]
+    hide_start(path, 4)
+    assert levels(read_frames(path)) == last
+    assert clip_info(path).frames == 8 and abs(clip_info(path).seconds - 0.5) < 1e-3
 
 
 def test_crops_cover_the_size(tmp_path):

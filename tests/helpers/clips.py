@@ -31,3 +31,13 @@ def claim_hours(path, hours):
             (scale,) = struct.unpack_from(">I", data, start + ticks)
             struct.pack_into(">I", data, start + 16, scale * 3600 * hours)
     path.write_bytes(data)
+
+
+def hide_start(path, frames, fps=16):
+    """Let an mp4 file begin ``frames`` later by its edit list; the packets before stay in it."""
+    data = bytearray(path.read_bytes())
+    (scale,) = struct.unpack_from(">I", data, atom(data, "mdhd") + 12)
+    place = atom(data, "elst") + 12
+    (time,) = struct.unpack_from(">i", data, place)
+    struct.pack_into(">i", data, place, time + frames * scale // fps)
+    path.write_bytes(data)
