@@ -120,9 +120,9 @@ class Job:
         self.prompts = read_prompts(options.prompts) if options.prompts else _given_prompts(options)
         self.size = options.size or (480, 832)
         self.frames = 81 if options.frames is None else options.frames
+        _check_family(self.model)
         condition = default_condition(self.model)
         self.clip = condition != "none" and has_part(self.model, "image_encoder")
-        _check_family(self.model)
         find_part(self.model, "text_encoder")
         # The smallest part is read here, because it decides the shape of the latents.
         codec = load_codec(self.model)
@@ -266,8 +266,8 @@ def _check_family(model: Path) -> None:
     if config.is_file():
         kind = read_json(config).get("_class_name", "AutoencoderKLWan")
         hint = "Sample other families in Python, by prfl_fast.rollout"
-        expected = "a pipeline of Wan with AutoencoderKLWan"
-        check(kind == "AutoencoderKLWan", "--model", f"{model} with {kind}", expected, hint=hint)
+        expected = "AutoencoderKLWan, of Wan's pipelines"
+        check(kind == "AutoencoderKLWan", f"autoencoder of {model}", kind, expected, hint=hint)
 
 
 def _given_prompts(options: argparse.Namespace) -> list[Prompt]:
