@@ -12,6 +12,7 @@ from prfl_fast.cli.tables import print_table
 from prfl_fast.data.inspect import DatasetReport, describe_dataset
 from prfl_fast.data.manifest import MANIFEST, TEXT, LatentDataset
 from prfl_fast.data.reference_lists import SUFFIX, open_latents
+from prfl_fast.models.conversion import OFFICIAL_FOLDERS
 from prfl_fast.models.experts import FOLDERS
 from prfl_fast.models.loading import expert_folders, transformer_class, transformer_folder
 from prfl_fast.models.lora_files import lora_file, read_lora
@@ -197,7 +198,8 @@ def _print_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
 
 def _models(folder: Path) -> list[Path]:
     """Return the folders of a saved model: itself, or those of experts."""
-    parts = [folder / name for name in FOLDERS.values() if (folder / name).is_dir()]
+    names = (*FOLDERS.values(), *OFFICIAL_FOLDERS)
+    parts = [folder / name for name in names if (folder / name).is_dir()]
     return parts or [folder]
 
 
@@ -285,7 +287,7 @@ def _counted(values: Iterable[object]) -> str:
 
 def _generators(source: Path) -> list[tuple[Path, type, Mapping[str, Any]]]:
     """Return folder, class and configuration of a generator, or of its two experts."""
-    official = [source / f"{name}_noise_model" for name in FOLDERS]
+    official = [source / name for name in OFFICIAL_FOLDERS]
     if all(folder.is_dir() for folder in official):
         folders = official
     else:

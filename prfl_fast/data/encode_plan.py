@@ -218,6 +218,6 @@ def default_condition(model: Path) -> Condition:
             kind = str(config.get("model_type", ""))
             if kind.startswith("flf") or config.get("pos_embed_seq_len"):
                 return "first-last"
-            given = config.get("in_channels", 0) - config.get("out_channels", 0)
+            given = (config.get("in_channels") or 0) - (config.get("out_channels") or math.inf)
             return "first" if kind == "i2v" or given > 4 else "none"
     return "none"

@@ -21,6 +21,7 @@ Layout = Literal["diffusers", "official", "comfyui"]
 WAN = "WanTransformer3DModel"
 COMFYUI = "diffusion_model."
 _PREFIXES = (f"model.{COMFYUI}", COMFYUI)
+_BOUNDARIES: dict[Any, float] = {"t2v": 0.875, "i2v": 0.9}
 _KINDS = "official Wan's names, with or without ComfyUI's prefix, or diffusers'"
 
 
@@ -52,16 +53,13 @@ def expert_folders(path: str | os.PathLike[str]) -> tuple[Path, Path, float] | N
     """Return the folders of a pipeline's two experts, high noise first, and their boundary.
 
     None stands for a path with one transformer. Raise ``ValueError`` if ``model_index.json`` names
-    a second transformer that is missing, or no ``boundary_ratio``, and for official Wan2.2's
-    folder, which has none.
+    a second transformer that is missing, or no ``boundary_ratio``, or if the ``model_type`` of
+    official Wan2.2's experts is unknown.
     """
     folder = Path(path)
     high, low = (folder / f"{name}_noise_model" for name in FOLDERS)
     if high.is_dir() and low.is_dir():
-        raise ValueError(
-            f"{folder} is official Wan2.2's, which does not tell the boundary of its experts. Give "
-            f"{{high: {high}, low: {low}, boundary: ...}}, 0.875 for T2V-A14B and 0.9 for I2V-A14B"
-        )
+        return high, low, _official_boundary(high, low)
     if not _is_pipeline(folder):
         return None
     high, low = (folder / name for name in FOLDERS.values())
@@ -78,6 +76,15 @@ def expert_folders(path: str | os.PathLike[str]) -> tuple[Path, Path, float] | N
     hint = f"Give the folders: {{high: {high}, low: {low}, boundary: ...}}"
     check(boundary is not None, f"{index}: boundary_ratio", None, "a number", hint=hint)
     return high, low, boundary
+
+
+def _official_boundary(high: Path, low: Path) -> float:
+    """Return the boundary of official Wan2.2's experts: no file has it, wan/configs does."""
+    path = high / "config.json"
+    kind = dict(read_json(path)).get("model_type") if path.is_file() else None
+    hint = f"Or give {{high: {high}, low: {low}, boundary: ...}}"
+    check(kind in _BOUNDARIES, f"{path}: model_type", kind, "t2v or i2v", hint=hint)
+    return _BOUNDARIES[kind]
 
 
 def _is_pipeline(folder: Path) -> bool:

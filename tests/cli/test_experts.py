@@ -92,6 +92,6 @@ def test_errors_are_one_line(root, pipeline, tmp_path, capsys):
     for name in ("high", "low"):
         shutil.copytree(pipeline / "transformer", tmp_path / "official" / f"{name}_noise_model")
     line = refused(capsys, root, tmp_path / "official", tmp_path)
-    assert "Give {high: " in line and "0.875 for T2V-A14B" in line
+    assert "model_type is None, expected t2v or i2v. Or give {high: " in line
     line = refused(capsys, *here, "train-reward")
     assert "has two experts, expected one: " in line and "transformer_2 (low noise)" in line
