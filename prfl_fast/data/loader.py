@@ -39,8 +39,8 @@ class LoadedBatches:
         check_count("workers", workers)
         self.batches, self.workers, self.pin_memory = batches, workers, pin_memory
         self._next = -1
-        # At most one, in a list that the finalizer keeps out of reference cycles. If a cycle is
-        # collected, queues end before workers, and torch waits 5 s for each of them.
+        # At most one. The finalizer keeps the list out of reference cycles: an iterator that is
+        # collected in one ends its queues before its workers, and torch waits 5 s for each.
         self._iterators: list[Iterator[Any]] = []
         weakref.finalize(self, self._iterators.clear).atexit = False
 

@@ -113,7 +113,7 @@ DAMAGED = [
     ("train", DATA, truncate, "not a whole safetensors file"),
     ("train", DATA, latents(lambda x: x.long()), "dtype of latents is 'int64', expected"),
     ("train", DATA, latents(lambda x: x[:, 0]), "latents is [16, 4, 4], expected 4 dimensions"),
-    ("train", DATA, latents(lambda x: x[:, :1]), "as on earlier lines"),
+    ("train", DATA, latents(lambda x: x[:8]), "as on earlier lines"),
     ("train", "data", new_data(size=(2, 5, 4)), "does not fit"),
     ("train", "data", new_data(width=24), "expected [B, T, 20]"),
     ("score", "data", new_data(width=24), "does not fit the reward model"),
