@@ -10,7 +10,7 @@ from prfl_fast.cli.loading import check_writable, device_of
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.clip_lists import read_clips
 from prfl_fast.data.codec import MAX_TOKENS, PATCH, VideoCodec, load_codec
-from prfl_fast.data.codec_files import check_parts, has_part
+from prfl_fast.data.codec_files import check_parts
 from prfl_fast.data.encode import Encoding, encode_dataset
 from prfl_fast.data.encode_plan import (
     CONDITIONS,
@@ -20,6 +20,7 @@ from prfl_fast.data.encode_plan import (
     default_condition,
     latent_tokens,
     make_plan,
+    needs_images,
     plan_prompts,
 )
 from prfl_fast.planning.planner import size_of
@@ -119,7 +120,7 @@ def run_encode(options: argparse.Namespace) -> int:
     check_settings(settings, codec)
     ok = condition != "first-last" or codec.channels != 48
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
-    check_parts(options.model, condition != "none" and has_part(options.model, "image_encoder"))
+    check_parts(options.model, needs_images(options.model, condition))
     step = codec.strides[1] * PATCH
     if prompts:
         plan = plan_prompts(clips, settings)

@@ -69,7 +69,9 @@ def _text(path: Path) -> str:
 
 
 def _folder(folder: Path) -> list[Clip]:
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (*VIDEOS, *IMAGES)]
+    known = (*VIDEOS, *IMAGES)
+    found = (p for p in sorted(folder.rglob("*")) if not p.name.startswith("."))
+    files = [p for p in found if p.suffix.lower() in known]
     clips, missing = [], []
     for path in files:
         caption = path.with_suffix(".txt")
@@ -130,7 +132,7 @@ _READERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
 
 def _clip(source: Path, where: str, row: Any) -> Clip:
     check(isinstance(row, dict), where, row, "an object")
-    row = dict(row)
+    row, names_given = dict(row), ", ".join(map(str, row))
 
     def take(names: tuple[str, ...]) -> Any:
         found = next((name for name in names if row.get(name) is not None), names[0])
@@ -138,15 +140,18 @@ def _clip(source: Path, where: str, row: Any) -> Clip:
 
     file, caption = take(VIDEO), take(CAPTION)
     short, name = take(SHORT_CAPTION), take(IDENTIFIER)
-    for names, value in ((VIDEO, file), (CAPTION, caption)):
-        expected = f"a string in one of the columns {', '.join(names)}"
-        ok = isinstance(value, str) or (value is not None and names is CAPTION)
-        check(ok, f"{where}: {names[0]}", value, expected)
+    for names, value in ((VIDEO, file), (CAPTION, caption), (SHORT_CAPTION, short)):
+        expected = f"a string in one of the columns {', '.join(names)}; it has {names_given}"
+        ok = isinstance(value, str) or (names is not VIDEO and is_number(value))
+        missing = value is None and names is SHORT_CAPTION
+        check(ok or missing, f"{where}: {names[0]}", value, expected)
     # The reference's paths are relative to the folder in which it is called.
     path = next((p for p in (source.parent / file, Path(file)) if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{where}: {source.parent / file}: no such file")
-    labels = {k: _number(v) if source.suffix == ".csv" else v for k, v in row.items()}
+    labels = {k: v for k, v in row.items() if v is not None}  # null, as an empty cell of a CSV
+    if source.suffix == ".csv":
+        labels = {k: _number(v) for k, v in labels.items()}
     for key, value in labels.items():
         ok = isinstance(value, bool | str) or is_number(value)
         check(ok, f"{where}: {key}", value, "a label: a number, string or boolean")

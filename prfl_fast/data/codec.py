@@ -167,6 +167,10 @@ class VideoCodec:
         per_pixel = peak * batch * time * channels * size / patch**2
         if per_pixel * height * width <= self.budget:
             return False
+        version = need("diffusers").__version__
+        # Older ones do not cut the tiles of this autoencoder into its patches of pixels.
+        ok = patch == 1 or tuple(map(int, version.split(".")[:2])) >= (0, 36)
+        check(ok, "diffusers", version, "0.36 or newer, to tile Wan2.2's autoencoder in a budget")
         step = 4 * stride  # a quarter of a tile overlaps
         # The tiles, and the video that they are blended into.
         rest = self.budget - 3 * batch * 3 * frames * height * width * size

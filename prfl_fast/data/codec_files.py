@@ -63,9 +63,9 @@ def find_processor(place: Path, part: str) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    folder = "tokenizer" if part == "text_encoder" else "image_processor"
-    folder = place.parent / (folder if place.is_dir() else "google/umt5-xxl")
-    check(folder.is_dir(), f"{folder.name} of {place}", None, f"the folder {folder}")
+    name = "tokenizer" if part == "text_encoder" else "image_processor"
+    folder = place.parent / (name if place.is_dir() else "google/umt5-xxl")
+    check(folder.is_dir(), f"{name} of {place}", None, f"the folder {folder}")
     return folder
 
 

@@ -6,7 +6,7 @@ continues. Batches do not depend on where a run was interrupted, so the files ha
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ import torch
 from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.codec import VideoCodec, load_codec, load_image_encoder, load_text_encoder
 from prfl_fast.data.codec_files import FILES, Device, find_part, has_part
-from prfl_fast.data.encode_plan import Crop, EncodePlan, EncodeSettings, ordered_map
+from prfl_fast.data.encode_plan import (
+    Crop,
+    EncodePlan,
+    EncodeSettings,
+    needs_images,
+    ordered_map,
+    read_object,
+)
 from prfl_fast.data.manifest import (
     EMPTY_PROMPT,
     LATENT_SIZE,
@@ -34,7 +41,6 @@ from prfl_fast.utils.io import (
     digest_of,
     load_tensors,
     open_tensors,
-    read_json,
     save_tensors,
     write_atomic,
 )
@@ -83,7 +89,7 @@ class Encoding:
         self.parts = out / "parts"
         self.skipped = dict(plan.skipped)
         self.cut: list[str] = []  # texts with too many tokens
-        self.images = settings.condition != "none" and has_part(model, "image_encoder")
+        self.images = needs_images(model, settings.condition)
         clips = [crop.clip for crop in plan.crops]
         texts = [t for clip in clips for t in (clip.caption, clip.short_caption) if t is not None]
         negative = [] if settings.negative is None else [settings.negative]
@@ -119,7 +125,7 @@ class Encoding:
     def _check_record(record: Path, wanted: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` with the first place in which a folder's record differs."""
         hint = "Call it as it was begun, or choose a new folder"
-        begun, now = _flat(read_json(record)), _flat(wanted)
+        begun, now = _flat(read_object(record)), _flat(wanted)
         for key in (*now, *begun):
             before, value = begun.get(key), now.get(key)
             check(before == value, f"{record}: {key}", before, f"{value!r} of this call", hint=hint)
@@ -234,7 +240,7 @@ class Encoding:
             except VideoFileError as error:
                 return error
 
-        def videos() -> Iterator[tuple[int, Path, torch.Tensor]]:
+        def videos() -> Generator[tuple[int, Path, torch.Tensor], None, None]:
             for i, video in ordered_map(read, todo, self.workers):
                 if isinstance(video, VideoFileError):
                     self.skipped[self.plan.crops[i].clip.id] = str(video)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.codec import PATCH, VideoCodec
+from prfl_fast.data.codec_files import has_part
 from prfl_fast.data.video import ClipInfo, VideoFileError, clip_info
 from prfl_fast.utils.checks import check, check_choice, check_count, check_positive
 from prfl_fast.utils.io import digest_of, read_json
@@ -208,16 +209,34 @@ def latent_tokens(frames: int, size: tuple[int, int], codec: VideoCodec) -> int:
     return f * (h // PATCH) * (w // PATCH)
 
 
-def default_condition(model: Path) -> Condition:
-    """Return the condition that a pipeline's transformer takes, by its ``config.json``."""
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raise ``ValueError`` with its path if it has none."""
+    try:
+        return dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from error
+
+
+def transformer_config(model: Path) -> dict[str, Any]:
+    """Return the ``config.json`` of a pipeline's transformer; empty if there is none."""
     # Those of diffusers, of official Wan2.1 and of official Wan2.2 with two experts.
     for folder in ("transformer", ".", "high_noise_model"):
-        path = model / folder / "config.json"
-        if path.is_file():
-            config = read_json(path)
-            kind = str(config.get("model_type", ""))
-            if kind.startswith("flf") or config.get("pos_embed_seq_len"):
-                return "first-last"
-            given = (config.get("in_channels") or 0) - (config.get("out_channels") or math.inf)
-            return "first" if kind == "i2v" or given > 4 else "none"
-    return "none"
+        if (model / folder / "config.json").is_file():
+            return read_object(model / folder / "config.json")
+    return {}
+
+
+def default_condition(model: Path) -> Condition:
+    """Return the condition that a pipeline's transformer takes."""
+    config = transformer_config(model)
+    kind = str(config.get("model_type", ""))
+    if kind.startswith("flf") or config.get("pos_embed_seq_len"):
+        return "first-last"
+    given = (config.get("in_channels") or 0) - (config.get("out_channels") or math.inf)
+    return "first" if kind == "i2v" or given > 4 else "none"
+
+
+def needs_images(model: Path, condition: Condition) -> bool:
+    """Return True if a dataset has CLIP states: a frame is given, and the model takes them."""
+    takes = has_part(model, "image_encoder") or bool(transformer_config(model).get("image_dim"))
+    return condition != "none" and takes

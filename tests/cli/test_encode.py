@@ -57,9 +57,30 @@ def rows(world):
         return list(csv.DictReader(file))
 
 
+class Interrupted(BaseException):
+    """Stand for a kill: nothing catches it."""
+
+
+def interrupt(monkeypatch, moment, world, out, *options, **changes):
+    """Stop the command before its ``moment``-th rename of a file."""
+    original, calls = os.replace, []
+
+    def replace(*paths):
+        calls.append(paths)
+        if len(calls) == moment:
+            raise Interrupted
+        original(*paths)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(Interrupted):
+            call(world, out, *options, **changes)
+    assert not (out / "manifest.jsonl").exists()
+
+
 def test_a_dataset_has_what_the_pipeline_would_encode(world, tmp_path, capsys):
     out = tmp_path / "data"
-    negative = ("--negative", "blurred, static", "--preview")
+    negative = ("--negative", "blurred, static")
     assert call(world, out, *negative, kind="pipeline") == 0
     assert "3 samples, 0 clips skipped" in capsys.readouterr().out
     dataset = LatentDataset(out)
@@ -67,7 +88,7 @@ def test_a_dataset_has_what_the_pipeline_would_encode(world, tmp_path, capsys):
     assert [labels["motion_quality"] for _, labels in dataset.labels()] == [1, 1, 0]
     vae, text = codec.load_codec(world / "pipeline"), codec.load_text_encoder(world / "pipeline")
     image = codec.load_image_encoder(world / "pipeline")
-    for sample, row in zip((dataset[i] for i in range(3)), rows(world), strict=True):
+    for sample, row in ((dataset[i], rows(world)[i]) for i in (0, 2)):
         clip = video.read_clip(world / "clips" / row["video_path"], 9, (32, 64), fps=16)
         assert (sample.latents - vae.encode(clip[None])[0]).abs().max() <= 1e-5
         found = dict(sample.conditions)
@@ -88,18 +109,12 @@ def test_a_dataset_has_what_the_pipeline_would_encode(world, tmp_path, capsys):
     check_folder(out, files, "dataset")
     assert sorted(p.name for p in out.iterdir()) == [
         *("digests.json", "empty_prompt.safetensors", "encode.json", "manifest.jsonl"),
-        *("negative.safetensors", "preview", "samples"),
+        *("negative.safetensors", "samples"),
     ]
-    sheet = next(iter(video.read_frames(out / "preview" / "000000.png")))
-    assert sheet.shape == (2 * 36, 8 * 68, 3)
     # A second call has nothing to do, and loads no model.
     before = contents(out)
     assert call(world, out, *negative, kind="pipeline") == 0
     assert contents(out) == before
-
-
-class Interrupted(BaseException):
-    """Stand for a kill: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +125,12 @@ def whole(world, tmp_path_factory):
     return contents(out)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", range(1, 8))
 def test_an_interrupted_run_continues_to_the_same_bytes(
     world, whole, tmp_path, monkeypatch, moment
 ):
-    original, calls = os.replace, []
-
-    def replace(*paths):
-        calls.append(paths)
-        if len(calls) == moment:
-            raise Interrupted
-        original(*paths)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", replace)
-        with pytest.raises(Interrupted):
-            call(world, tmp_path / "data")
-    assert not (tmp_path / "data" / "manifest.jsonl").exists()
+    interrupt(monkeypatch, moment, world, tmp_path / "data")
     written = {
         name: (tmp_path / "data" / name).stat().st_mtime_ns for name in contents(tmp_path / "data")
     }
@@ -224,6 +227,8 @@ BAD = {
     "missing": ([], {"kind": "nowhere"}, "--model is .*nowhere', expected a folder that exists"),
     "crops": (["--crops", "2", "--crop", "center"], {}, "--crops is 2, expected 1 with --crop"),
     "budget": (["--budget", "24"], {}, "--budget is '24 bytes', expected a size like 24GiB"),
+    "inside": (["--dry-run"], {"clips": ".."}, "OUT is .*data', expected a folder outside of the"),
+    "small": (["--budget", "1MiB"], {}, "budget is '0.00098 GiB', expected at least .* for 9 x"),
     "workers": (["--workers", "0"], {}, "--workers is 0, expected a positive integer"),
 }
 
@@ -236,6 +241,26 @@ def test_bad_input_is_one_line(world, tmp_path, capsys, name):
     line = one_line(capsys, "encode")
     assert re.search(reason, line), line
     assert not (tmp_path / "data").exists()
+
+
+PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_is_named_before_the_work(world, tmp_path, capsys, part):
+    shutil.copytree(world / "pipeline", tmp_path / "pipeline", ignore=lambda *_: [part])
+    (tmp_path / "clips").symlink_to(world / "clips")
+    assert call(tmp_path, tmp_path / "data", kind="pipeline") == 2
+    assert part in one_line(capsys, "encode") and not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_long_captions_are_counted(world, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("A disc.\n" + "long " * 200)
+    (tmp_path / "t2v").symlink_to(world / "t2v")
+    assert call(tmp_path, tmp_path / "data", clips="prompts.txt") == 0
+    assert "1 texts are cut at 512 tokens, such as 'long long" in one_line(capsys, "encode")
 
 
 def test_a_folder_with_another_dataset_is_refused(world, tmp_path, capsys):
@@ -270,6 +295,8 @@ def test_the_guide_runs(world, tmp_path, monkeypatch, capsys):
     (python,) = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
     names = {}
     exec(compile(python, "docs/data.md", "exec"), names)
+    sheet = next(iter(video.read_frames("world/data/preview/000000.png")))
+    assert sheet.shape == (2 * 68, 8 * 100, 3)
     sample = LatentDataset("world/data")[0]
     found = dict(sample.conditions, latents=sample.latents)
     assert found["latents"].shape == (16, 5, 8, 12)
@@ -278,15 +305,20 @@ def test_the_guide_runs(world, tmp_path, monkeypatch, capsys):
     assert Path("world/disc.mp4").is_file() and Path("world/disc.png").is_file()
 
 
+PROMPTS = "A disc.\n\nA ring moves.\nA square.\n"
+
+
 def prompts(world, tmp_path, *options):
     """Encode three prompts and return the dataset."""
-    (tmp_path / "prompts.txt").write_text("A disc.\n\nA ring moves.\nA square.\n")
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
     arguments = [str(tmp_path / "prompts.txt"), str(tmp_path / "data"), "--model"]
     assert cli.main(["encode", *arguments, str(world / "t2v"), *SIZE, *options]) == 0
     return LatentDataset(tmp_path / "data")
 
 
-def test_prompts_alone_are_a_dataset_without_latents(world, tmp_path, capsys):
+def test_prompts_alone_are_a_dataset_without_latents(world, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    interrupt(monkeypatch, 4, world, tmp_path / "data", clips=tmp_path / "prompts.txt")
     dataset = prompts(world, tmp_path)
     assert dataset.prompts_only and dataset.ids() == ["000000", "000001", "000002"]
     assert dataset.shapes["latents"] == (16, 3, 4, 8)

@@ -9,7 +9,7 @@ from prfl_fast.data.clip_lists import Clip, read_clips
 
 @pytest.fixture
 def files(tmp_path):
-    for name in ("a.mp4", "sub/b.webm", "notes.md"):
+    for name in ("a.mp4", "sub/b.webm", "notes.md", "._a.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     return tmp_path
@@ -28,7 +28,13 @@ def test_a_folder_has_captions_beside_its_clips(files):
 
 ROWS = [
     {"video_path": "a.mp4", "long_caption": "A disc, red", "short_caption": "A disc", "quality": 1},
-    {"video_path": "sub/b.webm", "long_caption": "007", "quality": 0.5, "source_id": "001"},
+    {
+        "video_path": "sub/b.webm",
+        "long_caption": "007",
+        "quality": 0.5,
+        "source_id": "001",
+        "n": None,
+    },
 ]
 CSV = (
     "video_path,long_caption,short_caption,quality,source_id\r\n"
@@ -37,7 +43,7 @@ CSV = (
 LISTS = {
     "clips.csv": CSV,
     "clips.json": json.dumps(ROWS),
-    "clips.jsonl": "\n".join(json.dumps(row) for row in ROWS) + "\n\n",
+    "clips.jsonl": "\n".join(json.dumps(row | {"none": None}) for row in ROWS) + "\n\n",
 }
 
 
@@ -62,7 +68,7 @@ def test_paths_may_be_relative_to_the_working_folder(files, monkeypatch):
 
 BAD = {
     "none.csv": ("video_path,caption\n", "is '.*', expected at least one clip"),
-    "path.csv": ("caption\nA\n", "video_path is None, expected a string in one of the columns"),
+    "path.csv": ("film;caption\nA\n", r"video_path is None, .* columns .*; it has film;caption"),
     "caption.csv": ("video_path,caption\na.mp4,\n", r":2: long_caption is None, expected a string"),
     "file.csv": ("video_path,caption\nno.mp4,A\n", r":2: .*no\.mp4: no such file"),
     "cells.csv": ("video_path,caption\na.mp4,A,B\n", "expected no more cells than the first line"),
@@ -72,6 +78,7 @@ BAD = {
     "rows.jsonl": ('{"video": "a.mp4", "text": "A"}\n[1]\n', r"rows.jsonl:2 is \[1\], expected an"),
     "broken.jsonl": ("\n{", "broken.jsonl:2: not JSON"),
     "label.json": ('[{"video": "a.mp4", "text": "A", "q": [1]}]', r"q is \[1\], expected a label"),
+    "caption.json": ('[{"video": "a.mp4", "text": ["A"]}]', r"long_caption is \['A'\], expected a"),
     "clips.xml": ("<a/>", r"CLIPS is '.*clips.xml', expected a folder, .csv, .json, .jsonl"),
 }
 

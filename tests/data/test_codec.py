@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_pipeline import make_pipeline, moving_shape
+from tiers import slow_except
+from tiny_pipeline import diffusers, make_pipeline, moving_shape
 
 from prfl_fast.data.codec import (
     VideoCodec,
@@ -46,8 +47,7 @@ def statistics(vae):
     return (torch.tensor(v).view(1, -1, 1, 1, 1) for v in values)
 
 
-@pytest.mark.cases(1)
-@pytest.mark.parametrize("kind", ["t2v", "ti2v"])
+@pytest.mark.parametrize("kind", slow_except(["t2v", "ti2v"], ["t2v"]))
 def test_latents_are_the_pipelines(pipelines, kind):
     pipeline = pipelines(kind)
     codec, video = VideoCodec(pipeline.vae), clip()
@@ -63,7 +63,7 @@ def test_latents_are_the_pipelines(pipelines, kind):
     assert [part.shape[2] for part in codec.decode_parts(latents)] == [1, 4, 4]
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 def test_conditions_of_images_are_the_pipelines(pipelines, last):
     pipeline, video = pipelines("i2v"), clip()
@@ -134,6 +134,10 @@ def test_parts_are_frozen_and_in_the_dtype_asked_for(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t2v", "ti2v"])
 def test_a_budget_cuts_large_frames_into_tiles(pipelines, kind):
+    if kind == "ti2v" and diffusers.__version__.startswith("0.35."):
+        with pytest.raises(ValueError, match="diffusers is '0.35.*', expected 0.36 or newer"):
+            VideoCodec(pipelines(kind).vae, 18 << 20).encode(clip(5, (192, 320)))
+        return
     vae, video = pipelines(kind).vae, clip(5, (96, 160) if kind == "t2v" else (192, 320))
     whole, small = VideoCodec(vae), VideoCodec(vae, 18 << 20)
     latents = whole.encode(video)
@@ -194,7 +198,7 @@ def official_vae(vae, nested):
     return {name: state[ours] for name, ours in found.items()}
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["Wan2.1_VAE.pth", "Wan2.2_VAE.pth"])
 def test_official_autoencoders_are_read(tmp_path, file):
     from diffusers import AutoencoderKLWan
@@ -217,6 +221,7 @@ def test_official_autoencoders_are_read(tmp_path, file):
         load_codec(tmp_path / file)
 
 
+@pytest.mark.slow
 def test_the_official_text_encoder_is_read(pipelines, folder, tmp_path):
     model = pipelines("i2v").text_encoder
     state = {}

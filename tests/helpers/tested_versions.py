@@ -15,14 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, RECORDS = ROOT / "docs" / "models.md", ROOT / "docs" / "tested_versions.json"
 MARKS = ("<!-- tested versions -->\n", "<!-- end of tested versions -->")
 PACKAGES = ("torch", "diffusers", "peft", "torchao", "bitsandbytes", "safetensors", "pydantic")
-TESTS = ("tests/models", "tests/feedback", "tests/training/test_lora.py", "tests/cli/test_main.py")
+TESTS = (
+    *("tests/models", "tests/feedback", "tests/training/test_lora.py", "tests/cli/test_main.py"),
+    *("tests/data/test_video.py", "tests/data/test_codec.py"),
+)
 FAKE_CUDA = "tests/kernels/test_fake_cuda.py"  # skipped in a CPU build of torch
 
 
 def pins(name: str) -> list[str]:
     """Return the packages of the extras: at the declared lower bounds, or of any version."""
     text = (ROOT / "pyproject.toml").read_text()
-    extras = re.findall(r"^(?:train|nf4|optim) = \[(.*)\]$", text, re.M)
+    extras = re.findall(r"^(?:train|nf4|optim|video) = \[(.*)\]$", text, re.M)
     bounds = re.findall(r'"([^"]+)"', ", ".join(extras))
     return [re.sub(">=.*", "", b) if name == "newest" else b.replace(">=", "==") for b in bounds]
 
