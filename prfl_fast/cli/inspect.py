@@ -68,7 +68,7 @@ def _print_weights(source: Path) -> None:
         adapters = [file for path in _models(source) if (file := lora_file(path)) is not None]
         generators = [] if adapters else _generators(source)
     except (ValueError, OSError) as error:
-        raise ValueError(f"PATH is {source}, expected {_KINDS}: {error}") from error
+        raise ValueError(f"PATH: {error}; expected {_KINDS}") from error
     for file in adapters:
         _print_adapter(file)
     for folder, kind, config in generators:

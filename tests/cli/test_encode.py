@@ -342,7 +342,7 @@ def test_prompts_alone_are_a_dataset_without_latents(world, tmp_path, capsys, mo
     )
     with open(tmp_path / "data/manifest.jsonl", "a") as file:
         file.write('{"id": "9", "latents": "samples/9.safetensors"}\n')
-    with pytest.raises(ValueError, match="samples without latents is 3, expected none, or all"):
+    with pytest.raises(ValueError, match="files without latents is 3, expected none, or all"):
         LatentDataset(tmp_path / "data")
 
 
