@@ -1,7 +1,6 @@
 """Compare generators on the same prompts and noise: ``prfl-fast compare``."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,19 +8,26 @@ from typing import Any
 
 import torch
 
+from prfl_fast.cli.arguments import timesteps
 from prfl_fast.cli.page import PAGE, write_page
 from prfl_fast.cli.sample import Arm, add_sampling_options
-from prfl_fast.cli.sample_inputs import Job, check_reward, free_memory, load_reward
+from prfl_fast.cli.sample_inputs import Job, check_reward, load_reward_call
 from prfl_fast.cli.tables import print_table
 from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.sampling import compare as figures
-from prfl_fast.sampling import generate as files
+from prfl_fast.sampling import generate
+from prfl_fast.sampling.compare import (
+    compare_scores,
+    record_velocities,
+    rewards_by_timestep,
+    velocity_drift,
+)
 from prfl_fast.sampling.generate import Video
 from prfl_fast.training.noising import evaluation_sigma, model_timestep
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
-from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.io import write_json
+from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.progress import step_progress
 
@@ -42,23 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reward", metavar="[NAME=]PATH", action="append", default=[], help=text)
     text = "timesteps of the scores (default: " + ",".join(map(str, EVALUATION_TIMESTEPS)) + ")"
     group.add_argument(
-        "--timesteps", type=_timesteps, metavar="T,...", default=EVALUATION_TIMESTEPS, help=text
+        "--timesteps", type=timesteps, metavar="T,...", default=EVALUATION_TIMESTEPS, help=text
     )
-
-
-def _timesteps(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        found = (-1,)
-    if not all(0 <= t <= 1000 for t in found):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers in 0 … 1000")
-    return found
 
 
 def run_compare(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    need("matplotlib.figure", "bench")
+    need("matplotlib.figure", "video")
     out = options.out
     paths = _named("a generator", options.arms, BASE)
     rewards = _named("--reward", options.reward)
@@ -76,13 +72,11 @@ def run_compare(options: argparse.Namespace) -> int:
         for arm in arms.values():
             arm.decode()
         scores = {name: _scores(name, path, job, arms) for name, path in rewards.items()}
-        found = figures.compare_scores(scores, drift)
+        found = compare_scores(scores, drift)
         found |= {"arms": {name: arm.weights for name, arm in arms.items()}}
         found |= {"timesteps": list(options.timesteps), "settings": arms[BASE].settings()}
         found["scores"] = scores
-        with write_atomic(out / FIGURES) as temporary:
-            text = json.dumps(found, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(out / FIGURES, found)
         write_page(out, found, job.videos, [prompt.text for prompt in job.prompts])
     _print(found)
     print(f"page: {out / PAGE}")
@@ -113,37 +107,31 @@ def _sample(job: Job, arms: dict[str, Arm]) -> dict[str, list[dict[int, float]]]
     measured = [videos[prompt] for prompt in sorted(videos)][:DRIFT_VIDEOS]
     drift: dict[str, list[dict[int, float]]] = {}
 
-    def record(sampler: Sampler) -> None:
-        with step_progress("velocities of base", 0, len(measured)) as bar:
-            for video in measured:
-                file = folder / f"{video.name}.safetensors"
-                if not file.is_file():
-                    noise = files.noise_of(video.seed, job.shape_of(video.prompt))[None].to(
-                        job.device
-                    )
-                    figures.record_velocities(sampler, noise, _conditions(job, video), file)
-                bar.update()
-
     def measure(name: str, sampler: Sampler) -> None:
         with step_progress(f"velocities of {name}", 0, len(measured)) as bar:
             for video in measured:
                 file = folder / f"{video.name}.safetensors"
-                found = figures.velocity_drift(sampler, _conditions(job, video), file)
-                drift.setdefault(name, []).append(found)
+                conditions = _conditions(job, video)
+                if name != BASE:
+                    found = velocity_drift(sampler, conditions, file)
+                    drift.setdefault(name, []).append(found)
+                elif not file.is_file():
+                    noise = generate.noise_of(video.seed, job.shape_of(video.prompt))
+                    record_velocities(sampler, noise[None].to(job.device), conditions, file)
                 bar.update()
 
-    for name, arm in arms.items():
-        arm.sample(record if name == BASE else partial(measure, name))
+    for name, arm in arms.items():  # the base comes first
+        arm.sample(partial(measure, name))
     return drift
 
 
 def _conditions(job: Job, video: Video) -> Any:
-    return files.batch_conditions([job.conditions[video.prompt]], job.device)
+    return generate.batch_conditions([job.conditions[video.prompt]], job.device)
 
 
 def _scores(name: str, path: str, job: Job, arms: dict[str, Arm]) -> dict[str, list[list[float]]]:
     """Return the scores of a reward: by arm, of each video at each timestep."""
-    reward = load_reward(path, job.device)
+    reward = load_reward_call(path, job.device)
     levels = []
     for t in job.options.timesteps:
         sigma = evaluation_sigma(t, job.options.shift, True)
@@ -153,11 +141,11 @@ def _scores(name: str, path: str, job: Job, arms: dict[str, Arm]) -> dict[str, l
         for arm_name, arm in arms.items():
             found[arm_name] = []
             for video in job.videos:
-                x = files.read_latents(arm.out, video)[0][None].to(job.device)
+                x = generate.read_latents(arm.out, video)[0][None].to(job.device)
                 # Other noise than that of the sampler, which the latents still resemble.
-                noise = files.noise_of(~video.seed, x.shape).to(job.device)
+                noise = generate.noise_of(~video.seed, x.shape).to(job.device)
                 conditions = _conditions(job, video)
-                scores = figures.rewards_by_timestep(reward, x, conditions, noise, levels)
+                scores = rewards_by_timestep(reward, x, conditions, noise, levels)
                 found[arm_name].append(scores)
                 bar.update()
     del reward

@@ -1,17 +1,19 @@
 """Encode clips and captions to a dataset: ``prfl-fast encode``."""
 
 import argparse
-import sys
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from prfl_fast.cli.arguments import video_size, whole_numbers
 from prfl_fast.cli.loading import check_writable, device_of
+from prfl_fast.cli.plan import note
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.clip_lists import read_clips
 from prfl_fast.data.codec import MAX_TOKENS, PATCH, VideoCodec, load_codec
 from prfl_fast.data.codec_files import check_parts
-from prfl_fast.data.encode import Encoding, encode_dataset
+from prfl_fast.data.encode import PREVIEW, Encoding, encode_dataset
 from prfl_fast.data.encode_plan import (
     CONDITIONS,
     EncodePlan,
@@ -38,9 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "folder of a pipeline of diffusers or official Wan"
     parser.add_argument("--model", type=Path, required=True, help=text)
     text = "height x width in pixels (default: 480x832)"
-    parser.add_argument("--size", type=_size, default=(480, 832), help=text)
+    parser.add_argument("--size", type=video_size, default=(480, 832), help=text)
     text = "frames, 4n + 1; of several, a clip takes the largest that it has (default: 81)"
-    parser.add_argument("--frames", type=_numbers, default=(81,), metavar="N[,N...]", help=text)
+    parser.add_argument("--frames", type=whole_numbers, default=(81,), metavar="N,...", help=text)
     parser.add_argument("--fps", type=float, default=16.0, help="frames per second (default: 16)")
     text = "sizes to choose from by a clip's aspect ratio: auto (the area of --size), or a list"
     parser.add_argument("--buckets", type=_buckets, default=(), metavar="auto|HxW,...", help=text)
@@ -64,23 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help=text)
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    try:
-        return int(height), int(width)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected HEIGHTxWIDTH") from None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 17,81") from None
-
-
 def _buckets(text: str) -> Any:
-    return "auto" if text == "auto" else tuple(_size(word) for word in text.split(","))
+    return "auto" if text == "auto" else tuple(video_size(word) for word in text.split(","))
 
 
 def run_encode(options: argparse.Namespace) -> int:
@@ -118,7 +105,7 @@ def run_encode(options: argparse.Namespace) -> int:
     need("transformers", "video")
     codec = load_codec(options.model, budget=budget)
     check_settings(settings, codec)
-    ok = condition != "first-last" or codec.channels != 48
+    ok = condition != "first-last" or not codec.is_ti2v
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
     check_parts(options.model, needs_images(options.model, condition))
     step = codec.strides[1] * PATCH
@@ -145,10 +132,10 @@ def run_encode(options: argparse.Namespace) -> int:
     _print_skipped(encoding.skipped)
     if encoding.cut:
         text = f"{len(encoding.cut)} texts are cut at {MAX_TOKENS} tokens, such as"
-        print(f"prfl-fast encode: {text} {encoding.cut[0][:60]!r}", file=sys.stderr)
+        note(f"{text} {encoding.cut[0][:60]!r}", "encode")
     print(f"dataset: {options.out}, {samples} samples, {len(encoding.skipped)} clips skipped")
     if options.preview:
-        print(f"preview: {options.out / 'preview'}")
+        print(f"preview: {options.out / PREVIEW}")
     return 0
 
 
@@ -158,7 +145,7 @@ def _first(plan: EncodePlan) -> str:
 
 def _print_skipped(skipped: dict[str, str]) -> None:
     for reason in skipped.values():
-        print(f"prfl-fast encode: skipped {reason}", file=sys.stderr)
+        note(f"skipped {reason}", "encode")
 
 
 def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: VideoCodec) -> int:
@@ -168,13 +155,10 @@ def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: VideoCodec) -
     total = 0
     for (size, frames), count in sorted(counts.items()):
         channels, *grid = codec.latent_shape(frames, *size)
-        held = (
-            0
-            if plan.crops[0].clip.path is None
-            else channels + (channels + 4 if settings.condition != "none" and channels == 16 else 0)
-        )
-        values = held * grid[0] * grid[1] * grid[2]
-        total += count * values * element
+        if plan.crops[0].clip.path is not None:
+            given = settings.condition != "none" and not codec.is_ti2v  # latent_condition
+            held = channels + (channels + 4 if given else 0)
+            total += count * held * math.prod(grid) * element
         print(
             f"{size[0]}x{size[1]}, {frames} frames: {count} samples, "
             f"{latent_tokens(frames, size, codec)} tokens each"

@@ -3,12 +3,12 @@
 import argparse
 import csv
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from prfl_fast.cli import loading
+from prfl_fast.cli.arguments import timesteps
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.cli.tables import print_table
 from prfl_fast.models.registry import patch
@@ -17,7 +17,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.evaluation import RewardEvaluator
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS, LABELS
 from prfl_fast.utils.checks import check, check_count, check_positive
-from prfl_fast.utils.io import save_checkpoint_dir
+from prfl_fast.utils.io import save_checkpoint_dir, write_json
 from prfl_fast.utils.optional import need
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # Okabe and Ito's
@@ -38,8 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "label of videos without one (default: refuse them)"
     parser.add_argument("--missing-label", type=int, choices=(0, 1), help=text)
     times = EVALUATION_TIMESTEPS
-    text = f"timesteps in 0 to 1000 (default: {' '.join(map(str, times))})"
-    parser.add_argument("--timesteps", type=int, nargs="+", default=times, metavar="T", help=text)
+    text = f"timesteps in 0 to 1000 (default: {','.join(map(str, times))})"
+    parser.add_argument("--timesteps", type=timesteps, default=times, metavar="T,...", help=text)
     text = "timestep shift of the noise schedule the reward was trained on (default: 5)"
     parser.add_argument("--shift", type=float, default=5.0, help=text)
     text = "evaluate at T / 1000 itself, for rewards trained with integer_timesteps: false"
@@ -61,10 +61,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if out is not None:
         check(not out.exists(), "--out", options.out, "a new folder, but it exists")
         loading.check_writable(out, "--out")
-        need("matplotlib", "bench")
-    inside = all(0 <= t <= 1000 for t in options.timesteps)
-    check(inside, "--timesteps", options.timesteps, "numbers in [0, 1000]")
-    options.timesteps = sorted(set(options.timesteps))
+        need("matplotlib.figure", "video")
     check_count("--batch-size", options.batch_size)
     check_positive("--shift", options.shift)
     hardware = HardwareSection(device=options.device, precision=options.precision)
@@ -102,7 +99,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         figures = {"metrics": _metrics_figure(metrics)}
         figures["reliability"] = _reliability_figure(tables, metrics)
     with save_checkpoint_dir(out) as folder:
-        (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / "metrics.json", content)
         (folder / "metrics.csv").write_text(_csv(metrics), encoding="utf-8")
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=120)
@@ -136,12 +133,8 @@ def _csv(metrics: dict[int, dict[str, float]]) -> str:
 
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
-    """Return a matplotlib figure that needs no display, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Return a matplotlib figure and its axes."""
+    figure = need("matplotlib.figure", "video").Figure((width, height), layout="constrained")
     return figure, figure.subplots(**grid)
 
 

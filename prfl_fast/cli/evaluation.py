@@ -1,6 +1,5 @@
 """Build the evaluations of training runs from the ``eval`` section of their files."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.training.evaluation import GeneratorEvaluator, PeriodicEvaluation, RewardEvaluator
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.io import write_json
 from prfl_fast.utils.optional import need
 
 _DECODE_BUDGET = 2 << 30  # bytes beside those of the training; larger videos decode in tiles
@@ -83,6 +82,5 @@ def reward_evaluation(
 def write_evaluation(evaluator: RewardEvaluator, reward: LatentRewardModel, out: Path) -> None:
     """Write the figures of a trained reward model to ``evaluation.json``, and print them."""
     metrics = evaluator.metrics(evaluator.logits(reward))
-    with write_atomic(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out / "evaluation.json", metrics)
     print_metrics(metrics)

@@ -1,4 +1,4 @@
-"""Say what a dataset, a run, a checkpoint, a reward, an adapter or a generator holds."""
+"""Print the content of a dataset, run, checkpoint, reward model, adapter or generator."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ _VALUES, _LETTERS = 4, 40  # of a label that are shown
 
 
 def run_inspect(path: str) -> int:
-    """Print what a path holds; return the exit code."""
+    """Print the content of a path; return the exit code."""
     source = Path(path)
     check(source.exists(), "PATH", path, "a file or folder that exists")
     if source.suffix == SUFFIX or (source / MANIFEST).is_file():

@@ -97,7 +97,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         sub.add_argument("--deep", action="store_true", help=text)
         text = "resume even if the data or the models have changed since the run began"
         sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
-    text = "say what a dataset, a run, a checkpoint, a reward, a LoRA or a generator holds"
+    text = "print the content of a dataset, run, checkpoint, reward model, LoRA or generator"
     looked = _command(commands, "inspect", text)
     looked.add_argument("path", metavar="PATH", help="its file or folder; nothing is written")
     _add_file_commands(commands)

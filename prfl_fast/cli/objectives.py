@@ -44,7 +44,7 @@ Models = Mapping[str, tuple[LatentRewardModel, ...]]
 
 
 def open_data(config: TrainFile) -> LatentDataset:
-    """Open the dataset of a run, and check that it has what the objectives read."""
+    """Open the dataset of a run, and check its samples and labels for the objectives."""
     pairs = "dpo" in config.objectives
     dataset = loading.open_dataset(config, "data", "" if pairs else "single videos")
     hint = f"data: {config.data} holds single videos"

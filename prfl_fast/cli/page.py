@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from prfl_fast.data.video import contact_sheet
-from prfl_fast.sampling.generate import Video, strip
+from prfl_fast.sampling.generate import Video, frame_strip
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 
@@ -164,8 +163,8 @@ def _chart(
     floor: float | None = None,
 ) -> str:
     """Return a line chart as inline SVG; a generator has the same color in all charts."""
-    matplotlib = need("matplotlib", "bench")
-    figure = need("matplotlib.figure", "bench").Figure(figsize=(5, 3.4), layout="constrained")
+    matplotlib = need("matplotlib", "video")
+    figure = need("matplotlib.figure", "video").Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for arm, (x, y, halves) in lines.items():
         errors = None if halves is None else [half or 0.0 for half in halves]
@@ -230,7 +229,7 @@ def _gallery(
 
 def _strip(path: Path) -> str:
     """Return eight frames of a video in a row, as an image inside the page."""
-    frames = contact_sheet([strip(path)])
+    frames = frame_strip(path)
     buffer = io.BytesIO()
     need("PIL.Image", "video").fromarray(frames.numpy()).save(buffer, "JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()

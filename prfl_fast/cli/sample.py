@@ -6,25 +6,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from prfl_fast.cli.arguments import video_size
 from prfl_fast.cli.generators import check_weights, load_sampler_model, weights_path
 from prfl_fast.cli.inputs import fingerprint
-from prfl_fast.cli.sample_inputs import Job, check_reward, free_memory, load_reward
+from prfl_fast.cli.sample_inputs import Job, check_reward, load_reward_call
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.schedulers import FlowUniPC
-from prfl_fast.sampling import generate as files
+from prfl_fast.sampling import generate
 from prfl_fast.sampling.generate import Video
 from prfl_fast.sampling.methods import METHODS, Method, make_method
 from prfl_fast.sampling.pipeline import WanPipelineSampler
 from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.folder_lock import hold_folder
-from prfl_fast.utils.io import clean_temporaries, read_json, write_atomic
+from prfl_fast.utils.io import clean_temporaries, read_json, write_json
+from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.progress import step_progress
 from prfl_fast.utils.version import __version__
 
 RECORD = "samples.json"
-# Settings that name places, not what is there.
+# Paths may differ, because the fingerprints of their files are settings too.
 _PLACES = ("model", "weights", "data")
 _WEIGHT_DTYPES = ("fp32", "bf16", "fp8", "nf4")
 
@@ -86,18 +88,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-dtype", choices=_WEIGHT_DTYPES, help=text)
     text = "videos in a forward pass (default: 1)"
     group.add_argument("--batch-size", type=int, default=1, help=text)
-    text = "device memory for the autoencoder, such as 20GiB (default: what is free); larger "
+    text = "device memory for the autoencoder, such as 20GiB (default: all that is free); larger "
     text += "frames are cut into tiles"
     group.add_argument("--budget", metavar="SIZE", help=text)
-
-
-def video_size(text: str) -> tuple[int, int]:
-    """Return height and width of ``480x832``."""
-    height, _, width = text.partition("x")
-    try:
-        return int(height), int(width)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected HEIGHTxWIDTH") from None
 
 
 def _scale(text: str) -> float | tuple[float, ...]:
@@ -131,7 +124,7 @@ def run_sample(options: argparse.Namespace) -> int:
         arm.decode()
     print(f"{len(job.videos)} videos: {options.out}")
     if not options.latents_only:
-        print(f"contact sheet: {options.out / files.SHEET}")
+        print(f"contact sheet: {options.out / generate.SHEET}")
     return 0
 
 
@@ -204,10 +197,10 @@ class Arm:
 
     def missing(self) -> list[Video]:
         """Return the videos without latents."""
-        return [v for v in self.job.videos if not files.latents_file(self.out, v).is_file()]
+        return [v for v in self.job.videos if not generate.latents_file(self.out, v).is_file()]
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines the videos."""
+        """Return the settings that determine the videos."""
         found = {**self.job.settings(), "weights": self.weights, "method": None}
         found["pipeline"] = getattr(self.job.options, "pipeline", False)
         if self.weights is not None:
@@ -233,7 +226,7 @@ class Arm:
                 was, now = before.get(key), wanted.get(key)
                 shown = f"{str(now)[:100]} of this call"  # prompts may fill pages
                 check(was == now, f"{path}: {key}", str(was)[:100], shown, hint=hint)
-        for folder in (self.out, self.out / files.LATENTS):
+        for folder in (self.out, self.out / generate.LATENTS):
             folder.mkdir(parents=True, exist_ok=True)
             clean_temporaries(folder)
         self._write_record(wanted)
@@ -242,8 +235,8 @@ class Arm:
         videos = []
         for video in self.job.videos:
             prompt, score = self.job.prompts[video.prompt], None
-            if self.method is not None and files.latents_file(self.out, video).is_file():
-                score = files.read_latents(self.out, video)[1]
+            if self.method is not None and generate.latents_file(self.out, video).is_file():
+                score = generate.read_latents(self.out, video)[1]
             values = {"file": f"{video.name}.mp4", "prompt": prompt.text, "seed": video.seed}
             if self.job.dataset is not None:
                 values["id"] = values.pop("prompt")
@@ -251,9 +244,7 @@ class Arm:
                 values["image"] = str(prompt.image)
             videos.append(values if score is None else {**values, "reward": score})
         content = {"prfl_fast": __version__, "settings": settings, "videos": videos}
-        with write_atomic(self.out / RECORD) as temporary:
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(self.out / RECORD, content)
 
     def sampler(self) -> Sampler:
         """Return the sampler of the generator, which is loaded to the device."""
@@ -271,7 +262,7 @@ class Arm:
         method = None
         if self.method is not None:
             assert self.reward is not None
-            method = (self.method, load_reward(self.reward, job.device))
+            method = (self.method, load_reward_call(self.reward, job.device))
         if todo:
             self._sample(sampler, set(todo), method)
         if then is not None:
@@ -287,11 +278,11 @@ class Arm:
         job = self.job
         # Those of an uninterrupted run, because rounding and a method's random numbers depend on
         # the whole batch.
-        batches = files.batches_of(job.videos, job.shape_of, job.options.batch_size)
+        batches = generate.batches_of(job.videos, job.shape_of, job.options.batch_size)
         batches = [batch for batch in batches if todo.intersection(batch)]
         steps = len(batches) * sampler.num_inference_steps
         with step_progress(f"sample {self.out.name}", 0, steps) as bar:
-            files.sample_latents(
+            generate.sample_latents(
                 sampler,
                 batches,
                 lambda prompt: job.conditions[prompt],
@@ -319,14 +310,14 @@ class Arm:
                 latents = pipeline(
                     job.prompts[video.prompt],
                     o.negative or "",
-                    files.noise_of(video.seed, job.shape_of(video.prompt))[None].to(job.device),
+                    generate.noise_of(video.seed, job.shape_of(video.prompt))[None].to(job.device),
                     job.frames,
                     job.size,
                     o.num_inference_steps,
                     o.guidance_scale,
                     bar.update,
                 )
-                files.write_latents(self.out, video, latents[0])
+                generate.write_latents(self.out, video, latents[0])
         del model, pipeline
         free_memory()
 
@@ -339,8 +330,8 @@ class Arm:
         if todo:
             codec = job.open_codec()
             with step_progress(f"decode {self.out.name}", 0, len(todo)) as bar:
-                files.decode(codec, todo, self.out, job.options.fps, bar.update)
+                generate.decode(codec, todo, self.out, job.options.fps, bar.update)
             del codec
             free_memory()
-        if todo or not (self.out / files.SHEET).is_file():
-            files.write_sheet(job.videos, [p.text for p in job.prompts], self.out)
+        if todo or not (self.out / generate.SHEET).is_file():
+            generate.write_sheet(job.videos, [p.text for p in job.prompts], self.out)

@@ -1,7 +1,6 @@
 """Check and encode the inputs of ``prfl-fast sample`` and ``compare``: prompts, images, rewards."""
 
 import argparse
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +9,7 @@ import torch
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.inputs import fingerprint
+from prfl_fast.cli.plan import note
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.codec import (
     MAX_TOKENS,
@@ -19,9 +19,9 @@ from prfl_fast.data.codec import (
     load_text_encoder,
 )
 from prfl_fast.data.codec_files import find_part, has_part
-from prfl_fast.data.encode import DTYPES, IMAGE
+from prfl_fast.data.encode import DTYPES
 from prfl_fast.data.encode_plan import Condition, default_condition
-from prfl_fast.data.manifest import TEXT, LatentDataset, Sample
+from prfl_fast.data.manifest import IMAGE, LATENT_CONDITION, TEXT, LatentDataset, Sample
 from prfl_fast.data.prompts import Prompt, read_prompts
 from prfl_fast.data.reference_lists import open_latents
 from prfl_fast.data.video import clip_info
@@ -30,15 +30,16 @@ from prfl_fast.models.registry import patch
 from prfl_fast.planning.planner import size_of
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
-from prfl_fast.sampling import generate as files
+from prfl_fast.sampling import generate
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check, check_count, check_number, check_positive
 from prfl_fast.utils.io import read_json
+from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.progress import step_progress
 
 
 class Job:
-    """Check the inputs of sampling, and encode them: the same for all generators.
+    """Check and encode the inputs of sampling, which all generators share.
 
     Attributes:
         videos: those to sample, by prompt.
@@ -85,7 +86,7 @@ class Job:
         mixed = len({prompt.image is None for prompt in self.prompts}) > 1
         ok, expected = not mixed or options.batch_size == 1, "1 where some prompts have no image"
         check(ok, "--batch-size", options.batch_size, expected)
-        self.videos = files.list_videos(len(self.prompts), options.samples, options.seed)
+        self.videos = generate.list_videos(len(self.prompts), options.samples, options.seed)
 
     def _open_dataset(self, options: argparse.Namespace) -> None:
         dataset = self.dataset = open_latents(options.data)
@@ -122,20 +123,20 @@ class Job:
         self.frames = 81 if options.frames is None else options.frames
         _check_family(self.model)
         condition = default_condition(self.model)
-        self.clip = condition != "none" and has_part(self.model, "image_encoder")
+        self.takes_clip = condition != "none" and has_part(self.model, "image_encoder")
         find_part(self.model, "text_encoder")
         # The smallest part is read here, because it decides the shape of the latents.
         codec = load_codec(self.model)
         latents = codec.latent_shape(self.frames, *self.size)
-        _check_images(self.prompts, condition, codec.channels == 48, self.clip, self.frames)
+        _check_images(self.prompts, condition, codec.is_ti2v, self.takes_clip, self.frames)
         self.shapes = {"latents": latents}
         if condition != "none":
-            self.shapes["latent_condition"] = (codec.channels + 4, *latents[1:])
+            self.shapes[LATENT_CONDITION] = (codec.channels + 4, *latents[1:])
         for folder in self.folders:
             model: Any = loading.empty_model(folder)
             self.shapes[TEXT] = (MAX_TOKENS, model.config.text_dim)
             if model.config.image_dim is not None:
-                check(self.clip, "--model", str(self.model), "a pipeline with image_encoder")
+                check(self.takes_clip, "--model", str(self.model), "a pipeline with image_encoder")
                 rows = getattr(model.config, "pos_embed_seq_len", None) or 257
                 self.shapes[IMAGE] = (rows, model.config.image_dim)
             loading.check_shapes(self.shapes, model, f"{folder}: does not fit the videos")
@@ -148,7 +149,7 @@ class Job:
         return bucket.shapes["latents"]
 
     def encode(self) -> None:
-        """Encode prompts and images, one model at a time."""
+        """Encode the prompts, then the images."""
         negative, texts = self.options.negative, []
         if self.dataset is None:
             texts = [prompt.text for prompt in self.prompts]
@@ -184,7 +185,7 @@ class Job:
             for text in unique:
                 states[text] = encoder([text])[0].cpu()
                 if encoder.is_cut(text):
-                    print(f"cut to {MAX_TOKENS} tokens: {text[:60]!r}")
+                    note(f"cut at {MAX_TOKENS} tokens: {text[:60]!r}", self.options.command)
                 bar.update()
         del encoder
         free_memory()
@@ -197,13 +198,13 @@ class Job:
         if not places:
             return found
         encoder = None
-        if self.clip:
+        if self.takes_clip:
             encoder = load_image_encoder(self.model, self.device, self.dtype)
         codec = self.open_codec()
         with step_progress("images", 0, len(places)) as bar:
             for i in places:
                 prompt = self.prompts[i]
-                found[i] = files.image_conditions(prompt, self.frames, self.size, codec, encoder)
+                found[i] = generate.image_conditions(prompt, self.frames, self.size, codec, encoder)
                 bar.update()
         del codec, encoder
         free_memory()
@@ -220,7 +221,7 @@ class Job:
         return codec
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines the videos, beside the weights and the method."""
+        """Return the settings that determine the videos, without the weights and the method."""
         o = self.options
         names = ("size", "frames", "fps", "samples", "seed", "num_inference_steps", "shift")
         found = {name: getattr(o, name) for name in (*names, "guidance_scale", "negative")}
@@ -228,9 +229,7 @@ class Job:
         found["model: fingerprint"] = fingerprint(self.model.resolve())
         if self.dataset is not None:
             found["data: fingerprint"] = fingerprint(self.dataset.folder.resolve())
-            found["data: manifest"] = (
-                self.dataset.digest()
-            )  # a list's names the files of its videos
+            found["data: manifest"] = self.dataset.digest()  # of a list: with the files' paths
         else:
             found |= {"size": self.size, "frames": self.frames}
             for key in ("text", "image", "last_image"):
@@ -307,15 +306,8 @@ def check_reward(path: str, job: Job) -> None:
     loading.check_shapes(job.shapes, backbone, f"--reward: {path} does not fit the videos")
 
 
-def load_reward(path: str, device: torch.device) -> Any:
+def load_reward_call(path: str, device: torch.device) -> Any:
     """Return a saved reward model on the device, frozen and patched, in the form of a reward."""
     reward = LatentRewardModel.load(path).float().to(device).freeze()
     patch(reward.backbone)
     return reward_call(reward, "bf16" if device.type == "cuda" else "fp32")
-
-
-def free_memory() -> None:
-    """Return the memory of a model that was deleted."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,12 +1,10 @@
 """Read the clips to encode from a folder or list, or prompts from a text file."""
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prfl_fast.data.rows import read_rows, read_text
 from prfl_fast.data.video import IMAGES, VIDEOS
 from prfl_fast.utils.checks import check, is_number
 
@@ -44,28 +42,19 @@ def read_clips(source: Path) -> list[Clip]:
     if source.is_dir():
         clips = _folder(source)
     elif source.suffix == ".txt":
-        lines = _text(source).splitlines()
+        lines = read_text(source).splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
         clips = [Clip(f"{i:06d}", None, prompt) for i, prompt in enumerate(prompts)]
     else:
-        check(
-            source.suffix in _READERS, "CLIPS", str(source), "a folder, .csv, .json, .jsonl, .txt"
-        )
-        rows = _READERS[source.suffix](source)
-        clips = [_clip(source, number, row) for number, row in rows]
+        ok = source.suffix in (".csv", ".json", ".jsonl")
+        check(ok, "CLIPS", str(source), "a folder, .csv, .json, .jsonl, .txt")
+        clips = [_clip(source, where, row) for where, row in read_rows(source)]
     check(bool(clips), "CLIPS", str(source), "at least one clip")
     seen: set[str] = set()
     for clip in clips:
         check(clip.id not in seen, f"{source}: id", clip.id, "each once")
         seen.add(clip.id)
     return clips
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
 
 
 def _folder(folder: Path) -> list[Clip]:
@@ -79,22 +68,11 @@ def _folder(folder: Path) -> list[Clip]:
             missing.append(str(path))
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
-        clips.append(Clip(name, path, " ".join(_text(caption).split())))
+        clips.append(Clip(name, path, " ".join(read_text(caption).split())))
     more = f" ({len(missing)} clips have none)" if len(missing) > 1 else ""
     expected = "a file of that name with .txt beside it, or a CSV or JSON list in place of a folder"
     check(not missing, f"caption of {missing[0] if missing else ''}", None, expected + more)
     return clips
-
-
-def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            check(None not in row, where, row.get(None), "no more cells than the first line")
-            yield where, {k: v for k, v in row.items() if v not in (None, "")}
-    except csv.Error as error:
-        raise ValueError(f"{path}:{rows.line_num}: not CSV ({error})") from error
 
 
 def _number(text: Any) -> Any:
@@ -106,28 +84,6 @@ def _number(text: Any) -> Any:
             continue
         return value if is_number(value) else text
     return text
-
-
-def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        content = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    check(isinstance(content, list), str(path), content, "an array of objects")
-    for number, row in enumerate(content):
-        yield f"{path}: item {number}", row
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-
-
-_READERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}
 
 
 def _clip(source: Path, where: str, row: Any) -> Clip:

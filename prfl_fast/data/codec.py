@@ -13,7 +13,9 @@ import torch
 
 from prfl_fast.data import codec_files
 from prfl_fast.data.codec_files import Device
+from prfl_fast.data.manifest import LATENT_CONDITION
 from prfl_fast.data.video import to_uint8
+from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.utils.checks import check, is_count
 from prfl_fast.utils.optional import need
 
@@ -32,6 +34,7 @@ class VideoCodec:
         vae: the ``AutoencoderKLWan``.
         channels: of the latents.
         strides: pixels per latent in time, height and width: ``(4, 8, 8)`` or ``(4, 16, 16)``.
+        is_ti2v: True for the autoencoder of Wan2.2 TI2V.
 
     Args:
         vae: an ``AutoencoderKLWan``.
@@ -43,6 +46,7 @@ class VideoCodec:
         self.vae, self.budget = vae.eval().requires_grad_(False), budget
         config = vae.config
         self.channels: int = config.z_dim
+        self.is_ti2v = self.channels == 48
         spatial = config.scale_factor_spatial
         self.strides: tuple[int, int, int] = (config.scale_factor_temporal, spatial, spatial)
         device = next(vae.parameters()).device
@@ -210,6 +214,20 @@ class VideoCodec:
     def first_frame(self, image: torch.Tensor) -> torch.Tensor:
         """Return latents ``[B, C, 1, H, W]`` of images ``[B, 3, H, W]``, for Wan2.2 TI2V."""
         return self.encode(image[:, :, None])
+
+    def image_condition(
+        self, first: torch.Tensor, frames: int, last: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the condition of given frames by its name, without batch dimension.
+
+        It is ``first_frame`` of :meth:`first_frame` for Wan2.2 TI2V, none for a video of one frame;
+        for other models ``latent_condition`` of :meth:`latent_condition`. Frames are ``[3, H, W]``
+        in [-1, 1].
+        """
+        if self.is_ti2v:
+            return {FIRST_FRAME: self.first_frame(first[None])[0]} if frames > 1 else {}
+        given = (first[None], frames, None if last is None else last[None])
+        return {LATENT_CONDITION: self.latent_condition(*given)[0]}
 
 
 class TextEncoder:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, reason_of
 from prfl_fast.utils.io import check_fit
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.shards import read_state
@@ -85,7 +85,7 @@ def _pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # readers of both packages raise errors of any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, info.get(name) or ()))
@@ -98,7 +98,7 @@ def _loaded(load: Callable[..., Any], folder: Path) -> Any:
     try:
         return load(folder, local_files_only=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
 

@@ -182,7 +182,7 @@ class DrawnPairs:
 
 
 class Winners:
-    """The winners of pair batches: ``winners[n]`` is a :class:`Batch`."""
+    """Index the winners of pair batches: ``winners[n]`` is a :class:`Batch`."""
 
     def __init__(self, pairs: Any) -> None:
         self.pairs = pairs

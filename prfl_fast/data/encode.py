@@ -1,7 +1,7 @@
 """Encode clips and captions to a dataset of latents and conditions, one model at a time.
 
-A run may be killed at any moment: every file is written whole, the manifest last, and the same call
-continues. Batches do not depend on where a run was interrupted, so the files have the same bytes.
+A run may be killed at any moment: every file is written atomically, the manifest last, and the same
+call continues. Batches do not depend on where a run was interrupted, so files have the same bytes.
 """
 
 import json
@@ -26,6 +26,7 @@ from prfl_fast.data.encode_plan import (
 )
 from prfl_fast.data.manifest import (
     EMPTY_PROMPT,
+    IMAGE,
     LATENT_SIZE,
     MANIFEST,
     NEGATIVE_PROMPT,
@@ -33,7 +34,6 @@ from prfl_fast.data.manifest import (
     TEXT,
 )
 from prfl_fast.data.video import VideoFileError, contact_sheet, read_clip, write_image
-from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import write_digests
 from prfl_fast.utils.io import (
@@ -43,14 +43,15 @@ from prfl_fast.utils.io import (
     open_tensors,
     save_tensors,
     write_atomic,
+    write_json,
 )
+from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.progress import step_progress
 
-RECORD = "encode.json"  # what a dataset was encoded from
+RECORD = "encode.json"  # settings, models and clips of a dataset
 PREVIEW = "preview"
 TEXT_BATCH = 8
 PREVIEWS = 3
-IMAGE = "encoder_hidden_states_image"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -117,8 +118,7 @@ class Encoding:
             folder.mkdir(parents=True, exist_ok=True)
             clean_temporaries(folder)
         if not known:
-            with write_atomic(record) as temporary:
-                temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+            write_json(record, wanted)
         return False
 
     @staticmethod
@@ -161,7 +161,7 @@ class Encoding:
                 save_tensors({str(k): state for k, state in enumerate(states)}, paths[i])
                 bar.update()
         del encoder
-        _free()
+        free_memory()
 
     def text(self, text: str) -> torch.Tensor:
         """Return the states ``[T, D]`` of an encoded text."""
@@ -182,7 +182,7 @@ class Encoding:
                 frames = [video[:, 0], video[:, -1]] if whole else [video[:, 0]]
                 save_tensors({IMAGE: encoder(frames).to(self.dtype)}, path)
         del encoder
-        _free()
+        free_memory()
 
     def encode_videos(self, preview: bool = False) -> None:
         """Write all samples, and decoded frames of three of them if ``preview``."""
@@ -193,15 +193,9 @@ class Encoding:
                     codec = load_codec(self.model, self.device, budget=self.budget)
                 crop, condition = self.plan.crops[number], self.settings.condition
                 tensors = {"latents": codec.encode(video[None])[0]}
-                first = video[None, :, 0].to(self.device)
-                if condition != "none" and codec.channels == 48:
-                    if crop.frames > 1:
-                        tensors[FIRST_FRAME] = codec.first_frame(first)[0]
-                elif condition != "none":
-                    last = video[None, :, -1].to(self.device) if condition == "first-last" else None
-                    tensors["latent_condition"] = codec.latent_condition(first, crop.frames, last)[
-                        0
-                    ]
+                if condition != "none":
+                    last = video[:, -1] if condition == "first-last" else None
+                    tensors |= codec.image_condition(video[:, 0], crop.frames, last)
                 tensors[TEXT] = self.text(crop.clip.caption)
                 if crop.clip.short_caption is not None:
                     tensors[SHORT] = self.text(crop.clip.short_caption)
@@ -211,7 +205,7 @@ class Encoding:
         if preview:
             self.write_preview(codec)
         del codec
-        _free()
+        free_memory()
 
     def write_prompts(self) -> None:
         """Write the texts of prompts without clips, with the size of their latents."""
@@ -345,9 +339,3 @@ def _flat(record: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def _free() -> None:
-    """Return the cached device memory of a model that was deleted."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

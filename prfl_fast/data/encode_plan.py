@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.codec import PATCH, VideoCodec
@@ -15,13 +15,13 @@ from prfl_fast.utils.checks import check, check_choice, check_count, check_posit
 from prfl_fast.utils.io import digest_of, read_json
 
 Condition = Literal["none", "first", "first-last"]
-CONDITIONS = ("none", "first", "first-last")
+CONDITIONS = get_args(Condition)
 # Width over height of the buckets that `auto` adds to the given size.
 RATIOS = (9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9)
 
 
 class EncodeSettings(NamedTuple):
-    """Hold what determines the tensors of a dataset.
+    """Hold the settings that determine the tensors of a dataset.
 
     Attributes:
         size: height and width in pixels; with ``buckets="auto"`` its area is that of all buckets.
@@ -70,10 +70,7 @@ class EncodePlan(NamedTuple):
 
 
 def check_settings(settings: EncodeSettings, codec: VideoCodec) -> None:
-    """Raise ``ValueError`` if a setting is out of range or a size does not fit the codec.
-
-    That includes its budget of memory.
-    """
+    """Raise ``ValueError`` if a setting is out of range or does not fit the codec."""
     check_positive("fps", settings.fps)
     check_count("crops", settings.crops)
     check_choice("condition", settings.condition, CONDITIONS)
@@ -114,10 +111,7 @@ def plan_crops(clip: Clip, info: ClipInfo, settings: EncodeSettings, step: int) 
         VideoFileError: if the clip is too short.
     """
     size = nearest_size(info, bucket_sizes(settings, step))
-    # As read_frames counts: a frame that ends within 2 % of an output frame is not shown again.
-    available = max(1, math.ceil(info.seconds * settings.fps - 0.02))
-    if info.frames == 1:
-        available = 1
+    available = info.frames_at(settings.fps)
     fitting = [n for n in settings.frames if n <= available]
     if not fitting:
         least = min(settings.frames)

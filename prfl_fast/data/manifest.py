@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from prfl_fast.data.rows import read_text
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check, is_number, plain
@@ -156,7 +157,7 @@ class LatentDataset:
                 show("")
                 yield record
 
-    # What a source of another form reads in another way: paths, headers and tensors of a video.
+    # ReferenceList overrides the next methods, which find and read the tensors of a video.
 
     def _base(self) -> Path:
         """Return the folder at which relative paths start."""
@@ -197,12 +198,8 @@ class LatentDataset:
     def _read_manifest(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
         ids: dict[str, int] = {}
-        try:
-            # Only "\n" ends a line: str.splitlines also splits at U+2028, which JSON leaves raw.
-            lines = self.manifest.read_bytes().decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.manifest}: not UTF-8 text ({error.reason})") from error
-        for number, line in enumerate(lines, 1):
+        # Only "\n" ends a line: str.splitlines also splits at U+2028, which JSON leaves raw.
+        for number, line in enumerate(read_text(self.manifest).split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{self.manifest}:{number}"
@@ -309,10 +306,10 @@ class LatentDataset:
         return part
 
     def split(self, share: float) -> tuple["LatentDataset", "LatentDataset"]:
-        """Return all other items, and a share of the items to hold out, of which there is one.
+        """Return the items that train, and the share that is held out, at least one.
 
-        A hash of the id chooses them, so neither the order nor a seed matters, and most items stay
-        where they are when others are added.
+        A hash of the id chooses them, independent of order and seed. When items are added, most
+        of the others stay in their part.
 
         Raises:
             ValueError: if no item remains.

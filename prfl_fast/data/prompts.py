@@ -1,12 +1,11 @@
 """Read prompts, alone or with the images that a video begins and ends with."""
 
-import csv
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prfl_fast.data.rows import read_rows, read_text
 from prfl_fast.utils.checks import check
 
 KEYS = ("prompt", "image", "last_image")
@@ -38,35 +37,15 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     check(path.suffix in kinds, "prompts", str(path), f"a file of {', '.join(kinds)}")
     if not path.is_file():
         raise FileNotFoundError(f"prompts: {path}: no such file")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path}: not UTF-8 text ({error.reason})") from error
-    prompts = [_prompt(row, where, path.parent) for where, row in _rows(path, content)]
+    rows: Iterator[tuple[str, Any]]
+    if path.suffix == ".txt":
+        lines = enumerate(read_text(path).split("\n"), 1)
+        rows = ((f"{path}:{n}", {"prompt": line.strip()}) for n, line in lines if line.strip())
+    else:
+        rows = read_rows(path)
+    prompts = [_prompt(row, where, path.parent) for where, row in rows]
     check(bool(prompts), f"prompts: {path}", "empty", "at least one prompt")
     return prompts
-
-
-def _rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the record of each line."""
-    lines = content.split("\n")
-    if path.suffix == ".csv":
-        reader = csv.DictReader(lines)
-        for row in reader:
-            given = {key: value for key, value in row.items() if value}
-            yield f"{path}:{reader.line_num}", given
-        return
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        if path.suffix == ".txt":
-            yield where, {"prompt": line.strip()}
-            continue
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
 
 
 def _prompt(row: Any, where: str, folder: Path) -> Prompt:

@@ -26,6 +26,7 @@ from prfl_fast.data.manifest import (
     TEXT,
     LatentDataset,
 )
+from prfl_fast.data.rows import read_text
 from prfl_fast.utils.checks import check, is_number
 from prfl_fast.utils.io import load_tensors, read_json
 from prfl_fast.utils.optional import need
@@ -83,10 +84,7 @@ class ReferenceList(LatentDataset):
                 bucket.shapes.pop(name, None)
 
     def _read_manifest(self) -> list[dict[str, Any]]:
-        try:
-            lines = self.manifest.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.manifest}: not UTF-8 text ({error.reason})") from error
+        lines = read_text(self.manifest).split("\n")
         named = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
         check(bool(named), str(self.manifest), "", "a path of a JSON file per line")
         places = (Path(), *self.manifest.absolute().parents)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import interpolate, pad
 
-from prfl_fast.utils.checks import check, check_count, check_positive
+from prfl_fast.utils.checks import check, check_count, check_positive, reason_of
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 
@@ -35,10 +35,9 @@ class ClipInfo(NamedTuple):
     frames: int
     seconds: float
 
-    @property
-    def fps(self) -> float:
-        """Return the mean frames per second."""
-        return self.frames / self.seconds
+    def frames_at(self, fps: float) -> int:
+        """Return the number of frames at another rate; a single frame counts once."""
+        return 1 if self.frames == 1 else max(1, math.ceil(self.seconds * fps - _SLACK))
 
 
 @contextlib.contextmanager
@@ -70,7 +69,7 @@ def _open_image(path: Path) -> Any:
         with pillow.open(path) as image:
             return transposed(image).convert("RGB")
     except Exception as error:  # decoders of pillow raise errors of many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise VideoFileError(f"{path}: cannot be read as an image ({reason})") from error
 
 

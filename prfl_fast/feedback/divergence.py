@@ -23,7 +23,7 @@ def check_adapters(
 ) -> None:
     """Raise ``ValueError`` unless switching the trained adapters off restores the initial model.
 
-    The message says ``what`` needs this model, and what can be done ``instead``.
+    In the message, ``what`` needs the adapters, and ``instead`` is another way out.
     """
     layers = [module for module in model.modules() if hasattr(module, _SWITCH)]
     problem = ""

@@ -12,7 +12,7 @@ from torch import nn
 
 from prfl_fast.models import wan_weights
 from prfl_fast.models.experts import FOLDERS
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, reason_of
 from prfl_fast.utils.io import check_fit, read_json
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.shards import read_weights
@@ -226,7 +226,7 @@ def load_transformer(path: str | os.PathLike[str], dtype: torch.dtype = torch.fl
             output_loading_info=True,
         )
     except Exception as error:  # diffusers' readers raise errors of any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := list(info.get(kind) or ()):

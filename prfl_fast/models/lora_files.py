@@ -13,7 +13,7 @@ import torch
 from prfl_fast.models.loading import COMFYUI, WAN
 from prfl_fast.models.wan_weights import find_layer, rename_layer
 from prfl_fast.utils.adapters import ADAPTER_METADATA, PIPELINE_PART, pattern_value
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, reason_of
 from prfl_fast.utils.io import open_tensors, read_json
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.shards import read_state, write_tensors
@@ -222,7 +222,7 @@ def add_lora_file(model: Any, path: Path) -> None:
     try:
         model.load_lora_adapter(source, prefix=PIPELINE_PART.removesuffix("."), **options)
     except Exception as error:  # readers of diffusers and peft raise errors of any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise ValueError(f"{file}: does not fit the model: {reason}") from error
     model.requires_grad_(False)
 

@@ -1,7 +1,7 @@
 """Sample videos into files: noise of a seed → latents → video files and a contact sheet.
 
-Each step reads the files of the one before and keeps those that exist, so a run that was killed
-goes on, and generator and autoencoder need not be in memory together.
+Each step reads the files of the one before, so a killed run continues, and generator and
+autoencoder need not be in memory together.
 """
 
 import json
@@ -13,8 +13,7 @@ import torch
 from torch.nn.functional import interpolate, pad
 
 from prfl_fast.data.codec import ImageEncoder, VideoCodec
-from prfl_fast.data.encode import IMAGE
-from prfl_fast.data.manifest import TEXT
+from prfl_fast.data.manifest import IMAGE, TEXT
 from prfl_fast.data.prompts import Prompt
 from prfl_fast.data.video import (
     contact_sheet,
@@ -24,7 +23,7 @@ from prfl_fast.data.video import (
     write_image,
     write_video,
 )
-from prfl_fast.models.adapter import FIRST_FRAME, Conditions
+from prfl_fast.models.adapter import Conditions
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.sampler import Sampler
@@ -38,8 +37,7 @@ from prfl_fast.utils.progress import on_terminal
 LATENTS = "latents"  # folder of latents, and the name of the tensor in its files
 SHEET = "sheet.png"
 _METADATA = "sample"
-_SHEET_HEIGHT, _SHEET_COLUMNS = 120, 8  # pixels, frames per video
-_CAPTION = 16  # pixels
+_STRIP_HEIGHT, _CAPTION_HEIGHT = 120, 16  # pixels
 
 
 class Video(NamedTuple):
@@ -51,7 +49,7 @@ class Video(NamedTuple):
 
 
 def list_videos(prompts: int, per_prompt: int = 1, seed: int = 0) -> list[Video]:
-    """Return the videos of all prompts; the seeds count up from ``seed``, so that none is twice."""
+    """Return the videos of all prompts; the seeds count up from ``seed``, so that none repeats."""
     count = range(prompts * per_prompt)
     return [
         Video(f"{i // per_prompt:04d}-{i % per_prompt}", i // per_prompt, seed + i) for i in count
@@ -103,24 +101,18 @@ def image_conditions(
         prompt: with an image, or the first and the last.
         frames: of the video.
         size: height and width of the video, to which images are scaled and cropped.
-        codec: makes ``first_frame`` for Wan2.2 TI2V, ``latent_condition`` for other models.
-        encoder: makes CLIP's states for models that take them; None for others.
+        codec: encodes them as :meth:`VideoCodec.image_condition`.
+        encoder: CLIP, for models that take its states; None for others.
 
     Raises:
         ValueError: if an image cannot be read.
     """
     paths = [path for path in (prompt.image, prompt.last_image) if path is not None]
-    images = [read_clip(path, 1, size) for path in paths]  # [3, 1, H, W] each
-    found = {}
+    images = [read_clip(path, 1, size)[:, 0] for path in paths]  # [3, H, W] each
+    found = codec.image_condition(images[0], frames, *images[1:])
     if encoder is not None:
-        found[IMAGE] = encoder([image[:, 0] for image in images]).cpu()
-    first, *last = (image[None, :, 0] for image in images)
-    if codec.channels == 48:
-        found[FIRST_FRAME] = codec.first_frame(first)[0].cpu()
-    else:
-        condition = codec.latent_condition(first, frames, last[0] if last else None)
-        found["latent_condition"] = condition[0].cpu()
-    return found
+        found[IMAGE] = encoder(images)
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def latents_file(folder: Path, video: Video) -> Path:
@@ -211,7 +203,7 @@ def decode(
     fps: float,
     tick: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write ``<name>.mp4`` of the latents of videos; parts of a video are written as they come.
+    """Write ``<name>.mp4`` of the latents of videos; each part is written when it is decoded.
 
     ``tick`` is called once for each video. Errors are those of :meth:`VideoCodec.decode` and
     :func:`prfl_fast.data.video.write_video`.
@@ -230,7 +222,7 @@ def write_sheet(videos: Sequence[Video], prompts: Sequence[str], folder: Path) -
     """
     rows = []
     for video in videos:
-        row = contact_sheet([strip(folder / f"{video.name}.mp4")])
+        row = frame_strip(folder / f"{video.name}.mp4")
         prompt = prompts[video.prompt]
         text = f"{video.name}  seed {video.seed}  {prompt if prompt.isascii() else ''}"
         rows.append(torch.cat([_caption(text, row.shape[1]), row]))
@@ -241,18 +233,17 @@ def write_sheet(videos: Sequence[Video], prompts: Sequence[str], folder: Path) -
 
 def _caption(text: str, width: int) -> torch.Tensor:
     """Return a line of text, dark on white, as uint8 ``[16, width, 3]``; the rest is cut."""
-    image = need("PIL.Image", "video").new("RGB", (width, _CAPTION), "white")
+    image = need("PIL.Image", "video").new("RGB", (width, _CAPTION_HEIGHT), "white")
     need("PIL.ImageDraw", "video").Draw(image).text((1, 2), " ".join(text.split()), fill="black")
     return torch.from_numpy(need("numpy", "video").array(image))
 
 
-def strip(path: Path, columns: int = _SHEET_COLUMNS, height: int = _SHEET_HEIGHT) -> torch.Tensor:
-    """Return evenly spaced frames of a video file, ``[3, columns, H, W]`` with H at most height."""
+def frame_strip(path: Path) -> torch.Tensor:
+    """Return evenly spaced frames of a video file as an image, uint8 ``[height, width, 3]``."""
     frames = []
     for frame in read_frames(path):
-        scale = min(1.0, height / frame.shape[0])
+        scale = min(1.0, _STRIP_HEIGHT / frame.shape[0])
         size = [max(2, round(n * scale)) for n in frame.shape[:2]]
         small = interpolate(frame.permute(2, 0, 1)[None].float(), size, mode="area")[0]
         frames.append(small.round().to(torch.uint8).permute(1, 2, 0))
-    chosen = torch.linspace(0, len(frames) - 1, min(columns, len(frames))).round().long().tolist()
-    return from_uint8(torch.stack([frames[i] for i in chosen]))
+    return contact_sheet([from_uint8(torch.stack(frames))])

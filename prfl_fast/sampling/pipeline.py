@@ -13,6 +13,7 @@ from prfl_fast.data.prompts import Prompt
 from prfl_fast.data.video import read_clip, to_uint8
 from prfl_fast.models.experts import Experts
 from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.utils.checks import reason_of
 from prfl_fast.utils.optional import need
 
 
@@ -55,7 +56,7 @@ class WanPipelineSampler:
         try:
             pipe = kind.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True, **parts)
         except Exception as error:  # its readers raise errors of any type
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             raise ValueError(f"{folder} cannot be loaded as {kind.__name__}: {reason}") from error
         scheduler: Any = FlowUniPC(shift, integer_timesteps=True)
         scheduler.config = SimpleNamespace(num_train_timesteps=1000)  # for the experts' boundary

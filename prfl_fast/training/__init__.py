@@ -1,6 +1,11 @@
 """Train generators and reward models: trainer, objectives, losses, LoRA."""
 
 from prfl_fast.training.config import TrainConfig
+from prfl_fast.training.evaluation import (
+    GeneratorEvaluator,
+    PeriodicEvaluation,
+    RewardEvaluator,
+)
 from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.training.losses import ConsistencyConfig, consistency_loss, sft_loss
 from prfl_fast.training.objectives import (
@@ -18,6 +23,9 @@ __all__ = [
     "ConsistencyConfig",
     "FlowDPO",
     "FlowRWR",
+    "GeneratorEvaluator",
+    "PeriodicEvaluation",
+    "RewardEvaluator",
     "RewardFeedback",
     "RewardFit",
     "SupervisedFlow",

@@ -25,32 +25,33 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.sampling.generate import noise_of
 from prfl_fast.training.checkpoint import random_state, restore_random_state
 from prfl_fast.training.logging import TrainingLog
 from prfl_fast.training.reward_losses import (
     EVALUATION_TIMESTEPS,
-    Video,
+    VideoInputs,
     evaluation_mode,
     label_of,
     logits_by_timestep,
 )
-from prfl_fast.utils.checks import check_count, torch_seed
+from prfl_fast.utils.checks import check_count
 from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.progress import count_progress
 
-_COLUMNS, _HEIGHT = 8, 160  # frames per sample in a picture, and their largest height in pixels
+_COLUMNS, _HEIGHT = 8, 160  # frames per sample of a contact sheet, their largest height in pixels
 Tick = Callable[[], object]  # called between batches; it may raise to end an evaluation
 
 
 class EvaluationInterrupted(BaseException):  # noqa: N818 - like KeyboardInterrupt, no error
-    """Signal that ends an evaluation, which a resumed run repeats."""
+    """Raised by a signal to end an evaluation, which a resumed run repeats."""
 
 
 class Evaluated(NamedTuple):
-    """Hold figures to log by name, and a picture to write, uint8 ``[height, width, 3]``."""
+    """Hold figures to log by name, and a contact sheet to write, uint8 ``[height, width, 3]``."""
 
     figures: dict[str, float]
-    picture: torch.Tensor | None = None
+    sheet: torch.Tensor | None = None
 
 
 def _no_tick() -> None: ...
@@ -63,8 +64,8 @@ class PeriodicEvaluation:
     keeps the checkpoint of the best step.
 
     Args:
-        evaluate: returns the figures and images of the model as it is. It calls its argument from
-            time to time, which raises :class:`EvaluationInterrupted` after a signal.
+        evaluate: returns the figures and contact sheet of the model as it is. It calls its argument
+            from time to time, which raises :class:`EvaluationInterrupted` after a signal.
         every: steps between evaluations; None evaluates never.
         patience: evaluations in a row without a higher ``figure`` that end the training; None
             trains to the end.
@@ -106,7 +107,7 @@ class PeriodicEvaluation:
         signals: Sequence[object],
         log: TrainingLog | None = None,
     ) -> dict[str, float | None]:
-        """Evaluate if it is due after ``step``; write the picture, and return the figures to log.
+        """Evaluate if due after ``step``; write the contact sheet and return the figures to log.
 
         The random states of torch, Python and ``generator`` do not change. Raise
         :class:`EvaluationInterrupted` if there is one of ``signals`` meanwhile.
@@ -120,7 +121,7 @@ class PeriodicEvaluation:
 
         before = random_state(generator)
         try:
-            figures, picture = self.evaluate(tick)
+            figures, sheet = self.evaluate(tick)
         finally:
             restore_random_state(before, generator)
         if self.patience is not None and step:
@@ -128,8 +129,8 @@ class PeriodicEvaluation:
             self.waited += 1
             if self.best is None or value > self.best:
                 self.best, self.best_step, self.waited = value, step, 0
-        if log is not None and picture is not None:
-            log.write_picture(step, picture)
+        if log is not None and sheet is not None:
+            log.write_sheet(step, sheet)
         return {f"eval/{k}": v if math.isfinite(v) else None for k, v in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class RewardEvaluator:
         device = device_of(reward)
         groups = consecutive([b.indices for b in self.dataset.buckets], self.batch_size)
 
-        def batches() -> Iterator[Sequence[Video]]:
+        def batches() -> Iterator[Sequence[VideoInputs]]:
             for indices in groups:
                 tick()
                 show("")
@@ -246,7 +247,7 @@ class GeneratorEvaluator:
             the winners are.
         seeds: seeds of the noise, with each of which every prompt is sampled.
         timesteps: the latents are rewarded at the steps nearest to them, and at the end.
-        codec: decodes the samples for a picture with one row of frames per sample; None makes none.
+        codec: decodes the samples for a contact sheet; None makes none.
         device: of the noise, the conditions and the models.
     """
 
@@ -264,12 +265,12 @@ class GeneratorEvaluator:
         self.sampler, self.rewards, self.prompts = sampler, dict(rewards), prompts
         self.seeds, self.timesteps, self.codec = tuple(seeds), tuple(timesteps), codec
         self.device = device
-        # One engine for all evaluations, so that it says only once what does not apply.
+        # One engine for all evaluations, so that its messages appear once.
         self.engine = RolloutEngine(sampler.transformer, RolloutConfig())
 
     @torch.no_grad()
     def __call__(self, tick: Tick = _no_tick) -> Evaluated:
-        """Return the mean of each reward, and a picture of the samples.
+        """Return the mean of each reward, and a contact sheet of the samples.
 
         Figures are ``<reward>`` at the end of the sampler, and ``<reward>/t803`` at timestep 803.
         """
@@ -297,10 +298,8 @@ class GeneratorEvaluator:
         self, batch: Batch, seed: int, scores: dict[str, list[float]], tick: Tick
     ) -> torch.Tensor:
         """Return the latents of one sample; append its rewards to ``scores``."""
-        generator = torch.Generator().manual_seed(torch_seed(seed))
-        noise = torch.randn(batch.latents.shape, generator=generator, device="cpu")
-        conditions = batch.conditions
-        trajectory = Trajectory(self.sampler, noise.to(self.device), conditions, engine=self.engine)
+        noise, conditions = noise_of(seed, batch.latents.shape).to(self.device), batch.conditions
+        trajectory = Trajectory(self.sampler, noise, conditions, engine=self.engine)
         levels = torch.stack(list(trajectory.timesteps)).double().cpu()
         nearest: set[int] = set()
         if len(levels) > 1:  # step 0 is pure noise

@@ -71,15 +71,15 @@ class TrainingLog:
             shown = {name: value for name, value in record.items() if value is not None}
             self._wandb.log(shown, step=record["step"])
 
-    def write_picture(self, step: int, picture: torch.Tensor) -> None:
-        """Write an image, uint8 ``[height, width, 3]``, to ``samples/step-<step>.png``."""
+    def write_sheet(self, step: int, sheet: torch.Tensor) -> None:
+        """Write a contact sheet, uint8 ``[height, width, 3]``, to ``samples/step-<step>.png``."""
         path = self._folder / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        write_image(path, picture)
+        write_image(path, sheet)
         if self._board is not None:
-            self._board.add_image("eval/samples", picture, step, dataformats="HWC")
+            self._board.add_image("eval/samples", sheet, step, dataformats="HWC")
         if self._wandb is not None:
-            image = need("wandb", "wandb").Image(picture.numpy())
+            image = need("wandb", "wandb").Image(sheet.numpy())
             self._wandb.log({"eval/samples": image}, step=step)
 
     def flush(self) -> None:

@@ -26,7 +26,7 @@ from prfl_fast.training.noising import (
 )
 from prfl_fast.utils.checks import check, check_choice, check_seed, plain, torch_seed
 
-Video = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+VideoInputs = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
 # Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
 EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
@@ -36,7 +36,7 @@ def label_of(record: Mapping[str, Any], key: str, missing: float | None = None) 
     """Return the 0/1 label ``key`` of a data record.
 
     A label is 0, 1, a bool, or the reference data's ``"good"`` and ``"poor"``. If ``missing`` is a
-    number, it stands for labels that the record lacks; HY-Video-PRFL counts them as 0.
+    number, it stands for labels that the record lacks; HY-VideoInputs-PRFL counts them as 0.
 
     Raises:
         ValueError: if the key is unknown, the record lacks it, or the label has another value.
@@ -151,7 +151,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def logits_by_timestep(
     reward: LatentRewardModel,
-    batches: Iterable[Sequence[Video]],
+    batches: Iterable[Sequence[VideoInputs]],
     timesteps: Sequence[int] = EVALUATION_TIMESTEPS,
     *,
     seed: int = 0,
@@ -214,7 +214,7 @@ def evaluate(
     """
     truth: list[torch.Tensor] = []
 
-    def videos() -> Iterator[tuple[Video]]:
+    def videos() -> Iterator[tuple[VideoInputs]]:
         for latents, conditions, labels in batches:
             truth.append(_checked_labels(labels, latents))
             yield ((latents, conditions),)

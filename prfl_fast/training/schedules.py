@@ -1,7 +1,7 @@
 """Learning-rate schedules: those of diffusers by name, after a linear warmup."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -9,7 +9,7 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import need
 
 ScheduleName = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SCHEDULES = get_args(ScheduleName)
 
 
 def schedule_factor(

@@ -96,7 +96,7 @@ class Trainer:
         on_step: called with each step's record after the step.
         advise: called when a device is full; returns a sentence that suggests a memory policy.
         evaluation: its figures are logged as ``eval/<name>``, before the first step under step 0;
-            a picture is written to ``samples`` in the folder.
+            a contact sheet is written to ``samples`` in the folder.
 
     Raises:
         ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype,

@@ -54,6 +54,11 @@ def check(ok: bool, name: str, value: object, expected: str, *, hint: str = "") 
         raise ValueError(f"{text}. {hint}" if hint else text)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
     wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"

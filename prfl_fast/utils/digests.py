@@ -1,13 +1,12 @@
 """Write and check the SHA-256 digests of the files of a folder."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import digest_of, read_json, write_atomic
+from prfl_fast.utils.io import digest_of, read_json, write_json
 
 DIGESTS = "digests.json"
 _log = logging.getLogger("prfl_fast")
@@ -29,9 +28,7 @@ def check_digests(folder: Path, digests: Mapping[str, Any], hint: str) -> None:
 
 def write_digests(folder: Path, names: tuple[str, ...]) -> None:
     """Write the digests of the files ``names`` of a folder into its ``digests.json``."""
-    with write_atomic(folder / DIGESTS) as temporary:
-        digests = {name: digest_of(folder / name) for name in names}
-        temporary.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / DIGESTS, {name: digest_of(folder / name) for name in names})
 
 
 def check_folder(folder: Path, names: tuple[str, ...], kind: str) -> None:

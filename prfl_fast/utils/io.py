@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from prfl_fast.utils.checks import reason_of
 from prfl_fast.utils.folder_lock import is_writing
 from prfl_fast.utils.optional import need
 
@@ -138,6 +139,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file atomically."""
+    with write_atomic(path) as temporary:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def digest_of(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 digest of a file, as ``sha256sum`` prints it."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
@@ -206,7 +214,7 @@ def load_pickled(path: str | os.PathLike[str], mmap: bool = False) -> Any:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except Exception as error:  # the type of error depends on the bytes in the file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         if reason.startswith("Weights only load failed"):  # goes on to advise an unsafe load
             reason = "it is no file of torch.save, or holds more than tensors and plain values"
         raise ValueError(f"{path}: cannot be read ({reason})") from error

@@ -1,7 +1,8 @@
-"""Find the bare model inside the wrappers that trainers put around it."""
+"""Find the bare model inside the wrappers that trainers put around it, and free its memory."""
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,13 @@ def unwrap(model: Any) -> nn.Module:
     """Return the bare model inside the wrappers of :func:`layers_of`."""
     *_, bare = layers_of(model)
     return bare
+
+
+def free_memory() -> None:
+    """Return the memory of deleted models, that of reference cycles too, to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_of(model: nn.Module) -> torch.device:

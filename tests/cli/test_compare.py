@@ -144,7 +144,7 @@ def test_the_page_fits_a_browser_and_requests_nothing(comparison, width):
         (["MODEL", "MODEL"], "Write NAME="),
         (["nowhere"], "weights is 'nowhere', expected a file or folder that exists"),
         (["MODEL", "--reward", "MODEL"], "model"),
-        (["MODEL", "--timesteps", "1,x"], "expected whole numbers in 0 … 1000"),
+        (["MODEL", "--timesteps", "1,1001"], "expected whole numbers in 0 … 1000"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(root, tmp_path, capsys, words, message):

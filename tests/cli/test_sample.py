@@ -104,7 +104,8 @@ def test_samples_are_those_of_the_diffusers_pipeline(pipelines, tmp_path, capsys
         name = video["file"].removesuffix(".mp4")
         assert torch.allclose(found[name], expected[0], rtol=1e-4, atol=1e-5)
         info = clip_info(tmp_path / "a" / video["file"])
-        assert (info.height, info.width, info.frames, round(info.fps)) == (32, 48, 5, 16)
+        assert (info.height, info.width, info.frames) == (32, 48, 5)
+        assert round(info.frames / info.seconds) == 16
     sheet = next(iter(read_frames(tmp_path / "a" / "sheet.png")))
     assert sheet.shape == (4 * (16 + 36), 5 * 52, 3)
     assert (sheet[:16] < 128).any()  # a caption

@@ -36,7 +36,7 @@ def test_a_clip_keeps_its_frames(tmp_path, suffix):
     original = ramp(9)
     write_video(path, original, 24)
     info = clip_info(path)
-    assert info[:3] == (48, 32, 9) and abs(info.fps - 24) < 0.5
+    assert info[:3] == (48, 32, 9) and abs(info.frames / info.seconds - 24) < 0.5
     read = read_clip(path, 9, (32, 48), fps=24)
     assert (read - original).abs().mean() < 0.05
     assert torch.equal(read, read_clip(path, 9, (32, 48)))  # at its own rate each frame once
