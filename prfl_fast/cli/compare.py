@@ -63,7 +63,7 @@ def run_compare(options: argparse.Namespace) -> int:
         check_reward(path, job)
     arms = {BASE: Arm(job, out / BASE, None)}
     arms |= {name: Arm(job, out / name, path) for name, path in paths.items()}
-    print(f"{arms[BASE].cost()} and of each of {len(paths)} others")
+    print(f"{arms[BASE].cost()}, for each of {len(arms)} generators")
     with hold_folder(out):
         for arm in arms.values():
             arm.open()

@@ -15,7 +15,7 @@ from prfl_fast.models.registry import patch
 from prfl_fast.rewards.evaluation import reliability_table
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.evaluation import RewardEvaluator
-from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS, LABELS
+from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check, check_count, check_positive
 from prfl_fast.utils.io import save_checkpoint_dir, write_json
 from prfl_fast.utils.optional import need
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "new folder for metrics.json, metrics.csv and plots (default: print the table only)"
     parser.add_argument("--out", metavar="FOLDER", help=text)
     text = "label of single videos (default: motion_quality)"
-    parser.add_argument("--label", default=LABELS[0], choices=LABELS, help=text)
+    parser.add_argument("--label", default="motion_quality", metavar="NAME", help=text)
     text = "label of videos without one (default: refuse them)"
     parser.add_argument("--missing-label", type=int, choices=(0, 1), help=text)
     times = EVALUATION_TIMESTEPS
@@ -162,7 +162,8 @@ def _metrics_figure(metrics: dict[int, dict[str, float]]) -> Any:
     left.legend(fontsize=8)
     _draw_by_timestep(right, times, "expected calibration error (ECE)", chance=False)
     right.plot(times, [metrics[t]["ece"] for t in times], "o-", color=_COLORS[0])
-    right.set_ylim(bottom=0)
+    # The markers of a constant error would lie on the upper edge.
+    right.set_ylim(0, 1.1 * max(0.05, *(metrics[t]["ece"] for t in times)))
     return figure
 
 

@@ -24,14 +24,19 @@ BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
 # Commands whose modules have add_options and run_<command>: their lines of help, and the beginning
 # of their usage. Options are added when the command is called: they need more packages than torch.
 _OPTIONS = {
-    "encode": ("encode clips and captions to a dataset", "CLIPS OUT "),
+    "encode": ("encode clips and captions to a dataset", "CLIPS OUT --model MODEL "),
     "plan": ("choose the fastest memory policy that fits a GPU; needs no GPU", ""),
     "evaluate": ("compare the scores of a reward model with labels or preferences", "REWARD DATA "),
-    "sample": ("sample videos of prompts or images", "OUT "),
+    "sample": ("sample videos of prompts or images", "OUT --model MODEL "),
     "compare": (
         "compare generators on the same prompts and noise, in one HTML page",
-        "[NAME=]PATH ... --out OUT ",
+        "[NAME=]PATH ... --out OUT --model MODEL ",
     ),
+}
+_YAML = {
+    "train-reward": "train a latent reward model",
+    "train": "train a generator: PRFL, supervised steps, Flow-DPO, Flow-RWR",
+    "score": "compute the rewards of a dataset at several timesteps",
 }
 
 
@@ -71,37 +76,54 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "4 device memory full, 128 + N after signal N",
     )
     parser.add_argument("--version", action="version", version=f"prfl_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        title="commands, in the order of a project",
+        dest="command",
+        metavar="COMMAND",
+        required=True,
+    )
     text = "show versions, devices, and the backend of each operation"
     told = _command(commands, "doctor", text)
     told.add_argument("--json", action="store_true", help="print one JSON object")
-    new = _command(commands, "init", "write a commented YAML file with every key of a command")
-    new.add_argument("kind", choices=["train-reward", "train", "score"], help="the command")
-    new.add_argument("path", nargs="?", help="new file (default: print to stdout)")
-    for name, (text, usage) in _OPTIONS.items():
-        sub = _command(commands, name, text, usage=f"prfl-fast {name} {usage}[options]")
-        if command == name:
-            _module(name).add_options(sub)
-    for name, text in (
-        ("train-reward", "train a latent reward model"),
-        ("train", "train a generator with reward feedback and supervised steps"),
-        ("score", "compute the rewards of a dataset at several timesteps"),
-    ):
-        sub = _command(commands, name, text)
-        sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
-        text = "check configuration, models and data; print the configuration and write nothing"
-        sub.add_argument("--check", action="store_true", help=text)
-        if name == "score":
-            continue
-        text = "with --check: also read every sample and check its values"
-        sub.add_argument("--deep", action="store_true", help=text)
-        text = "resume even if the data or the models have changed since the run began"
-        sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
+    _add_options(commands, "encode", command)
     text = "print the content of a dataset, run, checkpoint, reward model, LoRA or generator"
     looked = _command(commands, "inspect", text)
     looked.add_argument("path", metavar="PATH", help="its file or folder; nothing is written")
+    new = _command(commands, "init", "write a commented YAML file with every key of a command")
+    new.add_argument("kind", choices=["train-reward", "train", "score"], help="the command")
+    new.add_argument("path", nargs="?", help="new file (default: print to stdout)")
+    _add_yaml(commands, "train-reward")
+    _add_options(commands, "evaluate", command)
+    _add_yaml(commands, "score")
+    _add_options(commands, "plan", command)
+    _add_yaml(commands, "train")
+    for name in ("sample", "compare"):
+        _add_options(commands, name, command)
     _add_file_commands(commands)
     return parser
+
+
+def _add_options(commands: Any, name: str, command: str) -> None:
+    """Add a command with options; its module is only imported if it is the one that runs."""
+    text, usage = _OPTIONS[name]
+    sub = _command(commands, name, text, usage=f"prfl-fast {name} {usage}[options]")
+    if command == name:
+        _module(name).add_options(sub)
+
+
+def _add_yaml(commands: Any, name: str) -> None:
+    """Add a command that takes a YAML file."""
+    epilog = f"prfl-fast init {name} FILE writes a YAML file with every key, to fill in"
+    sub = _command(commands, name, _YAML[name], epilog=epilog)
+    sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
+    text = "check configuration, models and data; print the configuration and write nothing"
+    sub.add_argument("--check", action="store_true", help=text)
+    if name == "score":
+        return
+    text = "with --check: also read every sample and check its values"
+    sub.add_argument("--deep", action="store_true", help=text)
+    text = "resume even if the data or the models have changed since the run began"
+    sub.add_argument("--accept-changed-inputs", action="store_true", help=text)
 
 
 def _module(name: str) -> Any:
@@ -145,7 +167,8 @@ def _add_file_commands(commands: Any) -> None:
     )
     merge.add_argument("source", metavar="MODEL", help=model)
     merge.add_argument("adapter", metavar="LORA", help="file or folder of a LoRA of any trainer")
-    merge.add_argument("out", metavar="OUT", help=out)
+    text = "new folder for diffusers, new file *.safetensors for ComfyUI, either for official Wan"
+    merge.add_argument("out", metavar="OUT", help=text)
     text = "layout of OUT (default: that of MODEL)"
     merge.add_argument("--layout", choices=layouts[:3], help=text)
 

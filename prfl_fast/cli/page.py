@@ -147,7 +147,7 @@ def _charts(found: Mapping[str, Any]) -> list[str]:
     charts = []
     for reward, arms in found["rewards"].items():
         lines = {arm: (times, arms[arm]["mean"], arms[arm]["interval"]) for arm in arms}
-        charts.append(_chart(f"reward {reward}", "timestep", lines, names))
+        charts.append(_chart(f"score of {reward}", "timestep", lines, names))
     drift = {
         arm: ([int(step) for step in by_step], list(by_step.values()), None)
         for arm, by_step in found["drift"].items()
@@ -174,6 +174,7 @@ def _chart(
         width = max(1.5, 4.0 - 1.2 * place)
         axes.errorbar(x, y, errors, label=arm, capsize=3, linewidth=width, elinewidth=1.5, **style)
     axes.set(title=title, xlabel=axis)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if floor is not None:
         top = max((max(y) for _, y, _ in lines.values()), default=0.0)

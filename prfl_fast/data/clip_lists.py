@@ -69,9 +69,13 @@ def _folder(folder: Path) -> list[Clip]:
             continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         clips.append(Clip(name, path, " ".join(read_text(caption).split())))
-    more = f" ({len(missing)} clips have none)" if len(missing) > 1 else ""
-    expected = "a file of that name with .txt beside it, or a CSV or JSON list in place of a folder"
-    check(not missing, f"caption of {missing[0] if missing else ''}", None, expected + more)
+    if missing:
+        more = f", nor do {len(missing) - 1} of the other clips" if missing[1:] else ""
+        text = Path(missing[0]).with_suffix(".txt")
+        raise ValueError(
+            f"{missing[0]} has no caption{more}. Write it to {text}, or list the clips in a .csv "
+            "or .jsonl file"
+        )
     return clips
 
 

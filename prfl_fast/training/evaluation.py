@@ -30,12 +30,13 @@ from prfl_fast.training.checkpoint import random_state, restore_random_state
 from prfl_fast.training.logging import TrainingLog
 from prfl_fast.training.reward_losses import (
     EVALUATION_TIMESTEPS,
+    LABELS,
     VideoInputs,
     evaluation_mode,
     label_of,
     logits_by_timestep,
 )
-from prfl_fast.utils.checks import check_count
+from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.progress import count_progress
 
@@ -226,8 +227,13 @@ class RewardEvaluator:
 
 def labels_of(dataset: LatentDataset, label: str, missing: float | None) -> list[float]:
     """Return the 0/1 label of each video; ``ValueError`` names the line of a bad one."""
+    records = list(dataset.labels())
+    if missing is not None and label not in LABELS:
+        # With a misspelled name, all videos would count as unlabeled.
+        known = sorted({name for _, record in records for name in record} - {"id"})
+        check(label in known, "label", label, f"a label of the dataset, which has {known}")
     found = []
-    for place, record in dataset.labels():
+    for place, record in records:
         try:
             found.append(label_of(record, label, missing))
         except ValueError as error:

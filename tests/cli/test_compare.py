@@ -99,7 +99,7 @@ def test_a_comparison_of_the_same_weights_shows_no_difference(comparison, capsys
     again = {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")}
     run()
     text = capsys.readouterr().out
-    assert "cost: 4 videos of 6 forwards of the generator and of each of 2 others" in text
+    assert "cost: 4 videos of 6 forwards of the generator, for each of 3 generators" in text
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")} == again
     assert (out / "index.html").read_text() == page
 

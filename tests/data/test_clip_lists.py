@@ -16,8 +16,10 @@ def files(tmp_path):
 
 
 def test_a_folder_has_captions_beside_its_clips(files):
+    with pytest.raises(ValueError, match=r"a\.mp4 has no caption, nor do 1 of the other clips"):
+        read_clips(files)
     (files / "a.txt").write_text(" A disc\nmoves. \n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"caption of .*b\.webm is None, expected a file of that"):
+    with pytest.raises(ValueError, match=r"b\.webm has no caption\. Write it to .*b\.txt, or"):
         read_clips(files)
     (files / "sub" / "b.txt").write_text("\ufeffEin Kreis läuft.", encoding="utf-8")
     assert read_clips(files) == [

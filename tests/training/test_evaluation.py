@@ -11,7 +11,7 @@ from runs import linear, log, make_world, samples, trainer
 from prfl_fast.data.manifest import LatentDataset, write_dataset
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.checkpoint import list_checkpoints
-from prfl_fast.training.evaluation import Evaluated, PeriodicEvaluation, RewardEvaluator
+from prfl_fast.training.evaluation import Evaluated, PeriodicEvaluation, RewardEvaluator, labels_of
 
 
 class Draws:
@@ -161,3 +161,13 @@ def test_a_reward_is_evaluated_on_labels_and_on_pairs(tmp_path):
     assert reward.training
     with pytest.raises(ValueError, match="manifest.jsonl:1: label blur_quality is None"):
         RewardEvaluator(LatentDataset(root / "data"), label="blur_quality")
+
+
+def test_a_label_may_have_any_name(tmp_path):
+    named = [s._replace(labels={"sharp": i % 2} if i else {}) for i, s in enumerate(samples(4))]
+    dataset = write_dataset(tmp_path / "d", named)
+    assert labels_of(dataset, "sharp", 0) == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="manifest.jsonl:1: label sharp is None"):
+        labels_of(dataset, "sharp", None)
+    with pytest.raises(ValueError, match=r"label is 'shrp', expected .* which has \['sharp'\]"):
+        labels_of(dataset, "shrp", 0)

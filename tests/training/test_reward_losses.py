@@ -58,7 +58,7 @@ def test_motion_is_physics_and_human_unless_given(physics, human):
 @pytest.mark.parametrize(
     "record, key, message",
     [
-        ({"motion_quality": 1}, "motion", "label is 'motion', expected one of 'motion_quality'"),
+        ({"motion_quality": 1}, "motion", r"motion is None, .* has \['motion_quality'\]"),
         ({"blur_quality": 1}, "motion_quality", r"is None, .* The record has \['blur_quality'\]"),
         ({"physics_quality": 1}, "motion_quality", "motion_quality is None, expected 0, 1"),
         ({"physics_quality": 1, "human_quality": 0.5}, "motion_quality", "human_quality is 0.5"),
