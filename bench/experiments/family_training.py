@@ -18,16 +18,19 @@ from torch import nn
 from experiments import small_world, world
 from experiments.small_world import Start
 from prfl_fast import PRFL, FlowEuler, GradientPlan
-from prfl_fast.data import Batch, Batches
+from prfl_fast.data import Batch, Batches, Pair
 from prfl_fast.feedback import Point
 from prfl_fast.models.velocity import bind_velocity
 from prfl_fast.rewards import PixelReward
 from prfl_fast.rollout import Sampler, Trajectory
-from prfl_fast.training import RewardFeedback, add_lora, consistency_loss, sft_loss
+from prfl_fast.training import FlowDPO, FlowRWR, RewardFeedback, add_lora, consistency_loss
 from prfl_fast.training.losses import ConsistencyConfig
 
 # What a method's gradient raises: rewards along the sampler, of its result, or of its pixels.
 Goal = Literal["along", "end", "pixel"]
+# Losses on clips: supervised flow matching, Flow-DPO on pairs of a good and a defective one, and
+# Flow-RWR, supervised flow matching weighted by the latent reward.
+DataLoss = Literal["sft", "dpo", "rwr"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Settings(small_world.ArmSettings):
     lora_rate: float = 2e-3
     # As in experiments.alignment: at the paper's 0.1 SFT's gradient hides the latent reward's, and
     # the pixel reward's is larger.
-    latent_weight: float = 1.0
+    latent_weight: float = 3.0
     pixel_weight: float = 0.1
     few_steps: int = 4
+    rwr_temperature: float = 0.25
     # Prompts that every sampling user takes, see experiments.family_sampling.
     users: int = 128
 
@@ -51,9 +55,9 @@ class Method:
     """Describe a way to train on from the common generator.
 
     Attributes:
-        label: for tables. plan: None is supervised flow matching alone.
+        label: for tables. plan: None is the loss on clips alone.
         group: the panel its curve is drawn in.
-        sft: each reward update is followed by a supervised one.
+        sft: each reward update is followed by one of the loss on clips. data: that loss.
         goal: which measured reward its gradient raises.
         rewards: which are asked. levels: steps of the plan's schedule, those of the sampler unless
             given. shift: of that schedule.
@@ -72,9 +76,16 @@ class Method:
     lora: bool = False
     divergence: float = 0.0
     distilled: bool = False
+    data: DataLoss = "sft"
+
+    @property
+    def rewarded(self) -> bool:
+        """Return True if the method sees a reward or labels."""
+        return self.plan is not None or self.data != "sft"
 
 
 PROCESS, LATE, DATA = "Along the sampler", "Its last steps", "From real data"
+PREFERRED = "Preferences"
 # Formatted by hand as a table: ruff would put each argument on a line of its own.
 # fmt: off
 METHODS = {
@@ -108,6 +119,14 @@ METHODS = {
     # One latent frame shows no motion: this world's reward reads the clip as a whole.
     "instruct": Method("InstructVideo", GradientPlan.instruct_video(segments=None), DATA),
     "rglcd": Method("RG-LCD", GradientPlan.rg_lcd(), DATA, levels=50, distilled=True),
+    "dpo": Method("Flow-DPO", None, PREFERRED, data="dpo"),
+    "rwr": Method("Flow-RWR", None, PREFERRED, data="rwr"),
+    "prfl_dpo": Method(
+        "PRFL, 5 points + Flow-DPO", GradientPlan.prfl(5), PREFERRED, True, "along", data="dpo"
+    ),
+    "prfl_rwr": Method(
+        "PRFL, 5 points + Flow-RWR", GradientPlan.prfl(5), PREFERRED, True, "along", data="rwr"
+    ),
 }
 # fmt: on
 
@@ -249,6 +268,22 @@ def _single(batch: Batch) -> Batch:
     return Batch(batch.latents[:1], {k: v[:1] for k, v in batch.conditions.items()}, [])
 
 
+def data_loss(method: Method, start: Start, model: nn.Module, s: Settings, seed: int) -> Any:
+    """Return the objective of a method's loss on clips; a pair counts as two clips."""
+    samples = start.clips.samples()
+    if method.data == "dpo":
+        good, bad = ([x for x in samples if x.labels[small_world.LABEL] == k] for k in (1, 0))
+        pairs = [Pair(win, lose) for win, lose in zip(good, bad, strict=False)]
+        batches = Batches(pairs, s.sft_batch // 2, seed)
+        reference = start.generator
+        return FlowDPO(model, batches, reference=reference, integer_timesteps=False)
+    batches = Batches(samples, s.sft_batch, seed)
+    if method.data == "rwr":
+        options: Any = {"temperature": s.rwr_temperature, "integer_timesteps": False}
+        return FlowRWR(model, batches, start.reward, **options)
+    return small_world.Supervised(model, batches)
+
+
 def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
     """Train one method from the common start: its cost, and what is measured at checkpoints."""
     method = METHODS[name]
@@ -256,17 +291,15 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
     model, device = small_world.copy_generator(start)
     if method.lora:
         add_lora(model, s.lora_rank)
-    batches = partial(Batches, start.clips.samples())
-    supervised = small_world.Supervised(model, batches(s.sft_batch, 10 * seed + 1))
-    data, other = batches(s.feedback_batch, 10 * seed + 2), batches(s.sft_batch, 10 * seed + 2)
-    first: Any = small_world.Supervised(model, other)
+    data = Batches(start.clips.samples(), s.feedback_batch, 10 * seed + 2)
+    first: Any = data_loss(method, start, model, s, 10 * seed + 2)
     if method.plan is not None:
         first = RewardFeedback(make_step(method, start, model, s), data, device)
     if method.distilled:
         first = RewardedDistillation(first, model, start.generator, data)
     objectives = {"first": first}
     if method.sft or method.plan is None:
-        objectives["second"] = supervised
+        objectives["second"] = data_loss(method, start, model, s, 10 * seed + 1)
     points: list[dict[str, float]] = []
     found: dict[str, torch.Tensor] = {}
 
@@ -275,8 +308,7 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
         found = measure(model, start, method, s, seed)
         points.append({"update": update, **{k: float(v.mean()) for k, v in found.items()}})
 
-    batch = (other if method.plan is None else data)[0].to(device)
-    cost = _cost(method, start, model, s, batch, first)
+    cost = _cost(method, start, model, s, data[0].to(device), objectives)
     check(0)
     before = found
     rate = s.lora_rate if method.lora else None
@@ -287,22 +319,27 @@ def run_arm(start: Start, s: Settings, name: str, seed: int) -> dict[str, Any]:
 
 
 def _cost(
-    method: Method, start: Start, model: nn.Module, s: Settings, batch: Batch, objective: Any
+    method: Method,
+    start: Start,
+    model: nn.Module,
+    s: Settings,
+    batch: Batch,
+    objectives: dict[str, Any],
 ) -> dict[str, float]:
     """Return the cost of a reward update, and the FLOPs of its round, data loss included."""
     device = batch.latents.device
     generator = torch.Generator().manual_seed(0)
 
     # A gradient that is not there yet is part of what an update allocates, so none is left behind.
-    def supervise(batch: Batch) -> None:
-        sft_loss(model, batch.latents, batch.conditions, generator=generator).backward()
+    def supervise() -> None:
+        objectives["second"](0, generator, 1.0)
         model.zero_grad(set_to_none=True)
 
     try:
-        sft_flops = harness.count_flops(partial(supervise, _single(batch))) * s.sft_batch
+        data_flops = harness.count_flops(supervise) if "second" in objectives else 0.0
         if method.plan is None:
-            peak = harness.peak_bytes(partial(supervise, batch), device)
-            return {"forwards": 1.0, "peak_bytes": peak, "round_flops": 2 * sft_flops}
+            peak = harness.peak_bytes(supervise, device)
+            return {"forwards": 1.0, "peak_bytes": peak, "round_flops": 2 * data_flops}
         step = make_step(method, start, model, s)
         real = method.plan.start == "data"
 
@@ -311,11 +348,11 @@ def _cost(
             latents = batch.latents if real else None
             step(noise, batch.conditions, latents=latents, generator=generator, indices=points)
             if method.distilled:
-                objective.distill(batch, generator).backward()
+                objectives["first"].distill(batch, generator).backward()
             model.zero_grad(set_to_none=True)
 
         cost = stated_cost(step, call, batch, device)
-        cost["round_flops"] = cost.pop("flops") * s.feedback_batch + sft_flops * method.sft
+        cost["round_flops"] = cost.pop("flops") * s.feedback_batch + data_flops
         return cost
     finally:
         model.zero_grad(set_to_none=True)

@@ -8,51 +8,48 @@ pixels. All experiments start from these three. No training sees the motion metr
 
 import contextlib
 import copy
-import hashlib
 import multiprocessing
 import pickle
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import report
 import torch
 from harness import Context
 from torch import nn
 
 import prfl_fast
 from experiments import world
-from prfl_fast import FlowEuler, LatentRewardModel, TrainConfig, Trainer, kernels
-from prfl_fast.data import Batches, Sample
+from prfl_fast import FlowEuler, LatentRewardModel, TrainConfig, Trainer
+from prfl_fast.data import Sample
 from prfl_fast.rollout import Sampler, Trajectory
-from prfl_fast.training import RewardFit, SupervisedFlow
-from prfl_fast.utils.io import load_tensors, save_tensors
+from prfl_fast.training import SupervisedFlow
+from prfl_fast.utils.digests import DIGESTS, check_digests
+from prfl_fast.utils.io import load_tensors, read_json
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.quiet import quiet_libraries
 
 LABEL = "motion_quality"
 CHANCE = 0.5  # half of the clips have a defect
+FOLDER = Path(world.__file__).parent
+WEIGHTS = "weights.safetensors"
+RETRAIN = "Check the file out again, or train it: python bench/experiments/train_world.py"
+REWARD_BLOCKS = 2
+TEXT_TOKENS = 5  # the count, and four words for the only body; the world's other tokens are padding
 # The experiments sample by FlowEuler, at 1000σ not rounded down, and train there too.
 Supervised = partial(SupervisedFlow, integer_timesteps=False)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Set the sizes of the world and its models; the defaults fit two minutes of two cores."""
+    """Set the numbers of clips, of held-out prompts and of solver steps."""
 
-    clips: int = 8192
+    clips: int = 4096
     held_out: int = 1024
     prompts: int = 128
-    generator_steps: int = 700
-    generator_batch: int = 32
-    reward_blocks: int = 2
-    reward_steps: int = 450
-    reward_batch: int = 64
-    pixel_steps: int = 120
     solver_steps: int = 10
 
 
@@ -66,12 +63,14 @@ class ArmSettings(Settings):
     feedback_rate: float = 2e-4
 
 
-def build(heads: int = 4, channels: int = 24) -> nn.Module:
-    """Return the tiny generator: 4 blocks of D = 96 on 5×4×4 latents, 20 tokens."""
+def build() -> nn.Module:
+    """Return the tiny generator: 4 blocks of D = 160 on 24×5×2×2 latents, 5 tokens."""
     model = need("diffusers", "bench").WanTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=channels,
-        ffn_dim=256,
+        in_channels=world.CHANNELS,
+        out_channels=world.CHANNELS,
+        num_attention_heads=5,
+        attention_head_dim=32,  # FP8 attention takes no fewer
+        ffn_dim=512,
         num_layers=4,
         text_dim=world.TEXT_DIM,
         freq_dim=64,
@@ -121,7 +120,8 @@ class Clips(NamedTuple):
         parts = []
         for start in range(0, count, 512):
             clips = world.generate(min(512, count - start), seed=seed + start)
-            parts.append((world.encode(clips.frames), clips.text, clips.labels[LABEL]))
+            text = clips.text[:, :TEXT_TOKENS]
+            parts.append((world.encode(clips.frames), text, clips.labels[LABEL]))
         return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def samples(self) -> list[Sample]:
@@ -138,71 +138,30 @@ class Clips(NamedTuple):
             yield latents, {"encoder_hidden_states": text}, good
 
 
-def fit(
-    model: nn.Module, objective: Any, context: Context, label: str, metric: str, **options: Any
-) -> dict[str, torch.Tensor]:
-    """Train with a bar that shows a metric; return the running average of the weights.
+def build_reward(generator: nn.Module) -> LatentRewardModel:
+    """Return a latent reward model from the generator's first blocks, not trained yet."""
+    return LatentRewardModel.from_backbone(generator, num_blocks=REWARD_BLOCKS)
 
-    Args:
-        options: of :class:`prfl_fast.training.TrainConfig`, the seed aside.
+
+def read_models(
+    device: torch.device, folder: Path = FOLDER
+) -> tuple[nn.Module, LatentRewardModel, PixelClassifier]:
+    """Return the generator and the frozen latent reward model and pixel classifier.
+
+    Raises:
+        ValueError: if the file of weights is missing, damaged or of other models.
     """
-    settings = TrainConfig(**options, seed=context.seed)
-    objectives = {metric.partition("/")[0]: objective}
-    with context.bar(settings.steps, label) as bar:
-
-        def show(record: dict[str, Any]) -> None:
-            bar.update()
-            bar.set_postfix_str(f"{metric} {record[metric]:.3f}")
-
-        trainer = Trainer(model, objectives, settings, on_step=show)
-        trainer.run()
-    return trainer.ema
-
-
-def train_generator(samples: list[Sample], s: Settings, context: Context) -> nn.Module:
-    """Train a generator by flow matching and return the running average of its weights."""
-    model = build().to(context.device)
-    objective = Supervised(model, Batches(samples, s.generator_batch, context.seed), shift=3.0)
-    options = {"learning_rate": 2e-3, "betas": (0.9, 0.99), "warmup_steps": 30, "ema_decay": 0.98}
-    steps = s.generator_steps
-    average = fit(model, objective, context, "generator", "sft/loss", steps=steps, **options)
-    model.load_state_dict(average)
-    return model
-
-
-def train_reward(
-    generator: nn.Module, samples: list[Sample], s: Settings, context: Context
-) -> LatentRewardModel:
-    """Train PAVRM on 0/1 labels from the generator's first blocks and freeze it."""
-    reward = LatentRewardModel.from_backbone(generator, num_blocks=s.reward_blocks)
-    batches = Batches(samples, s.reward_batch, context.seed)
-    objective = RewardFit(reward, batches, label=LABEL, integer_timesteps=False)
-    options = {"learning_rate": 6e-4, "warmup_steps": 20, "ema_decay": 0.98}
-    steps = s.reward_steps
-    average = fit(reward, objective, context, "reward model", "ce/loss", steps=steps, **options)
-    reward.load_state_dict(average, strict=False)
-    return reward.freeze()
-
-
-def train_pixel_reward(
-    clips: Clips, s: Settings, seed: int, device: torch.device
-) -> PixelClassifier:
-    """Train the pixel classifier on decoded clips and freeze it."""
-    torch.manual_seed(seed)
-    pixel = PixelClassifier().to(device)
-
-    def objective(draw: int, generator: torch.Generator, loss_scale: float) -> dict[str, Any]:
-        batch = batches[draw].to(device)
-        labels = torch.tensor([float(r[LABEL]) for r in batch.labels], device=device)
-        logits = pixel.logits(world.decode(batch.latents))
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
-        (loss * loss_scale).backward()
-        return {"loss": loss.detach()}
-
-    batches = Batches(clips.samples(), 64, seed)
-    settings = TrainConfig(s.pixel_steps, learning_rate=2e-3, warmup_steps=20, seed=seed)
-    Trainer(pixel, {"bce": objective}, settings).run()
-    return pixel.requires_grad_(False).eval()
+    check_digests(folder, read_json(folder / DIGESTS), RETRAIN)
+    generator = build()
+    models = {"generator": generator, "reward": build_reward(generator), "pixel": PixelClassifier()}
+    state = load_tensors(folder / WEIGHTS)
+    for name, model in models.items():
+        found = {
+            k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")
+        }
+        model.load_state_dict({key: value.float() for key, value in found.items()})
+        model.requires_grad_(False).to(device)
+    return generator, models["reward"].freeze(), models["pixel"].eval()
 
 
 @dataclass(frozen=True)
@@ -261,17 +220,25 @@ def judge(
     return {name: value.float().cpu() for name, value in found.items()}
 
 
+class Assessed(NamedTuple):
+    """Hold the clips of the held-out prompts: frames uint8 ``[B, 3, F, H, W]``, motion ``[B]``."""
+
+    frames: torch.Tensor
+    motion: torch.Tensor
+
+
 def assess(
     model: nn.Module, start: "Start", steps: int, seed: int
-) -> tuple[dict[str, float], torch.Tensor]:
-    """Sample the held-out prompts: reward along the sampler, motion metric, and the frames."""
+) -> tuple[dict[str, float], Assessed]:
+    """Sample the held-out prompts: reward along the sampler, motion metric, and the clips."""
     noise = held_out_noise(start, seed)
     latents, scores = sample(model, start.reward, start.conditions, noise, steps)
     frames = world.decode(latents)
-    motion = world.motion_score(frames)
+    motion = world.motion_score(frames).cpu()
     sem = float(motion.std() / len(motion) ** 0.5)
     found = {"reward": float(scores.mean()), "motion": float(motion.mean()), "motion_sem": sem}
-    return found, frames
+    colors = ((frames.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return found, Assessed(colors, motion)
 
 
 def copy_generator(start: "Start", patch: bool = False) -> tuple[nn.Module, torch.device]:
@@ -317,68 +284,16 @@ def train_arm(
     return result.skipped, seconds
 
 
-def prepare(s: Settings, context: Context, pool: Executor) -> tuple[Start, Clips, str]:
-    """Make the clips and train generator, reward and classifier.
-
-    A run with the same settings, seed and code leaves its models in ``context.out``: read these.
-
-    Returns:
-        The start, the held-out clips, and a note that says if the models were trained or read.
-    """
-    began = time.perf_counter()
+def prepare(s: Settings, context: Context, pool: Executor) -> tuple[Start, Clips]:
+    """Read the trained models and make clips; return the start and the held-out clips."""
     half = s.clips // 2
     halves = [submit(pool, Clips.make, half, 1000 + i * half) for i in range(2)]
     held_out = Clips.make(s.held_out, 999_000)
     parts = [job.result() for job in halves]
     clips = Clips(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    device, seed = context.device, context.seed
-    kept = kept_models(s, context)
-    if kept.is_file():
-        generator = build().to(device)
-        reward = LatentRewardModel.from_backbone(generator, num_blocks=s.reward_blocks).freeze()
-        pixel = PixelClassifier().to(device).requires_grad_(False).eval()
-        state = load_tensors(kept)
-        for name, model in (("generator", generator), ("reward", reward), ("pixel", pixel)):
-            model.load_state_dict(_part(state, name))
-        note = f"Generator and reward models read back from {kept.name}."
-    else:
-        job = submit(pool, train_pixel_reward, clips, s, seed, device)
-        samples = clips.samples()
-        generator = train_generator(samples, s, context)
-        reward = train_reward(generator, samples, s, context)
-        pixel = job.result()
-        seconds = report.seconds(time.perf_counter() - began)
-        note = f"Generator and reward models trained in {seconds}."
-        if context.out.is_dir():
-            models = {"generator": generator, "reward": reward, "pixel": pixel}
-            state = {f"{n}.{k}": v for n, m in models.items() for k, v in m.state_dict().items()}
-            save_tensors(state, kept)
-    text = held_out.text[: s.prompts].to(device)
-    start = Start(generator, reward, pixel, clips, {"encoder_hidden_states": text})
-    return start, held_out, note
-
-
-def _part(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    # Clones: tensors inside the file's buffer are not aligned, which changes the last bit.
-    return {
-        key.removeprefix(f"{name}."): value.clone()
-        for key, value in state.items()
-        if key.startswith(f"{name}.")
-    }
-
-
-def kept_models(s: Settings, context: Context) -> Path:
-    """Return the file of trained models, named by sizes, seed, device, torch and code."""
-    names = {field.name for field in fields(Settings)} - {"held_out", "prompts", "solver_steps"}
-    sizes = [(name, getattr(s, name)) for name in sorted(names)]
-    made_by = [*sizes, context.seed, context.device.type]
-    digest = hashlib.sha256(repr([*made_by, torch.__version__]).encode())
-    package = Path(prfl_fast.__file__).parent
-    for folder in (package, Path(kernels.__file__).parent, Path(world.__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    return context.out / f"small-world-{digest.hexdigest()[:12]}.safetensors"
+    text = held_out.text[: s.prompts].to(context.device)
+    start = Start(*read_models(context.device), clips, {"encoder_hidden_states": text})
+    return start, held_out
 
 
 class Inline(Executor):

@@ -12,7 +12,7 @@ that between two trajectories, and ‖g‖² is the mean of C.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import harness
@@ -44,7 +44,7 @@ class Settings:
     batches: tuple[int, ...] = (1, 16)
 
 
-SETTINGS, WORLD = Settings(), small_world.Settings()
+SETTINGS, WORLD = Settings(), small_world.Settings(clips=CLIPS)
 
 
 @dataclass(frozen=True)
@@ -233,16 +233,14 @@ def _costs(start: small_world.Start, s: Settings) -> tuple[int, int]:
 
 
 def study(context: Context, names: Sequence[str]) -> tuple[SuiteResult, dict[str, Estimate | None]]:
-    """Train or read back the small world's models, and measure PRFL's points and the named methods.
+    """Read the small world's models, and measure PRFL's points and the named methods.
 
     Return the results, with table and figure of PRFL's points, and relative variances by method.
     """
     s, seed = SETTINGS, 100 * context.seed
     sampled = [name for name in names if not name.startswith("PRFL")]
     with small_world.workers(context) as pool:
-        start, _, note = small_world.prepare(WORLD, context, pool)
-        few = small_world.Clips(*(tensor[:CLIPS].clone() for tensor in start.clips))
-        start = replace(start, clips=few)
+        start, _ = small_world.prepare(WORLD, context, pool)
 
         def run(function: Any, label: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
             jobs = [small_world.submit(pool, function, start, s, *each) for each in arguments]
@@ -265,7 +263,7 @@ def study(context: Context, names: Sequence[str]) -> tuple[SuiteResult, dict[str
         value, error = (estimate.value, estimate.error) if estimate else (None, None)
         case = {"case": "variance", "method": name, "variance": value, "variance_error": error}
         cases.append(case)
-    table, problems = _table(records, s, note)
+    table, problems = _table(records, s)
     figures = {"variance.png": _figure(records, s)}
     return SuiteResult([table], cases, figures, problems), methods
 
@@ -302,7 +300,7 @@ def point_records(products: Products, s: Settings, costs: tuple[int, int]) -> li
     return records
 
 
-def _table(records: list[dict[str, Any]], s: Settings, note: str) -> tuple[Table, list[str]]:
+def _table(records: list[dict[str, Any]], s: Settings) -> tuple[Table, list[str]]:
     found = {(r["batch"], r["draws"], r["points"]): r for r in records}
     body, problems = [], []
     for points in s.points:
@@ -327,7 +325,7 @@ def _table(records: list[dict[str, Any]], s: Settings, note: str) -> tuple[Table
     trajectories = s.groups * s.trajectories
     notes = [
         "The small world's trained generator and latent reward; all parameters, "
-        f"{s.num_inference_steps} UniPC steps. {note}",
+        f"{s.num_inference_steps} UniPC steps.",
         "variance: E‖ĝ - g‖² / ‖g‖² of one call, from the gradients at every step of "
         f"{trajectories} trajectories. A batch shares its drawn steps, as ranks do. FLOPs: of a "
         "call with one trajectory, on average.",

@@ -73,7 +73,13 @@ def _decoder(context: Context) -> tuple[Callable[[torch.Tensor], torch.Tensor], 
     """Return the small world's codec, or on a GPU the Wan VAE, and its description."""
     if context.device.type == "cpu":
         what = "the linear codec of bench/experiments/world, which keeps nothing for its backward"
-        return world.decode, what
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            # The codec has more channels than Wan's latents; its last ones stay at their mean.
+            missing = world.CHANNELS - latents.shape[1]
+            return world.decode(nn.functional.pad(latents, (0, 0, 0, 0, 0, 0, 0, missing)))
+
+        return decode, what
     from diffusers import AutoencoderKLWan
 
     with torch.device(context.device):

@@ -111,10 +111,9 @@ def table(
     notes = [
         about,
         "drift: relative L2 distance of the latents before a step to those of the option named "
-        f"last, largest of {rollout_options.SAMPLES} samples. Of the small world's tiny generator "
-        f"with heads of 32 channels, trained briefly; {SOLVER_STEPS} UniPC steps, guidance "
-        f"{rollout_options.GUIDANCE:g}, adapters of rank {rollout_options.LORA_RANK} with random "
-        "values. 0: no bit differs.",
+        f"last, largest of {rollout_options.SAMPLES} samples. Of the small world's tiny generator; "
+        f"{SOLVER_STEPS} UniPC steps, guidance {rollout_options.GUIDANCE:g}, adapters of rank "
+        f"{rollout_options.LORA_RANK} with random values. 0: no bit differs.",
         "gradient off: relative L2 distance of PRFL's gradient after such a rollout to the one of "
         f"the option named last, at steps {', '.join(map(str, MANY))} with the same noise, and "
         "their cosine: of all parameters, with LoRA of the adapters; the reward reads "

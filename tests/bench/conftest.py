@@ -42,8 +42,6 @@ def tiny(monkeypatch):
         monkeypatch.setattr(module, "SOLVER_STEPS", 4)
         monkeypatch.setattr(module, "MANY", (2,))
     monkeypatch.setattr(rollout, "SHOWN", (2, 4))
-    monkeypatch.setattr(rollout_options, "TRAINING_CLIPS", 32)
-    monkeypatch.setattr(rollout_options, "TRAINING_STEPS", 2)
     wanted = ("no engine", "caches", "FP8 both", "every second step", "LoRA merged")
     shown = {n: o for n, o in rollout_options.OPTIONS.items() if n in wanted or o.cuda}
     shown = {n: replace(o, against="no engine", lora=False) for n, o in shown.items()}

@@ -121,7 +121,7 @@ def test_records_of_points_relate_to_one_point():
     assert five["per_flop"] == pytest.approx(
         five["variance"] * five["flops"] / (one["variance"] * one["flops"])
     )
-    table, _ = variance._table(records, s, "Trained.")
+    table, _ = variance._table(records, s)
     assert len(table.rows) == 2 and all(len(r) == len(table.columns) for r in table.rows)
     assert table.rows[0][3] == "1.00"
     assert five["variance_error"] > 0
@@ -129,7 +129,7 @@ def test_records_of_points_relate_to_one_point():
     def problems_of(value, error):
         other = {"per_flop": value, "per_flop_error": error}
         changed = [{**r, **other} if r["points"] == 5 else r for r in records]
-        return variance._table(changed, s, "Trained.")[1]
+        return variance._table(changed, s)[1]
 
     assert problems_of(0.75, 0.12) == []
     assert problems_of(0.75, 0.13) == [
