@@ -1,7 +1,7 @@
 """Train the models that every experiment in the small world starts from, and write their weights.
 
 The generator, then the latent reward model from its first blocks, then the pixel classifier: about
-an hour of one CPU core. The command continues after an interruption. It writes
+20 minutes of one CPU core. The command continues after an interruption. It writes
 ``bench/experiments/world/weights.safetensors`` and its digest, which the suites read.
 """
 
