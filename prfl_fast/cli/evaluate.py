@@ -113,9 +113,15 @@ def print_metrics(metrics: dict[int, dict[str, float]]) -> None:
     columns = ("timestep", *(_NAMES.get(name, name.replace("_", " ")) for name in names))
     rows = []
     for t, values in metrics.items():
-        form = (f"{values[n]:.0f}" if n == "count" else f"{values[n]:.4f}" for n in names)
-        rows.append((str(t), *form))
+        rows.append((str(t), *(_figure_text(n, values[n]) for n in names)))
     print_table(rows, columns, numbers=columns)
+
+
+def _figure_text(name: str, value: float) -> str:
+    """Return a figure with four decimals; a small margin, as of a new reward, keeps its sign."""
+    if name == "count":
+        return f"{value:.0f}"
+    return f"{value:.1e}" if "margin" in name and 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def _columns(metrics: dict[int, dict[str, float]]) -> list[str]:

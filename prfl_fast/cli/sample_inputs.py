@@ -288,7 +288,8 @@ def _check_images(
             ok, expected = not given or (first_frame and frames > 1), "none: the model takes none"
         else:
             ok, expected = given, "a file: this is an image-to-video model"
-        check(ok, name, str(prompt.image), expected)
+            expected += ". Give --image FILE, or image in the file of --prompts"
+        check(ok, name, prompt.image and str(prompt.image), expected)
         last, name = prompt.last_image, f"last_image of {prompt.text[:40]!r}"
         check(last is not None or condition != "first-last", name, None, "a file")
         takes = condition == "first-last" or (condition == "first" and not clip)

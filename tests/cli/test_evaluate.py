@@ -12,6 +12,7 @@ from runs import log
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
+from prfl_fast.cli.evaluate import print_metrics
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.rewards.evaluation import classification_metrics, preference_metrics
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -159,3 +160,8 @@ def test_early_stopping_saves_the_best_reward(root, tmp_path, capsys):
 def test_bad_evaluations_are_refused(root, tmp_path, capsys, changes, message):
     assert message in refused(capsys, "train-reward", root, tmp_path / "out", changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_small_margin_is_not_printed_as_zero(capsys):
+    print_metrics({201: {"accuracy": 1 / 3, "margin": -2e-5, "margin_std": 0.5, "count": 3}})
+    assert capsys.readouterr().out.split()[-5:] == ["201", "0.3333", "-2.0e-05", "0.5000", "3"]

@@ -306,7 +306,9 @@ def test_images_of_a_text_model_are_refused(pipelines, tmp_path, capsys):
     assert sample(pipelines, tmp_path / "a", *words) == 2
     assert "expected none: the model takes none" in one_line(capsys, "sample")
     assert sample(pipelines, tmp_path / "a", kind="i2v") == 2
-    assert "expected a file: this is an image-to-video model" in one_line(capsys, "sample")
+    assert "expected a file: this is an image-to-video model. Give --image FILE" in one_line(
+        capsys, "sample"
+    )
 
 
 @pytest.mark.slow
