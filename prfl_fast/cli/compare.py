@@ -1,6 +1,7 @@
 """Compare generators on the same prompts and noise: ``prfl-fast compare``."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -93,7 +94,7 @@ def _named(what: str, given: Sequence[str], *taken: str) -> dict[str, str]:
             path, name = text, place.parent.name if place.name == "final" else place.stem
         hint = f"Write NAME={path}"
         plain = bool(name) and not set(name) & set("/\\\0") and name not in (".", "..")
-        fresh = plain and name not in found and name not in (*taken, DRIFT)
+        fresh = plain and name not in found and name not in (*taken, DRIFT, FIGURES, PAGE)
         check(fresh, f"name of {what}", name, "another one than the others'", hint=hint)
         found[name] = path
     return found
@@ -146,6 +147,8 @@ def _scores(name: str, path: str, job: Job, arms: dict[str, Arm]) -> dict[str, l
                 noise = generate.noise_of(~video.seed, x.shape).to(job.device)
                 conditions = _conditions(job, video)
                 scores = rewards_by_timestep(reward, x, conditions, noise, levels)
+                what = f"score of {name} for {arm_name}/{video.name}"
+                check(all(map(math.isfinite, scores)), what, scores, "finite numbers")
                 found[arm_name].append(scores)
                 bar.update()
     del reward

@@ -164,25 +164,28 @@ def _chart(
 ) -> str:
     """Return a line chart as inline SVG; a generator has the same color in all charts."""
     matplotlib = need("matplotlib", "video")
-    figure = need("matplotlib.figure", "video").Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for arm, (x, y, halves) in lines.items():
-        errors = None if halves is None else [half or 0.0 for half in halves]
-        place = names.index(arm)
-        style = {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
-        # Equal lines stay visible, because later ones are thinner.
-        width = max(1.5, 4.0 - 1.2 * place)
-        axes.errorbar(x, y, errors, label=arm, capsize=3, linewidth=width, elinewidth=1.5, **style)
-    axes.set(title=title, xlabel=axis)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    if floor is not None:
-        top = max((max(y) for _, y, _ in lines.values()), default=0.0)
-        axes.set_ylim(floor, 1.1 * top if top > floor else floor + 1.0)
-    axes.legend(frameon=False)
     text = io.StringIO()
-    # Without a salt, the ids inside change from run to run.
-    with matplotlib.rc_context({"svg.hashsalt": title, "font.size": 12}):
+    # Names are no formulas. Without a salt, the ids inside change from run to run.
+    options = {"text.parse_math": False, "svg.hashsalt": title, "font.size": 12}
+    with matplotlib.rc_context(options):
+        figure = need("matplotlib.figure", "video").Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for arm, (x, y, halves) in lines.items():
+            errors = None if halves is None else [half or 0.0 for half in halves]
+            place = names.index(arm)
+            # Equal lines stay visible, because later ones are thinner.
+            width = max(1.5, 4.0 - 1.2 * place)
+            style = {"color": _COLORS[place % len(_COLORS)], "linewidth": width, "elinewidth": 1.5}
+            style |= {"marker": _MARKERS[place % len(_MARKERS)], "capsize": 3}
+            # A legend leaves out labels that begin with an underscore, but not with a space.
+            axes.errorbar(x, y, errors, label=f" {arm}", **style)
+        axes.set(title=title, xlabel=axis)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if floor is not None:
+            top = max((max(y) for _, y, _ in lines.values()), default=0.0)
+            axes.set_ylim(floor, 1.1 * top if top > floor else floor + 1.0)
+        axes.legend(frameon=False)
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]

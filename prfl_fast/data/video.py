@@ -67,7 +67,11 @@ def _open_image(path: Path) -> Any:
     pillow, transposed = need("PIL.Image", "video"), need("PIL.ImageOps", "video").exif_transpose
     try:
         with pillow.open(path) as image:
-            return transposed(image).convert("RGB")
+            upright = transposed(image)
+            if upright.mode.startswith("I"):  # 16 bits, which convert() would clip to 8
+                numpy = need("numpy", "video")
+                upright = pillow.fromarray((numpy.array(upright) >> 8).astype(numpy.uint8))
+            return upright.convert("RGB")
     except Exception as error:  # decoders of pillow raise errors of many types
         reason = reason_of(error)
         raise VideoFileError(f"{path}: cannot be read as an image ({reason})") from error
@@ -89,7 +93,7 @@ def clip_info(path: str | os.PathLike[str]) -> ClipInfo:
         first = next(iter(container.decode(stream)), None)
         if first is None:
             raise VideoFileError(f"{path}: has no frames")
-        width, height = first.width, first.height
+        width, height = _shown_width(first, stream), first.height
         if first.rotation % 180:
             width, height = height, width
         container.seek(0)
@@ -142,10 +146,10 @@ def read_frames(
             now -= begin
             if fps is None:
                 if now >= start:
-                    yield _upright(frame)
+                    yield _upright(frame, stream)
                 continue
             while held is not None and shown < now - _SLACK / fps:
-                yield _upright(held)
+                yield _upright(held, stream)
                 count += 1
                 shown = start + count / fps
             held = frame
@@ -153,7 +157,7 @@ def read_frames(
             # A frame is shown at its own time at least, however short a muxer says it is.
             end = now + max(length or 1 / fps, 2 * _SLACK / fps)
         while held is not None and fps is not None and shown < end - _SLACK / fps:
-            yield _upright(held)
+            yield _upright(held, stream)
             count += 1
             shown = start + count / fps
 
@@ -163,9 +167,18 @@ def _tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(numpy.array(image, dtype=numpy.uint8))
 
 
-def _upright(frame: Any) -> torch.Tensor:
-    """Return a decoded frame in RGB, turned as its display matrix says."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+def _shown_width(frame: Any, stream: Any) -> int:
+    """Return the width of a frame in square pixels, before it is turned."""
+    return max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+
+
+def _upright(frame: Any, stream: Any) -> torch.Tensor:
+    """Return a decoded frame in RGB and square pixels, turned as its display matrix says."""
+    # Unless both color spaces are named, PyAV 15 takes the matrix of BT.601 for all files.
+    colors = {"src_colorspace": int(frame.colorspace), "dst_colorspace": 0}
+    colors |= {"src_color_range": int(frame.color_range), "dst_color_range": 2}  # full, of RGB
+    width = _shown_width(frame, stream)
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, **colors))
     return torch.rot90(image, round(frame.rotation / 90) % 4, (0, 1)).contiguous()
 
 

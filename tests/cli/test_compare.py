@@ -12,6 +12,7 @@ from commands import one_line
 from tiny_pipeline import make_pipeline
 
 from prfl_fast.cli import main as cli
+from prfl_fast.cli import page
 from prfl_fast.models.loading import load_transformer
 from prfl_fast.models.lora_files import LoraLayer, write_lora
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -181,3 +182,17 @@ def test_the_commands_of_the_guide_run(root, tmp_path, monkeypatch):
         assert name == "prfl-fast" and cli.main([*words, *SMALL]) == 0, line
     assert (tmp_path / "comparison" / "index.html").is_file()
     assert (tmp_path / "best" / "sheet.png").is_file()
+
+
+@pytest.mark.slow
+def test_names_are_no_formulas_and_all_are_in_the_legend():
+    lines = {name: ([0, 1], [0.0, 1.0], None) for name in ("_new", "$\\oops$", "a$b$")}
+    first = page._chart("reward $\\oops$", "step", lines, list(lines))
+    names = re.findall(r"<!--(.*?)-->", first)
+    assert [name.strip() for name in names[-3:]] == list(lines)
+
+
+def test_files_of_the_comparison_name_no_generator(root, tmp_path, capsys):
+    assert compare(root, tmp_path / "out", f"index.html={root / 'model'}") == 2
+    assert "name of a generator is 'index.html'" in one_line(capsys, "compare")
+    assert not (tmp_path / "out").exists()

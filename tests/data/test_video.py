@@ -93,6 +93,42 @@ def test_rotation_is_applied(tmp_path, degrees):
     assert clip_info(path)[:2] == (width, height)
 
 
+def written(path, **options):
+    """Write a frame of orange by codec options of its stream, which say how it is shown."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv444p"
+        for name, value in options.items():
+            setattr(stream.codec_context, name, value)
+        stream.options = {"crf": "4"}
+        color = torch.tensor([200, 60, 30], dtype=torch.uint8).expand(32, 48, 3).numpy()
+        frame = av.VideoFrame.from_ndarray(color, format="rgb24")
+        space = {"dst_colorspace": options.get("colorspace", 5), "src_colorspace": 0}
+        ranges = {"dst_color_range": options.get("color_range", 1), "src_color_range": 2}
+        container.mux(stream.encode(frame.reformat(format="yuv444p", **space, **ranges)))
+        container.mux(stream.encode())
+    return next(iter(read_frames(path)))
+
+
+@pytest.mark.parametrize("space", [1, 5, 9])  # BT.709, BT.601, BT.2020
+@pytest.mark.parametrize("full", [1, 2])
+def test_colors_are_read_by_the_matrix_and_range_of_the_file(tmp_path, space, full):
+    frame = written(tmp_path / "clip.mp4", colorspace=space, color_range=full)
+    wanted = torch.tensor([200.0, 60.0, 30.0])
+    assert (frame.float().mean((0, 1)) - wanted).abs().max() < 3
+
+
+def test_pixels_are_square_and_images_of_16_bits_keep_their_levels(tmp_path):
+    frame = written(tmp_path / "clip.mp4", sample_aspect_ratio=Fraction(4, 3))
+    assert frame.shape == (32, 64, 3) and clip_info(tmp_path / "clip.mp4")[:2] == (64, 32)
+    from PIL import Image
+
+    levels = torch.arange(0, 65536, 256, dtype=torch.int32).view(16, 16).numpy().astype("uint16")
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    shown = next(iter(read_frames(tmp_path / "a.png")))[..., 0]
+    assert torch.equal(shown.flatten(), torch.arange(256, dtype=torch.uint8))
+
+
 def test_images_are_clips_of_one_frame(tmp_path):
     frame = (torch.rand(20, 30, 3) * 255).to(torch.uint8)
     video.write_image(tmp_path / "a.png", frame)
