@@ -11,6 +11,7 @@ import torch
 from commands import one_line
 from tiny_pipeline import make_pipeline
 
+from prfl_fast.cli import compare as comparing
 from prfl_fast.cli import main as cli
 from prfl_fast.cli import page
 from prfl_fast.models.loading import load_transformer
@@ -192,7 +193,15 @@ def test_names_are_no_formulas_and_all_are_in_the_legend():
     assert [name.strip() for name in names[-3:]] == list(lines)
 
 
+@pytest.mark.slow
 def test_files_of_the_comparison_name_no_generator(root, tmp_path, capsys):
     assert compare(root, tmp_path / "out", f"index.html={root / 'model'}") == 2
     assert "name of a generator is 'index.html'" in one_line(capsys, "compare")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_scores_that_are_not_numbers_are_refused(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparing, "rewards_by_timestep", lambda *_: [float("nan")])
+    assert compare(root, tmp_path / "out", f"new={root / 'model'}") == 2
+    assert "expected finite numbers" in one_line(capsys, "compare")
