@@ -194,6 +194,8 @@ def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatc
     (folder / "Wan2.1-T2V-14B").symlink_to("world/pipeline")
     shutil.copytree(folder / "world" / "clips", folder, dirs_exist_ok=True)
     (folder / "prompts.txt").write_text("A disc glides.\n")
+    path = folder / "train.yaml"
+    path.write_text(re.sub(r"^eval: .*\n", "", path.read_text(), flags=re.M))  # it ran already
     monkeypatch.chdir(folder)
     for _, body in blocks(page, "bash"):
         for words in commands(body):

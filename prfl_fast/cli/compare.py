@@ -136,7 +136,7 @@ def _scores(name: str, path: str, job: Job, arms: dict[str, Arm]) -> dict[str, l
     levels = []
     for t in job.options.timesteps:
         sigma = evaluation_sigma(t, job.options.shift, True)
-        levels.append((sigma, float(model_timestep(torch.tensor(sigma), True))))
+        levels.append((sigma, float(model_timestep(torch.tensor(sigma, device="cpu"), True))))
     found: dict[str, list[list[float]]] = {}
     with step_progress(f"scores of {name}", 0, len(arms) * len(job.videos)) as bar:
         for arm_name, arm in arms.items():

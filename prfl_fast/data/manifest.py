@@ -270,7 +270,9 @@ class LatentDataset:
                 check_finite(f"{where} as float32", tensor.float())
         if self.prompts_only:  # NaN, so that no use of more than the shape goes unnoticed
             shape = self._headers(record, key)["latents"][0]
-            tensors["latents"] = torch.full((1,), torch.nan).expand(shape)
+            tensors["latents"] = torch.full(
+                (1,), torch.nan, dtype=torch.float32, device="cpu"
+            ).expand(shape)
         latents, short = tensors.pop("latents"), tensors.pop(SHORT, None)
         return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
 

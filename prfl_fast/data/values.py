@@ -44,7 +44,7 @@ class ChannelStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sum = self.squares = torch.zeros(())
+        self.sum = self.squares = torch.zeros((), device="cpu")
 
     def add(self, latents: torch.Tensor) -> None:
         """Add the latents ``[C, F, H, W]`` of one sample."""

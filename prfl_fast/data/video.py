@@ -327,7 +327,7 @@ def contact_sheet(videos: Sequence[torch.Tensor], columns: int = 8, gap: int = 4
     rows = []
     for video in videos:
         count = min(columns, video.shape[1])
-        chosen = torch.linspace(0, video.shape[1] - 1, count).round().long().tolist()
+        chosen = torch.linspace(0, video.shape[1] - 1, count, device="cpu").round().long().tolist()
         frames = to_uint8(video[:, chosen])
         rows.append(torch.cat([pad(f, (0, 0, 0, gap, 0, gap), value=255) for f in frames], 1))
     width = max(row.shape[1] for row in rows)

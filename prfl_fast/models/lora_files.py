@@ -252,7 +252,7 @@ def write_lora(lora: Mapping[str, LoraLayer], path: Path, layout: LoraLayout) ->
             prefixes = {"official": "", "comfyui": COMFYUI, "kohya": KOHYA}
             key = prefixes[layout] + (key.replace(".", "_") if layout == "kohya" else key)
             if layout == "kohya" or layer.alpha != len(layer.down):
-                alpha = torch.tensor(layer.alpha)
+                alpha = torch.tensor(layer.alpha, dtype=torch.float32, device="cpu")
                 exact = float(alpha) == layer.alpha
                 tensors[f"{key}.alpha"] = (
                     alpha if exact else alpha.new_tensor(layer.alpha, dtype=torch.float64)

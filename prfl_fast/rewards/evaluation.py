@@ -72,7 +72,7 @@ def reliability_table(
     logits, labels = _checked(logits, labels)
     check_count("bins", bins)
     scores = logits.sigmoid()
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
     place = torch.bucketize(scores, edges[1:-1])
     rows = []
     for i in place.unique().tolist():

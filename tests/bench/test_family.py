@@ -40,6 +40,7 @@ def start():
 # What the suites share.
 
 
+@pytest.mark.slow
 def test_alignment_runs_its_arms_and_draws_its_figures(tmp_path):
     settings = alignment.Settings(**WORLD, strips=1)
     result = alignment._run(settings, context(tmp_path), small_world.Inline())

@@ -14,7 +14,6 @@ from bench_runs import assert_rectangular, make_context, run_suites
 from harness import Preset, UnavailableError
 from suites import kept, memory, memory_step
 from suites.memory_step import Case, MeasuredStep, uniform
-from tiers import slow_except
 
 from prfl_fast.memory import activation_checkpointing
 from prfl_fast.planning.gpu_specs import find_gpu
@@ -31,7 +30,8 @@ TINY = replace(SMALL, name="tiny", layers=2)
 context = functools.partial(make_context, preset=TINY)
 
 
-@pytest.mark.parametrize("row", slow_except(memory.rows(), ("attention, offloaded",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("row", memory.rows())
 def test_two_depths_predict_the_whole_model(row):
     case = Case(SMALL, *memory.rows()[row], train="full")
     case = replace(case, memory=replace(case.memory, feed_forward_chunk=None))

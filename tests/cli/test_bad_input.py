@@ -91,7 +91,7 @@ BAD = [
     ("train-reward", {"lose_data": "../WORLD/data"}, "expected no value with loss: ce"),
     ("train-reward", {**LOSERS, "data": "../WORLD/pairs"}, "expected single videos with lo"),
     ("train-reward", {**LOSERS, "lose_data": "../WORLD/pairs"}, "pairs, expected single videos"),
-    ("train-reward", {"label": "beauty"}, "label is 'beauty', expected one of"),
+    ("train-reward", {"label": "beauty"}, "label beauty is None, expected 0, 1,"),
     ("train-reward", {"label": "blur_quality"}, "label blur_quality is None, expected 0, 1"),
     ("train-reward", {"num_blocks": 9}, "num_blocks is 9, expected 1 to 1"),
     ("train-reward", {"num_heads": 7}, "num_heads"),
