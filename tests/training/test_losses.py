@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from toy_flow import gaussian
+from velocity_nets import Net, seeded
 from wan import float_means_double, inputs, tiny_wan
 
 from prfl_fast.rollout.guidance import Guidance
@@ -18,24 +19,6 @@ SHAPE = (3, 2, 2, 4, 4)
 LATENTS, NOISE = gaussian(*SHAPE), gaussian(*SHAPE, seed=2)
 CONDITIONS = {"text": gaussian(3, 5, seed=3)}
 NEGATIVE = {"text": gaussian(1, 5, seed=4)}
-
-
-class Net(nn.Module):
-    """Compute a velocity with parameters; called as a function, as no adapter knows its class."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.mix = nn.Parameter(gaussian(2, 2, seed=seed))
-        self.bias = nn.Parameter(gaussian(5, seed=seed + 50))
-
-    def forward(self, x, timestep, conditions):
-        text = (conditions["text"] @ self.bias).view(-1, 1, 1, 1, 1)
-        mixed = torch.einsum("dc,bcfhw->bdfhw", self.mix, x)
-        return torch.tanh(mixed + text) + x * timestep.view(-1, 1, 1, 1, 1) / 1000
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def as_function(net):

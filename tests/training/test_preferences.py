@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from runs import samples
-from torch import nn
 from toy_flow import gaussian
+from velocity_nets import Net, seeded
 from wan import tiny_wan
 
 from prfl_fast.data.dataset import Batches, Winners
@@ -20,24 +20,6 @@ WIN, LOSE, NOISE = (gaussian(*SHAPE, seed=seed) for seed in (1, 2, 3))
 TEXTS = [{"text": gaussian(3, 5, seed=seed)} for seed in (4, 5)]
 FIRST = [{"first_frame": gaussian(3, 2, 1, 4, 4, seed=seed)} for seed in (6, 7)]
 SIGMA = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-
-
-class Net(nn.Module):
-    """Compute a velocity with parameters; called as a function, as no adapter knows its class."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.mix = nn.Parameter(gaussian(2, 2, seed=seed))
-        self.bias = nn.Parameter(gaussian(5, seed=seed + 50))
-
-    def forward(self, x, timestep, conditions):
-        text = (conditions["text"] @ self.bias).view(-1, 1, 1, 1, 1)
-        mixed = torch.einsum("dc,bcfhw->bdfhw", self.mix, x)
-        return torch.tanh(mixed + text) + x * timestep.view(-1, 1, 1, 1, 1) / 1000
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def error(net, latents, conditions, i):
