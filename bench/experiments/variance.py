@@ -190,9 +190,8 @@ def _ratio(products: torch.Tensor) -> float | None:
 
 
 def sample_variance(gradients: torch.Tensor) -> Estimate | None:
-    """Return the relative variance of the rows ``[n, P]``; None if their mean is lost in the noise.
-
-    It has no error if the mean is lost without some row.
+    """Return the relative variance of the rows ``[n, P]``; None if their mean is lost in the noise,
+    or would be without one of three rows or more.
     """
     wide = gradients.double()
     products = wide @ wide.T
@@ -203,7 +202,9 @@ def sample_variance(gradients: torch.Tensor) -> Estimate | None:
     for i in range(len(products) if len(products) > 2 else 0):
         kept = [j for j in range(len(products)) if j != i]
         left.append(_ratio(products[kept][:, kept]))
-    return Estimate(value, jackknife(left) if left and None not in left else None)
+    if None in left:
+        return None
+    return Estimate(value, jackknife(left) if left else None)
 
 
 def measure_method(start: small_world.Start, s: Settings, name: str, seed: int) -> Estimate | None:
