@@ -1,5 +1,7 @@
 """Command line: ``prfl-fast``, or ``python -m prfl_fast.cli``."""
 
+import sys
+
 
 def run() -> int:
     """Run the command and return its exit code, 130 after Ctrl-C, also during imports."""
@@ -8,4 +10,5 @@ def run() -> int:
 
         return main()
     except KeyboardInterrupt:
+        print("prfl-fast: stopped by SIGINT", file=sys.stderr)
         return 130

@@ -2,9 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from prfl_fast.utils.io import write_json
 from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.progress import step_progress
+from prfl_fast.utils.units import short_number
 
 BASE, FIGURES, DRIFT = "base", "comparison.json", "drift"
 DRIFT_VIDEOS = 4  # a file of drift has 16 latents, 134 MB of 81 frames at 480x832
@@ -79,7 +81,7 @@ def run_compare(options: argparse.Namespace) -> int:
         found["scores"] = scores
         write_json(out / FIGURES, found)
         write_page(out, found, job.videos, [prompt.text for prompt in job.prompts])
-    _print(found)
+    print_figures(found)
     print(f"page: {out / PAGE}")
     return 0
 
@@ -156,9 +158,17 @@ def _scores(name: str, path: str, job: Job, arms: dict[str, Arm]) -> dict[str, l
     return found
 
 
-def _print(found: dict[str, Any]) -> None:
-    """Print win rates and drift as tables."""
-    rows = [
+def print_figures(found: Mapping[str, Any]) -> None:
+    """Print mean rewards, drift and win rates as tables."""
+    rows = []
+    for arm in found["arms"]:
+        means = (mean(by_arm[arm]["mean"]) for by_arm in found["rewards"].values())
+        drift = found["drift"].get(arm)
+        drifted = "" if drift is None else short_number(mean(drift.values()))
+        rows.append((arm, *(f"{value:.4f}" for value in means), drifted))
+    columns: tuple[str, ...] = ("generator", *found["rewards"], "drift from base")
+    print_table(rows, columns, numbers=columns[1:])
+    wins = [
         (
             *(win["reward"], win["arm"], win["against"], f"{win['rate']:.2f}"),
             *(f"{win['low']:.2f} to {win['high']:.2f}", f"{win['wins']}", f"{win['losses']}"),
@@ -166,7 +176,5 @@ def _print(found: dict[str, Any]) -> None:
         for win in found["wins"]
     ]
     columns = ("reward", "generator", "against", "win rate", "95 % interval", "wins", "losses")
-    if rows:
-        print_table(rows, columns, numbers=columns[3:])
-    drift = [(arm, f"{sum(d.values()) / len(d):.4f}") for arm, d in found["drift"].items()]
-    print_table(drift, ("generator", "drift from base"), numbers=("drift from base",))
+    if wins:
+        print_table(wins, columns, numbers=columns[3:])

@@ -30,6 +30,7 @@ from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.progress import count_progress
+from prfl_fast.utils.units import plural
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "dtype of umT5, CLIP and the files (default: bf16 on a GPU)"
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help=text)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
-    text = "device memory for the autoencoder, such as 20GiB; larger frames are cut into tiles"
+    text = "device memory for the autoencoder with its weights, such as 20GiB; larger frames are "
+    text += "cut into tiles"
     parser.add_argument("--budget", metavar="SIZE", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of random crops (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="threads that read clips")
@@ -103,7 +105,9 @@ def run_encode(options: argparse.Namespace) -> int:
     ok = options.crops == 1 or options.crop != "center"
     check(ok, "--crops", options.crops, "1 with --crop center: the others would be equal")
     need("transformers", "video")
-    codec = load_codec(options.model, budget=budget)
+    codec = load_codec(options.model)
+    if budget is not None:
+        codec.limit(budget)
     check_settings(settings, codec)
     ok = condition != "first-last" or not codec.is_ti2v
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
@@ -117,6 +121,7 @@ def run_encode(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _print_plan(plan, settings, codec)
     check(bool(plan.crops), "clips that can be used", 0, f"at least one: {_first(plan)}")
+    budget = codec.budget
     del codec
     with hold_folder(options.out):
         encoding = Encoding(
@@ -131,9 +136,11 @@ def run_encode(options: argparse.Namespace) -> int:
         samples = encode_dataset(encoding, options.preview)
     _print_skipped(encoding.skipped)
     if encoding.cut:
-        text = f"{len(encoding.cut)} texts are cut at {MAX_TOKENS} tokens, such as"
+        cut = "text is" if len(encoding.cut) == 1 else "texts are"
+        text = f"{len(encoding.cut)} {cut} cut at {MAX_TOKENS} tokens, such as"
         note(f"{text} {encoding.cut[0][:60]!r}", "encode")
-    print(f"dataset: {options.out}, {samples} samples, {len(encoding.skipped)} clips skipped")
+    skipped = plural(len(encoding.skipped), "clip")
+    print(f"dataset: {options.out}, {plural(samples, 'sample')}, {skipped} skipped")
     if options.preview:
         print(f"preview: {options.out / PREVIEW}")
     return 0
@@ -160,15 +167,16 @@ def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: VideoCodec) -
             held = channels + (channels + 4 if given else 0)
             total += count * held * math.prod(grid) * element
         print(
-            f"{size[0]}x{size[1]}, {frames} frames: {count} samples, "
-            f"{latent_tokens(frames, size, codec)} tokens each"
+            f"{size[0]}x{size[1]}, {plural(frames, 'frame')}: {plural(count, 'sample')}, "
+            f"{plural(latent_tokens(frames, size, codec), 'token')} each"
         )
     enlarged = sum(crop.enlarged for crop in plan.crops)
     if enlarged:
-        print(f"{enlarged} samples are of clips smaller than their size, which are enlarged")
+        print(f"{plural(enlarged, 'sample')} of clips smaller than their size, which are enlarged")
     _print_skipped(dict(plan.skipped))
     print(
-        f"{len(plan.crops)} samples of {len(plan.digests)} clips, {len(plan.skipped)} skipped, "
+        f"{plural(len(plan.crops), 'sample')} of {plural(len(plan.digests), 'clip')}, "
+        f"{len(plan.skipped)} skipped, "
         f"{total / 2**30:.3g} GiB of latents in {settings.dtype}"
     )
     return 0

@@ -19,7 +19,9 @@ from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check, check_count, check_positive
 from prfl_fast.utils.io import save_checkpoint_dir, write_json
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.units import plural
 
+METRICS = "metrics.json"
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # Okabe and Ito's
 _CLASSIFIER = ("accuracy", "precision", "recall", "f1", "auc")
 _NAMES = {"auc": "AUC", "f1": "F1", "ece": "calibration error", "margin_std": "margin std"}
@@ -99,11 +101,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
         figures = {"metrics": _metrics_figure(metrics)}
         figures["reliability"] = _reliability_figure(tables, metrics)
     with save_checkpoint_dir(out) as folder:
-        write_json(folder / "metrics.json", content)
+        write_json(folder / METRICS, content)
         (folder / "metrics.csv").write_text(_csv(metrics), encoding="utf-8")
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=120)
-    print(f"{len(dataset)} {'pairs' if dataset.pairs else 'videos'} evaluated: {out}")
+    print(f"{plural(len(dataset), 'pair' if dataset.pairs else 'video')} evaluated: {out}")
     return 0
 
 
@@ -159,7 +161,7 @@ def _metrics_figure(metrics: dict[int, dict[str, float]]) -> Any:
     first = metrics[times[0]]
     figure, (left, right) = _figure(10, 4, ncols=2, gridspec_kw={"width_ratios": (3, 2)})
     share = f"{first['positive_rate']:.0%} with label 1"
-    title = f"classification of {first['count']:.0f} videos, {share}"
+    title = f"classification of {plural(round(first['count']), 'video')}, {share}"
     _draw_by_timestep(left, times, title)
     for name, color in zip(_CLASSIFIER, _COLORS, strict=True):
         values = [metrics[t].get(name, math.nan) for t in times]
@@ -201,7 +203,7 @@ def _reliability_figure(
 def _pairs_figure(metrics: dict[int, dict[str, float]]) -> Any:
     times = list(metrics)
     figure, (left, right) = _figure(10, 4, ncols=2)
-    count = f"{metrics[times[0]]['count']:.0f} pairs"
+    count = plural(round(metrics[times[0]]["count"]), "pair")
     _draw_by_timestep(left, times, f"share of {count} whose preferred video scores higher")
     left.plot(times, [metrics[t]["accuracy"] for t in times], "o-", color=_COLORS[0])
     title = "margin of the logits: preferred minus other, mean ± std"

@@ -1,4 +1,4 @@
-"""Print the content of a dataset, run, checkpoint, reward model, adapter or generator."""
+"""Print the content of a dataset, the folder of a command, a checkpoint or a model."""
 
 import contextlib
 import json
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prfl_fast.cli.tables import print_table
+from prfl_fast.cli.inspect_runs import print_run_of
+from prfl_fast.cli.tables import print_facts, print_table
 from prfl_fast.data.inspect import DatasetReport, describe_dataset
 from prfl_fast.data.manifest import MANIFEST, TEXT, LatentDataset
 from prfl_fast.data.reference_lists import SUFFIX, open_latents
@@ -26,10 +27,11 @@ from prfl_fast.utils.digests import DIGESTS, check_digests
 from prfl_fast.utils.io import digest_of, read_json
 from prfl_fast.utils.progress import count_progress
 from prfl_fast.utils.shards import read_weights
+from prfl_fast.utils.units import plural
 
 _KINDS = (
-    f"a dataset folder ({MANIFEST}), a list of HY-Video-PRFL (*{SUFFIX}), a run's folder, a "
-    "checkpoint, a reward model, an adapter or a generator"
+    f"a dataset folder ({MANIFEST}), a list of HY-Video-PRFL (*{SUFFIX}), the folder of a training "
+    "run, of sample, compare or evaluate, a checkpoint, a reward model, an adapter or a generator"
 )
 _MOTION = "motion_quality"
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -51,7 +53,7 @@ def run_inspect(path: str) -> int:
         _print_run(source, checkpoints)
     elif source.is_dir() and (parts := reference_parts(source)) is not None:
         _print_reference_reward(source, parts)
-    else:
+    elif not print_run_of(source):
         _print_weights(source)
     return 0
 
@@ -79,11 +81,6 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in _WEIGHTS or path.suffix == ".json" for path in folder.iterdir())
 
 
-def _print_facts(facts: Mapping[str, object]) -> None:
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-
-
 def _print_dataset(path: str, dataset: LatentDataset, report: DatasetReport) -> None:
     kind = "pairs" if report.pairs else "prompts" if dataset.prompts_only else "videos"
     rows, width = dataset.shapes[TEXT]
@@ -93,7 +90,9 @@ def _print_dataset(path: str, dataset: LatentDataset, report: DatasetReport) -> 
     empty = dataset.empty_prompt_file()
     facts["empty prompt"] = empty if empty.is_file() else "none, so text_drop must be 0"
     facts["conditions beside text"] = ", ".join(extra) or "none"
-    _print_facts(facts | {f"manifest ({_DIGEST})": report.digest[:16]})
+    captions = list(filter(None, dataset.captions()))
+    facts["captions"] = f"{len(captions)}, such as {_short(captions[0])!r}" if captions else "none"
+    print_facts(facts | {f"manifest ({_DIGEST})": report.digest[:16]})
     sizes = []
     for bucket in report.buckets:
         channels, *latent = bucket.shapes["latents"]
@@ -161,9 +160,8 @@ def _parameters(path: Path) -> str:
     state, sizes = read_weights(path), Counter[str]()
     for tensor in state.values():
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    return (
-        f"{sizes.total():,} in {len(state)} tensors, {', '.join(k for k, _ in sizes.most_common())}"
-    )
+    dtypes = ", ".join(name for name, _ in sizes.most_common())
+    return f"{sizes.total():,} in {plural(len(state), 'tensor')}, {dtypes}"
 
 
 def _print_files(root: Path, paths: Iterable[Path]) -> None:
@@ -179,7 +177,7 @@ def _print_files(root: Path, paths: Iterable[Path]) -> None:
 
 
 def _print_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
-    _print_facts({"checkpoint": folder, "step": content["step"], "format": content["format"]})
+    print_facts({"checkpoint": folder, "step": content["step"], "format": content["format"]})
     digests = content.get("sha256", {})
     rows = [(n, f"{size:,}", digests.get(n, "none")[:16]) for n, size in content["files"].items()]
     print_table(rows, ("file", "bytes", _DIGEST), numbers=("bytes",))
@@ -188,7 +186,7 @@ def _print_checkpoint(folder: Path, content: Mapping[str, Any]) -> None:
         if (file := lora_file(model)) is not None:
             _print_adapter(file)
         else:
-            _print_facts({"model": model, "parameters": _parameters(model)})
+            print_facts({"model": model, "parameters": _parameters(model)})
     for name in ("inputs", "settings"):
         given = content.get(name, {}).items()
         values = [(key, json.dumps(value)) for key, value in given if value not in (None, [])]
@@ -204,7 +202,7 @@ def _models(folder: Path) -> list[Path]:
 
 
 def _print_run(folder: Path, checkpoints: list[tuple[int, Path]]) -> None:
-    _print_facts({"run": folder})
+    print_facts({"run": folder})
     rows, problems, good = [], [], None
     with count_progress("inspect", "checkpoints", len(checkpoints)) as show:
         for step, path in checkpoints:
@@ -246,7 +244,7 @@ def _print_reward(folder: Path) -> None:
         hint = "Copy the reward model again"
         check_digests(folder, read_json(folder / DIGESTS), hint)
         facts["digests"] = f"of all files as written in {DIGESTS}"
-    _print_facts(facts)
+    print_facts(facts)
     _print_files(folder, [folder])
 
 
@@ -257,7 +255,7 @@ def _print_reference_reward(folder: Path, parts: tuple[Path, Path, Path]) -> Non
     facts["step"] = backbone.name.rpartition("-")[2]
     facts["num blocks"] = read_blocks(backbone, None)[1]
     facts |= {f"parameters of {path.name}": _parameters(path) for path in (backbone, head, pool)}
-    _print_facts(facts)
+    print_facts(facts)
     _print_files(folder, parts)
 
 
@@ -277,12 +275,14 @@ def _print_adapter(file: Path) -> None:
         facts["rank"] = _counted(len(layer.down) for layer in layers.values())
         scales = (f"{layer.alpha / len(layer.down):g}" for layer in layers.values())
         facts["alpha / rank"] = _counted(scales)
-    _print_facts(facts | {"SHA-256": digest_of(file)})
+    print_facts(facts | {"SHA-256": digest_of(file)})
 
 
 def _counted(values: Iterable[object]) -> str:
     """Return the values in words, each with the number of layers that have it."""
-    return ", ".join(f"{value} ({n} layers)" for value, n in Counter(values).most_common())
+    return ", ".join(
+        f"{value} ({plural(n, 'layer')})" for value, n in Counter(values).most_common()
+    )
 
 
 def _generators(source: Path) -> list[tuple[Path, type, Mapping[str, Any]]]:
@@ -300,7 +300,7 @@ def _print_generator(folder: Path, kind: type, config: Mapping[str, Any]) -> Non
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "text_dim")
     known = {n.replace("_", " "): config[n] for n in names if n in config}
     name = "generator" if "Transformer" in kind.__name__ else "model"
-    _print_facts({name: folder, "class": kind.__name__, **known})
+    print_facts({name: folder, "class": kind.__name__, **known})
     with contextlib.suppress(ValueError, OSError):  # weights in another form
         print(f"parameters: {_parameters(folder)}")
     files = [folder] if folder.is_file() else [p for p in folder.iterdir() if p.is_file()]

@@ -10,11 +10,12 @@ import argparse
 import contextlib
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from prfl_fast.utils.interrupts import interrupts_held
+from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.version import __version__
@@ -39,6 +40,8 @@ _YAML = {
     "score": "compute the rewards of a dataset at several timesteps",
 }
 
+_CONTINUED = ("encode", "train-reward", "train", "sample", "compare")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
@@ -49,10 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Planning imports and simulates much, and some of it would drop a KeyboardInterrupt.
     planning = interrupts_held() if command == "plan" else contextlib.nullcontext()
     try:
-        with planning:
+        with termination_raised(), planning:
             return _run(_parser(command).parse_args(arguments))
-    except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells do
+    except KeyboardInterrupt as interrupt:
+        stopped_by = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        again = "; run again to continue" if command in _CONTINUED else ""
+        _print_error(command, f"stopped by {stopped_by.name}{again}")
+        return 128 + stopped_by  # as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
         _print_error(command, str(error))
         return BAD_INPUT
@@ -86,7 +92,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     told = _command(commands, "doctor", text)
     told.add_argument("--json", action="store_true", help="print one JSON object")
     _add_options(commands, "encode", command)
-    text = "print the content of a dataset, run, checkpoint, reward model, LoRA or generator"
+    text = "print the content of a dataset, the folder of a command, a checkpoint or a model"
     looked = _command(commands, "inspect", text)
     looked.add_argument("path", metavar="PATH", help="its file or folder; nothing is written")
     new = _command(commands, "init", "write a commented YAML file with every key of a command")

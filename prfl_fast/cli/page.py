@@ -11,6 +11,7 @@ from typing import Any
 from prfl_fast.sampling.generate import Video, frame_strip
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.units import plural, short_number
 
 PAGE = "index.html"
 # Videos above this many bytes together are left out; strips of frames stand for them.
@@ -62,9 +63,9 @@ def write_page(
     title = f"Comparison of {_text(', '.join(arms))}"
     parts = [
         f"<h1>{title}</h1>",
-        f"<p>{len(prompts)} prompts, {len(videos)} videos of each generator from the same noise, "
-        f"{settings['num_inference_steps']} steps, shift {settings['shift']:g}, guidance scale "
-        f"{_numbers(settings['guidance_scale'])}.</p>",
+        f"<p>{plural(len(prompts), 'prompt')}, {plural(len(videos), 'video')} of each generator "
+        f"from the same noise, {plural(settings['num_inference_steps'], 'step')}, "
+        f"shift {settings['shift']:g}, guidance scale {_numbers(settings['guidance_scale'])}.</p>",
         _generators(found),
         *_wins(found["wins"]),
         "<h2>Rewards and drift</h2>",
@@ -114,7 +115,7 @@ def _generators(found: Mapping[str, Any]) -> str:
     for arm, weights in found["arms"].items():
         means = [mean(by_arm[arm]["mean"]) for by_arm in found["rewards"].values()]
         drift = found["drift"].get(arm)
-        drifted = "" if drift is None else f"{mean(drift.values()):.3f}"
+        drifted = "" if drift is None else short_number(mean(drift.values()))
         place = weights or found["settings"]["model"]
         rows.append((arm, place, *(f"{value:.3f}" for value in means), drifted))
     columns = ("generator", "weights", *found["rewards"], "drift")

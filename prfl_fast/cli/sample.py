@@ -23,6 +23,7 @@ from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries, read_json, write_json
 from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.progress import step_progress
+from prfl_fast.utils.units import plural
 from prfl_fast.utils.version import __version__
 
 RECORD = "samples.json"
@@ -88,8 +89,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-dtype", choices=_WEIGHT_DTYPES, help=text)
     text = "videos in a forward pass (default: 1)"
     group.add_argument("--batch-size", type=int, default=1, help=text)
-    text = "device memory for the autoencoder, such as 20GiB (default: all that is free); larger "
-    text += "frames are cut into tiles"
+    text = "device memory for the autoencoder with its weights, such as 20GiB (default: all that "
+    text += "is free); larger frames are cut into tiles"
     group.add_argument("--budget", metavar="SIZE", help=text)
 
 
@@ -122,7 +123,7 @@ def run_sample(options: argparse.Namespace) -> int:
                 job.encode()
             arm.sample()
         arm.decode()
-    print(f"{len(job.videos)} videos: {options.out}")
+    print(f"{plural(len(job.videos), 'video')}: {options.out}")
     if not options.latents_only:
         print(f"contact sheet: {options.out / generate.SHEET}")
     return 0
@@ -178,20 +179,22 @@ class Arm:
     def cost(self) -> str:
         """Return a line with the forwards and backwards of the videos."""
         job, steps = self.job, self.job.options.num_inference_steps
-        branches, count = 2 if job.guided else 1, len(job.videos)
+        branches, count = 2 if job.guided else 1, plural(len(job.videos), "video")
         plain = steps * branches
         if self.method is None:
-            return f"cost: {count} videos of {plain} forwards of the generator"
+            return f"cost: {count} of {plural(plain, 'forward')} of the generator"
         each = self.method.cost(steps, branches)
         values = ", ".join(f"{k} {v}" for k, v in self.method.options.items() if v != {})
         backwards = each.generator_backward + each.reward_backward
-        text = f"{each.generator} forwards of the generator and {each.reward} of the reward"
+        text = (
+            f"{plural(each.generator, 'forward')} of the generator and {each.reward} of the reward"
+        )
         if backwards:
             text += f", {each.generator_backward} and {each.reward_backward} backwards"
         # A backward through frozen weights costs about one forward.
         times = (each.generator + each.generator_backward) / plain
         return (
-            f"cost: {self.method.name} ({values}) takes {text} for each of {count} videos, "
+            f"cost: {self.method.name} ({values}) takes {text} for each of {count}, "
             f"{times:.1f} times the generator's work without a method"
         )
 
@@ -239,7 +242,7 @@ class Arm:
                 score = generate.read_latents(self.out, video)[1]
             values = {"file": f"{video.name}.mp4", "prompt": prompt.text, "seed": video.seed}
             if self.job.dataset is not None:
-                values["id"] = values.pop("prompt")
+                values["id"] = self.job.dataset.ids()[video.prompt]
             if prompt.image is not None:
                 values["image"] = str(prompt.image)
             videos.append(values if score is None else {**values, "reward": score})

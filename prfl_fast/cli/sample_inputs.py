@@ -43,7 +43,7 @@ class Job:
 
     Attributes:
         videos: those to sample, by prompt.
-        prompts: texts and images; of a dataset the ids of its samples.
+        prompts: texts and images; of a dataset the captions of its samples, or their ids.
         shapes: of latents and conditions by name, without batch dimension; of a dataset those of
             its largest samples.
         conditions: those of each prompt, after :meth:`encode`.
@@ -97,7 +97,8 @@ class Job:
         check(not options.image, "--image", options.image, "none with --data")
         for folder in self.folders:
             loading.check_model(folder, dataset)
-        self.prompts = [Prompt(name) for name in dataset.ids()]
+        named = zip(dataset.captions(), dataset.ids(), strict=True)
+        self.prompts = [Prompt(caption or name) for caption, name in named]
         self.shapes = dict(dataset.shapes)
         if not options.latents_only:
             _check_family(self.model)
@@ -211,11 +212,10 @@ class Job:
         return found
 
     def open_codec(self) -> VideoCodec:
-        """Return the autoencoder; it and its weights keep within ``--budget``, or free memory."""
+        """Return the autoencoder; with its weights it keeps within ``--budget``, or free memory."""
         codec = load_codec(self.model, self.device)
         if self.budget is not None:
-            weights = sum(parameter.nbytes for parameter in codec.vae.parameters())
-            codec.budget = max(0, self.budget - weights)
+            codec.limit(self.budget)
         elif self.device.type == "cuda":
             codec.budget = torch.cuda.mem_get_info(self.device)[0]
         return codec

@@ -14,6 +14,7 @@ from prfl_fast.models.registry import patch
 from prfl_fast.training.evaluation import RewardEvaluator
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.units import plural
 
 
 def run_score(config: ScoreFile, check_only: bool) -> int:
@@ -51,7 +52,7 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
         )
     columns = ("timestep", "mean", "lowest", "highest")
     print_table(table, columns, numbers=columns)
-    print(f"{len(rows)} videos scored: {out}")
+    print(f"{plural(len(rows), 'video')} scored: {out}")
     return 0
 
 

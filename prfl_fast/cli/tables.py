@@ -1,8 +1,14 @@
 """Print tables: with rich where it is installed, else as plain columns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prfl_fast.utils.optional import MissingExtraError, need
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print a line for each fact: its name and its value."""
+    for name, value in facts.items():
+        print(f"{name}: {value}")
 
 
 def print_table(

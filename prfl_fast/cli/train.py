@@ -14,7 +14,7 @@ from torch import nn
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.evaluation import (
+from prfl_fast.cli.held_out import (
     generator_evaluation,
     load_held_out,
     reward_evaluation,
@@ -60,6 +60,7 @@ from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.units import plural
 
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
@@ -110,8 +111,8 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     for folder, source in itertools.product(folders, datasets):
         loading.check_model(folder, source)
     _check_experts(config, boundary)
-    if options.deep:
-        check_values(dataset)
+    for source in datasets if options.deep else ():
+        check_values(source)
     segments = config.prfl.plan().segments
     frames = min(bucket.shapes["latents"][1] for bucket in dataset.buckets)
     fits = "prfl" not in config.objectives or segments is None or segments <= frames
@@ -381,12 +382,12 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
         print(f"{how}; saved in {where}; run again to continue")
         return 128 + result.stopped_by
     if trainer.evaluation.exhausted:
-        waited = trainer.evaluation.waited
-        print(f"stopped early: no higher accuracy in {waited} evaluations; saved in {where}")
+        waited = plural(trainer.evaluation.waited, "evaluation")
+        print(f"stopped early: no higher accuracy in {waited}; saved in {where}")
     elif began >= steps:
         print(f"already finished at step {began} of {steps}; saved in {where}")
     else:
-        print(f"step {result.step}, {result.skipped} updates skipped; saved in {where}")
+        print(f"step {result.step}, {plural(result.skipped, 'update')} skipped; saved in {where}")
     final = out / FINAL if (out / FINAL).is_symlink() else where / "model"
     if isinstance(config, TrainFile):
         kind = "generator" if config.lora is None else "adapter, for load_lora_weights"

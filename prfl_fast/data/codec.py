@@ -56,6 +56,11 @@ class VideoCodec:
         )
         self._mean, self._std = mean, std
 
+    def limit(self, total: int) -> None:
+        """Set the budget to the part of ``total`` bytes of device memory beside the weights."""
+        weights = sum(parameter.nbytes for parameter in self.vae.parameters())
+        self.budget = max(0, total - weights)
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the shape ``(C, F, H, W)`` of the latents of a video.
 
@@ -181,7 +186,7 @@ class VideoCodec:
         side = int((max(rest, 0) / per_pixel) ** 0.5) // step * step
         least = self.budget - rest + per_pixel * step**2
         expected = f"at least {least / 2**30:.2g} GiB for {frames} x {height} x {width} in tiles"
-        check(side > 0, "budget", f"{self.budget / 2**30:.2g} GiB", expected)
+        check(side > 0, "budget beside the weights", f"{self.budget / 2**30:.2g} GiB", expected)
         tile, move = side // unit, side * 3 // 4 // unit
         self.vae.enable_tiling(tile, tile, move, move)
         return True

@@ -283,10 +283,10 @@ class Encoding:
         for i, crop in crops:
             name = f"samples/{i:06d}.safetensors"
             names.append(name)
-            record: dict[str, Any] = {"id": crop.id, "latents": name}
+            record: dict[str, Any] = {"id": crop.id, "latents": name, "caption": crop.clip.caption}
             if crop.clip.labels:
                 record["labels"] = dict(crop.clip.labels)
-            lines.append(json.dumps(record) + "\n")
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_digests(self.out, tuple(names))
         with write_atomic(self.out / MANIFEST) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Read and write datasets of latents and conditions: a folder of tensors and its manifest.
 
-``manifest.jsonl`` has one JSON object per line: ``{"id", "latents", "labels"}`` for a video, or
-``{"id", "win", "lose", "labels"}`` for a preference pair. ``latents``, ``win`` and ``lose`` name
-safetensors files in the folder; ``labels`` is optional.
+``manifest.jsonl`` has one JSON object per line: ``{"id", "latents", "caption", "labels"}`` for a
+video, or ``{"id", "win", "lose", "caption", "labels"}`` for a preference pair. ``latents``, ``win``
+and ``lose`` name safetensors files in the folder; ``caption`` and ``labels`` are optional.
 """
 
 import copy
@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     """Hold one video: ``latents [C, F, H, W]``, conditions without batch dimension, labels.
 
     ``short`` are the text states ``[T, D]`` of a short caption beside those in the conditions.
+    ``caption`` is for people to read.
     """
 
     latents: torch.Tensor
@@ -57,6 +58,7 @@ class Sample(NamedTuple):
     labels: Mapping[str, Any] = {}
     id: str = ""
     short: torch.Tensor | None = None
+    caption: str = ""
 
 
 class Pair(NamedTuple):
@@ -274,7 +276,8 @@ class LatentDataset:
                 (1,), torch.nan, dtype=torch.float32, device="cpu"
             ).expand(shape)
         latents, short = tensors.pop("latents"), tensors.pop(SHORT, None)
-        return Sample(latents, tensors, record.get("labels", {}), record["id"], short)
+        labels, caption = record.get("labels", {}), record.get("caption", "")
+        return Sample(latents, tensors, labels, record["id"], short, caption)
 
     def empty_prompt_file(self) -> Path:
         """Return the path of the text states of the empty prompt, which need not exist."""
@@ -348,6 +351,10 @@ class LatentDataset:
         """Return the ids of all items."""
         return [record["id"] for record in self._records]
 
+    def captions(self) -> list[str]:
+        """Return the captions of all items, empty where the manifest has none."""
+        return [record.get("caption", "") for record in self._records]
+
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
@@ -380,12 +387,14 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     check(not repeated, f"{where}: key", ", ".join(repeated), "each key once in an object")
     check(isinstance(record, dict), f"{where}: line", record, "a JSON object")
     files = {"win", "lose"} if "win" in record or "lose" in record else {"latents"}
-    expected = {"id", "labels", *files}
+    expected = {"id", "caption", "labels", *files}
     for key in sorted(record):
         check(key in expected, f"{where}: key", key, f"one of {', '.join(sorted(expected))}")
     for key in sorted({"id", *files}):
         value = record.get(key)
         check(isinstance(value, str) and bool(value), f"{where}: {key}", value, "a string")
+    caption = record.get("caption", "")
+    check(isinstance(caption, str), f"{where}: caption", caption, "a string")
     labels = record.get("labels", {})
     check(isinstance(labels, dict), f"{where}: labels", labels, "a JSON object")
     for name, value in labels.items():
@@ -425,6 +434,8 @@ def write_dataset(
                 record[side] = save(sample, f"{number:06d}-{side}")
         else:
             record["latents"] = save(first, f"{number:06d}")
+        if first.caption:
+            record["caption"] = first.caption
         if first.labels:
             record["labels"] = {name: plain(value) for name, value in first.labels.items()}
         lines.append(json.dumps(record) + "\n")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from prfl_fast.data.clip_lists import CAPTION
 from prfl_fast.data.manifest import (
     EMPTY_PROMPT,
     IMAGE,
@@ -123,8 +124,10 @@ class ReferenceList(LatentDataset):
         for key, value in labels.items():
             ok = isinstance(value, (bool, str)) or is_number(value)
             check(ok, f"{where}: {key}", value, "a finite number, a string or null")
+        captions = (content.get(key) for key in CAPTION)
         return {
             "id": str(content.get("source_id", Path(path).stem)),
+            "caption": next((text for text in captions if isinstance(text, str)), ""),
             "labels": labels,
             "meta": path,
             "paths": paths,

@@ -15,7 +15,7 @@ from prfl_fast.planning.search import CHOSEN, Candidate, budget_for
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
-from prfl_fast.utils.units import GIB
+from prfl_fast.utils.units import GIB, plural
 
 _FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen one
 # Okabe and Ito's palette, which color-blind readers can tell apart; bottom of the stack first.
@@ -82,16 +82,17 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def _headline(plan: Plan) -> list[str]:
     work = plan.workload
     kind = f"LoRA rank {work.lora_rank}" if work.train == "lora" else "all parameters"
-    points = f"{work.points} gradient point{'s' if work.points > 1 else ''}"
+    points = plural(work.points, "gradient point")
     given = ", first frame given" if work.first_frame else ""
-    size = f"{work.frames} x {work.height} x {work.width}, {work.tokens} tokens{given}, "
+    size = f"{work.frames} x {work.height} x {work.width}, "
+    size += f"{plural(work.tokens, 'token')}{given}, "
     size += f"batch {work.batch_size}"
-    count = work.gradient_accumulation_steps
-    micro_batches = f"{count} micro-batch{'es' if count > 1 else ''} per step"
+    micro_batches = f"{plural(work.gradient_accumulation_steps, 'micro-batch')} per step"
+    then = ", then a supervised step" if work.sft else ""
     lines = [
-        f"PRFL step: {plan.workload.blocks} blocks, {kind}, {size}",
-        f"{work.num_inference_steps} steps, {points}, {micro_batches}, "
-        f"reward of {work.reward_blocks} blocks" + (", then a supervised step" if work.sft else ""),
+        f"PRFL step: {plural(plan.workload.blocks, 'block')}, {kind}, {size}",
+        f"{plural(work.num_inference_steps, 'step')}, {points}, {micro_batches}, "
+        f"reward of {plural(work.reward_blocks, 'block')}{then}",
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
     if plan.feasible:

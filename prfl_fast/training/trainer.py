@@ -19,13 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.memory.optimizers import (
-    check_dtypes,
-    gradient_norm,
-    make_optimizer,
-    set_learning_rate,
-    split_group,
-)
 from prfl_fast.models.experts import Experts
 from prfl_fast.training.checkpoint import (
     check_free,
@@ -43,8 +36,8 @@ from prfl_fast.training.logging import TrainingLog, check_loggers
 from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
-from prfl_fast.training.schedules import schedule_factor
 from prfl_fast.training.signals import collect_signals
+from prfl_fast.training.updates import Updater
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
@@ -131,23 +124,9 @@ class Trainer:
         check_loggers(tensorboard, config.wandb)
         if isinstance(model, Experts) and model.trained:
             model.use(model.trained[0])  # states of optimizer and average are made on the device
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        hint = "Call requires_grad_(True) on the parameters to train, or add_lora(model, ...)"
-        count = len(self.parameters)
-        check(count > 0, "the number of trainable parameters", count, "at least one", hint=hint)
-        self._make_optimizer()
-        rates = (config.steps, config.warmup_steps, config.learning_rate)
-        self._factor = schedule_factor(config.schedule, *rates)
+        self._updater = update = Updater(model, config)
+        self.parameters, self.optimizer, self.ema = update.parameters, update.optimizer, update.ema
         self.generator = torch.Generator().manual_seed(torch_seed(config.seed))
-        self.ema: dict[str, torch.Tensor] | None = None
-        if config.ema_decay is not None:
-            self.ema = {}
-            # In bfloat16, (1 - decay) · difference would be rounded to 0. torch's AveragedModel
-            # averages in the parameter's dtype, copies the frozen weights as well, and its first
-            # update copies the weights instead of averaging them with the initial ones.
-            for name, p in self.parameters.items():
-                wide = torch.promote_types(p.dtype, torch.float32)
-                self.ema[name] = p.detach().to(wide, copy=True)
         self.result = TrainResult()
         self._in_a_row = 0  # steps with a skipped update, up to the last step
         self._draws = dict.fromkeys(self.objectives, 0)  # micro-batches drawn so far
@@ -167,21 +146,6 @@ class Trainer:
         self.resumed_from = find_checkpoint(self.folder, resume)
         if self.resumed_from is not None:
             self._restore(self.resumed_from, identity.accept_changed_inputs)
-
-    def _make_optimizer(self) -> None:
-        config = self.config
-        check_dtypes(config.optimizer, self.parameters)
-        names = ("learning_rate", "betas", "eps", "weight_decay", "gradient_dtype")
-        options = {name: getattr(config, name) for name in names}
-        self.optimizer = make_optimizer(config.optimizer, self.parameters.values(), **options)
-        # A reward model's pool and head may have their own rate, and may stay unclipped.
-        head = {n: p for n, p in self.parameters.items() if n.startswith(("pool.", "head."))}
-        unclipped = head if config.clip == "blocks" else ()
-        self._clipped = [p for n, p in self.parameters.items() if n not in unclipped]
-        if config.head_learning_rate is not None:
-            hint = "Only a LatentRewardModel has them"
-            check(bool(head), "head_learning_rate", config.head_learning_rate, "None", hint=hint)
-            split_group(self.optimizer, head.values())
 
     def _restore(self, path: Path, accept_inputs: bool) -> None:
         run: Any = {"settings": self._identity, "inputs": self._inputs}
@@ -341,11 +305,7 @@ class Trainer:
     def _step(self, bar: Any) -> None:
         start = time.perf_counter()
         step = self.result.step + 1
-        factor = self._factor(step)
-        rate, head_rate = self.config.learning_rate * factor, self.config.head_learning_rate
-        heads = [] if head_rate is None else [head_rate * factor]
-        set_learning_rate(self.optimizer, rate, *heads)
-        record: dict[str, Any] = {"step": step, "lr": rate}
+        record: dict[str, Any] = {"step": step, "lr": self._updater.set_rates(step)}
         bad = []
         for name, objective in self.objectives.items():
             if name not in self._done:
@@ -389,7 +349,7 @@ class Trainer:
 
     def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
         """Take one optimizer step for one objective; return its metrics, and False if skipped."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._updater.clear()
         # The state before the update, from which run() continues after a full device.
         draws, random = self._draws[name], random_state(self.generator)
         states = self._objective_states()
@@ -401,7 +361,7 @@ class Trainer:
                 place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
                 failure = self._out_of_memory(f"objective {name!r}, {place}", error)
             # Restore after the report, because advise() may draw random numbers.
-            self.optimizer.zero_grad(set_to_none=True)
+            self._updater.clear()
             self._draws[name] = draws
             self._load_objectives(states)
             restore_random_state(random, self.generator)
@@ -411,7 +371,7 @@ class Trainer:
                 self._save_before(error)
             raise
         try:
-            return means, self._apply(name, means)
+            return means, self._updater.apply(means)
         except BaseException as error:
             self._partly_updated = True
             if is_out_of_memory(error):
@@ -446,38 +406,10 @@ class Trainer:
                 seen.setdefault(key, []).append(value)
             if not math.isfinite(metrics["loss"]):  # the update is skipped, so stop early
                 break
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         expected = "a gradient in at least one trainable parameter"
-        ok = bool(gradients) or not math.isfinite(metrics["loss"])
+        ok = bool(self._updater.gradients()) or not math.isfinite(metrics["loss"])
         check(ok, f"gradient of objective {name!r}", None, expected)
         return {key: float(sum(values)) / len(values) for key, values in seen.items()}
-
-    def _apply(self, name: str, means: dict[str, float]) -> bool:
-        """Clip, step and average if all values are finite; return True if so."""
-        limit, finite = self.config.max_grad_norm, math.isfinite(means["loss"])
-        if finite:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            norm = gradient_norm(gradients)
-            means["grad_norm"] = float(norm)  # before clipping, for the log
-            finite = math.isfinite(means["grad_norm"])
-        if finite:
-            clipped = [p for p in self._clipped if p.grad is not None]
-            if limit is not None and clipped:
-                if len(clipped) < len(gradients):
-                    norm = gradient_norm([p.grad for p in clipped if p.grad is not None])
-                nn.utils.clip_grads_with_norm_(clipped, limit, norm)
-            self.optimizer.step()
-            self._average()
-        self.optimizer.zero_grad(set_to_none=True)
-        return finite
-
-    def _average(self) -> None:
-        for name, average in (self.ema or {}).items():
-            if self.parameters[name].grad is None:  # of the expert that waits
-                continue
-            parameter = self.parameters[name].detach().to(average)
-            # average ← decay·average + (1 - decay)·parameter
-            average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]
 
     def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report."""
@@ -489,7 +421,7 @@ class Trainer:
         lines = [f"out of memory in {place}, step {step}: {first}", *memory_report(device, live)]
         # The frames of the traceback hold the activations of the forward that failed.
         traceback.clear_frames(error.__traceback__)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._updater.clear()
         if self.advise is not None:
             try:
                 lines.append(self.advise())

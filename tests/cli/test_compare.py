@@ -104,6 +104,15 @@ def test_a_comparison_of_the_same_weights_shows_no_difference(comparison, capsys
     assert "cost: 4 videos of 6 forwards of the generator, for each of 3 generators" in text
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.mp4")} == again
     assert (out / "index.html").read_text() == page
+    assert cli.main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "videos of lora: 4, of which 4 are sampled and 4 are decoded" in shown
+    tables = [line for line in text.splitlines() if "lora" in line]
+    assert len(tables) == 5 and set(tables) <= set(shown.splitlines())
+    (out / "comparison.json").rename(out / "moved.json")
+    assert cli.main(["inspect", str(out)]) == 0
+    assert "no figures yet" in capsys.readouterr().out
+    (out / "moved.json").rename(out / "comparison.json")
 
 
 @pytest.mark.slow

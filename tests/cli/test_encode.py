@@ -86,6 +86,7 @@ def test_a_dataset_has_what_the_pipeline_would_encode(world, tmp_path, capsys):
     dataset = LatentDataset(out)
     assert dataset.ids() == ["disc", "square", "ring"] and dataset.short
     assert [labels["motion_quality"] for _, labels in dataset.labels()] == [1, 1, 0]
+    assert dataset.captions() == [row["long_caption"] for row in rows(world)]
     vae, text = codec.load_codec(world / "pipeline"), codec.load_text_encoder(world / "pipeline")
     image = codec.load_image_encoder(world / "pipeline")
     for sample, row in ((dataset[i], rows(world)[i]) for i in (0, 2)):

@@ -57,6 +57,13 @@ def test_labels(root, tmp_path, capsys):
         assert {name: float(value) for name, value in row.items()} == content["metrics"][t]
         assert sum(each["count"] for each in content["reliability"][t]) == 4
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in names if "png" in name)
+    assert cli.main(["inspect", str(out)]) == 0
+    facts, _, table = capsys.readouterr().out.partition("precision: fp32\n")
+    assert table == printed.partition("4 videos")[0]
+    assert f"reward model: {root / 'reward'}\ndata: {root / 'data'}\n" in facts
+    (out / "metrics.json").write_text("{}")
+    assert cli.main(["inspect", str(out)]) == 2
+    assert "expected one that prfl-fast has written" in one_line(capsys, "inspect")
     # The table alone, of other batches, is the same.
     assert run(root, "data", *times, "--batch-size", 3) == 0
     assert capsys.readouterr().out == printed.partition("4 videos")[0]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from runs import SIZE, config, samples, write_config
 
 pytest.importorskip("pydantic")
 
+from prfl_fast.cli import inspect as inspecting
 from prfl_fast.cli import main as cli
 from prfl_fast.cli import run
 from prfl_fast.cli.config import TrainFile
@@ -59,12 +61,24 @@ def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
     assert "attention backend plain" in report["operations"]["attention"]["reason"]
 
 
-def test_an_interrupt_before_the_command_is_read_ends_with_130(monkeypatch):
+def test_an_interrupt_before_the_command_is_read_ends_with_130(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "main", interrupted)
     assert run() == 130
+    assert capsys.readouterr().err == "prfl-fast: stopped by SIGINT\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_one_line(root, monkeypatch, capsys, number):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # perhaps it is ignored
+    monkeypatch.setattr(inspecting, "open_latents", lambda *_, **__: os.kill(os.getpid(), number))
+    try:
+        assert cli.main(["inspect", str(root / "data")]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"prfl-fast inspect: stopped by {number.name}\n"
 
 
 def test_doctor_needs_torch_alone(tmp_path):

@@ -100,7 +100,7 @@ def file(root, tmp_path):
 
 def test_a_search_prints_the_ledger_and_draws_the_timeline(first):
     plan, out, picture = first
-    assert "PRFL step: 1 blocks, LoRA rank 16, 5 x 32 x 32, 8 tokens, batch 1" in out
+    assert "PRFL step: 1 block, LoRA rank 16, 5 x 32 x 32, 8 tokens, batch 1" in out
     assert "fits: " in out and "Ledger at the peak" in out and "chosen" in out
     assert picture.startswith(b"\x89PNG")
     assert plan.feasible and plan.peak == sum(plan.categories.values())

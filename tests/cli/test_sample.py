@@ -91,6 +91,15 @@ def test_samples_are_those_of_the_diffusers_pipeline(pipelines, tmp_path, capsys
     assert sample(pipelines, tmp_path / "a", "--samples", 2, "--seed", 5, "--negative", "Bad.") == 0
     text = capsys.readouterr().out
     assert "cost: 4 videos of 6 forwards of the generator" in text
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "videos: 4, of which 4 are sampled and 4 are decoded\n" in text
+    assert "size: 32x48, 5 frames\nsampler: 3 steps, shift 5, guidance scale 5\n" in text
+    assert f"prompts: {json.dumps(PROMPTS)[1:-1]}\nsize" in text
+    (tmp_path / "a" / "0000-0.mp4").unlink()
+    assert cli.main(["inspect", str(tmp_path / "a")]) == 0
+    assert "4 are sampled and 3 are decoded\n" in capsys.readouterr().out
+    assert sample(pipelines, tmp_path / "a", "--samples", 2, "--seed", 5, "--negative", "Bad.") == 0
     found, videos = latents(tmp_path / "a"), record(tmp_path / "a")["videos"]
     assert [v["seed"] for v in videos] == [5, 6, 7, 8]
     pipeline = make_pipeline("t2v")
@@ -124,7 +133,9 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(pipelines, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "save_tensors", kill_once)
+        capsys.readouterr()
         assert sample(pipelines, out) == 130
+        assert "stopped by SIGINT; run again to continue\n" in one_line(capsys, "sample")
     assert len(latents(out)) == 1 and not (out / "0000-0.mp4").exists()
     kept = (out / "latents" / "0000-0.safetensors").stat().st_mtime_ns
     assert sample(pipelines, out) == 0
@@ -240,6 +251,7 @@ def test_conditions_of_a_dataset_are_sampled(pipelines, tmp_path, capsys):
             torch.randn(16, 2, 4, width, generator=generator),
             {"encoder_hidden_states": torch.randn(n, 32, generator=generator)},
             id=f"clip-{n}",
+            caption="" if n == 3 else f"Clip {n}.",
         )
         for n, width in ((5, 6), (4, 8), (3, 6))
     ]
@@ -253,11 +265,9 @@ def test_conditions_of_a_dataset_are_sampled(pipelines, tmp_path, capsys):
     assert (
         sample(pipelines, tmp_path / "b", *words, "--batch-size", 2, prompts=[], small=small) == 0
     )
-    assert [video["id"] for video in record(tmp_path / "a")["videos"]] == [
-        "clip-5",
-        "clip-4",
-        "clip-3",
-    ]
+    videos = record(tmp_path / "a")["videos"]
+    assert [video["id"] for video in videos] == ["clip-5", "clip-4", "clip-3"]
+    assert [video["prompt"] for video in videos] == ["Clip 5.", "Clip 4.", "clip-3"]
     one, two = latents(tmp_path / "a"), latents(tmp_path / "b")
     assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
 

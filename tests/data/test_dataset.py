@@ -164,7 +164,7 @@ MANIFESTS = {
     "no id": ([{"latents": "x"}], "manifest.jsonl:1: id is None, expected a string"),
     "no file": ([{"id": "a"}], "manifest.jsonl:1: latents is None, expected a string"),
     "half a pair": ([{"id": "a", "win": "x"}], "manifest.jsonl:1: lose is None"),
-    "unknown key": ([{**GOOD, "label": {}}], "key is 'label', expected one of id, labels, latents"),
+    "unknown key": ([{**GOOD, "label": {}}], "key is 'label', expected one of caption, id, labels, latents"),
     "labels a list": ([{**GOOD, "labels": [1]}], r"labels is \[1\], expected a JSON object"),
     "label null": ([{**GOOD, "labels": {"q": None}}], "labels.q is None, expected a finite num"),
     "label NaN": ([{**GOOD, "labels": {"q": math.nan}}], "labels.q is nan, expected a finite n"),
@@ -304,6 +304,21 @@ def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_read(folder):
     text = "\ufeff" + "\r\n".join([*lines, "", ""])
     (folder / "manifest.jsonl").write_bytes(text.encode())
     assert LatentDataset(folder).ids() == [record["id"] for record in records]
+
+
+def test_captions_are_kept_and_may_be_missing(folder, tmp_path):
+    texts = ["Süß.", "", "b"]
+    items = [s._replace(caption=t) for s, t in zip(samples(3), texts, strict=True)]
+    dataset = write_dataset(tmp_path / "captions", items)
+    assert dataset.captions() == texts
+    assert [dataset[i].caption for i in range(3)] == dataset.captions()
+    ids = dataset.ids()
+    assert dataset.subset(ids[1:]).captions() == ["", "b"]
+    assert set(LatentDataset(folder).captions()) == {""}
+    record = {"id": "a", "latents": FIRST, "caption": 3}
+    (folder / "manifest.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="jsonl:1: caption is 3, expected a string"):
+        LatentDataset(folder)
 
 
 @pytest.mark.parametrize("line", ['{"id": "a", "id": "b"}', '{"labels": {"q": 1, "q": 0}}'])

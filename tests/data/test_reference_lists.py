@@ -35,6 +35,7 @@ def test_the_preprocessing_of_the_reference(tmp_path):
     assert sample.labels == {"physics_quality": 1}  # null is none, which missing_label decides
     assert label_of(sample.labels, "motion_quality", 0) == 0
     second = dataset[1]
+    assert dataset.captions() == ["…", "…"] and second.caption == "…"
     assert second.short is None and label_of(second.labels, "motion_quality") == 1
     assert torch.equal(second.conditions["encoder_hidden_states"], other["text_en_path"][0])
     assert torch.equal(second.conditions["latent_condition"], other["latents_condition_path"][0])

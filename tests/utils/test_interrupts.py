@@ -2,11 +2,12 @@
 
 import os
 import signal
+import threading
 import weakref
 
 import pytest
 
-from prfl_fast.utils.interrupts import interrupts_held
+from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 
 
 class Thing:
@@ -52,3 +53,45 @@ def test_a_second_interrupt_is_at_once():
         press()
         with pytest.raises(KeyboardInterrupt):
             press()
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_termination_is_raised_in_its_context_only():
+    with pytest.raises(Terminated), termination_raised():
+        terminate()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_termination_is_held_as_an_interrupt_is():
+    reached = []
+    with pytest.raises(Terminated), termination_raised(), interrupts_held() as check:
+        terminate()
+        reached.append(1)
+        check()
+    assert reached == [1]
+    with termination_raised(), pytest.raises(Terminated):  # the handler is back
+        terminate()
+
+
+def test_other_handlers_and_threads_are_left_alone():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with termination_raised(), interrupts_held():
+            terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+    entered = []
+
+    def work():
+        with termination_raised():
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [signal.SIG_DFL]

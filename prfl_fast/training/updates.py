@@ -1,0 +1,107 @@
+"""Update the trainable parameters of a model: optimizer, learning rates, clipping, average."""
+
+import math
+
+import torch
+from torch import nn
+
+from prfl_fast.memory.optimizers import (
+    check_dtypes,
+    gradient_norm,
+    make_optimizer,
+    set_learning_rate,
+    split_group,
+)
+from prfl_fast.training.config import TrainConfig
+from prfl_fast.training.schedules import schedule_factor
+from prfl_fast.utils.checks import check
+
+
+class Updater:
+    """Apply gradients to the parameters of ``model`` that require them.
+
+    Attributes:
+        parameters: those parameters by name.
+        optimizer: of ``config``.
+        ema: running averages by name, or None.
+
+    Raises:
+        ValueError: if there is nothing to train, or the optimizer cannot train a parameter's dtype.
+        MissingExtraError: if the package of the optimizer is not installed.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        hint = "Call requires_grad_(True) on the parameters to train, or add_lora(model, ...)"
+        count = len(self.parameters)
+        check(count > 0, "the number of trainable parameters", count, "at least one", hint=hint)
+        check_dtypes(config.optimizer, self.parameters)
+        names = ("learning_rate", "betas", "eps", "weight_decay", "gradient_dtype")
+        options = {name: getattr(config, name) for name in names}
+        self.optimizer = make_optimizer(config.optimizer, self.parameters.values(), **options)
+        # A reward model's pool and head may have their own rate, and may stay unclipped.
+        head = {n: p for n, p in self.parameters.items() if n.startswith(("pool.", "head."))}
+        unclipped = head if config.clip == "blocks" else ()
+        self._clipped = [p for n, p in self.parameters.items() if n not in unclipped]
+        if config.head_learning_rate is not None:
+            hint = "Only a LatentRewardModel has them"
+            check(bool(head), "head_learning_rate", config.head_learning_rate, "None", hint=hint)
+            split_group(self.optimizer, head.values())
+        rates = (config.steps, config.warmup_steps, config.learning_rate)
+        self._factor = schedule_factor(config.schedule, *rates)
+        self.ema: dict[str, torch.Tensor] | None = None
+        if config.ema_decay is not None:
+            self.ema = {}
+            # In bfloat16, (1 - decay) · difference would be rounded to 0. torch's AveragedModel
+            # averages in the parameter's dtype, copies the frozen weights as well, and its first
+            # update copies the weights instead of averaging them with the initial ones.
+            for name, p in self.parameters.items():
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.ema[name] = p.detach().to(wide, copy=True)
+
+    def set_rates(self, step: int) -> float:
+        """Set the learning rates of a step; return that of the parameters beside the head."""
+        factor = self._factor(step)
+        rate, head_rate = self.config.learning_rate * factor, self.config.head_learning_rate
+        heads = [] if head_rate is None else [head_rate * factor]
+        set_learning_rate(self.optimizer, rate, *heads)
+        return rate
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients that there are."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def apply(self, means: dict[str, float]) -> bool:
+        """Clip, step and average if all values are finite; return True if so.
+
+        ``means`` are the metrics of the update; the norm of the gradients is added to them.
+        """
+        limit, finite = self.config.max_grad_norm, math.isfinite(means["loss"])
+        if finite:
+            gradients = self.gradients()
+            norm = gradient_norm(gradients)
+            means["grad_norm"] = float(norm)  # before clipping, for the log
+            finite = math.isfinite(means["grad_norm"])
+        if finite:
+            clipped = [p for p in self._clipped if p.grad is not None]
+            if limit is not None and clipped:
+                if len(clipped) < len(gradients):
+                    norm = gradient_norm([p.grad for p in clipped if p.grad is not None])
+                nn.utils.clip_grads_with_norm_(clipped, limit, norm)
+            self.optimizer.step()
+            self._average()
+        self.clear()
+        return finite
+
+    def _average(self) -> None:
+        for name, average in (self.ema or {}).items():
+            if self.parameters[name].grad is None:  # of the expert that waits
+                continue
+            parameter = self.parameters[name].detach().to(average)
+            # average ← decay·average + (1 - decay)·parameter
+            average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]
