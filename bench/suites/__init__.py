@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "methods": "* reward gradients by method: time, memory, FLOPs and variance",
     "rollout": "* a rollout by option: time, FLOPs, memory, drift; a step's work by part",
     "step": "* a PRFL step by part, in seconds: the reference, eager, compiled, prfl_fast",
+    "machine-code": "* predictions: share of the copy rate by kernel, replayed without a GPU",
     "facts": "* rates of a GPU, for the planner: copies, products, attention backends, host copies",
 }
 EXPERIMENTS = ("alignment", "family")
@@ -23,4 +24,4 @@ DEFAULT = tuple(name for name, text in DESCRIPTIONS.items() if not text.startswi
 
 def load(name: str) -> Callable[[Context], SuiteResult]:
     package = "experiments" if name in EXPERIMENTS else "suites"
-    return importlib.import_module(f"{package}.{name}").run
+    return importlib.import_module(f"{package}.{name.replace('-', '_')}").run
