@@ -1,6 +1,6 @@
 """Run every operation on small odd shapes on the GPU, under compute-sanitizer.
 
-First come the cases of the kernels suite on every backend, then the branches of the CUDA kernels.
+First come the cases of the kernels suite on every backend, then calls that reach other branches.
 """
 
 import sys

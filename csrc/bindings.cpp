@@ -8,11 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
-#include <optional>
 #include <tuple>
-#include <vector>
-
-#include "rope_sides.h"
 
 // A CPU-only libtorch has no such symbol; weak, it resolves to null there instead of keeping the library from loading.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -27,14 +23,11 @@ void query_pool_gradients(const void* x, const float* queries, const float* grad
                           const float* delta, void* d_x, float* partials, int64_t x_batch, int64_t x_token, int batch,
                           int tokens, int heads, int dim, bool half, int width, int warps, int cluster, int splits,
                           cudaStream_t stream);
-void qk_norm_rope(const Sides& sides, const Rotation& rotation, int dim, int head_dim, bool per_head, float eps,
-                  bool backward, bool half, int threads, cudaStream_t stream);
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
 cudaStream_t current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "prfl_fast_cuda: this torch has no CUDA");
@@ -120,145 +113,6 @@ std::tuple<Tensor, Tensor> query_pool_backward(Tensor grad, Tensor lse, Tensor d
   return {d_x, partials};
 }
 
-void set_weight(Side& side, const Optional& weight, const Tensor& x, int64_t size) {
-  if (!weight.has_value()) return;
-  side.wide = weight->scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(weight->is_cuda() && weight->get_device_index() == x.get_device_index() && weight->dim() == 1 &&
-                      weight->size(0) == size && weight->is_contiguous() &&
-                      (side.wide || weight->scalar_type() == x.scalar_type()) &&
-                      reinterpret_cast<uintptr_t>(weight->const_data_ptr()) % 16 == 0,
-                  "qk_norm_rope: weights must be contiguous [D] or [head_dim], float32 or as q, aligned to 16 bytes");
-  side.weight = weight->const_data_ptr();
-}
-
-void set_rows(Side& side, const Tensor& x, int64_t blocks) {
-  STD_TORCH_CHECK(x.size(0) * x.size(1) < (int64_t(1) << 31) - (1 << 16) && blocks >= 1 && blocks < (1 << 15),
-                  "qk_norm_rope: too many rows or blocks");
-  side.rows = int(x.size(0) * x.size(1));
-  side.length = int(x.size(1));
-  side.blocks = int(blocks);
-}
-
-Rotation make_rotation(const Optional& cos, const Optional& sin, const std::vector<int64_t>& grid,
-                       const std::vector<int64_t>& offset, int64_t head_dim, const Sides& sides, const Tensor& x) {
-  Rotation rotation{};
-  if (!cos.has_value() || !sin.has_value()) return rotation;
-  STD_TORCH_CHECK(grid.size() == 3 && offset.size() == 3 && head_dim % 8 == 0,
-                  "qk_norm_rope: a rotation needs a grid and an offset of three numbers, heads of a multiple of 8");
-  check_floats(*cos, x, {cos->size(0), head_dim / 2}, "qk_norm_rope: cos");
-  check_floats(*sin, x, {cos->size(0), head_dim / 2}, "qk_norm_rope: sin");
-  for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(grid[i] > 0 && offset[i] >= 0 && grid[i] + offset[i] <= cos->size(0),
-                    "qk_norm_rope: the tables are shorter than the grid");
-  }
-  for (const Side& side : sides.side) {
-    STD_TORCH_CHECK(side.blocks == 0 || side.length == grid[0] * grid[1] * grid[2],
-                    "qk_norm_rope: the grid does not have the tokens of q and k");
-  }
-  rotation.cos = floats(*cos);
-  rotation.sin = floats(*sin);
-  rotation.height = int(grid[1]);
-  rotation.width = int(grid[2]);
-  rotation.frame_offset = int(offset[0]);
-  rotation.height_offset = int(offset[1]);
-  rotation.width_offset = int(offset[2]);
-  return rotation;
-}
-
-void check_heads(int64_t dim, int64_t heads, bool per_head) {
-  STD_TORCH_CHECK(heads > 0 && dim % heads == 0, "qk_norm_rope: heads must divide D");
-  const int64_t lanes = dim / heads / 8;
-  STD_TORCH_CHECK(!per_head || (dim / heads % 8 == 0 && lanes <= 32 && 32 % lanes == 0),
-                  "qk_norm_rope: a norm per head takes heads of 8, 16, 32, 64, 128 or 256");
-}
-
-// q [B, Lq, D], k [B, Lk, D] bf16 or fp16 -> the same, contiguous; the last three ints are those of RopeLaunch.
-std::tuple<Tensor, Tensor> qk_norm_rope_forward(Tensor q, Tensor k, Optional q_weight, Optional k_weight, Optional cos,
-                                                Optional sin, std::vector<int64_t> grid, std::vector<int64_t> offset,
-                                                int64_t heads, bool per_head, double eps, int64_t threads,
-                                                int64_t q_blocks, int64_t k_blocks) {
-  check_tokens(q, q, "qk_norm_rope: q");
-  check_tokens(k, q, "qk_norm_rope: k");
-  const int64_t dim = q.size(2);
-  STD_TORCH_CHECK(k.size(2) == dim, "qk_norm_rope: q and k differ in D");
-  check_heads(dim, heads, per_head);
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor out[2] = {empty(q, {q.size(0), q.size(1), dim}, q.scalar_type()),
-                   empty(q, {k.size(0), k.size(1), dim}, q.scalar_type())};
-  Sides sides{};
-  for (int i = 0; i < 2; ++i) {
-    Side& side = sides.side[i];
-    const Tensor& x = i == 0 ? q : k;
-    set_rows(side, x, i == 0 ? q_blocks : k_blocks);
-    set_weight(side, i == 0 ? q_weight : k_weight, q, per_head ? dim / heads : dim);
-    side.x = x.const_data_ptr();
-    side.x_batch = x.stride(0);
-    side.x_token = x.stride(1);
-    side.out = out[i].mutable_data_ptr();
-  }
-  const Rotation rotation = make_rotation(cos, sin, grid, offset, dim / heads, sides, q);
-  qk_norm_rope(sides, rotation, int(dim), int(dim / heads), per_head, float(eps), false,
-               q.scalar_type() == ScalarType::Half, int(threads), current_stream(q.get_device_index()));
-  return {out[0], out[1]};
-}
-
-// Gradients [B, L, D], inputs where they were normalized -> d_q, d_k, and the blocks' sums [blocks, D] fp32 of
-// d_q_weight and d_k_weight; [0] for what is not needed. A side without blocks is skipped.
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(
-    Optional q_grad, Optional k_grad, Optional q, Optional k, Optional q_weight, Optional k_weight, Optional cos,
-    Optional sin, std::vector<int64_t> grid, std::vector<int64_t> offset, int64_t heads, bool per_head, double eps,
-    bool need_q, bool need_k, bool need_q_weight, bool need_k_weight, int64_t threads, int64_t q_blocks,
-    int64_t k_blocks) {
-  const Optional grads[2] = {q_grad, k_grad}, inputs[2] = {q, k}, weights[2] = {q_weight, k_weight};
-  const bool need[2] = {need_q, need_k}, need_weight[2] = {need_q_weight, need_k_weight};
-  const int64_t blocks[2] = {q_blocks, k_blocks};
-  STD_TORCH_CHECK(q_blocks + k_blocks > 0 && (q_blocks == 0 || q_grad.has_value()) &&
-                      (k_blocks == 0 || k_grad.has_value()),
-                  "qk_norm_rope_backward: blocks for a gradient that is not there");
-  const Tensor& like = *grads[q_blocks > 0 ? 0 : 1];
-  const int64_t dim = like.size(2);
-  check_heads(dim, heads, per_head);
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  Sides sides{};
-  Tensor out[2], partials[2];
-  for (int i = 0; i < 2; ++i) {
-    out[i] = empty(like, {0}, like.scalar_type());
-    partials[i] = empty(like, {0}, ScalarType::Float);
-    if (blocks[i] == 0) continue;
-    Side& side = sides.side[i];
-    const Tensor& grad = *grads[i];
-    check_tokens(grad, like, "qk_norm_rope_backward: a gradient");
-    STD_TORCH_CHECK(grad.size(2) == dim, "qk_norm_rope_backward: gradients differ in D");
-    set_rows(side, grad, blocks[i]);
-    side.grad = grad.const_data_ptr();
-    side.grad_batch = grad.stride(0);
-    side.grad_token = grad.stride(1);
-    set_weight(side, weights[i], like, per_head ? dim / heads : dim);
-    if (side.weight != nullptr) {
-      STD_TORCH_CHECK(inputs[i].has_value(), "qk_norm_rope_backward: a norm needs its input");
-      const Tensor& x = *inputs[i];
-      check_tokens(x, like, "qk_norm_rope_backward: an input");
-      STD_TORCH_CHECK(x.size(0) == grad.size(0) && x.size(1) == grad.size(1) && x.size(2) == dim,
-                      "qk_norm_rope_backward: an input and its gradient differ in shape");
-      side.x = x.const_data_ptr();
-      side.x_batch = x.stride(0);
-      side.x_token = x.stride(1);
-    }
-    if (need[i]) {
-      out[i] = empty(like, {grad.size(0), grad.size(1), dim}, like.scalar_type());
-      side.out = out[i].mutable_data_ptr();
-    }
-    if (need_weight[i]) {
-      partials[i] = empty(like, {blocks[i], dim}, ScalarType::Float);
-      side.partials = floats(partials[i]);
-    }
-  }
-  const Rotation rotation = make_rotation(cos, sin, grid, offset, dim / heads, sides, like);
-  qk_norm_rope(sides, rotation, int(dim), int(dim / heads), per_head, float(eps), true,
-               like.scalar_type() == ScalarType::Half, int(threads), current_stream(like.get_device_index()));
-  return {out[0], out[1], partials[0], partials[1]};
-}
-
 }  // namespace
 }  // namespace prfl_fast
 
@@ -267,20 +121,9 @@ STABLE_TORCH_LIBRARY(prfl_fast_cuda, m) {
   m.def(
       "query_pool_backward(Tensor grad, Tensor lse, Tensor delta, Tensor x, Tensor queries, bool need_x, "
       "bool need_queries, int width, int warps, int cluster, int splits) -> (Tensor, Tensor)");
-  m.def(
-      "qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int[] grid, "
-      "int[] offset, int heads, bool per_head, float eps, int threads, int q_blocks, int k_blocks) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "qk_norm_rope_backward(Tensor? q_grad, Tensor? k_grad, Tensor? q, Tensor? k, Tensor? q_weight, "
-      "Tensor? k_weight, Tensor? cos, Tensor? sin, int[] grid, int[] offset, int heads, bool per_head, float eps, "
-      "bool need_q, bool need_k, bool need_q_weight, bool need_k_weight, int threads, int q_blocks, int k_blocks) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prfl_fast_cuda, CUDA, m) {
   m.impl("query_pool", TORCH_BOX(&prfl_fast::query_pool));
   m.impl("query_pool_backward", TORCH_BOX(&prfl_fast::query_pool_backward));
-  m.impl("qk_norm_rope", TORCH_BOX(&prfl_fast::qk_norm_rope_forward));
-  m.impl("qk_norm_rope_backward", TORCH_BOX(&prfl_fast::qk_norm_rope_backward));
 }

@@ -37,7 +37,6 @@ from prfl_fast.kernels.attn.norm_rope_triton import (
 )
 from prfl_fast.kernels.common.modulation_rows import token_strides
 from prfl_fast.kernels.common.rope import check_grid, check_tables, rope_table, rotations
-from prfl_fast.kernels.runtime import cuda_launch as _cuda
 from prfl_fast.kernels.runtime.checks import (
     compute_dtype,
     require,
@@ -331,14 +330,10 @@ def _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, *rest):
     )
 
 
-_forward_op = register(
-    "qk_norm_rope", reference, fake=_fake, triton=_triton_forward,
-    cuda=_cuda.with_fallback(_cuda.qk_norm_rope, _triton_forward, reference),
-)  # fmt: skip
+_forward_op = register("qk_norm_rope", reference, fake=_fake, triton=_triton_forward)
 _backward_op = register(
-    "qk_norm_rope_backward", reference_backward, fake=_fake_backward, triton=_triton_backward,
-    cuda=_cuda.with_fallback(_cuda.qk_norm_rope_backward, _triton_backward, reference_backward),
-)  # fmt: skip
+    "qk_norm_rope_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+)
 
 
 def _setup_context(ctx, inputs, output):

@@ -14,7 +14,6 @@ import torch
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, capability, multiprocessors
 
 REGISTERS = 65536  # of 32 bits, on a multiprocessor
-MAX_ROWS = 2**31 - 2**16  # 32-bit row numbers, with room for one more step of the grid
 
 
 def with_fallback(
@@ -37,18 +36,12 @@ def _fits(x: torch.Tensor) -> bool:
     return rows and (x.shape[0] == 1 or x.stride(0) % 8 == 0) and x.data_ptr() % 16 == 0
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy; like every allocation it is aligned."""
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _shared_limit(capability: tuple[int, int]) -> int:
     """Return the bytes of shared memory that a block can have."""
     kilobytes = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
     return 1024 * kilobytes.get(capability, 99)
 
 
-# query_pool.
 @dataclass(frozen=True)
 class PoolLaunch:
     """Columns of a warp, warps of a block, blocks that share D (a cluster), ranges of tokens."""
@@ -170,151 +163,3 @@ def query_pool_backward(
     if not need_queries:
         return d_x, queries.new_empty(0)
     return d_x, partials.flatten(0, 1).sum(0).to(queries.dtype)
-
-
-# qk_norm_rope.
-@dataclass(frozen=True)
-class RopeLaunch:
-    """Threads that share a row, and blocks that walk the rows of q and of k."""
-
-    threads: int
-    q_blocks: int
-    k_blocks: int
-
-
-# Threads on a multiprocessor, by the registers of csrc/qk_norm_rope.cu: FORWARD_BOUND and
-# BACKWARD_BOUND there.
-ROPE_RESIDENT = {False: 1024, True: 640}
-ROPE_MAX_BLOCKS = 16  # on a multiprocessor; more would only write more partial sums
-
-
-def rope_shared_bytes(threads: int, head_dim: int, rotates: bool) -> int:
-    """Return a block's dynamic shared memory: ``shared_bytes()`` of csrc/qk_norm_rope.cu."""
-    return threads * 64 + 256 + (8 * head_dim if rotates else 0)
-
-
-def rope_launch(
-    q_rows: int,
-    k_rows: int,
-    dim: int,
-    heads: int,
-    rotates: bool,
-    per_head: bool,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    backward: bool = False,
-) -> RopeLaunch | None:
-    """Choose the launch; None if the kernel cannot run. Rows are B·L, zero for an absent side."""
-    if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0):
-        return None
-    head_dim, threads = dim // heads, 32 * -(-dim // 512)  # 16 elements a thread
-    if dim % 8 or threads > 512 or max(q_rows, k_rows) >= MAX_ROWS or q_rows + k_rows == 0:
-        return None
-    if rotates and head_dim % 8:
-        return None
-    if per_head and head_dim not in (8, 16, 32, 64, 128, 256):
-        return None  # shuffles add up the lanes of a head
-    if rope_shared_bytes(threads, head_dim, rotates) > 48 * 1024:
-        return None
-    # One resident wave, shared by q and k in proportion to their rows.
-    blocks = multiprocessors(capability) * min(ROPE_MAX_BLOCKS, ROPE_RESIDENT[backward] // threads)
-    for_q = blocks * q_rows // (q_rows + k_rows)
-    if q_rows and k_rows:
-        for_q, blocks = max(1, min(for_q, blocks - 1)), max(2, blocks)
-    return RopeLaunch(threads, min(q_rows, for_q), min(k_rows, blocks - for_q))
-
-
-def _rope_weight(weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    if weight is None:
-        return None
-    weight = weight if weight.dtype == x.dtype else weight.float()
-    aligned = weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    return weight if aligned else _dense(weight)
-
-
-def _rope_table(table: torch.Tensor | None) -> torch.Tensor | None:
-    return None if table is None else table.float().contiguous()
-
-
-def _rows(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.shape[0] * x.shape[1]
-
-
-def qk_norm_rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    grid: list[int],
-    offset: list[int],
-    heads: int,
-    per_head: bool,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Run ``prfl_fast::qk_norm_rope``, or return None."""
-    if q.numel() == 0 or k.numel() == 0 or not (_fits(q) and _fits(k)):
-        return None
-    if cos is not None and not grid:  # a table by token
-        return None
-    launch = rope_launch(
-        _rows(q), _rows(k), q.shape[2], heads, cos is not None, per_head, q.dtype,
-        capability(q.device),
-    )  # fmt: skip
-    if launch is None:
-        return None
-    return torch.ops.prfl_fast_cuda.qk_norm_rope(
-        q, k, _rope_weight(q_weight, q), _rope_weight(k_weight, q), _rope_table(cos),
-        _rope_table(sin), grid, offset, heads, per_head, eps, *astuple(launch),
-    )  # fmt: skip
-
-
-def qk_norm_rope_backward(
-    q_grad: torch.Tensor | None,
-    k_grad: torch.Tensor | None,
-    q: torch.Tensor | None,
-    k: torch.Tensor | None,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    grid: list[int],
-    offset: list[int],
-    heads: int,
-    per_head: bool,
-    eps: float,
-    needed: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Run ``prfl_fast::qk_norm_rope_backward``, or return None."""
-    wanted = [bool(needed[i] or needed[i + 2]) for i in range(2)]
-    grads = [g if w else None for g, w in zip((q_grad, k_grad), wanted, strict=True)]
-    some = next((g for g in grads if g is not None), None)
-    if some is None or any(g is not None and g.numel() == 0 for g in grads):
-        return None
-    if cos is not None and not grid:
-        return None
-    normed = [
-        x for x, g, w in zip((q, k), grads, (q_weight, k_weight), strict=True)
-        if g is not None and w is not None and x is not None
-    ]  # fmt: skip
-    launch = rope_launch(
-        _rows(grads[0]), _rows(grads[1]), some.shape[2], heads, cos is not None, per_head,
-        some.dtype, capability(some.device), backward=True,
-    )  # fmt: skip
-    if launch is None or not all(_fits(x) for x in normed):
-        return None
-    grads = [g if g is None or _fits(g) else _dense(g) for g in grads]
-    flags = [bool(n) and g is not None for n, g in zip(needed, grads * 2, strict=True)]
-    d_q, d_k, *partials = torch.ops.prfl_fast_cuda.qk_norm_rope_backward(
-        *grads, q, k, _rope_weight(q_weight, some), _rope_weight(k_weight, some),
-        _rope_table(cos), _rope_table(sin), grid, offset, heads, per_head, eps, *flags,
-        *astuple(launch),
-    )  # fmt: skip
-    sums = []
-    for blocks, weight, flag in zip(partials, (q_weight, k_weight), flags[2:], strict=True):
-        if weight is None or not flag:
-            sums.append((some if weight is None else weight).new_empty(0))
-        else:  # with a norm per head all heads share a weight
-            sums.append(blocks.view(-1, weight.shape[0]).sum(0).to(weight.dtype))
-    return d_q, d_k, sums[0], sums[1]

@@ -10,9 +10,7 @@ from plain_torch import wide
 
 from prfl_fast.kernels.runtime import cuda_launch
 
-EPS = 1e-6
-OPS = {name: name for name in ("query_pool", "query_pool_backward", "qk_norm_rope")}
-OPS["qk_norm_rope_backward"] = "qk_norm_rope"
+OPS = ("query_pool", "query_pool_backward")
 
 
 def install(patch, libraries, capability, multiprocessors, order=0):
@@ -21,8 +19,8 @@ def install(patch, libraries, capability, multiprocessors, order=0):
 
     def operator(name):
         def run(*arguments):
-            launches.append(arguments[-3:] if "rope" in name else arguments[-4:])
-            return getattr(emulated, name)(libraries(OPS[name]), *arguments, order=order)
+            launches.append(arguments[-4:])
+            return getattr(emulated, name)(libraries(name), *arguments, order=order)
 
         return run
 
@@ -73,12 +71,3 @@ def pool_backward(x, queries, grads, need_x=True, need_queries=True):
     """Run the kernel's backward from the exact pooled and lse, rounded as the forward rounds."""
     pooled, lse = (t.float() for t in attention(x.double(), queries.double()))
     return cuda_launch.query_pool_backward(*grads, x, queries, pooled, lse, need_x, need_queries)
-
-
-def rope_calls(q, heads, per_head=False):
-    weight = torch.ones(q.shape[2] // heads if per_head else q.shape[2])
-    numbers = (None, None, [], [], heads, per_head, EPS)
-    return [
-        ("qk_norm_rope", (q, q, weight, weight, *numbers)),
-        ("qk_norm_rope_backward", (q, q, q, q, weight, weight, *numbers, [True] * 4)),
-    ]

@@ -17,17 +17,10 @@ from prfl_fast.kernels.runtime.triton import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parents[3]
 POOL = "int width, int warps, int cluster, int splits"
-WEIGHTS = "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin"
-NUMBERS = "int[] grid, int[] offset, int heads, bool per_head, float eps"
-ROPE = "int threads, int q_blocks, int k_blocks"
 SCHEMAS = {
     "query_pool": f"(Tensor x, Tensor queries, {POOL}) -> (Tensor, Tensor)",
     "query_pool_backward": "(Tensor grad, Tensor lse, Tensor delta, Tensor x, Tensor queries, "
     f"bool need_x, bool need_queries, {POOL}) -> (Tensor, Tensor)",
-    "qk_norm_rope": f"(Tensor q, Tensor k, {WEIGHTS}, {NUMBERS}, {ROPE}) -> (Tensor, Tensor)",
-    "qk_norm_rope_backward": "(Tensor? q_grad, Tensor? k_grad, Tensor? q, Tensor? k, "
-    f"{WEIGHTS}, {NUMBERS}, bool need_q, bool need_k, bool need_q_weight, bool need_k_weight, "
-    f"{ROPE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -62,7 +55,7 @@ def setup_py(checkout, *arguments, **environment):
 def library(checkout, tmp_path_factory):
     """Return the path of the extension, built for one architecture."""
     folder = tmp_path_factory.mktemp("build")
-    arguments = ("build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "tmp")
+    arguments = ("build_ext", "--build-lib", folder / "lib")
     build = setup_py(checkout, *arguments, PRFL_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
     assert build.returncode == 0, build.stderr
     path = folder / "lib" / "prfl_fast" / "kernels" / "_C.so"
@@ -90,15 +83,13 @@ def test_loads_into_this_torch_and_has_its_schemas(library):
         for name in {tuple(SCHEMAS)!r}:
             print(getattr(ops, name).default._schema)
         kernels.set_backend("cuda")
-        x, queries, none = torch.zeros(1, 4, 8), torch.zeros(2, 8), [None] * 4
-        pool, rope = (64, 4, 1, 1), ([], [], 1, False, 1e-6)
+        x, queries = torch.zeros(1, 4, 8), torch.zeros(2, 8)
+        pool = (64, 4, 1, 1)
         small = torch.zeros(1, 2)
         for call in (
             lambda: kernels.query_pool(x, queries),
             lambda: ops.query_pool(x, queries, *pool),
             lambda: ops.query_pool_backward(x, small, small, x, queries, True, True, *pool),
-            lambda: ops.qk_norm_rope(x, x, *none, *rope, 32, 1, 1),
-            lambda: ops.qk_norm_rope_backward(x, x, *none, *none[:2], *rope, *[True] * 4, 32, 1, 1),
         ):
             try:
                 call()
@@ -132,13 +123,12 @@ def _threads(name, width):
         return 32 * _cuda.POOL_MAX_WARPS[width]
     if "query_pool_backward" in name:
         return 32 * _cuda.POOL_BACKWARD_MAX_WARPS[width]
-    return _cuda.ROPE_RESIDENT["backward" in name] if "qk_norm_rope" in name else 128
+    return 128
 
 
 SOURCES = {
     "query_pool": {"query_pool_partial": 8, "query_pool_merge": 1},
     "query_pool_backward": {"query_pool_backward": 6},
-    "qk_norm_rope": {"qk_norm_rope_forward": 2, "qk_norm_rope_backward": 2},
 }
 
 
@@ -154,6 +144,17 @@ def assert_no_spills(usage, *sources):
         assert given * _threads(name, width) <= 65536, f"{name}: {registers} registers"
         if "query_pool_backward" in name:
             assert given <= _cuda.POOL_BACKWARD_REGISTERS[width], f"{name}: {registers} registers"
+
+
+@needs_nvcc
+def test_only_what_changed_is_compiled_again(library, checkout, tmp_path):
+    (checkout / "csrc" / "query_pool.cu").open("a").write("// changed\n")
+    objects = set((checkout / "build" / "extension").glob("*.o"))
+    arguments = ("build_ext", "--build-lib", tmp_path / "lib")
+    build = setup_py(checkout, *arguments, PRFL_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    assert build.returncode == 0, build.stderr
+    (new,) = set((checkout / "build" / "extension").glob("*.o")) - objects
+    assert new.name.startswith("query_pool.cu-")
 
 
 @needs_nvcc
