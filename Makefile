@@ -2,6 +2,7 @@
 # make test    set up .venv, lint, run the tests (what CI runs)
 # make lint    ruff check, ruff format --check and mypy
 # make install set up .venv only
+# make wheel  build dist/*.whl with the CUDA extension for sm_80 to sm_120; needs nvcc
 # make lowest  test the lowest declared versions of other packages, in .venv-lowest
 # make newest  test the newest versions and, as it is a CUDA build of torch, fake CUDA tensors, in .venv-newest
 
@@ -18,7 +19,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # pip would compile the bytecode of all packages on one core. Python compiles what is imported.
 PIP := $(BIN)/python -m pip install --no-compile
 
-.PHONY: bench test lint lowest newest install clean
+.PHONY: bench test lint lowest newest install wheel clean
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
@@ -39,6 +40,9 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) "setuptools>=77" wheel "triton>=3.6,<3.7"
 	$(if $(DRIVER),,PRFL_FAST_CUDA=0) $(PIP) --no-build-isolation -e ".[test]"
 	touch $@
+
+wheel: $(VENV)/installed
+	PRFL_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST= $(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 VERSIONS := tests/helpers/tested_versions.py
 TESTS_NEED := accelerate hypothesis expecttest pytest matplotlib

@@ -7,6 +7,7 @@ TORCH_CUDA_ARCH_LIST architectures, for example "8.0;9.0a" (default below)
 MAX_JOBS             parallel nvcc processes
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
@@ -29,13 +31,11 @@ if MODE not in ("0", "1", "auto"):
 
 def git_revision() -> str:
     """Return the short commit hash, or an empty string outside a checkout."""
-    try:
-        run = subprocess.run(
-            ["git", "rev-parse", "--short=9", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        )
-    except OSError:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return ""
-    return run.stdout.strip() if run.returncode == 0 and (ROOT / ".git").exists() else ""
+    command = ["git", "rev-parse", "--short=9", "HEAD"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def version() -> str:
@@ -51,10 +51,8 @@ def version() -> str:
 
 def nvcc() -> str | None:
     """Return the path of the CUDA compiler: from CUDA_HOME, else from PATH."""
-    home = os.environ.get("CUDA_HOME")
-    if home and (Path(home) / "bin" / "nvcc").exists():
-        return str(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME", "/nonexistent")
+    return shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")]))
 
 
 def architecture_flags(listed: str) -> list[str]:
@@ -63,9 +61,8 @@ def architecture_flags(listed: str) -> list[str]:
     for entry in re.split(r"[;\s]+", listed.strip()):
         number = entry.removesuffix("+PTX").replace(".", "")
         if not re.fullmatch(r"\d+[af]?", number):
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST has {entry!r}, expected entries like 8.0 or 9.0a+PTX"
-            )
+            expected = "expected entries like 8.0 or 9.0a+PTX"
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {entry!r}, {expected}")
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if entry.endswith("+PTX"):
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
@@ -73,9 +70,7 @@ def architecture_flags(listed: str) -> list[str]:
 
 
 class BuildExtension(build_ext):
-    """Compile ``csrc/*.cu`` with nvcc against torch's stable ABI: no Python ABI, CPU-only torch is
-    enough.
-    """
+    """Compile ``csrc/*.cu`` with nvcc against torch's stable ABI; a CPU-only torch is enough."""
 
     def run(self) -> None:
         try:
@@ -95,22 +90,25 @@ class BuildExtension(build_ext):
         try:
             import torch
         except ImportError as error:
-            raise RuntimeError(
-                "torch is not importable while building; install torch first, then "
-                "pip install --no-build-isolation ."
-            ) from error
+            hint = "torch is not importable; install it, then pip install --no-build-isolation ."
+            raise RuntimeError(hint) from error
         include = Path(torch.__file__).parent / "include"
-        build = Path(self.build_temp)
+        build = ROOT / "build" / "extension"  # pip uses a new build folder in every run
         build.mkdir(parents=True, exist_ok=True)
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
         flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
         flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
+        headers = sorted((ROOT / "csrc").glob("*.*h"))
 
         def compile_one(source: str) -> str:
-            target = str(build / (Path(source).name + ".o"))
-            subprocess.run([compiler, "-c", source, "-o", target, *flags], check=True)
-            return target
+            command = [compiler, "-c", source, *flags]
+            seen = repr(command) + "".join(Path(p).read_text() for p in (source, *headers))
+            target = build / f"{Path(source).name}-{hashlib.sha256(seen.encode()).hexdigest()}.o"
+            if not target.exists():  # what has not changed is not compiled again
+                subprocess.run([*command, "-o", f"{target}.part"], check=True)
+                os.replace(f"{target}.part", target)
+            return str(target)
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(compile_one, ext.sources))
@@ -123,6 +121,13 @@ class BuildExtension(build_ext):
         link += ["-ltorch", "-ltorch_cpu"]
         command = [compiler, "-shared", "-cudart", "static", "-o", str(output), *objects, *link]
         subprocess.run(command, check=True)
+
+
+class Wheel(bdist_wheel):
+    """Tag a wheel with the extension for any Python, since that uses no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 sources = sorted(
@@ -141,5 +146,5 @@ setup(
     ],
     package_dir={"prfl_fast.kernels": "kernels"},
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

@@ -68,6 +68,30 @@ def test_installed_wheel_imports_and_leaves_the_name_kernels_free(dist, tmp_path
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to build the extension")
+def test_a_wheel_with_the_extension_installs_without_nvcc(tmp_path):
+    """Build what ``make wheel`` builds, and load it with neither nvcc nor CUDA_HOME."""
+    pip = f"{sys.executable} -m pip"
+    build = f"{pip} wheel -q --no-deps --no-build-isolation -w {tmp_path} {ROOT}"
+    built = run(*build.split(), PRFL_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name and wheel.stat().st_size < 20e6
+    target = tmp_path / "site"
+    bare = {"PATH": "/usr/bin:/bin", "CUDA_HOME": "", "PRFL_FAST_CUDA": "auto"}
+    install = f"{pip} install -q --no-deps --target {target} {wheel}"
+    installed = run(*install.split(), **bare)
+    assert installed.returncode == 0, installed.stderr
+    library = target / "prfl_fast" / "kernels" / "_C.so"
+    for arch in ("80", "90a", "100", "120"):
+        assert f"sm_{arch}".encode() in library.read_bytes()
+    code = "from prfl_fast.kernels.runtime import extension as e; print(e.extension_reason())"
+    paths = os.pathsep.join([str(target), *(p for p in sys.path if "site-packages" in p)])
+    ran = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=paths, **bare)
+    assert ran.stdout == "loaded _C.so\n", ran.stderr
+
+
 def test_kernels_is_no_top_level_package():
     """In the checkout's root the folder looks like a missing package, or gives way to another."""
     for line in ("from kernels import get_kernel", "import kernels; kernels.norm_modulate"):
