@@ -213,9 +213,11 @@ def bias_gelu_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
     for dim, dtype, bias, results in chosen:
         pointers = element_types(dtype, "x_ptr", "y_ptr", "grad_ptr", *results)
         pointers |= {"bias_ptr": bias} if bias else {}
-        launch = gelu.map_launch(TOKENS, dim)
-        constexprs = {"D": dim, "BLOCK_R": launch.block_r, "BLOCK_D": launch.block_d}
-        for kernel in (gelu.forward_kernel, gelu.backward_kernel):
+        for kernel, launch in (
+            (gelu.forward_kernel, gelu.forward_launch(TOKENS, dim)),
+            (gelu.backward_kernel, gelu.backward_launch(TOKENS, dim, capability)),
+        ):
+            constexprs = {"D": dim, "BLOCK_R": launch.block_r, "BLOCK_D": launch.block_d}
             name = f"{part_of(kernel)} {flags_of(kernel, results)}".strip()
             label = f"{name} {dtype} D={dim} bias {bias or 'none'}"
             one_axis = dict.fromkeys(n for n in kernel.arg_names if n.startswith("length"))

@@ -111,9 +111,9 @@ def _rms_norm(case: AotCase, capability: Capability) -> Grid:
 
 def _bias_gelu(case: AotCase, capability: Capability) -> Grid:
     dim, summed = case.constexprs["D"], "partial_ptr" in case.types
-    launch = (
-        gelu.sum_launch(TOKENS, dim, capability) if summed else gelu.map_launch(TOKENS, dim)
-    )  # fmt: skip
+    launch = gelu.forward_launch(TOKENS, dim)
+    if not _is_forward(case):
+        launch = gelu.backward_launch(TOKENS, dim, capability)
     streams = _streams(case, "x y grad dx", TOKENS * dim)
     blocks = launch.chunks * -(-dim // launch.block_d)
     trips = [launch.rows_per_program // launch.block_r]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from prfl_fast.kernels.common.fast_math import gelu
 from prfl_fast.kernels.common.modulation_rows import token_offset, token_strides
 from prfl_fast.kernels.common.norm_math import token_block
 from prfl_fast.kernels.runtime.checks import require
@@ -81,26 +82,14 @@ def scales(bits):
 
 
 @triton.jit
-def _load(p_x, bias_ptr, o_d, D: tl.constexpr, GELU: tl.constexpr, CONVERTS: tl.constexpr):
+def _load(p_x, bias_ptr, o_d, D: tl.constexpr, GELU: tl.constexpr):
     """Load columns ``o_d`` of a row, add a given bias, apply GELU if set; zero beyond D."""
     m_d = o_d < D
     b_y = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
     if bias_ptr is not None:
         b_y += tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    if GELU:  # h·σ(2u) = h / (1 + 2ᵗ), t = -2u·log₂e
-        b_t = b_y * (-2.302208198144325 - 2.302208198144325 * 0.044715 * b_y * b_y)
-        if CONVERTS:  # exp2 and / handle subnormal and huge numbers, which costs instructions
-            b_y *= tl.inline_asm_elementwise(
-                """{
-                .reg .f32 t;
-                ex2.approx.ftz.f32 t, $1;
-                add.ftz.f32 t, t, 0f3F800000;
-                rcp.approx.ftz.f32 $0, t;
-                }""",
-                "=f,f", [b_t], dtype=tl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            b_y = b_y / (1.0 + tl.exp2(b_t))
+    if GELU:
+        b_y = gelu(b_y)
     return b_y
 
 
@@ -114,11 +103,11 @@ def row_kernel(
     p_x = x_ptr + token_offset(i_row, stride_xb, stride_xl, length_x)
     p_y = y_ptr + i_row * D
     o_d = tl.arange(0, BLOCK_D)
-    b_y = _load(p_x, bias_ptr, o_d, D, GELU, CONVERTS)  # [BD]
+    b_y = _load(p_x, bias_ptr, o_d, D, GELU)  # [BD]
     bits = largest_bits(b_y)
     if BLOCK_TAIL:
         o_t = BLOCK_D + tl.arange(0, BLOCK_TAIL)
-        b_tail = _load(p_x, bias_ptr, o_t, D, GELU, CONVERTS)  # [BT]
+        b_tail = _load(p_x, bias_ptr, o_t, D, GELU)  # [BT]
         inverse, scale = scales(tl.maximum(bits, largest_bits(b_tail)))
         tl.store(p_y + o_t, encode_block(b_tail * inverse, CONVERTS), mask=o_t < D)
     else:

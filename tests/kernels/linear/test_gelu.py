@@ -246,7 +246,10 @@ def test_keeps_only_the_pre_activation():
 @pytest.mark.parametrize("dim", [1, 7, 64, 100, 1536, 8192, 8960, 13824, 14336])
 def test_launches_are_sane(dim):
     for rows, capability in itertools.product((1, 3, 32760, 10**6), ((8, 0), (9, 0), (12, 0))):
-        for launch in (module.map_launch(rows, dim), module.sum_launch(rows, dim, capability)):
+        for launch in (
+            module.forward_launch(rows, dim),
+            module.backward_launch(rows, dim, capability),
+        ):
             assert launch.block_r * launch.block_d == module.TILE == 16 * 32 * launch.num_warps
             blocks = -(-dim // launch.block_d)
             assert dim <= blocks * launch.block_d < max(2, 1.5 * dim + 32)
@@ -254,7 +257,7 @@ def test_launches_are_sane(dim):
             assert (launch.chunks - 1) * launch.rows_per_program < rows
             assert launch.chunks * launch.rows_per_program >= rows
     # A million rows write no more partial rows than thirty thousand.
-    most = {module.sum_launch(n, dim, (9, 0)).chunks * blocks for n in (32760, 10**6)}
+    most = {module.backward_launch(n, dim, (9, 0)).chunks * blocks for n in (32760, 10**6)}
     assert max(most) <= max(6 * 132, blocks)
 
 
