@@ -7,6 +7,7 @@ the functions; ``aot.py`` compiles what they yield.
 
 from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from aot_types import AotCase, argument_types, element_types, flags_of, part_of
@@ -180,6 +181,7 @@ def rms_norm_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
         pointers = element_types(dtype, "x_ptr", "y_ptr", "grad_ptr", *results)
         pointers |= {"weight_ptr": weight} if weight else {}
         size = (TOKENS, dim, capability)
+        long = dim > rms.LONG and not lengths["length_x1"]
         for kernel, launch, maxnreg in (
             (rms.forward_kernel, rms.forward_launch(*size), rms.FORWARD_REGISTERS),
             (rms.backward_kernel, rms.backward_launch(*size), None),
@@ -189,7 +191,30 @@ def rms_norm_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
             name = f"{part_of(kernel)} {flags_of(kernel, results)}".strip()
             label = f"{name} {dtype} D={dim} weight {weight or 'none'} axes {axes}"
             constexprs = {"D": dim, "BLOCK_R": launch.block_r, "BLOCK_D": launch.block_d}
-            yield AotCase(label, kernel, types, constexprs, launch.num_warps, maxnreg=maxnreg)
+            options = {"num_warps": launch.num_warps, "maxnreg": maxnreg}
+            if long:
+                kernel, types, constexprs, options = _long_rows(
+                    part_of(kernel), pointers, lengths["length_x2"], dim, capability
+                )
+            yield AotCase(label, kernel, types, constexprs, **options)
+
+
+def _long_rows(
+    part: str, pointers: dict[str, str], length: str | None, dim: int, capability: Capability
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    """Return kernel, types, constexprs and options of rms_norm's long rows."""
+    kernel = getattr(modulate_triton, f"{part}_kernel")
+    given = {n.replace("partial", "dot"): kind for n, kind in pointers.items()}
+    types = argument_types(kernel, given, {"length_x": length, "length_g": None})
+    if part == "forward":
+        launch = modulate_triton.forward_launch(TOKENS, dim, "rms", capability)
+        more = {"CONVERTS": False}
+    else:
+        size = TORCH[pointers["x_ptr"]].itemsize
+        sums = "partial_ptr" in pointers
+        launch = modulate_triton.backward_launch(TOKENS, 1, dim, size, capability, sums)
+        more = {}
+    return kernel, types, launch.constants(dim, "rms") | more, launch.options()
 
 
 # Feed-forward. With ``every``: all flags, more widths.

@@ -101,6 +101,8 @@ def _gated_residual(case: AotCase, capability: Capability) -> Grid:
 
 def _rms_norm(case: AotCase, capability: Capability) -> Grid:
     dim = case.constexprs["D"]
+    if dim > rms.LONG:
+        return _norm_modulate(case, capability)
     rows = TOKENS * (HEADS if dim <= 256 else 1)
     forward = _is_forward(case)
     launch = (rms.forward_launch if forward else rms.backward_launch)(rows, dim, capability)

@@ -126,38 +126,70 @@ def add_product(a, b, c):
 
 
 @triton.jit
-def mean(b, D: tl.constexpr, THREADS: tl.constexpr):
-    """Return the mean of D values: each thread adds its own, then one sum over threads."""
-    b_head = tl.sum(tl.reshape(b[0], [THREADS, b[0].shape[0] // THREADS]), 1)
-    b_tail = tl.sum(tl.reshape(b[1], [THREADS, b[1].shape[0] // THREADS]), 1)
-    return tl.sum(b_head + b_tail, 0) * (1.0 / D)
+def by_thread(b, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Return ``[loads, THREADS, VECTOR]``: each thread's own values, which move nowhere.
+
+    A thread holds VECTOR neighbors of every load, 16 bytes of the tensor that was loaded.
+    """
+    WIDTH: tl.constexpr = min(VECTOR, b.shape[0] // THREADS)
+    return tl.reshape(b, [b.shape[0] // (THREADS * WIDTH), THREADS, WIDTH])
 
 
 @triton.jit
-def normalize(b_x, m_d, eps, D: tl.constexpr, THREADS: tl.constexpr, KIND: tl.constexpr):
+def thread_sums(b, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the sum of each thread's own values, ``[THREADS]``."""
+    b_head = tl.sum(tl.sum(by_thread(b[0], THREADS, VECTOR), 2), 0)
+    return b_head + tl.sum(tl.sum(by_thread(b[1], THREADS, VECTOR), 2), 0)
+
+
+@triton.jit
+def mean(b, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the mean of D values: each thread adds its own, then one sum over threads."""
+    return tl.sum(thread_sums(b, THREADS, VECTOR), 0) * (1.0 / D)
+
+
+@triton.jit
+def means(b, c, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the means of D values of b and of c, in one sum over threads: half the barriers."""
+    b_both = tl.join(thread_sums(b, THREADS, VECTOR), thread_sums(c, THREADS, VECTOR))
+    first, second = tl.split(tl.sum(b_both, 0))
+    return first * (1.0 / D), second * (1.0 / D)
+
+
+@triton.jit
+def normalize(
+    b_x, m_d, eps, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, KIND: tl.constexpr
+):
     """Return x̂ (zero beyond D) and ρ of one token."""
     b_hat = b_x
     rho = 1.0
     if KIND == "layer":
-        center = mean(b_x, D, THREADS)
+        center = mean(b_x, D, THREADS, VECTOR)
         b_hat = (tl.where(m_d[0], b_x[0] - center, 0.0), tl.where(m_d[1], b_x[1] - center, 0.0))
     if KIND != "none":
-        rho = tl.rsqrt(mean(multiply(b_hat, b_hat), D, THREADS) + eps)
+        rho = tl.rsqrt(mean(multiply(b_hat, b_hat), D, THREADS, VECTOR) + eps)
         b_hat = (b_hat[0] * rho, b_hat[1] * rho)
     return b_hat, rho
 
 
 @triton.jit
 def normalize_gradient(
-    b_dhat, b_hat, rho, D: tl.constexpr, THREADS: tl.constexpr, KIND: tl.constexpr
+    b_dhat,
+    b_hat,
+    rho,
+    D: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Return d_x of one token from the gradient of x̂; undefined beyond D."""
     b_dx = b_dhat
     if KIND != "none":
-        along = mean(multiply(b_dhat, b_hat), D, THREADS)
         center = 0.0
         if KIND == "layer":
-            center = mean(b_dhat, D, THREADS)
+            along, center = means(multiply(b_dhat, b_hat), b_dhat, D, THREADS, VECTOR)
+        else:
+            along = mean(multiply(b_dhat, b_hat), D, THREADS, VECTOR)
         b_dx = (
             (b_dhat[0] - b_hat[0] * along - center) * rho,
             (b_dhat[1] - b_hat[1] * along - center) * rho,

@@ -44,6 +44,17 @@ def row_axes(x: torch.Tensor) -> RowAxes | None:
     return RowAxes(stride_0, stride_1, stride_2, *lengths)
 
 
+def as_tokens(x: torch.Tensor, axes: RowAxes) -> torch.Tensor | None:
+    """View x's rows as ``[N, D]`` or ``[B, L, D]``; None if they have three axes."""
+    count, dim = x.numel() // x.shape[-1], x.shape[-1]
+    if axes.length_1 is not None:
+        return None
+    if axes.length_2 is None:
+        return x.as_strided((count, dim), (axes.stride_2, 1))
+    sizes = count // axes.length_2, axes.length_2, dim
+    return x.as_strided(sizes, (axes.stride_1, axes.stride_2, 1))
+
+
 def gradient_rows(grad: torch.Tensor) -> tuple[torch.Tensor, RowAxes]:
     """Return a gradient and its axes; a dense copy of it if kernels cannot address it."""
     axes = row_axes(grad)

@@ -185,7 +185,7 @@ def _run_forward(y, y_scale, x, weight, bias, scale, shift, scale_table, shift_t
     )  # fmt: skip
 
 
-def _triton_forward(x, *parameters):
+def triton_forward(x, *parameters):
     y = x.new_empty(x.shape)
     _run_forward(y, None, x, *parameters)
     return y
@@ -197,7 +197,7 @@ def _triton_fp8(x, *parameters):
     return y, y_scale
 
 
-def _triton_backward(
+def triton_backward(
     grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
 ):  # fmt: skip
     dim = x.shape[-1]
@@ -242,10 +242,10 @@ def _fake_backward(
 
 
 _forward_op = register(
-    "norm_modulate", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward
+    "norm_modulate", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=triton_forward
 )
 _backward_op = register(
-    "norm_modulate_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
+    "norm_modulate_backward", reference_backward, fake=_fake_backward, triton=triton_backward
 )
 _fp8_op = register(
     "norm_modulate_fp8", reference_fp8, fake=lambda x, *_: empty_quantized(x), triton=_triton_fp8

@@ -15,12 +15,12 @@ from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
 
 
 @triton.jit
-def _largest(b, THREADS: tl.constexpr):
+def _largest(b, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     """Return the bits of the largest |y|: first in each thread, then over threads."""
     b_head = b[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
     b_tail = b[1].to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    b_head = tl.max(tl.reshape(b_head, [THREADS, b_head.shape[0] // THREADS]), 1)
-    b_tail = tl.max(tl.reshape(b_tail, [THREADS, b_tail.shape[0] // THREADS]), 1)
+    b_head = tl.max(tl.max(tiles.by_thread(b_head, THREADS, VECTOR), 2), 0)
+    b_tail = tl.max(tl.max(tiles.by_thread(b_tail, THREADS, VECTOR), 2), 0)
     return tl.max(tl.maximum(b_head, b_tail), 0)
 
 
@@ -32,6 +32,7 @@ def forward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr, AHEAD: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     o_d, m_d = tiles.columns(D, HEAD, TAIL)
     i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
     end = tl.minimum(i_token + tokens_per_program, tokens)
@@ -63,10 +64,10 @@ def forward_kernel(
                 weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
                 i_row, stride_scale, stride_shift, o_d, m_d, HEAD, TAIL,
             )  # fmt: skip
-        b_hat, _ = tiles.normalize(b_x, m_d, eps, D, THREADS, KIND)
+        b_hat, _ = tiles.normalize(b_x, m_d, eps, D, THREADS, VECTOR, KIND)
         b_y = tiles.add_product(b_offset, b_hat, b_gain)
         if y_scale_ptr is not None:
-            inverse, y_scale = scales(_largest(b_y, THREADS))
+            inverse, y_scale = scales(_largest(b_y, THREADS, VECTOR))
             b_head = encode_block(b_y[0] * inverse, CONVERTS)
             b_y = (b_head, encode_block(b_y[1] * inverse, CONVERTS))
             tl.store(y_scale_ptr + i_token, y_scale)
@@ -75,19 +76,12 @@ def forward_kernel(
 
 
 @triton.jit
-def _load_both(
-    grad_ptr, x_ptr, order_ptr, i, end, stride_gb, stride_gl, length_g,
-    stride_xb, stride_xl, length_x, o_d, m_d,
-):  # fmt: skip
-    """Load number ``i`` in sorted order: return its token, its dy, and its x if x is given."""
+def _number(order_ptr, i, end):
+    """Return the token that is number ``i`` in sorted order."""
     i_token = i
     if order_ptr is not None:
         i_token = tl.load(order_ptr + i, mask=i < end, other=0)
-    b_dy = tiles.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
-    b_x = b_dy
-    if x_ptr is not None:
-        b_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
-    return i_token, b_dy, b_x
+    return i_token
 
 
 @triton.jit
@@ -98,6 +92,7 @@ def backward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    VECTOR: tl.constexpr = 128 // grad_ptr.dtype.element_ty.primitive_bitwidth
     o_d, m_d = tiles.columns(D, HEAD, TAIL)
     pid = tl.program_id(0).to(tl.int64)
     i_row = (tl.program_id(0) // programs).to(tl.int64)
@@ -108,36 +103,39 @@ def backward_kernel(
     )  # fmt: skip
     b_dot = tiles.zeros(HEAD, TAIL)
     b_total = tiles.zeros(HEAD, TAIL)
-    if AHEAD:
-        i_next, next_dy, next_x = _load_both(
-            grad_ptr, x_ptr, order_ptr, i, end, stride_gb, stride_gl, length_g,
-            stride_xb, stride_xl, length_x, o_d, m_d,
-        )  # fmt: skip
+    i_next = _number(order_ptr, i, end)
+    if AHEAD > 0 and x_ptr is not None:
+        next_x = tiles.load(x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
+    if AHEAD > 1:
+        next_dy = tiles.load(grad_ptr, i_next, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
     while i < end:
-        if AHEAD:
-            i_token, b_dy, b_x = i_next, next_dy, next_x
-            i_next, next_dy, next_x = _load_both(
-                grad_ptr, x_ptr, order_ptr, i + 1, end, stride_gb, stride_gl, length_g,
-                stride_xb, stride_xl, length_x, o_d, m_d,
-            )  # fmt: skip
-        else:
-            i_token, b_dy, b_x = _load_both(
-                grad_ptr, x_ptr, order_ptr, i, end, stride_gb, stride_gl, length_g,
-                stride_xb, stride_xl, length_x, o_d, m_d,
-            )  # fmt: skip
+        i_token = i_next
+        i += 1
+        i_next = _number(order_ptr, i, end)
+        if AHEAD > 1:
+            b_dy = next_dy
+            next_dy = tiles.load(
+                grad_ptr, i_next, stride_gb, stride_gl, length_g, o_d, m_d, i < end
+            )
+        else:  # first used after the reductions of x, which is here
+            b_dy = tiles.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, True)
+        if AHEAD > 0 and x_ptr is not None:
+            b_x = next_x
+            next_x = tiles.load(x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
+        elif x_ptr is not None:
+            b_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
+        if x_ptr is not None:
+            b_hat, rho = tiles.normalize(tiles.widen(b_x), m_d, eps, D, THREADS, VECTOR, KIND)
         b_t = tiles.widen(b_dy)
         if total_ptr is not None:
             b_total = tiles.add(b_total, b_t)
-        if x_ptr is not None:
-            b_hat, rho = tiles.normalize(tiles.widen(b_x), m_d, eps, D, THREADS, KIND)
         if dot_ptr is not None:
             b_dot = tiles.add_product(b_dot, b_t, b_hat)
         if dx_ptr is not None:
             b_t = tiles.multiply(b_t, b_gain)
             if KIND != "none":
-                b_t = tiles.normalize_gradient(b_t, b_hat, rho, D, THREADS, KIND)
+                b_t = tiles.normalize_gradient(b_t, b_hat, rho, D, THREADS, VECTOR, KIND)
             tiles.store(dx_ptr, i_token, b_t, o_d, m_d, D)
-        i += 1
     if dot_ptr is not None:
         tiles.store(dot_ptr, pid, b_dot, o_d, m_d, D)
     if total_ptr is not None:
@@ -146,9 +144,9 @@ def backward_kernel(
 
 @dataclass(frozen=True)
 class Launch(tiles.Launch):
-    """Launch of the kernels; ``ahead``: load the next token before this one is reduced."""
+    """Launch of the kernels; ``ahead``: tensors that are loaded one token ahead, x first."""
 
-    ahead: bool
+    ahead: int
 
     def constants(self, dim: int, kind: str) -> dict[str, Any]:
         return super().constants(dim, kind) | {"AHEAD": self.ahead}
@@ -175,9 +173,9 @@ def backward_launch(
 
     ``itemsize``, the larger of dy and x in bytes, decides if the next token fits the registers.
     """
-    head, tail, num_warps = tiles.split_token(dim, 16 if sums else 20)
+    head, tail, num_warps = tiles.split_token(dim, 20 if itemsize <= 2 or not sums else 16)
     wave = 16 // num_warps * multiprocessors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 16))
     programs = max(1, min(-(-programs // rows), tokens // rows))
-    ahead = itemsize <= 2 or head + tail <= 12 * 32 * num_warps
-    return Launch(head, tail, num_warps, 128, programs, ahead)
+    both = head + tail <= (16 if itemsize <= 2 else 12) * 32 * num_warps
+    return Launch(head, tail, num_warps, 128, programs, 2 if both else 1)

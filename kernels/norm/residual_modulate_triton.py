@@ -23,6 +23,7 @@ def forward_kernel(
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
+    VECTOR: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     o_d, m_d = tiles.columns(D, HEAD, TAIL)
     i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
     end = tl.minimum(i_token + tokens_per_program, tokens)
@@ -64,7 +65,7 @@ def forward_kernel(
             b_x = tiles.add(b_x, b_y)
         b_out = tiles.round_to(b_x, out_ptr)
         tiles.store(out_ptr, i_token, b_out, o_d, m_d, D)
-        b_hat, rho = tiles.normalize(tiles.widen(b_out), m_d, eps, D, THREADS, KIND)
+        b_hat, rho = tiles.normalize(tiles.widen(b_out), m_d, eps, D, THREADS, VECTOR, KIND)
         tiles.store(h_ptr, i_token, tiles.add_product(b_offset, b_hat, b_gain), o_d, m_d, D)
         i_token += 1
 
@@ -79,6 +80,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
     KIND: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    VECTOR: tl.constexpr = 128 // grad_h_ptr.dtype.element_ty.primitive_bitwidth
     o_d, m_d = tiles.columns(D, HEAD, TAIL)
     pid = tl.program_id(0).to(tl.int64)
     i_row = (tl.program_id(0) // programs).to(tl.int64)
@@ -130,12 +132,12 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
                 )
         if total_ptr is not None:
             b_total = tiles.add(b_total, b_dh)
-        b_hat, rho = tiles.normalize(b_x, m_d, eps, D, THREADS, KIND)
+        b_hat, rho = tiles.normalize(b_x, m_d, eps, D, THREADS, VECTOR, KIND)
         if dot_ptr is not None:
             b_dot = tiles.add_product(b_dot, b_dh, b_hat)
         if dx_ptr is not None or dy_ptr is not None or gate_sum_ptr is not None:
             b_dh = tiles.multiply(b_dh, b_gain)
-            b_t = tiles.normalize_gradient(b_dh, b_hat, rho, D, THREADS, KIND)
+            b_t = tiles.normalize_gradient(b_dh, b_hat, rho, D, THREADS, VECTOR, KIND)
             if grad_ptr is not None:
                 if not AHEAD:
                     b_grad = tiles.load(

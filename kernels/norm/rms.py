@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from prfl_fast.kernels.common.norm_math import normalize
-from prfl_fast.kernels.common.strided_rows import gradient_rows, row_axes, row_offset
+from prfl_fast.kernels.common.strided_rows import as_tokens, gradient_rows, row_axes, row_offset
+from prfl_fast.kernels.norm import modulate
 from prfl_fast.kernels.runtime.checks import (
     compute_dtype,
     require,
@@ -133,6 +134,7 @@ def backward_kernel(
 
 # Launch. Without a limit ptxas may spill one or two registers to fit one more program.
 FORWARD_REGISTERS = 64
+LONG = 1024  # columns; longer rows run norm_modulate's kernels
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,17 @@ def tile(dim: int) -> tuple[int, int, int]:
     return max(1, 1024 // block_d), block_d, min(16, max(4, block_d // 512))
 
 
+def _long(x, axes):
+    """View rows that norm_modulate's kernels take: past D 1024, these would pad and wait longer."""
+    return as_tokens(x, axes) if x.shape[-1] > LONG and x.numel() else None
+
+
 def _triton_forward(x, weight, eps):
     axes, dim = row_axes(x), x.shape[-1]
     if axes is None:
         return reference(x, weight, eps)
+    if (tokens := _long(x, axes)) is not None:
+        return modulate.triton_forward(tokens, weight, *(None,) * 6, "rms", eps).view(x.shape)
     y = x.new_empty(x.shape)
     rows = x.numel() // dim
     if rows > 0:
@@ -192,6 +201,13 @@ def _triton_backward(grad, x, weight, eps, need_x, need_weight):
     if axes is None or rows == 0:
         return reference_backward(grad, x, weight, eps, need_x, need_weight)
     grad, grad_axes = gradient_rows(grad)
+    both = _long(grad, grad_axes), _long(x, axes)
+    if both[0] is not None and both[1] is not None:
+        fixed = weight, None, None, None, 1, "rms", eps, need_x, need_weight, False
+        d_x, sums, _ = modulate.triton_backward(*both, *fixed)
+        like = x if weight is None else weight
+        d_weight = sums[0].to(like.dtype) if need_weight else like.new_empty(0)
+        return d_x.view(x.shape if need_x else 0), d_weight
     launch = backward_launch(rows, dim, capability(x.device))
     d_x = x.new_empty(x.shape) if need_x else None
     partials = x.new_empty(launch.programs, dim, dtype=torch.float32) if need_weight else None
