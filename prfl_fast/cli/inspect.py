@@ -114,7 +114,7 @@ def _print_dataset(path: str, dataset: LatentDataset, report: DatasetReport) -> 
     names = ("channel", "mean", "standard deviation")
     print_table(values, names, numbers=names)
     fine = "latents are scaled as normalized latents are, about 1"
-    source = f"from {report.read} of {report.samples} {kind}"
+    source = f"from {report.read} of {plural(report.samples, kind[:-1])}"
     print(f"{report.channels.problem() or fine} ({source})")
 
 

@@ -1,4 +1,4 @@
-"""Print the content of the folders of ``sample``, ``compare`` and ``evaluate``."""
+"""Print the content of the folders of ``sample``, ``compare``, ``evaluate`` and ``encode``."""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from prfl_fast.cli.evaluate import METRICS, print_metrics
 from prfl_fast.cli.page import PAGE
 from prfl_fast.cli.sample import RECORD
 from prfl_fast.cli.tables import print_facts
+from prfl_fast.data.encode import RECORD as ENCODE_RECORD
 from prfl_fast.data.encode_plan import read_object
 from prfl_fast.sampling.generate import LATENTS, SHEET
 from prfl_fast.utils.checks import check
@@ -20,14 +21,15 @@ _PROMPTS = 3  # that are shown
 
 
 def print_run_of(folder: Path) -> bool:
-    """Print the folder of ``sample``, ``compare`` or ``evaluate``; return False for another one.
+    """Print the folder of ``sample``, ``compare`` or ``evaluate``, or of an unfinished ``encode``.
 
-    Raise ``ValueError`` if its record is damaged.
+    Return False for another folder. Raise ``ValueError`` if its record is damaged.
     """
     kinds = (
         (RECORD, _print_samples),
         (f"{BASE}/{RECORD}", _print_comparison),
         (METRICS, _print_evaluation),
+        (ENCODE_RECORD, _print_unfinished),
     )
     for name, show in kinds:
         if (folder / name).is_file():
@@ -45,7 +47,7 @@ def _count(folder: Path, record: Mapping[str, Any]) -> str:
     videos, names = record["videos"], [Path(v["file"]) for v in record["videos"]]
     sampled = sum((folder / LATENTS / f"{name.stem}.safetensors").is_file() for name in names)
     decoded = sum((folder / name).is_file() for name in names)
-    return f"{len(videos)}, of which {sampled} are sampled and {decoded} are decoded"
+    return f"{len(videos)} ({sampled} sampled, {decoded} decoded)"
 
 
 def _print_samples(folder: Path, record: Mapping[str, Any]) -> None:
@@ -100,6 +102,13 @@ def _print_comparison(folder: Path, record: Mapping[str, Any]) -> None:
         return
     print_figures(read_object(folder / FIGURES))
     print(f"page: {folder / PAGE}")
+
+
+def _print_unfinished(folder: Path, record: Mapping[str, Any]) -> None:
+    done = len(list((folder / "samples").glob("*.safetensors")))
+    facts = {"unfinished dataset": folder, "clips": len(record["clips"]), "samples so far": done}
+    print_facts(facts)
+    print("the same call of prfl-fast encode continues")
 
 
 def _print_evaluation(folder: Path, record: Mapping[str, Any]) -> None:

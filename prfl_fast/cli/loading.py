@@ -74,6 +74,8 @@ def check_writable(path: Path, key: str) -> None:
     check("\0" not in str(path), key, str(path), "a path without the character NUL")
     existing = path
     while not existing.exists() and existing != existing.parent:
+        dangling = existing.is_symlink()
+        check(not dangling, key, str(path), f"a path, but {existing} is a link to nothing")
         existing = existing.parent
     ok = existing == path or existing.is_dir()
     check(ok, key, str(path), f"a path below a folder, but {existing} is a file")

@@ -224,7 +224,7 @@ def write_sheet(videos: Sequence[Video], prompts: Sequence[str], folder: Path) -
     for video in videos:
         row = frame_strip(folder / f"{video.name}.mp4")
         prompt = prompts[video.prompt]
-        text = f"{video.name}  seed {video.seed}  {prompt if prompt.isascii() else ''}"
+        text = f"{video.name}, seed {video.seed}: {prompt if prompt.isascii() else ''}"
         rows.append(torch.cat([_caption(text, row.shape[1]), row]))
     width = max(row.shape[1] for row in rows)
     sheet = torch.cat([pad(row, (0, 0, 0, width - row.shape[1]), value=255) for row in rows])

@@ -74,6 +74,10 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             remove_atomic(path)
         os.replace(temporary, path)
         _flush(path.parent)  # after a power failure the new name could otherwise be missing
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write to a full disk
+            error.filename = str(path)
+        raise
     finally:
         _remove(temporary)
         _writing.discard(temporary)

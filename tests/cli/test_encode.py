@@ -78,6 +78,15 @@ def interrupt(monkeypatch, moment, world, out, *options, **changes):
     assert not (out / "manifest.jsonl").exists()
 
 
+def test_inspect_says_how_far_an_unfinished_dataset_is(tmp_path, capsys):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "000000.safetensors").touch()
+    (tmp_path / "encode.json").write_text('{"clips": [["a"], ["b"]]}')
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "clips: 2\nsamples so far: 1\nthe same call of prfl-fast encode continues\n" in shown
+
+
 def test_a_dataset_has_what_the_pipeline_would_encode(world, tmp_path, capsys):
     out = tmp_path / "data"
     negative = ("--negative", "blurred, static")

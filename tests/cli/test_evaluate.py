@@ -104,6 +104,12 @@ def test_bad_input_is_one_line(root, tmp_path, monkeypatch, capsys, data, argume
     assert message in one_line(capsys, "evaluate") and list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_nothing_is_no_folder(root, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    assert run(root, "data", "--out", tmp_path / "out" / "new") == 2
+    assert f"but {tmp_path / 'out'} is a link to nothing" in one_line(capsys, "evaluate")
+
+
 def test_a_reward_that_is_not_one_is_refused(root, capsys):
     assert cli.main(["evaluate", str(root / "model"), str(root / "data")]) == 2
     assert "not the configuration of a reward model" in one_line(capsys, "evaluate")

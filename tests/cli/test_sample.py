@@ -93,12 +93,12 @@ def test_samples_are_those_of_the_diffusers_pipeline(pipelines, tmp_path, capsys
     assert "cost: 4 videos of 6 forwards of the generator" in text
     assert cli.main(["inspect", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
-    assert "videos: 4, of which 4 are sampled and 4 are decoded\n" in text
+    assert "videos: 4 (4 sampled, 4 decoded)\n" in text
     assert "size: 32x48, 5 frames\nsampler: 3 steps, shift 5, guidance scale 5\n" in text
     assert f"prompts: {json.dumps(PROMPTS)[1:-1]}\nsize" in text
     (tmp_path / "a" / "0000-0.mp4").unlink()
     assert cli.main(["inspect", str(tmp_path / "a")]) == 0
-    assert "4 are sampled and 3 are decoded\n" in capsys.readouterr().out
+    assert "4 (4 sampled, 3 decoded)\n" in capsys.readouterr().out
     assert sample(pipelines, tmp_path / "a", "--samples", 2, "--seed", 5, "--negative", "Bad.") == 0
     found, videos = latents(tmp_path / "a"), record(tmp_path / "a")["videos"]
     assert [v["seed"] for v in videos] == [5, 6, 7, 8]

@@ -1,6 +1,7 @@
 """Atomic files, checkpoint folders, and rejected checkpoints."""
 
 import copy
+import errno
 import json
 import os
 import random
@@ -64,6 +65,14 @@ def test_write_atomic_leaves_the_old_file_and_no_temporary_on_error(tmp_path, ol
         temporary.write_text("half")
         raise RuntimeError("mine")
     assert old.read_text() == "old" and names(tmp_path) == ["a.json"]
+
+
+def test_write_atomic_names_the_file_that_a_full_disk_refuses(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left on device: .*a.json"):
+        with write_atomic(tmp_path / "a.json"):
+            raise full
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_atomic_needs_a_folder(tmp_path):
