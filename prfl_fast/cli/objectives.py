@@ -1,6 +1,7 @@
 """Build the objectives of ``prfl-fast train`` from a checked configuration and loaded models."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,12 +54,16 @@ def open_data(config: TrainFile) -> LatentDataset:
     if "rwr" in config.objectives and config.rwr.label is not None:
         limit = _LARGEST * config.rwr.temperature
         wanted = f"at most {limit:g}: exp(reward / rwr.temperature) must be finite"
+        largest = -math.inf
         for place, labels in dataset.labels():
             try:
                 score = score_of(labels, config.rwr.label)
                 check(score <= limit, f"label {config.rwr.label}", score, wanted)
+                largest = max(largest, score)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
+        wanted = f"at least {-limit:g}: exp(reward / rwr.temperature) of all samples would be 0"
+        check(largest >= -limit, f"largest label {config.rwr.label}", largest, wanted)
     return dataset
 
 

@@ -302,7 +302,8 @@ def _check_images(
 def check_reward(path: str, job: Job) -> None:
     """Check that a saved reward model can be read and takes the latents and conditions of a job."""
     ok = (Path(path) / "config.json").is_file()
-    check(ok, "--reward", path, "the folder of a saved reward model")
+    hint = "A run of train-reward has it in its folder reward"
+    check(ok, "--reward", path, "the folder of a saved reward model", hint=hint)
     backbone = LatentRewardModel.load(path).backbone
     loading.check_shapes(job.shapes, backbone, f"--reward: {path} does not fit the videos")
 

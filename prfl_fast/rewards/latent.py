@@ -227,7 +227,10 @@ class LatentRewardModel(nn.Module):
         """
         path = Path(folder) / _CONFIG
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file. {folder} is not a saved reward model")
+            inside = Path(folder) / "reward"  # of a run of train-reward
+            hint = f", but {inside} is" if (inside / _CONFIG).is_file() else ""
+            what = f"{folder} is not a saved reward model{hint}"
+            raise FileNotFoundError(f"{path}: no such file. {what}")
         try:
             config = read_json(path)
             check(config["format"] == FORMAT, "format", config["format"], repr(FORMAT))

@@ -216,7 +216,7 @@ class FlowDPO(SupervisedFlow):
     """Train a generator on preference pairs with :func:`prfl_fast.training.preferences.dpo_loss`.
 
     The log has the loss, the mean ``margin`` of the pairs, and the ``accuracy``, the share of the
-    pairs whose margin is positive.
+    pairs whose margin is positive, zeros counting half.
 
     Args:
         transformer, options: as of :class:`SupervisedFlow`.
@@ -251,7 +251,8 @@ class FlowDPO(SupervisedFlow):
         given |= {"reference": self.reference, "beta": self.beta}
         margin = dpo_margin(self.velocity, *pair, **given)
         found = margin.detach()
-        metrics = {"margin": found.mean(), "accuracy": (found > 0).double().mean()}
+        accuracy = ((found > 0).double() + 0.5 * (found == 0)).mean()
+        metrics = {"margin": found.mean(), "accuracy": accuracy}
         return mean_loss(margin), metrics
 
 

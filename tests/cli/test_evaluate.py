@@ -113,6 +113,8 @@ def test_a_link_to_nothing_is_no_folder(root, tmp_path, capsys):
 def test_a_reward_that_is_not_one_is_refused(root, capsys):
     assert cli.main(["evaluate", str(root / "model"), str(root / "data")]) == 2
     assert "not the configuration of a reward model" in one_line(capsys, "evaluate")
+    assert cli.main(["evaluate", str(root), str(root / "data")]) == 2  # as of a run
+    assert f"not a saved reward model, but {root / 'reward'} is" in one_line(capsys, "evaluate")
 
 
 @pytest.mark.slow

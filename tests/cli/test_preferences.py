@@ -2,11 +2,12 @@
 
 import pytest
 from commands import refused, train
-from runs import config, log, write_config
+from runs import config, log, samples, write_config
 
 from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.workload import fields_of_run
 from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.data.manifest import write_dataset
 
 LORA = {"lora": {"lora_rank": 2}, "run.ema_decay": ...}
 
@@ -74,6 +75,13 @@ def test_bad_input_is_one_line(root, tmp_path, capsys, data, changes, message):
     changes = of(root, data, **changes)
     assert message in refused(capsys, "train", root, tmp_path / "out", changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_whose_weights_are_all_zero_are_refused(root, tmp_path, capsys):
+    write_dataset(tmp_path / "low", [s._replace(labels={"score": -99.0}) for s in samples(2)])
+    changes = of(tmp_path, "low", objectives=["rwr"], reward=..., rwr__label="score")
+    line = refused(capsys, "train", root, tmp_path / "out", changes)
+    assert "largest label score is -99.0, expected at least -88: exp(reward / " in line
 
 
 def test_the_planner_says_what_it_does_not_simulate(root, tmp_path):

@@ -179,7 +179,7 @@ def test_training_on_pairs_and_on_their_winners():
     }
     history = Trainer(model, objectives, TrainConfig(steps=12, learning_rate=1e-2)).run().history
     assert history[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert history[0]["dpo/margin"] == 0 == history[0]["dpo/accuracy"]
+    assert history[0]["dpo/margin"] == 0 and history[0]["dpo/accuracy"] == 0.5  # ties
     last = history[-3:]
     assert sum(record["dpo/margin"] for record in last) > 0
     assert sum(record["dpo/loss"] for record in last) < 3 * math.log(2)
