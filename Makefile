@@ -16,15 +16,21 @@ JOBS ?= $(shell nproc | awk '{print ($$1 < 8) ? $$1 : 8}')
 DRIVER := $(wildcard /proc/driver/nvidia/version)
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# pip would compile the bytecode of all packages on one core. Python compiles what is imported.
+# pip would compile the bytecode of all packages on one core. Python compiles what is imported, once:
+# where this variable is set, as in many containers, every process would compile torch again.
 PIP := $(BIN)/python -m pip install --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: bench test lint lowest newest install wheel clean
+.PHONY: bench test tests lint lowest newest install wheel clean
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
 
-test: lint
+# mypy takes one core for a minute, so it runs beside the tests.
+test: $(VENV)/installed
+	$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS)
 
 lint: $(VENV)/installed

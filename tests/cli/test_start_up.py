@@ -1,0 +1,55 @@
+"""What importing the package and starting the command line may import."""
+
+import json
+import sys
+
+import pytest
+from compiled import run_python
+
+LISTED = "import json, sys; print(json.dumps([n for n in sys.modules if '.' not in n]))"
+
+
+def imported(script):
+    """Return the packages that a script imports beyond Python's own and what starts Python."""
+    start = run_python(LISTED)
+    done = run_python(f"{script}\n{LISTED}")
+    assert done.returncode == 0, done.stderr
+    found, known = (set(json.loads(d.stdout.splitlines()[-1])) for d in (done, start))
+    return found - known - sys.stdlib_module_names
+
+
+def test_the_package_imports_nothing_but_itself():
+    assert imported("import prfl_fast; prfl_fast.__version__; dir(prfl_fast)") == {"prfl_fast"}
+
+
+COMMANDS = ["--help", "--version", "", "train --help", "train", "train a.yaml --deeep", "traain"]
+
+
+def test_help_and_argument_errors_import_neither_torch_nor_diffusers():
+    script = "\n".join(
+        (
+            "from prfl_fast.cli.main import main",
+            f"for words in {COMMANDS!r}:",
+            "    try:",
+            "        main(words.split())",
+            "        raise AssertionError(words)",
+            "    except SystemExit as stop:",
+            "        assert stop.code in (0, 2), words",
+        )
+    )
+    assert imported(script) == {"prfl_fast"}
+
+
+SEVERAL = "cli.train cli.sample cli.compare cli.encode cli.plan cli.evaluate cli.inspect".split()
+
+
+@pytest.mark.parametrize("modules", [["models", "memory", "training", "rollout"], SEVERAL])
+def test_no_import_brings_dynamo_or_a_library_of_models(modules):
+    """Compilation and diffusers take as long to import as torch, so their first use waits."""
+    lines = [f"import prfl_fast.{module}" for module in modules]
+    lines += ["import sys", "print([name for name in LATE if name in sys.modules])"]
+    late = ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "diffusers", "transformers"]
+    late += ["peft", "safetensors.torch", "matplotlib", "pandas", "tensorboard", "sklearn"]
+    done = run_python("\n".join([f"LATE = {late!r}", *lines]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
