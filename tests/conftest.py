@@ -57,8 +57,22 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if {"triton", "aot"} & set(item.keywords) and not HAS_TRITON:
             item.add_marker(pytest.mark.skip(reason="needs triton"))
-        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
-            item.add_marker(pytest.mark.skip(reason="slow tier: run pytest -m slow"))
+    leave_out_slow(config, items)
+
+
+def leave_out_slow(config, items):
+    """Deselect the slow tier unless ``-m`` names it: half of all cases, and a skip costs as much as
+    a short test.
+    """
+    if "slow" not in (config.option.markexpr or ""):
+        slow = [item for item in items if "slow" in item.keywords]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+def pytest_report_header():
+    return "slow tier: pytest -m slow"
 
 
 def pytest_terminal_summary(terminalreporter):
