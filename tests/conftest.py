@@ -28,7 +28,7 @@ from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
 
 # Cases of a test that the default tier runs in Triton's slow interpreter. Of the tests that
 # operations share, in classes, it is the smoke test alone: their numbers are tested by each one's.
-INTERPRETED = 2
+INTERPRETED = 1
 
 
 def leave_cases_to_the_slow_tier(items):
