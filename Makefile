@@ -26,12 +26,13 @@ export PYTHONDONTWRITEBYTECODE :=
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
 
-# mypy takes one core for a minute, so it runs beside the tests.
+# mypy takes one core for a minute, so it runs beside the tests. Under worksteal a process takes neighbors, which
+# share fixtures of their file.
 test: $(VENV)/installed
 	$(MAKE) --no-print-directory -j 2 lint tests
 
 tests: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

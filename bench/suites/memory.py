@@ -25,7 +25,7 @@ from prfl_fast.utils.units import GIB
 from suites import kept
 from suites.memory_step import Case, MeasuredStep, cuda_step, predict, release, run_capped, uniform
 
-SIZES = ("wan14b-720p", "wan14b-480p", "wan1.3b-480p")
+SIZES = ("wan14b-720p", "wan1.3b-480p")  # 14B at 480p is a point of the curves
 POLICIES = tuple((p, o) for p in ("none", "full", "attention") for o in (None, "cpu"))
 BASELINE = "unpatched, diffusers' checkpointing"
 CHUNK = 8192

@@ -183,7 +183,7 @@ def test_a_run_writes_records_report_and_plots(quick, tmp_path, capsys):
     for name in ("kernels.png", "kernels-kept.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     (table,) = [t for t in suite["tables"] if t["name"] == "resources"]
-    cells = [f"{40 + c} / 0 / 2.0" for c in aot.CAPABILITIES]
+    cells = [f"{40 + c} / 0 / 2.0" for c in resources.CAPABILITIES]
     assert table["rows"] == [["op", "1", *cells]]
     assert "Operations against plain PyTorch" in capsys.readouterr().out
 
