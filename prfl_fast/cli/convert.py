@@ -15,6 +15,7 @@ from prfl_fast.models.lora_files import lora_file, read_lora, write_lora
 from prfl_fast.rewards.latent import FORMAT, LatentRewardModel
 from prfl_fast.rewards.reference_checkpoint import read_settings, reference_parts
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.io import clean_temporaries_of
 from prfl_fast.utils.progress import count_progress
 
 
@@ -23,6 +24,7 @@ def run_convert(options: argparse.Namespace) -> int:
     source, out, layout = Path(options.source), Path(options.out), options.layout
     check(source.exists(), "IN", str(source), "a file or folder that exists")
     check_single(source, "IN")
+    clean_temporaries_of(out)
     parts = reference_parts(source) if source.is_dir() else None
     if parts is not None or read_settings(source).get("format") == FORMAT:
         kind = "reward model"
@@ -50,6 +52,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_merge(options: argparse.Namespace) -> int:
     """Add a LoRA to the weights of a generator; return the exit code."""
+    clean_temporaries_of(options.out)
     with count_progress("merge", "tensors") as show:
         merge_lora(options.source, options.adapter, options.out, options.layout, show=show)
     print(f"generator: {options.out}")

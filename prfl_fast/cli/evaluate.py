@@ -17,7 +17,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.evaluation import RewardEvaluator
 from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check, check_count, check_positive
-from prfl_fast.utils.io import save_checkpoint_dir, write_json
+from prfl_fast.utils.io import clean_temporaries_of, save_checkpoint_dir, write_json
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.units import plural
 
@@ -100,6 +100,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         content["reliability"] = tables
         figures = {"metrics": _metrics_figure(metrics)}
         figures["reliability"] = _reliability_figure(tables, metrics)
+    clean_temporaries_of(out)
     with save_checkpoint_dir(out) as folder:
         write_json(folder / METRICS, content)
         (folder / "metrics.csv").write_text(_csv(metrics), encoding="utf-8")

@@ -13,7 +13,7 @@ from prfl_fast.cli.yaml_config import to_yaml
 from prfl_fast.models.registry import patch
 from prfl_fast.training.evaluation import RewardEvaluator
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.io import write_atomic
+from prfl_fast.utils.io import clean_temporaries_of, write_atomic
 from prfl_fast.utils.units import plural
 
 
@@ -43,6 +43,7 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
         for i, name in enumerate(dataset.ids())
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
+    clean_temporaries_of(out)
     with write_atomic(out) as temporary:
         temporary.write_text(_text(rows, out.suffix), encoding="utf-8")
     table = []

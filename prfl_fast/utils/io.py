@@ -111,15 +111,23 @@ def link_atomic(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     os.replace(temporary, path)
 
 
-def clean_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
+def clean_temporaries(folder: str | os.PathLike[str], prefix: str = "") -> list[Path]:
     """Remove the temporary files of killed writers directly in ``folder``; return their paths.
 
-    Files of a process of this host that still runs are kept.
+    Files of a process of this host that still runs are kept. ``prefix`` begins their names.
     """
-    stale = [p for p in sorted(Path(folder).iterdir()) if _is_stale(p)]
+    found = (p for p in sorted(Path(folder).iterdir()) if p.name.startswith(prefix))
+    stale = list(filter(_is_stale, found))
     for path in stale:
         _remove(path)
     return stale
+
+
+def clean_temporaries_of(path: str | os.PathLike[str]) -> None:
+    """Remove what killed writers of ``path`` left beside it, in a folder that others may use."""
+    path = Path(path)
+    if path.parent.is_dir():
+        clean_temporaries(path.parent, f"{path.stem}.tmp-")
 
 
 def _is_stale(path: Path) -> bool:

@@ -23,6 +23,7 @@ from prfl_fast.training.checkpoint import (
 )
 from prfl_fast.utils.io import (
     clean_temporaries,
+    clean_temporaries_of,
     load_tensors,
     save_checkpoint_dir,
     save_tensors,
@@ -101,6 +102,14 @@ def test_clean_temporaries_removes_only_ours(tmp_path):
     (tmp_path / "log.tmp-99999907-89abcdef.jsonl").write_text("x")
     assert len(clean_temporaries(tmp_path)) == 2
     assert names(tmp_path) == ["b.tmp-x", "log.jsonl"]
+
+
+def test_temporaries_of_one_file_are_removed_without_those_of_others(tmp_path):
+    for name in ("out.tmp-99999912-0123abcd", "other.tmp-99999912-0123abcd"):
+        (tmp_path / name).mkdir()
+    clean_temporaries_of(tmp_path / "out")
+    clean_temporaries_of(tmp_path / "nowhere" / "out")
+    assert names(tmp_path) == ["other.tmp-99999912-0123abcd"]
 
 
 def test_tensors_survive_views_ties_and_dtypes(tmp_path):
