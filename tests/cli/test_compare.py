@@ -107,7 +107,7 @@ def test_a_comparison_of_the_same_weights_shows_no_difference(comparison, capsys
     assert cli.main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "videos of lora: 4 (4 sampled, 4 decoded)" in shown
-    tables = [line for line in text.splitlines() if "lora" in line]
+    tables = [line for line in text.splitlines() if line.startswith(" ") and "lora" in line]
     assert len(tables) == 5 and set(tables) <= set(shown.splitlines())
     (out / "comparison.json").rename(out / "moved.json")
     assert cli.main(["inspect", str(out)]) == 0
