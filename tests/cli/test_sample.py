@@ -135,7 +135,8 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(pipelines, tmp_path
         patch.setattr(generate, "save_tensors", kill_once)
         capsys.readouterr()
         assert sample(pipelines, out) == 130
-        assert "stopped by SIGINT; run again to continue\n" in one_line(capsys, "sample")
+        stopped = "prfl-fast sample: stopped by SIGINT; run again to continue\n"
+        assert capsys.readouterr().err.endswith(stopped)
     assert len(latents(out)) == 1 and not (out / "0000-0.mp4").exists()
     kept = (out / "latents" / "0000-0.safetensors").stat().st_mtime_ns
     assert sample(pipelines, out) == 0
@@ -259,7 +260,7 @@ def test_conditions_of_a_dataset_are_sampled(pipelines, tmp_path, capsys):
     words = ["--data", tmp_path / "data"]
     small = SMALL[4:]
     assert sample(pipelines, tmp_path / "a", *words, prompts=[], small=small) == 2
-    assert "expected one with negative.safetensors" in one_line(capsys, "sample")
+    assert "negative.safetensors. Or give --negative TEXT" in one_line(capsys, "sample")
     words += ["--guidance-scale", 1]
     assert sample(pipelines, tmp_path / "a", *words, prompts=[], small=small) == 0
     assert (
