@@ -47,13 +47,12 @@ def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, in
     for num_warps in (1, 2, 4, 8, 16):
         threads = 32 * num_warps
         head = min(8 * threads, _power_of_2(dim)) if head_dim is None else head_dim
-        heads, block_d = -(-dim // head), max(2, _power_of_2(head))
+        heads, block_d = -(-dim // head), max(4, _power_of_2(head))
         block_h = min(_power_of_2(heads), max(1, 8 * threads // block_d))
         held = -(-heads // block_h) * block_h * block_d
         # 8 warps of 32 elements would need more than the 128 registers of two programs.
         most = min(most, 24) if num_warps > 4 else most
-        # With as many pairs in a head as threads, angles would pass through shared memory.
-        if held <= most * threads and (head_dim is None or block_d < 2 * threads):
+        if held <= most * threads:
             break
     return head, block_h, block_d, num_warps
 

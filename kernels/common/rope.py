@@ -92,6 +92,24 @@ def next_place(i_place, sizes):
 
 
 @triton.jit
+def _load_turn(cos_ptr, sin_ptr, i_place, starts, o_p, HEAD: tl.constexpr, TABLE: tl.constexpr):
+    """Load cos φ and sin φ of pairs ``o_p``."""
+    PAIRS: tl.constexpr = HEAD // 2
+    WIDTH: tl.constexpr = PAIRS - PAIRS // 3  # first pair that turns with w
+    HEIGHT: tl.constexpr = WIDTH - PAIRS // 3  # first pair that turns with h
+    i_f, i_h, i_w = i_place
+    start_f, start_h, start_w = starts
+    if TABLE:
+        o_table = i_f.to(tl.int64) * PAIRS + o_p
+    else:
+        i_position = tl.where(o_p < WIDTH, start_h + i_h, start_w + i_w)
+        i_position = tl.where(o_p < HEIGHT, start_f + i_f, i_position)
+        o_table = i_position * PAIRS + o_p
+    b_cos = tl.load(cos_ptr + o_table, mask=o_p < PAIRS, other=0.0).to(tl.float32)
+    return b_cos, tl.load(sin_ptr + o_table, mask=o_p < PAIRS, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_turn(
     cos_ptr, sin_ptr, i_place, starts, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     TABLE: tl.constexpr,
@@ -100,21 +118,13 @@ def load_turn(
 
     If ``TABLE`` is not 0, the table has a row for every token of a grid (L, 1, 1).
     """
-    PAIRS: tl.constexpr = HEAD // 2
-    WIDTH: tl.constexpr = PAIRS - PAIRS // 3  # first pair that turns with w
-    HEIGHT: tl.constexpr = WIDTH - PAIRS // 3  # first pair that turns with h
-    i_f, i_h, i_w = i_place
-    start_f, start_h, start_w = starts
-    o_p = tl.arange(0, BLOCK_D // 2)
-    if TABLE:
-        o_table = i_f.to(tl.int64) * PAIRS + o_p
-    else:
-        i_position = tl.where(o_p < WIDTH, start_h + i_h, start_w + i_w)
-        i_position = tl.where(o_p < HEIGHT, start_f + i_f, i_position)
-        o_table = i_position * PAIRS + o_p
-    b_cos = tl.load(cos_ptr + o_table, mask=o_p < PAIRS, other=0.0).to(tl.float32)
-    b_sin = tl.load(sin_ptr + o_table, mask=o_p < PAIRS, other=0.0).to(tl.float32)
-    return b_cos[None, :], b_sin[None, :]
+    # Even and odd pairs apart: fewer elements than threads are loaded in the layout of x, where
+    # others would pass through shared memory.
+    o_p = 2 * tl.arange(0, BLOCK_D // 4)
+    even_cos, even_sin = _load_turn(cos_ptr, sin_ptr, i_place, starts, o_p, HEAD, TABLE)
+    odd_cos, odd_sin = _load_turn(cos_ptr, sin_ptr, i_place, starts, o_p + 1, HEAD, TABLE)
+    b_cos = tl.reshape(tl.join(even_cos, odd_cos), (1, BLOCK_D // 2))
+    return b_cos, tl.reshape(tl.join(even_sin, odd_sin), (1, BLOCK_D // 2))
 
 
 @triton.jit

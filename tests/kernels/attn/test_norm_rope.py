@@ -368,13 +368,12 @@ def test_launches_are_sane(capability):
         for launch_of in (module.forward_launch, module.backward_launch):
             launch = launch_of(tokens, dim, head_dim, dtype, capability)
             assert head_dim in (None, launch.head)
-            assert launch.head <= launch.block_d < max(2 * launch.head, 3)
+            assert launch.head <= launch.block_d < max(2 * launch.head, 5)
             rows = launch.block_h * -(-dim // (launch.head * launch.block_h))
             threads = 32 * launch.num_warps
             assert rows * launch.head >= dim
             assert rows * launch.block_d <= threads * (40 if dtype == BF16 else 24)
             assert launch.block_h * launch.block_d <= threads * 8
-            assert head_dim is None or launch.block_d < 2 * threads
             assert 1 <= launch.programs <= tokens
     # A token of Wan's leaves no lane idle, and many tokens write no more partial rows than few.
     for dim, dtype in ((3072, BF16), (5120, BF16), (3072, FP32)):
