@@ -257,7 +257,7 @@ def _row_case(
     pointers = {"x_ptr": dtype, "y_ptr": "u8", "y_scale_ptr": "fp32"}
     pointers |= {"bias_ptr": bias} if bias else {}
     types = argument_types(fp8.row_kernel, pointers, {"length_x": None})
-    launch = fp8.row_launch(dim, capability)
+    launch = fp8.row_launch(TOKENS, dim, capability)
     return AotCase(label, fp8.row_kernel, types, launch.constants(dim, gelu), launch.num_warps)
 
 

@@ -8,6 +8,7 @@ from aot_cases import ELEMENTS, TOKENS
 from aot_types import AotCase
 
 from prfl_fast.kernels.attn import norm_rope
+from prfl_fast.kernels.common import fp8
 from prfl_fast.kernels.flow import loss
 from prfl_fast.kernels.linear import gelu
 from prfl_fast.kernels.norm import modulate_triton, residual, residual_modulate_triton, rms
@@ -123,7 +124,9 @@ def _bias_gelu(case: AotCase, capability: Capability) -> Grid:
 
 
 def _rows_to_fp8(case: AotCase, capability: Capability) -> Grid:
-    return Grid(TOKENS, [], _streams(case, "x y", TOKENS * case.constexprs["D"]))
+    programs = fp8.row_launch(TOKENS, case.constexprs["D"], capability).programs
+    streams = _streams(case, "x y", TOKENS * case.constexprs["D"])
+    return Grid(programs, [-(-TOKENS // programs)], streams)
 
 
 def _qk_norm_rope(case: AotCase, capability: Capability) -> Grid:

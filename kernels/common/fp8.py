@@ -16,9 +16,8 @@ import torch
 
 from prfl_fast.kernels.common.fast_math import gelu
 from prfl_fast.kernels.common.modulation_rows import token_offset, token_strides
-from prfl_fast.kernels.common.norm_math import token_block
 from prfl_fast.kernels.runtime.checks import require
-from prfl_fast.kernels.runtime.triton import capability, tl, triton
+from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -69,12 +68,6 @@ def encode_block(b_v, CONVERTS: tl.constexpr):
 
 
 @triton.jit
-def largest_bits(b_y):
-    """Return the bits of the largest |y|: integers order as the floats do, NaN is largest."""
-    return tl.max(b_y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-
-
-@triton.jit
 def scales(bits):
     """Return 448 / amax and amax / 448 from the bits of amax."""
     amax = tl.maximum(bits, 0x0D800000).to(tl.float32, bitcast=True)  # at least 2⁻¹⁰⁰
@@ -82,63 +75,73 @@ def scales(bits):
 
 
 @triton.jit
-def _load(p_x, bias_ptr, o_d, D: tl.constexpr, GELU: tl.constexpr):
-    """Load columns ``o_d`` of a row, add a given bias, apply GELU if set; zero beyond D."""
-    m_d = o_d < D
-    b_y = tl.load(p_x + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
-    if bias_ptr is not None:
-        b_y += tl.load(bias_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    if GELU:
-        b_y = gelu(b_y)
-    return b_y
+def _load_row(
+    x_ptr, i_row, rows, stride_xb, stride_xl, length_x, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Load a row in its own dtype, a tuple of blocks; zeros beyond D, or past the last row."""
+    p_x = x_ptr + token_offset(i_row, stride_xb, stride_xl, length_x)
+    b_xs = ()
+    for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
+        o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_d = (o_d < D) & (i_row < rows)
+        b_xs += (tl.load(p_x + o_d, mask=m_d, other=0.0),)  # type: ignore[assignment]
+    return b_xs
 
 
 @triton.jit
 def row_kernel(
-    x_ptr, bias_ptr, y_ptr, y_scale_ptr, stride_xb, stride_xl, length_x,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    GELU: tl.constexpr, CONVERTS: tl.constexpr,
+    x_ptr, bias_ptr, y_ptr, y_scale_ptr, stride_xb, stride_xl, length_x, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GELU: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    p_x = x_ptr + token_offset(i_row, stride_xb, stride_xl, length_x)
-    p_y = y_ptr + i_row * D
-    o_d = tl.arange(0, BLOCK_D)
-    b_y = _load(p_x, bias_ptr, o_d, D, GELU)  # [BD]
-    bits = largest_bits(b_y)
-    if BLOCK_TAIL:
-        o_t = BLOCK_D + tl.arange(0, BLOCK_TAIL)
-        b_tail = _load(p_x, bias_ptr, o_t, D, GELU)  # [BT]
-        inverse, scale = scales(tl.maximum(bits, largest_bits(b_tail)))
-        tl.store(p_y + o_t, encode_block(b_tail * inverse, CONVERTS), mask=o_t < D)
-    else:
-        inverse, scale = scales(bits)
-    tl.store(p_y + o_d, encode_block(b_y * inverse, CONVERTS), mask=o_d < D)
-    tl.store(y_scale_ptr + i_row, scale)
+    b_next = _load_row(x_ptr, i_row, rows, stride_xb, stride_xl, length_x, D, BLOCK_D)
+    while i_row < rows:
+        b_xs = b_next
+        i_next = i_row + tl.num_programs(0)
+        b_next = _load_row(x_ptr, i_next, rows, stride_xb, stride_xl, length_x, D, BLOCK_D)
+        b_ys = ()
+        b_bits = tl.zeros([BLOCK_D], tl.int32)
+        for i in tl.static_range(len(b_xs)):
+            o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            b_y = b_xs[i].to(tl.float32)
+            if bias_ptr is not None:
+                b_y += tl.load(bias_ptr + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            if GELU:
+                b_y = gelu(b_y)
+            # Integers order as the floats do, and NaN is largest.
+            b_bits = tl.maximum(b_bits, b_y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            b_ys += (b_y,)  # type: ignore[assignment]
+        inverse, scale = scales(tl.max(b_bits, 0))
+        for i in tl.static_range(len(b_ys)):
+            o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            b_q = encode_block(b_ys[i] * inverse, CONVERTS)
+            tl.store(y_ptr + i_row * D + o_d, b_q, mask=o_d < D)
+        tl.store(y_scale_ptr + i_row, scale)
+        i_row = i_next
 
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """Launch of one program a row; it holds the row in registers, in one or two blocks."""
+    """Launch of one program a row; it holds the row in registers, in blocks of ``block_d``."""
 
     block_d: int
-    block_tail: int
     num_warps: int
+    programs: int
     converts: bool
 
     def constants(self, dim: int, gelu: bool) -> dict[str, int | bool]:
         """Return the ``constexpr`` parameters of the kernel."""
-        blocks = {"D": dim, "BLOCK_D": self.block_d, "BLOCK_TAIL": self.block_tail}
-        return {**blocks, "GELU": gelu, "CONVERTS": self.converts}
+        return {"D": dim, "BLOCK_D": self.block_d, "GELU": gelu, "CONVERTS": self.converts}
 
 
-def row_launch(dim: int, capability: tuple[int, int]) -> RowLaunch:
-    """Choose one or two power-of-two blocks: 8960 columns in 8192 + 1024, not in 16384."""
-    block_d, _ = token_block(dim)
-    half = block_d // 2
-    tail = 1 << (dim - half - 1).bit_length() if dim > half > 16 else half
-    if tail < half:
-        return RowLaunch(half, tail, token_block(half)[1], converts(capability))
-    return RowLaunch(block_d, 0, token_block(dim)[1], converts(capability))
+def row_launch(rows: int, dim: int, capability: tuple[int, int]) -> RowLaunch:
+    """Choose the fewest warps that hold a row in 72 elements a thread, 8 of each block."""
+    num_warps = 1
+    while num_warps < 16 and dim > 72 * 32 * num_warps:
+        num_warps *= 2
+    # One resident wave: each program loads its next row while it quantizes one.
+    programs = min(rows, max(1, 16 // num_warps) * multiprocessors(capability))
+    return RowLaunch(256 * num_warps, num_warps, programs, converts(capability))
 
 
 def quantize_rows(
@@ -150,10 +153,10 @@ def quantize_rows(
     rows = x.numel() // dim
     if rows == 0:
         return y, scale
-    launch = row_launch(dim, capability(x.device))
-    row_kernel[(rows,)](
+    launch = row_launch(rows, dim, capability(x.device))
+    row_kernel[(launch.programs,)](
         x, None if bias is None else bias.contiguous(), y.view(torch.uint8), scale,
-        *token_strides(x),
+        *token_strides(x), rows,
         **launch.constants(dim, gelu), num_warps=launch.num_warps,
     )  # fmt: skip
     return y, scale

@@ -363,10 +363,10 @@ def test_flops_are_counted():
 @pytest.mark.parametrize("dim", [1, 64, 96, 1536, 5120, 8192, 8960, 13824, 16384])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_launches_are_sane(dim, capability):
-    launch = _fp8.row_launch(dim, capability)
-    body, tail, warps = launch.block_d, launch.block_tail, launch.num_warps
-    assert dim <= body + tail < max(2 * dim, 64) and tail < body and (not tail or body < dim)
-    assert warps in (1, 2, 4, 8, 16) and body + tail <= 32 * 32 * warps
+    launch, few = (_fp8.row_launch(rows, dim, capability) for rows in (32760, 3))
+    blocks, warps = -(-dim // launch.block_d), launch.num_warps
+    assert warps in (1, 2, 4, 8) and launch.block_d == 256 * warps and blocks <= 9
+    assert 1 <= launch.programs <= 16 * 170 and few.programs == 3
     assert launch.converts == (capability >= (8, 9))
 
 
