@@ -139,6 +139,12 @@ def row_share(i_row, i_part, parts, tokens_per_row, bounds_ptr):
 
 
 @triton.jit
+def load_index(index_ptr, i, end):
+    """Load number ``i`` of an index as int64; 0 from ``end`` on."""
+    return tl.load(index_ptr + i, mask=i < end, other=0).to(tl.int64)
+
+
+@triton.jit
 def coarse_row(i_row, group):
     """Return the row that holds common row ``i_row`` (int64), of ``group`` common rows each."""
     return (i_row.to(tl.int32) // group).to(tl.int64)

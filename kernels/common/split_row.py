@@ -73,6 +73,19 @@ def store(ptr, i_token, b, o_d, m_d, D: tl.constexpr):
 
 
 @triton.jit
+def store_by_thread(
+    ptr, i_token, b, o_d, m_d, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Store like :func:`store`, in the layout of the load; bytes would move between threads."""
+    p_token = ptr + i_token * D
+    b_head = by_thread(b[0].to(ptr.dtype.element_ty), THREADS, VECTOR)
+    b_tail = by_thread(b[1].to(ptr.dtype.element_ty), THREADS, VECTOR)
+    o_head, o_tail = by_thread(o_d[0], THREADS, VECTOR), by_thread(o_d[1], THREADS, VECTOR)
+    tl.store(p_token + o_head, b_head, mask=by_thread(m_d[0], THREADS, VECTOR))
+    tl.store(p_token + o_tail, b_tail, mask=by_thread(m_d[1], THREADS, VECTOR))
+
+
+@triton.jit
 def load_row(
     rows_ptr, table_ptr, i_row, stride_row, o_d, m_d, HEAD: tl.constexpr, TAIL: tl.constexpr
 ):

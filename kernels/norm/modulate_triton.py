@@ -10,7 +10,7 @@ from typing import Any
 
 from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.fp8 import encode_block, scales
-from prfl_fast.kernels.common.modulation_rows import row_share
+from prfl_fast.kernels.common.modulation_rows import load_index, row_share
 from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
 
 
@@ -71,21 +71,14 @@ def forward_kernel(
             b_head = encode_block(b_y[0] * inverse, CONVERTS)
             b_y = (b_head, encode_block(b_y[1] * inverse, CONVERTS))
             tl.store(y_scale_ptr + i_token, y_scale)
-        tiles.store(y_ptr, i_token, b_y, o_d, m_d, D)
+            tiles.store_by_thread(y_ptr, i_token, b_y, o_d, m_d, D, THREADS, VECTOR)
+        else:
+            tiles.store(y_ptr, i_token, b_y, o_d, m_d, D)
         i_token += 1
 
 
 @triton.jit
-def _number(order_ptr, i, end):
-    """Return the token that is number ``i`` in sorted order."""
-    i_token = i
-    if order_ptr is not None:
-        i_token = tl.load(order_ptr + i, mask=i < end, other=0)
-    return i_token
-
-
-@triton.jit
-def backward_kernel(
+def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels have few branches)
     grad_ptr, x_ptr, dx_ptr, dot_ptr, total_ptr, weight_ptr, scale_ptr, scale_table_ptr,
     order_ptr, bounds_ptr, stride_gb, stride_gl, length_g, stride_xb, stride_xl, length_x,
     stride_scale, tokens_per_row, programs, eps,
@@ -103,25 +96,28 @@ def backward_kernel(
     )  # fmt: skip
     b_dot = tiles.zeros(HEAD, TAIL)
     b_total = tiles.zeros(HEAD, TAIL)
-    i_next = _number(order_ptr, i, end)
+    i_now = i
+    if order_ptr is not None:
+        i_now, i_next = load_index(order_ptr, i, end), load_index(order_ptr, i + 1, end)
     if AHEAD > 0 and x_ptr is not None:
-        next_x = tiles.load(x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
+        next_x = tiles.load(x_ptr, i_now, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
     if AHEAD > 1:
-        next_dy = tiles.load(grad_ptr, i_next, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
+        next_dy = tiles.load(grad_ptr, i_now, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
     while i < end:
-        i_token = i_next
+        i_token = i_now
         i += 1
-        i_next = _number(order_ptr, i, end)
+        i_now = i
+        if order_ptr is not None:  # a number is loaded two tokens ahead, so that it can address
+            i_now = i_next
+            i_next = load_index(order_ptr, i + 1, end)
         if AHEAD > 1:
             b_dy = next_dy
-            next_dy = tiles.load(
-                grad_ptr, i_next, stride_gb, stride_gl, length_g, o_d, m_d, i < end
-            )
+            next_dy = tiles.load(grad_ptr, i_now, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
         else:  # first used after the reductions of x, which is here
             b_dy = tiles.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, True)
         if AHEAD > 0 and x_ptr is not None:
             b_x = next_x
-            next_x = tiles.load(x_ptr, i_next, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
+            next_x = tiles.load(x_ptr, i_now, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
         elif x_ptr is not None:
             b_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
         if x_ptr is not None:
@@ -158,7 +154,7 @@ def forward_launch(
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
     # 20 elements a thread spill with fp8, whose conversion needs registers, and without a norm,
     # whose reductions keep the compiler from loading all elements at once.
-    head, tail, num_warps = tiles.split_token(dim, 12 if fp8 else 16 if kind == "none" else 20)
+    head, tail, num_warps = tiles.split_token(dim, 16 if kind == "none" else 20)
     small = head + tail <= 12 * 32 * num_warps
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prfl_fast.kernels.common import split_row as tiles
-from prfl_fast.kernels.common.modulation_rows import coarse_row, row_share
+from prfl_fast.kernels.common.modulation_rows import coarse_row, load_index, row_share
 from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
 
 
@@ -96,7 +96,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
     b_total = tiles.zeros(HEAD, TAIL)
     i_next = i
     if order_ptr is not None:
-        i_next = tl.load(order_ptr + i, mask=i < end, other=0)
+        i_next = load_index(order_ptr, i, end)
     if AHEAD:
         next_dh = tiles.load(grad_h_ptr, i_next, stride_hb, stride_hl, length_h, o_d, m_d, i < end)
         next_x = next_dh
@@ -120,7 +120,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         i += 1
         i_next = i
         if order_ptr is not None:
-            i_next = tl.load(order_ptr + i, mask=i < end, other=0)
+            i_next = load_index(order_ptr, i, end)
         if AHEAD:
             next_dh = tiles.load(
                 grad_h_ptr, i_next, stride_hb, stride_hl, length_h, o_d, m_d, i < end
