@@ -370,7 +370,7 @@ def qk_norm_rope_cases(capability: Capability, every: bool) -> Iterator[AotCase]
 def query_pool_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
     """Yield 8 heads at the D of Wan 1.3B, 5B, 14B; ``every``: up to 64, each gradient alone."""
     merged = dict.fromkeys(("max_ptr", "sum_ptr", "partial_ptr", "pooled_ptr", "lse_ptr"), "fp32")
-    for label, ones in (("merge", {}), ("merge of one", {"chunks": 1, "heads": 1})):
+    for label, ones in (("merge", {}), ("merge of one head", {"heads": 1})):
         types = argument_types(pool.merge_kernel, merged, dict.fromkeys(ones))
         yield AotCase(label, pool.merge_kernel, types, {**pool.MERGE_BLOCK, **ones}, 4)
     kernels = [("forward", pool.forward_kernel, {})]

@@ -34,7 +34,7 @@ from prfl_fast.kernels.runtime.checks import (
     require_same_device,
 )
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, tl, triton
 
 # Reference.
 PRODUCT_ROWS = 4096  # tokens widened at a time: 168 MB at the 14B model's width
@@ -106,7 +106,7 @@ def reference_backward(
 
 
 # Kernels.
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, u_ptr, max_ptr, sum_ptr, partial_ptr, tokens, heads, stride_xb, stride_xt,
     DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -149,7 +149,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_o + (i_d + o_d)[None, :], b_o, mask=m_h[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(  # type: ignore[no-untyped-def]
     max_ptr, sum_ptr, partial_ptr, pooled_ptr, lse_ptr, chunks, heads, dim,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -190,7 +190,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse_ptr + i_bh, top + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, u_ptr, g_ptr, lse_ptr, delta_ptr, dx_ptr, du_ptr, tokens, heads, stride_xb, stride_xt,
     DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -17,7 +17,7 @@ import torch
 from prfl_fast.kernels.common.fast_math import gelu
 from prfl_fast.kernels.common.modulation_rows import token_offset, token_strides
 from prfl_fast.kernels.runtime.checks import require
-from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -88,7 +88,7 @@ def _load_row(
     return b_xs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def row_kernel(
     x_ptr, bias_ptr, y_ptr, y_scale_ptr, stride_xb, stride_xl, length_x, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GELU: tl.constexpr, CONVERTS: tl.constexpr,

@@ -42,7 +42,7 @@ from prfl_fast.kernels.runtime.checks import (
     require_same_device,
 )
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
 CHUNK = 1 << 18  # elements widened at once on the CPU: float32 pieces fit a 2 MB cache
 
@@ -109,7 +109,7 @@ def _tile(i, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return (i // columns).to(tl.int64), (i % columns).to(tl.int64) * BLOCK_D
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, bias_ptr, y_ptr, stride_x0, stride_x1, stride_x2, length_x1, length_x2, rows,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -142,7 +142,7 @@ def _load_both(
     return b_x, tl.load(grad_ptr + o_g[:, None] + o_d[None, :], mask=m_rd, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr,
     stride_g0, stride_g1, stride_g2, length_g1, length_g2,

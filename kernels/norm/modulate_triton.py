@@ -11,7 +11,7 @@ from typing import Any
 from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.fp8 import encode_block, scales
 from prfl_fast.kernels.common.modulation_rows import load_index, row_share
-from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, multiprocessors, tl, triton
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _largest(b, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     return tl.max(tl.maximum(b_head, b_tail), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, y_ptr, y_scale_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr,
     shift_table_ptr, row_index_ptr, stride_xb, stride_xl, length_x, stride_scale, stride_shift,
@@ -77,7 +77,7 @@ def forward_kernel(
         i_token += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels have few branches)
     grad_ptr, x_ptr, dx_ptr, dot_ptr, total_ptr, weight_ptr, scale_ptr, scale_table_ptr,
     order_ptr, bounds_ptr, stride_gb, stride_gl, length_g, stride_xb, stride_xl, length_x,

@@ -36,7 +36,7 @@ from prfl_fast.kernels.common.modulation_rows import (
 )
 from prfl_fast.kernels.runtime.checks import compute_dtype, require, require_same_device
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
 
 # Reference.
@@ -92,7 +92,7 @@ def reference_backward(
 
 # Triton: a program holds a chunk of one gate row in registers while it walks over its tokens.
 # There is no sum along D, so a row can be split: 5 chunks of 1024 for D 5120 leave no lane idle.
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, y_ptr, out_ptr, gate_ptr, gate_table_ptr, row_index_ptr,
     stride_xb, stride_xl, length_x, stride_yb, stride_yl, length_y, stride_gate,
@@ -127,7 +127,7 @@ def forward_kernel(
         i_token += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, y_ptr, dy_ptr, sum_ptr, gate_ptr, gate_table_ptr, order_ptr, bounds_ptr,
     stride_gb, stride_gl, length_g, stride_yb, stride_yl, length_y, stride_gate,

@@ -10,10 +10,10 @@ from typing import Any
 
 from prfl_fast.kernels.common import split_row as tiles
 from prfl_fast.kernels.common.modulation_rows import coarse_row, load_index, row_share
-from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, multiprocessors, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, y_ptr, out_ptr, h_ptr, gate_ptr, gate_table_ptr, weight_ptr, bias_ptr, scale_ptr,
     shift_ptr, scale_table_ptr, shift_table_ptr, row_index_ptr,
@@ -70,7 +70,7 @@ def forward_kernel(
         i_token += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels have few branches)
     grad_ptr, grad_h_ptr, x_ptr, y_ptr, dx_ptr, dy_ptr, gate_sum_ptr, dot_ptr, total_ptr,
     gate_ptr, gate_table_ptr, weight_ptr, scale_ptr, scale_table_ptr, order_ptr, bounds_ptr,

@@ -25,7 +25,7 @@ from prfl_fast.kernels.runtime.checks import (
     require_same_device,
 )
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
 
 # Reference.
@@ -71,7 +71,7 @@ def _load_weight(weight_ptr, o_d, m_d, BLOCK_D: tl.constexpr):
     return b_w[None, :]  # [1, BD]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, weight_ptr, y_ptr, stride_x0, stride_x1, stride_x2, length_x1, length_x2,
     rows, rows_per_program, eps, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -93,7 +93,7 @@ def forward_kernel(
         i_row += BLOCK_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr,
     stride_g0, stride_g1, stride_g2, length_g1, length_g2,

@@ -31,6 +31,15 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+# Arguments of kernels that change with every clip. Kernels are not compiled again for a multiple of
+# 16 or a one. Strides are not among them: their factors of 16 allow loads of 16 bytes.
+COUNTS = (
+    "tokens", "tokens_per_row", "tokens_per_program", "rows", "rows_per_program", "programs",
+    "chunks", "length_x", "length_y", "length_g", "length_h",
+    *(f"length_{x}{axis}" for x in "xg" for axis in "12"),
+)  # fmt: skip
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA device; (8, 0) for the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
@@ -46,4 +55,6 @@ def multiprocessors(capability: tuple[int, int]) -> int:
     return _PROCESSORS.get(capability[0], 132)
 
 
-__all__ = ["HAS_TRITON", "INTERPRETING", "capability", "multiprocessors", "tl", "triton"]
+__all__ = [
+    "COUNTS", "HAS_TRITON", "INTERPRETING", "capability", "multiprocessors", "tl", "triton",
+]  # fmt: skip

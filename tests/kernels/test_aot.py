@@ -91,6 +91,30 @@ def test_the_check_of_addresses_finds_a_kernel_that_would_wrap(tmp_path):
         assert bool(ttir.narrow_products(text)) == name.startswith("0"), f"{name}\n{text}"
 
 
+@pytest.mark.slow
+def test_no_kernel_is_compiled_again_for_another_number_of_tokens():
+    """Read which integers that are no strides Triton specializes."""
+    script = """
+        import json
+        import aot
+        found = {}
+        for op, cases in aot.OPERATIONS.items():
+            for case in cases((9, 0), False):
+                found[op] = [
+                    p.name for p in case.kernel.params
+                    if not p.is_constexpr and not p.do_not_specialize
+                    and case.types.get(p.name, "").startswith("i")
+                ]
+        print(json.dumps(found))
+    """
+    fixed = {"heads", "dim", "gate_group", "norm_group"}  # of a model
+    # Of latents the masks need the factor of 16; attention pads its keys to whole blocks.
+    others = ("flow_loss", "flow_step", "rollout_attention")
+    for op, names in compile_in_process(script).items():
+        left = {name for name in names if not name.startswith("stride")} - fixed
+        assert op in others or not left, f"{op}: {left}"
+
+
 def test_operations_are_found():
     assert "norm_modulate" in OPERATIONS
     for cases in aot.OPERATIONS.values():
