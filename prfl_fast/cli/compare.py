@@ -12,7 +12,7 @@ import torch
 
 from prfl_fast.cli.arguments import timesteps
 from prfl_fast.cli.page import PAGE, write_page
-from prfl_fast.cli.sample import Arm, add_sampling_options
+from prfl_fast.cli.sample import Arm, add_sampling_options, check_flow
 from prfl_fast.cli.sample_inputs import Job, check_reward, load_reward_call
 from prfl_fast.cli.tables import print_table
 from prfl_fast.rollout.sampler import Sampler
@@ -62,6 +62,7 @@ def run_compare(options: argparse.Namespace) -> int:
     paths = _named("a generator", options.arms, BASE)
     rewards = _named("--reward", options.reward)
     job = Job(options)
+    check_flow(job)
     for path in rewards.values():
         check_reward(path, job)
     arms = {BASE: Arm(job, out / BASE, None)}

@@ -11,7 +11,8 @@ from prfl_fast.cli.loading import check_writable, device_of
 from prfl_fast.cli.plan import note
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.clip_lists import read_clips
-from prfl_fast.data.codec import MAX_TOKENS, PATCH, VideoCodec, load_codec
+from prfl_fast.data.codec import MAX_TOKENS, load_codec
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import check_parts
 from prfl_fast.data.encode import PREVIEW, Encoding, encode_dataset
 from prfl_fast.data.encode_plan import (
@@ -25,6 +26,7 @@ from prfl_fast.data.encode_plan import (
     needs_images,
     plan_prompts,
 )
+from prfl_fast.data.families import find_family
 from prfl_fast.planning.planner import size_of
 from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.folder_lock import hold_folder
@@ -44,7 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=video_size, default=(480, 832), help=text)
     text = "frames, 4n + 1; of several, a clip takes the largest that it has (default: 81)"
     parser.add_argument("--frames", type=whole_numbers, default=(81,), metavar="N,...", help=text)
-    parser.add_argument("--fps", type=float, default=16.0, help="frames per second (default: 16)")
+    text = "frames per second (default: 16, of other families than Wan their own)"
+    parser.add_argument("--fps", type=float, help=text)
     text = "sizes to choose from by a clip's aspect ratio: auto (the area of --size), or a list"
     parser.add_argument("--buckets", type=_buckets, default=(), metavar="auto|HxW,...", help=text)
     text = "samples of each clip at random places (default: one at the center)"
@@ -83,7 +86,13 @@ def run_encode(options: argparse.Namespace) -> int:
     device = device_of(HardwareSection(device=options.device))
     clips = read_clips(options.clips)
     prompts = clips[0].path is None
+    family = find_family(options.model)
     condition = options.condition or default_condition(options.model)
+    ok, expected = family is None or condition == "none", "none for other families than Wan"
+    check(ok, "--condition", condition, expected)
+    fps = options.fps
+    if fps is None:
+        fps = 16.0 if family is None else float(family.fps)
     if prompts:
         hint = "A list of prompts has no frames"
         check(condition == "none", "--condition", condition, "none for prompts alone", hint=hint)
@@ -93,7 +102,7 @@ def run_encode(options: argparse.Namespace) -> int:
     settings = EncodeSettings(
         size=options.size,
         frames=options.frames,
-        fps=options.fps,
+        fps=fps,
         buckets=options.buckets,
         crops=options.crops,
         random_crops=options.crop == "random" or (options.crops > 1 and options.crop is None),
@@ -112,7 +121,7 @@ def run_encode(options: argparse.Namespace) -> int:
     ok = condition != "first-last" or not codec.is_ti2v
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")
     check_parts(options.model, needs_images(options.model, condition))
-    step = codec.strides[1] * PATCH
+    step = codec.strides[1] * codec.patch[1]
     if prompts:
         plan = plan_prompts(clips, settings)
     else:
@@ -155,7 +164,7 @@ def _print_skipped(skipped: dict[str, str]) -> None:
         note(f"skipped {reason}", "encode")
 
 
-def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: VideoCodec) -> int:
+def _print_plan(plan: EncodePlan, settings: EncodeSettings, codec: Codec) -> int:
     """Print samples, tokens and bytes by size and length."""
     counts = Counter((crop.size, crop.frames) for crop in plan.crops)
     element = 2 if settings.dtype == "bf16" else 4

@@ -40,7 +40,7 @@ def check_weights(
     Args:
         path: see :func:`load_sampler_model`.
         folders: of the pipeline's transformers; two are experts.
-        shapes: of latents and conditions by name, without batch dimension.
+        shapes: of latents and conditions by name, without batch dimension; none are not checked.
 
     Raises:
         ValueError: if the weights cannot be read, or do not fit the pipeline or the shapes.
@@ -68,7 +68,9 @@ def check_weights(
 
 
 def _check_shapes(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    loading.check_shapes(shapes, loading.empty_model(folder), f"{folder}: does not fit the videos")
+    model = loading.empty_model(folder)
+    if shapes:
+        loading.check_shapes(shapes, model, f"{folder}: does not fit the videos")
 
 
 def load_sampler_model(

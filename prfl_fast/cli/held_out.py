@@ -10,7 +10,8 @@ import torch
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.evaluate import print_metrics
-from prfl_fast.data.codec import VideoCodec, load_codec
+from prfl_fast.data.codec import load_codec
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.velocity import Precision
 from prfl_fast.rewards.functions import Reward
@@ -24,9 +25,7 @@ from prfl_fast.utils.optional import need
 _DECODE_BUDGET = 2 << 30  # bytes beside those of the training; larger videos decode in tiles
 
 
-def load_held_out(
-    config: TrainFile, device: torch.device
-) -> tuple[LatentDataset, VideoCodec | None]:
+def load_held_out(config: TrainFile, device: torch.device) -> tuple[LatentDataset, Codec | None]:
     """Return the prompts of an evaluation, and the autoencoder that decodes its samples.
 
     Raise ``ValueError`` if one of them cannot be read, or they do not fit each other.
@@ -50,7 +49,7 @@ def load_held_out(
 def generator_evaluation(
     config: TrainFile,
     prompts: LatentDataset,
-    codec: VideoCodec | None,
+    codec: Codec | None,
     sampler: Sampler,
     rewards: Mapping[str, Reward],
     device: torch.device,

@@ -11,8 +11,9 @@ from typing import Any
 from prfl_fast.cli.inspect_runs import print_run_of
 from prfl_fast.cli.tables import print_facts, print_table
 from prfl_fast.data.inspect import DatasetReport, describe_dataset
-from prfl_fast.data.manifest import MANIFEST, TEXT, LatentDataset
+from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.data.reference_lists import SUFFIX, open_latents
+from prfl_fast.models.conditions import TEXT
 from prfl_fast.models.conversion import OFFICIAL_FOLDERS
 from prfl_fast.models.experts import FOLDERS
 from prfl_fast.models.loading import expert_folders, transformer_class, transformer_folder

@@ -13,10 +13,11 @@ from torch import nn
 
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.sections import ExpertsSection, GuidanceSection, HardwareSection, ReferenceReward
-from prfl_fast.data.manifest import LATENT_CONDITION, LatentDataset
+from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.reference_lists import ReferenceList, open_latents
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.blocks import TEXT_TOKENS
+from prfl_fast.models.conditions import LATENT, MASKS, TEXT, TEXTS, stack_conditions
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.loading import expert_folders, load_transformer, transformer_class
 from prfl_fast.models.registry import find_adapter
@@ -108,7 +109,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, proble
     try:
         adapter.check_latents(model, x, found)
         # A forward on meta tensors costs nothing and finds mismatches of widths.
-        if next(model.parameters()).is_meta:
+        if next(model.parameters()).is_meta and getattr(adapter, "runs_on_meta", True):
             with torch.no_grad():
                 adapter.velocity(model, x, torch.zeros(1, device="meta"), found)
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -204,19 +205,24 @@ def load_guidance(
     negative = load_tensors(source.negative)
     if not negative or set(negative) - set(shapes):
         raise ValueError(f"{key} holds {sorted(negative)}, expected some of {sorted(shapes)}")
-    sized = sorted(set(negative) & {LATENT_CONDITION, FIRST_FRAME})
+    sized = sorted(set(negative) & {LATENT, FIRST_FRAME})
     one = not sized or len(dataset.buckets) == 1
     check(one, f"{key}: tensors", sized, "only text and image states for videos of several sizes")
+    # Tokens that are added to a text without mask are tokens of the prompt.
+    padded = source.batched and MASKS[TEXT] in negative
     for name, tensor in negative.items():
-        wanted, text = tuple(shapes[name]), name == "encoder_hidden_states"
+        wanted, text = tuple(shapes[name]), name in TEXTS
         fits = tensor.shape == wanted
-        if text and not source.batched:  # two calls may have texts of different lengths
-            fits = tensor.ndim == 2 and tensor.shape[1] == wanted[1]
-            ok = not fits or 0 < len(tensor) <= TEXT_TOKENS
-            check(ok, f"{key}: {name}", tensor, f"1 to {TEXT_TOKENS} text tokens")
+        if text and (not source.batched or padded):
+            fits = tensor.ndim == len(wanted) and tensor.shape[1:] == wanted[1:]
+            most = wanted[0] if source.batched else TEXT_TOKENS
+            ok = not fits or 0 < len(tensor) <= most
+            check(ok, f"{key}: {name}", tensor, f"1 to {most} text tokens")
         hint = "Pad it, or set batched: false" if text and source.batched else ""
-        ok = fits and tensor.is_floating_point()
+        ok = fits and (tensor.is_floating_point() or name in MASKS.values())
         check(ok, f"{key}: {name}", tensor, f"the dataset's {list(wanted)}", hint=hint)
-        check_finite(f"{key}: {name}", tensor)
-    conditions = {name: tensor.float()[None].to(device) for name, tensor in negative.items()}
+        check_finite(f"{key}: {name}", tensor.float())
+    rows = {name: shapes[name][0] for name in TEXTS & negative.keys()} if source.batched else {}
+    found = stack_conditions([negative], rows)
+    conditions = {name: tensor.to(device) for name, tensor in found.items()}
     return Guidance(source.guidance_scale, conditions, source.batched)

@@ -17,7 +17,7 @@ from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.sampling import generate
 from prfl_fast.sampling.generate import Video
 from prfl_fast.sampling.methods import METHODS, Method, make_method
-from prfl_fast.sampling.pipeline import WanPipelineSampler
+from prfl_fast.sampling.pipeline import FamilyPipelineSampler, WanPipelineSampler
 from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries, read_json, write_json
@@ -67,8 +67,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("videos")
     text = "height x width in pixels (default: 480x832)"
     group.add_argument("--size", type=video_size, metavar="HxW", help=text)
-    group.add_argument("--frames", type=int, help="4n + 1 (default: 81)")
-    group.add_argument("--fps", type=float, default=16.0, help="frames per second (default: 16)")
+    group.add_argument("--frames", type=int, help="4n + 1 for Wan (default: 81)")
+    text = "frames per second (default: 16, of other families than Wan their own)"
+    group.add_argument("--fps", type=float, help=text)
     group.add_argument("--samples", type=int, default=1, help="videos of a prompt (default: 1)")
     text = "seed of the first video; the others count up (default: 0)"
     group.add_argument("--seed", type=int, default=0, help=text)
@@ -77,9 +78,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampler")
     text = "solver steps (default: 40)"
     group.add_argument("--num-inference-steps", metavar="N", type=int, default=40, help=text)
-    text = "timestep shift of the noise schedule (default: 5)"
-    group.add_argument("--shift", type=float, default=5.0, help=text)
-    text = "1 is off; of two experts also HIGH,LOW (default: 5)"
+    text = "timestep shift of the noise schedule (default: 5, or the pipeline's fixed one)"
+    group.add_argument("--shift", type=float, help=text)
+    text = "1 is off; of two experts also HIGH,LOW; embedded in HunyuanVideo (default: 5)"
     group.add_argument("--guidance-scale", metavar="S", type=_scale, default=5.0, help=text)
     text = "negative prompt (default: that of --data, or none)"
     group.add_argument("--negative", metavar="TEXT", help=text)
@@ -112,6 +113,8 @@ def run_sample(options: argparse.Namespace) -> int:
         check_reward(options.reward, job)
     if options.pipeline:
         _check_pipeline(options, job)
+    else:
+        check_flow(job)
     arm = Arm(job, options.out, options.weights, method, options.reward)
     print(arm.cost())
     with hold_folder(options.out):
@@ -138,8 +141,19 @@ def _check_pipeline(options: argparse.Namespace, job: Job) -> None:
         check(value is None, f"--{name}", value, "no value with --pipeline")
     check(options.batch_size == 1, "--batch-size", options.batch_size, "1 with --pipeline")
     images = sum(prompt.image is not None for prompt in job.prompts)
+    ok = job.family is None or not job.shift_given
+    check(ok, "--shift", options.shift, "no value with --pipeline, which has its own scheduler")
     all_or_none = images in (0, len(job.prompts))
     check(all_or_none, "--image", images, "one for each prompt or none with --pipeline")
+
+
+def check_flow(job: Job) -> None:
+    """Raise ``ValueError`` if only the pipeline of a family can sample, as of CogVideoX."""
+    if job.family is not None and not job.family.is_flow:
+        raise ValueError(
+            f"--model: {job.family.name} predicts no velocity of a flow, expected one that does. "
+            "Use prfl-fast sample --pipeline, without --method"
+        )
 
 
 def _method(options: argparse.Namespace) -> Method | None:
@@ -174,7 +188,8 @@ class Arm:
         self.job, self.out, self.weights = job, out, weights
         self.method, self.reward = method, reward
         if weights is not None:
-            check_weights(weights, job.folders, job.shapes)
+            flow = job.family is None or job.family.is_flow
+            check_weights(weights, job.folders, job.shapes if flow else {})
 
     def cost(self) -> str:
         """Return a line with the forwards and backwards of the videos."""
@@ -253,7 +268,8 @@ class Arm:
         """Return the sampler of the generator, which is loaded to the device."""
         job, o = self.job, self.job.options
         model = load_sampler_model(str(job.model), self.weights, job.weight_dtype, job.device)
-        scheduler = FlowUniPC(o.shift, integer_timesteps=True)
+        # Wan alone rounds timesteps down.
+        scheduler = FlowUniPC(o.shift, integer_timesteps=job.family is None)
         return Sampler(model, scheduler, o.num_inference_steps, job.guidance, RolloutConfig())
 
     def sample(self, then: Callable[[Sampler], None] | None = None) -> None:
@@ -304,10 +320,13 @@ class Arm:
         model = load_sampler_model(
             str(job.model), self.weights, job.weight_dtype, job.device, patched=False
         )
-        images = job.prompts[0].image is not None
-        pipeline = WanPipelineSampler(
-            job.model, model, o.shift, images=images, device=job.device, dtype=job.dtype
-        )
+        pipeline: WanPipelineSampler | FamilyPipelineSampler
+        parts: dict[str, Any] = {"device": job.device, "dtype": job.dtype}
+        if job.family is None:
+            images = job.prompts[0].image is not None
+            pipeline = WanPipelineSampler(job.model, model, o.shift, images=images, **parts)
+        else:
+            pipeline = FamilyPipelineSampler(job.model, model, job.family, o.fps, **parts)
         with step_progress(f"sample {self.out.name}", 0, len(todo) * o.num_inference_steps) as bar:
             for video in todo:
                 latents = pipeline(

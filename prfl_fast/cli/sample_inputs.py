@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -13,20 +13,22 @@ from prfl_fast.cli.plan import note
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.data.codec import (
     MAX_TOKENS,
-    VideoCodec,
     load_codec,
     load_image_encoder,
-    load_text_encoder,
+    load_prompt_encoder,
 )
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import find_part, has_part
 from prfl_fast.data.encode import DTYPES
 from prfl_fast.data.encode_plan import Condition, default_condition
-from prfl_fast.data.manifest import IMAGE, LATENT_CONDITION, TEXT, LatentDataset, Sample
+from prfl_fast.data.families import find_family
+from prfl_fast.data.manifest import LatentDataset, Sample
 from prfl_fast.data.prompts import Prompt, read_prompts
 from prfl_fast.data.reference_lists import open_latents
 from prfl_fast.data.video import clip_info
 from prfl_fast.models.adapter import Conditions
-from prfl_fast.models.registry import patch
+from prfl_fast.models.conditions import GUIDANCE, IMAGE, LATENT, TEXT, takes_guidance
+from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.planning.planner import size_of
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
@@ -58,12 +60,13 @@ class Job:
         check(self.model.exists(), "--model", str(self.model), "a folder that exists")
         for name in ("samples", "num_inference_steps", "batch_size"):
             check_count(f"--{name.replace('_', '-')}", getattr(options, name))
+        self.family = find_family(self.model)
+        self._set_defaults(options)
         for name in ("fps", "shift"):
             check_positive(f"--{name}", getattr(options, name))
         scale = options.guidance_scale
         for number in scale if isinstance(scale, tuple) else (scale,):
             check_number("--guidance-scale", number)
-        self.guided = scale != 1
         self.device = loading.device_of(HardwareSection(device=options.device))
         cuda = self.device.type == "cuda"
         self.weight_dtype = options.weight_dtype or ("bf16" if cuda else "fp32")
@@ -79,6 +82,11 @@ class Job:
         self.folders, boundary = loading.folders_of(str(self.model))
         one = not isinstance(scale, tuple) or boundary is not None
         check(one, "--guidance-scale", scale, "one number for one transformer")
+        # HunyuanVideo's scale is a condition, so that there is no second branch.
+        self.embedded = boundary is None and takes_guidance(loading.empty_model(self.folders[0]))
+        self.guided = scale != 1 and not self.embedded
+        ok = not self.embedded or options.negative is None
+        check(ok, "--negative", options.negative, "no value for a model with embedded guidance")
         if options.data is not None:
             self._open_dataset(options)
         else:
@@ -87,6 +95,20 @@ class Job:
         ok, expected = not mixed or options.batch_size == 1, "1 where some prompts have no image"
         check(ok, "--batch-size", options.batch_size, expected)
         self.videos = generate.list_videos(len(self.prompts), options.samples, options.seed)
+
+    def _set_defaults(self, options: argparse.Namespace) -> None:
+        """Fill in the options whose default depends on the family."""
+        if options.fps is None:
+            options.fps = 16.0 if self.family is None else float(self.family.fps)
+        self.shift_given = options.shift is not None
+        if options.shift is None:
+            options.shift = 5.0
+            scheduler = self.model / "scheduler" / "scheduler_config.json"
+            if self.family is not None and scheduler.is_file():
+                config = read_json(scheduler)
+                # LTX chooses it by the size, and Mochi's 1 belongs to other noise levels.
+                if not config.get("use_dynamic_shifting") and config.get("shift", 1.0) > 1:
+                    options.shift = float(config["shift"])
 
     def _open_dataset(self, options: argparse.Namespace) -> None:
         dataset = self.dataset = open_latents(options.data)
@@ -101,12 +123,10 @@ class Job:
         self.prompts = [Prompt(caption or name) for caption, name in named]
         self.shapes = dict(dataset.shapes)
         if not options.latents_only:
-            _check_family(self.model)
             find_part(self.model, "vae")
         if self.guided and options.negative is None:
             self._negative_file()
         elif self.guided:
-            _check_family(self.model)
             find_part(self.model, "text_encoder")
 
     def _negative_file(self) -> Path:
@@ -122,7 +142,6 @@ class Job:
         self.prompts = read_prompts(options.prompts) if options.prompts else _given_prompts(options)
         self.size = options.size or (480, 832)
         self.frames = 81 if options.frames is None else options.frames
-        _check_family(self.model)
         condition = default_condition(self.model)
         self.takes_clip = condition != "none" and has_part(self.model, "image_encoder")
         find_part(self.model, "text_encoder")
@@ -132,9 +151,15 @@ class Job:
         _check_images(self.prompts, condition, codec.is_ti2v, self.takes_clip, self.frames)
         self.shapes = {"latents": latents}
         if condition != "none":
-            self.shapes[LATENT_CONDITION] = (codec.channels + 4, *latents[1:])
+            self.shapes[LATENT] = (codec.channels + 4, *latents[1:])
         for folder in self.folders:
             model: Any = loading.empty_model(folder)
+            if self.family is not None:
+                adapter: Any = find_adapter(model)
+                self.shapes |= adapter.prompt_shapes(model)
+                if self.family.is_flow:
+                    loading.check_shapes(self.shapes, model, f"{folder}: does not fit the videos")
+                continue
             self.shapes[TEXT] = (MAX_TOKENS, model.config.text_dim)
             if model.config.image_dim is not None:
                 check(self.takes_clip, "--model", str(self.model), "a pipeline with image_encoder")
@@ -162,29 +187,28 @@ class Job:
         else:
             images = self._images()
             self.conditions = [
-                {TEXT: states[text], **image} for text, image in zip(texts, images, strict=True)
+                {**states[text], **image} for text, image in zip(texts, images, strict=True)
             ]
+        if self.embedded:
+            self.conditions = _WithGuidance(self.conditions, self.options.guidance_scale)
         if self.guided:
             if negative is None:
                 assert self.dataset is not None
-                path = self._negative_file()
-                found = self.dataset.read_text(path)
-                check(found is not None, str(path), None, f"{TEXT} of a prompt")
-                text = cast(torch.Tensor, found)
+                text = self.dataset.read_prompt(self._negative_file())
             else:
                 text = states[negative]
-            of_batch = {TEXT: text.float()[None].to(self.device)}
+            of_batch = generate.batch_conditions([text], self.device)
             # In turn, because prompts have other lengths than the negative one.
             self.guidance = Guidance(self.options.guidance_scale, of_batch, batched=False)
 
-    def _states(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the states of texts by text, on the CPU."""
+    def _states(self, texts: Sequence[str]) -> dict[str, Conditions]:
+        """Return the conditions of texts by text, on the CPU."""
         unique = list(dict.fromkeys(texts))
-        encoder = load_text_encoder(self.model, self.device, self.dtype)
+        encoder = load_prompt_encoder(self.model, self.device, self.dtype, self.options.fps)
         states = {}
         with step_progress("prompts", 0, len(unique)) as bar:
             for text in unique:
-                states[text] = encoder([text])[0].cpu()
+                states[text] = encoder.conditions([text])[0]
                 if encoder.is_cut(text):
                     note(f"cut at {MAX_TOKENS} tokens: {text[:60]!r}", self.options.command)
                 bar.update()
@@ -211,7 +235,7 @@ class Job:
         free_memory()
         return found
 
-    def open_codec(self) -> VideoCodec:
+    def open_codec(self) -> Codec:
         """Return the autoencoder; with its weights it keeps within ``--budget``, or free memory."""
         codec = load_codec(self.model, self.device)
         if self.budget is not None:
@@ -253,20 +277,23 @@ class _OfDataset(Sequence[Conditions]):
         return _sample(self._dataset, index).conditions
 
 
+class _WithGuidance(Sequence[Conditions]):
+    """Set the embedded guidance of conditions."""
+
+    def __init__(self, conditions: Sequence[Conditions], scale: float) -> None:
+        self._conditions, self._value = conditions, torch.tensor(1000.0 * scale)
+
+    def __len__(self) -> int:
+        return len(self._conditions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {**self._conditions[index], GUIDANCE: self._value}
+
+
 def _sample(dataset: LatentDataset, index: int) -> Sample:
     sample = dataset[index]
     assert isinstance(sample, Sample)
     return sample
-
-
-def _check_family(model: Path) -> None:
-    """Check that a diffusers pipeline has Wan's autoencoder, and so its text encoder."""
-    config = model / "vae" / "config.json"
-    if config.is_file():
-        kind = read_json(config).get("_class_name", "AutoencoderKLWan")
-        hint = "Sample other families in Python, by prfl_fast.rollout"
-        expected = "AutoencoderKLWan, of Wan's pipelines"
-        check(kind == "AutoencoderKLWan", f"autoencoder of {model}", kind, expected, hint=hint)
 
 
 def _given_prompts(options: argparse.Namespace) -> list[Prompt]:

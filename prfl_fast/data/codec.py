@@ -12,14 +12,18 @@ from typing import Any
 import torch
 
 from prfl_fast.data import codec_files
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import Device
-from prfl_fast.data.manifest import LATENT_CONDITION
+from prfl_fast.data.families import FamilyPrompts, find_family
+from prfl_fast.data.family_codec import FamilyCodec
 from prfl_fast.data.video import to_uint8
-from prfl_fast.models.adapter import FIRST_FRAME
-from prfl_fast.utils.checks import check, is_count
+from prfl_fast.models.adapter import FIRST_FRAME, Conditions
+from prfl_fast.models.conditions import LATENT, TEXT
+from prfl_fast.models.loading import transformer_class
+from prfl_fast.models.registry import adapter_by_name
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import need
 
-PATCH = 2  # of all Wan transformers, in height and width of the latents
 MAX_TOKENS = 512
 # Peak bytes of a step of the autoencoder over those of an activation at full size. Live tensors
 # have 9.2 to 13.2 of them (Wan2.1) and 11.5 to 21.1 (Wan2.2), counted with fake tensors at 480p and
@@ -27,14 +31,10 @@ MAX_TOKENS = 512
 _PEAK = {"Wan2.1": 17, "Wan2.2": 27}
 
 
-class VideoCodec:
+class VideoCodec(Codec):
     """Encode videos to normalized latents, and decode them, by Wan's autoencoder.
 
-    Attributes:
-        vae: the ``AutoencoderKLWan``.
-        channels: of the latents.
-        strides: pixels per latent in time, height and width: ``(4, 8, 8)`` or ``(4, 16, 16)``.
-        is_ti2v: True for the autoencoder of Wan2.2 TI2V.
+    Its strides are ``(4, 8, 8)``, or ``(4, 16, 16)`` for Wan2.2 TI2V.
 
     Args:
         vae: an ``AutoencoderKLWan``.
@@ -42,41 +42,20 @@ class VideoCodec:
             cut into overlapping tiles, which changes values near their borders. None never tiles.
     """
 
+    patch = (1, 2, 2)  # of all Wan transformers
+
     def __init__(self, vae: Any, budget: int | None = None) -> None:
-        self.vae, self.budget = vae.eval().requires_grad_(False), budget
+        super().__init__(vae, budget)
         config = vae.config
         self.channels: int = config.z_dim
         self.is_ti2v = self.channels == 48
         spatial = config.scale_factor_spatial
         self.strides: tuple[int, int, int] = (config.scale_factor_temporal, spatial, spatial)
-        device = next(vae.parameters()).device
         mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
         self._mean, self._std = mean, std
-
-    def limit(self, total: int) -> None:
-        """Set the budget to the part of ``total`` bytes of device memory beside the weights."""
-        weights = sum(parameter.nbytes for parameter in self.vae.parameters())
-        self.budget = max(0, total - weights)
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the shape ``(C, F, H, W)`` of the latents of a video.
-
-        Raises:
-            ValueError: if ``frames`` is not 4n + 1, or a side is no multiple of 16 (Wan2.2 TI2V:
-                32), that is of the autoencoder's stride times the transformer's patch.
-        """
-        time, *spatial = self.strides
-        ok, expected = is_count(frames) and frames % time == 1, f"{time}n + 1, such as 81"
-        check(ok, "frames", frames, expected)
-        for name, value, stride in zip(("height", "width"), (height, width), spatial, strict=True):
-            ok = is_count(value) and value % (stride * PATCH) == 0
-            expected = f"a multiple of {stride * PATCH}, the stride {stride} x patch {PATCH}"
-            check(ok, name, value, expected)
-        h, w = (side // stride for side, stride in zip((height, width), spatial, strict=True))
-        return self.channels, (frames - 1) // time + 1, h, w
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor) -> torch.Tensor:
@@ -91,29 +70,11 @@ class VideoCodec:
         Raises:
             ValueError: for another shape, or if not even a tile fits the budget.
         """
-        ok = video.ndim == 5 and video.shape[1] == 3 and video.is_floating_point()
-        check(ok, "video", video, "a floating-point [B, 3, F, H, W]")
-        self.latent_shape(*video.shape[2:])
+        self.check_video(video)
         video = video.to(self._mean.device, self.vae.dtype)
         self.set_encoder_tiles(video.shape)
         mode = self.vae.encode(video).latent_dist.mode()
         return (mode.float() - self._mean) / self._std
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the video of normalized latents.
-
-        Args:
-            latents: ``[B, C, F, H, W]``.
-
-        Returns:
-            ``[B, 3, 4 (F - 1) + 1, H * stride, W * stride]`` in [-1, 1], on the codec's device in
-            the autoencoder's dtype.
-
-        Raises:
-            ValueError: for another shape, or if not even a tile fits the budget.
-        """
-        return torch.cat(list(self.decode_parts(latents)), 2)
 
     @torch.no_grad()
     def decode_parts(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -122,8 +83,7 @@ class VideoCodec:
         Memory does not depend on the number of frames, unless the budget asks for tiles: then the
         first part is decoded with all others.
         """
-        ok = latents.ndim == 5 and latents.shape[1] == self.channels
-        check(ok, "latents", latents, f"[B, {self.channels}, F, H, W]")
+        self.check_latents(latents)
         z = latents.to(self._mean.device, torch.float32) * self._std + self._mean
         z = z.to(self.vae.dtype)
         time, stride, _ = self.strides
@@ -232,7 +192,7 @@ class VideoCodec:
         if self.is_ti2v:
             return {FIRST_FRAME: self.first_frame(first[None])[0]} if frames > 1 else {}
         given = (first[None], frames, None if last is None else last[None])
-        return {LATENT_CONDITION: self.latent_condition(*given)[0]}
+        return {LATENT: self.latent_condition(*given)[0]}
 
 
 class TextEncoder:
@@ -261,6 +221,10 @@ class TextEncoder:
         states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(1).tolist()
         return [state[:n].clone() for state, n in zip(states, lengths, strict=True)]
+
+    def conditions(self, prompts: Sequence[str]) -> list[Conditions]:
+        """Return the states of each prompt by the name of the condition, on the CPU."""
+        return [{TEXT: states.cpu()} for states in self(prompts)]
 
     def is_cut(self, prompt: str) -> bool:
         """Return True if a prompt has more than 512 tokens."""
@@ -292,12 +256,12 @@ def load_codec(
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     budget: int | None = None,
-) -> VideoCodec:
+) -> Codec:
     """Load the autoencoder of a pipeline.
 
     Args:
-        path: the folder of a diffusers pipeline or autoencoder, that of official Wan, or
-            ``Wan2.1_VAE.pth`` or ``Wan2.2_VAE.pth``.
+        path: the folder of a diffusers pipeline of any family, of Wan's autoencoder in diffusers,
+            that of official Wan, or ``Wan2.1_VAE.pth`` or ``Wan2.2_VAE.pth``.
         device: of the weights and of all results.
         dtype: of the weights.
         budget: see :class:`VideoCodec`.
@@ -306,7 +270,36 @@ def load_codec(
         ValueError: if there is none, or its tensors do not fit.
         MissingExtraError: if diffusers is not installed.
     """
-    return VideoCodec(codec_files.read_vae(Path(path), dtype).to(device), budget)
+    path = Path(path)
+    family = find_family(path)
+    vae = codec_files.read_vae(path, dtype, family is not None).to(device)
+    if family is None:
+        return VideoCodec(vae, budget)
+    kind, config = transformer_class(path)
+    adapter: Any = adapter_by_name(f"diffusers {kind.__name__}")
+    return FamilyCodec(vae, adapter.patch_sizes(config), budget)
+
+
+def load_prompt_encoder(
+    path: str | os.PathLike[str],
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    fps: float | None = None,
+) -> TextEncoder | FamilyPrompts:
+    """Load the object whose ``conditions(prompts)`` are those of a pipeline's prompts.
+
+    Args:
+        path: as in :func:`load_text_encoder`, or the folder of a pipeline of another family.
+        device, dtype: of the text encoders.
+        fps: frames per second, a condition of LTX; None: the default of its pipeline.
+
+    Raises:
+        ValueError, MissingExtraError: as :func:`load_codec`.
+    """
+    family = find_family(Path(path))
+    if family is None:
+        return load_text_encoder(path, device, dtype)
+    return FamilyPrompts(Path(path), family, device, dtype, fps)
 
 
 def load_text_encoder(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prfl_fast.utils.checks import check, reason_of
-from prfl_fast.utils.io import check_fit
+from prfl_fast.utils.io import check_fit, read_json
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.shards import read_state
 
@@ -102,9 +102,17 @@ def _loaded(load: Callable[..., Any], folder: Path) -> Any:
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
 
-def read_vae(path: Path, dtype: torch.dtype) -> Any:
-    """Return the ``AutoencoderKLWan`` of a path; see :func:`prfl_fast.data.codec.load_codec`."""
-    kind, place = need("diffusers").AutoencoderKLWan, find_part(path, "vae")
+def read_vae(path: Path, dtype: torch.dtype, any_class: bool = False) -> Any:
+    """Return the autoencoder of a path; see :func:`prfl_fast.data.codec.load_codec`.
+
+    It is an ``AutoencoderKLWan``, or with ``any_class`` of the class that its folder names.
+    """
+    diffusers, place = need("diffusers"), find_part(path, "vae")
+    kind = diffusers.AutoencoderKLWan
+    if any_class:
+        name = str(read_json(place / "config.json").get("_class_name"))
+        kind = getattr(diffusers, name, None)
+        check(kind is not None, f"autoencoder of {path}", name, "a class of this diffusers")
     if place.is_dir():
         return _pretrained(kind, place, dtype)
     state = read_state(place)

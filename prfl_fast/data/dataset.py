@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.nn.functional import pad
 
-from prfl_fast.data.manifest import SHORT, TEXT, Pair, Sample
+from prfl_fast.data.manifest import SHORT, Pair, Sample
 from prfl_fast.data.order import BatchOrder
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.conditions import TEXT, TEXTS, stack_conditions
 from prfl_fast.utils.checks import check, check_count, check_seed, is_number
 
 
@@ -38,32 +39,24 @@ class PairBatch(NamedTuple):
         return PairBatch(self.win.to(device), self.lose.to(device))
 
 
-def collate(samples: Sequence[Sample | Pair], text_rows: int = 0) -> Batch | PairBatch:
+def collate(
+    samples: Sequence[Sample | Pair], rows: Mapping[str, int] | None = None
+) -> Batch | PairBatch:
     """Stack samples into a :class:`Batch`, pairs into a :class:`PairBatch`.
 
-    Texts get rows of zeros up to the longest of the batch, or ``text_rows``, as models pad them.
+    Texts get rows of zeros up to the longest of the batch, or ``rows``, as models pad them.
     """
     if isinstance(samples[0], Pair):
         pairs = cast(Sequence[Pair], samples)
         sides = ([p.win for p in pairs], [p.lose for p in pairs])
-        return PairBatch(*(_stack(side, text_rows) for side in sides))
-    return _stack(cast(Sequence[Sample], samples), text_rows)
+        return PairBatch(*(_stack(side, rows) for side in sides))
+    return _stack(cast(Sequence[Sample], samples), rows)
 
 
-def _stack(samples: Sequence[Sample], text_rows: int) -> Batch:
-    rows = max(text_rows, *(len(s.conditions[TEXT]) for s in samples if TEXT in s.conditions), 0)
-
-    def wide(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.float()  # files may be bfloat16; losses and noise are float32
-        return pad(tensor, (0, 0, 0, rows - len(tensor))) if name == TEXT else tensor
-
-    conditions = {
-        name: torch.stack([wide(name, s.conditions[name]) for s in samples])
-        for name in samples[0].conditions
-    }
-    return Batch(
-        torch.stack([s.latents.float() for s in samples]), conditions, [s.labels for s in samples]
-    )
+def _stack(samples: Sequence[Sample], rows: Mapping[str, int] | None) -> Batch:
+    latents = torch.stack([s.latents.float() for s in samples])
+    conditions = stack_conditions([s.conditions for s in samples], rows)
+    return Batch(latents, conditions, [s.labels for s in samples])
 
 
 class Batches:
@@ -78,8 +71,8 @@ class Batches:
             :class:`Sample` or :class:`Pair`, all of one size.
         batch_size: samples, or pairs, of a batch.
         seed: seed of the order and of the draws of texts.
-        text_drop: probability that the empty prompt's text, ``dataset.empty_prompt()``, replaces a
-            sample's (HY-Video-PRFL: 0.1).
+        text_drop: probability that the conditions of the empty prompt, ``dataset.empty_prompt()``,
+            replace a sample's (HY-Video-PRFL: 0.1).
         short_captions: probability of a sample's short caption, if it is not dropped
             (HY-Video-PRFL: 0.3).
 
@@ -114,10 +107,11 @@ class Batches:
         check(ok, "text_drop", text_drop, f"{expected} empty_prompt()")
         ok = not short_captions or getattr(dataset, "short", True)
         check(ok, "short_captions", short_captions, f"0 for {whole}, which has no {SHORT}")
-        self._empty = dataset.empty_prompt() if text_drop else None
+        self._empty = dataset.empty_prompt() if text_drop else {}
         # Every batch has the rows of the dataset's longest text, as a negative prompt that is
         # guided in the same call must have the rows of the batch.
-        self._rows = 0 if buckets is None else dataset.shapes[TEXT][0]
+        shapes = {} if buckets is None else dataset.shapes
+        self._rows = {name: shapes[name][0] for name in TEXTS & shapes.keys()}
 
     def dropped(self) -> str:
         """Return a sentence on the samples that incomplete batches leave out; empty for none."""
@@ -144,13 +138,12 @@ class Batches:
         """Replace the text of a sample, or of both videos of a pair, as the draws say."""
         if isinstance(item, Pair):
             return Pair(*(cast(Sample, self._with_text(s, drop, short)) for s in item))
+        chosen: Conditions = {}
         if drop < self.text_drop:
             chosen = self._empty
-        else:
-            chosen = item.short if short < self.short_captions else None
-        if chosen is None:
-            return item
-        return item._replace(conditions={**item.conditions, TEXT: chosen})
+        elif short < self.short_captions and item.short is not None:
+            chosen = {TEXT: item.short}
+        return item._replace(conditions={**item.conditions, **chosen})
 
 
 class DrawnPairs:
@@ -193,4 +186,4 @@ class Winners:
 
 def _fixed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return shapes without the number of text rows."""
-    return {name: shape[1:] if name == TEXT else shape for name, shape in shapes.items()}
+    return {name: shape[1:] if name in TEXTS else shape for name, shape in shapes.items()}

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from prfl_fast.data.clip_lists import Clip
-from prfl_fast.data.codec import VideoCodec, load_codec, load_image_encoder, load_text_encoder
+from prfl_fast.data.codec import load_codec, load_image_encoder, load_prompt_encoder
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import FILES, Device, find_part, has_part
 from prfl_fast.data.encode_plan import (
     Crop,
@@ -24,16 +25,17 @@ from prfl_fast.data.encode_plan import (
     ordered_map,
     read_object,
 )
+from prfl_fast.data.families import find_family
 from prfl_fast.data.manifest import (
     EMPTY_PROMPT,
-    IMAGE,
     LATENT_SIZE,
     MANIFEST,
     NEGATIVE_PROMPT,
     SHORT,
-    TEXT,
 )
 from prfl_fast.data.video import VideoFileError, contact_sheet, read_clip, write_image
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.conditions import IMAGE, TEXT
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import write_digests
 from prfl_fast.utils.io import (
@@ -58,10 +60,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def model_identity(model: Path) -> dict[str, Any]:
     """Return names and sizes of the files of a pipeline's parts, and digests of their settings."""
     found: dict[str, Any] = {}
-    for part in FILES:
-        if part == "image_encoder" and not has_part(model, part):
-            continue
-        place = find_part(model, part)
+    parts = [part for part in FILES if part != "image_encoder" or has_part(model, part)]
+    if find_family(model) is not None:
+        folders = sorted(path.name for path in model.iterdir() if path.is_dir())
+        parts = [name for name in folders if name != "transformer"]
+    for part in parts:
+        place = model / part if (model / part).is_dir() else find_part(model, part)
         files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
         found[part] = {
             file.name: digest_of(file) if file.suffix == ".json" else file.stat().st_size
@@ -93,6 +97,8 @@ class Encoding:
         self.images = needs_images(model, settings.condition)
         clips = [crop.clip for crop in plan.crops]
         texts = [t for clip in clips for t in (clip.caption, clip.short_caption) if t is not None]
+        if find_family(model) is not None:  # a short caption has no masks and pooled states
+            texts = [clip.caption for clip in clips]
         negative = [] if settings.negative is None else [settings.negative]
         self.texts = list(dict.fromkeys(["", *negative, *texts]))
         self._places = {text: place for place, text in enumerate(self.texts)}
@@ -153,21 +159,25 @@ class Encoding:
         todo = [i for i, path in enumerate(paths) if not _is_whole(path)]
         if not todo:
             return
-        encoder = load_text_encoder(self.model, self.device, self.dtype)
+        encoder = load_prompt_encoder(self.model, self.device, self.dtype, self.settings.fps)
         with step_progress("texts", len(paths) - len(todo), len(paths)) as bar:
             for i in todo:
                 self.cut += filter(encoder.is_cut, batches[i])
-                states = encoder(batches[i])
-                save_tensors({str(k): state for k, state in enumerate(states)}, paths[i])
+                texts = enumerate(encoder.conditions(batches[i]))
+                tensors = {f"{k}.{name}": t for k, text in texts for name, t in text.items()}
+                save_tensors(tensors, paths[i])
                 bar.update()
         del encoder
         free_memory()
 
-    def text(self, text: str) -> torch.Tensor:
-        """Return the states ``[T, D]`` of an encoded text."""
+    def text(self, text: str) -> Conditions:
+        """Return the conditions of an encoded text, states in the dtype of the files."""
         batch, place = divmod(self._places[text], TEXT_BATCH)
         with open_tensors(self.parts / "texts" / f"{batch:06d}.safetensors") as file:
-            return file.get_tensor(str(place))
+            names = [name for name in file.keys() if name.startswith(f"{place}.")]
+            found = {name.partition(".")[2]: file.get_tensor(name) for name in names}
+        # LTX's scale of positions would be 0.1 % off in bfloat16.
+        return {name: t.to(self.dtype) if t.ndim > 1 else t for name, t in found.items()}
 
     def encode_images(self) -> None:
         """Write the CLIP states of the given frames of each sample."""
@@ -196,9 +206,9 @@ class Encoding:
                 if condition != "none":
                     last = video[:, -1] if condition == "first-last" else None
                     tensors |= codec.image_condition(video[:, 0], crop.frames, last)
-                tensors[TEXT] = self.text(crop.clip.caption)
-                if crop.clip.short_caption is not None:
-                    tensors[SHORT] = self.text(crop.clip.short_caption)
+                tensors |= self.text(crop.clip.caption)
+                if crop.clip.short_caption in self._places:
+                    tensors[SHORT] = self.text(crop.clip.short_caption)[TEXT]
                 if self.images:
                     tensors |= load_tensors(self.parts / "images" / path.name)
                 save_tensors({n: t.to(self.dtype) for n, t in tensors.items()}, path)
@@ -212,7 +222,7 @@ class Encoding:
         codec = load_codec(self.model)
         for number, crop in enumerate(self.plan.crops):
             size = ",".join(map(str, codec.latent_shape(crop.frames, *crop.size)))
-            text = {TEXT: self.text(crop.clip.caption).to(self.dtype)}
+            text = self.text(crop.clip.caption)
             save_tensors(text, self.sample_path(number), {LATENT_SIZE: size})
 
     @contextmanager
@@ -250,7 +260,7 @@ class Encoding:
         with progress as bar, closing(videos()) as found:
             yield found
 
-    def write_preview(self, codec: VideoCodec | None = None) -> None:
+    def write_preview(self, codec: Codec | None = None) -> None:
         """Write sheets of source frames above decoded ones, with a loaded codec or a new one."""
         codec = codec or load_codec(self.model, self.device, budget=self.budget)
         done = [i for i in range(len(self.plan.crops)) if self.sample_path(i).is_file()]
@@ -274,11 +284,10 @@ class Encoding:
         reason = next(iter(self.skipped.values()), "")
         check(bool(crops), "clips that can be read", 0, f"at least one: {reason}")
         names = [EMPTY_PROMPT]
-        save_tensors({TEXT: self.text("").to(self.dtype)}, self.out / EMPTY_PROMPT)
+        save_tensors(self.text(""), self.out / EMPTY_PROMPT)
         if self.settings.negative is not None:
             names.append(NEGATIVE_PROMPT)
-            negative = self.text(self.settings.negative).to(self.dtype)
-            save_tensors({TEXT: negative}, self.out / NEGATIVE_PROMPT)
+            save_tensors(self.text(self.settings.negative), self.out / NEGATIVE_PROMPT)
         lines = []
         for i, crop in crops:
             name = f"samples/{i:06d}.safetensors"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from prfl_fast.data.clip_lists import Clip
-from prfl_fast.data.codec import PATCH, VideoCodec
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import has_part
+from prfl_fast.data.families import find_family
 from prfl_fast.data.video import ClipInfo, VideoFileError, clip_info
 from prfl_fast.utils.checks import check, check_choice, check_count, check_positive
 from prfl_fast.utils.io import digest_of, read_json
@@ -69,7 +70,7 @@ class EncodePlan(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-def check_settings(settings: EncodeSettings, codec: VideoCodec) -> None:
+def check_settings(settings: EncodeSettings, codec: Codec) -> None:
     """Raise ``ValueError`` if a setting is out of range or does not fit the codec."""
     check_positive("fps", settings.fps)
     check_count("crops", settings.crops)
@@ -197,10 +198,11 @@ def ordered_map(
                 future.cancel()
 
 
-def latent_tokens(frames: int, size: tuple[int, int], codec: VideoCodec) -> int:
+def latent_tokens(frames: int, size: tuple[int, int], codec: Codec) -> int:
     """Return the tokens of the transformer for a sample."""
     _, f, h, w = codec.latent_shape(frames, *size)
-    return f * (h // PATCH) * (w // PATCH)
+    patch = codec.patch
+    return (f // patch[0]) * (h // patch[1]) * (w // patch[2])
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -221,7 +223,9 @@ def transformer_config(model: Path) -> dict[str, Any]:
 
 
 def default_condition(model: Path) -> Condition:
-    """Return the condition that a pipeline's transformer takes."""
+    """Return the condition that a pipeline's transformer takes; none in other families."""
+    if find_family(model) is not None:
+        return "none"
     config = transformer_config(model)
     kind = str(config.get("model_type", ""))
     if kind.startswith("flf") or config.get("pos_embed_seq_len"):

@@ -18,32 +18,27 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from prfl_fast.data.rows import read_text
-from prfl_fast.models.adapter import FIRST_FRAME
+from prfl_fast.models.adapter import FIRST_FRAME, Conditions
+from prfl_fast.models.conditions import LATENT, MASKS, RANKS, TEXT, TEXTS
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import digest_of, load_tensors, open_tensors, save_tensors, write_atomic
 from prfl_fast.utils.progress import count_progress
 
 MANIFEST = "manifest.jsonl"
-LATENT_CONDITION, IMAGE = "latent_condition", "encoder_hidden_states_image"
 # Metadata of a file without latents: their shape, such as "16,21,60,104".
 LATENT_SIZE = "latent_size"
-_RANKS = {
-    "latents": 4,
-    "encoder_hidden_states": 2,
-    "encoder_hidden_states_short": 2,
-    IMAGE: 2,
-    LATENT_CONDITION: 4,
-    FIRST_FRAME: 4,
-}
-TEXT, SHORT = "encoder_hidden_states", "encoder_hidden_states_short"
+SHORT = f"{TEXT}_short"
+_RANKS = {"latents": 4, SHORT: 2, **RANKS}
 # Files with the text of the prompt "", which text drop takes in place of a sample's text, and of
 # the negative prompt.
 EMPTY_PROMPT, NEGATIVE_PROMPT = "empty_prompt.safetensors", "negative.safetensors"
-_REQUIRED = ("latents", "encoder_hidden_states")
+_REQUIRED = ("latents", TEXT)
+_MASKS = tuple(MASKS.values())  # any dtype
 # torch's names of dtypes by those of safetensors; a dataset has floating-point tensors only.
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+_INTEGERS["BOOL"] = "bool"
 
 
 class Sample(NamedTuple):
@@ -111,7 +106,8 @@ class LatentDataset:
         """Read the manifest, check the headers of all files, and form the buckets."""
         self._records = self._read_manifest()
         self.pairs = "win" in self._records[0]
-        self.short, rows, form = False, 0, ""
+        self.short, form = False, ""
+        rows: dict[str, int] = {}  # of the longest text
         self._prompts: set[Path] = set()  # files without latents
         alone: list[bool] = []
         found: dict[tuple[int, ...], Bucket] = {}
@@ -126,10 +122,12 @@ class LatentDataset:
                         ok, where, path, f"a path inside {os.path.abspath(self._base())}", hint=hint
                     )
                 shapes = self._check_headers(record, key)
-                texts = [shapes.pop(name) for name in (TEXT, SHORT) if name in shapes]
-                self.short |= len(texts) > 1
-                rows = max(rows, *(text[0] for text in texts))
-                shapes[TEXT] = (0, texts[0][1])  # all have the rows of the longest, at the end
+                short = shapes.pop(SHORT, None)
+                self.short |= short is not None
+                rows[TEXT] = max(rows.get(TEXT, 0), 0 if short is None else short[0])
+                for name in TEXTS & shapes.keys():
+                    rows[name] = max(rows.get(name, 0), shapes[name][0])
+                    shapes[name] = (0, *shapes[name][1:])  # the longest's, at the end
                 form = form or _form(shapes)
                 expected = f"{form} as on earlier lines"
                 check(_form(shapes) == form, f"{where}: shapes", _listed(shapes), expected)
@@ -145,7 +143,8 @@ class LatentDataset:
         check(ok, f"{self.manifest}: files without latents", sum(alone), "none, or all")
         self.buckets = [found[size] for size in sorted(found, key=lambda s: (-prod(s), s))]
         for bucket in self.buckets:
-            bucket.shapes[TEXT] = (rows, bucket.shapes[TEXT][1])
+            for name in rows.keys() & bucket.shapes.keys():
+                bucket.shapes[name] = (rows[name], *bucket.shapes[name][1:])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -234,14 +233,23 @@ class LatentDataset:
         shapes = {name: shape for name, (shape, _) in headers.items()}
         for name, (shape, kind) in headers.items():
             expected, hint = f"one of {', '.join(_FLOATS.values())}", "Convert it with .float()"
-            ok = kind in _FLOATS.values()
+            ok = kind in _FLOATS.values() or (name in _MASKS and kind in _INTEGERS.values())
             check(ok, f"{where}: dtype of {name}", kind, expected, hint=hint)
             ok = len(shape) == _RANKS[name] and 0 not in shape
             check(ok, f"{where}: {name}", list(shape), f"{_RANKS[name]} dimensions, none 0")
+        for text, mask in MASKS.items():
+            if mask in shapes:
+                tokens = shapes.get(text, (None,))[0]
+                check(
+                    shapes[mask][0] == tokens,
+                    f"{where}: tokens of {mask}",
+                    shapes[mask][0],
+                    f"{tokens}, those of {text}",
+                )
         grid = list(shapes["latents"][1:])
-        condition = shapes.get(LATENT_CONDITION, shapes["latents"])
+        condition = shapes.get(LATENT, shapes["latents"])
         same, expected = list(condition[1:]) == grid, f"latents' frames, height and width {grid}"
-        check(same, f"{where}: {LATENT_CONDITION}", list(condition), expected)
+        check(same, f"{where}: {LATENT}", list(condition), expected)
         channels, frames, *size = shapes["latents"]
         first, wanted = shapes.get(FIRST_FRAME), (channels, 1, *size)
         ok = first is None or (frames > 1 and first == wanted)
@@ -283,21 +291,29 @@ class LatentDataset:
         """Return the path of the text states of the empty prompt, which need not exist."""
         return self.folder / EMPTY_PROMPT
 
-    def empty_prompt(self) -> torch.Tensor:
-        """Read the text states of the empty prompt, ``encoder_hidden_states`` ``[T, D]``.
+    def empty_prompt(self) -> Conditions:
+        """Read the conditions of the empty prompt, at least ``encoder_hidden_states`` ``[T, D]``.
 
-        Raise ``ValueError`` if ``empty_prompt.safetensors`` is missing, or does not fit the text.
+        Raise ``ValueError`` if ``empty_prompt.safetensors`` is missing, or does not fit the
+        samples.
         """
         path = self.empty_prompt_file()
         if not path.is_file():
             raise ValueError(f"{path}: no such file, expected {TEXT} [T, D] of the prompt ''")
-        rows, width = self.shapes[TEXT]
-        text: Any = self.read_text(path)
-        ok = text is not None and text.is_floating_point() and text.ndim == 2
-        ok = ok and 0 < len(text) <= rows and text.shape[1] == width
-        check(ok, f"{path}: {TEXT}", text, f"1 to {rows} rows of {width} floating-point numbers")
-        check_finite(f"{path}: {TEXT} as float32", text.float())
-        return text
+        found = self.read_prompt(path)
+        for name, tensor in found.items():
+            rows, *rest = own = self.shapes[name] or (0,)
+            ok = tensor.is_floating_point() or name in _MASKS
+            ok = ok and (tensor.shape == self.shapes[name] or name in TEXTS)
+            expected = f"the samples' {list(own)}"
+            if name in TEXTS:
+                ok = ok and tensor.ndim == len(own) and 0 < len(tensor) <= rows
+                ok = ok and list(tensor.shape[1:]) == rest
+                expected = f"1 to {rows} rows of {rest[0] if rest else 'as many'}"
+                expected += " floating-point numbers"
+            check(ok, f"{path}: {name}", tensor, expected)
+            check_finite(f"{path}: {name} as float32", tensor.float())
+        return found
 
     def subset(self, ids: Collection[str]) -> "LatentDataset":
         """Return the dataset of the items with these ids, in the manifest's order."""
@@ -330,9 +346,18 @@ class LatentDataset:
         """Return the path of the text states of the negative prompt, which need not exist."""
         return self.folder / NEGATIVE_PROMPT
 
-    def read_text(self, path: Path) -> torch.Tensor | None:
-        """Read the text states ``[T, D]`` of a prompt that all samples share; None without."""
-        return load_tensors(path).get(TEXT)
+    def read_prompt(self, path: Path) -> Conditions:
+        """Read the conditions of a prompt that all samples share, with its text ``[T, D]``.
+
+        Raise ``ValueError`` if there is no text, or a name that the samples lack.
+        """
+        return self._known_prompt(load_tensors(path), path)
+
+    def _known_prompt(self, found: Conditions, path: Path) -> Conditions:
+        known = {TEXT} <= found.keys() <= self.shapes.keys() - {"latents"}
+        expected = f"{TEXT}, and of others only conditions of the samples"
+        check(known, f"{path}: tensors", sorted(found), expected)
+        return found
 
     def labels(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Return ``(place, labels)`` of each item without reading tensors; place is file:line."""
@@ -362,7 +387,7 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _form(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return the shapes with letters for the numbers that samples need not share."""
-    free = {TEXT: "T, {1}", "latents": "{0}, F, H, W", LATENT_CONDITION: "{0}, F, H, W"}
+    free = {TEXT: "T, {1}", "latents": "{0}, F, H, W", LATENT: "{0}, F, H, W"}
     free[FIRST_FRAME] = "{0}, 1, H, W"
     return ", ".join(
         f"{name} [{free.get(name, ', '.join(map(str, shape))).format(*shape)}]"

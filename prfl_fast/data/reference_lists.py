@@ -20,16 +20,15 @@ import torch
 from prfl_fast.data.clip_lists import CAPTION
 from prfl_fast.data.manifest import (
     EMPTY_PROMPT,
-    IMAGE,
-    LATENT_CONDITION,
     NEGATIVE_PROMPT,
     SHORT,
-    TEXT,
     LatentDataset,
 )
 from prfl_fast.data.rows import read_text
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.conditions import IMAGE, LATENT, TEXT
 from prfl_fast.utils.checks import check, is_number
-from prfl_fast.utils.io import load_tensors, read_json
+from prfl_fast.utils.io import read_json
 from prfl_fast.utils.optional import need
 
 SUFFIX = ".list"
@@ -37,7 +36,7 @@ SUFFIX = ".list"
 _KEYS = {
     "latents": ("video_vae_latent_path", "vae_latent_path", "latents_path"),
     IMAGE: ("image_embeds", "imgclip_path"),
-    LATENT_CONDITION: ("f1_black_path", "latents_condition_path"),
+    LATENT: ("f1_black_path", "latents_condition_path"),
 }
 _LONG, _SHORT = ("textlong_path",), ("save_textshort_path", "textshort_path")
 _TEXTS = (*_SHORT, "text_en_path", *_LONG)  # of a video without both captions
@@ -81,7 +80,7 @@ class ReferenceList(LatentDataset):
         """Leave out image states and given frames, which its lists have for text-to-video too."""
         self._images = False
         for bucket in self.buckets:
-            for name in (IMAGE, LATENT_CONDITION):
+            for name in (IMAGE, LATENT):
                 bucket.shapes.pop(name, None)
 
     def _read_manifest(self) -> list[dict[str, Any]]:
@@ -141,9 +140,7 @@ class ReferenceList(LatentDataset):
 
     def _paths(self, record: Mapping[str, Any], key: str) -> dict[str, str]:
         paths: dict[str, str] = record["paths"]
-        return {
-            n: p for n, p in paths.items() if self._images or n not in (IMAGE, LATENT_CONDITION)
-        }
+        return {n: p for n, p in paths.items() if self._images or n not in (IMAGE, LATENT)}
 
     def _headers(self, record: Mapping[str, Any], key: str) -> dict[str, tuple[tuple, str]]:
         if record["meta"] not in self._known:
@@ -162,11 +159,11 @@ class ReferenceList(LatentDataset):
         }
         for name, tensor in tensors.items():
             tensors[name] = tensor.flatten(0, 1) if name == IMAGE else tensor[0]
-        given = tensors.get(LATENT_CONDITION)
+        given = tensors.get(LATENT)
         if given is not None and len(given) == len(tensors["latents"]):
             mask = given.new_zeros(_MASK_CHANNELS, *given.shape[1:])
             mask[:, 0] = 1
-            tensors[LATENT_CONDITION] = torch.cat([mask, given])
+            tensors[LATENT] = torch.cat([mask, given])
         return tensors
 
     def digest(self) -> str:
@@ -186,13 +183,13 @@ class ReferenceList(LatentDataset):
         ours = self.manifest.parent / NEGATIVE_PROMPT
         return ours if ours.is_file() else self._start / _UNCOND
 
-    def read_text(self, path: Path) -> torch.Tensor | None:
+    def read_prompt(self, path: Path) -> Conditions:
         """Read the text states ``[T, D]`` of a prompt from safetensors, or ``[1, T, D]`` .npy."""
         if path.suffix != ".npy":
-            return load_tensors(path).get(TEXT)
+            return super().read_prompt(path)
         array = _read_array(path)
         check(array.ndim == 3, str(path), list(array.shape), "[1, T, D]")
-        return torch.from_numpy(array)[0]
+        return {TEXT: torch.from_numpy(array)[0]}
 
 
 def _first(content: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
@@ -204,7 +201,7 @@ def _shape(name: str, shape: tuple[int, ...], channels: tuple[int, ...]) -> tupl
     """Return the shape of a tensor of a sample from that of its array."""
     if name == IMAGE:
         return (shape[0] * shape[1], *shape[2:]) if len(shape) > 1 else shape
-    masked = name == LATENT_CONDITION and shape[1:2] == channels
+    masked = name == LATENT and shape[1:2] == channels
     return (shape[1] + _MASK_CHANNELS, *shape[2:]) if masked else tuple(shape[1:])
 
 

@@ -1,5 +1,6 @@
 """Adapter of diffusers' ``CogVideoXTransformer3DModel``: kernels and memory policies, no PRFL."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from prfl_fast.kernels import (
 from prfl_fast.models.block_adapter import Replacements
 from prfl_fast.models.block_autograd import project
 from prfl_fast.models.blocks import feed_forward, project_out
-from prfl_fast.models.family_adapter import FamilyAdapter, warn_not_fused, why_not_fused
+from prfl_fast.models.family_adapter import Expected, FamilyAdapter, warn_not_fused, why_not_fused
 from prfl_fast.models.joint_blocks import TimeRows, Tokens
 
 _NORMS = {f"norm{i}": "CogVideoXLayerNormZero" for i in (1, 2)}
@@ -109,6 +110,14 @@ class CogVideoXAdapter(FamilyAdapter):
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks. Each call passes rotary tables."""
         return [(block, block_forward) for block in self.blocks(base)]
+
+    def expected_conditions(self, base: Any) -> Expected:
+        """Return the text."""
+        return {"encoder_hidden_states": (True, ("T", base.config.text_embed_dim))}
+
+    def patch_sizes(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return frames, rows and columns of a patch."""
+        return config.get("patch_size_t") or 1, config["patch_size"], config["patch_size"]
 
     def check_latents(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ``ValueError``: the model predicts no velocity."""

@@ -16,6 +16,7 @@ from prfl_fast.models.block_adapter import (
     Replacements,
     feed_forward_in_chunks,
 )
+from prfl_fast.models.conditions import LATENT
 from prfl_fast.models.inference import (
     RolloutModel,
     RolloutOptions,
@@ -29,7 +30,6 @@ from prfl_fast.utils.modules import layers_of, stopped_at, unwrap
 
 # The conditions of a family: name → (required, shape after the batch). A letter is any number.
 Expected = Mapping[str, tuple[bool, tuple[int | str, ...]]]
-LATENT = "latent_condition"
 
 
 def why_not_fused(block: Any, kinds: Mapping[str, str], processors: Sequence[str]) -> str:
@@ -79,6 +79,7 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
         why_not_fused: returns why a block must run its own forward, see :func:`why_not_fused`.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
         token_counts: usual sizes of letters in ``expected_conditions``, which the planner takes.
+        runs_on_meta: False if the forward depends on values of its tensors.
     """
 
     embeddings: ClassVar[Sequence[str]]
@@ -88,6 +89,7 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
     rope_forward: ClassVar[Callable[..., Any]]
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     token_counts: ClassVar[dict[str, int]] = {}
+    runs_on_meta: ClassVar[bool] = True
 
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks and of the rotary embedding."""
@@ -97,6 +99,21 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
     def expected_conditions(self, base: Any) -> Expected:
         """Return the conditions that the model takes."""
         raise NotImplementedError
+
+    def pipeline_conditions(self, base: Any) -> tuple[str, ...]:
+        """Return the names of the conditions that diffusers' pipeline makes of a prompt."""
+        return tuple(self.expected_conditions(base))
+
+    def prompt_shapes(self, base: Any, tokens: int = 8) -> dict[str, tuple[int, ...]]:
+        """Return shapes of a prompt's required conditions without batch dimension.
+
+        Numbers that a prompt chooses are ``tokens``.
+        """
+        return {
+            name: tuple(tokens if isinstance(n, str) else n for n in shape)
+            for name, (required, shape) in self.expected_conditions(base).items()
+            if required
+        }
 
     def arguments(self, base: Any, x: torch.Tensor, conditions: Conditions) -> dict[str, Any]:
         """Return the model's arguments besides the latents and the timestep."""

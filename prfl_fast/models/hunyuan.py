@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from prfl_fast.models.blocks import Rope
+from prfl_fast.models.conditions import LATENT
 from prfl_fast.models.family_adapter import (
-    LATENT,
     Expected,
     FamilyAdapter,
     warn_not_fused,
@@ -174,6 +174,7 @@ class HunyuanVideo15Adapter(_HunyuanAdapter):
     class_name = "HunyuanVideo15Transformer3DModel"
     name = f"diffusers {class_name}"
     token_counts = {"T2": 256, "N": 729}
+    runs_on_meta = False  # it looks for image tokens of zeros
     embeddings = (
         "x_embedder",
         "context_embedder",

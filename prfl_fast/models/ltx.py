@@ -104,6 +104,7 @@ class LTXVideoAdapter(FamilyAdapter):
     class_name = "LTXVideoTransformer3DModel"
     name = f"diffusers {class_name}"
     embeddings: ClassVar[Sequence[str]] = ("proj_in", "caption_projection", "time_embed")
+    exact_conditions: ClassVar[Sequence[str]] = ("rope_interpolation_scale",)
     block_forward, rope_forward = staticmethod(block_forward), staticmethod(rope_forward)
     why_not_fused = staticmethod(_why_not_fused)
 
@@ -125,7 +126,7 @@ class LTXVideoAdapter(FamilyAdapter):
         check(patch == (1, 1, 1), "patch sizes of the model", patch, "(1, 1, 1), as LTX has")
         scale = conditions.get("rope_interpolation_scale")
         if scale is not None:
-            same = bool((scale == scale[:1]).all())
+            same = scale.is_meta or bool((scale == scale[:1]).all())
             hint = "Videos of other frame rates go into other batches"
             expected = "equal rows"
             check(same, "conditions['rope_interpolation_scale']", scale, expected, hint=hint)

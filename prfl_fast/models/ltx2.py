@@ -295,6 +295,11 @@ class LTX2VideoAdapter(LTXVideoAdapter):
             "fps": (False, ()),
         }
 
+    def pipeline_conditions(self, base: Any) -> tuple[str, ...]:
+        """Return the conditions of the video: the pipeline denoises the audio beside it."""
+        names = super().pipeline_conditions(base)
+        return tuple(name for name in names if not name.startswith("audio"))
+
     def check_latents(
         self, model: torch.nn.Module, x: torch.Tensor, conditions: Conditions, name: str = "x"
     ) -> None:

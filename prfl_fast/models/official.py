@@ -28,6 +28,7 @@ from prfl_fast.models.adapter import (
 )
 from prfl_fast.models.block_adapter import BlockAdapter, Replacements
 from prfl_fast.models.blocks import context_keys
+from prfl_fast.models.conditions import IMAGE, LATENT, TEXT
 from prfl_fast.models.inference import (
     RolloutModel,
     RolloutOptions,
@@ -51,7 +52,7 @@ from prfl_fast.models.official_forward import (
     time_forward,
     why_not_fused,
 )
-from prfl_fast.models.wan_checks import IMAGE, LATENT, TEXT, check_wan_inputs
+from prfl_fast.models.wan_checks import check_wan_inputs
 from prfl_fast.models.wan_forward import text_rows, token_timesteps
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import instance_forward, layers_of, stopped_at, unwrap

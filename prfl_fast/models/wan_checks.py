@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from prfl_fast.models.adapter import FIRST_FRAME, Conditions, check_inputs
+from prfl_fast.models.conditions import IMAGE, LATENT, TEXT
 from prfl_fast.models.inference import UnsupportedError
 from prfl_fast.models.wan_forward import (
     PROCESSORS,
@@ -15,8 +16,6 @@ from prfl_fast.models.wan_forward import (
 )
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import instance_forward
-
-TEXT, IMAGE, LATENT = "encoder_hidden_states", "encoder_hidden_states_image", "latent_condition"
 
 
 def check_wan_inputs(base: Any, x: torch.Tensor, conditions: Conditions, name: str = "x") -> None:

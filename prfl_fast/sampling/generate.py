@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import interpolate, pad
 
-from prfl_fast.data.codec import ImageEncoder, VideoCodec
-from prfl_fast.data.manifest import IMAGE, TEXT
+from prfl_fast.data.codec import ImageEncoder
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.prompts import Prompt
 from prfl_fast.data.video import (
     contact_sheet,
@@ -24,6 +24,7 @@ from prfl_fast.data.video import (
     write_video,
 )
 from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.conditions import IMAGE, stack_conditions
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.sampler import Sampler
@@ -79,20 +80,15 @@ def batches_of(
 def batch_conditions(
     samples: Sequence[Conditions], device: torch.device | str = "cpu"
 ) -> Conditions:
-    """Stack conditions without batch dimension; shorter texts get rows of zeros, as models pad."""
-    rows = max(len(sample[TEXT]) for sample in samples)
-    padded = [
-        {**s, TEXT: pad(s[TEXT], (0, 0, 0, rows - len(s[TEXT])))} if TEXT in s else s
-        for s in samples
-    ]
-    return {k: torch.stack([s[k] for s in padded]).float().to(device) for k in padded[0]}
+    """Stack conditions without batch dimension on a device; see :func:`stack_conditions`."""
+    return {name: t.to(device) for name, t in stack_conditions(samples).items()}
 
 
 def image_conditions(
     prompt: Prompt,
     frames: int,
     size: tuple[int, int],
-    codec: VideoCodec,
+    codec: Codec,
     encoder: ImageEncoder | None,
 ) -> Conditions:
     """Return the conditions of a prompt's images, without batch dimension, on the CPU.
@@ -101,7 +97,7 @@ def image_conditions(
         prompt: with an image, or the first and the last.
         frames: of the video.
         size: height and width of the video, to which images are scaled and cropped.
-        codec: encodes them as :meth:`VideoCodec.image_condition`.
+        codec: encodes them as :meth:`Codec.image_condition`.
         encoder: CLIP, for models that take its states; None for others.
 
     Raises:
@@ -197,7 +193,7 @@ def sample_latents(
 
 
 def decode(
-    codec: VideoCodec,
+    codec: Codec,
     videos: Sequence[Video],
     folder: Path,
     fps: float,
@@ -205,7 +201,7 @@ def decode(
 ) -> None:
     """Write ``<name>.mp4`` of the latents of videos; each part is written when it is decoded.
 
-    ``tick`` is called once for each video. Errors are those of :meth:`VideoCodec.decode` and
+    ``tick`` is called once for each video. Errors are those of :meth:`Codec.decode` and
     :func:`prfl_fast.data.video.write_video`.
     """
     for video in videos:

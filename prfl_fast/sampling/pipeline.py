@@ -1,5 +1,6 @@
 """Sample latents by a diffusers pipeline itself, from the same noise as the rollout engine."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 from prfl_fast.data.codec import MAX_TOKENS
+from prfl_fast.data.families import Family, call_options, guidance_options, load_pipeline
 from prfl_fast.data.prompts import Prompt
 from prfl_fast.data.video import read_clip, to_uint8
+from prfl_fast.models.conditions import takes_guidance
 from prfl_fast.models.experts import Experts
 from prfl_fast.rollout.schedulers import FlowUniPC
-from prfl_fast.utils.checks import reason_of
+from prfl_fast.utils.checks import reason_of, torch_seed
 from prfl_fast.utils.optional import need
 
 
@@ -118,3 +121,104 @@ class WanPipelineSampler:
             **options,
         ).frames
         return found
+
+
+class FamilyPipelineSampler:
+    """Run the pipeline of another family than Wan: its encoding, guidance, scheduler and forward.
+
+    Args:
+        folder: of the pipeline.
+        transformer: the generator, not patched.
+        family: see :func:`prfl_fast.data.families.find_family`.
+        fps: frames per second, a condition of LTX.
+        device: on which the pipeline runs; on a GPU, one part at a time is there.
+        dtype: of the text encoders.
+
+    Raises:
+        ValueError: if a part of the pipeline cannot be loaded.
+        MissingExtraError: if diffusers or transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        transformer: nn.Module,
+        family: Family,
+        fps: float,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        pipe = self.pipe = load_pipeline(folder, family, dtype, transformer)
+        if device.type == "cuda":
+            pipe.enable_model_cpu_offload(device=device)
+        self._family, self._options = family, call_options(pipe, family, fps)
+        self._embedded = takes_guidance(transformer)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt,
+        negative: str,
+        noise: torch.Tensor,
+        frames: int,
+        size: tuple[int, int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        tick: Callable[[], object] = lambda: None,
+    ) -> torch.Tensor:
+        """Return the normalized latents of a video; see :class:`WanPipelineSampler`."""
+        options, layout = dict(self._options), self._family.layout
+        if not self._embedded:
+            options["negative_prompt"] = negative
+        if self._family.guidance == "guider":
+            self.pipe.guider = self.pipe.guider.new(guidance_scale=guidance_scale)
+        elif self._family.guidance == "true_cfg_scale" and not self._embedded:
+            options["true_cfg_scale"] = guidance_scale
+        else:
+            options |= guidance_options(self.pipe, guidance_scale)
+        # LTX-2 draws the noise of its audio, which depends on the video's noise only.
+        seed = int(noise.flatten()[0].view(torch.int32))
+        options["generator"] = torch.Generator().manual_seed(torch_seed(seed))
+        given = to_layout(noise, layout)
+        last: list[torch.Tensor] = []
+        if layout == "frames":  # CogVideoX alone does not cast its noise
+            given = given.to(self.pipe.transformer.dtype)
+
+        def on_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            last[:] = [tensors["latents"]]
+            tick()
+            return {}
+
+        calls = "callback_on_step_end" in inspect.signature(self.pipe.__call__).parameters
+        if calls:
+            options["callback_on_step_end"] = on_step
+        found = self.pipe(
+            prompt=prompt.text,
+            height=size[0],
+            width=size[1],
+            num_frames=frames,
+            num_inference_steps=num_inference_steps,
+            latents=given,
+            **options,
+        ).frames
+        if not calls:
+            for _ in range(num_inference_steps):
+                tick()
+        # Those of the last step, because LTX-2 returns latents that are not normalized.
+        return from_layout(last[0] if last else found, layout, noise)
+
+
+def to_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return latents ``[B, C, F, H, W]`` in a layout of :class:`Family`."""
+    if layout == "tokens":
+        return x.flatten(2).transpose(1, 2)
+    return x.transpose(1, 2) if layout == "frames" else x
+
+
+def from_layout(found: torch.Tensor, layout: str, like: torch.Tensor) -> torch.Tensor:
+    """Return latents of a layout as ``[B, C, F, H, W]``, the shape of ``like``, in float32."""
+    if layout == "video":
+        return found.float()
+    found = found.transpose(1, 2).float()
+    return found.reshape(like.shape) if layout == "tokens" else found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import interpolate
 
-from prfl_fast.data.codec import VideoCodec
+from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.dataset import Batch, PairBatch, collate
 from prfl_fast.data.manifest import LatentDataset, Pair
 from prfl_fast.data.order import consecutive
@@ -265,7 +265,7 @@ class GeneratorEvaluator:
         *,
         seeds: Sequence[int] = (0,),
         timesteps: Sequence[int] = EVALUATION_TIMESTEPS,
-        codec: VideoCodec | None = None,
+        codec: Codec | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.sampler, self.rewards, self.prompts = sampler, dict(rewards), prompts

@@ -111,7 +111,7 @@ def test_a_dataset_has_what_the_pipeline_would_encode(world, tmp_path, capsys):
         clip_states = image([clip[:, 0]])
         assert (found.pop("encoder_hidden_states_image") - clip_states).abs().max() <= 1e-5
         assert not found
-    assert dataset.empty_prompt().shape == (1, 32)
+    assert dataset.empty_prompt()["encoder_hidden_states"].shape == (1, 32)
     with encode.open_tensors(out / "negative.safetensors") as file:
         assert file.get_tensor("encoder_hidden_states").shape == (len("blurred, static") + 1, 32)
     check_values(dataset)

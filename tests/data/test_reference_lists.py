@@ -74,7 +74,7 @@ def test_the_empty_prompt_is_the_references_or_ours(tmp_path):
     assert text.shape == (1, 5, 20) and text[0, 0].eq(3).all() and text[0, 1:].eq(0).all()
     empty = {"encoder_hidden_states": torch.ones(1, 20)}
     save_tensors(empty, path.parent / "empty_prompt.safetensors")
-    assert ReferenceList(path).empty_prompt().eq(1).all()
+    assert ReferenceList(path).empty_prompt()["encoder_hidden_states"].eq(1).all()
 
 
 FLAT = {"vae_latent_path": (16, 3, 4, 6), "textshort_path": (1, 3, 20)}

@@ -1,0 +1,125 @@
+"""``prfl-fast sample`` and ``compare`` on tiny random pipelines of other families than Wan."""
+
+import json
+
+import pytest
+import torch
+from family_pipelines import PIPELINES, Solver, make_family_pipeline
+
+from prfl_fast.cli import main as cli
+from prfl_fast.data.codec import load_codec
+from prfl_fast.data.families import FAMILIES
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.sampling import generate
+from prfl_fast.sampling.pipeline import from_layout, to_layout
+from prfl_fast.utils.checks import torch_seed
+from prfl_fast.utils.io import load_tensors
+
+pytest.importorskip("pydantic")
+PROMPTS = ["A disc.", 'A "square" jerks to the left.']
+FRAMES = {"ltx": 9, "ltx2": 9, "mochi": 7, "cogvideox": 5}
+FLOWS = tuple(family for family in PIPELINES if family != "cogvideox")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Return a function that writes the pipeline of a family once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(family):
+        if not (root / family).exists():
+            make_family_pipeline(family).save_pretrained(root / family)
+        return root / family
+
+    return folder
+
+
+def sample(folder, out, *words, prompts=PROMPTS, frames=None):
+    """Run the command and return its exit code."""
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    frames = frames or FRAMES.get(folder.name, 5)
+    small = ["--size", "64x64", "--frames", frames, "--num-inference-steps", 4]
+    words = ["sample", out, "--model", folder, *given, *small, "--device", "cpu", *words]
+    return cli.main(list(map(str, words)))
+
+
+def latents(out):
+    """Return the latents of a folder in the order of the videos."""
+    return [load_tensors(path)["latents"] for path in sorted((out / "latents").iterdir())]
+
+
+def expected(family, pipeline, prompt, seed, like, scale=3.0, output="latent", **options):
+    """Return what a pipeline itself makes of a prompt and the noise of a seed."""
+    kind = FAMILIES[PIPELINES[family]]
+    noise = to_layout(generate.noise_of(seed, like.shape)[None], kind.layout)
+    options |= kind.options
+    if family == "hunyuan":
+        options["guidance_scale"] = scale
+    else:
+        options["negative_prompt"] = "Bad."
+    if family == "hunyuan15":
+        pipeline.guider = pipeline.guider.new(guidance_scale=scale)
+    elif family != "hunyuan":
+        options["guidance_scale"] = scale
+    last = []
+    if family == "ltx2":
+        options["audio_guidance_scale"] = scale
+        first = int(noise.flatten()[0].view(torch.int32))
+        options["generator"] = torch.Generator().manual_seed(torch_seed(first))
+        options["callback_on_step_end"] = lambda p, i, t, given: last.append(given["latents"]) or {}
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(
+        prompt=prompt, height=64, width=64, num_frames=FRAMES.get(family, 5),
+        num_inference_steps=4, latents=noise, output_type=output, **options,
+    ).frames  # fmt: skip
+    if output != "latent":
+        return found[0]
+    found = from_layout(last[-1] if last else found, kind.layout, like[None])
+    return found[0]
+
+
+def negative(family):
+    return () if family == "hunyuan" else ("--negative", "Bad.")
+
+
+@pytest.mark.parametrize("family", FLOWS)
+def test_samples_are_those_of_the_pipeline_with_our_solver(family, folder_of, tmp_path):
+    folder, options = folder_of(family), {}
+    words = ["--guidance-scale", 3, "--shift", 2, "--batch-size", 2, *negative(family)]
+    assert sample(folder, tmp_path, *words, "--latents-only", "--seed", 5) == 0
+    pipeline = make_family_pipeline(family)
+    pipeline.scheduler = Solver(FlowUniPC(2.0, integer_timesteps=False), family == "mochi")
+    if family.startswith("ltx"):
+        options["frame_rate"] = FAMILIES[PIPELINES[family]].fps
+    if family == "ltx2":  # the engine denoises the video alone
+        forward = pipeline.transformer.forward
+        pipeline.transformer.forward = lambda **given: forward(
+            **{**given, "isolate_modalities": True}
+        )
+    for i, found in enumerate(latents(tmp_path)):
+        wanted = expected(family, pipeline, PROMPTS[i], 5 + i, found, **options)
+        assert found.isfinite().all() and not torch.allclose(found, wanted.flip(1), atol=0.1)
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=2e-4), (found - wanted).abs().max()
+
+
+@pytest.mark.parametrize(
+    "family", ["cogvideox", *(pytest.param(f, marks=pytest.mark.slow) for f in FLOWS)]
+)
+def test_videos_are_decoded_as_by_the_pipeline(family, folder_of, tmp_path):
+    folder = folder_of(family)
+    words = ["--guidance-scale", 3, "--pipeline", "--seed", 5, *negative(family)]
+    assert sample(folder, tmp_path, *words, prompts=PROMPTS[1:]) == 0
+    (found,) = latents(tmp_path)
+    pipeline, options = make_family_pipeline(family), {}
+    if family.startswith("ltx"):
+        options["frame_rate"] = FAMILIES[PIPELINES[family]].fps
+    wanted = expected(family, pipeline, PROMPTS[1], 5, found, **options)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    frames = expected(family, pipeline, PROMPTS[1], 5, found, output="pt", **options)
+    video = load_codec(folder).decode(found[None])[0].transpose(0, 1)
+    assert torch.allclose(video / 2 + 0.5, frames, atol=1e-5), (
+        (video / 2 + 0.5 - frames).abs().max()
+    )
+    assert (tmp_path / "0000-0.mp4").is_file() and (tmp_path / "sheet.png").is_file()
+    settings = json.loads((tmp_path / "samples.json").read_text())["settings"]
+    assert settings["fps"] == FAMILIES[PIPELINES[family]].fps
