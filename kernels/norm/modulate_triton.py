@@ -98,7 +98,9 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
     b_total = tiles.zeros(HEAD, TAIL)
     i_now = i
     if order_ptr is not None:
-        i_now, i_next = load_index(order_ptr, i, end), load_index(order_ptr, i + 1, end)
+        i_now = load_index(order_ptr, i, end)
+        if AHEAD > 1:
+            i_next = load_index(order_ptr, i + 1, end)
     if AHEAD > 0 and x_ptr is not None:
         next_x = tiles.load(x_ptr, i_now, stride_xb, stride_xl, length_x, o_d, m_d, i < end)
     if AHEAD > 1:
@@ -107,9 +109,13 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         i_token = i_now
         i += 1
         i_now = i
-        if order_ptr is not None:  # a number is loaded two tokens ahead, so that it can address
+        if order_ptr is not None and AHEAD > 1:  # load a number two tokens before it addresses
             i_now = i_next
             i_next = load_index(order_ptr, i + 1, end)
+        elif order_ptr is not None and AHEAD > 0:
+            i_now = load_index(order_ptr, i, end)
+        elif order_ptr is not None:
+            i_token = load_index(order_ptr, i - 1, end)
         if AHEAD > 1:
             b_dy = next_dy
             next_dy = tiles.load(grad_ptr, i_now, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
@@ -169,9 +175,13 @@ def backward_launch(
 
     ``itemsize``, the larger of dy and x in bytes, decides if the next token fits the registers.
     """
-    head, tail, num_warps = tiles.split_token(dim, 20 if itemsize <= 2 or not sums else 16)
+    new = capability >= (10, 0)  # where ptxas needs more registers
+    wide = sums and (new or itemsize > 2)
+    head, tail, num_warps = tiles.split_token(dim, 16 if wide else 20)
     wave = 16 // num_warps * multiprocessors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 16))
     programs = max(1, min(-(-programs // rows), tokens // rows))
-    both = head + tail <= (16 if itemsize <= 2 else 12) * 32 * num_warps
-    return Launch(head, tail, num_warps, 128, programs, 2 if both else 1)
+    elements = (head + tail) // (32 * num_warps)
+    both = elements <= (12 if new or itemsize > 2 else 16)
+    one = not (sums and new and itemsize > 2)
+    return Launch(head, tail, num_warps, 128, programs, 2 if both else int(one))
