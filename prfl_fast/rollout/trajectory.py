@@ -1,5 +1,6 @@
 """One trajectory of a sampler, with and without gradient."""
 
+import bisect
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -156,7 +157,7 @@ class Trajectory:
         return out.to(x.dtype)
 
     def _next(self) -> int:
-        return self._kept[self._kept.index(self.index) + 1]
+        return self._kept[bisect.bisect_right(self._kept, self.index)]
 
     def follow(self, x: torch.Tensor) -> None:
         """Continue from ``x``, the result of :meth:`solve`, with its graph."""
