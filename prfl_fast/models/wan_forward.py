@@ -25,6 +25,7 @@ _BLOCKS: tuple[str, ...] = (
 _BLOCKS += tuple(f"FSDP{name}" for name in _BLOCKS)
 # Modules of these packages have the forwards that the kernels replace.
 _LIBRARIES = ("diffusers", "torch")
+_found_in_library: dict[Any, bool] = {}
 _IMAGE_NORMS = ("norm_q", "norm_k", "norm_added_k")
 
 
@@ -55,7 +56,12 @@ def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
 
 def is_library(function: Any) -> bool:
     """Return True for a function of diffusers or torch, and under dynamo, which cannot tell."""
-    return torch.compiler.is_compiling() or function.__module__.split(".")[0] in _LIBRARIES
+    if torch.compiler.is_compiling():
+        return True
+    found = _found_in_library.get(function)  # a block asks about 15 functions at each call
+    if found is None:
+        found = _found_in_library[function] = function.__module__.split(".")[0] in _LIBRARIES
+    return found
 
 
 def customized(name: str, module: Any, kinds: tuple[str, ...], own: object = None) -> str:

@@ -107,5 +107,7 @@ def is_plain_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear  # no adapter and no quantized layer, which are subclasses
         and not customization(module)
         # torchao keeps quantized weights, tensor subclasses, in plain linear layers.
-        and not hasattr(module.weight, "__tensor_flatten__")
+        and (
+            type(module.weight) is nn.Parameter or not hasattr(module.weight, "__tensor_flatten__")
+        )
     )
