@@ -40,9 +40,14 @@ CHUNK = 1 << 26  # scores that the plain path holds at once: 256 MB of float32
 
 
 # Plain PyTorch: the fallback, and with upcast the exact result that tests compare with.
+def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """View ``[B, L, D]`` as ``[B, L, heads, d]``; Tensor.unflatten takes four times as long."""
+    return x.view(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
+
+
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """View ``[B, L, D]`` as ``[B, heads, L, d]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return _split(x, heads).transpose(1, 2)
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
@@ -132,18 +137,12 @@ def reference(
     if name == "plain":
         return plain(q, k, v, heads, scale, key_lengths)
     forward, _ = CALLS[name]
-    out, lse = forward(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v)), scale, key_lengths)
+    split = [_split(t, heads) for t in (q, k, v)]
+    out, lse = forward(*split, scale, key_lengths)
     return out.flatten(2).contiguous(), lse.contiguous()
 
 
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    heads: int,
-    scale: float,
-    key_lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q, k, v, heads, scale, key_lengths=None):
     lse = q.new_empty((q.shape[0], heads, q.shape[1]), dtype=compute_dtype(q))
     return q.new_empty(q.shape), lse
 
@@ -174,7 +173,7 @@ def reference_backward(
         gradients = plain_backward(grad, q, k, v, out, lse, heads, scale, key_lengths)
     else:
         _, backward = CALLS[name]
-        split = [t.unflatten(-1, (heads, -1)) for t in (grad, q, k, v, out)]
+        split = [_split(t, heads) for t in (grad, q, k, v, out)]
         gradients = tuple(
             g.flatten(2) for g in backward(*split, lse.contiguous(), scale, key_lengths)
         )
@@ -191,25 +190,41 @@ def reference_backward(
     return d_q, d_k, d_v
 
 
-def _fake_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    heads: int,
-    scale: float,
-    needed: list[bool],
-    key_lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    d_q, d_k, d_v = (
-        t.new_empty(t.shape if need else (0,)) for t, need in zip((q, k, v), needed, strict=True)
-    )
-    return d_q, d_k, d_v
+def _fake_backward(grad, q, k, v, out, lse, heads, scale, needed, key_lengths=None):
+    pairs = zip((q, k, v), needed, strict=True)
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in pairs)
 
 
-_forward_op = register("attention", reference, fake=_fake, report=explain)
+def check_heads(op, q, k, v, heads, names=("k", "v")):
+    """Raise ``ValueError`` unless q ``[B, Lq, D]``, k and v ``[B, Lk, D]`` and ``heads`` match."""
+    require_float(op, "q", q)
+    require(q.ndim == 3 and q.shape[2] > 0, op, "q", q, "a shape [B, Lq, D] with D > 0")
+    batch, _, dim = q.shape
+    require(q.stride(-1) == 1 or dim == 1, op, "q", q, "a contiguous last axis")
+    require(heads > 0 and dim % heads == 0, op, "heads", heads, f"a divisor of D = {dim}")
+    pair = dict(zip(names, (k, v), strict=True))
+    for name, x in pair.items():
+        require_float(op, name, x)
+        ok = x.ndim == 3 and x.shape[::2] == q.shape[::2]
+        require(ok, op, name, x, f"shape [{batch}, Lk, {dim}] to match q")
+        require(x.dtype == q.dtype, op, name, x, f"q's dtype {q.dtype}")
+        require(x.shape[1] > 0, op, name, x, "at least one key")
+        require(x.stride(-1) == 1 or dim == 1, op, name, x, "a contiguous last axis")
+    require(v.shape == k.shape, op, names[1], v, f"{names[0]}'s shape {list(k.shape)}")
+    require_same_device(op, q=q, **pair)
+
+
+def _check(q, k, v, heads, scale, key_lengths=None):
+    check_heads("attention", q, k, v, heads)
+    if key_lengths is not None:
+        op, name = "attention", "key_lengths"
+        ok = isinstance(key_lengths, torch.Tensor) and key_lengths.dtype == torch.int32
+        ok = ok and key_lengths.shape == q.shape[:1]
+        require(ok, op, name, key_lengths, f"int32 of shape [{len(q)}], one for each sample")
+        require_same_device(op, q=q, key_lengths=key_lengths)
+
+
+_forward_op = register("attention", reference, fake=_fake, report=explain, check=_check)
 _backward_op = register(
     "attention_backward", reference_backward, fake=_fake_backward, report=explain
 )
@@ -247,31 +262,10 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # Public function.
-def _check_keys(q: torch.Tensor, **pair: torch.Tensor) -> None:
-    op, (batch, _, dim) = "attention", q.shape
-    (first, keys), (second, values) = pair.items()
-    for name, x in pair.items():
-        require_float(op, name, x)
-        ok = x.ndim == 3 and x.shape[::2] == q.shape[::2]
-        require(ok, op, name, x, f"shape [{batch}, Lk, {dim}] to match q")
-        require(x.dtype == q.dtype, op, name, x, f"q's dtype {q.dtype}")
-        require(x.shape[1] > 0, op, name, x, "at least one key")
-        require(x.stride(-1) == 1 or dim == 1, op, name, x, "a contiguous last axis")
-    require(values.shape == keys.shape, op, second, values, f"{first}'s shape {list(keys.shape)}")
-    require_same_device(op, q=q, **pair)
-
-
-def _check_lengths(q: torch.Tensor, k: torch.Tensor, key_lengths: torch.Tensor) -> None:
-    op, name = "attention", "key_lengths"
-    ok = isinstance(key_lengths, torch.Tensor) and key_lengths.dtype == torch.int32
-    ok = ok and key_lengths.shape == q.shape[:1]
-    require(ok, op, name, key_lengths, f"int32 of shape [{q.shape[0]}], one for each sample")
-    require_same_device(op, q=q, key_lengths=key_lengths)
-    # A read would stall a GPU, and would break the graph of a trace.
-    if key_lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = key_lengths.tolist()
-        ok = all(0 < n <= k.shape[1] for n in values)
-        require(ok, op, name, values, f"numbers from 1 to Lk = {k.shape[1]}")
+def default_scale(q: torch.Tensor, heads: int) -> float:
+    """Return 1/√d; 1 for wrong arguments, which the operation refuses later."""
+    fits = isinstance(q, torch.Tensor) and q.ndim == 3 and 0 < heads <= q.shape[2]
+    return 1 / math.sqrt(q.shape[2] // heads) if fits else 1.0
 
 
 def attention(
@@ -309,21 +303,20 @@ def attention(
             there are no keys, key lengths are out of range, only one of ``extra_k`` and ``extra_v``
             is given, or the backend of :func:`set_attention_backend` does not take these tensors.
     """
-    op, extra = "attention", {"extra_k": extra_k, "extra_v": extra_v}
-    require_float(op, "q", q)
-    require(q.ndim == 3 and q.shape[2] > 0, op, "q", q, "a shape [B, Lq, D] with D > 0")
-    dim = q.shape[2]
-    require(q.stride(-1) == 1 or dim == 1, op, "q", q, "a contiguous last axis")
-    require(heads > 0 and dim % heads == 0, op, "heads", heads, f"a divisor of D = {dim}")
-    _check_keys(q, k=k, v=v)
+    extra = {"extra_k": extra_k, "extra_v": extra_v}
     for name, other in (("extra_k", "extra_v"), ("extra_v", "extra_k")):
         ok = extra[name] is not None or extra[other] is None
-        require(ok, op, name, extra[name], f"a tensor, as {other} is given")
-    if key_lengths is not None:
-        _check_lengths(q, k, key_lengths)
-    scale = 1 / math.sqrt(dim // heads) if scale is None else float(scale)
+        require(ok, "attention", name, extra[name], f"a tensor, as {other} is given")
+    # A read would stall a GPU, and would break the graph of a trace.
+    readable = isinstance(key_lengths, torch.Tensor) and key_lengths.device.type == "cpu"
+    if key_lengths is not None and readable and not torch.compiler.is_compiling():
+        values = key_lengths.flatten().tolist()
+        ok = all(0 < n <= k.shape[1] for n in values)
+        expected = f"numbers from 1 to Lk = {k.shape[1]}"
+        require(ok, "attention", "key_lengths", values, expected)
+    scale = default_scale(q, heads) if scale is None else float(scale)
     out, lse = _forward_op(q, k, v, heads, scale, key_lengths)
     if extra_k is not None and extra_v is not None:
-        _check_keys(q, extra_k=extra_k, extra_v=extra_v)
-        out = out + _forward_op(q, extra_k, extra_v, heads, scale)[0]
+        check_heads("attention", q, extra_k, extra_v, heads, ("extra_k", "extra_v"))
+        out = out + _forward_op(q, extra_k, extra_v, heads, scale, None)[0]
     return out, lse

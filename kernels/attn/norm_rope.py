@@ -61,12 +61,12 @@ def _pairs(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """Return 1/√(mean(x²) + eps) over the last dimension, kept, without a widened copy of x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
     """View x with the normalized dimension last: ``[B, L, heads, d]`` or ``[B, L, D]``."""
-    return x.unflatten(-1, (heads, -1)) if per_head else x
+    return x.view(*x.shape[:2], heads, -1) if per_head else x
 
 
 def _forward_one(
@@ -99,9 +99,17 @@ def _turns(
     """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``."""
     if cos is None or sin is None:
         return None
-    if grid:
+    if not grid:
+        return torch.complex(cos.to(dtype), sin.to(dtype)).view(cos.shape[0], -1, pairs)
+    if cos.is_inference() or sin.is_inference():  # such tensors count no writes
         return rotations(cos, sin, grid, offset, dtype)
-    return torch.complex(cos.to(dtype), sin.to(dtype)).unflatten(1, (-1, pairs))
+    # All blocks of a forward share the tables: 20 small operations, three times a trained block.
+    key = (*grid, *offset, dtype, sin._version, cos._version)
+    known = vars(cos).get("_prfl_fast_turns", (None, None, None))
+    if known[0] is not sin or known[1] != key:
+        known = sin, key, rotations(cos, sin, grid, offset, dtype)
+        vars(cos)["_prfl_fast_turns"] = known
+    return known[2]
 
 
 def reference(
@@ -141,22 +149,20 @@ def _backward_one(
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(grad)
-    nothing = grad.new_empty(0)
     d_z = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if turns is not None:
-        # conj() is lazy, and a custom operation under a dispatch mode loses the lazy conjugate.
-        _pairs(d_z, heads).mul_(turns.conj_physical())
+        _pairs(d_z, heads).mul_(turns)
     if x is None or weight is None:
-        return (d_z.to(grad.dtype) if need_x else nothing), nothing
+        return d_z.to(grad.dtype) if need_x else grad.new_empty(0), grad.new_empty(0)
     groups, d_z = _grouped(x, heads, per_head), _grouped(d_z, heads, per_head)
     rstd = _rstd(groups, eps, dtype)
     normed = groups * rstd
     product = d_z * normed
     d_weight = weight.new_empty(0)
     if need_weight:
-        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        d_weight = product.sum(tuple(range(product.dim() - 1))).to(weight.dtype)
     if not need_x:
-        return nothing, d_weight
+        return grad.new_empty(0), d_weight
     mean = product.mul_(weight).mean(-1, keepdim=True)
     d_x = d_z.mul_(weight).sub_(normed.mul_(mean)).mul_(rstd)
     return d_x.reshape(x.shape).to(x.dtype).contiguous(), d_weight
@@ -186,6 +192,9 @@ def reference_backward(
     some = q_grad if q_grad is not None else k_grad
     assert some is not None
     turns = _turns(cos, sin, grid, offset, some.shape[2] // heads // 2, compute_dtype(some))
+    if turns is not None:
+        # conj() is lazy, and a custom operation under a dispatch mode loses the lazy conjugate.
+        turns = turns.conj_physical()
     results = []
     for grad, x, weight, need_x, need_weight in (
         (q_grad, q, q_weight, needed[0], needed[2]),
@@ -330,7 +339,34 @@ def _fake_backward(q_grad, k_grad, q, k, q_weight, k_weight, *rest):
     )
 
 
-_forward_op = register("qk_norm_rope", reference, fake=_fake, triton=_triton_forward)
+def _check(q, k, q_weight, k_weight, cos, sin, grid, offset, heads, per_head, eps):
+    op = "qk_norm_rope"
+    for name, x in (("q", q), ("k", k)):
+        require_float(op, name, x)
+        require(x.ndim == 3, op, name, x, "a shape [B, L, D]")
+        ok = x.stride(-1) == 1 or x.shape[-1] == 1
+        require(ok, op, name, x, "a contiguous last axis: call .contiguous() where it is made")
+    batch, width, dtype = q.shape[0], q.shape[2], q.dtype
+    if k.shape[::2] != q.shape[::2]:  # formatting the text would fix the batch size in a trace
+        require(False, op, "k", k, f"shape [{batch}, Lk, {width}] to match q")
+    require(k.dtype == dtype, op, "k", k, f"q's dtype {dtype}")
+    require(heads > 0 and width % heads == 0, op, "heads", heads, f"a divisor of D = {width}")
+    normed = width // heads if per_head else width
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            require_float(op, name, weight)
+            require(weight.shape == (normed,), op, name, weight, f"shape [{normed}]")
+    if grid:
+        check_grid(op, q, k, heads, cos, sin, tuple(grid), tuple(offset))
+    elif cos is not None or sin is not None:
+        check_tables(op, q, k, heads, cos, sin)
+    else:
+        ok = q_weight is not None or k_weight is not None
+        require(ok, op, "q_weight", q_weight, "a weight or tables: there is nothing to do")
+    require_same_device(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
+
+
+_forward_op = register("qk_norm_rope", reference, fake=_fake, triton=_triton_forward, check=_check)
 _backward_op = register(
     "qk_norm_rope_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
 )
@@ -400,29 +436,5 @@ def qk_norm_rope(
             is shorter than an axis of the grid plus its offset, or has no row for every token; a
             grid comes without tables; or neither a weight nor a table is given.
     """
-    op = "qk_norm_rope"
-    for name, x in (("q", q), ("k", k)):
-        require_float(op, name, x)
-        require(x.ndim == 3, op, name, x, "a shape [B, L, D]")
-        ok = x.stride(-1) == 1 or x.shape[-1] == 1
-        require(ok, op, name, x, "a contiguous last axis: call .contiguous() where it is made")
-    batch, width, dtype = q.shape[0], q.shape[2], q.dtype
-    if k.shape[::2] != q.shape[::2]:  # formatting the text would fix the batch size in a trace
-        require(False, op, "k", k, f"shape [{batch}, Lk, {width}] to match q")
-    require(k.dtype == dtype, op, "k", k, f"q's dtype {dtype}")
-    require(heads > 0 and width % heads == 0, op, "heads", heads, f"a divisor of D = {width}")
-    normed = width // heads if per_head else width
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            require_float(op, name, weight)
-            require(weight.shape == (normed,), op, name, weight, f"shape [{normed}]")
-    if grid is not None:
-        check_grid(op, q, k, heads, cos, sin, grid, offset)
-    elif cos is not None or sin is not None:
-        check_tables(op, q, k, heads, cos, sin)
-    else:
-        ok = q_weight is not None or k_weight is not None
-        require(ok, op, "q_weight", q_weight, "a weight or tables: there is nothing to do")
-    require_same_device(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-    axes = ([], []) if grid is None else ([int(n) for n in grid], [int(n) for n in offset])
+    axes = ([], []) if grid is None else ([int(n) for n in grid] or [0], [*map(int, offset)])
     return _forward_op(q, k, q_weight, k_weight, cos, sin, *axes, heads, per_head, float(eps))

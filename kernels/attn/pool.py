@@ -350,8 +350,22 @@ def _fake_backward(grad_pooled, grad_lse, x, queries, pooled, lse, need_x, need_
     )
 
 
+def _check(x, queries):
+    op = "query_pool"
+    require_float(op, "x", x)
+    require_float(op, "queries", queries)
+    require(x.dim() == 3 and x.numel() > 0, op, "x", x, "[B, L, D] without an empty dimension")
+    dim = x.shape[-1]
+    require(x.stride(-1) == 1 or dim == 1, op, "x", x, "a last dimension of stride 1")
+    fits = queries.dim() == 2 and queries.shape[0] > 0 and queries.shape[1] == dim
+    require(fits, op, "queries", queries, f"[H, {dim}]")
+    expected = f"float32 or {str(x.dtype).removeprefix('torch.')}"
+    require(queries.dtype in (x.dtype, torch.float32), op, "queries", queries, expected)
+    require_same_device(op, x=x, queries=queries)
+
+
 _op = register(
-    "query_pool", reference, fake=_fake, triton=_triton,
+    "query_pool", reference, fake=_fake, triton=_triton, check=_check,
     cuda=_cuda.with_fallback(_cuda.query_pool, _triton, reference),
 )  # fmt: skip
 _op_backward = register(
@@ -408,17 +422,6 @@ def query_pool(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, to
     Raises:
         ValueError: if a tensor has a wrong shape, dtype, device or stride.
     """
-    op = "query_pool"
-    require_float(op, "x", x)
-    require_float(op, "queries", queries)
-    require(x.dim() == 3 and x.numel() > 0, op, "x", x, "[B, L, D] without an empty dimension")
-    dim = x.shape[-1]
-    require(x.stride(-1) == 1 or dim == 1, op, "x", x, "a last dimension of stride 1")
-    fits = queries.dim() == 2 and queries.shape[0] > 0 and queries.shape[1] == dim
-    require(fits, op, "queries", queries, f"[H, {dim}]")
-    expected = f"float32 or {str(x.dtype).removeprefix('torch.')}"
-    require(queries.dtype in (x.dtype, torch.float32), op, "queries", queries, expected)
-    require_same_device(op, x=x, queries=queries)
     return _op(x, queries)
 
 

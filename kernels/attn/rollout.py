@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from prfl_fast.kernels.attn.exact import attention
+from prfl_fast.kernels.attn.exact import attention, check_heads, default_scale
 from prfl_fast.kernels.attn.quantize_kv import (
     INT8_LARGEST,
     encode_operand,
@@ -47,8 +47,8 @@ from prfl_fast.kernels.attn.quantize_kv import (
     quantize_keys_and_values,
 )
 from prfl_fast.kernels.attn.rollout_variants import VARIANTS, chip_of, report_variant, resolve
-from prfl_fast.kernels.common.fp8 import LARGEST, encode
-from prfl_fast.kernels.runtime.checks import require, require_float, require_same_device
+from prfl_fast.kernels.common.fp8 import LARGEST, encode, refuse_gradients
+from prfl_fast.kernels.runtime.checks import require
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import INTERPRETING, tl, triton
 
@@ -275,7 +275,15 @@ def _fake(q, k, v, heads, scale, variant):
     return q.new_empty(q.shape)
 
 
-_op = register("rollout_attention", reference, fake=_fake, triton=_triton, report=report_variant)
+def _check(q, k, v, heads, scale, variant):
+    check_heads("rollout_attention", q, k, v, heads)
+    expected = f"auto, {', '.join(VARIANTS)}"
+    require(variant in ("auto", *VARIANTS), "rollout_attention", "variant", variant, expected)
+
+
+_op = register(
+    "rollout_attention", reference, fake=_fake, triton=_triton, report=report_variant, check=_check
+)
 
 
 @register_flop_formula(torch.ops.prfl_fast.rollout_attention)
@@ -284,20 +292,6 @@ def _flops(q, k, v, *args, out_shape=None, **kwargs):
 
 
 # Public function.
-def _check_keys(q: torch.Tensor, **pair: torch.Tensor) -> None:
-    op, (batch, _, dim) = "rollout_attention", q.shape
-    (first, keys), (second, values) = pair.items()
-    for name, x in pair.items():
-        require_float(op, name, x)
-        ok = x.dim() == 3 and x.shape[0] == batch and x.shape[2] == dim
-        require(ok, op, name, x, "a shape [B, Lk, D] with the B and D of q")
-        require(x.dtype == q.dtype, op, name, x, f"q's dtype {q.dtype}")
-        require(x.shape[1] > 0, op, name, x, "at least one key")
-        require(x.stride(-1) == 1, op, name, x, "a contiguous last axis")
-    require(values.shape == keys.shape, op, second, values, f"the shape of {first}")
-    require_same_device(op, q=q, **pair)
-
-
 def rollout_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -332,26 +326,12 @@ def rollout_attention(
             ``extra_k`` and ``extra_v`` is given; or the variant is unknown or does not run here.
     """
     op = "rollout_attention"
-    require_float(op, "q", q)
-    require(q.dim() == 3, op, "q", q, "a shape [B, Lq, D]")
-    require(q.stride(-1) == 1, op, "q", q, "a contiguous last axis")
-    dim = q.shape[2]
-    require(heads > 0 and dim > 0 and dim % heads == 0, op, "heads", heads, f"a divisor of D {dim}")
-    require(variant in ("auto", *VARIANTS), op, "variant", variant, f"auto, {', '.join(VARIANTS)}")
-    _check_keys(q, k=k, v=v)
     for name, one, other in (("extra_k", extra_k, extra_v), ("extra_v", extra_v, extra_k)):
         require(one is not None or other is None, op, name, one, "a tensor, as the other is given")
-    if torch.is_grad_enabled():
-        given = {"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v}
-        for name, x in given.items():
-            require(
-                x is None or not x.requires_grad, op, name, x,
-                "a tensor without requires_grad: call it under torch.no_grad(), or attention where "
-                "a gradient flows",
-            )  # fmt: skip
-    scale = 1 / math.sqrt(dim // heads) if scale is None else float(scale)
+    refuse_gradients(op, q=q, k=k, v=v, extra_k=extra_k, extra_v=extra_v)
+    scale = default_scale(q, heads) if scale is None else float(scale)
     out = _op(q, k, v, heads, scale, variant)
     if extra_k is not None and extra_v is not None:
-        _check_keys(q, extra_k=extra_k, extra_v=extra_v)
+        check_heads(op, q, extra_k, extra_v, heads, ("extra_k", "extra_v"))
         out = out + _op(q, extra_k, extra_v, heads, scale, variant)
     return out

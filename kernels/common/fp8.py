@@ -167,9 +167,9 @@ def refuse_gradients(op: str, **tensors: torch.Tensor | None) -> None:
     if not torch.is_grad_enabled():
         return
     for argument, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if getattr(tensor, "requires_grad", False):
             expected = (
-                "a tensor without requires_grad. FP8 operations have no gradient: call them under "
-                "torch.no_grad(), or use a 16-bit operation"
+                "a tensor without requires_grad. 8-bit operations have no gradient: call them "
+                "under torch.no_grad(), or use a 16-bit operation"
             )
             require(False, op, argument, tensor, expected)

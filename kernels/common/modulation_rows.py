@@ -23,13 +23,16 @@ def table_plus_rows(
     """Return table + rows as ``[R, D]``; ``[1, D]`` for a table alone, None for neither."""
     if rows is None:
         return None if table is None else table.to(dtype)[None]
-    return rows.to(dtype) if table is None else table.to(dtype) + rows.to(dtype)
+    rows = rows.to(dtype)
+    return rows if table is None else rows + table  # the sum is in the wider dtype, that of rows
 
 
 def by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) -> torch.Tensor:
     """Return ``[..., D]`` as ``[R, N / R, D]``; as ``[1, N, D]`` if an index names the rows."""
     dim = tokens.shape[-1]
     rows = rows if row_index is None else 1
+    if tokens.dim() == 3 and tokens.shape[0] == rows:
+        return tokens
     return tokens.reshape(rows, tokens.numel() // (rows * dim), dim)
 
 
@@ -40,7 +43,7 @@ def per_token(rows: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tenso
         ValueError: if a value of ``row_index`` is outside [0, R), on the CPU.
     """
     if row_index is None:
-        return rows.unsqueeze(1)
+        return rows if rows.shape[0] == 1 else rows.unsqueeze(1)
     if row_index.device.type == "cpu" and row_index.numel():
         low, high = (int(value) for value in torch.aminmax(row_index))
         require(

@@ -156,17 +156,25 @@ def _triton_backward(grad, velocity, noise, latents):
 
 
 # Registration.
-def _fake(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def _fake(velocity, noise, latents):
     return velocity.new_empty((), dtype=_wide(velocity, noise, latents))
 
 
-def _fake_backward(
-    grad: torch.Tensor, velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor
-) -> torch.Tensor:
+def _fake_backward(grad, velocity, noise, latents):
     return velocity.new_empty(velocity.shape)
 
 
-_forward_op = register("flow_loss", reference, fake=_fake, triton=_triton_forward)
+def _check(velocity, noise, latents):
+    require_float("flow_loss", "velocity", velocity)
+    require(velocity.numel() > 0, "flow_loss", "velocity", velocity, "at least one element")
+    for name, tensor in (("noise", noise), ("latents", latents)):
+        require_float("flow_loss", name, tensor)
+        expected = f"the velocity's shape {list(velocity.shape)}"
+        require(tensor.shape == velocity.shape, "flow_loss", name, tensor, expected)
+    require_same_device("flow_loss", velocity=velocity, noise=noise, latents=latents)
+
+
+_forward_op = register("flow_loss", reference, fake=_fake, triton=_triton_forward, check=_check)
 _backward_op = register(
     "flow_loss_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
 )
@@ -199,23 +207,8 @@ def flow_loss(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor
         ValueError: if shapes or devices differ, tensors are empty, or ``noise`` or ``latents``
             requires a gradient.
     """
-    require_float("flow_loss", "velocity", velocity)
-    require(velocity.numel() > 0, "flow_loss", "velocity", velocity, "at least one element")
-    for argument, tensor in (("noise", noise), ("latents", latents)):
-        require_float("flow_loss", argument, tensor)
-        require(
-            tensor.shape == velocity.shape,
-            "flow_loss",
-            argument,
-            tensor,
-            f"the velocity's shape {list(velocity.shape)}",
-        )
-        require(
-            not (tensor.requires_grad and torch.is_grad_enabled()),
-            "flow_loss",
-            argument,
-            tensor,
-            "a tensor that needs no gradient (only velocity gets one): pass its .detach()",
-        )
-    require_same_device("flow_loss", velocity=velocity, noise=noise, latents=latents)
+    if torch.is_grad_enabled():
+        for name, tensor in (("noise", noise), ("latents", latents)):
+            ok, expected = not getattr(tensor, "requires_grad", False), "no gradient: .detach() it"
+            require(ok, "flow_loss", name, tensor, f"a tensor that needs {expected}")
     return _forward_op(velocity, noise, latents)

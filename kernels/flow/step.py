@@ -163,17 +163,23 @@ def _triton_backward(grad, coefficients, dtypes):
 
 
 # Registration.
-def _fake(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
+def _fake(tensors, coefficients):
     return tensors[0].new_empty(tensors[0].shape)
 
 
-def _fake_backward(
-    grad: torch.Tensor, coefficients: list[float], dtypes: str
-) -> list[torch.Tensor]:
+def _fake_backward(grad, coefficients, dtypes):
     return [grad.new_empty(grad.shape, dtype=dtype) for dtype in _dtypes(dtypes)]
 
 
-_forward_op = register("flow_step", reference, fake=_fake, triton=_triton_forward)
+def _check(tensors, coefficients):
+    for i, tensor in enumerate(tensors):
+        require_float("flow_step", f"tensors[{i}]", tensor)
+        expected = f"the shape {list(tensors[0].shape)} of tensors[0]"
+        require(tensor.shape == tensors[0].shape, "flow_step", f"tensors[{i}]", tensor, expected)
+    require_same_device("flow_step", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
+
+
+_forward_op = register("flow_step", reference, fake=_fake, triton=_triton_forward, check=_check)
 _backward_op = register(
     "flow_step_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
 )
@@ -184,16 +190,30 @@ def _setup_context(ctx, inputs, output):
     ctx.dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors]
 
 
-def _backward(ctx, grad):
-    needs = ctx.needs_input_grad[0]
+def _gradients(ctx, grad, needs):
     coefficients = list(itertools.compress(ctx.coefficients, needs))
     gradients = iter(
         _backward_op(grad, coefficients, " ".join(itertools.compress(ctx.dtypes, needs)))
     )
-    return [next(gradients) if needed else None for needed in needs], None
+    return [next(gradients) if needed else None for needed in needs]
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, coefficients, *tensors):
+        _setup_context(ctx, (tensors, coefficients), None)
+        return _forward_op.operation(tensors, coefficients)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
+
+
+_forward_op.register_autograd(
+    lambda ctx, grad: (_gradients(ctx, grad, ctx.needs_input_grad[0]), None),
+    setup_context=_setup_context,
+    eager=lambda tensors, coefficients: _Eager.apply(coefficients, *tensors),
+)
 
 
 # Public function.
@@ -214,25 +234,8 @@ def flow_step(tensors: list[torch.Tensor], coefficients: list[float]) -> torch.T
     """
     tensors = list(tensors)
     require(len(tensors) > 0, "flow_step", "tensors", tensors, "at least one tensor")
-    require(
-        len(coefficients) == len(tensors),
-        "flow_step",
-        "coefficients",
-        coefficients,
-        f"{len(tensors)} floats, one per tensor",
-    )
-    for i, tensor in enumerate(tensors):
-        require_float("flow_step", f"tensors[{i}]", tensor)
-        require(
-            tensor.shape == tensors[0].shape,
-            "flow_step",
-            f"tensors[{i}]",
-            tensor,
-            f"the shape {list(tensors[0].shape)} of tensors[0]",
-        )
-    require_same_device(
-        "flow_step", **{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)}
-    )
+    expected = f"{len(tensors)} floats, one per tensor"
+    require(len(coefficients) == len(tensors), "flow_step", "coefficients", coefficients, expected)
     numbers = [float(c) for c in coefficients]
     for i, number in enumerate(numbers):
         if not abs(number) < math.inf:  # torch.compile cannot trace math.isfinite()

@@ -176,13 +176,8 @@ def fp8_linear(
     op = "fp8_linear"
     for name, q in (("x_q", x_q), ("weight_q", weight_q)):
         ok = isinstance(q, torch.Tensor) and q.dtype == FP8
-        require(
-            ok,
-            op,
-            name,
-            q,
-            "float8_e4m3fn, from quantize_fp8 or an operation with out_dtype=torch.float8_e4m3fn",
-        )
+        source = "quantize_fp8 or an operation with out_dtype=torch.float8_e4m3fn"
+        require(ok, op, name, q, f"float8_e4m3fn, from {source}")
         require(q.is_contiguous(), op, name, q, "a contiguous tensor")
     require(x_q.dim() >= 1, op, "x_q", x_q, "a shape [..., K]")
     ok = weight_q.dim() == 2 and weight_q.shape[1] == x_q.shape[-1]

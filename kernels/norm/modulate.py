@@ -27,7 +27,7 @@ Bytes: forward reads x and writes y (FP8: one byte an element and four a token);
 and dy and writes d_x. The rows are few.
 """
 
-from typing import overload
+from typing import Any
 
 import torch
 
@@ -77,12 +77,12 @@ def reference(
     gain = row_gain(weight, modulation, dtype)
     offset = table_plus_rows(shift_table, shift, dtype)
     if bias is not None:
-        lifted = bias.to(dtype)[None] if modulation is None else bias.to(dtype) * (1 + modulation)
+        lifted = bias.to(dtype)[None] if modulation is None else bias * (1 + modulation)
         offset = lifted if offset is None else offset + lifted
-    rows = max(1 if t is None else t.shape[0] for t in (gain, offset))
+    rows = max(count_rows(gain), count_rows(offset))
     if kind == "layer" and rows == 1:  # one row of gain and offset is ATen's affine: one pass
-        w, b = (None if t is None else t[0] for t in (gain, offset))
-        y = torch.nn.functional.layer_norm(x.to(dtype), list(x.shape[-1:]), w, b, eps)
+        w, b = gain if gain is None else gain[0], offset if offset is None else offset[0]
+        y = torch.layer_norm(x.to(dtype), x.shape[-1:], w, b, eps)
     else:
         y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
         gain, offset = (
@@ -114,17 +114,16 @@ def reference_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ``(d_x, A [R, D], B [R, D])`` of the formulas above; empty tensors if not needed."""
     dtype = compute_dtype(x)
-    d_x, dot, total = x.new_empty(0), x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
     dy = by_row(grad.to(dtype), rows, row_index)
-    if need_total:
-        total = sum_by_row(dy, rows, row_index)
+    total = sum_by_row(dy, rows, row_index) if need_total else x.new_empty(0, dtype=dtype)
     if not need_x and not need_dot:
-        return d_x, dot, total
+        return x.new_empty(0), x.new_empty(0, dtype=dtype), total
     wide = by_row(x.to(dtype), rows, row_index)
     x_hat, mean, rho = normalize(wide, kind, eps)
-    if need_dot:
-        dot = sum_by_row(dy * x_hat, rows, row_index)
-    if need_x:
+    dot = sum_by_row(dy * x_hat, rows, row_index) if need_dot else x.new_empty(0, dtype=dtype)
+    if not need_x:
+        d_x = x.new_empty(0)
+    else:
         gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype)
         one_row = gain is not None and len(gain) == 1
         d_hat = dy
@@ -230,6 +229,21 @@ def triton_backward(
 
 
 # Registration.
+def _check(x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, eps):
+    op = "norm_modulate"
+    check_tokens(op, "x", x)
+    check_norm(op, x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, eps)
+
+
+def check_norm(op, x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, eps):
+    """Raise ``ValueError`` unless the arguments of a norm and its modulation fit x."""
+    vectors = {"weight": weight, "bias": bias}
+    vectors |= {"scale_table": scale_table, "shift_table": shift_table}
+    check_rows(op, x, vectors, {"scale": scale, "shift": shift}, row_index)
+    require(kind in KINDS, op, "kind", kind, f"one of {', '.join(KINDS)}")
+    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
+
+
 def _fake_backward(
     grad, x, weight, scale, scale_table, row_index, rows, kind, eps, need_x, need_dot, need_total
 ):  # fmt: skip
@@ -242,14 +256,16 @@ def _fake_backward(
 
 
 _forward_op = register(
-    "norm_modulate", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=triton_forward
-)
+    "norm_modulate", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=triton_forward,
+    check=_check,
+)  # fmt: skip
 _backward_op = register(
     "norm_modulate_backward", reference_backward, fake=_fake_backward, triton=triton_backward
 )
 _fp8_op = register(
-    "norm_modulate_fp8", reference_fp8, fake=lambda x, *_: empty_quantized(x), triton=_triton_fp8
-)
+    "norm_modulate_fp8", reference_fp8, fake=lambda x, *_: empty_quantized(x), triton=_triton_fp8,
+    check=_check,
+)  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
@@ -277,20 +293,6 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # Public function.
-@overload
-def norm_modulate(
-    x: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ..., *,
-    scale: torch.Tensor | None = ..., shift: torch.Tensor | None = ...,
-    scale_table: torch.Tensor | None = ..., shift_table: torch.Tensor | None = ...,
-    row_index: torch.Tensor | None = ..., kind: str = ..., eps: float = ..., out_dtype: None = ...,
-) -> torch.Tensor: ...  # fmt: skip
-@overload
-def norm_modulate(
-    x: torch.Tensor, weight: torch.Tensor | None = ..., bias: torch.Tensor | None = ..., *,
-    scale: torch.Tensor | None = ..., shift: torch.Tensor | None = ...,
-    scale_table: torch.Tensor | None = ..., shift_table: torch.Tensor | None = ...,
-    row_index: torch.Tensor | None = ..., kind: str = ..., eps: float = ..., out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def norm_modulate(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -304,7 +306,7 @@ def norm_modulate(
     kind: str = "layer",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """Normalize each token and modulate it: ``(norm(x)·w + b)·(1 + s) + h``, rounded once.
 
     Args:
@@ -331,17 +333,10 @@ def norm_modulate(
             above; or if the output is FP8 and an input requires a gradient while gradients are
             recorded.
     """
-    op = "norm_modulate"
-    check_tokens(op, "x", x)
-    vectors = {
-        "weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table,
-    }  # fmt: skip
-    check_rows(op, x, vectors, {"scale": scale, "shift": shift}, row_index)
-    require(kind in KINDS, op, "kind", kind, f"one of {', '.join(KINDS)}")
-    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
-    run = _forward_op
-    if out_dtype is not None:
-        require(out_dtype == FP8, op, "out_dtype", out_dtype, f"None or {FP8}")
-        refuse_gradients(op, x=x, **vectors, scale=scale, shift=shift)
-        run = _fp8_op
-    return run(x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, float(eps))
+    args = (x, weight, bias, scale, shift, scale_table, shift_table, row_index, kind, float(eps))
+    if out_dtype is None:
+        return _forward_op(*args)
+    require(out_dtype == FP8, "norm_modulate", "out_dtype", out_dtype, f"None or {FP8}")
+    names = ("x", "weight", "bias", "scale", "shift", "scale_table", "shift_table")
+    refuse_gradients("norm_modulate", **dict(zip(names, args, strict=False)))
+    return _fp8_op(*args)

@@ -15,6 +15,7 @@ Saved for backward: the gate, and y only if the gate needs a gradient; never x.
 Bytes: forward reads x and y and writes x_out; backward reads dx_out and y and writes d_y.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,8 @@ def reference(
         x_out = x + y if upcast is None else x.to(dtype) + y.to(dtype)
         return x_out.to(upcast or x.dtype).contiguous()
     row_index = row_index if gate is not None else None
-    wide_x, wide_y = (by_row(t.to(dtype), len(rows), row_index) for t in (x, y))
-    x_out = torch.addcmul(wide_x, wide_y, per_token(rows, row_index))
+    wide_x, wide_y = by_row(x, rows.shape[0], row_index), by_row(y, rows.shape[0], row_index)
+    x_out = torch.addcmul(wide_x, wide_y, per_token(rows, row_index))  # in the dtype of rows
     return x_out.to(upcast or x.dtype).reshape(x.shape).contiguous()
 
 
@@ -76,18 +77,22 @@ def reference_backward(
     d_gate is in the dtype computed in. ``y`` may be absent if the gate needs no gradient.
     """
     dtype = compute_dtype(grad)
-    d_y, d_gate = grad.new_empty(0, dtype=y_dtype), grad.new_empty(0, dtype=dtype)
     rows = table_plus_rows(gate_table, gate, dtype)
     if rows is None:
-        return (grad.to(y_dtype, copy=True).contiguous() if need_y else d_y), d_gate
-    row_index = row_index if gate is not None else None
-    wide = by_row(grad.to(dtype), len(rows), row_index)
+        d_y = grad.to(y_dtype, copy=True).contiguous() if need_y else None
+        return _given(grad, d_y, y_dtype), _given(grad, None, dtype)
+    row_index, d_y, d_gate = row_index if gate is not None else None, None, None
+    wide = by_row(grad.to(dtype), rows.shape[0], row_index)
     if need_gate and y is not None:
-        product = wide * by_row(y.to(dtype), len(rows), row_index)
-        d_gate = sum_by_row(product, len(rows), row_index)
+        product = wide * by_row(y, rows.shape[0], row_index)
+        d_gate = sum_by_row(product, rows.shape[0], row_index)
     if need_y:
-        d_y = (wide * per_token(rows, row_index)).to(y_dtype).reshape(grad.shape)
-    return d_y.contiguous(), d_gate
+        d_y = (wide * per_token(rows, row_index)).to(y_dtype).reshape(grad.shape).contiguous()
+    return _given(grad, d_y, y_dtype), _given(grad, d_gate, dtype)
+
+
+def _given(like: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return like.new_empty(0, dtype=dtype) if found is None else found
 
 
 # Triton: a program holds a chunk of one gate row in registers while it walks over its tokens.
@@ -240,6 +245,22 @@ def _triton_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need
 
 
 # Registration.
+def check_residual(
+    op: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    gate_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> None:
+    """Raise ``ValueError`` unless y has x's shape, and gate, gate_table and row_index fit x."""
+    check_tokens(op, "x", x)
+    check_tokens(op, "y", y)
+    require(y.shape == x.shape, op, "y", y, f"x's shape {list(x.shape)}")
+    require_same_device(op, x=x, y=y)
+    check_rows(op, x, {"gate_table": gate_table}, {"gate": gate}, row_index)
+
+
 def _fake_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need_gate):
     d_y = grad.new_empty(grad.shape if need_y else 0, dtype=y_dtype)
     has_gate = need_gate and not (gate is None and gate_table is None)
@@ -248,8 +269,9 @@ def _fake_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need_g
 
 
 _forward_op = register(
-    "gated_residual", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward
-)
+    "gated_residual", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward,
+    check=functools.partial(check_residual, "gated_residual"),
+)  # fmt: skip
 _backward_op = register(
     "gated_residual_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
 )
@@ -295,22 +317,6 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # Public function.
-def check_residual(
-    op: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_table: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> None:
-    """Raise ``ValueError`` unless y has x's shape, and gate, gate_table and row_index fit x."""
-    check_tokens(op, "x", x)
-    check_tokens(op, "y", y)
-    require(y.shape == x.shape, op, "y", y, f"x's shape {list(x.shape)}")
-    require_same_device(op, x=x, y=y)
-    check_rows(op, x, {"gate_table": gate_table}, {"gate": gate}, row_index)
-
-
 def gated_residual(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -334,5 +340,4 @@ def gated_residual(
     Raises:
         ValueError: if a shape, dtype, stride or device is not as above.
     """
-    check_residual("gated_residual", x, y, gate, gate_table, row_index)
     return _forward_op(x, y, gate, gate_table, row_index)

@@ -23,7 +23,6 @@ import itertools
 import torch
 
 from prfl_fast.kernels.common.modulation_rows import (
-    check_rows,
     common_rows,
     count_rows,
     fold_rows,
@@ -32,7 +31,7 @@ from prfl_fast.kernels.common.modulation_rows import (
     token_strides,
 )
 from prfl_fast.kernels.common.norm_math import parameter_gradients
-from prfl_fast.kernels.norm.modulate import KINDS
+from prfl_fast.kernels.norm.modulate import check_norm
 from prfl_fast.kernels.norm.modulate import reference as norm_reference
 from prfl_fast.kernels.norm.modulate import reference_backward as norm_reference_backward
 from prfl_fast.kernels.norm.residual import check_residual, gate_gradients, gated_gradients
@@ -44,7 +43,7 @@ from prfl_fast.kernels.norm.residual_modulate_triton import (
     forward_kernel,
     forward_launch,
 )
-from prfl_fast.kernels.runtime.checks import compute_dtype, require
+from prfl_fast.kernels.runtime.checks import compute_dtype
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import capability
 
@@ -109,16 +108,15 @@ def reference_backward(
         grad_h, x_out.to(dtype), weight, scale, scale_table, norm_index, rows, kind, eps,
         need_sum, need_dot, need_total,
     )  # fmt: skip
-    d_x, d_y = x_out.new_empty(0), x_out.new_empty(0, dtype=y_dtype)
-    d_gate = x_out.new_empty(0, dtype=dtype)
     if need_sum and grad is not None:
         d_sum.add_(grad)
     if need_y or need_gate:
         d_y, d_gate = gated_reference_backward(
             d_sum, y, gate, gate_table, row_index, y_dtype, need_y, need_gate
         )
-    if need_x:
-        d_x = d_sum.to(x_out.dtype).contiguous()
+    else:
+        d_y, d_gate = x_out.new_empty(0, dtype=y_dtype), x_out.new_empty(0, dtype=dtype)
+    d_x = d_sum.to(x_out.dtype).contiguous() if need_x else x_out.new_empty(0)
     return d_x, d_y, d_gate, dot, total
 
 
@@ -218,7 +216,19 @@ def _fake_backward(
     )
 
 
-_forward_op = register("residual_norm_modulate", reference, fake=_fake, triton=_triton_forward)
+def _check(x, y, gate, weight, bias, gate_table, scale, shift, scale_table, shift_table, row_index,
+           kind, eps):  # fmt: skip
+    op = "residual_norm_modulate"
+    norm_index = _norm_index(row_index, scale, shift)
+    gate_index = row_index if gate is not None or norm_index is None else None
+    check_residual(op, x, y, gate, gate_table, gate_index)
+    modulation = (scale, shift, scale_table, shift_table, norm_index)
+    check_norm(op, x, weight, bias, *modulation, kind, eps)
+
+
+_forward_op = register(
+    "residual_norm_modulate", reference, fake=_fake, triton=_triton_forward, check=_check
+)
 _backward_op = register(
     "residual_norm_modulate_backward", reference_backward, fake=_fake_backward,
     triton=_triton_backward,
@@ -312,16 +322,6 @@ def residual_norm_modulate(
     Raises:
         ValueError: if a shape, dtype, stride, device, ``kind`` or ``eps`` is not as above.
     """
-    op = "residual_norm_modulate"
-    norm_index = _norm_index(row_index, scale, shift)
-    gate_index = row_index if gate is not None or norm_index is None else None
-    check_residual(op, x, y, gate, gate_table, gate_index)
-    vectors = {
-        "weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table,
-    }  # fmt: skip
-    check_rows(op, x, vectors, {"scale": scale, "shift": shift}, norm_index)
-    require(kind in KINDS, op, "kind", kind, f"one of {', '.join(KINDS)}")
-    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
     return _forward_op(
         x, y, gate, weight, bias, gate_table, scale, shift, scale_table, shift_table, row_index,
         kind, float(eps),

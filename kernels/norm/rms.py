@@ -223,14 +223,32 @@ def _triton_backward(grad, x, weight, eps, need_x, need_weight):
 
 
 # Registration.
+def _check(x, weight, eps):
+    op = "rms_norm"
+    require_float(op, "x", x)
+    require(x.dim() > 0 and x.shape[-1] > 0, op, "x", x, "[..., D] with D > 0")
+    require(
+        x.stride(-1) == 1 or x.shape[-1] == 1, op, "x", x,
+        "a contiguous last axis: call .contiguous() where it is made",
+    )  # fmt: skip
+    if weight is not None:
+        require_float(op, "weight", weight)
+        if weight.shape != x.shape[-1:]:  # formatting the text would fix sizes in a trace
+            expected = f"shape [{x.shape[-1]}], the last axis of x"
+            require(False, op, "weight", weight, expected)
+        require_same_device(op, x=x, weight=weight)
+    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
+
+
 def _fake_backward(grad, x, weight, eps, need_x, need_weight):
     d_weight = (x if weight is None else weight).new_empty
     return x.new_empty(x.shape if need_x else 0), d_weight(x.shape[-1] if need_weight else 0)
 
 
 _forward_op = register(
-    "rms_norm", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward
-)
+    "rms_norm", reference, fake=lambda x, *_: x.new_empty(x.shape), triton=_triton_forward,
+    check=_check,
+)  # fmt: skip
 _backward_op = register(
     "rms_norm_backward", reference_backward, fake=_fake_backward, triton=_triton_backward
 )
@@ -267,18 +285,4 @@ def rms_norm(
     Raises:
         ValueError: if a shape, dtype, stride, device or ``eps`` is not as above.
     """
-    op = "rms_norm"
-    require_float(op, "x", x)
-    require(x.dim() > 0 and x.shape[-1] > 0, op, "x", x, "[..., D] with D > 0")
-    require(
-        x.stride(-1) == 1 or x.shape[-1] == 1, op, "x", x,
-        "a contiguous last axis: call .contiguous() where it is made",
-    )  # fmt: skip
-    if weight is not None:
-        require_float(op, "weight", weight)
-        if weight.shape != x.shape[-1:]:  # formatting the text would fix sizes in a trace
-            expected = f"shape [{x.shape[-1]}], the last axis of x"
-            require(False, op, "weight", weight, expected)
-        require_same_device(op, x=x, weight=weight)
-    require(eps >= 0, op, "eps", eps, "a number ≥ 0")
     return _forward_op(x, weight, float(eps))

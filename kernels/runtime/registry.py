@@ -5,14 +5,16 @@ optional Triton and CUDA C++ kernels. The backend (``auto``, ``reference``, ``tr
 a setting of the process.
 """
 
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _len_torch_dispatch_stack as _modes
 from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -75,6 +77,7 @@ class Operation:
     triton: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
     report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None
+    chosen: dict[Any, str] = field(default_factory=dict, compare=False)  # results of choose()
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """Choose the implementation for tensors of this device and dtype.
@@ -114,46 +117,141 @@ class Operation:
             )
 
     def __call__(self, *args: Any) -> Any:
-        tensor = next(_tensors(args))
-        implementation = getattr(self, self.choose(tensor.device, tensor.dtype).backend)
+        tensor = args[0] if isinstance(args[0], torch.Tensor) else next(_tensors(args))
+        device, dtype = tensor.device, tensor.dtype
+        kind, name = device.type, self.chosen.get((_current, device, dtype))
+        if name is None:
+            name = self.chosen[_current, device, dtype] = self.choose(device, dtype).backend
+        implementation = getattr(self, name)
+        if name != "reference":  # kernels read memory, which holds the opposite of a lazy negative
+            args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
+        # Triton launches on the current device, which need not be that of the tensors.
+        elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
+        # Contexts are entered only where they change something: both cost as much as an addition.
+        if not elsewhere and not torch.is_autocast_enabled(kind):
+            return implementation(*args)
         # Disable autocast: inputs are already cast, and it would downcast our fp32 accumulations.
-        with torch.autocast(tensor.device.type, enabled=False):
-            if tensor.device.type != "cuda":
-                return implementation(*args)
-            # Triton launches on the current device, which need not be that of the tensors.
-            with torch.cuda.device(tensor.device):
+        with torch.autocast(kind, enabled=False):
+            with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
                 return implementation(*args)
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             yield arg
         elif isinstance(arg, (list, tuple)):
-            yield from _tensors(tuple(arg))
+            yield from _tensors(arg)
 
 
 OPERATIONS: dict[str, Operation] = {}
+OPERATORS: dict[str, "Operator"] = {}
+# Subclasses of these may be fake, sharded or quantized.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
+MAX_LAYOUTS = 4096
 
 
 class Operator:
-    """Call a custom operator; refuse the derivatives that it does not have.
+    """Check and run an operation; refuse the derivatives that it does not have.
 
-    An operator has a backward and nothing else. Without this check, forward mode gives tangents of
+    An eager call on plain tensors is one ``autograd.Function``, or the implementation alone if no
+    gradient is needed: dispatcher and custom operator cost as much as ten small additions. Any
+    other call runs the registered operator: one that is compiled, exported or transformed, one
+    under a dispatch mode (fake tensors, the ledger, FLOP counters), one of tensor subclasses.
+
+    An operation has a backward and nothing else. Without a check, forward mode gives tangents of
     zero and ``torch.func.grad`` an error of torch that names no operation.
     """
 
-    def __init__(self, name: str, definition: Any) -> None:
-        self.name, self.register_autograd = name, definition.register_autograd
-        # The overload itself: the frame that its definition would add pays for the check.
-        self._run = getattr(torch.ops.prfl_fast, name).default
+    def __init__(
+        self, operation: Operation, definition: Any, check: Callable[..., None] | None
+    ) -> None:
+        self.operation, self._definition, self._check = operation, definition, check
+        # The overload itself, without the frame that its definition would add.
+        self._run = getattr(torch.ops.prfl_fast, operation.name).default
+        self._apply: Callable[..., Any] = self._run
+        self._passed: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
+        if is_compiling() or _peek() is not None or forward_ad._current_level >= 0 or _modes():
+            return self._dispatch(args)
+        layouts: list[Any] = []  # all that a check sees, so each key is checked once
+        recorded = _add_layouts(layouts, args)
+        if recorded is None:
+            return self._dispatch(args)
+        key = tuple(layouts)
+        if key not in self._passed:
+            if self._check is not None:
+                self._check(*args)
+            if next(_tensors(args)).device.type not in ("cpu", "cuda"):
+                return self._run(*args)
+            if len(self._passed) >= MAX_LAYOUTS:
+                self._passed.clear()
+            self._passed.add(key)
+        if recorded and torch.is_grad_enabled():
+            return self._apply(*args)
+        return self.operation(*args)
+
+    def _dispatch(self, args: tuple[Any, ...]) -> Any:
+        if self._check is not None:
+            self._check(*args)
         # A compiled graph is traced with plain tensors, and dynamo cannot trace the levels.
-        if (_peek() is not None or forward_ad._current_level >= 0) and not is_compiling():
+        if not is_compiling() and (_peek() is not None or forward_ad._current_level >= 0):
             for tensor in _tensors(args):
-                _check_transform(self.name, tensor)
+                _check_transform(self.operation.name, tensor)
         return self._run(*args)
+
+    def register_autograd(
+        self,
+        backward: Callable[..., Any],
+        *,
+        setup_context: Callable[..., None],
+        eager: Callable[..., Any] | None = None,
+    ) -> None:
+        """Register a backward, as ``torch.library.register_autograd``.
+
+        ``eager`` is called in eager mode instead of a Function of both: that takes no lists.
+        """
+        self._definition.register_autograd(backward, setup_context=setup_context)
+        if eager is not None:
+            self._apply = eager
+            return
+        operation = self.operation
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = operation(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function = type(operation.name, (torch.autograd.Function,), methods)
+        # Not function.apply, which looks for tensors of torch.func: there are none here.
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
+    """Append layouts of tensors, and numbers; return True if a tensor requires a gradient.
+
+    Return None if an argument is neither a plain tensor nor a number.
+    """
+    recorded = False
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            layouts += arg.shape, arg.stride(), arg.dtype, arg.device
+            recorded = recorded or arg.requires_grad
+        elif kind in _NUMBERS:
+            layouts.append(arg)
+        elif kind is list:
+            if not arg or type(arg[0]) is not float:  # coefficients are no layout
+                found = _add_layouts(layouts, (len(arg), *arg))
+                if found is None:
+                    return None
+                recorded = recorded or found
+        else:
+            return None
+    return recorded
 
 
 def _check_transform(name: str, tensor: torch.Tensor) -> None:
@@ -180,6 +278,7 @@ def register(
     triton: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
     report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Operator:
     """Register ``prfl_fast::name`` and return its :class:`Operator`.
 
@@ -192,6 +291,8 @@ def register(
             tensors when interpreted) of float32, bfloat16 or float16.
         report: converts the result of :meth:`Operation.choose` to the choice that :func:`report`
             shows, for an operation that makes a further choice of its own.
+        check: the same signature; raises ``ValueError`` for wrong arguments. It sees the layouts of
+            tensors and numbers only, because it runs once for each of them.
     """
     operation = Operation(name, reference, triton, cuda, report)
 
@@ -212,7 +313,8 @@ def register(
     # An operation with a backward registers it over this one.
     op.register_autograd(refuse)
     OPERATIONS[name] = operation
-    return Operator(name, op)
+    OPERATORS[name] = Operator(operation, op, check)
+    return OPERATORS[name]
 
 
 def report(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prfl_fast.kernels import qk_norm_rope
+from prfl_fast.kernels.runtime.registry import OPERATORS
 from prfl_fast.utils.modules import is_plain_linear
 
 
@@ -31,9 +32,9 @@ class NormAttention(torch.autograd.Function):
         key_lengths = lengths[0] if lengths else None
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
         normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
-        # The operator, because kernels.attention checks lengths, which waits for the device.
+        # The operator, because kernels.attention reads the lengths to check them.
         scale = 1 / math.sqrt(q.shape[-1] // heads)
-        out, lse = torch.ops.prfl_fast.attention(*normed, v, heads, scale, key_lengths)
+        out, lse = OPERATORS["attention"](*normed, v, heads, scale, key_lengths)
         # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
         # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
         ctx.save_for_backward(q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
@@ -52,16 +53,16 @@ class NormAttention(torch.autograd.Function):
         # q and the weight of its norm both need the gradient of the normed q; the same holds for k.
         through = [need_q or need_weights[0], need_k or need_weights[1]]
         needed = [need_q, need_k, *need_weights]
-        ops, scale = torch.ops.prfl_fast, 1 / math.sqrt(q.shape[-1] // ctx.heads)
-        normed = ops.qk_norm_rope(q, k, *weights, cos, sin, *ctx.numbers)
-        d_q, d_k, d_v = ops.attention_backward(
+        scale = 1 / math.sqrt(q.shape[-1] // ctx.heads)
+        normed = OPERATORS["qk_norm_rope"](q, k, *weights, cos, sin, *ctx.numbers)
+        d_q, d_k, d_v = OPERATORS["attention_backward"](
             grad, *normed, v, out, lse, ctx.heads, scale, [*through, need_v], key_lengths
         )
         del normed, out, grad  # 0.77 GB each at 14B and 720p, not needed below
         gradients: Sequence[torch.Tensor | None] = (None,) * 4
         if any(through):
             upstream = [d if need else None for d, need in zip((d_q, d_k), through, strict=True)]
-            gradients = ops.qk_norm_rope_backward(
+            gradients = OPERATORS["qk_norm_rope_backward"](
                 *upstream, q, k, *weights, cos, sin, *ctx.numbers, needed
             )
         d_q, d_k, *d_weights = (
@@ -87,7 +88,7 @@ class JointAttention(torch.autograd.Function):
         """Return q, k and v of all tokens, ``[B, L + T, D]``, q and k normed."""
         numbers: Any = [], [], heads, True, eps
         q, k, v, text_q, text_k, text_v = tensors
-        norm = torch.ops.prfl_fast.qk_norm_rope
+        norm = OPERATORS["qk_norm_rope"]
         video = norm(q, k, *weights[:2], *tables, *numbers)
         text = norm(text_q, text_k, *weights[2:], None, None, *numbers)
         pairs = zip((*video, v), (*text, text_v), strict=True)
@@ -100,7 +101,7 @@ class JointAttention(torch.autograd.Function):
         scale = 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
         parts = tensors[:6], tensors[6:10], tensors[10:]
         joined = JointAttention._joined(*parts, ctx.heads, ctx.eps)
-        out, lse = torch.ops.prfl_fast.attention(*joined, ctx.heads, scale, key_lengths)
+        out, lse = OPERATORS["attention"](*joined, ctx.heads, scale, key_lengths)
         ctx.save_for_backward(*tensors, key_lengths, out, lse)
         return out
 
@@ -130,9 +131,9 @@ class JointAttention(torch.autograd.Function):
         ]
         need_tables = ctx.needs_input_grad[10]
         needed = [need or (need_tables and j < 2) for j, need in enumerate(needed)]
-        ops, scale = torch.ops.prfl_fast, 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
+        scale = 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
         joined = JointAttention._joined(tensors[:6], weights, tables, ctx.heads, ctx.eps)
-        d_joined = ops.attention_backward(
+        d_joined = OPERATORS["attention_backward"](
             grad, *joined, out, lse, ctx.heads, scale, needed, key_lengths
         )
         d_tables = (None, None)
@@ -147,7 +148,7 @@ class JointAttention(torch.autograd.Function):
             )
             wanted = [needs[j], needs[j + 1], needs[w], needs[w + 1]]
             if d_q is not None or d_k is not None:
-                found = ops.qk_norm_rope_backward(
+                found = OPERATORS["qk_norm_rope_backward"](
                     d_q, d_k, *tensors[j : j + 2], *weights[2 * i : 2 * i + 2],
                     *(tables if i == 0 else (None, None)), [], [], ctx.heads, True, ctx.eps, wanted,
                 )  # fmt: skip
