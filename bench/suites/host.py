@@ -1,0 +1,162 @@
+"""Measure the host time of operations and of a patched block, at sizes whose arithmetic is small.
+
+Each is beside the PyTorch calls it replaces, on one thread of a CPU, in turns.
+"""
+
+import copy
+import cProfile
+import pstats
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import harness
+import report
+import torch
+from harness import Context, Preset, SuiteResult, Table
+
+import prfl_fast
+from prfl_fast.rollout import FlowEuler, FlowUniPC, Sampler, Trajectory
+from prfl_fast.training.lora import add_lora
+from suites import wan
+from suites.kernel_cases import CASES
+from suites.kernel_checks import Case, as_tuple, cotangents, draw_inputs
+
+TINY = Preset("host", 64, 2, 128, 1, (2, 4, 8), text_tokens=8, text_dim=16)
+CPU = torch.device("cpu")
+STEPS = (40, 1000)
+SECONDS, ROUNDS = 1.0, 2000
+
+
+def count_calls(thunk: Callable[[], object]) -> int:
+    """Return the function calls of a run, Python's and those of C functions from Python."""
+    thunk()
+    profile = cProfile.Profile()
+    profile.runcall(thunk)
+    return int(pstats.Stats(profile).total_calls)
+
+
+def compare(thunks: dict[str, Callable[[], object]], case: str) -> dict[str, Any]:
+    """Return the record of versions of one piece of work: times and calls by name."""
+    timing = {"seconds": SECONDS, "at_most": ROUNDS}
+    times = harness.time_side_by_side(thunks, CPU, **timing)
+    record: dict[str, Any] = {"case": case, "times": {n: t.record() for n, t in times.items()}}
+    return record | {"calls": {n: count_calls(thunk) for n, thunk in thunks.items()}}
+
+
+def operation(case: Case) -> list[dict[str, Any]]:
+    """Return the records of an operation's forward, and forward and backward."""
+    tensors = draw_inputs(case, TINY, CPU, torch.float32)
+    leaves = [tensors[name] for name in case.leaves]
+    works = {"eager": lambda: case.naive(tensors, torch.float32)}
+    works["prfl_fast"] = lambda: case.ours(tensors)
+    given = {n: cotangents(as_tuple(work()), 1) for n, work in works.items()}
+
+    def infer(work: Callable[[], Any]) -> None:
+        with torch.no_grad():
+            work()
+
+    def train(name: str, work: Callable[[], Any]) -> None:
+        torch.autograd.grad(as_tuple(work()), leaves, given[name])
+
+    forward = {n: partial(infer, work) for n, work in works.items()}
+    both = {n: partial(train, n, work) for n, work in works.items()}
+    records = [compare(forward, f"{case.name}, forward")]
+    return [*records, compare(both, f"{case.name}, forward + backward")]
+
+
+def _block(context: Context, setting: str) -> dict[str, Callable[[bool], None]]:
+    """Return functions that run an unpatched and a patched block, with gradient or without."""
+    model = wan.build(TINY, context, layers=1, device="cpu", dtype=torch.float32)
+    if setting == "LoRA":
+        add_lora(model, 4)
+    models = {"eager": model, "prfl_fast": prfl_fast.patch(copy.deepcopy(model))}
+    generator = torch.Generator().manual_seed(context.seed)
+    x, text = (torch.randn(1, n, TINY.dim, generator=generator) for n in (TINY.tokens, 8))
+    time, x = torch.randn(1, 6, TINY.dim, generator=generator), x.requires_grad_()
+    works = {}
+    for name, model in models.items():
+        if setting == "checkpointing":
+            prfl_fast.memory.activation_checkpointing(model, "full")
+        rope = model.rope(torch.empty(1, 16, *TINY.latent))
+        trained = [p for p in model.blocks.parameters() if p.requires_grad]
+        block = model.blocks[0]
+        if setting == "checkpointing":
+            block = partial(model._gradient_checkpointing_func, block)
+
+        def run(gradient: bool, block: Any = block, rope: Any = rope, to: Any = trained) -> None:
+            with torch.set_grad_enabled(gradient):
+                y = block(x, text, time, rope)
+            if gradient:
+                torch.autograd.grad(y, [x, *to], y.detach())
+
+        works[name] = run
+    return works
+
+
+def blocks(context: Context) -> list[dict[str, Any]]:
+    """Return the records of a block: alone, with activation checkpointing, with LoRA."""
+    records = []
+    for setting in ("alone", "checkpointing", "LoRA"):
+        works = _block(context, setting)
+        label = "block" if setting == "alone" else f"block, {setting}"
+        passes = {"forward + backward": True}
+        if setting != "checkpointing":  # which applies with gradients only
+            passes = {"forward": False} | passes
+        for what, gradient in passes.items():
+            thunks = {n: partial(work, gradient) for n, work in works.items()}
+            records.append(compare(thunks, f"{label}, {what}"))
+    return records
+
+
+def _stepper(kind: Any, steps: int) -> Callable[[], object]:
+    """Return a function that takes the next step of a trajectory, over and over."""
+    sampler = Sampler(lambda x, *_: x, kind(), steps)
+    trajectory: list[Trajectory] = []
+
+    def step() -> None:
+        if not trajectory or trajectory[0].index == steps:
+            trajectory[:] = [Trajectory(sampler, torch.ones(1, 1, 1, 2, 2), {})]
+        trajectory[0].run(trajectory[0].index + 1)
+
+    return step
+
+
+def solver() -> list[dict[str, Any]]:
+    """Return the records of a step without model in schedules of 40 and of 1000 steps."""
+    return [
+        compare({str(n): _stepper(kind, n) for n in STEPS}, f"step of {kind.__name__}")
+        for kind in (FlowEuler, FlowUniPC)
+    ]
+
+
+def run(context: Context) -> SuiteResult:
+    """Measure operations, blocks and solver steps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        differentiable = [case for case in CASES if case.leaves]
+        named = context.each(differentiable, "host", lambda case: case.name)
+        cases = [record for case in named for record in operation(case)]
+        cases += blocks(context) + solver()
+    finally:
+        torch.set_num_threads(threads)
+    rows = []
+    for record in cases:
+        first, second = record["times"]
+        times = [record["times"][name]["median_s"] for name in (first, second)]
+        calls = [str(record["calls"][name]) for name in (first, second)]
+        ratio = f"{times[1] / times[0]:.2f}"
+        rows.append([record["case"], *map(report.seconds, times), ratio, *calls])
+    columns = [
+        "work",
+        "eager (40 steps)",
+        "prfl_fast (1000 steps)",
+        "ratio",
+        "calls",
+        "calls, ours",
+    ]
+    notes = [f"D = {TINY.dim}, {TINY.tokens} tokens, float32, one thread, medians, in turns."]
+    notes += ["calls: of Python and C functions in one run, by cProfile."]
+    table = Table("host", "Host time", columns, rows, notes)
+    return SuiteResult([table], cases)
