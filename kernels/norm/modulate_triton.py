@@ -160,7 +160,7 @@ def forward_launch(
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
     # 20 elements a thread spill with fp8, whose conversion needs registers, and without a norm,
     # whose reductions keep the compiler from loading all elements at once.
-    head, tail, num_warps = tiles.split_token(dim, 16 if kind == "none" else 20)
+    head, tail, num_warps = tiles.split_token(dim, 12 if fp8 else 16 if kind == "none" else 20)
     small = head + tail <= 12 * 32 * num_warps
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.

@@ -267,7 +267,9 @@ def test_launches_are_sane(dim, capability):
             assert 1 <= launch.programs <= max(1, tokens)
         assert tokens <= forward.programs * -(-tokens // forward.programs)
         assert all(launch.programs <= max(1, tokens // rows) for launch in backward)
-        assert all(launch.head + launch.tail <= 512 * launch.num_warps for launch in backward[1::2])
+        # With sums, 20 elements a thread spill in float32, and from sm_100 on.
+        narrow = backward[1::2] if capability >= (10, 0) else backward[3:]
+        assert all(launch.head + launch.tail <= 512 * launch.num_warps for launch in narrow)
     assert_few_partial_rows(module.backward_launch, 1, dim, 2, capability, True)
     # Two programs a processor of the forward at Wan's largest D, in the registers of 16 warps.
     wide_launch = module.forward_launch(32760, 5120, "rms", capability)
