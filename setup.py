@@ -34,8 +34,7 @@ def git_revision() -> str:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return ""
     command = ["git", "rev-parse", "--short=9", "HEAD"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return run.stdout.strip() if run.returncode == 0 else ""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def version() -> str:
@@ -90,8 +89,8 @@ class BuildExtension(build_ext):
         try:
             import torch
         except ImportError as error:
-            hint = "torch is not importable; install it, then pip install --no-build-isolation ."
-            raise RuntimeError(hint) from error
+            advice = "install torch, then pip install --no-build-isolation ."
+            raise RuntimeError(f"torch is not importable: {advice}") from error
         include = Path(torch.__file__).parent / "include"
         build = ROOT / "build" / "extension"  # pip uses a new build folder in every run
         build.mkdir(parents=True, exist_ok=True)
