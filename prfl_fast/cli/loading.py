@@ -215,7 +215,7 @@ def load_guidance(
         fits = tensor.shape == wanted
         if text and (not source.batched or padded):
             fits = tensor.ndim == len(wanted) and tensor.shape[1:] == wanted[1:]
-            most = wanted[0] if source.batched else TEXT_TOKENS
+            most = wanted[0] if source.batched else max(TEXT_TOKENS, wanted[0])
             ok = not fits or 0 < len(tensor) <= most
             check(ok, f"{key}: {name}", tensor, f"1 to {most} text tokens")
         hint = "Pad it, or set batched: false" if text and source.batched else ""

@@ -1,11 +1,17 @@
 """Encode and decode videos by the autoencoders of other families than Wan."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.data.codec_base import Codec
+from prfl_fast.memory.ledger import Ledger
+from prfl_fast.utils.checks import check
+
+_WORKSPACE = 1.25  # of convolutions, over the live tensors, as for Wan's autoencoder
 
 
 class FamilyCodec(Codec):
@@ -17,7 +23,9 @@ class FamilyCodec(Codec):
     Args:
         vae: see :class:`Codec`.
         patch: see :class:`Codec`.
-        budget: see :class:`Codec`.
+        budget: see :class:`Codec`. A larger video is cut into overlapping tiles of all its frames,
+            which changes values near their borders. The memory of a call is counted with fake
+            tensors, which takes seconds.
     """
 
     def __init__(
@@ -38,6 +46,7 @@ class FamilyCodec(Codec):
             for name, default in (("latents_mean", 0.0), ("latents_std", 1.0))
         )
         self._std = self._std / config.scaling_factor
+        self._peaks: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def _statistic(self, name: str, default: float) -> torch.Tensor:
         """Return a statistic of the latents ``[1, C, 1, 1, 1]``: LTX has buffers."""
@@ -71,10 +80,62 @@ class FamilyCodec(Codec):
         self.check_latents(latents)
         z = latents.to(self.device, torch.float32) * self._std + self._mean
         z = z.to(self.vae.dtype)
+        self._set_tiles("decode", tuple(z.shape), self._pixels(z.shape))
+        yield self._decode(z).clamp_(-1.0, 1.0)
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
         times = []
         if self.vae.config.get("timestep_conditioning"):
             times = [torch.zeros(len(z), dtype=z.dtype, device=z.device)]
-        yield self.vae.decode(z, *times, return_dict=False)[0].clamp_(-1.0, 1.0)
+        video: torch.Tensor = self.vae.decode(z, *times, return_dict=False)[0]
+        return video
+
+    def _pixels(self, latents: torch.Size) -> tuple[int, ...]:
+        """Return the shape of the video of latents."""
+        (batch, _, frames, *sides), (time, stride, _) = latents, self.strides
+        return batch, 3, (frames - 1) * time + 1, *(side * stride for side in sides)
 
     def set_encoder_tiles(self, shape: tuple[int, ...]) -> None:
         """Choose the tiles in which a video is encoded; see :class:`Codec`."""
+        self._set_tiles("encode", shape, shape)
+
+    def _set_tiles(self, name: str, given: tuple[int, ...], video: tuple[int, ...]) -> None:
+        """Choose the largest tiles in which a call fits the budget.
+
+        Args:
+            name: of the call, ``encode`` or ``decode``.
+            given: shape of its argument.
+            video: shape of the video.
+
+        Raises:
+            ValueError: if not even a tile fits.
+        """
+        self.vae.use_tiling = False
+        if self.budget is None:
+            return
+        call: Callable[..., Any] = self.vae.encode if name == "encode" else self._decode
+        if (name, given) not in self._peaks:
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+                call(torch.empty(given, dtype=self.vae.dtype, device=self.device))
+            self._peaks[name, given] = round(_WORKSPACE * ledger.peak)
+        peak = self._peaks[name, given]
+        if peak <= self.budget:
+            return
+        batch, _, frames, height, width = video
+        size = next(self.vae.parameters()).element_size()
+        # The tiles, and the video that they are blended into.
+        rest = self.budget - 3 * batch * 3 * frames * height * width * size
+        per_pixel, step = peak / (height * width), 4 * self.strides[1]
+        side = int((max(rest, 0) / per_pixel) ** 0.5) // step * step
+        least = self.budget - rest + per_pixel * step**2
+        expected = f"at least {least / 2**30:.2g} GiB for {frames} x {height} x {width} in tiles"
+        check(side > 0, "budget", f"{self.budget / 2**30:.2g} GiB", expected)
+        tiles = {f"tile_sample_min_{name}": side for name in ("height", "width")}
+        tiles |= {f"tile_sample_stride_{name}": side * 3 // 4 for name in ("height", "width")}
+        # CogVideoX has shares of overlap instead, HunyuanVideo-1.5 a fixed quarter.
+        tiles |= {f"tile_overlap_factor_{name}": 0.25 for name in ("height", "width")}
+        known = inspect.signature(self.vae.enable_tiling).parameters
+        self.vae.enable_tiling(**{name: n for name, n in tiles.items() if name in known})
+        if hasattr(self.vae, "tile_latent_min_height"):  # HunyuanVideo-1.5 does not update them
+            self.vae.tile_latent_min_height = side // self.strides[1]
+            self.vae.tile_latent_min_width = side // self.strides[1]

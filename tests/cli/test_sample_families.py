@@ -17,7 +17,7 @@ from prfl_fast.utils.io import load_tensors
 
 pytest.importorskip("pydantic")
 PROMPTS = ["A disc.", 'A "square" jerks to the left.']
-FRAMES = {"ltx": 9, "ltx2": 9, "mochi": 7, "cogvideox": 5}
+FRAMES = {"ltx": 9, "ltx2": 9, "mochi": 7, "cogvideox": 9}
 FLOWS = tuple(family for family in PIPELINES if family != "cogvideox")
 
 
@@ -123,3 +123,48 @@ def test_videos_are_decoded_as_by_the_pipeline(family, folder_of, tmp_path):
     assert (tmp_path / "0000-0.mp4").is_file() and (tmp_path / "sheet.png").is_file()
     settings = json.loads((tmp_path / "samples.json").read_text())["settings"]
     assert settings["fps"] == FAMILIES[PIPELINES[family]].fps
+
+
+def test_what_a_family_cannot_do_is_one_line(folder_of, tmp_path, capsys):
+    (tmp_path / "image.png").write_bytes(b"")
+    hunyuan, cogvideox = folder_of("hunyuan"), folder_of("cogvideox")
+    cases = [
+        (cogvideox, (), "predicts no velocity of a flow, expected one that does"),
+        (cogvideox, ("--pipeline", "--shift", 3), "--shift is 3.0, expected no value"),
+        (hunyuan, ("--negative", "Bad."), "expected no value for a model with embedded guidance"),
+        (hunyuan, ("--image", tmp_path / "image.png"), "expected none: the model takes none"),
+        (hunyuan, ("--size", "72x64"), "height is 72, expected a multiple of 16"),
+    ]
+    for folder, words, text in cases:
+        assert sample(folder, tmp_path / "out", *words, prompts=PROMPTS[:1]) == 2
+        assert text in one_line(capsys, "sample")
+    index = tmp_path / "other"
+    (index / "vae").mkdir(parents=True)
+    (index / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLAllegro"}')
+    (index / "model_index.json").write_text('{"_class_name": "AllegroPipeline"}')
+    assert sample(index, tmp_path / "out") == 2
+    assert "is 'AllegroPipeline', expected a pipeline of Wan, or one of" in one_line(
+        capsys, "sample"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_is_compared_with_the_base(folder_of, tmp_path):
+    folder = folder_of("ltx")
+    generator = torch.Generator().manual_seed(3)
+    matrices = (torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator))
+    write_lora(
+        {"transformer_blocks.0.attn1.to_q": LoraLayer(*matrices, 2.0)},
+        tmp_path / "lora.safetensors",
+        "diffusers",
+    )
+    reward = LatentRewardModel.from_backbone(load_transformer(folder), num_blocks=1, num_heads=2)
+    reward.save(tmp_path / "reward")
+    words = ["compare", f"lora={tmp_path / 'lora.safetensors'}", "--out", tmp_path / "out"]
+    words += ["--model", folder, "--prompt", PROMPTS[0], "--size", "64x64", "--frames", 9]
+    words += ["--num-inference-steps", 3, "--device", "cpu", "--reward", tmp_path / "reward"]
+    assert cli.main(list(map(str, words))) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["scores"]["reward"].keys() == {"base", "lora"}
+    assert sum(found["drift"]["lora"].values()) > 0
