@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+from commands import one_line
 from family_pipelines import PIPELINES, Solver, make_family_pipeline
 
 from prfl_fast.cli import main as cli
 from prfl_fast.data.codec import load_codec
 from prfl_fast.data.families import FAMILIES
+from prfl_fast.models.loading import load_transformer
+from prfl_fast.models.lora_files import LoraLayer, write_lora
+from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.sampling import generate
 from prfl_fast.sampling.pipeline import from_layout, to_layout
