@@ -3,11 +3,14 @@
 import pytest
 import torch
 import yaml
+from commands import one_line
 from family_pipelines import PIPELINES, make_family_pipeline
+from tiny_pipeline import make_clips
 
 from prfl_fast.cli import main as cli
 from prfl_fast.data import Batches, LatentDataset
 from prfl_fast.data.codec import load_codec, load_prompt_encoder
+from prfl_fast.data.video import read_clip
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.rewards.latent import LatentRewardModel
 
@@ -69,3 +72,21 @@ def test_a_dataset_of_prompts_trains_and_samples(family, tmp_path):
     words += ["--weights", tmp_path / "run", "--num-inference-steps", 2, "--device", "cpu"]
     words += ["--method", "best-of", "--set", "candidates=2", "--reward", tmp_path / "reward"]
     assert cli.main(list(map(str, words))) == 0
+
+
+@pytest.mark.slow
+def test_clips_are_encoded_for_text_to_video(tmp_path, capsys):
+    folder, clips = tmp_path / "ltx", tmp_path / "clips"
+    make_family_pipeline("ltx").save_pretrained(folder)
+    make_clips(clips)
+    dataset = encode(clips / "clips.csv", tmp_path / "data", folder, "--fps", 16, "--preview")
+    assert not dataset.prompts_only and not dataset.short and len(dataset) == 3
+    clip = read_clip(clips / "disc.mp4", 9, (64, 64), fps=16)
+    expected = load_codec(folder).encode(clip[None])[0]
+    assert torch.allclose(dataset[0].latents, expected, atol=1e-5)
+    scale = dataset[0].conditions["rope_interpolation_scale"]
+    assert torch.allclose(scale, torch.tensor([8 / 16, 32.0, 32.0]))
+    words = ["encode", clips / "clips.csv", tmp_path / "other", "--model", folder]
+    words += ["--condition", "first", "--size", "64x64", "--frames", 9, "--device", "cpu"]
+    assert cli.main(list(map(str, words))) == 2
+    assert "expected none for other families than Wan" in one_line(capsys, "encode")
