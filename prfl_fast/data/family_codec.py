@@ -130,7 +130,7 @@ class FamilyCodec(Codec):
         least = self.budget - rest + per_pixel * step**2
         expected = f"at least {least / 2**30:.2g} GiB for {frames} x {height} x {width} in tiles"
         check(side > 0, "budget", f"{self.budget / 2**30:.2g} GiB", expected)
-        tiles = {f"tile_sample_min_{name}": side for name in ("height", "width")}
+        tiles: dict[str, float] = {f"tile_sample_min_{name}": side for name in ("height", "width")}
         tiles |= {f"tile_sample_stride_{name}": side * 3 // 4 for name in ("height", "width")}
         # CogVideoX has shares of overlap instead, HunyuanVideo-1.5 a fixed quarter.
         tiles |= {f"tile_overlap_factor_{name}": 0.25 for name in ("height", "width")}
