@@ -13,6 +13,7 @@ from prfl_fast.kernels.attn.backend_choice import get_attention_backend
 from prfl_fast.kernels.attn.backend_choice import report as attention_report
 from prfl_fast.kernels.runtime import registry
 from prfl_fast.kernels.runtime.extension import extension_reason
+from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
 from prfl_fast.utils.version import __version__
 
 _PACKAGES = (
@@ -57,6 +58,7 @@ def report() -> dict[str, Any]:
             }
             for gpu in gpus
         ],
+        "expandable_segments": expandable_segments(),
         "cpu_threads": torch.get_num_threads(),
         "backend": registry.get_backend(),
         "extension": extension_reason(),
@@ -85,6 +87,8 @@ def run_doctor(as_json: bool) -> int:
         print(f"device: {device['name']}, capability {device['capability']}, {gib:.1f} GiB")
     if not found["devices"]:
         print(f"device: no CUDA device; CPU with {found['cpu_threads']} threads")
+    if found["devices"] and not found["expandable_segments"]:
+        print(f"allocator: set {EXPANDABLE}, which loses less memory to fragmentation")
     print(f"CUDA C++ extension: {found['extension']}")
     print(f"backend: {found['backend']}; for bfloat16 tensors on the device above:")
     rows = [(name, c["backend"], c["reason"]) for name, c in found["operations"].items()]

@@ -29,6 +29,7 @@ from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import MODELS, first_blocks, model_config
 from prfl_fast.planning.workload import Workload
 from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
+from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import MissingExtraError
 from prfl_fast.utils.units import GIB
@@ -71,7 +72,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--no-sft", dest="sft", action="store_false", default=None, help="without supervised steps"
     )
     group = command.add_argument_group("hardware")
-    text = "device memory, e.g. 24GiB or 80GB (default: all memory of this GPU, or of --gpu)"
+    text = "device memory, e.g. 24GiB, 80GB or rtx4090 (default: all of this GPU, or of --gpu)"
     group.add_argument("--budget", metavar="SIZE", help=text)
     text = "host memory for offloaded tensors (default: free memory here for a plan of this "
     group.add_argument("--host-budget", metavar="SIZE", help=f"{text}GPU, else unlimited)")
@@ -93,9 +94,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
-    for name in ("budget", "host_budget"):
-        if getattr(options, name) is not None:
-            planner.size_of(getattr(options, name), f"--{name.replace('_', '-')}")
+    if options.budget is not None:
+        planner.budget_of(options.budget, "--budget")
+    if options.host_budget is not None:
+        planner.size_of(options.host_budget, "--host-budget")
     path = None if options.apply is None else Path(options.apply)
     if path is not None:
         _check_target("--apply", path)
@@ -208,6 +210,8 @@ def _report_choice(command: str, chosen: str, found: Plan, hint: str) -> None:
     """Print the policy that ``memory: auto`` chose; raise ``ValueError`` if it does not fit."""
     takes, budget = (size / GIB for size in (found.peak + found.reserve, found.budget))
     if not found.feasible:
+        if not found.expandable_segments:
+            hint = f"Set {EXPANDABLE}, which loses less to fragmentation. {hint}"
         raise ValueError(
             f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
             f"{takes:.1f} GiB. {hint}"
@@ -277,4 +281,11 @@ def _plan(work: Workload, device: torch.device, budget: int | None) -> Plan:
     gpu: Any = gpu_specs.this_gpu(device) if cuda else "h200"
     if not cuda:
         budget, room = room, 1  # offloading from the CPU to the CPU saves nothing
-    return planner.plan_memory(work, budget=budget, host_budget=room, gpu=gpu, progress=True)
+    return planner.plan_memory(
+        work,
+        budget=budget,
+        host_budget=room,
+        gpu=gpu,
+        expandable_segments=not cuda or expandable_segments(),
+        progress=True,
+    )

@@ -249,9 +249,6 @@ class DiffusersAdapter(BlockAdapter):
     ``heads`` the modules after the last block.
     """
 
-    # Depths from which the planner extrapolates the bytes of ``shallow`` models.
-    shallow_depths: ClassVar[tuple[int, int]] = (3, 4)
-
     def block_count(self, config: Mapping[str, Any]) -> int:
         """Return the number of blocks of a configuration."""
         return int(config["num_layers"])
@@ -259,10 +256,6 @@ class DiffusersAdapter(BlockAdapter):
     def depth(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
         """Return the entries of a configuration for a model of its first ``num_blocks`` blocks."""
         return {"num_layers": num_blocks}
-
-    def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
-        """Return the entries for ``num_blocks`` blocks, each kind in its share of all blocks."""
-        return self.depth(config, num_blocks)
 
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()

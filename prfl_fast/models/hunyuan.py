@@ -139,17 +139,9 @@ class HunyuanVideoAdapter(_HunyuanAdapter):
     lists = ("transformer_blocks", "single_transformer_blocks")
     embeddings = ("x_embedder", "context_embedder", "time_text_embed")
 
-    shallow_depths = (3, 6)  # 1 double-stream and 2 single-stream blocks, and twice as many
-
     def block_count(self, config: Mapping[str, Any]) -> int:
         """Return the number of blocks of both kinds."""
         return int(config["num_layers"] + config["num_single_layers"])
-
-    def shallow(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
-        """Return the numbers of both kinds of blocks, in the shares of the configuration."""
-        share = config["num_layers"] / self.block_count(config)
-        double = max(1, round(num_blocks * share))
-        return {"num_layers": double, "num_single_layers": num_blocks - double}
 
     def depth(self, config: Mapping[str, Any], num_blocks: int) -> dict[str, int]:
         """Return the numbers of double-stream and of single-stream blocks."""

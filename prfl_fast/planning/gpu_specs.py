@@ -6,6 +6,7 @@ The presets serve to rank policies; no record under bench/results confirms them.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,8 @@ def _from_data_sheet(
     )
 
 
-# The driver leaves this much of the nominal 141, 80, 48, 24 and 32 GB.
+# Memory is the total that PyTorch reports, which is less than the nominal size. The figures of the
+# A100 40 GB, B200, H20, L4, RTX 3090 and A6000 are estimates that no card has confirmed.
 GPUS = {
     # The targets' rates of copies, matrix products on random data and attention; a Gen5 x16 link.
     "h200": GpuSpecs(
@@ -119,8 +121,18 @@ GPUS = {
     "h100": _from_data_sheet("h100", 989, 3.35, _GEN5, 79.1),
     # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s, 2.039 TB/s, Gen4.
     "a100": _from_data_sheet("a100", 312, 2.039, _GEN4, 79.1),
+    "a100-40gb": _from_data_sheet("a100-40gb", 312, 1.555, _GEN4, 39.4),
+    # NVIDIA B200, DGX data sheet per GPU: 2250 TFLOP/s, 8 TB/s, Gen5.
+    "b200": _from_data_sheet("b200", 2250, 8.0, _GEN5, 178.3),
+    # NVIDIA H20: 148 TFLOP/s, 4.0 TB/s, Gen5.
+    "h20": _from_data_sheet("h20", 148, 4.0, _GEN5, 95.0),
     # NVIDIA L40S data sheet: 362 TFLOP/s, 0.864 TB/s, Gen4.
     "l40s": _from_data_sheet("l40s", 362, 0.864, _GEN4, 44.4),
+    # NVIDIA L4 data sheet: 121 TFLOP/s, 0.300 TB/s, Gen4.
+    "l4": _from_data_sheet("l4", 121, 0.3, _GEN4, 22.0),
+    # NVIDIA GA102 architecture paper: 71 TFLOP/s, 0.936 TB/s; RTX A6000: 154.8, 0.768; Gen4.
+    "rtx3090": _from_data_sheet("rtx3090", 71, 0.936, _GEN4, 23.6),
+    "a6000": _from_data_sheet("a6000", 154.8, 0.768, _GEN4, 47.4),
     # NVIDIA Ada GPU architecture paper: 165.2 TFLOP/s, 1.008 TB/s, Gen4.
     "rtx4090": _from_data_sheet("rtx4090", 165.2, 1.008, _GEN4, 23.5),
     # NVIDIA RTX Blackwell GPU architecture paper: 209.5 TFLOP/s, 1.792 TB/s, Gen5.
@@ -148,8 +160,10 @@ def this_gpu(device: torch.device | str = "cuda") -> GpuSpecs:
     device = torch.device(device)
     check(device.type == "cuda", "device", device, "a CUDA device; name a preset instead")
     properties = torch.cuda.get_device_properties(device)
-    name = properties.name.lower().replace(" ", "")
-    preset = next((specs for key, specs in GPUS.items() if key in name), None)
+    name = re.sub(r"[^a-z0-9]", "", properties.name.lower())
+    # The longest name first, because "l40s" has "l4" in it, and "h200" has "h20".
+    keys = sorted(GPUS, key=len, reverse=True)
+    preset = next((GPUS[key] for key in keys if key.replace("-", "") in name), None)
     return dataclasses.replace(
         preset or GPUS["a100"],
         name=properties.name if preset else f"{properties.name} (at an A100's rates)",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.search import Candidate, reserve_of
+from prfl_fast.planning.search import CONTEXT, Candidate
 from prfl_fast.planning.workload import Workload
 
 
@@ -19,8 +19,12 @@ class Plan:
 
     Attributes:
         memory, reward_memory: policies of the trained model and of the frozen reward model.
-        feasible: True if the peak plus the reserve fits the budget, and ``host`` the host budget.
+        feasible: True if peak, fragmentation and CUDA context fit the budget, and ``host`` the host
+            budget.
         peak, peak_phase, categories: device bytes at the peak, its phase, and bytes by category.
+        fragmentation: bytes that the allocator needs beside the peak, to 1 % of the peak; see
+            :mod:`prfl_fast.planning.allocator`.
+        expandable_segments: the allocator's setting that the plan assumes.
         host: peak bytes of offloaded tensors and optimizer states in host memory.
         seconds: predicted seconds of a whole step by phase.
         timeline: (phase, device bytes by category) through one step, with one rollout forward.
@@ -35,6 +39,8 @@ class Plan:
     peak: int
     peak_phase: str
     categories: dict[str, int]
+    fragmentation: int
+    expandable_segments: bool
     host: int
     seconds: dict[str, float]
     timeline: list[tuple[str, dict[str, int]]] = field(repr=False)
@@ -47,8 +53,10 @@ class Plan:
 
     @property
     def reserve(self) -> int:
-        """Bytes of the budget that are left to the CUDA context and the allocator."""
-        return reserve_of(self.budget)
+        """Bytes of the budget that the CUDA context and fragmentation take."""
+        # The bisection's last step may lie above a budget that suffices.
+        room = self.budget - self.peak if self.feasible else math.inf
+        return int(min(CONTEXT + self.fragmentation, room))
 
     @property
     def missing(self) -> int:

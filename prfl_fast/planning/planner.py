@@ -9,7 +9,7 @@ import itertools
 import re
 from typing import Any
 
-from prfl_fast.planning.gpu_specs import GpuSpecs, find_gpu
+from prfl_fast.planning.gpu_specs import GPUS, GpuSpecs, find_gpu
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
 from prfl_fast.planning.search import Found, Search, Tier, step_seconds
@@ -32,6 +32,7 @@ def plan_memory(
     weight_dtype: str = "auto",
     optimizer: str = "auto",
     gpu: str | GpuSpecs = "h200",
+    expandable_segments: bool = True,
     progress: bool = False,
 ) -> Plan:
     """Choose the memory policies of reward feedback training by simulation.
@@ -43,11 +44,13 @@ def plan_memory(
 
     Args:
         workload: the training run; a model stands for a :class:`Workload` of it with defaults.
-        budget: device memory, in bytes or as ``"24GiB"``; None is the GPU's memory.
+        budget: device memory, in bytes, as ``"24GiB"``, or as the name of a GPU that has it, like
+            ``"rtx4090"``; None is the memory of ``gpu``.
         host_budget: host memory for offloaded tensors and states; None is unlimited.
         weight_dtype: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, for both models.
         optimizer: ``"auto"``, ``"adamw"``, ``"adamw-sr"``, ``"adamw8bit"`` or ``"adamw-cpu"``.
         gpu: rates for the time estimate, see :mod:`prfl_fast.planning.gpu_specs`.
+        expandable_segments: the setting of PyTorch's allocator that the run will have.
         progress: show a tqdm bar on a terminal, a line every 30 seconds elsewhere.
 
     Returns:
@@ -61,9 +64,10 @@ def plan_memory(
     specs = find_gpu(gpu)
     work = workload if isinstance(workload, Workload) else Workload(workload)
     tiers = _tiers(work.train, weight_dtype, optimizer)
-    size = specs.memory if budget is None else size_of(budget, "budget")
+    size = specs.memory if budget is None else budget_of(budget, "budget")
     host_size = None if host_budget is None else size_of(host_budget, "host_budget")
-    search = Search(work, specs, budget=size, host_budget=host_size)
+    setting = expandable_segments
+    search = Search(work, specs, budget=size, host_budget=host_size, expandable=setting)
     found = _search(search, tiers, progress)
     unused = ", ".join(f"{weights} with {kind}" for weights, kind in found.unused)
     run, chosen = found.simulation, found.chosen
@@ -74,6 +78,8 @@ def plan_memory(
         peak=run.peak,
         peak_phase=run.peak_phase,
         categories=dict(run.categories),
+        fragmentation=found.fragmentation,
+        expandable_segments=expandable_segments,
         host=run.host,
         seconds=step_seconds(run.costs, specs, work),
         timeline=run.timeline,
@@ -98,6 +104,11 @@ def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
 
         search.show = next_simulation
         return search.run(tiers)
+
+
+def budget_of(value: int | str, name: str) -> int:
+    """Return the memory of the GPU of that name, or the bytes of a size, see :func:`size_of`."""
+    return GPUS[value].memory if isinstance(value, str) and value in GPUS else size_of(value, name)
 
 
 def size_of(value: int | str, name: str) -> int:

@@ -12,6 +12,7 @@ from prfl_fast.memory.ledger import CATEGORIES
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.search import CHOSEN, Candidate, budget_for
+from prfl_fast.utils.allocator_settings import EXPANDABLE
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
@@ -95,15 +96,22 @@ def _headline(plan: Plan) -> list[str]:
         f"reward of {plural(work.reward_blocks, 'block')}{then}",
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
+    setting = f"with {EXPANDABLE}" if plan.expandable_segments else "without expandable segments"
+    reserve = f"reserve: CUDA's context, and fragmentation {setting}"
     if plan.feasible:
         lines.append(f"fits: {room}; {seconds(plan.step_seconds)} per step on {plan.gpu.name}")
     else:
         short = [f"{gib(plan.missing)} of device memory"] if plan.missing else []
-        larger = f", or a budget of {gib(budget_for(plan.peak))}" if plan.missing else ""
+        larger = (
+            f", or a budget of {gib(budget_for(plan.peak + plan.fragmentation))}"
+            if plan.missing
+            else ""
+        )
         if plan.host_budget is not None and plan.host > plan.host_budget:
             short.append(f"{gib(plan.host - plan.host_budget)} of host memory")
         lines.append(f"no plan fits: the nearest takes {room}")
         lines.append(f"short of {' and '.join(short)}: fewer frames or pixels{larger}")
+    lines.append(reserve)
     memory, reward = plan.memory, plan.reward_memory
     own, chunk = memory.gradient_dtype == "parameter", memory.feed_forward_chunk
     dtype = "the parameter's dtype" if own else memory.gradient_dtype

@@ -1,9 +1,8 @@
-"""Search of the planner: candidates from shallow simulations, the best one simulated in full.
+"""Search of the planner: candidates from simulations of single modes, the best one simulated.
 
 A candidate combines checkpointing and offload of generator and reward model with feed-forward
-chunks. Bytes and FLOPs of a phase are affine in the depth, so each pair of mode and offload is
-simulated at two small depths, for both models. The generator's saved bytes add to the bytes of a
-reward phase, so sums of two simulations give every combination for both models.
+chunks. Each pair of mode and offload is simulated for both models at once. The generator's saved
+bytes add to the bytes of a reward phase, so sums of two simulations give every combination.
 """
 
 import dataclasses
@@ -14,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning.allocator import fits, least_limit, requests_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.presets import adapter_of
-from prfl_fast.planning.simulation import SWAP_PHASES, Simulation, simulate
+from prfl_fast.planning.simulation import SWAP_PHASES, simulate
+from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
 
-# Memory outside the ledger: the CUDA context with its kernels, and the allocator's rounding and
-# splits. Both figures are assumptions that no GPU has confirmed yet.
-RESERVE_LEAST, RESERVE_SHARE = int(0.6 * GIB), 0.025
+# Memory outside the allocator: the CUDA context with its kernels. No GPU has confirmed it yet.
+CONTEXT = int(0.6 * GIB)
 # Tokens of a chunk: so few that the feed-forward no longer sets the peak, enough for large matrix
 # products. At 14B and 720p they lower the peak of mode full, offloaded, from 49.0 to 46.1 GiB.
 CHUNK = 8192
@@ -37,9 +36,10 @@ MODES: tuple[tuple[Any, Any], ...] = (
     ("full", None),
     ("full", "cpu"),
 )
-# Offload keeps two blocks on the device, so bytes are affine in the depth from three blocks on.
+# A mode without offload → the mode that keeps a part of the same tensors.
+LEANER = {MODES[0]: MODES[1], MODES[1]: MODES[3]}
 REWARD_PHASES = ("reward", "reward backward")
-CHOSEN, SLOWER = "chosen", "fits, slower"
+CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over with fragmentation"
 
 Bytes = Mapping[str, float]
 Tier = tuple[str, str]  # weight dtype of both models, optimizer
@@ -59,24 +59,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """Result of a search: the chosen candidate, its simulation at full depth, all candidates."""
+    """Result of a search: the chosen candidate, its simulation, all candidates."""
 
     chosen: Candidate
     simulation: Simulation
+    fragmentation: int
     feasible: bool
     candidates: list[Candidate]
     unused: list[Tier]
 
 
-def reserve_of(budget: int) -> int:
-    """Return the bytes of a budget that a plan leaves free."""
-    return max(RESERVE_LEAST, int(RESERVE_SHARE * budget))
-
-
-def budget_for(peak: int) -> int:
-    """Return the smallest budget, in hundredths of a GiB, that holds a peak and its reserve."""
-    least = max(peak + RESERVE_LEAST, peak / (1 - RESERVE_SHARE))
-    return math.ceil(100 * least / GIB) * GIB // 100
+def budget_for(reserved: int) -> int:
+    """Return the smallest budget, in hundredths of a GiB, for these bytes and the context."""
+    return math.ceil(100 * (reserved + CONTEXT) / GIB) * GIB // 100
 
 
 def phase_seconds(cost: Cost, rates: GpuSpecs) -> float:
@@ -105,83 +100,57 @@ def step_seconds(
     }
 
 
-class Shallow:
-    """Simulations of both models in one mode at two depths, extrapolated to any depth."""
+class Single:
+    """Simulation of both models in one mode, as parts of those in two modes."""
 
-    def __init__(self, runs: Sequence[Simulation], depths: Sequence[int] = (3, 4)) -> None:
-        self._runs, self._depths = runs, depths
-        self._highs = [_highs(run) for run in runs]
-        self._starts, self._middles = (
-            [next(live for name, live in run.timeline if name == phase) for run in runs]
-            for phase in REWARD_PHASES
+    def __init__(self, run: Simulation, layers: int) -> None:
+        self._run, self._layers = run, layers
+        self._highs = _highs(run)
+        self.start, self._middle = (
+            next(live for name, live in run.timeline if name == phase) for phase in REWARD_PHASES
         )
 
-    def moments(self, layers: int, reward_layers: int) -> list[dict[str, float]]:
+    def moments(self) -> list[dict[str, int]]:
         """Return bytes by category at the peak of each of the generator's phases."""
-        return [
-            self._mixed([high[phase] for high in self._highs], layers, reward_layers)
-            for phase in self._highs[0]
-            if phase not in REWARD_PHASES
-        ]
+        return [live for phase, live in self._highs.items() if phase not in REWARD_PHASES]
+
+    @property
+    def last_block(self) -> float:
+        """Return the bytes of the generator's last block, which leave after its forward."""
+        return self._sent("forward") / max(1, self._layers - 1)
 
     @property
     def window(self) -> Bytes:
         """Return the bytes of the last two offloaded blocks, held until another model runs."""
-        return {"checkpoints": 2 * self.sent_by_block("forward")}
+        return {"checkpoints": 2 * self.last_block}
 
-    def sent_by_block(self, phase: str) -> float:
-        """Return the bytes that one block sends to the host, in ``forward`` or ``reward``."""
-        few, more = (run.costs[phase].to_host_bytes for run in self._runs)
-        return (more - few) / (self._depths[1] - self._depths[0])
+    def _sent(self, phase: str) -> int:
+        return self._run.costs[phase].to_host_bytes
 
-    def start_of_reward(self, layers: int, reward_layers: int) -> dict[str, float]:
-        """Return the live bytes when the reward model begins."""
-        return self._mixed(self._starts, layers, reward_layers)
-
-    def added_by_reward(self, reward_layers: int) -> list[dict[str, float]]:
+    def added_by_reward(self) -> list[dict[str, float]]:
         """Return the bytes that the peak of each reward phase adds to its start."""
-        return [
-            self._added([high[phase] for high in self._highs], reward_layers)
-            for phase in REWARD_PHASES
-        ]
+        return [self._added(self._highs[phase]) for phase in REWARD_PHASES]
 
-    def kept_by_reward(self, reward_layers: int) -> dict[str, float]:
+    def kept_by_reward(self) -> dict[str, float]:
         """Return the bytes that the reward model adds until its backward begins."""
-        return self._added(self._middles, reward_layers)
+        return self._added(self._middle)
 
-    def _added(self, moments: Sequence[Bytes], reward_layers: int) -> dict[str, float]:
-        few, more = (
-            _sum((1, moment), (-1, start), (1, self.window))
-            for moment, start in zip(moments, self._starts, strict=True)
-        )
-        return self._at(few, more, reward_layers)
+    def _added(self, moment: Bytes) -> dict[str, float]:
+        return _sum((1, moment), (-1, self.start), (1, self.window))
 
-    def costs(self, layers: int, *, reward: bool) -> dict[str, Cost]:
-        """Return the costs of the reward's phases, or of the others, at a depth."""
-        few, more = ({p: dataclasses.asdict(c) for p, c in r.costs.items()} for r in self._runs)
-        return {
-            phase: Cost(**{k: int(v) for k, v in self._at(few[phase], more[phase], layers).items()})
-            for phase in few
-            if (phase in REWARD_PHASES) == reward
-        }
+    def costs(self, *, reward: bool) -> dict[str, Cost]:
+        """Return the costs of the reward's phases, or of the others."""
+        return {p: c for p, c in self._run.costs.items() if (p in REWARD_PHASES) == reward}
 
-    def other_host(self, layers: int) -> float:
+    def host(self, *, reward: bool) -> float:
+        """Return the host bytes of the reward's activations, or of the generator's but its last."""
+        if not reward:
+            return self._sent("forward")
+        return self._sent("reward") - self.last_block
+
+    def other_host(self) -> int:
         """Return host bytes apart from offloaded activations, that is optimizer states."""
-        few, more = (
-            {"": run.host - sum(run.costs[p].to_host_bytes for p in ("forward", "reward"))}
-            for run in self._runs
-        )
-        return max(0.0, self._at(few, more, layers)[""])
-
-    def _at(self, few: Bytes, more: Bytes, depth: int) -> dict[str, float]:
-        first, second = self._depths
-        factor = (depth - first) / (second - first)
-        return _sum((1 - factor, few), (factor, more))
-
-    def _mixed(self, pair: Sequence[Bytes], layers: int, reward_layers: int) -> dict[str, float]:
-        # In the generator's phases only the reward's weights depend on the reward's depth.
-        mixed = self._at(pair[0], pair[1], layers)
-        return mixed | {"reward": self._at(pair[0], pair[1], reward_layers)["reward"]}
+        return max(0, self._run.host - self._sent("forward") - self._sent("reward"))
 
 
 def _sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
@@ -193,11 +162,11 @@ def _sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
     return total
 
 
-def _start(ours: Shallow, theirs: Shallow, layers: int, reward_layers: int) -> dict[str, float]:
+def _start(ours: Single, theirs: Single) -> dict[str, float]:
     """Return the generator's live bytes under ``ours`` beside a reward model under ``theirs``."""
     # An offloaded reward model frees the generator's last two blocks on the device.
     evicted = ours.window if theirs.window["checkpoints"] else {}
-    return _sum((1, ours.start_of_reward(layers, reward_layers)), (-1, evicted))
+    return _sum((1, ours.start), (-1, evicted))
 
 
 def _highs(run: Simulation) -> dict[str, dict[str, int]]:
@@ -212,25 +181,30 @@ def _highs(run: Simulation) -> dict[str, dict[str, int]]:
 class Search:
     """Search among the candidates of one workload on one GPU within budgets in bytes.
 
-    A host budget of None is unlimited. ``show`` receives a description before each simulation.
+    A host budget of None is unlimited. ``expandable`` is the allocator's setting
+    ``expandable_segments``. ``show`` receives a description before each simulation.
     """
 
     def __init__(
-        self, workload: Workload, rates: GpuSpecs, *, budget: int, host_budget: int | None
+        self,
+        workload: Workload,
+        rates: GpuSpecs,
+        *,
+        budget: int,
+        host_budget: int | None,
+        expandable: bool = True,
     ) -> None:
         self.workload, self.rates = workload, rates
         self.show: Callable[[str], object] = lambda text: None
-        self.limit, self.host_budget = budget - reserve_of(budget), host_budget
-        self.layers = workload.blocks
-        self._seen: dict[tuple[Any, ...], Shallow] = {}
+        self.limit, self.host_budget = budget - CONTEXT, host_budget
+        self.expandable = expandable
+        self._seen: dict[tuple[Any, ...], Single] = {}
 
     def run(self, tiers: Sequence[Tier]) -> Found:
         """Return the fastest candidate that fits, from the first tier with one that fits."""
         considered: list[Candidate] = []
         for index, tier in enumerate(tiers):
-            # If the modes with the lowest peak do not fit, no pair of this tier does.
-            lean = self._candidate(tier, MODES[-1], MODES[-1], CHUNK)
-            found = [lean] if lean.peak > self.limit else self._candidates(tier)
+            found = self._tier(tier, last=index == len(tiers) - 1)
             found.sort(key=lambda c: (c.seconds, c.peak))
             considered += found
             for candidate in found:
@@ -240,81 +214,99 @@ class Search:
                 considered[considered.index(candidate)] = whole
                 if whole.reason == CHOSEN:
                     unused = list(tiers[index + 1 :])
-                    return Found(whole, run, True, considered, unused)
+                    return Found(whole, run, self._lost(run), True, considered, unused)
         # Nothing fits: return the candidate that exceeds the limits by the fewest bytes.
         nearest = min(considered, key=self._miss)
         run, whole = self._whole(nearest)
         considered[considered.index(nearest)] = whole
-        return Found(whole, run, whole.reason == CHOSEN, considered, [])
+        return Found(whole, run, self._lost(run), whole.reason == CHOSEN, considered, [])
+
+    def _lost(self, run: Simulation) -> int:
+        """Return the bytes that the allocator needs beside the live ones, to 1 % of them."""
+        requests, live = requests_of(run.events), run.peak
+        least = least_limit(requests, live, expandable=self.expandable, within=max(1, live // 100))
+        return least - live
+
+    def _tier(self, tier: Tier, *, last: bool) -> list[Candidate]:
+        """Return the candidates of a tier, only the leanest if it does not fit."""
+        lean = (MODES[-1], MODES[-1])
+        whole = self._candidate(tier, *lean, None)
+        if whole.peak <= self.limit:
+            return self._candidates(tier)
+        # Without chunks a simulation takes half the time, and often the weights alone are too much.
+        if not (last or self._may_fit(tier, *lean)):
+            return [whole]
+        chunked = self._candidate(tier, *lean, CHUNK)
+        return [chunked] if chunked.peak > self.limit else self._candidates(tier)
 
     def _whole(self, candidate: Candidate) -> tuple[Simulation, Candidate]:
-        """Simulate a candidate at full depth; return the run and the candidate with its numbers."""
+        """Simulate a candidate; return the run and the candidate with its numbers."""
         run = self._simulate(candidate.memory, candidate.reward_memory)
-        reason = self._refusal(run.peak, run.host) or CHOSEN
+        reason = self._refusal(run.peak, run.host)
+        if not (reason or fits(requests_of(run.events), self.limit, expandable=self.expandable)):
+            reason = FRAGMENTED
         seconds = self._seconds(run.costs)
         whole = dataclasses.replace(
-            candidate, peak=run.peak, host=run.host, seconds=seconds, reason=reason
+            candidate, peak=run.peak, host=run.host, seconds=seconds, reason=reason or CHOSEN
         )
         return run, whole
 
     def _candidates(self, tier: Tier) -> list[Candidate]:
-        """Return every pair of modes, and with chunks those that may fit and be faster."""
-        pairs = list(itertools.product(MODES, MODES))
-        found = [self._candidate(tier, *pair, None) for pair in pairs]
+        """Return the pairs of modes that may fit, and with chunks those that may be the fastest."""
+        found: dict[tuple[Any, Any], Candidate] = {}
+        # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
+        for pair in sorted(itertools.product(reversed(MODES), repeat=2), key=_steps):
+            leaner: list[Any] = [(LEANER.get(pair[0]), pair[1]), (pair[0], LEANER.get(pair[1]))]
+            leaner = [part for part in leaner if set(part) <= {*MODES}]
+            if all(part in found and self._may_fit(tier, *part) for part in leaner):
+                found[pair] = self._candidate(tier, *pair, None)
+        fits = min((c.seconds for c in found.values() if c.reason == SLOWER), default=math.inf)
+        chunked = []
         # Chunks add work and do not change the bytes that checkpointed blocks save, so most pairs
         # with chunks need no simulation.
-        fits = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
-        for pair, whole in zip(pairs, list(found), strict=True):
-            kept = self._kept(tier, *pair)
-            if ("none", None) not in pair and whole.seconds < fits and kept <= self.limit:
-                found.append(self._candidate(tier, *pair, CHUNK))
-        return found
+        for pair, whole in sorted(found.items(), key=lambda item: item[1].seconds):
+            if whole.seconds < fits and ("none", None) not in pair and self._may_fit(tier, *pair):
+                chunked.append(self._candidate(tier, *pair, CHUNK))
+                if chunked[-1].reason == SLOWER:
+                    fits = min(fits, chunked[-1].seconds)
+        return [*found.values(), *chunked]
 
-    def _kept(self, tier: Tier, generator: Any, reward: Any) -> float:
-        """Return the live bytes between the forwards and the backwards."""
-        depths = self.layers, self.workload.reward_blocks
-        ours, theirs = (self._shallow(tier, mode, None) for mode in (generator, reward))
-        start, added = _start(ours, theirs, *depths), theirs.kept_by_reward(depths[1])
-        return sum(start.values()) + sum(added.values())
+    def _may_fit(self, tier: Tier, generator: Any, reward: Any) -> bool:
+        """Return False if the live bytes between forwards and backwards exceed the limit."""
+        ours, theirs = (self._single(tier, mode, None) for mode in (generator, reward))
+        kept = _sum((1, _start(ours, theirs)), (1, theirs.kept_by_reward()))
+        return sum(kept.values()) <= self.limit
 
     def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
-        ours, theirs = self._shallow(tier, generator, chunk), self._shallow(tier, reward, chunk)
-        depth, reward_depth = self.layers, self.workload.reward_blocks
-        start = _start(ours, theirs, depth, reward_depth)
-        moments = ours.moments(depth, reward_depth)
-        moments += [_sum((1, start), (1, added)) for added in theirs.added_by_reward(reward_depth)]
-        costs = ours.costs(depth, reward=False) | theirs.costs(reward_depth, reward=True)
+        ours, theirs = self._single(tier, generator, chunk), self._single(tier, reward, chunk)
+        start = _start(ours, theirs)
+        moments: list[Bytes] = [*ours.moments()]
+        moments += [_sum((1, start), (1, added)) for added in theirs.added_by_reward()]
+        costs = ours.costs(reward=False) | theirs.costs(reward=True)
         peak = int(max(sum(moment.values()) for moment in moments))
-        sent, reward_sent = ours.sent_by_block("forward"), theirs.sent_by_block("reward")
+        host = ours.host(reward=False) + theirs.host(reward=True) + ours.other_host()
         # The very last block stays on the device, because the backward begins with it.
-        host = int(depth * sent + reward_depth * reward_sent - (reward_sent or sent))
-        host += int(ours.other_host(depth))
+        host += ours.last_block if theirs.window["checkpoints"] else 0
         return Candidate(
             *memory_of(tier, generator, reward, chunk),
             peak,
-            host,
+            int(host),
             self._seconds(costs),
-            self._refusal(peak, host) or SLOWER,
+            self._refusal(peak, int(host)) or SLOWER,
         )
 
-    def _shallow(self, tier: Tier, mode: Any, chunk: int | None) -> Shallow:
+    def _single(self, tier: Tier, mode: Any, chunk: int | None) -> Single:
         key = (tier, mode, chunk)
         if key not in self._seen:
-            memory = memory_of(tier, mode, mode, chunk)
-            depths = adapter_of(self.workload.config).shallow_depths
-            runs = [self._simulate(*memory, depth) for depth in depths]
-            self._seen[key] = Shallow(runs, depths)
+            run = self._simulate(*memory_of(tier, mode, mode, chunk))
+            self._seen[key] = Single(run, self.workload.blocks)
         return self._seen[key]
 
-    def _simulate(
-        self, memory: MemoryConfig, reward_memory: MemoryConfig, depth: int | None = None
-    ) -> Simulation:
-        mode = memory.activation_checkpointing
-        self.show(f"{memory.weight_dtype}, {mode}, {depth or 'all'} blocks")
+    def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:
+        self.show(f"{memory.weight_dtype}, {memory.activation_checkpointing}")
         # A supervised step repeats the generator's phases beside less memory: it is never the peak.
         short = dataclasses.replace(self.workload, sft=False)
-        depths = {} if depth is None else {"layers": depth, "reward_layers": depth}
-        return simulate(short, memory, reward_memory, **depths)
+        return simulate(short, memory, reward_memory)
 
     def _seconds(self, costs: Mapping[str, Cost]) -> float:
         times = step_seconds(costs, self.rates, self.workload)
@@ -331,6 +323,11 @@ class Search:
     def _miss(self, candidate: Candidate) -> tuple[int, int]:
         host = 0 if self.host_budget is None else max(0, candidate.host - self.host_budget)
         return host + max(0, candidate.peak - self.limit), candidate.peak
+
+
+def _steps(pair: tuple[Any, Any]) -> int:
+    """Return how many times the modes of a pair have a leaner one."""
+    return sum((LEANER.get(mode) is not None) + (mode == MODES[0]) for mode in pair)
 
 
 def memory_of(

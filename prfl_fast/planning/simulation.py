@@ -6,7 +6,6 @@ allocation and release, so a 14B model at 720p takes seconds and no memory.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +21,18 @@ from prfl_fast.models.adapter import FIRST_FRAME, generated_frames, set_first_fr
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import autocast
-from prfl_fast.planning.costs import CUBLAS_BYTES, Cost, CostLedger
+from prfl_fast.planning.costs import CUBLAS_BYTES, CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.presets import adapter_of
+from prfl_fast.planning.trace import (
+    DEPTH,
+    Key,
+    Segment,
+    Simulation,
+    TraceLedger,
+    UnlikeError,
+    simulation_of,
+)
 from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
@@ -44,32 +52,27 @@ PHASES = (
     "sft forward",
     "sft backward",
 )
+_MODELS = ("generator", "reward")
+_MOST_REMEMBERED = 64
+# (workload and depths, both policies) → simulation. A search for another budget repeats most.
+_remembered: dict[tuple[str, MemoryConfig, MemoryConfig], Simulation] = {}
 SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued on one stream
 # Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
 # These are upper bounds for torchao, whose compiled step holds some copies in registers.
 _WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """Memory and work of one step.
-
-    Attributes:
-        peak, peak_phase, categories: device bytes at the peak, its phase, and bytes by category.
-        host: peak bytes of host buffers.
-        timeline: (phase, live bytes by category) in order of time.
-        costs: work by phase. ``rollout`` is one forward without gradient; ``forward``, ``reward``,
-            ``reward backward`` and ``backward`` are of one gradient point, ``sft …`` of one
-            micro-batch, ``optimizer`` of one update for each objective. ``swap out`` and
-            ``swap in`` are one exchange of two experts.
-    """
-
-    peak: int
-    peak_phase: str
-    categories: dict[str, int]
-    host: int
-    timeline: list[tuple[str, dict[str, int]]]
-    costs: dict[str, Cost] = field(repr=False)
+def depths_of(
+    workload: Workload, layers: int | None = None, reward_layers: int | None = None
+) -> list[dict[str, int]]:
+    """Return the entries of the generator's and of the reward's configuration for their depths."""
+    adapter = adapter_of(workload.config)
+    return [
+        adapter.depth(workload.config, workload.blocks if layers is None else layers),
+        adapter.depth(
+            workload.config, workload.reward_blocks if reward_layers is None else reward_layers
+        ),
+    ]
 
 
 def build(
@@ -79,18 +82,24 @@ def build(
     *,
     layers: int | None = None,
     reward_layers: int | None = None,
+    most: int | None = None,
 ) -> tuple[nn.Module, LatentRewardModel]:
-    """Return generator and frozen reward model on the ``meta`` device, not patched yet."""
+    """Return generator and frozen reward model on the ``meta`` device, not patched yet.
+
+    ``most`` limits the number of blocks in each list of both models.
+    """
     # Keys that the model's class does not take.
     own = ("_", "text_tokens", "boundary_ratio", "class_name")
     config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
     adapter = adapter_of(workload.config)
     cls = getattr(need("diffusers"), adapter.class_name)
-    changed = {} if layers is None else adapter.shallow(config, layers)
-    reward_depth = workload.reward_blocks if reward_layers is None else reward_layers
+    depths = [
+        {key: count if most is None else min(count, most) for key, count in depth.items()}
+        for depth in depths_of(workload, layers, reward_layers)
+    ]
     with torch.device("meta"):
-        generator = cls(**{**config, **changed}).train()
-        backbone = adapter.backbone_from_config({**config, **adapter.depth(config, reward_depth)})
+        generator = cls(**{**config, **depths[0]}).train()
+        backbone = adapter.backbone_from_config({**config, **depths[1]})
         dim = adapter.hidden_size(backbone)
         reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
     both: tuple[Any, ...] = (generator, backbone)
@@ -143,9 +152,11 @@ class SimulatedStep:
         self.trained = 2 if workload.experts and workload.expert == "both" else 1
         self.device_states, self.host_states = self._states()
         if workload.ema:
-            count = self.trained * sum(parameter.numel() for parameter in self.parameters)
-            self.ema = self._make(count, category="optimizer")
-        self.moved = 0
+            self.ema = [
+                self._make(self.trained * p.numel(), category="optimizer", owner=p)
+                for p in self.parameters
+            ]
+        self.moved: list[torch.Tensor] = []
         if workload.experts:
             self._other_expert()
         self.conditions = self._conditions()
@@ -155,37 +166,54 @@ class SimulatedStep:
             self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
 
     def _make(
-        self, *shape: int, category: str = "rollout", dtype: torch.dtype = torch.float32
+        self,
+        *shape: int,
+        category: str = "rollout",
+        dtype: torch.dtype = torch.float32,
+        owner: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        tensor = torch.zeros(shape, dtype=dtype)
-        self.ledger.mark(tensor, category)
+        """Return zeros that count in a category, beside the parameter ``owner`` of a block."""
+        with self._at(owner):
+            tensor = torch.zeros(shape, dtype=dtype)
+            self.ledger.mark(tensor, category)
         return tensor
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _at(self, parameter: torch.Tensor | None) -> contextlib.AbstractContextManager[Any]:
+        if parameter is None or not isinstance(self.ledger, TraceLedger):
+            return contextlib.nullcontext()
+        return self.ledger.at(parameter)
+
+    def _states(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the optimizer's states on the device and on the host, as bytes."""
         kind = self.memory.optimizer
         sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.parameters]
-        device, host = (self.trained * sum(column) for column in zip(*sizes, strict=True))
+        device, host = (
+            [
+                self._make(self.trained * size, category=place, dtype=torch.uint8, owner=p)
+                for p, size in zip(self.parameters, column, strict=True)
+            ]
+            for place, column in zip(("optimizer", HOST), zip(*sizes, strict=True), strict=True)
+        )
         if kind == "adamw-cpu":  # gradients and weights pass through two buffers
-            host += 2 * max(
+            buffers = 2 * max(
                 p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.parameters
             )
-        return (
-            self._make(device, category="optimizer", dtype=torch.uint8),
-            self._make(host, category=HOST, dtype=torch.uint8),
-        )
+            self.buffers = self._make(buffers, category=HOST, dtype=torch.uint8)
+        return device, host
 
     def _other_expert(self) -> None:
         """Allocate the expert that waits: its adapters on the device, the rest on the host."""
         adapters = self.parameters if self.workload.train == "lora" else []
         stay = {id(parameter) for parameter in adapters}
-        moved = [t for t in moved_tensors(self.generator) if id(t) not in stay]
-        self.moved = sum(tensor.nbytes for tensor in moved)
-        waits = (self.trained - 1) * sum(parameter.nbytes for parameter in adapters)
-        self.other = (
-            self._make(host_bytes(moved), category=HOST, dtype=torch.uint8),
-            self._make(waits, category="weights", dtype=torch.uint8),
-        )
+        self.moved = [t for t in moved_tensors(self.generator) if id(t) not in stay]
+        waiting = [(t, HOST, t.nbytes) for t in self.moved]
+        waiting += [(p, "weights", (self.trained - 1) * p.nbytes) for p in adapters]
+        self.other = [
+            self._make(size, category=category, dtype=torch.uint8, owner=owner)
+            for owner, category, size in waiting
+        ]
+        spare = host_bytes(self.moved) - sum(tensor.nbytes for tensor in self.moved)
+        self.other.append(self._make(spare, category=HOST, dtype=torch.uint8))
 
     def _conditions(self) -> dict[str, torch.Tensor]:
         config, batch = self.workload.config, self.workload.batch_size
@@ -229,22 +257,29 @@ class SimulatedStep:
     def run(self) -> None:
         """Run reward feedback and an optimizer step, then the same for the supervised loss."""
         several = max(self.workload.points, self.workload.gradient_accumulation_steps) > 1
-        ways = ({"to_host_bytes": self.moved}, {"to_device_bytes": self.moved})
-        for phase, copied in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
+        ways = ("to_host_bytes", "to_device_bytes")
+        for phase, way in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
             self.ledger.start_phase(phase)
-            if isinstance(self.ledger, CostLedger):
-                self.ledger.count(**copied)
+            for tensor in self.moved:
+                self._count(tensor, **{way: tensor.nbytes})
         self._feedback(several)
         self._update()
         if self.workload.sft:
             self._supervised(self.workload.gradient_accumulation_steps > 1)
             self._update()
 
+    def _count(self, parameter: torch.Tensor, **work: int) -> None:
+        """Add work of one parameter to the current phase."""
+        if isinstance(self.ledger, CostLedger):
+            with self._at(parameter):
+                self.ledger.count(**work)
+
     def _hold_gradients(self) -> None:
         """Allocate the gradients of earlier points and micro-batches."""
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
-            self.ledger.mark(parameter.grad, "gradients")
+            with self._at(parameter):
+                parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
+                self.ledger.mark(parameter.grad, "gradients")
 
     def _feedback(self, several: bool) -> None:
         self.ledger.start_phase("rollout")
@@ -296,20 +331,21 @@ class SimulatedStep:
         kind, gradients = self.memory.optimizer, [p.grad for p in self.parameters]
         narrow = [g.numel() for g in gradients if g is not None and g.dtype == torch.bfloat16]
         self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * max(narrow, default=0))
-        if isinstance(self.ledger, CostLedger):
-            read = sum(g.nbytes for g in gradients if g is not None)
-            weights = sum(p.nbytes for p in self.parameters)
-            paged = self.host_states.nbytes
+        states = zip(self.parameters, self.device_states, self.host_states, strict=True)
+        for parameter, device, host in states:
+            read = 0 if parameter.grad is None else parameter.grad.nbytes
             norm_and_clip = 3 * read
             if kind == "adamw-cpu":
-                self.ledger.count(
-                    moved_bytes=norm_and_clip, to_host_bytes=read, to_device_bytes=weights
-                )
+                ways = {"to_host_bytes": read, "to_device_bytes": parameter.nbytes}
+                self._count(parameter, moved_bytes=norm_and_clip, **ways)
             else:
-                moved = norm_and_clip + read + 2 * weights + 2 * self.device_states.nbytes
-                self.ledger.count(moved_bytes=moved, to_host_bytes=paged, to_device_bytes=paged)
+                moved = norm_and_clip + read + 2 * parameter.nbytes + 2 * device.nbytes
+                paged = host.nbytes
+                ways = {"to_host_bytes": paged, "to_device_bytes": paged}
+                self._count(parameter, moved_bytes=moved, **ways)
         for parameter in self.parameters:
-            parameter.grad = None
+            with self._at(parameter):
+                parameter.grad = None
 
 
 def _grad_dtype(parameter: torch.Tensor) -> torch.dtype:
@@ -329,9 +365,10 @@ def fake_models(
     *,
     layers: int | None = None,
     reward_layers: int | None = None,
+    most: int | None = None,
 ) -> Iterator[tuple[nn.Module, LatentRewardModel]]:
-    """Yield both models as fake tensors inside an active ``FakeTensorMode``."""
-    depths = {"layers": layers, "reward_layers": reward_layers}
+    """Yield both models as fake tensors inside an active ``FakeTensorMode``; see :func:`build`."""
+    depths = {"layers": layers, "reward_layers": reward_layers, "most": most}
     generator, reward = build(workload, memory, reward_memory, **depths)
     with FastFakeTensorMode():
         for model in (generator, reward):
@@ -349,29 +386,57 @@ def simulate(
     *,
     layers: int | None = None,
     reward_layers: int | None = None,
+    whole: bool = False,
 ) -> Simulation:
     """Run one step of a workload under two memory policies on fake tensors, on any machine.
 
-    The allocator's rounding and fragmentation and CUDA's context are not included.
+    Results are remembered. The allocator's rounding and fragmentation and CUDA's context are not
+    included.
 
     Args:
-        layers, reward_layers: depths in place of the workload's. Bytes and work are affine in them
-            from a depth of 3 on.
+        layers, reward_layers: depths in place of the workload's.
+        whole: run all blocks, and do not repeat the middle one of a shallow model.
     """
-    depths = {"layers": layers, "reward_layers": reward_layers}
+    key = repr((workload, layers, reward_layers, whole))  # a configuration has no hash
+    found = _remembered.get((key, memory, reward_memory))
+    if found is None:
+        depths = {"layers": layers, "reward_layers": reward_layers}
+        most = None if whole else DEPTH
+        segments = _recorded(workload, memory, reward_memory, **depths, most=most)
+        counts = {}
+        for model, depth in zip(_MODELS, depths_of(workload, **depths), strict=True):
+            for index, count in enumerate(depth.values()):
+                counts[f"{model} {index}"] = (min(count, most or count), count)
+        try:
+            found = simulation_of(segments, counts)
+        except UnlikeError:
+            if whole:
+                raise
+            return simulate(workload, memory, reward_memory, **depths, whole=True)
+        while len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.pop(next(iter(_remembered)))
+        _remembered[key, memory, reward_memory] = found
+    return found
+
+
+def _recorded(
+    workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig, **depths: int | None
+) -> dict[Key, Segment]:
+    """Return the segments of one step."""
     with fake_models(workload, memory, reward_memory, **depths) as (generator, reward):
-        ledger = CostLedger()
+        adapter: Any = adapter_of(workload.config)
+        models = zip(_MODELS, (generator, reward.backbone), strict=True)
+        ledger = TraceLedger(
+            {
+                f"{name} {index}": getattr(unwrap(model), blocks)
+                for name, model in models
+                for index, blocks in enumerate(adapter.lists)
+            }
+        )
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
             step = SimulatedStep(workload, memory, reward_memory, generator, reward, ledger)
             step.run()
         del cublas, step
-    return Simulation(
-        ledger.peak,
-        ledger.peak_phase,
-        ledger.peak_categories,
-        ledger.host_peak,
-        [point for point in ledger.timeline if point[0]],
-        ledger.costs(),
-    )
+    return ledger.segments

@@ -13,6 +13,7 @@ from torch import nn
 from prfl_fast.memory.offload import HostMemoryError
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.trajectory import Trajectory
+from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
 from prfl_fast.utils.units import GIB
 
 # torch raises a plain RuntimeError with these words if another allocator than its own fails.
@@ -85,6 +86,9 @@ def memory_report(device: torch.device, live: Mapping[str, int]) -> list[str]:
             "total": total,
         }
         lines.append("allocator: " + ", ".join(f"{n} {_shown(size)}" for n, size in sizes.items()))
+        if not expandable_segments():
+            lost = _shown(sizes["reserved"] - sizes["allocated"])
+            lines.append(f"{lost} reserved without use: {EXPANDABLE} may help")
     return [*lines, "live: " + ", ".join(f"{n} {_shown(size)}" for n, size in live.items())]
 
 

@@ -9,7 +9,8 @@ from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import MODES
-from prfl_fast.planning.simulation import SimulatedStep, Simulation, build, materialize, simulate
+from prfl_fast.planning.simulation import SimulatedStep, build, materialize
+from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 
 # Wide enough that a block's input is worth offloading, and otherwise as small as it gets.
@@ -91,17 +92,6 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
     phase, high = max(timeline, key=lambda m: sum(m[1].values()))
     host = (sum(sent) + (memory.optimizer == "adamw-cpu") * depth) << 20
     return Simulation(sum(high.values()), phase, high, host, timeline, costs)
-
-
-_runs = {}
-
-
-def once(work, *memory, layers=None, reward_layers=None):
-    """Simulate, and share the result between tests with the same arguments."""
-    key = (repr(work), memory, layers, reward_layers)
-    if key not in _runs:
-        _runs[key] = simulate(work, *memory, layers=layers, reward_layers=reward_layers)
-    return _runs[key]
 
 
 def prepared(generator, reward):

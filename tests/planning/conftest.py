@@ -7,11 +7,12 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from plans import SHALLOW, made_up, once, small_workload  # noqa: E402
+from plans import made_up, small_workload  # noqa: E402
 
 from prfl_fast.planning import planner  # noqa: E402
 from prfl_fast.planning import search as plan_search  # noqa: E402
 from prfl_fast.planning.search import memory_of  # noqa: E402
+from prfl_fast.planning.simulation import simulate  # noqa: E402
 
 
 @pytest.fixture
@@ -26,9 +27,8 @@ def calls(monkeypatch):
 def real():
     """Return a plan of the small model that has to leave the fastest policies out."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(plan_search, "simulate", once)
         patched.setattr(plan_search, "MODES", plan_search.MODES[::4])
         memory = memory_of(("bf16", "adamw"), ("none", None), ("none", None), None)
-        whole = once(small_workload(), *memory, **SHALLOW)
-        budget = plan_search.RESERVE_LEAST + int(0.8 * whole.peak)
+        whole = simulate(small_workload(sft=False), *memory)
+        budget = plan_search.CONTEXT + int(0.8 * whole.peak)
         return planner.plan_memory(small_workload(), budget=budget, gpu="h100")

@@ -15,6 +15,9 @@ def test_the_device_at_hand(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**found))
     here = this_gpu("cuda")
     assert here == dataclasses.replace(GPUS["h100"], name=found["name"], memory=5)
+    names = {"NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "NVIDIA H200": "h200", "NVIDIA H20": "h20"}
+    for found["name"], key in names.items():
+        assert this_gpu("cuda").matmul == GPUS[key].matmul
     found["name"] = "NVIDIA T4"
     assert this_gpu("cuda").name == "NVIDIA T4 (at an A100's rates)"
     assert this_gpu("cuda").matmul == GPUS["a100"].matmul

@@ -120,15 +120,20 @@ def test_the_peak_is_what_training_really_allocates(case):
     assert abs(predicted - peak) <= 0.01 * peak, (predicted, peak)
 
 
+DEEP = {
+    "hunyuan": {"num_layers": 6, "num_single_layers": 7},
+    "hunyuan-1.5": {"num_layers": 7},
+    "ltx": {"num_layers": 7},
+    "mochi": {"num_layers": 7},
+}
+
+
 @pytest.mark.slow
-def test_shallow_models_have_both_kinds_of_blocks():
-    """Bytes of shallow models extrapolate to those of the whole one."""
-    work, memory = WORK["hunyuan"], POLICIES["full"]
-    three, six = (simulate(work, *memory, layers=n, reward_layers=2).peak for n in (3, 6))
-    assert work.blocks == 6 and six == simulate(work, *memory, reward_layers=2).peak
-    config = {**HUNYUAN, "num_layers": 3, "num_single_layers": 6}
-    nine = simulate(replace(work, model=config), *memory, reward_layers=2).peak
-    assert abs(nine - (six + six - three)) <= 0.01 * nine
+@pytest.mark.parametrize("name", DEEP)
+def test_repeated_blocks_are_those_of_the_whole_model(name):
+    memory = 2 * (MemoryConfig("fp32", "attention", "cpu"),)
+    work = replace(WORK[name], model={**WORK[name].config, **DEEP[name]}, reward_blocks=6)
+    assert simulate(work, *memory) == simulate(work, *memory, whole=True)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def test_nothing_fits(calls):
-    plan = planner.plan_memory(small_workload(), budget=plan_search.RESERVE_LEAST + (20 << 20))
+    plan = planner.plan_memory(small_workload(), budget=plan_search.CONTEXT + (20 << 20))
     assert not plan.feasible and plan.missing == plan.peak + plan.reserve - plan.budget > 0
     leanest = memory_of(("nf4", "adamw"), MODES[-1], MODES[-1], CHUNK)
     assert (plan.memory, plan.reward_memory) == leanest
@@ -78,6 +78,13 @@ def test_sizes(value, expected):
 def test_bad_sizes(value):
     with pytest.raises(ValueError, match="budget is .*expected (bytes or )?a size"):
         planner.size_of(value, "budget")
+
+
+def test_a_budget_is_a_size_or_a_card():
+    assert planner.budget_of("rtx4090", "budget") == int(23.5 * GIB)
+    assert planner.budget_of("24GB", "budget") == 24 * 10**9 < planner.budget_of("24GiB", "budget")
+    with pytest.raises(ValueError, match="budget is 'rtx9', expected bytes or a size"):
+        planner.budget_of("rtx9", "budget")
 
 
 def test_models(tmp_path):

@@ -84,7 +84,7 @@ def test_apply_refuses(real, calls, tmp_path):
     path.write_text("a: [\n")
     with pytest.raises(ValueError, match="not YAML"):
         apply_to_yaml(real, path)
-    nothing = planner.plan_memory(small_workload(), budget=plan_search.RESERVE_LEAST + 1)
+    nothing = planner.plan_memory(small_workload(), budget=plan_search.CONTEXT + 1)
     with pytest.raises(ValueError, match="no plan fits"):
         apply_to_yaml(nothing, tmp_path / "new.yaml")
     assert not (tmp_path / "new.yaml").exists()

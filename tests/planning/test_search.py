@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from plans import BOTH, RATES, SHALLOW, made_up, once, small_workload
+from plans import BOTH, RATES, SHALLOW, made_up, small_workload
 from tiers import slow_except
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -13,7 +13,8 @@ from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import CHUNK, MODES, SLOWER, Search, memory_of, phase_seconds
-from prfl_fast.planning.simulation import Simulation, simulate
+from prfl_fast.planning.simulation import simulate
+from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
 
@@ -24,7 +25,7 @@ TIER = ("bf16", "adamw")
 def make_search(mib, host_mib=None, **workload):
     """Return a search for the 14B model with this much memory beside the reserve."""
     work = Workload({"num_layers": 40}, **workload)
-    budget = plan_search.RESERVE_LEAST + (mib << 20)
+    budget = plan_search.CONTEXT + (mib << 20)
     return Search(work, RATES, budget=budget, host_budget=host_mib and host_mib << 20)
 
 
@@ -39,7 +40,7 @@ def all_candidates(search, tier):
     return found
 
 
-def test_every_pair_follows_from_shallow_runs(calls):
+def test_every_pair_follows_from_runs_of_single_modes(calls):
     search = make_search(1 << 20)
     for _, _, _, memory in all_candidates(search, TIER):
         run = made_up(search.workload, *memory)
@@ -48,7 +49,7 @@ def test_every_pair_follows_from_shallow_runs(calls):
         assert (found.memory, found.reward_memory) == memory
         assert (found.peak, found.host) == (run.peak, run.host)
         assert found.seconds == pytest.approx(search._seconds(run.costs))
-    assert len(calls) == 2 * (2 * len(MODES) - 1)  # none is not run in chunks
+    assert len(calls) == 2 * len(MODES) - 1  # none is not run in chunks
 
 
 @pytest.mark.cases(8)
@@ -99,9 +100,9 @@ def test_faithful_optimizer_first(calls):
 def test_next_candidate_when_full_depth_is_larger_than_predicted(monkeypatch, calls):
     first = make_search(640).run([TIER]).chosen
 
-    def larger(workload, *memory, **depths):
-        run = made_up(workload, *memory, **depths)
-        if depths or memory != (first.memory, first.reward_memory):
+    def larger(workload, *memory):
+        run = made_up(workload, *memory)
+        if memory != (first.memory, first.reward_memory):
             return run
         return Simulation(run.peak + GIB, "backward", run.categories, 0, run.timeline, run.costs)
 
@@ -122,9 +123,9 @@ def test_only_the_host_is_too_small(calls):
 @pytest.mark.parametrize("peak", [1, GIB, 23 * GIB + 1, 24 * GIB, 40 * GIB, 200 * GIB + 12345])
 def test_the_budget_for_a_peak_holds_it(peak):
     budget = plan_search.budget_for(peak)
-    assert peak + plan_search.reserve_of(budget) <= budget + 2
+    assert peak + plan_search.CONTEXT <= budget + 2
     short = budget - GIB // 50
-    assert peak + plan_search.reserve_of(short) > short
+    assert peak + plan_search.CONTEXT > short
 
 
 def test_seconds():
@@ -159,16 +160,11 @@ def test_expected_forwards(points):
 
 
 # Predictions against the real simulation.
-@pytest.fixture
-def remembered(monkeypatch):
-    monkeypatch.setattr(plan_search, "simulate", once)
-
-
 def check_prediction(pair, chunk=None, optimizer="adamw", **options):
-    work = small_workload(**options)
+    work = small_workload(sft=False, **options)
     search = Search(work, RATES, budget=1 << 40, host_budget=None)
     predicted = search._candidate(("bf16", optimizer), *pair, chunk)
-    run = once(work, predicted.memory, predicted.reward_memory)
+    run = simulate(work, predicted.memory, predicted.reward_memory)
     assert predicted.peak == pytest.approx(run.peak, rel=2e-3)
     assert predicted.seconds == pytest.approx(search._seconds(run.costs), rel=2e-3)
     assert predicted.host == pytest.approx(run.host, rel=0.01)
@@ -188,13 +184,13 @@ def test_a_supervised_step_is_never_the_peak(mode, train):
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 2048])
 @pytest.mark.parametrize("pair", BOTH, ids=str)
-def test_every_prediction_is_what_full_depth_says(remembered, pair, chunk):
+def test_every_prediction_is_what_full_depth_says(pair, chunk):
     check_prediction(pair, chunk)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"])
-def test_prediction_with_all_parameters(remembered, optimizer):
+def test_prediction_with_all_parameters(optimizer):
     check_prediction(
         (FULL_CPU, ATTENTION), None, optimizer, train="full", gradient_accumulation_steps=2
     )

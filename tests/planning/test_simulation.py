@@ -52,9 +52,13 @@ def _poison_empty():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(POLICIES, ("offloaded", "fp8")))
 def test_the_faster_fake_tensors_change_nothing(name, monkeypatch):
-    runs = [shallow(SMALL, POLICIES[name]) for _ in range(2)]  # the second from remembered layouts
+    def run():
+        simulation._remembered.clear()
+        return shallow(SMALL, POLICIES[name])
+
+    runs = [run() for _ in range(2)]  # the second from remembered layouts
     monkeypatch.setattr(simulation, "FastFakeTensorMode", FakeTensorMode)
-    assert runs == 2 * [shallow(SMALL, POLICIES[name])]
+    assert runs == 2 * [run()]
 
 
 @pytest.mark.cases(1)
@@ -164,6 +168,19 @@ def test_work_of_a_block():
     assert none["backward"].attention_flops == kept["backward"].attention_flops
     assert full["backward"].attention_flops == none["backward"].attention_flops + products
     assert none["backward"].attention_flops == 5 * products // 2
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("name", slow_except(POLICIES, ("offloaded",)))
+def test_repeated_blocks_are_those_of_the_whole_model(name):
+    deep = replace(SMALL, model={**CONFIG, "num_layers": 7}, reward_blocks=6, sft=False)
+    found, expected = (simulate(deep, *POLICIES[name], whole=whole) for whole in (False, True))
+    assert found == expected
+
+    def sizes(run):
+        return [(phase, kind, *rest) for phase, e in run.events for kind, _, *rest in e]
+
+    assert sizes(found) == sizes(expected)
 
 
 @pytest.mark.slow
