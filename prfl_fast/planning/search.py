@@ -259,7 +259,7 @@ class Search:
             leaner: list[Any] = [(LEANER.get(pair[0]), pair[1]), (pair[0], LEANER.get(pair[1]))]
             leaner = [part for part in leaner if set(part) <= {*MODES}]
             if all(part in found and self._may_fit(tier, *part) for part in leaner):
-                found[pair] = self._candidate(tier, *pair, None)
+                found[pair] = self._candidate(tier, pair[0], pair[1], None)
         fits = min((c.seconds for c in found.values() if c.reason == SLOWER), default=math.inf)
         chunked = []
         # Chunks add work and do not change the bytes that checkpointed blocks save, so most pairs
