@@ -97,7 +97,7 @@ def _headline(plan: Plan) -> list[str]:
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
     setting = f"with {EXPANDABLE}" if plan.expandable_segments else "without expandable segments"
-    reserve = f"reserve: CUDA's context, and fragmentation {setting}"
+    reserve = f"reserve: CUDA's context, fragmentation {setting}"
     if plan.feasible:
         lines.append(f"fits: {room}; {seconds(plan.step_seconds)} per step on {plan.gpu.name}")
     else:
