@@ -39,7 +39,7 @@ MODES: tuple[tuple[Any, Any], ...] = (
 # A mode without offload → the mode that keeps a part of the same tensors.
 LEANER = {MODES[0]: MODES[1], MODES[1]: MODES[3]}
 REWARD_PHASES = ("reward", "reward backward")
-CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over with fragmentation"
+CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over, fragmented"
 
 Bytes = Mapping[str, float]
 Tier = tuple[str, str]  # weight dtype of both models, optimizer
