@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from prfl_fast.cli.arguments import timesteps
 from prfl_fast.cli.page import PAGE, write_page
-from prfl_fast.cli.sample import Arm, add_sampling_options, check_flow
+from prfl_fast.cli.sample import Arm, check_flow
 from prfl_fast.cli.sample_inputs import Job, check_reward, load_reward_call
 from prfl_fast.cli.tables import print_table
 from prfl_fast.rollout.sampler import Sampler
@@ -25,7 +24,6 @@ from prfl_fast.sampling.compare import (
 )
 from prfl_fast.sampling.generate import Video
 from prfl_fast.training.noising import evaluation_sigma, model_timestep
-from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_json
@@ -36,23 +34,6 @@ from prfl_fast.utils.units import short_number
 
 BASE, FIGURES, DRIFT = "base", "comparison.json", "drift"
 DRIFT_VIDEOS = 4  # a file of drift has 16 latents, 134 MB of 81 frames at 480x832
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``prfl-fast compare``."""
-    text = "generator beside that of --model: run of prfl-fast train, its final, an adapter or a "
-    text += "transformer; NAME= chooses its name"
-    parser.add_argument("arms", metavar="[NAME=]PATH", nargs="+", help=text)
-    text = "folder of the videos, figures and page"
-    parser.add_argument("--out", type=Path, required=True, help=text)
-    add_sampling_options(parser)
-    group = parser.add_argument_group("rewards")
-    text = "folder of a saved reward model; may be repeated"
-    group.add_argument("--reward", metavar="[NAME=]PATH", action="append", default=[], help=text)
-    text = "timesteps of the scores (default: " + ",".join(map(str, EVALUATION_TIMESTEPS)) + ")"
-    group.add_argument(
-        "--timesteps", type=timesteps, metavar="T,...", default=EVALUATION_TIMESTEPS, help=text
-    )
 
 
 def run_compare(options: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from prfl_fast.cli import sections
 from prfl_fast.cli.sections import RunConfig
 from prfl_fast.cli.yaml_config import Count, Index, Number, Positive, Section, Text, from_list, key
 from prfl_fast.memory.policy import check_compatible
-from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
 
 Probability = Annotated[Number, Field(ge=0, le=1)]
 Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_list]

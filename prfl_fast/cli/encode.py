@@ -3,10 +3,7 @@
 import argparse
 import math
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
-from prfl_fast.cli.arguments import video_size, whole_numbers
 from prfl_fast.cli.loading import check_writable, device_of
 from prfl_fast.cli.plan import note
 from prfl_fast.cli.sections import HardwareSection
@@ -16,7 +13,6 @@ from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import check_parts
 from prfl_fast.data.encode import PREVIEW, Encoding, encode_dataset
 from prfl_fast.data.encode_plan import (
-    CONDITIONS,
     EncodePlan,
     EncodeSettings,
     check_settings,
@@ -33,46 +29,6 @@ from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.progress import count_progress
 from prfl_fast.utils.units import plural
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    text = "folder of clips with captions in NAME.txt; .csv, .json, .jsonl; or prompts, .txt"
-    parser.add_argument("clips", metavar="CLIPS", type=Path, help=text)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the dataset")
-    text = "folder of a pipeline of diffusers or official Wan"
-    parser.add_argument("--model", type=Path, required=True, help=text)
-    text = "height x width in pixels (default: 480x832)"
-    parser.add_argument("--size", type=video_size, default=(480, 832), help=text)
-    text = "frames, 4n + 1; of several, a clip takes the largest that it has (default: 81)"
-    parser.add_argument("--frames", type=whole_numbers, default=(81,), metavar="N,...", help=text)
-    text = "frames per second (default: 16, of other families than Wan their own)"
-    parser.add_argument("--fps", type=float, help=text)
-    text = "sizes to choose from by a clip's aspect ratio: auto (the area of --size), or a list"
-    parser.add_argument("--buckets", type=_buckets, default=(), metavar="auto|HxW,...", help=text)
-    text = "samples of each clip at random places (default: one at the center)"
-    parser.add_argument("--crops", type=int, default=1, help=text)
-    text = "place of the crop and first frame (default: center and first frame for one crop)"
-    parser.add_argument("--crop", choices=["center", "random"], help=text)
-    text = "given frames of image-to-video models (default: those of the pipeline's transformer)"
-    parser.add_argument("--condition", choices=CONDITIONS, help=text)
-    parser.add_argument("--negative", help="negative prompt for guidance: negative.safetensors")
-    text = "dtype of umT5, CLIP and the files (default: bf16 on a GPU)"
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], help=text)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
-    text = "device memory for the autoencoder with its weights, such as 20GiB; larger frames are "
-    text += "cut into tiles"
-    parser.add_argument("--budget", metavar="SIZE", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of random crops (default: 0)")
-    parser.add_argument("--workers", type=int, default=2, help="threads that read clips")
-    text = "write decoded frames of three samples to OUT/preview"
-    parser.add_argument("--preview", action="store_true", help=text)
-    text = "print how many samples, tokens and bytes, write nothing"
-    parser.add_argument("--dry-run", action="store_true", help=text)
-
-
-def _buckets(text: str) -> Any:
-    return "auto" if text == "auto" else tuple(video_size(word) for word in text.split(","))
 
 
 def run_encode(options: argparse.Namespace) -> int:

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prfl_fast.cli import loading
-from prfl_fast.cli.arguments import timesteps
 from prfl_fast.cli.sections import HardwareSection
 from prfl_fast.cli.tables import print_table
 from prfl_fast.models.registry import patch
 from prfl_fast.rewards.evaluation import reliability_table
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.evaluation import RewardEvaluator
-from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.utils.checks import check, check_count, check_positive
 from prfl_fast.utils.io import clean_temporaries_of, save_checkpoint_dir, write_json
 from prfl_fast.utils.optional import need
@@ -25,36 +23,6 @@ METRICS = "metrics.json"
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # Okabe and Ito's
 _CLASSIFIER = ("accuracy", "precision", "recall", "f1", "auc")
 _NAMES = {"auc": "AUC", "f1": "F1", "ece": "calibration error", "margin_std": "margin std"}
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    text = "folder of a saved reward model; convert reads the files of HY-Video-PRFL"
-    parser.add_argument("reward", metavar="REWARD", help=text)
-    text = "dataset of labeled videos, or of preference pairs"
-    parser.add_argument("data", metavar="DATA", help=text)
-    text = "new folder for metrics.json, metrics.csv and plots (default: print the table only)"
-    parser.add_argument("--out", metavar="FOLDER", help=text)
-    text = "label of single videos (default: motion_quality)"
-    parser.add_argument("--label", default="motion_quality", metavar="NAME", help=text)
-    text = "label of videos without one (default: refuse them)"
-    parser.add_argument("--missing-label", type=int, choices=(0, 1), help=text)
-    times = EVALUATION_TIMESTEPS
-    text = f"timesteps in 0 to 1000 (default: {','.join(map(str, times))})"
-    parser.add_argument("--timesteps", type=timesteps, default=times, metavar="T,...", help=text)
-    text = "timestep shift of the noise schedule the reward was trained on (default: 5)"
-    parser.add_argument("--shift", type=float, default=5.0, help=text)
-    text = "evaluate at T / 1000 itself, for rewards trained with integer_timesteps: false"
-    parser.add_argument("--float-timesteps", action="store_true", help=text)
-    text = "videos or pairs in a forward pass (default: 1)"
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    text = "auto, cpu, cuda or cuda:<number> (default: auto)"
-    parser.add_argument("--device", default="auto", help=text)
-    text = "bf16 computes under autocast (default: fp32)"
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help=text)
-    text = "let a manifest name files outside its folder"
-    parser.add_argument("--allow-outside", action="store_true", help=text)
 
 
 def run_evaluate(options: argparse.Namespace) -> int:

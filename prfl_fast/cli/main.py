@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from prfl_fast.cli import options as command_options
 from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
@@ -22,8 +23,8 @@ from prfl_fast.utils.version import __version__
 
 BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
 
-# Commands whose modules have add_options and run_<command>: their lines of help, and the beginning
-# of their usage. Options are added when the command is called: they need more packages than torch.
+# Commands whose modules have run_<command>: their lines of help, and the beginning of their usage.
+# Options are added when the command is called: those of plan need torch.
 _OPTIONS = {
     "encode": ("encode clips and captions to a dataset", "CLIPS OUT --model MODEL "),
     "plan": ("choose the fastest memory policy that fits a GPU; needs no GPU", ""),
@@ -110,11 +111,15 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _add_options(commands: Any, name: str, command: str) -> None:
-    """Add a command with options; its module is only imported if it is the one that runs."""
+    """Add a command, and its options if it is the one that runs."""
     text, usage = _OPTIONS[name]
     sub = _command(commands, name, text, usage=f"prfl-fast {name} {usage}[options]")
-    if command == name:
+    if command != name:
+        return
+    if name == "plan":  # its defaults are those of Workload, which needs torch
         _module(name).add_options(sub)
+    else:
+        getattr(command_options, f"add_{name}")(sub)
 
 
 def _add_yaml(commands: Any, name: str) -> None:

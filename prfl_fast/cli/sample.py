@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prfl_fast.cli.arguments import video_size
 from prfl_fast.cli.generators import check_weights, load_sampler_model, weights_path
 from prfl_fast.cli.inputs import fingerprint
 from prfl_fast.cli.sample_inputs import Job, check_reward, load_reward_call
@@ -29,80 +28,6 @@ from prfl_fast.utils.version import __version__
 RECORD = "samples.json"
 # Paths may differ, because the fingerprints of their files are settings too.
 _PLACES = ("model", "weights", "data")
-_WEIGHT_DTYPES = ("fp32", "bf16", "fp8", "nf4")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``prfl-fast sample``."""
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the videos")
-    text = "generator: run of prfl-fast train, its final, an adapter of any trainer, or a "
-    text += "transformer (default: that of --model)"
-    parser.add_argument("--weights", metavar="PATH", help=text)
-    add_sampling_options(parser)
-    text = "sample by the pipeline of diffusers, with its own forward, in place of the rollout "
-    text += "engine: the same videos up to rounding"
-    parser.add_argument("--pipeline", action="store_true", help=text)
-    group = parser.add_argument_group("use of a reward")
-    text = "best-of: N noises; prune: drop the worst early; beam: beam search; reno: optimize the "
-    text += "noise; guide: add the reward's gradient to the velocity"
-    group.add_argument("--method", choices=METHODS, help=text)
-    text = "option of the method, such as candidates=8; docs/sampling.md lists them"
-    group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
-    group.add_argument("--reward", metavar="PATH", help="folder of a saved reward model")
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``prfl-fast compare`` shares."""
-    text = "folder of a pipeline of diffusers or official Wan"
-    parser.add_argument("--model", type=Path, required=True, help=text)
-    group = parser.add_argument_group("prompts, of one kind")
-    text = ".txt with a prompt a line, or .csv or .jsonl with prompt, image and last_image"
-    group.add_argument("--prompts", metavar="FILE", help=text)
-    text = "a prompt; may be repeated"
-    group.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=text)
-    text = "first frame of the prompt at the same place"
-    group.add_argument("--image", metavar="FILE", action="append", default=[], help=text)
-    text = "dataset, or list of HY-Video-PRFL, whose conditions and sizes are sampled"
-    group.add_argument("--data", metavar="FOLDER", help=text)
-    group = parser.add_argument_group("videos")
-    text = "height x width in pixels (default: 480x832)"
-    group.add_argument("--size", type=video_size, metavar="HxW", help=text)
-    group.add_argument("--frames", type=int, help="4n + 1 for Wan (default: 81)")
-    text = "frames per second (default: 16, of other families than Wan their own)"
-    group.add_argument("--fps", type=float, help=text)
-    group.add_argument("--samples", type=int, default=1, help="videos of a prompt (default: 1)")
-    text = "seed of the first video; the others count up (default: 0)"
-    group.add_argument("--seed", type=int, default=0, help=text)
-    text = "write latents and no videos"
-    group.add_argument("--latents-only", action="store_true", help=text)
-    group = parser.add_argument_group("sampler")
-    text = "solver steps (default: 40)"
-    group.add_argument("--num-inference-steps", metavar="N", type=int, default=40, help=text)
-    text = "timestep shift of the noise schedule (default: 5, or the pipeline's fixed one)"
-    group.add_argument("--shift", type=float, help=text)
-    text = "1 is off; of two experts also HIGH,LOW; embedded in HunyuanVideo (default: 5)"
-    group.add_argument("--guidance-scale", metavar="S", type=_scale, default=5.0, help=text)
-    text = "negative prompt (default: that of --data, or none)"
-    group.add_argument("--negative", metavar="TEXT", help=text)
-    group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
-    text = "dtype of the generator's weights (default: bf16 on a GPU, else fp32)"
-    group.add_argument("--weight-dtype", choices=_WEIGHT_DTYPES, help=text)
-    text = "videos in a forward pass (default: 1)"
-    group.add_argument("--batch-size", type=int, default=1, help=text)
-    text = "device memory for the autoencoder with its weights, such as 20GiB (default: all that "
-    text += "is free); larger frames are cut into tiles"
-    group.add_argument("--budget", metavar="SIZE", help=text)
-
-
-def _scale(text: str) -> float | tuple[float, ...]:
-    try:
-        numbers = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or HIGH,LOW")
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def run_sample(options: argparse.Namespace) -> int:

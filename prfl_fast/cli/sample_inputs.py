@@ -20,7 +20,7 @@ from prfl_fast.data.codec import (
 from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.codec_files import find_part, has_part
 from prfl_fast.data.encode import DTYPES
-from prfl_fast.data.encode_plan import Condition, default_condition
+from prfl_fast.data.encode_plan import default_condition
 from prfl_fast.data.families import find_family
 from prfl_fast.data.manifest import LatentDataset, Sample
 from prfl_fast.data.prompts import Prompt, read_prompts
@@ -35,6 +35,7 @@ from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.sampling import generate
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check, check_count, check_number, check_positive
+from prfl_fast.utils.choices import Condition
 from prfl_fast.utils.io import read_json
 from prfl_fast.utils.modules import free_memory
 from prfl_fast.utils.progress import step_progress

@@ -30,9 +30,9 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import Schedule
 from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.training.preferences import BETA
-from prfl_fast.training.reward_losses import EVALUATION_TIMESTEPS
 from prfl_fast.training.schedules import ScheduleName
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
 
 Level = Annotated[Number, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Level, Level], from_list]

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from prfl_fast.data.clip_lists import Clip
 from prfl_fast.data.codec_base import Codec
@@ -13,10 +13,9 @@ from prfl_fast.data.codec_files import has_part
 from prfl_fast.data.families import find_family
 from prfl_fast.data.video import ClipInfo, VideoFileError, clip_info
 from prfl_fast.utils.checks import check, check_choice, check_count, check_positive
+from prfl_fast.utils.choices import CONDITIONS, Condition
 from prfl_fast.utils.io import digest_of, read_json
 
-Condition = Literal["none", "first", "first-last"]
-CONDITIONS = get_args(Condition)
 # Width over height of the buckets that `auto` adds to the given size.
 RATIOS = (9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9)
 

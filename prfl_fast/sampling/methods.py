@@ -14,6 +14,7 @@ from prfl_fast.sampling.candidates import Forwards
 from prfl_fast.sampling.gradient import guide, optimize_noise
 from prfl_fast.sampling.search import beam_search, prune, survivors
 from prfl_fast.utils.checks import check, check_choice, check_count
+from prfl_fast.utils.choices import METHODS
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "best-of": prune,
@@ -29,7 +30,6 @@ _OPTIONS = {
     "reno": ("iterations", "learning_rate", "momentum", "max_grad_norm", "prior"),
     "guide": ("weight",),
 }
-METHODS = tuple(_OPTIONS)
 # TTSnap (arXiv 2511.22242) keeps these fractions after steps 2, 6 and 11 of 20.
 _TTSNAP = {0.1: 0.4, 0.3: 0.4, 0.55: 0.5}
 

@@ -25,12 +25,11 @@ from prfl_fast.training.noising import (
     noise_of_samples,
 )
 from prfl_fast.utils.checks import check, check_seed, plain, torch_seed
+from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
 
 VideoInputs = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 # Labels of HY-Video-PRFL. A dataset may have others.
 LABELS = ("motion_quality", "physics_quality", "human_quality", "text_alignment", "blur_quality")
-# Accuracy falls along them, from 0.915 to 0.536 in the small world (bench/RESULTS.md).
-EVALUATION_TIMESTEPS = (201, 400, 600, 800, 1000)
 
 
 def label_of(record: Mapping[str, Any], key: str, missing: float | None = None) -> float:

@@ -23,6 +23,8 @@ def test_the_package_imports_nothing_but_itself():
 
 
 COMMANDS = ["--help", "--version", "", "train --help", "train", "train a.yaml --deeep", "traain"]
+COMMANDS += [f"{name} --help" for name in ("encode", "evaluate", "sample", "compare")]
+COMMANDS += ["sample out", "compare a --timesteps x", "encode a b --model c --condition last"]
 
 
 def test_help_and_argument_errors_import_neither_torch_nor_diffusers():
