@@ -15,7 +15,6 @@ import results_tables
 import tested_versions
 import torch
 from official_wan import tiny_official
-from plans import once
 from wan import tiny_wan
 
 pytest.importorskip("pydantic")
@@ -44,9 +43,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)
 
 @pytest.fixture(autouse=True, scope="module")
 def short_searches():
-    """Let the planner look at one policy of eight blocks, and simulate nothing twice."""
+    """Let the planner look at one policy of eight blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_search, "simulate", once)
         patch.setattr(plan_search, "MODES", (("full", None),))
         for config in MODELS.values():
             patch.setitem(config, "num_layers", 8)

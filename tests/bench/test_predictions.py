@@ -270,9 +270,9 @@ def baseline():
 
 
 def assert_no_drop(arch, ops=()):
-    found = {p.name: p for p in predict.find(arch, ops)}
     before = {f"{c['op']} {c['label']}": c["shares"][1] for c in baseline() if c["arch"] == arch}
     before = {name: share for name, share in before.items() if not ops or name.split()[0] in ops}
+    found = {p.name: p for p in predict.find(arch, ops)}
     assert before and before.keys() <= found.keys(), "record --suite machine-code again"
     drops = {n: (s, found[n].share) for n, s in before.items() if found[n].share < s - 5}
     assert not drops, f"predicted percent of the copy rate, before and now: {drops}"

@@ -125,7 +125,9 @@ def test_train_reward_under_a_memory_policy(root, tmp_path, optimizer):
 def planned(monkeypatch):
     """Replace the planner by one that finds this plan and notes its calls in ``calls``."""
     policies = {"memory": MemoryConfig("bf16", "full"), "reward_memory": MemoryConfig("bf16")}
-    found = SimpleNamespace(**policies, less=None, feasible=True, calls=[])
+    found = SimpleNamespace(
+        **policies, less=None, feasible=True, expandable_segments=True, calls=[]
+    )
     found.peak, found.reserve, found.budget = 3 << 30, 1 << 30, 8 << 30
     found.smaller = lambda *_: found.less
 
@@ -208,8 +210,9 @@ def test_memory_auto_of_a_reward_model(root, tmp_path, planned, capsys, data):
 
 
 def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):
-    planned.feasible, planned.peak = False, 9 << 30
+    planned.feasible, planned.peak, planned.expandable_segments = False, 9 << 30, False
     error = refused(capsys, "train", root, tmp_path / "out", AUTO)
+    assert "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in error
     assert "memory is auto, but no plan fits 8.0 GiB: the nearest, memory: {weight_dtype" in error
     assert "takes 10.0 GiB" in error and not (tmp_path / "out").exists()
 
