@@ -110,12 +110,12 @@ class WarpPath:
 
 
 def moved_bytes(code: Iterable[Instruction]) -> int:
-    """Return the bytes a lane that go to or come from DRAM."""
+    """Return the bytes that a lane reads from or writes to DRAM."""
     return sum(i.width for i in code if i.level == "DRAM" or i.op in ("STG", "LDGSTS"))
 
 
 def _token_loops(graph: Graph) -> list[Loop]:
-    """Return the outermost loops that move bytes, of those before or after the busiest one."""
+    """Return the outermost loops that move bytes: the busiest, and those before and after it."""
     loops = graph.loops()
     tops = [x for x in loops if not any(x.body < y.body for y in loops)]
     tops = [x for x in tops if moved_bytes(graph.instructions(x.body))]
@@ -129,7 +129,7 @@ def _token_loops(graph: Graph) -> list[Loop]:
 
 
 def _spine(graph: Graph, loops: list[Loop]) -> set[int]:
-    """Return the blocks that every warp of a full tile runs, loops by their headers."""
+    """Return the blocks that every warp of a full tile runs, with the headers of loops."""
     ends = [
         k for k, block in enumerate(graph.blocks)
         if graph.code[block[-1]].op == "EXIT" and not graph.code[block[-1]].predicate

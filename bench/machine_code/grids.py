@@ -25,10 +25,11 @@ class Grid:
     """Describe a launch.
 
     Attributes:
-        blocks: in all. trips: of each token loop of a block; empty if the kernel has none.
-        elements: of every streamed tensor, by its pointer.
+        blocks: their number.
+        trips: number of trips of each token loop of a block; empty if the kernel has no loop.
+        elements: number of elements of every streamed tensor, by its pointer.
         extra: bytes of partial sums that the kernel writes and a second one reads.
-        passes: times that the kernel loads the streamed tensor of that name; one if not given.
+        passes: how often the kernel loads a streamed tensor, by its pointer; once if not given.
     """
 
     blocks: int

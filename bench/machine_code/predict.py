@@ -23,11 +23,12 @@ class Prediction:
 
     Attributes:
         shares: percent of the copy rate at each of ``DRAM_LATENCIES``.
-        registers, spilled_bytes: of a thread. resident_blocks, resident_warps: of a multiprocessor.
-        flying_kb: mean kB of DRAM loads under way on a multiprocessor, at the middle latency.
+        registers, spilled_bytes: of a thread.
+        resident_blocks, resident_warps: of a multiprocessor.
+        flying_kb: mean kB of DRAM loads in flight on a multiprocessor, at the middle latency.
         waves: blocks of the grid over blocks resident on the chip.
         pressure: percent of a pipe's time used if the kernel ran at the copy rate, by pipe.
-        barriers: in one trip of the token loop.
+        barriers: number of barriers in one trip of the token loop.
         ideal_us: streamed bytes over the copy rate.
         limits: reasons, in words.
         listing: global accesses, barriers and waits for loads of the token loop.
@@ -110,7 +111,7 @@ def _fits_l2(grid: Grid, resident: int, arch: int) -> bool:
 
 
 def predict(op: str, case: AotCase, arch: int) -> Prediction | None:
-    """Compile a case for ``sm_<arch>`` and predict its speed; None if bytes do not bound it."""
+    """Compile a case for ``sm_<arch>`` and predict its speed; None if it moves few bytes."""
     grid = GRIDS[op](case, divmod(arch, 10)) if op in GRIDS else None
     if grid is None:
         return None
@@ -186,7 +187,7 @@ def _limits(
     extra: float,
     grid: Grid,
 ) -> str:
-    """Return what binds the kernel, in words."""
+    """Return the reasons that limit the kernel, in words."""
     reasons = []
     worst = max(pressure, key=lambda pipe: pressure[pipe])
     if pressure[worst] >= 80:

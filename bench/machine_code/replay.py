@@ -24,7 +24,7 @@ _DEPBAR = re.compile(r"SB(\d), 0x([0-9a-f]+)")
 
 @dataclass(frozen=True)
 class Replay:
-    """Hold the share of the copy rate, and the mean and largest DRAM bytes of loads under way."""
+    """Hold the share of the copy rate, and the mean and largest DRAM bytes of loads in flight."""
 
     share: float
     mean_bytes: float
@@ -205,8 +205,9 @@ def replay(
     """Run ``blocks`` blocks of ``warps`` warps, ``resident`` at a time, on one multiprocessor.
 
     Args:
-        latency: clocks of a DRAM load. bandwidth: DRAM bytes a clock of this multiprocessor.
-        useful: share of the bytes that the code's lanes could move which masks let through.
+        latency: clocks of a DRAM load.
+        bandwidth: DRAM bytes a clock of this multiprocessor.
+        useful: share of the lanes' bytes that masks let through.
     """
     issues = path.length * warps
     waves = max(1, MOST_ISSUES // (issues * resident))

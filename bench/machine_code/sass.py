@@ -17,8 +17,10 @@ class Instruction:
     """Hold one instruction with its control bits (Volta and later).
 
     Attributes:
-        at: address. name: opcode with modifiers.
-        stall: clocks until the warp may issue again. wait: mask of scoreboards to wait for.
+        at: address.
+        name: opcode with modifiers.
+        stall: clocks until the warp may issue again.
+        wait: mask of scoreboards to wait for.
         write_bar, read_bar: scoreboard set until the result is there, or the operands are read;
             7 for none.
         tensor: kernel parameters behind a global access, joined by a slash.
@@ -42,7 +44,7 @@ class Instruction:
 
     @property
     def width(self) -> int:
-        """Return the bytes a lane of a memory instruction."""
+        """Return the bytes that a lane moves by a memory instruction."""
         for bits in (256, 128, 64):
             if f".{bits}" in self.name:
                 return bits // 8
@@ -51,7 +53,7 @@ class Instruction:
 
 
 def parse(listing: str, entry: str | None = None) -> list[Instruction]:
-    """Return the instructions of a listing, of the function whose name has ``entry`` if given."""
+    """Return the instructions of a listing, only of functions with ``entry`` in their names."""
     code: list[Instruction] = []
     wanted = entry is None
     for line in listing.splitlines():
@@ -138,8 +140,9 @@ class Graph:
         return found
 
     def loops(self) -> list[Loop]:
-        """Return the natural loops, the largest of each header; without the jump to itself that
-        ends every kernel.
+        """Return the largest natural loop of each header.
+
+        The jump to itself that ends every kernel is left out.
         """
         largest: dict[int, Loop] = {}
         for latch, after in enumerate(self.successors):

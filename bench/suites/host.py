@@ -1,6 +1,6 @@
-"""Measure the host time of operations and of a patched block, at sizes whose arithmetic is small.
+"""Measure the host time of operations and of a patched block, at sizes with little arithmetic.
 
-Each is beside the PyTorch calls it replaces, on one thread of a CPU, in turns.
+Each one and the PyTorch calls that it replaces run in turns, on one thread of a CPU.
 """
 
 import copy
@@ -29,7 +29,7 @@ SECONDS, ROUNDS = 1.0, 2000
 
 
 def count_calls(thunk: Callable[[], object]) -> int:
-    """Return the function calls of a run, Python's and those of C functions from Python."""
+    """Return the number of calls of Python functions, and of C functions by them, in a run."""
     thunk()
     counts = []
     for _ in range(2):  # one of two steps may be the first of a new trajectory

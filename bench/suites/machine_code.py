@@ -1,6 +1,6 @@
 """Predict each memory-bound Triton kernel's share of the copy rate from its machine code.
 
-No GPU takes part: kernels are compiled ahead of time, and their machine code is replayed
+It needs no GPU: kernels are compiled ahead of time, and their machine code is replayed
 (``bench/machine_code``). The newest record is the baseline of ``tests/bench/test_predictions.py``.
 """
 
@@ -64,7 +64,7 @@ def _table(found: Iterable[Prediction]) -> Table:
         f"Predictions, not measurements: percent of the copy rate. sm_{SHOWN} at DRAM latencies of "
         f"{latencies} clocks, the others at {DRAM_LATENCIES[1]}; ±10 points until calibrated on a "
         "GPU.",
-        "warps / kB: resident on a multiprocessor, and DRAM loads under way at the middle latency.",
+        "warps / kB: resident on a multiprocessor, and DRAM loads in flight at the middle latency.",
         f"sm_{SHOWN}, middle latency: {sum(share >= TARGET for share in main)} of {len(main)} "
         f"kernels reach {TARGET} %.",
         "32 760 tokens, Wan's widths; rates of an A100, H200, B200 and RTX 5090.",

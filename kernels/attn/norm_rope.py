@@ -101,9 +101,10 @@ def _turns(
         return None
     if not grid:
         return torch.complex(cos.to(dtype), sin.to(dtype)).view(cos.shape[0], -1, pairs)
-    if cos.is_inference() or sin.is_inference():  # such tensors count no writes
+    if cos.is_inference() or sin.is_inference():  # they have no version counter
         return rotations(cos, sin, grid, offset, dtype)
-    # All blocks of a forward share the tables: 20 small operations, three times a trained block.
+    # All blocks of a forward share the tables. Without the cache, a trained block would compute the
+    # rotations three times, in 20 small operations each.
     key = (*grid, *offset, dtype, sin._version, cos._version)
     known = vars(cos).get("_prfl_fast_turns", (None, None, None))
     if known[0] is not sin or known[1] != key:
@@ -436,5 +437,6 @@ def qk_norm_rope(
             is shorter than an axis of the grid plus its offset, or has no row for every token; a
             grid comes without tables; or neither a weight nor a table is given.
     """
+    # [0] for an empty grid, which the check refuses: [] means that there is none.
     axes = ([], []) if grid is None else ([int(n) for n in grid] or [0], [*map(int, offset)])
     return _forward_op(q, k, q_weight, k_weight, cos, sin, *axes, heads, per_head, float(eps))

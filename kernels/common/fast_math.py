@@ -1,7 +1,7 @@
-"""Compute exp2 and reciprocals in one instruction each, where Triton's take four or five.
+"""Compute exp2 and reciprocals in one instruction each, where Triton's functions take four or five.
 
-Triton's handle subnormal numbers, which these flush to zero; otherwise the errors are the same, of
-about one unit in the last place. The interpreter, which runs no PTX, has Triton's.
+These functions flush subnormal numbers to zero, which Triton's do not. All other errors are equal,
+about one unit in the last place. The interpreter runs no PTX and takes Triton's functions.
 """
 
 from prfl_fast.kernels.runtime.triton import INTERPRETING, tl, triton
@@ -11,6 +11,7 @@ PTX = tl.constexpr(not INTERPRETING)
 
 @triton.jit
 def exp2(b_t):
+    """Return 2ᵗ in float32."""
     if PTX:
         b_e = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [b_t], dtype=tl.float32, is_pure=True, pack=1
@@ -22,6 +23,7 @@ def exp2(b_t):
 
 @triton.jit
 def reciprocal(b_x):
+    """Return 1/x in float32."""
     if PTX:
         b_r = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True, pack=1

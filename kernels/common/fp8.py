@@ -78,7 +78,7 @@ def scales(bits):
 def _load_row(
     x_ptr, i_row, rows, stride_xb, stride_xl, length_x, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Load a row in its own dtype, a tuple of blocks; zeros beyond D, or past the last row."""
+    """Load a row in its own dtype as a tuple of blocks, zero beyond D and past the last row."""
     p_x = x_ptr + token_offset(i_row, stride_xb, stride_xl, length_x)
     b_xs = ()
     for i in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
@@ -122,7 +122,7 @@ def row_kernel(
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """Launch of one program a row; it holds the row in registers, in blocks of ``block_d``."""
+    """Launch of programs that walk over rows, each row in registers in blocks of ``block_d``."""
 
     block_d: int
     num_warps: int

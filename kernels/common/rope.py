@@ -118,8 +118,8 @@ def load_turn(
 
     If ``TABLE`` is not 0, the table has a row for every token of a grid (L, 1, 1).
     """
-    # Even and odd pairs apart: fewer elements than threads are loaded in the layout of x, where
-    # others would pass through shared memory.
+    # Load even and odd pairs apart. A load of fewer elements than threads has the layout of x; a
+    # larger one would pass through shared memory.
     o_p = 2 * tl.arange(0, BLOCK_D // 4)
     even_cos, even_sin = _load_turn(cos_ptr, sin_ptr, i_place, starts, o_p, HEAD, TABLE)
     odd_cos, odd_sin = _load_turn(cos_ptr, sin_ptr, i_place, starts, o_p + 1, HEAD, TABLE)

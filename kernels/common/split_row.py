@@ -76,7 +76,7 @@ def store(ptr, i_token, b, o_d, m_d, D: tl.constexpr):
 def store_by_thread(
     ptr, i_token, b, o_d, m_d, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """Store like :func:`store`, in the layout of the load; bytes would move between threads."""
+    """Store as :func:`store`, in the layout of the load, so that no byte changes its thread."""
     p_token = ptr + i_token * D
     b_head = by_thread(b[0].to(ptr.dtype.element_ty), THREADS, VECTOR)
     b_tail = by_thread(b[1].to(ptr.dtype.element_ty), THREADS, VECTOR)
@@ -140,9 +140,9 @@ def add_product(a, b, c):
 
 @triton.jit
 def by_thread(b, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """Return ``[loads, THREADS, VECTOR]``: each thread's own values, which move nowhere.
+    """View values as ``[loads, THREADS, VECTOR]``, so that none changes its thread.
 
-    A thread holds VECTOR neighbors of every load, 16 bytes of the tensor that was loaded.
+    A thread holds VECTOR neighbors of every load, 16 bytes of the loaded tensor.
     """
     WIDTH: tl.constexpr = min(VECTOR, b.shape[0] // THREADS)
     return tl.reshape(b, [b.shape[0] // (THREADS * WIDTH), THREADS, WIDTH])
@@ -163,7 +163,7 @@ def mean(b, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def means(b, c, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the means of D values of b and of c, in one sum over threads: half the barriers."""
+    """Return the means of D values of b and of c, by one sum over threads, not two."""
     b_both = tl.join(thread_sums(b, THREADS, VECTOR), thread_sums(c, THREADS, VECTOR))
     first, second = tl.split(tl.sum(b_both, 0))
     return first * (1.0 / D), second * (1.0 / D)

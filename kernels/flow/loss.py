@@ -209,6 +209,7 @@ def flow_loss(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor
     """
     if torch.is_grad_enabled():
         for name, tensor in (("noise", noise), ("latents", latents)):
-            ok, expected = not getattr(tensor, "requires_grad", False), "no gradient: .detach() it"
-            require(ok, "flow_loss", name, tensor, f"a tensor that needs {expected}")
+            ok = not getattr(tensor, "requires_grad", False)
+            expected = "a tensor that needs no gradient: pass its .detach()"
+            require(ok, "flow_loss", name, tensor, expected)
     return _forward_op(velocity, noise, latents)

@@ -1,8 +1,8 @@
 """Triton kernels of norm_modulate with any output dtype, and their launch choices.
 
 A program holds g and the offset of one row in registers while it walks over tokens that share them.
-The reductions of a token depend on one another, so a program loads the next token before it reduces
-the current one.
+The reductions of a token depend on one another, so a program loads tensors of the next token
+before it reduces the current one.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         i_token = i_now
         i += 1
         i_now = i
-        if order_ptr is not None and AHEAD > 1:  # load a number two tokens before it addresses
+        if order_ptr is not None and AHEAD > 1:  # loaded two tokens before it is an address
             i_now = i_next
             i_next = load_index(order_ptr, i + 1, end)
         elif order_ptr is not None and AHEAD > 0:
@@ -119,7 +119,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         if AHEAD > 1:
             b_dy = next_dy
             next_dy = tiles.load(grad_ptr, i_now, stride_gb, stride_gl, length_g, o_d, m_d, i < end)
-        else:  # first used after the reductions of x, which is here
+        else:  # the reductions of x come first and hide this load
             b_dy = tiles.load(grad_ptr, i_token, stride_gb, stride_gl, length_g, o_d, m_d, True)
         if AHEAD > 0 and x_ptr is not None:
             b_x = next_x
@@ -146,7 +146,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
 
 @dataclass(frozen=True)
 class Launch(tiles.Launch):
-    """Launch of the kernels; ``ahead``: tensors that are loaded one token ahead, x first."""
+    """Launch of the kernels; ``ahead`` tensors are loaded one token early: 1 is x, 2 x and dy."""
 
     ahead: int
 
@@ -173,7 +173,8 @@ def backward_launch(
 ) -> Launch:
     """Choose about one resident wave over all rows if programs write partial rows of ``sums``.
 
-    ``itemsize``, the larger of dy and x in bytes, decides if the next token fits the registers.
+    ``itemsize``, the larger of dy and x in bytes, decides how much of the next token fits
+    the registers.
     """
     new = capability >= (10, 0)  # where ptxas needs more registers
     wide = sums and (new or itemsize > 2)

@@ -134,7 +134,9 @@ def backward_kernel(
 
 # Launch. Without a limit ptxas may spill one or two registers to fit one more program.
 FORWARD_REGISTERS = 64
-LONG = 1024  # columns; longer rows run norm_modulate's kernels
+# Columns. Longer rows run norm_modulate's kernels: the ones of this file pad them and load them
+# serially, for 71 instead of 97 % of the predicted copy rate at D 5120.
+LONG = 1024
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def tile(dim: int) -> tuple[int, int, int]:
 
 
 def _long(x, axes):
-    """View rows that norm_modulate's kernels take: past D 1024, these would pad and wait longer."""
+    """View rows longer than ``LONG`` as tokens, as norm_modulate's kernels take them; else None."""
     return as_tokens(x, axes) if x.shape[-1] > LONG and x.numel() else None
 
 

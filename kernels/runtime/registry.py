@@ -123,7 +123,7 @@ class Operation:
         if name is None:
             name = self.chosen[_current, device, dtype] = self.choose(device, dtype).backend
         implementation = getattr(self, name)
-        if name != "reference":  # kernels read memory, which holds the opposite of a lazy negative
+        if name != "reference":  # kernels read memory, where a lazy negative has the wrong sign
             args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
@@ -146,7 +146,7 @@ def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 OPERATIONS: dict[str, Operation] = {}
 OPERATORS: dict[str, "Operator"] = {}
-# Subclasses of these may be fake, sharded or quantized.
+# Types of plain tensors; subclasses may be fake, sharded or quantized.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 MAX_LAYOUTS = 4096
@@ -156,9 +156,9 @@ class Operator:
     """Check and run an operation; refuse the derivatives that it does not have.
 
     An eager call on plain tensors is one ``autograd.Function``, or the implementation alone if no
-    gradient is needed: dispatcher and custom operator cost as much as ten small additions. Any
-    other call runs the registered operator: one that is compiled, exported or transformed, one
-    under a dispatch mode (fake tensors, the ledger, FLOP counters), one of tensor subclasses.
+    gradient is needed: dispatcher and custom operator cost as much as ten small additions. All
+    other calls run the registered operator: those that are compiled, exported or transformed, those
+    under a dispatch mode (fake tensors, the ledger, FLOP counters), those on tensor subclasses.
 
     An operation has a backward and nothing else. Without a check, forward mode gives tangents of
     zero and ``torch.func.grad`` an error of torch that names no operation.
@@ -176,7 +176,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if is_compiling() or _peek() is not None or forward_ad._current_level >= 0 or _modes():
             return self._dispatch(args)
-        layouts: list[Any] = []  # all that a check sees, so each key is checked once
+        layouts: list[Any] = []  # what a check may read, so each key is checked once
         recorded = _add_layouts(layouts, args)
         if recorded is None:
             return self._dispatch(args)
@@ -211,7 +211,8 @@ class Operator:
     ) -> None:
         """Register a backward, as ``torch.library.register_autograd``.
 
-        ``eager`` is called in eager mode instead of a Function of both: that takes no lists.
+        ``eager`` runs eager calls of an operation that takes lists of tensors: for others this
+        method makes an ``autograd.Function``, which returns no gradients of lists.
         """
         self._definition.register_autograd(backward, setup_context=setup_context)
         if eager is not None:
@@ -226,12 +227,12 @@ class Operator:
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(operation.name, (torch.autograd.Function,), methods)
-        # Not function.apply, which looks for tensors of torch.func: there are none here.
+        # Function.apply would look for tensors of torch.func, which never come here.
         self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
-    """Append layouts of tensors, and numbers; return True if a tensor requires a gradient.
+    """Append layouts of tensors and the numbers; return True if a tensor requires a gradient.
 
     Return None if an argument is neither a plain tensor nor a number.
     """
@@ -244,7 +245,8 @@ def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
         elif kind in _NUMBERS:
             layouts.append(arg)
         elif kind is list:
-            if not arg or type(arg[0]) is not float:  # coefficients are no layout
+            # Floats are coefficients, which change with every step, and which no check reads.
+            if not arg or type(arg[0]) is not float:
                 found = _add_layouts(layouts, (len(arg), *arg))
                 if found is None:
                     return None
@@ -291,8 +293,8 @@ def register(
             tensors when interpreted) of float32, bfloat16 or float16.
         report: converts the result of :meth:`Operation.choose` to the choice that :func:`report`
             shows, for an operation that makes a further choice of its own.
-        check: the same signature; raises ``ValueError`` for wrong arguments. It sees the layouts of
-            tensors and numbers only, because it runs once for each of them.
+        check: the same signature; raises ``ValueError`` for wrong arguments. It may read
+            only layouts of tensors and numbers, because it runs once for each combination of them.
     """
     operation = Operation(name, reference, triton, cuda, report)
 

@@ -31,8 +31,9 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-# Arguments of kernels that change with every clip. Kernels are not compiled again for a multiple of
-# 16 or a one. Strides are not among them: their factors of 16 allow loads of 16 bytes.
+# Arguments that change with every clip. Kernels are not specialized on them: otherwise a multiple
+# of 16, or a 1, would compile a kernel again. Strides stay specialized, because multiples of 16
+# allow loads of 16 bytes.
 COUNTS = (
     "tokens", "tokens_per_row", "tokens_per_program", "rows", "rows_per_program", "programs",
     "chunks", "length_x", "length_y", "length_g", "length_h",

@@ -40,7 +40,8 @@ def check_weights(
     Args:
         path: see :func:`load_sampler_model`.
         folders: of the pipeline's transformers; two are experts.
-        shapes: of latents and conditions by name, without batch dimension; none are not checked.
+        shapes: of latents and conditions by name, without batch dimension; if there are none,
+            they are not checked.
 
     Raises:
         ValueError: if the weights cannot be read, or do not fit the pipeline or the shapes.

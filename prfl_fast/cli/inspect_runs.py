@@ -17,7 +17,7 @@ from prfl_fast.sampling.generate import LATENTS, SHEET
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.units import plural
 
-_PROMPTS = 3  # that are shown
+_PROMPTS = 3  # prompts that are shown
 
 
 def print_run_of(folder: Path) -> bool:
@@ -43,7 +43,7 @@ def print_run_of(folder: Path) -> bool:
 
 
 def _count(folder: Path, record: Mapping[str, Any]) -> str:
-    """Return how many videos of a record are in its folder."""
+    """Return the number of videos of a record, and how many of them are in its folder."""
     videos, names = record["videos"], [Path(v["file"]) for v in record["videos"]]
     sampled = sum((folder / LATENTS / f"{name.stem}.safetensors").is_file() for name in names)
     decoded = sum((folder / name).is_file() for name in names)
@@ -71,7 +71,7 @@ def _print_samples(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, object]:
-    """Return the settings that ``sample`` and ``compare`` share, by the words to print."""
+    """Return the settings that ``sample`` and ``compare`` share, by their printed names."""
     found: dict[str, object] = {"model": record["model"]}
     if record["data"] is not None:
         found["conditions of"] = record["data"]

@@ -208,7 +208,7 @@ def load_guidance(
     sized = sorted(set(negative) & {LATENT, FIRST_FRAME})
     one = not sized or len(dataset.buckets) == 1
     check(one, f"{key}: tensors", sized, "only text and image states for videos of several sizes")
-    # Tokens that are added to a text without mask are tokens of the prompt.
+    # Only a text with a mask is padded: without a mask, the added tokens count as the prompt's.
     padded = source.batched and MASKS[TEXT] in negative
     for name, tensor in negative.items():
         wanted, text = tuple(shapes[name]), name in TEXTS

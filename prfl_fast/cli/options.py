@@ -19,9 +19,9 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=text)
     text = "height x width in pixels (default: 480x832)"
     parser.add_argument("--size", type=video_size, default=(480, 832), help=text)
-    text = "frames, 4n + 1; of several, a clip takes the largest that it has (default: 81)"
+    text = "frames, 4n + 1 for Wan; of several, a clip takes the most that it has (default: 81)"
     parser.add_argument("--frames", type=whole_numbers, default=(81,), metavar="N,...", help=text)
-    text = "frames per second (default: 16, of other families than Wan their own)"
+    text = "frames per second (default: 16, for other families than Wan their own)"
     parser.add_argument("--fps", type=float, help=text)
     text = "sizes to choose from by a clip's aspect ratio: auto (the area of --size), or a list"
     parser.add_argument("--buckets", type=_buckets, default=(), metavar="auto|HxW,...", help=text)
@@ -32,7 +32,7 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     text = "given frames of image-to-video models (default: those of the pipeline's transformer)"
     parser.add_argument("--condition", choices=CONDITIONS, help=text)
     parser.add_argument("--negative", help="negative prompt for guidance: negative.safetensors")
-    text = "dtype of umT5, CLIP and the files (default: bf16 on a GPU)"
+    text = "dtype of the text encoders, CLIP and the files (default: bf16 on a GPU)"
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help=text)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     text = "device memory for the autoencoder with its weights, such as 20GiB; larger frames are "
@@ -88,7 +88,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="PATH", help=text)
     _add_sampling(parser)
     text = "sample by the pipeline of diffusers, with its own forward, in place of the rollout "
-    text += "engine: the same videos up to rounding"
+    text += "engine: for Wan the same videos up to rounding"
     parser.add_argument("--pipeline", action="store_true", help=text)
     group = parser.add_argument_group("use of a reward")
     text = "best-of: N noises; prune: drop the worst early; beam: beam search; reno: optimize the "
@@ -100,7 +100,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``prfl-fast compare`` shares."""
+    """Add the options that ``prfl-fast sample`` and ``prfl-fast compare`` share."""
     text = "folder of a pipeline of diffusers or official Wan"
     parser.add_argument("--model", type=Path, required=True, help=text)
     group = parser.add_argument_group("prompts, of one kind")
@@ -116,7 +116,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     text = "height x width in pixels (default: 480x832)"
     group.add_argument("--size", type=video_size, metavar="HxW", help=text)
     group.add_argument("--frames", type=int, help="4n + 1 for Wan (default: 81)")
-    text = "frames per second (default: 16, of other families than Wan their own)"
+    text = "frames per second (default: 16, for other families than Wan their own)"
     group.add_argument("--fps", type=float, help=text)
     group.add_argument("--samples", type=int, default=1, help="videos of a prompt (default: 1)")
     text = "seed of the first video; the others count up (default: 0)"
@@ -130,7 +130,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shift", type=float, help=text)
     text = "1 is off; of two experts also HIGH,LOW; embedded in HunyuanVideo (default: 5)"
     group.add_argument("--guidance-scale", metavar="S", type=_scale, default=5.0, help=text)
-    text = "negative prompt (default: that of --data, or none)"
+    text = "negative prompt (default: that of --data, or the empty prompt)"
     group.add_argument("--negative", metavar="TEXT", help=text)
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")

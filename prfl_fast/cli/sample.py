@@ -73,7 +73,7 @@ def _check_pipeline(options: argparse.Namespace, job: Job) -> None:
 
 
 def check_flow(job: Job) -> None:
-    """Raise ``ValueError`` if only the pipeline of a family can sample, as of CogVideoX."""
+    """Raise ``ValueError`` for a family that only its own pipeline can sample, as CogVideoX."""
     if job.family is not None and not job.family.is_flow:
         raise ValueError(
             f"--model: {job.family.name} predicts no velocity of a flow, expected one that does. "
@@ -193,7 +193,7 @@ class Arm:
         """Return the sampler of the generator, which is loaded to the device."""
         job, o = self.job, self.job.options
         model = load_sampler_model(str(job.model), self.weights, job.weight_dtype, job.device)
-        # Wan alone rounds timesteps down.
+        # Only Wan's transformers are called at timesteps that are rounded down.
         scheduler = FlowUniPC(o.shift, integer_timesteps=job.family is None)
         return Sampler(model, scheduler, o.num_inference_steps, job.guidance, RolloutConfig())
 

@@ -83,7 +83,7 @@ class Job:
         self.folders, boundary = loading.folders_of(str(self.model))
         one = not isinstance(scale, tuple) or boundary is not None
         check(one, "--guidance-scale", scale, "one number for one transformer")
-        # HunyuanVideo's scale is a condition, so that there is no second branch.
+        # HunyuanVideo's scale is a condition, so there is no second branch.
         self.embedded = boundary is None and takes_guidance(loading.empty_model(self.folders[0]))
         self.guided = scale != 1 and not self.embedded
         ok = not self.embedded or options.negative is None
@@ -107,7 +107,7 @@ class Job:
             scheduler = self.model / "scheduler" / "scheduler_config.json"
             if self.family is not None and scheduler.is_file():
                 config = read_json(scheduler)
-                # LTX chooses it by the size, and Mochi's 1 belongs to other noise levels.
+                # LTX chooses its shift by the size. Mochi's 1 belongs to other noise levels.
                 if not config.get("use_dynamic_shifting") and config.get("shift", 1.0) > 1:
                     options.shift = float(config["shift"])
 
@@ -203,7 +203,7 @@ class Job:
             self.guidance = Guidance(self.options.guidance_scale, of_batch, batched=False)
 
     def _states(self, texts: Sequence[str]) -> dict[str, Conditions]:
-        """Return the conditions of texts by text, on the CPU."""
+        """Return the conditions of each text, by the text, on the CPU."""
         unique = list(dict.fromkeys(texts))
         encoder = load_prompt_encoder(self.model, self.device, self.dtype, self.options.fps)
         states = {}
@@ -237,7 +237,7 @@ class Job:
         return found
 
     def open_codec(self) -> Codec:
-        """Return the autoencoder; with its weights it keeps within ``--budget``, or free memory."""
+        """Return the autoencoder; its memory with its weights fits ``--budget``, or free memory."""
         codec = load_codec(self.model, self.device)
         if self.budget is not None:
             codec.limit(self.budget)

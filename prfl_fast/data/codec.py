@@ -260,8 +260,8 @@ def load_codec(
     """Load the autoencoder of a pipeline.
 
     Args:
-        path: the folder of a diffusers pipeline of any family, of Wan's autoencoder in diffusers,
-            that of official Wan, or ``Wan2.1_VAE.pth`` or ``Wan2.2_VAE.pth``.
+        path: the folder of a diffusers pipeline of any family, of diffusers' Wan autoencoder, or of
+            official Wan; or the file ``Wan2.1_VAE.pth`` or ``Wan2.2_VAE.pth``.
         device: of the weights and of all results.
         dtype: of the weights.
         budget: see :class:`VideoCodec`.
@@ -286,12 +286,12 @@ def load_prompt_encoder(
     dtype: torch.dtype = torch.float32,
     fps: float | None = None,
 ) -> TextEncoder | FamilyPrompts:
-    """Load the object whose ``conditions(prompts)`` are those of a pipeline's prompts.
+    """Load the text encoders of a pipeline; ``conditions(prompts)`` of the result encodes prompts.
 
     Args:
         path: as in :func:`load_text_encoder`, or the folder of a pipeline of another family.
         device, dtype: of the text encoders.
-        fps: frames per second, a condition of LTX; None: the default of its pipeline.
+        fps: frames per second, a condition of LTX; None is the default of its pipeline.
 
     Raises:
         ValueError, MissingExtraError: as :func:`load_codec`.

@@ -14,7 +14,7 @@ class Codec(ABC):
 
     Attributes:
         vae: the autoencoder of diffusers, frozen and in eval mode.
-        budget: bytes of device memory that a call may use beside the weights, None: any number.
+        budget: bytes of device memory that a call may use beside the weights; None is unlimited.
         channels: of the latents.
         strides: pixels per latent in time, height and width.
         patch: latents per token of the transformer in time, height and width.
@@ -39,8 +39,8 @@ class Codec(ABC):
         """Return the shape ``(C, F, H, W)`` of the latents of a video.
 
         Raises:
-            ValueError: if the latents are no whole number of patches, or ``frames`` is not the
-                stride in time times n, plus 1. Wan takes frames of 4n + 1, and sides that are
+            ValueError: if ``frames`` is not a multiple of the stride in time plus 1, or the latents
+                are not a whole number of patches. Wan takes 4n + 1 frames, and sides that are
                 multiples of 16 (TI2V: 32).
         """
         time, *spatial = self.strides
@@ -86,11 +86,12 @@ class Codec(ABC):
     def image_condition(
         self, first: torch.Tensor, frames: int, last: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return the condition of given frames by its name, without batch dimension.
+        """Return the conditions of given frames by name, without batch dimension.
 
         Raise ``ValueError`` for other families than Wan.
         """
-        raise ValueError(f"{type(self.vae).__name__} has no given frames, expected Wan's")
+        name = type(self.vae).__name__
+        raise ValueError(f"{name} takes no given frames, expected AutoencoderKLWan")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the video of normalized latents.

@@ -105,7 +105,7 @@ def _loaded(load: Callable[..., Any], folder: Path) -> Any:
 def read_vae(path: Path, dtype: torch.dtype, any_class: bool = False) -> Any:
     """Return the autoencoder of a path; see :func:`prfl_fast.data.codec.load_codec`.
 
-    It is an ``AutoencoderKLWan``, or with ``any_class`` of the class that its folder names.
+    Its class is ``AutoencoderKLWan``, or with ``any_class`` the one that its folder names.
     """
     diffusers, place = need("diffusers"), find_part(path, "vae")
     kind = diffusers.AutoencoderKLWan

@@ -44,7 +44,8 @@ def collate(
 ) -> Batch | PairBatch:
     """Stack samples into a :class:`Batch`, pairs into a :class:`PairBatch`.
 
-    Texts get rows of zeros up to the longest of the batch, or ``rows``, as models pad them.
+    Texts get rows of zeros up to the longest text of the batch, or up to the number in ``rows``, as
+    models pad them.
     """
     if isinstance(samples[0], Pair):
         pairs = cast(Sequence[Pair], samples)

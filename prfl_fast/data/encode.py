@@ -97,7 +97,7 @@ class Encoding:
         self.images = needs_images(model, settings.condition)
         clips = [crop.clip for crop in plan.crops]
         texts = [t for clip in clips for t in (clip.caption, clip.short_caption) if t is not None]
-        if find_family(model) is not None:  # a short caption has no masks and pooled states
+        if find_family(model) is not None:  # short captions would lack masks and pooled states
             texts = [clip.caption for clip in clips]
         negative = [] if settings.negative is None else [settings.negative]
         self.texts = list(dict.fromkeys(["", *negative, *texts]))
@@ -171,7 +171,7 @@ class Encoding:
         free_memory()
 
     def text(self, text: str) -> Conditions:
-        """Return the conditions of an encoded text, states in the dtype of the files."""
+        """Return the conditions of an encoded text, with its states in the dtype of the files."""
         batch, place = divmod(self._places[text], TEXT_BATCH)
         with open_tensors(self.parts / "texts" / f"{batch:06d}.safetensors") as file:
             names = [name for name in file.keys() if name.startswith(f"{place}.")]

@@ -222,7 +222,7 @@ def transformer_config(model: Path) -> dict[str, Any]:
 
 
 def default_condition(model: Path) -> Condition:
-    """Return the condition that a pipeline's transformer takes; none in other families."""
+    """Return the condition that a pipeline's transformer takes; ``none`` for other families."""
     if find_family(model) is not None:
         return "none"
     config = transformer_config(model)

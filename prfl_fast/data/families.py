@@ -1,7 +1,7 @@
-"""Pipelines of other families than Wan: their prompts become conditions by their own code.
+"""Load pipelines of other families than Wan, and encode prompts by their own code.
 
-A pipeline is called with a stand-in for its transformer, which keeps the arguments of its call and
-ends it. Thus templates, tokenizers, masks and pooled states are those of diffusers.
+A pipeline is called with a stand-in for its transformer. The stand-in ends the call and hands on
+its arguments, so templates, tokenizers, masks and pooled states are those of diffusers.
 """
 
 import inspect
@@ -32,11 +32,11 @@ class Family(NamedTuple):
     Attributes:
         name: class of the pipeline.
         fps: frames per second of its videos.
-        layout: of its latents: ``video`` is ``[B, C, F, H, W]``, ``tokens`` ``[B, F·H·W, C]``,
-            ``frames`` ``[B, F, C, H, W]``.
-        guidance: argument of its call with the scale of classifier-free guidance; ``guider`` is
-            a part of the pipeline.
-        options: arguments that turn other kinds of guidance off.
+        layout: shape of its latents: ``[B, C, F, H, W]`` for ``video``, ``[B, F·H·W, C]`` for
+            ``tokens``, ``[B, F, C, H, W]`` for ``frames``.
+        guidance: argument of its call that takes the scale of classifier-free guidance, or
+            ``guider`` if a part of the pipeline holds the scale.
+        options: arguments of its call that turn other kinds of guidance off.
         is_flow: False if it predicts no velocity of a flow, so that only its own scheduler samples.
     """
 
@@ -67,10 +67,10 @@ FAMILIES = {
 
 
 def find_family(model: Path) -> Family | None:
-    """Return the family of a pipeline's folder; None for Wan, by diffusers or official.
+    """Return the family of a pipeline's folder; None for Wan, in diffusers' or official layout.
 
     Raises:
-        ValueError: if the pipeline is of another class than those of ``FAMILIES``.
+        ValueError: if the class of the pipeline is neither Wan's nor in ``FAMILIES``.
     """
     vae = model / "vae" / "config.json"
     kind = read_json(vae).get("_class_name", WAN) if vae.is_file() else WAN
@@ -99,7 +99,7 @@ def _call(*_: Any, **given: Any) -> NoReturn:
 
 
 def stand_in(kind: Any, config: Mapping[str, Any]) -> Any:
-    """Return a model of a class of diffusers with its configuration and without its weights."""
+    """Return a model of diffusers' class ``kind`` with a configuration and without weights."""
     with torch.device("meta"):
         model = kind.from_config(config)
     for name, child in list(model.named_children()):
@@ -130,7 +130,7 @@ def load_pipeline(
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     check(kind is not None, f"{model}: vae", config.get("_class_name"), "a class of diffusers")
     parts = {"vae": stand_in(kind, config), "transformer": transformer}
-    # LTX-2 returns latents multiplied by them, which nothing reads.
+    # LTX-2 multiplies the latents that it returns by these statistics. Nothing reads that result.
     parts["vae"].latents_mean, parts["vae"].latents_std = torch.zeros(1), torch.ones(1)
     if transformer is None:
         parts["transformer"] = stand_in(*transformer_class(model))
@@ -155,7 +155,7 @@ def call_options(pipe: Any, family: Family, fps: float) -> dict[str, Any]:
 
 
 def guidance_options(pipe: Any, scale: float) -> dict[str, Any]:
-    """Return the arguments of a call with classifier-free guidance; LTX-2's audio has its own."""
+    """Return the scale by the names of a call's arguments; LTX-2's audio has a scale of its own."""
     names = inspect.signature(pipe.__call__).parameters
     return {n: scale for n in ("guidance_scale", "audio_guidance_scale") if n in names}
 
@@ -217,7 +217,7 @@ class FamilyPrompts:
             )
         except _CalledError as call:
             given = call.given
-        except Exception as error:  # of any of its parts
+        except Exception as error:  # its parts raise errors of any type
             reason = reason_of(error)
             raise ValueError(f"{self._model} cannot encode {prompts!r}: {reason}") from error
         return [self._of(given, i, len(prompts)) for i in range(len(prompts))]
@@ -232,12 +232,11 @@ class FamilyPrompts:
                 found[name] = value[index].cpu()
             elif value is not None:
                 found[name] = torch.tensor(value, dtype=torch.float32)
-        check(
-            TEXT in found, f"arguments of {self._family.name}", sorted(given), f"{TEXT} with them"
-        )
+        expected = f"{TEXT} among them"
+        check(TEXT in found, f"arguments of {self._family.name}", sorted(given), expected)
         return trim_texts(found)
 
     @staticmethod
     def is_cut(prompt: str) -> bool:
-        """Return False: a pipeline does not tell."""
+        """Return False, because a pipeline does not report that it cuts a prompt."""
         return False

@@ -11,14 +11,15 @@ from prfl_fast.data.codec_base import Codec
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.utils.checks import check
 
-_WORKSPACE = 1.25  # of convolutions, over the live tensors, as for Wan's autoencoder
+# Peak with the workspace of convolutions over that of the live tensors, as for Wan's autoencoder.
+_WORKSPACE = 1.25
 
 
 class FamilyCodec(Codec):
     """Encode and decode by an autoencoder of diffusers, normalized as its pipeline does.
 
-    Latents are ``(z - mean) · scaling_factor / std``; autoencoders without mean and std have 0 and
-    1. Those of LTX that take a timestep get 0, the default of the pipeline.
+    Latents are ``(z - mean) · scaling_factor / std``; an autoencoder without mean and std has 0
+    and 1. If LTX's decoder takes a timestep, it gets 0, the default of the pipeline.
 
     Args:
         vae: see :class:`Codec`.
@@ -34,7 +35,7 @@ class FamilyCodec(Codec):
         super().__init__(vae, budget)
         config = vae.config
         self.channels, self.patch = config.latent_channels, patch
-        # CogVideoX has no attributes, and one of the two in its configuration.
+        # CogVideoX has neither attribute, and only the first in its configuration.
         time, spatial = (
             vars(vae).get(name, config.get(name))
             for name in ("temporal_compression_ratio", "spatial_compression_ratio")
@@ -49,8 +50,8 @@ class FamilyCodec(Codec):
         self._peaks: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def _statistic(self, name: str, default: float) -> torch.Tensor:
-        """Return a statistic of the latents ``[1, C, 1, 1, 1]``: LTX has buffers."""
-        value = self.vae._buffers.get(name)
+        """Return a statistic of the latents, ``[1, C, 1, 1, 1]``."""
+        value = self.vae._buffers.get(name)  # LTX's are buffers
         value = self.vae.config.get(name) if value is None else value
         value = [default] * self.channels if value is None else value
         found = torch.as_tensor(value, dtype=torch.float32, device=self.device)
@@ -58,7 +59,7 @@ class FamilyCodec(Codec):
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Return the normalized latents of a video: the posterior's mode.
+        """Return the normalized latents of a video, from the mode of the posterior.
 
         Args:
             video: ``[B, 3, F, H, W]`` in [-1, 1].
@@ -103,8 +104,8 @@ class FamilyCodec(Codec):
         """Choose the largest tiles in which a call fits the budget.
 
         Args:
-            name: of the call, ``encode`` or ``decode``.
-            given: shape of its argument.
+            name: the call, ``encode`` or ``decode``.
+            given: shape of the argument of the call.
             video: shape of the video.
 
         Raises:
@@ -129,10 +130,10 @@ class FamilyCodec(Codec):
         side = int((max(rest, 0) / per_pixel) ** 0.5) // step * step
         least = self.budget - rest + per_pixel * step**2
         expected = f"at least {least / 2**30:.2g} GiB for {frames} x {height} x {width} in tiles"
-        check(side > 0, "budget", f"{self.budget / 2**30:.2g} GiB", expected)
+        check(side > 0, "budget beside the weights", f"{self.budget / 2**30:.2g} GiB", expected)
         tiles: dict[str, float] = {f"tile_sample_min_{name}": side for name in ("height", "width")}
         tiles |= {f"tile_sample_stride_{name}": side * 3 // 4 for name in ("height", "width")}
-        # CogVideoX has shares of overlap instead, HunyuanVideo-1.5 a fixed quarter.
+        # CogVideoX takes shares of overlap instead of strides. HunyuanVideo-1.5 overlaps a quarter.
         tiles |= {f"tile_overlap_factor_{name}": 0.25 for name in ("height", "width")}
         known = inspect.signature(self.vae.enable_tiling).parameters
         self.vae.enable_tiling(**{name: n for name, n in tiles.items() if name in known})

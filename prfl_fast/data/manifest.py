@@ -34,7 +34,7 @@ _RANKS = {"latents": 4, SHORT: 2, **RANKS}
 # the negative prompt.
 EMPTY_PROMPT, NEGATIVE_PROMPT = "empty_prompt.safetensors", "negative.safetensors"
 _REQUIRED = ("latents", TEXT)
-_MASKS = tuple(MASKS.values())  # any dtype
+_MASKS = tuple(MASKS.values())  # of floating-point numbers, integers or bools
 # torch's names of dtypes by those of safetensors; a dataset has floating-point tensors only.
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     """Hold one video: ``latents [C, F, H, W]``, conditions without batch dimension, labels.
 
     ``short`` are the text states ``[T, D]`` of a short caption beside those in the conditions.
-    ``caption`` is for people to read.
+    ``caption`` is shown to people, and no model reads it.
     """
 
     latents: torch.Tensor
@@ -127,7 +127,7 @@ class LatentDataset:
                 rows[TEXT] = max(rows.get(TEXT, 0), 0 if short is None else short[0])
                 for name in TEXTS & shapes.keys():
                     rows[name] = max(rows.get(name, 0), shapes[name][0])
-                    shapes[name] = (0, *shapes[name][1:])  # the longest's, at the end
+                    shapes[name] = (0, *shapes[name][1:])  # set to the longest's below
                 form = form or _form(shapes)
                 expected = f"{form} as on earlier lines"
                 check(_form(shapes) == form, f"{where}: shapes", _listed(shapes), expected)
@@ -309,8 +309,9 @@ class LatentDataset:
             if name in TEXTS:
                 ok = ok and tensor.ndim == len(own) and 0 < len(tensor) <= rows
                 ok = ok and list(tensor.shape[1:]) == rest
-                expected = f"1 to {rows} rows of {rest[0] if rest else 'as many'}"
-                expected += " floating-point numbers"
+                expected = f"1 to {rows} numbers"
+                if rest:
+                    expected = f"1 to {rows} rows of {rest[0]} floating-point numbers"
             check(ok, f"{path}: {name}", tensor, expected)
             check_finite(f"{path}: {name} as float32", tensor.float())
         return found
@@ -347,15 +348,15 @@ class LatentDataset:
         return self.folder / NEGATIVE_PROMPT
 
     def read_prompt(self, path: Path) -> Conditions:
-        """Read the conditions of a prompt that all samples share, with its text ``[T, D]``.
+        """Read the conditions of a prompt that all samples share, at least its text ``[T, D]``.
 
-        Raise ``ValueError`` if there is no text, or a name that the samples lack.
+        Raise ``ValueError`` if the text is missing, or if the samples lack one of the names.
         """
         return self._known_prompt(load_tensors(path), path)
 
     def _known_prompt(self, found: Conditions, path: Path) -> Conditions:
         known = {TEXT} <= found.keys() <= self.shapes.keys() - {"latents"}
-        expected = f"{TEXT}, and of others only conditions of the samples"
+        expected = f"{TEXT}, and beside it only conditions of the samples"
         check(known, f"{path}: tensors", sorted(found), expected)
         return found
 

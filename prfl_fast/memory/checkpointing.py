@@ -146,8 +146,9 @@ class _Runner:
     def __reduce__(self) -> Any:  # a model read from a file has its own host buffers
         return _Runner, (self.mode, self.offloader and Offloader(self.offloader.host_limit))
 
-    # When the whole model is compiled, blocks run eagerly or are compiled one by one. As around
-    # torch's checkpoint; torch.compiler.disable would import dynamo, which takes as long as torch.
+    # When the whole model is compiled, blocks run eagerly or are compiled one by one. Torch's own
+    # checkpoint has this decorator. torch.compiler.disable would import dynamo, which takes as long
+    # as importing torch.
     @torch._disable_dynamo
     def __call__(self, block: nn.Module, *args: Any) -> torch.Tensor:
         pack: Callable[[torch.Tensor], Handle] = _stay

@@ -1,4 +1,4 @@
-"""Names and forms of the conditions of all families, and batches of them."""
+"""Name the conditions of all families, give their ranks, and stack them to batches."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from prfl_fast.utils.modules import unwrap
 TEXT = "encoder_hidden_states"
 IMAGE, LATENT = "encoder_hidden_states_image", "latent_condition"
 GUIDANCE = "guidance"  # embedded guidance, 1000 · scale
-# Text states → the mask of their tokens.
+# From text states to the mask of their tokens.
 MASKS = {
     TEXT: "encoder_attention_mask",
     "encoder_hidden_states_2": "encoder_attention_mask_2",
@@ -50,8 +50,8 @@ def stack_conditions(
 ) -> Conditions:
     """Stack conditions without batch dimension to float32 ones ``[B, ...]``.
 
-    Shorter texts and masks get zeros up to the longest of the batch, or the number in ``rows``, as
-    models pad them.
+    Shorter texts and masks get zeros up to the longest of the batch, or up to the number in
+    ``rows``, as models pad them.
     """
 
     def stacked(name: str) -> torch.Tensor:
@@ -67,7 +67,7 @@ def stack_conditions(
 def trim_texts(conditions: Conditions) -> Conditions:
     """Return the conditions of one sample without the masked tokens at the end of its texts.
 
-    One token stays of a text without a valid one, and of image states of zeros (no image).
+    A text without a valid token keeps one token, and so do image states of zeros (no image).
     """
     found = dict(conditions)
     for text, mask in MASKS.items():
@@ -82,5 +82,5 @@ def trim_texts(conditions: Conditions) -> Conditions:
 
 
 def takes_guidance(model: nn.Module) -> bool:
-    """Return True for a model with embedded guidance: the scale is one of its conditions."""
+    """Return True for a model with embedded guidance, whose scale is a condition."""
     return bool(getattr(unwrap(model), "config", {}).get("guidance_embeds", False))

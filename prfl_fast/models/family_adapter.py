@@ -79,7 +79,7 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
         why_not_fused: returns why a block must run its own forward, see :func:`why_not_fused`.
         block_forward, rope_forward: our forwards of the blocks and of ``rope``.
         token_counts: usual sizes of letters in ``expected_conditions``, which the planner takes.
-        runs_on_meta: False if the forward depends on values of its tensors.
+        runs_on_meta: False if the forward does not run on meta tensors.
     """
 
     embeddings: ClassVar[Sequence[str]]
@@ -101,13 +101,13 @@ class FamilyAdapter(NoReference, DiffusersAdapter):
         raise NotImplementedError
 
     def pipeline_conditions(self, base: Any) -> tuple[str, ...]:
-        """Return the names of the conditions that diffusers' pipeline makes of a prompt."""
+        """Return the names of the conditions that diffusers' pipeline makes from a prompt."""
         return tuple(self.expected_conditions(base))
 
     def prompt_shapes(self, base: Any, tokens: int = 8) -> dict[str, tuple[int, ...]]:
         """Return shapes of a prompt's required conditions without batch dimension.
 
-        Numbers that a prompt chooses are ``tokens``.
+        Letters in ``expected_conditions`` stand for ``tokens``.
         """
         return {
             name: tuple(tokens if isinstance(n, str) else n for n in shape)

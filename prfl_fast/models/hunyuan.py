@@ -166,7 +166,7 @@ class HunyuanVideo15Adapter(_HunyuanAdapter):
     class_name = "HunyuanVideo15Transformer3DModel"
     name = f"diffusers {class_name}"
     token_counts = {"T2": 256, "N": 729}
-    runs_on_meta = False  # it looks for image tokens of zeros
+    runs_on_meta = False  # the forward reads values, to find image tokens of zeros
     embeddings = (
         "x_embedder",
         "context_embedder",

@@ -296,7 +296,7 @@ class LTX2VideoAdapter(LTXVideoAdapter):
         }
 
     def pipeline_conditions(self, base: Any) -> tuple[str, ...]:
-        """Return the conditions of the video: the pipeline denoises the audio beside it."""
+        """Return the names of the video's conditions; the pipeline samples the audio itself."""
         names = super().pipeline_conditions(base)
         return tuple(name for name in names if not name.startswith("audio"))
 

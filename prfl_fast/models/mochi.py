@@ -92,7 +92,7 @@ class MochiAdapter(FamilyAdapter):
     class_name = "MochiTransformer3DModel"
     name = f"diffusers {class_name}"
     embeddings = ("patch_embed", "time_embed")
-    runs_on_meta = False  # it turns autocast off, which the meta device does not have
+    runs_on_meta = False  # the forward turns autocast off, which the meta device does not support
     # True for a backbone of all blocks, whose last one has no text output.
     attributes = ("context_pre_only",)
     block_forward = staticmethod(block_forward)

@@ -2,8 +2,8 @@
 
 Rules of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.10 to 2.13) at its default settings:
 
-* A request is rounded up to 512 bytes. Up to 1 MiB it is served from the small pool, else from the
-  large pool, each per stream, by the smallest free block that holds it.
+* A request is rounded up to 512 bytes. Each stream has a small pool for requests up to 1 MiB, and a
+  large pool. The smallest free block of the pool that holds the request serves it.
 * Without such a block, a segment is reserved: 2 MiB for small requests, 20 MiB for those below 10
   MiB, else the request rounded up to 2 MiB.
 * The rest of a block is split off if it has 512 bytes (small pool) or more than 1 MiB (large pool).
@@ -208,7 +208,7 @@ class CachingAllocator:
 
     @staticmethod
     def _place(pool: _Pool, size: int) -> _Block:
-        """Return the first block of a run without allocations that holds ``size`` bytes."""
+        """Return the first of neighboring blocks without allocations that hold ``size`` bytes."""
         block = pool.first
         while block is not None:
             if block.state == "unmapped":
@@ -227,7 +227,7 @@ Request = tuple[bool, Hashable, int]  # True to allocate, name, bytes
 
 
 def fits(requests: Iterable[Request], limit: float, *, expandable: bool) -> bool:
-    """Return True if requests, in order, fit a device of ``limit`` bytes."""
+    """Return True if a device of ``limit`` bytes can serve the requests in order."""
     allocator = CachingAllocator(limit, expandable=expandable)
     try:
         for take, name, nbytes in requests:
@@ -243,7 +243,7 @@ def fits(requests: Iterable[Request], limit: float, *, expandable: bool) -> bool
 def least_limit(
     requests: list[Request], live: int, *, expandable: bool, within: int = 32 << 20
 ) -> int:
-    """Return a device size, to ``within`` bytes, that requests with a peak of ``live`` need."""
+    """Return the least device size for requests with a peak of ``live``, to ``within`` bytes."""
     low, high = live, live + within
     while not fits(requests, high, expandable=expandable):
         low, high = high, live + 2 * (high - live)
@@ -265,7 +265,7 @@ def requests_of(phases: Iterable[tuple[str, Iterable[Event]]], steps: int = 2) -
     before: list[Request] = []
     states: list[Request] = []
     step: list[Request] = []
-    held: set[Hashable] = set()  # by the step
+    held: set[Hashable] = set()  # allocated by the step and not freed
     for phase, events in phases:
         requests = step if phase else before
         for kind, name, size, category in events:

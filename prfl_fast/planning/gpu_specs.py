@@ -154,7 +154,7 @@ def find_gpu(name: str | GpuSpecs) -> GpuSpecs:
 def this_gpu(device: torch.device | str = "cuda") -> GpuSpecs:
     """Return the preset of a CUDA device, with the memory that the device reports.
 
-    A device without a preset gets the A100's rates, which its name mentions. Raise ``ValueError``
+    A device without a preset gets the A100's rates, and a name that says so. Raise ``ValueError``
     for a device that is not CUDA's.
     """
     device = torch.device(device)

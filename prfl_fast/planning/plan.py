@@ -22,9 +22,9 @@ class Plan:
         feasible: True if peak, fragmentation and CUDA context fit the budget, and ``host`` the host
             budget.
         peak, peak_phase, categories: device bytes at the peak, its phase, and bytes by category.
-        fragmentation: bytes that the allocator needs beside the peak, to 1 % of the peak; see
+        fragmentation: bytes that the allocator needs beside the peak, exact to 1 % of the peak; see
             :mod:`prfl_fast.planning.allocator`.
-        expandable_segments: the allocator's setting that the plan assumes.
+        expandable_segments: the setting of the allocator that the plan assumes.
         host: peak bytes of offloaded tensors and optimizer states in host memory.
         seconds: predicted seconds of a whole step by phase.
         timeline: (phase, device bytes by category) through one step, with one rollout forward.
@@ -54,7 +54,7 @@ class Plan:
     @property
     def reserve(self) -> int:
         """Bytes of the budget that the CUDA context and fragmentation take."""
-        # The bisection's last step may lie above a budget that suffices.
+        # The bisection finds a size that suffices, perhaps above a budget that suffices too.
         room = self.budget - self.peak if self.feasible else math.inf
         return int(min(CONTEXT + self.fragmentation, room))
 

@@ -44,7 +44,7 @@ def plan_memory(
 
     Args:
         workload: the training run; a model stands for a :class:`Workload` of it with defaults.
-        budget: device memory, in bytes, as ``"24GiB"``, or as the name of a GPU that has it, like
+        budget: device memory, in bytes, as ``"24GiB"``, or as the name of a GPU like
             ``"rtx4090"``; None is the memory of ``gpu``.
         host_budget: host memory for offloaded tensors and states; None is unlimited.
         weight_dtype: ``"auto"``, ``"bf16"``, ``"fp8"`` or ``"nf4"``, for both models.
@@ -107,7 +107,7 @@ def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
 
 
 def budget_of(value: int | str, name: str) -> int:
-    """Return the memory of the GPU of that name, or the bytes of a size, see :func:`size_of`."""
+    """Return the memory of a GPU by its name, or the bytes of a size; see :func:`size_of`."""
     return GPUS[value].memory if isinstance(value, str) and value in GPUS else size_of(value, name)
 
 

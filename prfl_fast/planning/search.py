@@ -1,8 +1,9 @@
-"""Search of the planner: candidates from simulations of single modes, the best one simulated.
+"""Search for the fastest memory policy that fits: rank candidates, then simulate the best.
 
 A candidate combines checkpointing and offload of generator and reward model with feed-forward
-chunks. Each pair of mode and offload is simulated for both models at once. The generator's saved
-bytes add to the bytes of a reward phase, so sums of two simulations give every combination.
+chunks. Each pair of mode and offload is simulated once, for both models. The generator's saved
+bytes add to the bytes of a reward phase, so the sum of two simulations predicts a candidate whose
+models have different modes.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ MODES: tuple[tuple[Any, Any], ...] = (
     ("full", None),
     ("full", "cpu"),
 )
-# A mode without offload → the mode that keeps a part of the same tensors.
+# From a mode without offload to the mode that keeps a part of the same tensors.
 LEANER = {MODES[0]: MODES[1], MODES[1]: MODES[3]}
 REWARD_PHASES = ("reward", "reward backward")
 CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over, fragmented"
@@ -101,7 +102,7 @@ def step_seconds(
 
 
 class Single:
-    """Simulation of both models in one mode, as parts of those in two modes."""
+    """Split a simulation of both models in one mode into the parts of each model."""
 
     def __init__(self, run: Simulation, layers: int) -> None:
         self._run, self._layers = run, layers
@@ -116,7 +117,7 @@ class Single:
 
     @property
     def last_block(self) -> float:
-        """Return the bytes of the generator's last block, which leave after its forward."""
+        """Return the bytes of the generator's last block, offloaded only after the forward."""
         return self._sent("forward") / max(1, self._layers - 1)
 
     @property
@@ -143,13 +144,13 @@ class Single:
         return {p: c for p, c in self._run.costs.items() if (p in REWARD_PHASES) == reward}
 
     def host(self, *, reward: bool) -> float:
-        """Return the host bytes of the reward's activations, or of the generator's but its last."""
+        """Return the host bytes of the reward's blocks, or of the generator's without its last."""
         if not reward:
             return self._sent("forward")
         return self._sent("reward") - self.last_block
 
     def other_host(self) -> int:
-        """Return host bytes apart from offloaded activations, that is optimizer states."""
+        """Return the host bytes of optimizer states, all but offloaded activations."""
         return max(0, self._run.host - self._sent("forward") - self._sent("reward"))
 
 
@@ -222,7 +223,7 @@ class Search:
         return Found(whole, run, self._lost(run), whole.reason == CHOSEN, considered, [])
 
     def _lost(self, run: Simulation) -> int:
-        """Return the bytes that the allocator needs beside the live ones, to 1 % of them."""
+        """Return the bytes that the allocator needs beside the live ones, exact to 1 % of them."""
         requests, live = requests_of(run.events), run.peak
         least = least_limit(requests, live, expandable=self.expandable, within=max(1, live // 100))
         return least - live
@@ -252,7 +253,7 @@ class Search:
         return run, whole
 
     def _candidates(self, tier: Tier) -> list[Candidate]:
-        """Return the pairs of modes that may fit, and with chunks those that may be the fastest."""
+        """Return the pairs of modes that may fit, and chunked ones that may be the fastest."""
         found: dict[tuple[Any, Any], Candidate] = {}
         # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
         for pair in sorted(itertools.product(reversed(MODES), repeat=2), key=_steps):
@@ -326,7 +327,7 @@ class Search:
 
 
 def _steps(pair: tuple[Any, Any]) -> int:
-    """Return how many times the modes of a pair have a leaner one."""
+    """Return the number of steps from the modes of a pair to their leanest ones."""
     return sum((LEANER.get(mode) is not None) + (mode == MODES[0]) for mode in pair)
 
 

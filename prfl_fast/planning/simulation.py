@@ -54,7 +54,7 @@ PHASES = (
 )
 _MODELS = ("generator", "reward")
 _MOST_REMEMBERED = 64
-# (workload and depths, both policies) → simulation. A search for another budget repeats most.
+# By workload with depths and both policies. A search for another budget repeats most simulations.
 _remembered: dict[tuple[str, MemoryConfig, MemoryConfig], Simulation] = {}
 SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued on one stream
 # Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
@@ -65,7 +65,7 @@ _WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0,
 def depths_of(
     workload: Workload, layers: int | None = None, reward_layers: int | None = None
 ) -> list[dict[str, int]]:
-    """Return the entries of the generator's and of the reward's configuration for their depths."""
+    """Return the configuration entries that set the depths of generator and reward model."""
     adapter = adapter_of(workload.config)
     return [
         adapter.depth(workload.config, workload.blocks if layers is None else layers),
@@ -172,7 +172,7 @@ class SimulatedStep:
         dtype: torch.dtype = torch.float32,
         owner: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return zeros that count in a category, beside the parameter ``owner`` of a block."""
+        """Return zeros that count in a category, in the block of the parameter ``owner``."""
         with self._at(owner):
             tensor = torch.zeros(shape, dtype=dtype)
             self.ledger.mark(tensor, category)
@@ -395,7 +395,7 @@ def simulate(
 
     Args:
         layers, reward_layers: depths in place of the workload's.
-        whole: run all blocks, and do not repeat the middle one of a shallow model.
+        whole: run all blocks, instead of repeating the middle one of five.
     """
     key = repr((workload, layers, reward_layers, whole))  # a configuration has no hash
     found = _remembered.get((key, memory, reward_memory))

@@ -1,8 +1,8 @@
-"""Record the allocations and the work of a shallow model, and repeat its blocks to any depth.
+"""Record the allocations and the work of a model of few blocks, and repeat these to any depth.
 
 All blocks of a list but the first and the last two allocate and free the same sizes in the same
-order, because offload holds the tensors of two blocks. So a model of five blocks per list is run,
-and the events of its third block are repeated.
+order, because offload holds the tensors of two blocks. So a model with five blocks in each list
+runs, and the events of its third block are repeated.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ ALLOCATE, FREE, MOVE, SCRATCH = "allocate", "free", "move", "scratch"
 _POINTS = 4096  # of a timeline, at most
 
 Place = tuple[str, int]  # list of blocks ("" outside), index of the block
-Key = tuple[str, int, str, int]  # phase, number of the run of a phase, place
+Key = tuple[str, int, str, int]  # phase, running number of phases and forwards, place
 Moment = tuple[str, dict[str, int]]  # phase, live bytes by category
 # Kind, number of the storage, bytes, category. Storages have other numbers in each repeated block.
 Event = tuple[str, Any, int, str]
@@ -205,7 +205,7 @@ def simulation_of(
             ``DEPTH`` blocks.
 
     Raises:
-        UnlikeError: if the repeated block releases storages that another one does not have.
+        UnlikeError: if the repeated block frees a storage that its copy does not have.
     """
     whole = _Whole(segments, counts)
     events, work = whole.events(), whole.work()
@@ -222,7 +222,7 @@ class _Whole:
         self.segments = segments
         self.more = {name: whole - few for name, (few, whole) in counts.items()}
         self.order = {key: index for index, key in enumerate(segments)}
-        # Segments with events of storages that the block before the repeated one made.
+        # Segments with events of storages that belong to the block before the repeated one.
         self.of_all = {
             (key, *event[1][0][:3])
             for key, segment in segments.items()
@@ -277,7 +277,7 @@ class _Whole:
         elif block > REPEATED:
             blocks = range(block + more, block + more + 1)
         elif block == REPEATED and more:
-            # Code outside ends either the storages of all blocks or those that the last needed.
+            # Code outside the list frees the storages of all blocks, or only those of the last one.
             every = (key, phase, run, place) in self.of_all
             blocks = range(block if every else block + more, block + more + 1)
         for at in blocks:

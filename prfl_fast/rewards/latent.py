@@ -227,7 +227,7 @@ class LatentRewardModel(nn.Module):
         """
         path = Path(folder) / _CONFIG
         if not path.is_file():
-            inside = Path(folder) / "reward"  # of a run of train-reward
+            inside = Path(folder) / "reward"  # a run of train-reward has it there
             hint = f", but {inside} is" if (inside / _CONFIG).is_file() else ""
             what = f"{folder} is not a saved reward model{hint}"
             raise FileNotFoundError(f"{path}: no such file. {what}")

@@ -31,7 +31,7 @@ class WanPipelineSampler:
         transformer: the generator, not patched.
         shift: timestep shift of the noise schedule.
         images: True if the prompts have images.
-        device: on which the pipeline runs; on a GPU, one part at a time is there.
+        device: device of the pipeline; a GPU holds one part at a time.
         dtype: of the text and image encoders.
 
     Raises:
@@ -131,7 +131,7 @@ class FamilyPipelineSampler:
         transformer: the generator, not patched.
         family: see :func:`prfl_fast.data.families.find_family`.
         fps: frames per second, a condition of LTX.
-        device: on which the pipeline runs; on a GPU, one part at a time is there.
+        device: device of the pipeline; a GPU holds one part at a time.
         dtype: of the text encoders.
 
     Raises:
@@ -177,7 +177,7 @@ class FamilyPipelineSampler:
             options["true_cfg_scale"] = guidance_scale
         else:
             options |= guidance_options(self.pipe, guidance_scale)
-        # LTX-2 draws the noise of its audio, which depends on the video's noise only.
+        # LTX-2 draws noise for its audio; this seed makes it depend on the video's noise only.
         seed = int(noise.flatten()[0].view(torch.int32))
         options["generator"] = torch.Generator().manual_seed(torch_seed(seed))
         given = to_layout(noise, layout)
@@ -205,7 +205,7 @@ class FamilyPipelineSampler:
         if not calls:
             for _ in range(num_inference_steps):
                 tick()
-        # Those of the last step, because LTX-2 returns latents that are not normalized.
+        # Take the latents of the last step, because LTX-2 returns latents that are not normalized.
         return from_layout(last[0] if last else found, layout, noise)
 
 

@@ -216,7 +216,7 @@ class FlowDPO(SupervisedFlow):
     """Train a generator on preference pairs with :func:`prfl_fast.training.preferences.dpo_loss`.
 
     The log has the loss, the mean ``margin`` of the pairs, and the ``accuracy``, the share of the
-    pairs whose margin is positive, zeros counting half.
+    pairs whose margin is positive, ties counting half.
 
     Args:
         transformer, options: as of :class:`SupervisedFlow`.

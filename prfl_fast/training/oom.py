@@ -88,7 +88,7 @@ def memory_report(device: torch.device, live: Mapping[str, int]) -> list[str]:
         lines.append("allocator: " + ", ".join(f"{n} {_shown(size)}" for n, size in sizes.items()))
         if not expandable_segments():
             lost = _shown(sizes["reserved"] - sizes["allocated"])
-            lines.append(f"{lost} reserved without use: {EXPANDABLE} may help")
+            lines.append(f"{lost} reserved but not allocated: {EXPANDABLE} may help")
     return [*lines, "live: " + ", ".join(f"{n} {_shown(size)}" for n, size in live.items())]
 
 

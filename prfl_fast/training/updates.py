@@ -1,4 +1,4 @@
-"""Update the trainable parameters of a model: optimizer, learning rates, clipping, average."""
+"""Update the trainable parameters of a model: learning rates, clipping, optimizer, average."""
 
 import math
 
@@ -22,7 +22,7 @@ class Updater:
 
     Attributes:
         parameters: those parameters by name.
-        optimizer: of ``config``.
+        optimizer: the optimizer that ``config`` names.
         ema: running averages by name, or None.
 
     Raises:
@@ -61,7 +61,7 @@ class Updater:
                 self.ema[name] = p.detach().to(wide, copy=True)
 
     def set_rates(self, step: int) -> float:
-        """Set the learning rates of a step; return that of the parameters beside the head."""
+        """Set the learning rates of a step; return the rate of the parameters outside the head."""
         factor = self._factor(step)
         rate, head_rate = self.config.learning_rate * factor, self.config.head_learning_rate
         heads = [] if head_rate is None else [head_rate * factor]
@@ -73,13 +73,13 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients that there are."""
+        """Return the gradients of all parameters that have one."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def apply(self, means: dict[str, float]) -> bool:
-        """Clip, step and average if all values are finite; return True if so.
+        """Clip, step and average if loss and gradients are finite; return True if so.
 
-        ``means`` are the metrics of the update; the norm of the gradients is added to them.
+        ``means`` are the metrics of the update; the method adds the norm of the gradients.
         """
         limit, finite = self.config.max_grad_norm, math.isfinite(means["loss"])
         if finite:

@@ -1,4 +1,4 @@
-"""Setting of PyTorch's CUDA allocator that decides how much memory it loses to fragmentation."""
+"""Read the setting of PyTorch's CUDA allocator that reduces fragmentation."""
 
 import os
 

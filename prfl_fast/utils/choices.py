@@ -1,4 +1,4 @@
-"""Values that options of the command line share with functions below it; they need no torch."""
+"""List values that the command line shares with functions below it, without importing torch."""
 
 from typing import Literal, get_args
 

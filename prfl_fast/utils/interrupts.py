@@ -1,4 +1,4 @@
-"""End a command on Ctrl-C and SIGTERM, at a place where they can be obeyed."""
+"""Stop a command on Ctrl-C or SIGTERM, at a place where it is safe to stop."""
 
 import contextlib
 import signal
@@ -10,14 +10,14 @@ _checks: list[Callable[[], None]] = []  # that of the outermost context
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised by SIGTERM, as Ctrl-C raises ``KeyboardInterrupt``."""
+    """Error that SIGTERM raises, as Ctrl-C raises ``KeyboardInterrupt``."""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-# By the signals that raise an exception.
+# The handlers that raise an exception, by signal.
 _HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
 
 

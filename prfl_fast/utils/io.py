@@ -75,7 +75,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)  # after a power failure the new name could otherwise be missing
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # of a write to a full disk
+        if error.errno is not None and error.filename is None:  # a full disk's error names no file
             error.filename = str(path)
         raise
     finally:
@@ -114,7 +114,8 @@ def link_atomic(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 def clean_temporaries(folder: str | os.PathLike[str], prefix: str = "") -> list[Path]:
     """Remove the temporary files of killed writers directly in ``folder``; return their paths.
 
-    Files of a process of this host that still runs are kept. ``prefix`` begins their names.
+    Only files whose names begin with ``prefix`` are removed, and none of a process of this host
+    that still runs.
     """
     found = (p for p in sorted(Path(folder).iterdir()) if p.name.startswith(prefix))
     stale = list(filter(_is_stale, found))
@@ -124,7 +125,7 @@ def clean_temporaries(folder: str | os.PathLike[str], prefix: str = "") -> list[
 
 
 def clean_temporaries_of(path: str | os.PathLike[str]) -> None:
-    """Remove what killed writers of ``path`` left beside it, in a folder that others may use."""
+    """Remove the temporary files of killed writers of ``path``, and no other files beside it."""
     path = Path(path)
     if path.parent.is_dir():
         clean_temporaries(path.parent, f"{path.stem}.tmp-")
