@@ -2,7 +2,7 @@
 # make test    set up .venv, lint, run the tests (what CI runs)
 # make lint    ruff check, ruff format --check and mypy
 # make install set up .venv only
-# make wheel  build dist/*.whl with the CUDA extension for sm_80 to sm_120; needs nvcc
+# make wheel   build dist/*.whl with the CUDA extension for sm_80 to sm_120; needs nvcc
 # make lowest  test the lowest declared versions of other packages, in .venv-lowest
 # make newest  test the newest versions and, as it is a CUDA build of torch, fake CUDA tensors, in .venv-newest
 
@@ -16,8 +16,8 @@ JOBS ?= $(shell nproc | awk '{print ($$1 < 8) ? $$1 : 8}')
 DRIVER := $(wildcard /proc/driver/nvidia/version)
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# pip would compile the bytecode of all packages on one core. Python compiles what is imported, once:
-# where this variable is set, as in many containers, every process would compile torch again.
+# pip would compile the bytecode of all packages on one core. Python compiles the imported ones, once.
+# With PYTHONDONTWRITEBYTECODE, which many containers set, every process would compile torch again.
 PIP := $(BIN)/python -m pip install --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -26,8 +26,8 @@ export PYTHONDONTWRITEBYTECODE :=
 bench: $(VENV)/installed
 	$(BIN)/python bench/run.py --out $(OUT)
 
-# mypy takes one core for a minute, so it runs beside the tests. Under worksteal a process takes neighbors, which
-# share fixtures of their file.
+# mypy takes one core for a minute, so it runs beside the tests. With worksteal, a process takes neighboring
+# tests, which share the fixtures of their file.
 test: $(VENV)/installed
 	$(MAKE) --no-print-directory -j 2 lint tests
 

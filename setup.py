@@ -104,7 +104,7 @@ class BuildExtension(build_ext):
             command = [compiler, "-c", source, *flags]
             seen = repr(command) + "".join(Path(p).read_text() for p in (source, *headers))
             target = build / f"{Path(source).name}-{hashlib.sha256(seen.encode()).hexdigest()}.o"
-            if not target.exists():  # what has not changed is not compiled again
+            if not target.exists():  # the same command, source and headers gave it
                 subprocess.run([*command, "-o", f"{target}.part"], check=True)
                 os.replace(f"{target}.part", target)
             return str(target)

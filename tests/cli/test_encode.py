@@ -238,7 +238,7 @@ BAD = {
     "crops": (["--crops", "2", "--crop", "center"], {}, "--crops is 2, expected 1 with --crop"),
     "budget": (["--budget", "24"], {}, "--budget is '24 bytes', expected a size like 24GiB"),
     "inside": (["--dry-run"], {"clips": ".."}, "OUT is .*data', expected a folder outside of the"),
-    "small": (["--budget", "1MiB"], {}, "budget is '0.00098 GiB', expected at least .* for 9 x"),
+    "small": (["--budget", "1MiB"], {}, "weights is '0 GiB', expected at least .* for 9 x"),
     "workers": (["--workers", "0"], {}, "--workers is 0, expected a positive integer"),
 }
 

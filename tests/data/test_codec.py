@@ -150,7 +150,7 @@ def test_a_budget_cuts_large_frames_into_tiles(pipelines, kind):
     parts = list(small.decode_parts(latents))
     assert vae.use_tiling and [part.shape[2] for part in parts] == [1, 4]
     assert (torch.cat(parts, 2) - decoded).abs().mean() < 0.5
-    with pytest.raises(ValueError, match=r"budget is '.* GiB', expected at least .* GiB for 5 x"):
+    with pytest.raises(ValueError, match=r"weights is '.* GiB', expected at least .* GiB for 5 x"):
         VideoCodec(vae, 1 << 20).encode(video)
 
 

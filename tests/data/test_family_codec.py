@@ -57,7 +57,7 @@ def test_a_budget_bounds_memory(family):
     assert 0 < (tiled - whole).abs().mean() < whole.std()
     assert peak_of(codec, latents) <= codec.budget
     codec.budget = 1000
-    with pytest.raises(ValueError, match=r"budget is '.* GiB', expected at least .* in tiles"):
+    with pytest.raises(ValueError, match=r"weights is '.* GiB', expected at least .* in tiles"):
         codec.decode(latents)
     with pytest.raises(ValueError, match="in tiles"):
         codec.set_encoder_tiles((1, 3, *size))
@@ -73,5 +73,5 @@ def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"frames is 17, expected 16n \+ 9"):
         pairs.latent_shape(17, 64, 64)
     assert pairs.latent_shape(25, 64, 64) == (8, 4, 2, 2)
-    with pytest.raises(ValueError, match="expected Wan's"):
+    with pytest.raises(ValueError, match="expected AutoencoderKLWan"):
         codec.image_condition(torch.zeros(3, 64, 64), 9)
