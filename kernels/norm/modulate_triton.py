@@ -165,7 +165,9 @@ def forward_launch(
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.
     registers = 96 if small and not fp8 else 128
-    return Launch(head, tail, num_warps, registers, programs, small or not fp8)
+    # On sm_80 and 86, ptxas spills 8 bytes of float32 where a long row is loaded early.
+    ahead = small or not (fp8 or capability < (9, 0))
+    return Launch(head, tail, num_warps, registers, programs, ahead)
 
 
 def backward_launch(

@@ -124,7 +124,7 @@ class Operation:
             name = self.chosen[_current, device, dtype] = self.choose(device, dtype).backend
         implementation = getattr(self, name)
         if name != "reference":  # kernels read memory, where a lazy negative has the wrong sign
-            args = tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
+            args = tuple(map(_resolved, args))
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
         # Contexts are entered only where they change something: both cost as much as an addition.
@@ -134,6 +134,12 @@ class Operation:
         with torch.autocast(kind, enabled=False):
             with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
                 return implementation(*args)
+
+
+def _resolved(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return arg.resolve_neg()
+    return [_resolved(a) for a in arg] if isinstance(arg, list) else arg
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.reference_lists import ReferenceList, open_latents
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.blocks import TEXT_TOKENS
-from prfl_fast.models.conditions import LATENT, MASKS, TEXT, TEXTS, stack_conditions
+from prfl_fast.models.conditions import LATENT, MASKS, OF_PROMPT, TEXT, TEXTS, stack_conditions
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.loading import expert_folders, load_transformer, transformer_class
 from prfl_fast.models.registry import find_adapter
@@ -205,6 +205,8 @@ def load_guidance(
     negative = load_tensors(source.negative)
     if not negative or set(negative) - set(shapes):
         raise ValueError(f"{key} holds {sorted(negative)}, expected some of {sorted(shapes)}")
+    missing = sorted((OF_PROMPT & shapes.keys()) - negative.keys()) if TEXT in negative else []
+    check(not missing, f"{key}: tensors", sorted(negative), f"{', '.join(missing)} too")
     sized = sorted(set(negative) & {LATENT, FIRST_FRAME})
     one = not sized or len(dataset.buckets) == 1
     check(one, f"{key}: tensors", sized, "only text and image states for videos of several sizes")

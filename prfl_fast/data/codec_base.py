@@ -18,12 +18,14 @@ class Codec(ABC):
         channels: of the latents.
         strides: pixels per latent in time, height and width.
         patch: latents per token of the transformer in time, height and width.
+        group: latent frames that are decoded together, after the first one.
         is_ti2v: True for the autoencoder of Wan2.2 TI2V.
     """
 
     channels: int
     strides: tuple[int, int, int]
     patch: tuple[int, int, int]
+    group = 1
     is_ti2v = False
 
     def __init__(self, vae: Any, budget: int | None = None) -> None:
@@ -40,11 +42,11 @@ class Codec(ABC):
 
         Raises:
             ValueError: if ``frames`` is not a multiple of the stride in time plus 1, or the latents
-                are not a whole number of patches. Wan takes 4n + 1 frames, and sides that are
-                multiples of 16 (TI2V: 32).
+                are not a whole number of patches and groups. Wan takes 4n + 1 frames, and sides
+                that are multiples of 16 (TI2V: 32).
         """
         time, *spatial = self.strides
-        step = time * self.patch[0]
+        step = time * max(self.patch[0], self.group)
         first = time * (self.patch[0] - 1) + 1
         ok, expected = is_count(frames) and frames % step == first % step, f"{step}n + {first}"
         check(ok, "frames", frames, f"{expected}, such as {80 // step * step + first}")

@@ -207,8 +207,9 @@ class Encoding:
                     last = video[:, -1] if condition == "first-last" else None
                     tensors |= codec.image_condition(video[:, 0], crop.frames, last)
                 tensors |= self.text(crop.clip.caption)
-                if crop.clip.short_caption in self._places:
-                    tensors[SHORT] = self.text(crop.clip.short_caption)[TEXT]
+                short = crop.clip.short_caption
+                if short in self._places and (states := self.text(short)).keys() == {TEXT}:
+                    tensors[SHORT] = states[TEXT]
                 if self.images:
                     tensors |= load_tensors(self.parts / "images" / path.name)
                 save_tensors({n: t.to(self.dtype) for n, t in tensors.items()}, path)

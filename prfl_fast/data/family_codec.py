@@ -47,6 +47,8 @@ class FamilyCodec(Codec):
             for name, default in (("latents_mean", 0.0), ("latents_std", 1.0))
         )
         self._std = self._std / config.scaling_factor
+        # CogVideoX decodes two latents to eight frames, and one more to a single frame at first.
+        self.group = 2 if type(vae).__name__ == "AutoencoderKLCogVideoX" else 1
         self._peaks: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def _statistic(self, name: str, default: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from prfl_fast.data.rows import read_text
 from prfl_fast.models.adapter import FIRST_FRAME, Conditions
-from prfl_fast.models.conditions import LATENT, MASKS, RANKS, TEXT, TEXTS
+from prfl_fast.models.conditions import LATENT, MASKS, OF_PROMPT, RANKS, TEXT, TEXTS
 from prfl_fast.models.velocity import check_finite
 from prfl_fast.utils.checks import check, is_number, plain
 from prfl_fast.utils.io import digest_of, load_tensors, open_tensors, save_tensors, write_atomic
@@ -350,13 +350,15 @@ class LatentDataset:
     def read_prompt(self, path: Path) -> Conditions:
         """Read the conditions of a prompt that all samples share, at least its text ``[T, D]``.
 
-        Raise ``ValueError`` if the text is missing, or if the samples lack one of the names.
+        Raise ``ValueError`` unless it has every condition of a prompt that the samples have (mask,
+        pooled states), or if the samples lack one of the names.
         """
         return self._known_prompt(load_tensors(path), path)
 
     def _known_prompt(self, found: Conditions, path: Path) -> Conditions:
-        known = {TEXT} <= found.keys() <= self.shapes.keys() - {"latents"}
-        expected = f"{TEXT}, and beside it only conditions of the samples"
+        needed = OF_PROMPT & self.shapes.keys()
+        known = needed <= found.keys() <= self.shapes.keys() - {"latents"}
+        expected = f"{', '.join(sorted(needed))}, and beside them only conditions of the samples"
         check(known, f"{path}: tensors", sorted(found), expected)
         return found
 

@@ -20,6 +20,8 @@ MASKS = {
 }
 # Conditions whose first dimension counts the tokens of a text.
 TEXTS = frozenset((*MASKS, *MASKS.values()))
+# Conditions that a prompt determines.
+OF_PROMPT = TEXTS | {"pooled_projections"}
 # Number of dimensions of each condition of one sample.
 RANKS = {
     TEXT: 2,

@@ -160,10 +160,11 @@ def this_gpu(device: torch.device | str = "cuda") -> GpuSpecs:
     device = torch.device(device)
     check(device.type == "cuda", "device", device, "a CUDA device; name a preset instead")
     properties = torch.cuda.get_device_properties(device)
-    name = re.sub(r"[^a-z0-9]", "", properties.name.lower())
-    # The longest name first, because "l40s" has "l4" in it, and "h200" has "h20".
+    words = {*re.findall(r"[a-z0-9]+", properties.name.lower())}
+    words |= {f"rtx{word}" for word in words}  # "RTX 4090"
+    # The longest name first, because all words of "a100" are in "a100-40gb".
     keys = sorted(GPUS, key=len, reverse=True)
-    preset = next((GPUS[key] for key in keys if key.replace("-", "") in name), None)
+    preset = next((GPUS[key] for key in keys if {*key.split("-")} <= words), None)
     return dataclasses.replace(
         preset or GPUS["a100"],
         name=properties.name if preset else f"{properties.name} (at an A100's rates)",

@@ -270,7 +270,7 @@ def test_long_captions_are_counted(world, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("A disc.\n" + "long " * 200)
     (tmp_path / "t2v").symlink_to(world / "t2v")
     assert call(tmp_path, tmp_path / "data", clips="prompts.txt") == 0
-    assert "1 texts are cut at 512 tokens, such as 'long long" in one_line(capsys, "encode")
+    assert "1 text is cut at 512 tokens, such as 'long long" in one_line(capsys, "encode")
 
 
 def test_a_folder_with_another_dataset_is_refused(world, tmp_path, capsys):
@@ -302,7 +302,7 @@ def test_the_guide_runs(world, tmp_path, monkeypatch, capsys):
     assert [words[0] for words in lines] == ["python", "prfl-fast", "prfl-fast"]
     for words in lines[1:]:
         assert cli.main(words[1:]) == 0, words
-    (python,) = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
+    *_, python = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
     names = {}
     exec(compile(python, "docs/data.md", "exec"), names)
     sheet = next(iter(video.read_frames("world/data/preview/000000.png")))

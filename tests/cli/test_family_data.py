@@ -11,8 +11,10 @@ from prfl_fast.cli import main as cli
 from prfl_fast.data import Batches, LatentDataset
 from prfl_fast.data.codec import load_codec, load_prompt_encoder
 from prfl_fast.data.video import read_clip
+from prfl_fast.models.conditions import OF_PROMPT, TEXT
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.utils.io import save_tensors
 
 pytest.importorskip("pydantic")
 FRAMES = {"ltx": 9, "ltx2": 9, "mochi": 7}
@@ -39,6 +41,10 @@ def test_a_dataset_of_prompts_trains_and_samples(family, tmp_path):
         FRAMES.get(family, 5), 64, 64
     )
     batch = Batches(dataset, 2, text_drop=0.5)[0]
+    if len(OF_PROMPT & dataset.shapes.keys()) > 1:
+        save_tensors({TEXT: dataset.empty_prompt()[TEXT]}, tmp_path / "text.safetensors")
+        with pytest.raises(ValueError, match="tensors is .*, expected .* and beside them only"):
+            dataset.read_prompt(tmp_path / "text.safetensors")
     wanted = load_prompt_encoder(folder).conditions(['A square jerks to the "left".'])[0]
     sample = dataset[1].conditions
     assert sample.keys() == wanted.keys()

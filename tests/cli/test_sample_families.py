@@ -132,12 +132,14 @@ def test_videos_are_decoded_as_by_the_pipeline(family, folder_of, tmp_path):
 def test_what_a_family_cannot_do_is_one_line(folder_of, tmp_path, capsys):
     (tmp_path / "image.png").write_bytes(b"")
     hunyuan, cogvideox = folder_of("hunyuan"), folder_of("cogvideox")
+    capsys.readouterr()  # transformers' progress as it writes a new pipeline
     cases = [
         (cogvideox, (), "predicts no velocity of a flow, expected one that does"),
         (cogvideox, ("--pipeline", "--shift", 3), "--shift is 3.0, expected no value"),
         (hunyuan, ("--negative", "Bad."), "expected no value for a model with embedded guidance"),
         (hunyuan, ("--image", tmp_path / "image.png"), "expected none: the model takes none"),
         (hunyuan, ("--size", "72x64"), "height is 72, expected a multiple of 16"),
+        (cogvideox, ("--pipeline", "--frames", 13), "frames is 13, expected 8n + 1, such as 81"),
     ]
     for folder, words, text in cases:
         assert sample(folder, tmp_path / "out", *words, prompts=PROMPTS[:1]) == 2

@@ -16,11 +16,14 @@ def test_the_device_at_hand(monkeypatch):
     here = this_gpu("cuda")
     assert here == dataclasses.replace(GPUS["h100"], name=found["name"], memory=5)
     names = {"NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "NVIDIA H200": "h200", "NVIDIA H20": "h20"}
+    names |= {"NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA RTX A6000": "a6000"}
+    names |= {"NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100-SXM4-80GB": "a100"}
     for found["name"], key in names.items():
-        assert this_gpu("cuda").matmul == GPUS[key].matmul
-    found["name"] = "NVIDIA T4"
-    assert this_gpu("cuda").name == "NVIDIA T4 (at an A100's rates)"
-    assert this_gpu("cuda").matmul == GPUS["a100"].matmul
+        here = this_gpu("cuda")
+        assert (here.matmul, here.copy) == (GPUS[key].matmul, GPUS[key].copy)
+    for found["name"] in ("NVIDIA T4", "NVIDIA L40"):
+        assert this_gpu("cuda").name == f"{found['name']} (at an A100's rates)"
+        assert this_gpu("cuda").matmul == GPUS["a100"].matmul
 
 
 def test_presets():

@@ -113,6 +113,11 @@ def test_strided_inputs(backend):
     torch.testing.assert_close(out, 2 * x.transpose(1, 2) + x[:, :1].transpose(1, 2))
 
 
+def test_lazy_negatives(backend):
+    x = torch.arange(4.0)
+    assert torch.equal(flow_step([torch._neg_view(x), x], [1.0, 0.0]), -x)
+
+
 def test_float64_gradients(backend):
     """Give a float64 tensor that is not the first its gradient without rounding to float32."""
     x, y = torch.randn(40), torch.randn(40, dtype=FP64, requires_grad=True)
