@@ -158,16 +158,16 @@ def forward_launch(
     tokens: int, dim: int, kind: str, capability: tuple[int, int], fp8: bool = False
 ) -> Launch:
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
-    # 20 elements a thread spill with fp8, whose conversion needs registers, and without a norm,
-    # whose reductions keep the compiler from loading all elements at once.
-    head, tail, num_warps = tiles.split_token(dim, 12 if fp8 else 16 if kind == "none" else 20)
+    # 20 elements a thread spill with fp8, whose conversion needs registers, on sm_80 and 86, and
+    # without a norm, whose reductions keep the compiler from loading all elements at once.
+    old = capability < (9, 0)
+    most = 12 if fp8 else 16 if kind == "none" or old else 20
+    head, tail, num_warps = tiles.split_token(dim, most)
     small = head + tail <= 12 * 32 * num_warps
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.
     registers = 96 if small and not fp8 else 128
-    # On sm_80 and 86, ptxas spills 8 bytes of float32 where a long row is loaded early.
-    ahead = small or not (fp8 or capability < (9, 0))
-    return Launch(head, tail, num_warps, registers, programs, ahead)
+    return Launch(head, tail, num_warps, registers, programs, small or not (fp8 or old))
 
 
 def backward_launch(

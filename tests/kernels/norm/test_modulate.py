@@ -273,7 +273,8 @@ def test_launches_are_sane(dim, capability):
     assert_few_partial_rows(module.backward_launch, 1, dim, 2, capability, True)
     # Two programs a processor of the forward at Wan's largest D, in the registers of 16 warps.
     wide_launch = module.forward_launch(32760, 5120, "rms", capability)
-    assert (wide_launch.num_warps, wide_launch.registers) == (8, 128)
+    expected = (8, 128) if capability >= (9, 0) else (16, 96)
+    assert (wide_launch.num_warps, wide_launch.registers) == expected
 
 
 def test_token_strides_spare_the_division():
