@@ -134,7 +134,7 @@ def block_case(context: Context) -> tuple[dict[str, Any], list[str], list[str]]:
         if function is infer and context.device.type == "cpu":
             # A second compilation, for inference, is not worth its time on a CPU.
             thunks.pop("compiled", None)
-        times = harness.time_side_by_side(thunks, context.device, seconds=0.8)
+        times = harness.time_side_by_side(thunks, context.device, seconds=0.5)
         record["times"][part] = {n: t.record() for n, t in times.items()}
     return record, notes, problems
 
@@ -175,7 +175,7 @@ def step_case(context: Context) -> tuple[dict[str, Any], list[str]]:
     if difference > 10 * TOLERANCE[context.dtype]:
         problems.append(f"PRFL step: the gradient is {difference:.1e} off the unpatched model's")
     record["peak_bytes"] = {n: harness.peak_bytes(t, context.device) for n, t in thunks.items()}
-    timings = harness.time_side_by_side(thunks, context.device, seconds=1.5, at_least=3)
+    timings = harness.time_side_by_side(thunks, context.device, seconds=1.0, at_least=3)
     record["times"] = {"step": {n: t.record() for n, t in timings.items()}}
     return record, problems
 

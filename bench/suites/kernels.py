@@ -172,7 +172,7 @@ def _variants(
 
 
 def measure(
-    case: Case, preset: Preset, context: Context, ceiling: float, seconds: float = 0.15
+    case: Case, preset: Preset, context: Context, ceiling: float, seconds: float = 0.1
 ) -> dict[str, Any]:
     """Check and time one case, and return a record of plain values.
 
