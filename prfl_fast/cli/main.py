@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from prfl_fast.cli import options as command_options
+from prfl_fast.cli.plan_options import add_plan
 from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
@@ -24,7 +25,6 @@ from prfl_fast.utils.version import __version__
 BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
 
 # Commands whose modules have run_<command>: their lines of help, and the beginning of their usage.
-# Options are added when the command is called: those of plan need torch.
 _OPTIONS = {
     "encode": ("encode clips and captions to a dataset", "CLIPS OUT --model MODEL "),
     "plan": ("choose the fastest memory policy that fits a GPU; needs no GPU", ""),
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_libraries()
-    # The command is read before it is parsed, because the options of plan need more packages.
+    # The command is read before it is parsed: errors name it, and only its options are added.
     command = next((word for word in arguments if not word.startswith("-")), "")
     # Planning imports and simulates much, and some of it would drop a KeyboardInterrupt.
     planning = interrupts_held() if command == "plan" else contextlib.nullcontext()
@@ -116,10 +116,8 @@ def _add_options(commands: Any, name: str, command: str) -> None:
     sub = _command(commands, name, text, usage=f"prfl-fast {name} {usage}[options]")
     if command != name:
         return
-    if name == "plan":  # its defaults are those of Workload, which needs torch
-        _module(name).add_options(sub)
-    else:
-        getattr(command_options, f"add_{name}")(sub)
+    add = add_plan if name == "plan" else getattr(command_options, f"add_{name}")
+    add(sub)
 
 
 def _add_yaml(commands: Any, name: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.plan_options import WORKLOAD_OPTIONS
 from prfl_fast.cli.workload import (
-    DEFAULT_MODEL,
     fields_of_options,
     fields_of_reward_run,
     fields_of_run,
@@ -26,7 +26,7 @@ from prfl_fast.memory.offload import RESERVE, host_memory
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import gpu_specs, planner, report
 from prfl_fast.planning.plan import Plan
-from prfl_fast.planning.presets import MODELS, first_blocks, model_config
+from prfl_fast.planning.presets import first_blocks, model_config
 from prfl_fast.planning.workload import Workload
 from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
 from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
@@ -35,61 +35,6 @@ from prfl_fast.utils.optional import MissingExtraError
 from prfl_fast.utils.units import GIB
 
 NOTHING_FITS = 1
-# Fields of Workload with help and argparse options; "points" stands for the gradient plan. A new
-# option is a line here, and a line in cli/workload.py if a YAML key decides it.
-_COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
-_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": (f"a transformer of diffusers or official Wan, or one of {', '.join(MODELS)}", {}),
-    "frames": ("frames of a video, 4n + 1 for Wan", _COUNT),
-    "height": ("height of a video in pixels", _COUNT),
-    "width": ("width of a video in pixels", _COUNT),
-    "first_frame": (
-        "the first frame is given, for Wan2.2 TI2V",
-        {"action": "store_true", "default": None},
-    ),
-    "expert": ("of two experts, the one that trains", {"choices": ["high", "low", "both"]}),
-    "shift": ("timestep shift; it divides the steps between two experts", {"type": float}),
-    "train": ("train LoRA, or all parameters", {"choices": ["lora", "full"]}),
-    "lora_rank": ("rank of LoRA", _COUNT),
-    "batch_size": ("videos per forward", _COUNT),
-    "gradient_accumulation_steps": ("forwards per optimizer step", _COUNT),
-    "points": ("gradient points per trajectory", _COUNT),
-    "num_inference_steps": ("solver steps of a trajectory", _COUNT),
-    "reward_blocks": ("blocks of the reward model", _COUNT),
-}
-
-
-def add_options(command: argparse.ArgumentParser) -> None:
-    """Add the options of ``prfl-fast plan``."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Workload)}
-    defaults |= {"model": DEFAULT_MODEL, "points": 1}
-    group = command.add_argument_group("training run")
-    for name, (text, kind) in _OPTIONS.items():
-        option = f"--{name.replace('_', '-')}"
-        shown = "" if defaults[name] is False else f" (default: {defaults[name]})"
-        group.add_argument(option, help=text + shown, **kind)
-    group.add_argument(
-        "--no-sft", dest="sft", action="store_false", default=None, help="without supervised steps"
-    )
-    group = command.add_argument_group("hardware")
-    text = "device memory, e.g. 24GiB, 80GB or rtx4090 (default: all of this GPU, or of --gpu)"
-    group.add_argument("--budget", metavar="SIZE", help=text)
-    text = "host memory for offloaded tensors (default: free memory here for a plan of this "
-    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}GPU, else unlimited)")
-    text = f"GPU for the predicted times: {', '.join(gpu_specs.GPUS)} (default: this GPU, "
-    group.add_argument("--gpu", metavar="NAME", help=f"{text}else h200)")
-    text = "dtype of both models' blocks; auto takes the first of the others that fits"
-    dtypes = ["auto", "bf16", "fp8", "nf4"]
-    group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
-    group = command.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
-    group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
-    text = (
-        "plan the run of this YAML file, and write the plan into it. For train: memory, "
-        "reward_memory, hardware.precision, and keys of lora, prfl and run that it lacks. For "
-        "train-reward: memory and hardware.precision. Comments in other sections do not change"
-    )
-    group.add_argument("--apply", metavar="FILE.yaml", help=text)
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -102,7 +47,7 @@ def run_plan(options: argparse.Namespace) -> int:
     if path is not None:
         _check_target("--apply", path)
     _check_plot(options.plot)
-    values = {name: getattr(options, name) for name in (*_OPTIONS, "sft")}
+    values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     work = Workload(**fields_of_options(values, path))
     gpu, host_budget = options.gpu or "h200", options.host_budget
     if options.gpu is None and torch.cuda.is_available():

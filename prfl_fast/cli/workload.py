@@ -6,6 +6,7 @@ from typing import Any
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.loading import open_dataset
+from prfl_fast.cli.plan_options import DEFAULT_MODEL
 from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
 from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -13,7 +14,6 @@ from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.planning.presets import first_blocks, model_config, vae_stride
 from prfl_fast.utils.io import read_json
 
-DEFAULT_MODEL = "wan2.1-t2v-14b"
 _EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
 # Fields of Workload that a section of the file decides, with their keys; "points" stands for the
 # gradient plan.

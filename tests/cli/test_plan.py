@@ -16,15 +16,17 @@ from runs import config, write_config
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
+from prfl_fast.cli import plan_options
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.workload import sizes_of
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.data.manifest import Sample, write_dataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.planning import planner
+from prfl_fast.planning import gpu_specs, planner
 from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.presets import MODELS
 from prfl_fast.planning.workload import Workload
+from prfl_fast.utils.choices import GPUS, PLANNED_MODELS
 
 yaml = pytest.importorskip("yaml")
 
@@ -113,6 +115,15 @@ def test_without_options_it_plans_the_14b_model_at_720p(calls, capsys):
     assert asked.weight_dtype == "auto" and asked.budget is None
     if not torch.cuda.is_available():
         assert asked.gpu == "h200" and asked.host_budget is None
+
+
+def test_the_help_lists_the_presets_and_the_defaults_of_a_workload():
+    """Help is printed without torch, so it cannot read them."""
+    assert tuple(MODELS) == PLANNED_MODELS and tuple(gpu_specs.GPUS) == GPUS
+    shown = {name: default for name, (_, default, _) in plan_options.OPTIONS.items()}
+    fields = {field.name: field.default for field in dataclasses.fields(Workload)}
+    fields |= {"model": plan_options.DEFAULT_MODEL, "points": fields["gradient_plan"].points}
+    assert shown == {name: fields[name] for name in shown}
 
 
 def test_a_model_whose_vae_has_other_numbers(calls, root, tmp_path):

@@ -23,7 +23,7 @@ def test_the_package_imports_nothing_but_itself():
 
 
 COMMANDS = ["--help", "--version", "", "train --help", "train", "train a.yaml --deeep", "traain"]
-COMMANDS += [f"{name} --help" for name in ("encode", "evaluate", "sample", "compare")]
+COMMANDS += [f"{name} --help" for name in ("encode", "plan", "evaluate", "sample", "compare")]
 COMMANDS += ["sample out", "compare a --timesteps x", "encode a b --model c --condition last"]
 
 

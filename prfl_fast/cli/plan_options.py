@@ -1,0 +1,69 @@
+"""Add the options of ``prfl-fast plan`` to its parser, without torch."""
+
+import argparse
+from typing import Any
+
+from prfl_fast.utils.choices import GPUS, PLANNED_MODELS
+
+DEFAULT_MODEL = "wan2.1-t2v-14b"
+# Fields of Workload with help, default and argparse options; "points" stands for the gradient plan.
+# The defaults are Workload's, and a test compares them. A new option is a line here, and a line in
+# cli/workload.py if a YAML key decides it.
+_COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
+_MODELS = f"a transformer of diffusers or official Wan, or one of {', '.join(PLANNED_MODELS)}"
+OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "model": (_MODELS, DEFAULT_MODEL, {}),
+    "frames": ("frames of a video, 4n + 1 for Wan", 81, _COUNT),
+    "height": ("height of a video in pixels", 720, _COUNT),
+    "width": ("width of a video in pixels", 1280, _COUNT),
+    "first_frame": (
+        "the first frame is given, for Wan2.2 TI2V",
+        False,
+        {"action": "store_true", "default": None},
+    ),
+    "expert": (
+        "of two experts, the one that trains",
+        "both",
+        {"choices": ["high", "low", "both"]},
+    ),
+    "shift": ("timestep shift; it divides the steps between two experts", 5.0, {"type": float}),
+    "train": ("train LoRA, or all parameters", "lora", {"choices": ["lora", "full"]}),
+    "lora_rank": ("rank of LoRA", 16, _COUNT),
+    "batch_size": ("videos per forward", 1, _COUNT),
+    "gradient_accumulation_steps": ("forwards per optimizer step", 1, _COUNT),
+    "points": ("gradient points per trajectory", 1, _COUNT),
+    "num_inference_steps": ("solver steps of a trajectory", 40, _COUNT),
+    "reward_blocks": ("blocks of the reward model", 8, _COUNT),
+}
+WORKLOAD_OPTIONS = (*OPTIONS, "sft")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prfl-fast plan``."""
+    group = parser.add_argument_group("training run")
+    for name, (text, default, kind) in OPTIONS.items():
+        option = f"--{name.replace('_', '-')}"
+        shown = "" if default is False else f" (default: {default})"
+        group.add_argument(option, help=text + shown, **kind)
+    group.add_argument(
+        "--no-sft", dest="sft", action="store_false", default=None, help="without supervised steps"
+    )
+    group = parser.add_argument_group("hardware")
+    text = "device memory, e.g. 24GiB, 80GB or rtx4090 (default: all of this GPU, or of --gpu)"
+    group.add_argument("--budget", metavar="SIZE", help=text)
+    text = "host memory for offloaded tensors (default: free memory here for a plan of this "
+    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}GPU, else unlimited)")
+    text = f"GPU for the predicted times: {', '.join(GPUS)} (default: this GPU, else h200)"
+    group.add_argument("--gpu", metavar="NAME", help=text)
+    text = "dtype of both models' blocks; auto takes the first of the others that fits"
+    dtypes = ["auto", "bf16", "fp8", "nf4"]
+    group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
+    group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
+    text = (
+        "plan the run of this YAML file, and write the plan into it. For train: memory, "
+        "reward_memory, hardware.precision, and keys of lora, prfl and run that it lacks. For "
+        "train-reward: memory and hardware.precision. Comments in other sections do not change"
+    )
+    group.add_argument("--apply", metavar="FILE.yaml", help=text)
