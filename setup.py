@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -86,12 +87,12 @@ class BuildExtension(build_ext):
         compiler = nvcc()
         if compiler is None:
             raise RuntimeError("nvcc was not found (set CUDA_HOME or PATH)")
-        try:
-            import torch
-        except ImportError as error:
+        torch = find_spec("torch")  # its folder only: the import takes seconds
+        if torch is None or torch.origin is None:
             advice = "install torch, then pip install --no-build-isolation ."
-            raise RuntimeError(f"torch is not importable: {advice}") from error
-        include = Path(torch.__file__).parent / "include"
+            raise RuntimeError(f"torch is not importable: {advice}")
+        folder = Path(torch.origin).parent
+        include = folder / "include"
         build = ROOT / "build" / "extension"  # pip uses a new build folder in every run
         build.mkdir(parents=True, exist_ok=True)
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC"]
@@ -116,7 +117,7 @@ class BuildExtension(build_ext):
         # libtorch.so needs libtorch_cuda.so only where there is one: so the weak CUDA symbol of
         # bindings.cpp resolves there and stays null elsewhere. No search path: both libraries are
         # in the process before this one is.
-        link = ["-Xlinker", "--no-as-needed", f"-L{Path(torch.__file__).parent / 'lib'}"]
+        link = ["-Xlinker", "--no-as-needed", f"-L{folder / 'lib'}"]
         link += ["-ltorch", "-ltorch_cpu"]
         command = [compiler, "-shared", "-cudart", "static", "-o", str(output), *objects, *link]
         subprocess.run(command, check=True)

@@ -1,6 +1,6 @@
 """Compile Triton kernels ahead of time, without a GPU, and report the resources each one needs.
 
-    python bench/aot.py [op ...] [--capability 80 90 100 120] [--every] [--ttir DIR]
+    python bench/aot.py [op ...] [--capability 80 90 100 120] [--every | --widest] [--ttir DIR]
 
 The command prints a JSON list of :class:`Resources`, one per operation, case and architecture, and
 its progress on stderr. The cases come from ``aot_cases.py``. Triton cannot compile kernels that
@@ -110,15 +110,19 @@ def measure(
     capabilities: Sequence[int] = CAPABILITIES,
     every: bool = False,
     ttir: Path | None = None,
+    widest: bool = False,
 ) -> list[Resources]:
     """Compile the cases of ``ops`` (none named: all) in a new process; return their resources.
 
+    With ``widest`` only the last case of each kernel is compiled, mostly float32 rows of 5120.
     ``ttir`` is a folder for the kernels' Triton IR, ``<op>-<n>-sm_<capability>.ttir``. If the
     process fails, the last line of its stderr is the message of a ``RuntimeError``.
     """
     command = [sys.executable, __file__, *ops, "--capability", *map(str, capabilities)]
     if every:
         command.append("--every")
+    if widest:
+        command.append("--widest")
     if ttir is not None:
         command += ["--ttir", str(ttir)]
     run = subprocess.run(command, env=compiler_environment(), capture_output=True, text=True)
@@ -137,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--capability", type=int, nargs="+", default=CAPABILITIES, choices=COMPILABLE
     )
-    parser.add_argument("--every", action="store_true", help="every combination of flags")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--every", action="store_true", help="every combination of flags")
+    chosen.add_argument("--widest", action="store_true", help="the last case of each kernel")
     parser.add_argument("--ttir", metavar="DIR", type=Path, help="an existing folder for the IR")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - OPERATIONS.keys())
@@ -148,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for op in options.ops or sorted(OPERATIONS):
             for capability in options.capability:
                 cases = OPERATIONS[op](divmod(capability, 10), options.every)
+                if options.widest:
+                    cases = list({case.kernel.__name__: case for case in cases}.values())
                 for i, case in enumerate(cases):
                     kernel = compile_case(case, capability)
                     found.append(resources(op, case, capability, kernel))
