@@ -96,6 +96,7 @@ class Context:
         compile_ops: also compile each naive operation of the kernels suite; seconds each on a CPU.
         out: folder of the results.
         bar: makes a progress bar, ``bar(total, description)``.
+        set_dtype: replaces the device's own dtype.
     """
 
     device: torch.device
@@ -108,10 +109,13 @@ class Context:
     out: Path = Path("bench-out")
     preset_given: bool = False
     bar: Callable[[int, str], Any] = lambda total, description: contextlib.nullcontext(NoBar())
+    set_dtype: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of activations and weights: bfloat16 on CUDA, float32 on the CPU."""
+        if self.set_dtype is not None:
+            return self.set_dtype
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def refuse_large(self, hours: str = "takes hours") -> None:

@@ -115,9 +115,16 @@ def _poison_empty(monkeypatch):
     outputs show.
     """
 
+    new_empty = torch.Tensor.new_empty
+
     def poisoned(original):
         def make(*args, **kwargs):
+            compiling = torch.compiler.is_compiling()
+            if compiling and original is new_empty:  # dynamo cannot trace a method as a function
+                return args[0].new_zeros(*args[1:], **kwargs)
             tensor = original(*args, **kwargs)
+            if compiling:  # nor frames
+                return tensor
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if (
                 caller.startswith("prfl_fast")
@@ -132,4 +139,4 @@ def _poison_empty(monkeypatch):
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))

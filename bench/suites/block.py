@@ -20,6 +20,7 @@ from suites.kernels import TOLERANCE
 
 LABELS = {name: name for name in ("eager", "reference", "prfl_fast")}
 LABELS["compiled"] = "torch.compile"
+LABELS["both"] = "prfl_fast, compiled"
 STEP_LAYERS = 4
 STEP_SOLVER_STEPS = 10
 STEP_INDEX = 4
@@ -55,6 +56,8 @@ def _variants(context: Context) -> tuple[dict[str, Run], dict[str, str]]:
                 runs[name] = wan.reference_block(model, preset, context)
             except UnavailableError as error:
                 missing[name] = str(error)
+        elif name == "both":
+            runs[name] = block_run(copy.deepcopy(patched), preset, context, compiled=True)
         else:
             runs[name] = block_run(model, preset, context, compiled=name == "compiled")
     runs["prfl_fast"] = block_run(patched, preset, context)
@@ -126,7 +129,7 @@ def block_case(context: Context) -> tuple[dict[str, Any], list[str], list[str]]:
         kept = harness.saved_bytes(partial(run, x, text, time), exclude=inputs)
         record["kept_bytes"][name] = kept
         # What compiled code allocates on a CPU does not pass through PyTorch's dispatcher.
-        if context.device.type == "cuda" or name != "compiled":
+        if context.device.type == "cuda" or name not in ("compiled", "both"):
             record["peak_bytes"][name] = harness.peak_bytes(partial(train, run), context.device)
     record["times"] = {}
     for part, function in (("forward, no gradient", infer), ("forward + backward", train)):

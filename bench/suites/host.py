@@ -1,12 +1,14 @@
-"""Measure the host time of operations and of a patched block, at sizes with little arithmetic.
+"""Measure on one thread of a CPU: host time of operations and blocks; blocks by width and dtype.
 
-Each one and the PyTorch calls that it replaces run in turns, on one thread of a CPU.
+Each one and the PyTorch calls that it replaces run in turns. Host times are those of sizes with
+little arithmetic.
 """
 
 import copy
 import cProfile
 import pstats
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,7 @@ from harness import Context, Preset, SuiteResult, Table
 import prfl_fast
 from prfl_fast.rollout import FlowEuler, FlowUniPC, Sampler, Trajectory
 from prfl_fast.training.lora import add_lora
-from suites import wan
+from suites import block, wan
 from suites.kernel_cases import CASES
 from suites.kernel_checks import Case, as_tuple, cotangents, draw_inputs
 
@@ -26,6 +28,7 @@ TINY = Preset("host", 64, 2, 128, 1, (2, 4, 8), text_tokens=8, text_dim=16)
 CPU = torch.device("cpu")
 STEPS = (40, 1000)
 SECONDS, ROUNDS = 1.0, 2000
+WIDTHS, DTYPES = (64, 256, 512), (torch.float32, torch.bfloat16)
 
 
 def count_calls(thunk: Callable[[], object]) -> int:
@@ -135,6 +138,38 @@ def solver() -> list[dict[str, Any]]:
     ]
 
 
+def by_width(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the records of a block and of a PRFL step by D and dtype, and failed checks."""
+    records, problems = [], []
+    baselines = (*context.baselines, *(["both"] if "compiled" in context.baselines else []))
+    for dim in WIDTHS:
+        preset = replace(
+            context.preset, name=f"D {dim}", dim=dim, heads=max(2, dim // 64), ffn_dim=4 * dim,
+            latent=block.STEP_LATENT_ON_CPU,
+        )  # fmt: skip
+        for dtype in DTYPES:
+            sized = replace(context, preset=preset, baselines=baselines, set_dtype=dtype)
+            made = block.block_case(sized), block.step_case(sized)
+            for record, *_, found in made:
+                records.append(record | {"dtype": str(dtype).removeprefix("torch.")})
+                problems += [f"D {dim}, {dtype}: {problem}" for problem in found]
+    return records, problems
+
+
+def _width_rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        for part, times in record["times"].items():
+            work = part if part == "step" else f"block, {part}"
+            row = [f"D = {record['dim']}, {record['dtype']}, {work}"]
+            for names in (("eager", "prfl_fast"), ("compiled", "both")):
+                pair = [times[name]["median_s"] if name in times else None for name in names]
+                ratio = pair[0] / pair[1] if pair[0] and pair[1] else None
+                row += [*map(report.seconds, pair), report.ratio(ratio)]
+            rows.append(row)
+    return rows
+
+
 def run(context: Context) -> SuiteResult:
     """Measure operations, blocks and solver steps."""
     threads = torch.get_num_threads()
@@ -144,6 +179,7 @@ def run(context: Context) -> SuiteResult:
         named = context.each(differentiable, "host", lambda case: case.name)
         cases = [record for case in named for record in operation(case)]
         cases += blocks(context) + solver()
+        sized, problems = by_width(context)
     finally:
         torch.set_num_threads(threads)
     rows = []
@@ -164,4 +200,8 @@ def run(context: Context) -> SuiteResult:
     notes = [f"D = {TINY.dim}, {TINY.tokens} tokens, float32, one thread, medians, in turns."]
     notes += ["calls: of Python and C functions in one run, by cProfile."]
     table = Table("host", "Host time", columns, rows, notes)
-    return SuiteResult([table], cases)
+    columns = ["work", "eager", "prfl_fast", "over eager"]
+    columns += ["torch.compile", "prfl_fast, compiled", "over torch.compile"]
+    notes = [f"L = {sized[0]['tokens']}, one thread, medians, in turns."]
+    widths = Table("widths", "Blocks on a CPU", columns, _width_rows(sized), notes)
+    return SuiteResult([table, widths], cases + sized, problems=problems)

@@ -152,7 +152,7 @@ def describe_case(
         single=q.shape[1] == 1 or k.shape[1] == 1,
         lengths=lengths is not None,
         aligned=not cuda or all(_aligned(t) for t in (q, k, *more)),
-        deterministic=deterministic(),
+        deterministic=cuda and deterministic(),
     )
 
 
@@ -163,6 +163,8 @@ def choose(case: Case) -> str:
         ValueError: if the backend given to :func:`set_attention_backend` does not take them.
     """
     if _current == "auto":
+        if case.device == "cpu" and case.dtype in LIMITS["cpu"].dtypes:
+            return "cpu"  # at once: the search takes as long as a small product
         return next(name for name in preference(case) if unsupported_reason(name, case) is None)
     _accept(_current, unsupported_reason(_current, case))
     return _current

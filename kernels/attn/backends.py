@@ -293,7 +293,9 @@ def _cpu(q, k, v, scale, lengths):
 
 def _cpu_backward(grad, q, k, v, out, lse, scale, lengths):
     # Without matrix units float32 is 13 times faster than bfloat16 (L 3120, D 1536).
-    args = [t.to(compute_dtype(q)) for t in _swap(grad, q, k, v, out)]
+    args = _swap(grad, q, k, v, out)
+    if q.dtype != compute_dtype(q):
+        args = [t.float() for t in args]
     gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *args, lse, 0.0, False, attn_mask=_mask(lengths, args[2].transpose(1, 2)), scale=scale
     )

@@ -167,7 +167,7 @@ def reference_backward(
         )
         return d_q, d_k, d_v
     # Kernels need a dense last dimension; the gradient of a sum, for example, is expanded.
-    grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
+    grad, out = (grad if grad.dtype == q.dtype else grad.to(q.dtype)).contiguous(), out.contiguous()
     name = choose(describe_case(heads, key_lengths, q, k, v, grad, out))
     if name == "plain":
         gradients = plain_backward(grad, q, k, v, out, lse, heads, scale, key_lengths)

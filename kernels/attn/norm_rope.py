@@ -26,6 +26,7 @@ second time from L1) and writes d_q and d_k. Sums over tokens: partial rows of p
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ from prfl_fast.kernels.attn.norm_rope_triton import (
     forward_tokens,
 )
 from prfl_fast.kernels.common.modulation_rows import token_strides
-from prfl_fast.kernels.common.rope import check_grid, check_tables, rope_table, rotations
+from prfl_fast.kernels.common.norm_math import rms_gradients, rstd
+from prfl_fast.kernels.common.rope import by_token, check_grid, check_tables, rope_table, rotations
 from prfl_fast.kernels.runtime.checks import (
     compute_dtype,
     require,
@@ -58,12 +60,6 @@ def _pairs(x: torch.Tensor, heads: int) -> torch.Tensor:
     return torch.view_as_complex(x.view(*x.shape[:2], heads, -1, 2))
 
 
-def _rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return 1/√(mean(x²) + eps) over the last dimension, kept, without a widened copy of x."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
 def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
     """View x with the normalized dimension last: ``[B, L, heads, d]`` or ``[B, L, D]``."""
     return x.view(*x.shape[:2], heads, -1) if per_head else x
@@ -72,7 +68,7 @@ def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
 def _forward_one(
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    turns: torch.Tensor | None,
+    turns: Any,
     heads: int,
     per_head: bool,
     eps: float,
@@ -82,10 +78,20 @@ def _forward_one(
         z = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     else:
         groups = _grouped(x, heads, per_head)
-        z = (groups * _rstd(groups, eps, dtype)).mul_(weight).reshape(x.shape).contiguous()
-    if turns is not None:
+        z = (groups * rstd(groups, eps, dtype)).mul_(weight).reshape(x.shape).contiguous()
+    return _turn(z, turns, heads)
+
+
+def _turn(z: torch.Tensor, turns: Any, heads: int) -> torch.Tensor:
+    """Return z·e^{iφ} of a contiguous ``[B, L, D]`` that may be overwritten."""
+    if turns is None:
+        return z
+    if isinstance(turns, torch.Tensor):
         _pairs(z, heads).mul_(turns)
-    return z
+        return z
+    cos, sin = turns
+    even, odd = z.view(*z.shape[:2], heads, -1, 2).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).view(z.shape)
 
 
 def _turns(
@@ -95,10 +101,17 @@ def _turns(
     offset: list[int],
     pairs: int,
     dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``."""
+) -> Any:
+    """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``.
+
+    Return real and imaginary part for a compiler, which has no code for complex numbers.
+    """
     if cos is None or sin is None:
         return None
+    if torch.compiler.is_compiling():
+        if grid:
+            return tuple(by_token(t.to(dtype), grid, offset) for t in (cos, sin))
+        return tuple(t.to(dtype).view(cos.shape[0], -1, pairs) for t in (cos, sin))
     if not grid:
         return torch.complex(cos.to(dtype), sin.to(dtype)).view(cos.shape[0], -1, pairs)
     if cos.is_inference() or sin.is_inference():  # they have no version counter
@@ -142,7 +155,7 @@ def _backward_one(
     grad: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
-    turns: torch.Tensor | None,
+    turns: Any,
     heads: int,
     per_head: bool,
     eps: float,
@@ -151,22 +164,13 @@ def _backward_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(grad)
     d_z = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if turns is not None:
-        _pairs(d_z, heads).mul_(turns)
+    d_z = _turn(d_z, turns, heads)
     if x is None or weight is None:
         return d_z.to(grad.dtype) if need_x else grad.new_empty(0), grad.new_empty(0)
     groups, d_z = _grouped(x, heads, per_head), _grouped(d_z, heads, per_head)
-    rstd = _rstd(groups, eps, dtype)
-    normed = groups * rstd
-    product = d_z * normed
-    d_weight = weight.new_empty(0)
-    if need_weight:
-        d_weight = product.sum(tuple(range(product.dim() - 1))).to(weight.dtype)
-    if not need_x:
-        return grad.new_empty(0), d_weight
-    mean = product.mul_(weight).mean(-1, keepdim=True)
-    d_x = d_z.mul_(weight).sub_(normed.mul_(mean)).mul_(rstd)
-    return d_x.reshape(x.shape).to(x.dtype).contiguous(), d_weight
+    rho = rstd(groups, eps, dtype)
+    d_x, d_weight = rms_gradients(d_z.mul_(rho), groups, weight, rho, need_x, need_weight)
+    return d_x.reshape(x.shape if need_x else 0).to(x.dtype).contiguous(), d_weight
 
 
 def reference_backward(
@@ -193,9 +197,11 @@ def reference_backward(
     some = q_grad if q_grad is not None else k_grad
     assert some is not None
     turns = _turns(cos, sin, grid, offset, some.shape[2] // heads // 2, compute_dtype(some))
-    if turns is not None:
+    if isinstance(turns, torch.Tensor):
         # conj() is lazy, and a custom operation under a dispatch mode loses the lazy conjugate.
         turns = turns.conj_physical()
+    elif turns is not None:
+        turns = turns[0], -turns[1]
     results = []
     for grad, x, weight, need_x, need_weight in (
         (q_grad, q, q_weight, needed[0], needed[2]),

@@ -49,6 +49,8 @@ def _products(tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     if tokens.dtype != torch.float32:
         return tokens @ vectors.t()
     wide = vectors.double().t()
+    if tokens.shape[0] <= PRODUCT_ROWS:
+        return tokens.double() @ wide
     return torch.cat([part.double() @ wide for part in tokens.split(PRODUCT_ROWS)])
 
 
@@ -63,9 +65,12 @@ def reference(
     for b in range(x.shape[0]):  # a matmul over a strided batch would copy x
         tokens = x[b].to(dtype)
         scores = _products(tokens, u)  # [L, H]
-        lse[b] = torch.logsumexp(scores, 0)
+        top = scores.amax(0)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(0)
+        torch.add(total.log(), top, out=lse[b])
         # exp(scores - lse) would not add up to one, because lse is rounded.
-        pooled[b] = torch.softmax(scores, 0).t().to(dtype) @ tokens
+        torch.mm(weights.div_(total).t().to(dtype), tokens, out=pooled[b])
     return pooled, lse
 
 

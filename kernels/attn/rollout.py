@@ -282,8 +282,9 @@ def _check(q, k, v, heads, scale, variant):
 
 
 _op = register(
-    "rollout_attention", reference, fake=_fake, triton=_triton, report=report_variant, check=_check
-)
+    "rollout_attention", reference, fake=_fake, triton=_triton, report=report_variant, check=_check,
+    traceable=False,  # it warns, and its emulation would compile once for each length
+)  # fmt: skip
 
 
 @register_flop_formula(torch.ops.prfl_fast.rollout_attention)

@@ -23,7 +23,7 @@ def table_plus_rows(
     """Return table + rows as ``[R, D]``; ``[1, D]`` for a table alone, None for neither."""
     if rows is None:
         return None if table is None else table.to(dtype)[None]
-    rows = rows.to(dtype)
+    rows = rows if rows.dtype == dtype else rows.to(dtype)
     return rows if table is None else rows + table  # the sum is in the wider dtype, that of rows
 
 
@@ -44,7 +44,8 @@ def per_token(rows: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tenso
     """
     if row_index is None:
         return rows if rows.shape[0] == 1 else rows.unsqueeze(1)
-    if row_index.device.type == "cpu" and row_index.numel():
+    readable = row_index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and row_index.numel():
         low, high = (int(value) for value in torch.aminmax(row_index))
         require(
             0 <= low and high < rows.shape[0], "prfl_fast.kernels", "row_index", row_index,

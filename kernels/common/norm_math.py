@@ -23,13 +23,13 @@ def parameter_gradients(
     """
     # Plain PyTorch is fast enough, because the R rows are few.
     need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
-    modulation = table_plus_rows(scale_table, scale, dot.dtype)
     d_scale = dot
     if need_scale or need_scale_table:
         d_scale = dot if weight is None else dot * weight.to(dot.dtype)
         d_scale = d_scale if bias is None else d_scale + total * bias.to(dot.dtype)
 
     def modulated_sum(rows: torch.Tensor) -> torch.Tensor:
+        modulation = table_plus_rows(scale_table, scale, dot.dtype)
         return (rows if modulation is None else rows * (1 + modulation)).sum(0)
 
     gradients = (
@@ -40,7 +40,8 @@ def parameter_gradients(
         d_scale.sum(0) if need_scale_table else None,
         total.sum(0) if need_shift_table else None,
     )
-    return [g if g is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True)]
+    pairs = zip(gradients, dtypes, strict=True)
+    return [g if g is None or g.dtype == d else g.to(d) for g, d in pairs]
 
 
 def row_gain(
@@ -59,9 +60,40 @@ def normalize(
     if kind == "layer":
         return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     if kind == "rms":
-        rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        rho = rstd(x, eps, x.dtype)
         return x * rho, None, rho
     return x, None, None
+
+
+def rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return 1/√(mean(x²) + eps) over the last dimension, kept, without a widened copy of x."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def rms_gradients(
+    d_z: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rho: torch.Tensor,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return d_x and d_weight of z = x·ρ·weight from ρ·d_z, which this function overwrites.
+
+    An empty tensor stands for each not needed. With e = ρ·d_z, d_weight = Σ e·x and
+    d_x = e·weight - x·ρ²·mean(e·x·weight).
+    """
+    product = d_z * x
+    d_weight = x.new_empty(0) if weight is None else weight.new_empty(0)
+    if need_weight and weight is not None:
+        d_weight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
+    if not need_x:
+        return x.new_empty(0), d_weight
+    if weight is not None:
+        d_z, product = d_z.mul_(weight), product.mul_(weight)
+    mean = product.mean(-1, keepdim=True).mul_(rho).mul_(rho)
+    return d_z.addcmul_(mean, x, value=-1), d_weight
 
 
 def token_block(dim: int) -> tuple[int, int]:

@@ -59,7 +59,11 @@ def rotations(
     cos: torch.Tensor, sin: torch.Tensor, grid: list[int], offset: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Return e^{iφ} of every token of the grid: complex ``[F·H·W, 1, d/2]``."""
-    table = torch.complex(cos.to(dtype), sin.to(dtype))
+    return by_token(torch.complex(cos.to(dtype), sin.to(dtype)), grid, offset)
+
+
+def by_token(table: torch.Tensor, grid: list[int], offset: list[int]) -> torch.Tensor:
+    """Return the values of a table ``[positions, d/2]`` of every token: ``[F·H·W, 1, d/2]``."""
     columns = table.split(split_pairs(table.shape[1]), dim=1)
     turns = []
     for axis, (column, size, start) in enumerate(zip(columns, grid, offset, strict=True)):

@@ -1,4 +1,4 @@
-"""Velocity loss of flow matching, without widened copies of its inputs.
+"""Velocity loss of flow matching; the kernels make no widened copies of its inputs.
 
     loss = mean((velocity - (noise - latents))²)
     d_velocity = d_loss · 2/N · (velocity - (noise - latents))
@@ -12,14 +12,13 @@ the target is never rounded to the velocity's dtype. The kernel adds one square 
 program in float32, and all of these sums in float64: their error is far below the loss's rounding.
 Saved for backward: the three inputs. The caller holds noise and latents anyway, so the graph keeps
 only the velocity alive; plain PyTorch saves two float32 tensors. A saved difference would be
-written and read in addition, and rounded twice in bfloat16. At most ``CHUNK`` elements are widened
-at a time.
+written and read in addition, and rounded twice in bfloat16.
 Bytes: forward reads the inputs once; backward reads them again and writes the gradient. Strided
 inputs are gathered first: latents are small.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from prfl_fast.kernels.runtime.checks import require, require_float, require_sam
 from prfl_fast.kernels.runtime.registry import KERNEL_DTYPES, register
 from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
-CHUNK = 1 << 18  # elements: a float32 piece and its operands stay in a 2 MB cache
+FEW = 4096  # elements
 
 
 # Reference.
@@ -35,37 +34,28 @@ def _wide(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _differences(
-    velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield ``(start, velocity - (noise - latents))`` of consecutive flat pieces, widened."""
+def _pair(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor) -> Any:
+    """Return the velocity and its target, widened."""
     wide = _wide(velocity, noise, latents)
-    # A view of contiguous inputs; a copy of strided ones, in their own dtype.
-    flat = [t.reshape(-1) for t in (velocity, noise, latents)]
-    for start in range(0, velocity.numel(), CHUNK):
-        v, n, x = (t[start : start + CHUNK] for t in flat)
-        target = torch.sub(n.to(wide), x)
-        yield start, torch.sub(v, target, out=target)
+    return velocity.to(wide), torch.sub(noise.to(wide), latents)
 
 
 def reference(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return the loss; squares are summed piece by piece, and the pieces in float64."""
-    total = velocity.new_zeros((), dtype=torch.float64)
-    for _, difference in _differences(velocity, noise, latents):
-        total += difference.square_().sum()
-    return (total / velocity.numel()).to(_wide(velocity, noise, latents))
+    """Return the loss."""
+    wide, target = _pair(velocity, noise, latents)
+    if wide.numel() <= FEW:  # so few that float32 sums them as exactly
+        return torch.ops.aten.mse_loss(wide, target)
+    squares = torch.sub(wide, target, out=target).square_()
+    return (squares.sum(dtype=torch.float64) / wide.numel()).to(wide.dtype)
 
 
 def reference_backward(
     grad: torch.Tensor, velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradient of ``velocity``, contiguous, in its dtype."""
-    out = velocity.new_empty(velocity.shape)
-    flat = out.view(-1)
-    factor = grad.to(_wide(velocity, noise, latents)) * (2 / velocity.numel())
-    for start, difference in _differences(velocity, noise, latents):
-        torch.mul(difference, factor, out=flat[start : start + CHUNK])
-    return out
+    pair = _pair(velocity, noise, latents)
+    gradient = torch.ops.aten.mse_loss_backward(grad.to(pair[1].dtype), *pair, 1)  # 1: of a mean
+    return gradient.to(velocity.dtype).contiguous()
 
 
 # Triton.

@@ -44,16 +44,8 @@ from prfl_fast.kernels.runtime.checks import (
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
-CHUNK = 1 << 18  # elements widened at once on the CPU: float32 pieces fit a 2 MB cache
-
 
 # Reference.
-def _pieces(x: torch.Tensor) -> list[slice]:
-    """Split the rows of ``[N, D]`` into cache-sized slices on the CPU, one slice elsewhere."""
-    rows = max(1, CHUNK // x.shape[1] if x.device.type == "cpu" else x.shape[0])
-    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
-
-
 def reference(
     x: torch.Tensor, bias: torch.Tensor | None, upcast: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -61,15 +53,8 @@ def reference(
     x = x if upcast is None else x.to(upcast)
     if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
         return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
-    dtype = compute_dtype(x)
-    if x.dtype == dtype:  # nothing is widened; pieces would take 30 % of the time
-        return torch.ops.aten.gelu_(x + bias.to(dtype), approximate="tanh").contiguous()
-    y, bias = x.new_empty(x.shape), bias.to(dtype)
-    x, out = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
-    for rows in _pieces(x):
-        h = x[rows].to(dtype) + bias
-        out[rows] = torch.ops.aten.gelu_(h, approximate="tanh")
-    return y
+    h = x + bias.to(compute_dtype(x))  # in the dtype of the bias
+    return torch.ops.aten.gelu_(h, approximate="tanh").to(x.dtype).contiguous()
 
 
 def reference_backward(
@@ -79,24 +64,13 @@ def reference_backward(
     if bias is None:
         d_x = torch.ops.aten.gelu_backward(grad, x, approximate="tanh").contiguous()
         return d_x, x.new_empty(0)
-    dtype, dim = compute_dtype(x), x.shape[-1]
-    if x.dtype == dtype and grad.dtype == dtype:
-        h = x + bias.to(dtype)
-        d_x = torch.ops.aten.gelu_backward(grad, h, approximate="tanh").contiguous()
-        d_bias = d_x.view(-1, dim).sum(0).to(bias.dtype) if need_bias else bias.new_empty(0)
-        return d_x if need_x else x.new_empty(0), d_bias
-    d_x = x.new_empty(x.shape if need_x else (0,))
-    d_bias = torch.zeros(dim, dtype=dtype, device=x.device)
-    x, grad, wide_bias = x.reshape(-1, dim), grad.reshape(-1, dim), bias.to(dtype)
-    out = d_x.view(-1, dim) if need_x else d_x
-    for rows in _pieces(x):
-        h = x[rows].to(dtype) + wide_bias
-        d_h = torch.ops.aten.gelu_backward(grad[rows].to(dtype), h, approximate="tanh")
-        if need_x:
-            out[rows] = d_h
-        if need_bias:
-            d_bias += d_h.sum(0)
-    return d_x, d_bias.to(bias.dtype) if need_bias else bias.new_empty(0)
+    dtype = compute_dtype(x)
+    h = x + bias.to(dtype)
+    # Contiguous: the bits must not depend on the gradient's strides.
+    grad = grad.to(dtype).contiguous()
+    d_h = torch.ops.aten.gelu_backward(grad, h, approximate="tanh").contiguous()
+    d_bias = d_h.view(-1, x.shape[-1]).sum(0).to(bias.dtype) if need_bias else bias.new_empty(0)
+    return d_h.to(x.dtype) if need_x else x.new_empty(0), d_bias
 
 
 def reference_fp8(

@@ -55,6 +55,8 @@ from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import capability
 
 KINDS = ("layer", "rms", "none")
+# Tokens up to which ATen's backward of the affine part is as exact as a sum: it adds in order.
+FEW_TOKENS = 64
 
 
 # Reference: the CPU's implementation; tests compare with it in upcast=torch.float64.
@@ -80,22 +82,16 @@ def reference(
         lifted = bias.to(dtype)[None] if modulation is None else bias * (1 + modulation)
         offset = lifted if offset is None else offset + lifted
     rows = max(count_rows(gain), count_rows(offset))
-    if kind == "layer" and rows == 1:  # one row of gain and offset is ATen's affine: one pass
+    if kind == "layer" and rows == 1:
+        # One row of gain and offset is ATen's affine: one pass, which widens x inside its loop.
         w, b = gain if gain is None else gain[0], offset if offset is None else offset[0]
-        y = torch.layer_norm(x.to(dtype), x.shape[-1:], w, b, eps)
-    else:
-        y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
-        gain, offset = (
-            t if t is None else per_token(t, row_index if len(t) > 1 else None)
-            for t in (gain, offset)
-        )
-        if gain is not None and offset is not None:
-            y = torch.addcmul(offset, y, gain)
-        elif gain is not None:
-            y = y * gain
-        elif offset is not None:
-            y = y + offset
-    return y.to(upcast or x.dtype).reshape(x.shape).contiguous()
+        return torch.layer_norm(x if upcast is None else x.to(upcast), x.shape[-1:], w, b, eps)
+    y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
+    if gain is not None:
+        y = y.mul_(per_token(gain, row_index if len(gain) > 1 else None))
+    if offset is not None:
+        y = y.add_(per_token(offset, row_index if len(offset) > 1 else None))
+    return y.to(upcast or x.dtype).reshape_as(x).contiguous()
 
 
 def reference_backward(
@@ -115,30 +111,36 @@ def reference_backward(
     """Return ``(d_x, A [R, D], B [R, D])`` of the formulas above; empty tensors if not needed."""
     dtype = compute_dtype(x)
     dy = by_row(grad.to(dtype), rows, row_index)
-    total = sum_by_row(dy, rows, row_index) if need_total else x.new_empty(0, dtype=dtype)
+    gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype) if need_x else None
+    one_row = gain is not None and len(gain) == 1
+    few = kind == "layer" and rows == 1 and one_row and dy.shape[1] <= FEW_TOKENS
+    asked = [need_x, few and need_dot, few and need_total]  # of ATen's backward
+    dot, total = (x.new_empty(0, dtype=dtype) for _ in range(2))
+    if need_total and not asked[2]:
+        total = sum_by_row(dy, rows, row_index)
     if not need_x and not need_dot:
-        return x.new_empty(0), x.new_empty(0, dtype=dtype), total
+        return x.new_empty(0), dot, total
     wide = by_row(x.to(dtype), rows, row_index)
     x_hat, mean, rho = normalize(wide, kind, eps)
-    dot = sum_by_row(dy * x_hat, rows, row_index) if need_dot else x.new_empty(0, dtype=dtype)
+    if need_dot and not asked[1]:
+        dot = sum_by_row(dy * x_hat, rows, row_index)
     if not need_x:
         d_x = x.new_empty(0)
     else:
-        gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype)
-        one_row = gain is not None and len(gain) == 1
         d_hat = dy
         if gain is not None and not (one_row and kind == "layer"):
             d_hat = dy * per_token(gain, None if one_row else row_index)
         if kind == "layer":  # ATen has the same formula, and takes one row of gain
             row = gain[0] if gain is not None and one_row else None
-            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-                d_hat, wide, wide.shape[-1:], mean, rho, row, None, [True, False, False]
+            d_x, *sums = torch.ops.aten.native_layer_norm_backward(
+                d_hat, wide, wide.shape[-1:], mean, rho, row, row, asked
             )
+            dot, total = sums[0][None] if asked[1] else dot, sums[1][None] if asked[2] else total
         elif kind == "rms":
             d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
         else:
             d_x = d_hat.clone()
-        d_x = d_x.to(x.dtype).reshape(x.shape).contiguous()
+        d_x = d_x.to(x.dtype).reshape_as(x).contiguous()
     return d_x, dot, total
 
 

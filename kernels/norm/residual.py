@@ -59,7 +59,7 @@ def reference(
     row_index = row_index if gate is not None else None
     wide_x, wide_y = by_row(x, rows.shape[0], row_index), by_row(y, rows.shape[0], row_index)
     x_out = torch.addcmul(wide_x, wide_y, per_token(rows, row_index))  # in the dtype of rows
-    return x_out.to(upcast or x.dtype).reshape(x.shape).contiguous()
+    return x_out.to(upcast or x.dtype).reshape_as(x).contiguous()
 
 
 def reference_backward(
@@ -87,7 +87,7 @@ def reference_backward(
         product = wide * by_row(y, rows.shape[0], row_index)
         d_gate = sum_by_row(product, rows.shape[0], row_index)
     if need_y:
-        d_y = (wide * per_token(rows, row_index)).to(y_dtype).reshape(grad.shape).contiguous()
+        d_y = (wide * per_token(rows, row_index)).to(y_dtype).reshape_as(grad).contiguous()
     return _given(grad, d_y, y_dtype), _given(grad, d_gate, dtype)
 
 

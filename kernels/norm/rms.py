@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prfl_fast.kernels.common.norm_math import normalize
+from prfl_fast.kernels.common.norm_math import normalize, rms_gradients, rstd
 from prfl_fast.kernels.common.strided_rows import as_tokens, gradient_rows, row_axes, row_offset
 from prfl_fast.kernels.norm import modulate
 from prfl_fast.kernels.runtime.checks import (
@@ -49,17 +49,11 @@ def reference_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(d_x, d_weight)``; an empty tensor for each not needed."""
     dtype = compute_dtype(x)
-    x_hat, _, rho = normalize(x.to(dtype), "rms", eps)
+    rho = rstd(x, eps, dtype)
     # Contiguous, so that sums have one order for gradients of any strides.
-    d_x, dy = x.new_empty(0), grad.to(dtype).contiguous()
-    d_weight = x.new_empty(0) if weight is None else weight.new_empty(0)
-    if need_weight and weight is not None:
-        d_weight = (dy * x_hat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    if need_x:
-        d_hat = dy if weight is None else dy * weight.to(dtype)
-        d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
-        d_x = d_x.to(x.dtype).contiguous()
-    return d_x, d_weight
+    d_x = grad.to(dtype).contiguous() * rho
+    d_x, d_weight = rms_gradients(d_x, x, weight, rho, need_x, need_weight)
+    return d_x.to(x.dtype).contiguous(), d_weight
 
 
 # Triton: a tile is one long row or several short ones; a program walks over tiles of its rows.

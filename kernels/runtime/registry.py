@@ -8,6 +8,7 @@ a setting of the process.
 import contextlib
 import functools
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch._C import _len_torch_dispatch_stack as _modes
 from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
@@ -77,6 +78,7 @@ class Operation:
     triton: Callable[..., Any] | None
     cuda: Callable[..., Any] | None
     report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None
+    traceable: bool = True
     chosen: dict[Any, str] = field(default_factory=dict, compare=False)  # results of choose()
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> Choice:
@@ -135,6 +137,19 @@ class Operation:
             with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
                 return implementation(*args)
 
+    def traces(self, tensor: torch.Tensor) -> bool:
+        """Return True if a compiler reads the reference, and False if it calls the operator."""
+        if tensor.device.type != "cpu" or is_exporting() or not self.traceable:
+            return False
+        return self.choose(tensor.device, tensor.dtype).backend == "reference"
+
+    def trace(self, *args: Any) -> Any:
+        """Run the reference for a compiler, which fuses it as the calls that it replaces."""
+        if not torch.is_autocast_enabled("cpu"):
+            return self.reference(*args)
+        with torch.autocast("cpu", enabled=False):
+            return self.reference(*args)
+
 
 def _resolved(arg: Any) -> Any:
     if isinstance(arg, torch.Tensor):
@@ -162,9 +177,10 @@ class Operator:
     """Check and run an operation; refuse the derivatives that it does not have.
 
     An eager call on plain tensors is one ``autograd.Function``, or the implementation alone if no
-    gradient is needed: dispatcher and custom operator cost as much as ten small additions. All
-    other calls run the registered operator: those that are compiled, exported or transformed, those
-    under a dispatch mode (fake tensors, the ledger, FLOP counters), those on tensor subclasses.
+    gradient is needed: dispatcher and custom operator cost as much as ten small additions. A
+    compiler reads the reference of CPU tensors, with our backward. All other calls run the
+    registered operator: those that are exported, transformed or compiled for a GPU, those under a
+    dispatch mode (fake tensors, the ledger, FLOP counters), those on tensor subclasses.
 
     An operation has a backward and nothing else. Without a check, forward mode gives tangents of
     zero and ``torch.func.grad`` an error of torch that names no operation.
@@ -177,6 +193,7 @@ class Operator:
         # The overload itself, without the frame that its definition would add.
         self._run = getattr(torch.ops.prfl_fast, operation.name).default
         self._apply: Callable[..., Any] = self._run
+        self._function: Any = None  # for a compiler, which reads the reference
         self._passed: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
@@ -203,7 +220,16 @@ class Operator:
         if self._check is not None:
             self._check(*args)
         # A compiled graph is traced with plain tensors, and dynamo cannot trace the levels.
-        if not is_compiling() and (_peek() is not None or forward_ad._current_level >= 0):
+        if is_compiling():
+            tensors = list(_tensors(args))
+            if self.operation.traces(tensors[0]):
+                recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+                if self._function is None or not recorded:
+                    return self.operation.trace(*args)
+                # Dynamo takes no tensor twice as the input of an autograd function.
+                if all(a is not b for a, b in itertools.combinations(tensors, 2)):
+                    return self._function.apply(*args)
+        elif _peek() is not None or forward_ad._current_level >= 0:
             for tensor in _tensors(args):
                 _check_transform(self.operation.name, tensor)
         return self._run(*args)
@@ -224,17 +250,19 @@ class Operator:
         if eager is not None:
             self._apply = eager
             return
-        operation = self.operation
 
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = operation(*args)
-            setup_context(ctx, args, output)
-            return output
+        def function(run: Callable[..., Any]) -> Any:
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = run(*args)
+                setup_context(ctx, args, output)
+                return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function = type(operation.name, (torch.autograd.Function,), methods)
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            return type(self.operation.name, (torch.autograd.Function,), methods)
+
         # Function.apply would look for tensors of torch.func, which never come here.
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._apply = super(torch.autograd.Function, function(self.operation)).apply
+        self._function = function(self.operation.trace)
 
 
 def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
@@ -287,6 +315,7 @@ def register(
     cuda: Callable[..., Any] | None = None,
     report: Callable[[Choice, torch.device, torch.dtype], Choice] | None = None,
     check: Callable[..., None] | None = None,
+    traceable: bool = True,
 ) -> Operator:
     """Register ``prfl_fast::name`` and return its :class:`Operator`.
 
@@ -301,8 +330,9 @@ def register(
             shows, for an operation that makes a further choice of its own.
         check: the same signature; raises ``ValueError`` for wrong arguments. It may read
             only layouts of tensors and numbers, because it runs once for each combination of them.
+        traceable: False if a compiler cannot read the reference; it then calls the operator.
     """
-    operation = Operation(name, reference, triton, cuda, report)
+    operation = Operation(name, reference, triton, cuda, report, traceable)
 
     @functools.wraps(reference)
     def run(*args: Any) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from prfl_fast.kernels import query_pool
@@ -48,17 +49,19 @@ class QueryAttentionPool(nn.Module):
         mha = self.multihead_attn
         dim, heads = mha.embed_dim, mha.num_heads
         check(x.ndim == 3 and x.shape[-1] == dim, "x", x, f"[B, L, {dim}]")
-        w_q, w_k, w_v = mha.in_proj_weight.view(3, heads, dim // heads, dim).unbind(0)
-        b_q, _, b_v = mha.in_proj_bias.view(3, heads, dim // heads).unbind(0)  # [heads, D/heads]
-        q = torch.einsum("nd,hed->nhe", self.queries, w_q) + b_q  # [queries, heads, D/heads]
+        w_q, w_k, w_v = mha.in_proj_weight.view(3, dim, dim).unbind(0)
+        b_q, _, b_v = mha.in_proj_bias.view(3, dim).unbind(0)
+        w_k, w_v = (w.view(heads, dim // heads, dim) for w in (w_k, w_v))
+        # Products of [heads, ...]: einsum would take twice the host time.
+        q = F.linear(self.queries, w_q, b_q).view(-1, heads, dim // heads).transpose(0, 1)
         # One pass over x replaces two [L, D] × [D, D] projections: 2·L·D·heads multiply-adds in
         # place of 4·L·D², 1/384 at D = 1536 and 8 heads (bench/NOTES.md).
-        folded = torch.einsum("nhe,hed->nhd", q, w_k) * (dim // heads) ** -0.5
+        folded = (q * (dim // heads) ** -0.5) @ w_k  # [heads, queries, D]
         pooled, _ = query_pool(x, folded.flatten(0, 1))
-        pooled = pooled.to(w_v.dtype).unflatten(1, (-1, heads))  # [B, queries, heads, D]
         # The average over queries commutes with the linear value and output projections.
-        values = torch.einsum("bhd,hed->bhe", pooled.mean(1), w_v) + b_v
-        out = mha.out_proj(values.flatten(1))
+        pooled = pooled.to(w_v.dtype).view(len(x), heads, -1, dim).mean(2)  # [B, heads, D]
+        values = (pooled.transpose(0, 1) @ w_v.mT).transpose(0, 1).flatten(1) + b_v
+        out = mha.out_proj(values)
         return out + self.queries.mean(0) if self.add_query else out
 
 

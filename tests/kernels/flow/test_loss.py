@@ -12,7 +12,7 @@ from prfl_fast.kernels.flow import loss as module
 from prfl_fast.kernels.runtime.registry import get_backend
 from prfl_fast.kernels.runtime.triton import INTERPRETING
 
-CHUNK = module.CHUNK
+FEW = module.FEW
 
 
 def naive(velocity, noise, latents):
@@ -52,7 +52,7 @@ class TestFlowLoss(OperationTests):
         yield example((3, 5), FP64 if dtype == FP64 else BF16, target, target)
 
     def layouts(self, dtype):
-        size = 5000 if get_backend() == "triton" else CHUNK + 17
+        size = 5000 if get_backend() == "triton" else FEW + 17
         yield example((size,), dtype, FP32, FP32)
 
     at_length = staticmethod(lambda length: make((2, length, 3), BF16, FP32, FP32))
@@ -75,9 +75,9 @@ def test_value_and_gradient(backend, shape, dtype, target):
     compare(make(shape, dtype, target, target), slack(backend, dtype))
 
 
-@pytest.mark.parametrize("shape", [(CHUNK + 5,), (3, CHUNK // 2)])
+@pytest.mark.parametrize("shape", [(FEW,), (FEW + 5,), (3, FEW // 2)])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_pieces_of_the_reference(shape, dtype):
+def test_few_and_many_elements(shape, dtype):
     compare(make(shape, dtype, FP32, FP32))
 
 
