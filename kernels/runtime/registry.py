@@ -118,14 +118,19 @@ class Operation:
                 f"{move} set_backend('auto'){advice}"
             )
 
-    def __call__(self, *args: Any) -> Any:
-        tensor = args[0] if isinstance(args[0], torch.Tensor) else next(_tensors(args))
-        device, dtype = tensor.device, tensor.dtype
-        kind, name = device.type, self.chosen.get((_current, device, dtype))
+    def implementation(self, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+        """Return the function that :meth:`choose` names, without the contexts of a call."""
+        name = self.chosen.get((_current, device, dtype))
         if name is None:
             name = self.chosen[_current, device, dtype] = self.choose(device, dtype).backend
-        implementation = getattr(self, name)
-        if name != "reference":  # kernels read memory, where a lazy negative has the wrong sign
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any) -> Any:
+        tensor = args[0] if isinstance(args[0], torch.Tensor) else next(_tensors(args))
+        device, kind = tensor.device, tensor.device.type
+        implementation = self.implementation(device, tensor.dtype)
+        if implementation is not self.reference:
+            # Kernels read memory, where a lazy negative has the wrong sign.
             args = tuple(map(_resolved, args))
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
@@ -165,10 +170,15 @@ def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(arg)
 
 
+def is_plain_call() -> bool:
+    """Return True in an eager call: no compilation, ``torch.func``, tangents or dispatch mode."""
+    return not (is_compiling() or _modes() or _peek() is not None or forward_ad._current_level >= 0)
+
+
 OPERATIONS: dict[str, Operation] = {}
 OPERATORS: dict[str, "Operator"] = {}
 # Types of plain tensors; subclasses may be fake, sharded or quantized.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 MAX_LAYOUTS = 4096
 
@@ -197,7 +207,7 @@ class Operator:
         self._passed: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
-        if is_compiling() or _peek() is not None or forward_ad._current_level >= 0 or _modes():
+        if not is_plain_call():
             return self._dispatch(args)
         layouts: list[Any] = []  # what a check may read, so each key is checked once
         recorded = _add_layouts(layouts, args)
@@ -273,7 +283,7 @@ def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
     recorded = False
     for arg in args:
         kind = type(arg)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             layouts += arg.shape, arg.stride(), arg.dtype, arg.device
             recorded = recorded or arg.requires_grad
         elif kind in _NUMBERS:

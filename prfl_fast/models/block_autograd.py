@@ -1,7 +1,7 @@
 """Autograd functions of a block. They save or move fewer bytes than autograd's own graph."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ class NormAttention(torch.autograd.Function):
         # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
         # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
         ctx.save_for_backward(q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
-        ctx.heads = heads
         # The operators' last arguments are (grid, offset, heads, per_head, eps); [] is no grid.
         ctx.numbers = (*(([], []) if grid is None else (grid, offset)), heads, False, eps)
         return out
@@ -47,29 +46,45 @@ class NormAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """Recompute the normed q and k, then differentiate attention, RoPE and norms."""
-        q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse = ctx.saved_tensors
-        weights = q_weight, k_weight
-        need_q, need_k, need_v, *need_weights = ctx.needs_input_grad[:5]
-        # q and the weight of its norm both need the gradient of the normed q; the same holds for k.
-        through = [need_q or need_weights[0], need_k or need_weights[1]]
-        needed = [need_q, need_k, *need_weights]
-        scale = 1 / math.sqrt(q.shape[-1] // ctx.heads)
-        normed = OPERATORS["qk_norm_rope"](q, k, *weights, cos, sin, *ctx.numbers)
-        d_q, d_k, d_v = OPERATORS["attention_backward"](
-            grad, *normed, v, out, lse, ctx.heads, scale, [*through, need_v], key_lengths
+        gradients = attention_gradients(
+            OPERATORS, grad, [*ctx.saved_tensors], ctx.numbers, ctx.needs_input_grad[:5]
         )
-        del normed, out, grad  # 0.77 GB each at 14B and 720p, not needed below
-        gradients: Sequence[torch.Tensor | None] = (None,) * 4
-        if any(through):
-            upstream = [d if need else None for d, need in zip((d_q, d_k), through, strict=True)]
-            gradients = OPERATORS["qk_norm_rope_backward"](
-                *upstream, q, k, *weights, cos, sin, *ctx.numbers, needed
-            )
-        d_q, d_k, *d_weights = (
-            d if need else None for d, need in zip(gradients, needed, strict=True)
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 5)
+
+
+def attention_gradients(
+    ops: Mapping[str, Callable[..., Any]],
+    grad: torch.Tensor,
+    saved: list[Any],
+    numbers: Sequence[Any],
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of q, k, v and the norms' weights, None where not ``needed``.
+
+    ``saved`` holds the tensors that ``NormAttention`` saves, and is emptied. ``numbers`` are the
+    last arguments of ``qk_norm_rope``; ``ops`` has the operations by name.
+    """
+    q, k, v, *weights, cos, sin, key_lengths, out, lse = saved
+    saved.clear()
+    need_q, need_k, need_v, *need_weights = needed
+    # q and the weight of its norm both need the gradient of the normed q; the same holds for k.
+    through = [need_q or need_weights[0], need_k or need_weights[1]]
+    heads = numbers[2]
+    normed = ops["qk_norm_rope"](q, k, *weights, cos, sin, *numbers)
+    d_q, d_k, d_v = ops["attention_backward"](
+        grad, *normed, v, out, lse, heads, 1 / math.sqrt(q.shape[-1] // heads),
+        [*through, need_v], key_lengths,
+    )  # fmt: skip
+    del normed, v, out, grad  # 0.77 GB each at 14B and 720p, not needed below
+    gradients: Sequence[torch.Tensor | None] = (None,) * 4
+    wanted = [need_q, need_k, *need_weights]
+    if any(through):
+        upstream = [d if need else None for d, need in zip((d_q, d_k), through, strict=True)]
+        gradients = ops["qk_norm_rope_backward"](
+            *upstream, q, k, *weights, cos, sin, *numbers, wanted
         )
-        rest = (None,) * (len(ctx.needs_input_grad) - 5)
-        return d_q, d_k, d_v if need_v else None, *d_weights, *rest
+    d_q, d_k, *d_weights = (d if need else None for d, need in zip(gradients, wanted, strict=True))
+    return d_q, d_k, d_v if need_v else None, *d_weights
 
 
 class JointAttention(torch.autograd.Function):

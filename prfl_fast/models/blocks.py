@@ -24,8 +24,9 @@ from prfl_fast.kernels import (
     rope_table,
 )
 from prfl_fast.models.block_autograd import NormAttention, project
+from prfl_fast.models.block_node import BlockNode, make_node
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import is_plain_linear
+from prfl_fast.utils.modules import is_plain_linear, remember, remembered
 from prfl_fast.utils.recompute import in_chunks
 
 # Wan pads every prompt to 512 tokens. Image tokens precede the text tokens in the context.
@@ -231,6 +232,7 @@ class BlockParts(NamedTuple):
         kind: kind of these two norms, see :func:`prfl_fast.kernels.norm_modulate`.
         norm, attend, feed: replacements of :func:`prfl_fast.kernels.norm_modulate` before the
             self-attention, of ``NormAttention.apply``, and of :func:`feed_forward`.
+        node: the block as one function, see :func:`known_parts`; None runs the parts one by one.
     """
 
     attn: Any
@@ -244,6 +246,30 @@ class BlockParts(NamedTuple):
     norm: Callable[..., Any] = norm_modulate
     attend: Callable[..., torch.Tensor] = NormAttention.apply
     feed: Callable[..., torch.Tensor] = feed_forward
+    node: BlockNode | None = None
+
+
+def known_parts(
+    block: nn.Module, reason: Callable[[Any], str], parts: Callable[[Any], BlockParts]
+) -> BlockParts | str:
+    """Return ``parts(block)`` with a node, or ``reason(block)`` if that is not empty.
+
+    Both functions may read the block, its submodules and their attention processors. They run again
+    only if one of these has changed since the last call.
+    """
+    if torch.compiler.is_compiling():
+        return reason(block) or parts(block)
+    known = remembered(block)
+    if known is None:
+        known = reason(block) or parts(block)
+        node = None if isinstance(known, str) else make_node(known)
+        if isinstance(known, BlockParts):
+            known = known._replace(node=node)
+        processors = [vars(m)["processor"] for m in block.modules() if "processor" in vars(m)]
+        states = [vars(p) for p in processors if hasattr(p, "__dict__")]
+        if not remember(block, known, [*states, *(node.watched if node else ())]):
+            return known._replace(node=None) if isinstance(known, BlockParts) else known
+    return known  # type: ignore[no-any-return]
 
 
 def transformer_block(
@@ -266,6 +292,10 @@ def transformer_block(
         ``[B, L, D]`` in ``x.dtype``. Norms, modulation and residual sums are computed in float32
         and rounded once, where Wan rounds.
     """
+    if parts.node is not None:
+        out = parts.node(x, context, modulation, rope)
+        if out is not None:
+            return out
     (norm, gate), (ffn_norm, ffn_gate) = modulation.arguments()
     # In diffusers before 0.40 the stream of the first block is a transposed view.
     x = x.contiguous()

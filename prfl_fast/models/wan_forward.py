@@ -11,7 +11,14 @@ from torch.nn import functional
 from prfl_fast.kernels.common.rope import rotations
 from prfl_fast.models.adapter import FIRST_FRAME, not_inference, set_first_frame
 from prfl_fast.models.block_adapter import feed_forward_in_chunks
-from prfl_fast.models.blocks import TEXT_TOKENS, BlockParts, Modulation, Rope, transformer_block
+from prfl_fast.models.blocks import (
+    TEXT_TOKENS,
+    BlockParts,
+    Modulation,
+    Rope,
+    known_parts,
+    transformer_block,
+)
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization, instance_forward
 
@@ -51,7 +58,9 @@ def block_modulation(block: Any, temb: torch.Tensor) -> Modulation:
     ``temb`` is ``[B, 6, D]``, ``[B·F, 6, D]`` per frame, or ``[B, R, 6, D]`` for R equal parts of
     the tokens.
     """
-    return Modulation(block.scale_shift_table[0], temb.flatten(0, 1) if temb.ndim == 4 else temb)
+    return Modulation(
+        block.scale_shift_table.squeeze(0), temb.flatten(0, 1) if temb.ndim == 4 else temb
+    )
 
 
 def is_library(function: Any) -> bool:
@@ -146,17 +155,18 @@ def rotary_tables(rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
     return both[0].repeat_interleave(2, -1)[None], both[1].repeat_interleave(2, -1)[None]
 
 
-def class_rotary(block: Any, rotary_emb: Any) -> Any:
-    """Return diffusers' rotary tables if a block must run its class's forward; else None."""
+def fused_parts(block: Any, rotary_emb: Any) -> tuple[BlockParts | None, Any]:
+    """Return a block's parts; None and diffusers' rotary tables if its class's forward must run."""
     if not isinstance(rotary_emb, Rope):  # the caller passes diffusers' own cosines and sines
-        return rotary_emb
-    # Checked at each call, because hooks, processors and LoRA may be added after patching.
-    if reason := why_not_fused(block):
-        if not torch.compiler.is_compiling():
-            text = f"a patched block runs its own forward, not prfl_fast's kernels: {reason}"
-            warnings.warn(text, stacklevel=3)
-        return rotary_tables(rotary_emb)
-    return None
+        return None, rotary_emb
+    # Asked at each call, because hooks, processors and LoRA may be added after patching.
+    parts = known_parts(block, why_not_fused, block_parts)
+    if isinstance(parts, BlockParts):
+        return parts, rotary_emb
+    if not torch.compiler.is_compiling():
+        text = f"a patched block runs its own forward, not prfl_fast's kernels: {parts}"
+        warnings.warn(text, stacklevel=3)
+    return None, rotary_tables(rotary_emb)
 
 
 def block_forward(
@@ -167,17 +177,16 @@ def block_forward(
     rotary_emb: Any,
 ) -> torch.Tensor:
     """Replace ``WanTransformerBlock.forward``."""
-    tables = class_rotary(self, rotary_emb)
-    if tables is not None:
+    parts, rotary = fused_parts(self, rotary_emb)
+    if parts is None:
         batch, tokens, _ = hidden_states.shape
         if temb.ndim == 3 and len(temb) != batch:
             temb = temb.unflatten(0, (batch, -1))
         if temb.ndim == 4 and temb.shape[1] != tokens:  # diffusers' forward takes a row per token
             temb = temb.repeat_interleave(tokens // temb.shape[1], 1)
-        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, tables)
+        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, rotary)
     modulation = block_modulation(self, temb)
-    parts = block_parts(self)
-    return transformer_block(hidden_states, encoder_hidden_states, modulation, rotary_emb, parts)
+    return transformer_block(hidden_states, encoder_hidden_states, modulation, rotary, parts)
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:

@@ -19,8 +19,7 @@ from prfl_fast.models.wan_checks import check_wan_inputs
 from prfl_fast.models.wan_forward import (
     block_forward,
     block_modulation,
-    block_parts,
-    class_rotary,
+    fused_parts,
     rope_forward,
 )
 from prfl_fast.utils.checks import check
@@ -37,14 +36,14 @@ def vace_block_forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Replace ``WanVACETransformerBlock.forward``."""
     x, text, control = hidden_states, encoder_hidden_states, control_hidden_states
-    tables = class_rotary(self, rotary_emb)
-    if tables is not None:
-        out: Any = type(self).forward(self, x, text, control, temb, tables)
+    parts, rotary = fused_parts(self, rotary_emb)
+    if parts is None:
+        out: Any = type(self).forward(self, x, text, control, temb, rotary)
         return out  # type: ignore[no-any-return]
     if self.proj_in is not None:
         control = self.proj_in(control) + x
     modulation = block_modulation(self, temb)
-    control = transformer_block(control, text, modulation, rotary_emb, block_parts(self))
+    control = transformer_block(control, text, modulation, rotary, parts)
     return None if self.proj_out is None else self.proj_out(control), control
 
 
@@ -63,15 +62,15 @@ def skyreels_block_forward(
             "the blocks of a patched SkyReelsV2Transformer3DModel got a causal mask, expected none "
             "(num_frame_per_block 1). Call prfl_fast.unpatch(model) for causal attention"
         )
-    tables = class_rotary(self, rotary_emb)
-    if tables is not None:
-        out: torch.Tensor = type(self).forward(self, x, text, temb, tables, None)
+    parts, rotary = fused_parts(self, rotary_emb)
+    if parts is None:
+        out: torch.Tensor = type(self).forward(self, x, text, temb, rotary, None)
         return out
     if temb.ndim == 4:
         # [B, 6, L, D] to [B, F, 6, D]: the model's forward repeats rows over a frame's tokens.
-        temb = temb[:, :, :: rotary_emb.grid[1] * rotary_emb.grid[2]].transpose(1, 2)
+        temb = temb[:, :, :: rotary.grid[1] * rotary.grid[2]].transpose(1, 2)
     modulation = block_modulation(self, temb)
-    return transformer_block(x, text, modulation, rotary_emb, block_parts(self))
+    return transformer_block(x, text, modulation, rotary, parts)
 
 
 def chronoedit_rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
