@@ -73,6 +73,8 @@ class Forward:
     def products(self, layers: Sequence[Layer], x: torch.Tensor) -> list[torch.Tensor]:
         """Return the output of each layer for x; keep what the gradients of ``layers`` need."""
         p, need, results, wanted = self.p, self.need, [], False
+        # On a view [N, K] F.linear is one addmm; its own views of [B, L, K] take as long again.
+        shape, x = x.shape[:-1], x.flatten(0, -2)
         for weight, bias, adapters in layers:
             y = F.linear(x, p[weight], p[bias] if bias >= 0 else None)
             wanted = wanted or (need is not None and need[_FIXED + weight])
@@ -82,7 +84,7 @@ class Forward:
                 if need is not None:
                     self.kept.append(hidden if need[_FIXED + b] else None)
                     wanted = wanted or need[_FIXED + a]
-            results.append(y)
+            results.append(y.view(*shape, -1))
         self.keep(x if wanted else None)
         return results
 
@@ -167,7 +169,6 @@ class _Backward:
         p, need, found, kept = self.p, self.need, self.gradients, self.kept
         d_x: torch.Tensor | None = None
         x: Any = kept.pop()
-        x = x if x is None else x.flatten(0, -2)
         plain = not any(layer.adapters for layer in layers)
         pairs = [*zip(layers, grads, strict=True)]
         # The order of sums is that of Projections, or that of autograd: the last layer first.
@@ -179,20 +180,20 @@ class _Backward:
             for a, b, scaling in reversed(adapters):
                 hidden, d_y = kept.pop(), grad * scaling
                 if need[_FIXED + b]:
-                    found[_FIXED + b] = d_y.t() @ hidden.flatten(0, -2)
+                    found[_FIXED + b] = d_y.t().mm(hidden)
                 if need_x or need[_FIXED + a]:
-                    d_hidden = d_y @ p[b]
+                    d_hidden = d_y.mm(p[b])
                     if need[_FIXED + a]:
-                        found[_FIXED + a] = d_hidden.t() @ x
+                        found[_FIXED + a] = d_hidden.t().mm(x)
                     if need_x:
-                        part = d_hidden @ p[a]
+                        part = d_hidden.mm(p[a])
                         d_x = part if d_x is None else d_x.add_(part)
             if need_x and d_x is not None:
-                d_x = d_x.addmm_(grad, p[weight]) if plain else d_x.add_(grad @ p[weight])
+                d_x = d_x.addmm_(grad, p[weight]) if plain else d_x.add_(grad.mm(p[weight]))
             elif need_x:
-                d_x = grad @ p[weight]
+                d_x = grad.mm(p[weight])
             if need[_FIXED + weight]:
-                found[_FIXED + weight] = grad.t() @ x
+                found[_FIXED + weight] = grad.t().mm(x)
             if bias >= 0 and need[_FIXED + bias]:
                 found[_FIXED + bias] = grad.sum(0)
         return d_x
