@@ -100,12 +100,14 @@ class BuildExtension(build_ext):
         flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-I{ROOT / 'csrc'}"]
         flags += architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES)
         headers = sorted((ROOT / "csrc").glob("*.*h"))
+        release = subprocess.check_output([compiler, "--version"], text=True)
 
         def compile_one(source: str) -> str:
             command = [compiler, "-c", source, *flags]
-            seen = repr(command) + "".join(Path(p).read_text() for p in (source, *headers))
+            texts = (Path(p).read_text() for p in (source, *headers))
+            seen = "".join((release, repr(command), *texts))
             target = build / f"{Path(source).name}-{hashlib.sha256(seen.encode()).hexdigest()}.o"
-            if not target.exists():  # the same command, source and headers gave it
+            if not target.exists():  # the same compiler, command, source and headers gave it
                 subprocess.run([*command, "-o", f"{target}.part"], check=True)
                 os.replace(f"{target}.part", target)
             return str(target)
