@@ -1,4 +1,4 @@
-"""Predict from their machine code what limits the Triton kernels on a GPU; no GPU needed.
+"""Predict from their machine code what limits the kernels on a GPU; no GPU needed.
 
     python bench/predict.py [op ...] [--arch 90] [--match TEXT] [--loops] [--json]
 
@@ -12,10 +12,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import aot
 from aot_cases import OPERATIONS
+from machine_code.cuda import predict_query_pool
 from machine_code.grids import GRIDS
 from machine_code.predict import Prediction, predict
 
@@ -34,6 +35,15 @@ def find(arch: int, ops: Sequence[str] = (), match: str = "") -> list[Prediction
         Prediction(**entry | {name: tuple(entry[name]) for name in ("shares", "listing")})
         for entry in json.loads(run.stdout)
     ]
+
+
+def _predictions(op: str, arch: int, match: str) -> Iterator[Prediction]:
+    for case in OPERATIONS[op](divmod(arch, 10), False):
+        found = predict(op, case, arch) if match in case.label else None
+        if found is not None:
+            yield found
+    if op == "query_pool":
+        yield from predict_query_pool(arch, match)
 
 
 def describe(found: Prediction) -> str:
@@ -64,10 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = []
     for op in options.ops or sorted(GRIDS):
         for arch in options.arch:
-            for case in OPERATIONS[op](divmod(arch, 10), False):
-                found = predict(op, case, arch) if options.match in case.label else None
-                if found is None:
-                    continue
+            for found in _predictions(op, arch, options.match):
                 every.append(found)
                 if not options.json:
                     lines = [describe(found), *(found.listing if options.loops else ())]

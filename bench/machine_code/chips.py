@@ -27,6 +27,9 @@ CHIPS = {
 # Clocks of a DRAM load while DRAM is busy: the least certain number, hence three.
 DRAM_LATENCIES = (800, 1200, 1600)
 L1_LATENCY, L2_LATENCY = 40, 280
+# Clocks from the last warp's arrival at a barrier until the others go on: of a block, of a cluster
+# (a fence, a store to another multiprocessor and the barrier; about 180 for each of the last two).
+BARRIER, CLUSTER_BARRIER = 12, 400
 # First byte of the parameters in constant bank 0, by major version.
 PARAMETERS_AT = {8: 0x160, 9: 0x210, 10: 0x380, 12: 0x380}
 SHARED_KB = {80: 164, 90: 228, 100: 228, 120: 100}
@@ -43,14 +46,15 @@ LATENCY = {
 MUFU = {"MUFU", "F2F", "F2I", "I2F", "I2I", "FRND", "POPC", "FLO", "BREV"}
 MEMORY = {
     "LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "STSM", "SHFL", "ATOMG", "ATOMS", "RED", "MOVM",
-    "LDL", "STL", "REDUX",
+    "LDL", "STL", "REDUX", "ST",
 }  # fmt: skip
 # Instructions that hold none of a partition's pipes: uniform datapath, control flow, constants.
 PIPELESS = MEMORY | {
     "UIADD3", "UIMAD", "UMOV", "ULOP3", "USHF", "ULEA", "UISETP", "USEL", "ULDC", "LDCU", "S2UR",
     "R2UR", "UPRMT", "UPLOP3", "UP2UR", "USGXT", "UBMSK", "UFLO", "UPOPC", "UCLEA", "BAR", "BRA",
     "EXIT", "NOP", "S2R", "LDC", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "CALL", "RET",
-    "YIELD", "ERRBAR", "MEMBAR", "CS2R", "VOTE", "FENCE", "ELECT",
+    "YIELD", "ERRBAR", "MEMBAR", "CS2R", "VOTE", "FENCE", "ELECT", "UCGABAR_ARV", "UCGABAR_WAIT",
+    "CGAERRBAR",
 }  # fmt: skip
 # Pipe of an operation and the clocks for which a warp holds it; the rest is "alu" for 2.
 HELD = {

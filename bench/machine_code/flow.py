@@ -146,7 +146,7 @@ def _spine(graph: Graph, loops: list[Loop]) -> set[int]:
     return spine
 
 
-def trace(code: list[Instruction], trips: Sequence[int]) -> WarpPath:
+def trace(code: list[Instruction], trips: Sequence[int], every: bool = False) -> WarpPath:
     """Return the path of a warp of a full block.
 
     Every trip of a loop runs the blocks that dominate its end; the other blocks of the loop run
@@ -154,6 +154,8 @@ def trace(code: list[Instruction], trips: Sequence[int]) -> WarpPath:
 
     Args:
         trips: trips of each token loop, in order; the last counts for the rest. Empty: no loop.
+        every: every trip runs all blocks of a loop, except those of one instruction (the way around
+            a cluster's barrier).
     """
     graph = Graph(code)
     loops = _token_loops(graph) if trips else []
@@ -168,7 +170,11 @@ def trace(code: list[Instruction], trips: Sequence[int]) -> WarpPath:
         if loop.header in seen:
             continue
         seen.add(loop.header)
-        always = {b for b in loop.body if b in graph.dominators[loop.latch]}
+        always = {
+            b
+            for b in loop.body
+            if b in graph.dominators[loop.latch] or every and len(graph.blocks[b]) > 1
+        }
         trip, rare = graph.instructions(always), graph.instructions(loop.body - always)
         count = trips[min(len(seen), len(trips)) - 1]
         pieces += [(rare, 1), (trip, count)] if count > 0 else []

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,9 +117,15 @@ def predict(op: str, case: AotCase, arch: int) -> Prediction | None:
         return None
     kernel = aot.compile_case(case, arch)
     used = aot.resources(op, case, arch, kernel)
-    warps, chip, sizes = case.num_warps, CHIPS[arch], element_sizes(case)
-    resident = blocks_that_fit(arch, used.registers, used.shared_bytes, warps)
+    resident = blocks_that_fit(arch, used.registers, used.shared_bytes, used.num_warps)
     path = _follow(case, arch, kernel, grid, resident)
+    return judge(used, path, grid, element_sizes(case))
+
+
+def judge(used: aot.Resources, path: WarpPath, grid: Grid, sizes: Mapping[str, int]) -> Prediction:
+    """Predict the speed of a compiled kernel; ``sizes``: bytes of an element by pointer."""
+    arch, warps, chip = used.capability, used.num_warps, CHIPS[used.capability]
+    resident = blocks_that_fit(arch, used.registers, used.shared_bytes, warps)
     ideal = sum(sizes[name] * count for name, count in grid.elements.items())
     lanes = warps * grid.blocks
     moved = 32 * lanes * sum(
@@ -147,8 +153,8 @@ def predict(op: str, case: AotCase, arch: int) -> Prediction | None:
     waves = grid.blocks / (resident * chip.processors)
     balance = grid.blocks / chip.processors / per_processor
     return Prediction(
-        op=op,
-        label=case.label,
+        op=used.op,
+        label=used.label,
         arch=arch,
         shares=shares,
         registers=used.registers,

@@ -116,25 +116,27 @@ class Graph:
         targets = {}
         for n, i in enumerate(self.code):
             address = re.search(r"0x([0-9a-f]+)", i.operands)
-            if i.op in ("BRA", "BRX", "JMP") and address:
+            if i.op in ("BRA", "BRX", "JMP") and address and ".DIV" not in i.name:
                 targets[n] = index.get(int(address[1], 16), len(self.code) - 1)
         return targets
 
     @staticmethod
     def _leaves(last: Instruction) -> bool:
         """Return True if control never reaches the instruction after ``last``."""
-        conditional = last.predicate or re.match(r"!?U?P\d", last.operands)
+        # A warp whose lanes agree never takes BRA.DIV.
+        conditional = last.predicate or ".DIV" in last.name
+        conditional = conditional or re.match(r"!?U?P\d", last.operands)
         return last.op in ("BRA", "EXIT", "RET") and not conditional
 
     def _dominators(self) -> list[set[int]]:
-        every = set(range(len(self.blocks)))
+        every = set(range(len(self.blocks)))  # also the result of a block that nothing reaches
         found = [{0}, *(set(every) for _ in self.blocks[1:])]
         changed = True
         while changed:
             changed = False
             for k in range(1, len(self.blocks)):
                 reached = [found[p] for p in self.predecessors[k]]
-                new = (set.intersection(*reached) if reached else set()) | {k}
+                new = (set.intersection(*reached) if reached else every) | {k}
                 changed |= new != found[k]
                 found[k] = new
         return found

@@ -1,6 +1,7 @@
 """Predictions from machine code: parsing, the path of a warp, the replay, and the baseline."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import aot
@@ -8,7 +9,7 @@ import predict
 import pytest
 import suites
 from bench_runs import ROOT, make_context
-from machine_code import chips, flow, grids, replay, sass
+from machine_code import chips, cuda, flow, grids, replay, sass
 from machine_code import predict as one
 from sass_listing import listing
 from suites import machine_code
@@ -108,6 +109,20 @@ def test_parts_of_a_loop_that_some_trips_skip_run_once():
     assert [times for piece, times in path.pieces if len(piece) == 1] == [1, 1]  # and EXIT
 
 
+def test_every_trip_runs_the_conditional_parts_of_a_cuda_kernel():
+    skipped = ("@P1 BRA 0x70", "LDG.E R20, desc[UR4][R2.64]", "IADD3 R20, R20, R20, RZ")
+    path = flow.trace(copy_loop(loop(LOAD, STORE, *skipped, *ADVANCE)), [7], every=True)
+    assert [i.op for i in path.loop].count("LDG") == 2 and path.conditional == 0
+
+
+def test_lanes_that_agree_do_not_diverge():
+    """The code of lanes that differ lies behind the kernel and jumps back into the loop."""
+    code = copy_loop((*loop(LOAD, "BRA.DIV UR4, 0xa0", STORE, *ADVANCE)[:-1], "NOP", "BRA 0x40"))
+    assert [i.name for i in flow.trace(code, [5]).loop] == [
+        "LDG.E.128", "BRA.DIV", "STG.E.128", "IADD3", "IADD3", "BRA",
+    ]  # fmt: skip
+
+
 def test_without_trips_everything_runs_once():
     path = flow.trace(copy_loop(), [])
     assert path.loop and all(times == 1 for _, times in path.pieces)
@@ -156,9 +171,28 @@ def test_warps_wait_for_their_block_at_a_barrier():
 
 
 def test_a_counted_wait_lets_the_newest_loads_go_on():
-    copy = "LDGSTS.E.128 [R9], desc[UR4][R2.64] | write=0"
-    newest, every = (loop(copy, f"DEPBAR.LE SB0, {keep:#x}", *ADVANCE) for keep in (3, 0))
+    copy = ("LDGSTS.E.128 [R9], desc[UR4][R2.64]", "LDGDEPBAR | write=0")
+    newest, every = (loop(*copy, f"DEPBAR.LE SB0, {keep:#x}", *ADVANCE) for keep in (3, 0))
     assert run(newest, warps=1).share > 2 * run(every, warps=1).share
+
+
+def test_a_barrier_of_a_cluster_takes_longer_than_one_of_a_block():
+    of_cluster, of_block = (
+        run(loop(LOAD, STORE, f"{name} | wait=0b11", *ADVANCE), latency=400, warps=1)
+        for name in ("UCGABAR_WAIT", "BAR.SYNC.DEFER_BLOCKING 0x0")
+    )
+    assert of_cluster.share < 0.7 * of_block.share
+
+
+def test_a_long_loop_is_judged_by_the_pace_of_its_later_trips():
+    """A cut to fewer trips leaves the share: start and end of a block are not repeated."""
+    path = flow.trace(copy_loop(), [4000])
+    long, longer = (
+        replay.replay(flow.WarpPath([(p, n * k) for p, n in path.pieces], path.loop, 0), 8, 4, 4,
+                      800, 16.0, 1.0).share
+        for k in (1, 4)
+    )  # fmt: skip
+    assert long == pytest.approx(longer, rel=0.02)
 
 
 def test_a_slow_pipe_bounds_the_issue():
@@ -218,6 +252,16 @@ def test_every_grid_covers_all_tokens(op):
         assert written or grid.extra or op in ("flow_loss", "query_pool"), case.label
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile csrc/")
+def test_cuda_kernels_read_each_token_once():
+    for found in cuda.predict_query_pool(90, "D=1536"):
+        assert not found.spilled_bytes and found.resident_blocks == 2
+        loads = [line for line in found.listing if "LDGSTS" in line or "LDG." in line]
+        assert loads and all(line.endswith("DRAM") for line in loads)
+        assert found.share > 70
+
+
 def test_limits_in_words():
     def limits(shares=(95, 93, 91), pressure=20, waves=8.0, balance=1.0, extra=0.0):
         grid = grids.Grid(1, [4], {})
@@ -271,6 +315,8 @@ def baseline():
 
 def assert_no_drop(arch, ops=()):
     before = {f"{c['op']} {c['label']}": c["shares"][1] for c in baseline() if c["arch"] == arch}
+    if shutil.which("nvcc") is None:
+        before = {name: share for name, share in before.items() if "CUDA" not in name}
     before = {name: share for name, share in before.items() if not ops or name.split()[0] in ops}
     found = {p.name: p for p in predict.find(arch, ops)}
     assert before and before.keys() <= found.keys(), "record --suite machine-code again"
