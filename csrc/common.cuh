@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+// bench/machine_code compiles a launch with these as numbers, so that its replay meets no branches.
+#ifndef PRFL_FAST_WARPS
+#define PRFL_FAST_WARPS (blockDim.x / 32)
+#define PRFL_FAST_CLUSTER cluster_size
+#endif
+
 #ifdef PRFL_FAST_EMULATE
 #include "cuda_emulation.hpp"
 #else
@@ -91,14 +97,13 @@ __device__ __forceinline__ uint32_t pack<fp16>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// Load sixteen bytes that are read once, past L1, so that reused data stays there.
-__device__ __forceinline__ uint4 load_streaming(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-  return v;
+// Start to copy sixteen bytes to shared memory, past L1; zeros if not `inside`. A thread waits for its own copies.
+__device__ __forceinline__ void copy_async(void* shared, const void* address, bool inside) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(address), "r"(inside ? 16 : 0)
+               : "memory");
 }
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ void store_vector(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
 

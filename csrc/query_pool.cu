@@ -1,12 +1,12 @@
 // Folded query attention pooling, forward, one pass over x (formulas: kernels/attn/pool.py).
 //
 // A block, or a cluster of blocks that share D, walks a range of tokens in tiles of 16. Warp w owns WIDTH columns:
-//   1. its slice of the tile comes straight into registers, 16 bytes a load, as the A operand of an mma
+//   1. its slice of the tile comes into registers, 16 bytes a load, as the A operand of an mma
 //      (tokens are M, heads are N = 8, columns are K); partial scores [16, 8] meet in shared memory;
 //   2. 128 threads add them up and run the online softmax;
 //   3. the same registers, transposed by movmatrix, are the A operand of the second mma
-//      (columns are M, heads are N, tokens are K), and each is refilled from the next tile once it is used.
-// So x is read once, and the next tile is loaded while this one is reduced.
+//      (columns are M, heads are N, tokens are K).
+// So x is read once. The next tile is copied to shared memory while this one is reduced.
 //
 // The order of a dot product's terms is free, so K is permuted to suit 16-byte loads: in a 32-column
 // block, lane 4g+t loads columns 8t..8t+7 of tokens g and g+8; mma step s (of two) takes its columns 8t+4s..8t+4s+3.
@@ -34,11 +34,11 @@ constexpr float weight_exponent<fp16> = 14.0f;
 // Largest block of a width: registers are 65536 a multiprocessor, WIDTH / 2 of a thread's hold x and sums.
 static constexpr int max_warps(int width) { return width == 64 || width == 320 ? 8 : 12; }
 
-// Bytes of dynamic shared memory: query halves, scores (two tiles, so that one barrier a tile separates writers
-// from readers), weights, and the factors by which sums shrink when a maximum grows.
+// Bytes of dynamic shared memory: query halves, the next tile of x, scores (two tiles, so that one barrier a tile
+// separates writers from readers), weights, and the factors by which sums shrink when a maximum grows.
 static int64_t shared_bytes(int width, int warps, int cluster) {
-  return int64_t(warps) * width * HEADS * 2 * 2 + int64_t(2) * cluster * warps * SLOT * 4 + HEADS * P_ROW * 2 +
-         HEADS * 4;
+  return int64_t(warps) * width * (HEADS * 2 + TOKENS) * 2 + int64_t(2) * cluster * warps * SLOT * 4 +
+         HEADS * P_ROW * 2 + HEADS * 4;
 }
 
 template <typename T, int WIDTH>
@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
     float* __restrict__ maxima,          // [B, splits, H] largest score of the split
     float* __restrict__ sums,            // [B, splits, H, 2] sums of rounded and of exact weights, relative to it
     float* __restrict__ partials,        // [B, splits, H, D] weighted sums of x
-    int64_t x_batch, int64_t x_token, int tokens, int heads, int dim, int splits, int cluster) {
+    int64_t x_batch, int64_t x_token, int tokens, int heads, int dim, int splits, int cluster_size) {
   constexpr int BLOCKS = WIDTH / 32;
-  const int warps = blockDim.x / 32;
+  const int warps = PRFL_FAST_WARPS;
+  const int cluster = PRFL_FAST_CLUSTER;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
@@ -63,7 +64,9 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
 
   uint4* query_high = reinterpret_cast<uint4*>(shared_memory());                // [warps, BLOCKS, 32] of 8 columns
   uint4* query_low = query_high + warps * BLOCKS * 32;                          // the same
-  float* scores = reinterpret_cast<float*>(query_low + warps * BLOCKS * 32);    // [2, cluster * warps, SLOT]
+  uint4* next = query_low + warps * BLOCKS * 32;                                // [warps, BLOCKS, 2, 32] likewise
+  float* scores = reinterpret_cast<float*>(next + warps * BLOCKS * 2 * 32);     // [2, cluster * warps, SLOT]
+  next += warp * BLOCKS * 2 * 32 + lane;
   T* weights = reinterpret_cast<T*>(scores + 2 * cluster * warps * SLOT);       // [HEADS, P_ROW]
   float* shrink = reinterpret_cast<float*>(weights + HEADS * P_ROW);            // [HEADS]
 
@@ -74,13 +77,18 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
   uint4 x_tile[BLOCKS][2];      // columns 8t..8t+7 of tokens g and g+8, each block
   float sum[BLOCKS][2][4] = {};  // weighted sums; see the end for which column and head
 
-  const T* x_row = x + batch * x_batch + column;
-  auto load_block = [&](int tile, int j) {
+  // The next tile is on its way to shared memory while this one is in registers. A lane copies what it will read.
+  const T* source = x + batch * x_batch + column + int64_t(tile_begin * TOKENS + g) * x_token;
+  const int end = tokens < tile_end * TOKENS ? tokens : tile_end * TOKENS;
+  auto fetch = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = tile * TOKENS + g + 8 * half;
-      const bool inside = token < tokens && column + 32 * j < dim;
-      x_tile[j][half] = inside ? load_streaming(x_row + token * x_token + 32 * j) : uint4{0, 0, 0, 0};
+      const bool inside = tile * TOKENS + g + 8 * half < end;
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) {
+        copy_async(next + (2 * j + half) * 32, source + 32 * j, inside && column + 32 * j < dim);
+      }
+      source += 8 * x_token;
     }
   };
 
@@ -100,8 +108,7 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
     query_high[place] = *reinterpret_cast<const uint4*>(high);
     query_low[place] = *reinterpret_cast<const uint4*>(low);
   }
-#pragma unroll
-  for (int j = 0; j < BLOCKS; ++j) load_block(tile_begin, j);
+  fetch(tile_begin);
   if (cluster > 1) cluster_sync();  // the others must run before their shared memory is written
 
   // Softmax state of head threadIdx.x / 16, in each of the 16 threads that stand for the tokens of a tile.
@@ -112,6 +119,9 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
   float exact_sum = 0.0f;
 
   for (int tile = tile_begin; tile < tile_end; ++tile) {
+    wait_for_copies();
+#pragma unroll
+    for (int j = 0; j < 2 * BLOCKS; ++j) x_tile[j / 2][j % 2] = next[j * 32];
     float s[2][4] = {};  // two chains of sums hide the latency of one
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
@@ -123,6 +133,7 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
       mma_m16n8k16<T>(s[0], a.x, b.x, a.y, b.y, high.x, high.y);
       mma_m16n8k16<T>(s[1], a.z, b.z, a.w, b.w, high.z, high.w);
     }
+    fetch(tile + 1);
     const int parity = (tile - tile_begin) & 1;
     float* slot = scores + ((parity * cluster + rank) * warps + warp) * SLOT;
 #pragma unroll
@@ -184,13 +195,11 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
     const T* row = weights + g * P_ROW + 2 * t;
     const uint32_t p0 = *reinterpret_cast<const uint32_t*>(row);      // tokens 2t, 2t+1 of head g
     const uint32_t p1 = *reinterpret_cast<const uint32_t*>(row + 8);  // tokens 2t+8, 2t+9
-    const bool more = tile + 1 < tile_end;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       const uint4 a = x_tile[j][0], b = x_tile[j][1];
       mma_m16n8k16<T>(sum[j][0], movmatrix(a.x), movmatrix(a.y), movmatrix(b.x), movmatrix(b.y), p0, p1);
       mma_m16n8k16<T>(sum[j][1], movmatrix(a.z), movmatrix(a.w), movmatrix(b.z), movmatrix(b.w), p0, p1);
-      if (more) load_block(tile + 1, j);
     }
   }
 

@@ -1,10 +1,10 @@
 // Folded query attention pooling, backward, one pass over x (formulas: kernels/attn/pool.py).
 //
 // As in the forward, a block, or a cluster of blocks that share D, walks a range of tokens in tiles of 16, and warp w
-// owns WIDTH columns of x, which come into registers 16 bytes a load:
+// owns WIDTH columns of x, which come into registers 16 bytes a load, by way of shared memory, a tile ahead:
 //   1. scores x·u and products x·g [16, 8] of all warps meet in shared memory;
 //   2. 128 threads turn them into weights p = exp(x·u - lse) and their gradients ds = p (x·g - delta);
-//   3. d_u += dsᵀ x takes the registers, transposed by movmatrix, before the next tile refills them;
+//   3. d_u += dsᵀ x takes the registers, transposed by movmatrix;
 //      d_x = p g + ds u is stored, 16 bytes a lane.
 //
 // All products are tf32 mma of tokens or columns (M = 16) and heads (N or K = 8): x, of 8 or 11 bits, is exact in
@@ -30,11 +30,11 @@ constexpr float LOG2E = 1.4426950408889634f;
 static constexpr int max_warps(int width) { return width == 256 ? 8 : 12; }
 
 // Bytes of dynamic shared memory: u and g, scores and products of the warps, those of the cluster (two tiles, so that
-// one barrier a tile separates writers from readers), weights and their gradients.
+// one barrier a tile separates writers from readers), weights and their gradients, the next tile of x.
 static int64_t shared_bytes(int width, int warps, int cluster) {
   const int64_t vectors = 2 * HEADS * (int64_t(warps) * width + 2);
   const int64_t exchange = cluster > 1 ? 2 * cluster * 2 * PLACES : 0;
-  return 4 * (vectors + warps * 2 * SLOT + exchange + 2 * HEADS * P_ROW);
+  return 4 * (vectors + warps * 2 * SLOT + exchange + 2 * HEADS * P_ROW) + int64_t(warps) * width * TOKENS * 2;
 }
 
 template <typename T, int WIDTH>
@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
     const float* __restrict__ delta,    // [B, H] grad · pooled - gradient of lse
     T* __restrict__ d_x,                // [B, L, D] contiguous; null if not needed
     float* __restrict__ partials,       // [B, splits, H, D] sums of ds x; null if not needed
-    int64_t x_batch, int64_t x_token, int tokens, int heads, int dim, int splits, int cluster) {
+    int64_t x_batch, int64_t x_token, int tokens, int heads, int dim, int splits, int cluster_size) {
   constexpr int BLOCKS = WIDTH / 32;
-  const int warps = blockDim.x / 32;
+  const int warps = PRFL_FAST_WARPS;
+  const int cluster = PRFL_FAST_CLUSTER;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
@@ -64,6 +65,8 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
   float* slots = vectors + 2 * HEADS * row;                        // [warps, 2, SLOT]
   float* weights = slots + warps * 2 * SLOT;                       // [2, HEADS, P_ROW] p, then ds
   float* exchange = weights + 2 * HEADS * P_ROW;                   // [2, cluster, 2, PLACES]
+  uint4* next = reinterpret_cast<uint4*>(exchange + (cluster > 1 ? 4 * cluster * PLACES : 0));
+  next += warp * BLOCKS * 2 * 32 + lane;  // [warps, BLOCKS, 2, 32] of 8 columns
 
   const int64_t tiles = (tokens + TOKENS - 1) / TOKENS;
   const int tile_begin = int(tiles * split / splits);
@@ -72,18 +75,22 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
   uint4 x_tile[BLOCKS][2];       // columns 8t..8t+7 of tokens g and g+8, each block
   float sum[BLOCKS][2][4] = {};  // d_u; see the end for which column and head
 
-  const T* x_row = x + batch * x_batch + column;
-  auto load_block = [&](int tile, int j) {
+  // The next tile is on its way to shared memory while this one is in registers. A lane copies what it will read.
+  const T* source = x + batch * x_batch + column + int64_t(tile_begin * TOKENS + g) * x_token;
+  const int end = tokens < tile_end * TOKENS ? tokens : tile_end * TOKENS;
+  auto fetch = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = tile * TOKENS + g + 8 * half;
-      const bool inside = token < tokens && column + 32 * j < dim;
-      x_tile[j][half] = inside ? load_streaming(x_row + token * x_token + 32 * j) : uint4{0, 0, 0, 0};
+      const bool inside = tile * TOKENS + g + 8 * half < end;
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) {
+        copy_async(next + (2 * j + half) * 32, source + 32 * j, inside && column + 32 * j < dim);
+      }
+      source += 8 * x_token;
     }
   };
 
-#pragma unroll
-  for (int j = 0; j < BLOCKS; ++j) load_block(tile_begin, j);
+  fetch(tile_begin);
   for (int h = warp; h < HEADS; h += warps) {
     for (int c = lane; c < columns; c += 32) {
       const int d = rank * columns + c;
@@ -101,6 +108,9 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
   if (cluster > 1) cluster_sync();  // the others must run before their shared memory is written
 
   for (int tile = tile_begin; tile < tile_end; ++tile) {
+    wait_for_copies();
+#pragma unroll
+    for (int j = 0; j < 2 * BLOCKS; ++j) x_tile[j / 2][j % 2] = next[j * 32];
     float s[2][4] = {}, gx[2][4] = {};  // low and high halves of u and g
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
@@ -122,6 +132,7 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
         mma_tf32(gx[1], a0, a1, a2, a3, v0, v1);
       }
     }
+    fetch(tile + 1);
     float* slot = slots + warp * 2 * SLOT;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -177,7 +188,6 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
       p[i] = weights[place];
       ds[i] = d_scores[place];
     }
-    const bool more = tile + 1 < tile_end;
     const int token = tile * TOKENS + g;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
@@ -195,7 +205,6 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_backward_
           mma_tf32(sum[j][q], a0, a1, a2, a3, ds1.x, ds1.y);
         }
       }
-      if (more) load_block(tile + 1, j);
       if (d_x != nullptr) {
         const float* place = vectors + t * row + warp * WIDTH + 32 * j + 8 * (g / 2) + g % 2;
         uint32_t words[2][4];

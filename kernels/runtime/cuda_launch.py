@@ -42,6 +42,21 @@ def _shared_limit(capability: tuple[int, int]) -> int:
     return 1024 * kilobytes.get(capability, 99)
 
 
+# Parts of a chip and the multiprocessors of each, by major compute capability. A cluster runs in
+# one part; some parts are larger. To ask the board (cudaOccupancyMaxActiveClusters) would make the
+# order of a sum, and so its bits, differ from board to board.
+_PARTS = {9: (8, 16), 10: (8, 18), 12: (10, 16)}
+
+
+def _blocks_at_once(capability: tuple[int, int], cluster: int, resident: int) -> int:
+    """Return how many blocks run at once, ``resident`` on a multiprocessor; whole clusters."""
+    blocks = resident * multiprocessors(capability)
+    if cluster == 1:
+        return blocks
+    parts, processors = _PARTS.get(capability[0], (8, 16))
+    return min(blocks, parts * (resident * processors // cluster) * cluster)
+
+
 @dataclass(frozen=True)
 class PoolLaunch:
     """Columns of a warp, warps of a block, blocks that share D (a cluster), ranges of tokens."""
@@ -60,13 +75,13 @@ POOL_BACKWARD_HEADS = 8
 
 def pool_shared_bytes(width: int, warps: int, cluster: int) -> int:
     """Return a block's dynamic shared memory: ``shared_bytes()`` of csrc/query_pool.cu."""
-    return warps * width * 32 + cluster * warps * 1280 + 416
+    return warps * width * 64 + cluster * warps * 1280 + 416
 
 
 def pool_backward_shared_bytes(width: int, warps: int, cluster: int) -> int:
     """Return a block's dynamic shared memory, as ``shared_bytes()`` of query_pool_backward.cu."""
     exchange = cluster * 2048 if cluster > 1 else 0
-    return 64 * (warps * width + 2) + warps * 1280 + exchange + 1536
+    return 64 * (warps * width + 2) + warps * (1280 + 32 * width) + exchange + 1536
 
 
 def pool_launch(
@@ -75,23 +90,24 @@ def pool_launch(
     """Choose the launch of the forward; None if it cannot run."""
     if not _pool_takes(batch, heads, dim, dtype, capability):
         return None
+    limit = _shared_limit(capability)
     fitting = []
     for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
         for width, most in POOL_MAX_WARPS.items():
             warps = max(4, -(-dim // (width * cluster)))  # the softmax needs four
             shared = pool_shared_bytes(width, warps, cluster)
-            if warps <= most and shared <= _shared_limit(capability):
+            if warps <= most and shared <= limit:
                 # Two blocks on a multiprocessor overlap the reductions of one with the loads of the
                 # other; up to 1536 columns each fit its registers. From 9.0 on, a cluster of blocks
                 # shares a larger D.
-                columns = width * warps
-                key = (columns > 1536, columns * cluster - dim, cluster, -width)
-                fitting.append((key, width, warps, cluster))
+                pair = width * warps <= 1536 and 2 * (shared + 1024) <= limit + 1024
+                key = (not pair, width * warps * cluster - dim, cluster, -width)
+                fitting.append((key, width, warps, cluster, 2 if pair else 1))
     if not fitting:
         return None
-    _, width, warps, cluster = min(fitting)
+    _, width, warps, cluster, resident = min(fitting)
     blocks = cluster * batch * -(-heads // 8)
-    splits = min(-(-tokens // 16), max(1, 2 * multiprocessors(capability) // blocks))
+    splits = min(-(-tokens // 16), max(1, _blocks_at_once(capability, cluster, resident) // blocks))
     return PoolLaunch(width, warps, cluster, splits)
 
 
@@ -118,7 +134,7 @@ def pool_backward_launch(
     if not fitting:
         return None
     _, width, warps, cluster, resident = min(fitting)
-    splits = max(1, resident * multiprocessors(capability) // (cluster * batch))
+    splits = max(1, _blocks_at_once(capability, cluster, resident) // (cluster * batch))
     return PoolLaunch(width, warps, cluster, min(-(-tokens // 16), splits))
 
 

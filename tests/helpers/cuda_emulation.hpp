@@ -70,8 +70,14 @@ struct Cluster {
   Barrier barrier;
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null for zeros
+};
+
 struct Fibre {
   ucontext_t context;
+  std::vector<Copy> copies;  // started and not waited for
   jmp_buf place;
   bool started = false;
   std::unique_ptr<char[]> stack;
@@ -256,11 +262,18 @@ inline void check_alignment(const void* address) {
   }
 }
 
-inline uint4 load_streaming(const void* address) {
-  check_alignment(address);
-  uint4 out;
-  std::memcpy(&out, address, 16);
-  return out;
+// The bytes come when the thread waits for them, so that a missing wait shows.
+inline void copy_async(void* shared, const void* address, bool inside) {
+  check_alignment(shared);
+  if (inside) check_alignment(address);
+  emulation::current->copies.push_back({shared, inside ? address : nullptr});
+}
+
+inline void wait_for_copies() {
+  for (const emulation::Copy& copy : emulation::current->copies) {
+    copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+  }
+  emulation::current->copies.clear();
 }
 
 inline void store_vector(void* address, uint4 value) {
