@@ -66,10 +66,18 @@ def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) 
 
 
 def segments(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens sorted by row ``[N]`` and starts of rows ``[R + 1]``, int64; no sync."""
-    by_row, order = torch.sort(row_index.reshape(-1), stable=True)
-    bounds = torch.arange(rows + 1, device=row_index.device, dtype=row_index.dtype)
-    return order, torch.searchsorted(by_row, bounds)
+    """Return tokens sorted by row ``[N]`` and starts of rows ``[R + 1]``, int64; no sync.
+
+    The result is kept with the index, which all backwards of a forward share.
+    """
+    key = (rows, row_index._version)
+    known = vars(row_index).get("_prfl_fast_segments", (None,))
+    if known[0] != key:
+        by_row, order = torch.sort(row_index.reshape(-1), stable=True)
+        bounds = torch.arange(rows + 1, device=row_index.device, dtype=row_index.dtype)
+        known = key, (order, torch.searchsorted(by_row, bounds))
+        vars(row_index)["_prfl_fast_segments"] = known
+    return known[1]
 
 
 def common_rows(first: int, second: int, row_index: torch.Tensor | None) -> int:

@@ -10,7 +10,7 @@ from plain_torch import expand_rows, wide
 from properties import property_test, st
 
 from prfl_fast.kernels import gated_residual
-from prfl_fast.kernels.common.modulation_rows import common_rows, fold_rows, row_group
+from prfl_fast.kernels.common.modulation_rows import common_rows, fold_rows, row_group, segments
 from prfl_fast.kernels.norm import residual as module
 
 GATES = ((), ("gate",), ("gate_table",), ("gate", "gate_table"))
@@ -81,6 +81,27 @@ def test_row_index(backend, shape, rows, index):
     row_index = torch.randint(0, rows, shape[:-1]).to(index)
     for names in GATES[1::2]:
         compare(make(shape, names, rows), row_index=row_index)
+
+
+def test_an_index_is_sorted_again_only_if_it_changes():
+    index = torch.tensor([2, 0, 2, 0])
+    first = segments(index, 3)
+    assert segments(index, 3) is first and segments(index, 4) is not first
+    index[1] = 1
+    order, bounds = segments(index, 3)
+    assert order.tolist() == [3, 1, 0, 2] and bounds.tolist() == [0, 1, 2, 4]
+
+
+@pytest.mark.triton
+def test_backwards_of_one_forward_sort_their_index_once(triton_device, monkeypatch):
+    sorts, sort = [], torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *args, **kw: sorts.append(args) or sort(*args, **kw))
+    x, y, gate, index = torch.ones(2, 3, 8), torch.ones(2, 3, 8), torch.ones(2, 8), torch.ones(2, 3)
+    index, gate = index.long(), gate.requires_grad_()
+    for _ in range(3):
+        x = gated_residual(x, y, gate, row_index=index)
+    x.sum().backward()
+    assert len(sorts) == 1
 
 
 @pytest.mark.parametrize(
