@@ -72,8 +72,13 @@ def backward_launch(
 ) -> Launch:
     """Choose one resident wave: each program writes a partial row of the weights' gradients."""
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
-    # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps.
-    registers, warps = (168, 12) if num_warps <= 4 and dim > 768 * num_warps else (128, 16)
+    # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps;
+    # those of 24 on sm_100 for 14.
+    registers, warps = (128, 16)
+    if num_warps <= 4 and dim > 768 * num_warps:
+        registers, warps = (168, 12)
+    elif num_warps == 2 and dim == 1536 and capability[0] == 10:
+        registers, warps = (144, 14)
     programs = max(1, min(tokens, warps // num_warps * multiprocessors(capability)))
     return Launch(head, block_h, block_d, num_warps, programs, registers)
 
