@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,12 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from prfl_fast.memory.ledger import mark
+from prfl_fast.memory.ledger import mark, mark_saved
 from prfl_fast.memory.offload import Handle, Offloader
+from prfl_fast.models.block_adapter import BlockCall, unwrap_block
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
-from prfl_fast.utils.modules import unwrap
+from prfl_fast.utils.modules import STREAMED, unwrap
 from prfl_fast.utils.recompute import recomputed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -109,7 +111,8 @@ def activation_checkpointing(
     if offloader is not None:
         _offloaders[base] = offloader
     run: BlockRunner | None = _Runner(mode, offloader)
-    if offloader is None and mode != "attention":
+    streamed = any(STREAMED in unwrap_block(block).__dict__ for block in adapter.blocks(model))
+    if offloader is None and mode != "attention" and not streamed:
         run = None if mode == "none" else _run_full
     adapter.checkpoint_blocks(model, run)
     return model
@@ -153,11 +156,17 @@ class _Runner:
     def __call__(self, block: nn.Module, *args: Any) -> torch.Tensor:
         pack: Callable[[torch.Tensor], Handle] = _stay
         hooks: Any = contextlib.nullcontext()
+        weights = (block.block if isinstance(block, BlockCall) else unwrap_block(block)).__dict__
+        weights = weights.get(STREAMED)
         if self.offloader is None:
             mark(args[0], "checkpoints")
         else:
             pack = self.offloader.open(block, args[0], tree_leaves(args[1:])).pack
             hooks = saved_tensors_hooks(pack, Handle.unpack)
+        if weights is not None:
+            weights.saved_by_place = True
+            if self.mode == "none":
+                hooks = saved_tensors_hooks(partial(weights.pack, otherwise=pack), Handle.unpack)
         with hooks:
             if self.mode == "none":
                 return block(*args)
@@ -177,7 +186,7 @@ class _Runner:
 
 def _stay(tensor: torch.Tensor) -> Handle:
     """Return a handle of a tensor that stays on its device."""
-    mark(tensor, "checkpoints")
+    mark_saved(tensor)
     return Handle(tensor)
 
 

@@ -28,6 +28,13 @@ def mark(tensor: torch.Tensor, category: str) -> None:
         ledger.mark(tensor, category)
 
 
+def mark_saved(tensor: torch.Tensor) -> None:
+    """Move workspace that autograd saves for the backward to ``"checkpoints"``."""
+    for ledger in _active:
+        if ledger.category_of(tensor) == "workspace":
+            ledger.mark(tensor, "checkpoints")
+
+
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors among an operation's arguments or results."""
     if isinstance(values, torch.Tensor):

@@ -12,9 +12,11 @@ from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.experts import ExpertSwap
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
 from prfl_fast.memory.quantized import cast_weights
+from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice, check_count, make_fields_plain
+from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.optional import need
 
 WeightDtype = Literal["fp32", "bf16", "fp8", "nf4"]
@@ -36,10 +38,13 @@ class MemoryConfig:
         feed_forward_chunk: tokens per pass through a feed-forward layer; None runs all at once.
         optimizer: one of :data:`prfl_fast.memory.optimizers.KINDS`; a frozen model ignores it.
         gradient_dtype: dtype in which gradients accumulate: the parameter's own, or float32.
+        stream_weights: number of blocks that are copied to the device before they run, while the
+            weights of all other blocks wait in host memory, see :mod:`prfl_fast.memory.stream`;
+            None keeps all weights on the device.
 
     Raises:
-        ValueError: if a field is not one of its choices, or ``feed_forward_chunk`` is not a
-            positive integer.
+        ValueError: if a field is not one of its choices, or ``feed_forward_chunk`` or
+            ``stream_weights`` is not a positive integer.
     """
 
     weight_dtype: WeightDtype = "fp32"
@@ -48,10 +53,16 @@ class MemoryConfig:
     feed_forward_chunk: int | None = None
     optimizer: OptimizerKind = "adamw"
     gradient_dtype: GradientDtype = "parameter"
+    stream_weights: int | None = None
 
     # A resumed run may change these fields. They do not change results, except that chunks sum the
     # weight gradients in another order.
-    FREE: ClassVar[tuple[str, ...]] = ("activation_checkpointing", "offload", "feed_forward_chunk")
+    FREE: ClassVar[tuple[str, ...]] = (
+        "activation_checkpointing",
+        "offload",
+        "feed_forward_chunk",
+        "stream_weights",
+    )
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
@@ -64,6 +75,8 @@ class MemoryConfig:
         check_choice("offload", self.offload, (None, "cpu"))
         if self.feed_forward_chunk is not None:
             check_count("feed_forward_chunk", self.feed_forward_chunk)
+        if self.stream_weights is not None:
+            check_count("stream_weights", self.stream_weights)
         check_choice("optimizer", self.optimizer, KINDS)
         check_choice("gradient_dtype", self.gradient_dtype, GRADIENT_DTYPES)
 
@@ -91,17 +104,23 @@ def apply_memory(
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     if isinstance(module, Experts):
-        if device is None:
-            for expert in members(module):
-                apply_memory(expert, config)
-        else:
+        streams = config.stream_weights is not None
+        if device is not None or streams:
             module.swap = None  # of an earlier call
+        if device is None or streams:
+            for expert in members(module):
+                apply_memory(expert, config, device=device)
+        else:
             module.swap = ExpertSwap(module, partial(apply_memory, config=config, device=device))
         return
     backbone = getattr(module, "backbone", None)
     transformer = backbone if isinstance(backbone, nn.Module) else module
+    home = device_of(transformer) if device is None else device
+    stream_weights(transformer, None)
     # Weights come first, because they move to the device layer by layer, already narrow.
-    cast_weights(transformer, config.weight_dtype, device=device)
+    streams = config.stream_weights is not None
+    cast_weights(transformer, config.weight_dtype, device=None if streams else device)
+    stream_weights(transformer, config.stream_weights, home)
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
     # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (mode
     # full, offloaded) for 1.6 % more FLOPs (bench/RESULTS.md).

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prfl_fast.utils.checks import check, check_count
-from prfl_fast.utils.modules import instance_forward, set_forward, unwrap
+from prfl_fast.utils.modules import instance_forward, set_forward, unwrap, weights_of
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.recompute import in_chunks
 
@@ -30,7 +30,12 @@ _patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" 
 
 def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Replace a feed-forward's forward: run the class's forward on ``self.chunk`` tokens a time."""
-    return in_chunks(lambda x: type(self).forward(self, x), hidden_states, self.chunk)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with weights_of(self):  # a chunk is recomputed after the block's own recompute
+            return type(self).forward(self, x)
+
+    return in_chunks(run, hidden_states, self.chunk)
 
 
 def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) -> None:
@@ -62,7 +67,8 @@ class BlockCall:
     def __call__(self, *args: Any) -> torch.Tensor:
         count = len(args) - len(self.names)
         named = dict(zip(self.names, args[count:], strict=True))
-        return self.function(self.block, *args[:count], **named)
+        with weights_of(self.block):  # a recompute does not call the block
+            return self.function(self.block, *args[:count], **named)
 
 
 def call_block(

@@ -5,7 +5,6 @@ blocks with :func:`transformer_block`. In a model of your own, call this functio
 the forward of a block.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from prfl_fast.kernels import (
 from prfl_fast.models.block_autograd import NormAttention, project
 from prfl_fast.models.block_node import BlockNode, make_node
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import is_plain_linear, remember, remembered
+from prfl_fast.utils.modules import is_plain_linear, remember, remembered, weights_of
 from prfl_fast.utils.recompute import in_chunks
 
 # Wan pads every prompt to 512 tokens. Image tokens precede the text tokens in the context.
@@ -213,7 +212,12 @@ def feed_forward(
         chunk: tokens per pass, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
     """
     if chunk is not None:
-        return in_chunks(functools.partial(feed_forward, up, down), x, chunk)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            with weights_of(up), weights_of(down):  # a chunk is recomputed outside of its block
+                return feed_forward(up, down, x)
+
+        return in_chunks(run, x, chunk)
     # The bias in the GELU kernel saves a pass over the hidden layer, in the CPU's product another.
     if x.device.type != "cpu" and is_plain_linear(up):
         return down(bias_gelu(F.linear(x, up.weight), up.bias))

@@ -55,7 +55,13 @@ from prfl_fast.models.official_forward import (
 from prfl_fast.models.wan_checks import check_wan_inputs
 from prfl_fast.models.wan_forward import text_rows, token_timesteps
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import instance_forward, layers_of, stopped_at, unwrap
+from prfl_fast.utils.modules import (
+    instance_forward,
+    layers_of,
+    stopped_at,
+    unwrap,
+    weights_of,
+)
 
 _EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
 
@@ -343,7 +349,10 @@ class WanOfficialAdapter(BlockAdapter):
             forwards += [(block, _same) for block in blocks[1:]]
             for timestep in timesteps:
                 self._head_input(base, x, timestep, conditions, forwards)
-            keys = [context_keys(block_parts(b).cross, first[0].context) for b in blocks]
+            keys = []
+            for block in blocks:
+                with weights_of(block):
+                    keys.append(context_keys(block_parts(block).cross, first[0].context))
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
             return [

@@ -33,7 +33,7 @@ from prfl_fast.models.wan_forward import (
     model_inputs,
     replacements,
 )
-from prfl_fast.utils.modules import layers_of, unwrap
+from prfl_fast.utils.modules import layers_of, unwrap, weights_of
 
 
 class WanDiffusersAdapter(DiffusersAdapter):
@@ -129,7 +129,10 @@ class WanDiffusersAdapter(DiffusersAdapter):
             with replaced_forwards(known):
                 times = [embedder(t, raw_text, raw_image)[:2] for t in timesteps]
             context = text if image is None else torch.cat([image, text], dim=1)
-            keys = [context_keys(block.attn2, context) for block in base.blocks]
+            keys = []
+            for block in base.blocks:
+                with weights_of(block):
+                    keys.append(context_keys(block.attn2, context))
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
             return [

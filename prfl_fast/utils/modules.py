@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+STREAMED = "streamed_weights"  # attribute of a block, and of its modules, for weights_of
+
 
 def layers_of(model: Any) -> Iterator[Any]:
     """Yield ``model`` and each model inside its wrappers, the bare one last.
@@ -58,6 +60,21 @@ def instance_forward(module: nn.Module) -> object:
     """Return the function that :func:`set_forward` set; None if there is none."""
     forward = module.__dict__.get("forward")
     return forward.func if isinstance(forward, functools.partial) else None
+
+
+def weights_of(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a block, or a module in it, has its weights on the device.
+
+    Blocks whose weights wait in host memory (:mod:`prfl_fast.memory.stream`) enter it when they are
+    called. Code that reads a module of a block outside a call of the block enters it too.
+    """
+    part: nn.Module | None = module
+    while part is not None:
+        weights = part.__dict__.get(STREAMED)
+        if weights is not None:
+            return weights.present()
+        part = part._modules.get("base_layer")  # of a layer with LoRA
+    return contextlib.nullcontext()
 
 
 class _StopForward(BaseException):

@@ -1,0 +1,107 @@
+"""Copies between a device and host memory, and gradients that wait in host memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from prfl_fast.memory.ledger import HOST, mark
+from prfl_fast.memory.offload import _page_locked
+
+
+class Copies:
+    """Copy stream of a device. Events are None on the CPU, where each copy is complete at once."""
+
+    def __init__(self, device: torch.device, *, fake: bool = False) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and not fake else None
+
+    def reached(self) -> Any:
+        """Return an event for the end of the work that is queued on the compute stream."""
+        if self.stream is None:
+            return None
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """Copy after the event ``after``; return an event for the end of the copy."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        if after is not None:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+        return self.stream.record_event()
+
+    def wait(self, copied: Any) -> None:
+        """Let the compute stream wait for a copy."""
+        if copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(copied)
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """Return host memory as uint8, page-locked on CUDA."""
+        if self.stream is None:
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return _page_locked(nbytes, self.stream)
+
+
+class HostGradients:
+    """Move gradients of streamed parameters to the host when they are complete.
+
+    A gradient accumulates on the device, so it has the bits of one that stays there.
+    """
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+        self._hooks: dict[int, tuple[Any, ...]] = {}
+        # By parameter: the buffer, its view as a gradient, and the number of tensors of both.
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+
+    def watch(self, parameter: nn.Parameter, note: Callable[[], None]) -> None:
+        """Move the gradients of a parameter from now on, and call ``note`` for each."""
+        if id(parameter) in self._hooks:
+            return
+
+        def bring(gradient: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                parameter.grad.data = parameter.grad.data.to(gradient.device, copy=True)
+
+        def send(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            note()
+            # This copy ends before the hook does, so the host may read .grad after a backward.
+            host = self._buffer(id(parameter), parameter.grad)
+            parameter.grad.data = host.copy_(parameter.grad.data)
+
+        for hook in (bring, send):  # torch.save would warn of hooks that a file does not keep
+            hook.__torch_unserializable__ = True  # type: ignore[attr-defined]
+        self._hooks[id(parameter)] = (
+            parameter.register_hook(bring),
+            parameter.register_post_accumulate_grad_hook(send),
+        )
+
+    def _buffer(self, key: int, like: torch.Tensor) -> torch.Tensor:
+        """Return host memory in the layout of a gradient, the parameter's last one if free."""
+        if key in self._buffers:
+            _, host, alone = self._buffers[key]
+            layout = (like.dtype, like.shape, like.stride())
+            if layout == (host.dtype, host.shape, host.stride()) and _readers(host) == alone:
+                return host
+        memory = self._copies.host_buffer(like.nbytes)
+        host = memory.view(like.dtype).as_strided(like.shape, like.stride())
+        mark(host, HOST)
+        self._buffers[key] = memory, host, _readers(host)
+        return host
+
+    def close(self) -> None:
+        """Leave later gradients where they arise."""
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+
+
+def _readers(tensor: torch.Tensor) -> int:
+    """Return the number of tensors that share a storage."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
