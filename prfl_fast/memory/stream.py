@@ -222,7 +222,8 @@ class BlockWeights:
                 self._gradients.watch(parameter, self._note_gradient)
         slot = self.slots.take(self)
         if self not in slot.views:
-            slot.views[self] = self._views_of(slot.memory)
+            with torch.inference_mode(False):  # a later graph saves tensors of these views
+                slot.views[self] = self._views_of(slot.memory)
         self._point(slot.views[self])
 
     def _note_gradient(self) -> None:

@@ -10,6 +10,7 @@ from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.official import WanOfficialAdapter
 from prfl_fast.training.model_files import adapter_name, without_function
 from prfl_fast.utils.checks import check, plain
+from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.optional import need
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -58,13 +59,16 @@ def add_lora(
         model.add_adapter(config)  # type: ignore[operator]
     else:
         peft.inject_adapter_in_model(config, model)
-    # peft creates adapters in float32 or in the layer's dtype, depending on the function called.
+    # peft creates adapters in float32 or in the layer's dtype, depending on the function called,
+    # and on the layer's device, where streamed weights are not.
+    device = device_of(model)
     for layer in model.modules():
         base: Any = getattr(layer, "base_layer", None)
-        if base is not None and base.weight.dtype.itemsize < 4:
+        if base is not None:
+            dtype = torch.bfloat16 if base.weight.dtype.itemsize < 4 else None
             for parameter in layer.parameters():
                 if parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                    parameter.data = parameter.data.to(device, dtype)
 
 
 @torch.no_grad()

@@ -4,59 +4,21 @@ import itertools
 
 import pytest
 import torch
-import wan
-from offload_models import assert_same, fill_adapters, gradients_of_loss, held
+from offload_models import assert_same, gradients_of_loss, held, loss
+from streamed_models import (
+    LAYERS,
+    POLICIES,
+    build,
+    check_home,
+    poison_released_slots,  # noqa: F401 - a fixture
+    slots_of,
+)
 
-import prfl_fast
 from prfl_fast.memory import stream as streaming
-from prfl_fast.memory.checkpointing import MODES
-from prfl_fast.memory.policy import MemoryConfig, apply_memory
-from prfl_fast.training.lora import add_lora
 
 pytest.importorskip("diffusers")
 
-LAYERS = 5
-POLICIES = list(itertools.product(MODES, (None, "cpu")))
 EACH_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poison_released_slots(monkeypatch):
-    """Fill the memory of a slot with NaN as soon as its block is forgotten."""
-    original = streaming.Slots._empty
-
-    def empty(slot):
-        original(slot)
-        slot.memory.fill_(255)
-
-    monkeypatch.setattr(streaming.Slots, "_empty", staticmethod(empty))
-
-
-def build(policy=("none", None), ahead=1, *, patched=True, lora=False, **options):
-    model = wan.tiny_wan(layers=LAYERS)
-    if patched:
-        prfl_fast.patch(model)
-    apply_memory(model, MemoryConfig("fp32", *policy, stream_weights=ahead, **options))
-    if lora:
-        torch.manual_seed(0)
-        add_lora(model, 2)
-        fill_adapters(model)
-    return model
-
-
-def slots_of(model):
-    return model.blocks[0].__dict__[streaming.STREAMED].slots
-
-
-def check_home(model):
-    """Check that no block is open and every parameter is where it waits."""
-    for block in model.blocks:
-        weights = block.__dict__[streaming.STREAMED]
-        home = weights.host.untyped_storage().data_ptr()
-        assert weights.depth == 0 and not weights.saved_by_place
-        for parameter in weights.parameters():
-            assert parameter.untyped_storage().data_ptr() == home
-            assert torch.isfinite(parameter).all()
 
 
 @EACH_POLICY
@@ -72,3 +34,156 @@ def test_gradients_are_bit_identical(policy, lora, patched):
             check_home(model)
         assert held(model) == (0, 0)
         assert len(slots_of(model).order) >= ahead + 1
+
+
+class InjectedError(Exception):
+    pass
+
+
+def raising(*args):
+    raise InjectedError
+
+
+def fail_in_block(model, index, patch):
+    patch.setattr(model.blocks[index].ffn.net[2], "forward", raising)
+
+
+def fail_by_interrupt(model, index, patch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    patch.setattr(model.blocks[index].ffn.net[2], "forward", interrupt)
+
+
+def fail_in_backward(model, index, patch):
+    """Raise in a hook of the block's middle: in a recompute too, whose results are then saved."""
+    layer = model.blocks[index].ffn.net[2]
+
+    def forward(x):
+        out = type(layer).forward(layer, x)
+        out.register_hook(raising)
+        return out
+
+    patch.setattr(layer, "forward", forward)
+
+
+def fail_in_second_run(model, index, patch):
+    """Raise in the recompute, or in the next forward."""
+    layer, calls = model.blocks[index].ffn.net[2], itertools.count()
+
+    def forward(x):
+        return raising() if next(calls) == 1 else type(layer).forward(layer, x)
+
+    patch.setattr(layer, "forward", forward)
+
+
+def fail_in_copy(model, index, patch):
+    """Raise at the copy in to the device that is made after ``2 * index`` others."""
+    original, made = streaming.Copies.copy, itertools.count()
+
+    def copy(*args):
+        return raising() if next(made) >= 2 * index % 7 else original(*args)
+
+    patch.setattr(streaming.Copies, "copy", copy)
+
+
+FAILURES = [fail_in_block, fail_by_interrupt, fail_in_backward, fail_in_second_run, fail_in_copy]
+
+
+@pytest.mark.cases(5)
+@pytest.mark.parametrize("policy", POLICIES[::2], ids=str)
+@pytest.mark.parametrize("fail", FAILURES)
+def test_failures_leave_nothing_behind(fail, policy, monkeypatch):
+    """Five failures, at different blocks, of each kind under each of three policies."""
+    model = build(policy)
+    plain = gradients_of_loss(model)
+    for index in range(LAYERS):
+        with monkeypatch.context() as patch:
+            fail(model, index, patch)
+            with pytest.raises((InjectedError, KeyboardInterrupt)):
+                for _ in range(3):
+                    loss(model).backward()
+                    with torch.no_grad():
+                        loss(model)
+        model.zero_grad(set_to_none=True)
+        check_home(model)
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        assert not any(block._forward_hooks or block._backward_hooks for block in model.blocks)
+        assert_same(gradients_of_loss(model), plain)
+        check_home(model)
+
+
+class SimulatedCopies(streaming.Copies):
+    """Copy stream and compute stream with a clock each; events are moments."""
+
+    seconds_per_copy = 0.75
+
+    def __init__(self, device, *, fake=False):
+        super().__init__(device, fake=fake)
+        self.compute = self.copied = self.waited = 0.0
+        self.trace = []  # (start, end) of copies
+
+    def work(self, seconds):
+        self.compute += seconds
+
+    def reached(self):
+        return self.compute
+
+    def copy(self, target, source, after):
+        target.copy_(source)
+        start = max(self.copied, after or 0.0)
+        self.copied = start + self.seconds_per_copy
+        self.trace.append((start, self.copied))
+        return self.copied
+
+    def wait(self, copied):
+        stall = max(0.0, copied - self.compute)
+        self.waited += stall
+        self.compute += stall
+
+
+def simulated(monkeypatch, policy, seconds_per_copy):
+    """Return a model whose blocks take 1 second forward and 2 backward, and its clock."""
+    monkeypatch.setattr(SimulatedCopies, "seconds_per_copy", seconds_per_copy)
+    monkeypatch.setattr(streaming, "Copies", SimulatedCopies)
+    monkeypatch.setattr(streaming, "_slots", {})
+    model = build(policy)
+    clock = slots_of(model).copies
+
+    def forward(block, args, out):
+        clock.work(1.0)
+        if out.requires_grad:
+            out.register_hook(lambda grad: clock.work(2.0))
+
+    for block in model.blocks:
+        block.register_forward_hook(forward)
+    return model, clock
+
+
+@EACH_POLICY
+def test_copies_run_beside_the_blocks(policy, monkeypatch):
+    model, clock = simulated(monkeypatch, policy, 0.75)
+    model.requires_grad_(False).patch_embedding.requires_grad_(True)
+    for _ in range(3):
+        loss(model).backward()
+    with torch.no_grad():
+        for _ in range(2):
+            loss(model)
+    # Only the first copy has nothing to run beside: the next forward begins where a backward ends,
+    # and a rollout copies the first block again while its last block runs.
+    assert clock.waited == 0.75
+    assert len(clock.trace) == 2 + 3 * (2 * LAYERS - 4) + 2 * LAYERS - 1
+    assert all(a <= start for (_, a), (start, _) in itertools.pairwise(clock.trace))
+
+
+def test_slow_copies_delay_the_blocks(monkeypatch):
+    """A copy waits for the block before in its slot, and a block for its copy."""
+    model, clock = simulated(monkeypatch, ("full", None), 5.0)
+    with torch.no_grad():
+        loss(model)
+        loss(model)
+    # Blocks 0 to 4 twice, and block 0 for the next forward. Copies never rest after the first two.
+    assert len(clock.trace) == 2 * LAYERS + 1
+    assert clock.trace[0] == (0.0, 5.0) and clock.trace[1] == (5.0, 10.0)
+    assert clock.trace[2] == (10.0, 15.0)  # block 0 has ended at 6
+    assert clock.compute == 2 * LAYERS * 5.0 + 1.0
