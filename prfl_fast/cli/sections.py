@@ -422,6 +422,11 @@ class RewardMemorySection(Section):
     feed_forward_chunk: Count | None = key(
         None, "Tokens per pass through a feed-forward layer; null is all."
     )
+    stream_weights: Count | None = key(
+        None,
+        "Keep the weights of blocks in host memory, and copy this number of blocks ahead of the "
+        "one that runs; null keeps them on the device. All weights train with adamw-cpu only.",
+    )
 
     def build(self) -> MemoryConfig:
         """Return the library's configuration of these keys."""

@@ -1,6 +1,5 @@
 """Copies between a device and host memory, and gradients that wait in host memory."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,18 +57,18 @@ class HostGradients:
         # By parameter: the buffer, its view as a gradient, and the number of tensors of both.
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
-    def watch(self, parameter: nn.Parameter, note: Callable[[], None]) -> None:
-        """Move the gradients of a parameter from now on, and call ``note`` for each."""
+    def watch(self, parameter: nn.Parameter) -> None:
+        """Move the gradients of a parameter from now on."""
         if id(parameter) in self._hooks:
             return
 
         def bring(gradient: torch.Tensor) -> None:
             if parameter.grad is not None:
-                parameter.grad.data = parameter.grad.data.to(gradient.device, copy=True)
+                host = parameter.grad.data
+                parameter.grad.data = torch.empty_like(host, device=gradient.device).copy_(host)
 
         def send(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            note()
             # This copy ends before the hook does, so the host may read .grad after a backward.
             host = self._buffer(id(parameter), parameter.grad)
             parameter.grad.data = host.copy_(parameter.grad.data)

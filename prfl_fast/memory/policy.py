@@ -119,7 +119,7 @@ def apply_memory(
     stream_weights(transformer, None)
     # Weights come first, because they move to the device layer by layer, already narrow.
     streams = config.stream_weights is not None
-    cast_weights(transformer, config.weight_dtype, device=None if streams else device)
+    cast_weights(transformer, config.weight_dtype, device=device, stay=streams)
     stream_weights(transformer, config.stream_weights, home)
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
     # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (mode
@@ -160,6 +160,13 @@ def check_compatible(
         weights,
         "fp32 or bf16 without LoRA",
         hint="Quantized weights cannot train: add a lora section, or choose bf16",
+    )
+    check(
+        train == "lora" or config.stream_weights is None or config.optimizer == "adamw-cpu",
+        f"{name}.stream_weights",
+        config.stream_weights,
+        f"null without LoRA and with {name}.optimizer: {config.optimizer}",
+        hint="Weights in host memory train with adamw-cpu",
     )
     check(
         config.optimizer != "paged-adamw8bit" or weights == "fp32",

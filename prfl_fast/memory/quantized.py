@@ -258,7 +258,9 @@ def _block_linears(model: nn.Module, kind: str) -> list[tuple[nn.Module, str, nn
     return found
 
 
-def _quantize_blocks(model: nn.Module, kind: Kind, device: torch.device | str | None) -> None:
+def _quantize_blocks(
+    model: nn.Module, kind: Kind, device: torch.device | str | None, *, stay: bool = False
+) -> None:
     found = _block_linears(model, kind)
     for _, _, layer, name in found:
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
@@ -269,7 +271,8 @@ def _quantize_blocks(model: nn.Module, kind: Kind, device: torch.device | str | 
     while found:
         owner, attribute, layer, _ = found.pop()  # a loop would keep the wide matrices alive
         if not isinstance(layer, QuantizedLinear):
-            setattr(owner, attribute, QuantizedLinear(layer, kind, device=device))
+            made = QuantizedLinear(layer, kind, device=device)
+            setattr(owner, attribute, made.to(layer.weight.device) if stay else made)
 
 
 def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = None) -> Model:
@@ -302,6 +305,7 @@ def cast_weights(
     kind: Literal["fp32", "bf16", "fp8", "nf4"],
     *,
     device: torch.device | str | None = None,
+    stay: bool = False,
 ) -> Model:
     """Convert a transformer's weights to one of four layouts in place; return the model.
 
@@ -310,12 +314,13 @@ def cast_weights(
     ``fp8`` and ``nf4``: ``bf16`` with the linear layers of the blocks quantized from their original
     values (:func:`quantize`). Buffers keep their dtypes.
 
-    ``model`` and ``device`` are as in :func:`quantize`, which raises the same errors.
+    ``model`` and ``device`` are as in :func:`quantize`, which raises the same errors. With ``stay``
+    the model does not move, and each layer is quantized on ``device``.
     """
     check_choice("kind", kind, ("fp32", "bf16", *KINDS))
     _block_linears(model, kind)
     if kind == "fp8" or kind == "nf4":
-        _quantize_blocks(model, kind, device)
+        _quantize_blocks(model, kind, device, stay=stay)
     base = unwrap(model)
     keep = getattr(base, "_keep_in_fp32_modules", None) or ()
     for name, parameter in base.named_parameters():
@@ -323,4 +328,4 @@ def cast_weights(
             wide = kind == "fp32" or any(part in keep for part in name.split("."))
             dtype = torch.float32 if wide else torch.bfloat16
             parameter.data = parameter.data.to(dtype)
-    return model if device is None else model.to(device)
+    return model if device is None or stay else model.to(device)

@@ -117,7 +117,7 @@ class Slots:
         slot.copied = self.copies.copy(slot.memory[:size], block.host, slot.used)
         self.copied_bytes += size
         slot.block, block.slot = block, slot
-        block.note_copied()
+        block.version = block.current_version()
 
     def release(self, block: "BlockWeights") -> None:
         """Forget a block."""
@@ -141,24 +141,15 @@ class BlockWeights:
         self.slot: _Slot | None = None
         self.version = self.depth = 0
         self.saved_by_place = False  # this call's saved tensors pass through pack, or are none
-        self._trains = False  # a gradient has arrived, so an optimizer may change the weights
-        adapters = {id(p) for _, p in adapter_parameters(block)}
-        found: dict[int, tuple[nn.Module, str]] = {}
-        for module in block.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in adapters and parameter.numel():
-                    found.setdefault(id(parameter), (module, name))
-        self._owners = list(found.values())
+        self._owners = _owners(block)
         self._layouts: list[tuple[torch.dtype, int, torch.Size, tuple[int, ...]]] = []
         size = 0
         for parameter in self.parameters():
             kind, plain = type(parameter), (nn.Parameter, FakeTensor)
             expected = "a plain parameter: this tensor subclass cannot wait in host memory"
             check(kind in plain, "weights of a block", kind.__qualname__, expected)
-            shape, stride = parameter.shape, parameter.stride()
-            self._layouts.append((parameter.dtype, size, shape, stride))
-            span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-            size += span * parameter.itemsize + -(span * parameter.itemsize) % _ALIGN
+            self._layouts.append((parameter.dtype, size, parameter.shape, parameter.stride()))
+            size += _aligned_bytes(parameter)
         self.host = slots.copies.host_buffer(size)
         mark(self.host, HOST)
         self._views = self._views_of(self.host)
@@ -181,17 +172,9 @@ class BlockWeights:
         """Return a number that each change of the parameters in place raises."""
         return sum(parameter._version for parameter in self.parameters())
 
-    def note_copied(self) -> None:
-        """Note that the slot has the host's weights."""
-        self.version = self.current_version()
-        if torch._C._current_graph_task_id() == -1:
-            self._trains = False
-
     def changed(self) -> bool:
-        """Return True if the host's weights may differ from those in the slot."""
-        # Inside a backward a gradient of this block may have arrived, but no update.
-        updated = self._trains and torch._C._current_graph_task_id() == -1
-        return updated or self.version != self.current_version()
+        """Return True if the host's weights were changed in place since they were copied."""
+        return self.version != self.current_version()
 
     def next_blocks(self) -> list["BlockWeights"]:
         """Return the blocks that are likely to run after this one, in order."""
@@ -211,23 +194,30 @@ class BlockWeights:
                 self._point(self._views)
 
     def _enter(self) -> None:
-        parameters, home = self.parameters(), self.host.untyped_storage()._cdata
-        for (module, name), parameter in zip(self._owners, parameters, strict=True):
+        home = self.host.untyped_storage()._cdata
+        parts = zip(self._owners, self.parameters(), self._views, strict=True)
+        for (module, name), parameter, view in parts:
             if parameter.untyped_storage()._cdata != home:
-                raise RuntimeError(
-                    f"{name} of a {type(module).__name__} was moved or replaced, expected to wait "
-                    "in host memory as stream_weights left it. Call apply_memory again"
-                )
+                layouts = [(t.device, t.dtype, t.shape) for t in (parameter, view)]
+                if layouts[0] != layouts[1]:
+                    raise RuntimeError(
+                        f"{name} of a {type(module).__name__} was moved or cast, expected to wait "
+                        "in host memory as apply_memory left it. Call apply_memory again"
+                    )
+                self.slots.release(self)  # new data on the host, as when peft merges an adapter
+                parameter.data = view.copy_(parameter.data)
             if parameter.requires_grad and torch.is_grad_enabled():
-                self._gradients.watch(parameter, self._note_gradient)
+                self._gradients.watch(parameter)
+        if self.index == 0 and torch._C._current_graph_task_id() == -1:
+            # Between two forwards the weights may change by .data, which no version counts: peft
+            # merges adapters so. The first block then waits for its copy.
+            for block in self.ring.blocks:
+                self.slots.release(block)
         slot = self.slots.take(self)
         if self not in slot.views:
             with torch.inference_mode(False):  # a later graph saves tensors of these views
                 slot.views[self] = self._views_of(slot.memory)
         self._point(slot.views[self])
-
-    def _note_gradient(self) -> None:
-        self._trains = True
 
     def _point(self, views: list[torch.Tensor]) -> None:
         for parameter, view in zip(self.parameters(), views, strict=True):
@@ -269,6 +259,29 @@ class BlockWeights:
                 parameter.data = view.clone()
 
 
+def _owners(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return module and name of each parameter that can wait: all except those of adapters."""
+    adapters = {id(p) for _, p in adapter_parameters(block)}
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in adapters and parameter.numel():
+                found.setdefault(id(parameter), (module, name))
+    return list(found.values())
+
+
+def _aligned_bytes(parameter: torch.Tensor) -> int:
+    pairs = zip(parameter.shape, parameter.stride(), strict=True)
+    size = (1 + sum((n - 1) * stride for n, stride in pairs)) * parameter.itemsize
+    return size + -size % _ALIGN
+
+
+def weight_bytes(block: nn.Module) -> int:
+    """Return the bytes of a block that would wait in host memory, on the ``meta`` device too."""
+    parameters: Any = (module._parameters[name] for module, name in _owners(block))
+    return sum(map(_aligned_bytes, parameters))
+
+
 class _Ring:
     """Blocks of one model in the order of its forward, of which ``ahead`` are copied early."""
 
@@ -277,16 +290,13 @@ class _Ring:
         self.ahead, self._last = ahead, 0
 
     def after(self, index: int) -> list[BlockWeights]:
-        """Return the blocks to copy when block ``index`` begins."""
-        end, backward = len(self.blocks) - 1, torch._C._current_graph_task_id() != -1
-        again = not (torch.is_grad_enabled() or backward)  # the next step of a rollout
-        down = index < self._last or (index == end and not again)
+        """Return the blocks to copy when block ``index`` begins: the next ones, or those before."""
+        end = len(self.blocks) - 1
+        # A forward with gradient ends where its backward begins.
+        step = -1 if index > 0 and (index < self._last or index == end) else 1
         self._last = index
-        step = -1 if down and index > 0 else 1
-        places = [index + step * (i + 1) for i in range(self.ahead)]
-        if again and step == 1:
-            places = [place % (end + 1) for place in places]
-        return [self.blocks[place] for place in places if 0 <= place <= end and place != index]
+        places = range(index + step, index + step * (self.ahead + 1), step)
+        return [self.blocks[place] for place in places if 0 <= place <= end]
 
 
 # By device and True for fake tensors. Models share the slots, which live as long as one of them.
@@ -332,6 +342,13 @@ def stream_weights(
         if id(tensor) not in waiting:
             tensor.data = tensor.data.to(home)
     slots.fit(max(weights.host.nbytes for weights in ring.blocks), ahead + 1)
+
+
+def waiting_weights(model: nn.Module) -> list[BlockWeights]:
+    """Return the weights of each block that wait in host memory, in order."""
+    blocks = map(unwrap_block, find_blocks(model).blocks(model))
+    found = [block.__dict__.get(STREAMED) for block in blocks]
+    return [weights for weights in found if weights is not None]
 
 
 @functools.cache

@@ -127,7 +127,9 @@ def _headline(plan: Plan) -> list[str]:
 
 def _policy(memory: MemoryConfig) -> str:
     mode, offload = memory.activation_checkpointing, memory.offload or "none"
-    return f"{memory.weight_dtype} weights, activation checkpointing {mode}, offload {offload}"
+    text = f"{memory.weight_dtype} weights, activation checkpointing {mode}, offload {offload}"
+    ahead = memory.stream_weights
+    return text if ahead is None else f"{text}, weights streamed ({ahead} ahead)"
 
 
 def _ledger(plan: Plan) -> list[str]:
@@ -172,13 +174,14 @@ def _candidates(plan: Plan) -> list[str]:
 
 def _row(candidate: Candidate) -> str:
     chunk = candidate.memory.feed_forward_chunk or "all"
+    streams = "" if candidate.memory.stream_weights is None else "weights streamed, "
     generator, reward = (
         memory.activation_checkpointing + ("+cpu" if memory.offload else "")
         for memory in (candidate.memory, candidate.reward_memory)
     )
     return (
         f"  {generator:<15}{reward:<15}{chunk:<7}{gib(candidate.peak):>12}"
-        f"{gib(candidate.host):>12}{seconds(candidate.seconds):>13}  {candidate.reason}"
+        f"{gib(candidate.host):>12}{seconds(candidate.seconds):>13}  {streams}{candidate.reason}"
     )
 
 

@@ -18,6 +18,7 @@ from prfl_fast.planning.allocator import fits, least_limit, requests_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.simulation import SWAP_PHASES, simulate
+from prfl_fast.planning.streaming import AHEAD, REWARD_PHASES, block_bytes, streamed
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
@@ -39,7 +40,6 @@ MODES: tuple[tuple[Any, Any], ...] = (
 )
 # From a mode without offload to the mode that keeps a part of the same tensors.
 LEANER = {MODES[0]: MODES[1], MODES[1]: MODES[3]}
-REWARD_PHASES = ("reward", "reward backward")
 CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over, fragmented"
 
 Bytes = Mapping[str, float]
@@ -105,7 +105,7 @@ class Single:
     """Split a simulation of both models in one mode into the parts of each model."""
 
     def __init__(self, run: Simulation, layers: int) -> None:
-        self._run, self._layers = run, layers
+        self.run, self._layers = run, layers
         self._highs = _highs(run)
         self.start, self._middle = (
             next(live for name, live in run.timeline if name == phase) for phase in REWARD_PHASES
@@ -126,7 +126,7 @@ class Single:
         return {"checkpoints": 2 * self.last_block}
 
     def _sent(self, phase: str) -> int:
-        return self._run.costs[phase].to_host_bytes
+        return self.run.costs[phase].to_host_bytes
 
     def added_by_reward(self) -> list[dict[str, float]]:
         """Return the bytes that the peak of each reward phase adds to its start."""
@@ -141,7 +141,7 @@ class Single:
 
     def costs(self, *, reward: bool) -> dict[str, Cost]:
         """Return the costs of the reward's phases, or of the others."""
-        return {p: c for p, c in self._run.costs.items() if (p in REWARD_PHASES) == reward}
+        return {p: c for p, c in self.run.costs.items() if (p in REWARD_PHASES) == reward}
 
     def host(self, *, reward: bool) -> float:
         """Return the host bytes of the reward's blocks, or of the generator's without its last."""
@@ -151,7 +151,7 @@ class Single:
 
     def other_host(self) -> int:
         """Return the host bytes of optimizer states, all but offloaded activations."""
-        return max(0, self._run.host - self._sent("forward") - self._sent("reward"))
+        return max(0, self.run.host - self._sent("forward") - self._sent("reward"))
 
 
 def _sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
@@ -200,13 +200,20 @@ class Search:
         self.limit, self.host_budget = budget - CONTEXT, host_budget
         self.expandable = expandable
         self._seen: dict[tuple[Any, ...], Single] = {}
+        self._sizes: dict[str, tuple[int, int, int]] = {}
 
     def run(self, tiers: Sequence[Tier]) -> Found:
         """Return the fastest candidate that fits, from the first tier with one that fits."""
         considered: list[Candidate] = []
         for index, tier in enumerate(tiers):
-            found = self._tier(tier, last=index == len(tiers) - 1)
-            found.sort(key=lambda c: (c.seconds, c.peak))
+            last = index == len(tiers) - 1
+            found = self._tier(tier, last=last)
+            fits = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
+            if self.workload.train == "lora" or tier[1] == "adamw-cpu":
+                # Copies take time at best hidden: only a faster policy of the blocks gains by it.
+                waiting = self._tier((*tier, AHEAD), last=last)
+                found += [c for c in waiting if c.seconds < fits]
+            found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
             considered += found
             for candidate in found:
                 if candidate.reason != SLOWER:
@@ -228,8 +235,11 @@ class Search:
         least = least_limit(requests, live, expandable=self.expandable, within=max(1, live // 100))
         return least - live
 
-    def _tier(self, tier: Tier, *, last: bool) -> list[Candidate]:
-        """Return the candidates of a tier, only the leanest if it does not fit."""
+    def _tier(self, tier: Any, *, last: bool) -> list[Candidate]:
+        """Return the candidates of a tier, only the leanest if it does not fit.
+
+        A third item of ``tier`` is the number of blocks that are copied ahead.
+        """
         lean = (MODES[-1], MODES[-1])
         whole = self._candidate(tier, *lean, None)
         if whole.peak <= self.limit:
@@ -252,7 +262,7 @@ class Search:
         )
         return run, whole
 
-    def _candidates(self, tier: Tier) -> list[Candidate]:
+    def _candidates(self, tier: Any) -> list[Candidate]:
         """Return the pairs of modes that may fit, and chunked ones that may be the fastest."""
         found: dict[tuple[Any, Any], Candidate] = {}
         # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
@@ -272,13 +282,13 @@ class Search:
                     fits = min(fits, chunked[-1].seconds)
         return [*found.values(), *chunked]
 
-    def _may_fit(self, tier: Tier, generator: Any, reward: Any) -> bool:
+    def _may_fit(self, tier: Any, generator: Any, reward: Any) -> bool:
         """Return False if the live bytes between forwards and backwards exceed the limit."""
         ours, theirs = (self._single(tier, mode, None) for mode in (generator, reward))
         kept = _sum((1, _start(ours, theirs)), (1, theirs.kept_by_reward()))
         return sum(kept.values()) <= self.limit
 
-    def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
+    def _candidate(self, tier: Any, generator: Any, reward: Any, chunk: int | None) -> Candidate:
         ours, theirs = self._single(tier, generator, chunk), self._single(tier, reward, chunk)
         start = _start(ours, theirs)
         moments: list[Bytes] = [*ours.moments()]
@@ -296,12 +306,25 @@ class Search:
             self._refusal(peak, int(host)) or SLOWER,
         )
 
-    def _single(self, tier: Tier, mode: Any, chunk: int | None) -> Single:
+    def _single(self, tier: Any, mode: Any, chunk: int | None) -> Single:
         key = (tier, mode, chunk)
         if key not in self._seen:
-            run = self._simulate(*memory_of(tier, mode, mode, chunk))
+            resident = memory_of(tier[:2], mode, mode, chunk)
+            if len(tier) == 2:
+                run = self._simulate(*resident)
+            else:
+                sizes, full = self._block_bytes(*resident), self.workload.train == "full"
+                run = streamed(self._single(tier[:2], mode, chunk).run, sizes, full=full)
             self._seen[key] = Single(run, self.workload.blocks)
         return self._seen[key]
+
+    def _block_bytes(
+        self, memory: MemoryConfig, reward_memory: MemoryConfig
+    ) -> tuple[int, int, int]:
+        dtype = memory.weight_dtype
+        if dtype not in self._sizes:
+            self._sizes[dtype] = block_bytes(self.workload, memory, reward_memory)
+        return self._sizes[dtype]
 
     def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:
         self.show(f"{memory.weight_dtype}, {memory.activation_checkpointing}")
@@ -332,12 +355,12 @@ def _steps(pair: tuple[Any, Any]) -> int:
 
 
 def memory_of(
-    tier: Tier, generator: Any, reward: Any, chunk: int | None
+    tier: Any, generator: Any, reward: Any, chunk: int | None
 ) -> tuple[MemoryConfig, MemoryConfig]:
     """Return the configs of generator and reward; both are given as (checkpointing, offload)."""
-    weights: Any = tier[0]
-    optimizer: Any = tier[1]
+    weights, optimizer, *ahead = tier
+    streams: Any = {"stream_weights": ahead[0]} if ahead else {}
     return (
-        MemoryConfig(weights, generator[0], generator[1], chunk, optimizer),
-        MemoryConfig(weights, reward[0], reward[1], chunk),
+        MemoryConfig(weights, generator[0], generator[1], chunk, optimizer, **streams),
+        MemoryConfig(weights, reward[0], reward[1], chunk, **streams),
     )

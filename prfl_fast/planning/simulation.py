@@ -5,6 +5,7 @@ allocation and release, so a 14B model at 720p takes seconds and no memory.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.kernels import flow_loss
+from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.experts import host_bytes, moved_tensors
 from prfl_fast.memory.ledger import HOST, Ledger, mark
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
+from prfl_fast.memory.stream import BlockWeights, stream_weights, waiting_weights
 from prfl_fast.models.adapter import FIRST_FRAME, generated_frames, set_first_frame
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter, patch
@@ -105,8 +108,9 @@ def build(
     both: tuple[Any, ...] = (generator, backbone)
     for model in both:
         model.text_tokens = workload.text_tokens
-    apply_memory(generator, memory)
-    apply_memory(reward, reward_memory)
+    # Weights of the meta device cannot wait: stream_models lets them wait later.
+    apply_memory(generator, dataclasses.replace(memory, stream_weights=None))
+    apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
     if workload.train == "lora":
         add_lora(generator, workload.lora_rank, target_modules=workload.target_modules)
     return generator, reward
@@ -122,6 +126,19 @@ def materialize(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+def stream_models(
+    generator: nn.Module,
+    reward: LatentRewardModel,
+    memory: MemoryConfig,
+    reward_memory: MemoryConfig,
+) -> None:
+    """Let the weights of materialized models wait in host memory where the policies say so."""
+    for model, config in ((generator, memory), (reward.backbone, reward_memory)):
+        if config.stream_weights is not None:
+            stream_weights(model, config.stream_weights)
+            activation_checkpointing(model, config.activation_checkpointing, config.offload)
 
 
 class SimulatedStep:
@@ -141,10 +158,12 @@ class SimulatedStep:
         self.generator, self.reward = generator, reward
         self.adapter = find_adapter(generator)
         self.parameters = [p for p in generator.parameters() if p.requires_grad]
-        for parameter in (*generator.parameters(), *generator.buffers()):
-            ledger.mark(parameter, "weights")
-        for parameter in (*reward.parameters(), *reward.buffers()):
-            ledger.mark(parameter, "reward")
+        self.waiting: set[int] = set()  # parameters in host memory
+        for model, backbone, category in (
+            (generator, generator, "weights"),
+            (reward, reward.backbone, "reward"),
+        ):
+            self._mark_weights(model, waiting_weights(backbone), category)
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_mark_gradient)
             if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
@@ -164,6 +183,18 @@ class SimulatedStep:
             self.scheduler = FlowUniPC(workload.shift)
             self.scheduler.set_timesteps(workload.num_inference_steps)
             self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
+
+    def _mark_weights(self, model: nn.Module, waiting: list[BlockWeights], category: str) -> None:
+        for block in waiting:
+            first, *_ = parameters = block.parameters()
+            self.waiting.update(map(id, parameters))
+            with self._at(first):
+                self.ledger.mark(block.host, HOST)
+        for slot in waiting[0].slots.order if waiting else ():
+            self.ledger.mark(slot.memory, "weights")
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in self.waiting:
+                self.ledger.mark(tensor, category)
 
     def _make(
         self,
@@ -206,13 +237,17 @@ class SimulatedStep:
         adapters = self.parameters if self.workload.train == "lora" else []
         stay = {id(parameter) for parameter in adapters}
         self.moved = [t for t in moved_tensors(self.generator) if id(t) not in stay]
+        spare = host_bytes(self.moved) - sum(tensor.nbytes for tensor in self.moved)
         waiting = [(t, HOST, t.nbytes) for t in self.moved]
+        if self.waiting:  # both experts share the slots, and nothing is exchanged
+            places = {True: HOST, False: "weights"}
+            waiting = [(t, places[id(t) in self.waiting], t.nbytes) for t in self.moved]
+            self.moved, spare = [], 0
         waiting += [(p, "weights", (self.trained - 1) * p.nbytes) for p in adapters]
         self.other = [
             self._make(size, category=category, dtype=torch.uint8, owner=owner)
             for owner, category, size in waiting
         ]
-        spare = host_bytes(self.moved) - sum(tensor.nbytes for tensor in self.moved)
         self.other.append(self._make(spare, category=HOST, dtype=torch.uint8))
 
     def _conditions(self) -> dict[str, torch.Tensor]:
@@ -279,7 +314,8 @@ class SimulatedStep:
         for parameter in self.parameters:
             with self._at(parameter):
                 parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
-                self.ledger.mark(parameter.grad, "gradients")
+                place = HOST if id(parameter) in self.waiting else "gradients"
+                self.ledger.mark(parameter.grad, place)
 
     def _feedback(self, several: bool) -> None:
         self.ledger.start_phase("rollout")
@@ -335,7 +371,9 @@ class SimulatedStep:
         for parameter, device, host in states:
             read = 0 if parameter.grad is None else parameter.grad.nbytes
             norm_and_clip = 3 * read
-            if kind == "adamw-cpu":
+            if id(parameter) in self.waiting:
+                pass  # all on the host
+            elif kind == "adamw-cpu":
                 ways = {"to_host_bytes": read, "to_device_bytes": parameter.nbytes}
                 self._count(parameter, moved_bytes=norm_and_clip, **ways)
             else:
@@ -376,6 +414,7 @@ def fake_models(
         if workload.patched:
             patch(generator)
             patch(reward.backbone)
+        stream_models(generator, reward, memory, reward_memory)
         yield generator, reward
 
 

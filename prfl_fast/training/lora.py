@@ -82,7 +82,8 @@ def merge_lora(model: nn.Module) -> None:
     for name, layer in layers:
         if hasattr(layer, "base_layer"):
             for matrix in (layer.lora_A, layer.lora_B):
-                matrix.float()  # the product would be rounded to bfloat16
+                # In bfloat16 the product would be rounded. Streamed weights are on the host.
+                matrix.to(layer.base_layer.weight.device, torch.float32)
             layer.merge()
             bare.set_submodule(name, layer.base_layer)
     del bare.peft_config

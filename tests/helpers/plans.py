@@ -9,7 +9,8 @@ from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import MODES
-from prfl_fast.planning.simulation import SimulatedStep, build, materialize
+from prfl_fast.planning.simulation import SimulatedStep, build, materialize, stream_models
+from prfl_fast.planning.streaming import streamed
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 
@@ -91,7 +92,17 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
         costs |= {f"sft {p}": costs[p] for p in ("forward", "backward")}
     phase, high = max(timeline, key=lambda m: sum(m[1].values()))
     host = (sum(sent) + (memory.optimizer == "adamw-cpu") * depth) << 20
-    return Simulation(sum(high.values()), phase, high, host, timeline, costs)
+    run = Simulation(sum(high.values()), phase, high, host, timeline, costs)
+    if memory.stream_weights is None:
+        return run
+    sizes = made_up_bytes(workload, memory, reward_memory)
+    return streamed(run, sizes, full=workload.train == "full")
+
+
+def made_up_bytes(workload, memory, reward_memory):
+    """Return bytes of the blocks of the generator, of the reward, and of the largest block."""
+    block = WEIGHTS[memory.weight_dtype] << 20
+    return workload.config["num_layers"] * block, workload.reward_blocks * block, block
 
 
 def prepared(generator, reward):
@@ -108,6 +119,7 @@ def ledger_of(workload, memory, fake):
     built = build(workload, *memory)
     with FastFakeTensorMode() if fake else contextlib.nullcontext():
         generator, reward = prepared(*built)
+        stream_models(generator, reward, *memory)
         with Ledger(open_operations=True) as ledger:
             SimulatedStep(workload, *memory, generator, reward, ledger).run()
     return ledger

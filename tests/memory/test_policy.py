@@ -139,7 +139,9 @@ def test_either_model_alone(monkeypatch):
     assert transformer.patch_embedding.weight.dtype == torch.bfloat16
     calls = []
     monkeypatch.setattr(
-        prfl_fast.memory.policy, "cast_weights", lambda *call, device: calls.append((*call, device))
+        prfl_fast.memory.policy,
+        "cast_weights",
+        lambda *call, device, stay: calls.append((*call, device)),
     )
     apply_memory(transformer, MemoryConfig("nf4"), device="meta")
     apply_memory(reward, MemoryConfig("fp8"), device="meta")
@@ -175,6 +177,7 @@ def test_what_this_machine_cannot_do(monkeypatch):
         ("feed_forward_chunk", True),
         ("optimizer", "adam"),
         ("gradient_dtype", "bf16"),
+        ("stream_weights", 0),
     ],
 )
 def test_a_wrong_value_names_its_field(field, value):
@@ -190,6 +193,11 @@ def test_a_wrong_value_names_its_field(field, value):
         (("fp8",), {"train": "full"}, "'fp8', expected fp32 or bf16 without LoRA"),
         (("bf16", "none", None, None, "paged-adamw8bit"), {"train": "lora"}, "fp32 weights only"),
         (("fp32", "none", None, None, "adamw-sr"), {"train": None}, "none: the model is frozen"),
+        (
+            ("bf16", "full", None, None, "adamw", "parameter", 1),
+            {"train": "full"},
+            "Weights in host memory train with adamw-cpu",
+        ),
     ],
 )
 def test_what_does_not_go_together(config, options, message):

@@ -142,18 +142,18 @@ class SimulatedCopies(streaming.Copies):
         self.compute += stall
 
 
-def simulated(monkeypatch, policy, seconds_per_copy):
+def simulated(monkeypatch, policy, seconds_per_copy, ahead=1):
     """Return a model whose blocks take 1 second forward and 2 backward, and its clock."""
     monkeypatch.setattr(SimulatedCopies, "seconds_per_copy", seconds_per_copy)
     monkeypatch.setattr(streaming, "Copies", SimulatedCopies)
     monkeypatch.setattr(streaming, "_slots", {})
-    model = build(policy)
+    model = build(policy, ahead)
     clock = slots_of(model).copies
 
     def forward(block, args, out):
         clock.work(1.0)
-        if out.requires_grad:
-            out.register_hook(lambda grad: clock.work(2.0))
+        if out.requires_grad and torch._C._current_graph_task_id() == -1:
+            args[0].register_hook(lambda grad: clock.work(2.0))  # when the block's backward ends
 
     for block in model.blocks:
         block.register_forward_hook(forward)
@@ -169,10 +169,10 @@ def test_copies_run_beside_the_blocks(policy, monkeypatch):
     with torch.no_grad():
         for _ in range(2):
             loss(model)
-    # Only the first copy has nothing to run beside: the next forward begins where a backward ends,
-    # and a rollout copies the first block again while its last block runs.
+    # Only the first copy has nothing to run beside: a later forward's first copy runs beside the
+    # block before, because the host is ahead. A backward begins with two blocks.
     assert clock.waited == 0.75
-    assert len(clock.trace) == 2 + 3 * (2 * LAYERS - 4) + 2 * LAYERS - 1
+    assert len(clock.trace) == 3 * (2 * LAYERS - 2) + 2 * LAYERS
     assert all(a <= start for (_, a), (start, _) in itertools.pairwise(clock.trace))
 
 
@@ -182,8 +182,13 @@ def test_slow_copies_delay_the_blocks(monkeypatch):
     with torch.no_grad():
         loss(model)
         loss(model)
-    # Blocks 0 to 4 twice, and block 0 for the next forward. Copies never rest after the first two.
-    assert len(clock.trace) == 2 * LAYERS + 1
-    assert clock.trace[0] == (0.0, 5.0) and clock.trace[1] == (5.0, 10.0)
-    assert clock.trace[2] == (10.0, 15.0)  # block 0 has ended at 6
-    assert clock.compute == 2 * LAYERS * 5.0 + 1.0
+    # Two forwards of five blocks. Block 1 is copied at once, block 2 when block 0 has ended.
+    assert clock.trace[:3] == [(0.0, 5.0), (5.0, 10.0), (10.0, 15.0)]
+    # Each copy takes five seconds and begins when the one before ends.
+    assert len(clock.trace) == 2 * LAYERS and clock.compute == 2 * LAYERS * 5.0 + 1.0
+    # More slots do not shorten it.
+    model, other = simulated(monkeypatch, ("full", None), 5.0, ahead=3)
+    with torch.no_grad():
+        loss(model)
+        loss(model)
+    assert other.compute == clock.compute

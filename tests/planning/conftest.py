@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from plans import made_up, small_workload  # noqa: E402
+from plans import made_up, made_up_bytes, small_workload  # noqa: E402
 
 from prfl_fast.planning import planner  # noqa: E402
 from prfl_fast.planning import search as plan_search  # noqa: E402
@@ -20,6 +20,7 @@ def calls(monkeypatch):
     """Replace ``simulate`` by round numbers; return the list of its calls."""
     simulate = Mock(side_effect=made_up)
     monkeypatch.setattr(plan_search, "simulate", simulate)
+    monkeypatch.setattr(plan_search, "block_bytes", made_up_bytes)
     return simulate.mock_calls
 
 
