@@ -145,9 +145,6 @@ class BlockWeights:
         self._layouts: list[tuple[torch.dtype, int, torch.Size, tuple[int, ...]]] = []
         size = 0
         for parameter in self.parameters():
-            kind, plain = type(parameter), (nn.Parameter, FakeTensor)
-            expected = "a plain parameter: this tensor subclass cannot wait in host memory"
-            check(kind in plain, "weights of a block", kind.__qualname__, expected)
             self._layouts.append((parameter.dtype, size, parameter.shape, parameter.stride()))
             size += _aligned_bytes(parameter)
         self.host = slots.copies.host_buffer(size)
@@ -325,6 +322,11 @@ def stream_weights(
     if ahead is None:
         return
     check_count("stream_weights", ahead)
+    for module, name in (owner for block in blocks for owner in _owners(block)):
+        kind = type(module._parameters[name])
+        expected = "a plain parameter: tensor subclasses cannot wait in host memory"
+        ok = kind in (nn.Parameter, FakeTensor)
+        check(ok, f"{name} of a {type(module).__name__}", kind.__qualname__, expected)
     home = device_of(model) if device is None else torch.device(device)
     key = (home, any(isinstance(p, FakeTensor) for p in model.parameters()))
     slots = _slots.get(key)

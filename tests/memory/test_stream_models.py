@@ -1,0 +1,107 @@
+"""Weights of other model families that wait in host memory."""
+
+import official_wan
+import pytest
+import tiny_families
+import torch
+from offload_models import assert_same
+from other_models import tiny
+from streamed_models import poison_released_slots  # noqa: F401 - a fixture
+from tiers import slow_except
+
+import prfl_fast
+from prfl_fast.memory.policy import MemoryConfig, apply_memory
+from prfl_fast.memory.stream import waiting_weights
+from prfl_fast.models.registry import find_blocks
+
+pytest.importorskip("diffusers")
+
+POLICIES = {
+    "none": MemoryConfig("fp32", stream_weights=1),
+    "full": MemoryConfig("fp32", "full", stream_weights=2),
+    "attention": MemoryConfig("fp32", "attention", "cpu", stream_weights=1),
+}
+
+
+def check_policies(model, run):
+    """Check that every policy gives the bits of resident weights, twice, and none is left over."""
+    plain = run(model)
+    for config in POLICIES.values():
+        apply_memory(model, config)
+        assert len(waiting_weights(model)) == len(find_blocks(model).blocks(model))
+        for _ in range(2):
+            assert_same(run(model), plain)
+        assert all(weights.depth == 0 for weights in waiting_weights(model))
+    apply_memory(model, MemoryConfig("fp32"))
+    assert_same(run(model), plain)
+
+
+def present(found):
+    """Return the tensors among outputs and gradients."""
+    out, gradients = found
+    return out, {name: g for name, g in gradients.items() if g is not None}
+
+
+FAMILIES = [case for case in tiny_families.CASES if case != "hunyuan-replace"]
+
+
+@pytest.mark.parametrize("case", slow_except(FAMILIES, ("hunyuan", "ltx2")))
+def test_families(case):
+    arguments = tiny_families.inputs(case)
+    model = prfl_fast.patch(tiny_families.tiny(case))
+    check_policies(model, lambda model: present(tiny_families.run(model, *arguments)))
+
+
+def test_cogvideox():
+    model, arguments = tiny_families.cogvideox(0, 2, "fp32")
+
+    def run(model):
+        found = tiny_families.run_cogvideox(model, arguments)
+        return {name: value for name, value in found.items() if value is not None}
+
+    check_policies(model, run)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("variant", slow_except(official_wan.VARIANTS, ("wan21", "musubi")))
+def test_official_wan(variant, patched):
+    model = official_wan.tiny_official(variant, layers=3)
+    if patched:
+        prfl_fast.patch(model)
+    arguments = official_wan.official_inputs(variant)
+
+    def run(model):
+        out = official_wan.call_official(model, **arguments)
+        out.square().mean().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return out.detach(), found
+
+    check_policies(model, run)
+
+
+@pytest.mark.parametrize("family", ["cosmos", "allegro"])
+def test_models_without_adapter(family):
+    model, tensors, options = tiny(family)
+
+    def run(model):
+        out = model(**tensors, **options, return_dict=False)[0]
+        out.square().mean().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return out.detach(), found
+
+    check_policies(model, run)
+
+
+def test_layers_of_other_libraries_are_refused():
+    class Weight(torch.nn.Parameter):
+        pass
+
+    model, _, _ = tiny("cosmos")
+    block = find_blocks(model).blocks(model)[-1]
+    layer = next(m for m in block.modules() if isinstance(m, torch.nn.Linear))
+    layer.weight = Weight(layer.weight.data)
+    with pytest.raises(ValueError, match="is '.*Weight', expected a plain parameter"):
+        apply_memory(model, POLICIES["full"])
+    assert waiting_weights(model) == []
