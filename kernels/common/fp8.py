@@ -100,7 +100,7 @@ def row_kernel(
         i_next = i_row + tl.num_programs(0)
         b_next = _load_row(x_ptr, i_next, rows, stride_xb, stride_xl, length_x, D, BLOCK_D)
         b_ys = ()
-        b_bits = tl.zeros([BLOCK_D], tl.int32)
+        b_max = tl.zeros([BLOCK_D], tl.float32)
         for i in tl.static_range(len(b_xs)):
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
             b_y = b_xs[i].to(tl.float32)
@@ -108,10 +108,10 @@ def row_kernel(
                 b_y += tl.load(bias_ptr + o_d, mask=o_d < D, other=0.0).to(tl.float32)
             if GELU:
                 b_y = gelu(b_y)
-            # Integers order as the floats do, and NaN is largest.
-            b_bits = tl.maximum(b_bits, b_y.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            b_max = tl.maximum(b_max, tl.abs(b_y), propagate_nan=tl.PropagateNan.ALL)
             b_ys += (b_y,)  # type: ignore[assignment]
-        inverse, scale = scales(tl.max(b_bits, 0))
+        # Integers order as the floats do, and NaN is largest.
+        inverse, scale = scales(tl.max(b_max.to(tl.int32, bitcast=True), 0))
         for i in tl.static_range(len(b_ys)):
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
             b_q = encode_block(b_ys[i] * inverse, CONVERTS)

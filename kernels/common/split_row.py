@@ -73,16 +73,28 @@ def store(ptr, i_token, b, o_d, m_d, D: tl.constexpr):
 
 
 @triton.jit
+def _store_tile(p_tile, b, COLUMNS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Store a tile, of which COLUMNS exist, in the layout of its load."""
+    # Columns are computed in the shape of the values: Triton does not see that reshaped ones are
+    # neighbors, and would store bytes one by one. Of equal axes it gives lanes to the first.
+    b = tl.permute(by_thread(b, THREADS, VECTOR), (1, 0, 2))  # [THREADS, loads, WIDTH]
+    o_d = tl.arange(0, b.shape[1])[None, :, None] * THREADS + tl.arange(0, THREADS)[:, None, None]
+    o_d = o_d * b.shape[2] + tl.arange(0, b.shape[2])[None, None, :]
+    if b.numel <= COLUMNS:
+        tl.store(p_tile + o_d, b)
+    else:
+        tl.store(p_tile + o_d, b, mask=o_d < COLUMNS)
+
+
+@triton.jit
 def store_by_thread(
-    ptr, i_token, b, o_d, m_d, D: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
-):
+    ptr, i_token, b, D: tl.constexpr, HEAD: tl.constexpr, THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
     """Store as :func:`store`, in the layout of the load, so that no byte changes its thread."""
     p_token = ptr + i_token * D
-    b_head = by_thread(b[0].to(ptr.dtype.element_ty), THREADS, VECTOR)
-    b_tail = by_thread(b[1].to(ptr.dtype.element_ty), THREADS, VECTOR)
-    o_head, o_tail = by_thread(o_d[0], THREADS, VECTOR), by_thread(o_d[1], THREADS, VECTOR)
-    tl.store(p_token + o_head, b_head, mask=by_thread(m_d[0], THREADS, VECTOR))
-    tl.store(p_token + o_tail, b_tail, mask=by_thread(m_d[1], THREADS, VECTOR))
+    _store_tile(p_token, b[0].to(ptr.dtype.element_ty), D, THREADS, VECTOR)
+    _store_tile(p_token + HEAD, b[1].to(ptr.dtype.element_ty), D - HEAD, THREADS, VECTOR)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def forward_kernel(
             b_head = encode_block(b_y[0] * inverse, CONVERTS)
             b_y = (b_head, encode_block(b_y[1] * inverse, CONVERTS))
             tl.store(y_scale_ptr + i_token, y_scale)
-            tiles.store_by_thread(y_ptr, i_token, b_y, o_d, m_d, D, THREADS, VECTOR)
+            tiles.store_by_thread(y_ptr, i_token, b_y, D, HEAD, THREADS, VECTOR)
         else:
             tiles.store(y_ptr, i_token, b_y, o_d, m_d, D)
         i_token += 1
@@ -158,16 +158,21 @@ def forward_launch(
     tokens: int, dim: int, kind: str, capability: tuple[int, int], fp8: bool = False
 ) -> Launch:
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
-    # 20 elements a thread spill with fp8, whose conversion needs registers, on sm_80 and 86, and
-    # without a norm, whose reductions keep the compiler from loading all elements at once.
+    # 20 elements a thread spill on sm_80 and 86, with fp8, whose conversion needs registers, also on
+    # sm_120, and without a norm, whose reductions keep the compiler from loading all elements at
+    # once. On sm_90 fp8, which is bound by instructions, takes 40: fewer warps repeat fewer sums.
     old = capability < (9, 0)
-    most = 12 if fp8 else 16 if kind == "none" or old else 20
+    most = 16 if kind == "none" or old else 20
+    if fp8:
+        most = 12 if old or capability >= (12, 0) else most
+        most = 40 if most == 20 and dim <= 5120 and capability < (10, 0) else most
     head, tail, num_warps = tiles.split_token(dim, most)
-    small = head + tail <= 12 * 32 * num_warps
+    elements = (head + tail) // (32 * num_warps)
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.
-    registers = 96 if small and not fp8 else 128
-    return Launch(head, tail, num_warps, registers, programs, small or not (fp8 or old))
+    registers = 255 if elements > 24 else 96 if elements <= 12 and not fp8 else 128
+    ahead = elements <= 12 or not old and not (fp8 and capability >= (10, 0))
+    return Launch(head, tail, num_warps, registers, programs, ahead)
 
 
 def backward_launch(
