@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from prfl_fast.kernels.common.fast_math import PTX
 from prfl_fast.kernels.common.modulation_rows import token_offset
 from prfl_fast.kernels.common.rope import load_turn, next_place, place, rotate
 from prfl_fast.kernels.runtime.triton import multiprocessors, tl, triton
@@ -72,32 +71,12 @@ def backward_launch(
 ) -> Launch:
     """Choose one resident wave: each program writes a partial row of the weights' gradients."""
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
-    # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps;
-    # those of 24 on sm_100 for 14.
-    registers, warps = (128, 16)
-    if num_warps <= 4 and dim > 768 * num_warps:
-        registers, warps = (168, 12)
-    elif num_warps == 2 and dim == 1536 and capability[0] == 10:
-        registers, warps = (144, 14)
+    # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps.
+    registers, warps = (168, 12) if num_warps <= 4 and dim > 768 * num_warps else (128, 16)
+    if capability[0] == 10 and num_warps == 2 and registers == 128:  # sums of 24 would spill there
+        registers, warps = 144, 14
     programs = max(1, min(tokens, warps // num_warps * multiprocessors(capability)))
     return Launch(head, block_h, block_d, num_warps, programs, registers)
-
-
-@triton.jit
-def _add_pairs(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
-
-
-@triton.jit
-def _sum_pair(b_a, b_b):
-    """Return the sums of two blocks by one reduction, whose three barriers serve both."""
-    if PTX:
-        b_a = tl.reshape(b_a, [b_a.numel], can_reorder=True)
-        b_b = tl.reshape(b_b, [b_b.numel], can_reorder=True)
-        sums = tl.reduce((b_a, b_b), 0, _add_pairs)
-    else:  # the interpreter adds pairs one by one
-        sums = (tl.sum(b_a), tl.sum(b_b))
-    return sums
 
 
 @triton.jit
@@ -251,7 +230,9 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
                 b_square += b_n * b_n
                 b_w = tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
                 b_dot += b_dz * b_n * b_w
-            square, dot = _sum_pair(b_square, b_dot)
+            # One reduction for both: each waits three times for all warps.
+            b_both = tl.reshape(tl.join(b_square, b_dot), [BLOCK_H * BLOCK_D, 2])
+            square, dot = tl.split(tl.sum(b_both, 0))
             rho = tl.rsqrt(square * (1.0 / DIM) + eps)
             mean = dot * (1.0 / DIM) * rho * rho * rho
         for i in tl.static_range(len(b_gs)):

@@ -158,9 +158,9 @@ def forward_launch(
     tokens: int, dim: int, kind: str, capability: tuple[int, int], fp8: bool = False
 ) -> Launch:
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
-    # 20 elements a thread spill on sm_80 and 86, with fp8, whose conversion needs registers, also on
-    # sm_120, and without a norm, whose reductions keep the compiler from loading all elements at
-    # once. On sm_90 fp8, which is bound by instructions, takes 40: fewer warps repeat fewer sums.
+    # 20 elements a thread spill on sm_80 and 86; with fp8, whose conversion needs registers, on
+    # sm_120 too; without a norm, whose reductions keep the compiler from loading all at once. On
+    # sm_90 fp8, which is bound by instructions, takes 40: fewer warps repeat fewer sums.
     old = capability < (9, 0)
     most = 16 if kind == "none" or old else 20
     if fp8:
