@@ -16,9 +16,9 @@ rounded once, to the dtypes of x and u. Triton multiplies 16-bit x in TF32, in w
 u, g, p keep 11 bits; CUDA C++ (``csrc/query_pool*.cu``) splits u, and g in g · x, in two halves,
 and rounds p to the dtype of x in the forward. Sums over tokens have two stages, chunks and then
 all: no atomics. Saved for backward: x, u, pooled, lse.
-Bytes: the forward reads x, the backward reads x and writes dx (Triton reads x twice, the second
-time from L2 while the chunk is still there); a chunk leaves 4·H·D bytes of partials. Triton's
-backward of float32 x runs the forward's first kernel again, for the exact sum of the weights.
+Bytes: the forward reads x, the backward reads x and writes dx; Triton reads x twice, because
+neither registers nor L2 hold the chunks of all programs. A chunk leaves 4·H·D bytes of partials.
+Triton's backward of float32 x runs the forward's first kernel again, for the exact sum of weights.
 """
 
 from dataclasses import dataclass
