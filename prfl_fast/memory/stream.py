@@ -327,7 +327,7 @@ def stream_weights(
         expected = "a plain parameter: tensor subclasses cannot wait in host memory"
         ok = kind in (nn.Parameter, FakeTensor)
         check(ok, f"{name} of a {type(module).__name__}", kind.__qualname__, expected)
-    home = device_of(model) if device is None else torch.device(device)
+    home = torch.empty(0, device=device_of(model) if device is None else device).device
     key = (home, any(isinstance(p, FakeTensor) for p in model.parameters()))
     slots = _slots.get(key)
     if slots is None:

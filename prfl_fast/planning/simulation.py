@@ -436,6 +436,8 @@ def simulate(
         layers, reward_layers: depths in place of the workload's.
         whole: run all blocks, instead of repeating the middle one of five.
     """
+    # Copies two blocks ahead would end before the repeated block of five.
+    whole = whole or any((m.stream_weights or 0) > 1 for m in (memory, reward_memory))
     key = repr((workload, layers, reward_layers, whole))  # a configuration has no hash
     found = _remembered.get((key, memory, reward_memory))
     if found is None:
