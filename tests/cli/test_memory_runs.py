@@ -92,6 +92,8 @@ def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, t
     base = {**QLORA, "memory.weight_dtype": "nf4"}
     policies = {"memory": {**KEPT, "weight_dtype": "nf4"}}
     policies["reward_memory"] = {**KEPT, "activation_checkpointing": "full"}
+    for policy in policies.values():
+        policy["stream_weights"] = 1
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     records = train(root, whole, {**base, "run.steps": 4})
     train(root, halves, {**base, "run.steps": 2})
@@ -106,6 +108,25 @@ def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, t
     ):
         changes = {**base, key: value, "run.steps": 6}
         assert f"made with {message}" in refused(capsys, "train", root, halves, changes)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_weights_in_host_memory_change_no_number(root, tmp_path, kind):
+    found = []
+    for streams in ({}, {"stream_weights": 1}):
+        memory = {"weight_dtype": "bf16", "activation_checkpointing": "full", **streams}
+        reward_memory = {"weight_dtype": "bf16", **streams}
+        changes = {**BF16, "run.steps": 2, "memory": memory, "reward_memory": reward_memory}
+        if kind == "full":
+            memory["optimizer"] = "adamw-cpu"
+        else:
+            changes["lora.lora_rank"] = 2
+        out = tmp_path / f"{len(streams)}"
+        records = train(root, out, changes)
+        (file,) = (out / "final").glob("*.safetensors")
+        found.append((records, load_tensors(file)))
+    assert found[0][0] == found[1][0]
+    assert_same(found[1][1], found[0][1])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-sr"])
