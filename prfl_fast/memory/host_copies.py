@@ -73,8 +73,9 @@ class HostGradients:
             host = self._buffer(id(parameter), parameter.grad)
             parameter.grad.data = host.copy_(parameter.grad.data)
 
-        for hook in (bring, send):  # torch.save would warn of hooks that a file does not keep
-            hook.__torch_unserializable__ = True  # type: ignore[attr-defined]
+        hooks: Any = (bring, send)
+        for hook in hooks:  # torch.save would warn of hooks that a file does not keep
+            hook.__torch_unserializable__ = True
         self._hooks[id(parameter)] = (
             parameter.register_hook(bring),
             parameter.register_post_accumulate_grad_hook(send),

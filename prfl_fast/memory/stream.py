@@ -93,8 +93,8 @@ class Slots:
         slot.used = self.copies.reached()
         if block.slot is None or block.changed():
             self._load(block, set())
+        assert block.slot is not None  # the slot of a block that does not run is always free
         slot = block.slot
-        assert slot is not None
         self.copies.wait(slot.copied)
         kept = {slot}
         for other in block.next_blocks():
@@ -337,7 +337,8 @@ def stream_weights(
     for block in blocks:
         weights = BlockWeights(block, slots, ring)
         waiting.update(map(id, weights.parameters()))
-        block.__class__ = _streamed_class(type(block))
+        kind: Any = type(block)
+        block.__class__ = _streamed_class(kind)
         for module in block.modules():
             module.__dict__[STREAMED] = weights
     for tensor in (*model.parameters(), *model.buffers()):
@@ -376,7 +377,7 @@ def _streamed_class(kind: type[nn.Module]) -> type[nn.Module]:
         def leave(self) -> None:
             for module in self.modules():
                 module.__dict__.pop(STREAMED, None)
-            self.__class__ = kind
+            self.__class__ = kind  # type: ignore[assignment]
 
         def __deepcopy__(self, memo: object) -> Any:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,7 +128,7 @@ def _policy(memory: MemoryConfig) -> str:
     mode, offload = memory.activation_checkpointing, memory.offload or "none"
     text = f"{memory.weight_dtype} weights, activation checkpointing {mode}, offload {offload}"
     ahead = memory.stream_weights
-    return text if ahead is None else f"{text}, weights streamed ({ahead} ahead)"
+    return text if ahead is None else f"{text}, weights of blocks in host memory"
 
 
 def _ledger(plan: Plan) -> list[str]:
@@ -156,32 +155,33 @@ def _times(plan: Plan) -> list[str]:
 def _candidates(plan: Plan) -> list[str]:
     head = f"  {'generator':<15}{'reward':<15}{'chunk':<7}{'peak':>12}{'host':>12}{'per step':>13}"
     lines = ["Candidates, fastest first", f"{head}  verdict"]
-    groups = itertools.groupby(
-        plan.candidates, lambda c: (c.memory.weight_dtype, c.memory.optimizer)
-    )
-    for (weights, optimizer), group in groups:
-        found = list(group)
+    groups: dict[tuple[str, str, bool], list[Candidate]] = {}
+    for candidate in plan.candidates:
+        memory = candidate.memory
+        kind = (memory.weight_dtype, memory.optimizer, memory.stream_weights is not None)
+        groups.setdefault(kind, []).append(candidate)
+    for (weights, optimizer, streams), found in groups.items():
         rows = frontier(found)
         chosen = next((i for i, c in enumerate(rows) if c.reason == CHOSEN), len(rows) - 1)
         # Show the faster candidates nearest to the chosen one.
         rows = rows[max(0, chosen - _FASTER) : chosen + 1 + _SLOWER]
         hidden = len(found) - len(rows)
         less = f", {len(rows)} of {len(found)} that matter most" if hidden else ""
-        lines.append(f"  with {weights} weights and {optimizer}{less}:")
+        where = " in host memory" if streams else ""
+        lines.append(f"  with {weights} weights{where} and {optimizer}{less}:")
         lines += [_row(candidate) for candidate in rows]
     return lines
 
 
 def _row(candidate: Candidate) -> str:
     chunk = candidate.memory.feed_forward_chunk or "all"
-    streams = "" if candidate.memory.stream_weights is None else "weights streamed, "
     generator, reward = (
         memory.activation_checkpointing + ("+cpu" if memory.offload else "")
         for memory in (candidate.memory, candidate.reward_memory)
     )
     return (
         f"  {generator:<15}{reward:<15}{chunk:<7}{gib(candidate.peak):>12}"
-        f"{gib(candidate.host):>12}{seconds(candidate.seconds):>13}  {streams}{candidate.reason}"
+        f"{gib(candidate.host):>12}{seconds(candidate.seconds):>13}  {candidate.reason}"
     )
 
 

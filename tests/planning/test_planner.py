@@ -25,9 +25,9 @@ diffusers = pytest.importorskip("diffusers")
 def test_nothing_fits(calls):
     plan = planner.plan_memory(small_workload(), budget=plan_search.CONTEXT + (20 << 20))
     assert not plan.feasible and plan.missing == plan.peak + plan.reserve - plan.budget > 0
-    leanest = memory_of(("nf4", "adamw"), MODES[-1], MODES[-1], CHUNK)
+    leanest = memory_of(("nf4", "adamw", 1), MODES[-1], MODES[-1], CHUNK)
     assert (plan.memory, plan.reward_memory) == leanest
-    assert len(plan.candidates) == 3  # the leanest of each kind of weights
+    assert len(plan.candidates) == 6  # the leanest of each kind of weights, on device and host
     text = table(plan)
     assert "no plan fits" in text and "MiB" not in text
     assert f"{plan.missing / GIB:.2f} GiB of device memory" in text
