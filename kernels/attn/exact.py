@@ -29,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 from prfl_fast.kernels.attn.backend_choice import choose, describe_case, explain
 from prfl_fast.kernels.attn.backends import CALLS
 from prfl_fast.kernels.runtime.checks import (
+    cast,
     compute_dtype,
     require,
     require_float,
@@ -167,7 +168,7 @@ def reference_backward(
         )
         return d_q, d_k, d_v
     # Kernels need a dense last dimension; the gradient of a sum, for example, is expanded.
-    grad, out = (grad if grad.dtype == q.dtype else grad.to(q.dtype)).contiguous(), out.contiguous()
+    grad, out = cast(grad, q.dtype).contiguous(), out.contiguous()
     name = choose(describe_case(heads, key_lengths, q, k, v, grad, out))
     if name == "plain":
         gradients = plain_backward(grad, q, k, v, out, lse, heads, scale, key_lengths)
@@ -178,7 +179,7 @@ def reference_backward(
             g.flatten(2) for g in backward(*split, lse.contiguous(), scale, key_lengths)
         )
     d_q, d_k, d_v = (
-        g.to(q.dtype).contiguous() if need else q.new_empty(0)
+        cast(g, q.dtype).contiguous() if need else q.new_empty(0)
         for g, need in zip(gradients, needed, strict=True)
     )
     if key_lengths is not None:

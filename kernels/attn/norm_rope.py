@@ -40,6 +40,7 @@ from prfl_fast.kernels.common.modulation_rows import token_strides
 from prfl_fast.kernels.common.norm_math import rms_gradients, rstd
 from prfl_fast.kernels.common.rope import by_token, check_grid, check_tables, rope_table, rotations
 from prfl_fast.kernels.runtime.checks import (
+    cast,
     compute_dtype,
     require,
     require_float,
@@ -78,7 +79,7 @@ def _forward_one(
         z = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     else:
         groups = _grouped(x, heads, per_head)
-        z = (groups * rstd(groups, eps, dtype)).mul_(weight).reshape(x.shape).contiguous()
+        z = (groups * rstd(groups, eps, dtype)).mul_(weight).reshape_as(x).contiguous()
     return _turn(z, turns, heads)
 
 
@@ -148,7 +149,7 @@ def reference(
     turns = _turns(cos, sin, grid, offset, q.shape[2] // heads // 2, dtype)
     q_out = _forward_one(q, q_weight, turns, heads, per_head, eps, dtype)
     k_out = _forward_one(k, k_weight, turns, heads, per_head, eps, dtype)
-    return q_out.to(upcast or q.dtype), k_out.to(upcast or k.dtype)
+    return cast(q_out, upcast or q.dtype), cast(k_out, upcast or k.dtype)
 
 
 def _backward_one(
@@ -170,7 +171,7 @@ def _backward_one(
     groups, d_z = _grouped(x, heads, per_head), _grouped(d_z, heads, per_head)
     rho = rstd(groups, eps, dtype)
     d_x, d_weight = rms_gradients(d_z.mul_(rho), groups, weight, rho, need_x, need_weight)
-    return d_x.reshape(x.shape if need_x else 0).to(x.dtype).contiguous(), d_weight
+    return cast(d_x.reshape_as(x), x.dtype).contiguous() if need_x else d_x, d_weight
 
 
 def reference_backward(

@@ -8,13 +8,16 @@ import math
 
 import torch
 
-from prfl_fast.kernels.runtime.checks import require, require_float, require_same_device
+from prfl_fast.kernels.runtime.checks import cast, require, require_float, require_same_device
 from prfl_fast.kernels.runtime.triton import tl, triton
 
 
 def count_rows(*rows: torch.Tensor | None) -> int:
     """Return R of the first ``[R, D]`` tensor that is given; one if none is."""
-    return next((t.shape[0] for t in rows if t is not None), 1)
+    for t in rows:
+        if t is not None:
+            return t.shape[0]
+    return 1
 
 
 def table_plus_rows(
@@ -22,8 +25,8 @@ def table_plus_rows(
 ) -> torch.Tensor | None:
     """Return table + rows as ``[R, D]``; ``[1, D]`` for a table alone, None for neither."""
     if rows is None:
-        return None if table is None else table.to(dtype)[None]
-    rows = rows if rows.dtype == dtype else rows.to(dtype)
+        return None if table is None else cast(table, dtype)[None]
+    rows = cast(rows, dtype)
     return rows if table is None else rows + table  # the sum is in the wider dtype, that of rows
 
 

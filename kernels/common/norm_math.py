@@ -1,10 +1,12 @@
 """Compute norms and their parameters' gradients in plain PyTorch; choose block sizes of rows."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from prfl_fast.kernels.common.modulation_rows import table_plus_rows
+from prfl_fast.kernels.runtime.checks import cast
 
 
 def parameter_gradients(
@@ -41,7 +43,7 @@ def parameter_gradients(
         total.sum(0) if need_shift_table else None,
     )
     pairs = zip(gradients, dtypes, strict=True)
-    return [g if g is None or g.dtype == d else g.to(d) for g, d in pairs]
+    return [g if g is None or d is None else cast(g, d) for g, d in pairs]
 
 
 def row_gain(
@@ -49,8 +51,8 @@ def row_gain(
 ) -> torch.Tensor | None:
     """Return g = w·(1 + s) as ``[R, D]`` or ``[1, D]``; None if neither is given."""
     if modulation is None:
-        return None if weight is None else weight.to(dtype)[None]
-    return 1 + modulation if weight is None else weight.to(dtype) * (1 + modulation)
+        return None if weight is None else cast(weight, dtype)[None]
+    return 1 + modulation if weight is None else cast(weight, dtype) * (1 + modulation)
 
 
 def normalize(
@@ -68,7 +70,18 @@ def normalize(
 def rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """Return 1/√(mean(x²) + eps) over the last dimension, kept, without a widened copy of x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
+    if torch.compiler.is_compiling():
+        return (norm * norm / x.shape[-1] + eps).rsqrt()
+    # An operand that is a number takes as long as two calls on tensors.
+    return torch.addcmul(
+        _constant(eps, dtype, x.device), norm, norm, value=1 / x.shape[-1]
+    ).rsqrt_()
+
+
+@functools.lru_cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def rms_gradients(
@@ -87,13 +100,18 @@ def rms_gradients(
     product = d_z * x
     d_weight = x.new_empty(0) if weight is None else weight.new_empty(0)
     if need_weight and weight is not None:
-        d_weight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
+        d_weight = cast(product.reshape(-1, product.shape[-1]).sum(0), weight.dtype)
     if not need_x:
         return x.new_empty(0), d_weight
     if weight is not None:
         d_z, product = d_z.mul_(weight), product.mul_(weight)
     mean = product.mean(-1, keepdim=True).mul_(rho).mul_(rho)
     return d_z.addcmul_(mean, x, value=-1), d_weight
+
+
+def given(like: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``found``, or an empty tensor if it is None."""
+    return like.new_empty(0, dtype=dtype) if found is None else found
 
 
 def token_block(dim: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from prfl_fast.kernels.common.fp8 import (
 from prfl_fast.kernels.common.modulation_rows import check_tokens
 from prfl_fast.kernels.common.strided_rows import gradient_rows, row_axes, row_offset
 from prfl_fast.kernels.runtime.checks import (
+    cast,
     compute_dtype,
     require,
     require_float,
@@ -53,8 +54,8 @@ def reference(
     x = x if upcast is None else x.to(upcast)
     if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
         return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
-    h = x + bias.to(compute_dtype(x))  # in the dtype of the bias
-    return torch.ops.aten.gelu_(h, approximate="tanh").to(x.dtype).contiguous()
+    h = x + cast(bias, compute_dtype(x))  # in the dtype of the bias
+    return cast(torch.ops.aten.gelu_(h, approximate="tanh"), x.dtype).contiguous()
 
 
 def reference_backward(
@@ -65,12 +66,14 @@ def reference_backward(
         d_x = torch.ops.aten.gelu_backward(grad, x, approximate="tanh").contiguous()
         return d_x, x.new_empty(0)
     dtype = compute_dtype(x)
-    h = x + bias.to(dtype)
+    h = x + cast(bias, dtype)
     # Contiguous: the bits must not depend on the gradient's strides.
-    grad = grad.to(dtype).contiguous()
+    grad = cast(grad, dtype).contiguous()
     d_h = torch.ops.aten.gelu_backward(grad, h, approximate="tanh").contiguous()
-    d_bias = d_h.view(-1, x.shape[-1]).sum(0).to(bias.dtype) if need_bias else bias.new_empty(0)
-    return d_h.to(x.dtype) if need_x else x.new_empty(0), d_bias
+    d_bias = bias.new_empty(0)
+    if need_bias:
+        d_bias = cast(d_h.view(-1, x.shape[-1]).sum(0), bias.dtype)
+    return cast(d_h, x.dtype) if need_x else x.new_empty(0), d_bias
 
 
 def reference_fp8(

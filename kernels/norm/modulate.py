@@ -43,14 +43,14 @@ from prfl_fast.kernels.common.modulation_rows import (
     table_plus_rows,
     token_strides,
 )
-from prfl_fast.kernels.common.norm_math import normalize, parameter_gradients, row_gain
+from prfl_fast.kernels.common.norm_math import given, normalize, parameter_gradients, row_gain
 from prfl_fast.kernels.norm.modulate_triton import (
     backward_kernel,
     backward_launch,
     forward_kernel,
     forward_launch,
 )
-from prfl_fast.kernels.runtime.checks import compute_dtype, require
+from prfl_fast.kernels.runtime.checks import cast, compute_dtype, require
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import capability
 
@@ -79,19 +79,19 @@ def reference(
     gain = row_gain(weight, modulation, dtype)
     offset = table_plus_rows(shift_table, shift, dtype)
     if bias is not None:
-        lifted = bias.to(dtype)[None] if modulation is None else bias * (1 + modulation)
+        lifted = cast(bias, dtype)[None] if modulation is None else bias * (1 + modulation)
         offset = lifted if offset is None else offset + lifted
     rows = max(count_rows(gain), count_rows(offset))
     if kind == "layer" and rows == 1:
         # One row of gain and offset is ATen's affine: one pass, which widens x inside its loop.
-        w, b = gain if gain is None else gain[0], offset if offset is None else offset[0]
+        w, b = (t if t is None else t.view(-1) for t in (gain, offset))
         return torch.layer_norm(x if upcast is None else x.to(upcast), x.shape[-1:], w, b, eps)
     y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
     if gain is not None:
         y = y.mul_(per_token(gain, row_index if len(gain) > 1 else None))
     if offset is not None:
         y = y.add_(per_token(offset, row_index if len(offset) > 1 else None))
-    return y.to(upcast or x.dtype).reshape_as(x).contiguous()
+    return cast(y, upcast or x.dtype).reshape_as(x).contiguous()
 
 
 def reference_backward(
@@ -110,28 +110,25 @@ def reference_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ``(d_x, A [R, D], B [R, D])`` of the formulas above; empty tensors if not needed."""
     dtype = compute_dtype(x)
-    dy = by_row(grad.to(dtype), rows, row_index)
+    dy = by_row(cast(grad, dtype), rows, row_index)
     gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype) if need_x else None
     one_row = gain is not None and len(gain) == 1
     few = kind == "layer" and rows == 1 and one_row and dy.shape[1] <= FEW_TOKENS
     asked = [need_x, few and need_dot, few and need_total]  # of ATen's backward
-    dot, total = (x.new_empty(0, dtype=dtype) for _ in range(2))
+    dot = total = None
     if need_total and not asked[2]:
         total = sum_by_row(dy, rows, row_index)
-    if not need_x and not need_dot:
-        return x.new_empty(0), dot, total
-    wide = by_row(x.to(dtype), rows, row_index)
-    x_hat, mean, rho = normalize(wide, kind, eps)
+    wide = by_row(cast(x, dtype), rows, row_index)
+    x_hat, mean, rho = normalize(wide, kind, eps) if need_x or need_dot else (wide, None, None)
     if need_dot and not asked[1]:
         dot = sum_by_row(dy * x_hat, rows, row_index)
-    if not need_x:
-        d_x = x.new_empty(0)
-    else:
+    d_x = None
+    if need_x:
         d_hat = dy
         if gain is not None and not (one_row and kind == "layer"):
             d_hat = dy * per_token(gain, None if one_row else row_index)
         if kind == "layer":  # ATen has the same formula, and takes one row of gain
-            row = gain[0] if gain is not None and one_row else None
+            row = gain.view(-1) if gain is not None and one_row else None
             d_x, *sums = torch.ops.aten.native_layer_norm_backward(
                 d_hat, wide, wide.shape[-1:], mean, rho, row, row, asked
             )
@@ -140,8 +137,8 @@ def reference_backward(
             d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
         else:
             d_x = d_hat.clone()
-        d_x = d_x.to(x.dtype).reshape_as(x).contiguous()
-    return d_x, dot, total
+        d_x = cast(d_x, x.dtype).reshape_as(x).contiguous()
+    return given(x, d_x, x.dtype), given(x, dot, dtype), given(x, total, dtype)
 
 
 def reference_fp8(

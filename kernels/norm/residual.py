@@ -35,7 +35,8 @@ from prfl_fast.kernels.common.modulation_rows import (
     table_plus_rows,
     token_strides,
 )
-from prfl_fast.kernels.runtime.checks import compute_dtype, require, require_same_device
+from prfl_fast.kernels.common.norm_math import given
+from prfl_fast.kernels.runtime.checks import cast, compute_dtype, require, require_same_device
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
@@ -55,11 +56,11 @@ def reference(
     if rows is None:
         # ATen adds two tensors of one dtype with a single rounding already.
         x_out = x + y if upcast is None else x.to(dtype) + y.to(dtype)
-        return x_out.to(upcast or x.dtype).contiguous()
+        return cast(x_out, upcast or x.dtype).contiguous()
     row_index = row_index if gate is not None else None
     wide_x, wide_y = by_row(x, rows.shape[0], row_index), by_row(y, rows.shape[0], row_index)
     x_out = torch.addcmul(wide_x, wide_y, per_token(rows, row_index))  # in the dtype of rows
-    return x_out.to(upcast or x.dtype).reshape_as(x).contiguous()
+    return cast(x_out, upcast or x.dtype).reshape_as(x).contiguous()
 
 
 def reference_backward(
@@ -80,19 +81,15 @@ def reference_backward(
     rows = table_plus_rows(gate_table, gate, dtype)
     if rows is None:
         d_y = grad.to(y_dtype, copy=True).contiguous() if need_y else None
-        return _given(grad, d_y, y_dtype), _given(grad, None, dtype)
+        return given(grad, d_y, y_dtype), given(grad, None, dtype)
     row_index, d_y, d_gate = row_index if gate is not None else None, None, None
-    wide = by_row(grad.to(dtype), rows.shape[0], row_index)
+    wide = by_row(cast(grad, dtype), rows.shape[0], row_index)
     if need_gate and y is not None:
         product = wide * by_row(y, rows.shape[0], row_index)
         d_gate = sum_by_row(product, rows.shape[0], row_index)
     if need_y:
-        d_y = (wide * per_token(rows, row_index)).to(y_dtype).reshape_as(grad).contiguous()
-    return _given(grad, d_y, y_dtype), _given(grad, d_gate, dtype)
-
-
-def _given(like: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    return like.new_empty(0, dtype=dtype) if found is None else found
+        d_y = cast(wide * per_token(rows, row_index), y_dtype).reshape_as(grad).contiguous()
+    return given(grad, d_y, y_dtype), given(grad, d_gate, dtype)
 
 
 # Triton: a program holds a chunk of one gate row in registers while it walks over its tokens.

@@ -43,7 +43,7 @@ from prfl_fast.kernels.norm.residual_modulate_triton import (
     forward_kernel,
     forward_launch,
 )
-from prfl_fast.kernels.runtime.checks import compute_dtype
+from prfl_fast.kernels.runtime.checks import cast, compute_dtype
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import capability
 
@@ -105,7 +105,7 @@ def reference_backward(
     norm_index = row_index if scale is not None or rows > 1 else None
     # A widened x_out gives a widened d_x, so the two paths are added before any rounding.
     d_sum, dot, total = norm_reference_backward(
-        grad_h, x_out.to(dtype), weight, scale, scale_table, norm_index, rows, kind, eps,
+        grad_h, cast(x_out, dtype), weight, scale, scale_table, norm_index, rows, kind, eps,
         need_sum, need_dot, need_total,
     )  # fmt: skip
     if need_sum and grad is not None:
@@ -116,7 +116,7 @@ def reference_backward(
         )
     else:
         d_y, d_gate = x_out.new_empty(0, dtype=y_dtype), x_out.new_empty(0, dtype=dtype)
-    d_x = d_sum.to(x_out.dtype).contiguous() if need_x else x_out.new_empty(0)
+    d_x = cast(d_sum, x_out.dtype).contiguous() if need_x else x_out.new_empty(0)
     return d_x, d_y, d_gate, dot, total
 
 

@@ -48,6 +48,10 @@ class Layer(NamedTuple):
         own = [self.weight, self.bias] if self.bias >= 0 else [self.weight]
         return own + [i for a, b, _ in self.adapters for i in (a, b)]
 
+    def bias_in_gelu(self, x: torch.Tensor) -> bool:
+        """Return True if ``bias_gelu`` adds the bias, see ``models.blocks.feed_forward``."""
+        return self.bias >= 0 and not self.adapters and x.device.type != "cpu"
+
 
 class Forward:
     """Run a block. ``need`` tells which inputs of the function need a gradient; None records none.
@@ -73,8 +77,6 @@ class Forward:
     def products(self, layers: Sequence[Layer], x: torch.Tensor) -> list[torch.Tensor]:
         """Return the output of each layer for x; keep what the gradients of ``layers`` need."""
         p, need, results, wanted = self.p, self.need, [], False
-        # On a view [N, K] F.linear is one addmm; its own views of [B, L, K] take as long again.
-        shape, x = x.shape[:-1], x.flatten(0, -2)
         for weight, bias, adapters in layers:
             y = F.linear(x, p[weight], p[bias] if bias >= 0 else None)
             wanted = wanted or (need is not None and need[_FIXED + weight])
@@ -84,7 +86,7 @@ class Forward:
                 if need is not None:
                     self.kept.append(hidden if need[_FIXED + b] else None)
                     wanted = wanted or need[_FIXED + a]
-            results.append(y.view(*shape, -1))
+            results.append(y)
         self.keep(x if wanted else None)
         return results
 
@@ -121,7 +123,7 @@ class Forward:
 
     def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
         up, bias = self.node.layers[8], None
-        if up.bias >= 0 and not up.adapters:  # in the GELU kernel it saves a pass
+        if up.bias_in_gelu(h):
             bias, up = self.p[up.bias], up._replace(bias=-1)
         (pre,) = self.products((up,), h)
         self.keep(pre)
@@ -169,6 +171,7 @@ class _Backward:
         p, need, found, kept = self.p, self.need, self.gradients, self.kept
         d_x: torch.Tensor | None = None
         x: Any = kept.pop()
+        x = x if x is None else x.flatten(0, -2)
         plain = not any(layer.adapters for layer in layers)
         pairs = [*zip(layers, grads, strict=True)]
         # The order of sums is that of Projections, or that of autograd: the last layer first.
@@ -180,7 +183,7 @@ class _Backward:
             for a, b, scaling in reversed(adapters):
                 hidden, d_y = kept.pop(), grad * scaling
                 if need[_FIXED + b]:
-                    found[_FIXED + b] = d_y.t().mm(hidden)
+                    found[_FIXED + b] = d_y.t().mm(hidden.flatten(0, -2))
                 if need_x or need[_FIXED + a]:
                     d_hidden = d_y.mm(p[b])
                     if need[_FIXED + a]:
@@ -220,7 +223,7 @@ class _Backward:
         )
         d_y = self.products((down,), (d_y,))
         pre, bias, need_bias = self.kept.pop(), None, False
-        if up.bias >= 0 and not up.adapters:
+        if up.bias_in_gelu(pre):
             bias, need_bias = self.p[up.bias], self.need[_FIXED + up.bias]
         d_pre, d_bias = self.ops["bias_gelu_backward"](
             d_y.view(pre.shape), pre, bias, True, need_bias

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import prfl_fast
 from prfl_fast.models import block_passes
 from prfl_fast.models.block_node import BlockNode
+from prfl_fast.models.block_passes import Layer
 from prfl_fast.training.lora import add_lora
 
 pytest.importorskip("diffusers")
@@ -96,6 +97,16 @@ def test_same_bits_as_its_parts(kind, dtype, needs, rows, ran, monkeypatch):
         assert_same_bits(each, expected)
     with torch.no_grad():
         assert torch.equal(model.blocks[0](*arguments), expected_out)
+
+
+def test_the_bias_in_the_gelu_kernel(monkeypatch):
+    """On a GPU the kernel adds the bias, on a CPU the product: here as on a GPU."""
+    model = build()
+    arguments = inputs(model, ("x", "text", "time"))
+    expected = gradients(model, arguments)
+    monkeypatch.setattr(Layer, "bias_in_gelu", lambda self, x: self.bias >= 0)
+    for found, other in zip(gradients(model, arguments), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4)
 
 
 def kept(model, arguments):
