@@ -271,7 +271,8 @@ class Operator:
             return type(self.operation.name, (torch.autograd.Function,), methods)
 
         # Function.apply would look for tensors of torch.func, which never come here.
-        self._apply = super(torch.autograd.Function, function(self.operation)).apply  # type: ignore[misc]
+        eager_function = function(self.operation)
+        self._apply = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
         self._function = function(self.operation.trace)
 
 

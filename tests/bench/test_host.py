@@ -1,4 +1,4 @@
-"""The suite of host times: calls of a block beside the unpatched one's, and of solver steps."""
+"""The suite of host times: calls of a block beside the unpatched one's, of solver steps; widths."""
 
 from functools import partial
 
@@ -25,3 +25,15 @@ def test_a_patched_block_makes_few_calls():
     for gradient, limit in ((False, 1000), (True, 2300)):  # 1795 and 3663 through the dispatcher
         calls = [host.count_calls(partial(work, gradient)) for work in works.values()]
         assert 0 < calls[0] and 0 < calls[1] < limit
+
+
+def test_a_block_and_a_step_by_width_and_dtype(monkeypatch, one_round):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(host, "WIDTHS", (32,))
+    records, problems = host.by_width(make_context(baselines=("eager",)))
+    assert problems == []
+    found = [(r["case"], r["dim"], r["dtype"]) for r in records]
+    cases, dtypes = ("block", "PRFL step"), ("float32", "bfloat16")
+    assert found == [(case, 32, dtype) for dtype in dtypes for case in cases]
+    rows = host._width_rows(records)
+    assert len(rows) == 6 and all(row[4] == row[6] == "–" for row in rows), "nothing was compiled"
