@@ -3,7 +3,6 @@
 import json
 import sys
 
-import pytest
 from compiled import run_python
 
 LISTED = "import json, sys; print(json.dumps([n for n in sys.modules if '.' not in n]))"
@@ -42,13 +41,13 @@ def test_help_and_argument_errors_import_neither_torch_nor_diffusers():
     assert imported(script) == {"prfl_fast"}
 
 
-SEVERAL = "cli.train cli.sample cli.compare cli.encode cli.plan cli.evaluate cli.inspect".split()
+MODULES = "models memory training rollout".split()
+MODULES += "cli.train cli.sample cli.compare cli.encode cli.plan cli.evaluate cli.inspect".split()
 
 
-@pytest.mark.parametrize("modules", [["models", "memory", "training", "rollout"], SEVERAL])
-def test_no_import_brings_dynamo_or_a_library_of_models(modules):
+def test_no_import_brings_dynamo_or_a_library_of_models():
     """Compilation and diffusers take as long to import as torch, so their first use waits."""
-    lines = [f"import prfl_fast.{module}" for module in modules]
+    lines = [f"import prfl_fast.{module}" for module in MODULES]
     lines += ["import sys", "print([name for name in LATE if name in sys.modules])"]
     late = ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "diffusers", "transformers"]
     late += ["peft", "safetensors.torch", "matplotlib", "pandas", "tensorboard", "sklearn"]
