@@ -80,8 +80,10 @@ class PRFLOutput:
         depths: steps that each point's gradient went through.
         timesteps: the K timesteps (1000·σ) at which latents were rewarded.
         latents: ``[B, C, F, H, W]``, the last rewarded latents; the result of a guided trajectory.
-        finite: False if a reward or loss was NaN or infinite. The trajectory ended there, but
-            ``.grad`` already has the gradients of earlier points: zero them and skip the update.
+        finite: False if a reward or loss was NaN or infinite: skip the update. All gradients of a
+            model's trained parameters are dropped then, those of earlier calls as well. With a
+            velocity function, whose parameters are unknown, the trajectory ended there, and
+            ``.grad`` has the gradients of earlier points.
         divergence: scalar, mean squared difference of the velocities with and without adapters over
             the gradient steps; None if it is off.
         gradient: ``[B, C, F, H, W]``, gradient of the loss with respect to the noise for plans with
@@ -125,8 +127,14 @@ class GradientEstimator:
     """Estimate the gradient of one trajectory's loss, point by point.
 
     At each point call ``backward(steps, score(steps, loss_scale))`` on the steps of :meth:`take` or
-    :meth:`take_again`. ``generator`` draws frames and noise for plans that need them. ``finite`` is
-    False after a reward or loss was not finite.
+    :meth:`take_again`. ``generator`` draws frames and noise for plans that need them.
+
+    Attributes:
+        deferred: whether values are finite is collected on the device and read once, by
+            :meth:`output`. Otherwise it is read at each point, before its backward: the gradient to
+            latents or noise changes what follows, and the parameters of a velocity function are
+            unknown, so that a bad gradient could not be dropped.
+        finite: False after a reward or loss that is known not to be finite.
     """
 
     def __init__(
@@ -139,6 +147,9 @@ class GradientEstimator:
         self.spec, self.trajectory = spec, trajectory
         self.generator, self.loss_scale = generator, loss_scale
         self.finite = True
+        known = model_of(spec.sampler.transformer) is not None
+        self.deferred = known and spec.plan.to == "parameters"
+        self._good: torch.Tensor | None = None  # on the device: the values so far are finite
         self._leaf: torch.Tensor | None = None
         if spec.plan.to == "noise":
             self._leaf = trajectory.x = trajectory.x.detach().requires_grad_()
@@ -191,12 +202,22 @@ class GradientEstimator:
         if penalties:
             divergence = torch.stack([p.detach() for p in penalties]).mean()
             self._divergences.append(divergence * weight)
-            self.finite = self.finite and bool(torch.isfinite(divergence))
+            self._record(torch.isfinite(divergence))
         return GradientSteps(x, index, weight, penalties, divergence)
+
+    def _record(self, good: torch.Tensor) -> None:
+        """Take in a 0-d tensor that tells if some values are finite."""
+        self._good = good if self._good is None else self._good & good
+        if not self.deferred:
+            self._read()
+
+    def _read(self) -> None:
+        if self._good is not None:
+            self.finite, self._good = self.finite and bool(self._good), None  # waits for the device
 
     @torch.enable_grad()
     def score(self, steps: GradientSteps, scale: float) -> torch.Tensor | None:
-        """Return the gradient of ``scale ·`` reward loss at latents; None if it is not finite."""
+        """Return the gradient of ``scale ·`` reward loss at latents, or None if not ``finite``."""
         trajectory, x, index = self.trajectory, steps.x, steps.next_step
         end = index == self.spec.sampler.num_inference_steps
         timestep = trajectory.model_timestep(0 if end else index)
@@ -218,8 +239,7 @@ class GradientEstimator:
             scores[name] = score.detach()
             loss = loss + part.detach()
             # Both are checked at once, to wait for the device once; relu hides an infinite score.
-            good = torch.isfinite(score.detach()).all() & torch.isfinite(part.detach())
-            self.finite = self.finite and bool(good)
+            self._record(torch.isfinite(score.detach()).all() & torch.isfinite(part.detach()))
             if self.finite:
                 (part * scale).backward()
                 _check_graph(leaf.grad is not None, _NO_GRAPH)
@@ -253,6 +273,7 @@ class GradientEstimator:
 
     def output(self, points: Sequence[Point]) -> PRFLOutput:
         """Return the results at ``points``; NaN where the trajectory ended before."""
+        self._read()
         rows, names = self._scores, list(self.spec.rewards)
         blank = torch.full_like(next(iter(rows[0].values())), math.nan)
         missing = [blank] * (len(points) - len(rows))

@@ -100,7 +100,7 @@ class PRFL:
         for name, value in numbers.items():
             check_number(name, value)
         plan.steps(self.sampler.num_inference_steps)  # raises if the plan does not fit the schedule
-        model = model_of(transformer)
+        model = self._model = model_of(transformer)
         self._experts = model if isinstance(model, Experts) else None
         self._names = [] if self._experts is None else expert_steps(self.sampler, self._experts)
         if self._experts is not None and self._experts.trained:
@@ -137,7 +137,8 @@ class PRFL:
             loss_scale: factor of the gradients only, e.g. ``1 / gradient_accumulation_steps``.
 
         Returns:
-            See :class:`PRFLOutput`; check ``finite`` before the optimizer step.
+            See :class:`PRFLOutput`; check ``finite`` before the optimizer step. The step of a model
+            waits for the device once, at its end; checks of an inexact rollout's drift wait too.
 
         Raises:
             TypeError: if the model is unsupported.
@@ -152,8 +153,12 @@ class PRFL:
         check_number("loss_scale", loss_scale)
         self._check_inputs(noise, latents)
         self._check_model()
+        # A rollout that starts from NaN would exceed every drift limit and stay exact.
+        deferred = self._model is not None and plan.to == "parameters" and not self.engine.inexact
+        if not deferred and latents is not None:
+            check_finite("latents", latents)
         points = self._points(indices, generator)
-        trajectory = self._open(points, noise, conditions, latents)
+        trajectory = self._open(points, noise, conditions, latents, check_values=not deferred)
         estimator = GradientEstimator(self.spec, trajectory, generator, plain(loss_scale))
         if plan.to == "latent":
             return estimator.run_guided(points)
@@ -176,7 +181,19 @@ class PRFL:
             finally:
                 # An exception's traceback would keep the graph of several steps alive.
                 trajectory.cut()
-        return estimator.output(points)
+        output = estimator.output(points)
+        if not output.finite:
+            self._discard(noise, latents)
+        return output
+
+    def _discard(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
+        """Drop the gradients of a step that is not finite; raise if its input has such values."""
+        if self._model is not None and self.plan.to == "parameters":
+            for parameter in self._model.parameters():
+                parameter.grad = None
+        check_finite("noise", noise)
+        if latents is not None:
+            check_finite("latents", latents)
 
     def _points(
         self, indices: Sequence[int | Point] | None, generator: torch.Generator | None
@@ -204,6 +221,8 @@ class PRFL:
         noise: torch.Tensor,
         conditions: Conditions,
         latents: torch.Tensor | None,
+        *,
+        check_values: bool,
     ) -> Trajectory:
         """Return a trajectory at its first latents, which visits the steps of the points."""
         plan = self.plan
@@ -212,7 +231,13 @@ class PRFL:
             begin = points[0].first
         visit = [step for point in points for step in range(point.first, point.step + 1)]
         trajectory = Trajectory(
-            self.sampler, noise, conditions, engine=self.engine, start=begin, visit=visit
+            self.sampler,
+            noise,
+            conditions,
+            engine=self.engine,
+            start=begin,
+            visit=visit,
+            check_values=check_values,
         )
         alone = plan.segments is not None and FIRST_FRAME in conditions
         expected = f"no {FIRST_FRAME}, because this plan rewards frames one by one"
@@ -232,7 +257,7 @@ class PRFL:
 
     def _check_model(self) -> None:
         """Check the model for a gradient to the parameters, or through several steps."""
-        model, plan = model_of(self.sampler.transformer), self.plan
+        model, plan = self._model, self.plan
         if model is None:
             return
         check_autograd("transformer", model)
@@ -268,8 +293,6 @@ class PRFL:
         like = like and latents.device == noise.device  # type: ignore[union-attr]
         expected = f"real latents of the shape and device of noise, {describe(noise)}"
         check(like, "latents", latents, expected)
-        assert latents is not None
-        check_finite("latents", latents)
 
 
 def _named_rewards(reward: nn.Module | Reward | Mapping[str, Reward]) -> dict[str, Reward]:

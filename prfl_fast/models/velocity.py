@@ -90,7 +90,12 @@ def check_finite(name: str, x: torch.Tensor) -> None:
 
 
 def bind_velocity(
-    transformer: nn.Module | Velocity, x: torch.Tensor, conditions: Conditions, name: str
+    transformer: nn.Module | Velocity,
+    x: torch.Tensor,
+    conditions: Conditions,
+    name: str,
+    *,
+    check_values: bool = True,
 ) -> Velocity:
     """Check latents and conditions, and return the velocity function of a transformer.
 
@@ -102,6 +107,7 @@ def bind_velocity(
         transformer: a supported model, or a velocity function (not an ``nn.Module``).
         x: latents ``[B, C, F, H, W]``, called ``name`` in error messages.
         conditions: tensors ``[B, ...]``.
+        check_values: check that latents are finite, which waits for the device.
 
     Raises:
         TypeError: if a module is not supported, or ``transformer`` is not callable.
@@ -112,12 +118,14 @@ def bind_velocity(
     model = model_of(transformer)
     if model is None:
         check_inputs(name, x, conditions)
-        check_finite(name, x)
+        if check_values:
+            check_finite(name, x)
         given = FIRST_FRAME in conditions
         return functools.partial(_keep_first_frame, transformer) if given else transformer
     adapter = find_adapter(model)
     adapter.check_latents(model, x, conditions, name)
-    check_finite(name, x)
+    if check_values:
+        check_finite(name, x)
     if isinstance(transformer, ModelCall):
         return transformer
     return functools.partial(adapter.velocity, model)

@@ -46,6 +46,7 @@ class Trajectory:
             shared engine counts its drift checks over many trajectories.
         start: the first step; ``noise`` then is at ``sigma(start)``.
         visit: steps with gradient. A rollout with a stride includes them and the step after each.
+        check_values: check that ``noise`` is finite, which waits for the device.
 
     Attributes:
         x: the latents.
@@ -68,10 +69,12 @@ class Trajectory:
         engine: RolloutEngine | None = None,
         start: int = 0,
         visit: Sequence[int] = (),
+        check_values: bool = True,
     ) -> None:
         transformer, count = sampler.transformer, sampler.num_inference_steps
         noise, conditions = not_inference(noise), not_inference(conditions)
-        self._velocity = bind_velocity(transformer, noise, conditions, "noise")
+        bind = partial(bind_velocity, transformer, noise, name="noise")
+        self._velocity = bind(conditions, check_values=check_values)
         if engine is None and sampler.rollout is not None:
             engine = RolloutEngine(transformer, sampler.rollout)
         ok, expected = engine is None or engine.runs(transformer), "one of this transformer"
@@ -82,7 +85,7 @@ class Trajectory:
         self._branches = (conditions,) if guidance is None else guidance.branches(conditions)
         if guidance is not None and not guidance.batched:  # its shapes may be its own
             try:
-                bind_velocity(transformer, noise, self._branches[1], "noise")
+                bind(self._branches[1], check_values=False)
             except ValueError as error:
                 raise ValueError(f"guidance negative: {error}") from error
         for name, steps in (("start", (start,)), ("visit", tuple(visit))):

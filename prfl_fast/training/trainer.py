@@ -37,7 +37,7 @@ from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.training.signals import collect_signals
-from prfl_fast.training.updates import Updater
+from prfl_fast.training.updates import Updater, read_scalars
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
@@ -394,22 +394,21 @@ class Trainer:
 
     def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
         """Accumulate the gradient of one update; return the mean of each metric."""
-        seen: dict[str, list[torch.Tensor]] = {}
+        seen: dict[str, list[float]] = {}
         count = self.config.gradient_accumulation_steps
         for _ in range(count):
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
             with one_expert(self.model, self.objectives, self.result.step):
-                metrics = objective(self._draws[name], self.generator, 1 / count)
+                metrics = read_scalars(objective(self._draws[name], self.generator, 1 / count))
             self._draws[name] += 1
             for key, value in metrics.items():
-                value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
                 seen.setdefault(key, []).append(value)
             if not math.isfinite(metrics["loss"]):  # the update is skipped, so stop early
                 break
         expected = "a gradient in at least one trainable parameter"
         ok = bool(self._updater.gradients()) or not math.isfinite(metrics["loss"])
         check(ok, f"gradient of objective {name!r}", None, expected)
-        return {key: float(sum(values)) / len(values) for key, values in seen.items()}
+        return {key: sum(values) / len(values) for key, values in seen.items()}
 
     def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report."""

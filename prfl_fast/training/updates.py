@@ -1,6 +1,8 @@
 """Update the trainable parameters of a model: learning rates, clipping, optimizer, average."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +17,16 @@ from prfl_fast.memory.optimizers import (
 from prfl_fast.training.config import TrainConfig
 from prfl_fast.training.schedules import schedule_factor
 from prfl_fast.utils.checks import check
+
+
+def read_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as numbers; each device that holds some is waited for once."""
+    found = {key: value for key, value in metrics.items() if not isinstance(value, torch.Tensor)}
+    tensors = {key: metrics[key].detach().reshape(()) for key in metrics.keys() - found.keys()}
+    for device in {tensor.device for tensor in tensors.values()}:
+        own = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
+        found |= zip(own, torch.stack([t.double() for t in own.values()]).tolist(), strict=True)
+    return {key: float(found[key]) for key in metrics}
 
 
 class Updater:

@@ -5,11 +5,13 @@ import weakref
 
 import pytest
 import torch
+from device_reads import DeviceReads
 from runs import NoisyFit, linear, log, trainer
 from torch import nn
 
 from prfl_fast.training.checkpoint import list_checkpoints
 from prfl_fast.training.trainer import NonFiniteTrainingError, OutOfMemoryError
+from prfl_fast.training.updates import read_scalars
 from prfl_fast.utils.io import load_tensors
 
 
@@ -57,6 +59,14 @@ def test_a_metric_is_the_mean_over_the_micro_batches_that_returned_it():
     options = {"steps": 3, "gradient_accumulation_steps": 3}
     result = trainer(model, objectives={"a": Sometimes(model)}, **options).run()
     assert [record.get("a/drift") for record in result.history] == [1.5, None, 7.0]
+
+
+def test_the_metrics_of_a_micro_batch_are_read_at_once():
+    values = {"loss": torch.tensor(0.5), "reward": torch.tensor([math.nan]), "drift": 2}
+    with DeviceReads(*list(values.values())[:2]) as mode:
+        found = read_scalars(values)
+    assert list(found) == list(values) and found["loss"] == 0.5 and found["drift"] == 2.0
+    assert math.isnan(found["reward"]) and mode.count == 1
 
 
 @pytest.mark.parametrize("kind", ["bad", "bad_gradient"])
