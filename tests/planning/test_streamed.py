@@ -98,7 +98,7 @@ def test_the_peak_is_what_training_really_allocates(name, micro_batches):
     if optimizer.__class__ is torch.optim.AdamW:
         held += [t for state in optimizer.state.values() for t in state.values()]
     peak = sum(t.nbytes for t in held) + allocator_peak(step)
-    # Chunks and offloaded activations are off by as much with all weights on the device.
+    # Chunks and offloaded activations are off by as many bytes with all weights on the device.
     allowed = 0.02 if memory[0].offload else 0.01
     assert abs(predicted.peak - peak) <= allowed * peak, (predicted.peak, peak)
 
