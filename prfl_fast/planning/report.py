@@ -126,9 +126,9 @@ def _headline(plan: Plan) -> list[str]:
 
 def _policy(memory: MemoryConfig) -> str:
     mode, offload = memory.activation_checkpointing, memory.offload or "none"
-    text = f"{memory.weight_dtype} weights, activation checkpointing {mode}, offload {offload}"
-    ahead = memory.stream_weights
-    return text if ahead is None else f"{text}, weights of blocks in host memory"
+    where = "" if memory.stream_weights is None else " in host memory"
+    weights = f"{memory.weight_dtype} weights{where}"
+    return f"{weights}, activation checkpointing {mode}, offload {offload}"
 
 
 def _ledger(plan: Plan) -> list[str]:
