@@ -337,8 +337,8 @@ def stream_weights(
     for block in blocks:
         weights = BlockWeights(block, slots, ring)
         waiting.update(map(id, weights.parameters()))
-        kind: Any = type(block)
-        block.__class__ = _streamed_class(kind)
+        before: Any = type(block)
+        block.__class__ = _streamed_class(before)
         for module in block.modules():
             module.__dict__[STREAMED] = weights
     for tensor in (*model.parameters(), *model.buffers()):
