@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prfl_fast.kernels.runtime.registry import OPERATORS, PLAIN, is_plain_call
-from prfl_fast.models.block_passes import Forward, Layer, apply, operations
+from prfl_fast.models.block_passes import Layer, operations
 from prfl_fast.models.inference_linear import as_matrix
 from prfl_fast.utils.modules import is_inactive_dropout
 
@@ -82,8 +82,8 @@ class BlockNode:
         base = matrix.base
         return Layer(self._slot(base, "weight"), self._slot(base, "bias"), adapters)
 
-    def __call__(self, x: torch.Tensor, context: Any, modulation: Any, rope: Any) -> Any:
-        """Return the block's output; None if its parts must run one by one.
+    def prepare(self, x: torch.Tensor, context: Any, modulation: Any, rope: Any) -> Any:
+        """Return the arguments of ``Block.forward``; None if the parts must run one by one.
 
         The arguments are those of :func:`prfl_fast.models.blocks.transformer_block`.
         """
@@ -115,19 +115,16 @@ class BlockNode:
             or any(t.is_neg() for t in tensors if t is not None)
         ):
             return None
-        if not torch.is_grad_enabled():  # nothing is recorded
-            out = Forward(self, ops, axes, tensors, parameters, None).run()
-        elif context.requires_grad and self.adapted_keys:
-            return None  # autograd adds each layer's share to those of other blocks, in its order
-        elif any(t.requires_grad for t in (x, time, table, *(parameters[i] for i in self.stem))):
-            out = apply(self, ops, axes, *tensors, *parameters)
-        else:
-            return None  # the parts that need no gradient are not recorded
-        if ops is OPERATORS:
-            if len(self.checked) >= MAX_LAYOUTS:
-                self.checked.clear()
-            self.checked.add(key)
-        return out
+        if torch.is_grad_enabled():
+            if context.requires_grad and self.adapted_keys:
+                return None  # autograd adds each layer's share to those of other blocks, in order
+            if not any(
+                t.requires_grad for t in (x, time, table, *(parameters[i] for i in self.stem))
+            ):
+                return None  # the parts that need no gradient are not recorded
+        if len(self.checked) >= MAX_LAYOUTS:
+            self.checked.clear()
+        return self, ops, (axes, key), *tensors, *parameters
 
     def _fits(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> bool:
         x, context, *_ = tensors

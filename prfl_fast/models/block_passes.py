@@ -53,6 +53,11 @@ class Layer(NamedTuple):
         return self.bias >= 0 and not self.adapters and x.device.type != "cpu"
 
 
+def scale_of(q: torch.Tensor, heads: int) -> float:
+    """Return the factor of the scores."""
+    return 1 / math.sqrt(q.shape[-1] // heads)
+
+
 class Forward:
     """Run a block. ``need`` tells which inputs of the function need a gradient; None records none.
 
@@ -90,35 +95,39 @@ class Forward:
         self.keep(x if wanted else None)
         return results
 
-    def attention(self, which: int, qkv: Any, rope: Any, lengths: Any) -> torch.Tensor:
-        """Return the attention of q and k after their norms, 0 for self, 1 for cross."""
-        node, (q, k, v) = self.node, qkv
-        q_weight, k_weight = (self.p[i] for i in node.norms[2 * which : 2 * which + 2])
-        heads, eps = node.heads[which], node.eps[1 + 2 * which]
-        normed = self.ops["qk_norm_rope"](q, k, q_weight, k_weight, *rope, heads, False, eps)
-        scale = 1 / math.sqrt(q.shape[-1] // heads)
-        out, lse = self.ops["attention"](*normed, v, heads, scale, lengths)
-        self.keep(q, k, v, out, lse)
-        return out
+    def weights(self, which: int) -> list[torch.Tensor]:
+        """Return the weights of the norms of q and k, 0 for self-attention, 1 for cross."""
+        return [self.p[i] for i in self.node.norms[2 * which : 2 * which + 2]]
 
     def self_attention(self, x: torch.Tensor) -> torch.Tensor:
-        node, (shift, scale, *_), table = self.node, self.time, self.table
+        node, table = self.node, self.table
         self.keep(x if self.modulated or (self.need is not None and self.need[_X]) else None)
-        rows = (scale, shift, table[1], table[0], self.row_index)
+        rows = (self.time[1], self.time[0], table[1], table[0], self.row_index)
         h = self.ops["norm_modulate"](x, None, None, *rows, node.kind, node.eps[0])
-        qkv = self.products(node.layers[:3], h)
+        q, k, v = self.products(node.layers[:3], h)
         del h
-        out = self.attention(0, qkv, (self.cos, self.sin, *self.axes), None)
+        numbers = (*self.axes, node.heads[0], False, node.eps[1])
+        normed = self.ops["qk_norm_rope"](q, k, *self.weights(0), self.cos, self.sin, *numbers)
+        out, lse = self.ops["attention"](
+            *normed, v, node.heads[0], scale_of(q, node.heads[0]), None
+        )
+        del normed
+        self.keep(q, k, v, out, lse)
         (y,) = self.products(node.layers[3:4], out)
         self.keep(y if self.modulated else None)
         return y
 
     def cross_attention(self, h: torch.Tensor) -> torch.Tensor:
-        layers, kv = self.node.layers, [self.context, self.value]
+        node, layers, k, v = self.node, self.node.layers, self.context, self.value
         (q,) = self.products(layers[4:5], h)
-        if self.value is None:
-            kv = self.products(layers[5:7], self.context)
-        out = self.attention(1, (q, *kv), (None, None, [], []), self.lengths)
+        if v is None:
+            k, v = self.products(layers[5:7], k)
+        numbers: Any = ([], [], node.heads[1], False, node.eps[3])
+        normed = self.ops["qk_norm_rope"](q, k, *self.weights(1), None, None, *numbers)
+        scale = scale_of(q, node.heads[1])
+        out, lse = self.ops["attention"](*normed, v, node.heads[1], scale, self.lengths)
+        del normed
+        self.keep(q, k, v, out, lse)
         return self.products(layers[7:8], out)[0]
 
     def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -132,23 +141,6 @@ class Forward:
         (y,) = self.products(self.node.layers[9:], hidden)
         self.keep(y if self.modulated else None)
         return y
-
-    def run(self) -> torch.Tensor:
-        """Return the output of the block."""
-        node, ops, table, index = self.node, self.ops, self.table, self.row_index
-        _, _, gate, shift, scale, ffn_gate = self.time
-        affine = [None if i < 0 else self.p[i] for i in node.norms[4:]]
-        last = (*(None,) * 4, index, "layer" if node.affine else "none", node.eps[2])
-        y = self.self_attention(self.x)
-        x, h = ops["residual_norm_modulate"](self.x, y, gate, *affine, table[2], *last)
-        del y
-        self.keep(x)
-        last = (scale, shift, table[4], table[3], index, node.kind, node.eps[4])
-        y = self.cross_attention(h)
-        x, h = ops["residual_norm_modulate"](x, y, *(None,) * 4, *last)
-        del y
-        self.keep(x)
-        return ops["gated_residual"](x, self.feed_forward(h), ffn_gate, table[5], index)
 
 
 class _Backward:
@@ -323,15 +315,37 @@ class Block(torch.autograd.Function):
     """Record a block: ``apply(node, ops, axes, *tensors, *parameters)``."""
 
     @staticmethod
-    def forward(ctx: Any, node: Any, ops: Any, axes: Any, *tensors: Any) -> torch.Tensor:
-        """Return the output; save what the parts of the block save."""
+    def forward(
+        ctx: Any, node: Any, ops: Any, call: tuple[Any, Any], *tensors: Any
+    ) -> torch.Tensor:
+        """Return the output; save what the parts of the block save. Without ctx, record nothing.
+
+        ``call`` has grid and offset of the tokens, and the layouts that ``node`` has checked after.
+        """
+        axes, key = call
         given, parameters = tensors[: _FIXED - _X], tensors[_FIXED - _X :]
-        run = Forward(node, ops, axes, given, parameters, ctx.needs_input_grad)
-        out = run.run()
-        saved = [p if save else None for p, save in zip(parameters, node.saved, strict=True)]
-        ctx.save_for_backward(*given[_TIME - _X :], *saved, *run.kept)
-        ctx.node, ctx.axes, ctx.projected = node, axes, run.value is None
-        return out
+        need = None if ctx is None else ctx.needs_input_grad
+        run = Forward(node, ops, axes, given, parameters, need)
+        table, index = run.table, run.row_index
+        _, _, gate, shift, scale, ffn_gate = run.time
+        affine = [None if i < 0 else parameters[i] for i in node.norms[4:]]
+        last = (*(None,) * 4, index, "layer" if node.affine else "none", node.eps[2])
+        y = run.self_attention(run.x)
+        x, h = ops["residual_norm_modulate"](run.x, y, gate, *affine, table[2], *last)
+        del y
+        run.keep(x)
+        last = (scale, shift, table[4], table[3], index, node.kind, node.eps[4])
+        y = run.cross_attention(h)
+        x, h = ops["residual_norm_modulate"](x, y, *(None,) * 4, *last)
+        del y
+        run.keep(x)
+        out = ops["gated_residual"](x, run.feed_forward(h), ffn_gate, table[5], index)
+        node.checked.add(key)
+        if ctx is not None:
+            saved = [p if save else None for p, save in zip(parameters, node.saved, strict=True)]
+            ctx.save_for_backward(*given[_TIME - _X :], *saved, *run.kept)
+            ctx.node, ctx.axes, ctx.projected = node, axes, run.value is None
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable

@@ -24,6 +24,7 @@ from prfl_fast.kernels import (
 )
 from prfl_fast.models.block_autograd import NormAttention, project
 from prfl_fast.models.block_node import BlockNode, make_node
+from prfl_fast.models.block_passes import Block, apply
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import is_plain_linear, remember, remembered, weights_of
 from prfl_fast.utils.recompute import in_chunks
@@ -297,9 +298,9 @@ def transformer_block(
         and rounded once, where Wan rounds.
     """
     if parts.node is not None:
-        out = parts.node(x, context, modulation, rope)
-        if out is not None:
-            return out
+        given = parts.node.prepare(x, context, modulation, rope)
+        if given is not None:
+            return apply(*given) if torch.is_grad_enabled() else Block.forward(None, *given)
     (norm, gate), (ffn_norm, ffn_gate) = modulation.arguments()
     # In diffusers before 0.40 the stream of the first block is a transposed view.
     x = x.contiguous()

@@ -139,7 +139,7 @@ def is_inactive_dropout(module: nn.Module) -> bool:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
-_MEMORY = "_prfl_fast_memory"
+_MEMORY = "__prfl_fast_memory__"
 
 
 class _Memory:

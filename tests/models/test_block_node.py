@@ -45,21 +45,21 @@ def inputs(model, needs=("x",), rows=2, dtype=torch.float32):
 @contextlib.contextmanager
 def parts_only(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(BlockNode, "__call__", lambda *args: None)
+        patch.setattr(BlockNode, "prepare", lambda *args: None)
         yield
 
 
 @pytest.fixture
 def ran(monkeypatch):
     """Return a list with an entry for each call of a node: whether it ran the block."""
-    calls, call = [], BlockNode.__call__
+    calls, call = [], BlockNode.prepare
 
     def counted(*args):
         out = call(*args)
         calls.append(out is not None)
         return out
 
-    monkeypatch.setattr(BlockNode, "__call__", counted)
+    monkeypatch.setattr(BlockNode, "prepare", counted)
     return calls
 
 
