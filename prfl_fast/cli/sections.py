@@ -425,7 +425,7 @@ class RewardMemorySection(Section):
     stream_weights: Count | None = key(
         None,
         "Keep the weights of blocks in host memory, and copy this number of blocks ahead of the "
-        "one that runs; null keeps them on the device. All weights train with adamw-cpu only.",
+        "one that runs; null keeps them on the device. Full training needs adamw-cpu.",
     )
 
     def build(self) -> MemoryConfig:
