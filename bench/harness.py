@@ -96,7 +96,7 @@ class Context:
         compile_ops: also compile each naive operation of the kernels suite; seconds each on a CPU.
         out: folder of the results.
         bar: makes a progress bar, ``bar(total, description)``.
-        set_dtype: replaces the device's own dtype.
+        set_dtype: dtype in place of the device's own; None keeps that.
     """
 
     device: torch.device

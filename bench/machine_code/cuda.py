@@ -37,8 +37,8 @@ KERNELS = {
 def predict_query_pool(arch: int, match: str = "") -> Iterator[Prediction]:
     """Yield the predictions of query_pool's cases with ``match`` in their label; none without nvcc.
 
-    Numbers of warps and blocks are constants of the machine code that is read. The shipped code
-    has them as arguments.
+    Warps of a block and blocks of a cluster are constants in the machine code that is read; the
+    shipped kernels take them at launch.
     """
     if shutil.which("nvcc") is None:
         return

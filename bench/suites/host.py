@@ -1,6 +1,6 @@
-"""Measure on one thread of a CPU: host time of operations and blocks; blocks by width and dtype.
+"""Measure host time of operations and blocks, and blocks by width and dtype, on one CPU thread.
 
-Each one and the PyTorch calls that it replaces run in turns. Host times are those of sizes with
+Each one and the PyTorch calls that it replaces run in turns. Host time is measured at sizes with
 little arithmetic.
 """
 

@@ -164,7 +164,7 @@ def choose(case: Case) -> str:
     """
     if _current == "auto":
         if case.device == "cpu" and case.dtype in LIMITS["cpu"].dtypes:
-            return "cpu"  # at once: the search takes as long as a small product
+            return "cpu"  # without the search below, which takes as long as a small product
         return next(name for name in preference(case) if unsupported_reason(name, case) is None)
     _accept(_current, unsupported_reason(_current, case))
     return _current

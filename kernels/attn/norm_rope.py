@@ -84,7 +84,7 @@ def _forward_one(
 
 
 def _turn(z: torch.Tensor, turns: Any, heads: int) -> torch.Tensor:
-    """Return z·e^{iφ} of a contiguous ``[B, L, D]`` that may be overwritten."""
+    """Return z·e^{iφ} for a contiguous z ``[B, L, D]``, which may be overwritten."""
     if turns is None:
         return z
     if isinstance(turns, torch.Tensor):
@@ -105,7 +105,7 @@ def _turns(
 ) -> Any:
     """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``.
 
-    Return real and imaginary part for a compiler, which has no code for complex numbers.
+    For a compiler, which generates no code for complex numbers, return (real, imaginary) parts.
     """
     if cos is None or sin is None:
         return None

@@ -73,7 +73,7 @@ def backward_launch(
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
     # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps.
     registers, warps = (168, 12) if num_warps <= 4 and dim > 768 * num_warps else (128, 16)
-    if capability[0] == 10 and num_warps == 2 and registers == 128:  # sums of 24 would spill there
+    if capability[0] == 10 and num_warps == 2 and registers == 128:  # 24 sums a thread spill there
         registers, warps = 144, 14
     programs = max(1, min(tokens, warps // num_warps * multiprocessors(capability)))
     return Launch(head, block_h, block_d, num_warps, programs, registers)
@@ -230,7 +230,7 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
                 b_square += b_n * b_n
                 b_w = tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
                 b_dot += b_dz * b_n * b_w
-            # One reduction for both: each waits three times for all warps.
+            # One reduction for both sums, since each reduction waits three times for all warps.
             b_both = tl.reshape(tl.join(b_square, b_dot), [BLOCK_H * BLOCK_D, 2])
             square, dot = tl.split(tl.sum(b_both, 0))
             rho = tl.rsqrt(square * (1.0 / DIM) + eps)

@@ -71,7 +71,7 @@ def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) 
 def segments(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens sorted by row ``[N]`` and starts of rows ``[R + 1]``, int64; no sync.
 
-    The result is kept with the index, which all backwards of a forward share.
+    The result is stored on ``row_index``, which all backwards of a forward share, until it changes.
     """
     key = (rows, row_index._version)
     known = vars(row_index).get("_prfl_fast_segments", (None,))

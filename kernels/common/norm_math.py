@@ -68,11 +68,11 @@ def normalize(
 
 
 def rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return 1/√(mean(x²) + eps) over the last dimension, kept, without a widened copy of x."""
+    """Return 1/√(mean(x²) + eps) of the last dimension, ``[..., 1]``, without a copy of x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if torch.compiler.is_compiling():
         return (norm * norm / x.shape[-1] + eps).rsqrt()
-    # An operand that is a number takes as long as two calls on tensors.
+    # eps is a tensor, because an operand that is a number takes as long as two calls on tensors.
     return torch.addcmul(
         _constant(eps, dtype, x.device), norm, norm, value=1 / x.shape[-1]
     ).rsqrt_()
@@ -85,28 +85,28 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 def rms_gradients(
-    d_z: torch.Tensor,
+    e: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     rho: torch.Tensor,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return d_x and d_weight of z = x·ρ·weight from ρ·d_z, which this function overwrites.
+    """Return ``(d_x, d_weight)`` of z = x·ρ·weight; an empty tensor for each not needed.
 
-    An empty tensor stands for each not needed. With e = ρ·d_z, d_weight = Σ e·x and
+    With e = ρ·d_z, which this function overwrites, d_weight = Σ e·x and
     d_x = e·weight - x·ρ²·mean(e·x·weight).
     """
-    product = d_z * x
+    product = e * x
     d_weight = x.new_empty(0) if weight is None else weight.new_empty(0)
     if need_weight and weight is not None:
         d_weight = cast(product.reshape(-1, product.shape[-1]).sum(0), weight.dtype)
     if not need_x:
         return x.new_empty(0), d_weight
     if weight is not None:
-        d_z, product = d_z.mul_(weight), product.mul_(weight)
+        e, product = e.mul_(weight), product.mul_(weight)
     mean = product.mean(-1, keepdim=True).mul_(rho).mul_(rho)
-    return d_z.addcmul_(mean, x, value=-1), d_weight
+    return e.addcmul_(mean, x, value=-1), d_weight
 
 
 def given(like: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -55,7 +55,7 @@ from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import capability
 
 KINDS = ("layer", "rms", "none")
-# Tokens up to which ATen's backward of the affine part is as exact as a sum: it adds in order.
+# Up to this many tokens ATen's sums of the affine part are as exact as sum(): it adds in order.
 FEW_TOKENS = 64
 
 

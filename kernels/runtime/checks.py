@@ -32,7 +32,7 @@ def require_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return x in ``dtype``; ``Tensor.to`` takes as long as an addition where nothing changes."""
+    """Return x in ``dtype``; where nothing changes, ``Tensor.to`` takes as long as an addition."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -42,19 +42,19 @@ def _shared_limit(capability: tuple[int, int]) -> int:
     return 1024 * kilobytes.get(capability, 99)
 
 
-# Parts of a chip and the multiprocessors of each, by major compute capability. A cluster runs in
-# one part; some parts are larger. To ask the board (cudaOccupancyMaxActiveClusters) would make the
-# order of a sum, and so its bits, differ from board to board.
-_PARTS = {9: (8, 16), 10: (8, 18), 12: (10, 16)}
+# GPCs of a chip and the multiprocessors of each, by major compute capability. A cluster runs in one
+# GPC; some GPCs are larger. If the board were asked (cudaOccupancyMaxActiveClusters), the order of
+# a sum, and so its bits, would differ from board to board.
+_GPCS = {9: (8, 16), 10: (8, 18), 12: (10, 16)}
 
 
 def _blocks_at_once(capability: tuple[int, int], cluster: int, resident: int) -> int:
-    """Return how many blocks run at once, ``resident`` on a multiprocessor; whole clusters."""
+    """Return the number of blocks that run at once, in whole clusters; ``resident`` share an SM."""
     blocks = resident * multiprocessors(capability)
     if cluster == 1:
         return blocks
-    parts, processors = _PARTS.get(capability[0], (8, 16))
-    return min(blocks, parts * (resident * processors // cluster) * cluster)
+    gpcs, processors = _GPCS.get(capability[0], (8, 16))
+    return min(blocks, gpcs * (resident * processors // cluster) * cluster)
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Operation:
             )
 
     def implementation(self, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-        """Return the function that :meth:`choose` names, without the contexts of a call."""
+        """Return the implementation that :meth:`choose` names; it runs in the caller's contexts."""
         name = self.chosen.get((_current, device, dtype))
         if name is None:
             name = self.chosen[_current, device, dtype] = self.choose(device, dtype).backend
@@ -143,13 +143,13 @@ class Operation:
                 return implementation(*args)
 
     def traces(self, tensor: torch.Tensor) -> bool:
-        """Return True if a compiler reads the reference, and False if it calls the operator."""
+        """Return True if a compiler traces the reference, and False if it calls the operator."""
         if tensor.device.type != "cpu" or is_exporting() or not self.traceable:
             return False
         return self.choose(tensor.device, tensor.dtype).backend == "reference"
 
     def trace(self, *args: Any) -> Any:
-        """Run the reference for a compiler, which fuses it as the calls that it replaces."""
+        """Run the reference for a compiler, which fuses it like other PyTorch code."""
         if not torch.is_autocast_enabled("cpu"):
             return self.reference(*args)
         with torch.autocast("cpu", enabled=False):
@@ -188,7 +188,7 @@ class Operator:
 
     An eager call on plain tensors is one ``autograd.Function``, or the implementation alone if no
     gradient is needed: dispatcher and custom operator cost as much as ten small additions. A
-    compiler reads the reference of CPU tensors, with our backward. All other calls run the
+    compiler traces the reference of CPU tensors, with our backward. All other calls run the
     registered operator: those that are exported, transformed or compiled for a GPU, those under a
     dispatch mode (fake tensors, the ledger, FLOP counters), those on tensor subclasses.
 
@@ -203,7 +203,7 @@ class Operator:
         # The overload itself, without the frame that its definition would add.
         self._run = getattr(torch.ops.prfl_fast, operation.name).default
         self._apply: Callable[..., Any] = self._run
-        self._function: Any = None  # for a compiler, which reads the reference
+        self._function: Any = None  # for a compiler, which traces the reference
         self._passed: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
@@ -229,7 +229,6 @@ class Operator:
     def _dispatch(self, args: tuple[Any, ...]) -> Any:
         if self._check is not None:
             self._check(*args)
-        # A compiled graph is traced with plain tensors, and dynamo cannot trace the levels.
         if is_compiling():
             tensors = list(_tensors(args))
             if self.operation.traces(tensors[0]):
@@ -239,6 +238,7 @@ class Operator:
                 # Dynamo takes no tensor twice as the input of an autograd function.
                 if all(a is not b for a, b in itertools.combinations(tensors, 2)):
                     return self._function.apply(*args)
+        # Not while compiling: graphs are traced with plain tensors, and dynamo cannot trace levels.
         elif _peek() is not None or forward_ad._current_level >= 0:
             for tensor in _tensors(args):
                 _check_transform(self.operation.name, tensor)
@@ -341,7 +341,7 @@ def register(
             shows, for an operation that makes a further choice of its own.
         check: the same signature; raises ``ValueError`` for wrong arguments. It may read
             only layouts of tensors and numbers, because it runs once for each combination of them.
-        traceable: False if a compiler cannot read the reference; it then calls the operator.
+        traceable: False if a compiler cannot trace the reference; it then calls the operator.
     """
     operation = Operation(name, reference, triton, cuda, report, traceable)
 

@@ -80,10 +80,10 @@ class PRFLOutput:
         depths: steps that each point's gradient went through.
         timesteps: the K timesteps (1000·σ) at which latents were rewarded.
         latents: ``[B, C, F, H, W]``, the last rewarded latents; the result of a guided trajectory.
-        finite: False if a reward or loss was NaN or infinite: skip the update. All gradients of a
-            model's trained parameters are dropped then, those of earlier calls as well. With a
-            velocity function, whose parameters are unknown, the trajectory ended there, and
-            ``.grad`` has the gradients of earlier points.
+        finite: False if a reward or loss was NaN or infinite: skip the update. A step that trains a
+            model then has dropped the gradients of all its parameters, also those of earlier calls.
+            With a velocity function, whose parameters are unknown, or a gradient to noise or
+            latents, the trajectory ended there, and gradients of earlier points remain.
         divergence: scalar, mean squared difference of the velocities with and without adapters over
             the gradient steps; None if it is off.
         gradient: ``[B, C, F, H, W]``, gradient of the loss with respect to the noise for plans with
@@ -130,11 +130,11 @@ class GradientEstimator:
     :meth:`take_again`. ``generator`` draws frames and noise for plans that need them.
 
     Attributes:
-        deferred: whether values are finite is collected on the device and read once, by
-            :meth:`output`. Otherwise it is read at each point, before its backward: the gradient to
-            latents or noise changes what follows, and the parameters of a velocity function are
-            unknown, so that a bad gradient could not be dropped.
-        finite: False after a reward or loss that is known not to be finite.
+        deferred: True if the device collects whether values are finite, and :meth:`output` reads
+            the result once. If False, each point reads it before its backward: a gradient to
+            latents or noise changes the later steps, and that of a velocity function, whose
+            parameters are unknown, could not be dropped.
+        finite: False after a reward or loss was read that is not finite.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class GradientEstimator:
         return GradientSteps(x, index, weight, penalties, divergence)
 
     def _record(self, good: torch.Tensor) -> None:
-        """Take in a 0-d tensor that tells if some values are finite."""
+        """Collect a 0-d bool tensor: True if all values that it stands for are finite."""
         self._good = good if self._good is None else self._good & good
         if not self.deferred:
             self._read()
@@ -238,7 +238,7 @@ class GradientEstimator:
             part = weight * self.spec.reward_weights[name] * short.mean()
             scores[name] = score.detach()
             loss = loss + part.detach()
-            # Both are checked at once, to wait for the device once; relu hides an infinite score.
+            # The score is checked too, because relu hides an infinite one.
             self._record(torch.isfinite(score.detach()).all() & torch.isfinite(part.detach()))
             if self.finite:
                 (part * scale).backward()

@@ -137,8 +137,9 @@ class PRFL:
             loss_scale: factor of the gradients only, e.g. ``1 / gradient_accumulation_steps``.
 
         Returns:
-            See :class:`PRFLOutput`; check ``finite`` before the optimizer step. The step of a model
-            waits for the device once, at its end; checks of an inexact rollout's drift wait too.
+            See :class:`PRFLOutput`; check ``finite`` before the optimizer step. A step that trains
+            a model waits for the device once, at its end. With an approximate rollout it waits for
+            the check of its inputs and for checks of drift too.
 
         Raises:
             TypeError: if the model is unsupported.
@@ -153,7 +154,7 @@ class PRFL:
         check_number("loss_scale", loss_scale)
         self._check_inputs(noise, latents)
         self._check_model()
-        # A rollout that starts from NaN would exceed every drift limit and stay exact.
+        # From NaN inputs an approximate rollout would exceed its drift limit and be exact for good.
         deferred = self._model is not None and plan.to == "parameters" and not self.engine.inexact
         if not deferred and latents is not None:
             check_finite("latents", latents)
@@ -187,7 +188,7 @@ class PRFL:
         return output
 
     def _discard(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
-        """Drop the gradients of a step that is not finite; raise if its input has such values."""
+        """Drop the gradients of a step that is not finite; raise if its input is not finite."""
         if self._model is not None and self.plan.to == "parameters":
             for parameter in self._model.parameters():
                 parameter.grad = None

@@ -54,7 +54,7 @@ class HostGradients:
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
         self._hooks: dict[int, tuple[Any, ...]] = {}
-        # By parameter: the buffer, its view as a gradient, and the number of tensors of both.
+        # By parameter: the buffer, its view as a gradient, and the count of tensors on both.
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
     def watch(self, parameter: nn.Parameter) -> None:
@@ -74,7 +74,7 @@ class HostGradients:
             parameter.grad.data = host.copy_(parameter.grad.data)
 
         hooks: Any = (bring, send)
-        for hook in hooks:  # torch.save would warn of hooks that a file does not keep
+        for hook in hooks:  # else torch.save warns that a file does not keep them
             hook.__torch_unserializable__ = True
         self._hooks[id(parameter)] = (
             parameter.register_hook(bring),

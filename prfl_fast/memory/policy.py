@@ -38,9 +38,9 @@ class MemoryConfig:
         feed_forward_chunk: tokens per pass through a feed-forward layer; None runs all at once.
         optimizer: one of :data:`prfl_fast.memory.optimizers.KINDS`; a frozen model ignores it.
         gradient_dtype: dtype in which gradients accumulate: the parameter's own, or float32.
-        stream_weights: number of blocks that are copied to the device before they run, while the
-            weights of all other blocks wait in host memory, see :mod:`prfl_fast.memory.stream`;
-            None keeps all weights on the device.
+        stream_weights: the weights of blocks wait in host memory, and this many blocks are copied
+            to the device ahead of the one that runs, see :mod:`prfl_fast.memory.stream`; None keeps
+            all weights on the device.
 
     Raises:
         ValueError: if a field is not one of its choices, or ``feed_forward_chunk`` or
@@ -92,7 +92,8 @@ def apply_memory(
     Args:
         module: a supported transformer, or a reward model with such a transformer as its
             ``backbone``. The other children of a reward model keep their dtype. Of two experts one
-            is on ``device`` at a time, see :mod:`prfl_fast.memory.experts`.
+            is on ``device`` at a time, see :mod:`prfl_fast.memory.experts`; with ``stream_weights``
+            both are there, except for their blocks.
         config: the policy. Its ``optimizer`` and ``gradient_dtype`` are not applied here, but by
             :func:`prfl_fast.memory.make_optimizer`.
         device: target of the model, which moves layer by layer, each layer in its new dtype; None
@@ -100,7 +101,8 @@ def apply_memory(
 
     Raises:
         TypeError: if the model has neither an adapter nor a ``ModuleList``.
-        ValueError: if the weights are already quantized to another dtype.
+        ValueError: if the weights are already quantized to another dtype, or ``stream_weights``
+            meets a weight of a tensor subclass.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     if isinstance(module, Experts):

@@ -315,7 +315,7 @@ def cast_weights(
     values (:func:`quantize`). Buffers keep their dtypes.
 
     ``model`` and ``device`` are as in :func:`quantize`, which raises the same errors. With ``stay``
-    the model does not move, and each layer is quantized on ``device``.
+    the model stays where it is: each layer is quantized on ``device`` and moves back.
     """
     check_choice("kind", kind, ("fp32", "bf16", *KINDS))
     _block_linears(model, kind)

@@ -50,7 +50,7 @@ class _Slot:
 
     def __init__(self, memory: torch.Tensor, used: Any) -> None:
         self.memory = memory
-        self.used, self.copied = used, None  # events: last kernel that reads it, copy into it
+        self.used, self.copied = used, None  # events: end of its last reader, of the copy into it
         self.block: BlockWeights | None = None
         self.views: weakref.WeakKeyDictionary[BlockWeights, list[torch.Tensor]] = (
             weakref.WeakKeyDictionary()
@@ -93,7 +93,7 @@ class Slots:
         slot.used = self.copies.reached()
         if block.slot is None or block.changed():
             self._load(block, set())
-        assert block.slot is not None  # the slot of a block that does not run is always free
+        assert block.slot is not None  # _load found one: only blocks that run hold their slots
         slot = block.slot
         self.copies.wait(slot.copied)
         kept = {slot}
@@ -140,7 +140,7 @@ class BlockWeights:
         ring.blocks.append(self)
         self.slot: _Slot | None = None
         self.version = self.depth = 0
-        self.saved_by_place = False  # this call's saved tensors pass through pack, or are none
+        self.saved_by_place = False  # True if this call saves tensors by pack, or saves none
         self._owners = _owners(block)
         self._layouts: list[tuple[torch.dtype, int, torch.Size, tuple[int, ...]]] = []
         size = 0
@@ -166,7 +166,7 @@ class BlockWeights:
         ]
 
     def current_version(self) -> int:
-        """Return a number that each change of the parameters in place raises."""
+        """Return a number that increases with each in-place change of a parameter."""
         return sum(parameter._version for parameter in self.parameters())
 
     def changed(self) -> bool:
@@ -206,8 +206,8 @@ class BlockWeights:
             if parameter.requires_grad and torch.is_grad_enabled():
                 self._gradients.watch(parameter)
         if self.index == 0 and torch._C._current_graph_task_id() == -1:
-            # Between two forwards the weights may change by .data, which no version counts: peft
-            # merges adapters so. The first block then waits for its copy.
+            # Between two forwards peft may merge adapters through .data, which changes no version.
+            # So the first block forgets all copies, and waits for its own.
             for block in self.ring.blocks:
                 self.slots.release(block)
         slot = self.slots.take(self)
@@ -296,7 +296,7 @@ class _Ring:
         return [self.blocks[place] for place in places if 0 <= place <= end]
 
 
-# By device and True for fake tensors. Models share the slots, which live as long as one of them.
+# Keys: device, and True for fake tensors. Models share the slots, which live as long as a model.
 _slots: "weakref.WeakValueDictionary[tuple[torch.device, bool], Slots]" = (
     weakref.WeakValueDictionary()
 )
@@ -305,10 +305,11 @@ _slots: "weakref.WeakValueDictionary[tuple[torch.device, bool], Slots]" = (
 def stream_weights(
     model: nn.Module, ahead: int | None, device: torch.device | str | None = None
 ) -> None:
-    """Keep the weights of blocks in host memory, ``ahead`` of them copied early; None undoes it.
+    """Keep the weights of blocks in host memory, and copy ``ahead`` blocks early; None undoes it.
 
-    All other parameters and buffers move to ``device``; None is the model's device. Weights of an
-    undone model stay in host memory. Call :func:`activation_checkpointing` afterwards.
+    All other parameters and buffers move to ``device``; None is the model's device. After an undo
+    the weights are ordinary parameters in host memory. Call :func:`activation_checkpointing`
+    afterwards.
 
     Raises:
         ValueError: if a block has a weight of a tensor subclass.

@@ -212,7 +212,7 @@ def project(x: torch.Tensor, *layers: nn.Module) -> Iterable[torch.Tensor]:
     """Return the output of each layer for x, with :class:`Projections` where it applies."""
     # Autocast would cast the products of the forward but not those of the backward.
     separate = not all(map(is_plain_linear, layers)) or torch.is_autocast_enabled(x.device.type)
-    # A compiler for CPUs fuses the sum of the gradients; addmm_ would copy what it adds to.
+    # A compiler for CPUs fuses the sum of the gradients, but copies the tensor that addmm_ adds to.
     if separate or (x.device.type == "cpu" and torch.compiler.is_compiling()):
         return [layer(x) for layer in layers]
     return Projections.apply(x, *(p for layer in layers for p in (layer.weight, layer.bias)))

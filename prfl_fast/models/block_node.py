@@ -1,4 +1,4 @@
-"""A block as one autograd function, with the operations, sums and saved tensors of its parts.
+"""Run a block as one autograd function, with the operations, sums and saved tensors of its parts.
 
 Run part by part, a block is 14 calls that check, record and wrap; each costs the host as much as a
 small addition. :class:`BlockNode` calls the implementations of the same operations in the same
@@ -32,8 +32,9 @@ class BlockNode:
         norms: positions of the weights of q, k, the cross-attention's q and k, and of weight and
             bias of the norm before it; -1 for None.
         layers: the self-attention's q, k, v, out, the cross-attention's, up, down.
-        heads, eps: of both attentions; of the norms in the order of the block, q and k's included.
-        kind: of the norms before the self-attention and the feed-forward.
+        heads: numbers of heads of both attentions.
+        eps: those of the norms in the order of the block, norms of q and k included.
+        kind: kind of the norms before the self-attention and the feed-forward.
     """
 
     def __init__(self, parts: Any) -> None:
@@ -142,8 +143,8 @@ class BlockNode:
 def make_node(parts: Any) -> BlockNode | None:
     """Return the node of a block's ``BlockParts``, or None if it has parts that no node can run.
 
-    Modules with hooks or replaced forwards, and replaced functions of the parts, are for the caller
-    to exclude.
+    The caller excludes modules with hooks or replaced forwards, and parts whose functions are
+    replaced.
     """
     attn, cross = parts.attn, parts.cross
     fused = any(getattr(a, "fused_projections", False) for a in (attn, cross))

@@ -1,4 +1,4 @@
-"""Forward and backward of a whole block as one autograd function, see :mod:`block_node`."""
+"""Compute the forward and backward of a whole block, see :mod:`prfl_fast.models.block_node`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -59,9 +59,9 @@ def scale_of(q: torch.Tensor, heads: int) -> float:
 
 
 class Forward:
-    """Run a block. ``need`` tells which inputs of the function need a gradient; None records none.
+    """Run a block. ``need`` is True for each input that needs a gradient; None keeps nothing.
 
-    ``kept`` receives tensors for the backward, which takes them from its end, so that each is freed
+    ``kept`` receives tensors for the backward, which pops them from the end, so that each is freed
     after its last use.
     """
 
@@ -76,6 +76,7 @@ class Forward:
         self.modulated = need is not None and (need[_TIME] or need[_TABLE])
 
     def keep(self, *tensors: Any) -> None:
+        """Keep tensors for the backward, if there will be one."""
         if self.need is not None:
             self.kept += tensors
 
@@ -100,6 +101,7 @@ class Forward:
         return [self.p[i] for i in self.node.norms[2 * which : 2 * which + 2]]
 
     def self_attention(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the self-attention of the modulated norm of x, ``[B, L, D]``."""
         node, table = self.node, self.table
         self.keep(x if self.modulated or (self.need is not None and self.need[_X]) else None)
         rows = (self.time[1], self.time[0], table[1], table[0], self.row_index)
@@ -118,6 +120,7 @@ class Forward:
         return y
 
     def cross_attention(self, h: torch.Tensor) -> torch.Tensor:
+        """Return the cross-attention of the normed stream, ``[B, L, D]``."""
         node, layers, k, v = self.node, self.node.layers, self.context, self.value
         (q,) = self.products(layers[4:5], h)
         if v is None:
@@ -131,6 +134,7 @@ class Forward:
         return self.products(layers[7:8], out)[0]
 
     def feed_forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Return the feed-forward of the normed stream, ``[B, L, D]``."""
         up, bias = self.node.layers[8], None
         if up.bias_in_gelu(h):
             bias, up = self.p[up.bias], up._replace(bias=-1)
@@ -144,7 +148,7 @@ class Forward:
 
 
 class _Backward:
-    """Compute the gradients of :class:`Forward`, from its end."""
+    """Compute the gradients of :class:`Forward`, last part first."""
 
     def __init__(self, ctx: Any, saved: Sequence[Any], ops: Any) -> None:
         self.node, self.need, self.ops, self.axes = ctx.node, ctx.needs_input_grad, ops, ctx.axes
@@ -320,7 +324,8 @@ class Block(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the output; save what the parts of the block save. Without ctx, record nothing.
 
-        ``call`` has grid and offset of the tokens, and the layouts that ``node`` has checked after.
+        ``call`` is grid and offset of the tokens, and the key of the layouts, which ``node`` has
+        checked after the forward.
         """
         axes, key = call
         given, parameters = tensors[: _FIXED - _X], tensors[_FIXED - _X :]
@@ -354,7 +359,7 @@ class Block(torch.autograd.Function):
         plain = is_plain_call() and type(grad) in PLAIN and not grad.is_neg()
         ops = operations(grad.device, grad.dtype) if plain else OPERATORS
         run = _Backward(ctx, ctx.saved_tensors, ops)
-        ctx.maybe_clear_saved_tensors()  # from here on each is freed after its last use
+        ctx.maybe_clear_saved_tensors()  # so that each is freed after its last use in run
         return tuple(run.run(grad))
 
 

@@ -207,8 +207,8 @@ def feed_forward(
     """Compute ``down(gelu_tanh(up(x)))``, ``[B, L, D]`` → ``[B, L, D]``.
 
     Args:
-        up, down: linear layers. The bias of a plain ``nn.Linear`` is added in the GELU kernel; on a
-            CPU the product adds it.
+        up, down: linear layers. The bias of a plain ``up`` is added in the GELU kernel, on a CPU by
+            the layer itself.
         x: ``[B, L, D]``.
         chunk: tokens per pass, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
     """
@@ -219,7 +219,7 @@ def feed_forward(
                 return feed_forward(up, down, x)
 
         return in_chunks(run, x, chunk)
-    # The bias in the GELU kernel saves a pass over the hidden layer, in the CPU's product another.
+    # On a GPU the GELU kernel adds the bias without another pass; on a CPU the product does.
     if x.device.type != "cpu" and is_plain_linear(up):
         return down(bias_gelu(F.linear(x, up.weight), up.bias))
     return down(bias_gelu(up(x)))
@@ -259,8 +259,8 @@ def known_parts(
 ) -> BlockParts | str:
     """Return ``parts(block)`` with a node, or ``reason(block)`` if that is not empty.
 
-    Both functions may read the block, its submodules and their attention processors. They run again
-    only if one of these has changed since the last call.
+    Both functions may read only the block, its submodules and their attention processors. They run
+    again if one of these has changed since the last call.
     """
     if torch.compiler.is_compiling():
         return reason(block) or parts(block)

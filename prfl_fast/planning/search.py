@@ -210,7 +210,7 @@ class Search:
             found = self._tier(tier, last=last)
             fits = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
             if self.workload.train == "lora" or tier[1] == "adamw-cpu":
-                # Copies take time at best hidden: only a faster policy of the blocks gains by it.
+                # Copies shorten no step. They pay if the freed memory allows a faster policy.
                 waiting = self._tier((*tier, AHEAD), last=last)
                 found += [c for c in waiting if c.seconds < fits]
             found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))

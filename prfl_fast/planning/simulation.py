@@ -372,7 +372,7 @@ class SimulatedStep:
             read = 0 if parameter.grad is None else parameter.grad.nbytes
             norm_and_clip = 3 * read
             if id(parameter) in self.waiting:
-                pass  # all on the host
+                pass  # weight, gradient and states are all on the host
             elif kind == "adamw-cpu":
                 ways = {"to_host_bytes": read, "to_device_bytes": parameter.nbytes}
                 self._count(parameter, moved_bytes=norm_and_clip, **ways)
@@ -436,7 +436,7 @@ def simulate(
         layers, reward_layers: depths in place of the workload's.
         whole: run all blocks, instead of repeating the middle one of five.
     """
-    # Copies two blocks ahead would end before the repeated block of five.
+    # With two blocks ahead, the copies would end before the middle block, which is repeated.
     whole = whole or any((m.stream_weights or 0) > 1 for m in (memory, reward_memory))
     key = repr((workload, layers, reward_layers, whole))  # a configuration has no hash
     found = _remembered.get((key, memory, reward_memory))

@@ -1,4 +1,4 @@
-"""Predict a step whose weights wait in host memory from the simulation of one with all weights."""
+"""Predict a step with streamed weights from the simulation of the step without them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.modules import unwrap
 
 REWARD_PHASES = ("reward", "reward backward")
-# Blocks that are copied ahead. With two slots the next block is copied while one runs, so the time
-# of a phase is the longer of copies and compute already, and more slots would shorten nothing.
+# Blocks that are copied ahead. Two slots already make the time of a phase the longer of copies and
+# compute: the next block is copied while one runs. More slots would shorten nothing.
 AHEAD = 1
 
 
@@ -35,9 +35,9 @@ def block_bytes(
 
 
 def streamed(run: Simulation, sizes: tuple[int, int, int], *, full: bool) -> Simulation:
-    """Return a simulation as it is about if the weights of blocks wait in host memory.
+    """Return the approximate simulation of the same step with streamed weights.
 
-    ``sizes`` are those of :func:`block_bytes`, ``full`` is True if all weights train.
+    ``sizes`` are those of :func:`block_bytes`; ``full`` is True if all weights train.
     """
     ours, theirs, largest = sizes
     resident = max(live.get("weights", 0) for _, live in run.timeline)

@@ -60,7 +60,7 @@ def add_lora(
     else:
         peft.inject_adapter_in_model(config, model)
     # peft creates adapters in float32 or in the layer's dtype, depending on the function called,
-    # and on the layer's device, where streamed weights are not.
+    # and on the layer's device, which is the host for streamed weights.
     device = device_of(model)
     for layer in model.modules():
         base: Any = getattr(layer, "base_layer", None)

@@ -143,9 +143,9 @@ _MEMORY = "__prfl_fast_memory__"
 
 
 class _Memory:
-    """What was found about a module, and the state of it and its submodules at that time.
+    """Result of checks of a module, and the state of it and its submodules at that time.
 
-    Comparing the states takes 10 µs for a block; checks that read each module take ten times that.
+    Comparing the states takes 10 µs for a block; the checks themselves take ten times that.
     """
 
     def __init__(self, module: nn.Module, found: object, others: Iterable[Any]) -> None:
@@ -167,6 +167,7 @@ class _Memory:
         return None
 
     def is_current(self) -> bool:
+        """Return True if nothing has changed."""
         try:
             return (
                 not any(self.hooks)
@@ -180,11 +181,11 @@ class _Memory:
 
 
 def remember(module: nn.Module, found: object, others: Iterable[Any] = ()) -> bool:
-    """Store what was found about a module for :func:`remembered`; return False if that cannot be.
+    """Store ``found``, a result of checks of a module, for :func:`remembered`; True if stored.
 
-    It is forgotten when the module or a submodule changes: attributes, parameters, submodules,
-    classes and their forwards, or ``others``, dicts and lists of other objects. It cannot be stored
-    if a submodule has a hook.
+    The result is lost when the module or a submodule changes (attributes, parameters, submodules,
+    classes and their forwards), or one of ``others``, dicts and lists of other objects. A module
+    whose submodules have hooks stores nothing.
     """
     memory = _Memory(module, found, others)
     if not memory.is_current():
@@ -194,6 +195,6 @@ def remember(module: nn.Module, found: object, others: Iterable[Any] = ()) -> bo
 
 
 def remembered(module: nn.Module) -> Any:
-    """Return what :func:`remember` stored, or None if that is nothing or no longer true."""
+    """Return the result that :func:`remember` stored; None if there is none or a module changed."""
     memory = vars(module).get(_MEMORY)
     return memory.found if memory is not None and memory.is_current() else None

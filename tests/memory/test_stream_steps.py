@@ -1,4 +1,4 @@
-"""Streamed weights in whole steps: PRFL, rollouts, chains, experts, optimizers, other models."""
+"""Streamed weights in whole steps: PRFL, rollouts, plans of several steps, experts, optimizers."""
 
 import copy
 
