@@ -177,7 +177,7 @@ def _make_pool(draw: Draw) -> Tensors:
 
 @functools.cache
 def _pool_module(kind: Callable[..., nn.Module], dim: int) -> nn.Module:
-    """Return a module without memory, made once: its construction is not part of what is timed."""
+    """Return a module on the meta device, made once, so that its construction is not timed."""
     with torch.device("meta"):
         return kind(dim, POOL_HEADS)
 

@@ -76,7 +76,8 @@ def store(ptr, i_token, b, o_d, m_d, D: tl.constexpr):
 def _store_tile(p_tile, b, COLUMNS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     """Store a tile, of which COLUMNS exist, in the layout of its load."""
     # Columns are computed in the shape of the values: Triton does not see that reshaped ones are
-    # neighbors, and would store bytes one by one. Of equal axes it gives lanes to the first.
+    # neighbors, and would store bytes one by one. Lanes go to the first of equally dense axes, so
+    # the axis of threads comes first.
     b = tl.permute(by_thread(b, THREADS, VECTOR), (1, 0, 2))  # [THREADS, loads, WIDTH]
     o_d = tl.arange(0, b.shape[1])[None, :, None] * THREADS + tl.arange(0, THREADS)[:, None, None]
     o_d = o_d * b.shape[2] + tl.arange(0, b.shape[2])[None, None, :]

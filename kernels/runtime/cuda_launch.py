@@ -49,7 +49,7 @@ _GPCS = {9: (8, 16), 10: (8, 18), 12: (10, 16)}
 
 
 def _blocks_at_once(capability: tuple[int, int], cluster: int, resident: int) -> int:
-    """Return the number of blocks that run at once, in whole clusters; ``resident`` share an SM."""
+    """Return the blocks that run at once, in whole clusters, ``resident`` on a multiprocessor."""
     blocks = resident * multiprocessors(capability)
     if cluster == 1:
         return blocks

@@ -105,8 +105,8 @@ def apply_memory(
             meets a weight of a tensor subclass.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
+    streams = config.stream_weights is not None
     if isinstance(module, Experts):
-        streams = config.stream_weights is not None
         if device is not None or streams:
             module.swap = None  # of an earlier call
         if device is None or streams:
@@ -120,7 +120,6 @@ def apply_memory(
     home = device_of(transformer) if device is None else device
     stream_weights(transformer, None)
     # Weights come first, because they move to the device layer by layer, already narrow.
-    streams = config.stream_weights is not None
     cast_weights(transformer, config.weight_dtype, device=device, stay=streams)
     stream_weights(transformer, config.stream_weights, home)
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)

@@ -1,4 +1,4 @@
-"""Reads of the device in a PRFL step, and steps whose values are found not to be finite by them."""
+"""Reads of the device in a PRFL step, and steps with values that are not finite."""
 
 import math
 
