@@ -56,7 +56,7 @@ def fail_by_interrupt(model, index, patch):
 
 
 def fail_in_backward(model, index, patch):
-    """Raise in a hook of the block's middle: in a recompute too, whose results are then saved."""
+    """Raise in a hook in the middle of the block, also in a recompute, which saves its results."""
     layer = model.blocks[index].ffn.net[2]
 
     def forward(x):
@@ -78,7 +78,7 @@ def fail_in_second_run(model, index, patch):
 
 
 def fail_in_copy(model, index, patch):
-    """Raise at the copy in to the device that is made after ``2 * index`` others."""
+    """Raise at the copy to the device that comes after ``2 * index`` others."""
     original, made = streaming.Copies.copy, itertools.count()
 
     def copy(*args):

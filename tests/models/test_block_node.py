@@ -51,7 +51,7 @@ def parts_only(monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Return a list with an entry for each call of a node: whether it ran the block."""
+    """Return a list with an entry for each call of a node: True if it ran the block."""
     calls, call = [], BlockNode.prepare
 
     def counted(*args):

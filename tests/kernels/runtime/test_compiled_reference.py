@@ -1,4 +1,4 @@
-"""What a compiler sees of an operation: PyTorch on a CPU, where it fuses; else the operator."""
+"""A compiler traces the references on a CPU, where it fuses them, and elsewhere calls operators."""
 
 import contextlib
 
