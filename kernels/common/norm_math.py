@@ -7,6 +7,7 @@ import torch
 
 from prfl_fast.kernels.common.modulation_rows import table_plus_rows
 from prfl_fast.kernels.runtime.checks import cast
+from prfl_fast.kernels.runtime.registry import is_plain_call
 
 
 def parameter_gradients(
@@ -72,10 +73,11 @@ def rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if torch.compiler.is_compiling():
         return (norm * norm / x.shape[-1] + eps).rsqrt()
-    # eps is a tensor, because an operand that is a number takes as long as two calls on tensors.
-    return torch.addcmul(
-        _constant(eps, dtype, x.device), norm, norm, value=1 / x.shape[-1]
-    ).rsqrt_()
+    # eps is a tensor, because an operand that is a number takes as long as two calls on tensors. One
+    # that is kept would be foreign to a mode of fake tensors, and to real ones if it were fake.
+    constant = _constant if is_plain_call() else _constant.__wrapped__
+    eps_tensor = constant(eps, dtype, x.device)
+    return torch.addcmul(eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 @functools.lru_cache

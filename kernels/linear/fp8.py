@@ -131,7 +131,8 @@ def _explain(choice: Choice, device: torch.device, dtype: torch.dtype) -> Choice
     return Choice(choice.backend, f"emulated: {reason}" if reason else "torch._scaled_mm")
 
 
-_op = register("fp8_linear", reference, fake=_fake, report=_explain)
+# Not traceable: its emulation would compile once for each length.
+_op = register("fp8_linear", reference, fake=_fake, report=_explain, traceable=False)
 _quantize_op = register(
     "quantize_fp8", quantize_reference, fake=empty_quantized, triton=_quantize_triton
 )
