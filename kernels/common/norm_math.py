@@ -73,8 +73,8 @@ def rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if torch.compiler.is_compiling():
         return (norm * norm / x.shape[-1] + eps).rsqrt()
-    # eps is a tensor, because an operand that is a number takes as long as two calls on tensors. One
-    # that is kept would be foreign to a mode of fake tensors, and to real ones if it were fake.
+    # eps is a tensor, because an operand that is a number takes as long as two calls on tensors. A
+    # kept one would be foreign to a mode of fake tensors, and to real ones if it were fake.
     constant = _constant if is_plain_call() else _constant.__wrapped__
     eps_tensor = constant(eps, dtype, x.device)
     return torch.addcmul(eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
