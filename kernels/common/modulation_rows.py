@@ -5,8 +5,10 @@ float32. Token n of N uses row n // (N / R), or ``row_index[n]``. Rows are never
 """
 
 import math
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from prfl_fast.kernels.runtime.checks import cast, require, require_float, require_same_device
 from prfl_fast.kernels.runtime.triton import tl, triton
@@ -68,19 +70,33 @@ def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) 
     return torch.segment_reduce(tokens[0, order], "sum", offsets=offsets, axis=0)
 
 
+# Not attributes of the tensors, which copies and files would have too.
+_segments: Any = WeakTensorKeyDictionary()
+
+
 def segments(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens sorted by row ``[N]`` and starts of rows ``[R + 1]``, int64; no sync.
 
     The result is stored on ``row_index``, which all backwards of a forward share, until it changes.
     """
-    key = (rows, row_index._version)
-    known = vars(row_index).get("_prfl_fast_segments", (None,))
-    if known[0] != key:
-        by_row, order = torch.sort(row_index.reshape(-1), stable=True)
-        bounds = torch.arange(rows + 1, device=row_index.device, dtype=row_index.dtype)
-        known = key, (order, torch.searchsorted(by_row, bounds))
-        vars(row_index)["_prfl_fast_segments"] = known
-    return known[1]
+    on_gpu = row_index.is_cuda and torch.cuda.is_initialized()  # not a fake tensor
+    # A CUDA graph sorts at each replay, because its inputs change in place between replays.
+    if row_index.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return _sorted(row_index, rows)
+    # Kernels on another stream would not wait for the sort.
+    stream = torch.cuda.current_stream(row_index.device) if on_gpu else None
+    place = row_index.untyped_storage()._cdata  # assigning .data does not change the version
+    key = (rows, row_index._version, place, stream)
+    known = _segments.get(row_index)
+    if known is None or known[0] != key:
+        known = _segments[row_index] = key, _sorted(row_index, rows)
+    return known[1]  # type: ignore[no-any-return]
+
+
+def _sorted(row_index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    by_row, order = torch.sort(row_index.reshape(-1), stable=True)
+    bounds = torch.arange(rows + 1, device=row_index.device, dtype=row_index.dtype)
+    return order, torch.searchsorted(by_row, bounds)
 
 
 def common_rows(first: int, second: int, row_index: torch.Tensor | None) -> int:

@@ -20,7 +20,7 @@ from prfl_fast.kernels import quantize_fp8
 from prfl_fast.models.experts import members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
-from prfl_fast.utils.modules import is_plain_linear, unwrap
+from prfl_fast.utils.modules import forget, is_plain_linear, unwrap
 from prfl_fast.utils.optional import need
 
 Kind = Literal["fp8", "nf4"]
@@ -268,6 +268,7 @@ def _quantize_blocks(
                 f"{name} has hooks, a replaced forward or a quantized weight, "
                 "expected a plain nn.Linear. Quantize the model before they are added"
             )
+    forget(unwrap(model))
     while found:
         owner, attribute, layer, _ = found.pop()  # a loop would keep the wide matrices alive
         if not isinstance(layer, QuantizedLinear):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prfl_fast.utils.checks import check, check_count
-from prfl_fast.utils.modules import instance_forward, set_forward, unwrap, weights_of
+from prfl_fast.utils.modules import forget, instance_forward, set_forward, unwrap, weights_of
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.recompute import in_chunks
 
@@ -142,6 +142,7 @@ class BlockAdapter:
                 _patched_by[module].discard(base)
             if instance_forward(module) is forward and not others:
                 del module.forward
+                forget(module)
                 if "block_runner" in module.__dict__:
                     set_forward(module, class_forward)
 

@@ -260,7 +260,7 @@ def known_parts(
     """Return ``parts(block)`` with a node, or ``reason(block)`` if that is not empty.
 
     Both functions may read only the block, its submodules and their attention processors. They run
-    again if one of these has changed since the last call.
+    again if one of these, or a class of them, has changed since the last call.
     """
     if torch.compiler.is_compiling():
         return reason(block) or parts(block)
@@ -272,7 +272,8 @@ def known_parts(
             known = known._replace(node=node)
         processors = [vars(m)["processor"] for m in block.modules() if "processor" in vars(m)]
         states = [vars(p) for p in processors if hasattr(p, "__dict__")]
-        if not remember(block, known, [*states, *(node.watched if node else ())]):
+        others = [*states, *(node.watched if node else ())]
+        if not remember(block, known, others, processors):
             return known._replace(node=None) if isinstance(known, BlockParts) else known
     return known  # type: ignore[no-any-return]
 

@@ -148,12 +148,16 @@ class _Memory:
     Comparing the states takes 10 µs for a block; the checks themselves take ten times that.
     """
 
-    def __init__(self, module: nn.Module, found: object, others: Iterable[Any]) -> None:
+    def __init__(
+        self, module: nn.Module, found: object, others: Iterable[Any], called: Iterable[Any]
+    ) -> None:
         self.found = found
         vars(module)[_MEMORY] = self  # before the copies below
         self.modules = [*module.modules()]
         self.types: list[Any] = [*map(type, self.modules)]
         self.forwards = [kind.forward for kind in self.types]
+        self.called = [*called]
+        self.calls = [type(each).__call__ for each in self.called]
         self.hooks = [vars(m)[name] for m in self.modules[1:] for name in _HOOKS]
         self.states = [*map(vars, self.modules), *others]
         for name in ("_modules", "_parameters"):
@@ -174,22 +178,29 @@ class _Memory:
                 and not any(_GLOBAL_HOOKS)
                 and [*map(type, self.modules)] == self.types
                 and [kind.forward for kind in self.types] == self.forwards
+                and [type(each).__call__ for each in self.called] == self.calls
                 and self.states == self.before
             )
         except Exception:  # an attribute is another object than before, and has no equality
             return False
 
 
-def remember(module: nn.Module, found: object, others: Iterable[Any] = ()) -> bool:
+def remember(
+    module: nn.Module,
+    found: object,
+    others: Iterable[Any] = (),
+    called: Iterable[Callable[..., Any]] = (),
+) -> bool:
     """Store ``found``, a result of checks of a module, for :func:`remembered`; True if stored.
 
     The result is lost when the module or a submodule changes (attributes, parameters, submodules,
-    classes and their forwards), or one of ``others``, dicts and lists of other objects. A module
-    whose submodules have hooks stores nothing.
+    classes and their forwards), or one of ``others``, dicts and lists of other objects, or the
+    ``__call__`` of a class of ``called``. A module whose submodules have hooks stores nothing.
     """
-    memory = _Memory(module, found, others)
+    _forget(module)
+    memory = _Memory(module, found, others, called)
     if not memory.is_current():
-        del vars(module)[_MEMORY]
+        _forget(module)
         return False
     return True
 
@@ -198,3 +209,15 @@ def remembered(module: nn.Module) -> Any:
     """Return the result that :func:`remember` stored; None if there is none or a module changed."""
     memory = vars(module).get(_MEMORY)
     return memory.found if memory is not None and memory.is_current() else None
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what :func:`remember` stored, which keeps weights alive that are replaced later."""
+    for module in model.modules():
+        _forget(module)
+
+
+def _forget(module: nn.Module) -> None:
+    memory = vars(module).pop(_MEMORY, None)
+    if memory is not None:
+        memory.before.clear()  # the cycle that its copy of the module's attributes is part of

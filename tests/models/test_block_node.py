@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import wan
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import prfl_fast
+from prfl_fast.memory.quantized import quantize
 from prfl_fast.models import block_passes
 from prfl_fast.models.block_node import BlockNode
 from prfl_fast.models.block_passes import Layer
@@ -204,8 +207,18 @@ def forward(block):
     return lambda: delattr(block.ffn.net[2], "forward")
 
 
+def processor_class(block):
+    kind = type(block.attn1.processor)
+    before = kind.__call__
+    kind.__call__ = lambda *args, **kwargs: before(*args, **kwargs)
+    return lambda: setattr(kind, "__call__", before)
+
+
+CHANGES = (hook, processor, processor_class, dropout, layer, forward)
+
+
 @pytest.mark.filterwarnings("ignore:a patched block runs its own forward")
-@pytest.mark.parametrize("change", map(once, (hook, processor, dropout, layer, forward)))
+@pytest.mark.parametrize("change", map(once, CHANGES))
 def test_a_changed_submodule_runs_and_the_node_comes_back(change, ran):
     model = build().train()
     arguments = inputs(model)
@@ -240,6 +253,20 @@ def test_copies_and_pickles(ran):
         other.blocks[0].attn1.to_q.weight.data.zero_()
         assert not torch.equal(other.blocks[0](*arguments), expected)
     assert torch.equal(model.blocks[0](*arguments), expected) and all(ran) and len(ran) == 6
+
+
+@pytest.mark.parametrize("replace", [prfl_fast.unpatch, lambda m: quantize(m, "fp8")])
+def test_replaced_weights_are_freed(replace):
+    model = build("frozen")
+    model.blocks[0](*inputs(model))
+    weight = weakref.ref(model.blocks[0].attn1.to_q.weight)
+    gc.disable()
+    try:
+        replace(model)
+        model.blocks[0].attn1.to_q = None
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_backward_twice_and_errors():

@@ -1,5 +1,7 @@
 """gated_residual: reference and Triton against plain PyTorch, every argument, every gradient."""
 
+import copy
+
 import pytest
 import token_cases as cases
 import torch
@@ -90,6 +92,16 @@ def test_an_index_is_sorted_again_only_if_it_changes():
     index[1] = 1
     order, bounds = segments(index, 3)
     assert order.tolist() == [3, 1, 0, 2] and bounds.tolist() == [0, 1, 2, 4]
+    index.data = torch.tensor([0, 1, 2, 1])  # without a new version
+    assert segments(index, 3)[0].tolist() == [0, 1, 3, 2]
+    assert not vars(copy.deepcopy(index))
+
+
+def test_an_index_of_inference_mode_is_sorted():
+    with torch.inference_mode():
+        index = torch.tensor([2, 0, 2, 0])
+    for _ in range(2):
+        assert segments(index, 3)[0].tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.triton
