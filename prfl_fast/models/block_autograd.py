@@ -190,6 +190,10 @@ class Projections(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:  # type: ignore[override]
         """Accumulate the gradient of x in place, one ``addmm_`` for each layer."""
+        kind = next(grad.device.type for grad in grads if grad is not None)
+        if torch.is_autocast_enabled(kind):  # project() ran without it
+            with torch.autocast(kind, enabled=False):
+                return Projections.backward(ctx, *grads)
         x, *weights = ctx.saved_tensors
         d_x: torch.Tensor | None = None
         d_parameters: list[torch.Tensor | None] = []

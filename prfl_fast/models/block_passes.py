@@ -360,7 +360,11 @@ class Block(torch.autograd.Function):
         ops = operations(grad.device, grad.dtype) if plain else OPERATORS
         run = _Backward(ctx, ctx.saved_tensors, ops)
         ctx.maybe_clear_saved_tensors()  # so that each is freed after its last use in run
-        return tuple(run.run(grad))
+        if not torch.is_autocast_enabled(grad.device.type):
+            return tuple(run.run(grad))
+        # The forward ran without autocast, which would cast some of the factors here.
+        with torch.autocast(grad.device.type, enabled=False):
+            return tuple(run.run(grad))
 
 
 # Function.apply would look for tensors of torch.func, which never come here.

@@ -269,6 +269,20 @@ def test_replaced_weights_are_freed(replace):
         gc.enable()
 
 
+def test_a_backward_under_autocast(monkeypatch):
+    """A forward without autocast has its own backward, as a node and in parts."""
+    model = build()
+    arguments = inputs(model)
+    expected = gradients(model, arguments)
+    for each in (contextlib.nullcontext(), parts_only(monkeypatch)):
+        with each:
+            out = model.blocks[0](*arguments)
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16):
+                (found,) = torch.autograd.grad(out, arguments[0], torch.randn_like(out))
+        torch.testing.assert_close(found, expected[1], rtol=0.02, atol=0.02)
+
+
 def test_backward_twice_and_errors():
     model = build()
     arguments = inputs(model)
