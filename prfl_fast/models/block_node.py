@@ -74,7 +74,8 @@ class BlockNode:
             if not all(map(is_inactive_dropout, module.lora_dropout.values())):
                 raise _UnsuitableError
             states = (module.scaling, module.merged_adapters, module.use_dora)
-            self.watched += [*states, getattr(module, "lora_variant", {})]
+            more = (getattr(module, "lora_variant", {}), module.active_adapters)
+            self.watched += [*states, *more]
         adapters: list[tuple[int, int, float]] = []
         for a, b, scaling in matrix.adapters:
             if a.bias is not None or b.bias is not None:
