@@ -1,5 +1,6 @@
 """Copies between a device and host memory, and gradients that wait in host memory."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class HostGradients:
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Move the gradients of a parameter from now on."""
-        if id(parameter) in self._hooks:
+        known, *_ = self._hooks.get(id(parameter), (lambda: None,))
+        if known() is parameter:  # else its number was that of a replaced parameter
             return
 
         def bring(gradient: torch.Tensor) -> None:
@@ -77,6 +79,7 @@ class HostGradients:
         for hook in hooks:  # else torch.save warns that a file does not keep them
             hook.__torch_unserializable__ = True
         self._hooks[id(parameter)] = (
+            weakref.ref(parameter),
             parameter.register_hook(bring),
             parameter.register_post_accumulate_grad_hook(send),
         )
@@ -96,7 +99,7 @@ class HostGradients:
 
     def close(self) -> None:
         """Leave later gradients where they arise."""
-        for hooks in self._hooks.values():
+        for _, *hooks in self._hooks.values():
             for hook in hooks:
                 hook.remove()
         self._hooks.clear()
