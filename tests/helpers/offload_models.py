@@ -1,6 +1,7 @@
 """Small checkpointed and offloaded models, their gradients, and the bytes they hold."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -55,3 +56,25 @@ def held(model):
     """Return the bytes that are held now on the device and on the host."""
     now = offload_bytes(model)
     return now["device_now"], now["host_now"]
+
+
+class InjectedError(Exception):
+    pass
+
+
+def raising(*args):
+    raise InjectedError
+
+
+def fail_in_block(model, index, patch):
+    patch.setattr(model.blocks[index].ffn.net[2], "forward", raising)
+
+
+def fail_in_second_run(model, index, patch):
+    """Raise in the recompute, or in the next forward."""
+    layer, calls = model.blocks[index].ffn.net[2], itertools.count()
+
+    def forward(x):
+        return raising() if next(calls) == 1 else type(layer).forward(layer, x)
+
+    patch.setattr(layer, "forward", forward)

@@ -3,33 +3,22 @@
 import itertools
 
 import pytest
-from offload_models import assert_same, build, gradients_of_loss, held, loss
+from offload_models import (
+    InjectedError,
+    assert_same,
+    build,
+    fail_in_block,
+    fail_in_second_run,
+    gradients_of_loss,
+    held,
+    loss,
+    raising,
+)
 
 from prfl_fast.memory import offload as offloading
 from prfl_fast.memory.checkpointing import MODES, offload_bytes
 
 pytest.importorskip("diffusers")
-
-
-class InjectedError(Exception):
-    pass
-
-
-def raising(*args):
-    raise InjectedError
-
-
-def inject_forward(model, index, patch):
-    patch.setattr(model.blocks[index].ffn.net[2], "forward", raising)
-
-
-def inject_recompute(model, index, patch):
-    layer, calls = model.blocks[index].ffn.net[2], itertools.count()
-
-    def second(x):
-        return raising() if next(calls) == 1 else type(layer).forward(layer, x)
-
-    patch.setattr(layer, "forward", second)
 
 
 def inject_backward(model, index, patch):
@@ -58,6 +47,14 @@ def inject_copy(model, index, patch):
     patch.setattr(offloading._Window, "copy", copy)
 
 
+FAILURES = {
+    "forward": fail_in_block,
+    "recompute": fail_in_second_run,
+    "backward": inject_backward,
+    "copy": inject_copy,
+}
+
+
 @pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["forward", "recompute", "copy", "backward"])
@@ -65,7 +62,7 @@ def test_exceptions_leave_nothing_behind(where, mode, monkeypatch):
     """Twice at every block; counted in bytes, and by the next step's gradients."""
     if where == "recompute" and mode == "none":
         pytest.skip("mode none recomputes nothing")
-    layers, inject = 3, globals()[f"inject_{where}"]
+    layers, inject = 3, FAILURES[where]
     model, plain = build(layers, mode), gradients_of_loss(build(layers, offload=None))
     assert_same(gradients_of_loss(model), plain)
     pool = offload_bytes(model)["host_pool"]

@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 import torch
-from offload_models import assert_same, gradients_of_loss, held, loss
+from offload_models import (
+    InjectedError,
+    assert_same,
+    fail_in_block,
+    fail_in_second_run,
+    gradients_of_loss,
+    held,
+    loss,
+    raising,
+)
 from streamed_models import (
     LAYERS,
     POLICIES,
@@ -36,18 +45,6 @@ def test_gradients_are_bit_identical(policy, lora, patched):
         assert len(slots_of(model).order) >= ahead + 1
 
 
-class InjectedError(Exception):
-    pass
-
-
-def raising(*args):
-    raise InjectedError
-
-
-def fail_in_block(model, index, patch):
-    patch.setattr(model.blocks[index].ffn.net[2], "forward", raising)
-
-
 def fail_by_interrupt(model, index, patch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -63,16 +60,6 @@ def fail_in_backward(model, index, patch):
         out = type(layer).forward(layer, x)
         out.register_hook(raising)
         return out
-
-    patch.setattr(layer, "forward", forward)
-
-
-def fail_in_second_run(model, index, patch):
-    """Raise in the recompute, or in the next forward."""
-    layer, calls = model.blocks[index].ffn.net[2], itertools.count()
-
-    def forward(x):
-        return raising() if next(calls) == 1 else type(layer).forward(layer, x)
 
     patch.setattr(layer, "forward", forward)
 

@@ -20,8 +20,8 @@ from prfl_fast.kernels import qk_norm_rope, rope_table
 from prfl_fast.kernels.attn import norm_rope as module
 from prfl_fast.kernels.runtime.registry import get_backend
 
-# ρ squares the root that vector_norm takes: two more roundings than the naive formula.
-rounding = functools.partial(slack, fp32=4.0, truncated=4.0)
+# ρ squares the root that vector_norm takes, so it has another rounding than the naive formula.
+rounding = functools.partial(slack, fp32=3.0, truncated=4.0)
 
 
 @pytest.fixture(params=[False, True])
@@ -229,14 +229,14 @@ def test_norm_only_with_different_lengths(backend, dtype, dim, per_head):
 @pytest.mark.parametrize("length", [0, 1])
 def test_without_tokens(backend, length):
     """Return no output and a sum of zero; an odd head needs no pairs without a grid."""
-    check(*functions(3), make(2, 0, length, 15, FP32, FP32), rounding=4)
+    check(*functions(3), make(2, 0, length, 15, FP32, FP32), rounding=2)
 
 
 @pytest.mark.parametrize("given", ["q_weight", "k_weight"])
 def test_one_side_normalized(backend, given):
     tensors = make(1, 2, 2, 24, FP32, FP32)
     tensors = {n: t for n, t in tensors.items() if n in ("q", "k", given)}
-    check(*functions(2, (1, 1, 2), (0, 0, 0), 12), tensors, rounding=4)
+    check(*functions(2, (1, 1, 2), (0, 0, 0), 12), tensors, rounding=2)
     check(*functions(2), tensors)
     other = {"q_weight": 1, "k_weight": 0}[given]
     out, source = functions(2)[0](**tensors)[other], tensors["k" if other else "q"]
@@ -340,7 +340,7 @@ def test_transposed_rows(backend):
     ours, _ = both = functions(2, (1, 1, 2), (0, 0, 0), 12)
     tensors = make(2, 2, 2, 24, FP32, FP32)
     tensors |= {n: tensors[n].transpose(0, 1) for n in "qk"}
-    check(*both, tensors, rounding=4)
+    check(*both, tensors, rounding=2)
     out, dense = ours(**tensors), ours(**{n: t.contiguous() for n, t in tensors.items()})
     assert all(t.is_contiguous() for t in out)
     assert_same_bits(out, dense)
@@ -350,7 +350,7 @@ def test_transposed_rows(backend):
 def test_an_unused_output(backend, used):
     both = functions(2, (1, 1, 2), (0, 0, 0), 12)
     grads = [torch.randn(1, 2, 24) if i == used else None for i in range(2)]
-    check(*both, make(1, 2, 2, 24, FP32, FP32), grads=grads, rounding=4)
+    check(*both, make(1, 2, 2, 24, FP32, FP32), grads=grads, rounding=3)
 
 
 def test_saved_bytes():
