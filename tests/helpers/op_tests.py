@@ -228,6 +228,7 @@ class OperationTests(DescribedOperation):
         for tensors, fixed in itertools.islice(self.examples(FP32), count):
             check_compiled(bind(self.function, fixed), tensors)
 
+    @pytest.mark.slow  # that of qk_norm_rope, with two lengths and a grid, is in the default tier
     def test_compiles_once_for_all_lengths(self):
         check_compiled_once(self.function, [self.at_length(length) for length in (6, 8, 34)])
 
@@ -306,6 +307,7 @@ class NoGradientTests(DescribedOperation):
             kinds = tests if i == 0 else tests[:2]  # as for a differentiable operation
             torch.library.opcheck(self.operator(), recorded.of(self.op)[0], test_utils=kinds)
 
+    @pytest.mark.slow  # that of qk_norm_rope, with two lengths and a grid, is in the default tier
     def test_compiles_once_for_all_lengths(self):
         calls = [self.at_length(length) for length in (6, 8, 34)]
         check_compiled_once(lambda **t: outputs_of(self.function(**t)), calls, assert_same_bits)

@@ -85,7 +85,7 @@ def wan_parts(model):
 MODES = [("none", None), ("attention", "cpu"), ("full", None)]
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", ["lora", "full", "bf16", "fp8", "nf4"])
@@ -104,6 +104,7 @@ ROLLOUTS = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 @pytest.mark.parametrize("is_patched", [True, False], ids=["patched", "unpatched"])
 def test_rollouts(rollout, is_patched):
@@ -111,6 +112,7 @@ def test_rollouts(rollout, is_patched):
     check_same_step(*models, rollout=ROLLOUTS[rollout])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_experts_share_the_slots(plan):
     models = [world(config, experts=True) for config in (RESIDENT, STREAMED)]
@@ -143,6 +145,7 @@ def mean_square(model, scale):
     return find_adapter(model).velocity(model, x * scale, timestep, conditions).square().mean()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("dtype,gradient_dtype", [("fp32", "parameter"), ("bf16", "fp32")])
 @pytest.mark.parametrize("kind", ["adamw-cpu", "adamw"])
 def test_training_all_weights(kind, dtype, gradient_dtype):
@@ -180,6 +183,7 @@ def test_a_gradient_that_is_still_read_keeps_its_memory():
     assert_same(first, kept)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("policy", MODES, ids=str)
 def test_chunks_of_the_feed_forward(policy):
     for patched in (True, False):
