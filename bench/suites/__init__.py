@@ -11,6 +11,7 @@ DESCRIPTIONS = {
     "block": "one transformer block and one PRFL step: unpatched, compiled, prfl_fast",
     "family": "* the small world again: every training method and every way to sample, at its cost",
     "memory": "peak and time of a PRFL step by checkpoint policy, offload and weights; plans",
+    "peers": "* memory methods of other libraries on one model: bytes, copies, FLOPs, time",
     "alignment": "train a small generator and its reward model, compare methods over training",
     "methods": "* reward gradients by method: time, memory, FLOPs and variance",
     "rollout": "* a rollout by option: time, FLOPs, memory, drift; a step's work by part",
