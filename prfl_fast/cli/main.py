@@ -202,6 +202,8 @@ def _run(options: argparse.Namespace) -> int:
         return init(options.kind, options.path)
     if options.command in _OPTIONS:
         name = f"run_{options.command}"
+        if options.command == "plan":  # importing torch and diffusers takes half of its time
+            print("prfl-fast plan: simulates a step per policy, 10 to 20 s", file=sys.stderr)
         run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
         return run(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile

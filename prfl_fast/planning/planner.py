@@ -69,7 +69,7 @@ def plan_memory(
     setting = expandable_segments
     search = Search(work, specs, budget=size, host_budget=host_size, expandable=setting)
     found = _search(search, tiers, progress)
-    unused = ", ".join(f"{weights} with {kind}" for weights, kind in found.unused)
+    unused = ", ".join(f"{tier.weight_dtype} with {tier.optimizer}" for tier in found.unused)
     run, chosen = found.simulation, found.chosen
     return Plan(
         memory=chosen.memory,
@@ -134,4 +134,4 @@ def _tiers(train: str, weight_dtype: str, optimizer: str) -> list[Tier]:
     every = {"lora": (WEIGHTS, ("adamw",)), "full": (("bf16",), OPTIMIZERS)}[train]
     weights = every[0] if weight_dtype == "auto" else (weight_dtype,)
     optimizers = every[1] if optimizer == "auto" else (optimizer,)
-    return list(itertools.product(weights, optimizers))
+    return [Tier(*pair) for pair in itertools.product(weights, optimizers)]

@@ -1,9 +1,9 @@
 """Search for the fastest memory policy that fits: rank candidates, then simulate the best.
 
 A candidate combines checkpointing and offload of generator and reward model with feed-forward
-chunks. Each pair of mode and offload is simulated once, for both models. The generator's saved
-bytes add to the bytes of a reward phase, so the sum of two simulations predicts a candidate whose
-models have different modes.
+chunks. Each mode is simulated once, for both models. The generator's saved bytes add to the bytes
+of a reward phase, so the sum of two simulations predicts a candidate whose models have different
+modes. Offload and streamed weights are predicted from the simulation without them.
 """
 
 import dataclasses
@@ -17,8 +17,16 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.allocator import fits, least_limit, requests_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
+from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulation import SWAP_PHASES, simulate
-from prfl_fast.planning.streaming import AHEAD, REWARD_PHASES, block_bytes, streamed
+from prfl_fast.planning.streaming import (
+    AHEAD,
+    REWARD_PHASES,
+    Weights,
+    offloaded,
+    streamed,
+    weights_of,
+)
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
@@ -42,8 +50,25 @@ MODES: tuple[tuple[Any, Any], ...] = (
 LEANER = {MODES[0]: MODES[1], MODES[1]: MODES[3]}
 CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over, fragmented"
 
+# Candidates whose predicted times differ by less than this share count as equally fast.
+TIE = 0.03
+
 Bytes = Mapping[str, float]
-Tier = tuple[str, str]  # weight dtype of both models, optimizer
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Hold the settings that a group of candidates shares: weights and optimizer.
+
+    Attributes:
+        weight_dtype: of both models.
+        optimizer: of the generator.
+        stream_weights: blocks copied ahead if weights wait in host memory, else None.
+    """
+
+    weight_dtype: Any
+    optimizer: Any = "adamw"
+    stream_weights: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +139,12 @@ class Single:
     def moments(self) -> list[dict[str, int]]:
         """Return bytes by category at the peak of each of the generator's phases."""
         return [live for phase, live in self._highs.items() if phase not in REWARD_PHASES]
+
+    @property
+    def activations(self) -> int:
+        """Return the peak of all bytes but weights, optimizer states and gradients."""
+        names = ("checkpoints", "rollout", "workspace")
+        return max(sum(live.get(name, 0) for name in names) for _, live in self.run.timeline)
 
     @property
     def last_block(self) -> float:
@@ -199,35 +230,69 @@ class Search:
         self.show: Callable[[str], object] = lambda text: None
         self.limit, self.host_budget = budget - CONTEXT, host_budget
         self.expandable = expandable
-        self._seen: dict[tuple[Any, ...], Single] = {}
-        self._sizes: dict[str, tuple[int, int, int]] = {}
+        self._seen: dict[tuple[Tier, Any, int | None], Single] = {}
+        self._weights: dict[Tier, Weights] = {}
+        self._tiers: Sequence[Tier] = ()
+        self._unsimulated: list[Tier] = []
+        self._activations = 0  # the least that any candidate so far needs beside weights
+        # Blocks of several lists save different tensors, so that their offload is simulated.
+        self._alike = len(adapter_of(workload.config).lists) == 1
 
     def run(self, tiers: Sequence[Tier]) -> Found:
-        """Return the fastest candidate that fits, from the first tier with one that fits."""
+        """Return a candidate that fits, from the first tier that has one.
+
+        Of the candidates within ``TIE`` of the fastest it is the one with the fewest bytes on
+        device and host together, because offload that saves no time should take no memory.
+        """
         considered: list[Candidate] = []
+        self._tiers = tiers
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
             found = self._tier(tier, last=last)
-            fits = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
-            if self.workload.train == "lora" or tier[1] == "adamw-cpu":
+            if self.workload.train == "lora" or tier.optimizer == "adamw-cpu":
+                waiting = self._tier(dataclasses.replace(tier, stream_weights=AHEAD), last=last)
                 # Copies shorten no step. They pay if the freed memory allows a faster policy.
-                waiting = self._tier((*tier, AHEAD), last=last)
-                found += [c for c in waiting if c.seconds < fits]
+                fastest = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
+                found += [c for c in waiting if c.seconds < fastest]
             found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
             considered += found
-            for candidate in found:
-                if candidate.reason != SLOWER:
-                    continue
-                run, whole = self._whole(candidate)
-                considered[considered.index(candidate)] = whole
-                if whole.reason == CHOSEN:
-                    unused = list(tiers[index + 1 :])
-                    return Found(whole, run, self._lost(run), True, considered, unused)
+            chosen = self._first_that_fits(found, considered)
+            if chosen is not None:
+                run, whole = chosen
+                return self._found(run, whole, True, considered, tiers[index + 1 :])
         # Nothing fits: return the candidate that exceeds the limits by the fewest bytes.
         nearest = min(considered, key=self._miss)
         run, whole = self._whole(nearest)
         considered[considered.index(nearest)] = whole
-        return Found(whole, run, self._lost(run), whole.reason == CHOSEN, considered, [])
+        return self._found(run, whole, whole.reason == CHOSEN, considered, [])
+
+    def _found(
+        self,
+        run: Simulation,
+        chosen: Candidate,
+        feasible: bool,
+        considered: list[Candidate],
+        unused: Sequence[Tier],
+    ) -> Found:
+        every = [*map(self._estimate, self._unsimulated), *considered]
+        order = [(tier.weight_dtype, tier.optimizer) for tier in self._tiers]
+        every.sort(key=lambda c: order.index((c.memory.weight_dtype, c.memory.optimizer)))
+        return Found(chosen, run, self._lost(run), feasible, every, list(unused))
+
+    def _first_that_fits(
+        self, found: Sequence[Candidate], considered: list[Candidate]
+    ) -> tuple[Simulation, Candidate] | None:
+        """Simulate candidates, the best first, until one fits; update them in ``considered``."""
+        left = [c for c in found if c.reason == SLOWER]
+        while left:
+            ties = [c for c in left if c.seconds <= (1 + TIE) * left[0].seconds]
+            best = min(ties, key=lambda c: c.peak + c.host)
+            left.remove(best)
+            run, whole = self._whole(best)
+            considered[considered.index(best)] = whole
+            if whole.reason == CHOSEN:
+                return run, whole
+        return None
 
     def _lost(self, run: Simulation) -> int:
         """Return the bytes that the allocator needs beside the live ones, exact to 1 % of them."""
@@ -235,12 +300,17 @@ class Search:
         least = least_limit(requests, live, expandable=self.expandable, within=max(1, live // 100))
         return least - live
 
-    def _tier(self, tier: Any, *, last: bool) -> list[Candidate]:
-        """Return the candidates of a tier, only the leanest if it does not fit.
+    def _tier(self, tier: Tier, *, last: bool) -> list[Candidate]:
+        """Return the candidates of a tier: only the leanest if it does not fit, or none.
 
-        A third item of ``tier`` is the number of blocks that are copied ahead.
+        A tier is left out if its weights alone, or with the activations of other tiers, exceed the
+        limit, unless it is the last one.
         """
         lean = (MODES[-1], MODES[-1])
+        fixed = self._weights_of(tier).on_device(tier.stream_weights)
+        if fixed + self._activations > self.limit and not last:
+            self._unsimulated.append(tier)
+            return []
         whole = self._candidate(tier, *lean, None)
         if whole.peak <= self.limit:
             return self._candidates(tier)
@@ -248,7 +318,19 @@ class Search:
         if not (last or self._may_fit(tier, *lean)):
             return [whole]
         chunked = self._candidate(tier, *lean, CHUNK)
+        self._activations = max(self._activations, self._single(tier, lean[0], CHUNK).activations)
         return [chunked] if chunked.peak > self.limit else self._candidates(tier)
+
+    def _estimate(self, tier: Tier) -> Candidate:
+        """Return the leanest candidate of a tier that was left out, by that of another tier."""
+        fits = [key for key in self._seen if key[1] == MODES[-1]]
+        base = max(fits, key=lambda key: key[2] or 0)
+        found = self._candidate(base[0], base[1], base[1], base[2])
+        both = memory_of(tier, base[1], base[1], base[2])
+        sizes = [self._weights_of(t).on_device(t.stream_weights) for t in (tier, base[0])]
+        peak = max(found.peak + sizes[0] - sizes[1], sizes[0])
+        reason = f"at least {(peak - self.limit) / GIB:.1f} GiB over"
+        return Candidate(*both, peak, found.host, found.seconds, reason)
 
     def _whole(self, candidate: Candidate) -> tuple[Simulation, Candidate]:
         """Simulate a candidate; return the run and the candidate with its numbers."""
@@ -262,7 +344,7 @@ class Search:
         )
         return run, whole
 
-    def _candidates(self, tier: Any) -> list[Candidate]:
+    def _candidates(self, tier: Tier) -> list[Candidate]:
         """Return the pairs of modes that may fit, and chunked ones that may be the fastest."""
         found: dict[tuple[Any, Any], Candidate] = {}
         # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
@@ -282,13 +364,13 @@ class Search:
                     fits = min(fits, chunked[-1].seconds)
         return [*found.values(), *chunked]
 
-    def _may_fit(self, tier: Any, generator: Any, reward: Any) -> bool:
+    def _may_fit(self, tier: Tier, generator: Any, reward: Any) -> bool:
         """Return False if the live bytes between forwards and backwards exceed the limit."""
         ours, theirs = (self._single(tier, mode, None) for mode in (generator, reward))
         kept = _sum((1, _start(ours, theirs)), (1, theirs.kept_by_reward()))
         return sum(kept.values()) <= self.limit
 
-    def _candidate(self, tier: Any, generator: Any, reward: Any, chunk: int | None) -> Candidate:
+    def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
         ours, theirs = self._single(tier, generator, chunk), self._single(tier, reward, chunk)
         start = _start(ours, theirs)
         moments: list[Bytes] = [*ours.moments()]
@@ -306,28 +388,32 @@ class Search:
             self._refusal(peak, int(host)) or SLOWER,
         )
 
-    def _single(self, tier: Any, mode: Any, chunk: int | None) -> Single:
+    def _single(self, tier: Tier, mode: Any, chunk: int | None) -> Single:
         key = (tier, mode, chunk)
         if key not in self._seen:
-            resident = memory_of(tier[:2], mode, mode, chunk)
-            if len(tier) == 2:
-                run = self._simulate(*resident)
+            work = self.workload
+            if tier.stream_weights is not None:
+                resident = dataclasses.replace(tier, stream_weights=None)
+                run = self._single(resident, mode, chunk).run
+                run = streamed(run, self._weights_of(tier), full=work.train == "full")
+            elif mode[1] is not None and self._alike:
+                run = self._single(tier, (mode[0], None), chunk).run
+                run = offloaded(run, work.blocks, work.reward_blocks)
             else:
-                sizes, full = self._block_bytes(*resident), self.workload.train == "full"
-                run = streamed(self._single(tier[:2], mode, chunk).run, sizes, full=full)
-            self._seen[key] = Single(run, self.workload.blocks)
+                run = self._simulate(*memory_of(tier, mode, mode, chunk))
+            self._seen[key] = Single(run, work.blocks)
         return self._seen[key]
 
-    def _block_bytes(
-        self, memory: MemoryConfig, reward_memory: MemoryConfig
-    ) -> tuple[int, int, int]:
-        dtype = memory.weight_dtype
-        if dtype not in self._sizes:
-            self._sizes[dtype] = block_bytes(self.workload, memory, reward_memory)
-        return self._sizes[dtype]
+    def _weights_of(self, tier: Tier) -> Weights:
+        resident = dataclasses.replace(tier, stream_weights=None)
+        if resident not in self._weights:
+            memory = memory_of(resident, MODES[-1], MODES[-1], None)
+            self._weights[resident] = weights_of(self.workload, *memory)
+        return self._weights[resident]
 
     def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:
-        self.show(f"{memory.weight_dtype}, {memory.activation_checkpointing}")
+        mode = "+".join(filter(None, (memory.activation_checkpointing, memory.offload)))
+        self.show(f"{memory.weight_dtype}, {memory.optimizer}, {mode}")
         # A supervised step repeats the generator's phases beside less memory: it is never the peak.
         short = dataclasses.replace(self.workload, sft=False)
         return simulate(short, memory, reward_memory)
@@ -355,12 +441,11 @@ def _steps(pair: tuple[Any, Any]) -> int:
 
 
 def memory_of(
-    tier: Any, generator: Any, reward: Any, chunk: int | None
+    tier: Tier, generator: Any, reward: Any, chunk: int | None
 ) -> tuple[MemoryConfig, MemoryConfig]:
     """Return the configs of generator and reward; both are given as (checkpointing, offload)."""
-    weights, optimizer, *ahead = tier
-    streams: Any = {"stream_weights": ahead[0]} if ahead else {}
+    dtype, ahead = tier.weight_dtype, tier.stream_weights
     return (
-        MemoryConfig(weights, generator[0], generator[1], chunk, optimizer, **streams),
-        MemoryConfig(weights, reward[0], reward[1], chunk, **streams),
+        MemoryConfig(dtype, *generator, chunk, tier.optimizer, stream_weights=ahead),
+        MemoryConfig(dtype, *reward, chunk, stream_weights=ahead),
     )

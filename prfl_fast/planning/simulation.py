@@ -42,6 +42,7 @@ from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
+from prfl_fast.utils.collection import no_collection
 from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.optional import need
 
@@ -434,7 +435,7 @@ def simulate(
 
     Args:
         layers, reward_layers: depths in place of the workload's.
-        whole: run all blocks, instead of repeating the middle one of five.
+        whole: run all blocks, instead of repeating the third one of four or five.
     """
     # With two blocks ahead, the copies would end before the middle block, which is repeated.
     whole = whole or any((m.stream_weights or 0) > 1 for m in (memory, reward_memory))
@@ -442,14 +443,19 @@ def simulate(
     found = _remembered.get((key, memory, reward_memory))
     if found is None:
         depths = {"layers": layers, "reward_layers": reward_layers}
-        most = None if whole else DEPTH
-        segments = _recorded(workload, memory, reward_memory, **depths, most=most)
+        # Offload and streamed weights touch the blocks before and after; without them, the last
+        # block alone differs from the one that is repeated.
+        near = any(m.offload or m.stream_weights for m in (memory, reward_memory))
+        most = None if whole else DEPTH if near else DEPTH - 1
+        with no_collection():
+            segments = _recorded(workload, memory, reward_memory, **depths, most=most)
         counts = {}
         for model, depth in zip(_MODELS, depths_of(workload, **depths), strict=True):
             for index, count in enumerate(depth.values()):
                 counts[f"{model} {index}"] = (min(count, most or count), count)
         try:
-            found = simulation_of(segments, counts)
+            with no_collection():
+                found = simulation_of(segments, counts)
         except UnlikeError:
             if whole:
                 raise

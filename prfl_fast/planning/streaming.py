@@ -1,13 +1,20 @@
-"""Predict a step with streamed weights from the simulation of the step without them."""
+"""Predict steps with offload or streamed weights from the simulation of the step without them.
+
+The predictions rank candidates; the chosen one is simulated as it is.
+"""
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from prfl_fast.memory.offload import SMALLEST
+from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import weight_bytes
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulation import SWAP_PHASES, build, depths_of
-from prfl_fast.planning.trace import Simulation
+from prfl_fast.planning.trace import FREE, Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.modules import unwrap
 
@@ -17,35 +24,110 @@ REWARD_PHASES = ("reward", "reward backward")
 AHEAD = 1
 
 
-def block_bytes(
-    workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig
-) -> tuple[int, int, int]:
-    """Return the bytes of the generator's and the reward's blocks, and those of the largest."""
+@dataclass(frozen=True)
+class Weights:
+    """Hold the bytes of the weights of both models and of the optimizer's states.
+
+    Attributes:
+        blocks, reward_blocks: weights of blocks, which can wait in host memory.
+        largest: of the largest block.
+        rest: all other weights, adapters included.
+        states: optimizer states on the device.
+    """
+
+    blocks: int
+    reward_blocks: int
+    largest: int
+    rest: int = 0
+    states: int = 0
+
+    def on_device(self, ahead: int | None) -> int:
+        """Return the bytes that the device holds throughout, with or without streamed weights."""
+        blocks = self.blocks + self.reward_blocks if ahead is None else (1 + ahead) * self.largest
+        return blocks + self.rest + self.states
+
+
+def weights_of(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
+    """Return the bytes of weights and states, from models with one block in each list."""
     generator, reward = build(workload, memory, reward_memory, most=1)
     names, totals, sizes = adapter_of(workload.config).lists, [], [0]
-    for model, depth in zip((generator, reward.backbone), depths_of(workload), strict=True):
-        total = 0
+    rest = states = 0
+    models = (generator, reward.backbone), (generator, reward)
+    for model, whole, depth in zip(*models, depths_of(workload), strict=True):
+        total, times = 0, {}
         for name, count in zip(names, depth.values(), strict=True):
             blocks = getattr(unwrap(model), name)
             if count and len(blocks):
                 sizes.append(weight_bytes(blocks[0]))
                 total += count * sizes[-1]
+                times |= {id(p): count for p in blocks.parameters()}
         totals.append(total)
-    return totals[0], totals[1], max(sizes)
+        for parameter in whole.parameters():
+            count = times.get(id(parameter), 1)
+            rest += count * parameter.nbytes
+            if parameter.requires_grad:
+                states += count * state_bytes(memory.optimizer, parameter.shape, parameter.dtype)[0]
+    rest = max(0, rest - sum(totals))
+    return Weights(totals[0], totals[1], max(sizes), rest, states)
 
 
-def streamed(run: Simulation, sizes: tuple[int, int, int], *, full: bool) -> Simulation:
+def offloaded(run: Simulation, layers: int, reward_layers: int) -> Simulation:
+    """Return the approximate simulation of the same step with activations in host memory."""
+    ours, theirs = _saved_by_blocks(run)
+    block, reward_block = ours // layers, theirs // reward_layers
+    window = 2 * max(block, reward_block)  # the device holds the tensors of two blocks
+
+    def moved(phase: str, live: Mapping[str, int]) -> dict[str, int]:
+        # Beside its blocks, a model saves a few tensors that stay.
+        now, start = live.get("checkpoints", 0), first["reward"].get("checkpoints", 0)
+        blocks = min(ours, now)
+        if phase in REWARD_PHASES:
+            blocks = ours + min(theirs, max(0, now - start))
+        return {**live, "checkpoints": now - max(0, blocks - window)}
+
+    first = {phase: live for phase, live in reversed(run.timeline)}  # the start of each phase
+    timeline = [(phase, moved(phase, live)) for phase, live in run.timeline]
+    # A block's tensors leave when the next block comes, whichever model it belongs to.
+    sent = {"forward": ours - block, "reward": block + theirs - reward_block}
+    back = {"backward": ours - block, "reward backward": theirs - reward_block}
+    costs = {
+        phase: dataclasses.replace(
+            cost,
+            to_host_bytes=cost.to_host_bytes + sent.get(phase, 0),
+            to_device_bytes=cost.to_device_bytes + back.get(phase, 0),
+        )
+        for phase, cost in run.costs.items()
+    }
+    return _with(run, timeline, costs, run.host + sum(sent.values()))
+
+
+def _saved_by_blocks(run: Simulation) -> tuple[int, int]:
+    """Return the bytes that blocks of generator and reward save and that offload would move."""
+    held: dict[Any, int] = {}
+    for phase, events in run.events:
+        if phase == "reward backward":
+            break
+        for kind, name, size, category in events:
+            if kind == FREE or category != "checkpoints":
+                held.pop(name, None)
+            elif size >= SMALLEST and name is not None and name[2]:  # the list of a block
+                held[name] = size
+    theirs = sum(size for name, size in held.items() if name[0] == "reward")
+    return sum(held.values()) - theirs, theirs
+
+
+def streamed(run: Simulation, weights: Weights, *, full: bool) -> Simulation:
     """Return the approximate simulation of the same step with streamed weights.
 
-    ``sizes`` are those of :func:`block_bytes`; ``full`` is True if all weights train.
+    ``full`` is True if all weights train.
     """
-    ours, theirs, largest = sizes
+    ours, theirs = weights.blocks, weights.reward_blocks
     resident = max(live.get("weights", 0) for _, live in run.timeline)
     share = ours / max(1, resident) if full else 0.0
 
     def moved(live: Mapping[str, int]) -> dict[str, int]:
         changes = {
-            "weights": (1 + AHEAD) * largest - ours,
+            "weights": (1 + AHEAD) * weights.largest - ours,
             "reward": -theirs,
             "gradients": -int(share * live.get("gradients", 0)),
         }
@@ -59,7 +141,11 @@ def streamed(run: Simulation, sizes: tuple[int, int, int], *, full: bool) -> Sim
         copied = theirs if phase in REWARD_PHASES else ours if phase != "optimizer" else 0
         to_device = cost.to_device_bytes + (copied if phase else 0)
         costs[phase] = dataclasses.replace(cost, to_device_bytes=to_device)
-    phase, high = max(timeline, key=lambda moment: sum(moment[1].values()))
     gradients = max(live.get("gradients", 0) for _, live in run.timeline)
-    host = run.host + ours + theirs + int(share * gradients)
+    return _with(run, timeline, costs, run.host + ours + theirs + int(share * gradients))
+
+
+def _with(run: Simulation, timeline: list, costs: dict, host: int) -> Simulation:  # type: ignore[type-arg]
+    """Return a simulation with another timeline, and the peak that follows from it."""
+    phase, high = max(timeline, key=lambda moment: sum(moment[1].values()))
     return Simulation(sum(high.values()), phase, high, host, timeline, costs)

@@ -1,8 +1,8 @@
 """Record the allocations and the work of a model of few blocks, and repeat these to any depth.
 
-All blocks of a list but the first and the last two allocate and free the same sizes in the same
+All blocks of a list but the first two and the last two allocate and free the same sizes in the same
 order, because offload holds the tensors of two blocks. So a model with five blocks in each list
-runs, and the events of its third block are repeated.
+runs, or with four if nothing is offloaded, and the events of its third block are repeated.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import nn
 from prfl_fast.memory.ledger import CATEGORIES, HOST, storage_of
 from prfl_fast.planning.costs import Cost, CostLedger
 
-DEPTH, REPEATED = 5, 2  # blocks that run; index of the one that stands for more
+DEPTH, REPEATED = 5, 2  # most blocks that run; index of the one that stands for more
 ALLOCATE, FREE, MOVE, SCRATCH = "allocate", "free", "move", "scratch"
 _POINTS = 4096  # of a timeline, at most
 
@@ -202,7 +202,7 @@ def simulation_of(
     Args:
         segments: recorded segments in order of time.
         counts: recorded and whole number of blocks by list. A list that is recorded in part has
-            ``DEPTH`` blocks.
+            at least ``DEPTH`` - 1 blocks.
 
     Raises:
         UnlikeError: if the repeated block frees a storage that its copy does not have.

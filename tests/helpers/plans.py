@@ -10,8 +10,8 @@ from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import MODES
 from prfl_fast.planning.simulation import SimulatedStep, build, materialize, stream_models
-from prfl_fast.planning.streaming import streamed
-from prfl_fast.planning.trace import Simulation
+from prfl_fast.planning.streaming import Weights, streamed
+from prfl_fast.planning.trace import ALLOCATE, Simulation
 from prfl_fast.planning.workload import Workload
 
 # Wide enough that a block's input is worth offloading, and otherwise as small as it gets.
@@ -83,8 +83,8 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
         "rollout": cost(depth, 1),
         "forward": cost(depth, 1, sent[0]),
         "reward": cost(reward_depth, 1, sent[1]),
-        "reward backward": cost(reward_depth, 1 + repeated, 0, reward_depth * reward_out),
-        "backward": cost(depth, 2 + again[memory.activation_checkpointing] + extra, 0, depth * out),
+        "reward backward": cost(reward_depth, 1 + repeated, 0, (reward_depth - 1) * reward_out),
+        "backward": cost(depth, 2 + again[memory.activation_checkpointing] + extra, 0, sent[0]),
         "optimizer": cost(depth, 1),
     }
     if workload.sft:
@@ -92,7 +92,15 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
         costs |= {f"sft {p}": costs[p] for p in ("forward", "backward")}
     phase, high = max(timeline, key=lambda m: sum(m[1].values()))
     host = (sum(sent) + (memory.optimizer == "adamw-cpu") * depth) << 20
-    run = Simulation(sum(high.values()), phase, high, host, timeline, costs)
+    saved = [
+        ("forward", "generator", depth * kept),
+        ("reward", "reward", reward_depth * reward_kept),
+    ]
+    events = [
+        (phase, [(ALLOCATE, (phase, 0, f"{model} 0", 0, 0), size << 20, "checkpoints")])
+        for phase, model, size in saved
+    ]
+    run = Simulation(sum(high.values()), phase, high, host, timeline, costs, events)
     if memory.stream_weights is None:
         return run
     sizes = made_up_bytes(workload, memory, reward_memory)
@@ -100,9 +108,10 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
 
 
 def made_up_bytes(workload, memory, reward_memory):
-    """Return bytes of the blocks of the generator, of the reward, and of the largest block."""
-    block = WEIGHTS[memory.weight_dtype] << 20
-    return workload.config["num_layers"] * block, workload.reward_blocks * block, block
+    """Return the bytes of weights and optimizer states of the made-up models."""
+    block, depth = WEIGHTS[memory.weight_dtype] << 20, workload.config["num_layers"]
+    states = (STATES[memory.optimizer] * depth << 20) * (workload.train == "full")
+    return Weights(depth * block, workload.reward_blocks * block, block, 5 << 20, states)
 
 
 def prepared(generator, reward):

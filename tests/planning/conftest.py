@@ -11,7 +11,7 @@ from plans import made_up, made_up_bytes, small_workload  # noqa: E402
 
 from prfl_fast.planning import planner  # noqa: E402
 from prfl_fast.planning import search as plan_search  # noqa: E402
-from prfl_fast.planning.search import memory_of  # noqa: E402
+from prfl_fast.planning.search import Tier, memory_of  # noqa: E402
 from prfl_fast.planning.simulation import simulate  # noqa: E402
 
 
@@ -20,7 +20,7 @@ def calls(monkeypatch):
     """Replace ``simulate`` by round numbers; return the list of its calls."""
     simulate = Mock(side_effect=made_up)
     monkeypatch.setattr(plan_search, "simulate", simulate)
-    monkeypatch.setattr(plan_search, "block_bytes", made_up_bytes)
+    monkeypatch.setattr(plan_search, "weights_of", made_up_bytes)
     return simulate.mock_calls
 
 
@@ -29,7 +29,7 @@ def real():
     """Return a plan of the small model that has to leave the fastest policies out."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plan_search, "MODES", plan_search.MODES[::4])
-        memory = memory_of(("bf16", "adamw"), ("none", None), ("none", None), None)
+        memory = memory_of(Tier("bf16"), ("none", None), ("none", None), None)
         whole = simulate(small_workload(sft=False), *memory)
         budget = plan_search.CONTEXT + int(0.8 * whole.peak)
         return planner.plan_memory(small_workload(), budget=budget, gpu="h100")
