@@ -150,7 +150,7 @@ def _record(run: Simulation) -> dict[str, Any]:
         "peak_bytes": run.peak,
         "categories": run.categories,
         "host_bytes": run.host,
-        "flops": sum(cost.matmul_flops + cost.attention_flops for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
     }
 
 

@@ -141,7 +141,7 @@ def repeats(way: Way) -> dict[str, float]:
 
 def flops_of(cost: Cost) -> int:
     """Return the FLOPs of products and attention."""
-    return cost.matmul_flops + cost.attention_flops
+    return cost.flops
 
 
 def count(preset: Preset) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.plan_options import WORKLOAD_OPTIONS
+from prfl_fast.cli.plan_options import HOST_BUDGET, WORKLOAD_OPTIONS
 from prfl_fast.cli.workload import (
     fields_of_options,
     fields_of_reward_run,
@@ -49,10 +49,10 @@ def run_plan(options: argparse.Namespace) -> int:
     _check_plot(options.plot)
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     work = Workload(**fields_of_options(values, path))
-    gpu, host_budget = options.gpu or "h200", options.host_budget
+    gpu, host_budget = options.gpu or "h200", options.host_budget or HOST_BUDGET
     if options.gpu is None and torch.cuda.is_available():
         gpu = gpu_specs.this_gpu()
-        host_budget = _host_room() if host_budget is None else host_budget
+        host_budget = options.host_budget or _host_room()
     found = planner.plan_memory(
         work,
         budget=options.budget,
@@ -116,7 +116,9 @@ def choose_memory(
 ) -> tuple[MemoryConfig, MemoryConfig, Plan | None]:
     """Return the policies of the trained and the reward model, and the plan they come from."""
     if config.memory != "auto":
-        return config.memory.build(), config.reward_memory.build(), None
+        policies = config.memory.build(), config.reward_memory.build()
+        _recommend_setting("train", device, *policies)
+        return *policies, None
     began = _stored(TrainFile, config)
     if began is not None and began.memory != "auto":
         policies = began.memory.build(), began.reward_memory.build()
@@ -133,7 +135,9 @@ def choose_reward_memory(
 ) -> MemoryConfig:
     """Return the policy of a reward model in training."""
     if config.memory != "auto":
-        return config.memory.build()
+        policy = config.memory.build()
+        _recommend_setting("train-reward", device, policy)
+        return policy
     began = _stored(TrainRewardFile, config)
     if began is not None and began.memory != "auto":
         note("memory: auto takes the policy with which this run began", "train-reward")
@@ -144,6 +148,13 @@ def choose_reward_memory(
     hint = "Take fewer num_blocks, or smaller videos"
     _report_choice("train-reward", _in_words(found.memory), found, hint)
     return found.memory
+
+
+def _recommend_setting(command: str, device: torch.device, *policies: MemoryConfig) -> None:
+    """Name the allocator's setting on a GPU without it, if a policy was set to save memory."""
+    saves = any(policy != MemoryConfig() for policy in policies)
+    if device.type == "cuda" and saves and not expandable_segments():
+        note(f"set {EXPANDABLE}, which loses less memory to fragmentation", command)
 
 
 def _free_memory(device: torch.device) -> int | None:

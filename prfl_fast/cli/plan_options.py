@@ -6,6 +6,9 @@ from typing import Any
 from prfl_fast.utils.choices import GPUS, PLANNED_MODELS
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
+# 80 % of the memory of a machine with 128 GiB and one GPU. Plans are made for other machines too,
+# so the memory of this one is no limit.
+HOST_BUDGET = "102GiB"
 # Fields of Workload with help, default and argparse options; "points" stands for the gradient plan.
 # The defaults are Workload's, and a test compares them. A new option is a line here, and a line in
 # cli/workload.py if a YAML key decides it.
@@ -51,8 +54,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("hardware")
     text = "device memory, e.g. 24GiB, 80GB or rtx4090 (default: all of this GPU, or of --gpu)"
     group.add_argument("--budget", metavar="SIZE", help=text)
-    text = "host memory for offloaded tensors (default: free memory here for a plan of this "
-    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}GPU, else unlimited)")
+    text = "pinned host memory per GPU (default: free memory here for a plan of this GPU, else "
+    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}{HOST_BUDGET})")
     text = f"GPU for the predicted times: {', '.join(GPUS)} (default: this GPU, else h200)"
     group.add_argument("--gpu", metavar="NAME", help=text)
     text = "dtype of both models' blocks; auto takes the first of the others that fits"

@@ -19,9 +19,11 @@ class Cost:
 
     Attributes:
         matmul_flops: FLOPs of matrix products and convolutions.
-        attention_flops: FLOPs of attention; its backward has five products.
+        attention_flops: FLOPs of attention forwards.
         moved_bytes: bytes read and written by all other operations.
         to_host_bytes, to_device_bytes: bytes copied between device and host.
+        attention_backward_flops: FLOPs of attention backwards, which have five products.
+        launches: operations that compute or write, each at least one kernel.
     """
 
     matmul_flops: int = 0
@@ -29,6 +31,13 @@ class Cost:
     moved_bytes: int = 0
     to_host_bytes: int = 0
     to_device_bytes: int = 0
+    attention_backward_flops: int = 0
+    launches: int = 0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of matrix products, convolutions and attention."""
+        return self.matmul_flops + self.attention_flops + self.attention_backward_flops
 
 
 def _attention_flops(query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
@@ -48,8 +57,11 @@ CPU_FLOPS = {
 }
 
 
-def _is_attention(name: str) -> bool:
-    return name.startswith("prfl_fast::attention") or "dot_product" in name
+def _kind(name: str) -> str:
+    """Return the field of ``Cost`` for the FLOPs of an operation."""
+    if not (name.startswith("prfl_fast::attention") or "dot_product" in name):
+        return "matmul_flops"
+    return "attention_backward_flops" if "backward" in name else "attention_flops"
 
 
 def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
@@ -103,7 +115,7 @@ class CostLedger(Ledger):
         formula = self._formulas.get(packet)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)
-            self.count(**{"attention_flops" if _is_attention(name) else "matmul_flops": flops})
+            self.count(**{_kind(name): flops}, launches=1)
         if formula is None or "query_pool" in name:  # the pool reads far more than it computes
             self._count_moved(func, name, given, fresh)
         scratch = kernel_scratch(packet, args)
@@ -124,7 +136,8 @@ class CostLedger(Ledger):
         if func._schema.is_mutable:
             written += given[:1] if "foreach" not in name else given[: len(given) // 2]
         if written:  # a view writes nothing
-            self.count(moved_bytes=sum(map(_touched, given)) + sum(map(_touched, written)))
+            moved = sum(map(_touched, given)) + sum(map(_touched, written))
+            self.count(moved_bytes=moved, launches=1)
 
 
 def _touched(tensor: torch.Tensor) -> int:

@@ -22,6 +22,10 @@ from prfl_fast.utils.checks import check, check_choice, check_positive
 # to reach 0.8 of a PCIe x16 link's raw rate per direction.
 _MATMUL, _ATTENTION, _COPY, _LINK = 790 / 989, 620 / 989, 4.3 / 4.8, 0.8
 _GEN4, _GEN5 = 32e9, 64e9
+# The backward of attention recomputes the scores and writes three gradients: published kernels for
+# heads of 128 reach about 0.8 of the forward's rate. An eager operation takes about 10 us of host
+# time, Python and dispatcher included. Both are assumptions until a GPU has run the facts suite.
+BACKWARD, LAUNCH = 0.8, 10e-6
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class GpuSpecs:
         copy: device bytes read plus bytes written, per second.
         to_device, to_host: rates of pinned copies, bytes/s.
         memory: bytes that ``torch.cuda.get_device_properties`` reports.
+        attention_backward: rate of the backward of attention, FLOP/s; 0 is ``BACKWARD`` of the
+            forward's.
+        launch: seconds of host time per operation, which bound small models.
 
     Raises:
         ValueError: if a rate or ``memory`` is not a positive number.
@@ -46,8 +53,12 @@ class GpuSpecs:
     to_device: float
     to_host: float
     memory: int
+    attention_backward: float = 0.0
+    launch: float = LAUNCH
 
     def __post_init__(self) -> None:
+        if not self.attention_backward:
+            object.__setattr__(self, "attention_backward", BACKWARD * self.attention)
         for field in dataclasses.fields(self)[1:]:
             check_positive(f"{self.name}: {field.name}", getattr(self, field.name))
 
@@ -55,8 +66,8 @@ class GpuSpecs:
     def from_record(cls, path: str | os.PathLike[str], memory: int) -> "GpuSpecs":
         """Read the rates from a ``results.json`` of ``bench/run.py --suite facts``.
 
-        The record does not hold ``memory`` (bytes). The attention rate is the fastest forward among
-        the backends at the largest size. Raise ``ValueError`` if the file lacks a rate.
+        The record does not hold ``memory`` (bytes). The attention rates are those of the fastest
+        backend at the largest size. Raise ``ValueError`` if the file lacks a rate.
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -70,7 +81,8 @@ class GpuSpecs:
         return cls(
             name,
             matmul=_rate(path, facts, "matmul bf16", "flops_per_s"),
-            attention=_attention_rate(path, facts.values()),
+            attention=_attention_rate(path, facts.values(), "forward"),
+            attention_backward=_attention_rate(path, facts.values(), "backward"),
             copy=_rate(path, facts, "device copy", "bytes_per_s"),
             to_device=_rate(path, facts, "host to device", "bytes_per_s"),
             to_host=_rate(path, facts, "device to host", "bytes_per_s"),
@@ -85,11 +97,11 @@ def _rate(path: Any, facts: Mapping[str, Any], start: str, key: str) -> float:
     raise ValueError(f"{path}: the facts suite has no {key} of {start!r}. Run it on a GPU")
 
 
-def _attention_rate(path: Any, cases: Iterable[Mapping[str, Any]]) -> float:
+def _attention_rate(path: Any, cases: Iterable[Mapping[str, Any]], part: str) -> float:
     rates = [
-        (case["tokens"] * case["heads"], case["flops_per_s"]["forward"])
+        (case["tokens"] * case["heads"], case["flops_per_s"][part])
         for case in cases
-        if case["fact"].startswith("attention") and "flops_per_s" in case
+        if case["fact"].startswith("attention") and part in case.get("flops_per_s", {})
     ]
     if not rates:
         raise ValueError(f"{path}: no attention backend ran in the facts suite. Run it on a GPU")

@@ -17,6 +17,7 @@ from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.units import GIB, plural
 
+_GPUS = 8  # of a machine, each of whose processes has host memory of its own
 _FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen one
 # Okabe and Ito's palette, which color-blind readers can tell apart; bottom of the stack first.
 _COLORS = {
@@ -135,7 +136,8 @@ def _ledger(plan: Plan) -> list[str]:
     lines = [f"Ledger at the peak, in the {plan.peak_phase} phase"]
     rows = [(name, plan.categories.get(name, 0), _MEANING[name]) for name in CATEGORIES]
     rows.append(("total", plan.peak, "live bytes of tensors on the device"))
-    rows.append(("host", plan.host, "pinned host memory, at its own peak"))
+    several = f"; {_GPUS} GPUs of one machine take {gib(_GPUS * plan.host)}" if plan.host else ""
+    rows.append(("host", plan.host, f"pinned host memory per GPU, at its own peak{several}"))
     for name, value, meaning in rows:
         if value or name in ("total", "host"):
             lines.append(f"  {name:<12}{gib(value):>12}  {meaning}")

@@ -101,11 +101,13 @@ def budget_for(reserved: int) -> int:
 
 
 def phase_seconds(cost: Cost, rates: GpuSpecs) -> float:
-    """Return the seconds of a phase: compute or the slower transfer direction, which overlap."""
+    """Return the seconds of a phase: the longest of compute, launches and copies, which overlap."""
     # One stream computes, so its times add up; copies run on a stream of their own.
     compute = cost.matmul_flops / rates.matmul + cost.attention_flops / rates.attention
+    compute += cost.attention_backward_flops / rates.attention_backward
     compute += cost.moved_bytes / rates.copy
-    return max(compute, cost.to_host_bytes / rates.to_host, cost.to_device_bytes / rates.to_device)
+    copies = cost.to_host_bytes / rates.to_host, cost.to_device_bytes / rates.to_device
+    return max(compute, cost.launches * rates.launch, *copies)
 
 
 def step_seconds(

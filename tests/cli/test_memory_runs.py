@@ -11,6 +11,7 @@ from runs import write_config
 
 pytest.importorskip("pydantic")
 
+from prfl_fast.cli import plan as cli_plan
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -236,6 +237,29 @@ def test_memory_auto_that_fits_nowhere(root, tmp_path, planned, capsys):
     assert "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in error
     assert "memory is auto, but no plan fits 8.0 GiB: the nearest, memory: {weight_dtype" in error
     assert "takes 10.0 GiB" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "device, policy, setting, told",
+    [
+        ("cuda", MemoryConfig("bf16", "full"), "", True),
+        ("cuda", MemoryConfig(), "", False),
+        ("cuda", MemoryConfig("bf16", "full"), "expandable_segments:True", False),
+        ("cpu", MemoryConfig("bf16", "full"), "", False),
+    ],
+)
+def test_explicit_memory_names_the_allocators_setting(
+    monkeypatch, capsys, device, policy, setting, told
+):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
+    section = SimpleNamespace(build=lambda: policy)
+    config = SimpleNamespace(memory=section, reward_memory=section)
+    assert cli_plan.choose_memory(config, Mock(), torch.device(device)) == (policy, policy, None)
+    assert cli_plan.choose_reward_memory(config, Mock(), torch.device(device)) == policy
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 2 * told
+    assert all("set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in line for line in shown)
 
 
 @pytest.mark.parametrize("objectives", [["prfl", "sft"], ["sft"]])

@@ -114,7 +114,7 @@ def test_without_options_it_plans_the_14b_model_at_720p(calls, capsys):
     assert asked.workload == Workload("wan2.1-t2v-14b")
     assert asked.weight_dtype == "auto" and asked.budget is None
     if not torch.cuda.is_available():
-        assert asked.gpu == "h200" and asked.host_budget is None
+        assert asked.gpu == "h200" and asked.host_budget == "102GiB"
 
 
 def test_the_help_lists_the_presets_and_the_defaults_of_a_workload():

@@ -42,6 +42,11 @@ def test_views_and_empty_tensors_move_nothing():
     assert moved(lambda x, y: (torch.empty(1024), x.new_empty(7), torch.empty_like(y))) == 0
 
 
+def test_every_operation_that_computes_is_a_launch():
+    assert cost_of(lambda x, y: (x + y).mul_(y).view(2, -1)).launches == 2
+    assert cost_of(lambda x, y: x.new_empty(7)).launches == 0
+
+
 def test_copies_to_and_from_the_host_cross_the_bus():
     def out_and_back(x, y):
         buffer = torch.empty(1024)
@@ -54,7 +59,7 @@ def test_copies_to_and_from_the_host_cross_the_bus():
 
 def test_matrix_products_count_operations_and_no_bytes():
     cost = cost_of(lambda x, y: x.view(32, 32) @ y.view(32, 32))
-    assert cost == Cost(matmul_flops=2 * 32**3)
+    assert cost == Cost(matmul_flops=2 * 32**3, launches=1)
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -78,7 +83,8 @@ def test_attention_and_its_backward_count_apart(plain):
             loss.backward()
     costs = ledger.costs()
     assert costs["forward"].attention_flops == forward
-    assert costs["backward"].attention_flops == 5 * forward // 2
+    assert costs["backward"].attention_backward_flops == 5 * forward // 2
+    assert costs["backward"].attention_flops == costs["forward"].attention_backward_flops == 0
     assert costs["backward"].matmul_flops == 0
     # What the kernel allocates inside itself is in the peak, and gone after.
     assert ledger.peak >= live + scratch + q.nbytes + 2 * k.nbytes

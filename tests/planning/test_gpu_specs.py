@@ -62,7 +62,7 @@ def test_gpu_from_a_bench_record(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(record()))
     found = GpuSpecs.from_record(path, 80 << 30)
-    assert found == GpuSpecs("Some GPU", 7e14, 6e14, 4e12, 5e10, 4e10, 80 << 30)
+    assert found == GpuSpecs("Some GPU", 7e14, 6e14, 4e12, 5e10, 4e10, 80 << 30, 3e14)
     for missing, message in (("matmul", "no flops_per_s of 'matmul bf16'"), ("attention", "ran")):
         path.write_text(json.dumps(record(missing)))
         with pytest.raises(ValueError, match=message):

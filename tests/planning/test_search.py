@@ -166,6 +166,10 @@ def test_seconds():
     hidden = Cost(10**12, 0, 0, to_host_bytes=10**9, to_device_bytes=10**9)
     assert phase_seconds(hidden, rates) == pytest.approx(1)  # both directions at once, behind it
     assert phase_seconds(Cost(10**12, 0, 0, 0, 3 * 10**9), rates) == pytest.approx(3)
+    slower = Cost(attention_backward_flops=10**12)  # at 0.8 of the forward's rate
+    assert phase_seconds(slower, rates) == pytest.approx(2.5)
+    small = Cost(10**6, launches=1000)  # the host is slower than the GPU
+    assert phase_seconds(small, rates) == pytest.approx(1000 * rates.launch)
 
 
 def test_step_counts_every_phase_as_often_as_it_runs():
