@@ -264,6 +264,11 @@ class DiffusersAdapter(BlockAdapter):
         """Return the entries of a configuration for a model of its first ``num_blocks`` blocks."""
         return {"num_layers": num_blocks}
 
+    def patch_sizes(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return frames, rows and columns of a patch."""
+        frames, height, width = config.get("patch_size", (1, 2, 2))
+        return frames, height, width
+
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[Sequence[str]] = ("norm_out", "proj_out")

@@ -205,6 +205,7 @@ class SkyReelsV2Adapter(_RelativeAdapter):
     class_name = "SkyReelsV2Transformer3DModel"
     name = f"diffusers {class_name}"
     block = skyreels_block_forward
+    planned = True
 
     def check_patchable(self, base: Any) -> None:
         """Raise ``ValueError`` for causal attention, and in the cases of Wan."""
@@ -235,6 +236,7 @@ class ChronoEditAdapter(_RelativeAdapter):
     class_name = "ChronoEditTransformer3DModel"
     name = f"diffusers {class_name}"
     rope = chronoedit_rope_forward
+    planned = True
 
 
 RELATIVES = (WanVACEAdapter(), WanAnimateAdapter(), SkyReelsV2Adapter(), ChronoEditAdapter())

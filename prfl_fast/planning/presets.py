@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from prfl_fast.models.block_adapter import DiffusersAdapter
-from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.loading import expert_folders, read_wan, transformer_class
 from prfl_fast.models.official import WanOfficialAdapter, diffusers_config
 from prfl_fast.models.registry import ADAPTERS, find_adapter
@@ -140,7 +139,7 @@ def model_config(model: Model) -> dict[str, Any]:
         adapter = _planned(find_adapter(model))
         if isinstance(adapter, WanOfficialAdapter):
             return diffusers_config(model)
-        kind = {"class_name": adapter.class_name} if isinstance(adapter, FamilyAdapter) else {}
+        kind = {} if adapter.class_name == _WAN else {"class_name": adapter.class_name}
         return adapter.backbone_config(model) | kind
     if isinstance(model, Mapping):
         if "dim" in model and "num_heads" in model:

@@ -156,10 +156,8 @@ class Workload:
 
     @property
     def _patch(self) -> tuple[int, int, int]:
-        if "class_name" in self.config:
-            return adapter_of(self.config).patch_sizes(self.config)
-        frames, height, width = self.config.get("patch_size", (1, 2, 2))
-        return frames, height, width
+        sizes: tuple[int, int, int] = adapter_of(self.config).patch_sizes(self.config)
+        return sizes
 
     @property
     def points(self) -> int:

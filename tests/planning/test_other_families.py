@@ -65,12 +65,25 @@ MOCHI = {
     "pooled_projection_dim": 64,
     "text_embed_dim": 64,
 }
+_WAN = {**_SMALL, "ffn_dim": 256, "num_layers": 3, "text_dim": 64, "freq_dim": 64}
+SKYREELS = {**_WAN, "class_name": "SkyReelsV2Transformer3DModel"}
+CHRONOEDIT = {
+    **_WAN,
+    "class_name": "ChronoEditTransformer3DModel",
+    "in_channels": 36,
+    "image_dim": 32,
+    "added_kv_proj_dim": 128,
+}
 SHARED = {"text_tokens": 32, "reward_blocks": 2, "precision": "fp32", "sft": False}
 WORK = {
     "hunyuan": Workload(HUNYUAN, frames=9, height=256, width=256, **SHARED),
     "hunyuan-1.5": Workload(HUNYUAN_15, frames=9, height=256, width=256, **SHARED),
     "ltx": Workload(LTX, frames=17, height=512, width=512, **SHARED),
     "mochi": Workload(MOCHI, frames=13, height=256, width=256, **SHARED),
+    "skyreels": Workload(SKYREELS, frames=9, height=256, width=256, **SHARED),
+    "chronoedit": Workload(
+        CHRONOEDIT, frames=9, height=256, width=256, **{**SHARED, "text_tokens": 512}
+    ),
 }
 POLICIES = {
     "none": 2 * (MemoryConfig(),),
