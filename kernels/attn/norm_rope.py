@@ -52,7 +52,10 @@ from prfl_fast.kernels.runtime.triton import capability, tl, triton
 __all__ = ["qk_norm_rope", "rope_table"]
 
 # Kernels are not specialized on these integers, because they change with every clip.
-SIZES = ("q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w")
+SIZES = (
+    "q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w",
+    "length_q", "length_k", "length_gq", "length_gk",
+)  # fmt: skip
 
 
 # Reference.

@@ -58,7 +58,7 @@ def _chunks(dim: int, head_dim: int | None, dtype: torch.dtype) -> tuple[int, in
 
 
 def forward_launch(
-    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, int]
+    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, ...]
 ) -> Launch:
     """Choose 8 tokens a program; fewer if multiprocessors would be idle."""
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
@@ -67,7 +67,7 @@ def forward_launch(
 
 
 def backward_launch(
-    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, int]
+    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, ...]
 ) -> Launch:
     """Choose one resident wave: each program writes a partial row of the weights' gradients."""
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)

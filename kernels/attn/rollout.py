@@ -235,7 +235,7 @@ class Launch:
         }
 
 
-def attention_launch(head_dim: int, variant: str, capability: tuple[int, int]) -> Launch:
+def attention_launch(head_dim: int, variant: str, capability: tuple[int, ...]) -> Launch:
     """Choose the largest tiles without spills; three stages, as two would wait for each load.
 
     8 warps of 128 × 128 outputs hold 64 sums of a block and 64 of all blocks a thread.

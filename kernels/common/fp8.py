@@ -43,7 +43,7 @@ def empty_quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=FP8), scale
 
 
-def converts(capability: tuple[int, int]) -> bool:
+def converts(capability: tuple[int, ...]) -> bool:
     """Return True if the chip converts float32 to e4m3 by an instruction: Ada, Hopper, newer."""
     return capability >= (8, 9)
 
@@ -134,7 +134,7 @@ class RowLaunch:
         return {"D": dim, "BLOCK_D": self.block_d, "GELU": gelu, "CONVERTS": self.converts}
 
 
-def row_launch(rows: int, dim: int, capability: tuple[int, int]) -> RowLaunch:
+def row_launch(rows: int, dim: int, capability: tuple[int, ...]) -> RowLaunch:
     """Choose the fewest warps that hold a row in 72 elements a thread, 8 of each block."""
     num_warps = 1
     while num_warps < 16 and dim > 72 * 32 * num_warps:

@@ -107,7 +107,7 @@ class Launch:
     num_warps: int = 4
 
 
-def sum_launch(elements: int, capability: tuple[int, int]) -> Launch:
+def sum_launch(elements: int, capability: tuple[int, ...]) -> Launch:
     """Choose at most one resident wave: each program writes one partial sum."""
     tiles = -(-elements // 1024)
     share = -(-tiles // (12 * multiprocessors(capability)))

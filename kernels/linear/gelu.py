@@ -203,7 +203,7 @@ def forward_launch(rows: int, dim: int) -> Launch:
     return Launch(block_r, block_d, block_r, -(-rows // block_r))
 
 
-def backward_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
+def backward_launch(rows: int, dim: int, capability: tuple[int, ...]) -> Launch:
     """Choose one resident wave, 6 programs a processor; each writes a partial row of d_bias."""
     block_r, block_d = _tile_shape(dim)
     tiles = -(-rows // block_r)

@@ -155,7 +155,7 @@ class Launch(tiles.Launch):
 
 
 def forward_launch(
-    tokens: int, dim: int, kind: str, capability: tuple[int, int], fp8: bool = False
+    tokens: int, dim: int, kind: str, capability: tuple[int, ...], fp8: bool = False
 ) -> Launch:
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
     # 20 elements a thread spill on sm_80 and 86; with fp8, whose conversion needs registers, on
@@ -176,7 +176,7 @@ def forward_launch(
 
 
 def backward_launch(
-    tokens: int, rows: int, dim: int, itemsize: int, capability: tuple[int, int], sums: bool
+    tokens: int, rows: int, dim: int, itemsize: int, capability: tuple[int, ...], sums: bool
 ) -> Launch:
     """Choose about one resident wave over all rows if programs write partial rows of ``sums``.
 

@@ -181,7 +181,7 @@ def _chunk(dim: int) -> tuple[int, int, int]:
     return block_d, -(-dim // block_d), max(1, block_d // 256)
 
 
-def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> Launch:
+def forward_launch(tokens: int, dim: int, capability: tuple[int, ...]) -> Launch:
     """Choose 8 tokens a program, to load the gate once; fewer if multiprocessors would be idle."""
     block_d, chunks, num_warps = _chunk(dim)
     wave = -(-48 // num_warps) * multiprocessors(capability) // chunks
@@ -189,7 +189,7 @@ def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> Launch
 
 
 def backward_launch(
-    tokens: int, rows: int, dim: int, capability: tuple[int, int], sums: bool
+    tokens: int, rows: int, dim: int, capability: tuple[int, ...], sums: bool
 ) -> Launch:
     """Choose about one resident wave over all rows if programs write partial rows of ``sums``."""
     block_d, chunks, num_warps = _chunk(dim)

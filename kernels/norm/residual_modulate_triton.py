@@ -162,7 +162,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         tiles.store(total_ptr, pid, b_total, o_d, m_d, D)
 
 
-def forward_launch(tokens: int, dim: int, capability: tuple[int, int]) -> tiles.Launch:
+def forward_launch(tokens: int, dim: int, capability: tuple[int, ...]) -> tiles.Launch:
     """Choose 8 tokens a program, to load the rows once; fewer if multiprocessors would be idle."""
     head, tail, num_warps = tiles.split_token(dim)
     wave = 4 * multiprocessors(capability)
@@ -184,7 +184,7 @@ class BackwardLaunch(tiles.Launch):
 
 
 def backward_launch(
-    tokens: int, rows: int, dim: int, itemsize: int, capability: tuple[int, int], sums: bool
+    tokens: int, rows: int, dim: int, itemsize: int, capability: tuple[int, ...], sums: bool
 ) -> BackwardLaunch:
     """Choose about one resident wave over all rows if programs write partial rows of ``sums``.
 

@@ -144,7 +144,7 @@ class Launch:
     programs: int
 
 
-def forward_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
+def forward_launch(rows: int, dim: int, capability: tuple[int, ...]) -> Launch:
     """Choose 8 tiles a program, to load the weight once; fewer if multiprocessors would be idle."""
     block_r, block_d, num_warps = tile(dim)
     tiles = -(-rows // block_r)
@@ -152,7 +152,7 @@ def forward_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
     return Launch(block_r, block_d, num_warps, share * block_r, -(-tiles // share))
 
 
-def backward_launch(rows: int, dim: int, capability: tuple[int, int]) -> Launch:
+def backward_launch(rows: int, dim: int, capability: tuple[int, ...]) -> Launch:
     """Choose about one resident wave: each program writes one partial row of d_weight."""
     block_r, block_d, num_warps = tile(dim)
     tiles = -(-rows // block_r)

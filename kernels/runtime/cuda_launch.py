@@ -36,19 +36,19 @@ def _fits(x: torch.Tensor) -> bool:
     return rows and (x.shape[0] == 1 or x.stride(0) % 8 == 0) and x.data_ptr() % 16 == 0
 
 
-def _shared_limit(capability: tuple[int, int]) -> int:
+def _shared_limit(capability: tuple[int, ...]) -> int:
     """Return the bytes of shared memory that a block can have."""
     kilobytes = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
-    return 1024 * kilobytes.get(capability, 99)
+    return 1024 * kilobytes.get((capability[0], capability[1]), 99)
 
 
 # GPCs of a chip and the multiprocessors of each, by major compute capability. A cluster runs in one
-# GPC; some GPCs are larger. If the board were asked (cudaOccupancyMaxActiveClusters), the order of
-# a sum, and so its bits, would differ from board to board.
+# GPC; some GPCs are larger, and smaller boards have fewer. With the numbers of a full board, a sum
+# has the same bits on all boards of PRFL_FAST_MULTIPROCESSORS.
 _GPCS = {9: (8, 16), 10: (8, 18), 12: (10, 16)}
 
 
-def _blocks_at_once(capability: tuple[int, int], cluster: int, resident: int) -> int:
+def _blocks_at_once(capability: tuple[int, ...], cluster: int, resident: int) -> int:
     """Return the blocks that run at once, in whole clusters, ``resident`` on a multiprocessor."""
     blocks = resident * multiprocessors(capability)
     if cluster == 1:
@@ -85,7 +85,7 @@ def pool_backward_shared_bytes(width: int, warps: int, cluster: int) -> int:
 
 
 def pool_launch(
-    batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, ...]
 ) -> PoolLaunch | None:
     """Choose the launch of the forward; None if it cannot run."""
     if not _pool_takes(batch, heads, dim, dtype, capability):
@@ -112,7 +112,7 @@ def pool_launch(
 
 
 def pool_backward_launch(
-    batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, ...]
 ) -> PoolLaunch | None:
     """Choose the launch of the backward; None if it cannot run."""
     # A block has all heads, because it writes the sum over them.
@@ -139,7 +139,7 @@ def pool_backward_launch(
 
 
 def _pool_takes(
-    batch: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    batch: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, ...]
 ) -> bool:
     types = dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0
     return types and capability >= (8, 0) and batch <= 65535 and heads <= 65535

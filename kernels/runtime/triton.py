@@ -1,5 +1,6 @@
 """Import Triton, or a substitute that lets kernel files import; describe chips for launches."""
 
+import functools
 import os
 from typing import Any
 
@@ -41,19 +42,34 @@ COUNTS = (
 )  # fmt: skip
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device; (8, 0) for the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+def capability(device: torch.device) -> tuple[int, ...]:
+    """Return ``(major, minor, multiprocessors)`` of a CUDA device; (8, 0) for the interpreter.
+
+    ``PRFL_FAST_MULTIPROCESSORS`` replaces the board's number. Sums over tokens are split among
+    programs, so boards with one number of multiprocessors compute the same bits.
+    """
+    return _board(device) if device.type == "cuda" else (8, 0)
 
 
-# Multiprocessors by major compute capability. Not the device's own count: with a constant the order
-# of summation, and so every bit of a gradient, is the same on all boards of a generation.
+@functools.cache  # the driver takes microseconds to answer
+def _board(device: torch.device) -> tuple[int, ...]:
+    chosen = os.environ.get("PRFL_FAST_MULTIPROCESSORS")
+    if chosen is None:
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+    elif chosen.isdecimal() and int(chosen) > 0:
+        count = int(chosen)
+    else:
+        raise ValueError(f"PRFL_FAST_MULTIPROCESSORS is {chosen!r}, expected a positive integer.")
+    return (*torch.cuda.get_device_capability(device), count)
+
+
+# Multiprocessors of an A100, H200, B200 and RTX 5090, by major compute capability.
 _PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
 
 
-def multiprocessors(capability: tuple[int, int]) -> int:
-    """Return the number of multiprocessors that launches assume for a compute capability."""
-    return _PROCESSORS.get(capability[0], 132)
+def multiprocessors(capability: tuple[int, ...]) -> int:
+    """Return the multiprocessors of a board; those of a common board for a bare capability."""
+    return capability[2] if len(capability) > 2 else _PROCESSORS.get(capability[0], 132)
 
 
 __all__ = [
