@@ -1,10 +1,11 @@
 """Predict from their machine code what limits the kernels on a GPU; no GPU needed.
 
-    python bench/predict.py [op ...] [--arch 90] [--match TEXT] [--loops] [--json]
+    python bench/predict.py [op ...] [--arch 90] [--match TEXT] [--loops] [--json [--record FILE]]
 
 The command prints a line for each case: the predicted percent of the copy rate at three DRAM
 latencies, resident warps, bytes in flight, and what limits the kernel. ``--json`` prints a list of
-predictions instead. See ``machine_code/predict.py`` for what a prediction holds.
+predictions instead; those of a record are taken from it if machine code, grid and model are the
+same. See ``machine_code/predict.py`` for what a prediction holds.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import aot
 from aot_cases import OPERATIONS
@@ -21,12 +23,33 @@ from machine_code.grids import GRIDS
 from machine_code.predict import Prediction, predict
 
 
-def find(arch: int, ops: Sequence[str] = (), match: str = "") -> list[Prediction]:
+def newest_record(folder: Path) -> Path | None:
+    """Return the newest record below ``folder`` that holds predictions."""
+    found = []
+    for path in folder.rglob("*.json"):
+        record = json.loads(path.read_text())
+        if "cases" in record["suites"].get("machine-code", {}):
+            found.append((record["run"]["date"], path))
+    return max(found)[1] if found else None
+
+
+def read_record(path: Path) -> list[Prediction]:
+    """Return the predictions of a record."""
+    cases = json.loads(path.read_text())["suites"]["machine-code"]["cases"]
+    names = {field.name for field in dataclasses.fields(Prediction)}
+    cases = [{name: value for name, value in case.items() if name in names} for case in cases]
+    return [Prediction(**case | {"shares": tuple(case["shares"]), "listing": ()}) for case in cases]
+
+
+def find(
+    arch: int, ops: Sequence[str] = (), match: str = "", record: Path | None = None
+) -> list[Prediction]:
     """Return the predictions of the cases whose label has ``match``, in a new process.
 
     Kernels of this process may be decorated for the interpreter, which cannot compile them.
     """
     command = [sys.executable, __file__, *ops, "--arch", str(arch), "--match", match, "--json"]
+    command += [] if record is None else ["--record", str(record)]
     run = subprocess.run(command, env=aot.compiler_environment(), capture_output=True, text=True)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
@@ -37,9 +60,11 @@ def find(arch: int, ops: Sequence[str] = (), match: str = "") -> list[Prediction
     ]
 
 
-def _predictions(op: str, arch: int, match: str) -> Iterator[Prediction]:
+def _predictions(
+    op: str, arch: int, match: str, known: Mapping[str, Prediction]
+) -> Iterator[Prediction]:
     for case in OPERATIONS[op](divmod(arch, 10), False):
-        found = predict(op, case, arch) if match in case.label else None
+        found = predict(op, case, arch, known) if match in case.label else None
         if found is not None:
             yield found
     if op == "query_pool":
@@ -67,14 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="only cases whose label has this text")
     parser.add_argument("--loops", action="store_true", help="also print the token loops' accesses")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", type=Path, help="results.json of bench/run.py")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - GRIDS.keys())
     if unknown:
         parser.error(f"no grids of {', '.join(unknown)}; there are {', '.join(sorted(GRIDS))}")
+    known = {p.code: p for p in read_record(options.record) if p.code} if options.record else {}
     every = []
     for op in options.ops or sorted(GRIDS):
         for arch in options.arch:
-            for found in _predictions(op, arch, options.match):
+            for found in _predictions(op, arch, options.match, known):
                 every.append(found)
                 if not options.json:
                     lines = [describe(found), *(found.listing if options.loops else ())]

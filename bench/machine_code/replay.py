@@ -42,24 +42,47 @@ class Replay:
 class _Warp:
     """Hold the place of a warp in its stream, and the clocks at which scoreboards are released."""
 
-    def __init__(self, number: int, block: int) -> None:
-        self.number, self.block, self.place = number, block, 0
+    def __init__(self, number: int, block: int, scheduler: int) -> None:
+        self.number, self.block, self.scheduler, self.place = number, block, scheduler, 0
         self.boards: list[list[float]] = [[] for _ in range(6)]
         self.copies: float = 0.0  # when the last of its copies to shared memory is there
 
-    def resume(self, at: float, following: Instruction) -> float:
+    def resume(self, at: float, following: "_Step") -> float:
         """Return the clock from ``at`` on at which the scoreboards let ``following`` issue."""
-        for k, board in enumerate(self.boards):
-            if following.wait >> k & 1 and board:
+        for k in following.waits:
+            board = self.boards[k]
+            if board:
                 at = max(at, *board)
                 board.clear()
-        depbar = _DEPBAR.search(following.operands) if following.op == "DEPBAR" else None
-        if depbar:
-            pending, keep = sorted(self.boards[int(depbar[1])]), int(depbar[2], 16)
+        if following.depbar is not None:
+            k, keep = following.depbar
+            pending = sorted(self.boards[k])
             if len(pending) > keep:
                 at = max(at, pending[len(pending) - keep - 1])
-                self.boards[int(depbar[1])] = pending[len(pending) - keep :]
+                self.boards[k] = pending[len(pending) - keep :]
         return at
+
+
+class _Step:
+    """Hold what the replay needs of an instruction, decoded once."""
+
+    __slots__ = (
+        "barrier", "depbar", "held", "instruction", "latency", "memory", "pipe", "read_bar",
+        "stall", "waits", "write_bar",
+    )  # fmt: skip
+
+    def __init__(self, i: Instruction) -> None:
+        self.instruction, self.memory = i, i.op in MEMORY
+        self.pipe, self.held = pipe_of(i.name)
+        self.latency, self.stall = LATENCY.get(i.op, 14), max(1, i.stall)
+        self.write_bar, self.read_bar = i.write_bar, i.read_bar
+        self.waits = [k for k in range(6) if i.wait >> k & 1]
+        depbar = _DEPBAR.search(i.operands) if i.op == "DEPBAR" else None
+        self.depbar = (int(depbar[1]), int(depbar[2], 16)) if depbar else None
+        # Clocks; 0 if it is no barrier. All blocks of a cluster come to its barrier at one time.
+        block = i.op == "BAR" and ("SYNC" in i.name or "RED" in i.name)
+        cluster = i.op == "UCGABAR_WAIT"
+        self.barrier = BARRIER if block else CLUSTER_BARRIER if cluster else 0
 
 
 class _Multiprocessor:
@@ -79,9 +102,9 @@ class _Multiprocessor:
         bandwidth: float,
         useful: float,
     ) -> None:
-        self.stream, self.warps = stream, warps
+        steps = {id(i): _Step(i) for i in stream}
+        self.stream, self.warps = [steps[id(i)] for i in stream], warps
         self.latency, self.bandwidth, self.useful = latency, bandwidth, useful
-        self.pipes = [pipe_of(i.name) for i in stream]
         self.schedulers = [0.0] * SCHEDULERS
         self.pipe_free: list[dict[str, float]] = [defaultdict(float) for _ in range(SCHEDULERS)]
         self.lsu = self.dram = self.moved = self.end = 0.0
@@ -106,9 +129,7 @@ class _Multiprocessor:
                 self.alive[warp.block] -= 1
                 if not self.alive[warp.block] and len(self.alive) < blocks:
                     self._start_block(start + 200)
-            elif self._is_barrier(i := self.stream[warp.place - 1]):
-                # The other blocks of a cluster come to its barrier at about the same time.
-                clocks = BARRIER if i.op == "BAR" else CLUSTER_BARRIER
+            elif clocks := self.stream[warp.place - 1].barrier:
                 self._wait_for_block(resume, warp, clocks)
             else:
                 self._push(resume, warp)
@@ -130,48 +151,43 @@ class _Multiprocessor:
         block = len(self.alive)
         self.alive[block] = self.warps
         for w in range(self.warps):
-            self._push(at + 30 + 2 * w, _Warp(w, block))
-
-    def _scheduler(self, warp: _Warp) -> int:
-        return (warp.number + warp.block * self.warps) % SCHEDULERS
+            scheduler = (w + block * self.warps) % SCHEDULERS
+            self._push(at + 30 + 2 * w, _Warp(w, block, scheduler))
 
     def _earliest(self, at: float, warp: _Warp) -> float:
         """Return the clock at which scheduler, pipe and load/store unit take the instruction."""
-        s, (pipe, held) = self._scheduler(warp), self.pipes[warp.place]
+        step, s = self.stream[warp.place], warp.scheduler
         at = max(at, self.schedulers[s])
-        if held:
-            at = max(at, self.pipe_free[s][pipe])
-        if self.stream[warp.place].op in MEMORY:
+        if step.held:
+            at = max(at, self.pipe_free[s][step.pipe])
+        if step.memory:
             at = max(at, self.lsu - LSU_QUEUE)
         return at
 
     def _issue(self, at: float, warp: _Warp) -> float:
         """Issue the warp's next instruction; return when the one after it may issue."""
-        i, s, (pipe, held) = (
-            self.stream[warp.place],
-            self._scheduler(warp),
-            self.pipes[warp.place],
-        )
+        step, s = self.stream[warp.place], warp.scheduler
         self.schedulers[s] = at + 1
-        if held:
-            self.pipe_free[s][pipe] = at + held
-        done = at + LATENCY.get(i.op, 14)
-        read = at
-        if i.op in MEMORY:
+        if step.held:
+            self.pipe_free[s][step.pipe] = at + step.held
+        done, read = at + step.latency, at
+        if step.memory:
+            i = step.instruction
             done, read = self._access(at, i), self.lsu
-        if i.op == "LDGSTS":
-            warp.copies = max(warp.copies, done)
-        if i.op == "LDGDEPBAR":
+            if i.op == "LDGSTS":
+                warp.copies = max(warp.copies, done)
+        elif step.instruction.op == "LDGDEPBAR":
             done = max(done, warp.copies)
-        if i.write_bar < 6:
-            warp.boards[i.write_bar].append(done)
-        if i.read_bar < 6:
-            warp.boards[i.read_bar].append(read + 12)
+        if step.write_bar < 6:
+            warp.boards[step.write_bar].append(done)
+        if step.read_bar < 6:
+            warp.boards[step.read_bar].append(read + 12)
         warp.place += 1
-        self.end = max(self.end, at)
+        if at > self.end:
+            self.end = at
         if warp.place == len(self.stream):
             return at
-        return warp.resume(at + max(1, i.stall), self.stream[warp.place])
+        return warp.resume(at + step.stall, self.stream[warp.place])
 
     def _access(self, at: float, i: Instruction) -> float:
         """Return when the result of a memory instruction is there; for a store, a few clocks."""
@@ -189,10 +205,6 @@ class _Multiprocessor:
         if i.op == "STG":
             return at + 20
         return self.lsu + (L2_LATENCY if i.level == "L2" else L1_LATENCY)
-
-    @staticmethod
-    def _is_barrier(i: Instruction) -> bool:
-        return i.op == "UCGABAR_WAIT" or i.op == "BAR" and ("SYNC" in i.name or "RED" in i.name)
 
     def _wait_for_block(self, at: float, warp: _Warp, clocks: int) -> None:
         waiting = self.at_barrier[warp.block]

@@ -1,5 +1,6 @@
 """Parse the listing of ``cuobjdump -sass`` and find its basic blocks and loops."""
 
+import functools
 import re
 import subprocess
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ class Instruction:
     tensor: str = ""
     level: str = ""
 
-    @property
+    # The replay reads both a million times.
+    @functools.cached_property
     def op(self) -> str:
         return self.name.partition(".")[0]
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Return the bytes that a lane moves by a memory instruction."""
         for bits in (256, 128, 64):

@@ -1,7 +1,8 @@
 """Predict each memory-bound Triton kernel's share of the copy rate from its machine code.
 
 It needs no GPU: kernels are compiled ahead of time, and their machine code is replayed
-(``bench/machine_code``). The newest record is the baseline of ``tests/bench/test_predictions.py``.
+(``bench/machine_code``). The newest record is the baseline of ``tests/bench/test_predictions.py``,
+and kernels whose machine code it already holds are not replayed again.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import aot
 import predict
 import report
-from harness import Context, SuiteResult, Table, UnavailableError
+from harness import ROOT, Context, SuiteResult, Table, UnavailableError
 from machine_code.chips import DRAM_LATENCIES
 from machine_code.predict import Prediction
 
@@ -26,11 +27,12 @@ def run(context: Context) -> SuiteResult:
     """Return the table ``predictions`` and a case for every kernel and architecture."""
     if not HAS_TRITON:
         raise UnavailableError("compiling kernels needs triton: pip install triton")
+    record = predict.newest_record(ROOT / "bench" / "results")
     processes = min(len(aot.CAPABILITIES), len(os.sched_getaffinity(0)))
     with context.bar(len(aot.CAPABILITIES), "compiling and replaying kernels") as bar:
 
         def of(arch: int) -> list[Prediction]:
-            found = predict.find(arch)
+            found = predict.find(arch, record=record)
             bar.update()
             return found
 

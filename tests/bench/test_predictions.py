@@ -1,5 +1,6 @@
 """Predictions from machine code: parsing, the path of a warp, the replay, and the baseline."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -283,7 +284,10 @@ def prediction(arch, share=91, op="rms_norm"):
 
 
 def test_the_suite_makes_a_table(monkeypatch):
-    monkeypatch.setattr(predict, "find", lambda arch: [prediction(arch, 80 + arch // 10)])
+    def find(arch, record):
+        return [prediction(arch, 80 + arch // 10)]
+
+    monkeypatch.setattr(predict, "find", find)
     assert suites.load("machine-code") is machine_code.run
     result = machine_code.run(make_context())
     (table,) = result.tables
@@ -304,25 +308,47 @@ def test_unknown_operations_are_refused(capsys):
 # The baseline: the newest record with predictions.
 
 
-def baseline():
-    paths = sorted((ROOT / "bench" / "results").rglob("*.json"))
-    records = [json.loads(path.read_text()) for path in paths]
-    found = [r for r in records if "cases" in r["suites"].get("machine-code", {})]
-    if not found:
-        pytest.skip("no record of bench/run.py --suite machine-code yet")
-    return max(found, key=lambda r: r["run"]["date"])["suites"]["machine-code"]["cases"]
-
-
 def assert_no_drop(arch, ops=()):
-    before = {f"{c['op']} {c['label']}": c["shares"][1] for c in baseline() if c["arch"] == arch}
+    record = predict.newest_record(ROOT / "bench" / "results")
+    before = {p.name: p.share for p in predict.read_record(record) if p.arch == arch}
     if shutil.which("nvcc") is None:
         before = {name: share for name, share in before.items() if "CUDA" not in name}
     before = {name: share for name, share in before.items() if not ops or name.split()[0] in ops}
-    found = {p.name: p for p in predict.find(arch, ops)}
+    found = {p.name: p for p in predict.find(arch, ops, record=record)}
     assert before and before.keys() <= found.keys(), "record --suite machine-code again"
     drops = {n: (s, found[n].share) for n, s in before.items() if found[n].share < s - 5}
     assert not drops, f"predicted percent of the copy rate, before and now: {drops}"
     assert not [p.name for p in found.values() if p.spilled_bytes]
+
+
+def write_record(path, predictions, date="2026-01-01"):
+    cases = [{"case": p.name, **dataclasses.asdict(p), "listing": None} for p in predictions]
+    record = {"run": {"date": date}, "suites": {"machine-code": {"cases": cases}}}
+    path.write_text(json.dumps(record))
+
+
+def test_the_newest_record_is_read(tmp_path):
+    assert predict.newest_record(tmp_path) is None
+    (tmp_path / "other.json").write_text(json.dumps({"run": {"date": "2027"}, "suites": {}}))
+    write_record(tmp_path / "b.json", [prediction(80)], "2026-01-02")
+    write_record(tmp_path / "c.json", [])
+    assert predict.newest_record(tmp_path) == tmp_path / "b.json"
+    (read,) = predict.read_record(tmp_path / "b.json")
+    assert read == dataclasses.replace(prediction(80), listing=())
+
+
+@pytest.mark.aot
+def test_known_machine_code_is_not_replayed(tmp_path):
+    """Change the shares of a record: they come back for the same code, and only for it."""
+    (first,) = predict.find(90, ["flow_loss"], "backward bf16")
+    changed = dataclasses.replace(first, shares=(3, 2, 1))
+    write_record(tmp_path / "known.json", [changed])
+    assert [
+        p.shares for p in predict.find(90, ["flow_loss"], "backward bf16", tmp_path / "known.json")
+    ] == [(3, 2, 1)]
+    write_record(tmp_path / "other.json", [dataclasses.replace(changed, code="0" * 16)])
+    (again,) = predict.find(90, ["flow_loss"], "backward bf16", tmp_path / "other.json")
+    assert again == first
 
 
 @pytest.mark.aot
