@@ -136,7 +136,7 @@ def block_case(context: Context) -> tuple[dict[str, Any], list[str], list[str]]:
         thunks = {n: partial(function, run) for n, run in runs.items()}
         if function is infer and context.device.type == "cpu":
             # A second compilation, for inference, is not worth its time on a CPU.
-            thunks.pop("compiled", None)
+            thunks = {n: t for n, t in thunks.items() if n not in ("compiled", "both")}
         times = harness.time_side_by_side(thunks, context.device, seconds=0.5)
         record["times"][part] = {n: t.record() for n, t in times.items()}
     return record, notes, problems
