@@ -47,15 +47,9 @@ from prfl_fast.kernels.runtime.checks import (
     require_same_device,
 )
 from prfl_fast.kernels.runtime.registry import register
-from prfl_fast.kernels.runtime.triton import capability, tl, triton
+from prfl_fast.kernels.runtime.triton import COUNTS, capability, tl, triton
 
 __all__ = ["qk_norm_rope", "rope_table"]
-
-# Kernels are not specialized on these integers, because they change with every clip.
-SIZES = (
-    "q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w",
-    "length_q", "length_k", "length_gq", "length_gk",
-)  # fmt: skip
 
 
 # Reference.
@@ -222,7 +216,7 @@ def reference_backward(
 
 
 # Triton.
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_ql, length_q, stride_kb, stride_kl, length_k, q_tokens, k_tokens,
@@ -244,7 +238,7 @@ def forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     q_grad_ptr, k_grad_ptr, q_ptr, k_ptr, dq_ptr, dk_ptr, dq_weight_ptr, dk_weight_ptr,
     q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,

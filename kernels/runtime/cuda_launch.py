@@ -84,28 +84,34 @@ def pool_backward_shared_bytes(width: int, warps: int, cluster: int) -> int:
     return 64 * (warps * width + 2) + warps * (1280 + 32 * width) + exchange + 1536
 
 
+def _fitting(
+    dim: int, capability: tuple[int, ...], max_warps: dict[int, int],
+    shared_bytes: Callable[[int, int, int], int], pairs: Callable[[int, int], bool], wide: bool,
+) -> tuple[int, int, int, int] | None:  # fmt: skip
+    """Return width, warps, cluster and resident blocks of the best launch; None if none fits."""
+    limit, fitting = _shared_limit(capability), []
+    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):  # its blocks share a large D
+        for width, most in max_warps.items():
+            warps = max(4, -(-dim // (width * cluster)))  # the softmax needs four
+            shared = shared_bytes(width, warps, cluster)
+            if warps <= most and shared <= limit:
+                # Two blocks overlap the reductions of one with the loads of the other.
+                pair = pairs(width, warps) and 2 * (shared + 1024) <= limit + 1024
+                key = (not pair, width * warps * cluster - dim, cluster, -width if wide else width)
+                fitting.append((key, (width, warps, cluster, 2 if pair else 1)))
+    return min(fitting)[1] if fitting else None
+
+
 def pool_launch(
     batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, capability: tuple[int, ...]
 ) -> PoolLaunch | None:
     """Choose the launch of the forward; None if it cannot run."""
     if not _pool_takes(batch, heads, dim, dtype, capability):
         return None
-    limit = _shared_limit(capability)
-    fitting = []
-    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
-        for width, most in POOL_MAX_WARPS.items():
-            warps = max(4, -(-dim // (width * cluster)))  # the softmax needs four
-            shared = pool_shared_bytes(width, warps, cluster)
-            if warps <= most and shared <= limit:
-                # Two blocks on a multiprocessor overlap the reductions of one with the loads of the
-                # other; up to 1536 columns each fit its registers. From 9.0 on, a cluster of blocks
-                # shares a larger D.
-                pair = width * warps <= 1536 and 2 * (shared + 1024) <= limit + 1024
-                key = (not pair, width * warps * cluster - dim, cluster, -width)
-                fitting.append((key, width, warps, cluster, 2 if pair else 1))
-    if not fitting:
+    sizes = POOL_MAX_WARPS, pool_shared_bytes, lambda width, warps: width * warps <= 1536
+    if (found := _fitting(dim, capability, *sizes, wide=True)) is None:
         return None
-    _, width, warps, cluster, resident = min(fitting)
+    width, warps, cluster, resident = found
     blocks = cluster * batch * -(-heads // 8)
     splits = min(-(-tokens // 16), max(1, _blocks_at_once(capability, cluster, resident) // blocks))
     return PoolLaunch(width, warps, cluster, splits)
@@ -118,24 +124,16 @@ def pool_backward_launch(
     # A block has all heads, because it writes the sum over them.
     if not _pool_takes(batch, heads, dim, dtype, capability) or heads > POOL_BACKWARD_HEADS:
         return None
-    limit = _shared_limit(capability)
-    fitting = []
-    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
-        for width, most in POOL_BACKWARD_MAX_WARPS.items():
-            warps = max(4, -(-dim // (width * cluster)))
-            shared = pool_backward_shared_bytes(width, warps, cluster)
-            if warps <= most and shared <= limit:
-                # Two blocks if registers and shared memory allow, else one block of many warps.
-                threads = 64 * warps
-                pair = threads * POOL_BACKWARD_REGISTERS[width] <= REGISTERS
-                pair = pair and 2 * (shared + 1024) <= limit + 1024
-                key = (not pair, width * warps * cluster - dim, cluster, width)
-                fitting.append((key, width, warps, cluster, 2 if pair else 1))
-    if not fitting:
+    sizes = POOL_BACKWARD_MAX_WARPS, pool_backward_shared_bytes, _registers_for_two
+    if (found := _fitting(dim, capability, *sizes, wide=False)) is None:
         return None
-    _, width, warps, cluster, resident = min(fitting)
+    width, warps, cluster, resident = found
     splits = max(1, _blocks_at_once(capability, cluster, resident) // (cluster * batch))
     return PoolLaunch(width, warps, cluster, min(-(-tokens // 16), splits))
+
+
+def _registers_for_two(width: int, warps: int) -> bool:
+    return 64 * warps * POOL_BACKWARD_REGISTERS[width] <= REGISTERS
 
 
 def _pool_takes(

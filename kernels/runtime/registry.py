@@ -42,10 +42,9 @@ def _checked(name: str, source: str) -> str:
 def set_backend(name: str) -> None:
     """Set the backend that every operation of this process prefers.
 
-    ``auto`` chooses Triton for CUDA tensors and the reference for CPU tensors; ``reference`` is
-    plain PyTorch; ``triton`` and ``cuda`` choose that kernel wherever the operation has one. An
-    operation without that kernel runs as under ``auto``. ``prfl-fast doctor`` prints the choice of
-    each operation and its reason.
+    ``auto`` chooses CUDA C++ (16 bits, if built) or Triton for CUDA tensors and the reference for
+    CPU tensors; ``reference`` is plain PyTorch; ``triton`` and ``cuda`` choose that kernel where an
+    operation has one, else as ``auto``. ``prfl-fast doctor`` prints choices and reasons.
 
     Raises:
         ValueError: if the name is unknown, or the backend's package or extension is missing.
@@ -105,6 +104,8 @@ class Operation:
             return Choice("triton", "backend set to triton")
         if not on_gpu:
             return Choice("reference", f"{device.type} tensors")
+        if self.cuda is not None and extension_loaded() and dtype != torch.float32:
+            return Choice("cuda", "reads inputs once; predicted at twice Triton's rate")
         if self.triton is None:
             return Choice("reference", "this operation has no Triton kernel yet")
         if not HAS_TRITON:

@@ -32,13 +32,12 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-# Arguments that change with every clip. Kernels are not specialized on them: otherwise a multiple
-# of 16, or a 1, would compile a kernel again. Strides stay specialized, because multiples of 16
-# allow loads of 16 bytes.
+# Arguments that change with every clip: specialized on them, a kernel would be compiled again for a
+# multiple of 16, or a 1. Strides stay specialized: multiples of 16 allow loads of 16 bytes.
 COUNTS = (
     "tokens", "tokens_per_row", "tokens_per_program", "rows", "rows_per_program", "programs",
-    "chunks", "length_x", "length_y", "length_g", "length_h",
-    *(f"length_{x}{axis}" for x in "xg" for axis in "12"),
+    "chunks", "q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w",
+    *(f"length_{x}" for x in ("x", "y", "g", "h", "x1", "x2", "g1", "g2", "q", "k", "gq", "gk")),
 )  # fmt: skip
 
 
@@ -53,14 +52,11 @@ def capability(device: torch.device) -> tuple[int, ...]:
 
 @functools.cache  # the driver takes microseconds to answer
 def _board(device: torch.device) -> tuple[int, ...]:
-    chosen = os.environ.get("PRFL_FAST_MULTIPROCESSORS")
-    if chosen is None:
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-    elif chosen.isdecimal() and int(chosen) > 0:
-        count = int(chosen)
-    else:
-        raise ValueError(f"PRFL_FAST_MULTIPROCESSORS is {chosen!r}, expected a positive integer.")
-    return (*torch.cuda.get_device_capability(device), count)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    chosen = os.environ.get("PRFL_FAST_MULTIPROCESSORS", str(count))
+    if not chosen.isdecimal() or int(chosen) == 0:
+        raise ValueError(f"PRFL_FAST_MULTIPROCESSORS is {chosen!r}, expected a positive integer")
+    return (*torch.cuda.get_device_capability(device), int(chosen))
 
 
 # Multiprocessors of an A100, H200, B200 and RTX 5090, by major compute capability.
@@ -72,6 +68,4 @@ def multiprocessors(capability: tuple[int, ...]) -> int:
     return capability[2] if len(capability) > 2 else _PROCESSORS.get(capability[0], 132)
 
 
-__all__ = [
-    "COUNTS", "HAS_TRITON", "INTERPRETING", "capability", "multiprocessors", "tl", "triton",
-]  # fmt: skip
+__all__ = ["COUNTS", "HAS_TRITON", "INTERPRETING", "capability", "multiprocessors", "tl", "triton"]

@@ -35,7 +35,8 @@ def anything_goes(monkeypatch):
 
 CHOICES = [
     ("auto", CPU, torch.float32, "reference", "cpu tensors"),
-    ("auto", CUDA, torch.bfloat16, "triton", "CUDA tensors"),
+    ("auto", CUDA, torch.bfloat16, "cuda", "reads inputs once"),
+    ("auto", CUDA, torch.float32, "triton", "CUDA tensors"),
     ("auto", CUDA, torch.float64, "reference", "float64 runs in PyTorch"),
     ("reference", CUDA, torch.bfloat16, "reference", "backend set to reference"),
     ("triton", CUDA, torch.float16, "triton", "backend set to triton"),
@@ -49,6 +50,11 @@ def test_choice_and_reason(anything_goes, operation, backend, device, dtype, cho
     kernels.set_backend(backend)
     choice = operation.choose(device, dtype)
     assert choice.backend == chosen and reason in choice.reason
+
+
+def test_triton_runs_where_no_extension_is_built(anything_goes, operation, monkeypatch):
+    monkeypatch.setattr(registry, "extension_loaded", lambda: False)
+    assert operation.choose(CUDA, torch.bfloat16).backend == "triton"
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
