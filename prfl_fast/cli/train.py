@@ -46,6 +46,7 @@ from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.values import check_values
 from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
 from prfl_fast.models.adapter import FIRST_FRAME
+from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.registry import patch, unpatch
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -65,7 +66,8 @@ from prfl_fast.utils.units import plural
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
 FULL_LEARNING_RATE, REWARD_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-6, 1e-4
-# A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
+# A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding,
+# and so does hardware.compile_blocks.
 _FREE = ("cache", "compile")
 
 Training = TypeVar("Training", TrainFile, TrainRewardFile)
@@ -189,9 +191,10 @@ def _load_models(
                 add_lora(transformer.use(name), **lora)
     elif lora is not None:
         add_lora(transformer, **lora)
-    if config.hardware.patch:
-        for module in (transformer, *(model.backbone for model in models)):
+    for module in (transformer, *(model.backbone for model in models)):
+        if config.hardware.patch:
             patch(module)
+        compile_blocks(module, config.hardware.compile_blocks)
     return transformer, rewards
 
 
@@ -237,6 +240,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
         add_lora(reward.backbone, **config.lora.model_dump())
     if config.hardware.patch:
         patch(reward.backbone)
+    compile_blocks(reward.backbone, config.hardware.compile_blocks)
     precision = autocast_of(memory.weight_dtype, config.hardware.precision)
     keys = config.model_dump(include={"loss", "label", "missing_label", *LEVELS})
     fit = RewardFit(reward, read_ahead(batches, config, device), precision=precision, **keys)
@@ -353,7 +357,7 @@ def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     # the optimizer.
     memory = ("optimizer", "gradient_dtype", *MemoryConfig.FREE)
     free = {f"{section}.{k}" for section in ("memory", "reward_memory") for k in memory}
-    free |= {"hardware.device", *(f"rollout.{k}" for k in _FREE)}
+    free |= {"hardware.device", "hardware.compile_blocks", *(f"rollout.{k}" for k in _FREE)}
     return {name: value for name, value in flat.items() if name not in free}
 
 

@@ -2,6 +2,7 @@
 
 from prfl_fast.models.adapter import Adapter, Conditions
 from prfl_fast.models.blocks import BlockParts, transformer_block
+from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.conversion import convert_wan, merge_lora
 from prfl_fast.models.experts import Experts
 from prfl_fast.models.layers import (
@@ -24,6 +25,7 @@ __all__ = [
     "ModelCall",
     "ModulatedFeedForward",
     "TimestepConditionedAttention",
+    "compile_blocks",
     "convert_wan",
     "VelocityModel",
     "find_adapter",

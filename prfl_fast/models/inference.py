@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from prfl_fast.kernels import bias_gelu, norm_modulate, qk_norm_rope, rollout_attention
 from prfl_fast.kernels.attn.rollout_variants import best_variant
+from prfl_fast.models.block_timer import BlockTimer, TimedCall
 from prfl_fast.models.blocks import BlockParts, ContextKeys, Modulation, Rope, transformer_block
 from prfl_fast.models.inference_linear import (
     AttentionParts,
@@ -44,10 +45,14 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """Options of an opened model's blocks; see :class:`prfl_fast.rollout.RolloutConfig`."""
+    """Options of an opened model's blocks; see :class:`prfl_fast.rollout.RolloutConfig`.
+
+    ``timer`` compares the times of host and device in eager blocks.
+    """
 
     merge_lora: bool = False
     compile: bool = False
+    timer: BlockTimer | None = None
 
 
 def _eight_bit_attention(
@@ -143,7 +148,9 @@ def check_rollout(
             "every step. Call model.eval() or set dropout to 0",
         )
         _require(
-            module._compiled_call_impl is None or compiles,
+            module._compiled_call_impl is None
+            or isinstance(module._compiled_call_impl, TimedCall)
+            or compiles,
             f"{name} is compiled, and an eager rollout would round differently. Set "
             "RolloutConfig(compile='on') to let the rollout compile its block too",
         )
@@ -211,6 +218,7 @@ class RolloutModel:
         self._call, self._cached, self._modulation = call, cached, modulation
         self._blocks, self._parts, self._keys, self._timesteps = blocks, parts, keys, timesteps
         self._layers, self._compile = Layers(options.merge_lora, self.notes), options.compile
+        self._timer = options.timer
         self._shape, self._device = like.shape, like.device
         self._autocast = _autocast(like.device)  # the caches were computed under this dtype
 
@@ -253,6 +261,8 @@ class RolloutModel:
         forwards = self._cached(step)
         for index, block in enumerate(self._blocks):
             run = functools.partial(self._run, index, linears == "fp8", attention == "fp8")
+            if self._timer is not None:
+                run = functools.partial(self._timer, index, len(self._blocks), run)
             forwards.append((block, run))
         with replaced_forwards(forwards):
             return self._call(x, self._timesteps[step])

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.block_timer import WAITING, BlockTimer, describe_ratio, is_compiler_error
+from prfl_fast.models.compiled_blocks import are_compiled
 from prfl_fast.models.inference import (
     LayerPrecision,
     RolloutModel,
@@ -30,19 +32,14 @@ from prfl_fast.utils.modules import unwrap
 
 logger = logging.getLogger(__name__)
 
-# Positions · width from which a block keeps a GPU busy between launches. Reading and writing a
-# quarter as many 2-byte numbers (16 MiB) takes about 10 µs at 3 TB/s, as long as a launch. The
-# threshold is an estimate, not a measurement.
-LARGE_BLOCK = 2**25
-
 
 def why_not_compiled(
-    mode: Literal["auto", "on", "off"], *, device: str, positions: int, width: int, same_shape: bool
+    mode: Literal["auto", "on", "off"], *, device: str, ratio: float | None, same_shape: bool
 ) -> str | None:
     """Return the reason why blocks are not compiled; None if they are.
 
-    ``positions`` is B·F·H·W of one call, ``same_shape`` is True if this engine compiled for no
-    other shapes before.
+    ``ratio`` is that of :class:`BlockTimer`, None before it is measured. ``same_shape`` is True if
+    this engine compiled for no other shapes before.
     """
     # Compiling fuses the operations between kernels, so that a slow host launches less. It takes
     # time for each new shape, and large blocks do not wait for launches.
@@ -52,11 +49,10 @@ def why_not_compiled(
         return "compile is 'off'"
     if device != "cuda":
         return f"the latents are on {device}, where no bit must change and launches cost little"
-    if positions * width > LARGE_BLOCK:
-        return (
-            f"{positions} positions of width {width} keep the GPU busy without compilation (above "
-            f"{LARGE_BLOCK} together)"
-        )
+    if ratio is None:
+        return "the first rollout measures them"
+    if ratio < WAITING:
+        return describe_ratio(ratio)
     if not same_shape:
         return "these latents or conditions have other shapes than those compiled for before"
     return None
@@ -144,6 +140,7 @@ class RolloutEngine:
         self._opens = self._supported = not plain
         self._compiled_shapes: Any = None
         self._compiler_fails = False
+        self._timer = BlockTimer()
 
     def runs(self, transformer: object) -> bool:
         """Return True if the engine was made for this model in this precision."""
@@ -219,14 +216,15 @@ class RolloutEngine:
         model, adapter = self.model, find_adapter(self.model)
 
         def open(compiled: bool) -> list[RolloutModel]:
-            options = RolloutOptions(self.config.merge_lora, compiled)
+            timer = self._timer if x.device.type == "cuda" and not compiled else None
+            options = RolloutOptions(self.config.merge_lora, compiled, timer)
             with self.context():
                 return [
                     adapter.open_rollout(model, x, list(timesteps.values()), conditions, options)
                     for conditions in branches
                 ]
 
-        compiled = self._compiles(x, branches, adapter.hidden_size(model))
+        compiled = self._compiles(x, branches, are_compiled(model))
         try:
             session = RolloutSession(self, open, list(timesteps), compiled, guidance)
         except UnsupportedError as reason:
@@ -236,28 +234,31 @@ class RolloutEngine:
         self._supported = True
         return session
 
-    def _compiles(self, x: torch.Tensor, branches: Sequence[Conditions], width: int) -> bool:
+    def _compiles(self, x: torch.Tensor, branches: Sequence[Conditions], others: bool) -> bool:
+        """Return True if blocks are compiled; ``others``: they are in steps with gradient."""
+        # Eager blocks beside compiled ones would round differently.
+        ratio = WAITING if others else self._timer.ratio()
         shapes = [x.shape, *({k: v.shape for k, v in c.items()} for c in branches)]
         reason = why_not_compiled(
             self.config.compile,
             device=x.device.type,
-            positions=x.numel() // x.shape[1],
-            width=width,
+            ratio=ratio,
             same_shape=self._compiled_shapes in (None, shapes),
         )
         if reason is None and self._compiler_fails:
             return False
         if reason is None:
             self._compiled_shapes = shapes
+            if self.config.compile == "auto":
+                why = "those of other steps are" if others else describe_ratio(ratio or 0.0)
+                self._report_once(f"the rollout's blocks are compiled: {why}", asked=False)
         elif self.config.compile != "off":
             self._report_once(f"the rollout's blocks are not compiled: {reason}", asked=False)
         return reason is None
 
     def stop_compiling_after(self, error: RuntimeError) -> bool:
         """Stop compiling and return True if ``compile="auto"`` and the error is the compiler's."""
-        modules = [kind.__module__ for kind in type(error).__mro__]
-        foreign = any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules)
-        if self.config.compile != "auto" or not foreign:
+        if self.config.compile != "auto" or not is_compiler_error(error):
             return False
         self._compiler_fails = True
         first = str(error).strip().splitlines()[:1]

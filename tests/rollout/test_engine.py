@@ -12,10 +12,11 @@ from wan import float_means_double, tiny_wan
 
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.models import inference
+from prfl_fast.models.block_timer import WAITING
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import ModelCall
 from prfl_fast.rollout.config import RolloutConfig
-from prfl_fast.rollout.engine import LARGE_BLOCK, RolloutEngine, why_not_compiled
+from prfl_fast.rollout.engine import RolloutEngine, why_not_compiled
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
@@ -149,15 +150,14 @@ def test_what_was_asked_for_and_is_not_done_is_a_warning():
 
 
 def test_why_blocks_are_not_compiled():
-    good = {"device": "cuda", "positions": 1024, "width": 1536, "same_shape": True}
+    good = {"device": "cuda", "ratio": WAITING, "same_shape": True}
     assert why_not_compiled("auto", **good) is None
     assert why_not_compiled("on", **{**good, "device": "cpu", "same_shape": False}) is None
     assert "'off'" in why_not_compiled("off", **good)
     assert "cpu" in why_not_compiled("auto", **{**good, "device": "cpu"})
     assert "shapes" in why_not_compiled("auto", **{**good, "same_shape": False})
-    for positions, small in ((LARGE_BLOCK // 1536, True), (LARGE_BLOCK // 1536 + 1, False)):
-        reason = why_not_compiled("auto", **{**good, "positions": positions})
-        assert (reason is None) == small
+    assert "measures" in why_not_compiled("auto", **{**good, "ratio": None})
+    assert "40 % of the GPU's time" in why_not_compiled("auto", **{**good, "ratio": 0.4})
     x, conditions = wan_inputs()
     model = make_wan()
     for mode, said in (("auto", True), ("off", False)):

@@ -1,0 +1,167 @@
+"""Compile transformer blocks one by one where the GPU waits for the host.
+
+Compiled blocks launch fewer kernels and skip most Python code, and round differently. They pay for
+small models and short clips, so ``auto`` measures the second call of the model: if the GPU takes no
+longer than the host, it waits for launches. No GPU has run this yet; on a CPU the tests run it with
+injected times. CUDA graphs are not used: they copy every input that is not at the same address as
+before, and keep the memory of each recorded shape.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from prfl_fast.models.block_adapter import unwrap_block
+from prfl_fast.models.block_timer import (
+    WAITING,
+    BlockTimer,
+    TimedCall,
+    describe_ratio,
+    is_compiler_error,
+)
+from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.registry import find_blocks
+from prfl_fast.utils.checks import check_choice
+from prfl_fast.utils.modules import STREAMED, device_of, unwrap
+
+Model = TypeVar("Model", bound=nn.Module)
+Mode = Literal["auto", "on", "off"]
+MODES = ("auto", "on", "off")
+# A graph made by eager blocks must not recompute them compiled: they would save other tensors.
+_RECOMPUTED = "activation checkpointing or offload runs them"
+_log = logging.getLogger(__name__)
+
+
+class _CompiledCall:
+    """Call a compiled block, or its class if the compiler fails."""
+
+    def __init__(self, choice: "_Choice", block: nn.Module) -> None:
+        self.choice, self.block = choice, block
+        self.compiled = torch.compile(block._call_impl, backend=choice.backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.compiled(*args, **kwargs)
+        except RuntimeError as error:
+            if not self.choice.optional or not is_compiler_error(error):
+                raise
+            first = str(error).strip().splitlines()[:1]
+            _log.warning("blocks are not compiled: %s: %s", type(error).__name__, first)
+            self.choice.clear()
+            return self.block(*args, **kwargs)
+
+
+class _Choice:
+    """Blocks of one model, and how they are called."""
+
+    def __init__(self, blocks: Sequence[Any], mode: Mode, backend: Any, timer: BlockTimer) -> None:
+        self.blocks, self.backend, self.timer = blocks, backend, timer
+        self.optional = mode == "auto"
+        for index, block in enumerate(blocks):
+            block._compiled_call_impl = TimedCall(timer, self.decide, blocks, index)
+        if mode == "on":
+            self.compile()
+
+    def compile(self) -> None:
+        for block in self.blocks:
+            block._compiled_call_impl = _CompiledCall(self, block)
+
+    def clear(self) -> None:
+        for block in self.blocks:
+            block._compiled_call_impl = None
+
+    def decide(self) -> bool:
+        """Compile the blocks or not if the times are known; return True if they are."""
+        ratio = self.timer.ratio()
+        if ratio is None:
+            return False
+        waiting = ratio >= WAITING
+        self.compile() if waiting else self.clear()
+        now = "compiled" if waiting else "not compiled"
+        _log.info("blocks are %s: %s", now, describe_ratio(ratio))
+        return True
+
+
+def are_compiled(model: nn.Module) -> bool:
+    """Return True if :func:`compile_blocks` has compiled the blocks of a supported model."""
+    blocks = find_blocks(model).blocks(model)
+    return any(isinstance(block._compiled_call_impl, _CompiledCall) for block in blocks)
+
+
+def _why_not(model: nn.Module, blocks: Sequence[Any]) -> str | None:
+    """Return the reason why blocks are not compiled, whatever their times; None if there is none.
+
+    Compiled code has hooks built in, and cannot follow weights that come and go.
+    """
+    device = device_of(model)
+    if device.type != "cuda":
+        return f"the model is on {device}, where launches cost little"
+    if getattr(unwrap(model), "gradient_checkpointing", False) is True:
+        return _RECOMPUTED
+    reasons = (_why_not_block(block) for block in blocks)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _why_not_block(block: Any) -> str | None:
+    bare, runner = unwrap_block(block), block.__dict__.get("block_runner")
+    if block._compiled_call_impl is not None or hasattr(block, "_orig_mod"):
+        return "they are compiled already"
+    if bare is not block:
+        return "they are wrapped by FSDP or checkpointing"
+    if STREAMED in bare.__dict__:
+        return "their weights are streamed from host memory"
+    if runner is not None:
+        return _RECOMPUTED
+    for name, module in block.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return f"{name or 'a block'} has hooks"
+        if hasattr(module, "qweight"):
+            return "their weights are quantized"
+    if any(type(p) is not nn.Parameter for p in block.parameters()):
+        return "their weights are sharded or quantized"
+    return None
+
+
+def compile_blocks(
+    model: Model,
+    mode: Mode = "auto",
+    *,
+    backend: Any = "inductor",
+    timer: BlockTimer | None = None,
+) -> Model:
+    """Compile each transformer block with ``torch.compile`` in place; return the model.
+
+    Call this function last, after memory policy, LoRA and patching. Each call replaces the setting
+    of the previous call. Rollouts compile their own function of a block, see
+    :class:`prfl_fast.rollout.RolloutConfig`.
+
+    Args:
+        model: a transformer, wrapped or not, with an adapter or a ``ModuleList`` of blocks.
+        mode: ``auto`` compiles on a CUDA device if the device waits for the host, and logs one line
+            with the ratio of their times, or the reason why not; ``on`` compiles,
+            ``off`` does not.
+        backend: backend of ``torch.compile``.
+        timer: measures the times for ``auto``.
+
+    Raises:
+        TypeError: if the model has neither an adapter nor a ``ModuleList``.
+        ValueError: if ``mode`` is unknown.
+    """
+    check_choice("mode", mode, MODES)
+    if isinstance(model, Experts):
+        for expert in members(model):
+            compile_blocks(expert, mode, backend=backend)
+        return model
+    blocks = list(find_blocks(model).blocks(model))
+    for block in blocks:
+        if isinstance(block._compiled_call_impl, (TimedCall, _CompiledCall)):
+            block._compiled_call_impl = None
+    reason = _why_not(model, blocks) if mode == "auto" else None
+    if reason is not None:
+        _log.info("blocks are not compiled: %s", reason)
+    elif mode != "off":
+        _Choice(blocks, mode, backend, timer or BlockTimer())
+    return model
