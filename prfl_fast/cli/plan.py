@@ -24,7 +24,7 @@ from prfl_fast.cli.yaml_config import Config, load_config
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.memory.offload import RESERVE, host_memory
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.planning import gpu_specs, planner, report
+from prfl_fast.planning import gpu_specs, overview, planner, report
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import first_blocks, model_config
 from prfl_fast.planning.workload import Workload
@@ -37,8 +37,24 @@ from prfl_fast.utils.units import GIB
 NOTHING_FITS = 1
 
 
+def _print_table(options: argparse.Namespace) -> int:
+    """Print the table of what fits which GPU."""
+    fixed = ("budget", "apply", "plot", "frames", "height", "width")
+    given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
+    given += ["--json"] * options.json
+    check(not given, "--table", f"given with {' and '.join(given)}", "given without")
+    values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
+    models = overview.SHOWN if options.model is None else (options.model,)
+    cards = overview.CARDS if options.gpu is None else (gpu_specs.find_gpu(options.gpu).name,)
+    fields, host = fields_of_options(values, None), options.host_budget or HOST_BUDGET
+    print(overview.markdown([*overview.rows(fields, models, cards, host, note)]))
+    return 0
+
+
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
+    if options.table:
+        return _print_table(options)
     if options.budget is not None:
         planner.budget_of(options.budget, "--budget")
     if options.host_budget is not None:

@@ -63,6 +63,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
+    text = "print what fits which GPU, for these or the given --model and --gpu; takes minutes"
+    group.add_argument("--table", action="store_true", help=text)
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
         "plan the run of this YAML file, and write the plan into it. For train: memory, "

@@ -3,7 +3,8 @@
 A candidate combines checkpointing and offload of generator and reward model with feed-forward
 chunks. Each mode is simulated once, for both models. The generator's saved bytes add to the bytes
 of a reward phase, so the sum of two simulations predicts a candidate whose models have different
-modes. Offload and streamed weights are predicted from the simulation without them.
+modes. Offload, streamed weights, and other weights and optimizers are predicted from the
+simulation without them. A candidate is chosen only after it was simulated as it is.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from prfl_fast.planning.streaming import (
     AHEAD,
     REWARD_PHASES,
     Weights,
+    exchanged,
     offloaded,
     streamed,
     weights_of,
@@ -143,12 +145,6 @@ class Single:
         return [live for phase, live in self._highs.items() if phase not in REWARD_PHASES]
 
     @property
-    def activations(self) -> int:
-        """Return the peak of all bytes but weights, optimizer states and gradients."""
-        names = ("checkpoints", "rollout", "workspace")
-        return max(sum(live.get(name, 0) for name in names) for _, live in self.run.timeline)
-
-    @property
     def last_block(self) -> float:
         """Return the bytes of the generator's last block, offloaded only after the forward."""
         return self._sent("forward") / max(1, self._layers - 1)
@@ -234,9 +230,7 @@ class Search:
         self.expandable = expandable
         self._seen: dict[tuple[Tier, Any, int | None], Single] = {}
         self._weights: dict[Tier, Weights] = {}
-        self._tiers: Sequence[Tier] = ()
-        self._unsimulated: list[Tier] = []
-        self._activations = 0  # the least that any candidate so far needs beside weights
+        self._base: Tier | None = None  # the one that is simulated
         # Blocks of several lists save different tensors, so that their offload is simulated.
         self._alike = len(adapter_of(workload.config).lists) == 1
 
@@ -247,7 +241,7 @@ class Search:
         device and host together, because offload that saves no time should take no memory.
         """
         considered: list[Candidate] = []
-        self._tiers = tiers
+        self._base = tiers[0]
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
             found = self._tier(tier, last=last)
@@ -276,10 +270,7 @@ class Search:
         considered: list[Candidate],
         unused: Sequence[Tier],
     ) -> Found:
-        every = [*map(self._estimate, self._unsimulated), *considered]
-        order = [(tier.weight_dtype, tier.optimizer) for tier in self._tiers]
-        every.sort(key=lambda c: order.index((c.memory.weight_dtype, c.memory.optimizer)))
-        return Found(chosen, run, self._lost(run), feasible, every, list(unused))
+        return Found(chosen, run, self._lost(run), feasible, considered, list(unused))
 
     def _first_that_fits(
         self, found: Sequence[Candidate], considered: list[Candidate]
@@ -303,16 +294,8 @@ class Search:
         return least - live
 
     def _tier(self, tier: Tier, *, last: bool) -> list[Candidate]:
-        """Return the candidates of a tier: only the leanest if it does not fit, or none.
-
-        A tier is left out if its weights alone, or with the activations of other tiers, exceed the
-        limit, unless it is the last one.
-        """
+        """Return the candidates of a tier, only the leanest if it does not fit."""
         lean = (MODES[-1], MODES[-1])
-        fixed = self._weights_of(tier).on_device(tier.stream_weights)
-        if fixed + self._activations > self.limit and not last:
-            self._unsimulated.append(tier)
-            return []
         whole = self._candidate(tier, *lean, None)
         if whole.peak <= self.limit:
             return self._candidates(tier)
@@ -320,19 +303,7 @@ class Search:
         if not (last or self._may_fit(tier, *lean)):
             return [whole]
         chunked = self._candidate(tier, *lean, CHUNK)
-        self._activations = max(self._activations, self._single(tier, lean[0], CHUNK).activations)
         return [chunked] if chunked.peak > self.limit else self._candidates(tier)
-
-    def _estimate(self, tier: Tier) -> Candidate:
-        """Return the leanest candidate of a tier that was left out, by that of another tier."""
-        fits = [key for key in self._seen if key[1] == MODES[-1]]
-        base = max(fits, key=lambda key: key[2] or 0)
-        found = self._candidate(base[0], base[1], base[1], base[2])
-        both = memory_of(tier, base[1], base[1], base[2])
-        sizes = [self._weights_of(t).on_device(t.stream_weights) for t in (tier, base[0])]
-        peak = max(found.peak + sizes[0] - sizes[1], sizes[0])
-        reason = f"at least {(peak - self.limit) / GIB:.1f} GiB over"
-        return Candidate(*both, peak, found.host, found.seconds, reason)
 
     def _whole(self, candidate: Candidate) -> tuple[Simulation, Candidate]:
         """Simulate a candidate; return the run and the candidate with its numbers."""
@@ -394,10 +365,13 @@ class Search:
         key = (tier, mode, chunk)
         if key not in self._seen:
             work = self.workload
-            if tier.stream_weights is not None:
-                resident = dataclasses.replace(tier, stream_weights=None)
+            resident = dataclasses.replace(tier, stream_weights=None)
+            if tier != resident:
                 run = self._single(resident, mode, chunk).run
                 run = streamed(run, self._weights_of(tier), full=work.train == "full")
+            elif self._base not in (None, tier):
+                run = self._single(self._base, mode, chunk).run
+                run = exchanged(run, self._weights_of(self._base), self._weights_of(tier))
             elif mode[1] is not None and self._alike:
                 run = self._single(tier, (mode[0], None), chunk).run
                 run = offloaded(run, work.blocks, work.reward_blocks)

@@ -1,4 +1,4 @@
-"""Predict steps with offload or streamed weights from the simulation of the step without them.
+"""Predict steps of other memory policies from the simulation of one.
 
 The predictions rank candidates; the chosen one is simulated as it is.
 """
@@ -32,7 +32,7 @@ class Weights:
         blocks, reward_blocks: weights of blocks, which can wait in host memory.
         largest: of the largest block.
         rest: all other weights, adapters included.
-        states: optimizer states on the device.
+        states, host_states: optimizer states on the device and in host memory.
     """
 
     blocks: int
@@ -40,18 +40,14 @@ class Weights:
     largest: int
     rest: int = 0
     states: int = 0
-
-    def on_device(self, ahead: int | None) -> int:
-        """Return the bytes that the device holds throughout, with or without streamed weights."""
-        blocks = self.blocks + self.reward_blocks if ahead is None else (1 + ahead) * self.largest
-        return blocks + self.rest + self.states
+    host_states: int = 0
 
 
 def weights_of(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
     """Return the bytes of weights and states, from models with one block in each list."""
     generator, reward = build(workload, memory, reward_memory, most=1)
     names, totals, sizes = adapter_of(workload.config).lists, [], [0]
-    rest = states = 0
+    rest = states = host_states = 0
     models = (generator, reward.backbone), (generator, reward)
     for model, whole, depth in zip(*models, depths_of(workload), strict=True):
         total, times = 0, {}
@@ -66,9 +62,25 @@ def weights_of(workload: Workload, memory: MemoryConfig, reward_memory: MemoryCo
             count = times.get(id(parameter), 1)
             rest += count * parameter.nbytes
             if parameter.requires_grad:
-                states += count * state_bytes(memory.optimizer, parameter.shape, parameter.dtype)[0]
+                device, host = state_bytes(memory.optimizer, parameter.shape, parameter.dtype)
+                states, host_states = states + count * device, host_states + count * host
     rest = max(0, rest - sum(totals))
-    return Weights(totals[0], totals[1], max(sizes), rest, states)
+    return Weights(totals[0], totals[1], max(sizes), rest, states, host_states)
+
+
+def exchanged(run: Simulation, before: Weights, after: Weights) -> Simulation:
+    """Return the approximate simulation of the same step with other weights or optimizer."""
+    changes = {
+        "weights": after.blocks - before.blocks + after.rest - before.rest,
+        "reward": after.reward_blocks - before.reward_blocks,
+        "optimizer": after.states - before.states,
+    }
+    timeline = [
+        (phase, {name: size + changes.get(name, 0) for name, size in live.items()})
+        for phase, live in run.timeline
+    ]
+    host = run.host + after.host_states - before.host_states
+    return _with(run, timeline, run.costs, host)
 
 
 def offloaded(run: Simulation, layers: int, reward_layers: int) -> Simulation:

@@ -111,7 +111,8 @@ def made_up_bytes(workload, memory, reward_memory):
     """Return the bytes of weights and optimizer states of the made-up models."""
     block, depth = WEIGHTS[memory.weight_dtype] << 20, workload.config["num_layers"]
     states = (STATES[memory.optimizer] * depth << 20) * (workload.train == "full")
-    return Weights(depth * block, workload.reward_blocks * block, block, 5 << 20, states)
+    host = (depth << 20) * (memory.optimizer == "adamw-cpu")
+    return Weights(depth * block, workload.reward_blocks * block, block, 5 << 20, states, host)
 
 
 def prepared(generator, reward):
