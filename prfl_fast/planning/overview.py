@@ -53,7 +53,7 @@ def _cells(plan: Plan) -> list[str]:
 
 
 def _policy(memory: MemoryConfig) -> str:
-    words = [memory.weight_dtype, memory.activation_checkpointing]
+    words: list[str] = [memory.weight_dtype, memory.activation_checkpointing]
     words += ["offload"] * (memory.offload is not None)
     words += ["stream"] * (memory.stream_weights is not None)
     words += ["chunks"] * (memory.feed_forward_chunk is not None)

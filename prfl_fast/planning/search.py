@@ -20,7 +20,7 @@ from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulation import SWAP_PHASES, simulate
-from prfl_fast.planning.streaming import (
+from prfl_fast.planning.derived import (
     AHEAD,
     REWARD_PHASES,
     Weights,
@@ -420,8 +420,9 @@ def memory_of(
     tier: Tier, generator: Any, reward: Any, chunk: int | None
 ) -> tuple[MemoryConfig, MemoryConfig]:
     """Return the configs of generator and reward; both are given as (checkpointing, offload)."""
-    dtype, ahead = tier.weight_dtype, tier.stream_weights
-    return (
-        MemoryConfig(dtype, *generator, chunk, tier.optimizer, stream_weights=ahead),
-        MemoryConfig(dtype, *reward, chunk, stream_weights=ahead),
-    )
+    shared = {"feed_forward_chunk": chunk, "stream_weights": tier.stream_weights}
+    configs = []
+    for (mode, offload), optimizer in ((generator, tier.optimizer), (reward, "adamw")):
+        options: dict[str, Any] = {"offload": offload, "optimizer": optimizer, **shared}
+        configs.append(MemoryConfig(tier.weight_dtype, mode, **options))
+    return configs[0], configs[1]

@@ -443,10 +443,11 @@ def simulate(
     found = _remembered.get((key, memory, reward_memory))
     if found is None:
         depths = {"layers": layers, "reward_layers": reward_layers}
-        # Offload and streamed weights touch the blocks before and after; without them, the last
-        # block alone differs from the one that is repeated.
+        # Offload and streamed weights touch the blocks before and after, and gradients of all
+        # weights stay. Else only the last block differs from the one that is repeated.
         near = any(m.offload or m.stream_weights for m in (memory, reward_memory))
-        most = None if whole else DEPTH if near else DEPTH - 1
+        few = DEPTH if near or workload.train == "full" else DEPTH - 1
+        most = None if whole else few
         with no_collection():
             segments = _recorded(workload, memory, reward_memory, **depths, most=most)
         counts = {}

@@ -24,7 +24,7 @@ from prfl_fast.planning.search import (
     phase_seconds,
 )
 from prfl_fast.planning.simulation import simulate
-from prfl_fast.planning.streaming import AHEAD
+from prfl_fast.planning.derived import AHEAD
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB

@@ -50,7 +50,7 @@ def weights_of(workload: Workload, memory: MemoryConfig, reward_memory: MemoryCo
     rest = states = host_states = 0
     models = (generator, reward.backbone), (generator, reward)
     for model, whole, depth in zip(*models, depths_of(workload), strict=True):
-        total, times = 0, {}
+        total, times = 0, dict[int, int]()
         for name, count in zip(names, depth.values(), strict=True):
             blocks = getattr(unwrap(model), name)
             if count and len(blocks):
