@@ -17,9 +17,6 @@ from typing import Any
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.allocator import fits, least_limit, requests_of
 from prfl_fast.planning.costs import Cost
-from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.presets import adapter_of
-from prfl_fast.planning.simulation import SWAP_PHASES, simulate
 from prfl_fast.planning.derived import (
     AHEAD,
     REWARD_PHASES,
@@ -29,6 +26,9 @@ from prfl_fast.planning.derived import (
     streamed,
     weights_of,
 )
+from prfl_fast.planning.gpu_specs import GpuSpecs
+from prfl_fast.planning.presets import adapter_of
+from prfl_fast.planning.simulation import SWAP_PHASES, simulate
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB

@@ -12,6 +12,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.costs import Cost
+from prfl_fast.planning.derived import AHEAD
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import (
     CHUNK,
@@ -24,7 +25,6 @@ from prfl_fast.planning.search import (
     phase_seconds,
 )
 from prfl_fast.planning.simulation import simulate
-from prfl_fast.planning.derived import AHEAD
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
