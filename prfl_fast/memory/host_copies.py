@@ -11,11 +11,19 @@ from prfl_fast.memory.offload import _page_locked
 
 
 class Copies:
-    """Copy stream of a device. Events are None on the CPU, where each copy is complete at once."""
+    """Copy streams of a device. Events are None on the CPU, where each copy is complete at once.
+
+    Weights are copied on one stream and gradients on another, so that neither waits for the other.
+    """
 
     def __init__(self, device: torch.device, *, fake: bool = False) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and not fake else None
+        real = device.type == "cuda" and not fake
+        self.stream = torch.cuda.Stream(device) if real else None
+        self.gradient_stream = torch.cuda.Stream(device) if real else None
+        # The gradient that is on its way to the host, and the event for the end of its copy.
+        self._sent: tuple[torch.Tensor, Any] | None = None
+        self._backward = -1  # number of the last backward that sent one
 
     def reached(self) -> Any:
         """Return an event for the end of the work that is queued on the compute stream."""
@@ -23,33 +31,60 @@ class Copies:
             return None
         return torch.cuda.current_stream(self.device).record_event()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+    def copy(
+        self, target: torch.Tensor, source: torch.Tensor, after: Any, *, gradient: bool = False
+    ) -> Any:
         """Copy after the event ``after``; return an event for the end of the copy."""
-        if self.stream is None:
+        stream = self.gradient_stream if gradient else self.stream
+        if stream is None:
             target.copy_(source)
             return None
         if after is not None:
-            self.stream.wait_event(after)
-        with torch.cuda.stream(self.stream):
+            stream.wait_event(after)
+        with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        return self.stream.record_event()
+        return stream.record_event()
 
     def wait(self, copied: Any) -> None:
         """Let the compute stream wait for a copy."""
         if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
 
-    def host_buffer(self, nbytes: int) -> torch.Tensor:
+    def send(self, host: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Copy a gradient to the host in a backward, at whose end the host waits for the copy."""
+        # The device holds two gradients at most, however slow the copies are.
+        self._release()
+        self._sent = gradient, self.copy(host, gradient, self.reached(), gradient=True)
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+
+    def _release(self) -> None:
+        if self._sent is not None:
+            self.wait(self._sent[1])
+        self._sent = None
+
+    def finish(self) -> None:
+        """Let the host wait for the gradients that were sent."""
+        copied = None if self._sent is None else self._sent[1]
+        self._release()
+        if copied is not None:
+            copied.synchronize()
+
+    def host_buffer(self, nbytes: int, *, gradient: bool = False) -> torch.Tensor:
         """Return host memory as uint8, page-locked on CUDA."""
-        if self.stream is None:
+        stream = self.gradient_stream if gradient else self.stream
+        if stream is None:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        return _page_locked(nbytes, self.stream)
+        return _page_locked(nbytes, stream)
 
 
 class HostGradients:
-    """Move gradients of streamed parameters to the host when they are complete.
+    """Move gradients of streamed parameters to the host while the backward continues.
 
-    A gradient accumulates on the device, so it has the bits of one that stays there.
+    A gradient accumulates on the device, so it has the bits of one that stays there. All copies
+    have ended when the backward returns, so the host may read ``.grad``.
     """
 
     def __init__(self, copies: Copies) -> None:
@@ -63,17 +98,22 @@ class HostGradients:
         known, *_ = self._hooks.get(id(parameter), (lambda: None,))
         if known() is parameter:  # else its number was that of a replaced parameter
             return
+        copies = self._copies
 
         def bring(gradient: torch.Tensor) -> None:
             if parameter.grad is not None:
                 host = parameter.grad.data
-                parameter.grad.data = torch.empty_like(host, device=gradient.device).copy_(host)
+                here = torch.empty_like(host, device=gradient.device)
+                # Copies of one stream keep their order, so a gradient that is still on its way to
+                # the host comes back whole.
+                copies.wait(copies.copy(here, host, copies.reached(), gradient=True))
+                parameter.grad.data = here
 
         def send(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            # This copy ends before the hook does, so the host may read .grad after a backward.
             host = self._buffer(id(parameter), parameter.grad)
-            parameter.grad.data = host.copy_(parameter.grad.data)
+            copies.send(host, parameter.grad.data)
+            parameter.grad.data = host
 
         hooks: Any = (bring, send)
         for hook in hooks:  # else torch.save warns that a file does not keep them
@@ -91,7 +131,7 @@ class HostGradients:
             layout = (like.dtype, like.shape, like.stride())
             if layout == (host.dtype, host.shape, host.stride()) and _readers(host) == alone:
                 return host
-        memory = self._copies.host_buffer(like.nbytes)
+        memory = self._copies.host_buffer(like.nbytes, gradient=True)
         host = memory.view(like.dtype).as_strided(like.shape, like.stride())
         mark(host, HOST)
         self._buffers[key] = memory, host, _readers(host)

@@ -102,7 +102,7 @@ def apply_memory(
     Raises:
         TypeError: if the model has neither an adapter nor a ``ModuleList``.
         ValueError: if the weights are already quantized to another dtype, or ``stream_weights``
-            meets a weight of a tensor subclass.
+            meets a weight of a tensor subclass that is not a frozen one of torchao.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     streams = config.stream_weights is not None

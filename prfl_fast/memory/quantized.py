@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prfl_fast.kernels import quantize_fp8
+from prfl_fast.memory.host_weights import is_torchao
 from prfl_fast.models.experts import members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
@@ -325,7 +326,7 @@ def cast_weights(
     base = unwrap(model)
     keep = getattr(base, "_keep_in_fp32_modules", None) or ()
     for name, parameter in base.named_parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not is_torchao(parameter):
             wide = kind == "fp32" or any(part in keep for part in name.split("."))
             dtype = torch.float32 if wide else torch.bfloat16
             parameter.data = parameter.data.to(dtype)

@@ -12,13 +12,14 @@ holds the block then (:meth:`BlockWeights.pack`, called by :mod:`prfl_fast.memor
 checkpointed block needs no such care: nothing but its inputs is saved, and what its recompute saves
 is read before another block is needed.
 
-Frozen weights are copied in one direction only. Gradients of trained weights are copied out as soon
-as they are complete, and an optimizer updates the host's weights; a block whose weights changed is
-copied again. Parameters that are added to a block later, like LoRA, stay on the device.
+Frozen weights are copied in one direction only. Gradients of trained weights are copied out when
+they are complete, while the backward continues, and an optimizer updates the host's weights; a
+block whose weights changed is copied again. Parameters that are added to a block later, like LoRA,
+stay on the device.
 
-On CUDA, copies run on a stream of their own: a copy waits for the last kernel that reads the slot,
-and the block's first kernel waits for the copy. On the CPU, copies are ordinary ones. All models on
-a device must run on one thread and one stream. No GPU has run this module yet.
+On CUDA, weights and gradients are copied on a stream each: a copy waits for the last kernel that
+reads the slot, and the block's first kernel waits for the copy. On the CPU, copies are ordinary
+ones. All models on a device must run on one thread and one stream. No GPU has run this module yet.
 """
 
 import contextlib
@@ -34,15 +35,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from prfl_fast.memory.host_copies import Copies, HostGradients
+from prfl_fast.memory.host_weights import check_can_wait, weight_parts
 from prfl_fast.memory.ledger import HOST, mark
 from prfl_fast.memory.offload import Handle
 from prfl_fast.models.block_adapter import unwrap_block
 from prfl_fast.models.registry import find_blocks
-from prfl_fast.utils.adapters import adapter_parameters
-from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.checks import check_count
 from prfl_fast.utils.modules import STREAMED, device_of
-
-_ALIGN = 256  # bytes; cuBLAS and MKL may sum in another order for weights of a lower alignment
 
 
 class _Slot:
@@ -141,22 +140,24 @@ class BlockWeights:
         self.slot: _Slot | None = None
         self.version = self.depth = 0
         self.saved_by_place = False  # True if this call saves tensors by pack, or saves none
-        self._owners = _owners(block)
+        self._parts = weight_parts(block)
         self._layouts: list[tuple[torch.dtype, int, torch.Size, tuple[int, ...]]] = []
         size = 0
-        for parameter in self.parameters():
-            self._layouts.append((parameter.dtype, size, parameter.shape, parameter.stride()))
-            size += _aligned_bytes(parameter)
+        for part in self._parts:
+            part.move(slots.copies.device)
+            tensor = part.tensor
+            self._layouts.append((tensor.dtype, size, tensor.shape, tensor.stride()))
+            size += part.aligned_bytes
         self.host = slots.copies.host_buffer(size)
         mark(self.host, HOST)
         self._views = self._views_of(self.host)
-        for parameter, view in zip(self.parameters(), self._views, strict=True):
-            parameter.data = view.copy_(parameter.data)
+        for part, view in zip(self._parts, self._views, strict=True):
+            part.point(view.copy_(part.tensor.data))
         self._gradients = HostGradients(slots.copies)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that wait in host memory."""
-        return [module._parameters[name] for module, name in self._owners]  # type: ignore[misc]
+        return list({id(part.parameter): part.parameter for part in self._parts}.values())
 
     def _views_of(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """Return the parameters' data in a host buffer or a slot."""
@@ -192,22 +193,24 @@ class BlockWeights:
 
     def _enter(self) -> None:
         home = self.host.untyped_storage()._cdata
-        parts = zip(self._owners, self.parameters(), self._views, strict=True)
-        for (module, name), parameter, view in parts:
-            if parameter.untyped_storage()._cdata != home:
-                layouts = [(t.device, t.dtype, t.shape) for t in (parameter, view)]
+        for part, view in zip(self._parts, self._views, strict=True):
+            parameter, tensor = part.parameter, part.tensor
+            if tensor.untyped_storage()._cdata != home:
+                layouts = [(t.device, t.dtype, t.shape) for t in (tensor, view)]
                 if layouts[0] != layouts[1]:
                     raise RuntimeError(
-                        f"{name} of a {type(module).__name__} was moved or cast, expected to wait "
-                        "in host memory as apply_memory left it. Call apply_memory again"
+                        f"{part.name} of a {type(part.module).__name__} was moved or cast, "
+                        "expected to wait in host memory as apply_memory left it. Call "
+                        "apply_memory again"
                     )
                 self.slots.release(self)  # new data on the host, as when peft merges an adapter
-                parameter.data = view.copy_(parameter.data)
+                part.point(view.copy_(tensor.data))
             if parameter.requires_grad and torch.is_grad_enabled():
                 self._gradients.watch(parameter)
         if self.index == 0 and torch._C._current_graph_task_id() == -1:
             # Between two forwards peft may merge adapters through .data, which changes no version.
             # So the first block forgets all copies, and waits for its own.
+            self.slots.copies.finish()  # a gradient of a backward that raised
             for block in self.ring.blocks:
                 self.slots.release(block)
         slot = self.slots.take(self)
@@ -217,8 +220,8 @@ class BlockWeights:
         self._point(slot.views[self])
 
     def _point(self, views: list[torch.Tensor]) -> None:
-        for parameter, view in zip(self.parameters(), views, strict=True):
-            parameter.data = view
+        for part, view in zip(self._parts, views, strict=True):
+            part.point(view)
 
     def storage(self) -> torch.Tensor:
         """Return the bytes on the device, for a saved tensor (:class:`offload.Handle`)."""
@@ -251,32 +254,16 @@ class BlockWeights:
         """Give each parameter memory of its own again, on the host, and forget the slot."""
         self.slots.release(self)
         self._gradients.close()
-        for parameter, view in zip(self.parameters(), self._views, strict=True):
-            if parameter.untyped_storage()._cdata == self.host.untyped_storage()._cdata:
-                parameter.data = view.clone()
-
-
-def _owners(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return module and name of each parameter that can wait: all except those of adapters."""
-    adapters = {id(p) for _, p in adapter_parameters(block)}
-    found: dict[int, tuple[nn.Module, str]] = {}
-    for module in block.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in adapters and parameter.numel():
-                found.setdefault(id(parameter), (module, name))
-    return list(found.values())
-
-
-def _aligned_bytes(parameter: torch.Tensor) -> int:
-    pairs = zip(parameter.shape, parameter.stride(), strict=True)
-    size = (1 + sum((n - 1) * stride for n, stride in pairs)) * parameter.itemsize
-    return size + -size % _ALIGN
+        for part, view in zip(self._parts, self._views, strict=True):
+            if part.tensor.untyped_storage()._cdata == self.host.untyped_storage()._cdata:
+                part.point(view.clone())
+        for part in self._parts:
+            part.move(self.host.device)
 
 
 def weight_bytes(block: nn.Module) -> int:
     """Return the bytes of a block that would wait in host memory, on the ``meta`` device too."""
-    parameters: Any = (module._parameters[name] for module, name in _owners(block))
-    return sum(map(_aligned_bytes, parameters))
+    return sum(part.aligned_bytes for part in weight_parts(block))
 
 
 class _Ring:
@@ -312,7 +299,7 @@ def stream_weights(
     afterwards.
 
     Raises:
-        ValueError: if a block has a weight of a tensor subclass.
+        ValueError: if a block has a weight of a tensor subclass, except for frozen ones of torchao.
     """
     blocks = [unwrap_block(block) for block in find_blocks(model).blocks(model)]
     for block in blocks:
@@ -323,11 +310,8 @@ def stream_weights(
     if ahead is None:
         return
     check_count("stream_weights", ahead)
-    for module, name in (owner for block in blocks for owner in _owners(block)):
-        kind = type(module._parameters[name])
-        expected = "a plain parameter: tensor subclasses cannot wait in host memory"
-        ok = kind in (nn.Parameter, FakeTensor)
-        check(ok, f"{name} of a {type(module).__name__}", kind.__qualname__, expected)
+    for block in blocks:
+        check_can_wait(block)
     home = torch.empty(0, device=device_of(model) if device is None else device).device
     key = (home, any(isinstance(p, FakeTensor) for p in model.parameters()))
     slots = _slots.get(key)

@@ -66,11 +66,11 @@ def fail_in_backward(model, index, patch):
 
 
 def fail_in_copy(model, index, patch):
-    """Raise at the copy to the device that comes after ``2 * index`` others."""
+    """Raise at the copy of weights or of a gradient that comes after ``2 * index`` others."""
     original, made = streaming.Copies.copy, itertools.count()
 
-    def copy(*args):
-        return raising() if next(made) >= 2 * index % 7 else original(*args)
+    def copy(*args, **options):
+        return raising() if next(made) >= 2 * index % 7 else original(*args, **options)
 
     patch.setattr(streaming.Copies, "copy", copy)
 
@@ -101,15 +101,21 @@ def test_failures_leave_nothing_behind(fail, policy, monkeypatch):
         check_home(model)
 
 
-class SimulatedCopies(streaming.Copies):
-    """Copy stream and compute stream with a clock each; events are moments."""
+class Moment(float):
+    def synchronize(self):
+        """Tell that the host waited."""
 
-    seconds_per_copy = 0.75
+
+class SimulatedCopies(streaming.Copies):
+    """Compute stream and two copy streams with a clock each; events are moments."""
+
+    seconds_per_copy = seconds_per_gradient = 0.75
 
     def __init__(self, device, *, fake=False):
         super().__init__(device, fake=fake)
-        self.compute = self.copied = self.waited = 0.0
-        self.trace = []  # (start, end) of copies
+        self.compute = self.waited = 0.0
+        self.copied = {False: 0.0, True: 0.0}
+        self.trace, self.gradients = [], []  # (start, end) of copies
 
     def work(self, seconds):
         self.compute += seconds
@@ -117,12 +123,13 @@ class SimulatedCopies(streaming.Copies):
     def reached(self):
         return self.compute
 
-    def copy(self, target, source, after):
+    def copy(self, target, source, after, *, gradient=False):
         target.copy_(source)
-        start = max(self.copied, after or 0.0)
-        self.copied = start + self.seconds_per_copy
-        self.trace.append((start, self.copied))
-        return self.copied
+        start = max(self.copied[gradient], after or 0.0)
+        seconds = self.seconds_per_gradient if gradient else self.seconds_per_copy
+        self.copied[gradient] = Moment(start + seconds)
+        (self.gradients if gradient else self.trace).append((start, self.copied[gradient]))
+        return self.copied[gradient]
 
     def wait(self, copied):
         stall = max(0.0, copied - self.compute)
@@ -130,11 +137,12 @@ class SimulatedCopies(streaming.Copies):
         self.compute += stall
 
 
-def simulated(monkeypatch, policy, seconds_per_copy, ahead=1):
+def simulated(monkeypatch, policy, seconds_per_copy, ahead=1, slots=None):
     """Return a model whose blocks take 1 second forward and 2 backward, and its clock."""
     monkeypatch.setattr(SimulatedCopies, "seconds_per_copy", seconds_per_copy)
     monkeypatch.setattr(streaming, "Copies", SimulatedCopies)
-    monkeypatch.setattr(streaming, "_slots", {})
+    known = {} if slots is None else {(torch.device("cpu"), False): slots}
+    monkeypatch.setattr(streaming, "_slots", known)
     model = build(policy, ahead)
     clock = slots_of(model).copies
 
@@ -180,3 +188,46 @@ def test_slow_copies_delay_the_blocks(monkeypatch):
         loss(model)
         loss(model)
     assert other.compute == clock.compute
+
+
+@pytest.mark.parametrize("seconds,waited", [(0.75, 0.0), (3.0, 3.0 + 134 * 2.0 - LAYERS * 2.0)])
+def test_gradients_are_copied_while_the_backward_continues(seconds, waited, monkeypatch):
+    """Each gradient takes a second to compute, and the start of a block two more."""
+    model, clock = simulated(monkeypatch, ("full", None), 0.0)
+    waiting = [block.__dict__[streaming.STREAMED] for block in model.blocks]
+    parameters = [p for weights in waiting for p in weights.parameters()]
+    for parameter in parameters:
+        parameter.register_hook(lambda gradient: clock.work(1.0))
+    value = loss(model)
+    clock.seconds_per_gradient, clock.waited = seconds, 0.0
+    value.backward()
+    assert len(clock.gradients) == len(parameters) == 135
+    # A copy that takes longer delays the next one, so that the device never holds three gradients.
+    assert clock.waited == waited and clock._sent is None
+    assert all(a <= start for (_, a), (start, _) in itertools.pairwise(clock.gradients))
+
+
+def test_a_gradient_of_a_failed_backward_is_released(monkeypatch):
+    model, clock = simulated(monkeypatch, ("full", None), 0.75)
+    handle = model.blocks[2].norm2.weight.register_hook(raising)
+    with pytest.raises(InjectedError):
+        loss(model).backward()
+    assert clock._sent is not None
+    handle.remove()
+    with torch.no_grad():
+        loss(model)
+    assert clock._sent is None
+
+
+def test_the_first_block_of_the_next_model_is_copied_beside_the_last_block(monkeypatch):
+    """The host is ahead of the device, so a reward's phase does not begin with a wait."""
+    model, clock = simulated(monkeypatch, ("full", None), 0.75)
+    reward, _ = simulated(monkeypatch, ("full", None), 0.75, slots=slots_of(model))
+    reward.requires_grad_(False).patch_embedding.requires_grad_(True)
+    model.requires_grad_(False).patch_embedding.requires_grad_(True)
+    assert slots_of(reward) is slots_of(model)
+    value = loss(model)
+    assert clock.waited == 0.75  # for the very first block
+    loss(reward).backward()
+    value.backward()
+    assert clock.waited == 0.75

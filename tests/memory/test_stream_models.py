@@ -4,7 +4,8 @@ import official_wan
 import pytest
 import tiny_families
 import torch
-from offload_models import assert_same
+import wan
+from offload_models import assert_same, fill_adapters, gradients_of_loss
 from other_models import tiny
 from streamed_models import poison_released_slots  # noqa: F401 - a fixture
 from tiers import slow_except
@@ -13,6 +14,7 @@ import prfl_fast
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.stream import waiting_weights
 from prfl_fast.models.registry import find_blocks
+from prfl_fast.training.lora import add_lora
 
 pytest.importorskip("diffusers")
 
@@ -94,6 +96,38 @@ def test_models_without_adapter(family):
     check_policies(model, run)
 
 
+def torchao_model(kind, ahead, mode, patched):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = wan.tiny_wan(layers=3).requires_grad_(False)
+    config = getattr(torchao, kind)()
+    torchao.quantize_(model.blocks, config)
+    if patched:
+        prfl_fast.patch(model)
+    apply_memory(model, MemoryConfig("fp32", *mode, stream_weights=ahead))
+    torch.manual_seed(0)
+    add_lora(model, 2, target_modules=("to_q", "ffn.net.2"))
+    fill_adapters(model)
+    return model
+
+
+@pytest.mark.cases(4)
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+@pytest.mark.parametrize("mode", [("none", None), ("full", None), ("attention", "cpu")], ids=str)
+@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+def test_weights_of_torchao(kind, mode, patched):
+    plain, model = (torchao_model(kind, ahead, mode, patched) for ahead in (None, 1))
+    expected = gradients_of_loss(plain)
+    assert len(expected) > 6
+    weight = model.blocks[0].ffn.net[2].base_layer.weight
+    host = waiting_weights(model)[0].host
+    for _ in range(2):
+        assert_same(gradients_of_loss(model), expected)
+        assert weight.qdata.untyped_storage().data_ptr() == host.untyped_storage().data_ptr()
+    assert host.nbytes < 0.7 * sum(p.nbytes for p in wan.tiny_wan(layers=1).blocks.parameters())
+    apply_memory(model, MemoryConfig("fp32", *mode))
+    assert_same(gradients_of_loss(model), expected)
+
+
 def test_layers_of_other_libraries_are_refused():
     class Weight(torch.nn.Parameter):
         pass
@@ -102,6 +136,6 @@ def test_layers_of_other_libraries_are_refused():
     block = find_blocks(model).blocks(model)[-1]
     layer = next(m for m in block.modules() if isinstance(m, torch.nn.Linear))
     layer.weight = Weight(layer.weight.data)
-    with pytest.raises(ValueError, match="is '.*Weight', expected a plain parameter"):
+    with pytest.raises(ValueError, match="is '.*Weight', expected a plain parameter or a frozen"):
         apply_memory(model, POLICIES["full"])
     assert waiting_weights(model) == []
