@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from harness import UnavailableError
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -176,6 +177,8 @@ def checkpoint_selectively(model: Any, *, every_second_product: bool) -> None:
 def offload_groups(model: nn.Module, kind: str, *, prefetch: bool) -> Running:
     """Call diffusers' group offload; return a context in which the model runs."""
     source = need("diffusers.hooks.group_offloading", "bench")
+    if not hasattr(source, "TorchDeviceBackend"):
+        raise UnavailableError("group offload without streams needs diffusers 0.42 or later")
     on_device: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def only_if(present: bool, move: Callable[[Any], None]) -> Callable[[Any], None]:

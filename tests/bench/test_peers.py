@@ -30,7 +30,14 @@ def small(monkeypatch, one_round):
     return run
 
 
+def needs_groups():
+    source = pytest.importorskip("diffusers.hooks.group_offloading")
+    if not hasattr(source, "TorchDeviceBackend"):
+        pytest.skip("this diffusers is older than 0.42")
+
+
 def test_copies_and_bytes_of_methods_that_move_weights(small):
+    needs_groups()
     groups = "diffusers: groups of a block, whole recompute"
     swap, streamed = "musubi-tuner: 4 of 6 blocks swapped", "prfl_fast: full, weights streamed"
     records, problems = peers.measure(small(groups, swap, streamed))
@@ -80,6 +87,7 @@ def test_a_wrong_gradient_is_a_problem(small, monkeypatch):
 
 @pytest.mark.slow
 def test_all_methods(small):
+    needs_groups()
     records, problems = peers.measure(small(*peers.ROWS))
     assert problems == [] and [record["row"] for record in records] == list(peers.ROWS)
     found = {record["row"]: record for record in records}
