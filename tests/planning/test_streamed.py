@@ -8,10 +8,12 @@ from allocations import allocator_peak
 from plans import SMALL, ledger_of, prepared
 from tiers import slow_except
 
+from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory import stream as streaming
 from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning.costs import CUBLAS_BYTES, CostLedger
 from prfl_fast.planning.simulation import build, simulate, stream_models
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
@@ -64,6 +66,40 @@ def test_fake_and_real_tensors_give_the_same_bytes(name):
     assert fake.host_peak == real.host_peak and fake.timeline == real.timeline
 
 
+def real_step(workload, memory, plan=None, **options):
+    """Return a step that ran once, and a function for the tensors on the device between steps."""
+    generator, reward = prepared(*build(workload, *memory))
+    stream_models(generator, reward, *memory)
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    optimizer = make_optimizer(memory[0].optimizer, parameters, learning_rate=1e-5)
+    velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
+    prfl = PRFL(velocity, score, FlowUniPC(), plan, num_inference_steps=6)
+    conditions = {"encoder_hidden_states": torch.randn(1, 32, SMALL["text_dim"])}
+
+    def step():
+        for _ in range(workload.gradient_accumulation_steps):
+            assert prfl(torch.randn(workload.latent_shape), conditions, **options).finite
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def held():
+        waiting = [
+            *streaming.waiting_weights(generator), *streaming.waiting_weights(reward.backbone)
+        ]  # fmt: skip
+        away = {id(p) for weights in waiting for p in weights.parameters()}
+        tensors = [slot.memory for slot in waiting[0].slots.order] + [*conditions.values()]
+        for model in (generator, reward):
+            every = (*model.parameters(), *model.buffers())
+            tensors += [tensor for tensor in every if id(tensor) not in away]
+        if memory[0].optimizer == "adamw":
+            tensors += [t for state in optimizer.state.values() for t in state.values()]
+        return tensors
+
+    step()  # makes states and host buffers
+    return step, held
+
+
 @pytest.mark.cases(2)
 @pytest.mark.parametrize("name", slow_except(CASES, ("full", "all weights")))
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -73,31 +109,8 @@ def test_the_peak_is_what_training_really_allocates(name, micro_batches):
         pytest.skip("the CPU casts operands inside its kernels, in memory that no ledger sees")
     workload, memory = workload_of(name, gradient_accumulation_steps=micro_batches), CASES[name]
     predicted = ledger_of(workload, memory, fake=True)
-    generator, reward = prepared(*build(workload, *memory))
-    stream_models(generator, reward, *memory)
-    parameters = [p for p in generator.parameters() if p.requires_grad]
-    optimizer = make_optimizer(memory[0].optimizer, parameters, learning_rate=1e-5)
-    velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
-    prfl = PRFL(velocity, score, FlowUniPC(), num_inference_steps=6)
-    conditions = {"encoder_hidden_states": torch.randn(1, 32, SMALL["text_dim"])}
-
-    def step():
-        for _ in range(micro_batches):
-            assert prfl(torch.randn(workload.latent_shape), conditions, indices=[3]).finite
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()  # makes states and host buffers
-    waiting = [*streaming.waiting_weights(generator), *streaming.waiting_weights(reward.backbone)]
-    away = {id(p) for weights in waiting for p in weights.parameters()}
-    held = [slot.memory for slot in waiting[0].slots.order] + [*conditions.values()]
-    for model in (generator, reward):
-        tensors = (*model.parameters(), *model.buffers())
-        held += [tensor for tensor in tensors if id(tensor) not in away]
-    if optimizer.__class__ is torch.optim.AdamW:
-        held += [t for state in optimizer.state.values() for t in state.values()]
-    peak = sum(t.nbytes for t in held) + allocator_peak(step)
+    step, held = real_step(workload, memory, indices=[3])
+    peak = sum(t.nbytes for t in held()) + allocator_peak(step)
     # Chunks and offloaded activations are off by as many bytes with all weights on the device.
     allowed = 0.02 if memory[0].offload else 0.01
     assert abs(predicted.peak - peak) <= allowed * peak, (predicted.peak, peak)
@@ -120,3 +133,34 @@ def test_more_blocks_take_no_device_memory():
     assert 2 * grown["weights"] == pytest.approx(grown["optimizer"], rel=1e-3)
     assert 0 < grown["weights"] < grown["checkpoints"]
     assert many.host > 1.5 * few.host
+
+
+TINY = replace(WORK, height=128, width=128, num_inference_steps=6)
+KINDS = {"lora": "fp32", "fp8": "fp8", "nf4": "nf4", "full": "fp32", "full, bf16": "bf16"}
+
+
+def counted_peak(workload, memory):
+    """Return the highest bytes of the second of two real steps, the model's included."""
+    step, held = real_step(workload, memory, workload.gradient_plan)
+    with CostLedger() as ledger:
+        for tensor in held():
+            ledger.mark(tensor, "weights")
+        step()
+    return ledger.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("mode", ["none", "full", "attention"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_real_step_takes_at_most_the_planned_bytes(kind, mode, offload, points):
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    memory = policies(mode, offload, KINDS[kind], full="full" in kind)
+    plan = GradientPlan.prfl(points=points)
+    train = "full" if "full" in kind else "lora"
+    workload = replace(TINY, train=train, gradient_plan=plan)
+    planned = simulate(workload, *memory).peak - CUBLAS_BYTES  # a CPU has no workspace of cuBLAS
+    counted = counted_peak(workload, memory)
+    assert 0.9 * planned <= counted <= 1.01 * planned, (planned, counted, counted / planned)
