@@ -5,6 +5,7 @@ diffusers, and implements its forwards, checks, inputs, features and head.
 """
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -14,7 +15,14 @@ import torch
 from torch import nn
 
 from prfl_fast.utils.checks import check, check_count
-from prfl_fast.utils.modules import forget, instance_forward, set_forward, unwrap, weights_of
+from prfl_fast.utils.modules import (
+    forget,
+    instance_forward,
+    set_forward,
+    unwrap,
+    weights_of,
+    with_weights,
+)
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.recompute import in_chunks
 
@@ -30,12 +38,8 @@ _patched_by: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]]" 
 
 def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Replace a feed-forward's forward: run the class's forward on ``self.chunk`` tokens a time."""
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        with weights_of(self):  # a chunk is recomputed after the block's own recompute
-            return type(self).forward(self, x)
-
-    return in_chunks(run, hidden_states, self.chunk)
+    forward = functools.partial(type(self).forward, self)
+    return in_chunks(with_weights(self, forward), hidden_states, self.chunk)
 
 
 def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) -> None:

@@ -14,6 +14,11 @@ from prfl_fast.kernels.runtime.registry import OPERATORS
 from prfl_fast.utils.modules import is_plain_linear
 
 
+def scale_of(q: torch.Tensor, heads: int) -> float:
+    """Return the factor of the scores."""
+    return 1 / math.sqrt(q.shape[-1] // heads)
+
+
 class NormAttention(torch.autograd.Function):
     """RMSNorm, RoPE and attention: ``attention(*qk_norm_rope(q, k, ...), v)[0]``, ``[B, Lq, D]``.
 
@@ -33,7 +38,7 @@ class NormAttention(torch.autograd.Function):
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
         normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
         # The operator, because kernels.attention reads the lengths to check them.
-        scale = 1 / math.sqrt(q.shape[-1] // heads)
+        scale = scale_of(q, heads)
         out, lse = OPERATORS["attention"](*normed, v, heads, scale, key_lengths)
         # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
         # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
@@ -72,7 +77,7 @@ def attention_gradients(
     heads = numbers[2]
     normed = ops["qk_norm_rope"](q, k, *weights, cos, sin, *numbers)
     d_q, d_k, d_v = ops["attention_backward"](
-        grad, *normed, v, out, lse, heads, 1 / math.sqrt(q.shape[-1] // heads),
+        grad, *normed, v, out, lse, heads, scale_of(q, heads),
         [*through, need_v], key_lengths,
     )  # fmt: skip
     del normed, v, out, grad  # 0.77 GB each at 14B and 720p, not needed below
@@ -113,7 +118,7 @@ class JointAttention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:  # type: ignore[override]
         """Return ``[B, L + T, D]``; save q and k before their norm."""
         *tensors, key_lengths, ctx.heads, ctx.eps = inputs
-        scale = 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
+        scale = scale_of(tensors[0], ctx.heads)
         parts = tensors[:6], tensors[6:10], tensors[10:]
         joined = JointAttention._joined(*parts, ctx.heads, ctx.eps)
         out, lse = OPERATORS["attention"](*joined, ctx.heads, scale, key_lengths)
@@ -146,7 +151,7 @@ class JointAttention(torch.autograd.Function):
         ]
         need_tables = ctx.needs_input_grad[10]
         needed = [need or (need_tables and j < 2) for j, need in enumerate(needed)]
-        scale = 1 / math.sqrt(tensors[0].shape[-1] // ctx.heads)
+        scale = scale_of(tensors[0], ctx.heads)
         joined = JointAttention._joined(tensors[:6], weights, tables, ctx.heads, ctx.eps)
         d_joined = OPERATORS["attention_backward"](
             grad, *joined, out, lse, ctx.heads, scale, needed, key_lengths

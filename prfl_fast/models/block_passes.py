@@ -1,6 +1,5 @@
 """Compute the forward and backward of a whole block, see :mod:`prfl_fast.models.block_node`."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from prfl_fast.kernels.runtime.registry import (
     get_backend,
     is_plain_call,
 )
-from prfl_fast.models.block_autograd import attention_gradients
+from prfl_fast.models.block_autograd import attention_gradients, scale_of
 
 _NAMES = ["norm_modulate", "residual_norm_modulate", "gated_residual", "bias_gelu"]
 _NAMES += ["qk_norm_rope", "attention"]
@@ -51,11 +50,6 @@ class Layer(NamedTuple):
     def bias_in_gelu(self, x: torch.Tensor) -> bool:
         """Return True if ``bias_gelu`` adds the bias, see ``models.blocks.feed_forward``."""
         return self.bias >= 0 and not self.adapters and x.device.type != "cpu"
-
-
-def scale_of(q: torch.Tensor, heads: int) -> float:
-    """Return the factor of the scores."""
-    return 1 / math.sqrt(q.shape[-1] // heads)
 
 
 class Forward:

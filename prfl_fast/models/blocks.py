@@ -6,6 +6,7 @@ the forward of a block.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from prfl_fast.models.block_autograd import NormAttention, project
 from prfl_fast.models.block_node import BlockNode, make_node
 from prfl_fast.models.block_passes import Block, apply
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import is_plain_linear, remember, remembered, weights_of
+from prfl_fast.utils.modules import is_plain_linear, remember, remembered, weights_of, with_weights
 from prfl_fast.utils.recompute import in_chunks
 
 # Wan pads every prompt to 512 tokens. Image tokens precede the text tokens in the context.
@@ -166,6 +167,17 @@ def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
     return ContextKeys(k, v, rms_norm(extra_k, norm.weight, eps=norm.eps), extra_v)
 
 
+def block_keys(
+    blocks: Iterable[Any], cross: Callable[[Any], Any], context: torch.Tensor
+) -> list[ContextKeys]:
+    """Return the :func:`context_keys` of each block, whose cross-attention ``cross`` returns."""
+    keys = []
+    for block in blocks:
+        with weights_of(block):
+            keys.append(context_keys(cross(block), context))
+    return keys
+
+
 def cross_attention(
     parts: Any, x: torch.Tensor, context: torch.Tensor | ContextKeys
 ) -> torch.Tensor:
@@ -212,13 +224,8 @@ def feed_forward(
         x: ``[B, L, D]``.
         chunk: tokens per pass, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
     """
-    if chunk is not None:
-
-        def run(x: torch.Tensor) -> torch.Tensor:
-            with weights_of(up), weights_of(down):  # a chunk is recomputed outside of its block
-                return feed_forward(up, down, x)
-
-        return in_chunks(run, x, chunk)
+    if chunk is not None:  # the block of up has the weights of down too
+        return in_chunks(with_weights(up, partial(feed_forward, up, down)), x, chunk)
     # On a GPU the GELU kernel adds the bias without another pass; on a CPU the product does.
     if x.device.type != "cpu" and is_plain_linear(up):
         return down(bias_gelu(F.linear(x, up.weight), up.bias))

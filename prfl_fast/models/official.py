@@ -27,7 +27,7 @@ from prfl_fast.models.adapter import (
     zero_first_frame,
 )
 from prfl_fast.models.block_adapter import BlockAdapter, Replacements
-from prfl_fast.models.blocks import context_keys
+from prfl_fast.models.blocks import block_keys
 from prfl_fast.models.conditions import IMAGE, LATENT, TEXT
 from prfl_fast.models.inference import (
     RolloutModel,
@@ -60,7 +60,6 @@ from prfl_fast.utils.modules import (
     layers_of,
     stopped_at,
     unwrap,
-    weights_of,
 )
 
 _EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
@@ -349,10 +348,7 @@ class WanOfficialAdapter(BlockAdapter):
             forwards += [(block, _same) for block in blocks[1:]]
             for timestep in timesteps:
                 self._head_input(base, x, timestep, conditions, forwards)
-            keys = []
-            for block in blocks:
-                with weights_of(block):
-                    keys.append(context_keys(block_parts(block).cross, first[0].context))
+            keys = block_keys(blocks, lambda block: block_parts(block).cross, first[0].context)
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
             return [

@@ -13,7 +13,7 @@ from torch import nn
 from prfl_fast.models import wan_weights
 from prfl_fast.models.adapter import Conditions, check_timesteps, zero_first_frame
 from prfl_fast.models.block_adapter import DiffusersAdapter, Replacements
-from prfl_fast.models.blocks import context_keys
+from prfl_fast.models.blocks import block_keys
 from prfl_fast.models.inference import (
     RolloutModel,
     RolloutOptions,
@@ -33,7 +33,7 @@ from prfl_fast.models.wan_forward import (
     model_inputs,
     replacements,
 )
-from prfl_fast.utils.modules import layers_of, unwrap, weights_of
+from prfl_fast.utils.modules import layers_of, unwrap
 
 
 class WanDiffusersAdapter(DiffusersAdapter):
@@ -129,10 +129,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
             with replaced_forwards(known):
                 times = [embedder(t, raw_text, raw_image)[:2] for t in timesteps]
             context = text if image is None else torch.cat([image, text], dim=1)
-            keys = []
-            for block in base.blocks:
-                with weights_of(block):
-                    keys.append(context_keys(block.attn2, context))
+            keys = block_keys(base.blocks, lambda block: block.attn2, context)
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
             return [

@@ -306,16 +306,6 @@ def _played(
             now, rising = phase, False
             close(phase)
         for kind, name, size, category in events:
-            if kind == ALLOCATE:
-                held[name] = category
-                if category == HOST:
-                    host += size
-                    host_peak = max(host_peak, host)
-                else:
-                    live[category] += size
-                    total += size
-                    rising = True
-                continue
             if kind == SCRATCH:
                 live[category] += size
                 total += size
@@ -324,18 +314,19 @@ def _played(
                 total -= size
                 rising = False
                 continue
-            if rising:
-                close(phase)
-                rising = False
-            before = held.pop(name, None)
-            if before is None:
-                raise UnlikeError(name)
-            if before == HOST:
-                host -= size
-            else:
-                live[before] -= size
-                total -= size
-            if kind == MOVE:
+            if kind != ALLOCATE:
+                if rising:
+                    close(phase)
+                    rising = False
+                before = held.pop(name, None)
+                if before is None:
+                    raise UnlikeError(name)
+                if before == HOST:
+                    host -= size
+                else:
+                    live[before] -= size
+                    total -= size
+            if kind != FREE:
                 held[name] = category
                 if category == HOST:
                     host += size
@@ -343,6 +334,7 @@ def _played(
                 else:
                     live[category] += size
                     total += size
+                    rising = rising or kind == ALLOCATE
         if rising:
             close(phase)
             rising = False

@@ -77,6 +77,16 @@ def weights_of(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def with_weights(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs in :func:`weights_of`, for a recompute outside of the block."""
+
+    def run(*args: Any) -> Any:
+        with weights_of(module):
+            return function(*args)
+
+    return run
+
+
 class _StopForward(BaseException):
     """Leave a model's forward at a hook; no handler of ``Exception`` catches it."""
 
