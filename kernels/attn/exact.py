@@ -175,13 +175,10 @@ def reference_backward(
     else:
         _, backward = CALLS[name]
         split = [_split(t, heads) for t in (grad, q, k, v, out)]
-        gradients = tuple(
-            g.flatten(2) for g in backward(*split, lse.contiguous(), scale, key_lengths)
-        )
-    d_q, d_k, d_v = (
-        cast(g, q.dtype).contiguous() if need else q.new_empty(0)
-        for g, need in zip(gradients, needed, strict=True)
-    )
+        found = backward(*split, lse.contiguous(), scale, key_lengths)
+        gradients = [g.flatten(2) for g in found]  # type: ignore[assignment]
+    pairs = zip(gradients, needed, strict=True)
+    d_q, d_k, d_v = [cast(g, q.dtype).contiguous() if need else q.new_empty(0) for g, need in pairs]
     if key_lengths is not None:
         # Kernels may leave the memory of these keys uninitialized.
         beyond = _beyond(k, key_lengths)[..., None]

@@ -37,7 +37,7 @@ from prfl_fast.kernels.attn.norm_rope_triton import (
     forward_tokens,
 )
 from prfl_fast.kernels.common.modulation_rows import token_strides
-from prfl_fast.kernels.common.norm_math import rms_gradients, rstd
+from prfl_fast.kernels.common.norm_math import epsilon, rms_gradients, rstd
 from prfl_fast.kernels.common.rope import by_token, check_grid, check_tables, rope_table, rotations
 from prfl_fast.kernels.runtime.checks import (
     cast,
@@ -63,28 +63,24 @@ def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
     return x.view(*x.shape[:2], heads, -1) if per_head else x
 
 
-def _forward_one(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    turns: Any,
-    heads: int,
-    per_head: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _forward_one(x, weight, turns, heads, per_head, eps, dtype, rhos):
     if weight is None:
-        z = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        z, rho = x.to(dtype, copy=True, memory_format=torch.contiguous_format), None
     else:
         groups = _grouped(x, heads, per_head)
-        z = (groups * rstd(groups, eps, dtype)).mul_(weight).reshape_as(x).contiguous()
-    return _turn(z, turns, heads)
+        rho = rstd(groups, eps, dtype)
+        z = (groups * rho).mul_(weight)
+        z = z.reshape_as(x).contiguous() if per_head or not z.is_contiguous() else z
+    if rhos is not None:
+        rhos.append(rho)
+    return z if turns is None else _turn(z, turns, heads, True)
 
 
-def _turn(z: torch.Tensor, turns: Any, heads: int) -> torch.Tensor:
-    """Return z·e^{iφ} for a contiguous z ``[B, L, D]``, which may be overwritten."""
-    if turns is None:
-        return z
+def _turn(z: torch.Tensor, turns: Any, heads: int, overwrite: bool) -> torch.Tensor:
+    """Return z·e^{iφ} for a contiguous z ``[B, L, D]``."""
     if isinstance(turns, torch.Tensor):
+        if not overwrite:
+            return torch.view_as_real(_pairs(z, heads) * turns).view(z.shape)
         _pairs(z, heads).mul_(turns)
         return z
     cos, sin = turns
@@ -92,14 +88,7 @@ def _turn(z: torch.Tensor, turns: Any, heads: int) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).view(z.shape)
 
 
-def _turns(
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    grid: list[int],
-    offset: list[int],
-    pairs: int,
-    dtype: torch.dtype,
-) -> Any:
+def _turns(cos, sin, grid, offset, pairs, dtype):
     """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``.
 
     For a compiler, which generates no code for complex numbers, return (real, imaginary) parts.
@@ -137,38 +126,37 @@ def reference(
     per_head: bool,
     eps: float,
     upcast: torch.dtype | None = None,
+    rhos: list[Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(q', k')``, contiguous; ``grid`` is empty without a grid.
 
-    ``upcast`` is the dtype computed in and returned.
+    ``upcast`` is the dtype computed in and returned. ``rhos`` receives 1/√(mean(x²) + eps) of q and
+    k, for a backward that recomputes the forward.
     """
     dtype = compute_dtype(q, upcast)
     turns = _turns(cos, sin, grid, offset, q.shape[2] // heads // 2, dtype)
-    q_out = _forward_one(q, q_weight, turns, heads, per_head, eps, dtype)
-    k_out = _forward_one(k, k_weight, turns, heads, per_head, eps, dtype)
+    added = epsilon(eps, dtype, q.device)
+    q_out = _forward_one(q, q_weight, turns, heads, per_head, added, dtype, rhos)
+    k_out = _forward_one(k, k_weight, turns, heads, per_head, added, dtype, rhos)
     return cast(q_out, upcast or q.dtype), cast(k_out, upcast or k.dtype)
 
 
-def _backward_one(
-    grad: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    turns: Any,
-    heads: int,
-    per_head: bool,
-    eps: float,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward_one(grad, x, weight, turns, heads, per_head, eps, need_x, need_weight, rho):
     dtype = compute_dtype(grad)
-    d_z = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    d_z = _turn(d_z, turns, heads)
+    d_z = cast(grad, dtype).contiguous()
+    if turns is not None:
+        d_z = _turn(d_z, turns, heads, d_z is not grad)
     if x is None or weight is None:
-        return d_z.to(grad.dtype) if need_x else grad.new_empty(0), grad.new_empty(0)
-    groups, d_z = _grouped(x, heads, per_head), _grouped(d_z, heads, per_head)
-    rho = rstd(groups, eps, dtype)
-    d_x, d_weight = rms_gradients(d_z.mul_(rho), groups, weight, rho, need_x, need_weight)
-    return cast(d_x.reshape_as(x), x.dtype).contiguous() if need_x else d_x, d_weight
+        d_z = d_z.clone() if d_z is grad else d_z
+        return cast(d_z, grad.dtype) if need_x else grad.new_empty(0), grad.new_empty(0)
+    groups, own = _grouped(x, heads, per_head), d_z is not grad
+    d_z = _grouped(d_z, heads, per_head)
+    if rho is None:
+        rho = rstd(groups, epsilon(eps, dtype, x.device), dtype)
+    e = d_z.mul_(rho) if own else d_z * rho
+    d_x, d_weight = rms_gradients(e, groups, weight, rho, need_x, need_weight)
+    d_x = d_x.reshape_as(x) if per_head and need_x else d_x
+    return cast(d_x, x.dtype), d_weight
 
 
 def reference_backward(
@@ -186,11 +174,13 @@ def reference_backward(
     per_head: bool,
     eps: float,
     needed: list[bool],
+    rhos: list[Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ``(d_q, d_k, d_q_weight, d_k_weight)``; an empty tensor for each absent gradient.
 
     A gradient is absent if it is not needed, or if no gradient arrived. q and k are absent if they
-    were not normalized; ``needed`` is in the order of the result.
+    were not normalized; ``needed`` is in the order of the result. ``rhos`` is as in
+    :func:`reference`.
     """
     some = q_grad if q_grad is not None else k_grad
     assert some is not None
@@ -201,15 +191,16 @@ def reference_backward(
     elif turns is not None:
         turns = turns[0], -turns[1]
     results = []
-    for grad, x, weight, need_x, need_weight in (
-        (q_grad, q, q_weight, needed[0], needed[2]),
-        (k_grad, k, k_weight, needed[1], needed[3]),
+    known = rhos or (None, None)
+    for grad, x, weight, need_x, need_weight, rho in (
+        (q_grad, q, q_weight, needed[0], needed[2], known[0]),
+        (k_grad, k, k_weight, needed[1], needed[3], known[1]),
     ):
         if grad is None or not (need_x or need_weight):
             nothing = some.new_empty(0)
             results.append((nothing, nothing.clone() if weight is None else weight.new_empty(0)))
         else:
-            args = (grad, x, weight, turns, heads, per_head, eps, need_x, need_weight)
+            args = (grad, x, weight, turns, heads, per_head, eps, need_x, need_weight, rho)
             results.append(_backward_one(*args))
     (d_q, d_q_weight), (d_k, d_k_weight) = results
     return d_q, d_k, d_q_weight, d_k_weight

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -61,27 +62,36 @@ def normalize(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return x̂, and the mean and ρ ``[..., 1]`` if the kind has them."""
     if kind == "layer":
-        return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        # Without an affine part ATen's loop is not vectorized: 105 instead of 66 µs at [320, 256].
+        dim, large = x.shape[-1], x.numel() > 1 << 14
+        affine = (x.new_ones(dim), x.new_zeros(dim)) if large else (None, None)
+        return torch.native_layer_norm(x, [dim], *affine, eps)
     if kind == "rms":
-        rho = rstd(x, eps, x.dtype)
+        rho = rstd(x, epsilon(eps, x.dtype, x.device), x.dtype)
         return x * rho, None, rho
     return x, None, None
 
 
-def rstd(x: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+def epsilon(eps: float, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return eps as :func:`rstd` takes it: a number for a compiler, else a tensor."""
+    if torch.compiler.is_compiling():
+        return eps
+    # A kept one would be foreign to a mode of fake tensors, and to real ones if it were fake.
+    return (constant if is_plain_call() else constant.__wrapped__)(eps, dtype, device)
+
+
+def rstd(x: torch.Tensor, eps: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return 1/√(mean(x²) + eps) of the last dimension, ``[..., 1]``, without a copy of x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    if torch.compiler.is_compiling():
+    if isinstance(eps, float):
         return (norm * norm / x.shape[-1] + eps).rsqrt()
-    # eps is a tensor, because an operand that is a number takes as long as two calls on tensors. A
-    # kept one would be foreign to a mode of fake tensors, and to real ones if it were fake.
-    constant = _constant if is_plain_call() else _constant.__wrapped__
-    eps_tensor = constant(eps, dtype, x.device)
-    return torch.addcmul(eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    # An operand that is a number takes as long as two calls on tensors.
+    return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 @functools.lru_cache
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return ``value`` as ``[1]``, one tensor for all calls; for plain calls only."""
     with torch.inference_mode(False):
         return torch.full((1,), value, dtype=dtype, device=device)
 
@@ -100,15 +110,16 @@ def rms_gradients(
     d_x = e·weight - x·ρ²·mean(e·x·weight).
     """
     product = e * x
-    d_weight = x.new_empty(0) if weight is None else weight.new_empty(0)
-    if need_weight and weight is not None:
+    if not need_weight or weight is None:
+        d_weight = (x if weight is None else weight).new_empty(0)
+    else:
         d_weight = cast(product.reshape(-1, product.shape[-1]).sum(0), weight.dtype)
     if not need_x:
         return x.new_empty(0), d_weight
     if weight is not None:
         e, product = e.mul_(weight), product.mul_(weight)
-    mean = product.mean(-1, keepdim=True).mul_(rho).mul_(rho)
-    return e.addcmul_(mean, x, value=-1), d_weight
+    total = product.sum(-1, keepdim=True).mul_(rho).mul_(rho)  # a mean takes twice as long
+    return e.addcmul_(total, x, value=-1 / x.shape[-1]), d_weight
 
 
 def given(like: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -75,16 +75,18 @@ def reference(
 ) -> torch.Tensor:
     """Return y from differentiable PyTorch; ``upcast``: dtype computed in and returned."""
     dtype = compute_dtype(x, upcast)
-    modulation = table_plus_rows(scale_table, scale, dtype)
-    gain = row_gain(weight, modulation, dtype)
-    offset = table_plus_rows(shift_table, shift, dtype)
-    if bias is not None:
-        lifted = cast(bias, dtype)[None] if modulation is None else bias * (1 + modulation)
-        offset = lifted if offset is None else offset + lifted
-    rows = max(count_rows(gain), count_rows(offset))
+    gain, offset, rows = weight, bias, 1
+    if kind != "layer" or not scale is shift is scale_table is shift_table is None:
+        modulation = table_plus_rows(scale_table, scale, dtype)
+        gain = row_gain(weight, modulation, dtype)
+        offset = table_plus_rows(shift_table, shift, dtype)
+        if bias is not None:
+            lifted = cast(bias, dtype)[None] if modulation is None else bias * (1 + modulation)
+            offset = lifted if offset is None else offset + lifted
+        rows = max(count_rows(gain), count_rows(offset))
     if kind == "layer" and rows == 1:
         # One row of gain and offset is ATen's affine: one pass, which widens x inside its loop.
-        w, b = (t if t is None else t.view(-1) for t in (gain, offset))
+        w, b = (t if t is None else cast(t.view(-1), dtype) for t in (gain, offset))
         return torch.layer_norm(x if upcast is None else x.to(upcast), x.shape[-1:], w, b, eps)
     y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
     if gain is not None:
@@ -92,6 +94,20 @@ def reference(
     if offset is not None:
         y = y.add_(per_token(offset, row_index if len(offset) > 1 else None))
     return cast(y, upcast or x.dtype).reshape_as(x).contiguous()
+
+
+def _layer_norm_backward(dy, x, gain, eps, mask):
+    """Return ``(d_x, A, B)`` of a few tokens with one row of gain ``[1, D]``, from ATen alone."""
+    wide, shape, row = cast(x, dy.dtype), x.shape[-1:], gain.view(-1)
+    # Only mean and ρ are used. Without an affine part ATen takes longer.
+    _, mean, rho = torch.native_layer_norm(wide, shape, row, row, eps)
+    d_x, dot, total = torch.ops.aten.native_layer_norm_backward(
+        dy, wide, shape, mean, rho, row, row, mask
+    )
+    sums = (
+        t[None] if need else gain.new_empty(0) for t, need in ((dot, mask[1]), (total, mask[2]))
+    )
+    return cast(d_x, x.dtype).contiguous(), *sums
 
 
 def reference_backward(
@@ -110,17 +126,17 @@ def reference_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ``(d_x, A [R, D], B [R, D])`` of the formulas above; empty tensors if not needed."""
     dtype = compute_dtype(x)
-    dy = by_row(cast(grad, dtype), rows, row_index)
     gain = row_gain(weight, table_plus_rows(scale_table, scale, dtype), dtype) if need_x else None
-    one_row = gain is not None and len(gain) == 1
-    few = kind == "layer" and rows == 1 and one_row and dy.shape[1] <= FEW_TOKENS
-    asked = [need_x, few and need_dot, few and need_total]  # of ATen's backward
+    one_row = gain is not None and gain.shape[0] == 1
+    if one_row and kind == "layer" and rows == 1 and x.numel() <= FEW_TOKENS * x.shape[-1]:
+        return _layer_norm_backward(cast(grad, dtype), x, gain, eps, [True, need_dot, need_total])
+    dy = by_row(cast(grad, dtype), rows, row_index)
     dot = total = None
-    if need_total and not asked[2]:
+    if need_total:
         total = sum_by_row(dy, rows, row_index)
     wide = by_row(cast(x, dtype), rows, row_index)
     x_hat, mean, rho = normalize(wide, kind, eps) if need_x or need_dot else (wide, None, None)
-    if need_dot and not asked[1]:
+    if need_dot:
         dot = sum_by_row(dy * x_hat, rows, row_index)
     d_x = None
     if need_x:
@@ -129,10 +145,9 @@ def reference_backward(
             d_hat = dy * per_token(gain, None if one_row else row_index)
         if kind == "layer":  # ATen has the same formula, and takes one row of gain
             row = gain.view(-1) if gain is not None and one_row else None
-            d_x, *sums = torch.ops.aten.native_layer_norm_backward(
-                d_hat, wide, wide.shape[-1:], mean, rho, row, row, asked
+            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+                d_hat, wide, wide.shape[-1:], mean, rho, row, row, [True, False, False]
             )
-            dot, total = sums[0][None] if asked[1] else dot, sums[1][None] if asked[2] else total
         elif kind == "rms":
             d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
         else:

@@ -58,6 +58,8 @@ def reference(
         x_out = x + y if upcast is None else x.to(dtype) + y.to(dtype)
         return cast(x_out, upcast or x.dtype).contiguous()
     row_index = row_index if gate is not None else None
+    if row_index is None and rows.shape[0] == 1:
+        return cast(torch.addcmul(x, y, rows), upcast or x.dtype).contiguous()
     wide_x, wide_y = by_row(x, rows.shape[0], row_index), by_row(y, rows.shape[0], row_index)
     x_out = torch.addcmul(wide_x, wide_y, per_token(rows, row_index))  # in the dtype of rows
     return cast(x_out, upcast or x.dtype).reshape_as(x).contiguous()
@@ -242,14 +244,7 @@ def _triton_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need
 
 
 # Registration.
-def check_residual(
-    op: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    gate_table: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> None:
+def check_residual(op, x, y, gate, gate_table, row_index):
     """Raise ``ValueError`` unless y has x's shape, and gate, gate_table and row_index fit x."""
     check_tokens(op, "x", x)
     check_tokens(op, "y", y)

@@ -205,7 +205,7 @@ class Operator:
         self._run = getattr(torch.ops.prfl_fast, operation.name).default
         self._apply: Callable[..., Any] = self._run
         self._function: Any = None  # for a compiler, which traces the reference
-        self._passed: set[tuple[Any, ...]] = set()
+        self._passed: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by layouts that were checked
 
     def __call__(self, *args: Any) -> Any:
         if not is_plain_call():
@@ -214,18 +214,27 @@ class Operator:
         recorded = _add_layouts(layouts, args)
         if recorded is None:
             return self._dispatch(args)
-        key = tuple(layouts)
-        if key not in self._passed:
+        key = (_current, *layouts)
+        found = self._passed.get(key)
+        if found is None:
             if self._check is not None:
                 self._check(*args)
-            if next(_tensors(args)).device.type not in ("cpu", "cuda"):
+            tensor = next(_tensors(args))
+            kind = tensor.device.type
+            if kind not in ("cpu", "cuda"):
                 return self._run(*args)
             if len(self._passed) >= MAX_LAYOUTS:
                 self._passed.clear()
-            self._passed.add(key)
+            # A reference on a CPU needs none of the contexts that an Operation enters.
+            found = self.operation.implementation(tensor.device, tensor.dtype)
+            if kind != "cpu" or found is not self.operation.reference:
+                found = self.operation
+            self._passed[key] = found
         if recorded and torch.is_grad_enabled():
             return self._apply(*args)
-        return self.operation(*args)
+        if torch.is_autocast_enabled("cpu"):
+            return self.operation(*args)
+        return found(*args)
 
     def _dispatch(self, args: tuple[Any, ...]) -> Any:
         if self._check is not None:
@@ -287,7 +296,8 @@ def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
         kind = type(arg)
         if kind in PLAIN:
             layouts += arg.shape, arg.stride(), arg.dtype, arg.device
-            recorded = recorded or arg.requires_grad
+            if arg.requires_grad:
+                recorded = True
         elif kind in _NUMBERS:
             layouts.append(arg)
         elif kind is list:
@@ -333,8 +343,8 @@ def register(
 
     Args:
         reference: plain PyTorch that returns new tensors. Its signature is fully annotated, because
-            it determines the operator's schema. A parameter ``upcast`` (with a default) is for the
-            tests and is not in the schema.
+            it determines the operator's schema. Parameters ``upcast`` (for tests) and ``rhos`` (for
+            callers that recompute) have defaults and are not in the schema.
         fake: the same signature; returns empty tensors of the right shape, dtype and device.
         triton, cuda: the same signature; called only with CUDA tensors (Triton also with CPU
             tensors when interpreted) of float32, bfloat16 or float16.
@@ -351,7 +361,7 @@ def register(
         return operation(*args)
 
     signature = inspect.signature(reference)
-    schema = [p for p in signature.parameters.values() if p.name != "upcast"]
+    schema = [p for n, p in signature.parameters.items() if n not in ("upcast", "rhos")]
     run.__signature__ = signature.replace(parameters=schema)  # type: ignore[attr-defined]
     op = torch.library.custom_op(f"prfl_fast::{name}", run, mutates_args=())
     op.register_fake(fake)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prfl_fast.kernels import qk_norm_rope
+from prfl_fast.kernels.attn.norm_rope import reference as norm_reference
 from prfl_fast.kernels.runtime.registry import OPERATORS
 from prfl_fast.utils.modules import is_plain_linear
 
@@ -75,7 +76,10 @@ def attention_gradients(
     # q and the weight of its norm both need the gradient of the normed q; the same holds for k.
     through = [need_q or need_weights[0], need_k or need_weights[1]]
     heads = numbers[2]
-    normed = ops["qk_norm_rope"](q, k, *weights, cos, sin, *numbers)
+    norm, norm_backward = ops["qk_norm_rope"], ops["qk_norm_rope_backward"]
+    # The reference's norms of the recomputed forward serve the backward too.
+    shared: dict[str, Any] = {"rhos": []} if norm is norm_reference else {}
+    normed = norm(q, k, *weights, cos, sin, *numbers, **shared)
     d_q, d_k, d_v = ops["attention_backward"](
         grad, *normed, v, out, lse, heads, scale_of(q, heads),
         [*through, need_v], key_lengths,
@@ -84,11 +88,10 @@ def attention_gradients(
     gradients: Sequence[torch.Tensor | None] = (None,) * 4
     wanted = [need_q, need_k, *need_weights]
     if any(through):
-        upstream = [d if need else None for d, need in zip((d_q, d_k), through, strict=True)]
-        gradients = ops["qk_norm_rope_backward"](
-            *upstream, q, k, *weights, cos, sin, *numbers, wanted
-        )
-    d_q, d_k, *d_weights = (d if need else None for d, need in zip(gradients, wanted, strict=True))
+        upstream = d_q if through[0] else None, d_k if through[1] else None
+        gradients = norm_backward(*upstream, q, k, *weights, cos, sin, *numbers, wanted, **shared)
+    pairs = zip(gradients, wanted, strict=True)
+    d_q, d_k, *d_weights = [d if need else None for d, need in pairs]
     return d_q, d_k, d_v if need_v else None, *d_weights
 
 

@@ -6,6 +6,7 @@ order, so results and gradients have the same bits. It takes plain linear layers
 them; for everything else it returns None, and the parts run one by one.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from prfl_fast.models.inference_linear import as_matrix
 from prfl_fast.utils.modules import is_inactive_dropout
 
 MAX_LAYOUTS = 64
+_DTYPE, _DEVICE = operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
 class _UnsuitableError(Exception):
@@ -105,13 +107,15 @@ class BlockNode:
         layouts = [
             t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
         ]
-        kinds = [(type(p), p.dtype, p.device) for p in parameters]
-        key = (*layouts, *kinds, *axes[0], *axes[1])
+        kinds = (*map(type, parameters), *map(_DTYPE, parameters), *map(_DEVICE, parameters))
+        key: Any = (*layouts, *kinds, *axes[0], *axes[1])
         ops = operations(x.device, x.dtype)
         if key not in self.checked:
             if not self._fits(tensors, parameters):
                 return None
             ops = OPERATORS
+        else:
+            key = None
         if x.device.type == "cuda" and (
             x.device.index != torch.cuda.current_device()
             or any(t.is_neg() for t in tensors if t is not None)

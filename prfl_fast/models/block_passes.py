@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from prfl_fast.kernels.common.norm_math import constant
+from prfl_fast.kernels.runtime.checks import cast, compute_dtype
 from prfl_fast.kernels.runtime.registry import (
     OPERATIONS,
     OPERATORS,
@@ -52,6 +54,46 @@ class Layer(NamedTuple):
         return self.bias >= 0 and not self.adapters and x.device.type != "cpu"
 
 
+class _Rows:
+    """Modulation rows of a block, as the operations take them.
+
+    On a CPU a single row for all tokens is added to the table here, once for all six vectors. The
+    sums are those that the references form; they take a table as gate, and 1 + scale as weight.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, time: torch.Tensor, table: torch.Tensor, index: Any
+    ) -> None:
+        self.index, self.rows = index, time.shape[0]
+        self.single = self.rows == 1 and index is None and x.device.type == "cpu"
+        if self.single:
+            dtype = compute_dtype(x)
+            vectors = (cast(time, dtype) + table).flatten(0, 1)
+            self.time = vectors.unbind(0)
+            self.gains = (vectors + constant(1.0, dtype, x.device)).unbind(0)
+        else:
+            self.time, self.table = time.unbind(1), table.unbind(0)
+
+    def gate(self, i: int) -> Any:
+        """Return row, table and index of the gate at position ``i``."""
+        if self.single:
+            return None, self.time[i], None
+        return self.time[i], self.table[i], self.index
+
+    def norm(self, i: int) -> Any:
+        """Return weight, bias, scale, shift, their tables and the index; the shift is at ``i``."""
+        if self.single:
+            return self.gains[i + 1], self.time[i], None, None, None, None, None
+        time, table = self.time, self.table
+        return None, None, time[i + 1], time[i], table[i + 1], table[i], self.index
+
+    def gain(self, i: int) -> Any:
+        """Return weight, scale, its table and the index, for the norm's backward."""
+        if self.single:
+            return self.gains[i + 1], None, None, None
+        return None, self.time[i + 1], self.table[i + 1], self.index
+
+
 class Forward:
     """Run a block. ``need`` is True for each input that needs a gradient; None keeps nothing.
 
@@ -64,8 +106,8 @@ class Forward:
     ) -> None:
         self.node, self.ops, self.axes, self.p, self.need = node, ops, axes, parameters, need
         self.x, self.context, self.value, time, table, *rest = tensors
-        self.cos, self.sin, self.lengths, self.row_index = rest
-        self.time, self.table = time.unbind(1), table.unbind(0)
+        self.cos, self.sin, self.lengths, row_index = rest
+        self.rows = _Rows(self.x, time, table, row_index)
         self.kept: list[Any] = []
         self.modulated = need is not None and (need[_TIME] or need[_TABLE])
 
@@ -96,10 +138,9 @@ class Forward:
 
     def self_attention(self, x: torch.Tensor) -> torch.Tensor:
         """Return the self-attention of the modulated norm of x, ``[B, L, D]``."""
-        node, table = self.node, self.table
+        node = self.node
         self.keep(x if self.modulated or (self.need is not None and self.need[_X]) else None)
-        rows = (self.time[1], self.time[0], table[1], table[0], self.row_index)
-        h = self.ops["norm_modulate"](x, None, None, *rows, node.kind, node.eps[0])
+        h = self.ops["norm_modulate"](x, *self.rows.norm(0), node.kind, node.eps[0])
         q, k, v = self.products(node.layers[:3], h)
         del h
         numbers = (*self.axes, node.heads[0], False, node.eps[1])
@@ -144,12 +185,12 @@ class Forward:
 class _Backward:
     """Compute the gradients of :class:`Forward`, last part first."""
 
-    def __init__(self, ctx: Any, saved: Sequence[Any], ops: Any) -> None:
+    def __init__(self, ctx: Any, grad: torch.Tensor, saved: Sequence[Any], ops: Any) -> None:
         self.node, self.need, self.ops, self.axes = ctx.node, ctx.needs_input_grad, ops, ctx.axes
-        time, table, self.cos, self.sin, self.lengths, self.row_index = saved[:6]
+        time, table, self.cos, self.sin, self.lengths, row_index = saved[:6]
         count = 6 + len(self.node.slots)
         self.p, self.kept = saved[6:count], [*saved[count:]]
-        self.time, self.table, self.rows = time.unbind(1), table.unbind(0), len(time)
+        self.rows = _Rows(grad, time, table, row_index)
         self.modulated = self.need[_TIME] or self.need[_TABLE]
         self.projected = ctx.projected
         self.gradients: list[Any] = [None] * (_FIXED + len(self.p))
@@ -162,7 +203,7 @@ class _Backward:
         d_x: torch.Tensor | None = None
         x: Any = kept.pop()
         x = x if x is None else x.flatten(0, -2)
-        plain = not any(layer.adapters for layer in layers)
+        plain = not any([layer.adapters for layer in layers])
         pairs = [*zip(layers, grads, strict=True)]
         # The order of sums is that of Projections, or that of autograd: the last layer first.
         for (weight, bias, adapters), grad in pairs if plain else reversed(pairs):
@@ -196,9 +237,9 @@ class _Backward:
     ) -> Any:
         """Return the gradients of q, k and v; store those of the norms' weights."""
         node, kept, weights = self.node, self.kept, self.node.norms[2 * which : 2 * which + 2]
-        needed = [*needed, *(self.need[_FIXED + i] for i in weights)]
+        needed = [*needed, *[self.need[_FIXED + i] for i in weights]]
         numbers = (*rope[2:], node.heads[which], False, node.eps[1 + 2 * which])
-        saved = [*kept[-5:-2], *(self.p[i] for i in weights), *rope[:2], lengths, *kept[-2:]]
+        saved = [*kept[-5:-2], *[self.p[i] for i in weights], *rope[:2], lengths, *kept[-2:]]
         del kept[-5:]
         *grads, first, second = attention_gradients(self.ops, grad, saved, numbers, needed)
         self.gradients[_FIXED + weights[0]], self.gradients[_FIXED + weights[1]] = first, second
@@ -207,9 +248,8 @@ class _Backward:
     def feed_forward(self, grad: torch.Tensor) -> Any:
         """Return the gradients of the normed input and of the gate's rows."""
         up, down = self.node.layers[8:]
-        gate = (self.time[5], self.table[5], self.row_index)
         d_y, d_gate = self.ops["gated_residual_backward"](
-            grad, self.kept.pop(), *gate, grad.dtype, True, self.modulated
+            grad, self.kept.pop(), *self.rows.gate(5), grad.dtype, True, self.modulated
         )
         d_y = self.products((down,), (d_y,))
         pre, bias, need_bias = self.kept.pop(), None, False
@@ -227,7 +267,7 @@ class _Backward:
 
     def needs(self, layer: Layer) -> bool:
         """Return True if a parameter of the layer needs a gradient."""
-        return any(self.need[_FIXED + i] for i in layer.parameters())
+        return any([self.need[_FIXED + i] for i in layer.parameters()])
 
     def cross_attention(self, grad: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the normed input; store those of the context."""
@@ -235,7 +275,7 @@ class _Backward:
         shape, d_out = grad.shape, self.products(layers[7:8], (grad,))
         needed = [True, need[_CONTEXT], need[_VALUE]]
         if self.projected:
-            needed[1:] = (need[_CONTEXT] or self.needs(layer) for layer in layers[5:7])
+            needed[1:] = [need[_CONTEXT] or self.needs(layer) for layer in layers[5:7]]
         rope: Any = (None, None, [], [])
         d_q, *d_kv = self.attention(1, d_out.view(shape), rope, needed, self.lengths)
         if self.projected:
@@ -261,20 +301,20 @@ class _Backward:
         x = self.kept.pop()
         if not need_h:
             return None, None, None
-        rows = (self.time[1], self.table[1], self.row_index, self.rows)
+        rows = (*self.rows.gain(0), self.rows.rows)
         needs = (need[_X], self.modulated, self.modulated)
         return self.ops["norm_modulate_backward"](
-            d_h.view(shape), x, None, *rows, node.kind, node.eps[0], *needs
+            d_h.view(shape), x, *rows, node.kind, node.eps[0], *needs
         )
 
     def run(self, grad: torch.Tensor) -> list[Any]:
         """Return the gradient of each input of the function."""
-        node, need, ops, table, index = self.node, self.need, self.ops, self.table, self.row_index
+        node, need, ops, rows = self.node, self.need, self.ops, self.rows
         found, modulated, shape = self.gradients, self.modulated, grad.shape
         d_h, d_ffn_gate = self.feed_forward(grad)
-        x, absent = self.kept.pop(), (None,) * 4
+        x, (weight, *gain) = self.kept.pop(), rows.gain(3)
         d_x, _, _, d_ffn_scale, d_ffn_shift = ops["residual_norm_modulate_backward"](
-            grad, d_h.view(grad.shape), x, *absent, self.time[4], table[4], index, 1, self.rows,
+            grad, d_h.view(shape), x, None, None, weight, None, *gain, 1, rows.rows,
             node.kind, node.eps[4], grad.dtype, True, False, False, modulated, modulated,
         )  # fmt: skip
         del d_h, grad, x
@@ -283,30 +323,26 @@ class _Backward:
         affine = node.norms[4:]
         need_affine = [i >= 0 and need[_FIXED + i] for i in affine]
         weight = None if affine[0] < 0 else self.p[affine[0]]
+        gate, table, index = rows.gate(2)
         d_x, d_y, d_gate, *d_affine = ops["residual_norm_modulate_backward"](
-            d_x, d_h, x, y, self.time[2], weight, table[2], None, None, index, self.rows, 1,
+            d_x, d_h, x, y, gate, weight, table, None, None, index, rows.rows, 1,
             "layer" if node.affine else "none", node.eps[2], d_x.dtype, need[_X], True, modulated,
             *need_affine,
         )  # fmt: skip
         del x, y, d_h
-        for i, needed, rows in zip(affine, need_affine, d_affine, strict=True):
+        for i, needed, sums in zip(affine, need_affine, d_affine, strict=True):
             if needed:
-                found[_FIXED + i] = rows.sum(0)  # autograd casts it to the dtype of the input
+                found[_FIXED + i] = sums[0]  # autograd casts it to the dtype of the input
         d_y = self.products(node.layers[3:4], (d_y,)).view(shape)
         d_stream, d_scale, d_shift = self.self_attention(d_y)
         if need[_X]:
             found[_X] = d_stream.add_(d_x)
         if modulated:
-            rows = (d_shift, d_scale, d_gate, d_ffn_shift, d_ffn_scale, d_ffn_gate)
-            self.modulation(rows)
+            sums = [d_shift, d_scale, d_gate, d_ffn_shift, d_ffn_scale, d_ffn_gate]
+            d_time = torch.stack(sums, 1)
+            found[_TIME] = d_time if need[_TIME] else None
+            found[_TABLE] = d_time.sum(0) if need[_TABLE] else None
         return found
-
-    def modulation(self, rows: Sequence[torch.Tensor]) -> None:
-        """Store the gradients of time and table from those of the rows, ``[R, D]`` each."""
-        if self.need[_TIME]:
-            self.gradients[_TIME] = torch.stack([*rows], 1)
-        if self.need[_TABLE]:
-            self.gradients[_TABLE] = torch.stack([row.sum(0) for row in rows])
 
 
 class Block(torch.autograd.Function):
@@ -318,28 +354,30 @@ class Block(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the output; save what the parts of the block save. Without ctx, record nothing.
 
-        ``call`` is grid and offset of the tokens, and the key of the layouts, which ``node`` has
-        checked after the forward.
+        ``call`` is grid and offset of the tokens, and the key of layouts that ``node`` has checked
+        after the forward; None if it had before.
         """
         axes, key = call
         given, parameters = tensors[: _FIXED - _X], tensors[_FIXED - _X :]
         need = None if ctx is None else ctx.needs_input_grad
         run = Forward(node, ops, axes, given, parameters, need)
-        table, index = run.table, run.row_index
-        _, _, gate, shift, scale, ffn_gate = run.time
         affine = [None if i < 0 else parameters[i] for i in node.norms[4:]]
+        gate, table, index = run.rows.gate(2)
         last = (*(None,) * 4, index, "layer" if node.affine else "none", node.eps[2])
         y = run.self_attention(run.x)
-        x, h = ops["residual_norm_modulate"](run.x, y, gate, *affine, table[2], *last)
+        x, h = ops["residual_norm_modulate"](run.x, y, gate, *affine, table, *last)
         del y
         run.keep(x)
-        last = (scale, shift, table[4], table[3], index, node.kind, node.eps[4])
+        weight, bias, *last = run.rows.norm(3)
         y = run.cross_attention(h)
-        x, h = ops["residual_norm_modulate"](x, y, *(None,) * 4, *last)
+        x, h = ops["residual_norm_modulate"](
+            x, y, None, weight, bias, None, *last, node.kind, node.eps[4]
+        )
         del y
         run.keep(x)
-        out = ops["gated_residual"](x, run.feed_forward(h), ffn_gate, table[5], index)
-        node.checked.add(key)
+        out = ops["gated_residual"](x, run.feed_forward(h), *run.rows.gate(5))
+        if key is not None:
+            node.checked.add(key)
         if ctx is not None:
             saved = [p if save else None for p, save in zip(parameters, node.saved, strict=True)]
             ctx.save_for_backward(*given[_TIME - _X :], *saved, *run.kept)
@@ -352,7 +390,7 @@ class Block(torch.autograd.Function):
         """Return the gradients that are needed."""
         plain = is_plain_call() and type(grad) in PLAIN and not grad.is_neg()
         ops = operations(grad.device, grad.dtype) if plain else OPERATORS
-        run = _Backward(ctx, ctx.saved_tensors, ops)
+        run = _Backward(ctx, grad, ctx.saved_tensors, ops)
         ctx.maybe_clear_saved_tensors()  # so that each is freed after its last use in run
         if not torch.is_autocast_enabled(grad.device.type):
             return tuple(run.run(grad))
