@@ -435,7 +435,7 @@ def simulate(
 
     Args:
         layers, reward_layers: depths in place of the workload's.
-        whole: run all blocks, instead of repeating the third one of four or five.
+        whole: run all blocks, instead of repeating the middle one of a few.
     """
     # With two blocks ahead, the copies would end before the middle block, which is repeated.
     whole = whole or any((m.stream_weights or 0) > 1 for m in (memory, reward_memory))
@@ -443,11 +443,7 @@ def simulate(
     found = _remembered.get((key, memory, reward_memory))
     if found is None:
         depths = {"layers": layers, "reward_layers": reward_layers}
-        # Offload and streamed weights touch the blocks before and after, and gradients of all
-        # weights stay. Else only the last block differs from the one that is repeated.
-        near = any(m.offload or m.stream_weights for m in (memory, reward_memory))
-        few = DEPTH if near or workload.train == "full" else DEPTH - 1
-        most = None if whole else few
+        most = None if whole else _fewest(workload, memory, reward_memory)
         with no_collection():
             segments = _recorded(workload, memory, reward_memory, **depths, most=most)
         counts = {}
@@ -465,6 +461,18 @@ def simulate(
             _remembered.pop(next(iter(_remembered)))
         _remembered[key, memory, reward_memory] = found
     return found
+
+
+def _fewest(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> int:
+    """Return how many blocks of a list have to run."""
+    # Offload and streamed weights touch the blocks before and after, gradients of all weights stay,
+    # and no gradient reaches the text of the last block of a model with a text stream. Else only
+    # the last block differs from the one that is repeated.
+    near = any(m.offload or m.stream_weights for m in (memory, reward_memory))
+    two_streams = adapter_of(workload.config).lists != ("blocks",)
+    if two_streams and near:
+        return DEPTH + 2
+    return DEPTH if near or two_streams or workload.train == "full" else DEPTH - 1
 
 
 def _recorded(

@@ -2,7 +2,8 @@
 
 All blocks of a list but the first two and the last two allocate and free the same sizes in the same
 order, because offload holds the tensors of two blocks. So a model with five blocks in each list
-runs, or with four if nothing is offloaded, and the events of its third block are repeated.
+runs, or with four if nothing is offloaded, and the events of its third block are repeated. Blocks
+that pass on two tensors, of video and text, are freed a block later: seven run, the fourth repeats.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from torch import nn
 from prfl_fast.memory.ledger import CATEGORIES, HOST, storage_of
 from prfl_fast.planning.costs import Cost, CostLedger
 
-DEPTH, REPEATED = 5, 2  # most blocks that run; index of the one that stands for more
+DEPTH = 5  # blocks that run by default
 ALLOCATE, FREE, MOVE, SCRATCH = "allocate", "free", "move", "scratch"
 _POINTS = 4096  # of a timeline, at most
 
@@ -201,8 +202,8 @@ def simulation_of(
 
     Args:
         segments: recorded segments in order of time.
-        counts: recorded and whole number of blocks by list. A list that is recorded in part has
-            at least ``DEPTH`` - 1 blocks.
+        counts: recorded and whole number of blocks by list. All lists that are recorded in part
+            have as many blocks, at least four; the middle one is repeated.
 
     Raises:
         UnlikeError: if the repeated block frees a storage that its copy does not have.
@@ -221,20 +222,22 @@ class _Whole:
     ) -> None:
         self.segments = segments
         self.more = {name: whole - few for name, (few, whole) in counts.items()}
+        parts = [few for few, whole in counts.values() if few < whole]
+        self.repeated = max(parts, default=DEPTH) // 2  # index of the block that stands for more
         self.order = {key: index for index, key in enumerate(segments)}
         # Segments with events of storages that belong to the block before the repeated one.
         self.of_all = {
             (key, *event[1][0][:3])
             for key, segment in segments.items()
             for event in segment.events
-            if event[1] is not None and event[1][0][3] == REPEATED - 1
+            if event[1] is not None and event[1][0][3] == self.repeated - 1
         }
 
     def work(self) -> dict[str, dict[str, int]]:
         """Return the work by phase."""
         total: dict[str, dict[str, int]] = {}
         for (phase, _, name, index), segment in self.segments.items():
-            times = 1 + self.more.get(name, 0) * (index == REPEATED)
+            times = 1 + self.more.get(name, 0) * (index == self.repeated)
             into = total.setdefault(phase, {})
             for kind, amount in segment.work.items():
                 into[kind] = into.get(kind, 0) + times * amount
@@ -255,9 +258,9 @@ class _Whole:
         """Return the blocks for which a segment stands, in order of time."""
         phase, run, name, index = key
         more = self.more.get(name, 0)
-        if index < REPEATED or not more:
+        if index < self.repeated or not more:
             return range(index, index + 1)
-        if index > REPEATED:
+        if index > self.repeated:
             return range(index + more, index + more + 1)
         repeated = range(index, index + more + 1)
         after = self.order.get((phase, run, name, index + 1), math.inf)
@@ -272,11 +275,11 @@ class _Whole:
         (phase, run, place, block), number = name
         more = self.more.get(place, 0)
         blocks = range(block, block + 1)
-        if place == key[2] and abs(block - key[3]) <= 2:
+        if place == key[2] and abs(block - key[3]) <= self.repeated:
             blocks = range(block + index - key[3], block + index - key[3] + 1)
-        elif block > REPEATED:
+        elif block > self.repeated:
             blocks = range(block + more, block + more + 1)
-        elif block == REPEATED and more:
+        elif block == self.repeated and more:
             # Code outside the list frees the storages of all blocks, or only those of the last one.
             every = (key, phase, run, place) in self.of_all
             blocks = range(block if every else block + more, block + more + 1)

@@ -11,6 +11,7 @@ from tiers import slow_except
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning import simulation
 from prfl_fast.planning.simulation import SimulatedStep, build, simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
@@ -134,18 +135,20 @@ def test_the_peak_is_what_training_really_allocates(case):
 
 
 DEEP = {
-    "hunyuan": {"num_layers": 6, "num_single_layers": 7},
-    "hunyuan-1.5": {"num_layers": 7},
-    "ltx": {"num_layers": 7},
-    "mochi": {"num_layers": 7},
+    "hunyuan": {"num_layers": 9, "num_single_layers": 9},
+    "hunyuan-1.5": {"num_layers": 9},
+    "ltx": {"num_layers": 9},
+    "mochi": {"num_layers": 9},
 }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("offload", [None, "cpu"])
 @pytest.mark.parametrize("name", DEEP)
-def test_repeated_blocks_are_those_of_the_whole_model(name):
-    memory = 2 * (MemoryConfig("fp32", "attention", "cpu"),)
-    work = replace(WORK[name], model={**WORK[name].config, **DEEP[name]}, reward_blocks=6)
+def test_repeated_blocks_are_those_of_the_whole_model(name, offload, monkeypatch):
+    memory = 2 * (MemoryConfig("bf16", "attention", offload),)
+    work = replace(WORK[name], model={**WORK[name].config, **DEEP[name]}, reward_blocks=8)
+    monkeypatch.setattr(simulation, "UnlikeError", KeyError)  # no fallback to all blocks
     assert simulate(work, *memory) == simulate(work, *memory, whole=True)
 
 
