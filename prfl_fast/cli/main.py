@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from prfl_fast.cli import options as command_options
 from prfl_fast.cli.plan_options import add_plan
+from prfl_fast.utils.collection import no_collection
 from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 from prfl_fast.utils.optional import MissingExtraError, need
 from prfl_fast.utils.quiet import quiet_libraries
@@ -204,7 +205,8 @@ def _run(options: argparse.Namespace) -> int:
         name = f"run_{options.command}"
         if options.command == "plan":  # importing torch and diffusers takes half of its time
             print("prfl-fast plan: simulates a step per policy, 10 to 20 s", file=sys.stderr)
-        run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
+        with no_collection():  # imports make no garbage
+            run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
         return run(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
     from prfl_fast.cli.score import run_score

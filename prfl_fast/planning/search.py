@@ -328,10 +328,12 @@ class Search:
                 found[pair] = self._candidate(tier, pair[0], pair[1], None)
         fits = min((c.seconds for c in found.values() if c.reason == SLOWER), default=math.inf)
         chunked = []
-        # Chunks add work and do not change the bytes that checkpointed blocks save, so most pairs
-        # with chunks need no simulation.
+        # Chunks add work and do not change the bytes that checkpointed blocks save, on device and
+        # host, so most pairs with chunks need no simulation.
         for pair, whole in sorted(found.items(), key=lambda item: item[1].seconds):
-            if whole.seconds < fits and ("none", None) not in pair and self._may_fit(tier, *pair):
+            if (1 + TIE) * whole.seconds >= fits or whole.peak <= self.limit:
+                continue
+            if ("none", None) not in pair and self._may_fit(tier, *pair):
                 chunked.append(self._candidate(tier, *pair, CHUNK))
                 if chunked[-1].reason == SLOWER:
                     fits = min(fits, chunked[-1].seconds)

@@ -96,7 +96,8 @@ def build(
     own = ("_", "text_tokens", "boundary_ratio", "class_name")
     config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
     adapter = adapter_of(workload.config)
-    cls = getattr(need("diffusers"), adapter.class_name)
+    with no_collection():
+        cls = getattr(need("diffusers"), adapter.class_name)
     depths = [
         {key: count if most is None else min(count, most) for key, count in depth.items()}
         for depth in depths_of(workload, layers, reward_layers)
