@@ -203,7 +203,8 @@ def _run(options: argparse.Namespace) -> int:
         return init(options.kind, options.path)
     if options.command in _OPTIONS:
         name = f"run_{options.command}"
-        if options.command == "plan":  # importing torch and diffusers takes half of its time
+        # Importing torch and diffusers takes half of a plan's time, so the line comes before.
+        if options.command == "plan" and "torch" not in sys.modules:
             print("prfl-fast plan: simulates a step per policy, 10 to 20 s", file=sys.stderr)
         with no_collection():  # imports make no garbage
             run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)

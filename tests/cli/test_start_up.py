@@ -41,6 +41,14 @@ def test_help_and_argument_errors_import_neither_torch_nor_diffusers():
     assert imported(script) == {"prfl_fast"}
 
 
+def test_plan_says_that_it_runs_before_it_imports_torch():
+    lines = ["import importlib, sys", "from prfl_fast.cli import main"]
+    lines += ["def stop(name): raise ValueError(f'torch is {\"torch\" in sys.modules}')"]
+    lines += ["main._module = stop", "main.main(['plan'])"]
+    told, stopped = run_python("\n".join(lines)).stderr.splitlines()
+    assert told.startswith("prfl-fast plan: simulates") and stopped.endswith("torch is False")
+
+
 MODULES = "models memory training rollout".split()
 MODULES += "cli.train cli.sample cli.compare cli.encode cli.plan cli.evaluate cli.inspect".split()
 
