@@ -143,16 +143,18 @@ def describe_case(
     heads: int, lengths: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, *more: torch.Tensor
 ) -> Case:
     """Return the case of these tensors, ``[B, L, D]``."""
-    cuda = q.device.type == "cuda"
+    single = q.shape[1] == 1 or k.shape[1] == 1
+    if q.device.type != "cuda":
+        return Case(q.device.type, None, q.dtype, q.shape[2] // heads, single, lengths is not None)
     return Case(
-        device=q.device.type,
-        capability=torch.cuda.get_device_capability(q.device) if cuda else None,
+        device="cuda",
+        capability=torch.cuda.get_device_capability(q.device),
         dtype=q.dtype,
         head_dim=q.shape[2] // heads,
-        single=q.shape[1] == 1 or k.shape[1] == 1,
+        single=single,
         lengths=lengths is not None,
-        aligned=not cuda or all(_aligned(t) for t in (q, k, *more)),
-        deterministic=cuda and deterministic(),
+        aligned=all(_aligned(t) for t in (q, k, *more)),
+        deterministic=deterministic(),
     )
 
 

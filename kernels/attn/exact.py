@@ -301,10 +301,9 @@ def attention(
             there are no keys, key lengths are out of range, only one of ``extra_k`` and ``extra_v``
             is given, or the backend of :func:`set_attention_backend` does not take these tensors.
     """
-    extra = {"extra_k": extra_k, "extra_v": extra_v}
-    for name, other in (("extra_k", "extra_v"), ("extra_v", "extra_k")):
-        ok = extra[name] is not None or extra[other] is None
-        require(ok, "attention", name, extra[name], f"a tensor, as {other} is given")
+    if (extra_k is None) != (extra_v is None):
+        name, other = ("extra_k", "extra_v") if extra_k is None else ("extra_v", "extra_k")
+        require(False, "attention", name, None, f"a tensor, as {other} is given")
     # A read would stall a GPU, and would break the graph of a trace.
     readable = isinstance(key_lengths, torch.Tensor) and key_lengths.device.type == "cpu"
     if key_lengths is not None and readable and not torch.compiler.is_compiling():

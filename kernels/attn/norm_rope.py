@@ -191,10 +191,9 @@ def reference_backward(
     elif turns is not None:
         turns = turns[0], -turns[1]
     results = []
-    known = rhos or (None, None)
     for grad, x, weight, need_x, need_weight, rho in (
-        (q_grad, q, q_weight, needed[0], needed[2], known[0]),
-        (k_grad, k, k_weight, needed[1], needed[3], known[1]),
+        (q_grad, q, q_weight, needed[0], needed[2], rhos and rhos[0]),
+        (k_grad, k, k_weight, needed[1], needed[3], rhos and rhos[1]),
     ):
         if grad is None or not (need_x or need_weight):
             nothing = some.new_empty(0)

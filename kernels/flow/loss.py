@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from prfl_fast.kernels.runtime.checks import require, require_float, require_same_device
+from prfl_fast.kernels.runtime.checks import cast, require, require_float, require_same_device
 from prfl_fast.kernels.runtime.registry import KERNEL_DTYPES, register
 from prfl_fast.kernels.runtime.triton import capability, multiprocessors, tl, triton
 
@@ -31,20 +31,20 @@ FEW = 4096  # elements that a float32 sum adds as exactly as a float64 one
 
 # Reference.
 def _wide(*tensors: torch.Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def _pair(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor) -> Any:
     """Return the velocity and its target, widened."""
     wide = _wide(velocity, noise, latents)
-    return velocity.to(wide), torch.sub(noise.to(wide), latents)
+    return cast(velocity, wide), torch.sub(cast(noise, wide), latents)
 
 
 def reference(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Return the loss."""
     wide, target = _pair(velocity, noise, latents)
     if wide.numel() <= FEW:
-        return torch.ops.aten.mse_loss(wide, target)
+        return torch._C._nn.mse_loss(wide, target, 1)  # 1: the mean
     squares = torch.sub(wide, target, out=target).square_()
     return (squares.sum(dtype=torch.float64) / wide.numel()).to(wide.dtype)
 
@@ -54,8 +54,8 @@ def reference_backward(
 ) -> torch.Tensor:
     """Return the gradient of ``velocity``, contiguous, in its dtype."""
     pair = _pair(velocity, noise, latents)
-    gradient = torch.ops.aten.mse_loss_backward(grad.to(pair[1].dtype), *pair, 1)  # 1: of a mean
-    return gradient.to(velocity.dtype).contiguous()
+    gradient = torch.ops.aten.mse_loss_backward(grad, *pair, 1)  # 1: of a mean
+    return cast(gradient, velocity.dtype).contiguous()
 
 
 # Triton.

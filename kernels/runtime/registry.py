@@ -181,6 +181,7 @@ OPERATORS: dict[str, "Operator"] = {}
 # Types of plain tensors; subclasses may be fake, sharded or quantized.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
+_EXPECTED = PLAIN | _NUMBERS | {list}  # no operation without a check takes tensors in lists
 MAX_LAYOUTS = 4096
 
 
@@ -210,6 +211,9 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if not is_plain_call():
             return self._dispatch(args)
+        # A backward has no check, so layouts do not matter.
+        if self._check is None and {*map(type, args)} <= _EXPECTED and not torch.is_grad_enabled():
+            return self.operation(*args)
         layouts: list[Any] = []  # what a check may read, so each key is checked once
         recorded = _add_layouts(layouts, args)
         if recorded is None:
@@ -296,8 +300,7 @@ def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
         kind = type(arg)
         if kind in PLAIN:
             layouts += arg.shape, arg.stride(), arg.dtype, arg.device
-            if arg.requires_grad:
-                recorded = True
+            recorded = recorded or arg.requires_grad
         elif kind in _NUMBERS:
             layouts.append(arg)
         elif kind is list:
