@@ -285,8 +285,9 @@ def _mask(lengths: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor | None:
 
 
 def _cpu(q, k, v, scale, lengths):
+    query, key, value = _swap(q, k, v)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
-        *_swap(q, k, v), attn_mask=_mask(lengths, k), scale=scale
+        query, key, value, attn_mask=_mask(lengths, k), scale=scale
     )
     return out.transpose(1, 2), lse
 

@@ -44,7 +44,7 @@ def reference(velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor
     """Return the loss."""
     wide, target = _pair(velocity, noise, latents)
     if wide.numel() <= FEW:
-        return torch._C._nn.mse_loss(wide, target, 1)  # 1: the mean
+        return torch._C._nn.mse_loss(wide, target, 1)  # type: ignore[arg-type]
     squares = torch.sub(wide, target, out=target).square_()
     return (squares.sum(dtype=torch.float64) / wide.numel()).to(wide.dtype)
 

@@ -55,7 +55,7 @@ def reference(
     if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
         return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
     h = x + cast(bias, compute_dtype(x))  # in the dtype of the bias
-    return cast(torch._C._nn.gelu_(h, approximate="tanh"), x.dtype).contiguous()
+    return cast(torch._C._nn.gelu_(h, approximate="tanh"), x.dtype).contiguous()  # type: ignore[attr-defined]
 
 
 def reference_backward(
