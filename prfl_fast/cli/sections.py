@@ -262,7 +262,7 @@ class RolloutSection(Section):
     cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
     merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
     compile: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
-        "auto", "torch.compile of the blocks; auto measures if the GPU waits for the host."
+        "auto", "torch.compile of the blocks; auto compiles if the GPU waits for the host."
     )
     fp8_linears: Interval | None = key(
         None,
@@ -404,7 +404,7 @@ class HardwareSection(Section):
     )
     patch: bool = key(True, "Run the models on fused kernels.")
     compile_blocks: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
-        "auto", "torch.compile of the blocks; auto measures if the GPU waits for the host."
+        "auto", "torch.compile of the blocks; auto compiles if the GPU waits for the host."
     )
 
 
