@@ -203,10 +203,10 @@ def _run(options: argparse.Namespace) -> int:
         return init(options.kind, options.path)
     if options.command in _OPTIONS:
         name = f"run_{options.command}"
-        # Importing torch and diffusers takes half of a plan's time, so the line comes before.
+        # Importing torch and diffusers takes seconds, so this line is printed first.
         if options.command == "plan" and "torch" not in sys.modules:
-            print("prfl-fast plan: simulates a step per policy, 10 to 20 s", file=sys.stderr)
-        with no_collection():  # imports make no garbage
+            print("prfl-fast plan: simulates training steps, please wait", file=sys.stderr)
+        with no_collection():  # imports leave no garbage behind
             run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
         return run(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile

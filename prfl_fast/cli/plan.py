@@ -38,16 +38,16 @@ NOTHING_FITS = 1
 
 
 def _print_table(options: argparse.Namespace) -> int:
-    """Print the table of what fits which GPU."""
+    """Print the largest video that fits each GPU, for each model."""
     fixed = ("budget", "apply", "plot", "frames", "height", "width")
     given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
     given += ["--json"] * options.json
     check(not given, "--table", f"given with {' and '.join(given)}", "given without")
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
-    models = overview.SHOWN if options.model is None else (options.model,)
-    cards = overview.CARDS if options.gpu is None else (gpu_specs.find_gpu(options.gpu).name,)
+    models = overview.MODELS if options.model is None else (options.model,)
+    gpus = overview.GPUS if options.gpu is None else (gpu_specs.find_gpu(options.gpu).name,)
     fields, host = fields_of_options(values, None), options.host_budget or HOST_BUDGET
-    print(overview.markdown([*overview.rows(fields, models, cards, host, note)]))
+    print(overview.markdown([*overview.rows(fields, models, gpus, host, note)]))
     return 0
 
 
@@ -167,7 +167,7 @@ def choose_reward_memory(
 
 
 def _recommend_setting(command: str, device: torch.device, *policies: MemoryConfig) -> None:
-    """Name the allocator's setting on a GPU without it, if a policy was set to save memory."""
+    """Recommend the allocator's setting on a GPU without it, if a policy saves memory."""
     saves = any(policy != MemoryConfig() for policy in policies)
     if device.type == "cuda" and saves and not expandable_segments():
         note(f"set {EXPANDABLE}, which loses less memory to fragmentation", command)

@@ -6,8 +6,8 @@ from typing import Any
 from prfl_fast.utils.choices import GPUS, PLANNED_MODELS
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
-# 80 % of the memory of a machine with 128 GiB and one GPU. Plans are made for other machines too,
-# so the memory of this one is no limit.
+# 80 % of the memory of a machine with 128 GiB and one GPU. A plan may be for another machine, so
+# the memory of this one is no limit.
 HOST_BUDGET = "102GiB"
 # Fields of Workload with help, default and argparse options; "points" stands for the gradient plan.
 # The defaults are Workload's, and a test compares them. A new option is a line here, and a line in
@@ -63,7 +63,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
-    text = "print what fits which GPU, for these or the given --model and --gpu; takes minutes"
+    text = "print the largest video that fits each GPU; --model, --gpu select rows; takes minutes"
     group.add_argument("--table", action="store_true", help=text)
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (

@@ -66,8 +66,8 @@ from prfl_fast.utils.units import plural
 # 5e-6, the paper's rate for all weights, hardly moves a new adapter in a thousand steps: its matrix
 # B begins at 0, and AdamW moves each element by at most the rate per step.
 FULL_LEARNING_RATE, REWARD_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-6, 1e-4
-# A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding,
-# and so does hardware.compile_blocks.
+# A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
+# The same holds for hardware.compile_blocks.
 _FREE = ("cache", "compile")
 
 Training = TypeVar("Training", TrainFile, TrainRewardFile)

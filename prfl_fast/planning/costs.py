@@ -23,7 +23,7 @@ class Cost:
         moved_bytes: bytes read and written by all other operations.
         to_host_bytes, to_device_bytes: bytes copied between device and host.
         attention_backward_flops: FLOPs of attention backwards, which have five products.
-        launches: operations that compute or write, each at least one kernel.
+        launches: operations that compute or write; each launches at least one kernel.
     """
 
     matmul_flops: int = 0
@@ -36,7 +36,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """FLOPs of matrix products, convolutions and attention."""
+        """Return the FLOPs of matrix products, convolutions and attention."""
         return self.matmul_flops + self.attention_flops + self.attention_backward_flops
 
 

@@ -1,6 +1,6 @@
 """Predict steps of other memory policies from the simulation of one.
 
-The predictions rank candidates; the chosen one is simulated as it is.
+The predictions rank candidates; the chosen candidate is itself simulated.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from prfl_fast.memory.offload import SMALLEST
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import weight_bytes
+from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulation import SWAP_PHASES, build, depths_of
 from prfl_fast.planning.trace import FREE, Simulation
@@ -23,6 +24,8 @@ REWARD_PHASES = ("reward", "reward backward")
 # compute: the next block is copied while one runs. More slots would shorten nothing.
 AHEAD = 1
 
+Bytes = Mapping[str, float]
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -30,7 +33,7 @@ class Weights:
 
     Attributes:
         blocks, reward_blocks: weights of blocks, which can wait in host memory.
-        largest: of the largest block.
+        largest: weights of the largest block.
         rest: all other weights, adapters included.
         states, host_states: optimizer states on the device and in host memory.
     """
@@ -43,7 +46,7 @@ class Weights:
     host_states: int = 0
 
 
-def weights_of(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
+def count_weights(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
     """Return the bytes of weights and states, from models with one block in each list."""
     generator, reward = build(workload, memory, reward_memory, most=1)
     names, totals, sizes = adapter_of(workload.config).lists, [], [0]
@@ -161,3 +164,81 @@ def _with(run: Simulation, timeline: list, costs: dict, host: int) -> Simulation
     """Return a simulation with another timeline, and the peak that follows from it."""
     phase, high = max(timeline, key=lambda moment: sum(moment[1].values()))
     return Simulation(sum(high.values()), phase, high, host, timeline, costs)
+
+
+class Single:
+    """Split a simulation of both models in one mode into the parts of each model."""
+
+    def __init__(self, run: Simulation, layers: int) -> None:
+        self.run, self._layers = run, layers
+        self._highs = _highs(run)
+        self.start, self._middle = (
+            next(live for name, live in run.timeline if name == phase) for phase in REWARD_PHASES
+        )
+
+    def moments(self) -> list[dict[str, int]]:
+        """Return bytes by category at the peak of each of the generator's phases."""
+        return [live for phase, live in self._highs.items() if phase not in REWARD_PHASES]
+
+    @property
+    def last_block(self) -> float:
+        """Return the bytes of the generator's last block, offloaded only after the forward."""
+        return self._sent("forward") / max(1, self._layers - 1)
+
+    @property
+    def window(self) -> Bytes:
+        """Return the bytes of the last two offloaded blocks, held until another model runs."""
+        return {"checkpoints": 2 * self.last_block}
+
+    def _sent(self, phase: str) -> int:
+        return self.run.costs[phase].to_host_bytes
+
+    def added_by_reward(self) -> list[dict[str, float]]:
+        """Return the bytes that the peak of each reward phase adds to its start."""
+        return [self._added(self._highs[phase]) for phase in REWARD_PHASES]
+
+    def kept_by_reward(self) -> dict[str, float]:
+        """Return the bytes that the reward model adds until its backward begins."""
+        return self._added(self._middle)
+
+    def _added(self, moment: Bytes) -> dict[str, float]:
+        return weighted_sum((1, moment), (-1, self.start), (1, self.window))
+
+    def costs(self, *, reward: bool) -> dict[str, Cost]:
+        """Return the costs of the reward's phases, or of the others."""
+        return {p: c for p, c in self.run.costs.items() if (p in REWARD_PHASES) == reward}
+
+    def host(self, *, reward: bool) -> float:
+        """Return the host bytes of the reward's blocks, or of the generator's without its last."""
+        if not reward:
+            return self._sent("forward")
+        return self._sent("reward") - self.last_block
+
+    def other_host(self) -> int:
+        """Return the host bytes of optimizer states, all but offloaded activations."""
+        return max(0, self.run.host - self._sent("forward") - self._sent("reward"))
+
+
+def weighted_sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
+    """Return the weighted sum of vectors by category."""
+    total: dict[str, float] = {}
+    for weight, part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + weight * value
+    return total
+
+
+def start_of(ours: Single, theirs: Single) -> dict[str, float]:
+    """Return the generator's live bytes under ``ours`` beside a reward model under ``theirs``."""
+    # An offloaded reward model frees the generator's last two blocks on the device.
+    evicted = ours.window if theirs.window["checkpoints"] else {}
+    return weighted_sum((1, ours.start), (-1, evicted))
+
+
+def _highs(run: Simulation) -> dict[str, dict[str, int]]:
+    """Return bytes by category at the peak of each phase."""
+    highs: dict[str, dict[str, int]] = {}
+    for phase, live in run.timeline:
+        if phase not in highs or sum(live.values()) > sum(highs[phase].values()):
+            highs[phase] = live
+    return highs

@@ -23,7 +23,7 @@ from prfl_fast.utils.checks import check, check_choice, check_positive
 _MATMUL, _ATTENTION, _COPY, _LINK = 790 / 989, 620 / 989, 4.3 / 4.8, 0.8
 _GEN4, _GEN5 = 32e9, 64e9
 # The backward of attention recomputes the scores and writes three gradients: published kernels for
-# heads of 128 reach about 0.8 of the forward's rate. An eager operation takes about 10 us of host
+# heads of 128 reach about 0.8 of the forward's rate. An eager operation takes about 10 µs of host
 # time, Python and dispatcher included. Both are assumptions until a GPU has run the facts suite.
 BACKWARD, LAUNCH = 0.8, 10e-6
 
@@ -38,9 +38,9 @@ class GpuSpecs:
         copy: device bytes read plus bytes written, per second.
         to_device, to_host: rates of pinned copies, bytes/s.
         memory: bytes that ``torch.cuda.get_device_properties`` reports.
-        attention_backward: rate of the backward of attention, FLOP/s; 0 is ``BACKWARD`` of the
-            forward's.
-        launch: seconds of host time per operation, which bound small models.
+        attention_backward: rate of the backward of attention, FLOP/s; 0 stands for ``BACKWARD``
+            times the forward's rate.
+        launch: seconds of host time per operation, a lower bound that matters for small models.
 
     Raises:
         ValueError: if a rate or ``memory`` is not a positive number.

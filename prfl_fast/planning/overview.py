@@ -12,22 +12,22 @@ from prfl_fast.planning.report import seconds
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB
 
-SHOWN = (
+MODELS = (
     "wan2.1-t2v-1.3b",
     "wan2.1-t2v-14b",
     "wan2.1-i2v-14b",
     "wan2.2-t2v-a14b",
     "wan2.2-ti2v-5b",
 )
-CARDS = ("rtx4090", "rtx5090", "l40s", "h100", "h200")
+GPUS = ("rtx4090", "rtx5090", "l40s", "h100", "h200")
 # Frames, height and width, the largest first; rounded down to sizes of the model.
 SIZES = ((161, 720, 1280), (81, 720, 1280), (81, 480, 832), (33, 480, 832))
 HEAD = ("model", "GPU", "largest video", "generator", "reward model", "device", "host", "per step")
 
 
 def sized(fields: Mapping[str, Any], size: Sequence[int]) -> Workload:
-    """Return the workload with the largest frames, height and width of its model within a size."""
-    # Any size that all families take, to learn the multiples of this one.
+    """Return the workload with the largest video that its model takes within a size."""
+    # All families take this size; it only serves to find the multiples that this model needs.
     workload = Workload(**{**fields, "frames": 25, "height": 1024, "width": 1024})
     stride = vae_stride(workload.latent_channels)
     patch = adapter_of(workload.config).patch_sizes(workload.config)
@@ -36,14 +36,14 @@ def sized(fields: Mapping[str, Any], size: Sequence[int]) -> Workload:
     return dataclasses.replace(workload, frames=frames, height=height, width=width)
 
 
-def row(fields: Mapping[str, Any], card: str, host_budget: str) -> list[str]:
-    """Return a row after the model's name; ``fields`` of a Workload decide all but the size."""
+def row(fields: Mapping[str, Any], gpu: str, host_budget: str) -> list[str]:
+    """Return the cells after the model's name; ``fields`` are those of a Workload but its size."""
     for size in SIZES:
         work = sized(fields, size)
-        plan = plan_memory(work, budget=card, gpu=card, host_budget=host_budget)
+        plan = plan_memory(work, budget=gpu, gpu=gpu, host_budget=host_budget)
         if plan.feasible:
-            return [card, f"{work.frames} × {work.height} × {work.width}", *_cells(plan)]
-    return [card, "none of these sizes", *[""] * (len(HEAD) - 3)]
+            return [gpu, f"{work.frames} × {work.height} × {work.width}", *_cells(plan)]
+    return [gpu, "none of these sizes", *[""] * (len(HEAD) - 3)]
 
 
 def _cells(plan: Plan) -> list[str]:
@@ -63,18 +63,18 @@ def _policy(memory: MemoryConfig) -> str:
 def rows(
     fields: Mapping[str, Any],
     models: Sequence[str],
-    cards: Sequence[str],
+    gpus: Sequence[str],
     host_budget: str,
     show: Callable[[str], object],
 ) -> Iterator[list[str]]:
-    """Yield the rows of models and cards; ``show`` receives a line before each."""
+    """Yield a row for each model and GPU; ``show`` receives a line before each."""
     for model in models:
-        for card in cards:
-            show(f"{model} on {card}")
-            yield [model, *row({**fields, "model": model}, card, host_budget)]
+        for gpu in gpus:
+            show(f"{model} on {gpu}")
+            yield [model, *row({**fields, "model": model}, gpu, host_budget)]
 
 
 def markdown(found: Sequence[Sequence[str]]) -> str:
-    """Return rows below their heads as a Markdown table."""
+    """Return the rows below the column names as a Markdown table."""
     lines = [HEAD, ["---"] * len(HEAD), *found]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

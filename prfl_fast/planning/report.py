@@ -17,7 +17,7 @@ from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.units import GIB, plural
 
-_GPUS = 8  # of a machine, each of whose processes has host memory of its own
+_GPUS = 8  # GPUs of one machine; each has a process with its own host memory
 _FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen one
 # Okabe and Ito's palette, which color-blind readers can tell apart; bottom of the stack first.
 _COLORS = {

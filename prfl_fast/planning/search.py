@@ -3,8 +3,8 @@
 A candidate combines checkpointing and offload of generator and reward model with feed-forward
 chunks. Each mode is simulated once, for both models. The generator's saved bytes add to the bytes
 of a reward phase, so the sum of two simulations predicts a candidate whose models have different
-modes. Offload, streamed weights, and other weights and optimizers are predicted from the
-simulation without them. A candidate is chosen only after it was simulated as it is.
+modes. Offload, streamed weights, and other weight dtypes and optimizers are predicted from the
+simulation without them. A candidate is chosen only after it was itself simulated.
 """
 
 import dataclasses
@@ -20,11 +20,15 @@ from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.derived import (
     AHEAD,
     REWARD_PHASES,
+    Bytes,
+    Single,
     Weights,
+    count_weights,
     exchanged,
     offloaded,
+    start_of,
     streamed,
-    weights_of,
+    weighted_sum,
 )
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.presets import adapter_of
@@ -55,12 +59,10 @@ CHOSEN, SLOWER, FRAGMENTED = "chosen", "fits, slower", "over, fragmented"
 # Candidates whose predicted times differ by less than this share count as equally fast.
 TIE = 0.03
 
-Bytes = Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class Tier:
-    """Hold the settings that a group of candidates shares: weights and optimizer.
+    """Hold the settings that a group of candidates has in common: weights and optimizer.
 
     Attributes:
         weight_dtype: of both models.
@@ -130,84 +132,6 @@ def step_seconds(
     }
 
 
-class Single:
-    """Split a simulation of both models in one mode into the parts of each model."""
-
-    def __init__(self, run: Simulation, layers: int) -> None:
-        self.run, self._layers = run, layers
-        self._highs = _highs(run)
-        self.start, self._middle = (
-            next(live for name, live in run.timeline if name == phase) for phase in REWARD_PHASES
-        )
-
-    def moments(self) -> list[dict[str, int]]:
-        """Return bytes by category at the peak of each of the generator's phases."""
-        return [live for phase, live in self._highs.items() if phase not in REWARD_PHASES]
-
-    @property
-    def last_block(self) -> float:
-        """Return the bytes of the generator's last block, offloaded only after the forward."""
-        return self._sent("forward") / max(1, self._layers - 1)
-
-    @property
-    def window(self) -> Bytes:
-        """Return the bytes of the last two offloaded blocks, held until another model runs."""
-        return {"checkpoints": 2 * self.last_block}
-
-    def _sent(self, phase: str) -> int:
-        return self.run.costs[phase].to_host_bytes
-
-    def added_by_reward(self) -> list[dict[str, float]]:
-        """Return the bytes that the peak of each reward phase adds to its start."""
-        return [self._added(self._highs[phase]) for phase in REWARD_PHASES]
-
-    def kept_by_reward(self) -> dict[str, float]:
-        """Return the bytes that the reward model adds until its backward begins."""
-        return self._added(self._middle)
-
-    def _added(self, moment: Bytes) -> dict[str, float]:
-        return _sum((1, moment), (-1, self.start), (1, self.window))
-
-    def costs(self, *, reward: bool) -> dict[str, Cost]:
-        """Return the costs of the reward's phases, or of the others."""
-        return {p: c for p, c in self.run.costs.items() if (p in REWARD_PHASES) == reward}
-
-    def host(self, *, reward: bool) -> float:
-        """Return the host bytes of the reward's blocks, or of the generator's without its last."""
-        if not reward:
-            return self._sent("forward")
-        return self._sent("reward") - self.last_block
-
-    def other_host(self) -> int:
-        """Return the host bytes of optimizer states, all but offloaded activations."""
-        return max(0, self.run.host - self._sent("forward") - self._sent("reward"))
-
-
-def _sum(*parts: tuple[float, Bytes]) -> dict[str, float]:
-    """Return the weighted sum of vectors by category."""
-    total: dict[str, float] = {}
-    for weight, part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + weight * value
-    return total
-
-
-def _start(ours: Single, theirs: Single) -> dict[str, float]:
-    """Return the generator's live bytes under ``ours`` beside a reward model under ``theirs``."""
-    # An offloaded reward model frees the generator's last two blocks on the device.
-    evicted = ours.window if theirs.window["checkpoints"] else {}
-    return _sum((1, ours.start), (-1, evicted))
-
-
-def _highs(run: Simulation) -> dict[str, dict[str, int]]:
-    """Return bytes by category at the peak of each phase."""
-    highs: dict[str, dict[str, int]] = {}
-    for phase, live in run.timeline:
-        if phase not in highs or sum(live.values()) > sum(highs[phase].values()):
-            highs[phase] = live
-    return highs
-
-
 class Search:
     """Search among the candidates of one workload on one GPU within budgets in bytes.
 
@@ -230,15 +154,15 @@ class Search:
         self.expandable = expandable
         self._seen: dict[tuple[Tier, Any, int | None], Single] = {}
         self._weights: dict[Tier, Weights] = {}
-        self._base: Tier | None = None  # the one that is simulated
-        # Blocks of several lists save different tensors, so that their offload is simulated.
+        self._base: Tier | None = None  # the tier that is simulated; others are derived from it
+        # Blocks of several lists save different tensors, so their offload is simulated.
         self._alike = len(adapter_of(workload.config).lists) == 1
 
     def run(self, tiers: Sequence[Tier]) -> Found:
         """Return a candidate that fits, from the first tier that has one.
 
-        Of the candidates within ``TIE`` of the fastest it is the one with the fewest bytes on
-        device and host together, because offload that saves no time should take no memory.
+        Of the candidates within ``TIE`` of the fastest, it has the fewest bytes on device and host
+        together, because offload that saves no time should take no host memory.
         """
         considered: list[Candidate] = []
         self._base = tiers[0]
@@ -255,22 +179,13 @@ class Search:
             chosen = self._first_that_fits(found, considered)
             if chosen is not None:
                 run, whole = chosen
-                return self._found(run, whole, True, considered, tiers[index + 1 :])
+                unused = list(tiers[index + 1 :])
+                return Found(whole, run, self._lost(run), True, considered, unused)
         # Nothing fits: return the candidate that exceeds the limits by the fewest bytes.
         nearest = min(considered, key=self._miss)
         run, whole = self._whole(nearest)
         considered[considered.index(nearest)] = whole
-        return self._found(run, whole, whole.reason == CHOSEN, considered, [])
-
-    def _found(
-        self,
-        run: Simulation,
-        chosen: Candidate,
-        feasible: bool,
-        considered: list[Candidate],
-        unused: Sequence[Tier],
-    ) -> Found:
-        return Found(chosen, run, self._lost(run), feasible, considered, list(unused))
+        return Found(whole, run, self._lost(run), whole.reason == CHOSEN, considered, [])
 
     def _first_that_fits(
         self, found: Sequence[Candidate], considered: list[Candidate]
@@ -342,14 +257,14 @@ class Search:
     def _may_fit(self, tier: Tier, generator: Any, reward: Any) -> bool:
         """Return False if the live bytes between forwards and backwards exceed the limit."""
         ours, theirs = (self._single(tier, mode, None) for mode in (generator, reward))
-        kept = _sum((1, _start(ours, theirs)), (1, theirs.kept_by_reward()))
+        kept = weighted_sum((1, start_of(ours, theirs)), (1, theirs.kept_by_reward()))
         return sum(kept.values()) <= self.limit
 
     def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
         ours, theirs = self._single(tier, generator, chunk), self._single(tier, reward, chunk)
-        start = _start(ours, theirs)
+        start = start_of(ours, theirs)
         moments: list[Bytes] = [*ours.moments()]
-        moments += [_sum((1, start), (1, added)) for added in theirs.added_by_reward()]
+        moments += [weighted_sum((1, start), (1, added)) for added in theirs.added_by_reward()]
         costs = ours.costs(reward=False) | theirs.costs(reward=True)
         peak = int(max(sum(moment.values()) for moment in moments))
         host = ours.host(reward=False) + theirs.host(reward=True) + ours.other_host()
@@ -386,7 +301,7 @@ class Search:
         resident = dataclasses.replace(tier, stream_weights=None)
         if resident not in self._weights:
             memory = memory_of(resident, MODES[-1], MODES[-1], None)
-            self._weights[resident] = weights_of(self.workload, *memory)
+            self._weights[resident] = count_weights(self.workload, *memory)
         return self._weights[resident]
 
     def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:

@@ -436,7 +436,7 @@ def simulate(
 
     Args:
         layers, reward_layers: depths in place of the workload's.
-        whole: run all blocks, instead of repeating the middle one of a few.
+        whole: run all blocks instead of a few, of which the middle one is repeated.
     """
     # With two blocks ahead, the copies would end before the middle block, which is repeated.
     whole = whole or any((m.stream_weights or 0) > 1 for m in (memory, reward_memory))
@@ -465,10 +465,10 @@ def simulate(
 
 
 def _fewest(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> int:
-    """Return how many blocks of a list have to run."""
-    # Offload and streamed weights touch the blocks before and after, gradients of all weights stay,
-    # and no gradient reaches the text of the last block of a model with a text stream. Else only
-    # the last block differs from the one that is repeated.
+    """Return the number of blocks of a list that have to run."""
+    # At the end of a list only the last block differs from the repeated one, or the last two: with
+    # offload and streamed weights, which also hold the next block's tensors; with full training,
+    # whose gradients stay; and with a text stream, which gets no gradient in the last block.
     near = any(m.offload or m.stream_weights for m in (memory, reward_memory))
     two_streams = adapter_of(workload.config).lists != ("blocks",)
     if two_streams and near:

@@ -1,9 +1,9 @@
 """Record the allocations and the work of a model of few blocks, and repeat these to any depth.
 
 All blocks of a list but the first two and the last two allocate and free the same sizes in the same
-order, because offload holds the tensors of two blocks. So a model with five blocks in each list
-runs, or with four if nothing is offloaded, and the events of its third block are repeated. Blocks
-that pass on two tensors, of video and text, are freed a block later: seven run, the fourth repeats.
+order, because offload holds the tensors of two blocks. So five blocks of each list run, and the
+events of the third are repeated. Four are enough for LoRA without offload. If blocks pass on a text
+stream and are offloaded, their tensors are freed one block later: seven run, the fourth repeats.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ def calls(monkeypatch):
     """Replace ``simulate`` by round numbers; return the list of its calls."""
     simulate = Mock(side_effect=made_up)
     monkeypatch.setattr(plan_search, "simulate", simulate)
-    monkeypatch.setattr(plan_search, "weights_of", made_up_bytes)
+    monkeypatch.setattr(plan_search, "count_weights", made_up_bytes)
     return simulate.mock_calls
 
 

@@ -11,7 +11,7 @@ from prfl_fast.planning import overview
 from prfl_fast.planning.presets import MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
-MODEL, CARD = "wan2.1-t2v-1.3b", "h200"  # the least to simulate
+MODEL, GPU = "wan2.1-t2v-1.3b", "h200"  # the least to simulate
 
 
 def committed():
@@ -22,24 +22,24 @@ def committed():
     return rows[2:]
 
 
-def made(models, cards):
-    return [*overview.rows({}, models, cards, HOST_BUDGET, Mock())]
+def made(models, gpus):
+    return [*overview.rows({}, models, gpus, HOST_BUDGET, Mock())]
 
 
 def test_the_page_shows_every_model_and_gpu():
-    expected = [(model, card) for model in overview.SHOWN for card in overview.CARDS]
+    expected = [(model, gpu) for model in overview.MODELS for gpu in overview.GPUS]
     assert [tuple(row[:2]) for row in committed()] == expected
 
 
 def test_the_page_shows_the_plan_of_one_model():
     """Sizes and policies only: predicted times change with every operation."""
-    (row,) = (row for row in committed() if row[:2] == [MODEL, CARD])
-    assert made([MODEL], [CARD])[0][:5] == row[:5]
+    (row,) = (row for row in committed() if row[:2] == [MODEL, GPU])
+    assert made([MODEL], [GPU])[0][:5] == row[:5]
 
 
 @pytest.mark.slow
 def test_the_page_is_what_the_script_writes():
-    assert made(overview.SHOWN, overview.CARDS) == committed()
+    assert made(overview.MODELS, overview.GPUS) == committed()
 
 
 @pytest.mark.parametrize("model", MODELS)
