@@ -77,7 +77,7 @@ def _forward_one(x, weight, turns, heads, per_head, eps, dtype, rhos):
 
 
 def _turn(z: torch.Tensor, turns: Any, heads: int, overwrite: bool) -> torch.Tensor:
-    """Return z·e^{iφ} for a contiguous z ``[B, L, D]``."""
+    """Return z·e^{iφ} for a contiguous z ``[B, L, D]``, which changes if ``overwrite``."""
     if isinstance(turns, torch.Tensor):
         if not overwrite:
             return torch.view_as_real(_pairs(z, heads) * turns).view(z.shape)

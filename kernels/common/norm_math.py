@@ -62,7 +62,7 @@ def normalize(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return x̂, and the mean and ρ ``[..., 1]`` if the kind has them."""
     if kind == "layer":
-        # Without an affine part ATen's loop is not vectorized: 105 instead of 66 µs at [320, 256].
+        # Without an affine part ATen's loop is not vectorized (bench/NOTES.md has the times).
         dim, large = x.shape[-1], x.numel() > 1 << 14
         one, zero = (x.new_ones(dim), x.new_zeros(dim)) if large else (None, None)
         return torch.native_layer_norm(x, [dim], one, zero, eps)
@@ -76,7 +76,7 @@ def epsilon(eps: float, dtype: torch.dtype, device: torch.device) -> Any:
     """Return eps as :func:`rstd` takes it: a number for a compiler, else a tensor."""
     if torch.compiler.is_compiling():
         return eps
-    # A kept one would be foreign to a mode of fake tensors, and to real ones if it were fake.
+    # A cached real tensor cannot be mixed with fake ones, nor a cached fake one with real ones.
     return (constant if is_plain_call() else constant.__wrapped__)(eps, dtype, device)
 
 
@@ -85,13 +85,13 @@ def rstd(x: torch.Tensor, eps: Any, dtype: torch.dtype) -> torch.Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if isinstance(eps, float):
         return (norm * norm / x.shape[-1] + eps).rsqrt()
-    # An operand that is a number takes as long as two calls on tensors.
+    # eps is a tensor, because an operand that is a number costs extra calls.
     return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 @functools.lru_cache
 def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return ``value`` as ``[1]``, one tensor for all calls; for plain calls only."""
+    """Return ``value`` as a tensor ``[1]`` that all calls share; only for plain calls."""
     with torch.inference_mode(False):
         return torch.full((1,), value, dtype=dtype, device=device)
 
@@ -118,7 +118,7 @@ def rms_gradients(
         return x.new_empty(0), d_weight
     if weight is not None:
         e, product = e.mul_(weight), product.mul_(weight)
-    total = product.sum(-1, keepdim=True).mul_(rho).mul_(rho)  # a mean takes twice as long
+    total = product.sum(-1, keepdim=True).mul_(rho).mul_(rho)  # faster than a mean
     return e.addcmul_(total, x, value=-1 / x.shape[-1]), d_weight
 
 

@@ -43,8 +43,8 @@ def _shared_limit(capability: tuple[int, ...]) -> int:
 
 
 # GPCs of a chip and the multiprocessors of each, by major compute capability. A cluster runs in one
-# GPC; some GPCs are larger, and smaller boards have fewer. With the numbers of a full board, a sum
-# has the same bits on all boards of PRFL_FAST_MULTIPROCESSORS.
+# GPC; some GPCs are larger, and smaller boards have fewer. These are the numbers of a full board on
+# all boards, so that PRFL_FAST_MULTIPROCESSORS alone decides the order of a sum, and so its bits.
 _GPCS = {9: (8, 16), 10: (8, 18), 12: (10, 16)}
 
 
@@ -88,9 +88,14 @@ def _fitting(
     dim: int, capability: tuple[int, ...], max_warps: dict[int, int],
     shared_bytes: Callable[[int, int, int], int], pairs: Callable[[int, int], bool], wide: bool,
 ) -> tuple[int, int, int, int] | None:  # fmt: skip
-    """Return width, warps, cluster and resident blocks of the best launch; None if none fits."""
+    """Return width, warps, cluster and resident blocks of the best launch; None if none fits.
+
+    ``pairs(width, warps)`` is True if the registers of a multiprocessor hold two blocks. Among
+    equal launches, ``wide`` takes the one with the widest warps, else the narrowest.
+    """
     limit, fitting = _shared_limit(capability), []
-    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):  # its blocks share a large D
+    # From 9.0 on, a cluster of blocks shares a large D.
+    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
         for width, most in max_warps.items():
             warps = max(4, -(-dim // (width * cluster)))  # the softmax needs four
             shared = shared_bytes(width, warps, cluster)
@@ -108,6 +113,7 @@ def pool_launch(
     """Choose the launch of the forward; None if it cannot run."""
     if not _pool_takes(batch, heads, dim, dtype, capability):
         return None
+    # Registers hold two blocks of up to 1536 columns each.
     sizes = POOL_MAX_WARPS, pool_shared_bytes, lambda width, warps: width * warps <= 1536
     if (found := _fitting(dim, capability, *sizes, wide=True)) is None:
         return None

@@ -42,9 +42,10 @@ def _checked(name: str, source: str) -> str:
 def set_backend(name: str) -> None:
     """Set the backend that every operation of this process prefers.
 
-    ``auto`` chooses CUDA C++ (16 bits, if built) or Triton for CUDA tensors and the reference for
-    CPU tensors; ``reference`` is plain PyTorch; ``triton`` and ``cuda`` choose that kernel where an
-    operation has one, else as ``auto``. ``prfl-fast doctor`` prints choices and reasons.
+    ``auto`` chooses Triton for CUDA tensors, or CUDA C++ for 16-bit ones where the operation has it
+    and it is built, and the reference for CPU tensors. ``reference`` is plain PyTorch. ``triton``
+    and ``cuda`` choose that kernel where the operation has one, and as ``auto`` does elsewhere.
+    ``prfl-fast doctor`` prints the choice of each operation and its reason.
 
     Raises:
         ValueError: if the name is unknown, or the backend's package or extension is missing.
@@ -105,7 +106,7 @@ class Operation:
         if not on_gpu:
             return Choice("reference", f"{device.type} tensors")
         if self.cuda is not None and extension_loaded() and dtype != torch.float32:
-            return Choice("cuda", "reads inputs once; predicted at twice Triton's rate")
+            return Choice("cuda", "16-bit CUDA tensors; reads inputs once")
         if self.triton is None:
             return Choice("reference", "this operation has no Triton kernel yet")
         if not HAS_TRITON:
@@ -211,7 +212,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if not is_plain_call():
             return self._dispatch(args)
-        # A backward has no check, so layouts do not matter.
+        # A backward has no check, and only checks depend on layouts.
         if self._check is None and {*map(type, args)} <= _EXPECTED and not torch.is_grad_enabled():
             return self.operation(*args)
         layouts: list[Any] = []  # what a check may read, so each key is checked once

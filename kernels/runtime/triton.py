@@ -32,8 +32,8 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-# Arguments that change with every clip: specialized on them, a kernel would be compiled again for a
-# multiple of 16, or a 1. Strides stay specialized: multiples of 16 allow loads of 16 bytes.
+# Arguments that change with every clip. Kernels are not specialized on them: otherwise a multiple
+# of 16, or a 1, would compile a kernel again. Strides stay specialized, for loads of 16 bytes.
 COUNTS = (
     "tokens", "tokens_per_row", "tokens_per_program", "rows", "rows_per_program", "programs",
     "chunks", "q_tokens", "k_tokens", "frames", "height", "width", "start_f", "start_h", "start_w",
@@ -44,8 +44,8 @@ COUNTS = (
 def capability(device: torch.device) -> tuple[int, ...]:
     """Return ``(major, minor, multiprocessors)`` of a CUDA device; (8, 0) for the interpreter.
 
-    ``PRFL_FAST_MULTIPROCESSORS`` replaces the board's number. Sums over tokens are split among
-    programs, so boards with one number of multiprocessors compute the same bits.
+    ``PRFL_FAST_MULTIPROCESSORS`` replaces the board's number, which decides how sums over tokens
+    are split among programs. Boards of one capability and number compute the same bits.
     """
     return _board(device) if device.type == "cuda" else (8, 0)
 
@@ -64,7 +64,7 @@ _PROCESSORS = {8: 108, 9: 132, 10: 148, 12: 170}
 
 
 def multiprocessors(capability: tuple[int, ...]) -> int:
-    """Return the multiprocessors of a board; those of a common board for a bare capability."""
+    """Return the number of multiprocessors; that of a common board if ``capability`` has none."""
     return capability[2] if len(capability) > 2 else _PROCESSORS.get(capability[0], 132)
 
 

@@ -21,7 +21,7 @@ class Copies:
         real = device.type == "cuda" and not fake
         self.stream = torch.cuda.Stream(device) if real else None
         self.gradient_stream = torch.cuda.Stream(device) if real else None
-        # The gradient that is on its way to the host, and the event for the end of its copy.
+        # The gradient that is being copied to the host, and the event for the end of its copy.
         self._sent: tuple[torch.Tensor, Any] | None = None
         self._backward = -1  # number of the last backward that sent one
 
@@ -51,7 +51,7 @@ class Copies:
             torch.cuda.current_stream(self.device).wait_event(copied)
 
     def send(self, host: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Copy a gradient to the host in a backward, at whose end the host waits for the copy."""
+        """Copy a gradient to the host; the host waits for the copy at the end of the backward."""
         # The device holds two gradients at most, however slow the copies are.
         self._release()
         self._sent = gradient, self.copy(host, gradient, self.reached(), gradient=True)
@@ -104,8 +104,8 @@ class HostGradients:
             if parameter.grad is not None:
                 host = parameter.grad.data
                 here = torch.empty_like(host, device=gradient.device)
-                # Copies of one stream keep their order, so a gradient that is still on its way to
-                # the host comes back whole.
+                # Copies of one stream keep their order, so a gradient whose copy to the host has
+                # not ended comes back whole.
                 copies.wait(copies.copy(here, host, copies.reached(), gradient=True))
                 parameter.grad.data = here
 

@@ -2,8 +2,8 @@
 
 A weight of torchao is a wrapper around plain tensors (codes, scales), named by
 ``__tensor_flatten__``; these wait, and the wrapper stays. A weight of bitsandbytes cannot wait: its
-backward reads the weight and the scales from attributes of its node, where no saved-tensor hook
-sees them, and would find those of another block.
+backward reads weight and scales from attributes of its node, which saved-tensor hooks do not see.
+By then the slot may hold another block, so it would read the weights of that one.
 """
 
 from collections.abc import Iterator
@@ -54,14 +54,14 @@ class WeightPart(NamedTuple):
         setattr(holder, self.path[-1], data.data)
 
     def move(self, device: torch.device) -> None:
-        """Move a wrapper with its tensors; a device of the wrapper alone cannot be changed."""
+        """Move a wrapper and its tensors, because the wrapper's own device cannot be changed."""
         if self.path and self.parameter.device != device:
             moved = nn.Parameter(self.parameter.to(device), requires_grad=False)
             self.module._parameters[self.name] = moved
 
     @property
     def aligned_bytes(self) -> int:
-        """Return the bytes of the tensor's layout, so that the next one is aligned."""
+        """Return the bytes of the tensor's layout, rounded up to align the next tensor."""
         tensor = self.tensor
         pairs = zip(tensor.shape, tensor.stride(), strict=True)
         size = (1 + sum((n - 1) * stride for n, stride in pairs)) * tensor.itemsize
@@ -69,7 +69,7 @@ class WeightPart(NamedTuple):
 
 
 def weight_parts(block: nn.Module) -> list[WeightPart]:
-    """Return all tensors of a block that can wait: those of adapters do not."""
+    """Return all tensors of a block that can wait in host memory; adapters stay on the device."""
     adapters = {id(p) for _, p in adapter_parameters(block)}
     found: dict[int, list[WeightPart]] = {}
     for module in block.modules():
@@ -91,8 +91,8 @@ def _parts(
 
 def is_torchao(tensor: Any) -> bool:
     """Return True for a wrapper of torchao."""
-    ours = type(tensor).__module__.partition(".")[0] == "torchao"
-    return ours and is_traceable_wrapper_subclass(tensor)
+    named = type(tensor).__module__.partition(".")[0] == "torchao"
+    return named and is_traceable_wrapper_subclass(tensor)
 
 
 def check_can_wait(block: nn.Module) -> None:

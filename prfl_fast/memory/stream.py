@@ -17,9 +17,10 @@ they are complete, while the backward continues, and an optimizer updates the ho
 block whose weights changed is copied again. Parameters that are added to a block later, like LoRA,
 stay on the device.
 
-On CUDA, weights and gradients are copied on a stream each: a copy waits for the last kernel that
-reads the slot, and the block's first kernel waits for the copy. On the CPU, copies are ordinary
-ones. All models on a device must run on one thread and one stream. No GPU has run this module yet.
+On CUDA, weights are copied on one stream and gradients on another. A copy of weights waits for the
+last kernel that reads the slot, and the block's first kernel waits for the copy. On the CPU, copies
+are ordinary ones. All models on a device must run on one thread and one stream. No GPU has run this
+module yet.
 """
 
 import contextlib

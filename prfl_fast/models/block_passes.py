@@ -55,10 +55,11 @@ class Layer(NamedTuple):
 
 
 class _Rows:
-    """Modulation rows of a block, as the operations take them.
+    """Hold the modulation rows of a block in the form that operations take.
 
     On a CPU a single row for all tokens is added to the table here, once for all six vectors. The
-    sums are those that the references form; they take a table as gate, and 1 + scale as weight.
+    references would form the same sums. Operations then take the sum as the gate's table, 1 + scale
+    as weight and shift as bias.
     """
 
     def __init__(
@@ -354,8 +355,8 @@ class Block(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the output; save what the parts of the block save. Without ctx, record nothing.
 
-        ``call`` is grid and offset of the tokens, and the key of layouts that ``node`` has checked
-        after the forward; None if it had before.
+        ``call`` holds grid and offset of the tokens, and the key of their layouts, which ``node``
+        remembers as checked after the forward; the key is None if it was checked before.
         """
         axes, key = call
         given, parameters = tensors[: _FIXED - _X], tensors[_FIXED - _X :]
@@ -382,7 +383,7 @@ class Block(torch.autograd.Function):
             saved = [p if save else None for p, save in zip(parameters, node.saved, strict=True)]
             ctx.save_for_backward(*given[_TIME - _X :], *saved, *run.kept)
             ctx.node, ctx.axes, ctx.projected = node, axes, run.value is None
-            # 48·D bytes, 2 % of the time of a small block; on a GPU the kernels add the rows.
+            # 48·D bytes, so that the backward does not add them again; a GPU's kernels do.
             ctx.rows = run.rows if run.rows.single else None
         return out  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Measure whether a model's blocks wait for the host."""
+"""Compare the host's time in a model's blocks with the device's."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ def _event() -> Any:
 class BlockTimer:
     """Compare the host's time with the device's in the second pass through a model's blocks.
 
-    Kernels compile in the first pass. ``event`` records a mark on the device, ``clock`` returns
-    seconds of the host.
+    The first pass is not timed, because kernels compile in it. ``event`` records a mark on the
+    device, ``clock`` returns seconds of the host.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ def is_compiler_error(error: BaseException) -> bool:
 
 
 class TimedCall:
-    """Call block ``index`` of ``blocks`` in place of its class, and time it.
+    """Call block ``index`` of ``blocks`` in place of its class, and time the call.
 
-    ``decide`` is called before the first block. It returns True once it has replaced these calls.
+    ``decide`` is called before the first block. It returns True once it has replaced the calls of
+    all blocks.
     """
 
     def __init__(

@@ -224,7 +224,7 @@ def feed_forward(
         x: ``[B, L, D]``.
         chunk: tokens per pass, see :func:`prfl_fast.utils.recompute.in_chunks`; None for all.
     """
-    if chunk is not None:  # the block of up has the weights of down too
+    if chunk is not None:  # up and down belong to one block, so its weights include both
         return in_chunks(with_weights(up, partial(feed_forward, up, down)), x, chunk)
     # On a GPU the GELU kernel adds the bias without another pass; on a CPU the product does.
     if x.device.type != "cpu" and is_plain_linear(up):

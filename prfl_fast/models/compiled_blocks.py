@@ -1,10 +1,10 @@
 """Compile transformer blocks one by one where the GPU waits for the host.
 
-Compiled blocks launch fewer kernels and skip most Python code, and round differently. They pay for
-small models and short clips, so ``auto`` measures the second call of the model: if the GPU takes no
-longer than the host, it waits for launches. No GPU has run this yet; on a CPU the tests run it with
-injected times. CUDA graphs are not used: they copy every input that is not at the same address as
-before, and keep the memory of each recorded shape.
+Compiled blocks launch fewer kernels and skip most Python code, and round differently. They save
+time with small models and short clips, so ``auto`` measures the second call of the model: if the
+GPU takes hardly longer than the host, it waits for launches. No GPU has run this yet; on a CPU the
+tests run it with injected times. CUDA graphs are not used: they copy every input that is not at the
+same address as before, and keep the memory of each recorded shape.
 """
 
 import logging
@@ -55,7 +55,7 @@ class _CompiledCall:
 
 
 class _Choice:
-    """Blocks of one model, and how they are called."""
+    """Hold the blocks of one model, and compile them or not."""
 
     def __init__(self, blocks: Sequence[Any], mode: Mode, backend: Any, timer: BlockTimer) -> None:
         self.blocks, self.backend, self.timer = blocks, backend, timer
@@ -74,7 +74,7 @@ class _Choice:
             block._compiled_call_impl = None
 
     def decide(self) -> bool:
-        """Compile the blocks or not if the times are known; return True if they are."""
+        """Return True if the times are known; then the blocks are compiled or called as before."""
         ratio = self.timer.ratio()
         if ratio is None:
             return False
@@ -92,9 +92,9 @@ def are_compiled(model: nn.Module) -> bool:
 
 
 def _why_not(model: nn.Module, blocks: Sequence[Any]) -> str | None:
-    """Return the reason why blocks are not compiled, whatever their times; None if there is none.
+    """Return the reason against compiling blocks that needs no times; None if there is none.
 
-    Compiled code has hooks built in, and cannot follow weights that come and go.
+    Compiled code has hooks built in, and cannot follow weights that are moved or dequantized.
     """
     device = device_of(model)
     if device.type != "cuda":
@@ -140,9 +140,8 @@ def compile_blocks(
 
     Args:
         model: a transformer, wrapped or not, with an adapter or a ``ModuleList`` of blocks.
-        mode: ``auto`` compiles on a CUDA device if the device waits for the host, and logs one line
-            with the ratio of their times, or the reason why not; ``on`` compiles,
-            ``off`` does not.
+        mode: ``auto`` compiles on a CUDA device if the device waits for the host, and logs the
+            ratio of their times, or the reason against it; ``on`` compiles; ``off`` does not.
         backend: backend of ``torch.compile``.
         timer: measures the times for ``auto``.
 

@@ -50,7 +50,7 @@ def why_not_compiled(
     if device != "cuda":
         return f"the latents are on {device}, where no bit must change and launches cost little"
     if ratio is None:
-        return "the first rollout measures them"
+        return "the first rollout measures their times"
     if ratio < WAITING:
         return describe_ratio(ratio)
     if not same_shape:
@@ -235,7 +235,7 @@ class RolloutEngine:
         return session
 
     def _compiles(self, x: torch.Tensor, branches: Sequence[Conditions], others: bool) -> bool:
-        """Return True if blocks are compiled; ``others``: they are in steps with gradient."""
+        """Return True if blocks are compiled; ``others`` is True if other steps do too."""
         # Eager blocks beside compiled ones would round differently.
         ratio = WAITING if others else self._timer.ratio()
         shapes = [x.shape, *({k: v.shape for k, v in c.items()} for c in branches)]
@@ -250,7 +250,7 @@ class RolloutEngine:
         if reason is None:
             self._compiled_shapes = shapes
             if self.config.compile == "auto":
-                why = "those of other steps are" if others else describe_ratio(ratio or 0.0)
+                why = "steps with gradient compile them" if others else describe_ratio(ratio or 0.0)
                 self._report_once(f"the rollout's blocks are compiled: {why}", asked=False)
         elif self.config.compile != "off":
             self._report_once(f"the rollout's blocks are not compiled: {reason}", asked=False)

@@ -78,7 +78,7 @@ def weights_of(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def with_weights(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that runs in :func:`weights_of`, for a recompute outside of the block."""
+    """Return ``function`` inside :func:`weights_of`, for recomputes outside of the block."""
 
     def run(*args: Any) -> Any:
         with weights_of(module):
