@@ -17,8 +17,8 @@ DRIVER := $(wildcard /proc/driver/nvidia/version)
 CPU_TORCH := torch==2.13.0+cpu
 TRITON := "triton>=3.6,<3.7"
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# uv installs in a quarter of pip's time. It does not read pip's settings: the two that name a mirror are handed over,
-# and where uv fails, pip does it. Neither compiles bytecode: Python does, once, for the modules it imports.
+# uv installs faster than pip. It does not read pip's settings, so the two that name a mirror are passed to it. Where uv
+# fails, pip installs. Neither compiles bytecode: Python does, once, for the modules it imports.
 # With PYTHONDONTWRITEBYTECODE, which many containers set, every process would compile torch again.
 PIP = $(BIN)/python -m pip
 pip-setting = "$${$(1):-$$($(PIP) config get global.$(2) 2>/dev/null)}"

@@ -4,8 +4,8 @@
 
 The command prints a line for each case: the predicted percent of the copy rate at three DRAM
 latencies, resident warps, bytes in flight, and what limits the kernel. ``--json`` prints a list of
-predictions instead; those of a record are taken from it if machine code, grid and model are the
-same. See ``machine_code/predict.py`` for what a prediction holds.
+predictions instead. With ``--record``, cases whose machine code, grid and model have not changed
+are read from the record. See ``machine_code/predict.py`` for what a prediction holds.
 """
 
 import argparse

@@ -29,9 +29,9 @@ CPU = torch.device("cpu")
 STEPS = (40, 1000)
 SECONDS, ROUNDS = 0.4, 2000
 WIDTHS, DTYPES = (64, 256, 512), (torch.float32, torch.bfloat16)
-# A block takes the compiler up to half a minute, so each dtype is compiled at one width.
+# Compiling a block is slow, so each dtype is compiled at one width.
 COMPILED = ((64, torch.float32), (256, torch.bfloat16))
-# Without bfloat16 units a block of D = 512 takes 3 s: fewer tokens, and no step of four blocks.
+# A CPU without bfloat16 units is slow at D = 512: fewer tokens, and no step of four blocks.
 BFLOAT16_LATENT, BFLOAT16_STEPS = (2, 16, 16), 64
 
 
@@ -147,12 +147,12 @@ def by_width(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
     records, problems = [], []
     for dim in WIDTHS:
         for dtype in DTYPES:
-            half = dtype == torch.bfloat16
+            narrow = dtype == torch.bfloat16
             preset = replace(
                 context.preset, name=f"D {dim}", dim=dim, heads=max(2, dim // 64), ffn_dim=4 * dim,
-                latent=BFLOAT16_LATENT if half else block.STEP_LATENT_ON_CPU,
+                latent=BFLOAT16_LATENT if narrow else block.STEP_LATENT_ON_CPU,
             )  # fmt: skip
-            step = not half or dim <= BFLOAT16_STEPS
+            step = not narrow or dim <= BFLOAT16_STEPS
             compiled = "compiled" in context.baselines and (dim, dtype) in COMPILED
             baselines = ("eager", "compiled", "both") if compiled else ("eager",)
             sized = replace(context, preset=preset, baselines=baselines, set_dtype=dtype)

@@ -1,8 +1,8 @@
-"""Methods of other libraries that lower memory, applied to a diffusers model on a CPU.
+"""Apply memory methods of other libraries to a diffusers model on a CPU.
 
-A copy to the device ``cpu:0`` is a real copy on a CPU, while ``cpu`` returns the tensor itself. So
-diffusers runs its own code with ``cpu:0`` as both devices. Two methods whose code needs CUDA
-streams follow their sources without them: :class:`BlockSwap`, the algorithm of musubi-tuner's
+A move to the device ``cpu:0`` copies a tensor on a CPU, while a move to ``cpu`` returns the tensor
+itself. So diffusers runs its own code with ``cpu:0`` as both devices. Two methods whose code needs
+CUDA streams follow their sources without them: :class:`BlockSwap`, the algorithm of musubi-tuner's
 ``ModelOffloader`` with pinned memory, and :class:`OffloadedActivations`, that of TRL's
 ``OffloadActivations``. Both copy with ``Tensor.copy_``, so that a ledger sees the copies.
 """
@@ -53,7 +53,7 @@ def _weights(block: nn.Module, without: set[int]) -> list[torch.Tensor]:
 
 
 class BlockSwap:
-    """Keep ``swapped`` of N blocks' weights on the host; two blocks exchange theirs at a time.
+    """Keep the weights of ``swapped`` of N blocks on the host; two blocks at a time exchange them.
 
     Before a step, the device has the first N - swapped blocks. In the forward, block i < swapped
     gives its device memory to block N - swapped + i when it has run; the backward undoes this in
@@ -103,7 +103,7 @@ class BlockSwap:
 
 
 class OffloadedActivations:
-    """Copy each saved tensor to the host and back, parameters and small tensors excepted.
+    """Copy each saved tensor to the host and back, except parameters and small tensors.
 
     A storage that is saved twice is copied once; the second tensor keeps it on the device. The last
     ``stash`` tensors of a forward stay on the device, where the first node of the backward finds
@@ -155,7 +155,7 @@ class OffloadedActivations:
 
 
 def checkpoint_selectively(model: Any, *, every_second_product: bool) -> None:
-    """Recompute blocks except their attention, and every second matrix product if asked for."""
+    """Recompute blocks, but save their attention and, if asked for, every second product."""
 
     def contexts() -> Any:
         products = {True: 0, False: 0}
@@ -182,7 +182,7 @@ def offload_groups(model: nn.Module, kind: str, *, prefetch: bool) -> Running:
     on_device: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def only_if(present: bool, move: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Skip moves of groups that are there already, as ``Tensor.to`` does on a GPU."""
+        """Skip moves of groups that are already in place, as ``Tensor.to`` does on a GPU."""
 
         def run(group: Any) -> None:
             if on_device.get(group, True) == present:
@@ -198,7 +198,7 @@ def offload_groups(model: nn.Module, kind: str, *, prefetch: bool) -> Running:
     changes = [
         (group, "onload_", only_if(False, group.onload_)),
         (group, "offload_", only_if(True, group.offload_)),
-        (source, "send_to_device", lambda value, *_, **__: value),  # the inputs are there
+        (source, "send_to_device", lambda value, *_, **__: value),  # the inputs are on the device
         (source, "TorchDeviceBackend", lambda device: mock.MagicMock()),
         (torch.Tensor, "pin_memory", pin),
         (torch.Tensor, "is_pinned", lambda tensor: True),

@@ -1,6 +1,6 @@
 """Count and time one training step under memory methods of other libraries and of prfl_fast.
 
-All methods are applied to the same unpatched model of diffusers, so that kernels play no part.
+All methods are applied to the same unpatched model of diffusers, so kernels make no difference.
 """
 
 import contextlib
@@ -109,11 +109,12 @@ ROWS: dict[str, Any] = {
     CASTING: _method(True, _cast),
     FP8: _method(True, _quantize),
 }
+# These replace the dtype of weights: they precede LoRA, and their gradients have other bits.
 BEFORE_LORA = ROUNDED = (CASTING, FP8)
 
 
 class _Counter(CostLedger):
-    """Ledger that also counts the copies between device and host of a phase."""
+    """Count the copies between device and host of each phase, beside its costs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Step:
         return torch.cat([p.grad.flatten() for p in self._parameters if p.grad is not None])
 
     def record(self) -> dict[str, Any]:
-        """Return bytes, copies and FLOPs of a second step; the first one sets the order."""
+        """Return bytes, copies and FLOPs of a second step; the first fixes the prefetch order."""
         with self.ledger as ledger:
             self("first")
             for parameter in self._parameters:
@@ -200,7 +201,7 @@ class Step:
             "peak_bytes": max(sum(live.values()) for p, live in ledger.timeline if p == "second"),
             "host_bytes": ledger.host_peak,
             "copies": {way: tuple(total) for way, total in copies.items()},
-            "flops": cost.matmul_flops + cost.attention_flops,
+            "flops": cost.flops,
         }
 
 
@@ -216,7 +217,7 @@ def measure(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
             expected = found
         record["gradient_off"] = float((found - expected).norm() / expected.norm())
         if name not in ROUNDED and not torch.equal(found, expected):
-            problems.append(f"{name}: a gradient is not that of {BASE}, bit for bit")
+            problems.append(f"{name}: a gradient differs from that of {BASE}")
         records.append(record)
     timings = harness.time_side_by_side(steps, context.device, seconds=0.5)
     for record in records:
@@ -245,10 +246,10 @@ def _table(records: list[dict[str, Any]], context: Context) -> Table:
         "musubi-tuner and FP8 recompute blocks in the backward unless they say no checkpointing.",
         "Bytes on the device, weights included: before a step, between forward and backward, at "
         "the peak. to the device, to the host: bytes and number of copies in a step. FLOPs, time: "
-        "over those of the first row. On a CPU a copy is one in memory and nothing overlaps, and "
-        "at this size most of the time is Python's. gradient off: relative L2 distance from the "
-        "first row's; 0: no bit differs.",
-        "diffusers runs its own code without streams; TRL and musubi-tuner are their algorithms, "
+        "over those of the first row. On a CPU a copy stays in memory and nothing overlaps, and at "
+        "this size Python takes most of the time. gradient off: relative L2 distance from the "
+        "gradient of the first row; 0: no bit differs.",
+        "diffusers runs its own code without streams; the algorithms of TRL and musubi-tuner are "
         "written anew without streams. Groups move trained adapters too. whole recompute: "
         "set_checkpoint_early_stop(False). Without it, a recompute ends before the hook that moves "
         "the block out. Prefetching keeps to the order of the forward: the recompute of a block "

@@ -13,7 +13,7 @@ from prfl_fast.models.inference import RolloutOptions
 from prfl_fast.planning.costs import Cost, CostLedger
 from prfl_fast.planning.simulation import fake_models
 from suites.memory_step import DEPTHS, Case, uniform
-from suites.split import flops_of, line, total
+from suites.split import line, total
 
 EIGHT_BITS = ("prfl_fast::fp8_linear", "prfl_fast::rollout_attention", "aten::_scaled_mm")
 
@@ -55,10 +55,10 @@ class EightBits(CostLedger):
         self.eight_bits: dict[str, int] = {}
 
     def on_operation(self, func, args, kwargs, given, fresh, out):
-        before = flops_of(self.costs().get(self.phase, Cost()))
+        before = self.costs().get(self.phase, Cost()).flops
         super().on_operation(func, args, kwargs, given, fresh, out)
         if func._schema.name in EIGHT_BITS:
-            added = flops_of(self.costs()[self.phase]) - before
+            added = self.costs()[self.phase].flops - before
             self.eight_bits[self.phase] = self.eight_bits.get(self.phase, 0) + added
 
 
@@ -112,7 +112,7 @@ def count(preset: Preset, num_inference_steps: int = SOLVER_STEPS) -> list[dict[
         found = tally(preset, option, num_inference_steps)
         whole = total(found["opening"], *[found["forward"]] * num_inference_steps)
         record = {"case": "rollout counted", "preset": preset.name, "option": name}
-        record |= {"num_inference_steps": num_inference_steps, "flops": flops_of(whole)}
+        record |= {"num_inference_steps": num_inference_steps, "flops": whole.flops}
         record["eight_bit_flops"] = num_inference_steps * found["8 bits"].matmul_flops
         record["moved_bytes"] = whole.moved_bytes
         record["cache_bytes"] = found["caches"].moved_bytes

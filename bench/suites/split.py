@@ -139,11 +139,6 @@ def repeats(way: Way) -> dict[str, float]:
     }
 
 
-def flops_of(cost: Cost) -> int:
-    """Return the FLOPs of products and attention."""
-    return cost.flops
-
-
 def count(preset: Preset) -> list[dict[str, Any]]:
     """Return records: FLOPs and moved bytes by part, of each way at a size, per gradient point."""
     records = []
@@ -154,7 +149,8 @@ def count(preset: Preset) -> list[dict[str, Any]]:
         times, costs = repeats(way), counted[way.reference]
         record: dict[str, Any] = {"case": "split", "preset": preset.name, "way": way.name}
         record |= {"points": way.points, "rollout_forwards": times["rollout"]}
-        for name, measure in (("flops", flops_of), ("moved_bytes", attrgetter("moved_bytes"))):
+        for name in ("flops", "moved_bytes"):
+            measure = attrgetter(name)
             found = {part: times[part] * measure(costs[part]) for part in PARTS}
             # A trajectory fills the caches of its rollout once.
             found["rollout"] += times["caches"] * measure(costs["caches"])

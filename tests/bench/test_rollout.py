@@ -51,8 +51,8 @@ def test_parts_by_two_depths_are_those_of_the_whole_model(way):
     rollout = "rollout" if way.reference else "cached rollout"
     assert found["rollout"] == whole[rollout]
     if not way.reference:
-        assert split.flops_of(whole[rollout]) < split.flops_of(whole["rollout"])
-        assert split.flops_of(found["caches"]) > 0
+        assert whole[rollout].flops < whole["rollout"].flops
+        assert found["caches"].flops > 0
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_the_references_reward_costs_its_weight_gradients_and_projections():
     projections = 2 * 2 * tokens * dim * dim  # keys and values, forward
     # Products of tokens with weights in the blocks' two halves: 6 D² + 2 D·F, a multiply-add each.
     weights = 2 * (2 * tokens * (6 * dim * dim + 2 * dim * ffn))
-    assert split.flops_of(reference) - split.flops_of(ours) > 2 * projections + weights
+    assert reference.flops - ours.flops > 2 * projections + weights
 
 
 def test_pooling_by_projections_is_the_folded_pooling():

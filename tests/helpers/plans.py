@@ -37,6 +37,16 @@ def small_workload(**options):
     return Workload(SMALL, **{**SIZE, **options})
 
 
+def cost(blocks, seconds, to_host=0, to_device=0):
+    """Return the cost of blocks that take ``seconds`` each, and of copies in MiB."""
+    return Cost(int(1e12 * blocks * seconds), 0, 0, to_host << 20, to_device << 20)
+
+
+def saved(phase, model, size):
+    """Return the event of a phase in which the blocks of a model save ``size`` MiB."""
+    return phase, [(ALLOCATE, (phase, 0, f"{model} 0", 0, 0), size << 20, "checkpoints")]
+
+
 def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None):
     """Return a simulated step in round numbers: MiB per block, seconds per block."""
     depth = layers or workload.config["num_layers"]
@@ -71,11 +81,8 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
     again = {"none": 0, "attention": 1, "full": 2}
     extra = 0.25 * chunked
 
-    def cost(blocks, seconds, to_host=0, to_device=0):
-        return Cost(int(1e12 * blocks * seconds), 0, 0, to_host << 20, to_device << 20)
-
     out, reward_out = kept * bool(memory.offload), reward_kept * bool(reward_memory.offload)
-    # A block's tensors leave when the next block comes, whosever it is.
+    # A block's tensors leave when the next block comes, of either model.
     sent = (depth - 1) * out, bool(reward_out) * (out + (reward_depth - 1) * reward_out)
     repeated = again[reward_memory.activation_checkpointing] + extra
     costs = {
@@ -92,14 +99,8 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
         costs |= {f"sft {p}": costs[p] for p in ("forward", "backward")}
     phase, high = max(timeline, key=lambda m: sum(m[1].values()))
     host = (sum(sent) + (memory.optimizer == "adamw-cpu") * depth) << 20
-    saved = [
-        ("forward", "generator", depth * kept),
-        ("reward", "reward", reward_depth * reward_kept),
-    ]
-    events = [
-        (phase, [(ALLOCATE, (phase, 0, f"{model} 0", 0, 0), size << 20, "checkpoints")])
-        for phase, model, size in saved
-    ]
+    events = [saved("forward", "generator", depth * kept)]
+    events += [saved("reward", "reward", reward_depth * reward_kept)]
     run = Simulation(sum(high.values()), phase, high, host, timeline, costs, events)
     if memory.stream_weights is None:
         return run

@@ -103,7 +103,7 @@ def test_failures_leave_nothing_behind(fail, policy, monkeypatch):
 
 class Moment(float):
     def synchronize(self):
-        """Tell that the host waited."""
+        """Return at once: the host does not wait."""
 
 
 class SimulatedCopies(streaming.Copies):

@@ -13,6 +13,7 @@ from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.memory.stream import waiting_weights
 from prfl_fast.planning.simulation import build, stream_models
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
@@ -57,7 +58,7 @@ FAST = ["bf16 attention cpu chunk None", "adamw8bit, fp32 gradients, 2 points x 
 
 @pytest.fixture(autouse=True)
 def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not, which is one operation more."""
+    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
 
 
 def counted(workload, memory, reward_memory):
@@ -76,7 +77,7 @@ def counted(workload, memory, reward_memory):
     for model in (generator, reward):
         held += [*model.parameters(), *model.buffers()]
     if memory.stream_weights is not None:
-        streamed = [*stream_blocks(generator), *stream_blocks(reward.backbone)]
+        streamed = [*waiting_weights(generator), *waiting_weights(reward.backbone)]
         waiting = {id(p) for weights in streamed for p in weights.parameters()}
         held += [slot.memory for slot in streamed[0].slots.order]
     states = sum(state_bytes(kind, p.shape, p.dtype)[0] for p in parameters)
@@ -87,12 +88,6 @@ def counted(workload, memory, reward_memory):
             assert prfl(noise, conditions, indices=[3 - i for i in range(points)][::-1]).finite
             del noise
     return before + ledger.peak
-
-
-def stream_blocks(model):
-    from prfl_fast.memory.stream import waiting_weights
-
-    return waiting_weights(model)
 
 
 @pytest.mark.parametrize("name", slow_except(CASES, FAST))
