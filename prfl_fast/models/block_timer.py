@@ -65,12 +65,6 @@ def describe_ratio(ratio: float) -> str:
     return f"the host takes {100 * ratio:.0f} % of the GPU's time in them"
 
 
-def is_compiler_error(error: BaseException) -> bool:
-    """Return True if an error comes from torch.compile, not from the compiled code."""
-    modules = [kind.__module__ for kind in type(error).__mro__]
-    return any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules)
-
-
 class TimedCall:
     """Call block ``index`` of ``blocks`` in place of its class, and time the call.
 

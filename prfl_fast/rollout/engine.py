@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions
-from prfl_fast.models.block_timer import WAITING, BlockTimer, describe_ratio, is_compiler_error
-from prfl_fast.models.compiled_blocks import are_compiled
+from prfl_fast.models.block_timer import WAITING, BlockTimer, describe_ratio
+from prfl_fast.models.compiled_blocks import are_compiled, is_compiler_error
 from prfl_fast.models.inference import (
     LayerPrecision,
     RolloutModel,
