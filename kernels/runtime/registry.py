@@ -212,9 +212,10 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if not is_plain_call():
             return self._dispatch(args)
-        # A backward has no check, and only checks depend on layouts.
+        # A backward has no check, and only checks depend on layouts. Meta tensors run no kernel.
         if self._check is None and {*map(type, args)} <= _EXPECTED and not torch.is_grad_enabled():
-            return self.operation(*args)
+            if not next(_tensors(args)).is_meta:
+                return self.operation(*args)
         layouts: list[Any] = []  # what a check may read, so each key is checked once
         recorded = _add_layouts(layouts, args)
         if recorded is None:

@@ -57,6 +57,13 @@ def test_triton_runs_where_no_extension_is_built(anything_goes, operation, monke
     assert operation.choose(CUDA, torch.bfloat16).backend == "triton"
 
 
+def test_backwards_of_meta_tensors_run_no_implementation():
+    x, weight = (torch.empty(size, device="meta", requires_grad=True) for size in ((1, 6, 8), 8))
+    out, _ = kernels.qk_norm_rope(kernels.bias_gelu(x, weight), x, weight, weight, heads=2)
+    out.sum().backward()
+    assert x.grad.is_meta and x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_an_operation_without_kernels_runs_its_reference(anything_goes, backend, device):
