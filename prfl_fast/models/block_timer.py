@@ -11,9 +11,10 @@ import torch
 WAITING = 0.9
 
 
-def _event() -> Any:
+def _event(device: torch.device | None) -> Any:
+    # The current device need not be that of the model.
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
@@ -21,11 +22,13 @@ class BlockTimer:
     """Compare the host's time with the device's in the second pass through a model's blocks.
 
     The first pass is not timed, because kernels compile in it. ``event`` records a mark on the
-    device, ``clock`` returns seconds of the host.
+    device of the block's inputs, ``clock`` returns seconds of the host.
     """
 
     def __init__(
-        self, event: Callable[[], Any] = _event, clock: Callable[[], float] = time.perf_counter
+        self,
+        event: Callable[[torch.device | None], Any] = _event,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._event, self._clock = event, clock
         self._next, self._passes = 0, 0  # block of this pass, passes that have ended
@@ -40,16 +43,18 @@ class BlockTimer:
         """Return ``run(...)``, the call of block ``index`` of ``count``."""
         if self._passes == 2:
             return run(*args, **kwargs)
+        inputs = (t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        device = next((t.device for t in inputs), None)
         if index == 0:
             self._next = 0
             if self._passes == 1:
-                self._start, self._begin = self._event(), self._clock()
+                self._start, self._begin = self._event(device), self._clock()
         out = run(*args, **kwargs)
         self._next = self._next + 1 if index == self._next else count + 1  # a pass has all blocks
         if self._next == count:
             self._passes += 1
             if self._passes == 2:
-                self.host, self._end = self._clock() - self._begin, self._event()
+                self.host, self._end = self._clock() - self._begin, self._event(device)
         return out
 
     def ratio(self) -> float | None:

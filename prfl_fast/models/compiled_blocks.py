@@ -55,15 +55,23 @@ class _CompiledCall:
                 raise
             first = str(error).strip().splitlines()[:1]
             _log.warning("blocks are not compiled: %s: %s", type(error).__name__, first)
-            self.choice.clear()
+            _clear(self.choice.blocks)
             return self.block(*args, **kwargs)
+
+
+def _clear(blocks: Sequence[Any]) -> None:
+    for block in blocks:
+        if isinstance(block._compiled_call_impl, (TimedCall, _CompiledCall)):
+            block._compiled_call_impl = None
 
 
 class _Choice:
     """Hold the blocks of one model, and compile them or not."""
 
-    def __init__(self, blocks: Sequence[Any], mode: Mode, backend: Any, timer: BlockTimer) -> None:
-        self.blocks, self.backend, self.timer = blocks, backend, timer
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[Any], mode: Mode, backend: Any, timer: BlockTimer
+    ) -> None:
+        self.model, self.blocks, self.backend, self.timer = model, blocks, backend, timer
         self.optional = mode == "auto"
         for index, block in enumerate(blocks):
             block._compiled_call_impl = TimedCall(timer, self.decide, blocks, index)
@@ -74,19 +82,20 @@ class _Choice:
         for block in self.blocks:
             block._compiled_call_impl = _CompiledCall(self, block)
 
-    def clear(self) -> None:
-        for block in self.blocks:
-            block._compiled_call_impl = None
-
     def decide(self) -> bool:
         """Return True if the times are known; then the blocks are compiled or called as before."""
+        if torch._C._current_graph_task_id() != -1:  # a recompute of blocks that ran eagerly
+            return False
         ratio = self.timer.ratio()
         if ratio is None:
             return False
-        waiting = ratio >= WAITING
-        self.compile() if waiting else self.clear()
-        now = "compiled" if waiting else "not compiled"
-        _log.info("blocks are %s: %s", now, describe_ratio(ratio))
+        _clear(self.blocks)
+        reason = _why_not(self.model, self.blocks)  # the model may have changed since it was asked
+        if reason is None and ratio >= WAITING:
+            self.compile()
+            _log.info("blocks are compiled: %s", describe_ratio(ratio))
+        else:
+            _log.info("blocks are not compiled: %s", reason or describe_ratio(ratio))
         return True
 
 
@@ -160,12 +169,10 @@ def compile_blocks(
             compile_blocks(expert, mode, backend=backend)
         return model
     blocks = list(find_blocks(model).blocks(model))
-    for block in blocks:
-        if isinstance(block._compiled_call_impl, (TimedCall, _CompiledCall)):
-            block._compiled_call_impl = None
+    _clear(blocks)
     reason = _why_not(model, blocks) if mode == "auto" else None
     if reason is not None:
         _log.info("blocks are not compiled: %s", reason)
     elif mode != "off":
-        _Choice(blocks, mode, backend, timer or BlockTimer())
+        _Choice(model, blocks, mode, backend, timer or BlockTimer())
     return model

@@ -8,6 +8,7 @@ import torch
 import wan
 from engine_world import make_wan, wan_inputs
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prfl_fast.memory import activation_checkpointing, quantize
 from prfl_fast.memory.stream import stream_weights
@@ -35,7 +36,7 @@ class Times:
         self.now += 1.0
         return self.now
 
-    def event(self):
+    def event(self, device):
         self.marks += 1
         number = self.marks
 
@@ -102,6 +103,49 @@ def test_timing_changes_no_bit():
     timed = run(model)
     assert torch.equal(plain[0], timed[0])
     assert all(torch.equal(g, timed[1][n]) for n, g in plain[1].items())
+
+
+def checkpointed(model):
+    """Let each call of the model be recomputed as a whole, of which its blocks know nothing."""
+    forward = model.forward
+    model.forward = lambda *args, **options: checkpoint(
+        forward, *args, use_reentrant=False, **options
+    )
+
+
+CHANGES = {
+    "by diffusers": lambda model: model.enable_gradient_checkpointing(),
+    "by us": activation_checkpointing,
+    "by the user": checkpointed,
+}
+
+
+@pytest.mark.parametrize("which", CHANGES)
+def test_checkpointing_that_begins_while_blocks_are_timed(which, caplog):
+    """A block that ran eagerly is not recomputed compiled."""
+    caplog.set_level(logging.INFO, "prfl_fast")
+    plain, model = run(build()), build()
+    compile_blocks(model, backend="eager", timer=Times(1.0).timer())
+    run(model)
+    CHANGES[which](model)
+    found = run(model)
+    assert torch.equal(found[0], plain[0])
+    assert all(torch.equal(g, found[1][n]) for n, g in plain[1].items())
+    if which != "by the user":
+        run(model)
+        (line,) = said(caplog)
+        assert line.startswith("blocks are not compiled: activation checkpointing")
+
+
+def test_events_are_recorded_on_the_device_of_the_blocks(monkeypatch):
+    streams = []
+    event = SimpleNamespace(record=streams.append)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    timer, x = BlockTimer(), torch.empty(0, device="meta")
+    for _ in range(2):
+        timer(0, 1, lambda **inputs: None, hidden_states=x)
+    assert streams == [x.device] * 2
 
 
 @pytest.mark.slow
