@@ -1,8 +1,8 @@
 """``prfl-fast``: the command line, from clips to compared videos.
 
-All inputs of a run are checked and loaded before the first file is written. An input error is one
-line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if a
-device was full, 128 + the signal's number after a signal. Each command imports the optional
+All inputs of a run are checked and loaded before the first file is written. An input error is the
+last line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if
+a device was full, 128 + the signal's number after a signal. Each command imports the optional
 packages that it needs, so ``doctor`` works with torch alone.
 """
 
@@ -205,7 +205,8 @@ def _run(options: argparse.Namespace) -> int:
         name = f"run_{options.command}"
         # Importing torch and diffusers takes seconds, so this line is printed first.
         if options.command == "plan" and "torch" not in sys.modules:
-            print("prfl-fast plan: simulates training steps, please wait", file=sys.stderr)
+            each = " for each row" if options.table else ""
+            print(f"prfl-fast plan: simulates training steps{each}, please wait", file=sys.stderr)
         with no_collection():  # imports leave no garbage behind
             run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
         return run(options)

@@ -41,7 +41,7 @@ def _print_table(options: argparse.Namespace) -> int:
     """Print the largest video that fits each GPU, for each model."""
     fixed = ("budget", "apply", "plot", "frames", "height", "width")
     given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
-    given += ["--json"] * options.json
+    given += ["--weight-dtype"] * (options.weight_dtype != "auto") + ["--json"] * options.json
     check(not given, "--table", f"given with {' and '.join(given)}", "given without")
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     models = overview.MODELS if options.model is None else (options.model,)
@@ -53,12 +53,12 @@ def _print_table(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
+    if options.host_budget is not None:
+        planner.size_of(options.host_budget, "--host-budget")
     if options.table:
         return _print_table(options)
     if options.budget is not None:
         planner.budget_of(options.budget, "--budget")
-    if options.host_budget is not None:
-        planner.size_of(options.host_budget, "--host-budget")
     path = None if options.apply is None else Path(options.apply)
     if path is not None:
         _check_target("--apply", path)

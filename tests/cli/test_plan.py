@@ -263,6 +263,8 @@ BAD = {
     "--budget 24": "--budget is '24 bytes', expected a size like 24GiB",
     "--host-budget 64": "--host-budget is '64 bytes', expected a size like 64GiB",
     "--host-budget much": "--host-budget is 'much', expected",
+    "--table --host-budget much": "--host-budget is 'much', expected",
+    "--table --weight-dtype fp8 --json": "--table is 'given with --weight-dtype and --json', expec",
     "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
     "--model FLUX": "FLUX/config.json is not a configuration of a transformer: class of",
     "--model LIST": "LIST/config.json is not a configuration of a transformer: ",
