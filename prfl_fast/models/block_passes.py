@@ -342,7 +342,10 @@ class _Backward:
             sums = [d_shift, d_scale, d_gate, d_ffn_shift, d_ffn_scale, d_ffn_gate]
             d_time = torch.stack(sums, 1)
             found[_TIME] = d_time if need[_TIME] else None
-            found[_TABLE] = d_time.sum(0) if need[_TABLE] else None
+            if need[_TABLE]:
+                # Each vector alone, as its operation would add the rows, so that no bit differs.
+                one = len(d_time) == 1
+                found[_TABLE] = d_time.sum(0) if one else torch.stack([v.sum(0) for v in sums])
         return found
 
 

@@ -100,9 +100,8 @@ class _Choice:
 
 
 def are_compiled(model: nn.Module) -> bool:
-    """Return True if :func:`compile_blocks` has compiled the blocks of a supported model."""
-    blocks = find_blocks(model).blocks(model)
-    return any(isinstance(block._compiled_call_impl, _CompiledCall) for block in blocks)
+    """Return True if :func:`compile_blocks` has compiled the blocks of a model."""
+    return any(isinstance(m._compiled_call_impl, _CompiledCall) for m in model.modules())
 
 
 def _why_not(model: nn.Module, blocks: Sequence[Any]) -> str | None:
@@ -172,7 +171,8 @@ def compile_blocks(
     _clear(blocks)
     reason = _why_not(model, blocks) if mode == "auto" else None
     if reason is not None:
-        _log.info("blocks are not compiled: %s", reason)
+        level = logging.DEBUG if device_of(model).type == "cpu" else logging.INFO
+        _log.log(level, "blocks are not compiled: %s", reason)
     elif mode != "off":
         _Choice(model, blocks, mode, backend, timer or BlockTimer())
     return model

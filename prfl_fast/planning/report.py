@@ -136,8 +136,8 @@ def _ledger(plan: Plan) -> list[str]:
     lines = [f"Ledger at the peak, in the {plan.peak_phase} phase"]
     rows = [(name, plan.categories.get(name, 0), _MEANING[name]) for name in CATEGORIES]
     rows.append(("total", plan.peak, "live bytes of tensors on the device"))
-    several = f"; {_GPUS} GPUs of one machine take {gib(_GPUS * plan.host)}" if plan.host else ""
-    rows.append(("host", plan.host, f"pinned host memory per GPU, at its own peak{several}"))
+    several = f"; {_GPUS} GPUs take {gib(_GPUS * plan.host).strip()}" if plan.host else ""
+    rows.append(("host", plan.host, f"pinned host memory per GPU, at its peak{several}"))
     for name, value, meaning in rows:
         if value or name in ("total", "host"):
             lines.append(f"  {name:<12}{gib(value):>12}  {meaning}")

@@ -192,7 +192,7 @@ REASONS = {
 
 @pytest.mark.parametrize("which", REASONS)
 def test_reasons_against(which, caplog, on_a_gpu):
-    caplog.set_level(logging.INFO, "prfl_fast")
+    caplog.set_level(logging.DEBUG, "prfl_fast")
     change, words = REASONS[which]
     model = build()
     change(model)
