@@ -17,13 +17,13 @@ DRIVER := $(wildcard /proc/driver/nvidia/version)
 CPU_TORCH := torch==2.13.0+cpu
 TRITON := "triton>=3.6,<3.7"
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# uv installs faster than pip. It does not read pip's settings, so the two that name a mirror are passed to it. Where uv
-# fails, pip installs. Neither compiles bytecode: Python does, once, for the modules it imports.
+# uv installs faster than pip. It does not read pip's settings, so those of mirrors and constraints are passed to it.
+# Where uv fails, pip installs. Neither compiles bytecode: Python does, once, for the modules it imports.
 # With PYTHONDONTWRITEBYTECODE, which many containers set, every process would compile torch again.
 PIP = $(BIN)/python -m pip
 pip-setting = "$${$(1):-$$($(PIP) config get global.$(2) 2>/dev/null)}"
 UV = UV_FIND_LINKS=$(call pip-setting,PIP_FIND_LINKS,find-links) UV_DEFAULT_INDEX=$(call pip-setting,PIP_INDEX_URL,index-url) \
-  $(BIN)/uv pip install -q --python $(BIN)/python
+  UV_CONSTRAINT=$(call pip-setting,PIP_CONSTRAINT,constraint) $(BIN)/uv pip install -q --python $(BIN)/python
 install = (echo install $(1); $(UV) $(1) || $(PIP) install --no-compile $(1))
 install-cpu-torch = $(call install,$(CPU_TORCH)) || $(call install,$(CPU_TORCH) --index-url $(CPU_INDEX))
 export PYTHONDONTWRITEBYTECODE :=

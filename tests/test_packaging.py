@@ -158,3 +158,38 @@ def test_prfl_fast_cuda_is_checked(value):
     ran = run(sys.executable, "setup.py", "--version", PRFL_FAST_CUDA=value)
     assert ran.returncode != 0
     assert f"PRFL_FAST_CUDA is '{value}', expected 0, 1 or auto" in ran.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
+    """Mirrors and constraints; a variable of pip is preferred to its file."""
+    shown = 'echo "$UV_FIND_LINKS|$UV_DEFAULT_INDEX|$UV_CONSTRAINT|$*" >> ' + str(
+        tmp_path / "shown"
+    )
+    scripts = {
+        "python": 'test "$4" = get && echo "of $5" || echo "pip $*"',
+        "uv": f"{shown}; false",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in scripts.items():
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+    settings = {"PIP_FIND_LINKS": "", "PIP_INDEX_URL": "", "PIP_CONSTRAINT": "own.txt"}
+    command = [
+        "make",
+        "-s",
+        f"VENV={tmp_path}",
+        "--eval",
+        "some: ; @$(call install,one two)",
+        "some",
+    ]
+    made = run(*command, **settings)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.splitlines() == [
+        "install one two",
+        "pip -m pip install --no-compile one two",
+    ]
+    given = f"pip install -q --python {tmp_path}/bin/python one two"
+    links, index = "of global.find-links", "of global.index-url"
+    assert (tmp_path / "shown").read_text() == f"{links}|{index}|own.txt|{given}\n"
