@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prfl_fast.memory import activation_checkpointing, quantize
 from prfl_fast.memory.stream import stream_weights
-from prfl_fast.models import compile_blocks, compiled_blocks
+from prfl_fast.models import Experts, compile_blocks, compiled_blocks
 from prfl_fast.models.block_timer import BlockTimer, TimedCall
 from prfl_fast.models.compiled_blocks import are_compiled
 from prfl_fast.models.registry import patch
@@ -169,6 +169,16 @@ def test_rollouts_of_a_model_with_compiled_blocks():
     out = rollout(model, x, conditions, FlowEuler(), 3, rollout_config=engine)
     assert torch.equal(out, plain) and not any("as it is" in note for note in engine.notes)
     assert all(isinstance(block._compiled_call_impl, TimedCall) for block in model.blocks)
+
+
+def test_rollouts_of_two_experts():
+    x, conditions = wan_inputs()
+    model = Experts(make_wan(), make_wan(), 0.5)
+    plain = rollout(model, x, conditions, FlowEuler(), 3)
+    out = rollout(model, x, conditions, FlowEuler(), 3, rollout_config=RolloutConfig())
+    assert torch.equal(out, plain) and not are_compiled(model)
+    compile_blocks(model.low, "on", backend="eager")
+    assert are_compiled(model)
 
 
 REASONS = {
