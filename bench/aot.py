@@ -65,8 +65,6 @@ def compile_case(case: AotCase, capability: int) -> Any:
         {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.endswith(":16")},
     )
     target = GPUTarget("cuda", capability, 32)
-    # Line numbers hold the path of this checkout, which must not change the bytes of a cubin.
-    triton.knobs.compilation.disable_line_info = True
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.maxnreg is not None:
         options["maxnreg"] = case.maxnreg

@@ -11,6 +11,7 @@ are read from the record. See ``machine_code/predict.py`` for what a prediction 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no grids of {', '.join(unknown)}; there are {', '.join(sorted(GRIDS))}")
     known = {p.code: p for p in read_record(options.record) if p.code} if options.record else {}
+    # Line numbers hold the path of this checkout, which must not change the bytes of a cubin. The
+    # variable, unlike Triton's setting in Python, is part of the key of its cache.
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     every = []
     for op in options.ops or sorted(GRIDS):
         for arch in options.arch:
