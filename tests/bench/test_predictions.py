@@ -338,6 +338,7 @@ def test_the_newest_record_is_read(tmp_path):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_known_machine_code_is_not_replayed(tmp_path):
     """Change the shares of a record: they come back for the same code, and only for it."""
     first, second = predict.find(90, ["flow_loss"], "backward")

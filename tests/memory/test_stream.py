@@ -30,7 +30,7 @@ pytest.importorskip("diffusers")
 EACH_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=str)
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(4)
 @EACH_POLICY
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
