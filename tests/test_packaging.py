@@ -124,6 +124,7 @@ def test_diffusers_imports_from_the_root():
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_the_checkout_runs_without_being_installed(tmp_path):
     """Python in the root of a clone imports the kernels beside prfl_fast, or says why not."""
     for name in ("prfl_fast", "kernels"):

@@ -27,6 +27,7 @@ def test_a_patched_block_makes_few_calls():
         assert 0 < calls[0] and 0 < calls[1] < limit
 
 
+@pytest.mark.slow
 def test_a_block_and_a_step_by_width_and_dtype(monkeypatch, one_round):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(host, "WIDTHS", (32,))

@@ -95,6 +95,7 @@ def quick(monkeypatch, one_round):
     monkeypatch.setattr(kept, "SIZES", memory.SIZES)
 
 
+@pytest.mark.slow
 def test_a_run_writes_tables_records_and_the_curves(quick, tmp_path, capsys):
     status, record = run_suites(tmp_path, "memory")
     assert status == 0, capsys.readouterr().err

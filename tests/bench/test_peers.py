@@ -36,6 +36,7 @@ def needs_groups():
         pytest.skip("this diffusers is older than 0.42")
 
 
+@pytest.mark.slow
 def test_copies_and_bytes_of_methods_that_move_weights(small):
     needs_groups()
     groups = "diffusers: groups of a block, whole recompute"

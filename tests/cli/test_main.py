@@ -81,6 +81,7 @@ def test_a_signal_ends_a_command_with_one_line(root, monkeypatch, capsys, number
     assert capsys.readouterr().err == f"prfl-fast inspect: stopped by {number.name}\n"
 
 
+@pytest.mark.slow
 def test_doctor_needs_torch_alone(tmp_path):
     names = "diffusers peft yaml rich safetensors tqdm triton tensorboard transformers".split()
     path = tmp_path / "c.yaml"

@@ -86,7 +86,7 @@ def negative(family):
     return () if family == "hunyuan" else ("--negative", "Bad.")
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("family", FLOWS)
 def test_samples_are_those_of_the_pipeline_with_our_solver(family, folder_of, tmp_path):
     folder, options = folder_of(family), {}

@@ -78,7 +78,7 @@ def fail_in_copy(model, index, patch):
 FAILURES = [fail_in_block, fail_by_interrupt, fail_in_backward, fail_in_second_run, fail_in_copy]
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("policy", POLICIES[::2], ids=str)
 @pytest.mark.parametrize("fail", FAILURES)
 def test_failures_leave_nothing_behind(fail, policy, monkeypatch):

@@ -104,7 +104,7 @@ ROLLOUTS = {
 }
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 @pytest.mark.parametrize("is_patched", [True, False], ids=["patched", "unpatched"])
 def test_rollouts(rollout, is_patched):
@@ -134,6 +134,7 @@ def test_the_models_share_the_memory_of_their_blocks(monkeypatch):
     assert len(slots.order) == 2
 
 
+@pytest.mark.slow
 def test_divergence_runs_without_adapters_inside_the_backward():
     models = [world(config) for config in (RESIDENT, STREAMED)]
     for plan in ("prfl", "draft"):
@@ -145,7 +146,7 @@ def mean_square(model, scale):
     return find_adapter(model).velocity(model, x * scale, timestep, conditions).square().mean()
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype,gradient_dtype", [("fp32", "parameter"), ("bf16", "fp32")])
 @pytest.mark.parametrize("kind", ["adamw-cpu", "adamw"])
 def test_training_all_weights(kind, dtype, gradient_dtype):

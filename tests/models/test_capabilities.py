@@ -9,7 +9,7 @@ def test_the_table_has_the_rows_of_the_checks():
 
 
 @pytest.mark.filterwarnings("error:a patched block runs its own forward")
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", capabilities.ROWS)
 def test_a_row_says_what_runs(name):
     found = capabilities.cells(name)

@@ -73,7 +73,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("device, compiled", [(1.1, True), (3.0, False), (1.0, True)])
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 def test_blocks_are_compiled_if_the_device_waits(device, compiled, caplog):
     caplog.set_level(logging.INFO, "prfl_fast")
     model, times, graphs = build(), Times(device), []

@@ -91,6 +91,7 @@ def test_patch_is_reversible(case):
     assert torch.equal(families.run(model, *arguments)[0], before)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", CASES)
 def test_memory_policies(case, monkeypatch):
     """Give the same bits in every mode; frozen FP8 weights with LoRA run."""
@@ -115,6 +116,7 @@ def test_memory_policies(case, monkeypatch):
     assert len(trained) > 0.8 * len(lora)  # the last text stream of 1.5 reaches no output
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", CASES)
 def test_latent_reward(case, tmp_path):
     model = prfl_fast.patch(families.tiny(case))
@@ -161,6 +163,7 @@ def test_rollouts(case):
         assert torch.equal(exact.velocity(x, 0), own)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_prfl_step(case):
     model = add_lora(prfl_fast.patch(families.tiny(case)))

@@ -234,6 +234,7 @@ def test_one_graph_for_all_blocks_and_steps(change, graphs):
         numerics.assert_within_twice(out, plain, oracle, rounding=4)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one(graphs):
     work = Case(build())
     plain = work.plain()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from allocations import allocator_peak
 from plans import ledger_of, prepared
-from tiers import slow_except
 
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.optimizers import make_optimizer
@@ -101,7 +100,8 @@ def _poison_empty():
 CASES = [(name, policy) for name in WORK for policy in POLICIES]
 
 
-@pytest.mark.parametrize("case", slow_except(CASES, [("ltx", "attention")]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_peak_is_what_training_really_allocates(case):
     name, policy = case
     memory = POLICIES[policy]

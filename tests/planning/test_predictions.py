@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from plans import SMALL, ledger_of, prepared
-from tiers import slow_except
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
@@ -53,7 +52,6 @@ CASES["streamed, adamw-cpu"] = (
     FULL,
     MemoryConfig("bf16", "full", optimizer="adamw-cpu", stream_weights=1),
 )
-FAST = ["bf16 attention cpu chunk None"]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +88,8 @@ def counted(workload, memory, reward_memory):
     return before + ledger.peak
 
 
-@pytest.mark.parametrize("name", slow_except(CASES, FAST))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_predicted_bytes_are_within_one_percent_of_those_counted(name):
     workload, memory = CASES[name]
     frozen = replace(memory, optimizer="adamw", gradient_dtype="parameter")

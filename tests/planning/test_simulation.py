@@ -281,6 +281,7 @@ def test_what_a_workload_refuses():
     assert Workload({"num_layers": 30}, height=480, width=832).tokens == 32760
 
 
+@pytest.mark.slow
 def test_a_given_first_frame_costs_rows_per_token_only_unpatched():
     """At 30 blocks and 27 280 tokens a row of modulation per token takes 2 GB in every forward."""
     patched, plain, text = (

@@ -202,6 +202,7 @@ def test_the_count_of_a_drift_guard_resumes_too(root, runner, tmp_path):
     assert [r["step"] for r in log(out) if "prfl/drift" in r] == [1, 4]
 
 
+@pytest.mark.slow
 def test_reward_training_resumes_too(root, runner, tmp_path):
     def fit(out, **options):
         content = config("train-reward", root, out, {"run.steps": 4})

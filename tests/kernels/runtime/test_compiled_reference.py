@@ -33,6 +33,7 @@ def compile_recorded():
     torch._dynamo.reset()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["", "autocast"])
 def test_cpu_tensors_are_traced_into_the_reference(compile_recorded, dtype):
     compiled, names = compile_recorded

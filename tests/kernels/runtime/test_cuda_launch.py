@@ -44,6 +44,7 @@ def test_what_the_kernels_decline_goes_elsewhere(monkeypatch, case):
             assert_same_bits(operation.cuda(*arguments), operation.reference(*arguments))
 
 
+@pytest.mark.slow
 @needs_gxx
 def test_offsets_past_int32(launches, sparse_tensor):
     """Take far tokens, then far samples."""

@@ -151,6 +151,7 @@ def test_environment_variable_sets_the_backend():
     assert "PRFL_FAST_BACKEND is 'fastest', expected one of auto, reference" in run.stderr
 
 
+@pytest.mark.slow
 def test_everything_imports_and_runs_without_triton():
     run = run_python("""
         import importlib.abc, sys
