@@ -51,6 +51,7 @@ def test_sdist_holds_the_sources_of_the_extension(dist):
         assert str(file.relative_to(ROOT)) in names
 
 
+@pytest.mark.slow
 def test_installed_wheel_imports_and_leaves_the_name_kernels_free(dist, tmp_path):
     (wheel,) = dist.glob("*.whl")
     target = tmp_path / "site"

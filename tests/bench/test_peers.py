@@ -59,6 +59,7 @@ def test_copies_and_bytes_of_methods_that_move_weights(small):
     assert_rectangular(peers._table(records, make_context()))
 
 
+@pytest.mark.slow
 def test_offloaded_activations_copy_a_storage_once(small):
     activations = "TRL: activations offloaded"
     records, problems = peers.measure(small(activations))

@@ -337,7 +337,7 @@ def guided_world(model):
     return textbook.World(velocity, loss_of())
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("method", ["prfl-3", "refl", "draft-3", "instructvideo-3"])
 def test_guidance_passes_the_gradient_through_both_branches(method, batched):
@@ -353,7 +353,7 @@ def test_guidance_of_noise_optimization(batched):
     assert_reno(step(NOISE, TEXT), guided_world(theirs))
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("copied", [copy.deepcopy, patched], ids=["unpatched", "patched"])
 @pytest.mark.parametrize("plan", [GradientPlan.prfl(), GradientPlan.prfl(3), GradientPlan.draft(3)])
 def test_divergence_from_the_initial_model(plan, copied):
@@ -397,7 +397,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_expectation_over_all_draws_is_the_plans_target(name):
     plan, targets = TARGETS[name]

@@ -25,7 +25,7 @@ def drop_gradient(parameter):
     parameter.grad = None
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
 @EACH_MODE
 def test_two_blocks_on_the_device_at_most(mode, patched):

@@ -36,6 +36,7 @@ def test_outputs_and_gradients_within_twice(case, layout):
     errors.assert_within_twice()
 
 
+@pytest.mark.slow
 @pytest.mark.cases(1)
 @pytest.mark.triton
 @pytest.mark.parametrize("case", slow_except(wan.CASES, ("t2v", "per-token")))

@@ -125,6 +125,7 @@ def test_repeated_blocks_stand_for_whole_depth(name):
     assert short.costs == whole.costs
 
 
+@pytest.mark.slow
 def test_more_blocks_take_no_device_memory():
     deep = replace(WORK, model={**CONFIG, "num_layers": 12})
     few, many = (simulate(work, *CASES["full"]) for work in (WORK, deep))

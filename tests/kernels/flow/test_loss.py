@@ -81,6 +81,7 @@ def test_few_and_many_elements(shape, dtype):
     compare(make(shape, dtype, FP32, FP32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_the_sum_is_exact_but_for_its_rounding(backend, monkeypatch, offset):
     """Sum any number of elements: ten million, or as many for each of fewer multiprocessors."""

@@ -103,7 +103,7 @@ class TestResidualNormModulate(OperationTests):
 compare = TestResidualNormModulate.compare
 
 
-@pytest.mark.cases(12)
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "none")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_with_any_arguments(backend, kind, parts):
@@ -116,13 +116,14 @@ def test_shapes(backend, shape, dtype):
     compare(make(shape, dtype, **parts))
 
 
+@pytest.mark.slow
 def test_a_token_too_wide_for_one_pass(backend):
     """Run the backward in three passes past 12 elements a thread."""
     compare(make((2, 8000), **ALL))
     compare(make((2, 8000), **AFFINE))
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "gate, rows", [(1, 2), (2, 1), (6, 12), (12, 6), (4, 6), (3, 4), (1, 12), (12, 1), (12, 12)]
 )
@@ -186,6 +187,7 @@ def test_an_unused_output(backend, parts, used):
     compare(make((2, 2, 24), BF16, **parts), grads=one_gradient(used, (2, 2, 24)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [0, 1])
 def test_an_unused_output_with_a_row_index(backend, used):
     fixed = {"row_index": torch.randint(0, 3, (2, 3))}
