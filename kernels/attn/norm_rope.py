@@ -88,7 +88,14 @@ def _turn(z: torch.Tensor, turns: Any, heads: int, overwrite: bool) -> torch.Ten
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).view(z.shape)
 
 
-def _turns(cos, sin, grid, offset, pairs, dtype):
+def _turns(
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    grid: list[int],
+    offset: list[int],
+    pairs: int,
+    dtype: torch.dtype,
+) -> Any:
     """Return e^{iφ} of every token, complex ``[L, 1, pairs]``, or ``[L, heads, pairs]``.
 
     For a compiler, which generates no code for complex numbers, return (real, imaginary) parts.

@@ -1,6 +1,7 @@
 """3-D rotary positions: the tables, the angle of every token, the rotation of a block of heads."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,7 +140,16 @@ def rotate(b_z, b_cos, b_sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.reshape(b_turned, (BLOCK_H, BLOCK_D))
 
 
-def check_grid(op, q, k, heads, cos, sin, grid, offset):
+def check_grid(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    grid: Sequence[int],
+    offset: Sequence[int],
+) -> None:
     """Raise ``ValueError`` unless the grid, the offset and the tables fit q and k."""
     head_dim, tokens = q.shape[2] // heads, math.prod(grid)
     require(head_dim % 2 == 0, op, "heads", heads, f"a number giving even heads, not {head_dim}")
@@ -163,7 +173,14 @@ def check_grid(op, q, k, heads, cos, sin, grid, offset):
                 require(False, op, name, table, expected)
 
 
-def check_tables(op, q, k, heads, cos, sin):
+def check_tables(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+) -> None:
     """Raise ``ValueError`` unless both tables have a row for every token of q and k."""
     head_dim, tokens = q.shape[2] // heads, q.shape[1]
     require(head_dim % 2 == 0, op, "heads", heads, f"a number giving even heads, not {head_dim}")

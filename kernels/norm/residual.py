@@ -244,7 +244,14 @@ def _triton_backward(grad, y, gate, gate_table, row_index, y_dtype, need_y, need
 
 
 # Registration.
-def check_residual(op, x, y, gate, gate_table, row_index):
+def check_residual(
+    op: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    gate_table: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> None:
     """Raise ``ValueError`` unless y has x's shape, and gate, gate_table and row_index fit x."""
     check_tokens(op, "x", x)
     check_tokens(op, "y", y)
