@@ -11,7 +11,7 @@ from prfl_fast.planning import overview
 from prfl_fast.planning.presets import MODELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
-MODEL, GPU = "wan2.1-t2v-1.3b", "h200"  # the least to simulate
+MODEL = "wan2.1-t2v-1.3b"
 
 
 def committed():
@@ -29,12 +29,6 @@ def made(models, gpus):
 def test_the_page_shows_every_model_and_gpu():
     expected = [(model, gpu) for model in overview.MODELS for gpu in overview.GPUS]
     assert [tuple(row[:2]) for row in committed()] == expected
-
-
-def test_the_page_shows_the_plan_of_one_model():
-    """Sizes and policies only: predicted times change with every operation."""
-    (row,) = (row for row in committed() if row[:2] == [MODEL, GPU])
-    assert made([MODEL], [GPU])[0][:5] == row[:5]
 
 
 @pytest.mark.slow
