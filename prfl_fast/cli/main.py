@@ -19,7 +19,7 @@ from prfl_fast.cli import options as command_options
 from prfl_fast.cli.plan_options import add_plan
 from prfl_fast.utils.collection import no_collection
 from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
-from prfl_fast.utils.optional import MissingExtraError, need
+from prfl_fast.utils.optional import MissingExtraError, hidden, need
 from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.version import __version__
 
@@ -46,15 +46,18 @@ _CONTINUED = ("encode", "train-reward", "train", "sample", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run a command, by default that of the program's arguments, and return its exit code."""
+    program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_libraries()
     # The command is read before it is parsed: errors name it, and only its options are added.
     command = next((word for word in arguments if not word.startswith("-")), "")
     # Planning imports and simulates much, and some of it would drop a KeyboardInterrupt.
     planning = interrupts_held() if command == "plan" else contextlib.nullcontext()
+    # peft and diffusers import these if they are there, which takes longer than some plans.
+    unused = ("bitsandbytes", "scipy", "torchao") if program and command == "plan" else ()
     try:
-        with termination_raised(), planning:
+        with termination_raised(), planning, hidden(*unused):
             return _run(_parser(command).parse_args(arguments))
     except KeyboardInterrupt as interrupt:
         stopped_by = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT

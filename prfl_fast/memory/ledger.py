@@ -205,7 +205,10 @@ class Ledger(TorchDispatchMode):
             self._close_point()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and enter its new storages."""
         if func is torch.ops.prim.device.default:  # fake tensors ask it constantly
             return args[0].device
         if func is torch.ops.aten._unsafe_view.default:

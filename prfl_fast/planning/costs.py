@@ -92,6 +92,13 @@ class CostLedger(Ledger):
         cpu = {packet: shape_wrapper(formula) for packet, formula in CPU_FLOPS.items()}
         self._formulas = {**flop_registry, **cpu}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each operation passes two wrappers that keep compiled code out
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return self.run(func, args, kwargs or {})
+
     def costs(self) -> dict[str, Cost]:
         """Return costs by phase, without the work before the first phase."""
         return {phase: Cost(**work) for phase, work in self._work.items() if phase}

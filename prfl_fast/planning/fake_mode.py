@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 _PLAIN: tuple[type, ...] = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _PLAIN += (torch.layout, torch.memory_format)
@@ -14,6 +15,7 @@ _PLAIN += (torch.layout, torch.memory_format)
 _recipes: dict[Any, Any] = {}
 _UNKNOWN = object()
 _NOT, _INDEX = torch.ops.aten.bitwise_not.default, torch.ops.aten.index.Tensor
+_INITIALIZATION = {"fill_", "kaiming_uniform_", "normal_", "uniform_", "zero_"}
 _READS = (torch.ops.aten._local_scalar_dense.default, _NOT, _INDEX)
 
 
@@ -83,6 +85,17 @@ class FastFakeTensorMode(FakeTensorMode):
     private methods it uses.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor by its device
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each operation passes two wrappers that keep compiled code out
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return self.dispatch(func, types, args, kwargs)
+
     def dispatch(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func in _READS and (out := self._read(func, *args)) is not None:
@@ -94,12 +107,11 @@ class FastFakeTensorMode(FakeTensorMode):
         except _NoKeyError:
             return super().dispatch(func, types, args, kwargs)
         if func.is_view:
-            with in_kernel_invocation_manager(self):
-                out = func(*args, **kwargs)
+            out = self._run_for_meta(func, args, kwargs)
             device = args[0].fake_device
             if isinstance(out, torch.Tensor):
-                return FakeTensor(self, out, device)
-            return type(out)(FakeTensor(self, part, device) for part in out)
+                return self._fake(out, device)
+            return type(out)(self._fake(part, device) for part in out)
         recipe = _recipes.get(key, _UNKNOWN)
         if recipe is not _UNKNOWN:
             return self._make(recipe, args)
@@ -131,6 +143,39 @@ class FastFakeTensorMode(FakeTensorMode):
         if recipe is None:
             return None
         shape, stride, dtype, device = recipe
-        with in_kernel_invocation_manager(self):
+        with torch._C._DisableTorchDispatch():
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return FakeTensor(self, empty, device)
+        return self._fake(empty, device)
+
+    def _run_for_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run PyTorch's C++ kernel for ``meta`` tensors on fake ones."""
+        # As fake_tensor.in_kernel_invocation_manager, without the time of a generator.
+        with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+            self.in_kernel_invocation = True
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.in_kernel_invocation = False
+
+    def _fake(self, meta: torch.Tensor, device: torch.device) -> FakeTensor:
+        """Return a fake tensor of a ``meta`` tensor, with the attributes of the first one."""
+        attributes = self._attributes.get(device)
+        if attributes is None:
+            first = FakeTensor(self, meta, device)
+            self._attributes[device] = dict(first.__dict__)
+            return first
+        made: Any = torch.Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        made.__dict__.update(attributes)
+        return made
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Leave out initial values, which ``meta`` tensors have none of: a tenth of a simulation."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.__name__ in _INITIALIZATION:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

@@ -25,7 +25,7 @@ from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import autocast
 from prfl_fast.planning.costs import CUBLAS_BYTES, CostLedger
-from prfl_fast.planning.fake_mode import FastFakeTensorMode
+from prfl_fast.planning.fake_mode import FastFakeTensorMode, WithoutInitialization
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.trace import (
     DEPTH,
@@ -102,7 +102,7 @@ def build(
         {key: count if most is None else min(count, most) for key, count in depth.items()}
         for depth in depths_of(workload, layers, reward_layers)
     ]
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialization():
         generator = cls(**{**config, **depths[0]}).train()
         backbone = adapter.backbone_from_config({**config, **depths[1]})
         dim = adapter.hidden_size(backbone)
@@ -114,7 +114,8 @@ def build(
     apply_memory(generator, dataclasses.replace(memory, stream_weights=None))
     apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
     if workload.train == "lora":
-        add_lora(generator, workload.lora_rank, target_modules=workload.target_modules)
+        with WithoutInitialization():
+            add_lora(generator, workload.lora_rank, target_modules=workload.target_modules)
     return generator, reward
 
 

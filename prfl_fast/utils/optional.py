@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -22,6 +24,25 @@ def need(module: str, extra: str = "train") -> ModuleType:
         raise MissingExtraError(
             f"{package} is not installed: pip install 'prfl_fast[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Let installed packages look missing to other packages that import them if they are there.
+
+    Use it in programs only: what others find missing, they do not look for again.
+    """
+    found, hide = importlib.util.find_spec, [name for name in packages if name not in sys.modules]
+    importlib.util.find_spec = (  # type: ignore[assignment]
+        lambda name, package=None: None if name in hide else found(name, package)
+    )
+    sys.modules.update(dict.fromkeys(hide))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        importlib.util.find_spec = found
+        for name in hide:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager
