@@ -20,6 +20,7 @@ from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.recompute import NO_GRADIENT, recomputed_step
+from prfl_fast.utils.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ class PRFLOutput:
         finite: False if a reward or loss was NaN or infinite: skip the update. A step that trains a
             model then has dropped the gradients of all its parameters, also those of earlier calls.
             With a velocity function, whose parameters are unknown, or a gradient to noise or
-            latents, the trajectory ended there, and gradients of earlier points remain.
+            latents, the trajectory ended there, and gradients of earlier points remain. After a
+            call with ``wait=False`` that trains a model, a 0-d bool tensor on the device.
         divergence: scalar, mean squared difference of the velocities with and without adapters over
             the gradient steps; None if it is off.
         gradient: ``[B, C, F, H, W]``, gradient of the loss with respect to the noise for plans with
@@ -99,7 +101,7 @@ class PRFLOutput:
     depths: tuple[int, ...]
     timesteps: tuple[float, ...]
     latents: torch.Tensor = field(repr=False)
-    finite: bool
+    finite: bool | torch.Tensor
     divergence: torch.Tensor | None = None
     gradient: torch.Tensor | None = field(default=None, repr=False)
     drift: dict[int, float] | None = None
@@ -271,9 +273,13 @@ class GradientEstimator:
         self._rewarded = self.trajectory.x
         return self.output(points[: len(self._scores)])
 
-    def output(self, points: Sequence[Point]) -> PRFLOutput:
-        """Return the results at ``points``; NaN where the trajectory ended before."""
-        self._read()
+    def output(self, points: Sequence[Point], *, wait: bool = True) -> PRFLOutput:
+        """Return the results at ``points``; NaN where the trajectory ended before.
+
+        Without ``wait``, values that the device collects (``deferred``) are not read.
+        """
+        if wait:
+            self._read()
         rows, names = self._scores, list(self.spec.rewards)
         blank = torch.full_like(next(iter(rows[0].values())), math.nan)
         missing = [blank] * (len(points) - len(rows))
@@ -292,7 +298,7 @@ class GradientEstimator:
             depths=tuple(point.depth for point in points),
             timesteps=tuple(times),
             latents=self._rewarded.detach(),
-            finite=self.finite,
+            finite=self.finite if self._good is None else self._good,
             divergence=torch.stack(self._divergences).sum() if self._divergences else None,
             gradient=None if self._leaf is None else self._leaf.grad,
             drift=self.trajectory.drift,
@@ -361,7 +367,7 @@ def _frame_scorer(
     # The frames are drawn here, once, so that all rewards of a point score the same ones.
     drawn = torch.randint(span, (batch, plan.segments), generator=generator, device=device)
     # Segment i of a sample has the frames span·i … span·(i+1) - 1.  [B, segments]
-    chosen = drawn.to(x.device) + span * torch.arange(plan.segments, device=x.device)
+    chosen = to_device(drawn, x.device) + span * torch.arange(plan.segments, device=x.device)
     weights = torch.exp(-plan.attenuation * (chosen - count // 2).abs().to(torch.float64))
     rows = torch.arange(batch, device=x.device)
 
@@ -387,7 +393,8 @@ def _frame_scorer(
 def _randn_like(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     device = generator.device if generator is not None else x.device
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.randn(x.shape, generator=generator, device=device, dtype=wide).to(x)
+    drawn = torch.randn(x.shape, generator=generator, device=device, dtype=wide)
+    return to_device(drawn, x.device).to(x.dtype)
 
 
 def _check_score(score: torch.Tensor, batch: int) -> torch.Tensor:

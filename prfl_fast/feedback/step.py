@@ -17,7 +17,7 @@ from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe
 from prfl_fast.models.adapter import FIRST_FRAME, Conditions, not_inference, set_first_frame
 from prfl_fast.models.experts import Experts
-from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, model_of
+from prfl_fast.models.velocity import ModelCall, Velocity, check_finite, checks_values, model_of
 from prfl_fast.rewards.functions import Reward, check_autograd, check_callable, check_frozen
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
@@ -123,6 +123,7 @@ class PRFL:
         generator: torch.Generator | None = None,
         indices: Sequence[int | Point] | None = None,
         loss_scale: float = 1.0,
+        wait: bool = True,
     ) -> PRFLOutput:
         """Run one trajectory and accumulate the gradient of its loss.
 
@@ -135,6 +136,8 @@ class PRFL:
             indices: gradient steps instead of a draw, increasing: points, or steps with equal
                 weights and the plan's depth.
             loss_scale: factor of the gradients only, e.g. ``1 / gradient_accumulation_steps``.
+            wait: False does not wait for the device at the end: ``finite`` stays there as a bool
+                tensor, and the caller drops the gradients if it is False.
 
         Returns:
             See :class:`PRFLOutput`; check ``finite`` before the optimizer step. A step that trains
@@ -156,7 +159,7 @@ class PRFL:
         self._check_model()
         # From NaN inputs an approximate rollout would exceed its drift limit and be exact for good.
         deferred = self._model is not None and plan.to == "parameters" and not self.engine.inexact
-        if not deferred and latents is not None:
+        if not deferred and latents is not None and checks_values():
             check_finite("latents", latents)
         points = self._points(indices, generator)
         trajectory = self._open(points, noise, conditions, latents, check_values=not deferred)
@@ -182,8 +185,8 @@ class PRFL:
             finally:
                 # An exception's traceback would keep the graph of several steps alive.
                 trajectory.cut()
-        output = estimator.output(points)
-        if not output.finite:
+        output = estimator.output(points, wait=wait)
+        if output.finite is False:
             self._discard(noise, latents)
         return output
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -82,6 +83,27 @@ def check_transformer(transformer: object) -> None:
         )
 
 
+_checked: ContextVar[bool] = ContextVar("_checked", default=False)
+
+
+@contextlib.contextmanager
+def values_checked() -> Iterator[None]:
+    """Skip checks of values within the context, since each one waits for the device.
+
+    The trainer's objectives check batches on the host, before they are copied to the device.
+    """
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def checks_values() -> bool:
+    """Return False within :func:`values_checked` and while torch.compile traces."""
+    return not (_checked.get() or torch.compiler.is_compiling())
+
+
 def check_finite(name: str, x: torch.Tensor) -> None:
     """Raise ``ValueError`` if a tensor has NaN or infinite values."""
     bad = int((~torch.isfinite(x)).sum())  # waits for the device
@@ -107,7 +129,7 @@ def bind_velocity(
         transformer: a supported model, or a velocity function (not an ``nn.Module``).
         x: latents ``[B, C, F, H, W]``, called ``name`` in error messages.
         conditions: tensors ``[B, ...]``.
-        check_values: check that latents are finite, which waits for the device.
+        check_values: check that latents are finite, unless :func:`values_checked`.
 
     Raises:
         TypeError: if a module is not supported, or ``transformer`` is not callable.
@@ -115,7 +137,7 @@ def bind_velocity(
             finite.
     """
     check_transformer(transformer)
-    model = model_of(transformer)
+    model, check_values = model_of(transformer), check_values and checks_values()
     if model is None:
         check_inputs(name, x, conditions)
         if check_values:

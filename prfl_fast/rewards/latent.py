@@ -19,7 +19,7 @@ from prfl_fast.models.adapter import Adapter
 from prfl_fast.models.loading import build_headless_wan
 from prfl_fast.models.other import VelocityAdapter
 from prfl_fast.models.registry import adapter_by_name, find_adapter
-from prfl_fast.models.velocity import check_finite
+from prfl_fast.models.velocity import check_finite, checks_values
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rewards.reference_checkpoint import (
     POOL_HEADS,
@@ -132,7 +132,7 @@ class LatentRewardModel(nn.Module):
         check(ok, "timestep", timestep, f"a tensor [{len(x)}] or 0-d, 1000 times sigma")
         # Latents that require a gradient come from a generator: the training loop must see a
         # non-finite loss to skip the step.
-        if not (x.requires_grad or torch.compiler.is_compiling()):
+        if checks_values() and not x.requires_grad:
             check_finite("x", x)
             in_range = bool(((timestep >= 0) & (timestep <= 1000)).all())
             values = timestep.flatten().tolist()[:5]

@@ -9,6 +9,7 @@ from prfl_fast.kernels import flow_step
 from prfl_fast.kernels.runtime.checks import describe
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.utils.checks import check, check_number
+from prfl_fast.utils.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ class Guidance:
             name, own = f"guidance negative[{key!r}]", conditions[key]
             batch = len(own)
             check(value.shape[0] in (1, batch), name, value, f"batch {batch} or 1")
-            negative[key] = value.to(own.device).expand(batch, *value.shape[1:])
+            negative[key] = to_device(value, own.device).expand(batch, *value.shape[1:])
             ok = not self.batched or negative[key].shape == own.shape
             hint = "Pad them alike, or use Guidance(batched=False)."
             check(ok, name, value, f"the shape of conditions[{key!r}], {describe(own)}", hint=hint)

@@ -26,6 +26,7 @@ from prfl_fast.rollout.schedulers import (
 )
 from prfl_fast.utils.checks import check, check_type, is_count
 from prfl_fast.utils.optional import progress_bar
+from prfl_fast.utils.transfers import to_device
 
 # (index, velocity) → velocity like it.
 Adjust = Callable[[int, torch.Tensor], torch.Tensor]
@@ -94,12 +95,13 @@ class Trajectory:
         self.scheduler, self.timesteps = start_trajectory(sampler.scheduler, count, start)
         # One copy to the device here, instead of one in every step.
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
-        self._model_timesteps = torch.stack(list(self.timesteps)).to(noise.device, dtype)
+        times = torch.stack(list(self.timesteps)).to(dtype)
+        self._model_timesteps = to_device(times, noise.device)
         self._sigmas = schedule_sigmas(self.scheduler, self.timesteps)
         # The guidance of each step: two experts may have two scales.
-        model, times = model_of(transformer), [float(t) for t in self.timesteps]
+        model = model_of(transformer)
         experts = model if isinstance(model, Experts) else None
-        names = [None if experts is None else experts.name_at(t) for t in times]
+        names = [None if experts is None else experts.name_at(float(t)) for t in self.timesteps]
         self._guided = None if guidance is None else [guidance.of(name) for name in names]
         self.x = set_first_frame(noise.detach(), conditions)
         self.index = start

@@ -17,7 +17,9 @@ from prfl_fast.models.velocity import (
     Precision,
     Velocity,
     autocast,
+    check_finite,
     check_transformer,
+    values_checked,
 )
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -35,6 +37,7 @@ from prfl_fast.training.preferences import (
 from prfl_fast.training.reward_losses import bt_loss, ce_loss, label_of
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import device_of
+from prfl_fast.utils.transfers import to_device
 
 Metrics = Mapping[str, torch.Tensor | float]
 
@@ -58,7 +61,8 @@ class Objective(Protocol):
 
         Returns:
             ``"loss"``, unscaled (NaN or infinite if the update must be skipped), and other scalars
-            to log. The log has the mean over the micro-batches that returned the scalar.
+            to log. The log has the mean over the micro-batches that returned the scalar. Tensors
+            stay on the device: the trainer reads all of an update at once.
         """
 
 
@@ -101,6 +105,13 @@ def reward_call(reward: LatentRewardModel, precision: Precision) -> LatentReward
     return reward if precision == "fp32" else RewardCall(reward, precision)
 
 
+def _checked_on(device: torch.device | str, batch: Any) -> Any:
+    """Return a batch on ``device`` after checking its latents, which waits if they are there."""
+    for side in batch if isinstance(batch, PairBatch) else (batch,):
+        check_finite("latents", side.latents)
+    return batch.to(device)
+
+
 class RewardFeedback:
     """Train a generator with the reward, by a :class:`prfl_fast.feedback.step.PRFL` step.
 
@@ -127,17 +138,20 @@ class RewardFeedback:
         # Drawn on the CPU, so that a run has the same noise on every device.
         shape, source = batch.latents.shape, generator.device
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=source)
-        noise = noise.to(self.device)
-        batch = batch.to(self.device)
+        noise = to_device(noise, self.device)
         from_data = self.step.plan.start == "data"
-        out = self.step(
-            noise,
-            batch.conditions,
-            latents=batch.latents if from_data else None,
-            generator=generator,
-            loss_scale=loss_scale,
-        )
-        metrics = {"loss": out.loss if out.finite else math.nan, "reward": out.rewards.mean()}
+        batch = _checked_on(self.device, batch) if from_data else batch.to(self.device)
+        with values_checked():
+            out = self.step(
+                noise,
+                batch.conditions,
+                latents=batch.latents if from_data else None,
+                generator=generator,
+                loss_scale=loss_scale,
+                wait=False,  # the trainer reads the loss with the norm of the gradients
+            )
+        finite = torch.as_tensor(out.finite, device=out.loss.device)
+        metrics = {"loss": torch.where(finite, out.loss, math.nan), "reward": out.rewards.mean()}
         if len(out.by_reward) > 1:
             metrics |= {f"reward/{name}": r.mean() for name, r in out.by_reward.items()}
         if out.divergence is not None:
@@ -201,8 +215,9 @@ class SupervisedFlow:
         return float(self._experts.is_high(timesteps).double().mean())
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
-        batch: Any = self.batches[draw].to(self.device)
-        loss, metrics = self._loss(batch, generator)
+        batch = _checked_on(self.device, self.batches[draw])
+        with values_checked():
+            loss, metrics = self._loss(batch, generator)
         (loss * loss_scale).backward()
         return {"loss": loss.detach(), **metrics}
 
@@ -284,7 +299,8 @@ class FlowRWR(SupervisedFlow):
         latents, conditions = batch.latents, batch.conditions
         if isinstance(self.reward, str):
             found = [score_of(record, self.reward) for record in batch.labels]
-            rewards = latents.new_tensor(found)
+            numbers = torch.tensor(found, dtype=latents.dtype, device="cpu")
+            rewards = to_device(numbers, latents.device)
         else:
             with torch.no_grad():
                 rewards = self.reward(latents, latents.new_zeros(len(latents)), conditions)
@@ -325,9 +341,9 @@ class RewardFit:
         self.device = next(reward.parameters()).device
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
-        batch: Batch | PairBatch = self.batches[draw].to(self.device)
+        batch = _checked_on(self.device, self.batches[draw])
         draws: dict[str, Any] = {"generator": generator, **self.levels}
-        with autocast(self.device, self.precision):
+        with values_checked(), autocast(self.device, self.precision):
             if isinstance(batch, PairBatch):
                 win, lose = batch
                 clean = (win.latents, lose.latents, win.conditions, lose.conditions)

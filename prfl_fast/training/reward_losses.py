@@ -26,6 +26,7 @@ from prfl_fast.training.noising import (
 )
 from prfl_fast.utils.checks import check, check_seed, plain, torch_seed
 from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
+from prfl_fast.utils.transfers import to_device
 
 VideoInputs = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 # Labels of HY-Video-PRFL. A dataset may have others.
@@ -131,7 +132,8 @@ def bt_loss(
     device = generator.device if generator is not None else win.device
     # A random order of the videos balances the labels. It does not change the loss, because
     # cross-entropy is symmetric under the exchange.
-    label = torch.randint(2, first.shape, generator=generator, device=device).to(first)
+    drawn = torch.randint(2, first.shape, generator=generator, device=device)
+    label = to_device(drawn, first.device).to(first.dtype)
     return functional.binary_cross_entropy_with_logits((first - second) * (2 * label - 1), label)
 
 
@@ -227,4 +229,4 @@ def _checked_labels(labels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor
     check(ok, "labels", labels, f"a tensor [{latents.shape[0]}], one label per sample")
     ok = bool(((labels == 0) | (labels == 1)).all())
     check(ok, "labels", labels.unique().tolist()[:5], "only 0 and 1")
-    return labels.to(latents.device)
+    return to_device(labels, latents.device)

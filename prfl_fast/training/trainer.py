@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prfl_fast.memory.optimizers import gradient_norm
 from prfl_fast.models.experts import Experts
 from prfl_fast.training.checkpoint import (
     check_free,
@@ -37,7 +38,7 @@ from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.training.signals import collect_signals
-from prfl_fast.training.updates import Updater, read_scalars
+from prfl_fast.training.updates import Updater, read_means
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
@@ -354,7 +355,7 @@ class Trainer:
         draws, random = self._draws[name], random_state(self.generator)
         states = self._objective_states()
         try:
-            means = self._gradients(name, objective)
+            means, norm = self._gradients(name, objective)
         except BaseException as error:  # for example a sample with NaN: the steps so far are good
             failure = None
             if is_out_of_memory(error):
@@ -371,7 +372,9 @@ class Trainer:
                 self._save_before(error)
             raise
         try:
-            return means, self._updater.apply(means)
+            finite = all(math.isfinite(means[key]) for key in ("loss", "grad_norm") if key in means)
+            self._updater.apply(norm, finite)
+            return means, finite
         except BaseException as error:
             self._partly_updated = True
             if is_out_of_memory(error):
@@ -392,23 +395,26 @@ class Trainer:
         if isinstance(error, ValueError) and len(error.args) == 1:
             error.args = (f"{error}. Step {self.result.step} is saved in {path}",)
 
-    def _gradients(self, name: str, objective: Objective) -> dict[str, float]:
-        """Accumulate the gradient of one update; return the mean of each metric."""
-        seen: dict[str, list[float]] = {}
+    def _gradients(
+        self, name: str, objective: Objective
+    ) -> tuple[dict[str, float], torch.Tensor | None]:
+        """Accumulate the gradient of one update; return the mean of each metric, and its norm."""
+        metrics: list[Mapping[str, Any]] = []
         count = self.config.gradient_accumulation_steps
         for _ in range(count):
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
             with one_expert(self.model, self.objectives, self.result.step):
-                metrics = read_scalars(objective(self._draws[name], self.generator, 1 / count))
+                metrics.append(objective(self._draws[name], self.generator, 1 / count))
             self._draws[name] += 1
-            for key, value in metrics.items():
-                seen.setdefault(key, []).append(value)
-            if not math.isfinite(metrics["loss"]):  # the update is skipped, so stop early
-                break
+        gradients = self._updater.gradients()
+        norm = gradient_norm(gradients) if gradients else None
+        # The only time that an update waits for the device: the optimizer step depends on the loss
+        # and on the norm. The norm is that before clipping.
+        means = read_means([*metrics, *([] if norm is None else [{"grad_norm": norm}])])
         expected = "a gradient in at least one trainable parameter"
-        ok = bool(self._updater.gradients()) or not math.isfinite(metrics["loss"])
+        ok = norm is not None or not math.isfinite(means["loss"])
         check(ok, f"gradient of objective {name!r}", None, expected)
-        return {key: sum(values) / len(values) for key, values in seen.items()}
+        return means, norm
 
     def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report."""

@@ -1,7 +1,6 @@
 """Update the trainable parameters of a model: learning rates, clipping, optimizer, average."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +18,25 @@ from prfl_fast.training.schedules import schedule_factor
 from prfl_fast.utils.checks import check
 
 
-def read_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics as numbers; each device that holds some is waited for once."""
-    found = {key: value for key, value in metrics.items() if not isinstance(value, torch.Tensor)}
-    tensors = {key: metrics[key].detach().reshape(()) for key in metrics.keys() - found.keys()}
-    for device in {tensor.device for tensor in tensors.values()}:
-        own = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
-        found |= zip(own, torch.stack([t.double() for t in own.values()]).tolist(), strict=True)
-    return {key: float(found[key]) for key in metrics}
+def read_means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean of each metric over the mappings that have it.
+
+    All metrics of a device are read at once, so each device is waited for once.
+    """
+    seen: dict[str, list[Any]] = {}
+    for each in metrics:
+        for key, value in each.items():
+            seen.setdefault(key, []).append(value)
+    tensors: dict[torch.device, list[tuple[list[Any], int]]] = {}
+    for values in seen.values():
+        for i, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                tensors.setdefault(value.device, []).append((values, i))
+    for places in tensors.values():
+        stacked = torch.stack([v[i].detach().reshape(()).double() for v, i in places])
+        for (values, i), number in zip(places, stacked.tolist(), strict=True):
+            values[i] = number
+    return {key: sum(map(float, values)) / len(values) for key, values in seen.items()}
 
 
 class Updater:
@@ -88,27 +98,18 @@ class Updater:
         """Return the gradients of all parameters that have one."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
-    def apply(self, means: dict[str, float]) -> bool:
-        """Clip, step and average if loss and gradients are finite; return True if so.
-
-        ``means`` are the metrics of the update; the method adds the norm of the gradients.
-        """
-        limit, finite = self.config.max_grad_norm, math.isfinite(means["loss"])
+    def apply(self, norm: torch.Tensor | None, finite: bool) -> None:
+        """Clip, step and average if ``finite``; drop the gradients, whose norm is ``norm``."""
+        limit, clipped = self.config.max_grad_norm, [p for p in self._clipped if p.grad is not None]
         if finite:
-            gradients = self.gradients()
-            norm = gradient_norm(gradients)
-            means["grad_norm"] = float(norm)  # before clipping, for the log
-            finite = math.isfinite(means["grad_norm"])
-        if finite:
-            clipped = [p for p in self._clipped if p.grad is not None]
             if limit is not None and clipped:
-                if len(clipped) < len(gradients):
+                if len(clipped) < len(self.gradients()):
                     norm = gradient_norm([p.grad for p in clipped if p.grad is not None])
+                assert norm is not None
                 nn.utils.clip_grads_with_norm_(clipped, limit, norm)
             self.optimizer.step()
             self._average()
         self.clear()
-        return finite
 
     def _average(self) -> None:
         for name, average in (self.ema or {}).items():

@@ -36,6 +36,15 @@ def test_a_step_reads_the_device_once(kind, plan):
     assert count == 1 and output.finite
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_step_that_does_not_wait_reads_nothing(bad):
+    model = make_wan()
+    step = prfl(model, reward=lambda *args: REWARD(*args) * (math.nan if bad else 1))
+    count, output = reads_of(step, wait=False)
+    assert count == 0 and output.finite.shape == () and bool(output.finite) is not bad
+    assert any(p.grad is not None for p in model.parameters())  # dropped by the caller
+
+
 def test_reads_of_values_are_counted_and_those_of_the_host_are_not():
     x, host = torch.ones(3), torch.ones(3)
     with DeviceReads(x) as mode:

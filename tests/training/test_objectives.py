@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from device_reads import DeviceReads
 from runs import log, samples
 from wan import tiny_wan
 
@@ -18,6 +19,8 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import FlowEuler
 from prfl_fast.training import TrainConfig, Trainer, add_lora
 from prfl_fast.training.objectives import (
+    FlowDPO,
+    FlowRWR,
     RewardFeedback,
     RewardFit,
     SupervisedFlow,
@@ -98,6 +101,66 @@ def test_feedback_reports_every_reward_the_divergence_and_the_largest_drift():
     again = feedback(transformer, num_inference_steps=9)
     again.load_state_dict(objective.state_dict())
     assert again.state_dict() == objective.state_dict()
+
+
+def objective_of(kind):
+    """Return a model and an objective that trains it."""
+    transformer, batches = patched(), Batches(samples(4))
+    add_lora(transformer, 2)
+    if kind == "dpo":
+        pairs = [Pair(*pair) for pair in zip(samples(4), samples(4, seed=1), strict=True)]
+        return transformer, FlowDPO(transformer, Batches(pairs))
+    if kind in ("ce", "bt"):
+        reward = LatentRewardModel.from_backbone(tiny(), num_blocks=1, num_heads=2)
+        data = samples(4)
+        if kind == "bt":
+            data = [Pair(*pair) for pair in zip(data, samples(4, seed=1), strict=True)]
+        return reward, RewardFit(reward, Batches(data), loss=kind)
+    if kind == "sft":
+        return transformer, SupervisedFlow(transformer, batches)
+    if kind == "rwr":
+        return transformer, FlowRWR(transformer, batches, "motion_quality")
+    plan = GradientPlan.controlnet_plus_plus() if kind == "from data" else GradientPlan.prfl(2)
+    return transformer, feedback(transformer, plan=plan, rewards=("a", "b"), divergence=0.1)
+
+
+@pytest.mark.parametrize("kind", ["prfl", "from data", "sft", "dpo", "rwr", "ce", "bt"])
+def test_an_update_reads_the_device_once(kind):
+    model, objective = objective_of(kind)
+    settings = TrainConfig(steps=2, gradient_accumulation_steps=2, ema_decay=0.9)
+    run = Trainer(model, {"a": objective}, settings)
+    with DeviceReads(*model.parameters()) as mode:
+        history = run.run().history
+    assert mode.count == 2 and [record["skipped"] for record in history] == [0, 0]
+    assert all(math.isfinite(record["a/loss"]) for record in history)
+
+
+@pytest.mark.parametrize("kind", ["prfl", "sft", "ce"])
+def test_a_model_with_nan_skips_the_update_of_the_same_step(kind):
+    model, objective = objective_of(kind)
+    run = Trainer(model, {"a": objective}, TrainConfig(steps=3))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def poison(record):
+        with torch.no_grad():
+            trained[0].fill_(math.nan)
+
+    run.on_step = lambda record: poison(record) if record["step"] == 1 else None
+    history = run.run().history
+    assert [record["skipped"] for record in history] == [0, 1, 2]
+    assert [record["a/loss"] is None for record in history] == [False, True, True]
+    assert all(p.grad is None for p in trained)
+
+
+@pytest.mark.parametrize("kind", ["from data", "sft", "dpo", "ce"])
+def test_latents_with_nan_are_named_before_they_are_copied(kind):
+    model, objective = objective_of(kind)
+    batch = objective.batches[0]
+    side = batch if hasattr(batch, "latents") else batch.lose
+    side.latents[0, 0, 0, 0, 0] = math.nan
+    objective.batches = [batch]
+    with pytest.raises(ValueError, match="^latents has 1 NaN or infinite values"):
+        objective(0, seeded(0), 1.0)
 
 
 def test_feedback_that_would_train_nothing_is_refused():

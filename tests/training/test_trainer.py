@@ -11,7 +11,7 @@ from torch import nn
 
 from prfl_fast.training.checkpoint import list_checkpoints
 from prfl_fast.training.trainer import NonFiniteTrainingError, OutOfMemoryError
-from prfl_fast.training.updates import read_scalars
+from prfl_fast.training.updates import read_means
 from prfl_fast.utils.io import load_tensors
 
 
@@ -61,12 +61,24 @@ def test_a_metric_is_the_mean_over_the_micro_batches_that_returned_it():
     assert [record.get("a/drift") for record in result.history] == [1.5, None, 7.0]
 
 
-def test_the_metrics_of_a_micro_batch_are_read_at_once():
-    values = {"loss": torch.tensor(0.5), "reward": torch.tensor([math.nan]), "drift": 2}
-    with DeviceReads(*list(values.values())[:2]) as mode:
-        found = read_scalars(values)
-    assert list(found) == list(values) and found["loss"] == 0.5 and found["drift"] == 2.0
-    assert math.isnan(found["reward"]) and mode.count == 1
+def test_the_metrics_of_all_micro_batches_are_read_at_once():
+    first = {"loss": torch.tensor(0.5), "reward": torch.tensor([math.nan]), "drift": 2}
+    second = {"loss": torch.tensor(1.5, dtype=torch.bfloat16), "other": torch.tensor(3)}
+    with DeviceReads(*first.values(), *second.values()) as mode:
+        found = read_means([first, second])
+    assert mode.count == 1 and math.isnan(found.pop("reward"))
+    assert found == {"loss": 1.0, "drift": 2.0, "other": 3.0}
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_one_bad_micro_batch_skips_the_whole_update(micro_batch):
+    model = linear()
+    before = model.weight.detach().clone()
+    objectives = {"a": NoisyFit(model, bad=(micro_batch,))}
+    run = trainer(model, objectives=objectives, steps=1, gradient_accumulation_steps=2)
+    record = run.run().history[0]
+    assert record["skipped"] == 1 and record["a/loss"] is None and record["a/half"] is None
+    assert objectives["a"].draws == [0, 1] and torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("kind", ["bad", "bad_gradient"])
