@@ -26,7 +26,12 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from prfl_fast.kernels.attn.backend_choice import choose, describe_case, explain
+from prfl_fast.kernels.attn.backend_choice import (
+    choose,
+    describe_case,
+    explain,
+    get_attention_backend,
+)
 from prfl_fast.kernels.attn.backends import CALLS
 from prfl_fast.kernels.runtime.checks import (
     cast,
@@ -256,7 +261,11 @@ def _backward(ctx, grad, _):
     return (*kept, None, None, None)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+def _is_native(q, k, v, heads, scale, key_lengths=None):
+    return key_lengths is None and q.numel() > 0 and get_attention_backend() != "plain"
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context, native=_is_native)
 
 
 # Public function.

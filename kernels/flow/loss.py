@@ -178,7 +178,11 @@ def _backward(ctx, grad):
     return _backward_op(grad, *ctx.saved_tensors), None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(
+    _backward,
+    setup_context=_setup_context,
+    native=lambda velocity, noise, latents: velocity.numel() <= FEW,
+)
 
 
 # Public function.

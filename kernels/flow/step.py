@@ -213,6 +213,7 @@ _forward_op.register_autograd(
     lambda ctx, grad: (_gradients(ctx, grad, ctx.needs_input_grad[0]), None),
     setup_context=_setup_context,
     eager=lambda tensors, coefficients: _Eager.apply(coefficients, *tensors),
+    native=lambda tensors, coefficients: True,
 )
 
 

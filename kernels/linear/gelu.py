@@ -15,7 +15,7 @@ Shapes: x ``[..., D]``, b ``[D]`` or absent, y as x. For an FP8 output x is ``[B
 Dtypes: x and b are any mix of float32, bfloat16, float16. h and y are computed in float32 (float64
 for float64 x) and y is rounded once, to x's dtype or from float32 to e4m3; h is never rounded; d_b
 sums the unrounded d_x.
-Saved for backward: x and b. Autograd of ``gelu(x + b)`` would save x + b, another tensor like x.
+Saved for backward: x and b; on a CPU, where all is float32 or float64, x + b in their place.
 Bytes: forward reads x and writes y (FP8: one byte an element and four a row); backward reads x and
 d_y and writes d_x.
 """
@@ -55,7 +55,9 @@ def reference(
     if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
         return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
     h = x + cast(bias, compute_dtype(x))  # in the dtype of the bias
-    return cast(torch._C._nn.gelu_(h, approximate="tanh"), x.dtype).contiguous()  # type: ignore[attr-defined]
+    # In place, unless autograd keeps h.
+    gelu = torch._C._nn.gelu if h.requires_grad else torch._C._nn.gelu_  # type: ignore[attr-defined]
+    return cast(gelu(h, approximate="tanh"), x.dtype).contiguous()
 
 
 def reference_backward(
@@ -301,7 +303,9 @@ def _backward(ctx, grad):
     return d_x if need_x else None, d_bias if need_bias else None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(
+    _backward, setup_context=_setup_context, native=lambda x, bias: True
+)
 
 
 # Public function.

@@ -312,7 +312,12 @@ def gated_gradients(ctx, grad, y, gate, gate_table, row_index, needs_input_grad)
     )
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+def is_native(x, y, gate, gate_table, row_index):
+    """Return True if PyTorch's graph of the reference keeps y and the rows alone, and no copy."""
+    return row_index is None and (count_rows(gate) == 1 or y.is_contiguous())
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context, native=is_native)
 
 
 # Public function.

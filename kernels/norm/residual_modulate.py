@@ -32,6 +32,7 @@ from prfl_fast.kernels.common.modulation_rows import (
 )
 from prfl_fast.kernels.common.norm_math import parameter_gradients
 from prfl_fast.kernels.norm.modulate import check_norm
+from prfl_fast.kernels.norm.modulate import is_native as norm_is_native
 from prfl_fast.kernels.norm.modulate import reference as norm_reference
 from prfl_fast.kernels.norm.modulate import reference_backward as norm_reference_backward
 from prfl_fast.kernels.norm.residual import check_residual, gate_gradients, gated_gradients
@@ -288,7 +289,11 @@ def _backward(ctx, grad, grad_h):
     )  # fmt: skip
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+def _is_native(x, y, gate, weight, bias, gate_table, *norm):
+    return count_rows(gate) == 1 and norm_is_native(x, weight, bias, *norm)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context, native=_is_native)
 
 
 # Public function.

@@ -184,6 +184,7 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 _EXPECTED = PLAIN | _NUMBERS | {list}  # no operation without a check takes tensors in lists
 MAX_LAYOUTS = 4096
+_UNCAST = ({torch.float32}, {torch.float64})  # dtypes of arguments that references compute in
 
 
 class Operator:
@@ -207,7 +208,9 @@ class Operator:
         self._run = getattr(torch.ops.prfl_fast, operation.name).default
         self._apply: Callable[..., Any] = self._run
         self._function: Any = None  # for a compiler, which traces the reference
-        self._passed: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by layouts that were checked
+        self._native: Callable[..., bool] | None = None
+        # By layouts that were checked: what to run, and if its graph in autograd has no casts.
+        self._passed: dict[tuple[Any, ...], tuple[Callable[..., Any], bool]] = {}
 
     def __call__(self, *args: Any) -> Any:
         if not is_plain_call():
@@ -221,26 +224,33 @@ class Operator:
         if recorded is None:
             return self._dispatch(args)
         key = (_current, *layouts)
-        found = self._passed.get(key)
-        if found is None:
-            if self._check is not None:
-                self._check(*args)
-            tensor = next(_tensors(args))
-            kind = tensor.device.type
-            if kind not in ("cpu", "cuda"):
-                return self._run(*args)
-            if len(self._passed) >= MAX_LAYOUTS:
-                self._passed.clear()
-            # A reference on a CPU needs none of the contexts that an Operation enters.
-            found = self.operation.implementation(tensor.device, tensor.dtype)
-            if kind != "cpu" or found is not self.operation.reference:
-                found = self.operation
-            self._passed[key] = found
-        if recorded and torch.is_grad_enabled():
-            return self._apply(*args)
+        run, native = self._passed.get(key) or self._admit(key, args)
+        if run is self._run:
+            return run(*args)
         if torch.is_autocast_enabled("cpu"):
-            return self.operation(*args)
-        return found(*args)
+            run, native = self.operation, False
+        if recorded and torch.is_grad_enabled() and not (native and self._native(*args)):
+            return self._apply(*args)
+        return run(*args)
+
+    def _admit(self, key: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], bool]:
+        """Check arguments of new layouts; return what to run, and if a reference casts nothing."""
+        if self._check is not None:
+            self._check(*args)
+        tensor, native = next(_tensors(args)), False
+        run: Callable[..., Any] = self._run
+        if tensor.device.type in ("cpu", "cuda"):
+            run = self.operation.implementation(tensor.device, tensor.dtype)
+            # A reference on a CPU needs none of the contexts that an Operation enters.
+            if tensor.device.type == "cpu" and run is self.operation.reference:
+                dtypes = {t.dtype for t in _tensors(args) if t.is_floating_point()}
+                native = self._native is not None and dtypes in _UNCAST
+            else:
+                run = self.operation
+        if len(self._passed) >= MAX_LAYOUTS:
+            self._passed.clear()
+        self._passed[key] = run, native
+        return run, native
 
     def _dispatch(self, args: tuple[Any, ...]) -> Any:
         if self._check is not None:
@@ -266,12 +276,18 @@ class Operator:
         *,
         setup_context: Callable[..., None],
         eager: Callable[..., Any] | None = None,
+        native: Callable[..., bool] | None = None,
     ) -> None:
         """Register a backward, as ``torch.library.register_autograd``.
 
         ``eager`` runs eager calls of an operation that takes lists of tensors: for others this
         method makes an ``autograd.Function``, which returns no gradients of lists.
+
+        ``native`` takes the operation's arguments on a CPU, all float32 or all float64. It returns
+        True if autograd may record the reference itself, because the calls in it keep no more than
+        ``setup_context`` does. Their nodes are written in C++ and cost a third of a function's.
         """
+        self._native = native
         self._definition.register_autograd(backward, setup_context=setup_context)
         if eager is not None:
             self._apply = eager
