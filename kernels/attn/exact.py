@@ -19,6 +19,9 @@ takes the lse of another.
 Saved for backward: q, k, v, out, lse. No L×L matrix is stored on any path.
 FLOPs: 4·B·heads·Lq·Lk·d forward, 2.5 times that backward (the scores are computed again). The
 formula counts every key, because only the device knows key_lengths.
+Buffers of the backward: its kernels sum d_q in float32, 1.4 GiB at 14B and 720p. Heads are
+independent, so the backward runs on groups of heads, the fewest whose d_q has at most
+``GROUP_BYTES`` each; see :func:`heads_of_call`.
 """
 
 import math
@@ -43,6 +46,9 @@ from prfl_fast.kernels.runtime.checks import (
 from prfl_fast.kernels.runtime.registry import register
 
 CHUNK = 1 << 26  # scores that the plain path holds at once: 256 MB of float32
+# Largest float32 d_q of one call of a backward. Calls of this size fill a GPU: with heads of 128
+# channels they have 4096 tiles of 128 queries, for at most 148 multiprocessors.
+GROUP_BYTES = 256 << 20
 
 
 # Plain PyTorch: the fallback, and with upcast the exact result that tests compare with.
@@ -148,6 +154,15 @@ def reference(
     return out.flatten(2).contiguous(), lse.contiguous()
 
 
+def heads_of_call(q: torch.Tensor, heads: int) -> int:
+    """Return the most heads for which one call of a backward computes gradients.
+
+    All heads run in one call if their d_q in float32 has at most ``GROUP_BYTES``.
+    """
+    most = max(1, GROUP_BYTES // max(1, 4 * q.numel() // heads))
+    return -(-heads // -(-heads // most))  # groups of about equal size
+
+
 def _fake(q, k, v, heads, scale, key_lengths=None):
     lse = q.new_empty((q.shape[0], heads, q.shape[1]), dtype=compute_dtype(q))
     return q.new_empty(q.shape), lse
@@ -178,10 +193,8 @@ def reference_backward(
     if name == "plain":
         gradients = plain_backward(grad, q, k, v, out, lse, heads, scale, key_lengths)
     else:
-        _, backward = CALLS[name]
-        split = [_split(t, heads) for t in (grad, q, k, v, out)]
-        found = backward(*split, lse.contiguous(), scale, key_lengths)
-        gradients = [g.flatten(2) for g in found]  # type: ignore[assignment]
+        tensors = grad, q, k, v, out, lse
+        gradients = _in_groups(CALLS[name][1], tensors, heads, scale, needed, key_lengths)
     pairs = zip(gradients, needed, strict=True)
     d_q, d_k, d_v = [cast(g, q.dtype).contiguous() if need else q.new_empty(0) for g, need in pairs]
     if key_lengths is not None:
@@ -191,6 +204,26 @@ def reference_backward(
             if need:
                 gradient.masked_fill_(beyond, 0)
     return d_q, d_k, d_v
+
+
+def _in_groups(backward, tensors, heads, scale, needed, key_lengths):
+    """Return the gradients ``[B, L, D]`` of a backend's backward, called on groups of heads."""
+    *tensors, lse = tensors
+    split, size = [_split(t, heads) for t in tensors], heads_of_call(tensors[1], heads)
+    if size == heads:
+        found = backward(*split, lse.contiguous(), scale, key_lengths)
+        return [g.flatten(2) for g in found]
+    pairs = zip(split[1:4], needed, strict=True)
+    whole = [t.new_empty(t.shape if need else 0) for t, need in pairs]
+    for start in range(0, heads, size):
+        group = slice(start, start + size)
+        part = [t[:, :, group] for t in split]
+        found = backward(*part, lse[:, group].contiguous(), scale, key_lengths)
+        for gradient, need, result in zip(whole, needed, found, strict=True):
+            if need:
+                gradient[:, :, group] = result
+        del found, result  # not beside those of the next group
+    return [g.flatten(2) if need else g for g, need in zip(whole, needed, strict=True)]
 
 
 def _fake_backward(grad, q, k, v, out, lse, heads, scale, needed, key_lengths=None):

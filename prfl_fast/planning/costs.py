@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from prfl_fast.kernels.attn.exact import heads_of_call
 from prfl_fast.memory.ledger import HOST, Ledger
 
 # PyTorch allocates at most this much for cuBLAS: 32 MiB on sm90, less on older GPUs.
@@ -66,9 +67,16 @@ def _kind(name: str) -> str:
 
 def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
     """Return the bytes that CUDA kernels allocate inside an operation, invisible to a ledger."""
+    copied = 0
     if packet is torch.ops.prfl_fast.attention_backward:
-        batch, length, width = args[1].shape
-        heads = args[5].shape[1]
+        _, q, k, _, _, _, heads, *_ = args
+        batch, length, width = q.shape
+        group = heads_of_call(q, heads)
+        if group < heads:
+            # The three gradients of a group, and its grad and out, which PyTorch's own
+            # FlashAttention copies. The package flash-attn does not copy them.
+            copied = q.itemsize * batch * (3 * length + 2 * k.shape[1]) * width // heads * group
+            width, heads = width // heads * group, group
     elif packet is _CPU_BACKWARD:
         batch, heads, length, size = args[1].shape
         width = heads * size
@@ -76,7 +84,7 @@ def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
         return 0
     # The backward of FlashAttention 2 and 3 and of cuDNN accumulates d_q in float32, [B, L, D], and
     # keeps δ and the log-sum-exp in float32, [B, heads, L] each, with L padded to 128.
-    return 4 * batch * -(-length // 128) * 128 * (width + 2 * heads)
+    return 4 * batch * -(-length // 128) * 128 * (width + 2 * heads) + copied
 
 
 class CostLedger(Ledger):

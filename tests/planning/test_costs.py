@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.kernels import attention, query_pool
+from prfl_fast.kernels.attn import exact
 from prfl_fast.memory.ledger import mark
 from prfl_fast.planning.costs import Cost, CostLedger
 
@@ -89,6 +90,22 @@ def test_attention_and_its_backward_count_apart(plain):
     # What the kernel allocates inside itself is in the peak, and gone after.
     assert ledger.peak >= live + scratch + q.nbytes + 2 * k.nbytes
     assert ledger.live < live + scratch + q.nbytes
+
+
+def test_a_backward_in_groups_of_heads_needs_the_buffers_of_one(monkeypatch):
+    heads, size, length, keys = 5, 8, 200, 40
+    monkeypatch.setattr(exact, "GROUP_BYTES", 2 * 4 * length * size)  # d_q of two heads
+    with FakeTensorMode():
+        q, k = (torch.zeros(1, n, heads * size).bfloat16().requires_grad_() for n in (length, keys))
+        with CostLedger() as ledger:
+            out = attention(q, k, k, heads=heads)[0]
+            grad = torch.zeros_like(out)
+            live, before = ledger.live, ledger.peak
+            torch.autograd.grad(out, (q, k), grad)
+    # d_q, δ and lse in float32, padded to 256 queries; d_q, d_k, d_v and copies of grad and out.
+    group = 2 * (4 * 256 * (size + 2) + 2 * (3 * length + 2 * keys) * size)
+    whole = q.nbytes + 2 * k.nbytes
+    assert before <= ledger.peak == live + whole + group
 
 
 def test_the_query_pool_counts_both_its_products_and_what_it_reads():

@@ -120,6 +120,33 @@ def test_slices_of_a_packed_projection(name, pretend):
     assert torch.equal(found, torch.cat(expected, -1))
 
 
+@pytest.mark.parametrize("lengths", [None, int32(3, 20)])
+@pytest.mark.parametrize("name", [*NAMES, "cpu"])
+def test_groups_of_heads_have_the_bits_of_one_call(name, lengths, pretend, monkeypatch):
+    if lengths is not None and name not in (*WITH_LENGTHS, "cpu"):
+        return
+    if name == "cpu":
+        kernels.set_attention_backend(name)
+    else:
+        pretend(name)
+    tensors = {n: t.requires_grad_() for n, t in make_qkv(2, 9, 20, 5 * 16, BF16).items()}
+    heads, leaves, grad = 5, list(tensors.values()), torch.randn(2, 9, 5 * 16).to(BF16)
+    out = attention(**tensors, heads=heads, key_lengths=lengths)[0]
+    (_, backward), counts = backends.CALLS[name], []
+
+    def counted(grad, *args):
+        counts.append(grad.shape[2])
+        return backward(grad, *args)
+
+    monkeypatch.setitem(backends.CALLS, name, (None, counted))
+    whole = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    monkeypatch.setattr(module, "GROUP_BYTES", 4 * 2 * 9 * 16 * 2)  # of d_q of two heads
+    assert_same_bits(whole, torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    (d_k,) = torch.autograd.grad(out, tensors["k"], grad)
+    assert torch.equal(d_k, whole[1])
+    assert counts == [5, 2, 2, 1, 2, 2, 1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_any_layout_of_the_gradient_and_only_what_is_needed(name, pretend):
     pretend(name)

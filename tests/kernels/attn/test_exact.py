@@ -237,6 +237,17 @@ def test_long_sequences_store_no_score_matrix():
     run(bind(ours, {"heads": 2}), tensors, [torch.ones(1, 2048, 64)])
 
 
+@pytest.mark.parametrize(
+    "batch, tokens, heads, expected",
+    [(1, 32760, 12, 12), (1, 75600, 40, 6), (1, 147600, 40, 3), (8, 10**6, 4, 1)],
+)
+def test_heads_of_a_call_of_the_backward(batch, tokens, heads, expected):
+    q = torch.empty(batch, tokens, heads * 128, device="meta")
+    assert module.heads_of_call(q, heads) == expected
+    limited = 4 * batch * tokens * 128 * expected
+    assert limited <= module.GROUP_BYTES or expected == 1
+
+
 def test_no_gradient_through_the_log_sum_exp():
     tensors = {n: t.requires_grad_() for n, t in make_qkv(1, 6, 5, 16, FP32).items()}
     assert not attention(**tensors, heads=2)[1].requires_grad
