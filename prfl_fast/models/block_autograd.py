@@ -24,9 +24,10 @@ class NormAttention(torch.autograd.Function):
     """RMSNorm, RoPE and attention: ``attention(*qk_norm_rope(q, k, ...), v)[0]``, ``[B, Lq, D]``.
 
     Call ``NormAttention.apply(q, k, v, q_weight, k_weight, cos, sin, grid, offset, heads, eps)``,
-    with ``key_lengths`` as an optional last argument. Arguments and errors are those of
-    :func:`prfl_fast.kernels.qk_norm_rope` and :func:`prfl_fast.kernels.attention`; ``cos``, ``sin``
-    and ``grid`` are None without RoPE. The backward recomputes the normed q and k.
+    with ``key_lengths, extra_k, extra_v`` as optional last arguments. Arguments and errors are
+    those of :func:`prfl_fast.kernels.qk_norm_rope` and :func:`prfl_fast.kernels.attention`;
+    ``cos``, ``sin`` and ``grid`` are None without RoPE. The backward recomputes the normed q and k,
+    and the output of the second key set, which should be short.
     """
 
     @staticmethod
@@ -34,28 +35,33 @@ class NormAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
     ) -> torch.Tensor:
         """Return ``[B, Lq, D]``; save q and k before their norm."""
-        q_weight, k_weight, cos, sin, grid, offset, heads, eps, *lengths = norm_and_rope
-        key_lengths = lengths[0] if lengths else None
+        q_weight, k_weight, cos, sin, grid, offset, heads, eps, *more = norm_and_rope
+        key_lengths, extra_k, extra_v = (*more, None, None, None)[:3]
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
         normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
         # The operator, because kernels.attention reads the lengths to check them.
-        scale = scale_of(q, heads)
-        out, lse = OPERATORS["attention"](*normed, v, heads, scale, key_lengths)
+        scale, attend = scale_of(q, heads), OPERATORS["attention"]
+        out, lse = attend(*normed, v, heads, scale, key_lengths)
         # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
         # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
-        ctx.save_for_backward(q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
+        tensors = (q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
+        ctx.save_for_backward(*tensors, extra_k, extra_v)
         # The operators' last arguments are (grid, offset, heads, per_head, eps); [] is no grid.
         ctx.numbers = (*(([], []) if grid is None else (grid, offset)), heads, False, eps)
-        return out
+        if extra_k is not None:
+            out = out + attend(normed[0], extra_k, extra_v, heads, scale, None)[0]
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """Recompute the normed q and k, then differentiate attention, RoPE and norms."""
-        gradients = attention_gradients(
-            OPERATORS, grad, [*ctx.saved_tensors], ctx.numbers, ctx.needs_input_grad[:5]
-        )
-        return *gradients, *(None,) * (len(ctx.needs_input_grad) - 5)
+        *saved, extra_k, extra_v = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        extra = None if extra_k is None else (extra_k, extra_v, needed[12:])
+        found = attention_gradients(OPERATORS, grad, saved, ctx.numbers, needed[:5], extra)
+        gradients = (*found[:5], *(None,) * 7, *found[5:])
+        return *gradients, *(None,) * (len(needed) - len(gradients))
 
 
 def attention_gradients(
@@ -64,11 +70,14 @@ def attention_gradients(
     saved: list[Any],
     numbers: Sequence[Any],
     needed: Sequence[bool],
+    extra: Any = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of q, k, v and the norms' weights, None where not ``needed``.
 
-    ``saved`` holds the tensors that ``NormAttention`` saves, and is emptied. ``numbers`` are the
-    last arguments of ``qk_norm_rope``; ``ops`` has the operations by name.
+    ``saved`` holds the tensors that ``NormAttention`` saves for one key set, and is emptied.
+    ``numbers`` are the last arguments of ``qk_norm_rope``; ``ops`` has the operations by name. Keys
+    and values of a second set, and a pair that says if each is needed, are ``extra``; their
+    gradients come last.
     """
     q, k, v, *weights, cos, sin, key_lengths, out, lse = saved
     saved.clear()
@@ -80,11 +89,22 @@ def attention_gradients(
     # The reference's norms of the recomputed forward serve the backward too.
     shared: dict[str, Any] = {"rhos": []} if norm is norm_reference else {}
     normed = norm(q, k, *weights, cos, sin, *numbers, **shared)
+    fixed = heads, scale_of(q, heads)
     d_q, d_k, d_v = ops["attention_backward"](
-        grad, *normed, v, out, lse, heads, scale_of(q, heads),
-        [*through, need_v], key_lengths,
-    )  # fmt: skip
-    del normed, v, out, grad  # 0.77 GB each at 14B and 720p, not needed below
+        grad, *normed, v, out, lse, *fixed, [*through, need_v], key_lengths
+    )
+    del out, v
+    d_extra: list[Any] = []
+    if extra is not None:
+        # Text and image have 512 and 257 keys in Wan: this second forward takes 1 ms at 14B and
+        # 720p, and two activations of 0.77 GB less are kept.
+        second, wanted = (normed[0], *extra[:2]), [through[0], *extra[2]]
+        results = ops["attention"](*second, *fixed, None)
+        d_more, *found = ops["attention_backward"](grad, *second, *results, *fixed, wanted, None)
+        d_extra = [d if need else None for d, need in zip(found, wanted[1:], strict=True)]
+        d_q = d_q.add_(d_more)
+        del second, results, d_more
+    del normed, grad  # 0.77 GB each at 14B and 720p, not needed below
     gradients: Sequence[torch.Tensor | None] = (None,) * 4
     wanted = [need_q, need_k, *need_weights]
     if any(through):
@@ -92,7 +112,7 @@ def attention_gradients(
         gradients = norm_backward(*upstream, q, k, *weights, cos, sin, *numbers, wanted, **shared)
     pairs = zip(gradients, wanted, strict=True)
     d_q, d_k, *d_weights = [d if need else None for d, need in pairs]
-    return d_q, d_k, d_v if need_v else None, *d_weights
+    return d_q, d_k, d_v if need_v else None, *d_weights, *d_extra
 
 
 class JointAttention(torch.autograd.Function):

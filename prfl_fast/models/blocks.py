@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prfl_fast.kernels import (
-    attention,
     bias_gelu,
     gated_residual,
     norm_modulate,
-    qk_norm_rope,
     residual_norm_modulate,
     rms_norm,
     rope_table,
@@ -203,13 +201,9 @@ def cross_attention(
     # PyTorch's attention on the CPU divides by the number of keys, and ends the process.
     check(k.shape[1] > 0, "context", k, "at least one text token")
     heads, eps, weights = parts.heads, parts.norm_q.eps, (parts.norm_q.weight, parts.norm_k.weight)
-    if extra_k is None:
-        rope = (None, None, None, (0, 0, 0))
-        out = NormAttention.apply(q, k, v, *weights, *rope, heads, eps, lengths)
-    else:
-        # Text and image keys share the normed queries, so these are saved and not recomputed.
-        q, k = qk_norm_rope(q, k, *weights, heads=heads, eps=eps)
-        out, _ = attention(q, k, v, heads=heads, extra_k=extra_k, extra_v=extra_v)
+    rope = (None, None, None, (0, 0, 0))
+    more = (lengths,) if extra_k is None else (None, extra_k, extra_v)
+    out = NormAttention.apply(q, k, v, *weights, *rope, heads, eps, *more)
     return project_out(parts.to_out, out)
 
 

@@ -65,3 +65,45 @@ def test_without_gradient_nothing_is_kept():
     with torch.no_grad():
         out = in_one_step(*tensors, **rope())
     assert out.grad_fn is None and torch.equal(out, in_two_steps(*tensors, **rope()))
+
+
+def with_image(needed, dtype):
+    tensors = inputs(7, dtype, needed)
+    for name in ("extra_k", "extra_v"):
+        tensors.append(torch.randn(2, 5, DIM, dtype=dtype).requires_grad_(name in needed))
+    return tensors
+
+
+def image_in_two_steps(q, k, v, q_weight, k_weight, *extra):
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, heads=HEADS, eps=1e-6)
+    return attention(q, k, v, heads=HEADS, extra_k=extra[0], extra_v=extra[1])[0]
+
+
+def image_in_one_step(*tensors):
+    rope = (None, None, None, (0, 0, 0))
+    return NormAttention.apply(*tensors[:5], *rope, HEADS, 1e-6, None, *tensors[5:])
+
+
+IMAGE_NEEDED = [(*NAMES, "extra_k", "extra_v"), ("q",), ("extra_k",), ("v", "extra_v"), ("k",)]
+
+
+@pytest.mark.parametrize("needed", IMAGE_NEEDED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_with_a_second_key_set(dtype, needed):
+    tensors = with_image(needed, dtype)
+    grad = torch.randn(2, LENGTH, DIM, dtype=dtype)
+    found = []
+    for function in (image_in_two_steps, image_in_one_step):
+        out = function(*tensors)
+        leaves = [t for t in tensors if t.requires_grad]
+        found.append([out, *torch.autograd.grad(out, leaves, grad)])
+    assert_same_bits(*found)
+
+
+def test_a_second_key_set_keeps_its_keys_and_values_alone():
+    tensors = with_image((*NAMES, "extra_k", "extra_v"), torch.float32)
+    with_text, both = (
+        saved_bytes(lambda f=f, n=n: f(*tensors[:n]))
+        for f, n in ((in_one_step, 5), (image_in_one_step, 7))
+    )
+    assert both - with_text == 2 * tensors[5].nbytes
