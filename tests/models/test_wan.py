@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import wan
+from numerics import assert_within_twice
 
 import prfl_fast
 from prfl_fast.models.registry import adapter_by_name, find_adapter
@@ -209,3 +210,51 @@ def test_first_and_last_frame(patched):
     for given in (one, none):
         with pytest.raises(ValueError, match=rf"{TEXT}_image.*expected \[B, "):
             adapter.check_latents(model, x, given)
+
+
+def saved_by_head(model, x):
+    """Return the bytes that norm, modulation and projection after the blocks keep beside ``x``."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        shift, scale = (model.scale_shift_table + torch.zeros(1, 1, x.shape[-1])).chunk(2, dim=1)
+        stream = model.norm_out(x.float()) * (1 + scale) + shift
+        model.proj_out(stream.type_as(x))
+    large = {size for size in sizes.values() if size >= x.nbytes}
+    return sorted(large)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_head_keeps_the_stream_in_its_own_dtype(train):
+    model = wan.tiny_wan().bfloat16().requires_grad_(train)
+    x = torch.randn(1, 600, 48, dtype=torch.bfloat16, requires_grad=True)
+    assert max(saved_by_head(model, x)) == 2 * x.nbytes
+    prfl_fast.patch(model)
+    assert saved_by_head(model, x) == [x.nbytes]
+    model.norm_out.register_forward_hook(lambda *_: None)  # a hook expects a tensor
+    assert max(saved_by_head(model, x)) == 2 * x.nbytes
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_is_that_of_diffusers(dtype, rows):
+    model = prfl_fast.patch(wan.tiny_wan())
+    own = type(model.norm_out).forward.__get__(model.norm_out)
+    shapes = (2, 24, 48), (2, rows, 48), (2, rows, 48)
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors[0] = tensors[0].to(dtype)
+    grad, found = torch.randn(2, 24, 48).to(dtype), []
+    for norm, wide in ((model.norm_out, False), (own, False), (own, True)):
+        x, scale, shift = ((t.double() if wide else t).clone().requires_grad_() for t in tensors)
+        if wide:  # diffusers computes in float32
+            normed = torch.nn.functional.layer_norm(x, (48,), eps=model.norm_out.eps)
+            out = normed * (1 + scale) + shift
+        else:
+            out = (norm(x.float()) * (1 + scale) + shift).type_as(x)
+        found.append([out, *torch.autograd.grad(out, (x, scale, shift), grad.to(out.dtype))])
+    for ours, plain, exact in zip(*found, strict=True):
+        assert_within_twice(ours, plain, exact)
