@@ -18,8 +18,9 @@ from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.quantized import QuantizedLinear
 from prfl_fast.models import find_adapter
 from prfl_fast.planning import Workload
+from prfl_fast.planning.built_models import build, materialize
 from prfl_fast.planning.costs import Cost
-from prfl_fast.planning.simulation import build, materialize, simulate
+from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.training.oom import is_out_of_memory
 

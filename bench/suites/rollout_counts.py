@@ -10,8 +10,8 @@ from method_specs import SOLVER_STEPS
 
 from prfl_fast.models import find_adapter
 from prfl_fast.models.inference import RolloutOptions
+from prfl_fast.planning.built_models import fake_models
 from prfl_fast.planning.costs import Cost, CostLedger
-from prfl_fast.planning.simulation import fake_models
 from suites.memory_step import DEPTHS, Case, uniform
 from suites.split import line, total
 

@@ -14,8 +14,9 @@ import torch
 from harness import Preset, Table
 
 from prfl_fast import GradientPlan, LatentRewardModel
+from prfl_fast.planning.built_models import fake_models
 from prfl_fast.planning.costs import Cost, CostLedger
-from prfl_fast.planning.simulation import SimulatedStep, fake_models
+from prfl_fast.planning.simulated_step import SimulatedStep
 from suites import wan
 from suites.memory_step import DEPTHS, Case, at_depth, uniform
 

@@ -12,9 +12,10 @@ from prfl_fast.memory.offload import SMALLEST
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import weight_bytes
+from prfl_fast.planning.built_models import build, depths_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.presets import adapter_of
-from prfl_fast.planning.simulation import SWAP_PHASES, build, depths_of
+from prfl_fast.planning.simulated_step import SWAP_PHASES
 from prfl_fast.planning.trace import FREE, Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.modules import unwrap

@@ -32,7 +32,8 @@ from prfl_fast.planning.derived import (
 )
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.presets import adapter_of
-from prfl_fast.planning.simulation import SWAP_PHASES, simulate
+from prfl_fast.planning.simulated_step import SWAP_PHASES
+from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.trace import Simulation
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.units import GIB

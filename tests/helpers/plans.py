@@ -5,12 +5,13 @@ import itertools
 
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import patch
+from prfl_fast.planning.built_models import build, materialize, stream_models
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.derived import Weights, streamed
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import MODES
-from prfl_fast.planning.simulation import SimulatedStep, build, materialize, stream_models
+from prfl_fast.planning.simulated_step import SimulatedStep
 from prfl_fast.planning.trace import ALLOCATE, Simulation
 from prfl_fast.planning.workload import Workload
 

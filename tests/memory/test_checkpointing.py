@@ -21,7 +21,7 @@ from prfl_fast.memory.checkpointing import (
 )
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.planning.simulation import materialize
+from prfl_fast.planning.built_models import materialize
 from prfl_fast.training.lora import add_lora
 
 pytest.importorskip("diffusers")

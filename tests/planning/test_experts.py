@@ -13,10 +13,12 @@ from prfl_fast.feedback import PRFL, GradientPlan
 from prfl_fast.memory import MemoryConfig, apply_memory, make_optimizer
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models import Experts, patch
+from prfl_fast.planning.built_models import build, fake_models, materialize
 from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.presets import MODELS, model_config
 from prfl_fast.planning.search import step_seconds
-from prfl_fast.planning.simulation import SimulatedStep, build, fake_models, materialize, simulate
+from prfl_fast.planning.simulated_step import SimulatedStep
+from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout import FlowUniPC
 from prfl_fast.training.lora import add_lora

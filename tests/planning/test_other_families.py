@@ -11,7 +11,9 @@ from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import simulation
-from prfl_fast.planning.simulation import SimulatedStep, build, simulate
+from prfl_fast.planning.built_models import build
+from prfl_fast.planning.simulated_step import SimulatedStep
+from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.objectives import reward_call, velocity_call

@@ -13,7 +13,7 @@ from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import waiting_weights
-from prfl_fast.planning.simulation import build, stream_models
+from prfl_fast.planning.built_models import build, stream_models
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.objectives import reward_call, velocity_call

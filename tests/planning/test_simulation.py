@@ -15,9 +15,11 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.planning import simulation
+from prfl_fast.planning import built_models, simulation
+from prfl_fast.planning.built_models import build
 from prfl_fast.planning.costs import Cost
-from prfl_fast.planning.simulation import PHASES, build, simulate
+from prfl_fast.planning.simulated_step import PHASES
+from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.losses import sft_loss
@@ -57,7 +59,7 @@ def test_the_faster_fake_tensors_change_nothing(name, monkeypatch):
         return shallow(SMALL, POLICIES[name])
 
     runs = [run() for _ in range(2)]  # the second from remembered layouts
-    monkeypatch.setattr(simulation, "FastFakeTensorMode", FakeTensorMode)
+    monkeypatch.setattr(built_models, "FastFakeTensorMode", FakeTensorMode)
     assert runs == 2 * [run()]
 
 

@@ -13,8 +13,9 @@ from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory import stream as streaming
 from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning.built_models import build, stream_models
 from prfl_fast.planning.costs import CUBLAS_BYTES, CostLedger
-from prfl_fast.planning.simulation import build, simulate, stream_models
+from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.objectives import reward_call, velocity_call

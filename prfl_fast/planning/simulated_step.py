@@ -1,0 +1,295 @@
+"""One PRFL training step on fake or real tensors, phase by phase, under a ledger."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from prfl_fast.kernels import flow_loss
+from prfl_fast.memory.experts import host_bytes, moved_tensors
+from prfl_fast.memory.ledger import HOST, Ledger, mark
+from prfl_fast.memory.optimizers import state_bytes
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.memory.stream import BlockWeights, waiting_weights
+from prfl_fast.models.adapter import FIRST_FRAME, generated_frames, set_first_frame
+from prfl_fast.models.family_adapter import FamilyAdapter
+from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.velocity import autocast
+from prfl_fast.planning.costs import CostLedger
+from prfl_fast.planning.trace import TraceLedger
+from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
+from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
+from prfl_fast.utils.modules import unwrap
+
+PHASES = (
+    "rollout",
+    "forward",
+    "reward",
+    "reward backward",
+    "backward",
+    "optimizer",
+    "sft forward",
+    "sft backward",
+)
+SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued on one stream
+# Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
+# These are upper bounds for torchao, whose compiled step holds some copies in registers.
+_WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
+
+
+class SimulatedStep:
+    """Phases of one step, on fake or real tensors, under an active ledger."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        memory: MemoryConfig,
+        reward_memory: MemoryConfig,
+        generator: nn.Module,
+        reward: LatentRewardModel,
+        ledger: Ledger,
+    ) -> None:
+        self.workload, self.ledger = workload, ledger
+        self.memory, self.reward_memory = memory, reward_memory
+        self.generator, self.reward = generator, reward
+        self.adapter = find_adapter(generator)
+        self.parameters = [p for p in generator.parameters() if p.requires_grad]
+        self.waiting: set[int] = set()  # parameters in host memory
+        for model, backbone, category in (
+            (generator, generator, "weights"),
+            (reward, reward.backbone, "reward"),
+        ):
+            self._mark_weights(model, waiting_weights(backbone), category)
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(_mark_gradient)
+            if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
+                parameter.grad_dtype = torch.float32
+        self.trained = 2 if workload.experts and workload.expert == "both" else 1
+        self.device_states, self.host_states = self._states()
+        if workload.ema:
+            self.ema = [
+                self._make(self.trained * p.numel(), category="optimizer", owner=p)
+                for p in self.parameters
+            ]
+        self.moved: list[torch.Tensor] = []
+        if workload.experts:
+            self._other_expert()
+        self.conditions = self._conditions()
+        with _disable_current_modes():  # numbers of the host: real, and in no ledger
+            self.scheduler = FlowUniPC(workload.shift)
+            self.scheduler.set_timesteps(workload.num_inference_steps)
+            self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
+
+    def _mark_weights(self, model: nn.Module, waiting: list[BlockWeights], category: str) -> None:
+        for block in waiting:
+            first, *_ = parameters = block.parameters()
+            self.waiting.update(map(id, parameters))
+            with self._at(first):
+                self.ledger.mark(block.host, HOST)
+        for slot in waiting[0].slots.order if waiting else ():
+            self.ledger.mark(slot.memory, "weights")
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in self.waiting:
+                self.ledger.mark(tensor, category)
+
+    def _make(
+        self,
+        *shape: int,
+        category: str = "rollout",
+        dtype: torch.dtype = torch.float32,
+        owner: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return zeros that count in a category, in the block of the parameter ``owner``."""
+        with self._at(owner):
+            tensor = torch.zeros(shape, dtype=dtype)
+            self.ledger.mark(tensor, category)
+        return tensor
+
+    def _at(self, parameter: torch.Tensor | None) -> contextlib.AbstractContextManager[Any]:
+        if parameter is None or not isinstance(self.ledger, TraceLedger):
+            return contextlib.nullcontext()
+        return self.ledger.at(parameter)
+
+    def _states(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the optimizer's states on the device and on the host, as bytes."""
+        kind = self.memory.optimizer
+        sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.parameters]
+        device, host = (
+            [
+                self._make(self.trained * size, category=place, dtype=torch.uint8, owner=p)
+                for p, size in zip(self.parameters, column, strict=True)
+            ]
+            for place, column in zip(("optimizer", HOST), zip(*sizes, strict=True), strict=True)
+        )
+        if kind == "adamw-cpu":  # gradients and weights pass through two buffers
+            buffers = 2 * max(
+                p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.parameters
+            )
+            self.buffers = self._make(buffers, category=HOST, dtype=torch.uint8)
+        return device, host
+
+    def _other_expert(self) -> None:
+        """Allocate the expert that waits: its adapters on the device, the rest on the host."""
+        adapters = self.parameters if self.workload.train == "lora" else []
+        stay = {id(parameter) for parameter in adapters}
+        self.moved = [t for t in moved_tensors(self.generator) if id(t) not in stay]
+        spare = host_bytes(self.moved) - sum(tensor.nbytes for tensor in self.moved)
+        waiting = [(t, HOST, t.nbytes) for t in self.moved]
+        if self.waiting:  # both experts share the slots, and nothing is exchanged
+            places = {True: HOST, False: "weights"}
+            waiting = [(t, places[id(t) in self.waiting], t.nbytes) for t in self.moved]
+            self.moved, spare = [], 0
+        waiting += [(p, "weights", (self.trained - 1) * p.nbytes) for p in adapters]
+        self.other = [
+            self._make(size, category=category, dtype=torch.uint8, owner=owner)
+            for owner, category, size in waiting
+        ]
+        self.other.append(self._make(spare, category=HOST, dtype=torch.uint8))
+
+    def _conditions(self) -> dict[str, torch.Tensor]:
+        config, batch = self.workload.config, self.workload.batch_size
+        if isinstance(self.adapter, FamilyAdapter):
+            channels, *size = self.workload.latent_shape[1:]
+            sizes: dict[Any, Any] = {"T": self.workload.text_tokens, **self.adapter.token_counts}
+            sizes |= dict(zip("FHW", size, strict=True)) | {"C": config["in_channels"] - channels}
+            expected = self.adapter.expected_conditions(unwrap(self.generator))
+            return {
+                key: self._make(batch, *(sizes.get(n, n) for n in shape)).add_("mask" in key)
+                for key, (required, shape) in expected.items()
+                if required
+            }
+        text = self._make(batch, self.workload.text_tokens, config.get("text_dim", 4096))
+        conditions = {"encoder_hidden_states": text}
+        if config.get("image_dim") is not None:
+            tokens = config.get("pos_embed_seq_len") or IMAGE_TOKENS  # of two images, if set
+            image = self._make(batch, tokens, config["image_dim"])
+            conditions["encoder_hidden_states_image"] = image
+        channels, frames, *size = self.workload.latent_shape[1:]
+        extra = config.get("in_channels", channels) - channels
+        if extra:
+            conditions["latent_condition"] = self._make(batch, extra, frames, *size)
+        if self.workload.first_frame:
+            conditions[FIRST_FRAME] = self._make(batch, channels, 1, *size)
+        return conditions
+
+    def _precision(self, memory: MemoryConfig) -> contextlib.AbstractContextManager[Any]:
+        kind = self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
+        return autocast(torch.device("cpu"), kind)
+
+    def _velocity(self, x: torch.Tensor, time: float) -> torch.Tensor:
+        timestep = torch.full((len(x),), time)
+        with self._precision(self.memory):
+            return self.adapter.velocity(self.generator, x, timestep, self.conditions)
+
+    def _step(self, v: torch.Tensor, time: float, x: torch.Tensor) -> torch.Tensor:
+        (out,) = self.scheduler.step(v, time, x)
+        return set_first_frame(out, self.conditions)
+
+    def run(self) -> None:
+        """Run reward feedback and an optimizer step, then the same for the supervised loss."""
+        several = max(self.workload.points, self.workload.gradient_accumulation_steps) > 1
+        ways = ("to_host_bytes", "to_device_bytes")
+        for phase, way in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
+            self.ledger.start_phase(phase)
+            for tensor in self.moved:
+                self._count(tensor, **{way: tensor.nbytes})
+        self._feedback(several)
+        self._update()
+        if self.workload.sft:
+            self._supervised(self.workload.gradient_accumulation_steps > 1)
+            self._update()
+
+    def _count(self, parameter: torch.Tensor, **work: int) -> None:
+        """Add work of one parameter to the current phase."""
+        if isinstance(self.ledger, CostLedger):
+            with self._at(parameter):
+                self.ledger.count(**work)
+
+    def _hold_gradients(self) -> None:
+        """Allocate the gradients of earlier points and micro-batches."""
+        for parameter in self.parameters:
+            with self._at(parameter):
+                parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
+                place = HOST if id(parameter) in self.waiting else "gradients"
+                self.ledger.mark(parameter.grad, place)
+
+    def _feedback(self, several: bool) -> None:
+        self.ledger.start_phase("rollout")
+        if several:
+            self._hold_gradients()
+        noise = self._make(*self.workload.latent_shape)
+        x = set_first_frame(noise, self.conditions)
+        with torch.no_grad():
+            # One forward stands for all; the solver's history is full after two steps.
+            v = self._velocity(x, self.times[0])
+            for time in self.times[: min(2, len(self.times) - 2)]:
+                x = self._step(v, time, x)
+                detach_state(self.scheduler)
+            del v
+        self.ledger.start_phase("forward")
+        time, after = self.times[self.scheduler.step_index or 0 :][:2]
+        with self.ledger.saving():
+            x = self._step(self._velocity(x, time), time, x)
+        self.ledger.start_phase("reward")
+        with self.ledger.saving(), self._precision(self.reward_memory):
+            score = self.reward(x, torch.full((len(x),), after), self.conditions)
+        # When the gradient reaches the latents, the generator's backward begins.
+        x.register_hook(lambda grad: self.ledger.start_phase("backward"))
+        x = x.detach()
+        detach_state(self.scheduler)
+        self.ledger.start_phase("reward backward")
+        loss = 0.1 * torch.relu(2.0 - score.float()).mean()
+        (loss * 1.0).backward()  # PRFL multiplies by loss_scale
+        del noise  # the caller of a PRFL step holds it until here
+
+    def _supervised(self, several: bool) -> None:
+        self.ledger.start_phase("sft forward")
+        if several:
+            self._hold_gradients()
+        clean, noise = (self._make(*self.workload.latent_shape) for _ in range(2))
+        level = torch.full((len(clean), 1, 1, 1, 1), 0.5)
+        x = (1 - level) * clean + level * noise
+        with self.ledger.saving():
+            v = self._velocity(x, TIMESTEPS_PER_SIGMA * 0.5)
+            parts = (generated_frames(part, self.conditions) for part in (v, noise, clean))
+            loss = flow_loss(*parts)
+            del v, x
+        self.ledger.start_phase("sft backward")
+        (loss * 1.0).backward()
+
+    def _update(self) -> None:
+        """Count the optimizer's step by formula."""
+        self.ledger.start_phase("optimizer")
+        kind, gradients = self.memory.optimizer, [p.grad for p in self.parameters]
+        narrow = [g.numel() for g in gradients if g is not None and g.dtype == torch.bfloat16]
+        self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * max(narrow, default=0))
+        states = zip(self.parameters, self.device_states, self.host_states, strict=True)
+        for parameter, device, host in states:
+            read = 0 if parameter.grad is None else parameter.grad.nbytes
+            norm_and_clip = 3 * read
+            if id(parameter) in self.waiting:
+                pass  # weight, gradient and states are all on the host
+            elif kind == "adamw-cpu":
+                ways = {"to_host_bytes": read, "to_device_bytes": parameter.nbytes}
+                self._count(parameter, moved_bytes=norm_and_clip, **ways)
+            else:
+                moved = norm_and_clip + read + 2 * parameter.nbytes + 2 * device.nbytes
+                paged = host.nbytes
+                ways = {"to_host_bytes": paged, "to_device_bytes": paged}
+                self._count(parameter, moved_bytes=moved, **ways)
+        for parameter in self.parameters:
+            with self._at(parameter):
+                parameter.grad = None
+
+
+def _grad_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return parameter.grad_dtype or parameter.dtype
+
+
+def _mark_gradient(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        mark(parameter.grad, "gradients")
