@@ -87,7 +87,8 @@ def _cached_forward(step: SimulatedStep) -> None:
     ledger = step.ledger
     ledger.start_phase("caches")
     x = torch.zeros(step.workload.latent_shape)
-    times = [torch.full((len(x),), time) for time in step.times]
+    count = step.workload.num_inference_steps
+    times = [torch.full((len(x),), 1000.0 - index) for index in range(count)]
     rollout = step.adapter.open_rollout(step.generator, x, times, step.conditions)
     ledger.start_phase("cached rollout")
     rollout.velocity(x, 0)

@@ -34,11 +34,6 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     """
     lora, feedback = config.lora, "prfl" in config.objectives
     plan = config.prfl.plan() if feedback else GradientPlan()
-    if plan.depth != 1 or plan.renoised:
-        raise ValueError(
-            f"prfl.method is {config.prfl.method}, whose gradient goes through several solver "
-            f"steps. The planner handles one step per point only: {_EXPLICIT}"
-        )
     if feedback and config.prfl.guidance is not None:
         raise ValueError(
             "prfl.guidance is set, which doubles the batch or the number of the generator's "
@@ -57,6 +52,7 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
         "batch_size": config.run.batch_size,
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
         "gradient_plan": plan,
+        "divergence": feedback and config.prfl.divergence > 0,
         "num_inference_steps": config.prfl.num_inference_steps,
         "sft": not {"sft", "rwr"}.isdisjoint(config.objectives),  # one forward of clean latents
         "ema": config.run.ema_decay is not None,

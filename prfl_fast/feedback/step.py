@@ -1,7 +1,7 @@
 """PRFL: one step of reward feedback learning on a sampled trajectory."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,9 @@ class PRFL:
             self.sampler, plan, rewards, factors, target, weight, float(divergence)
         )
         self.engine = RolloutEngine(transformer, rollout)
+        # The planner exchanges them for classes that run the model at some steps only.
+        self.trajectory_type: Callable[..., Trajectory] = Trajectory
+        self.estimator_type: Callable[..., GradientEstimator] = GradientEstimator
 
     @torch.inference_mode(mode=False)  # whose tensors carry no graph
     def __call__(
@@ -163,7 +166,7 @@ class PRFL:
             check_finite("latents", latents)
         points = self._points(indices, generator)
         trajectory = self._open(points, noise, conditions, latents, check_values=not deferred)
-        estimator = GradientEstimator(self.spec, trajectory, generator, plain(loss_scale))
+        estimator = self.estimator_type(self.spec, trajectory, generator, plain(loss_scale))
         if plan.to == "latent":
             return estimator.run_guided(points)
         # The trajectory's own point and the renoised ones have equal weights.
@@ -234,7 +237,7 @@ class PRFL:
         if plan.start == "data" and plan.strength is None:
             begin = points[0].first
         visit = [step for point in points for step in range(point.first, point.step + 1)]
-        trajectory = Trajectory(
+        trajectory = self.trajectory_type(
             self.sampler,
             noise,
             conditions,

@@ -92,10 +92,14 @@ class CostLedger(Ledger):
 
     A fused operation counts as one kernel that reads its arguments and writes its results once.
     Memory that kernels allocate internally is counted by formula.
+
+    Attributes:
+        counts: False while work is not counted, only bytes.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.counts = True
         self._work: dict[str, dict[str, int]] = {}
         cpu = {packet: shape_wrapper(formula) for packet, formula in CPU_FLOPS.items()}
         self._formulas = {**flop_registry, **cpu}
@@ -114,7 +118,7 @@ class CostLedger(Ledger):
     def count(self, **work: int) -> None:
         """Add work to the current phase."""
         total = self._work.setdefault(self.phase, {})
-        for name, amount in work.items():
+        for name, amount in work.items() if self.counts else ():
             total[name] = total.get(name, 0) + amount
 
     def on_operation(

@@ -32,6 +32,7 @@ from prfl_fast.planning.derived import (
 )
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.presets import adapter_of
+from prfl_fast.planning.simulated_feedback import EARLIER_PHASES
 from prfl_fast.planning.simulated_step import SWAP_PHASES
 from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.trace import Simulation
@@ -124,7 +125,8 @@ def step_seconds(
         once |= {f"sft {phase}": once[phase] for phase in ("forward", "backward")}
     times = {"rollout": workload.rollout_forwards, "optimizer": 1.0 + workload.sft}
     per_point = ("forward", *REWARD_PHASES, "backward")
-    times |= dict.fromkeys(per_point, float(workload.points))
+    times |= dict.fromkeys(per_point, float(workload.evaluations))
+    times |= dict.fromkeys(EARLIER_PHASES, workload.earlier_steps)
     times |= dict.fromkeys(SWAP_PHASES, workload.swaps)
     found = {phase: times.get(phase, 1.0) * value for phase, value in once.items()}
     return {

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.experts import host_bytes, moved_tensors
@@ -13,16 +12,17 @@ from prfl_fast.memory.ledger import HOST, Ledger, mark
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import BlockWeights, waiting_weights
-from prfl_fast.models.adapter import FIRST_FRAME, generated_frames, set_first_frame
+from prfl_fast.models.adapter import FIRST_FRAME, generated_frames
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.models.velocity import autocast
+from prfl_fast.models.velocity import ModelCall, Precision
 from prfl_fast.planning.costs import CostLedger
+from prfl_fast.planning.simulated_feedback import run_feedback
 from prfl_fast.planning.trace import TraceLedger
 from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.rollout.schedulers import FlowUniPC, detach_state
 from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
+from prfl_fast.training.objectives import RewardCall
 from prfl_fast.utils.modules import unwrap
 
 PHASES = (
@@ -79,10 +79,6 @@ class SimulatedStep:
         if workload.experts:
             self._other_expert()
         self.conditions = self._conditions()
-        with _disable_current_modes():  # numbers of the host: real, and in no ledger
-            self.scheduler = FlowUniPC(workload.shift)
-            self.scheduler.set_timesteps(workload.num_inference_steps)
-            self.times = [float(t) for t in self.scheduler.timesteps.tolist()]
 
     def _mark_weights(self, model: nn.Module, waiting: list[BlockWeights], category: str) -> None:
         for block in waiting:
@@ -176,22 +172,12 @@ class SimulatedStep:
             conditions[FIRST_FRAME] = self._make(batch, channels, 1, *size)
         return conditions
 
-    def _precision(self, memory: MemoryConfig) -> contextlib.AbstractContextManager[Any]:
-        kind = self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
-        return autocast(torch.device("cpu"), kind)
-
-    def _velocity(self, x: torch.Tensor, time: float) -> torch.Tensor:
-        timestep = torch.full((len(x),), time)
-        with self._precision(self.memory):
-            return self.adapter.velocity(self.generator, x, timestep, self.conditions)
-
-    def _step(self, v: torch.Tensor, time: float, x: torch.Tensor) -> torch.Tensor:
-        (out,) = self.scheduler.step(v, time, x)
-        return set_first_frame(out, self.conditions)
+    def _kind(self, memory: MemoryConfig) -> Precision:
+        return self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
 
     def run(self) -> None:
         """Run reward feedback and an optimizer step, then the same for the supervised loss."""
-        several = max(self.workload.points, self.workload.gradient_accumulation_steps) > 1
+        several = max(self.workload.evaluations, self.workload.gradient_accumulation_steps) > 1
         ways = ("to_host_bytes", "to_device_bytes")
         for phase, way in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
             self.ledger.start_phase(phase)
@@ -222,39 +208,23 @@ class SimulatedStep:
         if several:
             self._hold_gradients()
         noise = self._make(*self.workload.latent_shape)
-        x = set_first_frame(noise, self.conditions)
-        with torch.no_grad():
-            # One forward stands for all; the solver's history is full after two steps.
-            v = self._velocity(x, self.times[0])
-            for time in self.times[: min(2, len(self.times) - 2)]:
-                x = self._step(v, time, x)
-                detach_state(self.scheduler)
-            del v
-        self.ledger.start_phase("forward")
-        time, after = self.times[self.scheduler.step_index or 0 :][:2]
-        with self.ledger.saving():
-            x = self._step(self._velocity(x, time), time, x)
-        self.ledger.start_phase("reward")
-        with self.ledger.saving(), self._precision(self.reward_memory):
-            score = self.reward(x, torch.full((len(x),), after), self.conditions)
-        # When the gradient reaches the latents, the generator's backward begins.
-        x.register_hook(lambda grad: self.ledger.start_phase("backward"))
-        x = x.detach()
-        detach_state(self.scheduler)
-        self.ledger.start_phase("reward backward")
-        loss = 0.1 * torch.relu(2.0 - score.float()).mean()
-        (loss * 1.0).backward()  # PRFL multiplies by loss_scale
-        del noise  # the caller of a PRFL step holds it until here
+        from_data = self.workload.gradient_plan.start == "data"
+        latents = self._make(*self.workload.latent_shape) if from_data else None
+        generator = ModelCall(self.generator, self._kind(self.memory))
+        rewards = {"reward": RewardCall(self.reward, self._kind(self.reward_memory))}
+        inputs = (noise, self.conditions, latents)
+        run_feedback(self.workload, generator, rewards, self.ledger, *inputs)
 
     def _supervised(self, several: bool) -> None:
         self.ledger.start_phase("sft forward")
         if several:
             self._hold_gradients()
+        velocity = ModelCall(self.generator, self._kind(self.memory))
         clean, noise = (self._make(*self.workload.latent_shape) for _ in range(2))
         level = torch.full((len(clean), 1, 1, 1, 1), 0.5)
         x = (1 - level) * clean + level * noise
         with self.ledger.saving():
-            v = self._velocity(x, TIMESTEPS_PER_SIGMA * 0.5)
+            v = velocity(x, torch.full((len(x),), TIMESTEPS_PER_SIGMA * 0.5), self.conditions)
             parts = (generated_frames(part, self.conditions) for part in (v, noise, clean))
             loss = flow_loss(*parts)
             del v, x

@@ -79,6 +79,7 @@ class TraceLedger(CostLedger):
         self._names: dict[int, tuple[Key, int]] = {}  # entry → segment and number of its storage
         self._owners: dict[int, Place] = {}
         self._run = 0
+        self._forward_run = -1  # of the forward whose backward runs
         for name, blocks in lists.items():
             for index, block in enumerate(blocks):
                 self._watch(block, (name, index))
@@ -97,10 +98,17 @@ class TraceLedger(CostLedger):
         def finish(block: nn.Module, args: Any, out: Any) -> None:
             last = out if isinstance(out, torch.Tensor) else out[0]
             if last.requires_grad and "backward" not in self.phase:
-                last.register_hook(lambda grad: self._enter(place))
+                forward_run = self._run
+                last.register_hook(lambda grad: self._enter_backward(place, forward_run))
 
         block.register_forward_pre_hook(start)
         block.register_forward_hook(finish)
+
+    def _enter_backward(self, place: Place, forward_run: int) -> None:
+        if forward_run != self._forward_run:  # one phase may have the backwards of two forwards
+            self._forward_run = forward_run
+            self._run += 1
+        self._enter(place)
 
     def _enter(self, place: Place) -> None:
         self._key = (self.phase, self._run, *place)
@@ -124,7 +132,7 @@ class TraceLedger(CostLedger):
         """Add work to the current phase and segment."""
         super().count(**work)
         total = self._segment.work
-        for name, amount in work.items():
+        for name, amount in work.items() if self.counts else ():
             total[name] = total.get(name, 0) + amount
 
     def mark(self, tensor: torch.Tensor, category: str) -> None:

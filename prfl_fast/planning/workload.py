@@ -38,8 +38,8 @@ class Workload:
         text_tokens: rows of a sample's text states after padding.
         train: ``lora`` trains adapters, ``full`` all parameters.
         lora_rank, target_modules: as in :func:`prfl_fast.training.lora.add_lora`.
-        gradient_plan: steps that carry gradient. Every gradient point has one step, whose gradient
-            goes to the parameters.
+        gradient_plan: steps that carry gradient, which goes to the parameters.
+        divergence: the loss has the divergence from the velocity without adapters.
         num_inference_steps: solver steps of a trajectory.
         expert: expert that trains, of two; ``both`` trains one per step, and needs ``lora``.
         shift: timestep shift of the schedule, which decides the steps of each expert.
@@ -51,7 +51,7 @@ class Workload:
 
     Raises:
         TypeError: if the model or the gradient plan has the wrong type.
-        ValueError: if a value is out of range, or the gradient plan has points of several steps.
+        ValueError: if a value is out of range, or the gradient goes to the noise or the latents.
     """
 
     model: Model
@@ -66,6 +66,7 @@ class Workload:
     lora_rank: int = 16
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     gradient_plan: GradientPlan = GradientPlan()
+    divergence: bool = False
     num_inference_steps: int = 40
     expert: Literal["high", "low", "both"] = "both"
     shift: float = 5.0
@@ -107,13 +108,8 @@ class Workload:
     def _check_gradient_plan(self) -> None:
         plan = self.gradient_plan
         check_type("gradient_plan", plan, GradientPlan)
-        check(
-            plan.depth == 1 and plan.to == "parameters" and not plan.renoised,
-            "gradient_plan",
-            plan,
-            "gradient points of one step to the parameters",
-            hint="The simulation does not run the extra latents and forwards of longer gradients",
-        )
+        hint = "Nothing would train"
+        check(plan.to == "parameters", "gradient_plan.to", plan.to, "'parameters'", hint=hint)
         most = self.num_inference_steps - 1
         expected = f"at most num_inference_steps - 1 = {most}"
         check(plan.points <= most, "points", plan.points, expected)
@@ -125,6 +121,9 @@ class Workload:
         if self.first_frame:
             ok, expected = ok and self.frames > 1, f"{expected} above 1"
         check(ok, "frames", self.frames, f"{expected}, as 81")
+        segments, latent_frames = self.gradient_plan.segments or 1, self.latent_shape[2]
+        expected = f"at most {latent_frames}, the frames of the latents"
+        check(segments <= latent_frames, "gradient_plan.segments", segments, expected)
         names = ("frames", "height", "width")
         sizes = zip(names, self.latent_shape[2:], self._patch, stride, strict=True)
         longest = self.config.get("rope_max_seq_len", 1024)
@@ -165,15 +164,34 @@ class Workload:
         return self.gradient_plan.points
 
     @property
+    def evaluations(self) -> int:
+        """Evaluations of the reward per trajectory, each with a forward and a backward."""
+        return self.points + self.gradient_plan.renoised
+
+    @property
     def rollout_forwards(self) -> float:
         """Expected forwards without gradient of a trajectory."""
-        plan, steps = self.gradient_plan, self.num_inference_steps
-        if not self.experts:
-            return plan.expected_forwards(steps)
+        steps = self.num_inference_steps
+        return sum(share * plan.expected_forwards(steps) for plan, share in self._plans())
+
+    @property
+    def earlier_steps(self) -> float:
+        """Expected steps with gradient of a trajectory before the last one of a point."""
+        steps = self.num_inference_steps
         return sum(
-            share * trained_plan(plan, self.experts, (name,)).expected_forwards(steps)
-            for name, share in self.shares.items()
+            share * float(probability) * (points[0].depth - 1)
+            for plan, share in self._plans()
+            for probability, points in (plan.outcomes(steps) if plan.depth != 1 else ())
         )
+
+    def _plans(self) -> list[tuple[GradientPlan, float]]:
+        """Return the plans of the trained experts with their shares; of one model one plan."""
+        if not self.experts:
+            return [(self.gradient_plan, 1.0)]
+        return [
+            (trained_plan(self.gradient_plan, self.experts, (name,)), share)
+            for name, share in self.shares.items()
+        ]
 
     @cached_property
     def experts(self) -> list[str]:

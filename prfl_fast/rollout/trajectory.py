@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.models.adapter import Conditions, not_inference, set_first_frame
 from prfl_fast.models.experts import Experts
@@ -92,16 +93,22 @@ class Trajectory:
         for name, steps in (("start", (start,)), ("visit", tuple(visit))):
             bad = any(isinstance(i, bool) or not 0 <= i < count for i in steps)
             check(not bad, name, steps, f"steps in 0 … {count - 1}")
-        self.scheduler, self.timesteps = start_trajectory(sampler.scheduler, count, start)
+        # Outside the planner's FakeTensorMode, in which a schedule would have no values.
+        with _disable_current_modes():
+            self.scheduler, timesteps = start_trajectory(sampler.scheduler, count, start)
+            self._sigmas = schedule_sigmas(self.scheduler, timesteps)
+            numbers = [(t.item(), t.dtype) for t in timesteps]
+        # One by one, because a FakeTensorMode keeps the value of a single number.
+        self.timesteps = [torch.tensor(t, dtype=dtype, device="cpu") for t, dtype in numbers]
         # One copy to the device here, instead of one in every step.
         dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
-        times = torch.stack(list(self.timesteps)).to(dtype)
-        self._model_timesteps = to_device(times, noise.device)
-        self._sigmas = schedule_sigmas(self.scheduler, self.timesteps)
+        times = [float(t) for t, _ in numbers]
+        on_host = torch.tensor(times, dtype=dtype, device="cpu")
+        self._model_timesteps = to_device(on_host, noise.device)
         # The guidance of each step: two experts may have two scales.
         model = model_of(transformer)
         experts = model if isinstance(model, Experts) else None
-        names = [None if experts is None else experts.name_at(float(t)) for t in self.timesteps]
+        names = [None if experts is None else experts.name_at(t) for t in times]
         self._guided = None if guidance is None else [guidance.of(name) for name in names]
         self.x = set_first_frame(noise.detach(), conditions)
         self.index = start
@@ -111,9 +118,7 @@ class Trajectory:
         if engine is not None and engine.stride > 1:
             self._kept = strided_steps(start, count, engine.stride, visit)
             keep_levels(self.scheduler, self._kept[:-1])
-        # If the engine requests a drift check, an exact rollout runs from the same latents.
-        exact = replace(sampler, rollout=None)
-        self._again = partial(Trajectory, exact, conditions=conditions, start=start)
+        self._sampler, self._start = sampler, start
         self._first_x: torch.Tensor | None = None
         self._shadow: Trajectory | None = None
         self._counted = False
@@ -234,7 +239,9 @@ class Trajectory:
             yield None
             return
         if self._inexact and not self._counted and engine.should_check_drift():
-            self._shadow = self._again(self.x if self._first_x is None else self._first_x)
+            exact = replace(self._sampler, rollout=None)
+            x = self.x if self._first_x is None else self._first_x
+            self._shadow = Trajectory(exact, x, self.conditions, start=self._start)
         needed = {index for index in self._kept if self.index <= index < stop}
         if self._shadow is not None:
             needed |= set(range(self._shadow.index, stop))

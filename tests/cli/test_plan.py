@@ -204,6 +204,11 @@ def test_apply_plans_for_the_files_method(file, calls):
     text = file.read_text()
     file.write_text(text.replace("points: 3   # three", "method: refl"))
     assert run("--apply", file) == 0 and calls[-1].workload.gradient_plan == GradientPlan.refl()
+    draft = "method: draft\n  depth: 4\n  divergence: 0.1"
+    file.write_text(text.replace("points: 3   # three", draft))
+    assert run("--apply", file) == 0
+    work = calls[-1].workload
+    assert work.gradient_plan == GradientPlan.draft(4) and work.divergence
     file.write_text(text.replace("points: 3 ", "draws: independent\n  points: 3 "))
     assert run("--apply", file) == 0
     assert calls[-1].workload.gradient_plan == GradientPlan.prfl(3, "independent")
@@ -295,7 +300,6 @@ BAD = {
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
-    "--apply DRAFT": "prfl.method is draft, whose gradient goes through several solver steps",
     "--apply GUIDED": "prfl.guidance is set, which doubles the batch or the number of",
     "--apply SEVERAL": "reward lists 2 rewards, but the planner handles one model only",
     "--apply EMPTY": "holds empty, expected keys and values",
@@ -314,7 +318,6 @@ def test_bad_input_is_one_line_before_any_work(
     text = file.read_text()
     shutil.copy(file, "FILE")
     (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
-    (tmp_path / "DRAFT").write_text(text.replace("points: 3", "method: draft\n  depth: 2"))
     guided = "points: 3\n  guidance: {guidance_scale: 5, negative: n.safetensors}"
     (tmp_path / "GUIDED").write_text(text.replace("points: 3", guided))
     two = "reward: [{name: a, path: x}, {name: b, path: y}]"

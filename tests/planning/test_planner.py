@@ -127,12 +127,12 @@ def test_bad_arguments(calls, train, options, message):
     assert not calls
 
 
-def test_a_gradient_plan_is_one_with_points_of_one_step():
+def test_a_gradient_plan_trains_the_model():
     message = r"gradient_plan is .*RolloutConfig.*, expected GradientPlan"
     with pytest.raises(TypeError, match=message):
         small_workload(gradient_plan=RolloutConfig())
-    with pytest.raises(ValueError, match="gradient_plan is .*expected gradient points of one step"):
-        small_workload(gradient_plan=GradientPlan.draft(2))
+    with pytest.raises(ValueError, match="gradient_plan.to is 'noise', expected 'parameters'"):
+        small_workload(gradient_plan=GradientPlan.reno())
 
 
 # The plans this was made for, minutes of simulation.

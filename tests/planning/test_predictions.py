@@ -4,23 +4,16 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import torch
-from plans import SMALL, ledger_of, prepared
+from counted_steps import counted
+from plans import SMALL, ledger_of
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.feedback.step import PRFL
-from prfl_fast.memory.ledger import Ledger
-from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.memory.stream import waiting_weights
-from prfl_fast.planning.built_models import build, stream_models
 from prfl_fast.planning.workload import Workload
-from prfl_fast.rollout.schedulers import FlowUniPC
-from prfl_fast.training.objectives import reward_call, velocity_call
 
 CONFIG = {**SMALL, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 3}
 SIZE = {"frames": 9, "height": 256, "width": 256, "text_tokens": 32, "reward_blocks": 2}
-WORK = Workload(CONFIG, **SIZE, precision="fp32", sft=False)
+WORK = Workload(CONFIG, **SIZE, precision="fp32", sft=False, num_inference_steps=6)
 FULL = replace(WORK, train="full")
 MODES = [("none", None), ("none", "cpu"), ("attention", None), ("attention", "cpu")]
 MODES += [("full", None), ("full", "cpu")]
@@ -57,35 +50,6 @@ CASES["streamed, adamw-cpu"] = (
 @pytest.fixture(autouse=True)
 def _poison_empty():
     """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
-
-
-def counted(workload, memory, reward_memory):
-    """Return the device bytes at the peak of a PRFL step, before the optimizer's own step."""
-    generator, reward = prepared(*build(workload, memory, reward_memory))
-    stream_models(generator, reward, memory, reward_memory)
-    parameters = [p for p in generator.parameters() if p.requires_grad]
-    kind = memory.optimizer
-    make_optimizer(kind, parameters, learning_rate=1e-5, gradient_dtype=memory.gradient_dtype)
-    velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
-    plan, points = workload.gradient_plan, workload.points
-    prfl = PRFL(velocity, score, FlowUniPC(), plan=plan, num_inference_steps=6)
-    conditions = {"encoder_hidden_states": torch.randn(1, 32, CONFIG["text_dim"])}
-    held = [*conditions.values()]
-    waiting = set()
-    for model in (generator, reward):
-        held += [*model.parameters(), *model.buffers()]
-    if memory.stream_weights is not None:
-        streamed = [*waiting_weights(generator), *waiting_weights(reward.backbone)]
-        waiting = {id(p) for weights in streamed for p in weights.parameters()}
-        held += [slot.memory for slot in streamed[0].slots.order]
-    states = sum(state_bytes(kind, p.shape, p.dtype)[0] for p in parameters)
-    before = states + sum(t.nbytes for t in held if id(t) not in waiting)
-    with Ledger(open_operations=True) as ledger:
-        for _ in range(workload.gradient_accumulation_steps):
-            noise = torch.randn(workload.latent_shape)
-            assert prfl(noise, conditions, indices=[3 - i for i in range(points)][::-1]).finite
-            del noise
-    return before + ledger.peak
 
 
 @pytest.mark.slow

@@ -1,0 +1,175 @@
+"""Run the steps of PRFL itself in a simulation, with the models at a few solver steps only."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from prfl_fast.feedback.estimator import GradientEstimator, GradientSteps
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.points import Point
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.memory.ledger import Ledger
+from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.velocity import ModelCall
+from prfl_fast.planning.costs import CostLedger
+from prfl_fast.planning.workload import Workload
+from prfl_fast.rewards.functions import Reward
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.rollout.trajectory import Trajectory
+
+# Phases of the steps with gradient before the last one of a gradient point: each runs without a
+# graph, and again with one in the backward.
+EARLIER_PHASES = ("earlier forward", "recompute", "earlier backward")
+
+
+def latest_points(plan: GradientPlan, num_inference_steps: int) -> tuple[Point, ...]:
+    """Return the gradient points that a plan may draw late in the schedule, as deep as may be."""
+    steps = plan.steps(num_inference_steps)
+    last, count = steps[-1], min(plan.points, len(steps))
+    if count == 1:
+        return (Point(last, plan.depths(last, num_inference_steps)[-1]),)
+    # Before the last point there is a rollout step, if there is room for one.
+    others = steps[-count - 1 : -2] if len(steps) > count else steps[-count:-1]
+    return tuple(Point(step, weight=1 / count) for step in (*others, last))
+
+
+class Watch:
+    """Decide which calls run a model, and name the phases of a step.
+
+    Models run where the most memory is in use: for the last evaluation of the reward, in the last
+    two steps that its gradient goes through, and in the rollout step before. Other calls return
+    zeros, but the trajectory keeps its latents and the solver's history.
+    """
+
+    def __init__(self, ledger: Ledger, plan: GradientPlan, points: tuple[Point, ...]) -> None:
+        self.ledger, self.renoised = ledger, plan.renoised
+        self.point: Point | None = None  # of the last evaluation, once it begins
+        with_gradient = {point.step for point in points}
+        before = points[-1].first - 1
+        self.rollout_step = points[0].first - 1 if before in with_gradient else before
+        self.steps = {self.rollout_step}
+        self._count(False)
+
+    def begin(self, point: Point) -> None:
+        """Run the models from here on: this is the last evaluation."""
+        self.point, self.steps = point, {point.step, max(point.first, point.step - 1)}
+
+    def _count(self, counts: bool) -> None:
+        if isinstance(self.ledger, CostLedger):
+            self.ledger.counts = counts
+
+    @contextlib.contextmanager
+    def evaluation(self, index: int) -> Iterator[bool]:
+        """Enter the phase of an evaluation of the velocity; yield True if it runs the model."""
+        again, point = "backward" in self.ledger.phase, self.point
+        phase = "recompute" if again else self.ledger.phase
+        if not again and point is not None:
+            phase = "forward" if index == point.step else "earlier forward"
+        if phase != self.ledger.phase:
+            self.ledger.start_phase(phase)
+        self._count(index in self.steps)
+        with self.ledger.saving():
+            yield index in self.steps
+        if again:
+            self.ledger.start_phase("earlier backward")
+
+    def reward(self, reward: Reward) -> Reward:
+        """Return a reward whose calls are phases of their own."""
+
+        def score(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+            if self.point is None:
+                return x.flatten(1).mean(1)
+            self.ledger.start_phase("reward")
+            with self.ledger.saving():
+                found = reward(x, timestep, conditions)
+            found.register_hook(lambda grad: self.ledger.start_phase("reward backward"))
+            return found
+
+        return score
+
+    def end(self) -> None:
+        """Count all work again."""
+        self._count(True)
+
+
+class SimulatedTrajectory(Trajectory):
+    """Run the model at the steps of a :class:`Watch` only."""
+
+    def __init__(self, *args: Any, watch: Watch, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.watch = watch
+
+    def velocity(self, x: torch.Tensor | None = None, index: int | None = None) -> torch.Tensor:
+        """Return the model's velocity, or zeros."""
+        x = self.x if x is None else x
+        index = self.index if index is None else index
+        with self.watch.evaluation(index) as runs:
+            if runs:
+                return super().velocity(x, index)
+            if x.requires_grad and torch.is_grad_enabled():
+                return 0 * x
+            return torch.zeros_like(x, requires_grad=torch.is_grad_enabled())
+
+
+class SimulatedEstimator(GradientEstimator):
+    """Tell a :class:`Watch` when the last evaluation and its backward begin."""
+
+    def __init__(self, *args: Any, watch: Watch) -> None:
+        super().__init__(*args)
+        self.watch = watch
+
+    def take(self, point: Point, weight: float, *, last: bool) -> GradientSteps:
+        """Take a point's steps with gradient."""
+        if last and not self.watch.renoised:
+            self.watch.begin(point)
+        with self.watch.ledger.saving():
+            return super().take(point, weight, last=last)
+
+    def take_again(self, point: Point, weight: float) -> GradientSteps:
+        """Repeat the last step from the result noised again."""
+        self.watch.renoised -= 1
+        if not self.watch.renoised:
+            self.watch.begin(point)
+        with self.watch.ledger.saving():
+            return super().take_again(point, weight)
+
+    def backward(self, steps: GradientSteps, gradient: torch.Tensor | None) -> None:
+        """Run backward through the steps."""
+        if self.watch.point is not None:
+            self.watch.ledger.start_phase("backward")
+        super().backward(steps, gradient)
+
+
+def run_feedback(
+    workload: Workload,
+    generator: ModelCall,
+    rewards: Mapping[str, Reward],
+    ledger: Ledger,
+    noise: torch.Tensor,
+    conditions: Conditions,
+    latents: torch.Tensor | None,
+) -> None:
+    """Run one trajectory of a workload, from ``noise`` or corrupted ``latents``."""
+    plan, steps = workload.gradient_plan, workload.num_inference_steps
+    points = latest_points(plan, steps)
+    watch = Watch(ledger, plan, points)
+    with _disable_current_modes():  # numbers of the host: real, and in no ledger
+        step = PRFL(
+            generator,
+            {name: watch.reward(reward) for name, reward in rewards.items()},
+            FlowUniPC(workload.shift),
+            plan,
+            num_inference_steps=steps,
+            divergence=float(workload.divergence),
+            # Hooks on blocks, which record where allocations belong, do not allow caches.
+            rollout=RolloutConfig(cache=False),
+        )
+    step.trajectory_type = partial(SimulatedTrajectory, watch=watch)
+    step.estimator_type = partial(SimulatedEstimator, watch=watch)
+    step(noise, conditions, latents=latents, indices=points)
+    watch.end()
