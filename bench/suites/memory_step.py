@@ -88,7 +88,7 @@ def predict(case: Case) -> dict[str, Any]:
     are affine in the depth.
     """
     workload = case.workload()
-    layers, reward_layers = case.preset.layers, workload.reward_blocks
+    layers, reward_layers = case.preset.layers, workload.reward_models[0]
     depths = DEPTHS["cpu" in (memory.offload for memory in case.memories)]
     if layers <= max(depths):
         return _record(simulate(workload, *case.memories))
@@ -167,7 +167,7 @@ class MeasuredStep:
 
     def __init__(self, case: Case, context: Context) -> None:
         try:
-            self.generator, reward = build(case.workload(), *case.memories)
+            self.generator, (reward,) = build(case.workload(), *case.memories)
         except ImportError as error:
             raise UnavailableError(str(error)) from error
         torch.manual_seed(context.seed)

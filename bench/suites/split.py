@@ -67,12 +67,12 @@ def _phases(preset: Preset, way: Way, depth: int) -> dict[str, Cost]:
     workload = Case(preset, memory, not way.reference, "full").workload()
     workload = replace(workload, sft=True)
     depths = {"layers": depth, "reward_layers": depth}
-    with fake_models(workload, memory, memory, **depths) as (generator, reward):
+    with fake_models(workload, memory, memory, **depths) as (generator, rewards):
         if way.reference:
-            _as_the_reference(reward)
+            _as_the_reference(*rewards)
         ledger = CostLedger()
         with ledger:
-            step = SimulatedStep(workload, memory, memory, generator, reward, ledger)
+            step = SimulatedStep(workload, memory, memory, generator, rewards, ledger)
             step.run()
             if not way.reference:
                 _cached_forward(step)

@@ -35,6 +35,11 @@ OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "batch_size": ("videos per forward", 1, _COUNT),
     "gradient_accumulation_steps": ("forwards per optimizer step", 1, _COUNT),
     "points": ("gradient points per trajectory", 1, _COUNT),
+    "guidance": (
+        "classifier-free guidance, with both velocities in one call or in turn",
+        None,
+        {"choices": ["batched", "separate"]},
+    ),
     "num_inference_steps": ("solver steps of a trajectory", 40, _COUNT),
     "reward_blocks": ("blocks of the reward model", 8, _COUNT),
 }
@@ -46,7 +51,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training run")
     for name, (text, default, kind) in OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
-        shown = "" if default is False else f" (default: {default})"
+        shown = "" if default in (False, None) else f" (default: {default})"
         group.add_argument(option, help=text + shown, **kind)
     group.add_argument(
         "--no-sft", dest="sft", action="store_false", default=None, help="without supervised steps"

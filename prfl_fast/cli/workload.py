@@ -7,11 +7,13 @@ from typing import Any
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.loading import open_dataset
 from prfl_fast.cli.plan_options import DEFAULT_MODEL
+from prfl_fast.cli.sections import GuidanceSection, ReferenceReward
 from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
 from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.planning.presets import first_blocks, model_config, vae_stride
+from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.io import read_json
 
 _EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
@@ -24,6 +26,7 @@ _KEYS = {
     "points": ("prfl", "prfl.points"),
     "num_inference_steps": ("prfl", "prfl.num_inference_steps"),
     "shift": ("prfl", "prfl.shift"),
+    "guidance": ("prfl", "prfl.guidance"),
 }
 
 
@@ -34,11 +37,6 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     """
     lora, feedback = config.lora, "prfl" in config.objectives
     plan = config.prfl.plan() if feedback else GradientPlan()
-    if feedback and config.prfl.guidance is not None:
-        raise ValueError(
-            "prfl.guidance is set, which doubles the batch or the number of the generator's "
-            f"forwards. The planner handles steps without guidance only: {_EXPLICIT}"
-        )
     if "dpo" in config.objectives:
         raise ValueError(
             "objectives has dpo, which keeps two forwards of the generator for the backward. The "
@@ -53,6 +51,7 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
         "gradient_plan": plan,
         "divergence": feedback and config.prfl.divergence > 0,
+        "guidance": _guidance(config.prfl.guidance) if feedback else None,
         "num_inference_steps": config.prfl.num_inference_steps,
         "sft": not {"sft", "rwr"}.isdisjoint(config.objectives),  # one forward of clean latents
         "ema": config.run.ema_decay is not None,
@@ -61,6 +60,13 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     if lora is not None:
         fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
     return fields | _reward_blocks(config)
+
+
+def _guidance(section: GuidanceSection | None) -> str | None:
+    """Return the field guidance of Workload."""
+    if section is None:
+        return None
+    return "batched" if section.batched else "separate"
 
 
 def _model_of(config: TrainFile) -> Any:
@@ -93,20 +99,29 @@ def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None)
     return fields
 
 
-def _reward_blocks(config: TrainFile) -> dict[str, int]:
-    """Return the number of blocks of the saved reward model, by name; empty if it is unknown."""
+def _reward_blocks(config: TrainFile) -> dict[str, Any]:
+    """Return the number of blocks of the saved reward models, by name; empty if it is unknown."""
     if not config.reads_reward:
         return {"reward_blocks": 1}  # the planner has no step without a reward: take the smallest
-    if isinstance(config.reward, tuple):
-        raise ValueError(
-            f"reward lists {len(config.reward)} rewards, but the planner handles one model only: "
-            f"{_EXPLICIT}"
+    rewards = config.rewards()
+    if len(rewards) == 1 and len(rewards[0].paths) == 1:
+        found = _blocks_of(rewards[0].paths[0])
+        return {} if found is None else {"reward_blocks": found}
+    return {
+        "reward_blocks": tuple(
+            tuple(_blocks_of(path) or Workload.reward_blocks for path in reward.paths)
+            for reward in rewards
         )
-    path = Path(config.reward if isinstance(config.reward, str) else "") / "config.json"
-    if not isinstance(config.reward, str) or not path.is_file():
-        return {}
+    }
+
+
+def _blocks_of(source: str | ReferenceReward) -> int | None:
+    """Return the number of blocks of a saved reward model; None if it is unknown."""
+    path = Path(source if isinstance(source, str) else "") / "config.json"
+    if not isinstance(source, str) or not path.is_file():
+        return None
     try:
-        return {"reward_blocks": int(read_json(path)["num_blocks"])}
+        return int(read_json(path)["num_blocks"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a reward model") from error
 

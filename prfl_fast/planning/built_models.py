@@ -1,8 +1,8 @@
-"""Build generator and reward model of a workload: without data, then with zeros or fake tensors."""
+"""Build the models of a workload: without data, then with zeros or as fake tensors."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,11 @@ from prfl_fast.utils.optional import need
 def depths_of(
     workload: Workload, layers: int | None = None, reward_layers: int | None = None
 ) -> list[dict[str, int]]:
-    """Return the configuration entries that set the depths of generator and reward model."""
+    """Return the configuration entries that set the depths of generator and reward models."""
     adapter = adapter_of(workload.config)
-    return [
-        adapter.depth(workload.config, workload.blocks if layers is None else layers),
-        adapter.depth(
-            workload.config, workload.reward_blocks if reward_layers is None else reward_layers
-        ),
-    ]
+    counts = [workload.blocks if layers is None else layers]
+    counts += [n if reward_layers is None else reward_layers for n in workload.reward_models]
+    return [adapter.depth(workload.config, count) for count in counts]
 
 
 def build(
@@ -43,10 +40,10 @@ def build(
     layers: int | None = None,
     reward_layers: int | None = None,
     most: int | None = None,
-) -> tuple[nn.Module, LatentRewardModel]:
-    """Return generator and frozen reward model on the ``meta`` device, not patched yet.
+) -> tuple[nn.Module, list[LatentRewardModel]]:
+    """Return generator and frozen reward models on the ``meta`` device, not patched yet.
 
-    ``most`` limits the number of blocks in each list of both models.
+    ``most`` limits the number of blocks in each list of the models.
     """
     # Keys that the model's class does not take.
     own = ("_", "text_tokens", "boundary_ratio", "class_name")
@@ -60,19 +57,23 @@ def build(
     ]
     with torch.device("meta"), WithoutInitialization():
         generator = cls(**{**config, **depths[0]}).train()
-        backbone = adapter.backbone_from_config({**config, **depths[1]})
-        dim = adapter.hidden_size(backbone)
-        reward = LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
-    both: tuple[Any, ...] = (generator, backbone)
-    for model in both:
+        backbones = [adapter.backbone_from_config({**config, **depth}) for depth in depths[1:]]
+        dim = adapter.hidden_size(generator)
+        rewards = [
+            LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
+            for backbone in backbones
+        ]
+    models: tuple[Any, ...] = (generator, *backbones)
+    for model in models:
         model.text_tokens = workload.text_tokens
     # Weights of the meta device cannot wait: stream_models lets them wait later.
     apply_memory(generator, dataclasses.replace(memory, stream_weights=None))
-    apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
+    for reward in rewards:
+        apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
     if workload.train == "lora":
         with WithoutInitialization():
             add_lora(generator, workload.lora_rank, target_modules=workload.target_modules)
-    return generator, reward
+    return generator, rewards
 
 
 def materialize(model: nn.Module) -> None:
@@ -89,12 +90,13 @@ def materialize(model: nn.Module) -> None:
 
 def stream_models(
     generator: nn.Module,
-    reward: LatentRewardModel,
+    rewards: Sequence[LatentRewardModel],
     memory: MemoryConfig,
     reward_memory: MemoryConfig,
 ) -> None:
     """Let the weights of materialized models wait in host memory where the policies say so."""
-    for model, config in ((generator, memory), (reward.backbone, reward_memory)):
+    frozen = [(reward.backbone, reward_memory) for reward in rewards]
+    for model, config in ((generator, memory), *frozen):
         if config.stream_weights is not None:
             stream_weights(model, config.stream_weights)
             activation_checkpointing(model, config.activation_checkpointing, config.offload)
@@ -109,15 +111,16 @@ def fake_models(
     layers: int | None = None,
     reward_layers: int | None = None,
     most: int | None = None,
-) -> Iterator[tuple[nn.Module, LatentRewardModel]]:
-    """Yield both models as fake tensors inside an active ``FakeTensorMode``; see :func:`build`."""
+) -> Iterator[tuple[nn.Module, list[LatentRewardModel]]]:
+    """Yield the models as fake tensors inside an active ``FakeTensorMode``; see :func:`build`."""
     depths = {"layers": layers, "reward_layers": reward_layers, "most": most}
-    generator, reward = build(workload, memory, reward_memory, **depths)
+    generator, rewards = build(workload, memory, reward_memory, **depths)
     with FastFakeTensorMode():
-        for model in (generator, reward):
+        for model in (generator, *rewards):
             materialize(model)
         if workload.patched:
             patch(generator)
-            patch(reward.backbone)
-        stream_models(generator, reward, memory, reward_memory)
-        yield generator, reward
+            for reward in rewards:
+                patch(reward.backbone)
+        stream_models(generator, rewards, memory, reward_memory)
+        yield generator, rewards

@@ -4,7 +4,7 @@ The predictions rank candidates; the chosen candidate is itself simulated.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,10 @@ class Weights:
 
 def count_weights(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
     """Return the bytes of weights and states, from models with one block in each list."""
-    generator, reward = build(workload, memory, reward_memory, most=1)
+    generator, rewards = build(workload, memory, reward_memory, most=1)
     names, totals, sizes = adapter_of(workload.config).lists, [], [0]
     rest = states = host_states = 0
-    models = (generator, reward.backbone), (generator, reward)
+    models = (generator, *(reward.backbone for reward in rewards)), (generator, *rewards)
     for model, whole, depth in zip(*models, depths_of(workload), strict=True):
         total, times = 0, dict[int, int]()
         for name, count in zip(names, depth.values(), strict=True):
@@ -69,7 +69,7 @@ def count_weights(workload: Workload, memory: MemoryConfig, reward_memory: Memor
                 device, host = state_bytes(memory.optimizer, parameter.shape, parameter.dtype)
                 states, host_states = states + count * device, host_states + count * host
     rest = max(0, rest - sum(totals))
-    return Weights(totals[0], totals[1], max(sizes), rest, states, host_states)
+    return Weights(totals[0], sum(totals[1:]), max(sizes), rest, states, host_states)
 
 
 def exchanged(run: Simulation, before: Weights, after: Weights) -> Simulation:
@@ -87,10 +87,11 @@ def exchanged(run: Simulation, before: Weights, after: Weights) -> Simulation:
     return _with(run, timeline, run.costs, host)
 
 
-def offloaded(run: Simulation, layers: int, reward_layers: int) -> Simulation:
+def offloaded(run: Simulation, layers: int, reward_layers: Sequence[int]) -> Simulation:
     """Return the approximate simulation of the same step with activations in host memory."""
-    ours, theirs = _saved_by_blocks(run)
-    block, reward_block = ours // layers, theirs // reward_layers
+    ours, first_reward = _saved_by_blocks(run)
+    block, reward_block = ours // layers, first_reward // reward_layers[0]
+    theirs = reward_block * max(reward_layers)
     window = 2 * max(block, reward_block)  # the device holds the tensors of two blocks
 
     def moved(phase: str, live: Mapping[str, int]) -> dict[str, int]:
@@ -104,8 +105,9 @@ def offloaded(run: Simulation, layers: int, reward_layers: int) -> Simulation:
     first = {phase: live for phase, live in reversed(run.timeline)}  # the start of each phase
     timeline = [(phase, moved(phase, live)) for phase, live in run.timeline]
     # A block's tensors leave when the next block comes, whichever model it belongs to.
-    sent = {"forward": ours - block, "reward": block + theirs - reward_block}
-    back = {"backward": ours - block, "reward backward": theirs - reward_block}
+    rest = reward_block * (sum(reward_layers) - len(reward_layers))  # of all reward models
+    sent = {"forward": ours - block, "recompute": ours - block, "reward": block + rest}
+    back = {"backward": ours - block, "earlier backward": ours - block, "reward backward": rest}
     costs = {
         phase: dataclasses.replace(
             cost,
@@ -114,7 +116,7 @@ def offloaded(run: Simulation, layers: int, reward_layers: int) -> Simulation:
         )
         for phase, cost in run.costs.items()
     }
-    return _with(run, timeline, costs, run.host + sum(sent.values()))
+    return _with(run, timeline, costs, run.host + ours + theirs - reward_block)
 
 
 def _saved_by_blocks(run: Simulation) -> tuple[int, int]:

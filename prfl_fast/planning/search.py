@@ -294,7 +294,7 @@ class Search:
                 run = exchanged(run, self._weights_of(self._base), self._weights_of(tier))
             elif mode[1] is not None and self._alike:
                 run = self._single(tier, (mode[0], None), chunk).run
-                run = offloaded(run, work.blocks, work.reward_blocks)
+                run = offloaded(run, work.blocks, work.reward_models)
             else:
                 run = self._simulate(*memory_of(tier, mode, mode, chunk))
             self._seen[key] = Single(run, work.blocks)

@@ -1,7 +1,7 @@
 """Run the steps of PRFL itself in a simulation, with the models at a few solver steps only."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.velocity import ModelCall
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.workload import Workload
-from prfl_fast.rewards.functions import Reward
+from prfl_fast.rewards.functions import Reward, RewardEnsemble
 from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.rollout.trajectory import Trajectory
 
@@ -78,8 +79,12 @@ class Watch:
         if again:
             self.ledger.start_phase("earlier backward")
 
-    def reward(self, reward: Reward) -> Reward:
-        """Return a reward whose calls are phases of their own."""
+    def rewards(self, members: Sequence[Reward]) -> Reward:
+        """Return a reward, or an ensemble, whose calls are phases of their own."""
+        watched = [self._reward(member) for member in members]
+        return watched[0] if len(watched) == 1 else RewardEnsemble(watched)
+
+    def _reward(self, reward: Reward) -> Reward:
 
         def score(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
             if self.point is None:
@@ -148,23 +153,28 @@ class SimulatedEstimator(GradientEstimator):
 def run_feedback(
     workload: Workload,
     generator: ModelCall,
-    rewards: Mapping[str, Reward],
+    rewards: Sequence[Sequence[Reward]],
     ledger: Ledger,
     noise: torch.Tensor,
     conditions: Conditions,
     latents: torch.Tensor | None,
+    guidance: Guidance | None,
 ) -> None:
-    """Run one trajectory of a workload, from ``noise`` or corrupted ``latents``."""
+    """Run one trajectory of a workload, from ``noise`` or corrupted ``latents``.
+
+    Several members of a reward are an ensemble.
+    """
     plan, steps = workload.gradient_plan, workload.num_inference_steps
     points = latest_points(plan, steps)
     watch = Watch(ledger, plan, points)
     with _disable_current_modes():  # numbers of the host: real, and in no ledger
         step = PRFL(
             generator,
-            {name: watch.reward(reward) for name, reward in rewards.items()},
+            {f"reward {n}": watch.rewards(members) for n, members in enumerate(rewards)},
             FlowUniPC(workload.shift),
             plan,
             num_inference_steps=steps,
+            guidance=guidance,
             divergence=float(workload.divergence),
             # Hooks on blocks, which record where allocations belong, do not allow caches.
             rollout=RolloutConfig(cache=False),

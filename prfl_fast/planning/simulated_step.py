@@ -1,6 +1,7 @@
 """One PRFL training step on fake or real tensors, phase by phase, under a ledger."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import BlockWeights, waiting_weights
 from prfl_fast.models.adapter import FIRST_FRAME, generated_frames
+from prfl_fast.models.conditions import OF_PROMPT
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Precision
@@ -21,6 +23,7 @@ from prfl_fast.planning.simulated_feedback import run_feedback
 from prfl_fast.planning.trace import TraceLedger
 from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
 from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
 from prfl_fast.training.objectives import RewardCall
 from prfl_fast.utils.modules import unwrap
@@ -50,20 +53,18 @@ class SimulatedStep:
         memory: MemoryConfig,
         reward_memory: MemoryConfig,
         generator: nn.Module,
-        reward: LatentRewardModel,
+        rewards: Sequence[LatentRewardModel],
         ledger: Ledger,
     ) -> None:
         self.workload, self.ledger = workload, ledger
         self.memory, self.reward_memory = memory, reward_memory
-        self.generator, self.reward = generator, reward
+        self.generator, self.rewards = generator, rewards
         self.adapter = find_adapter(generator)
         self.parameters = [p for p in generator.parameters() if p.requires_grad]
         self.waiting: set[int] = set()  # parameters in host memory
-        for model, backbone, category in (
-            (generator, generator, "weights"),
-            (reward, reward.backbone, "reward"),
-        ):
-            self._mark_weights(model, waiting_weights(backbone), category)
+        self._mark_weights(generator, waiting_weights(generator), "weights")
+        for reward in rewards:
+            self._mark_weights(reward, waiting_weights(reward.backbone), "reward")
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_mark_gradient)
             if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
@@ -79,6 +80,7 @@ class SimulatedStep:
         if workload.experts:
             self._other_expert()
         self.conditions = self._conditions()
+        self.guidance = self._guidance()
 
     def _mark_weights(self, model: nn.Module, waiting: list[BlockWeights], category: str) -> None:
         for block in waiting:
@@ -172,6 +174,15 @@ class SimulatedStep:
             conditions[FIRST_FRAME] = self._make(batch, channels, 1, *size)
         return conditions
 
+    def _guidance(self) -> Guidance | None:
+        if self.workload.guidance is None:
+            return None
+        negative = {
+            key: self._make(1, *self.conditions[key].shape[1:]).add_("mask" in key)
+            for key in OF_PROMPT & self.conditions.keys()
+        }
+        return Guidance(5.0, negative, self.workload.guidance == "batched")
+
     def _kind(self, memory: MemoryConfig) -> Precision:
         return self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
 
@@ -211,8 +222,11 @@ class SimulatedStep:
         from_data = self.workload.gradient_plan.start == "data"
         latents = self._make(*self.workload.latent_shape) if from_data else None
         generator = ModelCall(self.generator, self._kind(self.memory))
-        rewards = {"reward": RewardCall(self.reward, self._kind(self.reward_memory))}
-        inputs = (noise, self.conditions, latents)
+        kind, models = self._kind(self.reward_memory), iter(self.rewards)
+        rewards = [
+            [RewardCall(next(models), kind) for _ in members] for members in self.workload.rewards
+        ]
+        inputs = (noise, self.conditions, latents, self.guidance)
         run_feedback(self.workload, generator, rewards, self.ledger, *inputs)
 
     def _supervised(self, several: bool) -> None:

@@ -26,7 +26,6 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.collection import no_collection
 from prfl_fast.utils.modules import unwrap
 
-_MODELS = ("generator", "reward")
 _MOST_REMEMBERED = 64
 # By workload with depths and both policies. A search for another budget repeats most simulations.
 _remembered: dict[tuple[str, MemoryConfig, MemoryConfig], Simulation] = {}
@@ -60,7 +59,7 @@ def simulate(
         with no_collection():
             segments = _recorded(workload, memory, reward_memory, **depths, most=most)
         counts = {}
-        for model, depth in zip(_MODELS, depths_of(workload, **depths), strict=True):
+        for model, depth in zip(_names(workload), depths_of(workload, **depths), strict=True):
             for index, count in enumerate(depth.values()):
                 counts[f"{model} {index}"] = (min(count, most or count), count)
         try:
@@ -74,6 +73,11 @@ def simulate(
             _remembered.pop(next(iter(_remembered)))
         _remembered[key, memory, reward_memory] = found
     return found
+
+
+def _names(workload: Workload) -> list[str]:
+    """Return the names of the models in a trace."""
+    return ["generator", *(f"reward {n}" for n, _ in enumerate(workload.reward_models))]
 
 
 def _fewest(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> int:
@@ -92,9 +96,10 @@ def _recorded(
     workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig, **depths: int | None
 ) -> dict[Key, Segment]:
     """Return the segments of one step."""
-    with fake_models(workload, memory, reward_memory, **depths) as (generator, reward):
+    with fake_models(workload, memory, reward_memory, **depths) as (generator, rewards):
         adapter: Any = adapter_of(workload.config)
-        models = zip(_MODELS, (generator, reward.backbone), strict=True)
+        backbones = [reward.backbone for reward in rewards]
+        models = zip(_names(workload), (generator, *backbones), strict=True)
         ledger = TraceLedger(
             {
                 f"{name} {index}": getattr(unwrap(model), blocks)
@@ -105,7 +110,7 @@ def _recorded(
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
-            step = SimulatedStep(workload, memory, reward_memory, generator, reward, ledger)
+            step = SimulatedStep(workload, memory, reward_memory, generator, rewards, ledger)
             step.run()
         del cublas, step
     return ledger.segments

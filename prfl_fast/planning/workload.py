@@ -40,10 +40,13 @@ class Workload:
         lora_rank, target_modules: as in :func:`prfl_fast.training.lora.add_lora`.
         gradient_plan: steps that carry gradient, which goes to the parameters.
         divergence: the loss has the divergence from the velocity without adapters.
+        guidance: classifier-free guidance of all steps of a trajectory: ``batched`` runs both
+            velocities as one batch of twice the size, ``separate`` in turn; None is off.
         num_inference_steps: solver steps of a trajectory.
         expert: expert that trains, of two; ``both`` trains one per step, and needs ``lora``.
         shift: timestep shift of the schedule, which decides the steps of each expert.
-        reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks.
+        reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks; of
+            several rewards a tuple, in which a tuple is an ensemble.
         sft: a supervised step follows each PRFL step.
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
@@ -67,10 +70,11 @@ class Workload:
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     gradient_plan: GradientPlan = GradientPlan()
     divergence: bool = False
+    guidance: Literal["batched", "separate"] | None = None
     num_inference_steps: int = 40
     expert: Literal["high", "low", "both"] = "both"
     shift: float = 5.0
-    reward_blocks: int = 8
+    reward_blocks: int | tuple[int | tuple[int, ...], ...] = 8
     sft: bool = True
     ema: bool = False
     patched: bool = True
@@ -88,12 +92,12 @@ class Workload:
             "gradient_accumulation_steps",
             "text_tokens",
             "lora_rank",
-            "reward_blocks",
         ):
             check_count(name, getattr(self, name))
         check_count("num_inference_steps", self.num_inference_steps, 2)
         check_choice("train", self.train, ("lora", "full"))
         check_choice("precision", self.precision, ("fp32", "bf16"))
+        check_choice("guidance", self.guidance, (None, "batched", "separate"))
         self._check_gradient_plan()
         self._check_size()
         self._check_model()
@@ -137,7 +141,9 @@ class Workload:
     def _check_model(self) -> None:
         layers = self.blocks
         expected = f"at most the model's {layers} blocks"
-        check(self.reward_blocks <= layers, "reward_blocks", self.reward_blocks, expected)
+        for count in self.reward_models:
+            check_count("reward_blocks", count)
+            check(count <= layers, "reward_blocks", count, expected)
         fixed = self.config.get("image_dim") is not None
         expected = f"{TEXT_TOKENS} for an image-to-video model"
         ok = not fixed or self.text_tokens == TEXT_TOKENS
@@ -152,6 +158,18 @@ class Workload:
     def blocks(self) -> int:
         """Number of transformer blocks."""
         return adapter_of(self.config).block_count(self.config)
+
+    @property
+    def rewards(self) -> tuple[tuple[int, ...], ...]:
+        """Blocks of the models of each reward, of which an ensemble has several."""
+        blocks = self.reward_blocks
+        given = blocks if isinstance(blocks, tuple) else (blocks,)
+        return tuple(part if isinstance(part, tuple) else (part,) for part in given)
+
+    @property
+    def reward_models(self) -> tuple[int, ...]:
+        """Blocks of every reward model."""
+        return tuple(count for members in self.rewards for count in members)
 
     @property
     def _patch(self) -> tuple[int, int, int]:

@@ -218,6 +218,23 @@ def test_apply_plans_supervised_training_beside_unused_guidance(file, calls):
     guided = "prfl:\n  guidance: {guidance_scale: 5, negative: n.safetensors}\n"
     file.write_text(file.read_text().replace("prfl:\n", guided) + "objectives: [sft]\n")
     assert run("--apply", file) == 0 and calls[-1].workload.gradient_plan == GradientPlan.prfl()
+    assert calls[-1].workload.guidance is None
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_apply_plans_guided_steps(file, calls, batched):
+    section = f"guidance: {{guidance_scale: 5, negative: n.safetensors, batched: {batched}}}"
+    file.write_text(file.read_text().replace("prfl:\n", f"prfl:\n  {section}\n"))
+    assert run("--apply", file) == 0
+    assert calls[-1].workload.guidance == ("batched" if batched else "separate")
+
+
+def test_apply_plans_several_rewards(root, file, calls):
+    rewards = f"[{{name: a, path: {root}/reward}}, {{name: b, path: [{root}/reward, "
+    rewards += f"{root}/reward], ensemble: worst, weight: 0.5}}]"
+    file.write_text(file.read_text().replace(f"reward: {root}/reward\n", f"reward: {rewards}\n"))
+    assert run("--apply", file) == 0
+    assert calls[-1].workload.rewards == ((1,), (1, 1))
 
 
 @pytest.mark.parametrize("form", ["json", "missing"])
@@ -300,8 +317,7 @@ BAD = {
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
-    "--apply GUIDED": "prfl.guidance is set, which doubles the batch or the number of",
-    "--apply SEVERAL": "reward lists 2 rewards, but the planner handles one model only",
+    "--apply FILE --guidance batched": "--guidance is batched, but FILE has prfl.guidance: None",
     "--apply EMPTY": "holds empty, expected keys and values",
     "--apply BROKEN": "not YAML",
     "--apply WRONG": "unknown key 'lora.lora_rnk': did you mean 'lora_rank'?",
@@ -318,11 +334,6 @@ def test_bad_input_is_one_line_before_any_work(
     text = file.read_text()
     shutil.copy(file, "FILE")
     (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
-    guided = "points: 3\n  guidance: {guidance_scale: 5, negative: n.safetensors}"
-    (tmp_path / "GUIDED").write_text(text.replace("points: 3", guided))
-    two = "reward: [{name: a, path: x}, {name: b, path: y}]"
-    lines = [two if line.startswith("reward") else line for line in text.splitlines()]
-    (tmp_path / "SEVERAL").write_text("\n".join(lines))
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "BROKEN").write_text("a: [\n")
     (tmp_path / "WRONG").write_text("lora: {lora_rnk: 2}\n")

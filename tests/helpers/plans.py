@@ -114,24 +114,24 @@ def made_up_bytes(workload, memory, reward_memory):
     block, depth = WEIGHTS[memory.weight_dtype] << 20, workload.config["num_layers"]
     states = (STATES[memory.optimizer] * depth << 20) * (workload.train == "full")
     host = (depth << 20) * (memory.optimizer == "adamw-cpu")
-    return Weights(depth * block, workload.reward_blocks * block, block, 5 << 20, states, host)
+    return Weights(depth * block, workload.reward_models[0] * block, block, 5 << 20, states, host)
 
 
-def prepared(generator, reward):
+def prepared(generator, rewards):
     """Give the built models weights, real or fake, and patch them, as the simulation does."""
-    for model in (generator, reward):
+    for model in (generator, *rewards):
         materialize(model)
-    patch(generator)
-    patch(reward.backbone)
-    return generator, reward
+    for model in (generator, *(reward.backbone for reward in rewards)):
+        patch(model)
+    return generator, rewards
 
 
 def ledger_of(workload, memory, fake):
     """Return the ledger of one simulated step, with operations opened up as on the CPU."""
     built = build(workload, *memory)
     with FastFakeTensorMode() if fake else contextlib.nullcontext():
-        generator, reward = prepared(*built)
-        stream_models(generator, reward, *memory)
+        generator, rewards = prepared(*built)
+        stream_models(generator, rewards, *memory)
         with Ledger(open_operations=True) as ledger:
-            SimulatedStep(workload, *memory, generator, reward, ledger).run()
+            SimulatedStep(workload, *memory, generator, rewards, ledger).run()
     return ledger

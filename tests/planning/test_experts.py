@@ -42,9 +42,9 @@ def _poison_empty():
 
 
 def predicted_by(work):
-    with fake_models(work, FULL, FULL) as (generator, reward):
+    with fake_models(work, FULL, FULL) as (generator, rewards):
         with Ledger(open_operations=True) as ledger:
-            SimulatedStep(work, FULL, FULL, generator, reward, ledger).run()
+            SimulatedStep(work, FULL, FULL, generator, rewards, ledger).run()
     return ledger
 
 
@@ -56,7 +56,7 @@ def test_a_plan_is_what_two_experts_really_take(kind):
     predicted = predicted_by(work)
     bare = replace(work, train="full", expert="low")
     models = [build(bare, MemoryConfig(), FULL) for _ in range(2)]
-    reward = models[0][1]
+    (reward,) = models[0][1]
     for module in (models[0][0], models[1][0], reward):
         materialize(module)
     experts = Experts(models[0][0], models[1][0], work.config["boundary_ratio"])

@@ -143,3 +143,59 @@ def test_the_latest_points_may_be_drawn(name):
 def test_frames_of_a_plan():
     with pytest.raises(ValueError, match="segments is 4, expected at most 3, the frames of"):
         replace(WORK, gradient_plan=GradientPlan.instruct_video())
+
+
+VARIANTS = {
+    "batched": {"guidance": "batched"},
+    "batched, draft 4, batch 2": {
+        "guidance": "batched",
+        "gradient_plan": PLANS["draft 4"],
+        "batch_size": 2,
+    },
+    "separate": {"guidance": "separate"},
+    "separate, draft 4": {"guidance": "separate", "gradient_plan": PLANS["draft 4"]},
+    "rewards": {"reward_blocks": (2, 1)},
+    "ensemble, separate, draft 4": {
+        "reward_blocks": ((2, 3), 1),
+        "guidance": "separate",
+        "gradient_plan": PLANS["draft 4"],
+    },
+}
+OTHER = (MemoryConfig("fp32", "none"), MemoryConfig("fp32", "attention", "cpu", 256))
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("name", slow_except(VARIANTS, ("ensemble, separate, draft 4",)))
+def test_predicted_bytes_with_guidance_and_several_rewards(name):
+    assert close(replace(WORK, **VARIANTS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", OTHER, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_predicted_bytes_of_variants_under_other_policies(name, memory):
+    assert close(replace(WORK, **VARIANTS[name]), memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["separate", "ensemble, separate, draft 4"])
+def test_repeated_blocks_of_variants_are_those_of_the_whole_model(name):
+    several = "reward_blocks" in VARIANTS[name]
+    blocks = {"reward_blocks": ((6, 7), 5)} if several else {}
+    work = replace(DEEP, **{**VARIANTS[name], **blocks})
+    found, expected = (simulate(work, *2 * OTHER[1:], whole=whole) for whole in (False, True))
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_work_of_guidance_and_of_several_rewards():
+    def costs(**changes):
+        return simulate(replace(WORK, **changes), FULL, FULL).costs
+
+    plain, batched, separate = costs(), costs(guidance="batched"), costs(guidance="separate")
+    for phase in ("rollout", "forward", "backward"):
+        assert separate[phase].flops == batched[phase].flops == 2 * plain[phase].flops
+    assert batched["reward"] == separate["reward"] == plain["reward"]
+    one, both = costs(reward_blocks=1), costs(reward_blocks=(2, (1, 1)))
+    assert both["reward"].flops == plain["reward"].flops + 2 * one["reward"].flops
+    assert both["forward"] == plain["forward"]

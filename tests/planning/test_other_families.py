@@ -113,11 +113,11 @@ def test_the_peak_is_what_training_really_allocates(case):
     ledger = ledger_of(workload, memory, fake=True)
     predicted = ledger.peak
     assert predicted == ledger_of(workload, memory, fake=False).peak
-    generator, reward = prepared(*build(workload, *memory))
+    generator, (reward,) = prepared(*build(workload, *memory))
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = make_optimizer("adamw", parameters, learning_rate=1e-5)
     with ledger:
-        conditions = SimulatedStep(workload, *memory, generator, reward, ledger).conditions
+        conditions = SimulatedStep(workload, *memory, generator, [reward], ledger).conditions
     velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
     prfl = PRFL(velocity, score, FlowUniPC(), num_inference_steps=6)
 

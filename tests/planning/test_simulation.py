@@ -103,7 +103,7 @@ def test_the_peak_is_what_training_really_allocates(name):
     small = TI2V if name == "ti2v" else SMALL
     workload = replace(small, train="full" if full else "lora", sft=full)
     predicted = ledger_of(workload, memory, fake=True)
-    generator, reward = prepared(*build(workload, *memory))
+    generator, (reward,) = prepared(*build(workload, *memory))
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = make_optimizer(memory[0].optimizer, parameters, learning_rate=1e-5)
     velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")

@@ -69,8 +69,8 @@ def test_fake_and_real_tensors_give_the_same_bytes(name):
 
 def real_step(workload, memory, plan=None, **options):
     """Return a step that ran once, and a function for the tensors on the device between steps."""
-    generator, reward = prepared(*build(workload, *memory))
-    stream_models(generator, reward, *memory)
+    generator, (reward,) = prepared(*build(workload, *memory))
+    stream_models(generator, [reward], *memory)
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = make_optimizer(memory[0].optimizer, parameters, learning_rate=1e-5)
     velocity, score = velocity_call(generator, "fp32"), reward_call(reward, "fp32")
