@@ -303,9 +303,7 @@ def _backward(ctx, grad):
     return d_x if need_x else None, d_bias if need_bias else None
 
 
-_forward_op.register_autograd(
-    _backward, setup_context=_setup_context, native=lambda x, bias: True
-)
+_forward_op.register_autograd(_backward, setup_context=_setup_context, native=lambda x, bias: True)
 
 
 # Public function.
