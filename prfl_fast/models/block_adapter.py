@@ -257,7 +257,8 @@ class DiffusersAdapter(BlockAdapter):
     """Adapter of one transformer class of diffusers, a ``ModelMixin`` with a ``config``.
 
     ``attributes`` names the plain attributes of a model that are saved with its configuration,
-    ``heads`` the modules after the last block.
+    ``heads`` the modules after the last block. No gradient of the velocity reaches the parameters
+    whose names match ``unreached``.
     """
 
     def block_count(self, config: Mapping[str, Any]) -> int:
@@ -276,6 +277,7 @@ class DiffusersAdapter(BlockAdapter):
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
+    unreached: ClassVar[str] = r"(?!)"
 
     def matches(self, model: nn.Module) -> bool:
         """Return True for the diffusers class, its subclasses, and wrappers around them."""

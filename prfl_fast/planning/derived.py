@@ -4,6 +4,7 @@ The predictions rank candidates; the chosen candidate is itself simulated.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class Weights:
 def count_weights(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
     """Return the bytes of weights and states, from models with one block in each list."""
     generator, rewards = build(workload, memory, reward_memory, most=1)
-    names, totals, sizes = adapter_of(workload.config).lists, [], [0]
+    adapter = adapter_of(workload.config)
+    names, totals, sizes = adapter.lists, [], [0]
     rest = states = host_states = 0
     models = (generator, *(reward.backbone for reward in rewards)), (generator, *rewards)
     for model, whole, depth in zip(*models, depths_of(workload), strict=True):
@@ -62,10 +64,10 @@ def count_weights(workload: Workload, memory: MemoryConfig, reward_memory: Memor
                 total += count * sizes[-1]
                 times |= {id(p): count for p in blocks.parameters()}
         totals.append(total)
-        for parameter in whole.parameters():
+        for name, parameter in whole.named_parameters():
             count = times.get(id(parameter), 1)
             rest += count * parameter.nbytes
-            if parameter.requires_grad:
+            if parameter.requires_grad and not re.search(adapter.unreached, name):
                 device, host = state_bytes(memory.optimizer, parameter.shape, parameter.dtype)
                 states, host_states = states + count * device, host_states + count * host
     rest = max(0, rest - sum(totals))

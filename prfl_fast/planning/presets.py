@@ -28,7 +28,7 @@ _WAN_14B: dict[str, Any] = {
     "num_layers": 40,
 }
 # Strides of the VAEs in frames, height and width by their latent channels, those that a transformer
-# predicts: Mochi's, Wan2.1's and HunyuanVideo's, HunyuanVideo-1.5's, Wan2.2 TI2V-5B's, LTX-Video's.
+# predicts: Mochi's, Wan2.1's and HunyuanVideo's, HunyuanVideo-1.5's, Wan2.2 TI2V-5B's, LTX's.
 # The first frame of a video has its own latent.
 VAE_STRIDES = {
     12: (6, 8, 8),
@@ -79,6 +79,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "in_channels": 128,
         "out_channels": 128,
         "num_layers": 28,
+    },
+    "ltx-2": {
+        "class_name": "LTX2VideoTransformer3DModel",
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "num_attention_heads": 32,
+        "attention_head_dim": 128,
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_layers": 48,
+        "rope_type": "split",
     },
     "mochi": {
         "class_name": "MochiTransformer3DModel",

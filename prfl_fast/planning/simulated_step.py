@@ -1,6 +1,7 @@
 """One PRFL training step on fake or real tensors, phase by phase, under a ledger."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ class SimulatedStep:
         self.memory, self.reward_memory = memory, reward_memory
         self.generator, self.rewards = generator, rewards
         self.adapter = find_adapter(generator)
-        self.parameters = [p for p in generator.parameters() if p.requires_grad]
+        named = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        self.updated = [p for n, p in named if not re.search(self.adapter.unreached, n)]
         self.waiting: set[int] = set()  # parameters in host memory
         self._mark_weights(generator, waiting_weights(generator), "weights")
         for reward in rewards:
@@ -115,17 +118,17 @@ class SimulatedStep:
     def _states(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the optimizer's states on the device and on the host, as bytes."""
         kind = self.memory.optimizer
-        sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.parameters]
+        sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.updated]
         device, host = (
             [
                 self._make(self.trained * size, category=place, dtype=torch.uint8, owner=p)
-                for p, size in zip(self.parameters, column, strict=True)
+                for p, size in zip(self.updated, column, strict=True)
             ]
             for place, column in zip(("optimizer", HOST), zip(*sizes, strict=True), strict=True)
         )
         if kind == "adamw-cpu":  # gradients and weights pass through two buffers
             buffers = 2 * max(
-                p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.parameters
+                p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.updated
             )
             self.buffers = self._make(buffers, category=HOST, dtype=torch.uint8)
         return device, host
@@ -208,7 +211,7 @@ class SimulatedStep:
 
     def _hold_gradients(self) -> None:
         """Allocate the gradients of earlier points and micro-batches."""
-        for parameter in self.parameters:
+        for parameter in self.updated:
             with self._at(parameter):
                 parameter.grad = torch.zeros_like(parameter, dtype=_grad_dtype(parameter))
                 place = HOST if id(parameter) in self.waiting else "gradients"
@@ -248,10 +251,10 @@ class SimulatedStep:
     def _update(self) -> None:
         """Count the optimizer's step by formula."""
         self.ledger.start_phase("optimizer")
-        kind, gradients = self.memory.optimizer, [p.grad for p in self.parameters]
+        kind, gradients = self.memory.optimizer, [p.grad for p in self.updated]
         narrow = [g.numel() for g in gradients if g is not None and g.dtype == torch.bfloat16]
         self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * max(narrow, default=0))
-        states = zip(self.parameters, self.device_states, self.host_states, strict=True)
+        states = zip(self.updated, self.device_states, self.host_states, strict=True)
         for parameter, device, host in states:
             read = 0 if parameter.grad is None else parameter.grad.nbytes
             norm_and_clip = 3 * read
@@ -265,7 +268,7 @@ class SimulatedStep:
                 paged = host.nbytes
                 ways = {"to_host_bytes": paged, "to_device_bytes": paged}
                 self._count(parameter, moved_bytes=moved, **ways)
-        for parameter in self.parameters:
+        for parameter in self.updated:
             with self._at(parameter):
                 parameter.grad = None
 

@@ -57,6 +57,21 @@ LTX = {
     "cross_attention_dim": 128,
     "caption_channels": 64,
 }
+LTX2 = {
+    **_SMALL,
+    "class_name": "LTX2VideoTransformer3DModel",
+    "num_layers": 3,
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "cross_attention_dim": 128,
+    "caption_channels": 64,
+    "audio_num_attention_heads": 4,
+    "audio_attention_head_dim": 16,
+    "audio_cross_attention_dim": 64,
+    "rope_type": "split",
+}
 MOCHI = {
     **_SMALL,
     "class_name": "MochiTransformer3DModel",
@@ -81,6 +96,7 @@ WORK = {
     "hunyuan": Workload(HUNYUAN, frames=9, height=256, width=256, **SHARED),
     "hunyuan-1.5": Workload(HUNYUAN_15, frames=9, height=256, width=256, **SHARED),
     "ltx": Workload(LTX, frames=17, height=512, width=512, **SHARED),
+    "ltx-2": Workload(LTX2, frames=17, height=512, width=512, **SHARED),
     "mochi": Workload(MOCHI, frames=13, height=256, width=256, **SHARED),
     "skyreels": Workload(SKYREELS, frames=9, height=256, width=256, **SHARED),
     "chronoedit": Workload(
@@ -140,6 +156,7 @@ DEEP = {
     "hunyuan": {"num_layers": 9, "num_single_layers": 9},
     "hunyuan-1.5": {"num_layers": 9},
     "ltx": {"num_layers": 9},
+    "ltx-2": {"num_layers": 9},
     "mochi": {"num_layers": 9},
 }
 
@@ -160,6 +177,7 @@ def test_repeated_blocks_are_those_of_the_whole_model(name, offload, monkeypatch
         ("hunyuan-video", 81, 720, 75600),
         ("hunyuan-video-1.5", 81, 720, 75600),
         ("ltx-video", 89, 704, 10560),
+        ("ltx-2", 89, 704, 10560),
         ("mochi", 85, 720, 54000),
     ],
 )
