@@ -291,6 +291,7 @@ OWN_FORWARDS = (
 
 def replacements(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
     """Return the pairs (module, forward) that :func:`prfl_fast.patch` sets."""
+    others: list[tuple[Any, Callable[..., Any]]]
     others = [(base.rope, rope_forward), (base.condition_embedder, embedder_forward)]
     norm = base.norm_out
     plain = type(norm).__name__ == "FP32LayerNorm" and norm.weight is None  # a backbone has none

@@ -11,7 +11,7 @@ from torch import nn
 from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.experts import host_bytes, moved_tensors
 from prfl_fast.memory.ledger import HOST, Ledger, mark
-from prfl_fast.memory.optimizers import state_bytes
+from prfl_fast.memory.optimizers import state_bytes, step_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import BlockWeights, waiting_weights
 from prfl_fast.models.adapter import FIRST_FRAME, generated_frames
@@ -40,9 +40,6 @@ PHASES = (
     "sft backward",
 )
 SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued on one stream
-# Float32 copies of the largest bfloat16 parameter's gradient or moments during an optimizer's step.
-# These are upper bounds for torchao, whose compiled step holds some copies in registers.
-_WIDE_COPIES = {"adamw": 1, "adamw-sr": 1, "adamw8bit": 2, "paged-adamw8bit": 0, "adamw-cpu": 0}
 
 
 class SimulatedStep:
@@ -251,9 +248,8 @@ class SimulatedStep:
     def _update(self) -> None:
         """Count the optimizer's step by formula."""
         self.ledger.start_phase("optimizer")
-        kind, gradients = self.memory.optimizer, [p.grad for p in self.updated]
-        narrow = [g.numel() for g in gradients if g is not None and g.dtype == torch.bfloat16]
-        self.ledger.add_transient(_WIDE_COPIES[kind] * 4 * max(narrow, default=0))
+        kind, trained = self.memory.optimizer, [p for p in self.updated if p.grad is not None]
+        self.ledger.add_transient(step_bytes(kind, trained))
         states = zip(self.updated, self.device_states, self.host_states, strict=True)
         for parameter, device, host in states:
             read = 0 if parameter.grad is None else parameter.grad.nbytes

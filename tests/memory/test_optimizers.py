@@ -4,10 +4,12 @@ import io
 
 import pytest
 import torch
+from allocations import allocator_peak
 from compiled import run_python
 from offload_models import assert_same
 from torch import nn
 
+from prfl_fast.memory import optimizers
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.optimizers import (
     KINDS,
@@ -16,6 +18,7 @@ from prfl_fast.memory.optimizers import (
     make_optimizer,
     set_learning_rate,
     state_bytes,
+    step_bytes,
 )
 
 HERE = [kind for kind in KINDS if kind != "paged-adamw8bit"]  # what runs without CUDA
@@ -118,8 +121,6 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(kind, dtype, gradients):
 
 def test_paged_states_are_put_back_in_buffers_of_their_own(monkeypatch):
     """On the CPU, where bitsandbytes pages nothing: what is asked for again, and what is in it."""
-    from prfl_fast.memory import optimizers
-
     made = []
     paged = optimizers._paged_class()
     buffer = paged.get_state_buffer
@@ -316,6 +317,37 @@ def test_clipping_and_stepping_make_no_second_copy_of_the_gradients():
     with Ledger() as ledger:
         optimizer.step()
     assert 4 * 64 * 1024 <= ledger.peak < 4 * 64 * 1024 + 1000
+
+
+@pytest.mark.parametrize("gradients", ["parameter", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw-sr", "adamw8bit"])
+def test_a_step_is_bounded_by_its_parts(kind, dtype, gradients, monkeypatch):
+    monkeypatch.setattr(optimizers, "STEP_ELEMENTS", 1 << 16)
+    params = parameters(dtype, [(1000, 256), (64, 256)])
+    optimizer = make_optimizer(kind, params, learning_rate=RATE, gradient_dtype=gradients)
+    take(optimizer, params, [0])
+    give_gradients(params, 1)
+    bound = step_bytes(kind, params)
+    assert 0.4 * bound < allocator_peak(optimizer.step) <= bound < 16 * 4 << 16
+
+
+@pytest.mark.parametrize("kind", ["adamw-sr", "adamw8bit"])
+def test_parts_of_a_step_have_the_bits_of_a_whole_one(kind, monkeypatch):
+    def final():
+        params = parameters(shapes=[(33, 256), (64, 256), (63, 65)])  # float32: nothing is drawn
+        optimizer = make_optimizer(kind, params, learning_rate=1e-2, weight_decay=0.1)
+        take(optimizer, params, range(3))
+        return [*params, *(t for p in params for t in tensors(optimizer.state[p]))]
+
+    whole = final()
+    monkeypatch.setattr(optimizers, "STEP_ELEMENTS", 4096)
+    assert_same(final(), whole)
+
+
+def test_parts_of_a_step_round_stochastically(monkeypatch):
+    monkeypatch.setattr(optimizers, "STEP_ELEMENTS", 4096)
+    test_8bit_moments_round_bfloat16_weights_stochastically()
 
 
 @pytest.mark.parametrize(
