@@ -17,7 +17,6 @@ from prfl_fast.cli.workload import (
     fields_of_options,
     fields_of_reward_run,
     fields_of_run,
-    is_reward_file,
     sizes_of,
 )
 from prfl_fast.cli.yaml_config import Config, load_config
@@ -40,7 +39,8 @@ NOTHING_FITS = 1
 def _print_table(options: argparse.Namespace) -> int:
     """Print the largest video that fits each GPU, for each model."""
     fixed = ("budget", "apply", "plot", "frames", "height", "width")
-    given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
+    given = [] if options.file is None else ["FILE.yaml"]
+    given += [f"--{name}" for name in fixed if getattr(options, name) is not None]
     given += ["--weight-dtype"] * (options.weight_dtype != "auto") + ["--json"] * options.json
     check(not given, "--table", f"given with {' and '.join(given)}", "given without")
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
@@ -59,9 +59,7 @@ def run_plan(options: argparse.Namespace) -> int:
         return _print_table(options)
     if options.budget is not None:
         planner.budget_of(options.budget, "--budget")
-    path = None if options.apply is None else Path(options.apply)
-    if path is not None:
-        _check_target("--apply", path)
+    path = _planned_file(options)
     _check_plot(options.plot)
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     work = Workload(**fields_of_options(values, path))
@@ -78,24 +76,31 @@ def run_plan(options: argparse.Namespace) -> int:
         progress=True,
     )
     print(json.dumps(report.as_dict(found), indent=1) if options.json else report.table(found))
-    reward_training = path is not None and is_reward_file(path)
-    if reward_training:
-        note(
-            "planned as the training of a generator of this depth, which takes somewhat more "
-            "memory; the times are not those of train-reward"
-        )
     written: list[str | Path] = []
     if options.plot is not None:
         report.timeline_figure(found).savefig(options.plot, dpi=120)
         written.append(options.plot)
-    if path is not None and found.feasible:
-        report.apply_to_yaml(found, path, reward_training=reward_training)
+    if options.apply is not None and path is not None and found.feasible:
+        report.apply_to_yaml(found, path)
         written.append(path)
-    elif path is not None:
+    elif options.apply is not None:
         note(f"no plan fits: {path} is not changed")
     for target in written:
         note(f"written: {target}")
     return 0 if found.feasible else NOTHING_FITS
+
+
+def _planned_file(options: argparse.Namespace) -> Path | None:
+    """Return the YAML file whose run is planned, which --apply also writes, or None."""
+    if options.apply is not None:
+        path = Path(options.apply)
+        check(options.file is None, "FILE.yaml", options.file, f"none beside --apply {path}")
+        _check_target("--apply", path)
+        return path
+    if options.file is None:
+        return None
+    check(Path(options.file).is_file(), "FILE.yaml", options.file, "a YAML file")
+    return Path(options.file)
 
 
 def _host_room() -> int:
@@ -188,8 +193,7 @@ def _report_choice(command: str, chosen: str, found: Plan, hint: str) -> None:
             f"memory is auto, but no plan fits {budget:.1f} GiB: the nearest, {chosen}, takes "
             f"{takes:.1f} GiB. {hint}"
         )
-    most = "at most " if command == "train-reward" else ""
-    predicted = f"predicted to take {most}{takes:.1f} of {budget:.1f} GiB"
+    predicted = f"predicted to take {takes:.1f} of {budget:.1f} GiB"
     note(f"memory: auto chose {chosen}, {predicted}", command)
 
 

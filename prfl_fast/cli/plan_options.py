@@ -48,6 +48,8 @@ WORKLOAD_OPTIONS = (*OPTIONS, "sft")
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prfl-fast plan``."""
+    text = "plan the run of this YAML file of train or train-reward, and write nothing"
+    parser.add_argument("file", metavar="FILE.yaml", nargs="?", help=text)
     group = parser.add_argument_group("training run")
     for name, (text, default, kind) in OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
@@ -72,7 +74,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--table", action="store_true", help=text)
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
-        "plan the run of this YAML file, and write the plan into it. For train: memory, "
+        "plan the run of this YAML file, and write the plan into the file. For train: memory, "
         "reward_memory, hardware.precision, and keys of lora, prfl and run that it lacks. For "
         "train-reward: memory and hardware.precision. Comments in other sections do not change"
     )

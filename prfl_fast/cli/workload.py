@@ -77,22 +77,19 @@ def _model_of(config: TrainFile) -> Any:
 
 
 def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None) -> dict[str, Any]:
-    """Return the Workload fields that stand for the training of a reward model.
-
-    The planner simulates steps of a generator. One as deep as the reward model, trained in full
-    beside a reward of one block, takes somewhat more than the reward model does, and much more with
-    ``lora``.
-    """
-    videos = 2 if config.loss == "bt" else 1  # a pair is one sample of the batch
+    """Return the Workload fields that the training of a reward model decides."""
+    lora = config.lora
     fields: dict[str, Any] = {
-        "batch_size": videos * config.run.batch_size,
+        "batch_size": config.run.batch_size,
         "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
-        "train": "full",
-        "reward_blocks": 1,
+        "train": "full" if lora is None else "lora",
+        "reward_loss": config.loss,
         "sft": False,
         "ema": config.run.ema_decay is not None,
         "patched": config.hardware.patch,
     }
+    if lora is not None:
+        fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
     if dataset is not None:
         fields["text_tokens"] = dataset.shapes["encoder_hidden_states"][0]
         fields |= sizes_of(dataset)

@@ -106,8 +106,8 @@ def checks_values() -> bool:
 
 def check_finite(name: str, x: torch.Tensor) -> None:
     """Raise ``ValueError`` if a tensor has NaN or infinite values."""
-    bad = int((~torch.isfinite(x)).sum())  # waits for the device
-    if bad:
+    if not bool(torch.isfinite(x).all()):  # waits for the device
+        bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name} has {bad} NaN or infinite values of {x.numel()}, expected none")
 
 

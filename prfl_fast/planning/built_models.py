@@ -41,7 +41,7 @@ def build(
     reward_layers: int | None = None,
     most: int | None = None,
 ) -> tuple[nn.Module, list[LatentRewardModel]]:
-    """Return generator and frozen reward models on the ``meta`` device, not patched yet.
+    """Return the trained model and frozen reward models on the ``meta`` device, not patched yet.
 
     ``most`` limits the number of blocks in each list of the models.
     """
@@ -56,24 +56,33 @@ def build(
         for depth in depths_of(workload, layers, reward_layers)
     ]
     with torch.device("meta"), WithoutInitialization():
-        generator = cls(**{**config, **depths[0]}).train()
-        backbones = [adapter.backbone_from_config({**config, **depth}) for depth in depths[1:]]
-        dim = adapter.hidden_size(generator)
-        rewards = [
-            LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim)).freeze()
-            for backbone in backbones
-        ]
-    models: tuple[Any, ...] = (generator, *backbones)
-    for model in models:
-        model.text_tokens = workload.text_tokens
+        if workload.reward_loss is None:
+            trained = cls(**{**config, **depths[0]}).train()
+        else:
+            trained = _reward_model(adapter, {**config, **depths[0]})
+        rewards = [_reward_model(adapter, {**config, **depth}).freeze() for depth in depths[1:]]
+    for model in (trained, *rewards):
+        transformer_of(model).text_tokens = workload.text_tokens
     # Weights of the meta device cannot wait: stream_models lets them wait later.
-    apply_memory(generator, dataclasses.replace(memory, stream_weights=None))
+    apply_memory(trained, dataclasses.replace(memory, stream_weights=None))
     for reward in rewards:
         apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
     if workload.train == "lora":
+        transformer, targets = transformer_of(trained), workload.target_modules
         with WithoutInitialization():
-            add_lora(generator, workload.lora_rank, target_modules=workload.target_modules)
-    return generator, rewards
+            add_lora(transformer, workload.lora_rank, target_modules=targets)
+    return trained, rewards
+
+
+def _reward_model(adapter: Any, config: dict[str, Any]) -> LatentRewardModel:
+    backbone = adapter.backbone_from_config(config)
+    dim = adapter.hidden_size(backbone)
+    return LatentRewardModel(backbone, QueryAttentionPool(dim), RewardHead(dim))
+
+
+def transformer_of(model: nn.Module) -> Any:
+    """Return the transformer of a generator or reward model."""
+    return model.backbone if isinstance(model, LatentRewardModel) else model
 
 
 def materialize(model: nn.Module) -> None:
@@ -89,14 +98,15 @@ def materialize(model: nn.Module) -> None:
 
 
 def stream_models(
-    generator: nn.Module,
+    trained: nn.Module,
     rewards: Sequence[LatentRewardModel],
     memory: MemoryConfig,
     reward_memory: MemoryConfig,
 ) -> None:
     """Let the weights of materialized models wait in host memory where the policies say so."""
-    frozen = [(reward.backbone, reward_memory) for reward in rewards]
-    for model, config in ((generator, memory), *frozen):
+    frozen = [(reward, reward_memory) for reward in rewards]
+    for owner, config in ((trained, memory), *frozen):
+        model = transformer_of(owner)
         if config.stream_weights is not None:
             stream_weights(model, config.stream_weights)
             activation_checkpointing(model, config.activation_checkpointing, config.offload)
@@ -114,13 +124,11 @@ def fake_models(
 ) -> Iterator[tuple[nn.Module, list[LatentRewardModel]]]:
     """Yield the models as fake tensors inside an active ``FakeTensorMode``; see :func:`build`."""
     depths = {"layers": layers, "reward_layers": reward_layers, "most": most}
-    generator, rewards = build(workload, memory, reward_memory, **depths)
+    trained, rewards = build(workload, memory, reward_memory, **depths)
     with FastFakeTensorMode():
-        for model in (generator, *rewards):
+        for model in (trained, *rewards):
             materialize(model)
-        if workload.patched:
-            patch(generator)
-            for reward in rewards:
-                patch(reward.backbone)
-        stream_models(generator, rewards, memory, reward_memory)
-        yield generator, rewards
+            if workload.patched:
+                patch(transformer_of(model))
+        stream_models(trained, rewards, memory, reward_memory)
+        yield trained, rewards

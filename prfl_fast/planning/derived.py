@@ -13,7 +13,7 @@ from prfl_fast.memory.offload import SMALLEST
 from prfl_fast.memory.optimizers import state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import weight_bytes
-from prfl_fast.planning.built_models import build, depths_of
+from prfl_fast.planning.built_models import build, depths_of, transformer_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulated_step import SWAP_PHASES
@@ -50,12 +50,12 @@ class Weights:
 
 def count_weights(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> Weights:
     """Return the bytes of weights and states, from models with one block in each list."""
-    generator, rewards = build(workload, memory, reward_memory, most=1)
+    trained, rewards = build(workload, memory, reward_memory, most=1)
     adapter = adapter_of(workload.config)
     names, totals, sizes = adapter.lists, [], [0]
     rest = states = host_states = 0
-    models = (generator, *(reward.backbone for reward in rewards)), (generator, *rewards)
-    for model, whole, depth in zip(*models, depths_of(workload), strict=True):
+    for whole, depth in zip((trained, *rewards), depths_of(workload), strict=True):
+        model = transformer_of(whole)
         total, times = 0, dict[int, int]()
         for name, count in zip(names, depth.values(), strict=True):
             blocks = getattr(unwrap(model), name)
@@ -92,15 +92,16 @@ def exchanged(run: Simulation, before: Weights, after: Weights) -> Simulation:
 def offloaded(run: Simulation, layers: int, reward_layers: Sequence[int]) -> Simulation:
     """Return the approximate simulation of the same step with activations in host memory."""
     ours, first_reward = _saved_by_blocks(run)
-    block, reward_block = ours // layers, first_reward // reward_layers[0]
-    theirs = reward_block * max(reward_layers)
+    block, reward_block = ours // layers, first_reward // max((1, *reward_layers[:1]))
+    theirs = reward_block * max(reward_layers, default=0)
     window = 2 * max(block, reward_block)  # the device holds the tensors of two blocks
 
     def moved(phase: str, live: Mapping[str, int]) -> dict[str, int]:
         # Beside its blocks, a model saves a few tensors that stay.
-        now, start = live.get("checkpoints", 0), first["reward"].get("checkpoints", 0)
+        now = live.get("checkpoints", 0)
         blocks = min(ours, now)
         if phase in REWARD_PHASES:
+            start = first["reward"].get("checkpoints", 0)
             blocks = ours + min(theirs, max(0, now - start))
         return {**live, "checkpoints": now - max(0, blocks - window)}
 
@@ -118,14 +119,14 @@ def offloaded(run: Simulation, layers: int, reward_layers: Sequence[int]) -> Sim
         )
         for phase, cost in run.costs.items()
     }
-    return _with(run, timeline, costs, run.host + ours + theirs - reward_block)
+    return _with(run, timeline, costs, run.host + ours + theirs - (reward_block or block))
 
 
 def _saved_by_blocks(run: Simulation) -> tuple[int, int]:
     """Return the bytes that blocks of generator and reward save and that offload would move."""
     held: dict[Any, int] = {}
     for phase, events in run.events:
-        if phase == "reward backward":
+        if phase in ("reward backward", "backward"):
             break
         for kind, name, size, category in events:
             if kind == FREE or category != "checkpoints":
@@ -177,8 +178,10 @@ class Single:
     def __init__(self, run: Simulation, layers: int) -> None:
         self.run, self._layers = run, layers
         self._highs = _highs(run)
+        self._phases = [phase for phase in REWARD_PHASES if phase in self._highs]
         self.start, self._middle = (
-            next(live for name, live in run.timeline if name == phase) for phase in REWARD_PHASES
+            next(live for name, live in run.timeline if name == phase)
+            for phase in self._phases or 2 * ("backward",)
         )
 
     def moments(self) -> list[dict[str, int]]:
@@ -196,11 +199,11 @@ class Single:
         return {"checkpoints": 2 * self.last_block}
 
     def _sent(self, phase: str) -> int:
-        return self.run.costs[phase].to_host_bytes
+        return self.run.costs.get(phase, Cost()).to_host_bytes
 
     def added_by_reward(self) -> list[dict[str, float]]:
         """Return the bytes that the peak of each reward phase adds to its start."""
-        return [self._added(self._highs[phase]) for phase in REWARD_PHASES]
+        return [self._added(self._highs[phase]) for phase in self._phases]
 
     def kept_by_reward(self) -> dict[str, float]:
         """Return the bytes that the reward model adds until its backward begins."""

@@ -63,7 +63,7 @@ def plan_memory(
     """
     specs = find_gpu(gpu)
     work = workload if isinstance(workload, Workload) else Workload(workload)
-    tiers = _tiers(work.train, weight_dtype, optimizer)
+    tiers = _tiers(work, weight_dtype, optimizer)
     size = specs.memory if budget is None else budget_of(budget, "budget")
     host_size = None if host_budget is None else size_of(host_budget, "host_budget")
     setting = expandable_segments
@@ -124,14 +124,17 @@ def size_of(value: int | str, name: str) -> int:
     return int(number * (unit or 0))
 
 
-def _tiers(train: str, weight_dtype: str, optimizer: str) -> list[Tier]:
+def _tiers(workload: Workload, weight_dtype: str, optimizer: str) -> list[Tier]:
     """Return pairs of weight dtype and optimizer in order of preference."""
     check_choice("weight_dtype", weight_dtype, ("auto", *WEIGHTS))
     check_choice("optimizer", optimizer, ("auto", *OPTIMIZERS))
-    ok = train == "lora" or weight_dtype in ("auto", "bf16")
+    adapters = workload.train == "lora"
+    quantized = adapters and workload.reward_loss is None  # LoRA of a reward is merged at the end
+    ok = quantized or weight_dtype in ("auto", "bf16")
     hint = "Quantized weights cannot train: set train to lora"
-    check(ok, "weight_dtype", weight_dtype, "auto or bf16 with train full", hint=hint)
-    every = {"lora": (WEIGHTS, ("adamw",)), "full": (("bf16",), OPTIMIZERS)}[train]
+    expected = "auto or bf16 with train full, and for a reward model"
+    check(ok, "weight_dtype", weight_dtype, expected, hint=hint)
+    every = WEIGHTS if quantized else ("bf16",), ("adamw",) if adapters else OPTIMIZERS
     weights = every[0] if weight_dtype == "auto" else (weight_dtype,)
     optimizers = every[1] if optimizer == "auto" else (optimizer,)
     return [Tier(*pair) for pair in itertools.product(weights, optimizers)]

@@ -11,6 +11,7 @@ from prfl_fast.memory.ledger import CATEGORIES
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.search import CHOSEN, Candidate, budget_for
+from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.allocator_settings import EXPANDABLE
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
@@ -32,7 +33,7 @@ _COLORS = {
 _LIMIT = "#d00000"
 _NARROWEST = 0.06  # width of a phase in the figure, as a fraction of all points
 _MEANING = {
-    "weights": "of the generator, adapters included",
+    "weights": "of the trained model, adapters included",
     "reward": "weights of the reward model",
     "optimizer": "states and fp32 masters",
     "gradients": "of the trained parameters",
@@ -83,17 +84,15 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def _headline(plan: Plan) -> list[str]:
     work = plan.workload
     kind = f"LoRA rank {work.lora_rank}" if work.train == "lora" else "all parameters"
-    points = plural(work.points, "gradient point")
+    step = "PRFL step" if work.reward_loss is None else f"Reward model, loss {work.reward_loss}"
     given = ", first frame given" if work.first_frame else ""
     size = f"{work.frames} x {work.height} x {work.width}, "
     size += f"{plural(work.tokens, 'token')}{given}, "
     size += f"batch {work.batch_size}"
     micro_batches = f"{plural(work.gradient_accumulation_steps, 'micro-batch')} per step"
-    then = ", then a supervised step" if work.sft else ""
     lines = [
-        f"PRFL step: {plural(plan.workload.blocks, 'block')}, {kind}, {size}",
-        f"{plural(work.num_inference_steps, 'step')}, {points}, {micro_batches}, "
-        f"reward of {plural(work.reward_blocks, 'block')}{then}",
+        f"{step}: {plural(plan.workload.blocks, 'block')}, {kind}, {size}",
+        ", ".join([*_trajectory(work), micro_batches, *_rewards(work)]),
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
     setting = f"with {EXPANDABLE}" if plan.expandable_segments else "without expandable segments"
@@ -116,13 +115,36 @@ def _headline(plan: Plan) -> list[str]:
     own, chunk = memory.gradient_dtype == "parameter", memory.feed_forward_chunk
     dtype = "the parameter's dtype" if own else memory.gradient_dtype
     feed_forward = "whole" if chunk is None else f"in chunks of {chunk} tokens"
+    models = {"generator": memory, "reward model": reward}
+    if work.reward_loss is not None:
+        models = {"reward model": memory}
     lines += [
         "",
-        f"  generator: {_policy(memory)}",
-        f"  reward model: {_policy(reward)}",
+        *(f"  {name}: {_policy(policy)}" for name, policy in models.items()),
         f"  optimizer {memory.optimizer}, gradients in {dtype}, feed-forward {feed_forward}",
     ]
     return lines
+
+
+def _trajectory(work: Workload) -> list[str]:
+    """Return the words for the steps of a trajectory; none if there is no trajectory."""
+    if work.reward_loss is not None:
+        return []
+    words = [plural(work.num_inference_steps, "step"), plural(work.evaluations, "gradient point")]
+    if work.earlier_steps:
+        words.append(f"gradient through {1 + work.earlier_steps:g} steps")
+    if work.guidance is not None:
+        words.append(f"guidance {work.guidance}")
+    return words
+
+
+def _rewards(work: Workload) -> list[str]:
+    """Return the words for the frozen reward models and the supervised step."""
+    counts = [str(count) for count in work.reward_models]
+    words = [f"reward of {plural(int(counts[0]), 'block')}"] if len(counts) == 1 else []
+    if len(counts) > 1:
+        words = [f"{len(counts)} reward models of {', '.join(counts[:-1])} and {counts[-1]} blocks"]
+    return [*words, "then a supervised step"] if work.sft else words
 
 
 def _policy(memory: MemoryConfig) -> str:
@@ -155,7 +177,9 @@ def _times(plan: Plan) -> list[str]:
 
 
 def _candidates(plan: Plan) -> list[str]:
-    head = f"  {'generator':<15}{'reward':<15}{'chunk':<7}{'peak':>12}{'host':>12}{'per step':>13}"
+    alone = not plan.workload.rewards  # one model has a policy
+    names = f"{'reward model':<15}" if alone else f"{'generator':<15}{'reward':<15}"
+    head = f"  {names}{'chunk':<7}{'peak':>12}{'host':>12}{'per step':>13}"
     lines = ["Candidates, fastest first", f"{head}  verdict"]
     groups: dict[tuple[str, str, bool], list[Candidate]] = {}
     for candidate in plan.candidates:
@@ -171,18 +195,19 @@ def _candidates(plan: Plan) -> list[str]:
         less = f", {len(rows)} of {len(found)} that matter most" if hidden else ""
         where = " in host memory" if streams else ""
         lines.append(f"  with {weights} weights{where} and {optimizer}{less}:")
-        lines += [_row(candidate) for candidate in rows]
+        lines += [_row(candidate, alone) for candidate in rows]
     return lines
 
 
-def _row(candidate: Candidate) -> str:
+def _row(candidate: Candidate, alone: bool) -> str:
     chunk = candidate.memory.feed_forward_chunk or "all"
-    generator, reward = (
-        memory.activation_checkpointing + ("+cpu" if memory.offload else "")
-        for memory in (candidate.memory, candidate.reward_memory)
+    policies = [candidate.memory] if alone else [candidate.memory, candidate.reward_memory]
+    modes = "".join(
+        f"{memory.activation_checkpointing + ('+cpu' if memory.offload else ''):<15}"
+        for memory in policies
     )
     return (
-        f"  {generator:<15}{reward:<15}{chunk:<7}{gib(candidate.peak):>12}"
+        f"  {modes}{chunk:<7}{gib(candidate.peak):>12}"
         f"{gib(candidate.host):>12}{seconds(candidate.seconds):>13}  {candidate.reason}"
     )
 
@@ -306,15 +331,12 @@ def _parses_to(yaml: Any, text: str, content: Mapping[str, Any]) -> bool:
         return False
 
 
-def apply_to_yaml(
-    plan: Plan, path: str | os.PathLike[str], *, reward_training: bool = False
-) -> None:
+def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write the plan's keys into a YAML file, section by section; the rest does not change.
 
     Args:
-        plan: a feasible plan.
+        plan: a feasible plan, of ``train`` or ``train-reward`` as the file.
         path: the file, which may be missing.
-        reward_training: the file is of ``train-reward``, which has fewer sections.
 
     Raises:
         ValueError: if the plan is not feasible, or the file is not YAML with keys and values.
@@ -329,7 +351,7 @@ def apply_to_yaml(
         kind = type(content).__name__
         check(isinstance(content, dict), f"the content of {path}", kind, "keys and values")
         keys = _keys(plan, content)
-        if reward_training:
+        if plan.workload.reward_loss is not None:  # the file of train-reward has fewer sections
             keys = {name: keys[name] for name in ("memory", "hardware") if name in keys}
         # A file that is one {…}, as in JSON, has no lines of sections to replace.
         with contextlib.suppress(yaml.YAMLError):

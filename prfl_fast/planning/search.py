@@ -239,7 +239,8 @@ class Search:
         """Return the pairs of modes that may fit, and chunked ones that may be the fastest."""
         found: dict[tuple[Any, Any], Candidate] = {}
         # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
-        for pair in sorted(itertools.product(reversed(MODES), repeat=2), key=_steps):
+        others = MODES if self.workload.rewards else MODES[-1:]
+        for pair in sorted(itertools.product(reversed(MODES), reversed(others)), key=_steps):
             leaner: list[Any] = [(LEANER.get(pair[0]), pair[1]), (pair[0], LEANER.get(pair[1]))]
             leaner = [part for part in leaner if set(part) <= {*MODES}]
             if all(part in found and self._may_fit(tier, *part) for part in leaner):
@@ -260,10 +261,12 @@ class Search:
     def _may_fit(self, tier: Tier, generator: Any, reward: Any) -> bool:
         """Return False if the live bytes between forwards and backwards exceed the limit."""
         ours, theirs = (self._single(tier, mode, None) for mode in (generator, reward))
+        theirs = theirs if self.workload.rewards else ours
         kept = weighted_sum((1, start_of(ours, theirs)), (1, theirs.kept_by_reward()))
         return sum(kept.values()) <= self.limit
 
     def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
+        reward = reward if self.workload.rewards else generator
         ours, theirs = self._single(tier, generator, chunk), self._single(tier, reward, chunk)
         start = start_of(ours, theirs)
         moments: list[Bytes] = [*ours.moments()]

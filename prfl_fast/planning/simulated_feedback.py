@@ -39,8 +39,8 @@ def latest_points(plan: GradientPlan, num_inference_steps: int) -> tuple[Point, 
     return tuple(Point(step, weight=1 / count) for step in (*others, last))
 
 
-class Watch:
-    """Decide which calls run a model, and name the phases of a step.
+class StepPhases:
+    """Start the phases of a PRFL step, and decide which of its calls run a model.
 
     Models run where the most memory is in use: for the last evaluation of the reward, in the last
     two steps that its gradient goes through, and in the rollout step before. Other calls return
@@ -52,8 +52,7 @@ class Watch:
         self.point: Point | None = None  # of the last evaluation, once it begins
         with_gradient = {point.step for point in points}
         before = points[-1].first - 1
-        self.rollout_step = points[0].first - 1 if before in with_gradient else before
-        self.steps = {self.rollout_step}
+        self.steps = {points[0].first - 1 if before in with_gradient else before}
         self._count(False)
 
     def begin(self, point: Point) -> None:
@@ -81,11 +80,10 @@ class Watch:
 
     def rewards(self, members: Sequence[Reward]) -> Reward:
         """Return a reward, or an ensemble, whose calls are phases of their own."""
-        watched = [self._reward(member) for member in members]
-        return watched[0] if len(watched) == 1 else RewardEnsemble(watched)
+        parts = [self._reward(member) for member in members]
+        return parts[0] if len(parts) == 1 else RewardEnsemble(parts)
 
     def _reward(self, reward: Reward) -> Reward:
-
         def score(x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
             if self.point is None:
                 return x.flatten(1).mean(1)
@@ -103,17 +101,17 @@ class Watch:
 
 
 class SimulatedTrajectory(Trajectory):
-    """Run the model at the steps of a :class:`Watch` only."""
+    """Run the model at the steps of a :class:`StepPhases` only."""
 
-    def __init__(self, *args: Any, watch: Watch, **options: Any) -> None:
+    def __init__(self, *args: Any, phases: StepPhases, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.watch = watch
+        self.phases = phases
 
     def velocity(self, x: torch.Tensor | None = None, index: int | None = None) -> torch.Tensor:
         """Return the model's velocity, or zeros."""
         x = self.x if x is None else x
         index = self.index if index is None else index
-        with self.watch.evaluation(index) as runs:
+        with self.phases.evaluation(index) as runs:
             if runs:
                 return super().velocity(x, index)
             if x.requires_grad and torch.is_grad_enabled():
@@ -122,31 +120,31 @@ class SimulatedTrajectory(Trajectory):
 
 
 class SimulatedEstimator(GradientEstimator):
-    """Tell a :class:`Watch` when the last evaluation and its backward begin."""
+    """Tell a :class:`StepPhases` when the last evaluation and its backward begin."""
 
-    def __init__(self, *args: Any, watch: Watch) -> None:
+    def __init__(self, *args: Any, phases: StepPhases) -> None:
         super().__init__(*args)
-        self.watch = watch
+        self.phases = phases
 
     def take(self, point: Point, weight: float, *, last: bool) -> GradientSteps:
         """Take a point's steps with gradient."""
-        if last and not self.watch.renoised:
-            self.watch.begin(point)
-        with self.watch.ledger.saving():
+        if last and not self.phases.renoised:
+            self.phases.begin(point)
+        with self.phases.ledger.saving():
             return super().take(point, weight, last=last)
 
     def take_again(self, point: Point, weight: float) -> GradientSteps:
         """Repeat the last step from the result noised again."""
-        self.watch.renoised -= 1
-        if not self.watch.renoised:
-            self.watch.begin(point)
-        with self.watch.ledger.saving():
+        self.phases.renoised -= 1
+        if not self.phases.renoised:
+            self.phases.begin(point)
+        with self.phases.ledger.saving():
             return super().take_again(point, weight)
 
     def backward(self, steps: GradientSteps, gradient: torch.Tensor | None) -> None:
         """Run backward through the steps."""
-        if self.watch.point is not None:
-            self.watch.ledger.start_phase("backward")
+        if self.phases.point is not None:
+            self.phases.ledger.start_phase("backward")
         super().backward(steps, gradient)
 
 
@@ -166,11 +164,11 @@ def run_feedback(
     """
     plan, steps = workload.gradient_plan, workload.num_inference_steps
     points = latest_points(plan, steps)
-    watch = Watch(ledger, plan, points)
+    phases = StepPhases(ledger, plan, points)
     with _disable_current_modes():  # numbers of the host: real, and in no ledger
         step = PRFL(
             generator,
-            {f"reward {n}": watch.rewards(members) for n, members in enumerate(rewards)},
+            {f"reward {n}": phases.rewards(members) for n, members in enumerate(rewards)},
             FlowUniPC(workload.shift),
             plan,
             num_inference_steps=steps,
@@ -179,7 +177,7 @@ def run_feedback(
             # Hooks on blocks, which record where allocations belong, do not allow caches.
             rollout=RolloutConfig(cache=False),
         )
-    step.trajectory_type = partial(SimulatedTrajectory, watch=watch)
-    step.estimator_type = partial(SimulatedEstimator, watch=watch)
+    step.trajectory_type = partial(SimulatedTrajectory, phases=phases)
+    step.estimator_type = partial(SimulatedEstimator, phases=phases)
     step(noise, conditions, latents=latents, indices=points)
-    watch.end()
+    phases.end()

@@ -1,4 +1,4 @@
-"""One PRFL training step on fake or real tensors, phase by phase, under a ledger."""
+"""One training step on fake or real tensors, phase by phase, under a ledger."""
 
 import contextlib
 import re
@@ -18,7 +18,8 @@ from prfl_fast.models.adapter import FIRST_FRAME, generated_frames
 from prfl_fast.models.conditions import OF_PROMPT
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.models.velocity import ModelCall, Precision
+from prfl_fast.models.velocity import ModelCall, Precision, autocast
+from prfl_fast.planning.built_models import transformer_of
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.simulated_feedback import run_feedback
 from prfl_fast.planning.trace import TraceLedger
@@ -27,6 +28,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
 from prfl_fast.training.objectives import RewardCall
+from prfl_fast.training.reward_losses import bt_loss, ce_loss
 from prfl_fast.utils.modules import unwrap
 
 PHASES = (
@@ -50,19 +52,21 @@ class SimulatedStep:
         workload: Workload,
         memory: MemoryConfig,
         reward_memory: MemoryConfig,
-        generator: nn.Module,
+        trained: nn.Module,
         rewards: Sequence[LatentRewardModel],
         ledger: Ledger,
     ) -> None:
         self.workload, self.ledger = workload, ledger
         self.memory, self.reward_memory = memory, reward_memory
-        self.generator, self.rewards = generator, rewards
-        self.adapter = find_adapter(generator)
-        named = [(n, p) for n, p in generator.named_parameters() if p.requires_grad]
+        self.model: Any = trained
+        self.rewards = rewards
+        self.generator = transformer_of(trained)
+        self.adapter = find_adapter(self.generator)
+        named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.updated = [p for n, p in named if not re.search(self.adapter.unreached, n)]
         self.waiting: set[int] = set()  # parameters in host memory
-        self._mark_weights(generator, waiting_weights(generator), "weights")
+        self._mark_weights(trained, waiting_weights(self.generator), "weights")
         for reward in rewards:
             self._mark_weights(reward, waiting_weights(reward.backbone), "reward")
         for parameter in self.parameters:
@@ -187,7 +191,13 @@ class SimulatedStep:
         return self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
 
     def run(self) -> None:
-        """Run reward feedback and an optimizer step, then the same for the supervised loss."""
+        """Run reward feedback and an optimizer step, then the same for the supervised loss.
+
+        Of a reward model that trains, run its loss and an optimizer step.
+        """
+        if self.workload.reward_loss is not None:
+            self._fit(self.workload.gradient_accumulation_steps > 1)
+            return self._update()
         several = max(self.workload.evaluations, self.workload.gradient_accumulation_steps) > 1
         ways = ("to_host_bytes", "to_device_bytes")
         for phase, way in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
@@ -243,6 +253,22 @@ class SimulatedStep:
             loss = flow_loss(*parts)
             del v, x
         self.ledger.start_phase("sft backward")
+        (loss * 1.0).backward()
+
+    def _fit(self, several: bool) -> None:
+        self.ledger.start_phase("forward")
+        if several:
+            self._hold_gradients()
+        shape, pairs = self.workload.latent_shape, self.workload.reward_loss == "bt"
+        with self.ledger.saving(), autocast(torch.device("cpu"), self._kind(self.memory)):
+            clean = self._make(*shape)
+            if pairs:
+                lose, conditions = self._make(*shape), self._conditions()
+                loss = bt_loss(self.model, clean, lose, self.conditions, conditions)
+            else:
+                labels = torch.zeros(len(clean))
+                loss = ce_loss(self.model, clean, self.conditions, labels)
+        self.ledger.start_phase("backward")
         (loss * 1.0).backward()
 
     def _update(self) -> None:

@@ -1,4 +1,4 @@
-"""Simulate one PRFL training step on fake tensors: its bytes and its work.
+"""Simulate one training step on fake tensors: its bytes and its work.
 
 The training code itself runs on fake tensors (``FakeTensorMode``) while a ledger records every
 allocation and release, so a 14B model at 720p takes seconds and no memory.
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.planning.built_models import depths_of, fake_models
+from prfl_fast.planning.built_models import depths_of, fake_models, transformer_of
 from prfl_fast.planning.costs import CUBLAS_BYTES
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulated_step import SimulatedStep
@@ -96,13 +96,12 @@ def _recorded(
     workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig, **depths: int | None
 ) -> dict[Key, Segment]:
     """Return the segments of one step."""
-    with fake_models(workload, memory, reward_memory, **depths) as (generator, rewards):
+    with fake_models(workload, memory, reward_memory, **depths) as (trained, rewards):
         adapter: Any = adapter_of(workload.config)
-        backbones = [reward.backbone for reward in rewards]
-        models = zip(_names(workload), (generator, *backbones), strict=True)
+        models = zip(_names(workload), (trained, *rewards), strict=True)
         ledger = TraceLedger(
             {
-                f"{name} {index}": getattr(unwrap(model), blocks)
+                f"{name} {index}": getattr(unwrap(transformer_of(model)), blocks)
                 for name, model in models
                 for index, blocks in enumerate(adapter.lists)
             }
@@ -110,7 +109,7 @@ def _recorded(
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
-            step = SimulatedStep(workload, memory, reward_memory, generator, rewards, ledger)
+            step = SimulatedStep(workload, memory, reward_memory, trained, rewards, ledger)
             step.run()
         del cublas, step
     return ledger.segments

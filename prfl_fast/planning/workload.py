@@ -47,6 +47,8 @@ class Workload:
         shift: timestep shift of the schedule, which decides the steps of each expert.
         reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks; of
             several rewards a tuple, in which a tuple is an ensemble.
+        reward_loss: the run trains a reward model of all blocks of ``model`` by ``ce`` or, with two
+            videos per sample, ``bt`` (``train-reward``); None trains a generator.
         sft: a supervised step follows each PRFL step.
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
@@ -75,6 +77,7 @@ class Workload:
     expert: Literal["high", "low", "both"] = "both"
     shift: float = 5.0
     reward_blocks: int | tuple[int | tuple[int, ...], ...] = 8
+    reward_loss: Literal["ce", "bt"] | None = None
     sft: bool = True
     ema: bool = False
     patched: bool = True
@@ -97,6 +100,9 @@ class Workload:
         check_count("num_inference_steps", self.num_inference_steps, 2)
         check_choice("train", self.train, ("lora", "full"))
         check_choice("precision", self.precision, ("fp32", "bf16"))
+        check_choice("reward_loss", self.reward_loss, (None, "ce", "bt"))
+        ok = not self.sft or self.reward_loss is None
+        check(ok, "sft", self.sft, "False with reward_loss")
         check_choice("guidance", self.guidance, (None, "batched", "separate"))
         self._check_gradient_plan()
         self._check_size()
@@ -161,14 +167,16 @@ class Workload:
 
     @property
     def rewards(self) -> tuple[tuple[int, ...], ...]:
-        """Blocks of the models of each reward, of which an ensemble has several."""
+        """Blocks of the frozen models of each reward, of which an ensemble has several."""
+        if self.reward_loss is not None:
+            return ()
         blocks = self.reward_blocks
         given = blocks if isinstance(blocks, tuple) else (blocks,)
         return tuple(part if isinstance(part, tuple) else (part,) for part in given)
 
     @property
     def reward_models(self) -> tuple[int, ...]:
-        """Blocks of every reward model."""
+        """Blocks of every frozen reward model."""
         return tuple(count for members in self.rewards for count in members)
 
     @property
@@ -189,6 +197,8 @@ class Workload:
     @property
     def rollout_forwards(self) -> float:
         """Expected forwards without gradient of a trajectory."""
+        if self.reward_loss is not None:
+            return 0.0
         steps = self.num_inference_steps
         return sum(share * plan.expected_forwards(steps) for plan, share in self._plans())
 
@@ -214,7 +224,7 @@ class Workload:
     @cached_property
     def experts(self) -> list[str]:
         """Names of the experts that run the solver steps; empty for one transformer."""
-        if "boundary_ratio" not in self.config:
+        if "boundary_ratio" not in self.config or self.reward_loss is not None:
             return []
         scheduler = FlowUniPC(self.shift)
         scheduler.set_timesteps(self.num_inference_steps)

@@ -134,9 +134,9 @@ class LatentRewardModel(nn.Module):
         # non-finite loss to skip the step.
         if checks_values() and not x.requires_grad:
             check_finite("x", x)
-            in_range = bool(((timestep >= 0) & (timestep <= 1000)).all())
-            values = timestep.flatten().tolist()[:5]
-            check(in_range, "timestep", values, "1000 times sigma, in [0, 1000]")
+            if not bool(((timestep >= 0) & (timestep <= 1000)).all()):
+                values = timestep.flatten().tolist()[:5]
+                check(False, "timestep", values, "1000 times sigma, in [0, 1000]")
         features = self._adapter.features(self.backbone, x, timestep, conditions, self.num_blocks)
         features = features.contiguous()  # unpatched blocks keep a transposed stream
         # The caller's autocast applies to the blocks; pool and head keep their own dtype.

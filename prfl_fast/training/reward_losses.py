@@ -227,6 +227,6 @@ def evaluate(
 def _checked_labels(labels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     ok = isinstance(labels, torch.Tensor) and labels.shape == latents.shape[:1]
     check(ok, "labels", labels, f"a tensor [{latents.shape[0]}], one label per sample")
-    ok = bool(((labels == 0) | (labels == 1)).all())
-    check(ok, "labels", labels.unique().tolist()[:5], "only 0 and 1")
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        check(False, "labels", labels.unique().tolist()[:5], "only 0 and 1")
     return to_device(labels, latents.device)

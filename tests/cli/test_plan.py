@@ -190,7 +190,7 @@ def test_apply_plans_the_training_of_a_reward_model(root, tmp_path, calls, searc
     file = write_config(tmp_path / "reward.yaml", content)
     assert run("--apply", file) == 0
     work = calls[0].workload
-    assert (work.train, work.batch_size, work.sft, work.reward_blocks) == ("full", 6, False, 1)
+    assert (work.train, work.batch_size, work.sft, work.reward_loss) == ("full", 3, False, "bt")
     assert work.config["num_layers"] == 1 and (work.frames, work.height) == (5, 32)
     written = load_config(TrainRewardFile, file)
     assert written.memory.build() == searched.memory
@@ -198,6 +198,11 @@ def test_apply_plans_the_training_of_a_reward_model(root, tmp_path, calls, searc
     capsys.readouterr()
     assert run("--apply", file, "--batch-size", 2) == 2
     assert "--batch-size is 2, but" in capsys.readouterr().err
+    content["lora"] = {"lora_rank": 4, "target_modules": ["to_q"]}
+    before = write_config(file, content).read_bytes()
+    assert run(file) == 0 and file.read_bytes() == before
+    work = calls[-1].workload
+    assert (work.train, work.lora_rank, work.target_modules) == ("lora", 4, ("to_q",))
 
 
 def test_apply_plans_for_the_files_method(file, calls):
@@ -305,6 +310,10 @@ BAD = {
     "--plot plan.txt": "--plot is 'plan.txt', expected a name that ends in .png",
     "--plot nowhere/plan.png": "nowhere is not a folder",
     "--apply nowhere/train.yaml": "nowhere is not a folder",
+    "nowhere.yaml": "FILE.yaml is 'nowhere.yaml', expected a YAML file",
+    "FILE --apply FILE": "FILE.yaml is 'FILE', expected none beside --apply FILE",
+    "FILE --table": "--table is 'given with FILE.yaml', expected given without",
+    "FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4. Leave",
     "--apply FOLDER": "--apply is 'FOLDER', expected a file, not a folder",
     "--apply FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4. Leave",
     "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
@@ -349,7 +358,7 @@ def test_bad_input_is_one_line_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--weight-dtype int4", "--train some", "--lora-rank many", "more"]
+    "arguments", ["--weight-dtype int4", "--train some", "--lora-rank many", "a.yaml more"]
 )
 def test_options_argparse_refuses(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -5,7 +5,7 @@ import itertools
 
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import patch
-from prfl_fast.planning.built_models import build, materialize, stream_models
+from prfl_fast.planning.built_models import build, materialize, stream_models, transformer_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.derived import Weights, streamed
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
@@ -121,8 +121,7 @@ def prepared(generator, rewards):
     """Give the built models weights, real or fake, and patch them, as the simulation does."""
     for model in (generator, *rewards):
         materialize(model)
-    for model in (generator, *(reward.backbone for reward in rewards)):
-        patch(model)
+        patch(transformer_of(model))
     return generator, rewards
 
 

@@ -96,6 +96,7 @@ def test_repeated_blocks_are_those_of_the_whole_model(memory):
     assert {*EARLIER_PHASES} < {*found.costs}
 
 
+@pytest.mark.slow
 def test_work_of_the_steps_before_the_last():
     work = replace(WORK, num_inference_steps=12)
     one, four, ten = (

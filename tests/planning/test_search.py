@@ -31,6 +31,7 @@ from prfl_fast.utils.units import GIB
 
 _, ATTENTION, ATTENTION_CPU, _, FULL_CPU = MODES
 TIER = Tier("bf16")
+FULL = small_workload(train="full")
 
 
 def make_search(mib, host_mib=None, **workload):
@@ -97,7 +98,7 @@ def test_takes_the_fastest_that_fits(calls, mib, host):
 def test_faithful_weights_first(calls):
     room = {"bf16": 35, "fp8": 27, "nf4": 22}  # of streamed weights
     for weights, mib in room.items():
-        found = make_search(mib).run(planner._tiers("lora", "auto", "auto"))
+        found = make_search(mib).run(planner._tiers(make_search(1).workload, "auto", "auto"))
         chosen = found.chosen
         assert found.feasible
         assert weights == chosen.memory.weight_dtype == chosen.reward_memory.weight_dtype
@@ -110,7 +111,7 @@ def test_faithful_weights_first(calls):
 
 
 def test_one_kind_of_weights_is_simulated_and_the_chosen_candidate(calls):
-    found = make_search(24).run(planner._tiers("lora", "auto", "auto"))
+    found = make_search(24).run(planner._tiers(make_search(1).workload, "auto", "auto"))
     chosen = found.chosen
     assert chosen.memory.weight_dtype == "nf4"
     simulated = [call.args[1:] for call in calls]
@@ -124,7 +125,7 @@ def test_one_kind_of_weights_is_simulated_and_the_chosen_candidate(calls):
 def test_faithful_optimizer_first(calls):
     room = {"adamw": 950, "adamw-sr": 750, "adamw8bit": 520, "adamw-cpu": 430}
     for optimizer, mib in room.items():
-        found = make_search(mib, train="full").run(planner._tiers("full", "auto", "auto"))
+        found = make_search(mib, train="full").run(planner._tiers(FULL, "auto", "auto"))
         assert found.feasible and found.chosen.memory.optimizer == optimizer
         assert found.chosen.memory.weight_dtype == "bf16"
 
