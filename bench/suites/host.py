@@ -21,6 +21,7 @@ import prfl_fast
 from prfl_fast.rollout import FlowEuler, FlowUniPC, Sampler, Trajectory
 from prfl_fast.training.lora import add_lora
 from suites import block, wan
+from suites.floors import FLOORS
 from suites.kernel_cases import CASES
 from suites.kernel_checks import Case, as_tuple, cotangents, draw_inputs
 
@@ -60,6 +61,8 @@ def operation(case: Case) -> list[dict[str, Any]]:
     leaves = [tensors[name] for name in case.leaves]
     works = {"eager": lambda: case.naive(tensors, torch.float32)}
     works["prfl_fast"] = lambda: case.ours(tensors)
+    if case.name in FLOORS:
+        works["floor"] = partial(FLOORS[case.name], tensors)
     given = {n: cotangents(as_tuple(work()), 1) for n, work in works.items()}
 
     def infer(work: Callable[[], Any]) -> None:
@@ -192,20 +195,22 @@ def run(context: Context) -> SuiteResult:
         torch.set_num_threads(threads)
     rows = []
     for record in cases:
-        first, second = record["times"]
-        times = [record["times"][name]["median_s"] for name in (first, second)]
-        calls = [str(record["calls"][name]) for name in (first, second)]
-        ratio = f"{times[1] / times[0]:.2f}"
-        rows.append([record["case"], *map(report.seconds, times), ratio, *calls])
+        first, *others = record["times"]
+        times = [record["times"][name]["median_s"] for name in (first, *others)]
+        calls = [str(record["calls"][name]) for name in (first, others[0])]
+        ratios = [f"{time / times[0]:.2f}" for time in times[1:]] + ["–"]
+        rows.append([record["case"], *map(report.seconds, times[:2]), *ratios[:2], *calls])
     columns = [
         "work",
         "eager (40 steps)",
         "prfl_fast (1000 steps)",
         "ratio",
+        "floor",
         "calls",
         "calls, ours",
     ]
     notes = [f"D = {TINY.dim}, {TINY.tokens} tokens, float32, one thread, medians, in turns."]
+    notes += ["floor: ratio of an autograd function in Python with bare calls of ATen, no checks."]
     notes += ["calls: of Python and C functions in one run, by cProfile."]
     table = Table("host", "Host time", columns, rows, notes)
     columns = ["work", "eager", "prfl_fast", "over eager"]

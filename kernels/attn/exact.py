@@ -31,6 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from prfl_fast.kernels.attn.backend_choice import (
     choose,
+    choose_fast,
     describe_case,
     explain,
     get_attention_backend,
@@ -145,12 +146,11 @@ def reference(
     """Return ``(out, lse)`` from the chosen backend; both contiguous."""
     if q.numel() == 0:
         return _fake(q, k, v, heads, scale)
-    name = choose(describe_case(heads, key_lengths, q, k, v))
+    name = choose_fast(q) or choose(describe_case(heads, key_lengths, q, k, v))
     if name == "plain":
         return plain(q, k, v, heads, scale, key_lengths)
     forward, _ = CALLS[name]
-    split = [_split(t, heads) for t in (q, k, v)]
-    out, lse = forward(*split, scale, key_lengths)
+    out, lse = forward(*[_split(t, heads) for t in (q, k, v)], scale, key_lengths)
     return out.flatten(2).contiguous(), lse.contiguous()
 
 
@@ -189,7 +189,7 @@ def reference_backward(
         return d_q, d_k, d_v
     # Kernels need a dense last dimension; the gradient of a sum, for example, is expanded.
     grad, out = cast(grad, q.dtype).contiguous(), out.contiguous()
-    name = choose(describe_case(heads, key_lengths, q, k, v, grad, out))
+    name = choose_fast(q) or choose(describe_case(heads, key_lengths, q, k, v, grad, out))
     if name == "plain":
         gradients = plain_backward(grad, q, k, v, out, lse, heads, scale, key_lengths)
     else:
@@ -295,7 +295,8 @@ def _backward(ctx, grad, _):
 
 
 def _is_native(q, k, v, heads, scale, key_lengths=None):
-    return key_lengths is None and q.numel() > 0 and get_attention_backend() != "plain"
+    small = 0 < q.numel() <= 1 << 20  # elements: else a function of ours costs little
+    return small and key_lengths is None and get_attention_backend() != "plain"
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context, native=_is_native)

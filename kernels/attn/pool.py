@@ -21,6 +21,7 @@ neither registers nor L2 hold the chunks of all programs. A chunk leaves 4·H·D
 Triton's backward of float32 x runs the forward's first kernel again, for the exact sum of weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from prfl_fast.kernels.runtime import cuda_launch as _cuda
 from prfl_fast.kernels.runtime.checks import (
+    cast,
     compute_dtype,
     require,
     require_float,
@@ -50,7 +52,7 @@ def _products(tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         return tokens @ vectors.t()
     wide = vectors.double().t()
     if tokens.shape[0] <= PRODUCT_ROWS:
-        return tokens.double() @ wide
+        return tokens.double().mm(wide)
     return torch.cat([part.double() @ wide for part in tokens.split(PRODUCT_ROWS)])
 
 
@@ -59,19 +61,21 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return pooled and lse from plain PyTorch; ``upcast``: dtype computed in and returned."""
     dtype = compute_dtype(x, upcast)
-    u = queries.to(dtype)
-    pooled = torch.empty(x.shape[0], *u.shape, dtype=dtype, device=x.device)
-    lse = torch.empty(x.shape[0], u.shape[0], dtype=dtype, device=x.device)
-    for b in range(x.shape[0]):  # a matmul over a strided batch would copy x
-        tokens = x[b].to(dtype)
+    u = cast(queries, dtype)
+    results = []
+    for sample in x.unbind(0):  # a matmul over a strided batch would copy x
+        tokens = cast(sample, dtype)
         scores = _products(tokens, u)  # [L, H]
-        top = scores.amax(0)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(0)
-        torch.add(total.log(), top, out=lse[b])
         # exp(scores - lse) would not add up to one, because lse is rounded.
-        torch.mm(weights.div_(total).t().to(dtype), tokens, out=pooled[b])
+        weights = cast(torch.softmax(scores, 0), dtype)
+        results.append((weights.t() @ tokens, cast(scores.logsumexp(0), dtype)))
+    pooled, lse = (_stacked(parts) for parts in zip(*results, strict=True))
     return pooled, lse
+
+
+def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the results of all samples; of a single one without a copy."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
 def reference_backward(
@@ -86,28 +90,26 @@ def reference_backward(
     upcast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(dx, du)`` from plain PyTorch; an empty tensor for each not needed."""
-    dtype = compute_dtype(x, upcast)
-    u = queries.to(dtype)
-    dx = torch.empty(x.shape if need_x else 0, dtype=upcast or x.dtype, device=x.device)
-    du = torch.zeros(u.shape if need_queries else 0, dtype=dtype, device=x.device)
-    for b in range(x.shape[0]):
-        tokens = x[b].to(dtype)
-        both = torch.cat((u, grad_pooled[b].to(dtype)))  # [2H, D]
-        scores, products = _products(tokens, both).split(u.shape[0], dim=1)
+    dtype, heads = compute_dtype(x, upcast), queries.shape[0]
+    u = cast(queries, dtype)
+    d_tokens, d_queries = [], []
+    for b, sample in enumerate(x.unbind(0)):
+        tokens = cast(sample, dtype)
+        both = torch.cat((u, cast(grad_pooled[b], dtype)))  # [2H, D]
+        scores, products = _products(tokens, both).split(heads, dim=1)
         p = torch.softmax(scores, 0)
         # Σ p g · x is g · pooled; with it both terms round alike, so one token gives exactly zero.
         ds = (products - (p * products).sum(0)).mul_(p)
         if grad_lse is not None:
             ds += p * grad_lse[b]
         if need_x:
-            weights = torch.cat((ds, p), dim=1).to(dtype)  # [L, 2H]
-            if dtype == dx.dtype:
-                torch.mm(weights, both, out=dx[b])
-            else:
-                dx[b] = weights @ both
+            weights = cast(torch.cat((ds, p), dim=1), dtype)  # [L, 2H]
+            d_tokens.append(cast(weights @ both, upcast or x.dtype))
         if need_queries:
-            du += ds.t().to(dtype) @ tokens
-    return dx, du.to(upcast or queries.dtype)
+            d_queries.append(cast(ds.t(), dtype) @ tokens)
+    dx = _stacked(d_tokens) if need_x else x.new_empty(0, dtype=upcast)
+    du = sum(d_queries[1:], d_queries[0]) if need_queries else queries.new_empty(0)
+    return dx, cast(du, upcast or queries.dtype)
 
 
 # Kernels.

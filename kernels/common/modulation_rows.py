@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prfl_fast.kernels.runtime.checks import cast, require, require_float, require_same_device
+from prfl_fast.kernels.runtime.checks import (
+    cast,
+    describe,
+    require,
+    require_float,
+    require_same_device,
+)
 from prfl_fast.kernels.runtime.triton import tl, triton
 
 
@@ -33,11 +39,10 @@ def table_plus_rows(
 
 
 def by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) -> torch.Tensor:
-    """Return ``[..., D]`` as ``[R, N / R, D]``; as ``[1, N, D]`` if an index names the rows."""
-    dim = tokens.shape[-1]
-    rows = rows if row_index is None else 1
-    if tokens.dim() == 3 and tokens.shape[0] == rows:
+    """Return ``[..., D]`` as ``[R, N / R, D]``; unchanged if an index names the rows."""
+    if row_index is not None or (tokens.dim() == 3 and tokens.shape[0] == rows):
         return tokens
+    dim = tokens.shape[-1]
     return tokens.reshape(rows, tokens.numel() // (rows * dim), dim)
 
 
@@ -49,25 +54,26 @@ def per_token(rows: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tenso
     """
     if row_index is None:
         return rows if rows.shape[0] == 1 else rows.unsqueeze(1)
-    readable = row_index.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and row_index.numel():
+    try:
+        return torch.embedding(rows, row_index)
+    except IndexError as error:
         low, high = (int(value) for value in torch.aminmax(row_index))
-        require(
-            0 <= low and high < rows.shape[0], "prfl_fast.kernels", "row_index", row_index,
-            f"values in [0, {rows.shape[0]}), not from {low} to {high}",
-        )  # fmt: skip
-    return rows.index_select(0, row_index.reshape(-1)).unsqueeze(0)
+        expected = f"values in [0, {rows.shape[0]}), not from {low} to {high}"
+        raise ValueError(
+            f"prfl_fast.kernels: row_index is {describe(row_index)}, expected {expected}"
+        ) from error
 
 
 def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) -> torch.Tensor:
     """Sum :func:`by_row`'s result over the tokens of each row to ``[R, D]``, deterministically."""
     if row_index is None:
         return tokens.sum(1)
+    tokens = tokens.reshape(-1, tokens.shape[-1])
     if tokens.device.type == "cpu":  # in order here, and 20 times as fast as segment_reduce
         sums = tokens.new_zeros(rows, tokens.shape[-1])
-        return sums.index_add_(0, row_index.reshape(-1), tokens[0])
+        return sums.index_add_(0, row_index.reshape(-1), tokens)
     order, offsets = segments(row_index, rows)
-    return torch.segment_reduce(tokens[0, order], "sum", offsets=offsets, axis=0)
+    return torch.segment_reduce(tokens[order], "sum", offsets=offsets, axis=0)
 
 
 # Not attributes of the tensors, which copies and files would have too.

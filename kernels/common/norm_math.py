@@ -45,7 +45,7 @@ def parameter_gradients(
         total.sum(0) if need_shift_table else None,
     )
     pairs = zip(gradients, dtypes, strict=True)
-    return [g if g is None or d is None else cast(g, d) for g, d in pairs]
+    return [g if g is None or g.dtype == d else g.to(d) for g, d in pairs]
 
 
 def row_gain(

@@ -88,12 +88,21 @@ def reference(
         # One row of gain and offset is ATen's affine: one pass, which widens x inside its loop.
         w, b = (t if t is None else cast(t.view(-1), dtype) for t in (gain, offset))
         return torch.layer_norm(x if upcast is None else x.to(upcast), x.shape[-1:], w, b, eps)
-    y = by_row(normalize(x.to(dtype, copy=kind == "none"), kind, eps)[0], rows, row_index)
-    if gain is not None:
-        y = y.mul_(per_token(gain, row_index if len(gain) > 1 else None))
-    if offset is not None:
-        y = y.add_(per_token(offset, row_index if len(offset) > 1 else None))
-    return cast(y, upcast or x.dtype).reshape_as(x).contiguous()
+    y = by_row(normalize(cast(x, dtype), kind, eps)[0], rows, row_index)
+    gain, offset = (
+        t if t is None else per_token(t, row_index if t.shape[0] > 1 else None)
+        for t in (gain, offset)
+    )
+    if gain is not None and offset is not None:
+        y = torch.addcmul(offset, y, gain)
+    elif gain is not None:
+        y = y * gain
+    elif offset is not None:
+        y = y + offset
+    elif kind == "none":
+        y = y.clone()
+    y = cast(y, upcast or x.dtype)
+    return (y if y.shape == x.shape else y.reshape(x.shape)).contiguous()
 
 
 def _layer_norm_backward(dy, x, gain, eps, mask):

@@ -40,6 +40,10 @@ from prfl_fast.kernels.runtime.checks import cast, compute_dtype, require, requi
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
+# Elements. PyTorch's derivative of addcmul copies y and γ, which past this takes longer than a
+# function in Python.
+SMALL = 1 << 16
+
 
 # Reference.
 def reference(
@@ -58,11 +62,12 @@ def reference(
         x_out = x + y if upcast is None else x.to(dtype) + y.to(dtype)
         return cast(x_out, upcast or x.dtype).contiguous()
     row_index = row_index if gate is not None else None
-    if row_index is None and rows.shape[0] == 1:
-        return cast(torch.addcmul(x, y, rows), upcast or x.dtype).contiguous()
-    wide_x, wide_y = by_row(x, rows.shape[0], row_index), by_row(y, rows.shape[0], row_index)
-    x_out = torch.addcmul(wide_x, wide_y, per_token(rows, row_index))  # in the dtype of rows
-    return cast(x_out, upcast or x.dtype).reshape_as(x).contiguous()
+    wide_x, wide_y = x, y
+    if row_index is not None or rows.shape[0] > 1:
+        wide_x, wide_y = by_row(x, rows.shape[0], row_index), by_row(y, rows.shape[0], row_index)
+        rows = per_token(rows, row_index)
+    x_out = cast(torch.addcmul(wide_x, wide_y, rows), upcast or x.dtype)  # in the dtype of rows
+    return (x_out if x_out.shape == x.shape else x_out.view(x.shape)).contiguous()
 
 
 def reference_backward(
@@ -314,7 +319,8 @@ def gated_gradients(ctx, grad, y, gate, gate_table, row_index, needs_input_grad)
 
 def is_native(x, y, gate, gate_table, row_index):
     """Return True if PyTorch's graph of the reference keeps y and the rows alone, and no copy."""
-    return row_index is None and (count_rows(gate) == 1 or y.is_contiguous())
+    copies = count_rows(gate) > 1 and not y.is_contiguous()
+    return row_index is None and not copies and x.numel() <= SMALL
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context, native=is_native)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _is_any_autocast_enabled as _autocast
 from torch._C import _len_torch_dispatch_stack as _modes
 from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
@@ -137,7 +138,7 @@ class Operation:
         # Triton launches on the current device, which need not be that of the tensors.
         elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
         # Contexts are entered only where they change something: both cost as much as an addition.
-        if not elsewhere and not torch.is_autocast_enabled(kind):
+        if not elsewhere and not (_autocast() and torch.is_autocast_enabled(kind)):
             return implementation(*args)
         # Disable autocast: inputs are already cast, and it would downcast our fp32 accumulations.
         with torch.autocast(kind, enabled=False):
@@ -206,7 +207,8 @@ class Operator:
         self.operation, self._definition, self._check = operation, definition, check
         # The overload itself, without the frame that its definition would add.
         self._run = getattr(torch.ops.prfl_fast, operation.name).default
-        self._apply: Callable[..., Any] = self._run
+        # autograd.Functions around the operation, and around the reference where it alone can run.
+        self._apply = self._apply_reference = self._run
         self._function: Any = None  # for a compiler, which traces the reference
         self._native: Callable[..., bool] | None = None
         # By layouts that were checked: what to run, and if its graph in autograd has no casts.
@@ -216,8 +218,9 @@ class Operator:
         if not is_plain_call():
             return self._dispatch(args)
         # A backward has no check, and only checks depend on layouts. Meta tensors run no kernel.
-        if self._check is None and {*map(type, args)} <= _EXPECTED and not torch.is_grad_enabled():
-            if not next(_tensors(args)).is_meta:
+        if self._check is None and not torch.is_grad_enabled() and {*map(type, args)} <= _EXPECTED:
+            tensor = args[0] if type(args[0]) in PLAIN else next(_tensors(args))
+            if not tensor.is_meta:
                 return self.operation(*args)
         layouts: list[Any] = []  # what a check may read, so each key is checked once
         recorded = _add_layouts(layouts, args)
@@ -227,18 +230,20 @@ class Operator:
         run, native = self._passed.get(key) or self._admit(key, args)
         if run is self._run:
             return run(*args)
-        if torch.is_autocast_enabled("cpu"):
+        if _autocast():  # of any device
             run, native = self.operation, False
-        if recorded and torch.is_grad_enabled() and not (native and self._native(*args)):
-            return self._apply(*args)
-        return run(*args)
+        if not recorded or not torch.is_grad_enabled():
+            return run(*args)
+        if native and self._native(*args):
+            return run(*args)
+        return (self._apply if run is self.operation else self._apply_reference)(*args)
 
     def _admit(self, key: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], bool]:
         """Check arguments of new layouts; return what to run, and if a reference casts nothing."""
         if self._check is not None:
             self._check(*args)
         tensor, native = next(_tensors(args)), False
-        run: Callable[..., Any] = self._run
+        run = self._run
         if tensor.device.type in ("cpu", "cuda"):
             run = self.operation.implementation(tensor.device, tensor.dtype)
             # A reference on a CPU needs none of the contexts that an Operation enters.
@@ -290,7 +295,7 @@ class Operator:
         self._native = native
         self._definition.register_autograd(backward, setup_context=setup_context)
         if eager is not None:
-            self._apply = eager
+            self._apply = self._apply_reference = eager
             return
 
         def function(run: Callable[..., Any]) -> Any:
@@ -303,8 +308,10 @@ class Operator:
             return type(self.operation.name, (torch.autograd.Function,), methods)
 
         # Function.apply would look for tensors of torch.func, which never come here.
-        eager_function = function(self.operation)
-        self._apply = super(torch.autograd.Function, eager_function).apply  # type: ignore[misc]
+        self._apply, self._apply_reference = (
+            super(torch.autograd.Function, function(run)).apply  # type: ignore[misc]
+            for run in (self.operation, self.operation.reference)
+        )
         self._function = function(self.operation.trace)
 
 
@@ -316,8 +323,10 @@ def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
     recorded = False
     for arg in args:
         kind = type(arg)
-        if kind in PLAIN:
-            layouts += arg.shape, arg.stride(), arg.dtype, arg.device
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            # The first of each pair is read in half the time of the second, which makes an object.
+            layouts += arg.shape, arg.is_contiguous() or arg.stride()
+            layouts += arg.dtype, arg.is_cpu or arg.device
             recorded = recorded or arg.requires_grad
         elif kind in _NUMBERS:
             layouts.append(arg)

@@ -49,20 +49,24 @@ class QueryAttentionPool(nn.Module):
         mha = self.multihead_attn
         dim, heads = mha.embed_dim, mha.num_heads
         check(x.ndim == 3 and x.shape[-1] == dim, "x", x, f"[B, L, {dim}]")
-        w_q, w_k, w_v = mha.in_proj_weight.view(3, dim, dim).unbind(0)
+        size, queries = dim // heads, self.queries
+        w_q, w_k, w_v = mha.in_proj_weight.view(3, heads, size, dim).unbind(0)
         b_q, _, b_v = mha.in_proj_bias.view(3, dim).unbind(0)
-        w_k, w_v = (w.view(heads, dim // heads, dim) for w in (w_k, w_v))
-        # Products of [heads, ...]: einsum would take twice the host time.
-        q = F.linear(self.queries, w_q, b_q).view(-1, heads, dim // heads).transpose(0, 1)
+        # Products of [heads, ...]: einsum would take twice the host time, and matmul too.
+        q = F.linear(queries, w_q.flatten(0, 1), b_q).view(-1, heads, size).transpose(0, 1)
         # One pass over x replaces two [L, D] × [D, D] projections: 2·L·D·heads multiply-adds in
         # place of 4·L·D², 1/384 at D = 1536 and 8 heads (bench/NOTES.md).
-        folded = (q * (dim // heads) ** -0.5) @ w_k  # [heads, queries, D]
+        folded = (q * size**-0.5).bmm(w_k)  # [heads, queries, D]
         pooled, _ = query_pool(x, folded.flatten(0, 1))
+        if pooled.dtype != w_v.dtype:
+            pooled = pooled.to(w_v.dtype)
         # The average over queries commutes with the linear value and output projections.
-        pooled = pooled.to(w_v.dtype).view(len(x), heads, -1, dim).mean(2)  # [B, heads, D]
-        values = (pooled.transpose(0, 1) @ w_v.mT).transpose(0, 1).flatten(1) + b_v
-        out = mha.out_proj(values)
-        return out + self.queries.mean(0) if self.add_query else out
+        if len(queries) > 1:
+            pooled = pooled.view(len(x), heads, -1, dim).mean(2)  # [B, heads, D]
+            queries = queries.mean(0)
+        values = torch.baddbmm(b_v.view(heads, 1, size), pooled.transpose(0, 1), w_v.mT)
+        out = mha.out_proj(values.transpose(0, 1).flatten(1))
+        return out + queries if self.add_query else out
 
 
 class RewardHead(nn.Module):

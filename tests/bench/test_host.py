@@ -3,8 +3,12 @@
 from functools import partial
 
 import pytest
+import torch
 from bench_runs import make_context
 from suites import host
+from suites.floors import FLOORS
+from suites.kernel_cases import CASES
+from suites.kernel_checks import draw_inputs, results
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +29,16 @@ def test_a_patched_block_makes_few_calls():
     for gradient, limit in ((False, 400), (True, 1150)):  # 1795 and 3663 through the dispatcher
         calls = [host.count_calls(partial(work, gradient)) for work in works.values()]
         assert 0 < calls[0] and 0 < calls[1] < limit
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_floor_computes_what_the_operation_does(name):
+    (case,) = (case for case in CASES if case.name == name)
+    tensors = draw_inputs(case, host.TINY, host.CPU, torch.float32)
+    expected, given = results(case, tensors, case.ours, 1)
+    found, _ = results(case, tensors, FLOORS[name], given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(list(r["times"]) == ["eager", "prfl_fast", "floor"] for r in host.operation(case))
 
 
 @pytest.mark.slow

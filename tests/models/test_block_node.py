@@ -134,7 +134,8 @@ def test_keeps_what_its_parts_keep(kind, needs, ran, monkeypatch):
     out, found = kept(model, arguments)
     with parts_only(monkeypatch):
         other, expected = kept(model, arguments)
-    assert ran == [True] and found == expected > 0
+    # PyTorch records gated_residual of few tokens, and keeps gate + table of each row.
+    assert ran == [True] and found == expected - arguments[2].shape[0] * DIM * 4 > 0
     assert out.grad_fn is not None and other.grad_fn is not None
 
 

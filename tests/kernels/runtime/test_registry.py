@@ -190,3 +190,29 @@ def test_autocast_does_not_reach_inside():
     with torch.autocast("cpu", torch.bfloat16):
         pooled, _ = kernels.query_pool(x, queries)
     assert torch.equal(pooled, expected)
+
+
+def test_pytorch_records_a_reference_that_casts_nothing():
+    """Then autograd has no function of ours; with a cast, autocast or many elements it has one."""
+    x, y, row = (torch.randn(*shape, requires_grad=True) for shape in ((4, 8), (4, 8), (8,)))
+    half, many = row.detach().bfloat16(), torch.randn(2**13 + 1, 8, requires_grad=True)
+
+    def recorded(function, *args, **named):
+        out = function(*args, **named)
+        names, nodes = set(), [out.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            names.add(node.name())
+            nodes += [n for n, _ in node.next_functions if n is not None]
+        return {name.removesuffix("Backward") for name in names} & set(registry.OPERATIONS)
+
+    for wide in (lambda t: t, torch.Tensor.double):
+        assert recorded(kernels.bias_gelu, wide(x), wide(row)) == set()
+        assert recorded(kernels.gated_residual, wide(x), wide(y), gate_table=wide(row)) == set()
+        assert recorded(kernels.norm_modulate, wide(x), wide(row)) == set()
+        assert recorded(kernels.flow_loss, wide(x), *2 * [wide(y).detach()]) == set()
+    assert recorded(kernels.bias_gelu, x, half) == {"bias_gelu"}
+    assert recorded(kernels.norm_modulate, many, row) == {"norm_modulate"}
+    assert recorded(kernels.gated_residual, many, many, gate_table=row) == {"gated_residual"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert recorded(kernels.bias_gelu, x, row) == {"bias_gelu"}
