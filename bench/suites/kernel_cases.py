@@ -54,9 +54,10 @@ def _naive_norm(t: Tensors, wide: torch.dtype) -> torch.Tensor:
 
 def _norm(t: Tensors, **options: Any) -> Any:
     (shift, scale), (shift_table, scale_table) = t["time"].unbind(1), t["table"].unbind(0)
-    options |= {"scale": scale, "shift": shift, "row_index": t.get("rows")}
-    options |= {"scale_table": scale_table, "shift_table": shift_table}
-    return kernels.norm_modulate(t["x"], **options, eps=EPS)
+    return kernels.norm_modulate(
+        t["x"], scale=scale, shift=shift, scale_table=scale_table, shift_table=shift_table,
+        row_index=t.get("rows"), eps=EPS, **options,
+    )  # fmt: skip
 
 
 def _make_norm_rows(draw: Draw) -> Tensors:
@@ -80,11 +81,11 @@ def _naive_residual(t: Tensors, wide: torch.dtype) -> tuple[torch.Tensor, torch.
 
 def _residual(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     gate, shift, scale = t["time"].unbind(1)
-    names = ("gate_table", "shift_table", "scale_table")
-    tables = dict(zip(names, t["table"].unbind(0), strict=True))
+    gate_table, shift_table, scale_table = t["table"].unbind(0)
     return kernels.residual_norm_modulate(
-        t["x"], t["y"], gate, scale=scale, shift=shift, **tables, eps=EPS
-    )
+        t["x"], t["y"], gate, scale=scale, shift=shift, gate_table=gate_table,
+        scale_table=scale_table, shift_table=shift_table, eps=EPS,
+    )  # fmt: skip
 
 
 def _naive_gated(t: Tensors, wide: torch.dtype) -> torch.Tensor:

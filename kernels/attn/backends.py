@@ -277,18 +277,16 @@ def _efficient_backward(grad, q, k, v, out, lse, scale, lengths):
     return _swap(*gradients[:3])
 
 
-def _mask(lengths: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor | None:
-    if lengths is None:
-        return None
+def _mask(lengths: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     beyond = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
     return k.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def _cpu(q, k, v, scale, lengths):
-    query, key, value = _swap(q, k, v)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=_mask(lengths, k), scale=scale
-    )
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=None if lengths is None else _mask(lengths, k), scale=scale,
+    )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
@@ -297,8 +295,9 @@ def _cpu_backward(grad, q, k, v, out, lse, scale, lengths):
     args = _swap(grad, q, k, v, out)
     if q.dtype != compute_dtype(q):
         args = [t.float() for t in args]
+    mask = None if lengths is None else _mask(lengths, args[2].transpose(1, 2))
     gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *args, lse, 0.0, False, attn_mask=_mask(lengths, args[2].transpose(1, 2)), scale=scale
+        *args, lse, 0.0, False, attn_mask=mask, scale=scale
     )
     return _swap(*gradients)
 

@@ -54,7 +54,8 @@ def reference(
     x = x if upcast is None else x.to(upcast)
     if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
         return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
-    h = x + cast(bias, compute_dtype(x))  # in the dtype of the bias
+    # The sum is in the wider of both dtypes.
+    h = x + (bias if bias.dtype == torch.float32 else cast(bias, compute_dtype(x)))
     # In place, unless autograd keeps h.
     gelu = torch._C._nn.gelu if h.requires_grad else torch._C._nn.gelu_  # type: ignore[attr-defined]
     return cast(gelu(h, approximate="tanh"), x.dtype).contiguous()

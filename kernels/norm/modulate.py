@@ -86,8 +86,10 @@ def reference(
         rows = max(count_rows(gain), count_rows(offset))
     if kind == "layer" and rows == 1:
         # One row of gain and offset is ATen's affine: one pass, which widens x inside its loop.
-        w, b = (t if t is None else cast(t.view(-1), dtype) for t in (gain, offset))
-        return torch.layer_norm(x if upcast is None else x.to(upcast), x.shape[-1:], w, b, eps)
+        gain = gain if gain is None else cast(gain.view(-1), dtype)
+        offset = offset if offset is None else cast(offset.view(-1), dtype)
+        wide = x if upcast is None else x.to(upcast)
+        return torch.layer_norm(wide, x.shape[-1:], gain, offset, eps)
     y = by_row(normalize(cast(x, dtype), kind, eps)[0], rows, row_index)
     gain, offset = (
         t if t is None else per_token(t, row_index if t.shape[0] > 1 else None)
