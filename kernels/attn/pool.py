@@ -21,7 +21,6 @@ neither registers nor L2 hold the chunks of all programs. A chunk leaves 4·H·D
 Triton's backward of float32 x runs the forward's first kernel again, for the exact sum of weights.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +72,7 @@ def reference(
     return pooled, lse
 
 
-def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _stacked(parts: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Return the results of all samples; of a single one without a copy."""
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 

@@ -10,7 +10,8 @@ of elements.
 Dtypes: each may differ; differences and the loss are float32 (float64 if any input is float64) and
 the target is never rounded to the velocity's dtype. The kernel adds one square of each tile of a
 program in float32, and all of these sums in float64: their error is far below the loss's rounding.
-Saved for backward: the three inputs. The caller holds noise and latents anyway, so the graph keeps
+Saved for backward: the three inputs; for few elements on a CPU the velocity and its target (see
+``native`` in runtime/registry.py). The caller holds noise and latents anyway, so the graph keeps
 only the velocity alive; plain PyTorch saves two float32 tensors. A saved difference would be
 written and read in addition, and rounded twice in bfloat16.
 Bytes: forward reads the inputs once; backward reads them again and writes the gradient. Strided

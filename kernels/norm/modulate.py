@@ -22,7 +22,7 @@ Dtypes: x and parameters are any mix of float32, bfloat16, float16. Statistics, 
 and B are float32 (float64 for float64 x). y and every gradient are rounded once, to their tensor's
 dtype; y_q is rounded once from float32.
 Saved for backward: the inputs. The backward computes mean and ρ again from the row of x that d_x
-needs anyway.
+needs anyway. Of few tokens on a CPU, PyTorch saves both (see ``native`` in runtime/registry.py).
 Bytes: forward reads x and writes y (FP8: one byte an element and four a token); backward reads x
 and dy and writes d_x. The rows are few.
 """

@@ -49,7 +49,8 @@ class QueryAttentionPool(nn.Module):
         mha = self.multihead_attn
         dim, heads = mha.embed_dim, mha.num_heads
         check(x.ndim == 3 and x.shape[-1] == dim, "x", x, f"[B, L, {dim}]")
-        size, queries = dim // heads, self.queries
+        size = dim // heads
+        queries: torch.Tensor = self.queries
         w_q, w_k, w_v = mha.in_proj_weight.view(3, heads, size, dim).unbind(0)
         b_q, _, b_v = mha.in_proj_bias.view(3, dim).unbind(0)
         # Products of [heads, ...]: einsum would take twice the host time, and matmul too.

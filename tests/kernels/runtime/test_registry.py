@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from compiled import run_python
+from op_checks import saved_by
 
 import prfl_fast.kernels as kernels
 from prfl_fast.kernels.runtime import registry
@@ -216,3 +217,32 @@ def test_pytorch_records_a_reference_that_casts_nothing():
     assert recorded(kernels.gated_residual, many, many, gate_table=row) == {"gated_residual"}
     with torch.autocast("cpu", torch.bfloat16):
         assert recorded(kernels.bias_gelu, x, row) == {"bias_gelu"}
+
+
+def test_a_graph_of_pytorch_keeps_what_ours_does(monkeypatch):
+    """Allow mean and ρ of each token, and the sum of a table and its row."""
+    x, row = torch.randn(2, 6, 32), torch.randn(32)
+    rows = {name: row.expand(1, 32).clone() for name in ("gate", "scale", "shift")}
+    tables = {f"{name}_table": row.clone() for name in rows}
+    gated = {"x": x, "y": x.clone(), "gate": rows["gate"], "gate_table": tables["gate_table"]}
+    loss = {n: x.clone() for n in ("velocity", "noise", "latents")}
+    cases = {
+        "bias_gelu": (kernels.bias_gelu, {"x": x, "bias": row}),
+        "gated_residual": (kernels.gated_residual, gated),
+        "norm_modulate": (kernels.norm_modulate, {"x": x, "weight": row, "bias": row.clone()}),
+        "residual_norm_modulate": (kernels.residual_norm_modulate, gated | rows | tables),
+        "flow_loss": (kernels.flow_loss, loss),
+        "attention": (
+            lambda **t: kernels.attention(**t, heads=4)[0],
+            {n: x.clone() for n in "qkv"},
+        ),
+        "flow_step": (lambda a, b: kernels.flow_step([a, b], [1.0, 2.0]), {"a": x, "b": x.clone()}),
+    }
+    for name, (function, tensors) in cases.items():
+        operator, frozen = registry.OPERATORS[name], ("noise", "latents")
+        saved = []
+        for native in (operator._native, None):
+            monkeypatch.setattr(operator, "_native", native)
+            monkeypatch.setattr(operator, "_passed", {})
+            saved.append(saved_by(function, tensors, frozen))
+        assert saved[0] <= saved[1] + (8 * 12 if "norm" in name else 0), (name, saved)
