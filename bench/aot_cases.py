@@ -93,7 +93,7 @@ def norm_modulate_fp8_cases(capability: Capability, every: bool) -> Iterator[Aot
     for dim, dtype, kind, given in chosen:
         pointers = element_types(dtype, "x_ptr", "y_scale_ptr", *given) | {"y_ptr": "u8"}
         types = argument_types(kernel, pointers, _lengths("x", INDEX[0] in given))
-        launch = modulate_triton.forward_launch(TOKENS, dim, kind, capability, fp8=True)
+        launch = modulate_triton.forward_launch(TOKENS, dim, kind, capability)
         constexprs = launch.constants(dim, kind) | {"CONVERTS": fp8.converts(capability)}
         label = f"{dtype} D={dim} {kind} {flags_of(kernel, given)}"
         yield AotCase(label, kernel, types, constexprs, **launch.options())

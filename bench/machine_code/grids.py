@@ -62,9 +62,8 @@ def _norm_modulate(case: AotCase, capability: Capability) -> Grid:
     dim, sizes = case.constexprs["D"], element_sizes(case)
     sums = _row_sums(case, ("dot", "total"))
     if _is_forward(case):
-        fp8 = "y_scale_ptr" in case.types
-        launch = modulate_triton.forward_launch(
-            TOKENS, dim, case.constexprs["KIND"], capability, fp8=fp8
+        launch: modulate_triton.tiles.Launch = modulate_triton.forward_launch(
+            TOKENS, dim, case.constexprs["KIND"], capability
         )
     else:
         size = (TOKENS, 1, dim, sizes["grad_ptr"], capability)

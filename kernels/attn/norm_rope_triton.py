@@ -115,17 +115,35 @@ def _load_weight(weight_ptr, o_x, m_x, PER_HEAD: tl.constexpr):
 
 
 @triton.jit
-def _load_turns(
-    p_cos, p_sin, i, DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Load cos φ and sin φ of every head of chunk ``i`` in float32, ``[BH, BLOCK_D / 2]``."""
-    o_p = tl.arange(0, BLOCK_D // 2)[None, :]
-    o_h = (i * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+def _load_angles(p_cos, p_sin, o_h, o_p, DIM: tl.constexpr, HEAD: tl.constexpr):
+    """Load cos φ and sin φ of pairs ``o_p`` of heads ``o_h`` in float32."""
     o_table = o_h * (HEAD // 2) + o_p
     m_table = (o_table < DIM // 2) & (o_p < HEAD // 2)
     b_cos = tl.load(p_cos + o_table, mask=m_table, other=0.0).to(tl.float32)
     return b_cos, tl.load(p_sin + o_table, mask=m_table, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_turns(
+    p_cos, p_sin, i, DIM: tl.constexpr, HEAD: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Load cos φ and sin φ of every head of chunk ``i`` in float32, ``[BH, BLOCK_D / 2]``."""
+    if WIDE:
+        # A thread has two neighboring pairs of float32 x, but would load four angles and pass them
+        # on through shared memory. One load for each pair, in one dimension, has the layout of x.
+        o_i = tl.arange(0, BLOCK_H * BLOCK_D // 4)
+        o_h = i * BLOCK_H + o_i // (BLOCK_D // 4)
+        o_p = o_i % (BLOCK_D // 4) * 2
+        even_cos, even_sin = _load_angles(p_cos, p_sin, o_h, o_p, DIM, HEAD)
+        odd_cos, odd_sin = _load_angles(p_cos, p_sin, o_h, o_p + 1, DIM, HEAD)
+        b_cos = tl.reshape(tl.join(even_cos, odd_cos), (BLOCK_H, BLOCK_D // 2))
+        b_sin = tl.reshape(tl.join(even_sin, odd_sin), (BLOCK_H, BLOCK_D // 2))
+    else:
+        o_h = (i * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+        o_p = tl.arange(0, BLOCK_D // 2)[None, :]
+        b_cos, b_sin = _load_angles(p_cos, p_sin, o_h, o_p, DIM, HEAD)
+    return b_cos, b_sin
 
 
 @triton.jit
@@ -148,6 +166,7 @@ def forward_tokens(
     PER_HEAD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Normalize and rotate the tokens of q or of k that belong to this program."""
+    WIDE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     share = tl.cdiv(tokens, tl.num_programs(0))
     i_token = tl.program_id(0).to(tl.int64) * share
     end = tl.minimum(i_token + share, tokens)
@@ -175,7 +194,7 @@ def forward_tokens(
                 b_z *= _load_weight(weight_ptr, o_x, m_x, PER_HEAD)
             if TABLE > HEAD // 2:
                 b_cos, b_sin = _load_turns(
-                    cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D
+                    cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D, WIDE
                 )
             if cos_ptr is not None:  # scale the few angles by rho instead of the whole token
                 b_z = rotate(b_z, b_cos * rho, b_sin * rho, BLOCK_H, BLOCK_D)
@@ -193,6 +212,7 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
     PER_HEAD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Compute d_x of this program's tokens of q or of k, and its partial row of d_w."""
+    WIDE: tl.constexpr = grad_ptr.dtype.element_ty.primitive_bitwidth > 16
     share = tl.cdiv(tokens, tl.num_programs(0))
     pid = tl.program_id(0).to(tl.int64)
     i_token = pid * share
@@ -217,16 +237,18 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         if weight_ptr is not None and not PER_HEAD:
             b_square = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
             b_dot = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            b_turned = ()
             for i in tl.static_range(len(b_gs)):
                 o_x, m_x = _columns(i, DIM, HEAD, BLOCK_H, BLOCK_D)
                 b_n = b_xs[i].to(tl.float32)  # [BH, BD]
                 b_dz = b_gs[i].to(tl.float32)  # [BH, BD]
                 if TABLE > HEAD // 2:
                     b_cos, b_sin = _load_turns(
-                        cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D
+                        cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D, WIDE
                     )
                 if cos_ptr is not None:
                     b_dz = rotate(b_dz, b_cos, -b_sin, BLOCK_H, BLOCK_D)
+                b_turned += (b_dz,)  # type: ignore[assignment]
                 b_square += b_n * b_n
                 b_w = tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
                 b_dot += b_dz * b_n * b_w
@@ -242,18 +264,21 @@ def backward_tokens(  # noqa: C901 (the flags are constexpr: compiled kernels ha
             else:
                 # Load again, from L1. The other eviction policy keeps the compiler from merging
                 # these with the first loads, which would cost 50 registers, half of the warps.
-                b_g = tl.load(p_g + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
+                if TABLE > HEAD // 2:  # the angles of a head are longer than its gradient
+                    b_g = b_turned[i]
+                else:
+                    b_g = tl.load(p_g + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
                 b_x = tl.load(p_x + o_x, mask=m_x, other=0.0, eviction_policy="evict_first")
                 b_x = b_x.to(tl.float32)
             if weight_ptr is not None and PER_HEAD:
                 b_x = b_xs[i].to(tl.float32)
                 rho = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1.0 / HEAD) + eps)[:, None]
             b_dz = b_g.to(tl.float32)  # rho is a factor from here on
-            if TABLE > HEAD // 2:
+            if TABLE > HEAD // 2 and (weight_ptr is None or PER_HEAD):
                 b_cos, b_sin = _load_turns(
-                    cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D
+                    cos_ptr + p_table, sin_ptr + p_table, i, DIM, HEAD, BLOCK_H, BLOCK_D, WIDE
                 )
-            if cos_ptr is not None:
+            if cos_ptr is not None and (TABLE <= HEAD // 2 or weight_ptr is None or PER_HEAD):
                 b_dz = rotate(b_dz, b_cos * rho, -b_sin * rho, BLOCK_H, BLOCK_D)
             else:
                 b_dz *= rho

@@ -140,7 +140,9 @@ def row_launch(rows: int, dim: int, capability: tuple[int, ...]) -> RowLaunch:
     while num_warps < 16 and dim > 72 * 32 * num_warps:
         num_warps *= 2
     # One resident wave: each program loads its next row while it quantizes one.
-    programs = min(rows, max(1, 16 // num_warps) * multiprocessors(capability))
+    # More than 64 elements a thread need 168 registers, which leave room for 12 warps.
+    warps = 12 if dim > 64 * 32 * num_warps else 16
+    programs = min(rows, max(1, warps // num_warps) * multiprocessors(capability))
     return RowLaunch(256 * num_warps, num_warps, programs, converts(capability))
 
 

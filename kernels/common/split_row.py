@@ -73,7 +73,9 @@ def store(ptr, i_token, b, o_d, m_d, D: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(p_tile, b, COLUMNS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+def _store_tile(
+    p_tile, b, exists, COLUMNS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
+):
     """Store a tile, of which COLUMNS exist, in the layout of its load."""
     # Columns are computed in the shape of the values: Triton does not see that reshaped ones are
     # neighbors, and would store bytes one by one. Lanes go to the first of equally dense axes, so
@@ -82,20 +84,24 @@ def _store_tile(p_tile, b, COLUMNS: tl.constexpr, THREADS: tl.constexpr, VECTOR:
     o_d = tl.arange(0, b.shape[1])[None, :, None] * THREADS + tl.arange(0, THREADS)[:, None, None]
     o_d = o_d * b.shape[2] + tl.arange(0, b.shape[2])[None, None, :]
     if b.numel <= COLUMNS:
-        tl.store(p_tile + o_d, b)
+        tl.store(p_tile + o_d, b, mask=exists)
     else:
-        tl.store(p_tile + o_d, b, mask=o_d < COLUMNS)
+        tl.store(p_tile + o_d, b, mask=(o_d < COLUMNS) & exists)
 
 
 @triton.jit
 def store_by_thread(
-    ptr, i_token, b, D: tl.constexpr, HEAD: tl.constexpr, THREADS: tl.constexpr,
+    ptr, i_token, b, exists, D: tl.constexpr, HEAD: tl.constexpr, THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Store as :func:`store`, in the layout of the load, so that no byte changes its thread."""
+    """Store as :func:`store`, in the layout of the load, so that no byte changes its thread.
+
+    Nothing is stored if the token does not exist.
+    """
     p_token = ptr + i_token * D
-    _store_tile(p_token, b[0].to(ptr.dtype.element_ty), D, THREADS, VECTOR)
-    _store_tile(p_token + HEAD, b[1].to(ptr.dtype.element_ty), D - HEAD, THREADS, VECTOR)
+    b_head, b_tail = round_to(b, ptr)
+    _store_tile(p_token, b_head, exists, D, THREADS, VECTOR)
+    _store_tile(p_token + HEAD, b_tail, exists, D - HEAD, THREADS, VECTOR)
 
 
 @triton.jit

@@ -197,7 +197,7 @@ def _run_forward(y, y_scale, x, weight, bias, scale, shift, scale_table, shift_t
     if tokens == 0:
         return
     chip, fp8 = capability(x.device), y_scale is not None
-    launch = forward_launch(tokens, dim, kind, chip, fp8)
+    launch = forward_launch(tokens, dim, kind, chip)
     vectors = [t if t is None else t.contiguous() for t in (weight, bias, scale_table, shift_table)]
     forward_kernel[(launch.programs,)](
         x, y, y_scale, *vectors[:2], scale, shift, *vectors[2:],

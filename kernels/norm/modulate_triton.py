@@ -1,8 +1,8 @@
 """Triton kernels of norm_modulate with any output dtype, and their launch choices.
 
 A program holds g and the offset of one row in registers while it walks over tokens that share them.
-The reductions of a token depend on one another, so a program loads tensors of the next token
-before it reduces the current one.
+The reductions of a token depend on one another, so a program loads tensors of later tokens before
+it reduces the current one.
 """
 
 from dataclasses import dataclass
@@ -30,32 +30,28 @@ def forward_kernel(
     shift_table_ptr, row_index_ptr, stride_xb, stride_xl, length_x, stride_scale, stride_shift,
     tokens, tokens_per_row, tokens_per_program, eps,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
-    KIND: tl.constexpr, AHEAD: tl.constexpr, CONVERTS: tl.constexpr,
+    KIND: tl.constexpr, TRIPS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     o_d, m_d = tiles.columns(D, HEAD, TAIL)
-    i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
-    end = tl.minimum(i_token + tokens_per_program, tokens)
-    i_row = i_token * 0 - 1  # no row is loaded yet
-    row_end = i_token
+    i_first = tl.program_id(0).to(tl.int64) * tokens_per_program
+    end = tl.minimum(i_first + tokens_per_program, tokens)
+    i_row = i_first * 0 - 1  # no row is loaded yet
+    row_end = i_first
     b_gain = tiles.zeros(HEAD, TAIL)
     b_offset = tiles.zeros(HEAD, TAIL)
-    if AHEAD:
+    # Three stages: the compiler copies two tokens ahead to shared memory, where registers would
+    # hold one. It does so in loops of range, whose bound is a constant because the interpreter with
+    # numpy ≥ 2.4 takes no tensor.
+    for i_trip in tl.range(0, TRIPS, num_stages=3):
+        i_token = i_first + i_trip
         some = i_token < end
-        b_next = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, some)
-    while i_token < end:  # range() takes no tensor bounds in the interpreter with numpy ≥ 2.4
-        if AHEAD:
-            b_x = tiles.widen(b_next)
-            i_x = i_token + 1
-            b_next = tiles.load(x_ptr, i_x, stride_xb, stride_xl, length_x, o_d, m_d, i_x < end)
-        else:
-            b_now = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, True)
-            b_x = tiles.widen(b_now)
+        b_now = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, some)
         if row_index_ptr is not None:
-            i_next = tl.load(row_index_ptr + i_token).to(tl.int64)
+            i_next = tl.load(row_index_ptr + i_token, mask=some, other=0).to(tl.int64)
         else:
             i_next = i_row + (i_token >= row_end)
-        if i_next != i_row:
+        if some & (i_next != i_row):
             i_row = i_next
             if row_index_ptr is None:
                 i_row = (i_token.to(tl.int32) // tokens_per_row).to(tl.int64)
@@ -64,17 +60,16 @@ def forward_kernel(
                 weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
                 i_row, stride_scale, stride_shift, o_d, m_d, HEAD, TAIL,
             )  # fmt: skip
-        b_hat, _ = tiles.normalize(b_x, m_d, eps, D, THREADS, VECTOR, KIND)
+        b_hat, _ = tiles.normalize(tiles.widen(b_now), m_d, eps, D, THREADS, VECTOR, KIND)
         b_y = tiles.add_product(b_offset, b_hat, b_gain)
         if y_scale_ptr is not None:
             inverse, y_scale = scales(_largest(b_y, THREADS, VECTOR))
             b_head = encode_block(b_y[0] * inverse, CONVERTS)
             b_y = (b_head, encode_block(b_y[1] * inverse, CONVERTS))
-            tl.store(y_scale_ptr + i_token, y_scale)
-            tiles.store_by_thread(y_ptr, i_token, b_y, D, HEAD, THREADS, VECTOR)
+            tl.store(y_scale_ptr + i_token, y_scale, mask=some)
+            tiles.store_by_thread(y_ptr, i_token, b_y, some, D, HEAD, THREADS, VECTOR)
         else:
-            tiles.store(y_ptr, i_token, b_y, o_d, m_d, D)
-        i_token += 1
+            tiles.store(y_ptr, i_token, b_y, o_d, (m_d[0] & some, m_d[1] & some), D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -145,8 +140,18 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
 
 
 @dataclass(frozen=True)
+class ForwardLaunch(tiles.Launch):
+    """Launch of the forward kernel; ``trips`` is at least the number of a program's tokens."""
+
+    trips: int
+
+    def constants(self, dim: int, kind: str) -> dict[str, Any]:
+        return super().constants(dim, kind) | {"TRIPS": self.trips}
+
+
+@dataclass(frozen=True)
 class Launch(tiles.Launch):
-    """Launch of the kernels; ``ahead`` tensors are loaded one token early: 1 is x, 2 x and dy."""
+    """Launch of the backward kernel; ``ahead`` tensors are loaded early: 1 is x, 2 x and dy."""
 
     ahead: int
 
@@ -154,25 +159,17 @@ class Launch(tiles.Launch):
         return super().constants(dim, kind) | {"AHEAD": self.ahead}
 
 
-def forward_launch(
-    tokens: int, dim: int, kind: str, capability: tuple[int, ...], fp8: bool = False
-) -> Launch:
+def forward_launch(tokens: int, dim: int, kind: str, capability: tuple[int, ...]) -> ForwardLaunch:
     """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
-    # 20 elements a thread spill on sm_80 and 86; with fp8, whose conversion needs registers, on
-    # sm_120 too; without a norm, whose reductions keep the compiler from loading all at once. On
-    # sm_90 fp8, which is bound by instructions, takes 40: fewer warps repeat fewer sums.
-    old = capability < (9, 0)
-    most = 16 if kind == "none" or old else 20
-    if fp8:
-        most = 12 if old or capability >= (12, 0) else most
-        most = 40 if most == 20 and dim <= 5120 and capability < (10, 0) else most
-    head, tail, num_warps = tiles.split_token(dim, most)
-    elements = (head + tail) // (32 * num_warps)
+    # Few warps repeat few sums, which bound fp8 outputs by instructions. At 168 registers of 40
+    # elements a thread a multiprocessor holds 12 warps, three programs of D 5120; at 128, 16 warps.
+    head, tail, num_warps = tiles.split_token(dim, 40)
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
-    # At 128 registers a processor holds 16 warps, at 96 it holds 20: two programs at D 5120.
-    registers = 255 if elements > 24 else 96 if elements <= 12 and not fp8 else 128
-    ahead = elements <= 12 or not old and not (fp8 and capability >= (10, 0))
-    return Launch(head, tail, num_warps, registers, programs, ahead)
+    # A power of two, so that token counts make at most five variants of the kernel.
+    trips = 1 << (-(-tokens // programs) - 1).bit_length()
+    few = head + tail <= 24 * 32 * num_warps
+    few = few and kind != "none"  # without a norm more values are held at once
+    return ForwardLaunch(head, tail, num_warps, 128 if few else 168, programs, trips)
 
 
 def backward_launch(
