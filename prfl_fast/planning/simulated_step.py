@@ -21,6 +21,7 @@ from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Precision, autocast
 from prfl_fast.planning.built_models import transformer_of
 from prfl_fast.planning.costs import CostLedger
+from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulated_feedback import run_feedback
 from prfl_fast.planning.trace import TraceLedger
 from prfl_fast.planning.workload import IMAGE_TOKENS, Workload
@@ -64,7 +65,8 @@ class SimulatedStep:
         self.adapter = find_adapter(self.generator)
         named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
-        self.updated = [p for n, p in named if not re.search(self.adapter.unreached, n)]
+        unreached = adapter_of(workload.config).unreached
+        self.updated = [p for n, p in named if not re.search(unreached, n)]
         self.waiting: set[int] = set()  # parameters in host memory
         self._mark_weights(trained, waiting_weights(self.generator), "weights")
         for reward in rewards:
