@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from prfl_fast.utils.optional import need
 from prfl_fast.utils.units import GIB, plural
 
 _GPUS = 8  # GPUs of one machine; each has a process with its own host memory
+_COLUMNS = 100  # of a terminal
 _FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen one
 # Okabe and Ito's palette, which color-blind readers can tell apart; bottom of the stack first.
 _COLORS = {
@@ -92,7 +94,7 @@ def _headline(plan: Plan) -> list[str]:
     micro_batches = f"{plural(work.gradient_accumulation_steps, 'micro-batch')} per step"
     lines = [
         f"{step}: {plural(plan.workload.blocks, 'block')}, {kind}, {size}",
-        ", ".join([*_trajectory(work), micro_batches, *_rewards(work)]),
+        *textwrap.wrap(", ".join([*_trajectory(work), micro_batches, *_rewards(work)]), _COLUMNS),
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
     setting = f"with {EXPANDABLE}" if plan.expandable_segments else "without expandable segments"

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from plans import small_workload
 
+from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
@@ -27,6 +28,15 @@ def test_table_says_what_there_is_to_know(real):
     for candidate in frontier(real.candidates):
         assert candidate.reason in text
     assert "fp8 with adamw, nf4 with adamw" in text
+
+
+def test_the_table_names_the_steps_and_the_rewards(real):
+    changes = {"guidance": "separate", "reward_blocks": (2, (1, 2))}
+    work = dataclasses.replace(real.workload, gradient_plan=GradientPlan.draft(3), **changes)
+    text = table(dataclasses.replace(real, workload=work))
+    assert max(map(len, text.splitlines())) <= 100
+    for words in ("gradient through 3 steps", "guidance separate", "3 reward models of 2, 1 and"):
+        assert words in text
 
 
 def test_frontier():
