@@ -3,14 +3,15 @@
 ``none`` keeps every tensor that the backward reads. ``full`` keeps only the block's input and runs
 the block again in the backward. ``attention`` also keeps the outputs of attention operations (and
 their log-sum-exp), so the second run skips the operation whose cost grows with the square of the
-tokens. Gradients are bit-identical in all modes, because the order of operations is the same.
+tokens. Cross-attention to a short text is cheap, so it runs again, see :func:`is_kept`. Gradients
+are bit-identical in all modes, because the order of operations is the same.
 """
 
 import contextlib
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +33,7 @@ from prfl_fast.utils.recompute import recomputed
 Model = TypeVar("Model", bound=nn.Module)
 BlockRunner = Callable[..., torch.Tensor]
 
-# A trained 14B block at 720p keeps 15.1 GB, 774 MB and 2.35 GB; the forward and backward of a whole
+# A trained 14B block at 720p keeps 15.1 GB, 774 MB and 1.56 GB; the forward and backward of a whole
 # PRFL step take 24.1, 31.9 and 26.3 PFLOP (counted, bench/RESULTS.md).
 MODES = ("none", "full", "attention")
 
@@ -64,6 +65,21 @@ _offloaders: "weakref.WeakKeyDictionary[nn.Module, Offloader]" = weakref.WeakKey
 def is_attention(op: Any) -> bool:
     """Return True if an operator is the forward of fused attention."""
     return isinstance(op, torch._ops.OpOverload) and op._schema.name in ATTENTION_OPS
+
+
+def is_kept(op: Any, args: Sequence[Any]) -> bool:
+    """Return True if mode ``attention`` keeps the results of an operation called with ``args``.
+
+    Of prfl_fast's attention, it keeps those of a call with as many keys as queries, or with more
+    keys than half of the channels. Others take no longer than a linear layer of as many channels
+    would: 4·Lk·D FLOPs per query, at most 2·D².
+    """
+    if not is_attention(op):
+        return False
+    if op._schema.name != "prfl_fast::attention":
+        return True
+    q, k, *_ = args
+    return bool(k.shape[1] >= q.shape[1] or 2 * k.shape[1] > q.shape[2])
 
 
 def activation_checkpointing(
@@ -173,8 +189,9 @@ class _Runner:
             if self.mode == "full":
                 return recomputed(block, *args)
             kept: deque[Any] = deque()  # one per call, because several graphs may be alive
-            out = recomputed(block, *args, context_fn=lambda: (_Keep(pack, kept), _Replay(kept)))
-        if not (kept or self.warned):
+            modes = _Keep(pack, kept), _Replay(kept)
+            out = recomputed(block, *args, context_fn=lambda: modes)
+        if not (modes[0].found or self.warned):
             self.warned = True
             warnings.warn(
                 f"mode 'attention' found no known attention operation in {type(block).__name__}; "
@@ -198,6 +215,7 @@ class _Keep(TorchDispatchMode):
     def __init__(self, pack: Callable[[torch.Tensor], Handle], kept: deque[Any]) -> None:
         super().__init__()
         self._pack, self._kept = pack, kept
+        self.found = False  # True after any attention
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -206,7 +224,8 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if is_attention(func):
+        self.found = self.found or is_attention(func)
+        if is_kept(func, args):
             own = out
             if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
                 # Without gradients this is compiled code, which reuses the memory of its outputs.
@@ -227,7 +246,7 @@ class _Replay(TorchDispatchMode):
         return True  # as in the forward
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_attention(func):
+        if not is_kept(func, args):
             return func(*args, **(kwargs or {}))
         if not self._kept:
             raise RuntimeError(

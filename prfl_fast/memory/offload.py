@@ -293,7 +293,7 @@ class _Window:
             target.copy_(source)
             return None
         self.stream.wait_stream(after)
-        # Attention of a 14B block at 720p moves 2.35 GB: 47 ms at 50 GB/s, beside a predicted
+        # Attention of a 14B block at 720p moves 1.56 GB: 31 ms at 50 GB/s, beside a predicted
         # 250 ms of forward and 600 ms of backward (bench/NOTES.md; not measured on a GPU).
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)

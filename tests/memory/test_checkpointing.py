@@ -8,11 +8,13 @@ import pytest
 import torch
 import wan
 from offload_models import assert_same, fill_adapters, gradients, gradients_of_loss, held, loss
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prfl_fast
+from prfl_fast.kernels import attention
 from prfl_fast.memory.checkpointing import (
     MODES,
     activation_checkpointing,
@@ -162,13 +164,35 @@ def test_model_compiled_whole(setting):
 @PATCHED
 def test_attention_recompute_runs_no_attention(case, per_block, patched):
     model = build(case, patched)
-    image = patched and case == "i2v"  # the backward runs the image's attention again
+    image = patched and case == "i2v"  # the backward runs its attention to a few keys again
     for mode, offload in [("none", None), *SETTINGS]:
         activation_checkpointing(model, mode, offload)
         with Count() as count:
             run(model, case)
         twice = 2 if mode == "full" else 1
-        assert count.attention == (twice * per_block + image) * LAYERS, (mode, offload)
+        again = image + (image and mode == "attention")
+        assert count.attention == (twice * per_block + again) * LAYERS, (mode, offload)
+
+
+class Attends(nn.Module):
+    def forward(self, q, k):
+        return 2 * attention(q, k, k, heads=2)[0]
+
+
+@pytest.mark.parametrize("keys, kept", [(64, True), (63, True), (17, True), (16, False)])
+def test_attention_to_few_keys_is_not_kept(keys, kept):
+    model = nn.Sequential(Attends())
+    model.blocks = nn.ModuleList([model[0]])
+    q, k = torch.randn(1, 64, 32, requires_grad=True), torch.randn(1, keys, 32)
+    (expected,) = torch.autograd.grad(model.blocks[0](q, k).square().sum(), q)
+    activation_checkpointing(model, "attention")
+    with Count() as count, warnings.catch_warnings(action="error"):
+        with Ledger() as ledger:
+            out = model.blocks[0](q, k)
+            held = ledger.live - q.nbytes - out.nbytes
+        (found,) = torch.autograd.grad(out.square().sum(), q)
+    assert torch.equal(found, expected) and count.attention == (1 if kept else 2)
+    assert held == kept * (out.nbytes + 4 * 2 * 64)  # the output and lse of two heads
 
 
 def test_frozen_reward_gets_the_same_input_gradient():
