@@ -66,7 +66,8 @@ def norm_modulate_cases(capability: Capability, every: bool) -> Iterator[AotCase
         pointers = element_types(dtype, "x_ptr", "y_ptr", "grad_ptr", *given, *results)
         lengths = _lengths("x", given == ROWS + INDEX) | _lengths("g")
         size = (TOKENS, 1, dim, TORCH[dtype].itemsize, capability)
-        forward = modulate_triton.forward_launch(TOKENS, dim, kind, capability)
+        crowded = len(given) > len(ROWS)
+        forward = modulate_triton.forward_launch(TOKENS, dim, kind, capability, crowded)
         backward = modulate_triton.backward_launch(*size, results != dx)
         for kernel, launch, more in (
             (modulate_triton.forward_kernel, forward, {"CONVERTS": False}),
@@ -93,7 +94,8 @@ def norm_modulate_fp8_cases(capability: Capability, every: bool) -> Iterator[Aot
     for dim, dtype, kind, given in chosen:
         pointers = element_types(dtype, "x_ptr", "y_scale_ptr", *given) | {"y_ptr": "u8"}
         types = argument_types(kernel, pointers, _lengths("x", INDEX[0] in given))
-        launch = modulate_triton.forward_launch(TOKENS, dim, kind, capability)
+        crowded = len(given) > len(ROWS)
+        launch = modulate_triton.forward_launch(TOKENS, dim, kind, capability, crowded)
         constexprs = launch.constants(dim, kind) | {"CONVERTS": fp8.converts(capability)}
         label = f"{dtype} D={dim} {kind} {flags_of(kernel, given)}"
         yield AotCase(label, kernel, types, constexprs, **launch.options())

@@ -197,7 +197,8 @@ def _run_forward(y, y_scale, x, weight, bias, scale, shift, scale_table, shift_t
     if tokens == 0:
         return
     chip, fp8 = capability(x.device), y_scale is not None
-    launch = forward_launch(tokens, dim, kind, chip)
+    affine, rows = weight is not None or bias is not None, scale is not None or shift is not None
+    launch = forward_launch(tokens, dim, kind, chip, row_index is not None or affine and rows)
     vectors = [t if t is None else t.contiguous() for t in (weight, bias, scale_table, shift_table)]
     forward_kernel[(launch.programs,)](
         x, y, y_scale, *vectors[:2], scale, shift, *vectors[2:],

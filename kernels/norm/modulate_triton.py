@@ -159,8 +159,13 @@ class Launch(tiles.Launch):
         return super().constants(dim, kind) | {"AHEAD": self.ahead}
 
 
-def forward_launch(tokens: int, dim: int, kind: str, capability: tuple[int, ...]) -> ForwardLaunch:
-    """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle."""
+def forward_launch(
+    tokens: int, dim: int, kind: str, capability: tuple[int, ...], crowded: bool = False
+) -> ForwardLaunch:
+    """Choose 16 tokens a program, to load rows once; fewer if multiprocessors would be idle.
+
+    ``crowded``: there is a row index, or an affine part beside the rows of scale and shift.
+    """
     # Few warps repeat few sums, which bound fp8 outputs by instructions. At 168 registers of 40
     # elements a thread a multiprocessor holds 12 warps, three programs of D 5120; at 128, 16 warps.
     head, tail, num_warps = tiles.split_token(dim, 40)
@@ -169,7 +174,8 @@ def forward_launch(tokens: int, dim: int, kind: str, capability: tuple[int, ...]
     trips = 1 << (-(-tokens // programs) - 1).bit_length()
     few = head + tail <= 24 * 32 * num_warps
     few = few and kind != "none"  # without a norm more values are held at once
-    return ForwardLaunch(head, tail, num_warps, 128 if few else 168, programs, trips)
+    registers = 128 if few else 255 if crowded else 168  # crowded ones spill at 168
+    return ForwardLaunch(head, tail, num_warps, registers, programs, trips)
 
 
 def backward_launch(
