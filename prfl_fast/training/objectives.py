@@ -151,8 +151,10 @@ class RewardFeedback:
                 wait=False,  # the trainer reads the loss with the norm of the gradients
             )
         finite = torch.as_tensor(out.finite, device=out.loss.device)
-        loss = torch.where(finite, out.loss, math.nan)
-        metrics: dict[str, Any] = {"loss": loss, "reward": out.rewards.mean()}
+        metrics: dict[str, torch.Tensor | float] = {
+            "loss": torch.where(finite, out.loss, math.nan),
+            "reward": out.rewards.mean(),
+        }
         if len(out.by_reward) > 1:
             metrics |= {f"reward/{name}": r.mean() for name, r in out.by_reward.items()}
         if out.divergence is not None:
