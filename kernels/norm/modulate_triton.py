@@ -174,7 +174,8 @@ def forward_launch(
     trips = 1 << (-(-tokens // programs) - 1).bit_length()
     few = head + tail <= 24 * 32 * num_warps
     few = few and kind != "none"  # without a norm more values are held at once
-    registers = 128 if few else 255 if crowded else 168  # crowded ones spill at 168
+    crowded = crowded or capability >= (12, 0)  # 168 registers spill
+    registers = 128 if few else 255 if crowded else 168
     return ForwardLaunch(head, tail, num_warps, registers, programs, trips)
 
 
