@@ -54,11 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next((word for word in arguments if not word.startswith("-")), "")
     # Planning imports and simulates much, and some of it would drop a KeyboardInterrupt.
     planning = interrupts_held() if command == "plan" else contextlib.nullcontext()
-    # peft and diffusers import these if they are there, which takes longer than some plans.
-    unused = ("bitsandbytes", "scipy", "torchao") if program and command == "plan" else ()
     try:
-        with termination_raised(), planning, hidden(*unused):
-            return _run(_parser(command).parse_args(arguments))
+        with termination_raised(), planning:
+            return _run(_parser(command).parse_args(arguments), program)
     except KeyboardInterrupt as interrupt:
         stopped_by = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
         again = "; run again to continue" if command in _CONTINUED else ""
@@ -186,7 +184,17 @@ def _add_file_commands(commands: Any) -> None:
     merge.add_argument("--layout", choices=layouts[:3], help=text)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _import_models() -> None:
+    """Import diffusers' models and peft without what they import if it is there.
+
+    The planner needs none of it for them, and it takes longer than some plans.
+    """
+    with hidden("bitsandbytes", "scipy", "torchao"), contextlib.suppress(ImportError):
+        importlib.import_module("diffusers.models.transformers")
+        importlib.import_module("peft")
+
+
+def _run(options: argparse.Namespace, program: bool) -> int:
     if options.command == "doctor":
         from prfl_fast.cli.doctor import run_doctor
 
@@ -211,6 +219,8 @@ def _run(options: argparse.Namespace) -> int:
             each = " for each row" if options.table else ""
             print(f"prfl-fast plan: simulates training steps{each}, please wait", file=sys.stderr)
         with no_collection():  # imports leave no garbage behind
+            if options.command == "plan" and program:
+                _import_models()
             run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
         return run(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
