@@ -221,7 +221,7 @@ def test_memory_auto_of_a_reward_model(root, tmp_path, planned, capsys, data):
     changes["loss"] = "bt" if data == "pairs" else "ce"
     assert call("train-reward", root, out, changes) == 0
     (asked,) = planned.calls
-    expected = {"train": "full", "batch_size": 4 if data == "pairs" else 2, "sft": False}
+    expected = {"train": "full", "batch_size": 2, "reward_loss": changes["loss"], "sft": False}
     assert {key: asked[key] for key in expected} == expected
     assert asked["model"]["num_layers"] == 1
     assert "memory: auto chose memory: {weight_dtype: bf16" in capsys.readouterr().err
@@ -263,33 +263,22 @@ def test_explicit_memory_names_the_allocators_setting(
 
 
 @pytest.mark.parametrize("objectives", [["prfl", "sft"], ["sft"]])
-def test_memory_auto_of_a_chain_is_refused_where_it_trains(
-    root, tmp_path, planned, capsys, objectives
-):
+def test_memory_auto_of_renoised_points_where_they_train(root, tmp_path, planned, objectives):
     changes = {**AUTO, "run.steps": 1, "objectives": objectives, "prfl.method": "draft-lv"}
-    code = call("train", root, tmp_path / "out", changes)
-    if objectives == ["sft"]:
-        assert code == 0 and planned.calls[0]["gradient_plan"] == GradientPlan.prfl()
-    else:
-        assert code == 2 and "set memory explicitly" in one_line(capsys, "train")
-        assert not planned.calls and not (tmp_path / "out").exists()
+    assert call("train", root, tmp_path / "out", changes) == 0
+    plan = GradientPlan.draft_lv() if "prfl" in objectives else GradientPlan.prfl()
+    assert planned.calls[0]["gradient_plan"] == plan
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_guided_steps_are_not_planned(root, tmp_path, planned, fill_device, capsys, batched):
+def test_guided_steps_are_planned_where_they_train(root, tmp_path, planned, batched):
     negative = negative_file(tmp_path / "n.safetensors", 3, 20)
     guidance = {"guidance_scale": 5, "negative": negative, "batched": batched}
     changes = {**AUTO, "run.steps": 1, "prfl.guidance": guidance}
-    assert "prfl.guidance is set" in refused(capsys, "train", root, tmp_path / "out", changes)
-    assert not planned.calls and not (tmp_path / "out").exists()
-    alone = {**changes, "objectives": ["sft"]}
-    assert call("train", root, tmp_path / "sft", alone) == 0 and len(planned.calls) == 1
-    fill_device(SFT_LOSS)
-    explicit = {**changes, "memory": {"activation_checkpointing": "full"}}
-    assert call("train", root, tmp_path / "out", explicit) == 4
-    error = capsys.readouterr().err
-    assert "no plan: prfl.guidance is set" in error and "steps without guidance only" in error
-    assert len(planned.calls) == 1
+    assert call("train", root, tmp_path / "out", changes) == 0
+    assert call("train", root, tmp_path / "sft", {**changes, "objectives": ["sft"]}) == 0
+    found = [asked["guidance"] for asked in planned.calls]
+    assert found == ["batched" if batched else "separate", None]
 
 
 def test_memory_auto_of_supervised_training_alone(root, tmp_path, planned):
