@@ -258,7 +258,8 @@ class DiffusersAdapter(BlockAdapter):
 
     ``attributes`` names the plain attributes of a model that are saved with its configuration,
     ``heads`` the modules after the last block. No gradient of the velocity reaches the parameters
-    whose names match ``unreached``.
+    whose names match ``unreached``. ``caches`` is True if a rollout keeps the keys and values of
+    the text.
     """
 
     def block_count(self, config: Mapping[str, Any]) -> int:
@@ -278,6 +279,7 @@ class DiffusersAdapter(BlockAdapter):
     attributes: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
     unreached: ClassVar[str] = r"(?!)"
+    caches: ClassVar[bool] = False
 
     def matches(self, model: nn.Module) -> bool:
         """Return True for the diffusers class, its subclasses, and wrappers around them."""

@@ -42,6 +42,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
     class_name = "WanTransformer3DModel"
     name = f"diffusers {class_name}"
     attributes = ("text_tokens",)
+    caches = True
 
     def replacements(self, base: Any) -> Replacements:
         """Return our forwards of the blocks and the embeddings."""

@@ -101,6 +101,7 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     """
 
     planned = False
+    caches = False
     block: ClassVar[Callable[..., Any]] = block_forward
     rope: ClassVar[Callable[..., Any]] = rope_forward
     extra: ClassVar[dict[str, tuple[Callable[[Any], int], int | None]]] = {}

@@ -1,7 +1,7 @@
 """Run the steps of PRFL itself in a simulation, with the models at a few solver steps only."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,14 @@ class StepPhases:
     zeros, but the trajectory keeps its latents and the solver's history.
     """
 
-    def __init__(self, ledger: Ledger, plan: GradientPlan, points: tuple[Point, ...]) -> None:
-        self.ledger, self.renoised = ledger, plan.renoised
+    def __init__(
+        self,
+        ledger: Ledger,
+        plan: GradientPlan,
+        points: tuple[Point, ...],
+        caches: Callable[[], torch.Tensor],
+    ) -> None:
+        self.ledger, self.renoised, self.caches = ledger, plan.renoised, caches
         self.point: Point | None = None  # of the last evaluation, once it begins
         with_gradient = {point.step for point in points}
         before = points[-1].first - 1
@@ -72,9 +78,13 @@ class StepPhases:
             phase = "forward" if index == point.step else "earlier forward"
         if phase != self.ledger.phase:
             self.ledger.start_phase(phase)
-        self._count(index in self.steps)
+        runs = index in self.steps
+        self._count(runs)
+        # A rollout's caches: hooks on blocks, which record where allocations belong, forbid them.
+        held = self.caches() if runs and phase == "rollout" else None
         with self.ledger.saving():
-            yield index in self.steps
+            yield runs
+        del held
         if again:
             self.ledger.start_phase("earlier backward")
 
@@ -153,6 +163,7 @@ def run_feedback(
     generator: ModelCall,
     rewards: Sequence[Sequence[Reward]],
     ledger: Ledger,
+    caches: Callable[[], torch.Tensor],
     noise: torch.Tensor,
     conditions: Conditions,
     latents: torch.Tensor | None,
@@ -160,11 +171,11 @@ def run_feedback(
 ) -> None:
     """Run one trajectory of a workload, from ``noise`` or corrupted ``latents``.
 
-    Several members of a reward are an ensemble.
+    Several members of a reward are an ensemble. ``caches`` allocates those of a rollout.
     """
     plan, steps = workload.gradient_plan, workload.num_inference_steps
     points = latest_points(plan, steps)
-    phases = StepPhases(ledger, plan, points)
+    phases = StepPhases(ledger, plan, points, caches)
     with _disable_current_modes():  # numbers of the host: real, and in no ledger
         step = PRFL(
             generator,
@@ -174,7 +185,6 @@ def run_feedback(
             num_inference_steps=steps,
             guidance=guidance,
             divergence=float(workload.divergence),
-            # Hooks on blocks, which record where allocations belong, do not allow caches.
             rollout=RolloutConfig(cache=False),
         )
     step.trajectory_type = partial(SimulatedTrajectory, phases=phases)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,6 +190,17 @@ class SimulatedStep:
         }
         return Guidance(5.0, negative, self.workload.guidance == "batched")
 
+    def cached_shape(self) -> tuple[int, ...]:
+        """Return the shape of a rollout's caches: the context, and each block's keys and values."""
+        if not (self.workload.patched and adapter_of(self.workload.config).caches):
+            return (0,)
+        text = self.conditions["encoder_hidden_states"]
+        image = self.conditions.get("encoder_hidden_states_image")
+        tokens = text.shape[1] + (0 if image is None else image.shape[1])
+        branches = 1 if self.guidance is None else 2
+        width = self.adapter.hidden_size(self.generator)
+        return (branches * len(text), 1 + 2 * self.workload.blocks, tokens, width)
+
     def _kind(self, memory: MemoryConfig) -> Precision:
         return self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
 
@@ -239,7 +251,10 @@ class SimulatedStep:
             [RewardCall(next(models), kind) for _ in members] for members in self.workload.rewards
         ]
         inputs = (noise, self.conditions, latents, self.guidance)
-        run_feedback(self.workload, generator, rewards, self.ledger, *inputs)
+        exact = self.workload.precision == "fp32" and self.memory.weight_dtype == "fp32"
+        shape, dtype = self.cached_shape(), torch.float32 if exact else torch.bfloat16
+        caches = partial(self._make, *shape, dtype=dtype)
+        run_feedback(self.workload, generator, rewards, self.ledger, caches, *inputs)
 
     def _supervised(self, several: bool) -> None:
         self.ledger.start_phase("sft forward")

@@ -1,5 +1,6 @@
 """The simulated step against real ones: the same bytes as real tensors, and as the allocator."""
 
+import math
 import operator
 from dataclasses import astuple, replace
 
@@ -13,12 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
+from prfl_fast.memory.ledger import Ledger
 from prfl_fast.memory.optimizers import make_optimizer, state_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import built_models, simulation
 from prfl_fast.planning.built_models import build
 from prfl_fast.planning.costs import Cost
-from prfl_fast.planning.simulated_step import PHASES
+from prfl_fast.planning.simulated_step import PHASES, SimulatedStep
 from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rollout.schedulers import FlowUniPC
@@ -314,3 +316,30 @@ def test_first_and_last_frame_models_have_the_tokens_of_two_images():
         for extra in ({}, {"pos_embed_seq_len": 514})
     )
     assert two.costs["forward"].attention_flops > one.costs["forward"].attention_flops
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_rollout_holds_the_caches_of_the_engine(image):
+    more = {"in_channels": 36, "image_dim": 48, "added_kv_proj_dim": HEADS * HEAD_DIM}
+    config = {**CONFIG, **(more if image else {})}
+    work = replace(SMALL, model=config, text_tokens=512, guidance="batched")
+    generator, rewards = prepared(*build(work, *POLICIES["none"]))
+    ledger = Ledger()
+    with ledger:
+        step = SimulatedStep(work, *POLICIES["none"], generator, rewards, ledger)
+        x, time = torch.zeros(work.latent_shape), torch.full((1,), 500.0)
+        before = ledger.live
+        opened = step.adapter.open_rollout(generator, x, [time], step.conditions)
+        found = ledger.live - before
+    with torch.no_grad():
+        rope = generator.rope(torch.zeros(1, config.get("in_channels", 16), *x.shape[2:]))
+    # A step's rows of time, and the rotary table, which a forward computes without caches too.
+    found -= 7 * HEADS * HEAD_DIM * 4 + rope.cos.nbytes + rope.sin.nbytes
+    assert opened and 2 * found == 4 * math.prod(step.cached_shape())
+    memory = MemoryConfig("fp32", "full")
+    rollout = [
+        live["rollout"]
+        for phase, live in simulate(work, memory, memory).timeline
+        if phase == "rollout"
+    ]
+    assert max(rollout) >= 2 * found
