@@ -365,7 +365,9 @@ def _torchao() -> ModuleType:
 def _parts(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
     """Yield views of at most ``STEP_ELEMENTS`` elements of tensors of one shape, weight first."""
     weight, *_ = tensors
-    if weight.numel() <= STEP_ELEMENTS or not weight.is_contiguous():
+    # Parts of a sharded tensor would be copies, so that its update would be lost.
+    dense = type(weight) is torch.Tensor and weight.is_contiguous()
+    if weight.numel() <= STEP_ELEMENTS or not dense:
         yield tensors
         return
     flat = [t.reshape(-1) for t in tensors]

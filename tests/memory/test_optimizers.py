@@ -345,6 +345,27 @@ def test_parts_of_a_step_have_the_bits_of_a_whole_one(kind, monkeypatch):
     assert_same(final(), whole)
 
 
+def test_a_sharded_parameter_is_updated_whole(monkeypatch):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setattr(optimizers, "STEP_ELEMENTS", 4096)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for kind in ("adamw-sr", "adamw8bit"):
+            (plain,) = parameters(shapes=[(32, 256)])
+            sharded = nn.Parameter(DTensor.from_local(plain.detach().clone(), mesh, [Shard(0)]))
+            plain.grad = torch.ones(32, 256)
+            sharded.grad = DTensor.from_local(plain.grad, mesh, [Shard(0)])
+            for p in (plain, sharded):
+                make_optimizer(kind, [p], learning_rate=RATE).step()
+            assert_same([sharded.detach().to_local()], [plain])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_parts_of_a_step_round_stochastically(monkeypatch):
     monkeypatch.setattr(optimizers, "STEP_ELEMENTS", 4096)
     test_8bit_moments_round_bfloat16_weights_stochastically()
