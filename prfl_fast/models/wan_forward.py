@@ -295,6 +295,8 @@ def replacements(base: Any) -> list[tuple[Any, Callable[..., Any]]]:
     others = [(base.rope, rope_forward), (base.condition_embedder, embedder_forward)]
     norm = base.norm_out
     plain = type(norm).__name__ == "FP32LayerNorm" and norm.weight is None  # a backbone has none
+    # A user's forward may do with the norm what _HeadNorm does not know.
+    plain = plain and is_library(type(base).forward)
     others += [(norm, head_norm_forward)] if plain else []
     return [*((block, block_forward) for block in base.blocks), *others]
 

@@ -258,3 +258,19 @@ def test_the_head_is_that_of_diffusers(dtype, rows):
         found.append([out, *torch.autograd.grad(out, (x, scale, shift), grad.to(out.dtype))])
     for ours, plain, exact in zip(*found, strict=True):
         assert_within_twice(ours, plain, exact)
+
+
+def test_a_users_forward_gets_the_norm_of_the_head_as_a_tensor():
+    model = wan.tiny_wan()
+
+    class Own(type(model)):
+        def forward(self, x):
+            return torch.relu(self.norm_out(x))
+
+    model.__class__ = Own
+    x = torch.randn(1, 2, 48)
+    expected = model(x)
+    assert torch.equal(prfl_fast.patch(model)(x), expected)
+    assert find_adapter(model).is_patched(model)
+    prfl_fast.unpatch(model)
+    assert "forward" not in vars(model.norm_out)
