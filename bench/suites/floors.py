@@ -1,8 +1,8 @@
 """Operations as an ``autograd.Function`` with bare ATen calls: the floor of their host time.
 
-Each keeps for its backward what the operation keeps. It takes one case of the host suite: a CPU,
-float32, one sample. It checks nothing, knows no options and chooses no implementation, so an
-operation of Python cannot be faster without another set of ATen calls.
+Each keeps the same tensors for its backward as the operation, and computes one case of the host
+suite: on a CPU, in float32, one sample. It has no checks, options or choice of implementation, so
+an operation in Python can be faster only with other ATen calls.
 """
 
 from collections.abc import Callable

@@ -160,7 +160,10 @@ def describe_case(
 
 
 def choose_fast(q: torch.Tensor) -> str | None:
-    """Return the backend where q decides: the search takes as long as a small product."""
+    """Return the backend if ``q`` alone decides it, else None.
+
+    The search of :func:`choose` takes as long as a small matrix product.
+    """
     return "cpu" if _current == "auto" and q.is_cpu and q.dtype in _ON_CPU else None
 
 

@@ -20,8 +20,8 @@ Saved for backward: q, k, v, out, lse. No L×L matrix is stored on any path.
 FLOPs: 4·B·heads·Lq·Lk·d forward, 2.5 times that backward (the scores are computed again). The
 formula counts every key, because only the device knows key_lengths.
 Buffers of the backward: its kernels sum d_q in float32, 1.4 GiB at 14B and 720p. Heads are
-independent, so the backward runs on groups of heads, the fewest whose d_q has at most
-``GROUP_BYTES`` each; see :func:`heads_of_call`.
+independent, so the backward runs on as few groups of heads as keep this buffer at ``GROUP_BYTES``;
+see :func:`heads_of_call`.
 """
 
 import math
@@ -155,9 +155,9 @@ def reference(
 
 
 def heads_of_call(q: torch.Tensor, heads: int) -> int:
-    """Return the most heads for which one call of a backward computes gradients.
+    """Return how many heads each call of a backward takes to keep d_q at ``GROUP_BYTES``.
 
-    All heads run in one call if their d_q in float32 has at most ``GROUP_BYTES``.
+    The last call may take fewer. A single head may exceed the limit.
     """
     most = max(1, GROUP_BYTES // max(1, 4 * q.numel() // heads))
     return -(-heads // -(-heads // most))  # groups of about equal size
@@ -222,7 +222,7 @@ def _in_groups(backward, tensors, heads, scale, needed, key_lengths):
         for gradient, need, result in zip(whole, needed, found, strict=True):
             if need:
                 gradient[:, :, group] = result
-        del found, result  # not beside those of the next group
+        del found, result  # free them before the next group runs
     return [g.flatten(2) if need else g for g, need in zip(whole, needed, strict=True)]
 
 
@@ -295,7 +295,7 @@ def _backward(ctx, grad, _):
 
 
 def _is_native(q, k, v, heads, scale, key_lengths=None):
-    small = 0 < q.numel() <= 1 << 20  # elements: else a function of ours costs little
+    small = 0 < q.numel() <= 1 << 20  # with more elements our function's host time matters little
     return small and key_lengths is None and get_attention_backend() != "plain"
 
 

@@ -15,7 +15,7 @@ Shapes: x ``[..., D]``, b ``[D]`` or absent, y as x. For an FP8 output x is ``[B
 Dtypes: x and b are any mix of float32, bfloat16, float16. h and y are computed in float32 (float64
 for float64 x) and y is rounded once, to x's dtype or from float32 to e4m3; h is never rounded; d_b
 sums the unrounded d_x.
-Saved for backward: x and b; on a CPU, where all is float32 or float64, x + b in their place.
+Saved for backward: x and b; on a CPU, if both are float32 or both float64, x + b instead.
 Bytes: forward reads x and writes y (FP8: one byte an element and four a row); backward reads x and
 d_y and writes d_x.
 """

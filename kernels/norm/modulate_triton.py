@@ -40,9 +40,9 @@ def forward_kernel(
     row_end = i_first
     b_gain = tiles.zeros(HEAD, TAIL)
     b_offset = tiles.zeros(HEAD, TAIL)
-    # Three stages: the compiler copies two tokens ahead to shared memory, where registers would
-    # hold one. It does so in loops of range, whose bound is a constant because the interpreter with
-    # numpy ≥ 2.4 takes no tensor.
+    # Three stages: the compiler copies two tokens ahead to shared memory; registers would hold one.
+    # It does this for tl.range only. The bound is a constant, because the interpreter with numpy
+    # ≥ 2.4 takes no tensor there.
     for i_trip in tl.range(0, TRIPS, num_stages=3):
         i_token = i_first + i_trip
         some = i_token < end
@@ -141,7 +141,7 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
 
 @dataclass(frozen=True)
 class ForwardLaunch(tiles.Launch):
-    """Launch of the forward kernel; ``trips`` is at least the number of a program's tokens."""
+    """Launch of the forward kernel; no program has more than ``trips`` tokens."""
 
     trips: int
 
@@ -166,15 +166,16 @@ def forward_launch(
 
     ``crowded``: there is a row index, or an affine part beside the rows of scale and shift.
     """
-    # Few warps repeat few sums, which bound fp8 outputs by instructions. At 168 registers of 40
-    # elements a thread a multiprocessor holds 12 warps, three programs of D 5120; at 128, 16 warps.
+    # Each warp repeats the sums of a token, and FP8 outputs are bound by instructions: take few
+    # warps, with up to 40 elements a thread. A multiprocessor holds 12 warps of 168 registers
+    # (three programs of D 5120), or 16 warps of 128.
     head, tail, num_warps = tiles.split_token(dim, 40)
     programs = max(1, min(tokens, max(4 * multiprocessors(capability), -(-tokens // 16))))
     # A power of two, so that token counts make at most five variants of the kernel.
     trips = 1 << (-(-tokens // programs) - 1).bit_length()
     few = head + tail <= 24 * 32 * num_warps
     few = few and kind != "none"  # without a norm more values are held at once
-    crowded = crowded or capability >= (12, 0)  # 168 registers spill
+    crowded = crowded or capability >= (12, 0)  # kernels that spill at 168
     registers = 128 if few else 255 if crowded else 168
     return ForwardLaunch(head, tail, num_warps, registers, programs, trips)
 

@@ -185,7 +185,7 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 _EXPECTED = PLAIN | _NUMBERS | {list}  # no operation without a check takes tensors in lists
 MAX_LAYOUTS = 4096
-_UNCAST = ({torch.float32}, {torch.float64})  # dtypes of arguments that references compute in
+_UNCAST = ({torch.float32}, {torch.float64})  # arguments that references compute in as they are
 
 
 class Operator:
@@ -207,11 +207,11 @@ class Operator:
         self.operation, self._definition, self._check = operation, definition, check
         # The overload itself, without the frame that its definition would add.
         self._run = getattr(torch.ops.prfl_fast, operation.name).default
-        # autograd.Functions around the operation, and around the reference where it alone can run.
+        # autograd.Functions around the operation, and around the reference alone.
         self._apply = self._apply_reference = self._run
         self._function: Any = None  # for a compiler, which traces the reference
         self._native: Callable[..., bool] | None = None
-        # By layouts that were checked: what to run, and ``native`` if it casts nothing.
+        # By layouts that were checked: the function to run, and ``native`` if it casts nothing.
         self._passed: dict[tuple[Any, ...], tuple[Callable[..., Any], Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -239,7 +239,7 @@ class Operator:
         return (self._apply if run is self.operation else self._apply_reference)(*args)
 
     def _admit(self, key: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
-        """Check arguments of new layouts; return what :attr:`_passed` holds for them."""
+        """Check arguments of new layouts; return their entry of :attr:`_passed`."""
         if self._check is not None:
             self._check(*args)
         tensor, native = next(_tensors(args)), None
@@ -290,9 +290,8 @@ class Operator:
 
         ``native`` takes the operation's arguments on a CPU, all float32 or all float64. It returns
         True if autograd may record the reference itself, because the calls in it keep no more than
-        ``setup_context`` does, mean and ρ of a few tokens aside. At [16, 64] a forward and backward
-        takes 1.1 times the time of plain PyTorch then, and 1.5 to 1.8 times with a function in
-        Python (bench/NOTES.md).
+        ``setup_context`` does, except for mean and ρ of a few tokens. On small tensors an
+        ``autograd.Function`` in Python costs more than these calls (bench/NOTES.md).
         """
         self._native = native
         self._definition.register_autograd(backward, setup_context=setup_context)

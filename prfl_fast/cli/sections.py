@@ -416,8 +416,8 @@ class RewardMemorySection(Section):
     )
     activation_checkpointing: ActivationCheckpointing = key(
         "none",
-        "Recomputation in the backward: of nothing, of whole blocks, or of blocks without their "
-        "attention.",
+        "Recomputation in the backward: of nothing, of whole blocks, or of blocks without "
+        "their self-attention.",
     )
     offload: Offload | None = key(
         None, "Keep saved activations in host memory; null keeps them on the device."

@@ -97,7 +97,7 @@ def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None)
 
 
 def _reward_blocks(config: TrainFile) -> dict[str, Any]:
-    """Return the number of blocks of the saved reward models, by name; empty if it is unknown."""
+    """Return the Workload field ``reward_blocks``; empty if the only reward's depth is unknown."""
     if not config.reads_reward:
         return {"reward_blocks": 1}  # the planner has no step without a reward: take the smallest
     rewards = config.rewards()

@@ -276,7 +276,7 @@ class GradientEstimator:
     def output(self, points: Sequence[Point], *, wait: bool = True) -> PRFLOutput:
         """Return the results at ``points``; NaN where the trajectory ended before.
 
-        Without ``wait``, values that the device collects (``deferred``) are not read.
+        Without ``wait``, values that are on the device are not read.
         """
         if wait:
             self._read()

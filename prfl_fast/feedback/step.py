@@ -112,7 +112,7 @@ class PRFL:
             self.sampler, plan, rewards, factors, target, weight, float(divergence)
         )
         self.engine = RolloutEngine(transformer, rollout)
-        # The planner exchanges them for classes that run the model at some steps only.
+        # The planner replaces these by classes that run the model at a few steps only.
         self.trajectory_type: Callable[..., Trajectory] = Trajectory
         self.estimator_type: Callable[..., GradientEstimator] = GradientEstimator
 
@@ -139,8 +139,8 @@ class PRFL:
             indices: gradient steps instead of a draw, increasing: points, or steps with equal
                 weights and the plan's depth.
             loss_scale: factor of the gradients only, e.g. ``1 / gradient_accumulation_steps``.
-            wait: False does not wait for the device at the end: ``finite`` stays there as a bool
-                tensor, and the caller drops the gradients if it is False.
+            wait: if False, a step that trains a model does not wait for the device at its end:
+                ``finite`` is a bool tensor, and the caller drops the gradients if it is False.
 
         Returns:
             See :class:`PRFLOutput`; check ``finite`` before the optimizer step. A step that trains

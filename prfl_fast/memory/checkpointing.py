@@ -3,8 +3,8 @@
 ``none`` keeps every tensor that the backward reads. ``full`` keeps only the block's input and runs
 the block again in the backward. ``attention`` also keeps the outputs of attention operations (and
 their log-sum-exp), so the second run skips the operation whose cost grows with the square of the
-tokens. Cross-attention to a short text is cheap, so it runs again, see :func:`is_kept`. Gradients
-are bit-identical in all modes, because the order of operations is the same.
+tokens. Cross-attention to a short text is cheap, so it runs again (:func:`is_kept`). Gradients are
+bit-identical in all modes, because the order of operations is the same.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 BlockRunner = Callable[..., torch.Tensor]
 
 # A trained 14B block at 720p keeps 15.1 GB, 774 MB and 1.56 GB; the forward and backward of a whole
-# PRFL step take 24.1, 31.9 and 26.3 PFLOP (counted, bench/RESULTS.md).
+# PRFL step take 24.1, 31.9 and 26.3 PFLOP (counted, bench/NOTES.md and RESULTS.md).
 MODES = ("none", "full", "attention")
 
 # By name, because the operations of a package exist only after the package is imported.
@@ -70,9 +70,9 @@ def is_attention(op: Any) -> bool:
 def is_kept(op: Any, args: Sequence[Any]) -> bool:
     """Return True if mode ``attention`` keeps the results of an operation called with ``args``.
 
-    Of prfl_fast's attention, it keeps those of a call with as many keys as queries, or with more
-    keys than half of the channels. Others take no longer than a linear layer of as many channels
-    would: 4·Lk·D FLOPs per query, at most 2·D².
+    Attention of prfl_fast is not kept if it has fewer keys than queries, and at most half as many
+    keys as channels. It then costs no more than a linear layer: 4·Lk·D FLOPs per query, at most
+    2·D².
     """
     if not is_attention(op):
         return False
@@ -215,7 +215,7 @@ class _Keep(TorchDispatchMode):
     def __init__(self, pack: Callable[[torch.Tensor], Handle], kept: deque[Any]) -> None:
         super().__init__()
         self._pack, self._kept = pack, kept
-        self.found = False  # True after any attention
+        self.found = False  # True once an attention operation has run
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

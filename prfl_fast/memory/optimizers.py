@@ -55,11 +55,10 @@ _DTYPES = {
 # Constants of torchao and bitsandbytes: tensors with fewer elements are not quantized; elements per
 # scale; bytes of a codebook.
 _SMALLEST_8BIT, _BLOCK, _CODEBOOK_BYTES = 4096, 256, 256 * 4
-# Elements that a step of torchao's optimizers updates at once; a multiple of _BLOCK. A step of 14B
-# in full makes about 1000 calls of 16 million elements.
+# Elements that torchao's optimizers update at once; a multiple of _BLOCK. A step of all parameters
+# of 14B makes about 1000 such calls.
 STEP_ELEMENTS = 1 << 24
-# Float32 copies of these elements that a step makes if it is not compiled; compiled, it keeps some
-# of them in registers.
+# Float32 copies of these elements in an eager step; a compiled one keeps some of them in registers.
 _STEP_COPIES = {"adamw-sr": 10.26, "adamw8bit": 14.27}
 _SMALLEST_PAGED = 100_000  # bitsandbytes pages states of at least so many elements
 
@@ -153,7 +152,7 @@ def state_bytes(kind: OptimizerKind, shape: Sequence[int], dtype: torch.dtype) -
 
 
 def step_bytes(kind: OptimizerKind, parameters: Iterable[torch.Tensor]) -> int:
-    """Return the most device bytes of temporaries that a step of these parameters makes."""
+    """Return the largest device bytes of temporaries in a step of these parameters."""
     largest = widened = 0
     for p in parameters:
         largest = max(largest, p.numel())
@@ -395,7 +394,7 @@ def _stochastic_class(quantized: bool) -> Any:
             # Compiling takes up to 20 s per shape on a CPU, too long for the small models there.
             eager = devices == {"cpu"}
             stance: Any = torch.compiler.set_stance("force_eager") if eager else None
-            # The sizes of a model's parameters are few, so each may be compiled.
+            # A model's parameters have few sizes, so each size may be compiled.
             with stance or contextlib.nullcontext(), torch._dynamo.utils.disable_cache_limit():
                 for group in self.param_groups:
                     for p in group["params"]:

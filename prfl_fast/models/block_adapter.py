@@ -257,9 +257,9 @@ class DiffusersAdapter(BlockAdapter):
     """Adapter of one transformer class of diffusers, a ``ModelMixin`` with a ``config``.
 
     ``attributes`` names the plain attributes of a model that are saved with its configuration,
-    ``heads`` the modules after the last block. No gradient of the velocity reaches the parameters
-    whose names match ``unreached``. ``caches`` is True if a rollout keeps the keys and values of
-    the text.
+    ``heads`` the modules after the last block. Parameters whose names match ``unreached`` get no
+    gradient from the velocity. ``caches`` is True if a rollout keeps the keys and values of the
+    text.
     """
 
     def block_count(self, config: Mapping[str, Any]) -> int:
@@ -278,7 +278,7 @@ class DiffusersAdapter(BlockAdapter):
     class_name: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
     heads: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
-    unreached: ClassVar[str] = r"(?!)"
+    unreached: ClassVar[str] = r"(?!)"  # matches no name
     caches: ClassVar[bool] = False
 
     def matches(self, model: nn.Module) -> bool:

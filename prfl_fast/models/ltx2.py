@@ -259,7 +259,7 @@ class LTX2VideoAdapter(LTXVideoAdapter):
 
     class_name = "LTX2VideoTransformer3DModel"
     name = f"diffusers {class_name}"
-    unreached = r"audio|a2v|v2a|av_cross"  # without audio tokens, as plans are made
+    unreached = r"audio|a2v|v2a|av_cross"  # if there is no audio, as in plans
     embeddings = (
         "proj_in audio_proj_in caption_projection audio_caption_projection time_embed "
         "audio_time_embed av_cross_attn_video_scale_shift av_cross_attn_audio_scale_shift "

@@ -247,9 +247,9 @@ def embedder_forward(
 class _HeadNorm(NamedTuple):
     """Compute ``(norm_out(x.float()) * factor + shift).type_as(x)`` in one operation.
 
-    The model's forward applies these operators to the result of ``norm_out``. Run one by one, they
-    keep x in float32 until the generator's backward, 1.55 GB at 14B and 720p, and with a trained
-    head its norm too.
+    The model's forward applies these operators to the result of ``norm_out``. As separate
+    operations they keep x in float32 until the backward, 1.55 GB at 14B and 720p, and its norm too
+    if the head is trained.
     """
 
     eps: float

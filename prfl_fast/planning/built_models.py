@@ -63,7 +63,7 @@ def build(
         rewards = [_reward_model(adapter, {**config, **depth}).freeze() for depth in depths[1:]]
     for model in (trained, *rewards):
         transformer_of(model).text_tokens = workload.text_tokens
-    # Weights of the meta device cannot wait: stream_models lets them wait later.
+    # Weights on the meta device cannot be streamed: stream_models does it later.
     apply_memory(trained, dataclasses.replace(memory, stream_weights=None))
     for reward in rewards:
         apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
@@ -103,7 +103,7 @@ def stream_models(
     memory: MemoryConfig,
     reward_memory: MemoryConfig,
 ) -> None:
-    """Let the weights of materialized models wait in host memory where the policies say so."""
+    """Move block weights of materialized models to host memory where their policies stream them."""
     frozen = [(reward, reward_memory) for reward in rewards]
     for owner, config in ((trained, memory), *frozen):
         model = transformer_of(owner)

@@ -87,7 +87,7 @@ class FastFakeTensorMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor by its device
+        self._attributes: dict[torch.device, dict[str, Any]] = {}  # of fake tensors, by device
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -149,7 +149,7 @@ class FastFakeTensorMode(FakeTensorMode):
 
     def _run_for_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run PyTorch's C++ kernel for ``meta`` tensors on fake ones."""
-        # As fake_tensor.in_kernel_invocation_manager, without the time of a generator.
+        # As fake_tensor.in_kernel_invocation_manager, but without the cost of a context manager.
         with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
             self.in_kernel_invocation = True
             torch._C._set_meta_in_tls_dispatch_include(True)
@@ -173,7 +173,7 @@ class FastFakeTensorMode(FakeTensorMode):
 
 
 class WithoutInitialization(TorchFunctionMode):
-    """Leave out initial values, which ``meta`` tensors have none of: a tenth of a simulation."""
+    """Skip the initialization of parameters, because ``meta`` tensors hold no values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.__name__ in _INITIALIZATION:

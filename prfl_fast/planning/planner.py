@@ -129,7 +129,7 @@ def _tiers(workload: Workload, weight_dtype: str, optimizer: str) -> list[Tier]:
     check_choice("weight_dtype", weight_dtype, ("auto", *WEIGHTS))
     check_choice("optimizer", optimizer, ("auto", *OPTIMIZERS))
     adapters = workload.train == "lora"
-    quantized = adapters and workload.reward_loss is None  # LoRA of a reward is merged at the end
+    quantized = adapters and workload.reward_loss is None  # LoRA of a reward model is merged
     ok = quantized or weight_dtype in ("auto", "bf16")
     hint = "Quantized weights cannot train: set train to lora"
     expected = "auto or bf16 with train full, and for a reward model"

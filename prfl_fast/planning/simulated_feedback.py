@@ -23,13 +23,12 @@ from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.rollout.trajectory import Trajectory
 
-# Phases of the steps with gradient before the last one of a gradient point: each runs without a
-# graph, and again with one in the backward.
+# Phases of earlier steps: each runs without a graph, and again with one in the backward.
 EARLIER_PHASES = ("earlier forward", "recompute", "earlier backward")
 
 
 def latest_points(plan: GradientPlan, num_inference_steps: int) -> tuple[Point, ...]:
-    """Return the gradient points that a plan may draw late in the schedule, as deep as may be."""
+    """Return the latest gradient points that a plan may draw, the last one at its largest depth."""
     steps = plan.steps(num_inference_steps)
     last, count = steps[-1], min(plan.points, len(steps))
     if count == 1:
@@ -42,9 +41,9 @@ def latest_points(plan: GradientPlan, num_inference_steps: int) -> tuple[Point, 
 class StepPhases:
     """Start the phases of a PRFL step, and decide which of its calls run a model.
 
-    Models run where the most memory is in use: for the last evaluation of the reward, in the last
-    two steps that its gradient goes through, and in the rollout step before. Other calls return
-    zeros, but the trajectory keeps its latents and the solver's history.
+    Models run where most memory is in use: in the last evaluation of the reward, in the last two
+    solver steps that carry its gradient, and in the rollout step before them. All other calls
+    return zeros, but the trajectory keeps its latents and the solver's history.
     """
 
     def __init__(

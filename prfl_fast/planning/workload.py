@@ -45,10 +45,10 @@ class Workload:
         num_inference_steps: solver steps of a trajectory.
         expert: expert that trains, of two; ``both`` trains one per step, and needs ``lora``.
         shift: timestep shift of the schedule, which decides the steps of each expert.
-        reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks; of
-            several rewards a tuple, in which a tuple is an ensemble.
-        reward_loss: the run trains a reward model of all blocks of ``model`` by ``ce`` or, with two
-            videos per sample, ``bt`` (``train-reward``); None trains a generator.
+        reward_blocks: blocks of the frozen reward model, a copy of the generator's first blocks.
+            For several rewards, a tuple with an entry for each; an ensemble's entry is a tuple.
+        reward_loss: None trains a generator. ``ce`` and ``bt`` train a reward model with all blocks
+            of ``model`` (``train-reward``); ``bt`` has two videos per sample.
         sft: a supervised step follows each PRFL step.
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
@@ -167,7 +167,7 @@ class Workload:
 
     @property
     def rewards(self) -> tuple[tuple[int, ...], ...]:
-        """Blocks of the frozen models of each reward, of which an ensemble has several."""
+        """Blocks of the frozen models of each reward; an ensemble has several models."""
         if self.reward_loss is not None:
             return ()
         blocks = self.reward_blocks

@@ -53,7 +53,7 @@ class QueryAttentionPool(nn.Module):
         queries: torch.Tensor = self.queries
         w_q, w_k, w_v = mha.in_proj_weight.view(3, heads, size, dim).unbind(0)
         b_q, _, b_v = mha.in_proj_bias.view(3, dim).unbind(0)
-        # Products of [heads, ...]: einsum would take twice the host time, and matmul too.
+        # Products of [heads, ...]: einsum and matmul would take more host time than bmm.
         q = F.linear(queries, w_q.flatten(0, 1), b_q).view(-1, heads, size).transpose(0, 1)
         # One pass over x replaces two [L, D] × [D, D] projections: 2·L·D·heads multiply-adds in
         # place of 4·L·D², 1/384 at D = 1536 and 8 heads (bench/NOTES.md).

@@ -106,7 +106,7 @@ def reward_call(reward: LatentRewardModel, precision: Precision) -> LatentReward
 
 
 def _checked_on(device: torch.device | str, batch: Any) -> Any:
-    """Return a batch on ``device`` after checking its latents, which waits if they are there."""
+    """Check the latents of a batch, usually still on the host, and return it on ``device``."""
     for side in batch if isinstance(batch, PairBatch) else (batch,):
         check_finite("latents", side.latents)
     return batch.to(device)

@@ -408,8 +408,8 @@ class Trainer:
             self._draws[name] += 1
         gradients = self._updater.gradients()
         norm = gradient_norm(gradients) if gradients else None
-        # The only time that an update waits for the device: the optimizer step depends on the loss
-        # and on the norm. The norm is that before clipping.
+        # The only wait for the device in an update: whether it is applied depends on the loss and
+        # on the norm (before clipping).
         means = read_means([*metrics, *([] if norm is None else [{"grad_norm": norm}])])
         expected = "a gradient in at least one trainable parameter"
         ok = norm is not None or not math.isfinite(means["loss"])

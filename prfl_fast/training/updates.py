@@ -99,7 +99,7 @@ class Updater:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def apply(self, norm: torch.Tensor | None, finite: bool) -> None:
-        """Clip, step and average if ``finite``; drop the gradients, whose norm is ``norm``."""
+        """Clip, step and average if ``finite``; then drop the gradients. ``norm`` is their norm."""
         limit, clipped = self.config.max_grad_norm, [p for p in self._clipped if p.grad is not None]
         if finite:
             if limit is not None and clipped:
