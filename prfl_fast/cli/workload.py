@@ -149,7 +149,8 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         if content.get(section) is None:
             found.pop(field, None)
         elif name in given and given[name] != value:
-            _contradicted(name, given[name], f"{path} has {key}: {value}")
+            has = f"no {key}" if value is None else f"{key}: {value}"
+            _contradicted(name, given[name], f"{path} has {has}")
     if given.get("train") == "full" and config.lora is not None:
         _contradicted("train", "full", f"{path} has a lora section")
     if given.get("sft") is False and "objectives" in content and found["sft"]:

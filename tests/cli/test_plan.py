@@ -326,7 +326,7 @@ BAD = {
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",
     "--apply FILE --train full": "--train is full, but FILE has a lora section",
     "--apply SFT --no-sft": "--no-sft, but SFT has sft among its objectives",
-    "--apply FILE --guidance batched": "--guidance is batched, but FILE has prfl.guidance: None",
+    "--apply FILE --guidance batched": "--guidance is batched, but FILE has no prfl.guidance",
     "--apply EMPTY": "holds empty, expected keys and values",
     "--apply BROKEN": "not YAML",
     "--apply WRONG": "unknown key 'lora.lora_rnk': did you mean 'lora_rank'?",
