@@ -47,7 +47,7 @@ BACKWARD = {
 TRAINED = {"aten::mm": 8, "aten::sum": 8}
 # Image-to-video attends to a second key set: one more call, one sum of two outputs or gradients.
 IMAGE_FORWARD = {"prfl_fast::attention": 1, "aten::add": 1}
-# The image's output is made again, as the normed queries are.
+# The image's output is recomputed, like the normed queries.
 IMAGE_BACKWARD = {"prfl_fast::attention": 1, "prfl_fast::attention_backward": 1, "aten::add_": 1}
 
 

@@ -37,7 +37,7 @@ FULL = MemoryConfig("fp32", "full")
 
 @pytest.fixture(autouse=True)
 def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not."""
+    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
 
 
 def close(workload, memory=FULL):

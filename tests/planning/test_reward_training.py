@@ -34,7 +34,7 @@ POLICIES = {
 
 @pytest.fixture(autouse=True)
 def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not."""
+    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
 
 
 def counted(work, memory):

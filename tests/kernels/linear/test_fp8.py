@@ -225,7 +225,7 @@ class TestFp8Linear(NoGradientTests):
         wide = module.emulated(**inputs, upcast=FP64)
         torch.testing.assert_close(wide, naive(**inputs, wide=FP64), rtol=1e-12, atol=1e-12)
 
-    @pytest.mark.slow  # that of qk_norm_rope is in the default tier
+    @pytest.mark.slow  # the default tier has this test for qk_norm_rope
     def test_compiles_once_for_all_lengths(self):
         def layer(x, weight):
             return [fp8_linear(*quantize_fp8(x), *quantize_fp8(weight))]

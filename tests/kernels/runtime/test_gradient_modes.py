@@ -67,7 +67,7 @@ def test_vmap_is_right_or_refused(operation):
     torch.testing.assert_close(*grads)
 
 
-# Autograd may record these references itself, see ``native`` in the registry.
+# Operations whose references autograd may record itself, see ``native`` in the registry.
 TWICE = {"norm_modulate", "residual_norm_modulate", "gated_residual", "bias_gelu", "flow_step"}
 TWICE |= {"flow_loss"}
 

@@ -194,7 +194,7 @@ def test_autocast_does_not_reach_inside():
 
 
 def test_pytorch_records_a_reference_that_casts_nothing():
-    """Then autograd has no function of ours; with a cast, autocast or many elements it has one."""
+    """Check that the graph has our function only with a cast, autocast or many elements."""
     x, y, row = (torch.randn(*shape, requires_grad=True) for shape in ((4, 8), (4, 8), (8,)))
     half, many = row.detach().bfloat16(), torch.randn(2**13 + 1, 8, requires_grad=True)
 
@@ -220,7 +220,7 @@ def test_pytorch_records_a_reference_that_casts_nothing():
 
 
 def test_a_graph_of_pytorch_keeps_what_ours_does(monkeypatch):
-    """Allow mean and ρ of each token, and the sum of a table and its row."""
+    """Compare saved bytes; a graph of PyTorch may also save mean and ρ of each token."""
     x, row = torch.randn(2, 6, 32), torch.randn(32)
     rows = {name: row.expand(1, 32).clone() for name in ("gate", "scale", "shift")}
     tables = {f"{name}_table": row.clone() for name in rows}
