@@ -38,7 +38,7 @@ from prfl_fast.training.model_files import check_savable, copy_into
 from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.training.signals import collect_signals
-from prfl_fast.training.updates import Updater, read_means
+from prfl_fast.training.updates import Updater, detached, read_means
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
@@ -359,7 +359,9 @@ class Trainer:
         except BaseException as error:  # for example a sample with NaN: the steps so far are good
             failure = None
             if is_out_of_memory(error):
-                place = f"{phase_of(error)} of micro-batch {self._draws[name] - draws + 1}"
+                done, count = self._draws[name] - draws, self.config.gradient_accumulation_steps
+                place = f"{phase_of(error)} of micro-batch {done + 1}"
+                place = place if done < count else "norm of the gradients"
                 failure = self._out_of_memory(f"objective {name!r}, {place}", error)
             # Restore after the report, because advise() may draw random numbers.
             self._updater.clear()
@@ -404,7 +406,9 @@ class Trainer:
         for _ in range(count):
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
             with one_expert(self.model, self.objectives, self.result.step):
-                metrics.append(objective(self._draws[name], self.generator, 1 / count))
+                found = objective(self._draws[name], self.generator, 1 / count)
+            metrics.append(detached(found))
+            del found  # a graph would keep activations beside those of the next micro-batch
             self._draws[name] += 1
         gradients = self._updater.gradients()
         norm = gradient_norm(gradients) if gradients else None

@@ -18,6 +18,17 @@ from prfl_fast.training.schedules import schedule_factor
 from prfl_fast.utils.checks import check
 
 
+def detached(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of metrics, without graphs, to read after later micro-batches.
+
+    An objective may change its tensors in place by then.
+    """
+    return {
+        key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for key, value in metrics.items()
+    }
+
+
 def read_means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean of each metric over the mappings that have it.
 

@@ -70,6 +70,24 @@ def test_the_metrics_of_all_micro_batches_are_read_at_once():
     assert found == {"loss": 1.0, "drift": 2.0, "other": 3.0}
 
 
+def test_metrics_are_those_of_their_micro_batch_and_keep_no_graph():
+    model, kept, alive = linear(), [], []
+
+    class Reused(NoisyFit):
+        loss = torch.zeros(())
+
+        def __call__(self, draw, generator, loss_scale):
+            super().__call__(draw, generator, loss_scale)
+            alive.append([each() is not None for each in kept])
+            activation = torch.ones(4, requires_grad=True)
+            kept.append(weakref.ref(activation))
+            return {"loss": self.loss.fill_(draw), "other": activation.square().sum()}
+
+    run = trainer(model, objectives={"a": Reused(model)}, steps=1, gradient_accumulation_steps=3)
+    assert run.run().history[0]["a/loss"] == 1.0
+    assert alive == [[], [False], [False, False]]
+
+
 @pytest.mark.parametrize("micro_batch", [0, 1])
 def test_one_bad_micro_batch_skips_the_whole_update(micro_batch):
     model = linear()
@@ -244,6 +262,12 @@ def test_what_an_objective_carries_is_saved_and_resumed(tmp_path):
     assert full.objectives["a"].count == 4
     full.run()
     assert log(tmp_path / "full") == log(tmp_path / "whole")
+
+
+def test_out_of_memory_in_the_norm_is_of_no_micro_batch(monkeypatch):
+    monkeypatch.setattr("prfl_fast.training.trainer.gradient_norm", no_memory)
+    with pytest.raises(OutOfMemoryError, match="objective 'a', norm of the gradients, step 1"):
+        trainer().run()
 
 
 def test_out_of_memory_in_the_optimizer_step_ends_the_run(tmp_path, monkeypatch):
