@@ -28,7 +28,7 @@ BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
 # Commands whose modules have run_<command>: their lines of help, and the beginning of their usage.
 _OPTIONS = {
     "encode": ("encode clips and captions to a dataset", "CLIPS OUT --model MODEL "),
-    "plan": ("choose the fastest memory policy that fits a GPU; needs no GPU", ""),
+    "plan": ("choose the fastest memory policy that fits a GPU; needs no GPU", "[FILE.yaml] "),
     "evaluate": ("compare the scores of a reward model with labels or preferences", "REWARD DATA "),
     "sample": ("sample videos of prompts or images", "OUT --model MODEL "),
     "compare": (
@@ -185,9 +185,9 @@ def _add_file_commands(commands: Any) -> None:
 
 
 def _import_models() -> None:
-    """Import diffusers' models and peft without what they import if it is there.
+    """Import diffusers' models and peft without the optional packages that they import.
 
-    The planner needs none of it for them, and it takes longer than some plans.
+    The planner needs none of these there, and importing them takes longer than some plans.
     """
     with hidden("bitsandbytes", "scipy", "torchao"), contextlib.suppress(ImportError):
         importlib.import_module("diffusers.models.transformers")
