@@ -146,6 +146,8 @@ class Workload:
 
     def _check_model(self) -> None:
         layers = self.blocks
+        ok = self.reward_loss is not None or bool(self.rewards) and all(self.rewards)
+        check(ok, "reward_blocks", self.reward_blocks, "a number of blocks for each reward")
         expected = f"at most the model's {layers} blocks"
         for count in self.reward_models:
             check_count("reward_blocks", count)

@@ -269,6 +269,8 @@ def test_what_a_workload_refuses():
         ({"train": "all"}, "train is 'all', expected one of 'lora', 'full'"),
         ({"precision": "fp16"}, "precision is 'fp16', expected one of 'fp32', 'bf16'"),
         ({"reward_blocks": 4}, "reward_blocks is 4, expected at most the model's 3"),
+        ({"reward_blocks": ()}, "reward_blocks is .*, expected a number of blocks for each reward"),
+        ({"reward_blocks": (1, ())}, "expected a number of blocks for each reward"),
         ({"gradient_plan": GradientPlan(40)}, "points is 40, expected at most num_inference_steps"),
         ({"batch_size": True}, "batch_size is True, expected a positive integer"),
         (
