@@ -34,7 +34,7 @@ def hidden(*packages: str) -> Iterator[None]:
     """
     found, hide = importlib.util.find_spec, [name for name in packages if name not in sys.modules]
     importlib.util.find_spec = (  # type: ignore[assignment]
-        lambda name, *package: None if name in hide else found(name, *package)
+        lambda name, *rest, **named: None if name in hide else found(name, *rest, **named)
     )
     sys.modules.update(dict.fromkeys(hide))  # type: ignore[arg-type]
     try:

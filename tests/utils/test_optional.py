@@ -20,5 +20,6 @@ def test_hidden_packages_look_missing_and_come_back():
         assert importlib.util.find_spec("cProfile") is None
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("cProfile")
+        assert importlib.util.find_spec(".decoder", package="json")
         assert importlib.util.find_spec("json") and importlib.import_module("json")  # as before
     assert importlib.util.find_spec("cProfile") and importlib.import_module("cProfile").run
