@@ -58,15 +58,8 @@ LTX = {
     "caption_channels": 64,
 }
 LTX2 = {
-    **_SMALL,
+    **LTX,
     "class_name": "LTX2VideoTransformer3DModel",
-    "num_layers": 3,
-    "in_channels": 128,
-    "out_channels": 128,
-    "patch_size": 1,
-    "patch_size_t": 1,
-    "cross_attention_dim": 128,
-    "caption_channels": 64,
     "audio_num_attention_heads": 4,
     "audio_attention_head_dim": 16,
     "audio_cross_attention_dim": 64,
