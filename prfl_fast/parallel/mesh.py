@@ -1,0 +1,87 @@
+"""Mesh of the ranks of a run: copies of the weights, shards of them, shards of the sequence.
+
+The ranks form a :class:`torch.distributed.device_mesh.DeviceMesh` of three dimensions, in this
+order, so that neighboring ranks, which have the fastest links, share a sample:
+
+* ``dp_replicate``: copies of the sharded weights;
+* ``dp_shard``: ranks with samples of their own that share one copy of the weights;
+* ``sp``: ranks that share a sample, each with a part of its tokens. They share the copy as well.
+
+Every rank's loss is the mean over its own sample, and ranks of one sample compute the same loss.
+All collectives of :mod:`prfl_fast.utils.collectives` have their true adjoint as backward, so the
+mean of the gradients over all ranks, which FSDP2 takes, is the gradient of the mean loss.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from prfl_fast.utils.checks import check, check_count
+
+DIMENSIONS = ("dp_replicate", "dp_shard", "sp")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Configure how the ranks of a run share weights and samples.
+
+    Attributes:
+        shard: ranks that hold one copy of the weights together, those that share a sample included;
+            1 keeps the whole model on every rank, ``"auto"`` shards it over all ranks.
+        sequence: ranks that share a sample, each with a part of its tokens.
+
+    Raises:
+        ValueError: if a number is below 1, or ``shard`` is neither 1 nor a multiple of
+            ``sequence``.
+    """
+
+    shard: int | Literal["auto"] = "auto"
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("sequence", self.sequence)
+        if self.shard == "auto":
+            return
+        check_count("shard", self.shard)
+        whole = self.shard == 1 or self.shard % self.sequence == 0
+        expected = f"1, or a multiple of sequence = {self.sequence}"
+        check(whole, "shard", self.shard, expected, hint="Ranks that share a sample share weights")
+
+    def shard_of(self, ranks: int) -> int:
+        """Return the number of ranks that share the weights, of this number of ranks.
+
+        Raise ``ValueError`` if they do not divide the ranks.
+        """
+        shard = ranks if self.shard == "auto" else self.shard
+        for name, size in (("shard", shard), ("sequence", self.sequence)):
+            check(ranks % size == 0, name, size, f"a divisor of {ranks}, the number of ranks")
+        return shard
+
+
+def make_mesh(config: ParallelConfig | None = None, device_type: str | None = None) -> DeviceMesh:
+    """Return the mesh of all ranks, with the dimensions ``dp_replicate``, ``dp_shard``, ``sp``.
+
+    With ``shard`` 1, ``dp_shard`` has size 1 and the ranks of ``dp_replicate`` have whole models.
+
+    Args:
+        config: sizes; the default shards the weights over all ranks.
+        device_type: ``"cuda"`` or ``"cpu"``; None takes that of the process group's backend.
+
+    Raises:
+        ValueError: if the sizes do not divide the number of ranks.
+        RuntimeError: if no process group is initialized.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "no process group is initialized. Start the program with torchrun, and call "
+            "torch.distributed.init_process_group() first"
+        )
+    config = ParallelConfig() if config is None else config
+    ranks, sequence = dist.get_world_size(), config.sequence
+    shard = max(config.shard_of(ranks), sequence)
+    if device_type is None:
+        device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    sizes = (ranks // shard, shard // sequence, sequence)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)
