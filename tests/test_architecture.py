@@ -11,7 +11,8 @@ from prfl_fast import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    "cli planning training sampling data feedback parallel memory rewards rollout models utils kernels"
+    "cli planning training sampling data feedback parallel memory rewards rollout models utils "
+    "kernels"
 ).split()
 KERNEL_FLOORS = {"norm": 0, "attn": 0, "linear": 0, "flow": 0, "common": 1, "runtime": 2}
 
