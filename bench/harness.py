@@ -426,8 +426,14 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def run_record(context: Context, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the data that repeats a run: commit, versions, command, date, device, seed."""
-    argv = sys.argv if argv is None else argv
+    """Return the data that repeats a run: commit, versions, command, date, device, seed.
+
+    The command is without ``--out``, a folder of one machine that decides no number.
+    """
+    argv = [*(sys.argv if argv is None else argv)]
+    if "--out" in argv:
+        place = argv.index("--out")
+        del argv[place : place + 2]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["prfl_fast"] = __version__
     versions |= package_versions(("triton", "diffusers", "peft", "numpy", "flash-attn"))

@@ -166,7 +166,7 @@ def test_a_run_writes_records_report_and_plots(quick, tmp_path, capsys):
     assert run["format"] == harness.FORMAT
     assert run["git"]["sha"] and set(run["git"]) == {"sha", "dirty"}
     assert {"python", "torch", "prfl_fast"} <= set(run["versions"])
-    assert run["command"].startswith("python bench/run.py")
+    assert run["command"].startswith("python bench/run.py") and "--out" not in run["command"]
     assert run["date"].endswith("+00:00") and run["seed"] == 0 and run["preset"] == "tiny"
     assert run["device"]["slug"].startswith("cpu-") and run["device"]["name"]
     suite = record["suites"]["kernels"]
