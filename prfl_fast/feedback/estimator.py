@@ -19,7 +19,7 @@ from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.recompute import NO_GRADIENT, recomputed_step
+from prfl_fast.utils.recompute import SeparateCalls
 from prfl_fast.utils.transfers import to_device
 
 
@@ -110,13 +110,15 @@ class PRFLOutput:
 class GradientSteps(NamedTuple):
     """Latents ``x`` before step ``next_step``, with the graph of the steps that led to them.
 
-    ``weight`` is the factor of their loss, ``penalties`` the divergence of each step with its
-    graph, and ``divergence`` the mean of these without graph (None if there are none).
+    ``weight`` is the factor of their loss, ``calls`` the model's calls in these steps,
+    ``penalties`` the divergence of each step with its graph, and ``divergence`` the mean of these
+    without graph (None if there are none).
     """
 
     x: torch.Tensor
     next_step: int
     weight: float
+    calls: SeparateCalls
     penalties: Sequence[torch.Tensor] = ()
     divergence: torch.Tensor | None = None
 
@@ -167,24 +169,21 @@ class GradientEstimator:
 
         ``last`` is True for the last point of the trajectory.
         """
-        trajectory, penalties = self.trajectory, []
+        trajectory, calls, penalties = self.trajectory, SeparateCalls(), list[torch.Tensor]()
         clean = self.spec.plan.reward_at == "clean"
         for index in range(point.first, point.step + 1):
             x = trajectory.x
-            if index < point.step:
-                v, *extra = recomputed_step(partial(self._evaluate, index), x)
-            else:
-                # The last step's graph is used at once, so recomputing it would save nothing.
-                v, *extra = self._evaluate(index, x)
-            _check_graph(v.requires_grad, NO_GRADIENT)
-            penalties += extra
+            # The last step's graph is used at once, so recomputing it would save nothing.
+            velocity = partial(trajectory.velocity, index=index)
+            v = calls.call(velocity, x, keep=index == point.step)
+            penalties += self._divergence(calls, velocity, x, v)
             # After the last point nothing needs x_{m+1}, if the reward reads the estimate of x0.
             if index < point.step or not clean or not last:
                 trajectory.follow(trajectory.solve(v))
         if not clean:
-            return self._steps(trajectory.x, point.step + 1, penalties, weight)
+            return self._steps(trajectory.x, point.step + 1, calls, penalties, weight)
         x0 = flow_step([x, v], [1.0, -trajectory.sigma(point.step)])
-        return self._steps(x0, self.spec.sampler.num_inference_steps, penalties, weight)
+        return self._steps(x0, self.spec.sampler.num_inference_steps, calls, penalties, weight)
 
     @torch.enable_grad()
     def take_again(self, point: Point, weight: float) -> GradientSteps:
@@ -193,19 +192,25 @@ class GradientEstimator:
         sigma = self.trajectory.sigma(index)
         x = flow_step([end, _randn_like(end, self.generator)], [1 - sigma, sigma])
         x = set_first_frame(x, self.trajectory.conditions)
-        v, *penalties = self._evaluate(index, x)
-        _check_graph(v.requires_grad, NO_GRADIENT)
-        return self._steps(flow_step([x, v], [1.0, -sigma]), index + 1, penalties, weight)
+        calls, velocity = SeparateCalls(), partial(self.trajectory.velocity, index=index)
+        v = calls.call(velocity, x, keep=True)
+        penalties = self._divergence(calls, velocity, x, v)
+        return self._steps(flow_step([x, v], [1.0, -sigma]), index + 1, calls, penalties, weight)
 
     def _steps(
-        self, x: torch.Tensor, index: int, penalties: list[torch.Tensor], weight: float
+        self,
+        x: torch.Tensor,
+        index: int,
+        calls: SeparateCalls,
+        penalties: list[torch.Tensor],
+        weight: float,
     ) -> GradientSteps:
         divergence = None
         if penalties:
             divergence = torch.stack([p.detach() for p in penalties]).mean()
             self._divergences.append(divergence * weight)
             self._record(torch.isfinite(divergence))
-        return GradientSteps(x, index, weight, penalties, divergence)
+        return GradientSteps(x, index, weight, calls, penalties, divergence)
 
     def _record(self, good: torch.Tensor) -> None:
         """Collect a 0-d bool tensor: True if all values that it stands for are finite."""
@@ -262,7 +267,7 @@ class GradientEstimator:
                 self._losses[-1] = self._losses[-1] + factor * steps.divergence
             share = factor * self.loss_scale / max(1, len(penalties))
             gradients = [gradient, *(torch.full_like(p, share) for p in penalties)]
-            torch.autograd.backward([steps.x, *penalties], gradients)
+            steps.calls.backward([steps.x, *penalties], gradients, self._leaf)
         self.trajectory.cut()
 
     def run_guided(self, points: tuple[Point, ...]) -> PRFLOutput:
@@ -312,7 +317,7 @@ class GradientEstimator:
             return v
         sigma, batch = trajectory.sigma(index), len(trajectory.x)
         # The weight undoes the mean over the batch: each sample follows its own loss.
-        gradient = self.score(GradientSteps(trajectory.x, index, batch), 1.0)
+        gradient = self.score(GradientSteps(trajectory.x, index, batch, SeparateCalls()), 1.0)
         self._losses[-1] = self._losses[-1] / (batch * len(points))
         if gradient is None:
             raise _NonFiniteRewardError
@@ -321,29 +326,26 @@ class GradientEstimator:
         # and so adds t/(1-t)·∇loss to v.
         return flow_step([v, gradient], [1.0, sigma / (1 - sigma)])
 
-    def _evaluate(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the velocity, and its divergence if that is on."""
-        v = self.trajectory.velocity(x, index)
-        return v, *self._divergence(x, index, v)
-
-    def _divergence(self, x: torch.Tensor, index: int, v: torch.Tensor) -> list[torch.Tensor]:
+    def _divergence(
+        self,
+        calls: SeparateCalls,
+        velocity: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        v: torch.Tensor,
+    ) -> list[torch.Tensor]:
         """Return the mean squared distance of ``v`` from the base velocity; empty if it is off."""
         if not self.spec.divergence:
             return []
         model = model_of(self.spec.sampler.transformer)
         assert model is not None
-
-        def initial(x: torch.Tensor) -> tuple[torch.Tensor]:
-            return (self.trajectory.velocity(x, index),)
-
         off = partial(adapters_off, model)
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad:
             # After an earlier step with gradient the latents depend on the parameters, and the base
             # velocity depends on the latents. Its backward recomputes blocks with adapters off.
-            (base,) = recomputed_step(initial, x, off)
+            base = calls.call(velocity, x, off)
         else:
             with torch.no_grad(), off():
-                (base,) = initial(x)
+                base = velocity(x)
         wide = torch.promote_types(v.dtype, torch.float32)
         difference = generated_frames(v.to(wide) - base.to(wide), self.trajectory.conditions)
         return [difference.square().mean()]

@@ -4,23 +4,23 @@ Each function saves only the input of the recomputed part:
 
 * :func:`recomputed`: one call, ``torch.utils.checkpoint`` with safe exceptions.
 * :func:`in_chunks`: one chunk of tokens at a time.
-* :func:`recomputed_step`: one solver step of a gradient through several. Parameters receive their
-  gradients while the backward runs, so that only one step's activations exist at a time.
+* :class:`SeparateCalls`: the calls of a model in a gradient through several solver steps. Parameters
+  receive their gradients call by call, so that only one call's activations exist at a time.
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 NO_GRADIENT = (
     "The transformer's velocity needs no gradient, because no parameter requires one. Call "
     "requires_grad_(True) on the parameters to train, or add LoRA layers"
 )
-# x → velocity, and further terms of the loss at x.
-Evaluation = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+Function = Callable[[torch.Tensor], torch.Tensor]
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -122,48 +122,133 @@ def in_chunks(
     return out
 
 
-class _RecomputedStep(torch.autograd.Function):
+class _Boundary(torch.autograd.Function):
+    """Return a tensor as the result of a node at which a graph begins."""
+
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, evaluate: Evaluation, context: Context, x: torch.Tensor, anchor: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.evaluate, ctx.context = evaluate, context
-        ctx.save_for_backward(x)
-        with context():
-            return evaluate(x.detach())
+        ctx: Any, anchor: torch.Tensor, values: list[torch.Tensor]
+    ) -> torch.Tensor:
+        return values.pop()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-        with ctx.context():
-            with torch.enable_grad():
-                outputs = ctx.evaluate(x)
-            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-            if not pairs:
+        raise RuntimeError("a call of SeparateCalls has no graph. Call its backward() instead")
+
+
+class _Call(NamedTuple):
+    function: Function
+    context: Context
+    x: torch.Tensor
+    start: GradientEdge | None  # of x in the connecting graph, if x requires a gradient
+    end: GradientEdge  # of the result in the connecting graph
+    result: torch.Tensor | None  # with a graph of its own that begins at ``leaf``
+    leaf: torch.Tensor | None
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Run the backward of the call, recomputed if need be; return the gradient of ``x``."""
+        result, leaf = self.result, self.leaf
+        with self.context():
+            if result is None:
+                leaf = self.x.detach().requires_grad_(self.start is not None)
+                with torch.enable_grad():
+                    result = self.function(leaf)
+            if not result.requires_grad:
                 raise ValueError(NO_GRADIENT)
-            # backward, not autograd.grad: parameters are not inputs of this Function, and each
-            # gradient is accumulated into .grad as soon as it is computed.
-            torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-        return None, None, x.grad, None
+            # backward, not autograd.grad: each parameter's gradient is accumulated into .grad as
+            # soon as it is computed.
+            torch.autograd.backward(result, gradient)
+        assert leaf is not None
+        return leaf.grad
 
 
-def recomputed_step(
-    evaluate: Evaluation, x: torch.Tensor, context: Context = contextlib.nullcontext
-) -> tuple[torch.Tensor, ...]:
-    """Return ``evaluate(x)``, computed without a graph and recomputed with one in the backward.
+class SeparateCalls:
+    """Calls of a model whose graphs are separate, for a gradient through several of them.
 
-    Only ``x`` is saved. The model's own activation checkpointing applies in the recomputed forward.
+    The operations between calls, a solver's, form one connecting graph. The backward visits the
+    calls in reverse order, and recomputes all those whose graph was not kept, so only one call's
+    activations exist at a time. Of other calls only the input is saved. The model's own activation
+    checkpointing applies in a recomputed forward.
 
-    Args:
-        evaluate: function that returns the same values on each call. Its parameters receive their
-            gradients in ``.grad`` during the backward.
-        x: latents at the start of the step, ``[B, C, F, H, W]``.
-        context: entered around each call of ``evaluate`` and around its backward.
-
-    Raises:
-        ValueError: in the backward, if no output of ``evaluate`` requires a gradient.
+    Every backward of the model is a top-level one. In a backward nested in another, FSDP2 does not
+    free the weights of a block after its forward, and DistributedDataParallel sums no gradients.
     """
-    # The anchor makes the outputs require a gradient even if x does not.
-    anchor = torch.zeros(0, dtype=torch.float32, device=x.device, requires_grad=True)
-    return _RecomputedStep.apply(evaluate, context, x, anchor)
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        # Makes the results require a gradient even if x does not.
+        self._anchor = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
+
+    @torch.enable_grad()
+    def call(
+        self,
+        function: Function,
+        x: torch.Tensor,
+        context: Context = contextlib.nullcontext,
+        *,
+        keep: bool = False,
+    ) -> torch.Tensor:
+        """Return ``function(x)`` as a tensor of the connecting graph.
+
+        Args:
+            function: function that returns the same values on each call. Its parameters receive
+                their gradients in ``.grad`` during :meth:`backward`.
+            x: latents at the start of a solver step, ``[B, C, F, H, W]``.
+            context: entered around each call of ``function`` and around its backward.
+            keep: keep the graph of this call instead of recomputing it. It should be the last one.
+
+        Raises:
+            ValueError: if the result of a kept call does not require a gradient.
+        """
+        result = leaf = None
+        if keep:
+            leaf = x.detach().requires_grad_(x.requires_grad)
+            with context():
+                result = function(leaf)
+            if not result.requires_grad:
+                raise ValueError(NO_GRADIENT)
+            values = result.detach()
+        else:
+            with context(), torch.no_grad():
+                values = function(x.detach())
+        out = _Boundary.apply(self._anchor, [values])
+        start = get_gradient_edge(x) if x.requires_grad else None
+        self._calls.append(
+            _Call(function, context, x.detach(), start, get_gradient_edge(out), result, leaf)
+        )
+        return out
+
+    def backward(
+        self,
+        outputs: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        leaf: torch.Tensor | None = None,
+    ) -> None:
+        """Run backward from tensors of the connecting graph through all calls, and forget these.
+
+        Args:
+            outputs: tensors, of which at least the first requires a gradient.
+            gradients: gradients of a loss with respect to ``outputs``.
+            leaf: a tensor at which the connecting graph begins; receives its gradient in ``.grad``.
+
+        Raises:
+            ValueError: if the result of a call does not require a gradient.
+        """
+        ends: list[Any] = [*outputs]
+        gradients = [*gradients]
+        while self._calls:
+            call = self._calls.pop()
+            # The solver's graph is walked once per call. That is a few operations on latents for
+            # each later step.
+            (gradient,) = torch.autograd.grad(
+                ends, call.end, gradients, retain_graph=True, allow_unused=True
+            )
+            if gradient is None:
+                continue
+            d_x = call.backward(gradient)
+            if call.start is not None and d_x is not None:
+                ends.append(call.start)
+                gradients.append(d_x)
+            del call, gradient, d_x
+        if leaf is not None:
+            torch.autograd.backward(ends, gradients, inputs=[leaf])
