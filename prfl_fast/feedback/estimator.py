@@ -259,15 +259,23 @@ class GradientEstimator:
             return None
         return gradients[0] if len(gradients) == 1 else flow_step(gradients, [1.0] * len(gradients))
 
-    def backward(self, steps: GradientSteps, gradient: torch.Tensor | None) -> None:
-        """Run backward through the steps and their divergences, then drop the graph."""
+    def backward(
+        self,
+        steps: GradientSteps,
+        gradient: torch.Tensor | None,
+        before_last: Callable[[], None] | None = None,
+    ) -> None:
+        """Run backward through the steps and their divergences, then drop the graph.
+
+        ``before_last`` is called before the backward of the model's last call.
+        """
         if gradient is not None:
             factor, penalties = self.spec.divergence * steps.weight, steps.penalties
             if steps.divergence is not None:
                 self._losses[-1] = self._losses[-1] + factor * steps.divergence
             share = factor * self.loss_scale / max(1, len(penalties))
             gradients = [gradient, *(torch.full_like(p, share) for p in penalties)]
-            steps.calls.backward([steps.x, *penalties], gradients, self._leaf)
+            steps.calls.backward([steps.x, *penalties], gradients, self._leaf, before_last)
         self.trajectory.cut()
 
     def run_guided(self, points: tuple[Point, ...]) -> PRFLOutput:

@@ -26,6 +26,7 @@ from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check, check_number, check_type, plain
 from prfl_fast.utils.recompute import NO_GRADIENT
+from prfl_fast.utils.sharded import delayed_reduction, discard_gradients, reduces_once
 
 # At Wan's first level, 0.9998 at shift 5, the factor σ/(1-σ) of guided sampling is already 5000.
 PURE_NOISE = 1e-3
@@ -152,7 +153,7 @@ class PRFL:
             ValueError: if noise, latents or conditions have a wrong shape or are not finite;
                 ``indices`` are out of order or range; the reward has trainable parameters, a wrong
                 shape, or no graph to its input; the transformer has no trainable parameter; or a
-                plan of several steps finds active dropout, or a sharded or DDP model.
+                plan of several steps finds active dropout.
         """
         plan = self.plan
         for reward in self.spec.rewards.values():
@@ -172,7 +173,7 @@ class PRFL:
         # The trajectory's own point and the renoised ones have equal weights.
         share, drawn = 1 + plan.renoised, len(points)
         points = (*points, *[Point(points[-1].step)] * plan.renoised)
-        with _frozen(self.sampler.transformer) if plan.to == "noise" else contextlib.nullcontext():
+        with self._surroundings() as before_last:
             try:
                 for number, point in enumerate(points):
                     if not estimator.finite:
@@ -183,7 +184,9 @@ class PRFL:
                         taken = estimator.take(point, point.weight / share, last=last)
                     else:
                         taken = estimator.take_again(point, 1 / share)
-                    estimator.backward(taken, estimator.score(taken, estimator.loss_scale))
+                    gradient = estimator.score(taken, estimator.loss_scale)
+                    last = number == len(points) - 1
+                    estimator.backward(taken, gradient, before_last if last else None)
                     del taken  # frees its latents before the next rollout
             finally:
                 # An exception's traceback would keep the graph of several steps alive.
@@ -193,11 +196,28 @@ class PRFL:
             self._discard(noise, latents)
         return output
 
+    @contextlib.contextmanager
+    def _surroundings(self) -> Iterator[Callable[[], None]]:
+        """Prepare the model for the backwards of a call; yield what precedes the last of them."""
+        model = self._model
+        if self.plan.to == "noise" or model is None:
+            with _frozen(self.sampler.transformer):
+                yield lambda: None
+            return
+        with contextlib.ExitStack() as stack:
+            if reduces_once(model):
+                stack.enter_context(delayed_reduction(model))
+            try:
+                yield stack.close
+            except BaseException:
+                if reduces_once(model):
+                    discard_gradients(model)
+                raise
+
     def _discard(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:
         """Drop the gradients of a step that is not finite; raise if its input is not finite."""
         if self._model is not None and self.plan.to == "parameters":
-            for parameter in self._model.parameters():
-                parameter.grad = None
+            discard_gradients(self._model)
         check_finite("noise", noise)
         if latents is not None:
             check_finite("latents", latents)
@@ -278,13 +298,6 @@ class PRFL:
                     f"{name} has dropout p={module.p} in train mode. This plan recomputes each "
                     "forward in the backward, so masks would differ. Call model.eval() or set "
                     "dropout to 0."
-                )
-        if plan.to == "parameters":
-            kinds = {type(model).__name__} | {type(p).__name__ for p in model.parameters()}
-            for kind in kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "DTensor"}:
-                raise ValueError(
-                    f"transformer is of {kind}, expected a plain model for a gradient through "
-                    "several steps: their backwards would not be summed. Use a plan of depth 1."
                 )
 
     def _check_inputs(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:

@@ -14,7 +14,8 @@ from prfl_fast.models.adapter import Adapter, Conditions
 from prfl_fast.models.inference import RolloutModel, RolloutOptions, UnsupportedError
 from prfl_fast.utils.adapters import adapter_parameters
 from prfl_fast.utils.checks import check, check_type, is_number, plain
-from prfl_fast.utils.modules import unwrap
+from prfl_fast.utils.modules import unwrap, weights_of
+from prfl_fast.utils.sharded import release
 
 NAMES = ("high", "low")
 # Subfolders of the experts in a diffusers pipeline, whose load_lora_weights takes the adapter of
@@ -190,7 +191,9 @@ class _ExpertsRollout(RolloutModel):
 
         def open(name: str) -> RolloutModel:
             own = [t for t, of in zip(timesteps, names, strict=True) if of == name]
-            return adapter.open_rollout(model.use(name), like, own, conditions, options)
+            expert = model.use(name)
+            with weights_of(unwrap(expert)):
+                return adapter.open_rollout(expert, like, own, conditions, options)
 
         self._open, self._model = open, model
         self._current, self._opened = names[0], open(names[0])
@@ -202,6 +205,7 @@ class _ExpertsRollout(RolloutModel):
         name = self._names[step]
         if name != self._current:
             del self._opened  # frees its caches before the other expert's are made
+            release(getattr(self._model, self._current))
             self._current, self._opened = name, self._open(name)
         self._model.use(name)  # a gradient step may have run the other expert in between
         v = self._opened.velocity(x, self._names[:step].count(name), **precisions)

@@ -8,7 +8,7 @@ they run the same operations on the same values.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from prfl_fast.models.inference_linear import (
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import instance_forward
 from prfl_fast.utils.recompute import in_chunks
+from prfl_fast.utils.sharded import is_dtensor, is_fsdp, is_fsdp_hook
 
 LayerPrecision = Literal["exact", "fp8"]
 PRECISIONS = ("exact", "fp8")
@@ -128,14 +129,15 @@ def check_rollout(
             "DataParallel copies the model for each call. Use one process per GPU",
         )
     _require(
-        not base._forward_pre_hooks
+        not _foreign_hooks(base._forward_pre_hooks)
         and ("forward" not in base.__dict__ or instance_forward(base) in own),
         f"{type(base).__name__} has forward pre-hooks or a replaced forward (accelerate or "
         "diffusers?), which may change cached values. Remove them",
     )
     for name, module in base.named_modules():
         replaced = "forward" in module.__dict__ and instance_forward(module) not in own
-        hooked = replaced or module._forward_hooks or module._forward_pre_hooks
+        hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+        hooked = replaced or _foreign_hooks(hooks)
         _require(
             module is base or not hooked,
             f"{name} has hooks or a replaced forward (accelerate, diffusers, or yours?), which "
@@ -154,9 +156,13 @@ def check_rollout(
             f"{name} is compiled, and an eager rollout would round differently. Set "
             "RolloutConfig(compile='on') to let the rollout compile its block too",
         )
-    for name, parameter in base.named_parameters():
-        sharded = any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__)
-        _require(not sharded, f"{name} is sharded, expected whole parameters")
+    sharded = next((name for name, p in base.named_parameters() if is_dtensor(p)), None)
+    ok = sharded is None or any(is_fsdp(module) for module in base.modules())
+    _require(ok, f"{sharded} is sharded, but not by FSDP2, expected whole parameters")
+
+
+def _foreign_hooks(hooks: Mapping[int, object]) -> bool:
+    return not all(map(is_fsdp_hook, hooks.values()))
 
 
 def _require(ok: bool, reason: str) -> None:

@@ -150,11 +150,11 @@ class SimulatedEstimator(GradientEstimator):
         with self.phases.ledger.saving():
             return super().take_again(point, weight)
 
-    def backward(self, steps: GradientSteps, gradient: torch.Tensor | None) -> None:
+    def backward(self, steps: GradientSteps, gradient: torch.Tensor | None, *last: Any) -> None:
         """Run backward through the steps."""
         if self.phases.point is not None:
             self.phases.ledger.start_phase("backward")
-        super().backward(steps, gradient)
+        super().backward(steps, gradient, *last)
 
 
 def run_feedback(

@@ -28,7 +28,8 @@ from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, mo
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.modules import unwrap
+from prfl_fast.utils.modules import unwrap, weights_of
+from prfl_fast.utils.sharded import find_owners, rollout_weights
 
 logger = logging.getLogger(__name__)
 
@@ -190,12 +191,13 @@ class RolloutEngine:
             branches: conditions of the calls at each step.
             guidance: of each step of the schedule.
         """
-        session = self._session(x, timesteps, branches, guidance) if timesteps else None
-        try:
-            yield session
-        finally:
-            for note in session.notes() if session is not None else ():
-                self._report_once(note)
+        with contextlib.nullcontext() if self.model is None else rollout_weights(self.model):
+            session = self._session(x, timesteps, branches, guidance) if timesteps else None
+            try:
+                yield session
+            finally:
+                for note in session.notes() if session is not None else ():
+                    self._report_once(note)
 
     def _session(
         self,
@@ -218,7 +220,9 @@ class RolloutEngine:
         def open(compiled: bool) -> list[RolloutModel]:
             timer = self._timer if x.device.type == "cuda" and not compiled else None
             options = RolloutOptions(self.config.merge_lora, compiled, timer)
-            with self.context():
+            find_owners(model)
+            # The values to cache read embeddings outside a call of the model.
+            with self.context(), weights_of(unwrap(model)):
                 return [
                     adapter.open_rollout(model, x, list(timesteps.values()), conditions, options)
                     for conditions in branches

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prfl_fast.utils.sharded import SHARDED
+
 STREAMED = "streamed_weights"  # attribute of a block, and of its modules, for weights_of
 
 
@@ -65,12 +67,14 @@ def instance_forward(module: nn.Module) -> object:
 def weights_of(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a block, or a module in it, has its weights on the device.
 
-    Blocks whose weights wait in host memory (:mod:`prfl_fast.memory.stream`) enter it when they are
-    called. Code that reads a module of a block outside a call of the block enters it too.
+    Blocks whose weights wait in host memory (:mod:`prfl_fast.memory.stream`) or are sharded enter it
+    when they are called. Code that reads a module outside a call of its block, or of the model if
+    it is in none, enters it too.
     """
     part: nn.Module | None = module
     while part is not None:
         weights = part.__dict__.get(STREAMED)
+        weights = part.__dict__.get(SHARDED) if weights is None else weights
         if weights is not None:
             return weights.present()
         part = part._modules.get("base_layer")  # of a layer with LoRA

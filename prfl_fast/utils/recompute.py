@@ -223,6 +223,7 @@ class SeparateCalls:
         outputs: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor],
         leaf: torch.Tensor | None = None,
+        before_last: Callable[[], None] | None = None,
     ) -> None:
         """Run backward from tensors of the connecting graph through all calls, and forget these.
 
@@ -230,6 +231,7 @@ class SeparateCalls:
             outputs: tensors, of which at least the first requires a gradient.
             gradients: gradients of a loss with respect to ``outputs``.
             leaf: a tensor at which the connecting graph begins; receives its gradient in ``.grad``.
+            before_last: called before the backward of the last call that runs one.
 
         Raises:
             ValueError: if the result of a call does not require a gradient.
@@ -245,6 +247,8 @@ class SeparateCalls:
             )
             if gradient is None:
                 continue
+            if before_last is not None and not self._calls:
+                before_last()
             d_x = call.backward(gradient)
             if call.start is not None and d_x is not None:
                 ends.append(call.start)

@@ -1,0 +1,235 @@
+"""Shard a model's weights over ranks with FSDP2, or average the gradients of whole weights.
+
+:func:`shard` calls PyTorch's ``fully_shard`` on every block and on the rest of the model. A block's
+weights are gathered before it runs and freed afterwards, and each backward leaves the mean of the
+gradients over all ranks in this rank's part. Weights that stay whole have gradients of their own on
+each rank, and :func:`average_gradients` takes the mean once per update.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from prfl_fast.models.block_adapter import unwrap_block
+from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.registry import find_blocks
+from prfl_fast.parallel.mesh import DIMENSIONS
+from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.utils.checks import check, check_type
+from prfl_fast.utils.modules import STREAMED, unwrap
+from prfl_fast.utils.sharded import find_owners, is_dtensor, is_fsdp, set_choices
+
+Model = TypeVar("Model", bound=nn.Module)
+logger = logging.getLogger(__name__)
+
+# With at most this share of a model's bytes to train, as with LoRA, whole gradients fit.
+FEW_TRAINED = 0.05
+_BUCKET_BYTES = 64 * 1024**2
+
+_meshes: "weakref.WeakKeyDictionary[DeviceMesh, DeviceMesh]" = weakref.WeakKeyDictionary()
+
+
+def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the mesh of FSDP2: copies × parts, or parts alone if there is one copy.
+
+    Raise ``ValueError`` for a mesh with other dimensions than those of :func:`make_mesh`.
+    """
+    names = tuple(mesh.mesh_dim_names or ())
+    check(names == DIMENSIONS, "mesh", names, f"one of make_mesh, {DIMENSIONS}")
+    copies, _, sequence = mesh.mesh.shape
+    if sequence == 1:
+        return mesh["dp_shard"] if copies == 1 else mesh["dp_replicate", "dp_shard"]
+    if mesh not in _meshes:  # ranks that share a sample have parts of their own
+        ranks = mesh.mesh.flatten(1)
+        named: Any = ("shard",) if copies == 1 else ("dp_replicate", "shard")
+        ranks = ranks[0] if copies == 1 else ranks
+        _meshes[mesh] = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=named)
+    return _meshes[mesh]
+
+
+def shard(
+    model: Model,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+    keep_gathered: bool = False,
+    reduce_once: bool | None = None,
+) -> Model:
+    """Shard the weights over the ranks of a mesh in place with FSDP2; return the model.
+
+    Call it after ``patch``, LoRA, quantization and memory policies, and make the optimizer
+    afterwards. Each expert of two is sharded by itself. With one rank per copy the weights stay
+    whole. Some weights stay whole on every rank, and need :func:`average_gradients` if they train:
+    those of a dtype that few trained weights of their block have (the float32 parts of a bfloat16
+    model), and tensors that FSDP2 cannot split.
+
+    Args:
+        model: a generator, two experts, or a reward model.
+        mesh: the mesh of :func:`make_mesh`; weights are split over ``dp_shard`` × ``sp``.
+        param_dtype: dtype in which blocks are gathered and computed, where the parameters have
+            another, e.g. bfloat16 for float32 ones that are trained under autocast: half the bytes
+            travel. Gradients are reduced in float32. Parameters that the model's class keeps in
+            float32, and vectors, stay whole. None keeps all dtypes.
+        reshard_after_forward: free a block's weights after its forward, and gather them again in
+            the backward. False keeps the whole model in memory from forward to backward.
+        keep_gathered: keep the weights gathered through a rollout, and free them before the step
+            with gradient. The device then holds the whole model, and the rollout communicates once
+            instead of at each of its steps.
+        reduce_once: reduce gradients once per call of :class:`prfl_fast.PRFL` instead of in each of
+            its backwards. Each rank then holds whole gradients of the trained weights. None does it
+            if these are at most 5 % of the model's bytes, as with LoRA.
+
+    Raises:
+        TypeError: if the model has no blocks that are known.
+        ValueError: if the mesh has other dimensions, the model is sharded, wrapped in
+            DistributedDataParallel or compiled as a whole, or its weights wait in host memory.
+    """
+    check_type("model", model, nn.Module)
+    parts = shard_mesh(mesh)
+    if parts.size(parts.ndim - 1) == 1:
+        return model
+    if isinstance(model, Experts):
+        for expert in members(model):
+            options: dict[str, Any] = {"keep_gathered": keep_gathered, "reduce_once": reduce_once}
+            options |= {"reshard_after_forward": reshard_after_forward}
+            shard(expert, mesh, param_dtype=param_dtype, **options)
+        return model
+    reward = model if isinstance(model, LatentRewardModel) else None
+    backbone = model if reward is None else reward.backbone
+    root = unwrap(backbone) if reward is None else reward
+    blocks = [unwrap_block(block) for block in find_blocks(backbone).blocks(backbone)]
+    _check_shardable(model, root, blocks)
+    wide = _wide_parameters(unwrap(backbone), blocks, param_dtype)
+    precision = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=None if param_dtype is None else torch.float32,
+        cast_forward_inputs=False,  # blocks take float32 modulation beside a bfloat16 stream
+    )
+    if reduce_once is None:
+        trained = sum(p.nbytes for p in root.parameters() if p.requires_grad)
+        reduce_once = trained <= FEW_TRAINED * sum(p.nbytes for p in root.parameters())
+    taken = {id(p) for block in blocks for p in block.parameters()}
+    whole = wide | _odd_parameters([p for p in root.parameters() if id(p) not in taken])
+    for block in blocks:
+        kept = wide | _odd_parameters(list(block.parameters()))
+        whole |= kept
+        policy = {"mp_policy": precision, "reshard_after_forward": reshard_after_forward}
+        fully_shard(block, mesh=parts, ignored_params=kept, **policy)
+    # The root frees its weights too: after a forward without a backward they would stay, and the
+    # next forward would use them although the optimizer had changed this rank's parts.
+    fully_shard(root, mesh=parts, ignored_params=whole, reshard_after_forward=True)
+    for tensor in (*whole, *root.buffers()):
+        if tensor.device.type != mesh.device_type and not tensor.is_meta:
+            tensor.data = tensor.data.to(next(root.parameters()).device)
+    find_owners(root, reshard_after_forward)
+    set_choices(root, keep_gathered=keep_gathered, reduce_once=reduce_once)
+    if reward is not None:
+        register_fsdp_forward_method(reward, "logits")  # trainers call it instead of forward
+    nbytes = sum(p.nbytes for p in whole)
+    logger.info("sharded %s; %d bytes stay whole", type(root).__name__, nbytes)
+    return model
+
+
+def _check_shardable(model: nn.Module, root: nn.Module, blocks: list[nn.Module]) -> None:
+    kind = type(model).__name__
+    sharded = any(is_fsdp(m) for m in root.modules()) or any(map(is_dtensor, root.parameters()))
+    check(not sharded, "model", f"a {kind} that is sharded", "a whole model")
+    hint = "Wrap or compile nothing but blocks; shard takes the place of DistributedDataParallel"
+    wrapped = kind == "DistributedDataParallel" or hasattr(model, "_orig_mod")
+    check(not wrapped, "model", f"a {kind}", "the model inside", hint=hint)
+    streamed = any(STREAMED in vars(block) for block in blocks)
+    hint = "A sharded block has its weights on the device only while it runs. Leave stream_weights"
+    hint += " at None, or train with shard: 1"
+    check(not streamed, "model", "one whose weights wait in host memory", "others", hint=hint)
+
+
+def _wide_parameters(
+    base: Any, blocks: list[nn.Module], param_dtype: torch.dtype | None
+) -> set[nn.Parameter]:
+    """Return the parameters of blocks that are not gathered in ``param_dtype``."""
+    if param_dtype is None:
+        return set()
+    names = set(getattr(base, "_keep_in_fp32_modules", None) or ())
+    wide = set()
+    for block in blocks:
+        for name, p in block.named_parameters():
+            # Autocast casts the matrices and biases of linear layers; kernels read the weights of
+            # norms in float32.
+            vector = p.ndim < 2 and not name.endswith("bias")
+            if p.is_floating_point() and (vector or names & set(name.split("."))):
+                wide.add(p)
+    return wide
+
+
+def _odd_parameters(parameters: list[nn.Parameter]) -> set[nn.Parameter]:
+    """Return the parameters that FSDP2 cannot shard together with the others of a module."""
+    # Tensors of torchao without FSDP2's two methods, and scalars.
+    odd = {
+        p
+        for p in parameters
+        if p.ndim == 0
+        or (is_traceable_wrapper_subclass(p) and not hasattr(p, "fsdp_pre_all_gather"))
+    }
+    # A group's gradients travel in one tensor, of one dtype.
+    numbers: Counter[torch.dtype] = Counter()
+    trained = [p for p in parameters if p.requires_grad and p not in odd]
+    for p in trained:
+        numbers[p.dtype] += p.numel()
+    most = max(numbers, key=lambda dtype: numbers[dtype], default=None)
+    return odd | {p for p in trained if p.dtype != most}
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Replace the gradients of whole weights by their mean over all ranks; once per update.
+
+    Gradients of sharded weights, which FSDP2 has averaged, do not change. A parameter with a
+    gradient on some ranks only counts as zero on the others.
+
+    Raise ``ValueError`` if the mesh does not hold all ranks.
+    """
+    # No DistributedDataParallel: it would reduce all gradients in each of the backwards of an
+    # update, of which PRFL has one per gradient point and DRaFT one per solver step.
+    ranks = dist.get_world_size()
+    check(mesh.size() == ranks, "the ranks of mesh", mesh.size(), f"all {ranks}")
+    whole = [p for p in parameters if p.requires_grad and not is_dtensor(p)]
+    if ranks == 1 or not whole:
+        return
+    device = whole[0].device
+    found = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device=device)
+    dist.all_reduce(found)
+    gradients: dict[torch.dtype, list[torch.Tensor]] = {}
+    for p, count in zip(whole, found.tolist(), strict=True):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype or p.dtype)
+        if p.grad is not None:
+            gradients.setdefault(p.grad.dtype, []).append(p.grad)
+    for same in gradients.values():
+        bucket: list[torch.Tensor] = []
+        for gradient in same:
+            if bucket and sum(g.nbytes for g in (*bucket, gradient)) > _BUCKET_BYTES:
+                _average(bucket, ranks)
+                bucket = []
+            bucket.append(gradient)
+        _average(bucket, ranks)
+
+
+def _average(bucket: list[torch.Tensor], ranks: int) -> None:
+    flat = torch.cat([g.reshape(-1) for g in bucket])
+    dist.all_reduce(flat.div_(ranks))  # gloo has no mean
+    sizes = [g.numel() for g in bucket]
+    for gradient, mean in zip(bucket, flat.split(sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,0 +1,193 @@
+"""Weights that FSDP2 shards: when they are gathered, and when their gradients are reduced.
+
+Only classes named ``FSDPModule`` count, so that a program on one GPU imports nothing of FSDP2.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+SHARDED = "sharded_weights"  # attribute of the modules of a sharded model
+_HOOKS_OF = "torch.distributed.fsdp."
+
+
+class ShardedWeights:
+    """Weights of one FSDP module that its submodules share.
+
+    Attributes:
+        module: the module that FSDP2 shards, a block or the rest of a model.
+        reshard: False keeps its weights gathered after they were used once.
+        reshard_after_forward: the choice outside of :func:`gathered`.
+    """
+
+    def __init__(self, module: Any, reshard_after_forward: bool) -> None:
+        self.module, self.reshard = module, True
+        self.reshard_after_forward = reshard_after_forward
+        self._parameters: list[tuple[nn.Module, str]] = []
+
+    def own(self, part: nn.Module) -> None:
+        """Take a submodule, so that code which reads it finds these weights."""
+        part.__dict__[SHARDED] = self
+        self._parameters += [(part, name) for name in part._parameters]
+
+    def is_gathered(self) -> bool:
+        """Return True if the weights are plain tensors now."""
+        found = (part._parameters.get(name) for part, name in self._parameters)
+        return not any(is_dtensor(parameter) for parameter in found)
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """Gather the weights within the context; those that are gathered already stay so."""
+        before = self.is_gathered()
+        if not before:
+            self.module.unshard()
+        try:
+            yield
+        finally:
+            if not before and self.reshard:
+                self.module.reshard()
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Return True for a DTensor."""
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, with the same memory; other tensors as they are."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Return True for a module that FSDP2 shards."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def is_fsdp_hook(hook: object) -> bool:
+    """Return True for a hook of FSDP2, which gathers or frees weights and changes no value."""
+    return str(getattr(hook, "__module__", "")).startswith(_HOOKS_OF)
+
+
+def sharded_roots(model: nn.Module) -> list[Any]:
+    """Return the outermost FSDP modules in a model: two for two experts, none if it is whole."""
+    if is_fsdp(model):
+        return [model]
+    return [root for child in model.children() for root in sharded_roots(child)]
+
+
+def _groups(root: nn.Module) -> list[ShardedWeights]:
+    """Return the weights of each FSDP module in ``root``, in the order of modules()."""
+    return [vars(m)[SHARDED] for m in root.modules() if is_fsdp(m) and SHARDED in vars(m)]
+
+
+def find_owners(model: nn.Module, reshard_after_forward: bool = True) -> None:
+    """Let each module of a sharded model know the FSDP module that holds its weights."""
+
+    def visit(module: nn.Module, owner: ShardedWeights) -> None:
+        if is_fsdp(module) and owner.module is not module:
+            owner = ShardedWeights(module, reshard_after_forward)
+        owner.own(module)
+        for child in module.children():
+            visit(child, owner)
+
+    for root in sharded_roots(model):
+        if SHARDED not in vars(root):
+            visit(root, ShardedWeights(root, reshard_after_forward))
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Keep weights gathered within the context, from their first use on; free them at the end.
+
+    Enter it around steps without gradient, before the weights change. It has no effect on a model
+    that is whole.
+    """
+    roots = sharded_roots(model)
+    find_owners(model)
+    groups = [group for root in roots for group in _groups(root)]
+    for group in groups:
+        group.reshard = False
+        group.module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.reshard = True
+            group.module.set_reshard_after_forward(group.reshard_after_forward, recurse=False)
+            group.module.reshard()
+
+
+def release(model: nn.Module) -> None:
+    """Free the weights that :func:`gathered` keeps, of a model that is not used for a while."""
+    for root in sharded_roots(model):
+        for group in _groups(root):
+            group.module.reshard()
+
+
+_KEEP, _ONCE, _DELAYS = "keeps_gathered", "reduces_once", "gradient_delays"
+
+
+def set_choices(root: nn.Module, *, keep_gathered: bool, reduce_once: bool) -> None:
+    """Store the choices of :func:`prfl_fast.parallel.shard` for :func:`choices`."""
+    vars(root).update({_KEEP: keep_gathered, _ONCE: reduce_once})
+
+
+def rollout_weights(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return :func:`gathered` if the model was sharded with ``keep_gathered``."""
+    roots = sharded_roots(model)
+    keeps = bool(roots) and all(vars(root).get(_KEEP) for root in roots)
+    return gathered(model) if keeps else contextlib.nullcontext()
+
+
+def reduces_once(model: nn.Module) -> bool:
+    """Return True if several backwards of one call should reduce gradients in the last one only."""
+    roots = sharded_roots(model)
+    # Of two experts the one that runs last would reduce, and the other would never do so.
+    return len(roots) == 1 and bool(vars(roots[0]).get(_ONCE))
+
+
+@contextlib.contextmanager
+def delayed_reduction(model: nn.Module) -> Iterator[None]:
+    """Let backwards within the context add up whole gradients on each rank, without communication.
+
+    The next backward outside reduces their sum, so it has to follow, or
+    :func:`discard_gradients`. Contexts may be nested. A whole model is not affected.
+    """
+    roots = sharded_roots(model)
+    for root in roots:
+        vars(root)[_DELAYS] = vars(root).get(_DELAYS, 0) + 1
+        root.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for root in roots:
+            vars(root)[_DELAYS] -= 1
+            root.set_requires_gradient_sync(vars(root)[_DELAYS] == 0)
+
+
+def discard_gradients(model: nn.Module) -> None:
+    """Drop all gradients of a model, and those of sharded weights that are not reduced yet."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    for root in sharded_roots(model):
+        for module in root.modules():
+            if is_fsdp(module):
+                state: Any = module._get_fsdp_state()  # type: ignore[operator]
+                # FSDP2 has no public way to it; torch 2.10 has one group per module.
+                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+                for part in (part for group in groups if group for part in group.fsdp_params):
+                    part.sharded_param.grad = part.unsharded_accumulated_grad = None
+                    if hasattr(part, "_unsharded_param"):
+                        part._unsharded_param.grad = None

@@ -1,0 +1,155 @@
+"""A training run on one process or on several ranks, for tests of prfl_fast.parallel."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from prfl_world import make_wan, normal, with_lora
+from wan import tiny_wan
+
+from prfl_fast import LatentRewardModel
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.memory.checkpointing import activation_checkpointing
+from prfl_fast.memory.optimizers import make_optimizer
+from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.registry import patch
+from prfl_fast.parallel import (
+    ParallelConfig,
+    average_gradients,
+    delayed_reduction,
+    make_mesh,
+    shard,
+)
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.schedulers import FlowUniPC
+
+STEPS, SAMPLES, UPDATES = 5, 4, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run: its plan, what it trains, and how ranks share weights (None: whole on each rank)."""
+
+    name: str
+    plan: GradientPlan = GradientPlan.prfl()
+    indices: tuple[int, ...] | None = (2,)
+    lora: bool = False
+    i2v: bool = False
+    experts: bool = False
+    patched: bool = True
+    accumulation: int = 1
+    mode: str = "none"
+    offload: str | None = None
+    divergence: float = 0.0
+    rollout: RolloutConfig = RolloutConfig()
+    shard: int | None | str = "auto"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def build(case, mesh=None):
+    torch.manual_seed(0)
+    if case.i2v:
+        model = tiny_wan("i2v", seed=0, text_dim=12, ffn_dim=64).double()
+    else:
+        model = make_wan()
+    reward = LatentRewardModel.from_backbone(model, 1, num_heads=2).double().freeze()
+    if case.experts:
+        low = make_wan(seed=1)
+        model = Experts(model, low, 0.9)
+    if case.lora:
+        for expert in members(model):
+            with_lora(expert)
+    if case.patched:
+        patch(model)
+        patch(reward.backbone)
+    activation_checkpointing(model, case.mode, case.offload)
+    activation_checkpointing(reward.backbone, case.mode, case.offload)
+    if mesh is not None and case.shard is not None:
+        shard(model, mesh, **case.options)
+        shard(reward, mesh, **case.options)
+    return model, reward
+
+
+def conditions(case, samples):
+    text = normal(3, (SAMPLES, 3, 12))
+    found = {"encoder_hidden_states": text}
+    if case.i2v:
+        found["encoder_hidden_states"] = normal(3, (SAMPLES, 512, 12))
+        found["encoder_hidden_states_image"] = normal(4, (SAMPLES, 5, 20))
+        found["latent_condition"] = normal(5, (SAMPLES, 20, 3, 4, 4))
+    return {name: value[samples] for name, value in found.items()}
+
+
+def full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def run_case(case, world=1):
+    """Return loss, rewards, gradients and weights of each update, with whole tensors."""
+    rank, mesh = 0, None
+    if world > 1:
+        size = "auto" if case.shard is None else case.shard
+        mesh = make_mesh(ParallelConfig(shard=size))
+        rank = dist.get_rank()
+    model, reward = build(case, mesh)
+    step = PRFL(
+        model, reward, FlowUniPC(), case.plan, num_inference_steps=STEPS,
+        divergence=case.divergence, rollout=case.rollout,
+    )  # fmt: skip
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer("adamw", trained.values(), learning_rate=1e-3)
+    share = SAMPLES // world
+    samples = slice(rank * share, rank * share + share)
+    found = []
+    for update in range(UPDATES):
+        losses, rewards = [], []
+        for micro in range(case.accumulation):
+            noise = normal(10 + 10 * update + micro, (SAMPLES, 16, 3, 4, 4))[samples]
+            last = micro == case.accumulation - 1
+            generator = torch.Generator().manual_seed(update)
+            arguments = {"indices": case.indices, "loss_scale": 1 / case.accumulation}
+            arguments["generator"] = generator
+            if case.options.get("reduce_once") and not last:
+                with delayed_reduction(model):
+                    output = step(noise, conditions(case, samples), **arguments)
+            else:
+                output = step(noise, conditions(case, samples), **arguments)
+            assert output.finite
+            losses.append(output.loss.detach())
+            rewards.append(output.rewards)
+        if world > 1:
+            average_gradients(trained.values(), mesh)
+        assert dict(model.named_parameters()).keys() >= trained.keys()
+        gradients = {n: full(p.grad) for n, p in trained.items() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        weights = {n: full(p) for n, p in trained.items()}
+        loss, rewards = torch.stack(losses), torch.cat(rewards, 0)
+        if world > 1:
+            loss = gather(loss).mean(0)
+            rewards = torch.cat(list(gather(rewards)), -1)
+        found.append({"loss": loss, "rewards": rewards, **gradients, **{f"w {n}": w for n, w in weights.items()}})
+    return found
+
+
+def gather(tensor):
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return torch.stack(tensors)
+
+
+def worst(ours, theirs):
+    """Return the largest error over updates and tensors, relative to each tensor, and its name."""
+    errors = [(0.0, "")]
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.keys() == b.keys(), a.keys() ^ b.keys()
+        scale = max(v.abs().max().item() for n, v in b.items() if not n.startswith(("w ", "loss", "rew")))
+        for name, value in b.items():
+            # A gradient that is zero in exact arithmetic is rounding on both sides.
+            size = max(value.abs().max().item(), 1e-6 * scale)
+            error = (a[name] - value).abs().max().item() / size
+            errors.append((error if error == error else float("inf"), f"{name} of update {number}"))
+    return max(errors)
