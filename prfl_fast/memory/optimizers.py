@@ -38,6 +38,7 @@ from torch.optim.adamw import adamw
 
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.sharded import is_dtensor, like_sharded, local_part, norm_over, sharding_of
 
 OptimizerKind = Literal["adamw", "adamw-sr", "adamw8bit", "paged-adamw8bit", "adamw-cpu"]
 GradientDtype = Literal["parameter", "fp32"]
@@ -97,6 +98,8 @@ def make_optimizer(
     ok = kind != "paged-adamw8bit" or on_cuda
     hint = "paged-adamw8bit needs every parameter on a CUDA device; adamw8bit does not"
     check(ok, "optimizer", kind, "another one for these devices", hint=hint)
+    sharded = [p for p in parameters if is_dtensor(p)]
+    check_sharded(kind, sharded, gradient_dtype)
     for p in parameters:
         dtype = torch.promote_types(p.dtype, torch.float32) if gradient_dtype == "fp32" else p.dtype
         if p.grad_dtype != dtype:
@@ -108,7 +111,8 @@ def make_optimizer(
         "eps": eps,
         "weight_decay": weight_decay,
     }
-    if kind == "adamw" and all(p.dtype is not torch.bfloat16 for p in parameters):
+    mixed = 0 < len(sharded) < len(parameters)  # torch updates no list of both kinds at once
+    if kind == "adamw" and not mixed and all(p.dtype is not torch.bfloat16 for p in parameters):
         # Unfused, the step would allocate temporaries as large as all parameters.
         return torch.optim.AdamW(parameters, fused=True if on_cuda else None, **options)
     if kind in ("adamw", "adamw-cpu"):
@@ -123,6 +127,19 @@ def check_dtypes(kind: OptimizerKind, parameters: Mapping[str, torch.Tensor]) ->
     known = ", ".join(map(str, _DTYPES[kind]))
     for name, parameter in parameters.items():
         check(parameter.dtype in _DTYPES[kind], name, parameter.dtype, f"{known} for {kind}")
+
+
+def check_sharded(
+    kind: OptimizerKind, sharded: Sequence[torch.Tensor], gradient_dtype: GradientDtype
+) -> None:
+    """Raise ``ValueError`` if weights that FSDP2 shards cannot be trained in this way."""
+    hint = "adamw8bit, adamw and adamw-cpu take sharded weights"
+    ok = not sharded or kind != "paged-adamw8bit"
+    check(ok, "optimizer", kind, "another one for sharded weights", hint=hint)
+    narrow = gradient_dtype == "fp32" and any(p.dtype is torch.bfloat16 for p in sharded)
+    hint = "FSDP2 reduces gradients of bfloat16 weights in bfloat16. Shard float32 weights with "
+    hint += "param_dtype=torch.bfloat16 instead, whose gradients are summed in float32"
+    check(not narrow, "gradient_dtype", gradient_dtype, "'parameter'", hint=hint)
 
 
 def state_bytes(kind: OptimizerKind, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
@@ -184,13 +201,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *others: fl
 
 
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the 2-norm of all gradients together, a float32 scalar (float64 for float64)."""
-    # Without the dtype, the norm of a bfloat16 tensor would be bfloat16, with three digits.
-    norms = [
-        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
-        for g in gradients
-    ]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    """Return the 2-norm of all gradients together, a float32 scalar (float64 for float64).
+
+    All ranks that share gradients call it, and get the same norm of all their parts.
+    """
+    parts: dict[Any, list[torch.Tensor]] = {}
+    for g in gradients:
+        # Without the dtype, the norm of a bfloat16 tensor would be bfloat16, with three digits.
+        wide = torch.promote_types(g.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(local_part(g), dtype=wide)
+        parts.setdefault(sharding_of(g), []).append(norm)
+    first = next(iter(parts.values()))[0]
+    norms = []
+    for sharding, found in parts.items():
+        norm = torch.linalg.vector_norm(torch.stack([n.to(first) for n in found]))
+        norms.append(norm if sharding is None else norm_over(norm, sharding))
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_gradients(parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor) -> None:
+    """Scale gradients of a total ``norm`` to at most ``max_norm``, each on its own rank."""
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_
+    for device in {g.device for g in gradients}:
+        torch._foreach_mul_([g for g in gradients if g.device == device], factor.to(device))
 
 
 def _load_as_saved(
@@ -242,30 +276,34 @@ class MasterAdamW(torch.optim.Optimizer):
                 for p in parameters:
                     self._update(group, p, p.grad)
                     if "master" in self.state[p]:
-                        p.copy_(self.state[p]["master"])
+                        local_part(p).copy_(local_part(self.state[p]["master"]))
                 continue
             if self._staging is None:
                 self._staging = _Staging([p for g in self.param_groups for p in g["params"]])
             for p, gradient in self._staging.gradients(parameters):
                 self._update(group, p, gradient)
-                self._staging.send(p, self.state[p]["master"])
+                self._staging.send(p, local_part(self.state[p]["master"]))
 
     def _update(self, group: dict[str, Any], p: torch.Tensor, gradient: torch.Tensor) -> None:
         state = self.state[p]
         if not state:  # states are created at the first step, as in torch.optim
             home, full = self.home or p.device, torch.promote_types(p.dtype, torch.float32)
+            own = local_part(p.detach())
             if self.home is not None or p.dtype is not full:
-                state["master"] = p.detach().to(home, copy=True).to(full)
+                state["master"] = like_sharded(p, own.to(home, copy=True).to(full))
             state["step"] = torch.zeros((), dtype=torch.float32, device=home)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(p, dtype=full, device=home)
-        weight = state.get("master", p)
+                state[name] = like_sharded(p, torch.zeros_like(own, dtype=full, device=home))
+        weight = local_part(state.get("master", p.detach()))
+        if not weight.numel():  # ranks beyond the rows of a small weight
+            state["step"] += 1
+            return
         # One parameter per call, so that at most one float32 copy of a gradient exists.
         adamw(
             [weight],
-            [gradient.to(weight.dtype)],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            [local_part(gradient).to(weight.dtype)],
+            [local_part(state["exp_avg"])],
+            [local_part(state["exp_avg_sq"])],
             [],
             [state["step"]],
             fused=True,
@@ -291,7 +329,8 @@ class _Staging:
         # All copies are on one stream, so a buffer is read before the next copy writes to it.
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         size = max(
-            p.numel() * max(p.itemsize, (p.grad_dtype or p.dtype).itemsize) for p in parameters
+            local_part(p).numel() * max(p.itemsize, (p.grad_dtype or p.dtype).itemsize)
+            for p in parameters
         )
         self.buffers = [
             torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.cuda)
@@ -303,8 +342,8 @@ class _Staging:
         return torch.cuda.stream(self.stream) if self.cuda else contextlib.nullcontext()
 
     def _view(self, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        size = p.numel() * dtype.itemsize
-        return self._of[p][:size].view(dtype).view(p.shape)
+        own = local_part(p)
+        return self._of[p][: own.numel() * dtype.itemsize].view(dtype).view(own.shape)
 
     def gradients(
         self, parameters: Sequence[torch.Tensor]
@@ -318,7 +357,7 @@ class _Staging:
             self._of[p] = self.buffers[i % 2]
             gradient = self._view(p, p.grad.dtype)
             with self._on_stream():
-                gradient.copy_(p.grad, non_blocking=True)
+                gradient.copy_(local_part(p.grad), non_blocking=True)
                 event = None if self.stream is None else self.stream.record_event()
             if ahead is not None:
                 yield self._arrived(*ahead)
@@ -342,7 +381,7 @@ class _Staging:
         staged = self._view(p, p.dtype)
         staged.copy_(weight)
         with self._on_stream():
-            p.copy_(staged, non_blocking=True)
+            local_part(p).copy_(staged, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -364,7 +403,7 @@ def _torchao() -> ModuleType:
 def _parts(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
     """Yield views of at most ``STEP_ELEMENTS`` elements of tensors of one shape, weight first."""
     weight, *_ = tensors
-    # Parts of a sharded tensor would be copies, so that its update would be lost.
+    # Parts of another layout would be copies, so that its update would be lost.
     dense = type(weight) is torch.Tensor and weight.is_contiguous()
     if weight.numel() <= STEP_ELEMENTS or not dense:
         yield tensors
@@ -372,6 +411,17 @@ def _parts(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
     flat = [t.reshape(-1) for t in tensors]
     for start in range(0, weight.numel(), STEP_ELEMENTS):
         yield [t[start : min(start + STEP_ELEMENTS, len(t))] for t in flat]
+
+
+@contextlib.contextmanager
+def _same_draws() -> Iterator[Callable[[int], object]]:
+    """Yield a function that seeds the rounding of one weight, of several ranks' copies alike."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        yield lambda seed: None
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield torch.manual_seed
 
 
 @functools.cache
@@ -385,7 +435,7 @@ def _stochastic_class(quantized: bool) -> Any:
 
         def _new_buffer(self, p: torch.Tensor, signed: bool) -> torch.Tensor:
             # For a quantized state this changes the reported dtype, not its bytes.
-            return super()._new_buffer(p, signed).float()
+            return like_sharded(p, super()._new_buffer(local_part(p), signed).float())
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
@@ -396,10 +446,12 @@ def _stochastic_class(quantized: bool) -> Any:
             stance: Any = torch.compiler.set_stance("force_eager") if eager else None
             # A model's parameters have few sizes, so each size may be compiled.
             with stance or contextlib.nullcontext(), torch._dynamo.utils.disable_cache_limit():
-                for group in self.param_groups:
-                    for p in group["params"]:
-                        if p.grad is not None:
-                            self._update(group, p, p.grad)
+                with _same_draws() as draw:
+                    for group in self.param_groups:
+                        for number, p in enumerate(group["params"]):
+                            if p.grad is not None:
+                                draw(number + int(self.state[p].get("step", 0)) * 1_000_003)
+                                self._update(group, p, p.grad)
 
         def _update(self, group: dict[str, Any], p: torch.Tensor, gradient: torch.Tensor) -> None:
             state = self.state[p]
@@ -411,7 +463,10 @@ def _stochastic_class(quantized: bool) -> Any:
             update = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
             rounds = self.bf16_stochastic_round and p.dtype is torch.bfloat16
             betas, decay, eps = group["betas"], group["weight_decay"], group["eps"]
-            tensors = p.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]
+            names = ("exp_avg", "exp_avg_sq")
+            tensors = [local_part(t) for t in (p.detach(), gradient, *(state[n] for n in names))]
+            if not tensors[0].numel():  # ranks beyond the rows of a small weight
+                return
             for weight, grad, first, second in _parts(*tensors):
                 moments = (state["step"], first, second, None)
                 numbers = (group["lr"], *betas, decay, eps, self.is_adamw, rounds)

@@ -8,6 +8,7 @@ from torch import nn
 
 from prfl_fast.memory.optimizers import (
     check_dtypes,
+    clip_gradients,
     gradient_norm,
     make_optimizer,
     set_learning_rate,
@@ -16,6 +17,7 @@ from prfl_fast.memory.optimizers import (
 from prfl_fast.training.config import TrainConfig
 from prfl_fast.training.schedules import schedule_factor
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.sharded import like_sharded, local_part
 
 
 def detached(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class Updater:
             # update copies the weights instead of averaging them with the initial ones.
             for name, p in self.parameters.items():
                 wide = torch.promote_types(p.dtype, torch.float32)
-                self.ema[name] = p.detach().to(wide, copy=True)
+                self.ema[name] = like_sharded(p, local_part(p.detach()).to(wide, copy=True))
 
     def set_rates(self, step: int) -> float:
         """Set the learning rates of a step; return the rate of the parameters outside the head."""
@@ -117,7 +119,7 @@ class Updater:
                 if len(clipped) < len(self.gradients()):
                     norm = gradient_norm([p.grad for p in clipped if p.grad is not None])
                 assert norm is not None
-                nn.utils.clip_grads_with_norm_(clipped, limit, norm)
+                clip_gradients(clipped, limit, norm)
             self.optimizer.step()
             self._average()
         self.clear()
@@ -126,6 +128,7 @@ class Updater:
         for name, average in (self.ema or {}).items():
             if self.parameters[name].grad is None:  # of the expert that waits
                 continue
-            parameter = self.parameters[name].detach().to(average)
+            average = local_part(average)
+            parameter = local_part(self.parameters[name].detach()).to(average)
             # average ← decay·average + (1 - decay)·parameter
             average.lerp_(parameter, 1 - self.config.ema_decay)  # type: ignore[operator]

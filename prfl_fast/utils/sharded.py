@@ -70,6 +70,36 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
+def like_sharded(tensor: Any, part: torch.Tensor) -> torch.Tensor:
+    """Return ``part`` as this rank's part of a tensor that is sharded as ``tensor`` is.
+
+    A whole ``tensor`` returns ``part`` as it is.
+    """
+    if not is_dtensor(tensor):
+        return part
+    shape: Any = {"shape": tensor.shape, "stride": tensor.stride()}
+    kind = next(kind for kind in type(tensor).__mro__ if kind.__name__ == "DTensor")
+    made: Any = kind.from_local(  # type: ignore[attr-defined]
+        part, tensor.device_mesh, tensor.placements, run_check=False, **shape
+    )
+    return made.to(part.device)  # from_local moves parts in host memory to the mesh's device
+
+
+def sharding_of(tensor: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Return mesh and placements of a DTensor; None for other tensors."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_dtensor(tensor) else None
+
+
+def norm_over(norm: torch.Tensor, sharding: tuple[Any, tuple[Any, ...]]) -> torch.Tensor:
+    """Return the norm of a sharded tensor, from the norm of this rank's part."""
+    mesh, placements = sharding
+    square = norm.square()
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(square, group=mesh.get_group(dimension))
+    return square.sqrt()
+
+
 def is_fsdp(module: nn.Module) -> bool:
     """Return True for a module that FSDP2 shards."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)

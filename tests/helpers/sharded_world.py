@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal, with_lora
@@ -131,7 +130,14 @@ def run_case(case, world=1):
         if world > 1:
             loss = gather(loss).mean(0)
             rewards = torch.cat(list(gather(rewards)), -1)
-        found.append({"loss": loss, "rewards": rewards, **gradients, **{f"w {n}": w for n, w in weights.items()}})
+        found.append(
+            {
+                "loss": loss,
+                "rewards": rewards,
+                **gradients,
+                **{f"w {n}": w for n, w in weights.items()},
+            }
+        )
     return found
 
 
@@ -146,7 +152,9 @@ def worst(ours, theirs):
     errors = [(0.0, "")]
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
-        scale = max(v.abs().max().item() for n, v in b.items() if not n.startswith(("w ", "loss", "rew")))
+        scale = max(
+            v.abs().max().item() for n, v in b.items() if not n.startswith(("w ", "loss", "rew"))
+        )
         for name, value in b.items():
             # A gradient that is zero in exact arithmetic is rounding on both sides.
             size = max(value.abs().max().item(), 1e-6 * scale)
