@@ -67,9 +67,9 @@ def instance_forward(module: nn.Module) -> object:
 def weights_of(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a block, or a module in it, has its weights on the device.
 
-    Blocks whose weights wait in host memory (:mod:`prfl_fast.memory.stream`) or are sharded enter it
-    when they are called. Code that reads a module outside a call of its block, or of the model if
-    it is in none, enters it too.
+    Blocks whose weights wait in host memory (:mod:`prfl_fast.memory.stream`) or are sharded enter
+    it when they are called. Code that reads a module outside a call of its block, or of the model
+    if it is in none, enters it too.
     """
     part: nn.Module | None = module
     while part is not None:

@@ -4,7 +4,7 @@ Each function saves only the input of the recomputed part:
 
 * :func:`recomputed`: one call, ``torch.utils.checkpoint`` with safe exceptions.
 * :func:`in_chunks`: one chunk of tokens at a time.
-* :class:`SeparateCalls`: the calls of a model in a gradient through several solver steps. Parameters
+* :class:`SeparateCalls`: a model's calls in a gradient through several solver steps. Parameters
   receive their gradients call by call, so that only one call's activations exist at a time.
 """
 

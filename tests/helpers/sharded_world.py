@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal, with_lora
-from wan import tiny_wan
+from wan import float_means_double, tiny_wan
 
 from prfl_fast import LatentRewardModel
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -26,6 +26,8 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import FlowUniPC
 
 STEPS, SAMPLES, UPDATES = 5, 4, 3
+WEIGHT = "weight of "
+OTHERS = (WEIGHT, "loss", "rewards")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,12 @@ def full(tensor):
 
 def run_case(case, world=1):
     """Return loss, rewards, gradients and weights of each update, with whole tensors."""
+    # Norms and image embeddings of diffusers round to float32, differently for each batch.
+    with float_means_double():
+        return _run_case(case, world)
+
+
+def _run_case(case, world):
     rank, mesh = 0, None
     if world > 1:
         size = "auto" if case.shard is None else case.shard

@@ -1,0 +1,88 @@
+"""Sharded weights: updates equal those of one process, whole plans and policies through."""
+
+import traceback
+
+import pytest
+import torch
+from ranks import run_ranks
+from sharded_world import Case, run_case, worst
+
+from prfl_fast.feedback.gradient_plan import GradientPlan as Plan
+from prfl_fast.rollout.config import RolloutConfig
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+FIVE = {"plan": Plan.prfl(4), "indices": (0, 1, 2, 3)}
+DRAFT = {"plan": Plan.draft(3), "indices": None}
+MERGED = RolloutConfig(merge_lora=True)
+
+TWO_RANKS = [
+    Case("PRFL"),
+    Case("points, reduced once", **FIVE, options={"reduce_once": True}),
+    Case("points, gathered", **FIVE, options={"keep_gathered": True}),
+    Case("DRaFT", **DRAFT),
+    Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
+    Case("whole", **DRAFT, shard=None),
+    Case("whole LoRA", **FIVE, shard=None, lora=True),
+    Case("accumulation, reduced once", accumulation=2, options={"reduce_once": True}),
+    Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
+    Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu"),
+    Case("merged LoRA, gathered", lora=True, rollout=MERGED, options={"keep_gathered": True}),
+    Case("experts, gathered", **FIVE, experts=True, options={"keep_gathered": True}),
+]
+FOUR_RANKS = [
+    Case("copies of halves", **FIVE, shard=2),
+    Case("copies, reduced once", **DRAFT, lora=True, shard=2),
+    Case("uneven quarters", accumulation=2),
+]
+LONG = [
+    Case("ReFL", plan=Plan.refl(), indices=None),
+    Case("AlignProp", plan=Plan.alignprop(), indices=None),
+    Case("DRaFT-LV", plan=Plan.draft_lv(2), indices=None),
+    Case("DRaFT, reduced once", **DRAFT, options={"reduce_once": True}),
+    Case("LoRA", lora=True),
+    Case("LoRA of points", **FIVE, lora=True),
+    Case("accumulation", accumulation=2),
+    Case("whole accumulation", accumulation=2, shard=None),
+    Case("whole image-to-video", i2v=True, shard=None),
+    Case("image-to-video", **DRAFT, i2v=True),
+    Case("unpatched", **DRAFT, patched=False),
+    Case("unpatched, checkpointing", **DRAFT, patched=False, mode="full"),
+    Case("attention checkpointing", **DRAFT, mode="attention"),
+    Case("offload", **DRAFT, offload="cpu"),
+    Case("kept from forward to backward", **DRAFT, options={"reshard_after_forward": False}),
+    Case("merged LoRA", lora=True, rollout=MERGED),
+    Case("experts", **FIVE, experts=True),
+]
+
+
+def equal_to_one_process(world, cases):
+    expected = {case.name: run_case(case) for case in cases}
+
+    def errors():
+        found = {}
+        for case in cases:
+            try:
+                found[case.name] = worst(run_case(case, world), expected[case.name])
+            except Exception as error:
+                raise AssertionError(f"{case.name}: {traceback.format_exc()}") from error
+        return found
+
+    found = run_ranks(world, errors)[0]
+    print(world, "ranks:", found)
+    assert max(error for error, _ in found.values()) <= 1e-10
+
+
+def test_two_ranks_equal_one_process():
+    equal_to_one_process(2, TWO_RANKS)
+
+
+def test_four_ranks_equal_one_process():
+    equal_to_one_process(4, FOUR_RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_plans_and_policies_equal_one_process(world):
+    equal_to_one_process(world, LONG)
