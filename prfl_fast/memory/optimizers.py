@@ -94,12 +94,12 @@ def make_optimizer(
     check_choice("gradient_dtype", gradient_dtype, GRADIENT_DTYPES)
     check(bool(parameters), "parameters", [], "at least one parameter")
     check_dtypes(kind, {f"parameter {i}": p for i, p in enumerate(parameters)})
+    sharded = [p for p in parameters if is_dtensor(p)]
+    check_sharded(kind, sharded, gradient_dtype)
     on_cuda = all(p.is_cuda for p in parameters)
     ok = kind != "paged-adamw8bit" or on_cuda
     hint = "paged-adamw8bit needs every parameter on a CUDA device; adamw8bit does not"
     check(ok, "optimizer", kind, "another one for these devices", hint=hint)
-    sharded = [p for p in parameters if is_dtensor(p)]
-    check_sharded(kind, sharded, gradient_dtype)
     for p in parameters:
         dtype = torch.promote_types(p.dtype, torch.float32) if gradient_dtype == "fp32" else p.dtype
         if p.grad_dtype != dtype:

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from prfl_fast.models.loading import read_wan, transformer_class, transformer_folder
 from prfl_fast.parallel.sharding import shard
 from prfl_fast.utils.io import check_fit
+from prfl_fast.utils.sharded import like_sharded, sharding_of
 from prfl_fast.utils.shards import read_weights
-from prfl_fast.utils.sharded import is_dtensor, like_sharded, sharding_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,10 @@ def _parameters_on_meta() -> Iterator[None]:
     """Make parameters of new modules without memory; buffers get their values."""
     register = nn.Module.register_parameter
 
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            trains = parameter.requires_grad
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=trains)
-        register(self, name, parameter)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:

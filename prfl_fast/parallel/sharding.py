@@ -1,19 +1,16 @@
-"""Shard a model's weights over ranks with FSDP2, or average the gradients of whole weights.
+"""Shard a model's weights over ranks with FSDP2.
 
 :func:`shard` calls PyTorch's ``fully_shard`` on every block and on the rest of the model. A block's
 weights are gathered before it runs and freed afterwards, and each backward leaves the mean of the
-gradients over all ranks in this rank's part. Weights that stay whole have gradients of their own on
-each rank, and :func:`average_gradients` takes the mean once per update.
+gradients over all ranks in this rank's part.
 """
 
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -26,8 +23,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from prfl_fast.models.block_adapter import unwrap_block
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_blocks
+from prfl_fast.parallel.averaging import broadcast_weights
 from prfl_fast.parallel.mesh import DIMENSIONS
 from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.utils.adapters import adapter_parameters
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.modules import STREAMED, unwrap
 from prfl_fast.utils.sharded import find_owners, is_dtensor, is_fsdp, set_choices
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 # With at most this share of a model's bytes to train, as with LoRA, whole gradients fit.
 FEW_TRAINED = 0.05
-_BUCKET_BYTES = 64 * 1024**2
 
 _meshes: "weakref.WeakKeyDictionary[DeviceMesh, DeviceMesh]" = weakref.WeakKeyDictionary()
 
@@ -73,9 +71,9 @@ def shard(
 
     Call it after ``patch``, LoRA, quantization and memory policies, and make the optimizer
     afterwards. Each expert of two is sharded by itself. With one rank per copy the weights stay
-    whole. Some weights stay whole on every rank, and need :func:`average_gradients` if they train:
-    those of a dtype that few trained weights of their block have (the float32 parts of a bfloat16
-    model), and tensors that FSDP2 cannot split.
+    whole. Some weights stay whole on every rank, and if they train, their gradients need
+    :func:`prfl_fast.parallel.average_gradients`: those of a dtype that few trained weights of their
+    block have (the float32 parts of a bfloat16 model), and tensors that FSDP2 cannot split.
 
     Args:
         model: a generator, two experts, or a reward model.
@@ -103,6 +101,9 @@ def shard(
     if parts.size(parts.ndim - 1) == 1:
         return model
     if isinstance(model, Experts):
+        hint = "Sharded experts are both on the device: apply their memory policy with device=None"
+        ok = model.swap is None
+        check(ok, "model", "experts that take turns on the device", "others", hint=hint)
         for expert in members(model):
             options: dict[str, Any] = {"keep_gathered": keep_gathered, "reduce_once": reduce_once}
             options |= {"reshard_after_forward": reshard_after_forward}
@@ -122,6 +123,8 @@ def shard(
     if reduce_once is None:
         trained = sum(p.nbytes for p in root.parameters() if p.requires_grad)
         reduce_once = trained <= FEW_TRAINED * sum(p.nbytes for p in root.parameters())
+    # The parts of two copies come from different ranks.
+    broadcast_weights(p for _, p in adapter_parameters(root))
     taken = {id(p) for block in blocks for p in block.parameters()}
     whole = wide | _odd_parameters([p for p in root.parameters() if id(p) not in taken])
     for block in blocks:
@@ -191,45 +194,3 @@ def _odd_parameters(parameters: list[nn.Parameter]) -> set[nn.Parameter]:
         numbers[p.dtype] += p.numel()
     most = max(numbers, key=lambda dtype: numbers[dtype], default=None)
     return odd | {p for p in trained if p.dtype != most}
-
-
-def average_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Replace the gradients of whole weights by their mean over all ranks; once per update.
-
-    Gradients of sharded weights, which FSDP2 has averaged, do not change. A parameter with a
-    gradient on some ranks only counts as zero on the others.
-
-    Raise ``ValueError`` if the mesh does not hold all ranks.
-    """
-    # No DistributedDataParallel: it would reduce all gradients in each of the backwards of an
-    # update, of which PRFL has one per gradient point and DRaFT one per solver step.
-    ranks = dist.get_world_size()
-    check(mesh.size() == ranks, "the ranks of mesh", mesh.size(), f"all {ranks}")
-    whole = [p for p in parameters if p.requires_grad and not is_dtensor(p)]
-    if ranks == 1 or not whole:
-        return
-    device = whole[0].device
-    found = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device=device)
-    dist.all_reduce(found)
-    gradients: dict[torch.dtype, list[torch.Tensor]] = {}
-    for p, count in zip(whole, found.tolist(), strict=True):
-        if count and p.grad is None:
-            p.grad = torch.zeros_like(p, dtype=p.grad_dtype or p.dtype)
-        if p.grad is not None:
-            gradients.setdefault(p.grad.dtype, []).append(p.grad)
-    for same in gradients.values():
-        bucket: list[torch.Tensor] = []
-        for gradient in same:
-            if bucket and sum(g.nbytes for g in (*bucket, gradient)) > _BUCKET_BYTES:
-                _average(bucket, ranks)
-                bucket = []
-            bucket.append(gradient)
-        _average(bucket, ranks)
-
-
-def _average(bucket: list[torch.Tensor], ranks: int) -> None:
-    flat = torch.cat([g.reshape(-1) for g in bucket])
-    dist.all_reduce(flat.div_(ranks))  # gloo has no mean
-    sizes = [g.numel() for g in bucket]
-    for gradient, mean in zip(bucket, flat.split(sizes), strict=True):
-        gradient.copy_(mean.view_as(gradient))

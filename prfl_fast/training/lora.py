@@ -12,6 +12,7 @@ from prfl_fast.training.model_files import adapter_name, without_function
 from prfl_fast.utils.checks import check, plain
 from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.sharded import whole_shapes
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _OFFICIAL_TARGETS = ("q", "k", "v", "o")  # the same layers in the official Wan layout
@@ -26,6 +27,8 @@ def add_lora(
     """Freeze a transformer and add trainable low-rank adapters, in place.
 
     Adapters are float32 on float32 layers and bfloat16 on all others, quantized ones included.
+    Those of a sharded model are whole on each rank, and start with the first rank's values after
+    :func:`prfl_fast.parallel.broadcast_weights`.
 
     Args:
         model: a transformer without adapters, patched or not; of two experts, both get adapters.
@@ -55,10 +58,11 @@ def add_lora(
         lora_alpha=plain(lora_rank if lora_alpha is None else lora_alpha),
         target_modules=list(target_modules),
     )
-    if hasattr(model, "add_adapter"):
-        model.add_adapter(config)  # type: ignore[operator]
-    else:
-        peft.inject_adapter_in_model(config, model)
+    with whole_shapes(model):  # of sharded weights peft would read the shape of this rank's part
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config)  # type: ignore[operator]
+        else:
+            peft.inject_adapter_in_model(config, model)
     # peft creates adapters in float32 or in the layer's dtype, depending on the function called,
     # and on the layer's device, which is the host for streamed weights.
     device = device_of(model)

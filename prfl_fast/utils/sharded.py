@@ -166,6 +166,26 @@ def release(model: nn.Module) -> None:
             group.module.reshard()
 
 
+@contextlib.contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Show each sharded weight in its whole shape, without values, to code that adds layers."""
+    taken: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and is_dtensor(p):
+                taken.append((module, name, p))
+    try:
+        for module, name, p in taken:
+            one = torch.zeros((), dtype=p.dtype, device=p.device)
+            module._parameters[name] = nn.Parameter(one.expand(p.shape), p.requires_grad)
+        yield
+    finally:
+        for module, name, p in taken:
+            shown = module._parameters[name]
+            p.requires_grad_(shown is not None and shown.requires_grad)
+            module._parameters[name] = p
+
+
 _KEEP, _ONCE, _DELAYS = "keeps_gathered", "reduces_once", "gradient_delays"
 
 

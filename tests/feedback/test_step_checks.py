@@ -7,7 +7,6 @@ from copy import deepcopy
 import pytest
 import torch
 from prfl_world import NOISE, REWARD, TEXT, Affine, Score, make_wan, mean, normal, prfl
-from torch import nn
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Point
@@ -148,16 +147,6 @@ def test_a_frozen_transformer_is_refused(plan):
     for model in (make_wan().requires_grad_(False), lambda x, t, c: x.detach() * 0.5):
         with pytest.raises(ValueError, match="no parameter requires one"):
             small(model, plan)(NOISE, TEXT)
-
-
-def test_a_chain_through_ddp_is_refused():
-    class DistributedDataParallel(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    with pytest.raises(ValueError, match="is of DistributedDataParallel"):
-        small(DistributedDataParallel(make_wan()), DRAFT)(NOISE, TEXT)
 
 
 def test_a_divergence_needs_nothing_but_adapters_to_train():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal, with_lora
+from torch.nn.parallel import DistributedDataParallel
 from wan import float_means_double, tiny_wan
 
 from prfl_fast import LatentRewardModel
@@ -24,6 +25,7 @@ from prfl_fast.parallel import (
 )
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.utils.modules import unwrap
 
 STEPS, SAMPLES, UPDATES = 5, 4, 3
 WEIGHT = "weight of "
@@ -47,6 +49,8 @@ class Case:
     divergence: float = 0.0
     rollout: RolloutConfig = RolloutConfig()
     shard: int | None | str = "auto"
+    sequence: int = 1
+    ddp: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -71,6 +75,8 @@ def build(case, mesh=None):
     if mesh is not None and case.shard is not None:
         shard(model, mesh, **case.options)
         shard(reward, mesh, **case.options)
+    if mesh is not None and case.ddp:
+        model = DistributedDataParallel(model)
     return model, reward
 
 
@@ -99,16 +105,16 @@ def _run_case(case, world):
     rank, mesh = 0, None
     if world > 1:
         size = "auto" if case.shard is None else case.shard
-        mesh = make_mesh(ParallelConfig(shard=size))
-        rank = dist.get_rank()
+        mesh = make_mesh(ParallelConfig(shard=size, sequence=case.sequence))
+        rank = dist.get_rank() // case.sequence  # ranks that share a sample compute the same
     model, reward = build(case, mesh)
     step = PRFL(
         model, reward, FlowUniPC(), case.plan, num_inference_steps=STEPS,
         divergence=case.divergence, rollout=case.rollout,
     )  # fmt: skip
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in unwrap(model).named_parameters() if p.requires_grad}
     optimizer = make_optimizer("adamw", trained.values(), learning_rate=1e-3)
-    share = SAMPLES // world
+    share = SAMPLES * case.sequence // world
     samples = slice(rank * share, rank * share + share)
     found = []
     for update in range(UPDATES):
@@ -127,9 +133,8 @@ def _run_case(case, world):
             assert output.finite
             losses.append(output.loss.detach())
             rewards.append(output.rewards)
-        if world > 1:
+        if world > 1 and not case.ddp:
             average_gradients(trained.values(), mesh)
-        assert dict(model.named_parameters()).keys() >= trained.keys()
         gradients = {n: full(p.grad) for n, p in trained.items() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
@@ -137,7 +142,7 @@ def _run_case(case, world):
         loss, rewards = torch.stack(losses), torch.cat(rewards, 0)
         if world > 1:
             loss = gather(loss).mean(0)
-            rewards = torch.cat(list(gather(rewards)), -1)
+            rewards = torch.cat(list(gather(rewards))[:: case.sequence], -1)
         found.append(
             {
                 "loss": loss,

@@ -3,7 +3,6 @@
 import traceback
 
 import pytest
-import torch
 from ranks import run_ranks
 from sharded_world import Case, run_case, worst
 
@@ -24,6 +23,7 @@ TWO_RANKS = [
     Case("DRaFT", **DRAFT),
     Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
     Case("whole", **DRAFT, shard=None),
+    Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
     Case("whole LoRA", **FIVE, shard=None, lora=True),
     Case("accumulation, reduced once", accumulation=2, options={"reduce_once": True}),
     Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
@@ -34,12 +34,11 @@ TWO_RANKS = [
 FOUR_RANKS = [
     Case("copies of halves", **FIVE, shard=2),
     Case("copies, reduced once", **DRAFT, lora=True, shard=2),
-    Case("uneven quarters", accumulation=2),
+    Case("two ranks per sample", accumulation=2, sequence=2),
 ]
 LONG = [
     Case("ReFL", plan=Plan.refl(), indices=None),
     Case("AlignProp", plan=Plan.alignprop(), indices=None),
-    Case("DRaFT-LV", plan=Plan.draft_lv(2), indices=None),
     Case("DRaFT, reduced once", **DRAFT, options={"reduce_once": True}),
     Case("LoRA", lora=True),
     Case("LoRA of points", **FIVE, lora=True),
@@ -54,6 +53,7 @@ LONG = [
     Case("kept from forward to backward", **DRAFT, options={"reshard_after_forward": False}),
     Case("merged LoRA", lora=True, rollout=MERGED),
     Case("experts", **FIVE, experts=True),
+    Case("points under DistributedDataParallel", **FIVE, shard=None, ddp=True),
 ]
 
 
