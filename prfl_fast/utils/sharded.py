@@ -114,6 +114,8 @@ def sharded_roots(model: nn.Module) -> list[Any]:
     """Return the outermost FSDP modules in a model: two for two experts, none if it is whole."""
     if is_fsdp(model):
         return [model]
+    if isinstance(model, nn.ModuleList):  # blocks are sharded all or none, and have many modules
+        return [*model] if len(model) and is_fsdp(model[0]) else []
     return [root for child in model.children() for root in sharded_roots(child)]
 
 

@@ -27,7 +27,7 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.utils.modules import unwrap
 
-STEPS, SAMPLES, UPDATES = 5, 4, 3
+STEPS, SAMPLES = 5, 4
 WEIGHT = "weight of "
 OTHERS = (WEIGHT, "loss", "rewards")
 
@@ -37,6 +37,7 @@ class Case:
     """A run: its plan, what it trains, and how ranks share weights (None: whole on each rank)."""
 
     name: str
+    updates: int = 1
     plan: GradientPlan = GradientPlan.prfl()
     indices: tuple[int, ...] | None = (2,)
     lora: bool = False
@@ -117,7 +118,7 @@ def _run_case(case, world):
     share = SAMPLES * case.sequence // world
     samples = slice(rank * share, rank * share + share)
     found = []
-    for update in range(UPDATES):
+    for update in range(case.updates):
         losses, rewards = [], []
         for micro in range(case.accumulation):
             noise = normal(10 + 10 * update + micro, (SAMPLES, 16, 3, 4, 4))[samples]

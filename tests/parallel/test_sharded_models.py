@@ -154,10 +154,16 @@ def adapters_after_sharding(mesh):
     return gradients(model)
 
 
-def chunks_and_compiles(mesh):
+def recomputes_chunks(mesh):
     model, reward = build(Case("", mode="full"), mesh)
     find_adapter(model).chunk_feed_forward(model, 5)
-    compile_blocks(reward.backbone, "on", backend="aot_eager")
+    feedback(model, reward, Plan.draft(2))(*batch(3, mesh))
+    return gradients(model)
+
+
+def compiles_blocks(mesh):
+    model, reward = build(Case(""), mesh)
+    compile_blocks(model, "on", backend="aot_eager")
     feedback(model, reward, Plan.draft(2))(*batch(3, mesh))
     return gradients(model)
 
@@ -176,15 +182,18 @@ def sharded_by_hand(mesh):
 
 
 BEHAVIORS = (averages_and_clips, trains_a_reward, survives_errors, trains_noise)
-BEHAVIORS += (adapters_after_sharding, chunks_and_compiles, sharded_by_hand)
+BEHAVIORS += (adapters_after_sharding, recomputes_chunks, sharded_by_hand)
 
 
-def test_behaviors_equal_one_process():
-    expected = {behavior: behavior(None) for behavior in BEHAVIORS}
+@pytest.mark.parametrize(
+    "behaviors", [BEHAVIORS, pytest.param([compiles_blocks], marks=pytest.mark.slow)], ids=len
+)
+def test_behaviors_equal_one_process(behaviors):
+    expected = {behavior: behavior(None) for behavior in behaviors}
 
     def errors():
         found, mesh = {}, make_mesh()
-        for behavior in BEHAVIORS:
+        for behavior in behaviors:
             ours, theirs = behavior(mesh), expected[behavior]
             assert ours.keys() == theirs.keys(), behavior
             scale = max(value.abs().max() for value in theirs.values())

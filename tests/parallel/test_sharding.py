@@ -1,5 +1,6 @@
 """Sharded weights: updates equal those of one process, whole plans and policies through."""
 
+import dataclasses
 import traceback
 
 import pytest
@@ -16,15 +17,18 @@ FIVE = {"plan": Plan.prfl(4), "indices": (0, 1, 2, 3)}
 DRAFT = {"plan": Plan.draft(3), "indices": None}
 MERGED = RolloutConfig(merge_lora=True)
 
+THREE = {"updates": 3}
+
 TWO_RANKS = [
-    Case("PRFL"),
+    Case("PRFL", **THREE),
     Case("points, reduced once", **FIVE, options={"reduce_once": True}),
-    Case("points, gathered", **FIVE, options={"keep_gathered": True}),
+    Case("ReFL", plan=Plan.refl(), indices=None),
+    Case("AlignProp", plan=Plan.alignprop(), indices=None),
     Case("DRaFT", **DRAFT),
-    Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
-    Case("whole", **DRAFT, shard=None),
-    Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
+    Case("DRaFT of LoRA with divergence", **THREE, **DRAFT, lora=True, divergence=1.0),
+    Case("whole", **THREE, **DRAFT, shard=None),
     Case("whole LoRA", **FIVE, shard=None, lora=True),
+    Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
     Case("accumulation, reduced once", accumulation=2, options={"reduce_once": True}),
     Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
     Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu"),
@@ -32,13 +36,12 @@ TWO_RANKS = [
     Case("experts, gathered", **FIVE, experts=True, options={"keep_gathered": True}),
 ]
 FOUR_RANKS = [
-    Case("copies of halves", **FIVE, shard=2),
+    Case("copies of halves", **THREE, **FIVE, shard=2),
     Case("copies, reduced once", **DRAFT, lora=True, shard=2),
     Case("two ranks per sample", accumulation=2, sequence=2),
 ]
 LONG = [
-    Case("ReFL", plan=Plan.refl(), indices=None),
-    Case("AlignProp", plan=Plan.alignprop(), indices=None),
+    Case("points", **FIVE),
     Case("DRaFT, reduced once", **DRAFT, options={"reduce_once": True}),
     Case("LoRA", lora=True),
     Case("LoRA of points", **FIVE, lora=True),
@@ -85,4 +88,5 @@ def test_four_ranks_equal_one_process():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_plans_and_policies_equal_one_process(world):
-    equal_to_one_process(world, LONG)
+    cases = [*TWO_RANKS, *LONG, *(FOUR_RANKS if world == 4 else ())]
+    equal_to_one_process(world, [dataclasses.replace(case, updates=3) for case in cases])
