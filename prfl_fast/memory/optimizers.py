@@ -15,10 +15,9 @@ paged-adamw8bit   (float32 parameters only) 8-bit moments, paged    0.03 n  2 n
 ================= ================================================= ======= ======
 
 8-bit moments share a scale per block of 256: a second moment far below its block's largest rounds
-to zero, and its weight then moves too far.
-
-Float32 parameters need neither master nor rounding. ``adamw-sr`` and ``adamw8bit`` are torchao's,
-``paged-adamw8bit`` is bitsandbytes' and needs CUDA. Gradients add 2 n bytes, or 4 n in float32.
+to zero, and its weight then moves too far. Float32 parameters need neither master nor rounding.
+``adamw-sr`` and ``adamw8bit`` are torchao's, ``paged-adamw8bit`` is bitsandbytes' and needs CUDA.
+Gradients add 2 n bytes, or 4 n in float32.
 """
 
 import contextlib

@@ -192,6 +192,17 @@ class BlockAdapter:
                     check_class_forward([block])
                 block.__dict__["block_runner"] = run
 
+    def shard_sequence(self, model: nn.Module, group: Any) -> None:
+        """Run each sample's tokens on all ranks of a process group; None undoes it.
+
+        Raise ``ValueError`` if the family does not support it.
+        """
+        if group is not None:
+            raise ValueError(
+                f"model is a {self.name}, expected one whose sequence several ranks can share: "
+                "diffusers' WanTransformer3DModel. Train this one with sequence: 1"
+            )
+
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks, in order."""
         base: Any = unwrap(model)

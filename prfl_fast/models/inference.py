@@ -29,6 +29,7 @@ from prfl_fast.models.inference_linear import (
     add_note,
     half_of,
 )
+from prfl_fast.models.sequence import shards_of
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import instance_forward
 from prfl_fast.utils.recompute import in_chunks
@@ -284,6 +285,12 @@ class RolloutModel:
         x, time, rope = self._inputs(self._blocks[index], *args, **kwargs)
         modulation = self._modulation(self._blocks[index], time)
         parts = self._prepare(index, x, fp8, eight_bits)
+        shards = shards_of(self._blocks[index])
+        if shards is not None:
+            x = shards.enter(self._blocks[index], x)
+            eight_bits = parts.attend is _eight_bit_attention
+            given = shards.arguments(modulation, rope, parts, len(x), eight_bits=eight_bits)
+            modulation, rope, parts = given
         run = _compiled() if self._compile else transformer_block
         # Contiguous before the compiled function: other strides would compile a second graph.
         return run(x.contiguous(), self._keys[index], modulation, rope, parts)

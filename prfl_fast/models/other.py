@@ -214,6 +214,10 @@ class VelocityAdapter(NoReference):
         adapter, target = self._memory(model)
         adapter.chunk_feed_forward(target, tokens)
 
+    def shard_sequence(self, model: nn.Module, group: Any) -> None:
+        """Share the sequence of the inner model; raise ``ValueError`` if its family cannot."""
+        self._find(_inner(model)).shard_sequence(_inner(model), group)
+
     def hidden_size(self, model: nn.Module) -> int:
         """Return the width of a block's output; raise ``ValueError`` if it is unknown."""
         base: Any = unwrap(model)

@@ -8,17 +8,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from prfl_fast.models import wan_weights
 from prfl_fast.models.adapter import Conditions, check_timesteps, zero_first_frame
-from prfl_fast.models.block_adapter import DiffusersAdapter, Replacements
+from prfl_fast.models.block_adapter import DiffusersAdapter, Replacements, check_class_forward
 from prfl_fast.models.blocks import block_keys
 from prfl_fast.models.inference import (
     RolloutModel,
     RolloutOptions,
     check_rollout,
     replaced_forwards,
+)
+from prfl_fast.models.sequence import (
+    SEQUENCE,
+    SequenceShards,
+    check_heads,
+    head_forward,
+    latents_forward,
 )
 from prfl_fast.models.wan_checks import (
     check_processors,
@@ -33,7 +41,8 @@ from prfl_fast.models.wan_forward import (
     model_inputs,
     replacements,
 )
-from prfl_fast.utils.modules import layers_of, unwrap
+from prfl_fast.utils.checks import check
+from prfl_fast.utils.modules import instance_forward, layers_of, set_forward, unwrap
 
 
 class WanDiffusersAdapter(DiffusersAdapter):
@@ -68,6 +77,39 @@ class WanDiffusersAdapter(DiffusersAdapter):
     ) -> None:
         """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
         check_wan_inputs(unwrap(model), x, conditions, name)
+
+    def shard_sequence(self, model: nn.Module, group: Any) -> None:
+        """Run each sample's tokens on all ranks of a process group; None undoes it.
+
+        Raise ``ValueError`` if the model is not patched, or the ranks do not divide its heads.
+        """
+        base: Any = unwrap(model)
+        modules = [base, base.condition_embedder, *base.blocks]
+        ends = [(base.patch_embedding, latents_forward)]
+        if isinstance(base.proj_out, nn.Linear):  # a backbone has none
+            ends.append((base.proj_out, head_forward))
+        for module in (*modules, *(module for module, _ in ends)):
+            vars(module).pop(SEQUENCE, None)
+        for module, forward in ends:
+            if instance_forward(module) is forward:
+                del module.forward
+        if group is None or dist.get_world_size(group) == 1:
+            return
+        hint = "Call prfl_fast.patch(model) first"
+        kind = type(base).__name__
+        check(self.is_patched(model), "model", f"an unpatched {kind}", "a patched one", hint=hint)
+        check_heads(base.config.num_attention_heads, dist.get_world_size(group))
+        check_class_forward(module for module, _ in ends)
+        shards = SequenceShards(group, base.blocks[0])
+        for module in (*modules, *(module for module, _ in ends)):
+            vars(module)[SEQUENCE] = shards
+        for module, forward in ends:
+            set_forward(module, forward)
+
+    def unpatch(self, model: nn.Module) -> None:
+        """Delete our forwards; the model then runs whole samples."""
+        self.shard_sequence(model, None)
+        super().unpatch(model)
 
     def further_arguments(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: Conditions

@@ -20,6 +20,13 @@ from prfl_fast.models.blocks import (
     known_parts,
     transformer_block,
 )
+from prfl_fast.models.sequence import (
+    SequenceShards,
+    head_forward,
+    latents_forward,
+    own_rows,
+    shards_of,
+)
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import customization, instance_forward
 
@@ -178,6 +185,9 @@ def block_forward(
     rotary_emb: Any,
 ) -> torch.Tensor:
     """Replace ``WanTransformerBlock.forward``."""
+    shards = shards_of(self)
+    if shards is not None:
+        return _part_of_block(self, shards, hidden_states, encoder_hidden_states, temb, rotary_emb)
     parts, rotary = fused_parts(self, rotary_emb)
     if parts is None:
         batch, tokens, _ = hidden_states.shape
@@ -188,6 +198,26 @@ def block_forward(
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, rotary)
     modulation = block_modulation(self, temb)
     return transformer_block(hidden_states, encoder_hidden_states, modulation, rotary, parts)
+
+
+def _part_of_block(
+    self: Any,
+    shards: SequenceShards,
+    x: torch.Tensor,
+    context: torch.Tensor,
+    temb: torch.Tensor,
+    rope: Any,
+) -> torch.Tensor:
+    """Run a block on this rank's tokens; the first block gets those of all ranks."""
+    parts: Any = "the rotary embedding is replaced"
+    if isinstance(rope, Rope):
+        parts = known_parts(self, why_not_fused, block_parts)
+    ok, name = isinstance(parts, BlockParts), "a block of a model that shares its sequence"
+    check(ok, name, parts, "one that runs on the kernels, which exchange tokens")
+    x = shards.enter(self, x)
+    modulation = block_modulation(self, temb)
+    given = shards.arguments(modulation, rope, parts, len(x), eight_bits=False)
+    return transformer_block(x, context, *given)
 
 
 def rope_forward(self: Any, hidden_states: torch.Tensor) -> Any:
@@ -238,7 +268,8 @@ def embedder_forward(
         timestep, timestep_seq_len = times[:, ::repeats].flatten(), timestep_seq_len // repeats
     temb, *others = type(self).forward(self, timestep, text, image, timestep_seq_len)
     if temb.ndim == 3:
-        temb = temb.repeat_interleave(repeats, 1)  # diffusers' head takes a row per token
+        # diffusers' head takes a row per token, of the tokens that it gets.
+        temb = own_rows(self, temb.repeat_interleave(repeats, 1))
     elif len(temb) != len(text):
         temb = temb.unflatten(0, (len(text), -1))[:, -1]
     return temb, *others
@@ -286,6 +317,8 @@ OWN_FORWARDS = (
     embedder_forward,
     head_norm_forward,
     feed_forward_in_chunks,
+    latents_forward,
+    head_forward,
 )
 
 

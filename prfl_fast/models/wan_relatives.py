@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import FIRST_FRAME, Conditions, check_inputs
-from prfl_fast.models.block_adapter import NoReference, Replacements
+from prfl_fast.models.block_adapter import BlockAdapter, NoReference, Replacements
 from prfl_fast.models.blocks import Rope, transformer_block
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
 from prfl_fast.models.wan import WanDiffusersAdapter
@@ -101,6 +101,8 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     """
 
     planned = False
+    # Their forwards do more with the tokens between the blocks than Wan's.
+    shard_sequence = BlockAdapter.shard_sequence
     caches = False
     block: ClassVar[Callable[..., Any]] = block_forward
     rope: ClassVar[Callable[..., Any]] = rope_forward

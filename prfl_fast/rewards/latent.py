@@ -19,6 +19,7 @@ from prfl_fast.models.adapter import Adapter
 from prfl_fast.models.loading import build_headless_wan
 from prfl_fast.models.other import VelocityAdapter
 from prfl_fast.models.registry import adapter_by_name, find_adapter
+from prfl_fast.models.sequence import shards_of
 from prfl_fast.models.velocity import check_finite, checks_values
 from prfl_fast.rewards.pooling import QueryAttentionPool, RewardHead
 from prfl_fast.rewards.reference_checkpoint import (
@@ -38,6 +39,7 @@ from prfl_fast.utils.io import (
     save_tensors,
     write_atomic,
 )
+from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.shards import SHARD_BYTES, SHARD_FILES, read_state, save_shards
 from prfl_fast.utils.version import __version__
@@ -139,9 +141,13 @@ class LatentRewardModel(nn.Module):
                 check(False, "timestep", values, "1000 times sigma, in [0, 1000]")
         features = self._adapter.features(self.backbone, x, timestep, conditions, self.num_blocks)
         features = features.contiguous()  # unpatched blocks keep a transposed stream
+        shards = shards_of(unwrap(self.backbone))
+        part: tuple[Any, ...] = (features,)
+        if shards is not None:  # padding is at the end
+            part = (features[:, : shards.own], shards.group)
         # The caller's autocast applies to the blocks; pool and head keep their own dtype.
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.pool(features))
+            return self.head(self.pool(*part))
 
     def forward(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: Mapping[str, torch.Tensor]

@@ -8,6 +8,7 @@ from torch import nn
 
 from prfl_fast.kernels import query_pool
 from prfl_fast.utils.checks import check, check_count, plain
+from prfl_fast.utils.collectives import pool_over_ranks
 
 
 class QueryAttentionPool(nn.Module):
@@ -40,8 +41,10 @@ class QueryAttentionPool(nn.Module):
         self.queries = nn.Parameter(torch.empty(num_queries, dim, **wide))
         nn.init.xavier_uniform_(self.queries)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, group: Any = None) -> torch.Tensor:
         """Return ``[B, D]`` from ``[B, L, D]``, in the pool's dtype.
+
+        With a process ``group``, x has this rank's part of the tokens, and the result is of all.
 
         The result is the attention output plus the query, averaged over the queries; without the
         query if ``add_query`` is False. Raise ``ValueError`` for another shape.
@@ -58,7 +61,9 @@ class QueryAttentionPool(nn.Module):
         # One pass over x replaces two [L, D] × [D, D] projections: 2·L·D·heads multiply-adds in
         # place of 4·L·D², 1/384 at D = 1536 and 8 heads (bench/NOTES.md).
         folded = (q * size**-0.5).bmm(w_k)  # [heads, queries, D]
-        pooled, _ = query_pool(x, folded.flatten(0, 1))
+        pooled, lse = query_pool(x, folded.flatten(0, 1))
+        if group is not None:
+            pooled = pool_over_ranks(pooled, lse, group)
         if pooled.dtype != w_v.dtype:
             pooled = pooled.to(w_v.dtype)
         # The average over queries commutes with the linear value and output projections.

@@ -1,11 +1,13 @@
 """A training run on one process or on several ranks, for tests of prfl_fast.parallel."""
 
 import dataclasses
+import traceback
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal, with_lora
+from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from wan import float_means_double, tiny_wan
 
@@ -22,6 +24,7 @@ from prfl_fast.parallel import (
     delayed_reduction,
     make_mesh,
     shard,
+    shard_sequence,
 )
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import FlowUniPC
@@ -42,6 +45,7 @@ class Case:
     indices: tuple[int, ...] | None = (2,)
     lora: bool = False
     i2v: bool = False
+    first_frame: bool = False
     experts: bool = False
     patched: bool = True
     accumulation: int = 1
@@ -52,15 +56,15 @@ class Case:
     shard: int | None | str = "auto"
     sequence: int = 1
     ddp: bool = False
+    size: tuple[int, int, int] = (3, 4, 4)  # of the latents
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build(case, mesh=None):
     torch.manual_seed(0)
-    if case.i2v:
-        model = tiny_wan("i2v", seed=0, text_dim=12, ffn_dim=64).double()
-    else:
-        model = make_wan()
+    heads = {"heads": 4, "head_dim": 12} if case.sequence == 4 else {}
+    kind = "i2v" if case.i2v else "t2v"
+    model = tiny_wan(kind, seed=0, text_dim=12, ffn_dim=64, **heads).double()
     reward = LatentRewardModel.from_backbone(model, 1, num_heads=2).double().freeze()
     if case.experts:
         low = make_wan(seed=1)
@@ -73,6 +77,9 @@ def build(case, mesh=None):
         patch(reward.backbone)
     activation_checkpointing(model, case.mode, case.offload)
     activation_checkpointing(reward.backbone, case.mode, case.offload)
+    if mesh is not None and case.sequence > 1:
+        shard_sequence(model, mesh)
+        shard_sequence(reward, mesh)
     if mesh is not None and case.shard is not None:
         shard(model, mesh, **case.options)
         shard(reward, mesh, **case.options)
@@ -87,7 +94,9 @@ def conditions(case, samples):
     if case.i2v:
         found["encoder_hidden_states"] = normal(3, (SAMPLES, 512, 12))
         found["encoder_hidden_states_image"] = normal(4, (SAMPLES, 5, 20))
-        found["latent_condition"] = normal(5, (SAMPLES, 20, 3, 4, 4))
+        found["latent_condition"] = normal(5, (SAMPLES, 20, *case.size))
+    if case.first_frame:
+        found["first_frame"] = normal(6, (SAMPLES, 16, 1, *case.size[1:]))
     return {name: value[samples] for name, value in found.items()}
 
 
@@ -121,7 +130,7 @@ def _run_case(case, world):
     for update in range(case.updates):
         losses, rewards = [], []
         for micro in range(case.accumulation):
-            noise = normal(10 + 10 * update + micro, (SAMPLES, 16, 3, 4, 4))[samples]
+            noise = normal(10 + 10 * update + micro, (SAMPLES, 16, *case.size))[samples]
             last = micro == case.accumulation - 1
             generator = torch.Generator().manual_seed(update)
             arguments = {"indices": case.indices, "loss_scale": 1 / case.accumulation}
@@ -141,7 +150,7 @@ def _run_case(case, world):
         optimizer.zero_grad()
         weights = {n: full(p) for n, p in trained.items()}
         loss, rewards = torch.stack(losses), torch.cat(rewards, 0)
-        if world > 1:
+        if mesh is not None:
             loss = gather(loss).mean(0)
             rewards = torch.cat(list(gather(rewards))[:: case.sequence], -1)
         found.append(
@@ -175,3 +184,20 @@ def worst(ours, theirs):
             error = (a[name] - value).abs().max().item() / size
             errors.append((error if error == error else float("inf"), f"{name} of update {number}"))
     return max(errors)
+
+
+def equal_to_one_process(world, cases):
+    expected = {case.name: run_case(case) for case in cases}
+
+    def errors():
+        found = {}
+        for case in cases:
+            try:
+                found[case.name] = worst(run_case(case, world), expected[case.name])
+            except Exception as error:
+                raise AssertionError(f"{case.name}: {traceback.format_exc()}") from error
+        return found
+
+    found = run_ranks(world, errors)[0]
+    print(world, "ranks:", found)
+    assert max(error for error, _ in found.values()) <= 1e-10

@@ -1,11 +1,9 @@
 """Sharded weights: updates equal those of one process, whole plans and policies through."""
 
 import dataclasses
-import traceback
 
 import pytest
-from ranks import run_ranks
-from sharded_world import Case, run_case, worst
+from sharded_world import Case, equal_to_one_process
 
 from prfl_fast.feedback.gradient_plan import GradientPlan as Plan
 from prfl_fast.rollout.config import RolloutConfig
@@ -58,23 +56,6 @@ LONG = [
     Case("experts", **FIVE, experts=True),
     Case("points under DistributedDataParallel", **FIVE, shard=None, ddp=True),
 ]
-
-
-def equal_to_one_process(world, cases):
-    expected = {case.name: run_case(case) for case in cases}
-
-    def errors():
-        found = {}
-        for case in cases:
-            try:
-                found[case.name] = worst(run_case(case, world), expected[case.name])
-            except Exception as error:
-                raise AssertionError(f"{case.name}: {traceback.format_exc()}") from error
-        return found
-
-    found = run_ranks(world, errors)[0]
-    print(world, "ranks:", found)
-    assert max(error for error, _ in found.values()) <= 1e-10
 
 
 def test_two_ranks_equal_one_process():
