@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 from compiled import run_python
 
 LISTED = "import json, sys; print(json.dumps([n for n in sys.modules if '.' not in n]))"
@@ -62,3 +63,13 @@ def test_no_import_brings_dynamo_or_a_library_of_models():
     done = run_python("\n".join([f"LATE = {late!r}", *lines]))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_plan_imports_no_package_that_it_does_not_need():
+    """Adding an adapter, peft imports packages of quantized layers, in as long as a simulation."""
+    lines = ["import sys", "from prfl_fast.cli.main import main", "sys.argv[1:] = OPTIONS"]
+    lines += ["assert main() == 0", "assert 'peft' in sys.modules"]
+    options = "plan --model wan2.1-t2v-1.3b --frames 5 --height 256 --width 256 --gpu h200"
+    found = imported("\n".join([f"OPTIONS = {options.split()!r}", *lines]))
+    assert not found & {"bitsandbytes", "scipy", "torchao"}
