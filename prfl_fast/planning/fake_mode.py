@@ -53,6 +53,11 @@ def _key(values: Any) -> tuple[Any, ...]:
     return tuple(parts)
 
 
+def _is_layout(value: Any) -> bool:
+    """Return True if a value is a fake tensor without data."""
+    return type(value) is FakeTensor and value.constant is None
+
+
 def _recipe(out: Any, args: tuple[Any, ...]) -> Any:
     """Return how to make ``out`` again: a position of ``args``, or layout of a new tensor."""
     if type(out) is tuple:
@@ -100,24 +105,39 @@ class FastFakeTensorMode(FakeTensorMode):
         kwargs = kwargs or {}
         if func in _READS and (out := self._read(func, *args)) is not None:
             return out
-        if not _is_plain(func) or func in self.lift_fns or "out" in kwargs:
-            return super().dispatch(func, types, args, kwargs)
-        try:
-            key = (func, _key(args), *kwargs, _key(kwargs.values()))
-        except _NoKeyError:
-            return super().dispatch(func, types, args, kwargs)
-        if func.is_view:
-            out = self._run_for_meta(func, args, kwargs)
+        out = self.known(func, args, kwargs)
+        if out is not NotImplemented:
+            return out
+        out = super().dispatch(func, types, args, kwargs)
+        if (key := self._key_of(func, args, kwargs)) is not None:
+            _recipes[key] = _recipe(out, args)
+        return out
+
+    def known(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a view or of an operation that ran before, else NotImplemented.
+
+        A mode above this one may call it and save a dispatch through PyTorch.
+        """
+        if func in _READS:
+            return NotImplemented
+        if _is_plain(func) and func.is_view and not kwargs and _is_layout(args[0]):
+            out = self._run_for_meta(func, args)
             device = args[0].fake_device
             if isinstance(out, torch.Tensor):
                 return self._fake(out, device)
             return type(out)(self._fake(part, device) for part in out)
-        recipe = _recipes.get(key, _UNKNOWN)
-        if recipe is not _UNKNOWN:
-            return self._make(recipe, args)
-        out = super().dispatch(func, types, args, kwargs)
-        _recipes[key] = _recipe(out, args)
-        return out
+        key = self._key_of(func, args, kwargs)
+        recipe = _UNKNOWN if key is None else _recipes.get(key, _UNKNOWN)
+        return NotImplemented if recipe is _UNKNOWN else self._make(recipe, args)
+
+    def _key_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation's result depends on, None if it is to run each time."""
+        if not _is_plain(func) or func.is_view or func in self.lift_fns or "out" in kwargs:
+            return None
+        try:
+            return (func, _key(args), *kwargs, _key(kwargs.values()))
+        except _NoKeyError:
+            return None
 
     def _read(self, func: Any, value: Any, indices: Any = ()) -> Any:
         """Return the result of an operation that reads booleans; None for other operations."""
@@ -147,14 +167,14 @@ class FastFakeTensorMode(FakeTensorMode):
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         return self._fake(empty, device)
 
-    def _run_for_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_for_meta(self, func: Any, args: Any) -> Any:
         """Run PyTorch's C++ kernel for ``meta`` tensors on fake ones."""
         # As fake_tensor.in_kernel_invocation_manager, but without the cost of a context manager.
         with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
             self.in_kernel_invocation = True
             torch._C._set_meta_in_tls_dispatch_include(True)
             try:
-                return func(*args, **kwargs)
+                return func(*args)
             finally:
                 self.in_kernel_invocation = False
 

@@ -99,12 +99,14 @@ def _recorded(
     with fake_models(workload, memory, reward_memory, **depths) as (trained, rewards):
         adapter: Any = adapter_of(workload.config)
         models = zip(_names(workload), (trained, *rewards), strict=True)
+        fake: Any = next(trained.parameters())
         ledger = TraceLedger(
             {
                 f"{name} {index}": getattr(unwrap(transformer_of(model)), blocks)
                 for name, model in models
                 for index, blocks in enumerate(adapter.lists)
-            }
+            },
+            fake.fake_mode,
         )
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.

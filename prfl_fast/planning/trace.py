@@ -17,6 +17,7 @@ from torch import nn
 
 from prfl_fast.memory.ledger import CATEGORIES, HOST, storage_of
 from prfl_fast.planning.costs import Cost, CostLedger
+from prfl_fast.planning.fake_mode import FastFakeTensorMode
 
 DEPTH = 5  # blocks that run by default
 ALLOCATE, FREE, MOVE, SCRATCH = "allocate", "free", "move", "scratch"
@@ -71,10 +72,12 @@ class TraceLedger(CostLedger):
     """Ledger that also records each allocation, release and unit of work in segments.
 
     ``lists`` has the lists of blocks by name; the segments of a block are entered by hooks.
+    ``mode`` is the mode of the fake tensors.
     """
 
-    def __init__(self, lists: Mapping[str, nn.ModuleList]) -> None:
+    def __init__(self, lists: Mapping[str, nn.ModuleList], mode: FastFakeTensorMode) -> None:
         super().__init__()
+        self.mode = mode
         self.segments: dict[Key, Segment] = {}
         self._names: dict[int, tuple[Key, int]] = {}  # entry → segment and number of its storage
         self._owners: dict[int, Place] = {}
@@ -134,6 +137,11 @@ class TraceLedger(CostLedger):
         total = self._segment.work
         for name, amount in work.items() if self.counts else ():
             total[name] = total.get(name, 0) + amount
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operation."""
+        out = self.mode.known(func, args, kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
 
     def mark(self, tensor: torch.Tensor, category: str) -> None:
         """Enter a storage under a category, or move it there."""
