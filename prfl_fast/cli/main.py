@@ -184,18 +184,20 @@ def _add_file_commands(commands: Any) -> None:
     merge.add_argument("--layout", choices=layouts[:3], help=text)
 
 
-@contextlib.contextmanager
-def _models_imported() -> Iterator[None]:
-    """Import diffusers' models and peft, and hide the optional packages that they import.
+def _import_models() -> None:
+    """Import diffusers' models and peft without the optional packages that they import.
 
-    The planner needs none of these, and importing them takes longer than some plans. They stay
-    hidden inside the context, because peft looks for two of them when it adds an adapter.
+    The planner needs none of these there, and importing them takes longer than some plans.
     """
-    with hidden("bitsandbytes", "scipy", "torchao"):
-        with no_collection(), contextlib.suppress(ImportError):
-            importlib.import_module("diffusers.models.transformers")
-            importlib.import_module("peft")
-        yield
+    with (
+        hidden("bitsandbytes", "scipy", "torchao"),
+        contextlib.suppress(ImportError, AttributeError),
+    ):
+        importlib.import_module("diffusers.models.transformers")
+        peft = importlib.import_module("peft.import_utils")
+        # peft asks when it adds the first adapter, and remembers the answers.
+        peft.is_bnb_available()
+        peft.is_torchao_available()
 
 
 def _run(options: argparse.Namespace, program: bool) -> int:
@@ -222,11 +224,11 @@ def _run(options: argparse.Namespace, program: bool) -> int:
         if options.command == "plan" and "torch" not in sys.modules:
             each = " for each row" if options.table else ""
             print(f"prfl-fast plan: simulates training steps{each}, please wait", file=sys.stderr)
-        planning = options.command == "plan" and program
-        with _models_imported() if planning else contextlib.nullcontext():
-            with no_collection():  # imports leave no garbage behind
-                run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
-            return run(options)
+        with no_collection():  # imports leave no garbage behind
+            if options.command == "plan" and program:
+                _import_models()
+            run: Callable[[argparse.Namespace], int] = getattr(_module(options.command), name)
+        return run(options)
     from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
     from prfl_fast.cli.score import run_score
     from prfl_fast.cli.train import RunOptions, run_train, train_reward
