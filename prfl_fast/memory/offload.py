@@ -58,13 +58,16 @@ class Offloader:
     def open(self, block: nn.Module, x: torch.Tensor, shared: Iterable[Any]) -> "Group":
         """Return the group of one call of a block with input ``x``, ``[B, L, D]``.
 
-        Tensors in ``shared``, parameters and buffers stay on the device.
+        Tensors in ``shared``, parameters and buffers stay on the device. A stream that is a view of
+        the same storage as ``x`` (HunyuanVideo's text in single-stream blocks) leaves with it.
         """
         stay = {
             t.untyped_storage()._cdata
             for t in (*shared, *block.parameters(), *block.buffers())
             if _is_plain(t)
         }
+        if _is_plain(x):
+            stay.discard(x.untyped_storage()._cdata)
         return _window(x.device).open(self, stay)
 
     def count(self, place: str, nbytes: int) -> None:

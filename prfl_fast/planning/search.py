@@ -31,7 +31,6 @@ from prfl_fast.planning.derived import (
     weighted_sum,
 )
 from prfl_fast.planning.gpu_specs import GpuSpecs
-from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulated_feedback import EARLIER_PHASES
 from prfl_fast.planning.simulated_step import SWAP_PHASES
 from prfl_fast.planning.simulation import simulate
@@ -158,8 +157,6 @@ class Search:
         self._seen: dict[tuple[Tier, Any, int | None], Single] = {}
         self._weights: dict[Tier, Weights] = {}
         self._base: Tier | None = None  # the tier that is simulated; others are derived from it
-        # Blocks of several lists save different tensors, so their offload is simulated.
-        self._alike = len(adapter_of(workload.config).lists) == 1
 
     def run(self, tiers: Sequence[Tier]) -> Found:
         """Return a candidate that fits, from the first tier that has one.
@@ -171,15 +168,12 @@ class Search:
         self._base = tiers[0]
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
-            found = self._tier(tier, last=last)
+            found, waiting = self._tier(tier, last=last), list[Candidate]()
             if self.workload.train == "lora" or tier.optimizer == "adamw-cpu":
-                waiting = self._tier(dataclasses.replace(tier, stream_weights=AHEAD), last=last)
-                # Copies shorten no step. They pay if the freed memory allows a faster policy.
-                fastest = min((c.seconds for c in found if c.reason == SLOWER), default=math.inf)
-                found += [c for c in waiting if c.seconds < fastest]
-            found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
+                streams = dataclasses.replace(tier, stream_weights=AHEAD)
+                waiting = self._tier(streams, last=last)
+            chosen = self._first_that_fits(found, waiting)
             considered += found
-            chosen = self._first_that_fits(found, considered)
             if chosen is not None:
                 run, whole = chosen
                 unused = list(tiers[index + 1 :])
@@ -191,19 +185,30 @@ class Search:
         return Found(whole, run, self._lost(run), whole.reason == CHOSEN, considered, [])
 
     def _first_that_fits(
-        self, found: Sequence[Candidate], considered: list[Candidate]
+        self, found: list[Candidate], waiting: list[Candidate]
     ) -> tuple[Simulation, Candidate] | None:
-        """Simulate candidates, the best first, until one fits; update them in ``considered``."""
-        left = [c for c in found if c.reason == SLOWER]
-        while left:
+        """Simulate candidates, the best first, until one fits; update them in ``found``.
+
+        ``waiting`` are those with weights in host memory. Copies shorten no step. They pay if the
+        freed memory allows a faster policy, so the faster ones move to ``found``.
+        """
+        while True:
+            left = [c for c in found if c.reason == SLOWER]
+            resident = [c.seconds for c in left if c.memory.stream_weights is None]
+            fastest = min(resident, default=math.inf)
+            faster = [c for c in waiting if c.seconds < fastest]
+            waiting = [c for c in waiting if c.seconds >= fastest]
+            found += faster
+            found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
+            left = [c for c in found if c.reason == SLOWER]
+            if not left:
+                return None
             ties = [c for c in left if c.seconds <= (1 + TIE) * left[0].seconds]
             best = min(ties, key=lambda c: c.peak + c.host)
-            left.remove(best)
             run, whole = self._whole(best)
-            considered[considered.index(best)] = whole
+            found[found.index(best)] = whole
             if whole.reason == CHOSEN:
                 return run, whole
-        return None
 
     def _lost(self, run: Simulation) -> int:
         """Return the bytes that the allocator needs beside the live ones, exact to 1 % of them."""
@@ -295,7 +300,7 @@ class Search:
             elif self._base not in (None, tier):
                 run = self._single(self._base, mode, chunk).run
                 run = exchanged(run, self._weights_of(self._base), self._weights_of(tier))
-            elif mode[1] is not None and self._alike:
+            elif mode[1] is not None:
                 run = self._single(tier, (mode[0], None), chunk).run
                 run = offloaded(run, work.blocks, work.reward_models)
             else:

@@ -229,6 +229,17 @@ def test_dtypes(dtype):
     assert torch.equal(handle.unpack().view(torch.uint8), tensor.view(torch.uint8))
 
 
+def test_a_stream_beside_the_input_leaves_with_it():
+    both = torch.randn(2, 40, 8)
+    x, text = both.split((32, 8), dim=1)
+    offloader = Offloader()
+    group = offloader.open(nn.Linear(4, 4), x, [text, None])
+    handles = [group.pack(tensor) for tensor in (x, text)]
+    there_and_back(group)
+    assert offloader.bytes["host_now"] == both.nbytes and offloader.bytes["device_now"] == 0
+    assert torch.equal(torch.cat([handle.unpack() for handle in handles], 1), both)
+
+
 def test_what_stays(monkeypatch):
     monkeypatch.setattr(offloading, "SMALLEST", 4096)
     block, shared = nn.Linear(64, 64), torch.randn(64, 64)
