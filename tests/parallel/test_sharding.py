@@ -70,4 +70,6 @@ def test_four_ranks_equal_one_process():
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_plans_and_policies_equal_one_process(world):
     cases = [*TWO_RANKS, *LONG, *(FOUR_RANKS if world == 4 else ())]
-    equal_to_one_process(world, [dataclasses.replace(case, updates=3) for case in cases])
+    cases = [dataclasses.replace(case, updates=3) for case in cases]
+    for start in range(0, len(cases), 8):  # as ranks must answer within minutes
+        equal_to_one_process(world, cases[start : start + 8])
