@@ -30,13 +30,18 @@ class LoadedBatches:
             object whose ``batches[n]`` depends on n only and can be pickled.
         workers: number of processes; each reads two batches ahead.
         pin_memory: return tensors in pinned memory, for copies that do not wait.
+        stride: read n, n + stride, … ahead, as one of so many data ranks draws them.
 
     Raises:
-        ValueError: if ``workers`` is not a positive integer.
+        ValueError: if ``workers`` or ``stride`` is not a positive integer.
     """
 
-    def __init__(self, batches: Any, workers: int, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self, batches: Any, workers: int, *, pin_memory: bool = False, stride: int = 1
+    ) -> None:
         check_count("workers", workers)
+        check_count("stride", stride)
+        self.stride = stride
         self.batches, self.workers, self.pin_memory = batches, workers, pin_memory
         self._next = -1
         # At most one. The finalizer keeps the list out of reference cycles: an iterator that is
@@ -59,7 +64,7 @@ class LoadedBatches:
             self.workers = 0
             self._iterators.clear()
             return self.batches[n]
-        self._next += 1
+        self._next += self.stride
         if isinstance(batch, Exception):
             self._iterators.clear()
             try:
@@ -72,7 +77,7 @@ class LoadedBatches:
         loader: DataLoader[Any] = DataLoader(
             _Readable(self.batches),
             batch_size=None,  # an item is a batch already
-            sampler=_From(n),
+            sampler=_From(n, self.stride),
             num_workers=self.workers,
             collate_fn=_unchanged,
             pin_memory=self.pin_memory,
@@ -101,13 +106,13 @@ class _Readable(torch.utils.data.Dataset[Any]):
 
 
 class _From(torch.utils.data.Sampler[int]):
-    """Yield n, n + 1, …"""
+    """Yield n, n + stride, n + 2·stride, …"""
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, stride: int) -> None:
+        self.n, self.stride = n, stride
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.n)
+        return itertools.count(self.n, self.stride)
 
 
 def _unchanged(batch: Any) -> Any:

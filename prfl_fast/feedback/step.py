@@ -222,6 +222,10 @@ class PRFL:
         if latents is not None:
             check_finite("latents", latents)
 
+    def draw_points(self, generator: torch.Generator | None = None) -> tuple[Point, ...]:
+        """Draw gradient points as a call does, to pass to several calls as ``indices``."""
+        return self._points(None, generator)
+
     def _points(
         self, indices: Sequence[int | Point] | None, generator: torch.Generator | None
     ) -> tuple[Point, ...]:

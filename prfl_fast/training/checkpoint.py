@@ -24,14 +24,15 @@ import logging
 import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.training.model_files import load_model, save_model
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.digests import check_digests, file_digests
 from prfl_fast.utils.io import (
     link_atomic,
@@ -82,6 +83,44 @@ def restore_random_state(state: Mapping[str, Any], generator: torch.Generator) -
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     generator.set_state(state["generator"])
+
+
+def rank_seed(seed: int, data_rank: int, step: int = 0) -> int:
+    """Return the seed of a data rank's random numbers from ``step`` on; rank 0 has ``seed``."""
+    if data_rank == 0 and step == 0:
+        return torch_seed(seed)
+    text = f"seed {seed}, data rank {data_rank}, step {step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def random_states(generator: torch.Generator, ranks: Ranks) -> dict[str, Any]:
+    """Return the random states of rank 0 as ``random``, and those of several ranks as ``ranks``."""
+    own = random_state(generator)
+    if not ranks.several:
+        return {"random": own}
+    found = ranks.gather(own)
+    return {"random": found[0], "ranks": {"data_ranks": ranks.data_ranks, "random": found}}
+
+
+def restore_rank(
+    state: Mapping[str, Any], generator: torch.Generator, ranks: Ranks, seed: int
+) -> None:
+    """Restore the states of :func:`random_states` on as many ranks, or on others.
+
+    On others, each data rank has the state of the saved data rank of its number, if there is one,
+    else one of its own that depends on the seed and the step.
+    """
+    saved = state.get("ranks") or {"data_ranks": 1, "random": [state["random"]]}
+    states, count = saved["random"], saved["data_ranks"]
+    if (len(states), count) == (ranks.size, ranks.data_ranks):
+        restore_random_state(states[ranks.rank], generator)
+    elif ranks.data_rank < count:
+        restore_random_state(states[ranks.data_rank * (len(states) // count)], generator)
+    else:
+        fresh = rank_seed(seed, ranks.data_rank, state["step"])
+        random.seed(fresh)
+        torch.manual_seed(fresh)
+        generator.manual_seed(fresh)
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
@@ -149,43 +188,75 @@ def save_checkpoint(
     inputs: Mapping[str, Any] | None = None,
     keep_last: int = 0,
     best_step: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write the checkpoint ``folder/step-<step>`` and return its path; delete old checkpoints.
 
     ``state`` may hold tensors, numbers, strings, and lists, tuples and dicts of them. A resumed run
     must repeat ``settings``, and ``inputs`` too unless it accepts other ones. ``keep_last`` of 0
-    keeps all checkpoints; that of ``best_step`` is always kept.
+    keeps all checkpoints; that of ``best_step`` is always kept. All ``ranks`` call this function,
+    and rank 0 writes.
 
     Raises:
         OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
     """
     path = Path(folder) / f"step-{step:08d}"
-    with save_checkpoint_dir(path) as temporary:
-        save_model(model, temporary / "model")
-        if ema is not None:
-            save_tensors(ema, temporary / "ema.safetensors")
-        try:
-            torch.save(dict(state), temporary / "state.pt")
-        except RuntimeError as error:  # torch's zip writer raises it if the disk is full
-            raise OSError(f"{path / 'state.pt'}: cannot be written: {error}") from error
-        digests = file_digests(temporary)
-        content = {
-            "format": FORMAT,
-            "step": step,
-            "settings": dict(settings or {}),
-            "inputs": dict(inputs or {}),
-            "files": {name: (temporary / name).stat().st_size for name in digests},
-            "sha256": digests,
-        }
-        content["digest"] = _digest(content)
-        (temporary / "checkpoint.json").write_text(_text(content))
-    link_final(path)
-    if keep_last:
+    ranks = ranks or Ranks()
+    with _written_together(path, ranks) as temporary:
+        if ranks.main:
+            save_model(model, temporary / "model")
+            if ema is not None:
+                save_tensors(ema, temporary / "ema.safetensors")
+            _save_state(state, path, temporary)
+            digests = file_digests(temporary)
+            content = {
+                "format": FORMAT,
+                "step": step,
+                "settings": dict(settings or {}),
+                "inputs": dict(inputs or {}),
+                "files": {name: (temporary / name).stat().st_size for name in digests},
+                "sha256": digests,
+            }
+            content["digest"] = _digest(content)
+            (temporary / "checkpoint.json").write_text(_text(content))
+    if ranks.main:
+        link_final(path)
         # Later ones do not count: they are damaged, and this run went back before them.
-        for at, old in [c for c in list_checkpoints(folder) if c[0] <= step][:-keep_last]:
+        earlier = [c for c in list_checkpoints(folder) if c[0] <= step] if keep_last else []
+        for at, old in earlier[:-keep_last]:
             if at != best_step:
                 remove_atomic(old)
     return path
+
+
+@contextlib.contextmanager
+def _written_together(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """Yield the temporary folder of a checkpoint on every rank; rank 0 renames it at the end.
+
+    If a rank raises in the body, the folder is removed, and every rank raises.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> str:
+            return str(stack.enter_context(save_checkpoint_dir(path)))
+
+        temporary, error = Path(ranks.on_main(begin)), None
+        if not ranks.several:
+            yield temporary
+            return
+        try:
+            yield temporary
+        except Exception as raised:  # noqa: BLE001 - raised on all ranks
+            error = raised
+        ranks.agree(error=error)
+        ranks.on_main(stack.close)
+
+
+def _save_state(state: Mapping[str, Any], path: Path, temporary: Path) -> None:
+    try:
+        torch.save(dict(state), temporary / "state.pt")
+    except RuntimeError as error:  # torch's zip writer raises it if the disk is full
+        raise OSError(f"{path / 'state.pt'}: cannot be written: {error}") from error
 
 
 def link_final(checkpoint: Path) -> None:
@@ -263,6 +334,7 @@ def load_checkpoint(
     settings: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
     accept_inputs: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
     """Copy a checkpoint's weights into ``model``; return its state and averaged parameters.
 
@@ -272,7 +344,7 @@ def load_checkpoint(
             ``accept_inputs``, other inputs are only logged.
     """
     path = Path(path)
-    content = read_checkpoint(path)
+    content = (ranks or Ranks()).on_main(read_checkpoint, path)  # reads all files: once
     saved = content.get("settings", {})
     wanted = json.loads(json.dumps(dict(settings or {})))  # tuples become lists, as in the file
     if content["format"] == _UNDIGESTED and (new := wanted.keys() - saved.keys()):

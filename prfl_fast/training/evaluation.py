@@ -18,6 +18,7 @@ from prfl_fast.data.manifest import LatentDataset, Pair
 from prfl_fast.data.order import consecutive
 from prfl_fast.data.video import contact_sheet
 from prfl_fast.models.velocity import Precision, autocast, model_of
+from prfl_fast.parallel.ranks import OtherRankError, Ranks
 from prfl_fast.rewards.evaluation import classification_metrics, preference_metrics
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -107,24 +108,23 @@ class PeriodicEvaluation:
         generator: torch.Generator,
         signals: Sequence[object],
         log: TrainingLog | None = None,
+        ranks: Ranks | None = None,
     ) -> dict[str, float | None]:
         """Evaluate if due after ``step``; write the contact sheet and return the figures to log.
 
         The random states of torch, Python and ``generator`` do not change. Raise
-        :class:`EvaluationInterrupted` if there is one of ``signals`` meanwhile.
+        :class:`EvaluationInterrupted` if there is one of ``signals`` meanwhile. All ``ranks``
+        evaluate the same samples, end together, and return the figures of rank 0.
         """
         if self.every is None or step % self.every:
             return {}
-
-        def tick() -> None:
-            if signals:
-                raise EvaluationInterrupted
-
+        ranks = ranks or Ranks()
         before = random_state(generator)
         try:
-            figures, sheet = self.evaluate(tick)
+            figures, sheet = self._evaluate(signals, ranks)
         finally:
             restore_random_state(before, generator)
+        figures = ranks.gather(figures)[0]
         if self.patience is not None and step:
             value = figures[self.figure]
             self.waited += 1
@@ -133,6 +133,26 @@ class PeriodicEvaluation:
         if log is not None and sheet is not None:
             log.write_sheet(step, sheet)
         return {f"eval/{k}": v if math.isfinite(v) else None for k, v in figures.items()}
+
+    def _evaluate(self, signals: Sequence[object], ranks: Ranks) -> Evaluated:
+        """Return the figures of this rank, after all ranks have theirs."""
+
+        def tick() -> None:
+            if ranks.agree(bool(signals)):
+                raise EvaluationInterrupted
+
+        error: Exception | None = None
+        try:
+            found = self.evaluate(tick)
+        except OtherRankError:
+            raise
+        except Exception as raised:
+            # With sharded weights the others wait for this rank in a forward, not here.
+            if ranks.sharded or not ranks.several:
+                raise
+            error = raised
+        ranks.agree(error=error)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best figure, its step, and the number of evaluations since."""

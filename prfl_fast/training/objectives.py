@@ -55,7 +55,7 @@ class Objective(Protocol):
         """Run forward and backward of one micro-batch; add ``loss_scale`` · gradient to ``.grad``.
 
         Args:
-            draw: number of earlier micro-batches of this objective; determines the data.
+            draw: number of the micro-batch among those of all ranks; determines the data.
             generator: CPU generator, the only source of randomness.
             loss_scale: factor of the gradient.
 
@@ -123,15 +123,24 @@ class RewardFeedback:
         batches: ``batches[n]`` returns the :class:`prfl_fast.data.dataset.Batch` of micro-batch n.
             Plans that start from data noise its latents; for other plans the latents give only the
             shape of the noise.
+        points_generator: draws the gradient points, in the same state on all ranks of a run; None
+            draws them from the generator of the noise.
 
     Raises:
         ValueError: if the plan of ``step`` sends the gradient to the noise or the latents.
     """
 
-    def __init__(self, step: PRFL, batches: Any, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        step: PRFL,
+        batches: Any,
+        device: torch.device | str = "cpu",
+        points_generator: torch.Generator | None = None,
+    ) -> None:
         hint = "Nothing would train; see prfl_fast.sampling.gradient"
         check(step.plan.to == "parameters", "step.plan.to", step.plan.to, "'parameters'", hint=hint)
         self.step, self.batches, self.device = step, batches, device
+        self.points_generator = points_generator
 
     def __call__(self, draw: int, generator: torch.Generator, loss_scale: float) -> Metrics:
         batch: Batch = self.batches[draw]
@@ -141,12 +150,14 @@ class RewardFeedback:
         noise = to_device(noise, self.device)
         from_data = self.step.plan.start == "data"
         batch = _checked_on(self.device, batch) if from_data else batch.to(self.device)
+        drawn = self.points_generator
         with values_checked():
             out = self.step(
                 noise,
                 batch.conditions,
                 latents=batch.latents if from_data else None,
                 generator=generator,
+                indices=None if drawn is None else self.step.draw_points(drawn),
                 loss_scale=loss_scale,
                 wait=False,  # the trainer reads the loss with the norm of the gradients
             )
@@ -169,12 +180,28 @@ class RewardFeedback:
         return self.step.high_share
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rollout engine's count of trajectories and measured drift."""
-        return self.step.engine.state_dict()
+        """Return the rollout engine's count of trajectories, and the state of the points."""
+        state = self.step.engine.state_dict()
+        if self.points_generator is not None:
+            state["points"] = self.points_generator.get_state()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a :meth:`state_dict`."""
+        """Restore a :meth:`state_dict`, of one process or of several ranks."""
+        state = dict(state)
+        points = state.pop("points", None)
+        if points is not None and self.points_generator is not None:
+            self.points_generator.set_state(points)
         self.step.engine.load_state_dict(state)
+
+    @property
+    def fallen_back(self) -> bool:
+        """Return True if too much drift was measured, so that all rollouts are exact."""
+        return self.step.engine.fallen_back
+
+    @fallen_back.setter
+    def fallen_back(self, value: bool) -> None:
+        self.step.engine.fallen_back = value
 
 
 class SupervisedFlow:

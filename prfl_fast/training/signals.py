@@ -11,11 +11,11 @@ _MESSAGE = b"\nprfl-fast: finishing this step, then saving; again to stop at onc
 
 
 @contextlib.contextmanager
-def collect_signals(enabled: bool) -> Iterator[list[signal.Signals]]:
+def collect_signals(enabled: bool, told: bool = True) -> Iterator[list[signal.Signals]]:
     """Yield a list that receives SIGINT, SIGTERM or SIGHUP in place of the usual handlers.
 
-    The first signal writes a line to stderr. The handlers do not change if ``enabled`` is False or
-    outside the main thread, nor does that of SIGHUP if it is ignored, as under nohup.
+    If ``told``, the first signal writes a line to stderr. The handlers do not change if ``enabled``
+    is False or outside the main thread, nor does that of SIGHUP if it is ignored, as under nohup.
     """
     received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
@@ -27,8 +27,9 @@ def collect_signals(enabled: bool) -> Iterator[list[signal.Signals]]:
     def receive(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
         restore()  # so that a second signal ends the process at once
-        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
-            os.write(2, _MESSAGE)  # print() could be interrupted in its own lock
+        if told:
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                os.write(2, _MESSAGE)  # print() could be interrupted in its own lock
 
     # Python allows only the main thread to install signal handlers.
     if enabled and threading.current_thread() is threading.main_thread():

@@ -12,15 +12,18 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from prfl_fast.memory.optimizers import gradient_norm
 from prfl_fast.models.experts import Experts
+from prfl_fast.parallel.ranks import OtherRankError, Ranks
+from prfl_fast.training.agreement import Agreement
 from prfl_fast.training.checkpoint import (
     check_free,
     find_checkpoint,
@@ -28,7 +31,10 @@ from prfl_fast.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     random_state,
+    random_states,
+    rank_seed,
     restore_random_state,
+    restore_rank,
     save_checkpoint,
 )
 from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
@@ -39,10 +45,10 @@ from prfl_fast.training.objectives import Objective, one_expert
 from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
 from prfl_fast.training.signals import collect_signals
 from prfl_fast.training.updates import Updater, detached, read_means
-from prfl_fast.utils.checks import check, torch_seed
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
-from prfl_fast.utils.modules import device_of
+from prfl_fast.utils.modules import device_of, local_of
 from prfl_fast.utils.progress import step_progress
 
 NON_FINITE_LIMIT = 5
@@ -91,6 +97,9 @@ class Trainer:
         advise: called when a device is full; returns a sentence that suggests a memory policy.
         evaluation: its figures are logged as ``eval/<name>``, before the first step under step 0;
             a contact sheet is written to ``samples`` in the folder.
+        mesh: mesh of the ranks of the run (:func:`prfl_fast.parallel.make_mesh`); None is one
+            process. Each data rank draws micro-batches and noise of its own, an update has the mean
+            gradient of all, and rank 0 alone writes the folder and shows the progress.
 
     Raises:
         ValueError: if there is nothing to train, the optimizer cannot train a parameter's dtype,
@@ -113,11 +122,13 @@ class Trainer:
         on_step: Callable[[dict[str, Any]], object] | None = None,
         advise: Callable[[], str] | None = None,
         evaluation: PeriodicEvaluation | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         check(bool(objectives), "objectives", objectives, "at least one")
         self.model, self.objectives, self.config = model, dict(objectives), config
         self.folder = None if folder is None else Path(folder)
-        self.progress, self.tensorboard = progress, tensorboard
+        self.ranks = ranks = Ranks(mesh)
+        self.progress, self.tensorboard = progress and ranks.main, tensorboard
         self.on_step, self.advise = on_step, advise
         self.evaluation = evaluation or PeriodicEvaluation(lambda tick: Evaluated({}))
         self._signals: list[Any] = []  # received by this run
@@ -127,10 +138,12 @@ class Trainer:
             model.use(model.trained[0])  # states of optimizer and average are made on the device
         self._updater = update = Updater(model, config)
         self.parameters, self.optimizer, self.ema = update.parameters, update.optimizer, update.ema
-        self.generator = torch.Generator().manual_seed(torch_seed(config.seed))
+        self._agreement = Agreement(ranks, update)
+        self.generator = torch.Generator().manual_seed(rank_seed(config.seed, ranks.data_rank))
         self.result = TrainResult()
         self._in_a_row = 0  # steps with a skipped update, up to the last step
-        self._draws = dict.fromkeys(self.objectives, 0)  # micro-batches drawn so far
+        # Micro-batches drawn so far by all ranks, which share one pass over the data.
+        self._draws = dict.fromkeys(self.objectives, 0)
         # Updates already taken in the current step: metrics, and True if the update was applied.
         self._done: dict[str, tuple[dict[str, float], bool]] = {}
         self._partly_updated = False  # True after an incomplete optimizer step
@@ -142,15 +155,16 @@ class Trainer:
         self._saved_step: int | None = None
         if self.folder is not None:
             check_savable(model)
-            check_free(self.folder)
-        self._newest = self._newest_step()
-        self.resumed_from = find_checkpoint(self.folder, resume)
+            ranks.on_main(check_free, self.folder)
+        self._newest = ranks.on_main(self._newest_step)
+        self.resumed_from = ranks.on_main(find_checkpoint, self.folder, resume)
         if self.resumed_from is not None:
             self._restore(self.resumed_from, identity.accept_changed_inputs)
 
     def _restore(self, path: Path, accept_inputs: bool) -> None:
         run: Any = {"settings": self._identity, "inputs": self._inputs}
-        state, ema = load_checkpoint(path, self.model, **run, accept_inputs=accept_inputs)
+        run |= {"accept_inputs": accept_inputs, "ranks": self.ranks}
+        state, ema = load_checkpoint(path, self.model, **run)
         if state["parameters"] != list(self.parameters):
             raise ValueError(f"{path}: trained other parameters. Freeze the same ones in this run")
         self.optimizer.load_state_dict(state["optimizer"])
@@ -161,7 +175,7 @@ class Trainer:
         self._done = {n: (dict(m), ok) for n, (m, ok) in state.get("done", {}).items()}
         self._load_objectives(state.get("objectives", {}))
         self.evaluation.load_state_dict(state.get("evaluation", self.evaluation.state_dict()))
-        restore_random_state(state["random"], self.generator)
+        restore_rank(state, self.generator, self.ranks, self.config.seed)
         if self.folder is not None and path.resolve().parent == self.folder.resolve():
             self._saved_step = self.result.step
 
@@ -197,11 +211,11 @@ class Trainer:
     def _save(self) -> Path:
         """Write a checkpoint, of an incomplete step too, which a resumed run then completes."""
         assert self.folder is not None
-        for name, parameter in self.parameters.items():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteTrainingError(
-                    f"{name} has NaN or infinite values at step {self.result.step}: not saved"
-                )
+        bad = (n for n, p in self.parameters.items() if not torch.isfinite(local_of(p)).all())
+        for name in filter(None, self.ranks.gather(next(bad, None))):
+            raise NonFiniteTrainingError(
+                f"{name} has NaN or infinite values at step {self.result.step}: not saved"
+            )
         if self._log is not None:  # the log must hold every step that a checkpoint holds
             self._log.flush()
         state = {
@@ -214,16 +228,24 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "objectives": self._objective_states(),
             "evaluation": self.evaluation.state_dict(),
-            "random": random_state(self.generator),
+            **random_states(self.generator, self.ranks),
         }
         step = self.result.step
         rest: Any = {"ema": self.ema, "settings": self._identity, "inputs": self._inputs}
         rest["keep_last"] = self.config.keep_last
         rest["best_step"] = self.evaluation.best_step
-        with hold_folder(self.folder):
-            path = save_checkpoint(self.folder, step, self.model, state, **rest)
+        with self._held():
+            path = save_checkpoint(self.folder, step, self.model, state, ranks=self.ranks, **rest)
         self._newest = self._saved_step = step
         return path
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the folder, if there is one, on rank 0."""
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None:
+                self.ranks.on_main(stack.enter_context, hold_folder(self.folder))
+            yield
 
     def run(self) -> TrainResult:
         """Train to ``config.steps``.
@@ -237,34 +259,39 @@ class Trainer:
             FolderInUseError: if another run works in the folder.
         """
         self._check_whole()
-        with contextlib.ExitStack() as stack:
-            if self.folder is not None:
-                stack.enter_context(hold_folder(self.folder))
+        with self._held():
             return self._run()
+
+    def _open_log(self) -> None:
+        """Prepare the folder for the first step."""
+        assert self.folder is not None
+        newest, known = self._newest_step(), self._newest
+        hint = "Another run has worked in the folder since: start again"
+        expected = f"{known}, as when this run read the folder"
+        check(newest <= known, "newest checkpoint's step", newest, expected, hint=hint)
+        clean_temporaries(self.folder)
+        if self._saved_step == self.result.step:  # the newest one may be damaged
+            link_final(self.folder / f"step-{self.result.step:08d}")
+        begun = self.result.step if self.result.step or self._done else -1
+        self._log = TrainingLog(self.folder, begun, self.tensorboard, self.config.wandb)
 
     def _run(self) -> TrainResult:
         if self.folder is not None:
-            newest, known = self._newest_step(), self._newest
-            hint = "Another run has worked in the folder since: start again"
-            expected = f"{known}, as when this run read the folder"
-            check(newest <= known, "newest checkpoint's step", newest, expected, hint=hint)
-            clean_temporaries(self.folder)
-            if self._saved_step == self.result.step:  # the newest one may be damaged
-                link_final(self.folder / f"step-{self.result.step:08d}")
-            begun = self.result.step if self.result.step or self._done else -1
-            self._log = TrainingLog(self.folder, begun, self.tensorboard, self.config.wandb)
+            self.ranks.on_main(self._open_log)
         try:
             step, steps = self.result.step, self.config.steps
             shown = self.progress and step < steps
             with (
                 # A run without a folder has nothing to save, so signals keep their usual effect.
-                collect_signals(self.folder is not None) as signals,
+                collect_signals(self.folder is not None, told=not self.ranks.several) as signals,
                 step_progress("train", step, steps) if shown else contextlib.nullcontext() as bar,
             ):
                 self._signals = signals
+                if not self.ranks.several:
+                    self._agreement.signals = signals
                 self._take_steps(bar)
-                if signals:
-                    self.result.stopped_by = signals[0]
+                if self._agreement.signals:
+                    self.result.stopped_by = self._agreement.signals[0]
             if self.folder is not None and (self._done or self._saved_step != self.result.step):
                 self._save()
         finally:
@@ -285,16 +312,21 @@ class Trainer:
             if self.result.step == 0 and not self._done and (figures := self._evaluate(0)):
                 self._write({"step": 0, **figures})
             steps, evaluation = self.config.steps, self.evaluation
-            while self.result.step < steps and not (self._signals or evaluation.exhausted):
+            agreed = self._agreement
+            while self.result.step < steps and not (agreed.signals or evaluation.exhausted):
                 self._step(bar)
         except EvaluationInterrupted:
-            pass  # by a signal; a resumed run repeats the evaluation after the same updates
+            # By a signal; a resumed run repeats the evaluation after the same updates.
+            if self.ranks.several:
+                self._agreement.poll(self._signals)
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Return the figures of an evaluation after ``step``; none if it is not due."""
         try:
-            return self.evaluation.run(step, self.generator, self._signals, self._log)
+            return self.evaluation.run(step, self.generator, self._signals, self._log, self.ranks)
         except Exception as error:
+            if not self.ranks.sharded:
+                self._agreement.error = error
             self._save_before(error)
             raise
 
@@ -359,7 +391,8 @@ class Trainer:
         except BaseException as error:  # for example a sample with NaN: the steps so far are good
             failure = None
             if is_out_of_memory(error):
-                done, count = self._draws[name] - draws, self.config.gradient_accumulation_steps
+                count = self.config.gradient_accumulation_steps
+                done = (self._draws[name] - draws) // self.ranks.data_ranks
                 place = f"{phase_of(error)} of micro-batch {done + 1}"
                 place = place if done < count else "norm of the gradients"
                 failure = self._out_of_memory(f"objective {name!r}, {place}", error)
@@ -370,7 +403,8 @@ class Trainer:
             restore_random_state(random, self.generator)
             if failure is not None:
                 raise failure from error
-            if isinstance(error, Exception):
+            full = isinstance(error, OtherRankError) and error.out_of_memory
+            if isinstance(error, Exception) and not full:
                 self._save_before(error)
             raise
         try:
@@ -389,6 +423,8 @@ class Trainer:
         fresh = self.result.step == 0 and not self._done
         if self.folder is None or fresh or self._saved_step == self.result.step:
             return
+        if self.ranks.several and self._agreement.error is not error:
+            return  # the other ranks do not know of it, so they would not save
         try:
             path = self._save()
         except Exception as failure:  # noqa: BLE001 - of any type after an error of the device
@@ -401,24 +437,45 @@ class Trainer:
         self, name: str, objective: Objective
     ) -> tuple[dict[str, float], torch.Tensor | None]:
         """Accumulate the gradient of one update; return the mean of each metric, and its norm."""
-        metrics: list[Mapping[str, Any]] = []
-        count = self.config.gradient_accumulation_steps
-        for _ in range(count):
-            # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
-            with one_expert(self.model, self.objectives, self.result.step):
-                found = objective(self._draws[name], self.generator, 1 / count)
-            metrics.append(detached(found))
-            del found  # a graph would keep activations beside those of the next micro-batch
-            self._draws[name] += 1
+        if self.ranks.several:
+            metrics: list[Mapping[str, Any]] = [self._agreed_means(name, objective)]
+        else:
+            metrics = self._micro_batches(name, objective)
         gradients = self._updater.gradients()
         norm = gradient_norm(gradients) if gradients else None
-        # The only wait for the device in an update: whether it is applied depends on the loss and
-        # on the norm (before clipping).
+        # One process waits for the device here alone in an update: whether it is applied depends on
+        # the loss and on the norm (before clipping).
         means = read_means([*metrics, *([] if norm is None else [{"grad_norm": norm}])])
         expected = "a gradient in at least one trainable parameter"
         ok = norm is not None or not math.isfinite(means["loss"])
         check(ok, f"gradient of objective {name!r}", None, expected)
         return means, norm
+
+    def _micro_batches(self, name: str, objective: Objective) -> list[Mapping[str, Any]]:
+        """Accumulate the gradients of this rank's micro-batches; return the metrics of each."""
+        metrics: list[Mapping[str, Any]] = []
+        count = self.config.gradient_accumulation_steps
+        for _ in range(count):
+            draw = self._draws[name] + self.ranks.data_rank
+            # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
+            with one_expert(self.model, self.objectives, self.result.step):
+                found = objective(draw, self.generator, 1 / count)
+            metrics.append(detached(found))
+            del found  # a graph would keep activations beside those of the next micro-batch
+            self._draws[name] += self.ranks.data_ranks
+        return metrics
+
+    def _agreed_means(self, name: str, objective: Objective) -> Mapping[str, float]:
+        """Return the metrics of all ranks, and leave the mean gradient of all in ``.grad``."""
+        means: Mapping[str, float] = {}
+        failure: Exception | None = None
+        try:
+            means = read_means(self._micro_batches(name, objective))
+        except Exception as error:
+            if self.ranks.sharded:  # the others wait for this rank in their forward or backward
+                raise
+            failure = error
+        return self._agreement.update(means, failure, self._signals, objective)
 
     def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report."""

@@ -1,0 +1,101 @@
+"""Join and leave the process group of ``torchrun``, and report a failed job once."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prfl_fast.utils.checks import check
+
+# Seconds that a rank waits for another in a forward, backward or reduction.
+TIMEOUT = 600.0
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_STORE_SECONDS = 10.0
+
+
+def under_torchrun() -> bool:
+    """Return True if ``torchrun`` started this process as one of several."""
+    return all(name in os.environ for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def local_device(kind: str) -> torch.device:
+    """Return the device of this rank: the CPU, or the GPU of its number on this machine.
+
+    Raises:
+        ValueError: if the machine has fewer GPUs than ranks.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    hint = "Start torchrun with --nproc-per-node of at most the number of GPUs"
+    check(local < there, "LOCAL_RANK", local, f"below {there}, the number of GPUs", hint=hint)
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.device | None]:
+    """Join the process group of ``torchrun``; yield this rank's device, None without torchrun.
+
+    The backend is gloo on the CPU; on GPUs NCCL for their tensors, and gloo for those of the host.
+    Ranks other than 0 print nothing in this context.
+
+    Args:
+        device_type: ``"cuda"`` or ``"cpu"``.
+        timeout: seconds that a rank waits for another before the job ends with an error.
+
+    Raises:
+        ValueError: if the machine has fewer GPUs than ranks.
+        RuntimeError: if another rank ends or does not answer, as torch raises it.
+    """
+    if not under_torchrun():
+        yield None
+        return
+    device = local_device(device_type)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend, options["device_id"] = "cpu:gloo,cuda:nccl", device
+    if not dist.is_initialized():
+        dist.init_process_group(backend, **options)
+    with contextlib.ExitStack() as stack:
+        if dist.get_rank() > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield device
+        # After an error the group stays: its end could wait for ranks that have ended.
+        sys.stdout.flush()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return True if ``error`` reports that another rank has ended or does not answer."""
+    if not under_torchrun() or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def is_first_to_report() -> bool:
+    """Return True for the first rank of a job that calls this function, True without torchrun.
+
+    A rank calls it before it prints an error and ends, so that a job prints one error.
+    """
+    if not under_torchrun():
+        return True
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    key = "/".join(["prfl_fast", *(os.environ.get(name, "") for name in names), "reported"])
+    try:
+        wait = timedelta(seconds=_STORE_SECONDS)
+        # The store of torchrun itself, which lives longer than any rank.
+        store = dist.TCPStore(*place, is_master=False, timeout=wait, wait_for_workers=False)
+        return int(store.add(key, 1)) == 1
+    except RuntimeError:  # no such store: better twice than never
+        return True

@@ -1,0 +1,93 @@
+"""Let all ranks of a run take the same decisions on an update, and average its gradients."""
+
+import math
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from prfl_fast.parallel.averaging import average_gradients
+from prfl_fast.parallel.ranks import OtherRankError, Ranks
+from prfl_fast.training.oom import is_out_of_memory
+from prfl_fast.training.updates import Updater
+
+
+class Report(NamedTuple):
+    """Hold the outcome of a rank's micro-batches, as plain values."""
+
+    means: dict[str, float]
+    error: str | None
+    out_of_memory: bool
+    signals: list[int]
+    fallen_back: bool  # the rollouts are exact from now on
+
+
+class Agreement:
+    """Exchange one report per update among the ranks.
+
+    Attributes:
+        signals: signals that a rank has received, known to all.
+        error: the last error that all ranks know, each in its own form.
+    """
+
+    def __init__(self, ranks: Ranks, updater: Updater) -> None:
+        self.ranks, self.updater = ranks, updater
+        self.signals: list[signal.Signals] = []
+        self.error: BaseException | None = None
+
+    def update(
+        self,
+        means: Mapping[str, float],
+        error: Exception | None,
+        signals: Sequence[int],
+        objective: Any,
+    ) -> dict[str, float]:
+        """Return the means of the metrics over the data ranks; average gradients if all is finite.
+
+        Raises:
+            Exception: ``error`` itself, if it is not None.
+            OtherRankError: if another rank has an error.
+        """
+        text = None if error is None else str(error) or type(error).__name__
+        full = error is not None and is_out_of_memory(error)
+        back = bool(getattr(objective, "fallen_back", False))
+        own = Report(dict(means), text, full, [int(s) for s in signals], back)
+        reports = self.ranks.gather(own)
+        self._learn(reports, error)
+        if any(report.fallen_back for report in reports):
+            objective.fallen_back = True
+        found = mean_of([report.means for report in self.ranks.by_data(reports)])
+        if math.isfinite(found["loss"]):
+            assert self.ranks.mesh is not None
+            average_gradients(self.updater.parameters.values(), self.ranks.mesh)
+        return found
+
+    def _learn(self, reports: Sequence[Report], error: Exception | None) -> None:
+        """Store the signals of all ranks; raise if one has an error."""
+        known = {int(s) for s in self.signals}
+        new = [number for report in reports for number in report.signals]
+        self.signals += [signal.Signals(n) for n in dict.fromkeys(new) if n not in known]
+        failed = [rank for rank, report in enumerate(reports) if report.error is not None]
+        if not failed:
+            return
+        self.error = error
+        if error is None:
+            first = failed[0]
+            self.error = OtherRankError(f"rank {first} failed: {reports[first].error}")
+            self.error.out_of_memory = any(report.out_of_memory for report in reports)
+        raise self.error
+
+    def poll(self, signals: Sequence[int]) -> None:
+        """Let all ranks know the signals of each."""
+        for received in self.ranks.gather([int(s) for s in signals]):
+            for number in received:
+                if number not in self.signals:
+                    self.signals.append(signal.Signals(number))
+
+
+def mean_of(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the mappings that have it."""
+    seen: dict[str, list[float]] = {}
+    for each in metrics:
+        for key, value in each.items():
+            seen.setdefault(key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in seen.items()}
