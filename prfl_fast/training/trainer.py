@@ -48,8 +48,9 @@ from prfl_fast.training.updates import Updater, detached, read_means
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
-from prfl_fast.utils.modules import device_of, local_of
+from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.progress import step_progress
+from prfl_fast.utils.sharded import delayed_reduction, discard_gradients, local_part
 
 NON_FINITE_LIMIT = 5
 _log = logging.getLogger("prfl_fast")
@@ -211,7 +212,7 @@ class Trainer:
     def _save(self) -> Path:
         """Write a checkpoint, of an incomplete step too, which a resumed run then completes."""
         assert self.folder is not None
-        bad = (n for n, p in self.parameters.items() if not torch.isfinite(local_of(p)).all())
+        bad = (n for n, p in self.parameters.items() if not torch.isfinite(local_part(p)).all())
         for name in filter(None, self.ranks.gather(next(bad, None))):
             raise NonFiniteTrainingError(
                 f"{name} has NaN or infinite values at step {self.result.step}: not saved"
@@ -382,7 +383,7 @@ class Trainer:
 
     def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
         """Take one optimizer step for one objective; return its metrics, and False if skipped."""
-        self._updater.clear()
+        discard_gradients(self.model)
         # The state before the update, from which run() continues after a full device.
         draws, random = self._draws[name], random_state(self.generator)
         states = self._objective_states()
@@ -397,7 +398,7 @@ class Trainer:
                 place = place if done < count else "norm of the gradients"
                 failure = self._out_of_memory(f"objective {name!r}, {place}", error)
             # Restore after the report, because advise() may draw random numbers.
-            self._updater.clear()
+            discard_gradients(self.model)
             self._draws[name] = draws
             self._load_objectives(states)
             restore_random_state(random, self.generator)
@@ -455,10 +456,12 @@ class Trainer:
         """Accumulate the gradients of this rank's micro-batches; return the metrics of each."""
         metrics: list[Mapping[str, Any]] = []
         count = self.config.gradient_accumulation_steps
-        for _ in range(count):
+        for number in range(count):
             draw = self._draws[name] + self.ranks.data_rank
+            late = number < count - 1 and self.ranks.sharded
+            sync = delayed_reduction(self.model) if late else contextlib.nullcontext()
             # Gradients of the micro-batches add up in .grad, so each has a share of 1 / count.
-            with one_expert(self.model, self.objectives, self.result.step):
+            with sync, one_expert(self.model, self.objectives, self.result.step):
                 found = objective(draw, self.generator, 1 / count)
             metrics.append(detached(found))
             del found  # a graph would keep activations beside those of the next micro-batch
@@ -487,7 +490,7 @@ class Trainer:
         lines = [f"out of memory in {place}, step {step}: {first}", *memory_report(device, live)]
         # The frames of the traceback hold the activations of the forward that failed.
         traceback.clear_frames(error.__traceback__)
-        self._updater.clear()
+        discard_gradients(self.model)
         if self.advise is not None:
             try:
                 lines.append(self.advise())

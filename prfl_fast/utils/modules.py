@@ -52,12 +52,6 @@ def device_of(model: nn.Module) -> torch.device:
     return first if first.type != "cpu" else next((d for d in devices if d.type != "cpu"), first)
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this rank holds: all of it, unless it is a DTensor."""
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
 def set_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     """Make ``function(module, ...)`` the forward of this instance."""
     # A bound method is pickled by its name, under which the module's class has no method.
