@@ -74,6 +74,9 @@ class TrainFile(Section):
         0.0, "Probability of encoder_hidden_states_short of a sample (HY-Video-PRFL: 0.3)."
     )
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
+    parallel: sections.ParallelSection = key(
+        sections.ParallelSection(), "Several GPUs: torchrun -m prfl_fast.cli train FILE.yaml."
+    )
     memory: Literal["auto"] | sections.MemorySection = key(
         sections.MemorySection(), "Memory policy of the generator; auto plans it and reward_memory."
     )
@@ -167,6 +170,9 @@ class TrainRewardFile(Section):
         0.0, "Probability of encoder_hidden_states_short of a sample (HY-Video-PRFL: 0.3)."
     )
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
+    parallel: sections.ParallelSection = key(
+        sections.ParallelSection(), "Several GPUs: torchrun -m prfl_fast.cli train-reward FILE.yaml."
+    )
     memory: Literal["auto"] | sections.TrainedRewardMemorySection = key(
         sections.TrainedRewardMemorySection(), "Memory policy of the reward model; auto plans it."
     )

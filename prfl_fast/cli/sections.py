@@ -25,6 +25,7 @@ from prfl_fast.cli.yaml_config import (
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
+from prfl_fast.parallel import ParallelConfig
 from prfl_fast.rewards.functions import EnsembleMode
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import Schedule
@@ -393,6 +394,34 @@ class RewardEvalSection(Section):
         ok = self.patience is None or self.every is not None
         check(ok, "patience", self.patience, "no value with every: null")
         return self
+
+
+class ParallelSection(Section):
+    """Ranks of a run that torchrun started; without torchrun these keys have no effect."""
+
+    shard: Count | Literal["auto"] = key(
+        "auto",
+        "GPUs that hold one copy of the weights together; 1 keeps all weights on each GPU, auto "
+        "shards them over all GPUs.",
+    )
+    sequence: Count = key(1, "GPUs that share a video, each with a part of its tokens.")
+    points: Literal["shared", "own"] = key(
+        "shared",
+        "Steps with gradient of the prfl objective: the same on all GPUs, as published, or drawn "
+        "by each, which needs shard: 1.",
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        self.build()
+        ok = self.points == "shared" or self.shard == 1
+        hint = "GPUs that share weights must run the same number of steps"
+        check(ok, "points", self.points, "shared unless shard is 1", hint=hint)
+        return self
+
+    def build(self) -> ParallelConfig:
+        """Return the library's configuration of these keys."""
+        return ParallelConfig(self.shard, self.sequence)
 
 
 class HardwareSection(Section):
