@@ -171,7 +171,8 @@ class TrainRewardFile(Section):
     )
     hardware: sections.HardwareSection = key(sections.HardwareSection(), "Device and precision.")
     parallel: sections.ParallelSection = key(
-        sections.ParallelSection(), "Several GPUs: torchrun -m prfl_fast.cli train-reward FILE.yaml."
+        sections.ParallelSection(),
+        "Several GPUs: torchrun -m prfl_fast.cli train-reward FILE.yaml.",
     )
     memory: Literal["auto"] | sections.TrainedRewardMemorySection = key(
         sections.TrainedRewardMemorySection(), "Memory policy of the reward model; auto plans it."

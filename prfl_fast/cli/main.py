@@ -2,7 +2,8 @@
 
 All inputs of a run are checked and loaded before the first file is written. An input error is the
 last line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if
-a device was full, 128 + the signal's number after a signal. Each command imports the optional
+a device was full, 5 if another process of torchrun failed, 128 + the signal's number after a
+signal. Each command imports the optional
 packages that it needs, so ``doctor`` works with torch alone.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,7 @@ from prfl_fast.utils.optional import MissingExtraError, hidden, need
 from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.version import __version__
 
-BAD_INPUT, NON_FINITE, OUT_OF_MEMORY = 2, 3, 4
+BAD_INPUT, NON_FINITE, OUT_OF_MEMORY, OTHER_RANK = 2, 3, 4, 5
 
 # Commands whose modules have run_<command>: their lines of help, and the beginning of their usage.
 _OPTIONS = {
@@ -82,7 +84,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description="Reward feedback learning (PRFL) of video models. docs/quickstart.md runs all "
         "commands on a tiny model.",
         epilog="exit codes: 0 done, 1 no plan fits, 2 bad input, 3 non-finite losses, "
-        "4 device memory full, 128 + N after signal N",
+        "4 device memory full, 5 another process of torchrun failed, 128 + N after signal N",
     )
     parser.add_argument("--version", action="version", version=f"prfl_fast {__version__}")
     commands = parser.add_subparsers(
@@ -251,22 +253,38 @@ def _run(options: argparse.Namespace, program: bool) -> int:
 
 def _failed(command: str, error: RuntimeError) -> int:
     """Report an expected failure of a run and return its exit code; re-raise any other error."""
+    from prfl_fast.parallel.launch import is_first_to_report, is_lost_rank, wait_for_report
+    from prfl_fast.parallel.ranks import OtherRankError
     from prfl_fast.training.oom import is_out_of_memory
     from prfl_fast.training.trainer import NonFiniteTrainingError, OutOfMemoryError
 
+    if isinstance(error, OtherRankError):
+        wait_for_report()  # torchrun ends all ranks when the first one ends
+        return OTHER_RANK
+    if is_lost_rank(error):
+        lost = "another process of this job has ended or does not answer. Start the job again: it "
+        _print_error(command, f"{lost}continues from the newest checkpoint")
+        return OTHER_RANK
     if isinstance(error, OutOfMemoryError):  # a report of the device's memory on several lines
+        is_first_to_report()
         print(f"prfl-fast {command}: {error}", file=sys.stderr)
         return OUT_OF_MEMORY
     if is_out_of_memory(error):  # before or after the training loop
         _print_error(command, str(error).splitlines()[0])
         return OUT_OF_MEMORY
     if not isinstance(error, NonFiniteTrainingError):
+        is_first_to_report()
         raise error
     _print_error(command, str(error))
     return NON_FINITE
 
 
 def _print_error(command: str, problem: str) -> None:
+    if "RANK" in os.environ:
+        from prfl_fast.parallel.launch import is_first_to_report
+
+        if not is_first_to_report():
+            return
     print(f"prfl-fast {command}: {' '.join(problem.split())}", file=sys.stderr)
 
 

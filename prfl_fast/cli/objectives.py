@@ -19,11 +19,13 @@ from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.models.registry import patch
 from prfl_fast.models.velocity import Precision
+from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
+from prfl_fast.training.checkpoint import rank_seed
 from prfl_fast.training.objectives import (
     FlowDPO,
     FlowRWR,
@@ -74,6 +76,8 @@ def build_objectives(
     rewards: Models,
     guidance: Guidance | None,
     device: torch.device,
+    *,
+    ranks: Ranks | None = None,
 ) -> dict[str, Objective]:
     """Return the objectives by name, in the order of the file."""
     assert isinstance(config.memory, MemorySection)
@@ -81,11 +85,14 @@ def build_objectives(
     options: dict[str, Any] = config.prfl.model_dump(include=LEVELS)
     options["precision"] = autocast_of(config.memory.weight_dtype, config.hardware.precision)
     for name in config.objectives:
-        own = read_ahead(batches_of(dataset, config, _ORDERS[name]), config, device)
+        own = read_ahead(batches_of(dataset, config, _ORDERS[name]), config, device, ranks)
         batches: Any = Winners(own) if dataset.pairs and name != "dpo" else own
         if name == "prfl":
             step = _step(config, transformer, rewards, guidance)
-            objectives[name] = RewardFeedback(step, batches, device)
+            points = None
+            if ranks is not None and ranks.several and config.parallel.points == "shared":
+                points = torch.Generator().manual_seed(rank_seed(config.run.seed, ranks.size))
+            objectives[name] = RewardFeedback(step, batches, device, points)
         elif name == "sft":
             objectives[name] = SupervisedFlow(transformer, batches, **options)
         elif name == "dpo":
@@ -170,13 +177,17 @@ def first_batches(dataset: LatentDataset, config: TrainFile | TrainRewardFile) -
 
 
 def read_ahead(
-    batches: Batches | DrawnPairs, config: TrainFile | TrainRewardFile, device: torch.device
+    batches: Batches | DrawnPairs,
+    config: TrainFile | TrainRewardFile,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Batches | DrawnPairs | LoadedBatches:
     """Return the batches as the workers of a run read them."""
     workers = config.run.workers
     if not workers:
         return batches
-    return LoadedBatches(batches, workers, pin_memory=device.type == "cuda")
+    stride = 1 if ranks is None else ranks.data_ranks
+    return LoadedBatches(batches, workers, pin_memory=device.type == "cuda", stride=stride)
 
 
 def _scheduler(feedback: FeedbackSection) -> FlowUniPC | FlowEuler:

@@ -25,7 +25,7 @@ from prfl_fast.cli.yaml_config import (
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
-from prfl_fast.parallel import ParallelConfig
+from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.rewards.functions import EnsembleMode
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import Schedule

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -49,8 +49,11 @@ from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.registry import patch, unpatch
+from prfl_fast.parallel.launch import join_ranks
+from prfl_fast.parallel.mesh import make_mesh
+from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.rewards.latent import LatentRewardModel
-from prfl_fast.training.checkpoint import FINAL
+from prfl_fast.training.checkpoint import FINAL, rank_seed
 from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.evaluation import labels_of
 from prfl_fast.training.logging import check_loggers
@@ -58,7 +61,7 @@ from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.training.model_files import load_model
 from prfl_fast.training.objectives import Objective, RewardFit
 from prfl_fast.training.trainer import Trainer
-from prfl_fast.utils.checks import check, torch_seed
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.units import plural
@@ -88,24 +91,41 @@ class RunOptions:
     accept_changed_inputs: bool = False
 
 
+class Job(NamedTuple):
+    """Hold the ranks of a run and the device of this one."""
+
+    ranks: Ranks
+    device: torch.device
+
+
 def run_train(config: TrainFile, options: RunOptions) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
-    with _folder(config, options):
-        return _train(config, options)
+    with _job(config, options) as job:
+        return _train(config, options, job)
 
 
 @contextlib.contextmanager
-def _folder(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterator[None]:
-    """Hold the folder of a run from before it is read; a check holds and writes nothing."""
+def _job(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterator[Job]:
+    """Join the ranks of torchrun, and hold the folder of a run from before it is read.
+
+    A check holds and writes nothing.
+    """
     loading.check_writable(Path(config.out), "out")
-    with contextlib.nullcontext() if options.check else hold_folder(config.out):
-        yield
+    device = loading.device_of(config.hardware)
+    with join_ranks(device.type) as own:
+        device = device if own is None else own
+        mesh = None if own is None else make_mesh(config.parallel.build(), device.type)
+        ranks = Ranks(mesh)
+        with contextlib.ExitStack() as stack:
+            if not options.check:
+                ranks.on_main(stack.enter_context, hold_folder(config.out))
+            yield Job(ranks, device)
 
 
-def _train(config: TrainFile, options: RunOptions) -> int:
+def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     given, config = config, _with_learning_rate(config)
     check_loggers(config.run.tensorboard, config.run.wandb)
-    device = loading.device_of(config.hardware)
+    device, ranks = job.device, job.ranks
     dataset = open_data(config)
     folders, boundary = loading.folders_of(config.model)
     held_out = None if config.eval is None else load_held_out(config, device)
@@ -126,6 +146,7 @@ def _train(config: TrainFile, options: RunOptions) -> int:
     if config.prfl.guidance is not None:  # the file is checked even without the prfl objective
         guidance = loading.load_guidance(config.prfl.guidance, dataset, device)
     memory, reward_memory, plan = choose_memory(config, dataset, device)
+    memory, reward_memory = ranks.gather((memory, reward_memory))[0]
     sections: Any = {"memory": MemorySection.of(memory)}
     sections["reward_memory"] = RewardMemorySection.of(reward_memory)
     config = config.model_copy(update=sections)
@@ -133,7 +154,11 @@ def _train(config: TrainFile, options: RunOptions) -> int:
         check_available(policy, device)
     _seed(config)  # adapters are initialized at random
     transformer, rewards = _load_models(config, datasets, memory, reward_memory, device)
-    objectives = build_objectives(config, dataset, transformer, rewards, guidance, device)
+    for model in (transformer, *(m for members in rewards.values() for m in members)):
+        _shard(model, ranks)
+    _seed(config, ranks)
+    parts: Any = (config, dataset, transformer, rewards, guidance, device)
+    objectives = build_objectives(*parts, ranks=ranks)
     advise = partial(next_policy, config, dataset, device, plan)
     inputs = inputs_of(config, dataset)
     evaluation = None
@@ -141,10 +166,18 @@ def _train(config: TrainFile, options: RunOptions) -> int:
         calls, _ = rewards_of(config, rewards)
         sampler = sampler_of(config, transformer, guidance)
         evaluation = generator_evaluation(config, *held_out, sampler, calls, device)
-    more: Any = {"advise": advise, "evaluation": evaluation}
+    more: Any = {"advise": advise, "evaluation": evaluation, "mesh": ranks.mesh}
     trainer = _trainer(config, transformer, objectives, inputs, options, **more)
     _note_learning_rate(given, config, "train")
     return _print_check(config) if options.check else _finish(trainer, config)
+
+
+def _shard(model: nn.Module, ranks: Ranks) -> None:
+    """Shard a model's weights over the ranks, if there are several to a copy."""
+    if ranks.mesh is not None and ranks.sharded:
+        from prfl_fast.parallel.sharding import shard  # 1.7 s of imports
+
+        shard(model, ranks.mesh)
 
 
 def _check_experts(config: TrainFile, boundary: float | None) -> None:
@@ -200,14 +233,14 @@ def _load_models(
 
 def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     """Train a latent reward model, or only load and check everything; return the exit code."""
-    with _folder(config, options):
-        return _train_reward(config, options)
+    with _job(config, options) as job:
+        return _train_reward(config, options, job)
 
 
-def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
+def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int:
     given, config = config, _with_learning_rate(config)
     check_loggers(config.run.tensorboard, config.run.wandb)
-    device, out = loading.device_of(config.hardware), Path(config.out)
+    device, ranks, out = job.device, job.ranks, Path(config.out)
     dataset, held_out = _labeled_data(config)
     winners = first_batches(dataset, config)
     batches: Batches | DrawnPairs = winners
@@ -220,7 +253,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     for source in (dataset, losers, held_out) if options.deep else ():
         if source is not None:
             check_values(source)
-    memory = choose_reward_memory(config, dataset, device)
+    memory = ranks.gather(choose_reward_memory(config, dataset, device))[0]
     config = config.model_copy(update={"memory": TrainedRewardMemorySection.of(memory)})
     check_available(memory, device)
     _seed(config)  # pool and head are initialized at random
@@ -243,10 +276,14 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     compile_blocks(reward.backbone, config.hardware.compile_blocks)
     precision = autocast_of(memory.weight_dtype, config.hardware.precision)
     keys = config.model_dump(include={"loss", "label", "missing_label", *LEVELS})
-    fit = RewardFit(reward, read_ahead(batches, config, device), precision=precision, **keys)
+    _shard(reward, ranks)
+    _seed(config, ranks)
+    ahead = read_ahead(batches, config, device, ranks)
+    fit = RewardFit(reward, ahead, precision=precision, **keys)
     inputs = inputs_of(config, dataset, losers)
     evaluator, evaluation = reward_evaluation(config, held_out, reward, precision)
-    trainer = _trainer(config, reward, {"reward": fit}, inputs, options, evaluation=evaluation)
+    more: Any = {"evaluation": evaluation, "mesh": ranks.mesh}
+    trainer = _trainer(config, reward, {"reward": fit}, inputs, options, **more)
     _note_learning_rate(given, config, "train-reward")
     if options.check:
         return _print_check(config)
@@ -258,10 +295,10 @@ def _train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     unpatch(reward.backbone)  # a saved model is plain diffusers
     if config.lora is not None:
         merge_lora(reward.backbone)
-    reward.save(out / "reward")
+    ranks.on_main(reward.save, out / "reward")
     print(f"reward model: {out / 'reward'}")
     if evaluator is not None:
-        write_evaluation(evaluator, reward, out)
+        ranks.on_main(write_evaluation, evaluator, reward, out)
     return 0
 
 
@@ -302,9 +339,13 @@ def _note_learning_rate(given: Training, config: Training, command: str) -> None
         note(text, command)
 
 
-def _seed(config: TrainFile | TrainRewardFile) -> None:
-    random.seed(config.run.seed)
-    torch.manual_seed(torch_seed(config.run.seed))
+def _seed(config: TrainFile | TrainRewardFile, ranks: Ranks | None = None) -> None:
+    """Seed the global random numbers: the same on all ranks, or with ``ranks`` per data rank."""
+    if ranks is not None and not ranks.several:
+        return
+    data_rank = 0 if ranks is None else ranks.data_rank
+    random.seed(config.run.seed if data_rank == 0 else rank_seed(config.run.seed, data_rank))
+    torch.manual_seed(rank_seed(config.run.seed, data_rank))
 
 
 def _trainer(
@@ -344,7 +385,7 @@ def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     """Return the keys that determine a run's numbers, without the trainer's own settings."""
     paths = {"out", "allow_outside", *PATHS}  # those that are inputs of the run
     unused = {"dpo", "rwr"} - set(getattr(config, "objectives", ()))
-    values = config.model_dump(exclude={*paths, *unused, "run", "optimizer", "eval"})
+    values = config.model_dump(exclude={*paths, *unused, "run", "optimizer", "eval", "parallel"})
     flat: dict[str, Any] = {"run.batch_size": config.run.batch_size}
     if isinstance(config, TrainFile):  # the paths of rewards are inputs too
         values["reward"] = [_settings_of(reward) for reward in config.rewards()]
@@ -373,9 +414,13 @@ def _settings_of(reward: NamedReward) -> dict[str, Any]:
 def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
     """Save the resolved configuration beside the log, train, and print the path of the result."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with write_atomic(out / "config.yaml") as temporary:
-        temporary.write_text(to_yaml(config), encoding="utf-8")
+
+    def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        with write_atomic(out / "config.yaml") as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+
+    trainer.ranks.on_main(write)
     if trainer.resumed_from is not None:
         print(f"resumed from {trainer.resumed_from}")
     began, steps = trainer.result.step, config.run.steps

@@ -1,8 +1,10 @@
 """Join and leave the process group of ``torchrun``, and report a failed job once."""
 
 import contextlib
+import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -65,6 +67,8 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
         dist.init_process_group(backend, **options)
     with contextlib.ExitStack() as stack:
         if dist.get_rank() > 0:
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.CRITICAL)
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -87,15 +91,28 @@ def is_first_to_report() -> bool:
 
     A rank calls it before it prints an error and ends, so that a job prints one error.
     """
-    if not under_torchrun():
-        return True
+    with contextlib.suppress(RuntimeError):  # no such store: better twice than never
+        return not under_torchrun() or int(_store().add(_report_key(), 1)) == 1
+    return True
+
+
+def wait_for_report(seconds: float = 60.0) -> None:
+    """Wait until a rank has printed its error, at most so long."""
+    with contextlib.suppress(RuntimeError):
+        store, key = _store(), _report_key()
+        end = time.monotonic() + seconds
+        while store.add(key, 0) == 0 and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(0.5)  # the rank prints after it has counted itself
+
+
+def _store() -> Any:
+    """Return the store of torchrun itself, which lives longer than any rank."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=_STORE_SECONDS)
+    return dist.TCPStore(*place, is_master=False, timeout=wait, wait_for_workers=False)
+
+
+def _report_key() -> str:
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    key = "/".join(["prfl_fast", *(os.environ.get(name, "") for name in names), "reported"])
-    try:
-        wait = timedelta(seconds=_STORE_SECONDS)
-        # The store of torchrun itself, which lives longer than any rank.
-        store = dist.TCPStore(*place, is_master=False, timeout=wait, wait_for_workers=False)
-        return int(store.add(key, 1)) == 1
-    except RuntimeError:  # no such store: better twice than never
-        return True
+    return "/".join(["prfl_fast", *(os.environ.get(name, "") for name in names), "reported"])
