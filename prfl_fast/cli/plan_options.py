@@ -9,7 +9,8 @@ DEFAULT_MODEL = "wan2.1-t2v-14b"
 # 80 % of the memory of a machine with 128 GiB and one GPU. A plan may be for another machine, so
 # the memory of this one is no limit.
 HOST_BUDGET = "102GiB"
-# Fields of Workload with help, default and argparse options; "points" stands for the gradient plan.
+# Fields of Workload with help, default and argparse options; "points" stands for the gradient plan,
+# "gpus" for the ranks, "shard" and "sequence" for how they share.
 # The defaults are Workload's, and a test compares them. A new option is a line here, and a line in
 # cli/workload.py if a YAML key decides it.
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
@@ -42,6 +43,9 @@ OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "num_inference_steps": ("solver steps of a trajectory", 40, _COUNT),
     "reward_blocks": ("blocks of the reward model", 8, _COUNT),
+    "gpus": ("GPUs of the run; the plan is of one of them", 1, _COUNT),
+    "shard": ("GPUs that share one copy of the weights; all unless given", None, _COUNT),
+    "sequence": ("GPUs that share a video, each with a part of its tokens", 1, _COUNT),
 }
 WORKLOAD_OPTIONS = (*OPTIONS, "sft")
 

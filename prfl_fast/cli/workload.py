@@ -12,6 +12,7 @@ from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
 from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.adapter import FIRST_FRAME
+from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.planning.presets import first_blocks, model_config, vae_stride
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.io import read_json
@@ -234,5 +235,7 @@ def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str,
     if path is not None:
         reward = is_reward_file(path)
         fields |= (_fields_of_reward_file if reward else fields_of_file)(path, given)
-    points = fields.pop("points", 1)
-    return {"model": DEFAULT_MODEL, "gradient_plan": GradientPlan(points)} | fields
+    points, ranks = fields.pop("points", 1), fields.pop("gpus", 1)
+    shares = {name: fields.pop(name) for name in ("shard", "sequence") if name in fields}
+    fields = {"model": DEFAULT_MODEL, "gradient_plan": GradientPlan(points), "ranks": ranks} | fields
+    return fields | ({"parallel": ParallelConfig(**shares)} if shares else {})

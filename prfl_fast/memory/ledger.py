@@ -20,6 +20,20 @@ HOST = "host"
 _POINTS = 2048  # a timeline is thinned when it has twice as many points
 
 _active: "list[Ledger]" = []
+_resize_storage = torch.UntypedStorage.resize_
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> None:
+    """Replace ``UntypedStorage.resize_``, by which FSDP2 frees gathered weights unseen by modes."""
+    _resize_storage(storage, size)
+    for ledger in _active:
+        ledger.on_resize(storage)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a sharded tensor that this rank holds; other tensors unchanged."""
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def mark(tensor: torch.Tensor, category: str) -> None:
@@ -113,7 +127,7 @@ class Ledger(TorchDispatchMode):
     def mark(self, tensor: torch.Tensor, category: str) -> None:
         """Enter a storage under a category, or move it there."""
         check_choice("category", category, (HOST, *CATEGORIES))
-        storage = storage_of(tensor)
+        storage = storage_of(local_part(tensor))
         if storage is None:
             return
         entry = self._entry(storage)
@@ -193,6 +207,7 @@ class Ledger(TorchDispatchMode):
         self._depth += 1  # `with self` below enters again, for the parts of an opened operation
         if self._depth == 1:
             _active.append(self)
+            torch.UntypedStorage.resize_ = _resize  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 
@@ -201,6 +216,8 @@ class Ledger(TorchDispatchMode):
         self._depth -= 1
         if self._depth == 0:
             _active.remove(self)
+            if not _active:
+                torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign]
             self._commit()
             self._close_point()
 
@@ -249,6 +266,18 @@ class Ledger(TorchDispatchMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation; a subclass may know a faster way."""
         return func(*args, **kwargs)
+
+    def on_resize(self, storage: torch.UntypedStorage) -> None:
+        """Enter the new size of a storage. One that is emptied holds gathered weights."""
+        entry = self._entries.get(storage._cdata)
+        if entry is None or not entry.category or entry.bytes == storage.nbytes():
+            return
+        self._commit()
+        self._add(entry, -entry.bytes)
+        entry.bytes = storage.nbytes()
+        if not entry.bytes and entry.category != HOST:
+            entry.category = "weights"
+        self._add(entry, entry.bytes)
 
     def on_operation(
         self,

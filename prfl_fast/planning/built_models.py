@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
@@ -112,6 +113,14 @@ def stream_models(
             activation_checkpointing(model, config.activation_checkpointing, config.offload)
 
 
+def _distribute(model: nn.Module, workload: Workload, mesh: DeviceMesh) -> None:
+    """Leave one rank's part of the sequence and of the weights to a model."""
+    if workload.parallel.sequence > 1:
+        shard_sequence(model, mesh)
+    if workload.shard > 1:
+        shard(model, mesh)
+
+
 @contextlib.contextmanager
 def fake_models(
     workload: Workload,
@@ -121,8 +130,12 @@ def fake_models(
     layers: int | None = None,
     reward_layers: int | None = None,
     most: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Iterator[tuple[nn.Module, list[LatentRewardModel]]]:
-    """Yield the models as fake tensors inside an active ``FakeTensorMode``; see :func:`build`."""
+    """Yield the models as fake tensors inside an active ``FakeTensorMode``; see :func:`build`.
+
+    With a ``mesh`` they are the part of one rank.
+    """
     depths = {"layers": layers, "reward_layers": reward_layers, "most": most}
     trained, rewards = build(workload, memory, reward_memory, **depths)
     with FastFakeTensorMode():
@@ -131,4 +144,6 @@ def fake_models(
             if workload.patched:
                 patch(transformer_of(model))
         stream_models(trained, rewards, memory, reward_memory)
+        for model in (trained, *rewards) if mesh is not None else ():
+            _distribute(model, workload, mesh)
         yield trained, rewards

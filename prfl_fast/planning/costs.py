@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from prfl_fast.kernels.attn.exact import heads_of_call
-from prfl_fast.memory.ledger import HOST, Ledger
+from prfl_fast.memory.ledger import HOST, Ledger, tensors_in
 
 # PyTorch allocates at most this much for cuBLAS: 32 MiB on sm90, less on older GPUs.
 CUBLAS_BYTES = 32 << 20
@@ -25,6 +26,8 @@ class Cost:
         to_host_bytes, to_device_bytes: bytes copied between device and host.
         attention_backward_flops: FLOPs of attention backwards, which have five products.
         launches: operations that compute or write; each launches at least one kernel.
+        gathered_bytes, reduced_bytes, exchanged_bytes: bytes that a rank receives in all-gathers,
+            in sums over ranks (reduce-scatter, all-reduce), and in all-to-alls.
     """
 
     matmul_flops: int = 0
@@ -34,6 +37,9 @@ class Cost:
     to_device_bytes: int = 0
     attention_backward_flops: int = 0
     launches: int = 0
+    gathered_bytes: int = 0
+    reduced_bytes: int = 0
+    exchanged_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -87,6 +93,27 @@ def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
     return 4 * batch * -(-length // 128) * 128 * (width + 2 * heads) + copied
 
 
+# Collectives whose largest tensor a rank receives from, or sends to, all others together.
+_COLLECTIVES = {
+    "allgather": ("gathered_bytes", 1),
+    "reduce_scatter": ("reduced_bytes", 1),
+    "allreduce": ("reduced_bytes", 2),  # a reduce-scatter and an all-gather
+    "alltoall": ("exchanged_bytes", 1),
+}
+
+
+def received_bytes(name: str, args: tuple[Any, ...]) -> dict[str, int]:
+    """Return the bytes that a rank receives in a collective ``c10d::…``, by field of ``Cost``."""
+    kind = name.removeprefix("c10d::").strip("_")
+    for start, (field, times) in _COLLECTIVES.items():
+        if kind.startswith(start):
+            groups = [a for a in args if isinstance(a, torch.ScriptObject)]
+            ranks = dist.ProcessGroup.unbox(groups[0]).size()
+            largest = max(tensor.nbytes for tensor in tensors_in(args))
+            return {field: times * largest * (ranks - 1) // ranks}
+    return {}
+
+
 class CostLedger(Ledger):
     """Ledger of a CUDA device that also sums the work of each phase.
 
@@ -131,6 +158,8 @@ class CostLedger(Ledger):
         out: Any,
     ) -> None:
         name, packet = func._schema.name, func._overloadpacket
+        if func.namespace == "c10d":
+            return self.count(**received_bytes(name, args))
         formula = self._formulas.get(packet)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)

@@ -22,6 +22,9 @@ from prfl_fast.utils.checks import check, check_choice, check_positive
 # to reach 0.8 of a PCIe x16 link's raw rate per direction.
 _MATMUL, _ATTENTION, _COPY, _LINK = 790 / 989, 620 / 989, 4.3 / 4.8, 0.8
 _GEN4, _GEN5 = 32e9, 64e9
+# NVLink per direction: half of the data sheets' 600, 900 and 1800 GB/s. Collectives are assumed to
+# reach 0.8 of it, as those of NCCL do for large messages.
+_NVLINK3, _NVLINK4, _NVLINK5 = 0.8 * 300e9, 0.8 * 450e9, 0.8 * 900e9
 # The backward of attention recomputes the scores and writes three gradients: published kernels for
 # heads of 128 reach about 0.8 of the forward's rate. An eager operation takes about 10 µs of host
 # time, Python and dispatcher included. Both are assumptions until a GPU has run the facts suite.
@@ -41,6 +44,8 @@ class GpuSpecs:
         attention_backward: rate of the backward of attention, FLOP/s; 0 stands for ``BACKWARD``
             times the forward's rate.
         launch: seconds of host time per operation, a lower bound that matters for small models.
+        peer: bytes/s that a GPU receives from the others of its machine in a collective; 0 stands
+            for ``to_device``, as over PCIe.
 
     Raises:
         ValueError: if a rate or ``memory`` is not a positive number.
@@ -55,8 +60,11 @@ class GpuSpecs:
     memory: int
     attention_backward: float = 0.0
     launch: float = LAUNCH
+    peer: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.peer:
+            object.__setattr__(self, "peer", self.to_device)
         if not self.attention_backward:
             object.__setattr__(self, "attention_backward", BACKWARD * self.attention)
         for field in dataclasses.fields(self)[1:]:
@@ -109,7 +117,7 @@ def _attention_rate(path: Any, cases: Iterable[Mapping[str, Any]], part: str) ->
 
 
 def _from_data_sheet(
-    name: str, teraflops: float, terabytes: float, link: float, gib: float
+    name: str, teraflops: float, terabytes: float, link: float, gib: float, peer: float = 0.0
 ) -> GpuSpecs:
     return GpuSpecs(
         name,
@@ -119,6 +127,7 @@ def _from_data_sheet(
         to_device=_LINK * link,
         to_host=_LINK * link,
         memory=int(gib * 2**30),
+        peer=peer,
     )
 
 
@@ -127,17 +136,24 @@ def _from_data_sheet(
 GPUS = {
     # The targets' rates of copies, matrix products on random data and attention; a Gen5 x16 link.
     "h200": GpuSpecs(
-        "h200", 790e12, 620e12, 4.3e12, _LINK * _GEN5, _LINK * _GEN5, int(139.8 * 2**30)
+        "h200",
+        790e12,
+        620e12,
+        4.3e12,
+        _LINK * _GEN5,
+        _LINK * _GEN5,
+        int(139.8 * 2**30),
+        peer=_NVLINK4,
     ),
     # NVIDIA H100 data sheet, SXM: 989 TFLOP/s, 3.35 TB/s, Gen5.
-    "h100": _from_data_sheet("h100", 989, 3.35, _GEN5, 79.1),
+    "h100": _from_data_sheet("h100", 989, 3.35, _GEN5, 79.1, _NVLINK4),
     # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s, 2.039 TB/s, Gen4.
-    "a100": _from_data_sheet("a100", 312, 2.039, _GEN4, 79.1),
-    "a100-40gb": _from_data_sheet("a100-40gb", 312, 1.555, _GEN4, 39.4),
+    "a100": _from_data_sheet("a100", 312, 2.039, _GEN4, 79.1, _NVLINK3),
+    "a100-40gb": _from_data_sheet("a100-40gb", 312, 1.555, _GEN4, 39.4, _NVLINK3),
     # NVIDIA B200, DGX data sheet per GPU: 2250 TFLOP/s, 8 TB/s, Gen5.
-    "b200": _from_data_sheet("b200", 2250, 8.0, _GEN5, 178.3),
+    "b200": _from_data_sheet("b200", 2250, 8.0, _GEN5, 178.3, _NVLINK5),
     # NVIDIA H20: 148 TFLOP/s, 4.0 TB/s, Gen5.
-    "h20": _from_data_sheet("h20", 148, 4.0, _GEN5, 95.0),
+    "h20": _from_data_sheet("h20", 148, 4.0, _GEN5, 95.0, _NVLINK4),
     # NVIDIA L40S data sheet: 362 TFLOP/s, 0.864 TB/s, Gen4.
     "l40s": _from_data_sheet("l40s", 362, 0.864, _GEN4, 44.4),
     # NVIDIA L4 data sheet: 121 TFLOP/s, 0.300 TB/s, Gen4.

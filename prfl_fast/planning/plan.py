@@ -27,6 +27,8 @@ class Plan:
         expandable_segments: the setting of the allocator that the plan assumes.
         host: peak bytes of offloaded tensors and optimizer states in host memory.
         seconds: predicted seconds of a whole step by phase.
+        received: bytes that a GPU receives from the others in a whole step: gathered weights, sums
+            of gradients, exchanged heads and tokens; all 0 for one GPU.
         timeline: (phase, device bytes by category) through one step, with one rollout forward.
         candidates: policies that were considered, by weight dtype and optimizer, fastest first.
         notes: remarks on policies that were not considered.
@@ -43,6 +45,7 @@ class Plan:
     expandable_segments: bool
     host: int
     seconds: dict[str, float]
+    received: dict[str, float]
     timeline: list[tuple[str, dict[str, int]]] = field(repr=False)
     candidates: list[Candidate]
     notes: list[str]

@@ -12,7 +12,7 @@ from typing import Any
 from prfl_fast.planning.gpu_specs import GPUS, GpuSpecs, find_gpu
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
-from prfl_fast.planning.search import Found, Search, Tier, step_seconds
+from prfl_fast.planning.search import Found, Search, Tier, received_in_step, step_seconds
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.interrupts import interrupts_held
@@ -82,6 +82,7 @@ def plan_memory(
         expandable_segments=expandable_segments,
         host=run.host,
         seconds=step_seconds(run.costs, specs, work),
+        received=received_in_step(run.costs, work),
         timeline=run.timeline,
         candidates=found.candidates,
         notes=[f"not considered, since an earlier choice fits: {unused}"] if unused else [],

@@ -34,6 +34,11 @@ _COLORS = {
 }
 _LIMIT = "#d00000"
 _NARROWEST = 0.06  # width of a phase in the figure, as a fraction of all points
+_RECEIVED = {
+    "gathered": "weights received from the other GPUs in a step",
+    "reduced": "sums of gradients received in a step",
+    "exchanged": "heads and tokens received in a step",
+}
 _MEANING = {
     "weights": "of the trained model, adapters included",
     "reward": "weights of the reward model",
@@ -94,6 +99,7 @@ def _headline(plan: Plan) -> list[str]:
     micro_batches = f"{plural(work.gradient_accumulation_steps, 'micro-batch')} per step"
     lines = [
         f"{step}: {plural(plan.workload.blocks, 'block')}, {kind}, {size}",
+        *_ranks(work),
         *textwrap.wrap(", ".join([*_trajectory(work), micro_batches, *_rewards(work)]), _COLUMNS),
     ]
     room = f"{gib(plan.peak)} + {gib(plan.reserve)} reserve of {gib(plan.budget)}"
@@ -128,6 +134,16 @@ def _headline(plan: Plan) -> list[str]:
     return lines
 
 
+def _ranks(work: Workload) -> list[str]:
+    """Return a line on how the GPUs of a run share weights and samples; none for one GPU."""
+    if work.ranks == 1:
+        return []
+    shard, sequence = work.shard, work.parallel.sequence
+    weights = "whole weights on each" if shard == 1 else f"weights shared by {shard}"
+    video = "a video on each" if sequence == 1 else f"a video on every {sequence}"
+    return [f"one of {work.ranks} GPUs: {weights}, {video}"]
+
+
 def _trajectory(work: Workload) -> list[str]:
     """Return the words for the steps of a trajectory; none if there is no trajectory."""
     if work.reward_loss is not None:
@@ -160,8 +176,12 @@ def _ledger(plan: Plan) -> list[str]:
     lines = [f"Ledger at the peak, in the {plan.peak_phase} phase"]
     rows = [(name, plan.categories.get(name, 0), _MEANING[name]) for name in CATEGORIES]
     rows.append(("total", plan.peak, "live bytes of tensors on the device"))
-    several = f"; {_GPUS} GPUs take {gib(_GPUS * plan.host).strip()}" if plan.host else ""
+    work = plan.workload
+    gpus = work.ranks if work.ranks > 1 else _GPUS
+    several = f"; {gpus} GPUs take {gib(gpus * plan.host).strip()}" if plan.host else ""
     rows.append(("host", plan.host, f"pinned host memory per GPU, at its peak{several}"))
+    if work.ranks > 1:
+        rows += [(name, plan.received[f"{name}_bytes"], _RECEIVED[name]) for name in _RECEIVED]
     for name, value, meaning in rows:
         if value or name in ("total", "host"):
             lines.append(f"  {name:<12}{gib(value):>12}  {meaning}")

@@ -106,20 +106,41 @@ def budget_for(reserved: int) -> int:
 
 
 def phase_seconds(cost: Cost, rates: GpuSpecs) -> float:
-    """Return the seconds of a phase: the longest of compute, launches and copies, which overlap."""
+    """Return the seconds of a phase: the longest of compute, launches, copies and collectives.
+
+    They overlap, but for the exchange of heads and tokens, whose results are needed at once.
+    """
     # One stream computes, so its times add up; copies run on a stream of their own.
     compute = cost.matmul_flops / rates.matmul + cost.attention_flops / rates.attention
     compute += cost.attention_backward_flops / rates.attention_backward
     compute += cost.moved_bytes / rates.copy
     copies = cost.to_host_bytes / rates.to_host, cost.to_device_bytes / rates.to_device
-    return max(compute, cost.launches * rates.launch, *copies)
+    collectives = (cost.gathered_bytes + cost.reduced_bytes) / rates.peer
+    compute += cost.exchanged_bytes / rates.peer
+    return max(compute, cost.launches * rates.launch, collectives, *copies)
 
 
 def step_seconds(
     costs: Mapping[str, Cost], rates: GpuSpecs, workload: Workload
 ) -> dict[str, float]:
     """Return the seconds of a whole step by phase, over all runs of each phase."""
-    once = {phase: phase_seconds(cost, rates) for phase, cost in costs.items() if phase}
+    seconds = {phase: phase_seconds(cost, rates) for phase, cost in costs.items()}
+    return _of_step(seconds, workload)
+
+
+def received_in_step(costs: Mapping[str, Cost], workload: Workload) -> dict[str, float]:
+    """Return the bytes that a GPU receives from others in a whole step, by field of ``Cost``."""
+    fields = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
+    totals = {}
+    for field in fields:
+        once = {phase: float(getattr(cost, field)) for phase, cost in costs.items()}
+        totals[field] = sum(_of_step(once, workload).values())
+    return totals
+
+
+def _of_step(values: Mapping[str, float], workload: Workload) -> dict[str, float]:
+    """Return the values of single phases times their runs in a whole step."""
+    once = {phase: value for phase, value in values.items() if phase}
     if workload.sft and "sft forward" not in once:
         once |= {f"sft {phase}": once[phase] for phase in ("forward", "backward")}
     times = {"rollout": workload.rollout_forwards, "optimizer": 1.0 + workload.sft}

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.experts import host_bytes, moved_tensors
-from prfl_fast.memory.ledger import HOST, Ledger, mark
+from prfl_fast.memory.ledger import HOST, Ledger, local_part, mark
 from prfl_fast.memory.optimizers import state_bytes, step_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import BlockWeights, waiting_weights
@@ -20,6 +21,7 @@ from prfl_fast.models.conditions import OF_PROMPT
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Precision, autocast
+from prfl_fast.parallel.sharding import average_gradients
 from prfl_fast.planning.built_models import transformer_of
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.presets import adapter_of
@@ -57,8 +59,9 @@ class SimulatedStep:
         trained: nn.Module,
         rewards: Sequence[LatentRewardModel],
         ledger: Ledger,
+        mesh: DeviceMesh | None = None,
     ) -> None:
-        self.workload, self.ledger = workload, ledger
+        self.workload, self.ledger, self.mesh = workload, ledger, mesh
         self.memory, self.reward_memory = memory, reward_memory
         self.model: Any = trained
         self.rewards = rewards
@@ -80,7 +83,7 @@ class SimulatedStep:
         self.device_states, self.host_states = self._states()
         if workload.ema:
             self.ema = [
-                self._make(self.trained * p.numel(), category="optimizer", owner=p)
+                self._make(self.trained * local_part(p).numel(), category="optimizer", owner=p)
                 for p in self.parameters
             ]
         self.moved: list[torch.Tensor] = []
@@ -122,7 +125,7 @@ class SimulatedStep:
     def _states(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the optimizer's states on the device and on the host, as bytes."""
         kind = self.memory.optimizer
-        sizes = [state_bytes(kind, p.shape, p.dtype) for p in self.updated]
+        sizes = [state_bytes(kind, local_part(p).shape, p.dtype) for p in self.updated]
         device, host = (
             [
                 self._make(self.trained * size, category=place, dtype=torch.uint8, owner=p)
@@ -132,7 +135,8 @@ class SimulatedStep:
         )
         if kind == "adamw-cpu":  # gradients and weights pass through two buffers
             buffers = 2 * max(
-                p.numel() * max(p.itemsize, _grad_dtype(p).itemsize) for p in self.updated
+                local_part(p).numel() * max(p.itemsize, _grad_dtype(p).itemsize)
+                for p in self.updated
             )
             self.buffers = self._make(buffers, category=HOST, dtype=torch.uint8)
         return device, host
@@ -142,13 +146,18 @@ class SimulatedStep:
         adapters = self.parameters if self.workload.train == "lora" else []
         stay = {id(parameter) for parameter in adapters}
         self.moved = [t for t in moved_tensors(self.generator) if id(t) not in stay]
-        spare = host_bytes(self.moved) - sum(tensor.nbytes for tensor in self.moved)
-        waiting = [(t, HOST, t.nbytes) for t in self.moved]
+        local = [local_part(t) for t in self.moved]
+        spare = host_bytes(local) - sum(tensor.nbytes for tensor in local)
+        waiting = [(t, HOST, local_part(t).nbytes) for t in self.moved]
         if self.waiting:  # both experts share the slots, and nothing is exchanged
             places = {True: HOST, False: "weights"}
-            waiting = [(t, places[id(t) in self.waiting], t.nbytes) for t in self.moved]
+            waiting = [
+                (t, places[id(t) in self.waiting], local_part(t).nbytes) for t in self.moved
+            ]
             self.moved, spare = [], 0
-        waiting += [(p, "weights", (self.trained - 1) * p.nbytes) for p in adapters]
+        waiting += [
+            (p, "weights", (self.trained - 1) * local_part(p).nbytes) for p in adapters
+        ]
         self.other = [
             self._make(size, category=category, dtype=torch.uint8, owner=owner)
             for owner, category, size in waiting
@@ -217,7 +226,7 @@ class SimulatedStep:
         for phase, way in zip(SWAP_PHASES, ways, strict=True) if self.moved else ():
             self.ledger.start_phase(phase)
             for tensor in self.moved:
-                self._count(tensor, **{way: tensor.nbytes})
+                self._count(tensor, **{way: local_part(tensor).nbytes})
         self._feedback(several)
         self._update()
         if self.workload.sft:
@@ -292,18 +301,22 @@ class SimulatedStep:
         """Count the optimizer's step by formula."""
         self.ledger.start_phase("optimizer")
         kind, trained = self.memory.optimizer, [p for p in self.updated if p.grad is not None]
-        self.ledger.add_transient(step_bytes(kind, trained))
+        if self.mesh is not None:
+            for parameter in trained:  # FSDP2 sets sharded gradients without autograd's hooks
+                _mark_gradient(parameter)
+            average_gradients(trained, self.mesh)
+        self.ledger.add_transient(step_bytes(kind, [local_part(p) for p in trained]))
         states = zip(self.updated, self.device_states, self.host_states, strict=True)
         for parameter, device, host in states:
-            read = 0 if parameter.grad is None else parameter.grad.nbytes
-            norm_and_clip = 3 * read
+            read = 0 if parameter.grad is None else local_part(parameter.grad).nbytes
+            norm_and_clip, weight = 3 * read, local_part(parameter).nbytes
             if id(parameter) in self.waiting:
                 pass  # weight, gradient and states are all on the host
             elif kind == "adamw-cpu":
-                ways = {"to_host_bytes": read, "to_device_bytes": parameter.nbytes}
+                ways = {"to_host_bytes": read, "to_device_bytes": weight}
                 self._count(parameter, moved_bytes=norm_and_clip, **ways)
             else:
-                moved = norm_and_clip + read + 2 * parameter.nbytes + 2 * device.nbytes
+                moved = norm_and_clip + read + 2 * weight + 2 * device.nbytes
                 paged = host.nbytes
                 ways = {"to_host_bytes": paged, "to_device_bytes": paged}
                 self._count(parameter, moved_bytes=moved, **ways)

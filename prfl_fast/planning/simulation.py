@@ -4,6 +4,7 @@ The training code itself runs on fake tensors (``FakeTensorMode``) while a ledge
 allocation and release, so a 14B model at 720p takes seconds and no memory.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.built_models import depths_of, fake_models, transformer_of
 from prfl_fast.planning.costs import CUBLAS_BYTES
+from prfl_fast.planning.fake_ranks import fake_mesh
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.simulated_step import SimulatedStep
 from prfl_fast.planning.trace import (
@@ -96,7 +98,11 @@ def _recorded(
     workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig, **depths: int | None
 ) -> dict[Key, Segment]:
     """Return the segments of one step."""
-    with fake_models(workload, memory, reward_memory, **depths) as (trained, rewards):
+    several = workload.ranks > 1
+    with (
+        fake_mesh(workload.ranks, workload.parallel) if several else nullcontext() as mesh,
+        fake_models(workload, memory, reward_memory, mesh=mesh, **depths) as (trained, rewards),
+    ):
         adapter: Any = adapter_of(workload.config)
         models = zip(_names(workload), (trained, *rewards), strict=True)
         fake: Any = next(trained.parameters())
@@ -111,7 +117,7 @@ def _recorded(
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
-            step = SimulatedStep(workload, memory, reward_memory, trained, rewards, ledger)
+            step = SimulatedStep(workload, memory, reward_memory, trained, rewards, ledger, mesh)
             step.run()
         del cublas, step
     return ledger.segments

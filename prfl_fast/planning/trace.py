@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.memory.ledger import CATEGORIES, HOST, storage_of
+from prfl_fast.memory.ledger import CATEGORIES, HOST, local_part, storage_of
 from prfl_fast.planning.costs import Cost, CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 
@@ -145,7 +145,7 @@ class TraceLedger(CostLedger):
 
     def mark(self, tensor: torch.Tensor, category: str) -> None:
         """Enter a storage under a category, or move it there."""
-        storage = storage_of(tensor)
+        storage = storage_of(local_part(tensor))
         if storage is None:
             return
         entry = self._entry(storage)
@@ -158,6 +158,16 @@ class TraceLedger(CostLedger):
             self._write_allocation(entry, self._owners.get(id(tensor)))
         elif before != category:
             self._write_move(entry)
+
+    def on_resize(self, storage: torch.UntypedStorage) -> None:
+        """Record the release of the old size and the allocation of the new one."""
+        entry = self._entries.get(storage._cdata)
+        if entry is None or not entry.category or entry.bytes == storage.nbytes():
+            return
+        if entry.bytes:
+            self._write_free(entry)
+        super().on_resize(storage)
+        self._write_allocation(entry, None)
 
     def add_transient(self, size: int) -> None:
         """Count ``size`` bytes of temporary workspace on top of all live bytes."""

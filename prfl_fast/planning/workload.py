@@ -8,6 +8,7 @@ from typing import Any, Literal
 from prfl_fast.feedback.experts import trained_plan
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.blocks import TEXT_TOKENS
+from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.planning.presets import Model, adapter_of, model_config, vae_stride
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.training.lora import DEFAULT_TARGETS
@@ -53,6 +54,8 @@ class Workload:
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
+        ranks: GPUs of the run. The plan is of one of them.
+        parallel: how they share weights and samples.
 
     Raises:
         TypeError: if the model or the gradient plan has the wrong type.
@@ -82,6 +85,8 @@ class Workload:
     ema: bool = False
     patched: bool = True
     precision: Literal["fp32", "bf16"] = "bf16"
+    ranks: int = 1
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
@@ -95,9 +100,11 @@ class Workload:
             "gradient_accumulation_steps",
             "text_tokens",
             "lora_rank",
+            "ranks",
         ):
             check_count(name, getattr(self, name))
         check_count("num_inference_steps", self.num_inference_steps, 2)
+        self.parallel.shard_of(self.ranks)  # raises if the sizes do not divide the ranks
         check_choice("train", self.train, ("lora", "full"))
         check_choice("precision", self.precision, ("fp32", "bf16"))
         check_choice("reward_loss", self.reward_loss, (None, "ce", "bt"))
@@ -162,6 +169,11 @@ class Workload:
     def config(self) -> dict[str, Any]:
         """Configuration of the transformer."""
         return self.model  # type: ignore[return-value]
+
+    @property
+    def shard(self) -> int:
+        """Number of GPUs that share one copy of the weights."""
+        return self.parallel.shard_of(self.ranks)
 
     @property
     def blocks(self) -> int:

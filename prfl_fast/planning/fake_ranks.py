@@ -1,0 +1,36 @@
+"""A fake process group, under which one process simulates a rank of a run on several GPUs."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from prfl_fast.parallel.mesh import ParallelConfig, make_mesh
+
+
+
+@contextlib.contextmanager
+def fake_mesh(ranks: int, config: ParallelConfig) -> Iterator[DeviceMesh]:
+    """Yield the mesh of a run on ``ranks`` GPUs, as its rank 0 sees it.
+
+    Its collectives return at once and move nothing. Raise ``RuntimeError`` in a process that has a
+    process group already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError(
+            "this process has joined a process group, expected one that has not: plan a run on "
+            "several GPUs with prfl-fast plan, outside torchrun"
+        )
+    with _disable_current_modes():
+        store: Any = FakeStore()
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=store)
+    try:
+        with _disable_current_modes():
+            mesh = make_mesh(config, "cpu")
+        yield mesh
+    finally:
+        dist.destroy_process_group()
