@@ -237,5 +237,9 @@ def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str,
         fields |= (_fields_of_reward_file if reward else fields_of_file)(path, given)
     points, ranks = fields.pop("points", 1), fields.pop("gpus", 1)
     shares = {name: fields.pop(name) for name in ("shard", "sequence") if name in fields}
-    fields = {"model": DEFAULT_MODEL, "gradient_plan": GradientPlan(points), "ranks": ranks} | fields
+    fields = {
+        "model": DEFAULT_MODEL,
+        "gradient_plan": GradientPlan(points),
+        "ranks": ranks,
+    } | fields
     return fields | ({"parallel": ParallelConfig(**shares)} if shares else {})

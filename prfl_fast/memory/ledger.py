@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prfl_fast.kernels.runtime.registry import OPERATIONS
 from prfl_fast.utils.checks import check_choice
+from prfl_fast.utils.sharded import local_part
 
 # Categories of device memory. Unmarked storages are workspace, or rollout in the phase "rollout".
 CATEGORIES = ("weights", "reward", "optimizer", "gradients", "checkpoints", "rollout", "workspace")
@@ -28,12 +29,6 @@ def _resize(storage: torch.UntypedStorage, size: int) -> None:
     _resize_storage(storage, size)
     for ledger in _active:
         ledger.on_resize(storage)
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a sharded tensor that this rank holds; other tensors unchanged."""
-    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local
 
 
 def mark(tensor: torch.Tensor, category: str) -> None:

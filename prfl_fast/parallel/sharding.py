@@ -47,7 +47,7 @@ def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """
     names = tuple(mesh.mesh_dim_names or ())
     check(names == DIMENSIONS, "mesh", names, f"one of make_mesh, {DIMENSIONS}")
-    copies, _, sequence = mesh.mesh.shape
+    copies, _, sequence = mesh.shape
     if sequence == 1:
         return mesh["dp_shard"] if copies == 1 else mesh["dp_replicate", "dp_shard"]
     if mesh not in _meshes:  # ranks that share a sample have parts of their own

@@ -13,6 +13,7 @@ from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.registry import patch
+from prfl_fast.parallel.sharding import shard
 from prfl_fast.planning.fake_mode import FastFakeTensorMode, WithoutInitialization
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.workload import Workload
@@ -113,12 +114,15 @@ def stream_models(
             activation_checkpointing(model, config.activation_checkpointing, config.offload)
 
 
-def _distribute(model: nn.Module, workload: Workload, mesh: DeviceMesh) -> None:
+def _distribute(
+    model: nn.Module, workload: Workload, memory: MemoryConfig, mesh: DeviceMesh
+) -> None:
     """Leave one rank's part of the sequence and of the weights to a model."""
     if workload.parallel.sequence > 1:
         shard_sequence(model, mesh)
     if workload.shard > 1:
-        shard(model, mesh)
+        narrow = memory.weight_dtype == "fp32" and workload.precision == "bf16"
+        shard(model, mesh, param_dtype=torch.bfloat16 if narrow else None)
 
 
 @contextlib.contextmanager
@@ -145,5 +149,5 @@ def fake_models(
                 patch(transformer_of(model))
         stream_models(trained, rewards, memory, reward_memory)
         for model in (trained, *rewards) if mesh is not None else ():
-            _distribute(model, workload, mesh)
+            _distribute(model, workload, memory if model is trained else reward_memory, mesh)
         yield trained, rewards

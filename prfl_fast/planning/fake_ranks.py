@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.parallel.mesh import ParallelConfig, make_mesh
-
+from prfl_fast.parallel.sharding import shard_mesh
 
 
 @contextlib.contextmanager
@@ -31,6 +31,7 @@ def fake_mesh(ranks: int, config: ParallelConfig) -> Iterator[DeviceMesh]:
     try:
         with _disable_current_modes():
             mesh = make_mesh(config, "cpu")
+            shard_mesh(mesh)  # remembered, because its tensor of ranks may not be fake
         yield mesh
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from prfl_fast.kernels import flow_loss
 from prfl_fast.memory.experts import host_bytes, moved_tensors
-from prfl_fast.memory.ledger import HOST, Ledger, local_part, mark
+from prfl_fast.memory.ledger import HOST, Ledger, mark
 from prfl_fast.memory.optimizers import state_bytes, step_bytes
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.memory.stream import BlockWeights, waiting_weights
@@ -21,7 +21,6 @@ from prfl_fast.models.conditions import OF_PROMPT
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import ModelCall, Precision, autocast
-from prfl_fast.parallel.sharding import average_gradients
 from prfl_fast.planning.built_models import transformer_of
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.presets import adapter_of
@@ -34,6 +33,7 @@ from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
 from prfl_fast.training.objectives import RewardCall
 from prfl_fast.training.reward_losses import bt_loss, ce_loss
 from prfl_fast.utils.modules import unwrap
+from prfl_fast.utils.sharded import is_dtensor, local_part
 
 PHASES = (
     "rollout",
@@ -151,13 +151,9 @@ class SimulatedStep:
         waiting = [(t, HOST, local_part(t).nbytes) for t in self.moved]
         if self.waiting:  # both experts share the slots, and nothing is exchanged
             places = {True: HOST, False: "weights"}
-            waiting = [
-                (t, places[id(t) in self.waiting], local_part(t).nbytes) for t in self.moved
-            ]
+            waiting = [(t, places[id(t) in self.waiting], local_part(t).nbytes) for t in self.moved]
             self.moved, spare = [], 0
-        waiting += [
-            (p, "weights", (self.trained - 1) * local_part(p).nbytes) for p in adapters
-        ]
+        waiting += [(p, "weights", (self.trained - 1) * local_part(p).nbytes) for p in adapters]
         self.other = [
             self._make(size, category=category, dtype=torch.uint8, owner=owner)
             for owner, category, size in waiting
@@ -304,7 +300,9 @@ class SimulatedStep:
         if self.mesh is not None:
             for parameter in trained:  # FSDP2 sets sharded gradients without autograd's hooks
                 _mark_gradient(parameter)
-            average_gradients(trained, self.mesh)
+                if not is_dtensor(parameter):  # averaged in one all-reduce
+                    ranks, nbytes = self.mesh.size(), parameter.grad.nbytes  # type: ignore[union-attr]
+                    self._count(parameter, reduced_bytes=2 * nbytes * (ranks - 1) // ranks)
         self.ledger.add_transient(step_bytes(kind, [local_part(p) for p in trained]))
         states = zip(self.updated, self.device_states, self.host_states, strict=True)
         for parameter, device, host in states:

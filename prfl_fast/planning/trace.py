@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.memory.ledger import CATEGORIES, HOST, local_part, storage_of
+from prfl_fast.memory.ledger import CATEGORIES, HOST, storage_of
 from prfl_fast.planning.costs import Cost, CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
+from prfl_fast.utils.sharded import local_part
 
 DEPTH = 5  # blocks that run by default
 ALLOCATE, FREE, MOVE, SCRATCH = "allocate", "free", "move", "scratch"
