@@ -31,6 +31,8 @@ class ParallelConfig:
         shard: ranks that hold one copy of the weights together, those that share a sample included;
             1 keeps the whole model on every rank, ``"auto"`` shards it over all ranks.
         sequence: ranks that share a sample, each with a part of its tokens.
+        keep_gathered: keep shared weights gathered through a rollout, see
+            :func:`prfl_fast.parallel.shard`; ``"auto"`` does it where the planner finds room.
 
     Raises:
         ValueError: if a number is below 1, or ``shard`` is neither 1 nor a multiple of
@@ -39,6 +41,7 @@ class ParallelConfig:
 
     shard: int | Literal["auto"] = "auto"
     sequence: int = 1
+    keep_gathered: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         check_count("sequence", self.sequence)

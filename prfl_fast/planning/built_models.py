@@ -13,6 +13,7 @@ from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.registry import patch
+from prfl_fast.parallel.sequence import shard_sequence
 from prfl_fast.parallel.sharding import shard
 from prfl_fast.planning.fake_mode import FastFakeTensorMode, WithoutInitialization
 from prfl_fast.planning.presets import adapter_of
@@ -122,7 +123,8 @@ def _distribute(
         shard_sequence(model, mesh)
     if workload.shard > 1:
         narrow = memory.weight_dtype == "fp32" and workload.precision == "bf16"
-        shard(model, mesh, param_dtype=torch.bfloat16 if narrow else None)
+        dtype, keeps = torch.bfloat16 if narrow else None, workload.parallel.keep_gathered is True
+        shard(model, mesh, param_dtype=dtype, keep_gathered=keeps)
 
 
 @contextlib.contextmanager

@@ -141,7 +141,8 @@ def _ranks(work: Workload) -> list[str]:
     shard, sequence = work.shard, work.parallel.sequence
     weights = "whole weights on each" if shard == 1 else f"weights shared by {shard}"
     video = "a video on each" if sequence == 1 else f"a video on every {sequence}"
-    return [f"one of {work.ranks} GPUs: {weights}, {video}"]
+    kept = ", weights gathered through a rollout" if work.parallel.keep_gathered is True else ""
+    return [f"one of {work.ranks} GPUs: {weights}, {video}{kept}"]
 
 
 def _trajectory(work: Workload) -> list[str]:

@@ -124,12 +124,23 @@ def step_seconds(
     costs: Mapping[str, Cost], rates: GpuSpecs, workload: Workload
 ) -> dict[str, float]:
     """Return the seconds of a whole step by phase, over all runs of each phase."""
+    costs = _with_kept_weights(costs, workload)
     seconds = {phase: phase_seconds(cost, rates) for phase, cost in costs.items()}
     return _of_step(seconds, workload)
 
 
+def _with_kept_weights(costs: Mapping[str, Cost], workload: Workload) -> Mapping[str, Cost]:
+    """Return the costs of mean rollout forwards, if weights are gathered once per rollout."""
+    cost, forwards = costs.get("rollout"), workload.rollout_forwards
+    if workload.parallel.keep_gathered is not True or cost is None or not forwards:
+        return costs
+    gathered = int(cost.gathered_bytes * min(1, workload.evaluations / forwards))
+    return {**costs, "rollout": dataclasses.replace(cost, gathered_bytes=gathered)}
+
+
 def received_in_step(costs: Mapping[str, Cost], workload: Workload) -> dict[str, float]:
     """Return the bytes that a GPU receives from others in a whole step, by field of ``Cost``."""
+    costs = _with_kept_weights(costs, workload)
     fields = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
     totals = {}
     for field in fields:
@@ -190,9 +201,10 @@ class Search:
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
             found, waiting = self._tier(tier, last=last), list[Candidate]()
-            if self.workload.train == "lora" or tier.optimizer == "adamw-cpu":
-                streams = dataclasses.replace(tier, stream_weights=AHEAD)
-                waiting = self._tier(streams, last=last)
+            streams = self.workload.train == "lora" or tier.optimizer == "adamw-cpu"
+            if streams and self.workload.shard == 1:  # shared weights cannot wait in host memory
+                ahead = dataclasses.replace(tier, stream_weights=AHEAD)
+                waiting = self._tier(ahead, last=last)
             chosen = self._first_that_fits(found, waiting)
             considered += found
             if chosen is not None:
@@ -248,6 +260,19 @@ class Search:
             return [whole]
         chunked = self._candidate(tier, *lean, CHUNK)
         return [chunked] if chunked.peak > self.limit else self._candidates(tier)
+
+    def keeping(self, found: Found) -> Found | None:
+        """Return a search's result with weights gathered through rollouts; None if it cannot be."""
+        parallel = self.workload.parallel
+        if parallel.keep_gathered != "auto" or self.workload.shard == 1 or not found.feasible:
+            return None
+        kept = dataclasses.replace(parallel, keep_gathered=True)
+        self.workload = dataclasses.replace(self.workload, parallel=kept)
+        run, whole = self._whole(found.chosen)
+        if whole.reason != CHOSEN:
+            return None
+        others = [whole if c is found.chosen else c for c in found.candidates]
+        return Found(whole, run, self._lost(run), True, others, found.unused)
 
     def _whole(self, candidate: Candidate) -> tuple[Simulation, Candidate]:
         """Simulate a candidate; return the run and the candidate with its numbers."""
@@ -333,7 +358,9 @@ class Search:
         resident = dataclasses.replace(tier, stream_weights=None)
         if resident not in self._weights:
             memory = memory_of(resident, MODES[-1], MODES[-1], None)
-            self._weights[resident] = count_weights(self.workload, *memory)
+            found = count_weights(self.workload, *memory)
+            share = {k: v // self.workload.shard for k, v in dataclasses.asdict(found).items()}
+            self._weights[resident] = Weights(**share)
         return self._weights[resident]
 
     def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:

@@ -16,6 +16,7 @@ from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.velocity import ModelCall
 from prfl_fast.planning.costs import CostLedger
+from prfl_fast.planning.trace import TraceLedger
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rewards.functions import Reward, RewardEnsemble
 from prfl_fast.rollout.config import RolloutConfig
@@ -84,6 +85,8 @@ class StepPhases:
         with self.ledger.saving():
             yield runs
         del held
+        if phase == "rollout" and isinstance(self.ledger, TraceLedger):
+            self.ledger.leave_blocks()  # weights that were kept for the rollout are freed next
         if again:
             self.ledger.start_phase("earlier backward")
 

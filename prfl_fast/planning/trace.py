@@ -118,6 +118,11 @@ class TraceLedger(CostLedger):
         self._key = (self.phase, self._run, *place)
         self._segment = self.segments.setdefault(self._key, Segment())
 
+    def leave_blocks(self) -> None:
+        """Attribute what follows to the code outside, after a forward without a backward."""
+        self._run += 1
+        self._enter(("", 0))
+
     @contextlib.contextmanager
     def at(self, parameter: torch.Tensor) -> Iterator[None]:
         """Attribute events to the block of a parameter."""
