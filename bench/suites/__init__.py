@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "alignment": "train a small generator and its reward model, compare methods over training",
     "methods": "* reward gradients by method: time, memory, FLOPs and variance",
     "rollout": "* a rollout by option: time, FLOPs, memory, drift; a step's work by part",
+    "scale": "* a rank of 1 to 64 GPUs on fake tensors: bytes, communication, FLOPs",
     "host": "* host time and calls of operations and of a block at tiny sizes, on one CPU thread",
     "step": "* a PRFL step by part, in seconds: the reference, eager, compiled, prfl_fast",
     "machine-code": "* predictions: share of the copy rate by kernel, replayed without a GPU",

@@ -115,7 +115,7 @@ def stream_models(
             activation_checkpointing(model, config.activation_checkpointing, config.offload)
 
 
-def _distribute(
+def distribute(
     model: nn.Module, workload: Workload, memory: MemoryConfig, mesh: DeviceMesh
 ) -> None:
     """Leave one rank's part of the sequence and of the weights to a model."""
@@ -151,5 +151,5 @@ def fake_models(
                 patch(transformer_of(model))
         stream_models(trained, rewards, memory, reward_memory)
         for model in (trained, *rewards) if mesh is not None else ():
-            _distribute(model, workload, memory if model is trained else reward_memory, mesh)
+            distribute(model, workload, memory if model is trained else reward_memory, mesh)
         yield trained, rewards

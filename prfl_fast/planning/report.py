@@ -182,7 +182,7 @@ def _ledger(plan: Plan) -> list[str]:
     several = f"; {gpus} GPUs take {gib(gpus * plan.host).strip()}" if plan.host else ""
     rows.append(("host", plan.host, f"pinned host memory per GPU, at its peak{several}"))
     if work.ranks > 1:
-        rows += [(name, plan.received[f"{name}_bytes"], _RECEIVED[name]) for name in _RECEIVED]
+        rows += [(n, int(plan.received[f"{n}_bytes"]), _RECEIVED[n]) for n in _RECEIVED]
     for name, value, meaning in rows:
         if value or name in ("total", "host"):
             lines.append(f"  {name:<12}{gib(value):>12}  {meaning}")

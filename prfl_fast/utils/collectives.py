@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+# torch 2.13 renamed it.
+_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
@@ -127,7 +130,7 @@ def _every(x: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the tensors of all ranks, stacked."""
     ranks = dist.get_world_size(group)
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    _gather_into(parts, x.contiguous(), group=group)
     return parts.view(ranks, *x.shape)
 
 

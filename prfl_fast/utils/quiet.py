@@ -34,5 +34,7 @@ def quiet_libraries() -> None:
     # torch's deprecation warnings are for the authors of the calling package, not its users.
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch(\.|$)")
+    # Of in-place changes to a model's output, which none of our steps makes.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     # Two warnings for each objective if run.workers is more than the CPUs.
     warnings.filterwarnings("ignore", "This DataLoader will create")

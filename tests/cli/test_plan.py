@@ -123,6 +123,7 @@ def test_the_help_lists_the_presets_and_the_defaults_of_a_workload():
     shown = {name: default for name, (_, default, _) in plan_options.OPTIONS.items()}
     fields = {field.name: field.default for field in dataclasses.fields(Workload)}
     fields |= {"model": plan_options.DEFAULT_MODEL, "points": fields["gradient_plan"].points}
+    fields |= {"gpus": fields["ranks"], "shard": None, "sequence": fields["parallel"].sequence}
     assert shown == {name: fields[name] for name in shown}
 
 
