@@ -69,12 +69,13 @@ class Agreement:
         failed = [rank for rank, report in enumerate(reports) if report.error is not None]
         if not failed:
             return
-        self.error = error
         if error is None:
             first = failed[0]
-            self.error = OtherRankError(f"rank {first} failed: {reports[first].error}")
-            self.error.out_of_memory = any(report.out_of_memory for report in reports)
-        raise self.error
+            other = OtherRankError(f"rank {first} failed: {reports[first].error}")
+            other.out_of_memory = any(report.out_of_memory for report in reports)
+            error = other
+        self.error = error
+        raise error
 
     def poll(self, signals: Sequence[int]) -> None:
         """Let all ranks know the signals of each."""
