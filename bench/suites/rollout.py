@@ -28,7 +28,7 @@ def drift_curve(
 ) -> dict[int, float]:
     """Return the relative L2 distance by step, the largest of the batch, at the common steps."""
     steps = sorted(set(latents) & set(exact))
-    return {step: relative_distance(latents[step], exact[step]) for step in steps}
+    return {step: float(relative_distance(latents[step], exact[step])) for step in steps}
 
 
 def drift_records(trained: rollout_options.Subject, context: Context) -> list[dict[str, Any]]:

@@ -15,11 +15,12 @@ from prfl_fast.feedback.points import Point
 from prfl_fast.kernels import flow_step
 from prfl_fast.models.adapter import Conditions, generated_frames, set_first_frame
 from prfl_fast.models.velocity import model_of
-from prfl_fast.rewards.functions import Reward
+from prfl_fast.rewards.functions import Reward, reward_modules
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.recompute import SeparateCalls
+from prfl_fast.utils.sharded import holds_on_all_ranks, shares_weights
 from prfl_fast.utils.transfers import to_device
 
 
@@ -34,6 +35,11 @@ class FeedbackSpec:
     target: float | None
     weight: float
     divergence: float
+
+    def shares_weights(self) -> bool:
+        """Return True if weights of the model or a reward are sharded over ranks."""
+        rewards = [part for reward in self.rewards.values() for part in reward_modules(reward)]
+        return shares_weights(model_of(self.sampler.transformer), *rewards)
 
 
 class StepLoss(torch.Tensor):
@@ -81,7 +87,8 @@ class PRFLOutput:
         depths: steps that each point's gradient went through.
         timesteps: the K timesteps (1000·σ) at which latents were rewarded.
         latents: ``[B, C, F, H, W]``, the last rewarded latents; the result of a guided trajectory.
-        finite: False if a reward or loss was NaN or infinite: skip the update. A step that trains a
+        finite: False if a reward or loss was NaN or infinite, on any rank where ranks share the
+            weights of a model: skip the update. A step that trains a
             model then has dropped the gradients of all its parameters, also those of earlier calls.
             With a velocity function, whose parameters are unknown, or a gradient to noise or
             latents, the trajectory ended there, and gradients of earlier points remain. After a
@@ -153,6 +160,7 @@ class GradientEstimator:
         self.finite = True
         known = model_of(spec.sampler.transformer) is not None
         self.deferred = known and spec.plan.to == "parameters"
+        self._ranks_agree = spec.shares_weights()
         self._good: torch.Tensor | None = None  # on the device: the values so far are finite
         self._leaf: torch.Tensor | None = None
         if spec.plan.to == "noise":
@@ -218,9 +226,14 @@ class GradientEstimator:
         if not self.deferred:
             self._read()
 
+    def _agreed(self, good: torch.Tensor) -> torch.Tensor:
+        """Return True if the values are finite on all ranks that must call the models together."""
+        return holds_on_all_ranks(good) if self._ranks_agree else good
+
     def _read(self) -> None:
         if self._good is not None:
-            self.finite, self._good = self.finite and bool(self._good), None  # waits for the device
+            good, self._good = self._agreed(self._good), None
+            self.finite = self.finite and bool(good)  # waits for the device
 
     @torch.enable_grad()
     def score(self, steps: GradientSteps, scale: float) -> torch.Tensor | None:
@@ -293,6 +306,7 @@ class GradientEstimator:
         """
         if wait:
             self._read()
+        finite = self.finite if self._good is None else self._agreed(self._good)
         rows, names = self._scores, list(self.spec.rewards)
         blank = torch.full_like(next(iter(rows[0].values())), math.nan)
         missing = [blank] * (len(points) - len(rows))
@@ -311,7 +325,7 @@ class GradientEstimator:
             depths=tuple(point.depth for point in points),
             timesteps=tuple(times),
             latents=self._rewarded.detach(),
-            finite=self.finite if self._good is None else self._good,
+            finite=finite,
             divergence=torch.stack(self._divergences).sum() if self._divergences else None,
             gradient=None if self._leaf is None else self._leaf.grad,
             drift=self.trajectory.drift,

@@ -25,7 +25,7 @@ def check_autograd(name: str, module: nn.Module) -> None:
 
 def check_frozen(reward: object) -> None:
     """Raise ``ValueError`` if a reward has trainable parameters, or ones of inference mode."""
-    for module in _modules(reward):
+    for module in reward_modules(reward):
         check_autograd(type(module).__name__, module)
         trainable = [name for name, p in module.named_parameters() if p.requires_grad]
         if trainable:
@@ -36,17 +36,18 @@ def check_frozen(reward: object) -> None:
             )
 
 
-def _modules(reward: object) -> Iterator[nn.Module]:
+def reward_modules(reward: object) -> Iterator[nn.Module]:
+    """Yield the modules of a reward: itself, or those that a method, partial or wrapper calls."""
     if isinstance(reward, nn.Module):
         yield reward
     elif inspect.ismethod(reward):
-        yield from _modules(reward.__self__)
+        yield from reward_modules(reward.__self__)
     elif isinstance(reward, functools.partial):
-        yield from _modules(reward.func)
+        yield from reward_modules(reward.func)
     elif reward is not None:  # variables of a closure are not searched
         members = getattr(reward, "members", ())
         for part in (*members, getattr(reward, "model", None)):
-            yield from _modules(part)
+            yield from reward_modules(part)
 
 
 def check_callable(name: str, value: object, form: str = "") -> None:

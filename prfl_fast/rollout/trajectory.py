@@ -27,6 +27,7 @@ from prfl_fast.rollout.schedulers import (
 )
 from prfl_fast.utils.checks import check, check_type, is_count
 from prfl_fast.utils.optional import progress_bar
+from prfl_fast.utils.sharded import largest_of_ranks, shares_weights
 from prfl_fast.utils.transfers import to_device
 
 # (index, velocity) → velocity like it.
@@ -55,7 +56,8 @@ class Trajectory:
         index: the next step.
         timesteps: of all steps, 0-d tensors.
         drift: relative L2 distance of the latents from an exact rollout's, the largest of the
-            batch, by step; None if the engine did not check this rollout.
+            batch (of all ranks', where they share weights), by step; None if the engine did not
+            check this rollout.
 
     Raises:
         TypeError, ValueError: as :func:`bind_velocity`, or if ``start`` or ``visit`` is outside the
@@ -277,19 +279,22 @@ class Trajectory:
                 v = v + shift
             shadow.move_to(shadow._solve(v, shadow.x))
         assert self._engine is not None
+        distance = relative_distance(self.x, shadow.x)
+        if shares_weights(self._engine.model):  # an exact rollout calls the model more often
+            distance = largest_of_ranks(distance)
         self.drift = {} if self.drift is None else self.drift
-        self.drift[self.index] = relative_distance(self.x, shadow.x)
+        self.drift[self.index] = float(distance)
         if self._engine.record_drift(self.drift, self._sigmas):
             self.x, self.scheduler, self._kept = shadow.x, shadow.scheduler, shadow._kept
             self._inexact, self._shadow = False, None
 
 
-def relative_distance(x: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_distance(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Return the largest ``‖x - exact‖ / ‖exact‖`` of a batch ``[B, ...]``, in float64."""
     x, exact = x.double().flatten(1), exact.double().flatten(1)
     distance, norm = (x - exact).norm(dim=1), exact.norm(dim=1)
     # Equal latents have distance 0 even if both are zero.
-    return float(torch.where(distance == 0, distance, distance / norm).max())
+    return torch.where(distance == 0, distance, distance / norm).max()
 
 
 def rollout(

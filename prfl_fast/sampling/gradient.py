@@ -19,6 +19,7 @@ from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.sampling.candidates import Candidates, Forwards
 from prfl_fast.utils.checks import check, check_count, check_positive, is_number
 from prfl_fast.utils.optional import progress_bar
+from prfl_fast.utils.sharded import holds_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
         progress: show a tqdm bar.
 
     Returns:
-        See :class:`NoiseResult`. The first reward or gradient of any prompt that is not finite ends
-        the optimization with the best noise until then.
+        See :class:`NoiseResult`. The first reward or gradient of any prompt that is not finite, on
+        any rank where ranks share weights, ends the optimization with the best noise until then.
 
     Raises:
         TypeError: if the model, reward or scheduler is unsupported.
@@ -120,7 +121,7 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
     step = _step(replace(sampler, rollout=None), reward, GradientPlan.reno(), 1.0, reward_weights)
     epsilon = noise.detach().to(torch.promote_types(noise.dtype, torch.float32))
     velocity = torch.zeros_like(epsilon)
-    best, gradients = _Best(noise), 0
+    best, gradients, together = _Best(noise), 0, step.spec.shares_weights()
     with progress_bar("optimizing noise", "iteration", iterations if progress else None) as tick:
         for iteration in range(iterations):
             start, gradient = epsilon.to(noise.dtype), None
@@ -132,7 +133,10 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
                 gradients += gradient is not None
             best.update(start, latents, scores)
             tick()
-            if gradient is None or not bool(gradient.isfinite().all()):
+            if gradient is None:
+                break
+            finite = gradient.isfinite().all()
+            if not bool(holds_on_all_ranks(finite) if together else finite):
                 break
             # PRFL's loss is a mean over the batch. The factor gives each prompt its own gradient.
             slope = len(noise) * gradient.to(epsilon.dtype)

@@ -4,10 +4,12 @@ Only classes named ``FSDPModule`` count, so that a program on one GPU imports no
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 SHARDED = "sharded_weights"  # attribute of the modules of a sharded model
@@ -96,7 +98,7 @@ def norm_over(norm: torch.Tensor, sharding: tuple[Any, tuple[Any, ...]]) -> torc
     square = norm.square()
     for dimension, placement in enumerate(placements):
         if placement.is_shard():
-            torch.distributed.all_reduce(square, group=mesh.get_group(dimension))
+            dist.all_reduce(square, group=mesh.get_group(dimension))
     return square.sqrt()
 
 
@@ -117,6 +119,34 @@ def sharded_roots(model: nn.Module) -> list[Any]:
     if isinstance(model, nn.ModuleList):  # blocks are sharded all or none, and have many modules
         return [*model] if len(model) and is_fsdp(model[0]) else []
     return [root for child in model.children() for root in sharded_roots(child)]
+
+
+def shares_weights(*models: object) -> bool:
+    """Return True if a model is sharded, so that all ranks have to call it equally often.
+
+    Arguments that are not modules count as whole.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(sharded_roots(model) for model in models if isinstance(model, nn.Module))
+
+
+def largest_of_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Return the largest value of all ranks of the default process group; NaN is infinite.
+
+    Ranks that share weights decide by it alike, without which their gathers would not match and
+    the job would hang. Ranks that share only a sample's tokens need no such call: they compute
+    equal latents and scores, bit by bit.
+    """
+    # A maximum of NaN and a number differs among backends.
+    largest = value.detach().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def holds_on_all_ranks(good: torch.Tensor) -> torch.Tensor:
+    """Return True if a 0-d bool tensor is True on all ranks of the default process group."""
+    return largest_of_ranks((~good).float()) == 0
 
 
 def _groups(root: nn.Module) -> list[ShardedWeights]:

@@ -1,0 +1,106 @@
+"""Ranks that share weights decide alike, where one of them has too much drift or a NaN."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from prfl_world import normal
+from ranks import run_ranks
+from sharded_world import Case, build, conditions, float_means_double
+
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.feedback.step import PRFL
+from prfl_fast.parallel import ParallelConfig, make_mesh
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.sampler import Sampler
+from prfl_fast.rollout.schedulers import FlowEuler
+from prfl_fast.sampling.gradient import optimize_noise
+
+pytest.importorskip("diffusers")
+
+CASE = Case("agreement", size=(1, 2, 4))
+
+
+def made():
+    """Return the models, sharded if there are ranks, and the samples that this rank has."""
+    ranks = dist.is_initialized()
+    mesh = make_mesh(ParallelConfig(shard=2)) if ranks else None
+    samples = slice(dist.get_rank(), dist.get_rank() + 1) if ranks else slice(0, 2)
+    noise = normal(10, (4, 16, *CASE.size)) * torch.tensor([1.0, 3, 1, 1]).view(-1, 1, 1, 1, 1)
+    return *build(CASE, mesh), noise[samples], conditions(CASE, samples)
+
+
+def drifts(limit):
+    """Run two trajectories of every second step; return their drift and whether they fell back."""
+    model, reward, noise, texts = made()
+    config = RolloutConfig(stride=2, drift_limit=limit, check_every=1)
+    step = PRFL(model, reward, FlowEuler(), num_inference_steps=5, rollout=config)
+    found = []
+    for row in range(len(noise)):
+        x, text = noise[row : row + 1], {k: v[row : row + 1] for k, v in texts.items()}
+        found.append(step(x, text, indices=[3]).drift)
+        found.append(step.engine.fallen_back)
+        step(x, text, indices=[3])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:the rollout's relative distance")
+def test_ranks_that_share_weights_fall_back_together():
+    first, _, second, _ = drifts(None)
+    least, most = sorted((first[2], second[2]))
+    limit = (least + most) / 2
+    assert most > 1.01 * limit
+    found = run_ranks(2, drifts, limit)
+    for drift, fallen_back in found:
+        assert fallen_back
+        # The rank below its own limit knows of the other's drift.
+        assert drift == pytest.approx({k: max(first[k], second[k]) for k in drift}, rel=1e-6)
+
+
+class Failing:
+    """A reward that is NaN on rank 1 from its call number ``first`` on."""
+
+    def __init__(self, reward, first=0):
+        self.members, self.first, self.calls = (reward,), first, 0
+
+    def __call__(self, x, timestep, conditions):
+        bad = dist.get_rank() == 1 and self.calls >= self.first
+        self.calls += 1
+        score = self.members[0](x, timestep, conditions)
+        return score * (math.nan if bad else 1.0)
+
+
+PLANS = {
+    "parameters": (GradientPlan.prfl(2), (1, 3)),
+    "noise": (GradientPlan.reno(), (4,)),
+    "latent": (GradientPlan.flow_nrg(), None),
+}
+
+
+def with_nan():
+    found = {}
+    with float_means_double():
+        model, reward, noise, texts = made()
+        for name, (plan, indices) in PLANS.items():
+            failing = Failing(reward)
+            step = PRFL(model, failing, FlowEuler(), plan, num_inference_steps=5)
+            out = step(noise, texts, indices=indices)
+            gradients = [p.grad is None for p in model.parameters()]
+            found[name] = out.finite, failing.calls, all(gradients)
+        failing = Failing(reward, 2)
+        sampler = Sampler(model, FlowEuler(), 3)
+        result = optimize_noise(sampler, failing, noise, texts, iterations=4)
+        found["optimized"] = len(result.history), failing.calls
+        out = PRFL(model, Failing(reward), FlowEuler(), num_inference_steps=5)
+        found["later"] = bool(out(noise, texts, indices=[2], wait=False).finite)
+    return found
+
+
+def test_ranks_that_share_weights_stop_together_at_a_nan():
+    first, second = run_ranks(2, with_nan)
+    assert first == second
+    # Gradients of parameters are dropped on both ranks; the others stop at their first reward.
+    assert first["parameters"] == (False, 2, True)
+    assert first["noise"][:2] == first["latent"][:2] == (False, 1)
+    assert first["optimized"] == (3, 3) and first["later"] is False
