@@ -423,33 +423,9 @@ def query_pool(x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, to
 
     Returns:
         pooled ``[B, H, D]`` and the scores' log-sum-exp ``[B, H]`` (natural logarithm), float32
-        (float64 for float64 ``x``). :func:`merge_pooled` merges the results of shards.
+        (float64 for float64 ``x``).
 
     Raises:
         ValueError: if a tensor has a wrong shape, dtype, device or stride.
     """
     return _op(x, queries)
-
-
-def merge_pooled(pooled: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the pools of S shards of a sequence by log-sum-exp; differentiable.
-
-    Args:
-        pooled: ``[S, B, H, D]``, lse: ``[S, B, H]``: stacked results of :func:`query_pool`.
-            An empty shard is zeros with an lse of -inf.
-
-    Returns:
-        pooled ``[B, H, D]`` and lse ``[B, H]``, as :func:`query_pool` of the sequence returns.
-
-    Raises:
-        ValueError: if shapes, dtypes or devices do not match.
-    """
-    op = "merge_pooled"
-    require_float(op, "pooled", pooled)
-    require_float(op, "lse", lse)
-    require(pooled.dim() == 4 and pooled.shape[0] > 0, op, "pooled", pooled, "[S, B, H, D]")
-    require(lse.shape == pooled.shape[:3], op, "lse", lse, f"{list(pooled.shape[:3])}")
-    require(lse.dtype == pooled.dtype, op, "lse", lse, f"the dtype of pooled, {pooled.dtype}")
-    require_same_device(op, pooled=pooled, lse=lse)
-    total = torch.logsumexp(lse, 0)
-    return ((lse - total).exp().unsqueeze(-1) * pooled).sum(0), total

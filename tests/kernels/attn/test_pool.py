@@ -1,4 +1,4 @@
-"""query_pool and merge_pooled: reference and Triton against plain PyTorch and attention."""
+"""query_pool: reference and Triton against plain PyTorch and attention."""
 
 import re
 
@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prfl_fast.kernels import query_pool
 from prfl_fast.kernels.attn import pool as module
-from prfl_fast.kernels.attn.pool import merge_pooled
 from prfl_fast.kernels.runtime.triton import INTERPRETING
 
 
@@ -32,15 +31,6 @@ def make(batch, tokens, dim, heads, dtype=FP32, queries=None):
         "x": torch.randn(batch, tokens, dim).to(dtype),
         "queries": (2 * torch.randn(heads, dim) / dim**0.5).to(queries or dtype),
     }
-
-
-# Sequence shards.
-def merged(sizes):
-    def function(x, queries):
-        parts = [query_pool(shard, queries) for shard in x.split(sizes, dim=1)]
-        return merge_pooled(torch.stack([p for p, _ in parts]), torch.stack([s for _, s in parts]))
-
-    return function
 
 
 class TestQueryPool(OperationTests):
@@ -63,7 +53,7 @@ class TestQueryPool(OperationTests):
         check(query_pool, low, make(2, 70, 96, 8, BF16), rounding=4)
 
     def test_compiles_without_a_graph_break(self, backend):
-        check_compiled(merged((9, 8)), make(2, 17, 32, 4))
+        check_compiled(query_pool, make(2, 17, 32, 4))
 
     bad_arguments = [
         ({"x": torch.zeros(9, 16)}, r"x is float32\[9, 16\] on cpu"),
@@ -191,28 +181,6 @@ def test_equals_multihead_attention(backend, dtype):
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(37,), (1, 36), (5, 20, 12)])
-def test_merged_shards_equal_the_whole(backend, sizes):
-    # The slack of test_forward_and_gradients: on baseline x86 d_x is 7 half-ulps past twice.
-    check(merged(sizes), naive, make(2, 37, 48, 4), rounding=16)
-
-
-def test_merging_an_empty_shard_changes_nothing():
-    pooled, lse = query_pool(**make(2, 37, 48, 4))
-    padded = torch.stack([pooled, torch.zeros_like(pooled)])
-    weights = torch.stack([lse, torch.full_like(lse, float("-inf"))]).requires_grad_()
-    out = merge_pooled(padded, weights)
-    torch.testing.assert_close(out, (pooled, lse))
-    (out[0].sum() + out[1].sum()).backward()
-    assert torch.isfinite(weights.grad).all()
-
-
-def test_merge_gradcheck():
-    pooled = torch.randn(3, 2, 2, 4, dtype=FP64, requires_grad=True)
-    lse = torch.randn(3, 2, 2, dtype=FP64, requires_grad=True)
-    assert torch.autograd.gradcheck(merge_pooled, (pooled, lse))
-
-
 def test_reference_backward_is_an_oracle():
     tensors = make(2, 40, 32, 4, BF16)
     pooled, lse = module.reference(**tensors, upcast=FP64)
@@ -264,20 +232,6 @@ def test_addresses_are_multiplied_in_64_bits():
         widths = re.findall(r"arith\.muli [^:]+ : (\S+)", ttir)
         wide_ones = [w for w in widths if "i64" in w]
         assert len(wide_ones) > 3 and len(wide_ones) == len(widths), f"{label}: {widths}"
-
-
-BAD_SHARDS = [
-    ((2, 4, 16), (2, 4), FP32, r"pooled .*\[S, B"),
-    ((2, 2, 4, 16), (2, 4), FP32, r"lse .*\[2, 2, 4\]"),
-    ((0, 2, 4, 16), (0, 2, 4), FP32, r"pooled .*\[S, B"),
-    ((1, 2, 4, 16), (1, 2, 4), FP64, "lse .*dtype of"),
-]
-
-
-@pytest.mark.parametrize("pooled, lse, dtype, message", BAD_SHARDS)
-def test_bad_shards(pooled, lse, dtype, message):
-    with pytest.raises(ValueError, match=f"merge_pooled: {message}"):
-        merge_pooled(torch.zeros(pooled), torch.zeros(lse, dtype=dtype))
 
 
 # Property tests.
