@@ -92,6 +92,16 @@ def class_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return call_block(self, type(self).forward, *args, **kwargs)
 
 
+def refuse_sequence(name: str, group: Any) -> None:
+    """Raise ``ValueError`` for a process group, because models of this name run whole samples."""
+    if group is not None:
+        raise ValueError(
+            f"model is a {name}, whose samples run on one rank each, expected diffusers' "
+            "WanTransformer3DModel, two experts or a reward model of it. Use "
+            "ParallelConfig(sequence=1), and shard the weights of this model"
+        )
+
+
 class BlockAdapter:
     """Implement the methods of :class:`prfl_fast.models.Adapter` that block-based families share.
 
@@ -197,11 +207,7 @@ class BlockAdapter:
 
         Raise ``ValueError`` if the family does not support it.
         """
-        if group is not None:
-            raise ValueError(
-                f"model is a {self.name}, expected one whose sequence several ranks can share: "
-                "diffusers' WanTransformer3DModel. Train this one with sequence: 1"
-            )
+        refuse_sequence(self.name, group)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks, in order."""

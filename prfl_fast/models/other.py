@@ -20,6 +20,7 @@ from prfl_fast.models.block_adapter import (
     NoReference,
     check_class_forward,
     class_forward,
+    refuse_sequence,
 )
 from prfl_fast.models.inference import RolloutModel, UnsupportedError
 from prfl_fast.utils.checks import check
@@ -215,8 +216,8 @@ class VelocityAdapter(NoReference):
         adapter.chunk_feed_forward(target, tokens)
 
     def shard_sequence(self, model: nn.Module, group: Any) -> None:
-        """Share the sequence of the inner model; raise ``ValueError`` if its family cannot."""
-        self._find(_inner(model)).shard_sequence(_inner(model), group)
+        """Raise ``ValueError`` for a process group: the function may need all tokens."""
+        refuse_sequence(self.name, group)
 
     def hidden_size(self, model: nn.Module) -> int:
         """Return the width of a block's output; raise ``ValueError`` if it is unknown."""

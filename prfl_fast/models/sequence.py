@@ -165,6 +165,6 @@ def head_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 def check_heads(heads: int, ranks: int) -> None:
     """Raise ``ValueError`` unless ``ranks`` divide the heads."""
     best = max(n for n in range(1, ranks + 1) if heads % n == 0)
-    hint = f"Each rank attends with some heads. {best} ranks are the most up to {ranks} that fit"
+    hint = f"Each rank attends with some heads. The largest number that fits is {best}"
     expected = f"a divisor of the model's {heads} heads"
     check(heads % ranks == 0, "the number of ranks that share a sample", ranks, expected, hint=hint)
