@@ -15,9 +15,10 @@ import report
 import torch
 from harness import Context, SuiteResult, Table
 
+from prfl_fast import parallel
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig
-from prfl_fast.planning import Workload, built_models
+from prfl_fast.planning import Workload
 from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.search import received_in_step, step_seconds
 from prfl_fast.planning.simulation import simulate
@@ -85,13 +86,13 @@ def _wide_gathers() -> Iterator[None]:
 
     Its flat parameters are not cached by autocast, which would keep a bfloat16 copy of all weights.
     """
-    own = built_models.shard
-    built_models.shard = lambda model, mesh, *, param_dtype, **rest: own(model, mesh, **rest)
+    own = parallel.shard
+    parallel.shard = lambda model, mesh, *, param_dtype, **rest: own(model, mesh, **rest)
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        built_models.shard = own
+        parallel.shard = own
         torch.set_autocast_cache_enabled(True)
 
 
@@ -101,14 +102,14 @@ def count(case: Case) -> dict[str, Any]:
     with _wide_gathers() if case.features else contextlib.nullcontext():
         run = simulate(replace(work, sft=False), case.memory, case.memory)
     received = received_in_step(run.costs, work)
-    pooling = 0.0
+    pooling, width = 0.0, work.config["num_attention_heads"] * work.config["attention_head_dim"]
     if case.features:  # not run, but by formula: bf16 features of all other ranks, and their sum
         sequence = work.parallel.sequence
-        elements = work.tokens * 5120 * work.batch_size * (sequence - 1) / sequence
+        elements = work.tokens * width * work.batch_size * (sequence - 1) / sequence
         pooling = 2 * 2 * elements * work.evaluations
     elif work.parallel.sequence > 1:
         # An all-reduce of H·D and an all-gather of H float32 numbers; counted with the gradients.
-        pooling = 4.0 * 8 * 5120 * 2 * work.evaluations
+        pooling = 4.0 * 8 * width * 2 * work.evaluations
     seconds = step_seconds(run.costs, find_gpu(GPU), work)
     flops = sum(cost.flops for cost in run.costs.values())
     return {
@@ -207,7 +208,11 @@ def _scaling(found: dict[str, dict[str, Any]]) -> Table:
 
 def run(context: Context) -> SuiteResult:
     """Count all cases; the suite needs no GPU and uses none."""
-    found = _counted(context)
+    return result(_counted(context))
+
+
+def result(found: dict[str, dict[str, Any]]) -> SuiteResult:
+    """Return tables and checks of the counts by label."""
     records = [{"label": label, **record} for label, record in found.items()]
     problems = []
     for train in ("full", "lora"):

@@ -13,8 +13,6 @@ from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.registry import patch
-from prfl_fast.parallel.sequence import shard_sequence
-from prfl_fast.parallel.sharding import shard
 from prfl_fast.planning.fake_mode import FastFakeTensorMode, WithoutInitialization
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.workload import Workload
@@ -119,6 +117,9 @@ def distribute(
     model: nn.Module, workload: Workload, memory: MemoryConfig, mesh: DeviceMesh
 ) -> None:
     """Leave one rank's part of the sequence and of the weights to a model."""
+    # Importing FSDP2 takes a second, which a plan of one GPU need not wait for.
+    from prfl_fast.parallel import shard, shard_sequence
+
     if workload.parallel.sequence > 1:
         shard_sequence(model, mesh)
     if workload.shard > 1:

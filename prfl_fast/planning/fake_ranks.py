@@ -6,11 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.parallel.mesh import ParallelConfig, make_mesh
-from prfl_fast.parallel.sharding import shard_mesh
 
 
 @contextlib.contextmanager
@@ -20,6 +18,10 @@ def fake_mesh(ranks: int, config: ParallelConfig) -> Iterator[DeviceMesh]:
     Its collectives return at once and move nothing. Raise ``RuntimeError`` in a process that has a
     process group already.
     """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from prfl_fast.parallel.sharding import shard_mesh  # FSDP2 takes a second to import
+
     if dist.is_initialized():
         raise RuntimeError(
             "this process has joined a process group, expected one that has not: plan a run on "

@@ -27,6 +27,7 @@ from prfl_fast.planning.trace import (
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.collection import no_collection
 from prfl_fast.utils.modules import unwrap
+from prfl_fast.utils.sharded import local_part
 
 _MOST_REMEMBERED = 64
 # By workload with depths and both policies. A search for another budget repeats most simulations.
@@ -105,7 +106,7 @@ def _recorded(
     ):
         adapter: Any = adapter_of(workload.config)
         models = zip(_names(workload), (trained, *rewards), strict=True)
-        fake: Any = next(trained.parameters())
+        fake: Any = local_part(next(trained.parameters()))
         ledger = TraceLedger(
             {
                 f"{name} {index}": getattr(unwrap(transformer_of(model)), blocks)
