@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self  # noqa: UP035 - Python 3.10 has none
 
 from prfl_fast.cli import sections
+from prfl_fast.cli.reward_sections import NamedReward, ReferenceReward
 from prfl_fast.cli.sections import RunConfig
 from prfl_fast.cli.yaml_config import Count, Index, Number, Positive, Section, Text, from_list, key
 from prfl_fast.memory.policy import check_compatible
@@ -17,7 +18,7 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
 
 Probability = Annotated[Number, Field(ge=0, le=1)]
-Rewards = Annotated[tuple[sections.NamedReward, ...], Field(min_length=1), from_list]
+Rewards = Annotated[tuple[NamedReward, ...], Field(min_length=1), from_list]
 Objectives = Annotated[
     tuple[Literal["prfl", "sft", "dpo", "rwr"], ...], Field(min_length=1), from_list
 ]
@@ -48,7 +49,7 @@ class TrainFile(Section):
     allow_outside: bool = key(False, "Let a manifest or list name files outside its folder.")
     out: Text = key(..., "Folder of the checkpoints and logs.")
     run: RunConfig = key(..., "Length, batches, checkpoints and logs.")
-    reward: Text | sections.ReferenceReward | Rewards | None = key(
+    reward: Text | ReferenceReward | Rewards | None = key(
         None,
         "Folder of a saved reward model, files of HY-Video-PRFL, or a list of several rewards. "
         "The prfl objective requires it, and rwr without a label.",
@@ -117,11 +118,11 @@ class TrainFile(Section):
         scored = "rwr" in self.objectives and self.rwr.label is None
         return scored or "prfl" in self.objectives
 
-    def rewards(self) -> tuple[sections.NamedReward, ...]:
+    def rewards(self) -> tuple[NamedReward, ...]:
         """Return the rewards by name, of which a single one is called ``reward``."""
         if self.reward is None or isinstance(self.reward, tuple):
             return self.reward or ()
-        return (sections.NamedReward(name="reward", path=self.reward),)
+        return (NamedReward(name="reward", path=self.reward),)
 
 
 class TrainRewardFile(Section):
@@ -192,7 +193,7 @@ class TrainRewardFile(Section):
 class ScoreFile(Section):
     """Score the videos of a dataset at several timesteps."""
 
-    reward: Text | sections.ReferenceReward = key(
+    reward: Text | ReferenceReward = key(
         ..., "Folder of a saved reward model, or files of HY-Video-PRFL."
     )
     data: Text = key(..., "Folder of a dataset of latents, or a .list of HY-Video-PRFL.")
@@ -214,6 +215,6 @@ class ScoreFile(Section):
     def _check_files(self) -> Self:
         known = Path(self.out).suffix in (".jsonl", ".csv")
         check(known, "out", self.out, "a name that ends in .jsonl or .csv")
-        if isinstance(self.reward, sections.ReferenceReward) and self.model is None:
+        if isinstance(self.reward, ReferenceReward) and self.model is None:
             raise ValueError("model is missing, expected the generator's folder for this reward")
         return self

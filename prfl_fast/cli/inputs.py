@@ -7,7 +7,7 @@ from typing import Any
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.sections import ReferenceReward
+from prfl_fast.cli.reward_sections import ReferenceReward
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.experts import NAMES
 from prfl_fast.models.loading import transformer_folder

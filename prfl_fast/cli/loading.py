@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
-from prfl_fast.cli.sections import ExpertsSection, GuidanceSection, HardwareSection, ReferenceReward
+from prfl_fast.cli.reward_sections import ReferenceReward
+from prfl_fast.cli.sections import ExpertsSection, GuidanceSection, HardwareSection
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.data.reference_lists import ReferenceList, open_latents
 from prfl_fast.models.adapter import FIRST_FRAME

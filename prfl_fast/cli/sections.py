@@ -25,8 +25,8 @@ from prfl_fast.cli.yaml_config import (
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
+from prfl_fast.models.step_cache import TeaCacheModel
 from prfl_fast.parallel.mesh import ParallelConfig
-from prfl_fast.rewards.functions import EnsembleMode
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import Schedule
 from prfl_fast.training.lora import DEFAULT_TARGETS
@@ -257,7 +257,8 @@ class RWRSection(Section):
 class RolloutSection(Section):
     """The steps without gradient.
 
-    cache changes no bit, compile and merge_lora only rounding; FP8 and stride are approximate.
+    cache changes no bit, compile and merge_lora only rounding; FP8, teacache,
+    first_block_cache and stride are approximate.
     """
 
     cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
@@ -272,6 +273,19 @@ class RolloutSection(Section):
     )
     fp8_attention: Interval | None = key(
         None, "Noise levels [lowest, highest] at which self-attention runs in FP8."
+    )
+    teacache: NonNegative = key(
+        0.0,
+        "Reuse the blocks' last residual while the summed relative changes of the time embedding "
+        "stay below this; 0 never.",
+    )
+    teacache_model: TeaCacheModel | None = key(
+        None, "Model whose published coefficients rescale each change; null rescales none."
+    )
+    first_block_cache: NonNegative = key(
+        0.0,
+        "Reuse the last residual of the blocks after the first if the first block's changed by "
+        "less than this, relatively; 0 never.",
     )
     stride: Count = key(1, "Solver steps that one step far from a gradient step covers.")
     drift_limit: Positive | None = key(
@@ -299,51 +313,6 @@ class LoraSection(Section):
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1), from_list] = key(
         DEFAULT_TARGETS, "Ends of the names of the linear layers that get an adapter."
     )
-
-
-class ReferenceReward(Section):
-    """A reward model in the files of HY-Video-PRFL."""
-
-    transformer: Text = key(..., "Folder of the transformer.")
-    mlp: Text = key(..., "File of the MLP head.")
-    pool: Text = key(..., "File of the attention pooling.")
-    num_heads: Count = key(8, "Heads of the attention pooling.")
-    return_type: Literal["query", "attention"] | None = key(
-        None,
-        "Result of its pooling: with the query added, as in all published configurations, or the "
-        "attention alone; null reads it from the transformer's config.json.",
-    )
-
-
-class NamedReward(Section):
-    """One of several rewards; the weighted sum of their losses trains."""
-
-    name: Text = key(..., "Name of its scores in the log.")
-    path: Text | ReferenceReward | Annotated[tuple[Text, ...], Field(min_length=2), from_list] = (
-        key(..., "Folder of a saved reward model, or a list of folders: an ensemble.")
-    )
-    weight: Positive = key(1.0, "Factor of its loss.")
-    ensemble: EnsembleMode | None = key(
-        None, "Combination of the scores; required for a list of folders."
-    )
-    coefficient: NonNegative | None = key(
-        None, "Factor of the penalty with ensemble: uncertainty; null is 0.1."
-    )
-
-    @model_validator(mode="after")
-    def _check_ensemble(self) -> Self:
-        several = isinstance(self.path, tuple)
-        modes = "mean, worst or uncertainty for a list of paths"
-        ok = several == (self.ensemble is not None)
-        check(ok, "ensemble", self.ensemble, modes if several else "no value for a single path")
-        ok = self.coefficient is None or self.ensemble == "uncertainty"
-        check(ok, "coefficient", self.coefficient, "no value without ensemble: uncertainty")
-        return self
-
-    @property
-    def paths(self) -> tuple[str | ReferenceReward, ...]:
-        """Return the sources of the reward's models, several of an ensemble."""
-        return self.path if isinstance(self.path, tuple) else (self.path,)
 
 
 class EvalSection(Section):

@@ -33,10 +33,9 @@ from prfl_fast.cli.objectives import (
     sampler_of,
 )
 from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy, note
+from prfl_fast.cli.reward_sections import NamedReward, ReferenceReward
 from prfl_fast.cli.sections import (
     MemorySection,
-    NamedReward,
-    ReferenceReward,
     RewardMemorySection,
     TrainedRewardMemorySection,
 )

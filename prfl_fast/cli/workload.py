@@ -7,7 +7,8 @@ from typing import Any
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.loading import open_dataset
 from prfl_fast.cli.plan_options import DEFAULT_MODEL
-from prfl_fast.cli.sections import GuidanceSection, ReferenceReward
+from prfl_fast.cli.reward_sections import ReferenceReward
+from prfl_fast.cli.sections import GuidanceSection
 from prfl_fast.cli.yaml_config import Config, parse_config, read_yaml
 from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan

@@ -30,6 +30,7 @@ from prfl_fast.models.inference_linear import (
     half_of,
 )
 from prfl_fast.models.sequence import shards_of
+from prfl_fast.models.step_cache import StepCache, StepCacheOptions
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import instance_forward
 from prfl_fast.utils.recompute import in_chunks
@@ -55,6 +56,7 @@ class RolloutOptions:
     merge_lora: bool = False
     compile: bool = False
     timer: BlockTimer | None = None
+    step_cache: StepCacheOptions = StepCacheOptions()
 
 
 def _eight_bit_attention(
@@ -204,7 +206,10 @@ class RolloutModel:
 
     Attributes:
         notes: reasons why layers stay unmerged or exact, though an option asks otherwise.
+        step_cache: residuals of the last steps; None if no option asks for them.
     """
+
+    step_cache: StepCache | None = None
 
     def __init__(
         self,
@@ -226,6 +231,8 @@ class RolloutModel:
         self._blocks, self._parts, self._keys, self._timesteps = blocks, parts, keys, timesteps
         self._layers, self._compile = Layers(options.merge_lora, self.notes), options.compile
         self._timer = options.timer
+        if options.step_cache:
+            self.step_cache = StepCache(options.step_cache, len(blocks))
         self._shape, self._device = like.shape, like.device
         self._autocast = _autocast(like.device)  # the caches were computed under this dtype
 
@@ -237,6 +244,7 @@ class RolloutModel:
         *,
         linears: LayerPrecision = "exact",
         attention: LayerPrecision = "exact",
+        reuse: bool = False,
     ) -> torch.Tensor:
         """Return the model's velocity at latents x, without a graph.
 
@@ -245,6 +253,7 @@ class RolloutModel:
             step: index of the timestep.
             linears: ``"fp8"`` runs the blocks' linear layers in FP8, with adapters merged.
             attention: ``"fp8"`` runs the self-attention in 8 bits.
+            reuse: let the step cache replace blocks, and refresh it.
 
         Returns:
             ``[B, C, F, H, W]`` in ``x.dtype``, bit-identical to the model's own forward if both
@@ -265,14 +274,26 @@ class RolloutModel:
         expected = f"{self._autocast}, the dtype of the caches"
         check(autocast == self._autocast, "autocast", autocast, expected)
         # Reused values are 0.03 to 0.13 % of a forward's FLOPs at Wan's sizes (bench/NOTES.md).
-        forwards = self._cached(step)
+        forwards, cache = self._cached(step), self.step_cache
+        if reuse and cache is not None and shards_of(self._blocks[0]) is not None:
+            # A decision by the data of one rank would leave the others waiting in attention.
+            add_note(self.notes, "residuals of blocks are not reused: ranks share the tokens")
+            cache = None
         for index, block in enumerate(self._blocks):
             run = functools.partial(self._run, index, linears == "fp8", attention == "fp8")
-            if self._timer is not None:
+            if reuse and cache is not None:
+                run = functools.partial(self._cached_run, cache, index, run)
+            elif self._timer is not None:
                 run = functools.partial(self._timer, index, len(self._blocks), run)
             forwards.append((block, run))
         with replaced_forwards(forwards):
             return self._call(x, self._timesteps[step])
+
+    def _cached_run(
+        self, cache: StepCache, index: int, run: Callable[..., torch.Tensor], *args: Any, **kw: Any
+    ) -> torch.Tensor:
+        x, time, _ = self._inputs(self._blocks[index], *args, **kw)
+        return cache.run(index, x, time, functools.partial(run, *args, **kw))
 
     def _run(
         self,

@@ -39,6 +39,9 @@ class LayerRollout(RolloutModel):
         )
         self._forwards = [block.forward for block in blocks]
         self._merge = options.merge_lora
+        if self.step_cache is not None:
+            self.step_cache = None  # these blocks return other things than one residual stream
+            add_note(self.notes, "residuals of blocks are not reused: only those of Wan are")
         if options.compile:
             add_note(self.notes, "blocks are not compiled: only those of Wan are")
 

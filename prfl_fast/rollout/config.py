@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from prfl_fast.models.step_cache import COEFFICIENTS, TeaCacheModel
 from prfl_fast.utils.checks import check, check_choice, check_count, check_positive, is_number
 
 Interval = tuple[float, float]
@@ -25,6 +26,13 @@ class RolloutConfig:
         fp8_linears: noise levels (lowest, highest) between which linear layers run in FP8 (e4m3);
             None for no level, ``(0, 1)`` for all.
         fp8_attention: noise levels between which self-attention runs in 8 bits.
+        teacache: reuse the residual of all blocks while the sum of the relative changes of the time
+            embedding stays below this threshold; 0 never does.
+        teacache_model: Wan model whose published coefficients rescale each change, a key of
+            :data:`prfl_fast.models.step_cache.COEFFICIENTS`; None sums the changes themselves.
+        first_block_cache: reuse the residual of the blocks after the first if the residual of the
+            first changed by less than this threshold, relative to the last step in which all ran;
+            0 never does. A gradient step discards all residuals, so the step after it runs whole.
         stride: solver steps of the schedule that one rollout step covers; steps with gradient are
             always single steps.
         drift_limit: largest relative L2 distance from an exact rollout. If a check exceeds it, all
@@ -44,6 +52,9 @@ class RolloutConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     fp8_linears: Interval | None = None  # drift 1.6e-2; 3.9e-3 within (0.8, 1), with attention
     fp8_attention: Interval | None = None  # drift 1.7e-3
+    teacache: float = 0.0
+    teacache_model: TeaCacheModel | None = None
+    first_block_cache: float = 0.0
     stride: int = 1  # 2: 0.53 of the time, drift 4.4e-2
     drift_limit: float | None = None
     check_every: int = 10
@@ -58,11 +69,18 @@ class RolloutConfig:
                 ok = ok and all(map(is_number, value)) and 0 <= value[0] <= value[1] <= 1
                 check(ok, name, value, expected)
                 object.__setattr__(self, name, (float(value[0]), float(value[1])))
+        for name in ("teacache", "first_block_cache"):
+            value = getattr(self, name)
+            ok = is_number(value) and 0 <= value < float("inf")
+            check(ok, name, value, "a threshold ≥ 0; 0 reuses nothing")
+        if self.teacache_model is not None:
+            check_choice("teacache_model", self.teacache_model, tuple(COEFFICIENTS))
+            check(self.teacache > 0, "teacache_model", self.teacache_model, "None without teacache")
         check_count("stride", self.stride)
         check_count("check_every", self.check_every)
         if self.drift_limit is not None:
             check_positive("drift_limit", self.drift_limit)
-        expected = "True with merge_lora, compile='on' or FP8"
+        expected = "True with merge_lora, compile='on', FP8 or reused residuals"
         check(self.cache or not self.needs_model, "cache", self.cache, expected)
 
     @property
@@ -71,11 +89,16 @@ class RolloutConfig:
         return self.fp8_linears is not None or self.fp8_attention is not None
 
     @property
+    def reuses(self) -> bool:
+        """Return True if some steps reuse residuals of blocks."""
+        return self.teacache > 0 or self.first_block_cache > 0
+
+    @property
     def inexact(self) -> bool:
         """Return True if results may differ from an exact rollout by more than rounding."""
-        return self.fp8 or self.stride > 1
+        return self.fp8 or self.reuses or self.stride > 1
 
     @property
     def needs_model(self) -> bool:
         """Return True if the user set an option that needs access to the model's blocks."""
-        return self.merge_lora or self.compile == "on" or self.fp8
+        return self.merge_lora or self.compile == "on" or self.fp8 or self.reuses

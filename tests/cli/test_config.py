@@ -13,7 +13,7 @@ pytest.importorskip("pydantic")
 from prfl_fast.cli import main as cli
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.reference import FILES, reference_page, template
-from prfl_fast.cli.sections import NamedReward, ReferenceReward
+from prfl_fast.cli.reward_sections import NamedReward, ReferenceReward
 from prfl_fast.cli.yaml_config import ConfigError, load_config, parse_config, sections_in, to_yaml
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.policy import MemoryConfig
