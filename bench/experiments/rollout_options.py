@@ -26,6 +26,8 @@ NOISY, CLEAN = (0.8, 1.0), (0.0, 0.8)  # of 40 UniPC steps 23 lie in the first
 # On a GPU, whose forwards take seconds: fewer steps, and a part of deep models. All steps
 # cost the same, but for options that choose by σ.
 FEW_STEPS, FEW_LAYERS, WHOLE_UP_TO = 4, 8, 30
+TEACACHE = (0.05, 0.1, 0.2, 0.4)  # thresholds, without coefficients
+FIRST_BLOCK = (0.02, 0.05, 0.1, 0.2)
 PLAIN = "no engine"
 NO_ENGINE = RolloutConfig(cache=False, compile="off")  # for a step, which always has one
 
@@ -57,6 +59,8 @@ class Option:
         """Return True if the cost of a step depends on its noise level."""
         if self.config is None:
             return False
+        if self.config.reuses:
+            return True
         return not {self.config.fp8_linears, self.config.fp8_attention} <= {None, EVERYWHERE}
 
 
@@ -76,6 +80,8 @@ OPTIONS = {
     f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(fp8_linears=NOISY, fp8_attention=NOISY)),
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
     "every second step": Option(precise(stride=2)),
+    **{f"TeaCache {limit:g}": Option(precise(teacache=limit)) for limit in TEACACHE},
+    **{f"first block {limit:g}": Option(precise(first_block_cache=limit)) for limit in FIRST_BLOCK},
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
     "LoRA, caches": Option(CACHES, "LoRA, no engine", lora=True),
     "LoRA merged": Option(replace(CACHES, merge_lora=True), "LoRA, no engine", lora=True),

@@ -40,6 +40,10 @@ def drift_records(trained: rollout_options.Subject, context: Context) -> list[di
         against = options[name].against
         curve = drift_curve(latents(name), latents(against))
         record = {"case": "drift", "option": name, "against": against, "by_step": curve}
+        config = options[name].config
+        if config is not None and config.reuses:
+            done = trained.engines[name].reuse
+            record["reuse"] = {"forwards": done.forwards, "saved": done.saved}
         if name != against:
             record["gradient"] = compared(gradient(name), gradient(against))
         records.append(record)
@@ -107,6 +111,8 @@ def table(
         line += [report.size(cost.get("peak_bytes")), *drift_cells]
         off = drift.get("gradient", {"relative_l2": None, "cosine": None})
         line += [_drift(off["relative_l2"]), report.number(off["cosine"], 5)]
+        reuse = drift.get("reuse")
+        line.append(f"{reuse['saved'] / reuse['forwards']:.0%}" if reuse else report.BLANK)
         body.append([*line, report.BLANK if same else drift["against"]])
     notes = [
         about,
@@ -130,7 +136,7 @@ def table(
         )
     columns = ["rollout", "time", "of compared", "FLOPs", "peak"]
     columns += [f"drift, step {step}" for step in SHOWN]
-    columns += ["gradient off", "cosine", "compared with"]
+    columns += ["gradient off", "cosine", "forwards saved", "compared with"]
     return Table("rollout", "A rollout, by option", columns, body, notes)
 
 
