@@ -182,6 +182,8 @@ def test_gradient_of_an_option_is_prfls_after_its_rollout(tiny):
     assert 0 < harness.relative_error(other, exact) < 1
 
 
-def test_options_that_choose_by_noise_level_have_no_time_on_a_gpu():
+def test_options_whose_steps_cost_differently_have_no_time_on_a_gpu():
     chosen = [name for name, option in rollout_options.OPTIONS.items() if option.by_level]
-    assert chosen == ["FP8 both, σ ≥ 0.8", "FP8 both, σ ≤ 0.8"]
+    reusing = [n for n in rollout_options.OPTIONS if n.startswith(("TeaCache ", "first block "))]
+    assert len(reusing) == 8
+    assert chosen == ["FP8 both, σ ≥ 0.8", "FP8 both, σ ≤ 0.8", *reusing]
