@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from aot_types import AotCase, argument_types, element_types, flags_of, part_of
 
-from prfl_fast.kernels.attn import norm_rope, pool, quantize_kv, rollout
+from prfl_fast.kernels.attn import norm_rope, pool, quantize_kv, rollout, sparse, sparse_triton
 from prfl_fast.kernels.attn.rollout_variants import VARIANTS, choose_variant
 from prfl_fast.kernels.common import fp8
 from prfl_fast.kernels.flow import loss, step
@@ -410,6 +410,34 @@ def rollout_attention_cases(capability: Capability, every: bool) -> Iterator[Aot
         shape = (launch.num_warps, launch.num_stages)
         yield AotCase(f"attention {label}", rollout.attention_kernel, types, constexprs, *shape)
         yield from _quantize_kv_cases(head_dim, dtype, launch.block_n, int8, small)
+
+
+@operation
+def sparse_attention_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
+    """Yield 16 bits and the chip's best 8 bits at 128 channels; ``every``: all blocks, 32 to 128.
+
+    The kernels that quantize are those of rollout_attention, at the mask's block of keys.
+    """
+    best = choose_variant(capability, torch.bfloat16, 128).variant
+    chosen = [(v, 128, "bf16", sparse.BLOCK_Q, sparse.BLOCK_K) for v in ("exact", best)]
+    if every:
+        variants = ("exact", *VARIANTS) if capability >= (8, 9) else ("exact", "int8")
+        sizes = ((32, "bf16"), (64, "bf16"), (80, "bf16"), (128, "fp16"), (128, "bf16"))
+        blocks = product((16, 64, 128), (32, 64, 128))
+        chosen = [(v, *size, *tile) for v, size, tile in product(variants, sizes, list(blocks))]
+    kernel = sparse_triton.sparse_kernel
+    for variant, head_dim, dtype, block_q, block_k in chosen:
+        exact, small = variant == "exact", variant in ("int8_fp8", "fp8")
+        codes = "fp8e4nv" if variant == "fp8" else "i8"
+        launch = sparse_triton.sparse_launch(head_dim, variant, block_q, block_k, capability)
+        pointers = {"q_ptr": dtype, "out_ptr": dtype, "index_ptr": "i32", "count_ptr": "i32"}
+        pointers |= {"k_ptr": dtype if exact else codes, "v_ptr": "fp8e4nv" if small else dtype}
+        pointers |= {} if exact else {"k_scale_ptr": "fp32"}
+        pointers |= dict.fromkeys(("v_scale_ptr", "v_mean_ptr") if small else (), "fp32")
+        types = argument_types(kernel, pointers, {"stride_mb": "i32", "stride_mh": "i32"})
+        constexprs = launch.constants(head_dim, variant)
+        label = f"{variant} {dtype} d={head_dim} blocks {block_q}x{block_k}"
+        yield AotCase(label, kernel, types, constexprs, launch.num_warps, launch.num_stages)
 
 
 def _quantize_kv_cases(

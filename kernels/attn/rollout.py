@@ -89,8 +89,13 @@ def emulate(
     variant: str,
     block_m: int,
     block_n: int,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the kernels' arithmetic in PyTorch; only sums of products may round differently."""
+    """Compute the kernels' arithmetic in PyTorch; only sums of products may round differently.
+
+    Blocks of queries skip the blocks of keys for which ``keep [B, heads, Lq / block_m, Lk /
+    block_n]`` is False; without any block of keys, out is zero.
+    """
     q_, k_, v_ = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k, v))
     int8, small = variant != "fp8", variant != "int8"
     q8, q_scale = quantize_blocks(q_ * (scale * LOG2_E), block_m, int8)
@@ -98,22 +103,31 @@ def emulate(
     v8, v_scale, v_mean = quantize_channels(v_) if small else (v_, 1.0, 0.0)
     top = q8.new_full((*q8.shape[:-1], 1), -math.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q8)
-    for start in range(0, k.shape[1], block_n):
+    if keep is not None:
+        keep = keep.repeat_interleave(block_m, -2)[..., : q.shape[1], :, None]
+    for i_n, start in enumerate(range(0, k.shape[1], block_n)):
         keys = slice(start, start + block_n)
         factor = q_scale * k_scale[..., keys, :][..., :1, :]
         s = (q8 @ k8[..., keys, :].mT) * factor
+        if keep is not None:
+            s = s.masked_fill(~keep[..., i_n, :], -math.inf)
         top, before = torch.maximum(top, s.amax(-1, keepdim=True)), top
         p = torch.exp2(s - (top - SHIFT if small else top))
         decay = torch.exp2(before - top)
+        if keep is not None:  # -∞ less -∞, before the first block, is NaN
+            p, decay = (t.masked_fill(top == -math.inf, 0) for t in (p, decay))
         total = total * decay + p.sum(-1, keepdim=True)
         p = encode(p).float() if small else p.to(v.dtype).float()
         out = out * decay + p @ v8[..., keys, :]
-    return (out / total * v_scale + v_mean).to(q.dtype).transpose(1, 2).flatten(2)
+    out = out / total * v_scale + v_mean
+    if keep is not None:
+        out = out.masked_fill(~keep.any(-2), 0)
+    return out.to(q.dtype).transpose(1, 2).flatten(2)
 
 
 # Triton.
 @triton.jit
-def _add_block(
+def add_block(
     b_q, q_scale, b_top, b_total, b_out, k8_ptr, k_scale_ptr, v_ptr, i_n, rest, stride_vl,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, TAIL: tl.constexpr,
@@ -191,12 +205,12 @@ def attention_kernel(
     # The interpreter with numpy ≥ 2.4 needs the constant FULL_BLOCKS as bound of range(). A while
     # loop would take a tensor, but Triton would not pipeline it.
     for i_n in range(0, full if FULL_BLOCKS is None else FULL_BLOCKS):
-        b_top, b_total, b_out = _add_block(
+        b_top, b_total, b_out = add_block(
             b_q8, q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, i_n, 0, stride_vl,
             D, BLOCK_M, BLOCK_N, BLOCK_D, SHIFT, INTERPRETED, False,
         )  # fmt: skip
     if full < blocks:
-        b_top, b_total, b_out = _add_block(
+        b_top, b_total, b_out = add_block(
             b_q8, q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, full, keys - full * BLOCK_N,
             stride_vl, D, BLOCK_M, BLOCK_N, BLOCK_D, SHIFT, INTERPRETED, True,
         )  # fmt: skip

@@ -58,7 +58,9 @@ def warn_once(reason: str) -> None:
     warnings.warn(f"rollout_attention runs attention: {reason}", stacklevel=2)
 
 
-def resolve(q: torch.Tensor, heads: int, variant: str) -> str | None:
+def resolve(
+    q: torch.Tensor, heads: int, variant: str, op: str = "rollout_attention"
+) -> str | None:
     """Return the variant to run; None, after a warning, if "auto" has to run ``attention``.
 
     Raises:
@@ -72,7 +74,7 @@ def resolve(q: torch.Tensor, heads: int, variant: str) -> str | None:
     chip = chip_of(q.device)
     ok = best.variant is not None and (chip is None or variant == "int8" or chip >= (8, 9))
     expected = f"one that runs here; the best is {best.variant} ({best.reason})"
-    require(ok, "rollout_attention", "variant", variant, expected)
+    require(ok, op, "variant", variant, expected)
     return variant
 
 
