@@ -105,8 +105,11 @@ def emulate(
     total, out = torch.zeros_like(top), torch.zeros_like(q8)
     if keep is not None:
         keep = keep.repeat_interleave(block_m, -2)[..., : q.shape[1], :, None]
-    for i_n, start in enumerate(range(0, k.shape[1], block_n)):
-        keys = slice(start, start + block_n)
+    order = [*range(-(-k.shape[1] // block_n))]
+    if keep is not None and k.shape[1] % block_n:  # the sparse kernel begins with a ragged block
+        order = [order.pop(), *order]
+    for i_n in order:
+        keys = slice(i_n * block_n, (i_n + 1) * block_n)
         factor = q_scale * k_scale[..., keys, :][..., :1, :]
         s = (q8 @ k8[..., keys, :].mT) * factor
         if keep is not None:

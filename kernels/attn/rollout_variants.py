@@ -58,9 +58,7 @@ def warn_once(reason: str) -> None:
     warnings.warn(f"rollout_attention runs attention: {reason}", stacklevel=2)
 
 
-def resolve(
-    q: torch.Tensor, heads: int, variant: str, op: str = "rollout_attention"
-) -> str | None:
+def resolve(q: torch.Tensor, heads: int, variant: str, op: str = "rollout_attention") -> str | None:
     """Return the variant to run; None, after a warning, if "auto" has to run ``attention``.
 
     Raises:
