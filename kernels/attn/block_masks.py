@@ -74,9 +74,9 @@ def pooled_blocks(
     check_heads(op, q, k, k, heads)
     require((probability is None) != (density is None), op, "density", density,
             "a number if probability is None, and None otherwise")  # fmt: skip
-    share = probability if density is None else density
+    share = (probability if density is None else density) or 0.0
     name = "probability" if density is None else "density"
-    require(share is not None and 0 < share <= 1, op, name, share, "a number above 0, at most 1")
+    require(0 < share <= 1, op, name, share, "a number above 0, at most 1")
     q_mean, q_alike = _pool(q, heads, block_q)
     k_mean, k_alike = _pool(k.float() - k.float().mean(1, keepdim=True), heads, block_k)
     unlike = (k_alike < similarity)[..., None, :]
@@ -84,10 +84,10 @@ def pooled_blocks(
     p = torch.softmax(scores.masked_fill(unlike & ~unlike.all(-1, keepdim=True), -math.inf), -1)
     largest, order = p.sort(dim=-1, descending=True, stable=True)
     if density is not None:
-        count = torch.arange(p.shape[-1], device=p.device) < math.ceil(density * p.shape[-1])
+        count = torch.arange(p.shape[-1], device=p.device) < math.ceil(share * p.shape[-1])
         kept = count.expand_as(p)
     else:  # the block that reaches the probability is kept, and with it the first
-        kept = largest.cumsum(-1) - largest < probability
+        kept = largest.cumsum(-1) - largest < share
     mask = torch.zeros_like(kept).scatter(-1, order, kept)
     mask = mask | unlike | (q_alike < similarity)[..., None]
     return KeyBlocks.from_mask(mask, block_q, block_k)
