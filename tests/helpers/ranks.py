@@ -10,13 +10,17 @@ import torch
 import torch.distributed as dist
 
 
-def _child(function, rank, world, store, pipe, args):
+def join_group(rank, world, store):
+    """Join a gloo process group whose ranks meet in the file ``store``."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=120)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+
+
+def _child(function, rank, world, store, pipe, args):
     try:
-        torch.set_num_threads(1)
-        timeout = timedelta(seconds=120)
-        options = {"rank": rank, "world_size": world, "timeout": timeout}
-        dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+        join_group(rank, world, store)
         result = function(*args)
         pipe.send((True, result))
         dist.barrier()

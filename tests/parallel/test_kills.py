@@ -1,0 +1,96 @@
+"""A rank is killed at random moments: the others end, and the run goes on from whole files."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+from rank_training import full, objectives
+from ranks import join_group, run_ranks
+
+from prfl_fast.parallel import ParallelConfig, make_mesh, shard
+from prfl_fast.training import TrainConfig, Trainer
+from prfl_fast.training.checkpoint import list_checkpoints, read_checkpoint
+
+RANKS, STEPS = 2, 5
+
+
+def run(folder, parallel, steps):
+    """Train a tiny Wan with PRFL and SFT in turn, and save every step."""
+    mesh = make_mesh(parallel) if dist.is_initialized() else None
+    model = full()
+    if mesh is not None and parallel.shard != 1:
+        shard(model, mesh)
+    config = TrainConfig(steps, learning_rate=1e-3, save_every=1)
+    return Trainer(model, objectives(model), config, folder=folder, mesh=mesh).run().step
+
+
+def child(rank, store, folder, parallel):
+    code = 1
+    try:
+        join_group(rank, RANKS, store)
+        run(folder, parallel, STEPS)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def start(folder, parallel):
+    context = multiprocessing.get_context("fork")
+    given = [(rank, f"{folder}.store", folder, parallel) for rank in range(RANKS)]
+    started = [context.Process(target=child, args=each, daemon=True) for each in given]
+    for process in started:
+        process.start()
+    return started
+
+
+def kill_at(folder, parallel, delay, victim):
+    """Kill a rank after some seconds; return how many the others needed to end."""
+    processes = start(folder, parallel)
+    time.sleep(delay)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    begun = time.monotonic()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode is not None, "a rank waits for the one that was killed"
+    return time.monotonic() - begun
+
+
+def check_and_resume(folder, parallel, ranks):
+    """Every checkpoint is whole, and the run ends on another number of ranks."""
+    found = list_checkpoints(folder) if folder.is_dir() else []
+    assert all(read_checkpoint(path)["step"] == step for step, path in found)
+    if ranks == 1:
+        assert run(folder, parallel, STEPS) == STEPS
+    else:
+        assert run_ranks(ranks, lambda: run(folder, parallel, STEPS)) == [STEPS] * ranks
+    assert list_checkpoints(folder)[-1][0] == STEPS
+    return len(found)
+
+
+def kills(tmp_path, parallel, count, seed):
+    draw = random.Random(seed)
+    run(tmp_path / "one", parallel, 1)  # forked processes have its imports
+    begun = time.monotonic()
+    for process in start(tmp_path / "whole", parallel):
+        process.join(120)
+    seconds = time.monotonic() - begun
+    results = []
+    for number in range(count):
+        folder = tmp_path / f"run{number}"
+        waited = kill_at(folder, parallel, draw.uniform(0, seconds), draw.randrange(RANKS))
+        ranks = draw.choice((1, 2, 4))
+        results.append((round(waited, 2), check_and_resume(folder, parallel, ranks), ranks))
+    print("seconds until the others ended, checkpoints found, ranks that resumed:", results)
+
+
+def test_a_moment(tmp_path):
+    kills(tmp_path, ParallelConfig(shard=1), 1, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_moments_of_whole_weights(tmp_path):
+    kills(tmp_path, ParallelConfig(shard=1), 20, seed=1)
