@@ -14,15 +14,15 @@ BUCKET_BYTES = 64 * 1024**2  # large enough for the full bandwidth, small beside
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Replace the gradients of whole weights by their mean over all ranks; once per update.
+    """Replace the gradients of whole weights by their mean over all ranks.
 
-    Gradients of sharded weights, which FSDP2 has averaged, do not change. A parameter with a
-    gradient on some ranks only counts as zero on the others.
+    Call it once per update. Gradients of sharded weights, which FSDP2 has averaged, do not change.
+    If only some ranks have a gradient of a parameter, it counts as zero on the others.
 
     Raise ``ValueError`` if the mesh does not hold all ranks.
     """
-    # No DistributedDataParallel: it would reduce all gradients in each of the backwards of an
-    # update, of which PRFL has one per gradient point and DRaFT one per solver step.
+    # DistributedDataParallel would reduce all gradients in each backward of an update, and PRFL has
+    # one per gradient point, DRaFT one per solver step.
     ranks = dist.get_world_size()
     check(mesh.size() == ranks, "the ranks of mesh", mesh.size(), f"all {ranks}")
     whole = [p for p in parameters if p.requires_grad and not is_dtensor(p)]

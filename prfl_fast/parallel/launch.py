@@ -83,6 +83,7 @@ def is_lost_rank(error: BaseException) -> bool:
     """Return True if ``error`` reports that another rank has ended or does not answer."""
     if not under_torchrun() or not isinstance(error, RuntimeError):
         return False
+    # gloo raises a plain RuntimeError that names its source file.
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
@@ -91,19 +92,19 @@ def is_first_to_report() -> bool:
 
     A rank calls it before it prints an error and ends, so that a job prints one error.
     """
-    with contextlib.suppress(RuntimeError):  # no such store: better twice than never
+    with contextlib.suppress(RuntimeError):  # without a store two errors are better than none
         return not under_torchrun() or int(_store().add(_report_key(), 1)) == 1
     return True
 
 
 def wait_for_report(seconds: float = 60.0) -> None:
-    """Wait until a rank has printed its error, at most so long."""
+    """Wait until a rank has counted itself as the first to report, at most ``seconds``."""
     with contextlib.suppress(RuntimeError):
         store, key = _store(), _report_key()
         end = time.monotonic() + seconds
         while store.add(key, 0) == 0 and time.monotonic() < end:
             time.sleep(0.1)
-        time.sleep(0.5)  # the rank prints after it has counted itself
+        time.sleep(0.5)  # that rank prints only after it has counted itself
 
 
 def _store() -> Any:

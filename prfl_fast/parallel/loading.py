@@ -27,10 +27,10 @@ def load_sharded(
     prepare: Callable[[nn.Module], object] = lambda model: None,
     **options: Any,
 ) -> nn.Module:
-    """Read a transformer, of which each rank reads and keeps its parts; return it in eval mode.
+    """Read a transformer so that each rank reads and holds only its parts; return it in eval mode.
 
     Add LoRA afterwards: its weights then are whole on each rank, and
-    :func:`prfl_fast.parallel.average_gradients` averages them.
+    :func:`prfl_fast.parallel.average_gradients` averages their gradients.
 
     Args:
         path, dtype: see :func:`prfl_fast.models.loading.load_transformer`.

@@ -1,11 +1,12 @@
-"""Mesh of the ranks of a run: copies of the weights, shards of them, shards of the sequence.
+"""Mesh of the ranks of a run: copies of the weights, shards of them, parts of the sequence.
 
 The ranks form a :class:`torch.distributed.device_mesh.DeviceMesh` of three dimensions, in this
 order, so that neighboring ranks, which have the fastest links, share a sample:
 
 * ``dp_replicate``: copies of the sharded weights;
-* ``dp_shard``: ranks with samples of their own that share one copy of the weights;
-* ``sp``: ranks that share a sample, each with a part of its tokens. They share the copy as well.
+* ``dp_shard``: ranks with samples of their own that hold one copy of the weights together;
+* ``sp``: ranks that share a sample, each with a part of its tokens. Each of them holds a part of
+  the copy too.
 
 Every rank's loss is the mean over its own sample, and ranks of one sample compute the same loss.
 All collectives of :mod:`prfl_fast.utils.collectives` have their true adjoint as backward, so the
@@ -25,14 +26,14 @@ DIMENSIONS = ("dp_replicate", "dp_shard", "sp")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Configure how the ranks of a run share weights and samples.
+    """Configure how weights and samples are split over the ranks of a run.
 
     Attributes:
         shard: ranks that hold one copy of the weights together, those that share a sample included;
             1 keeps the whole model on every rank, ``"auto"`` shards it over all ranks.
         sequence: ranks that share a sample, each with a part of its tokens.
-        keep_gathered: keep shared weights gathered through a rollout, see
-            :func:`prfl_fast.parallel.shard`; ``"auto"`` does it where the planner finds room.
+        keep_gathered: keep sharded weights gathered through a rollout, see
+            :func:`prfl_fast.parallel.shard`; ``"auto"`` does so if the planner finds that they fit.
 
     Raises:
         ValueError: if a number is below 1, or ``shard`` is neither 1 nor a multiple of
@@ -53,9 +54,9 @@ class ParallelConfig:
         check(whole, "shard", self.shard, expected, hint="Ranks that share a sample share weights")
 
     def shard_of(self, ranks: int) -> int:
-        """Return the number of ranks that share the weights, of this number of ranks.
+        """Return the number of ranks that hold one copy of the weights, if the run has ``ranks``.
 
-        Raise ``ValueError`` if they do not divide the ranks.
+        Raise ``ValueError`` if it or ``sequence`` does not divide them.
         """
         shard = ranks if self.shard == "auto" else self.shard
         for name, size in (("shard", shard), ("sequence", self.sequence)):

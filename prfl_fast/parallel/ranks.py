@@ -25,7 +25,7 @@ class OtherRankError(RuntimeError):
 
 
 class Ranks:
-    """Place of this process among the ranks of a run, and their agreements.
+    """Hold the place of this process among the ranks of a run, and let the ranks agree.
 
     Without a mesh there is one rank, and all methods return at once. With a mesh every rank must
     make the same calls in the same order.
@@ -69,7 +69,7 @@ class Ranks:
         return self._group
 
     def gather(self, value: Value) -> list[Value]:
-        """Return the values of all ranks, in their order; values are plain."""
+        """Return the picklable values of all ranks, in the order of the ranks."""
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.size
@@ -77,11 +77,11 @@ class Ranks:
         return found
 
     def by_data(self, values: Sequence[Value]) -> list[Value]:
-        """Return one of the gathered values of each data rank."""
+        """Return one value for each data rank, of the values that :meth:`gather` returned."""
         return list(values[:: self.size // self.data_ranks])
 
     def agree(self, flag: bool = False, error: Exception | None = None) -> bool:
-        """Return True if ``flag`` is True on a rank.
+        """Return True if ``flag`` is True on any rank.
 
         If a rank has an error, raise it there, and :class:`OtherRankError` on the others.
         """
@@ -94,7 +94,7 @@ class Ranks:
         return any(each for each, _ in found)
 
     def on_main(self, function: Callable[..., Value], *args: Any, **options: Any) -> Value:
-        """Return ``function(*args, **options)`` of rank 0; the result is a plain value.
+        """Run ``function(*args, **options)`` on rank 0; return its picklable result on all ranks.
 
         An error of the function is raised on rank 0, and :class:`OtherRankError` on the others.
         """

@@ -88,13 +88,13 @@ def shard(
             with gradient. The device then holds the whole model, and the rollout communicates once
             instead of at each of its steps.
         reduce_once: reduce gradients once per call of :class:`prfl_fast.PRFL` instead of in each of
-            its backwards. Each rank then holds whole gradients of the trained weights. None does it
-            if these are at most 5 % of the model's bytes, as with LoRA.
+            its backwards. Each rank then holds whole gradients of the trained weights. None reduces
+            once if these weights are at most 5 % of the model's bytes, as with LoRA.
 
     Raises:
         TypeError: if the model has no blocks that are known.
-        ValueError: if the mesh has other dimensions, the model is sharded, wrapped in
-            DistributedDataParallel or compiled as a whole, or its weights wait in host memory.
+        ValueError: if the mesh has other dimensions; the model is sharded already, wrapped in
+            DistributedDataParallel or compiled as a whole; or its weights wait in host memory.
     """
     check_type("model", model, nn.Module)
     parts = shard_mesh(mesh)
@@ -123,7 +123,7 @@ def shard(
     if reduce_once is None:
         trained = sum(p.nbytes for p in root.parameters() if p.requires_grad)
         reduce_once = trained <= FEW_TRAINED * sum(p.nbytes for p in root.parameters())
-    # The parts of two copies come from different ranks.
+    # LoRA starts at random, and the parts that make one copy come from different ranks.
     broadcast_weights(p for _, p in adapter_parameters(root))
     taken = {id(p) for block in blocks for p in block.parameters()}
     whole = wide | _odd_parameters([p for p in root.parameters() if id(p) not in taken])
@@ -150,7 +150,7 @@ def shard(
 def _check_shardable(model: nn.Module, root: nn.Module, blocks: list[nn.Module]) -> None:
     kind = type(model).__name__
     sharded = any(is_fsdp(m) for m in root.modules()) or any(map(is_dtensor, root.parameters()))
-    check(not sharded, "model", f"a {kind} that is sharded", "a whole model")
+    check(not sharded, "model", f"a {kind} that is sharded already", "a whole model")
     hint = "Wrap or compile nothing but blocks; shard takes the place of DistributedDataParallel"
     wrapped = kind == "DistributedDataParallel" or hasattr(model, "_orig_mod")
     check(not wrapped, "model", f"a {kind}", "the model inside", hint=hint)

@@ -3,8 +3,8 @@
 Each rank computes the whole loss from values that are equal on all ranks, and the mean of the
 gradients over the ranks is the gradient of the loss. So a function that joins the parts of n ranks
 multiplies its gradient by n: its result is used n times, once by each rank, and the mean divides by
-n again. None but :func:`to_heads`, :func:`to_tokens` and :func:`replicated` communicate in their
-backward.
+n again. Only :func:`to_heads`, :func:`to_tokens` and :func:`replicated` communicate in their
+backward. Groups are process groups.
 
 Source: "DeepSpeed Ulysses" (arXiv 2309.14509) for the exchange of heads and tokens.
 """
@@ -110,7 +110,7 @@ class _PoolOverRanks(torch.autograd.Function):
 
 
 def bounds(tokens: int, group: Any) -> tuple[int, int]:
-    """Return the first token of this rank and the one after its last, of ``tokens`` in order."""
+    """Return ``start, stop`` of this rank's tokens, of ``tokens`` in equal parts but the last."""
     length = -(-tokens // dist.get_world_size(group))
     start = min(tokens, length * dist.get_rank(group))
     return start, min(tokens, start + length)
@@ -157,7 +157,7 @@ def _heads_to_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def replicated(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return ``x``, equal on all ranks, whose gradient is the mean of those of the ranks."""
+    """Return ``x``, which is equal on all ranks; its gradient is the mean over the ranks."""
     out: torch.Tensor = _Replicated.apply(x, group) if x.requires_grad else x
     return out
 
@@ -184,7 +184,7 @@ def to_heads(x: torch.Tensor, tokens: int, group: Any) -> torch.Tensor:
 
 
 def to_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """Undo :func:`to_heads`; tokens of padding are zero."""
+    """Undo :func:`to_heads`: return ``[B, l, D]``, with zeros where a part is padded."""
     out: torch.Tensor = _ToTokens.apply(x, group)
     return out
 

@@ -17,11 +17,11 @@ _HOOKS_OF = "torch.distributed.fsdp."
 
 
 class ShardedWeights:
-    """Weights of one FSDP module that its submodules share.
+    """Hold the weights of one FSDP module, for all of its submodules.
 
     Attributes:
         module: the module that FSDP2 shards, a block or the rest of a model.
-        reshard: False keeps its weights gathered after they were used once.
+        reshard: False keeps the weights gathered after their first use.
         reshard_after_forward: the choice outside of :func:`gathered`.
     """
 
@@ -31,7 +31,7 @@ class ShardedWeights:
         self._parameters: list[tuple[nn.Module, str]] = []
 
     def own(self, part: nn.Module) -> None:
-        """Take a submodule, so that code which reads it finds these weights."""
+        """Add a submodule, from which ``utils.modules.weights_of`` then finds these weights."""
         part.__dict__[SHARDED] = self
         self._parameters += [(part, name) for name in part._parameters]
 
@@ -42,7 +42,7 @@ class ShardedWeights:
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
-        """Gather the weights within the context; those that are gathered already stay so."""
+        """Gather the weights within the context; weights that were gathered before stay so."""
         before = self.is_gathered()
         if not before:
             self.module.unshard()
@@ -52,7 +52,7 @@ class ShardedWeights:
             if not before and self.reshard:
                 self.module.reshard()
 
-    def __deepcopy__(self, memo: object) -> None:
+    def __deepcopy__(self, memo: object) -> None:  # a copy must not gather the original
         return None
 
     def __reduce__(self) -> Any:
@@ -122,7 +122,7 @@ def sharded_roots(model: nn.Module) -> list[Any]:
 
 
 def shares_weights(*models: object) -> bool:
-    """Return True if a model is sharded, so that all ranks have to call it equally often.
+    """Return True if any model is sharded, so that all ranks must call it equally often.
 
     Arguments that are not modules count as whole.
     """
@@ -134,9 +134,9 @@ def shares_weights(*models: object) -> bool:
 def largest_of_ranks(value: torch.Tensor) -> torch.Tensor:
     """Return the largest value of all ranks of the default process group; NaN is infinite.
 
-    Ranks that share weights decide by it alike, without which their gathers would not match and
-    the job would hang. Ranks that share only a sample's tokens need no such call: they compute
-    equal latents and scores, bit by bit.
+    Ranks with sharded weights decide by this value whether to call a model again. If one of them
+    called it more often than another, their gathers would not match, and the job would hang. Ranks
+    that share only a sample's tokens need it not: they compute equal latents and scores.
     """
     # A maximum of NaN and a number differs among backends.
     largest = value.detach().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
@@ -155,7 +155,7 @@ def _groups(root: nn.Module) -> list[ShardedWeights]:
 
 
 def find_owners(model: nn.Module, reshard_after_forward: bool = True) -> None:
-    """Let each module of a sharded model know the FSDP module that holds its weights."""
+    """Give each module of a sharded model the :class:`ShardedWeights` that holds its weights."""
 
     def visit(module: nn.Module, owner: ShardedWeights) -> None:
         if is_fsdp(module) and owner.module is not module:
@@ -173,8 +173,8 @@ def find_owners(model: nn.Module, reshard_after_forward: bool = True) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Keep weights gathered within the context, from their first use on; free them at the end.
 
-    Enter it around steps without gradient, before the weights change. It has no effect on a model
-    that is whole.
+    Enter it around steps without gradient; the weights must not change within. It has no effect on
+    a whole model.
     """
     roots = sharded_roots(model)
     find_owners(model)
@@ -192,7 +192,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def release(model: nn.Module) -> None:
-    """Free the weights that :func:`gathered` keeps, of a model that is not used for a while."""
+    """Free weights that :func:`gathered` keeps, when the model is not used for a while."""
     for root in sharded_roots(model):
         for group in _groups(root):
             group.module.reshard()
@@ -267,7 +267,8 @@ def discard_gradients(model: nn.Module) -> None:
         for module in root.modules():
             if is_fsdp(module):
                 state: Any = module._get_fsdp_state()  # type: ignore[operator]
-                # FSDP2 has no public way to it; torch 2.10 has one group per module.
+                # No public function drops these sums. torch 2.10 has one group per module, later
+                # versions have a list.
                 groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
                 for part in (part for group in groups if group for part in group.fsdp_params):
                     part.sharded_param.grad = part.unsharded_accumulated_grad = None
