@@ -87,12 +87,12 @@ class PRFLOutput:
         depths: steps that each point's gradient went through.
         timesteps: the K timesteps (1000·σ) at which latents were rewarded.
         latents: ``[B, C, F, H, W]``, the last rewarded latents; the result of a guided trajectory.
-        finite: False if a reward or loss was NaN or infinite, on any rank where ranks share the
-            weights of a model: skip the update. A step that trains a
-            model then has dropped the gradients of all its parameters, also those of earlier calls.
-            With a velocity function, whose parameters are unknown, or a gradient to noise or
-            latents, the trajectory ended there, and gradients of earlier points remain. After a
-            call with ``wait=False`` that trains a model, a 0-d bool tensor on the device.
+        finite: False if a reward or loss was NaN or infinite, on any rank if weights are sharded:
+            skip the update. A step that trains a model then has dropped the gradients of all its
+            parameters, also those of earlier calls. With a velocity function, whose parameters are
+            unknown, or a gradient to noise or latents, the trajectory ended there, and gradients of
+            earlier points remain. After a call with ``wait=False`` that trains a model, a 0-d bool
+            tensor on the device.
         divergence: scalar, mean squared difference of the velocities with and without adapters over
             the gradient steps; None if it is off.
         gradient: ``[B, C, F, H, W]``, gradient of the loss with respect to the noise for plans with

@@ -173,7 +173,7 @@ class PRFL:
         # The trajectory's own point and the renoised ones have equal weights.
         share, drawn = 1 + plan.renoised, len(points)
         points = (*points, *[Point(points[-1].step)] * plan.renoised)
-        with self._surroundings() as before_last:
+        with self._prepared_model() as before_last:
             try:
                 for number, point in enumerate(points):
                     if not estimator.finite:
@@ -197,21 +197,25 @@ class PRFL:
         return output
 
     @contextlib.contextmanager
-    def _surroundings(self) -> Iterator[Callable[[], None]]:
-        """Prepare the model for the backwards of a call; yield what precedes the last of them."""
+    def _prepared_model(self) -> Iterator[Callable[[], None]]:
+        """Prepare the model for the backwards of a call; yield a function to call before the last.
+
+        If gradients are reduced once per call, the function lets the last backward reduce them.
+        """
         model = self._model
         if self.plan.to == "noise" or model is None:
             with _frozen(self.sampler.transformer):
                 yield lambda: None
             return
+        if not reduces_once(model):
+            yield lambda: None
+            return
         with contextlib.ExitStack() as stack:
-            if reduces_once(model):
-                stack.enter_context(delayed_reduction(model))
+            stack.enter_context(delayed_reduction(model))
             try:
                 yield stack.close
             except BaseException:
-                if reduces_once(model):
-                    discard_gradients(model)
+                discard_gradients(model)  # those that are not reduced would join the next sum
                 raise
 
     def _discard(self, noise: torch.Tensor, latents: torch.Tensor | None) -> None:

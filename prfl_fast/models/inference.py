@@ -276,7 +276,7 @@ class RolloutModel:
         # Reused values are 0.03 to 0.13 % of a forward's FLOPs at Wan's sizes (bench/NOTES.md).
         forwards, cache = self._cached(step), self.step_cache
         if reuse and cache is not None and shards_of(self._blocks[0]) is not None:
-            # A decision by the data of one rank would leave the others waiting in attention.
+            # Each rank would decide by its own tokens, and wait in attention for one that skips.
             add_note(self.notes, "residuals of blocks are not reused: ranks share the tokens")
             cache = None
         for index, block in enumerate(self._blocks):

@@ -1,10 +1,10 @@
 """Sequence parallelism of Wan's blocks: each rank of a group runs a part of a sample's tokens.
 
-The first block takes its tokens out of the whole sequence, and attention exchanges tokens for
-heads, so that each rank attends with its heads from all tokens to all tokens (Ulysses, arXiv
-2309.14509). Norms, cross-attention and feed-forward need no other rank's tokens. The head runs on
-the part too, and its output is gathered, 64 channels instead of D. Ranks start from equal latents
-and end with equal velocities.
+The first block keeps this rank's tokens of the whole sequence. Attention exchanges tokens for
+heads, so that each rank computes some heads over all tokens (Ulysses, arXiv 2309.14509). Norms,
+cross-attention and feed-forward need no other rank's tokens. The head runs on the part too, and its
+output is gathered: 64 channels instead of D. Ranks start from equal latents and end with equal
+velocities.
 """
 
 import math
@@ -45,8 +45,9 @@ class SequenceShards:
     def __init__(self, group: Any, first: Any) -> None:
         self.group, self.ranks, self._first = group, dist.get_world_size(group), first
         self.tokens = 0
-        self._rope: Any = (None, None)  # of the forward that runs: given, this rank's
-        self._rows: Any = (None, None)  # numbers, row of each of this rank's tokens
+        # Of the forward that runs, as all its blocks have the same ones:
+        self._rope: Any = (None, None)  # given positions, those of this rank's tokens
+        self._rows: Any = (None, None)  # key of the modulation, row of each of this rank's tokens
 
     def __deepcopy__(self, memo: object) -> None:  # a copy of a model is whole
         return None
@@ -55,13 +56,17 @@ class SequenceShards:
         return type(None), ()
 
     @property
-    def own(self) -> int:
+    def own_length(self) -> int:
         """Number of this rank's tokens without padding."""
         start, stop = bounds(self.tokens, self.group)
         return stop - start
 
     def enter(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's tokens ``[B, l, D]``; the first block gets those of all ranks."""
+        """Return this rank's tokens ``[B, l, D]`` of a block's input.
+
+        The first block receives all tokens ``[B, L, D]``, the others this rank's. Raise
+        ``ValueError`` if a rank would have no tokens.
+        """
         if block is not self._first:
             return x
         if x.shape[1] != self.tokens:
@@ -141,8 +146,8 @@ def shards_of(module: Any) -> SequenceShards | None:
     return vars(module).get(SEQUENCE)
 
 
-def own_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return this rank's tokens of ``[B, L, ...]``; all if the model runs whole."""
+def own_tokens(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return this rank's tokens of ``[B, L, ...]``; all tokens if the model runs whole."""
     shards = shards_of(module)
     return x if shards is None else split_tokens(x, shards.group)
 

@@ -77,7 +77,7 @@ class StepCacheOptions:
 def relative_change(x: torch.Tensor, before: torch.Tensor) -> float:
     """Return ``mean|x - before| / mean|before|``, the largest of a batch ``[B, ...]``.
 
-    It is infinite or NaN where ``before`` is zero, which no threshold exceeds.
+    It is infinite or NaN where ``before`` is zero, and so below no threshold.
     """
     x, before = x.flatten(1), before.flatten(1)
     wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 sums would lose small changes
@@ -106,9 +106,10 @@ class StepCache:
         time: torch.Tensor,
         block: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        """Return the output of block ``index`` at input ``x``, or ``x`` if it does not run.
+        """Return the output of block ``index`` at input ``x [B, L, D]``, or ``x`` if it is skipped.
 
-        In a step that reuses a residual, the last block that the decision waits for adds it.
+        In a step that reuses a residual, block 0 adds it: in place of its output with TeaCache, to
+        its output with first-block caching.
         """
         counts = self.options.counts
         if index == 0:
@@ -145,12 +146,12 @@ class StepCache:
 
     def _after_first(self, out: torch.Tensor) -> torch.Tensor:
         first = out - self._inputs[0]
-        little = self._first is not None and self._rest is not None
-        if little:
-            assert self._first is not None and self._rest is not None
-            little = relative_change(first, self._first) < self.options.first_block
-        self._skips = little
-        if little:
+        self._skips = (
+            self._first is not None
+            and self._rest is not None
+            and relative_change(first, self._first) < self.options.first_block
+        )
+        if self._skips:
             assert self._rest is not None
             if self.options.teacache > 0:
                 self._all = first + self._rest

@@ -24,7 +24,7 @@ from prfl_fast.models.sequence import (
     SequenceShards,
     head_forward,
     latents_forward,
-    own_rows,
+    own_tokens,
     shards_of,
 )
 from prfl_fast.utils.checks import check
@@ -208,7 +208,7 @@ def _part_of_block(
     temb: torch.Tensor,
     rope: Any,
 ) -> torch.Tensor:
-    """Run a block on this rank's tokens; the first block gets those of all ranks."""
+    """Run a block on this rank's tokens; the first block receives all tokens."""
     parts: Any = "the rotary embedding is replaced"
     if isinstance(rope, Rope):
         parts = known_parts(self, why_not_fused, block_parts)
@@ -268,8 +268,8 @@ def embedder_forward(
         timestep, timestep_seq_len = times[:, ::repeats].flatten(), timestep_seq_len // repeats
     temb, *others = type(self).forward(self, timestep, text, image, timestep_seq_len)
     if temb.ndim == 3:
-        # diffusers' head takes a row per token, of the tokens that it gets.
-        temb = own_rows(self, temb.repeat_interleave(repeats, 1))
+        # diffusers' head takes a row for each token of its input, which is this rank's part.
+        temb = own_tokens(self, temb.repeat_interleave(repeats, 1))
     elif len(temb) != len(text):
         temb = temb.unflatten(0, (len(text), -1))[:, -1]
     return temb, *others

@@ -144,7 +144,7 @@ class LatentRewardModel(nn.Module):
         shards = shards_of(unwrap(self.backbone))
         part: tuple[Any, ...] = (features,)
         if shards is not None:  # padding is at the end
-            part = (features[:, : shards.own], shards.group)
+            part = (features[:, : shards.own_length], shards.group)
         # The caller's autocast applies to the blocks; pool and head keep their own dtype.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.pool(*part))

@@ -44,7 +44,7 @@ class QueryAttentionPool(nn.Module):
     def forward(self, x: torch.Tensor, group: Any = None) -> torch.Tensor:
         """Return ``[B, D]`` from ``[B, L, D]``, in the pool's dtype.
 
-        With a process ``group``, x has this rank's part of the tokens, and the result is of all.
+        With a process ``group``, x holds this rank's tokens, and the result is that of all tokens.
 
         The result is the attention output plus the query, averaged over the queries; without the
         query if ``add_query`` is False. Raise ``ValueError`` for another shape.

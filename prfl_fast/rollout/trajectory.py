@@ -56,8 +56,8 @@ class Trajectory:
         index: the next step.
         timesteps: of all steps, 0-d tensors.
         drift: relative L2 distance of the latents from an exact rollout's, the largest of the
-            batch (of all ranks', where they share weights), by step; None if the engine did not
-            check this rollout.
+            batch (of those of all ranks, if weights are sharded), by step; None if the engine did
+            not check this rollout.
 
     Raises:
         TypeError, ValueError: as :func:`bind_velocity`, or if ``start`` or ``visit`` is outside the
@@ -280,7 +280,9 @@ class Trajectory:
             shadow.move_to(shadow._solve(v, shadow.x))
         assert self._engine is not None
         distance = relative_distance(self.x, shadow.x)
-        if shares_weights(self._engine.model):  # an exact rollout calls the model more often
+        # An exact rollout calls the model more often, so ranks with sharded weights fall back
+        # together.
+        if shares_weights(self._engine.model):
             distance = largest_of_ranks(distance)
         self.drift = {} if self.drift is None else self.drift
         self.drift[self.index] = float(distance)

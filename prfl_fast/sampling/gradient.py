@@ -103,7 +103,7 @@ def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
 
     Returns:
         See :class:`NoiseResult`. The first reward or gradient of any prompt that is not finite, on
-        any rank where ranks share weights, ends the optimization with the best noise until then.
+        any rank if weights are sharded, ends the optimization with the best noise until then.
 
     Raises:
         TypeError: if the model, reward or scheduler is unsupported.
