@@ -3,8 +3,8 @@
 All inputs of a run are checked and loaded before the first file is written. An input error is the
 last line on stderr and exit code 2. Other codes: 1 if no plan fits, 3 after non-finite losses, 4 if
 a device was full, 5 if another process of torchrun failed, 128 + the signal's number after a
-signal. Each command imports the optional
-packages that it needs, so ``doctor`` works with torch alone.
+signal. Each command imports the optional packages that it needs, so ``doctor`` works with torch
+alone.
 """
 
 import argparse

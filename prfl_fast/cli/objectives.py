@@ -182,7 +182,7 @@ def read_ahead(
     device: torch.device,
     ranks: Ranks | None = None,
 ) -> Batches | DrawnPairs | LoadedBatches:
-    """Return the batches as the workers of a run read them."""
+    """Return the batches, read ahead by the run's workers if it has any."""
     workers = config.run.workers
     if not workers:
         return batches

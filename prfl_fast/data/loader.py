@@ -30,7 +30,7 @@ class LoadedBatches:
             object whose ``batches[n]`` depends on n only and can be pickled.
         workers: number of processes; each reads two batches ahead.
         pin_memory: return tensors in pinned memory, for copies that do not wait.
-        stride: read n, n + stride, … ahead, as one of so many data ranks draws them.
+        stride: number of data ranks, of which this one draws batches n, n + stride, …
 
     Raises:
         ValueError: if ``workers`` or ``stride`` is not a positive integer.

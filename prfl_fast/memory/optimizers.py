@@ -131,7 +131,7 @@ def check_dtypes(kind: OptimizerKind, parameters: Mapping[str, torch.Tensor]) ->
 def check_sharded(
     kind: OptimizerKind, sharded: Sequence[torch.Tensor], gradient_dtype: GradientDtype
 ) -> None:
-    """Raise ``ValueError`` if weights that FSDP2 shards cannot be trained in this way."""
+    """Raise ``ValueError`` if the optimizer or gradient dtype does not take sharded weights."""
     hint = "adamw8bit, adamw and adamw-cpu take sharded weights"
     ok = not sharded or kind != "paged-adamw8bit"
     check(ok, "optimizer", kind, "another one for sharded weights", hint=hint)
@@ -202,7 +202,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *others: fl
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the 2-norm of all gradients together, a float32 scalar (float64 for float64).
 
-    All ranks that share gradients call it, and get the same norm of all their parts.
+    With sharded gradients all ranks must call it, and get the same norm, that of all parts.
     """
     parts: dict[Any, list[torch.Tensor]] = {}
     for g in gradients:
@@ -219,7 +219,7 @@ def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def clip_gradients(parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor) -> None:
-    """Scale gradients of a total ``norm`` to at most ``max_norm``, each on its own rank."""
+    """Scale gradients of a total ``norm`` to at most ``max_norm``, each rank its own parts."""
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_
     for device in {g.device for g in gradients}:
@@ -414,7 +414,7 @@ def _parts(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
 
 @contextlib.contextmanager
 def _same_draws() -> Iterator[Callable[[int], object]]:
-    """Yield a function that seeds the rounding of one weight, of several ranks' copies alike."""
+    """Yield a function that seeds the rounding of one weight, so that its copies stay equal."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         yield lambda seed: None
         return

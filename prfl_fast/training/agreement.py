@@ -1,5 +1,6 @@
-"""Let all ranks of a run take the same decisions on an update, and average its gradients."""
+"""Let all ranks of a run decide alike on an update, and average its gradients."""
 
+import itertools
 import math
 import signal
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ class Agreement:
 
     Attributes:
         signals: signals that a rank has received, known to all.
-        error: the last error that all ranks know, each in its own form.
+        error: the last error of a rank: its own exception there, ``OtherRankError`` on the others.
     """
 
     def __init__(self, ranks: Ranks, updater: Updater) -> None:
@@ -41,7 +42,13 @@ class Agreement:
         signals: Sequence[int],
         objective: Any,
     ) -> dict[str, float]:
-        """Return the means of the metrics over the data ranks; average gradients if all is finite.
+        """Return the metrics' means over the data ranks; average gradients if the loss is finite.
+
+        Args:
+            means: means of this rank's metrics over its micro-batches, with ``loss``.
+            error: exception of this rank; None if it has none.
+            signals: signals that this rank has received.
+            objective: told to fall back to exact rollouts if that of any rank has.
 
         Raises:
             Exception: ``error`` itself, if it is not None.
@@ -63,9 +70,7 @@ class Agreement:
 
     def _learn(self, reports: Sequence[Report], error: Exception | None) -> None:
         """Store the signals of all ranks; raise if one has an error."""
-        known = {int(s) for s in self.signals}
-        new = [number for report in reports for number in report.signals]
-        self.signals += [signal.Signals(n) for n in dict.fromkeys(new) if n not in known]
+        self._add_signals([report.signals for report in reports])
         failed = [rank for rank, report in enumerate(reports) if report.error is not None]
         if not failed:
             return
@@ -78,11 +83,13 @@ class Agreement:
         raise error
 
     def poll(self, signals: Sequence[int]) -> None:
-        """Let all ranks know the signals of each."""
-        for received in self.ranks.gather([int(s) for s in signals]):
-            for number in received:
-                if number not in self.signals:
-                    self.signals.append(signal.Signals(number))
+        """Add the signals that any rank has received to those that all know."""
+        self._add_signals(self.ranks.gather([int(s) for s in signals]))
+
+    def _add_signals(self, of_ranks: Sequence[Sequence[int]]) -> None:
+        for number in itertools.chain(*of_ranks):
+            if number not in self.signals:
+                self.signals.append(signal.Signals(number))
 
 
 def mean_of(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

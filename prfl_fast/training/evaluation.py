@@ -113,8 +113,8 @@ class PeriodicEvaluation:
         """Evaluate if due after ``step``; write the contact sheet and return the figures to log.
 
         The random states of torch, Python and ``generator`` do not change. Raise
-        :class:`EvaluationInterrupted` if there is one of ``signals`` meanwhile. All ``ranks``
-        evaluate the same samples, end together, and return the figures of rank 0.
+        :class:`EvaluationInterrupted` if a rank receives one of ``signals`` meanwhile. All
+        ``ranks`` evaluate the same samples, end together, and return the figures of rank 0.
         """
         if self.every is None or step % self.every:
             return {}
@@ -135,7 +135,7 @@ class PeriodicEvaluation:
         return {f"eval/{k}": v if math.isfinite(v) else None for k, v in figures.items()}
 
     def _evaluate(self, signals: Sequence[object], ranks: Ranks) -> Evaluated:
-        """Return the figures of this rank, after all ranks have theirs."""
+        """Return the figures and contact sheet of this rank, once all ranks have theirs."""
 
         def tick() -> None:
             if ranks.agree(bool(signals)):

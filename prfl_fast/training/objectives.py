@@ -123,8 +123,8 @@ class RewardFeedback:
         batches: ``batches[n]`` returns the :class:`prfl_fast.data.dataset.Batch` of micro-batch n.
             Plans that start from data noise its latents; for other plans the latents give only the
             shape of the noise.
-        points_generator: draws the gradient points, in the same state on all ranks of a run; None
-            draws them from the generator of the noise.
+        points_generator: generator of the gradient points, whose state is the same on all ranks;
+            with None the generator of the noise draws them.
 
     Raises:
         ValueError: if the plan of ``step`` sends the gradient to the noise or the latents.

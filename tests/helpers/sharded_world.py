@@ -31,8 +31,6 @@ from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.utils.modules import unwrap
 
 STEPS, SAMPLES = 5, 4
-WEIGHT = "weight of "
-OTHERS = (WEIGHT, "loss", "rewards")
 
 
 @dataclasses.dataclass(frozen=True)

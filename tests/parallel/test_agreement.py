@@ -1,4 +1,4 @@
-"""Ranks that share weights decide alike, where one of them has too much drift or a NaN."""
+"""Ranks with sharded weights decide alike if one of them has too much drift or a NaN."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Ranks that share a sample: updates equal those of one process; what travels; what is refused."""
+"""Ranks that share a sample: their updates equal those of one process."""
 
 import pytest
 from sharded_world import Case, equal_to_one_process

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import traceback
 from collections import Counter
 
 import pytest
@@ -47,18 +46,6 @@ from prfl_fast.training.updates import Updater
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-
-
-def on_ranks(world, function, *args):
-    """Return the first rank's result; errors of a rank come with their traceback."""
-
-    def call():
-        try:
-            return function(*args)
-        except AssertionError as error:
-            raise AssertionError(traceback.format_exc()) from error
-
-    return run_ranks(world, call)[0]
 
 
 def own_samples(mesh):
@@ -202,7 +189,7 @@ def test_behaviors_equal_one_process(behaviors):
                 found[behavior.__name__, name] = float((ours[name] - value).abs().max() / size)
         return found
 
-    found = on_ranks(2, errors)
+    found = run_ranks(2, errors)[0]
     worst = max(found, key=found.get)
     print(worst, found[worst])
     assert found[worst] <= 1e-10
@@ -243,7 +230,7 @@ def test_collectives_of_a_call():
             "chain once": counts(Plan.draft(3), None, reduce_once=True),
         }
 
-    got = on_ranks(2, found)
+    got = run_ranks(2, found)[0]
     # Two rollouts of one step, which gather for the caches and for the step.
     assert got["plain"] == (2 * 6 + 2 * 6, 6)
     assert got["gathered"] == (3 * 2 + 2 * 6, 6)
@@ -307,7 +294,7 @@ def test_optimizers_of_sharded_and_whole_weights():
         with pytest.raises(ValueError, match="FSDP2 reduces gradients of bfloat16 weights"):
             make_optimizer("adamw", [weight], learning_rate=1.0, gradient_dtype="fp32")
 
-    on_ranks(4, check)
+    run_ranks(4, check)[0]
 
 
 # Dtypes.
@@ -358,7 +345,7 @@ def test_narrow_weights():
             found[kind] = float((flat[0] - flat[1]).norm() / flat[1].norm())
         return found
 
-    found = on_ranks(2, errors)
+    found = run_ranks(2, errors)[0]
     print(found)
     assert all(found[kind] <= limit for kind, limit in kinds.items())
 
@@ -386,7 +373,7 @@ def test_what_cannot_be_sharded():
         one = make_mesh(ParallelConfig(shard=1))
         assert not any(hasattr(p, "to_local") for p in shard(make_wan(), one).parameters())
 
-    on_ranks(2, check)
+    run_ranks(2, check)[0]
 
 
 # Loading.
@@ -435,7 +422,7 @@ def test_a_rank_reads_its_own_rows(tmp_path):
         assert torch.equal(*velocities)
         return sum(part.nbytes for part in read) / files, touched / files
 
-    read, touched = on_ranks(4, check)
+    read, touched = run_ranks(4, check)[0]
     print("read", read, "touched", touched)
     # A fault of a mapped file brings in neighboring pages, much beside these small tensors.
     assert read < 0.3 and touched < 0.6

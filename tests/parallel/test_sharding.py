@@ -1,4 +1,4 @@
-"""Sharded weights: updates equal those of one process, whole plans and policies through."""
+"""Sharded weights: updates equal those of one process, for all plans and memory policies."""
 
 import dataclasses
 
