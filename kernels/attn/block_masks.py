@@ -1,18 +1,20 @@
 """Choose the blocks of keys of ``sparse_attention``: by mean-pooled scores, tiles or frames.
 
-``pooled_blocks`` (SpargeAttn, arXiv 2502.18137) predicts from q and k: the mean of each block of
-queries and keys gives scores of pairs of blocks, whose softmax is P. A list keeps the largest P up
-to a cumulative probability, or a fixed number. A mean says nothing about a block of unlike tokens:
-such a block of queries keeps every block of keys, such a block of keys is in every list.
+``pooled_blocks`` (SpargeAttn, arXiv 2502.18137) predicts the blocks from q and k. The means of the
+blocks of queries and keys give a score for each pair of blocks; P is the softmax of a row of these.
+A list keeps the blocks of largest P, up to a cumulative probability or a fixed number. The mean of
+unlike tokens does not represent them: such a block of queries keeps every block of keys, and such a
+block of keys is in every list.
 
-``tile_blocks`` (sliding tile attention, arXiv 2502.04507) divides the grid of tokens into tiles; a
-tile attends to a window of tiles around it, moved inside the grid at its borders. Tokens must be in
-the order of ``tile_order``: those of a tile follow each other. A block may hold parts of several
-tiles, and then keeps what any of them needs.
+``tile_blocks`` (sliding tile attention, arXiv 2502.04507) divides the grid of tokens into tiles. A
+tile attends to a window of tiles around it, which is moved inside the grid at its borders. Tokens
+must be in the order of ``tile_order``, tile by tile. A block may hold tokens of several tiles, and
+then keeps the blocks that any of them needs.
 
-``radial_blocks`` (after radial attention, arXiv 2506.19852) keeps pairs of tokens by distance: for
-frames t apart, positions that differ by less than width · S / 2^⌊log₂ max(t, 1)⌋, with S tokens a
-frame; and all of the first frame. A pair of blocks is kept if any of its pairs of tokens is.
+``radial_blocks`` (after radial attention, arXiv 2506.19852) keeps pairs of tokens by distance: in
+frames t apart, those whose positions differ by less than width · S / 2^⌊log₂ max(t, 1)⌋, with S
+tokens per frame; and all keys of the first frame. A pair of blocks is kept if any of its pairs of
+tokens is kept.
 
 The grid is (frames, height, width) in tokens. All masks keep at least one block for each list.
 """
@@ -29,7 +31,10 @@ Grid = tuple[int, int, int]
 
 
 def _pool(x: torch.Tensor, heads: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return means ``[B, heads, blocks, d]`` and mean cosines of all pairs of a block's tokens."""
+    """Return each block's mean ``[B, heads, blocks, d]`` and mean cosine ``[B, heads, blocks]``.
+
+    The cosine is that of pairs of the block's tokens.
+    """
     length = x.shape[1]
     rows = x.unflatten(-1, (heads, -1)).transpose(1, 2).float()
     sizes = torch.full((-(-length // block), 1), block, device=x.device)
@@ -62,8 +67,8 @@ def pooled_blocks(
         heads: number of heads.
         probability: keep the most probable blocks until their P adds up to this; or
         density: keep this share of blocks, rounded up.
-        similarity: blocks whose mean cosine between tokens is smaller are kept in full. That of
-            keys is measured without their mean over all tokens.
+        similarity: blocks whose tokens have a smaller mean cosine are kept in full. The mean over
+            all keys is subtracted from the keys before.
         scale: factor of the scores, 1/√d unless given.
         block_q, block_k: sizes of blocks.
 
@@ -74,8 +79,8 @@ def pooled_blocks(
     check_heads(op, q, k, k, heads)
     require((probability is None) != (density is None), op, "density", density,
             "a number if probability is None, and None otherwise")  # fmt: skip
-    share = (probability if density is None else density) or 0.0
-    name = "probability" if density is None else "density"
+    name, share = ("probability", probability) if density is None else ("density", density)
+    assert share is not None
     require(0 < share <= 1, op, name, share, "a number above 0, at most 1")
     q_mean, q_alike = _pool(q, heads, block_q)
     k_mean, k_alike = _pool(k.float() - k.float().mean(1, keepdim=True), heads, block_k)
@@ -84,8 +89,8 @@ def pooled_blocks(
     p = torch.softmax(scores.masked_fill(unlike & ~unlike.all(-1, keepdim=True), -math.inf), -1)
     largest, order = p.sort(dim=-1, descending=True, stable=True)
     if density is not None:
-        count = torch.arange(p.shape[-1], device=p.device) < math.ceil(share * p.shape[-1])
-        kept = count.expand_as(p)
+        first = torch.arange(p.shape[-1], device=p.device) < math.ceil(share * p.shape[-1])
+        kept = first.expand_as(p)
     else:  # the block that reaches the probability is kept, and with it the first
         kept = largest.cumsum(-1) - largest < share
     mask = torch.zeros_like(kept).scatter(-1, order, kept)
@@ -109,15 +114,18 @@ def _tiles_of(grid: Grid, tile: Grid, device: torch.device | str | None) -> torc
 def tile_order(
     grid: Grid, tile: Grid, device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens tile by tile, and the inverse permutation; tiles at borders are smaller."""
+    """Return the numbers of the tokens tile by tile, and the inverse permutation, ``[L]`` each.
+
+    Tiles at the grid's far borders are smaller if the tile does not divide the grid.
+    """
     order = _tiles_of(grid, tile, device).sort(stable=True).indices
     return order, order.argsort()
 
 
 def _any_pair(group: torch.Tensor, related: torch.Tensor, block_q: int, block_k: int) -> KeyBlocks:
-    """Return lists that keep a pair of blocks if ``related`` of any groups of their tokens.
+    """Return lists that keep a pair of blocks if any of their groups of tokens are related.
 
-    ``group``: a number for each token; ``related``: bool ``[groups, groups]``.
+    ``group`` is the group of each token ``[L]``; ``related`` is a bool mask ``[groups, groups]``.
     """
 
     def members(block: int) -> torch.Tensor:
@@ -139,7 +147,17 @@ def tile_blocks(
     block_k: int = BLOCK_K,
     device: torch.device | str | None = None,
 ) -> KeyBlocks:
-    """Return lists for tokens in the order of :func:`tile_order`; ``window`` is odd, in tiles."""
+    """Return the lists of sliding tiles, for tokens in the order of :func:`tile_order`.
+
+    Args:
+        grid, tile: sizes in tokens.
+        window: size in tiles, three odd numbers.
+        block_q, block_k: sizes of blocks.
+        device: device of the lists.
+
+    Raises:
+        ValueError: if a number of ``window`` is not odd and positive.
+    """
     odd = all(n > 0 and n % 2 for n in window)
     require(odd, "tile_blocks", "window", window, "three odd numbers of tiles")
     counts = [-(-n // t) for n, t in zip(grid, tile, strict=True)]
@@ -161,7 +179,17 @@ def radial_blocks(
     block_k: int = BLOCK_K,
     device: torch.device | str | None = None,
 ) -> KeyBlocks:
-    """Return lists for tokens in the usual order; smaller ``width`` keeps fewer."""
+    """Return the lists of radial attention, for tokens in the usual order.
+
+    Args:
+        grid: size in tokens.
+        width: factor of the distance; a smaller one keeps fewer blocks.
+        block_q, block_k: sizes of blocks.
+        device: device of the lists.
+
+    Raises:
+        ValueError: if ``width`` is not positive.
+    """
     require(width > 0, "radial_blocks", "width", width, "a positive number")
     size = grid[1] * grid[2]
     token = torch.arange(grid[0] * size, device=device)
@@ -189,9 +217,9 @@ def attend_in_tiles(
     scale: float | None = None,
     variant: str = "exact",
 ) -> torch.Tensor:
-    """Run ``sparse_attention`` on tokens in the order of :func:`tile_order`, and restore theirs.
+    """Run ``sparse_attention`` in the order of :func:`tile_order`; return the usual order.
 
-    q and k come with RoPE applied, which depends on the usual order.
+    q, k and v are in the usual order. RoPE, which depends on it, has been applied to q and k.
     """
     forward, back = order
     q, k, v = (t.index_select(1, forward) for t in (q, k, v))

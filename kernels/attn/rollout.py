@@ -94,7 +94,7 @@ def emulate(
     """Compute the kernels' arithmetic in PyTorch; only sums of products may round differently.
 
     Blocks of queries skip the blocks of keys for which ``keep [B, heads, Lq / block_m, Lk /
-    block_n]`` is False; without any block of keys, out is zero.
+    block_n]`` is False. If all are skipped, out is zero.
     """
     q_, k_, v_ = (t.unflatten(-1, (heads, -1)).transpose(1, 2).float() for t in (q, k, v))
     int8, small = variant != "fp8", variant != "int8"

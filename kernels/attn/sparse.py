@@ -3,12 +3,12 @@
     s_ij = scale · q_i · k_j  for keys j of the blocks kept for the block of query i,
     p_ij = exp(s_ij) / Σ_j exp(s_ij),  out_i = Σ_j p_ij v_j
 
-The sums run over kept keys alone. A block of queries that keeps no block of keys has out 0. The
+The sums run over kept keys only. A block of queries that keeps no block of keys has out 0. The
 last blocks of queries and of keys may be ragged, for any Lq and Lk. ``block_masks.py`` predicts
-which blocks to keep.
+the blocks to keep.
 
 A mask is a list of key blocks for each block of queries (:class:`KeyBlocks`): the program of a
-block of queries walks along its list, and no bit of a skipped block is read.
+block of queries walks along its list, and nothing of a skipped block is read.
 
 Variants: "exact" multiplies in 16 bits. "int8_fp8", "fp8" and "int8" are those of ``rollout.py``:
 q has a scale for each block of queries, k for each block of keys, both without the mean of k over
@@ -130,7 +130,7 @@ def _chunks(q: torch.Tensor, k: torch.Tensor, block_q: int) -> list[slice]:
 
 
 def _resolve(q: torch.Tensor, heads: int, variant: str) -> str:
-    """Return the variant to run."""
+    """Return the variant that runs; "auto" becomes "exact" where no 8-bit one runs."""
     if variant == "auto":
         return best_variant(q.device, q.dtype, q.shape[-1] // heads).variant or "exact"
     return variant if variant == "exact" else resolve(q, heads, variant, OP) or "exact"
