@@ -34,10 +34,10 @@ KINDS = {"gathered_bytes": "weights", "reduced_bytes": "gradients", "exchanged_b
 
 @dataclass(frozen=True)
 class Case:
-    """Hold a run: what trains, GPUs and how they share, dtype of the weights.
+    """Hold a run: what trains, its ranks, their split of weights and samples, the weights' dtype.
 
     Attributes:
-        features: pooling gathers all features and projects keys and values, as the reference does.
+        features: the pool gathers all features and projects keys and values, as the reference does.
     """
 
     train: str
@@ -57,8 +57,8 @@ class Case:
 
 
 def layout(ranks: int) -> ParallelConfig:
-    """Return how a run shares: a sample on as many ranks of a machine as fit, weights on all."""
-    # 40 heads have no 16 equal parts; 8 ranks are a machine.
+    """Return the split of a run: weights over all ranks, a sample over those of one machine."""
+    # No more than a machine's 8 ranks to a sample: 40 heads have no 16 equal parts.
     return ParallelConfig(shard=ranks, sequence=min(ranks, SEQUENCE), keep_gathered=False)
 
 
@@ -157,7 +157,7 @@ def _layouts(found: dict[str, dict[str, Any]]) -> Table:
         rows.append([label, *cells, report.size(record["pooling_bytes"])])
     return Table(
         "scale-layouts",
-        "One rank of 8 that share the weights, 4 to a sample",
+        "A rank of 8 with sharded weights, 4 to a sample",
         ["14B, 720p, 81 frames", "peak", *(f"received: {name}" for name in KINDS.values()), "pool"],
         rows,
         [
@@ -197,11 +197,11 @@ def _scaling(found: dict[str, dict[str, Any]]) -> Table:
         ],
         rows,
         [
-            "As above; weights are shared by all GPUs, and gathered for every forward. FLOPs: a "
+            "As above; weights are sharded over all GPUs, and gathered for every forward. FLOPs: a "
             "forward without gradient, one with gradient, reward and backward. Predicted "
             f"efficiency: samples per second and GPU against one GPU, at the rates of an {GPU} "
-            "and 0.8 of its NVLink, of which no run has confirmed one; beyond a machine the "
-            "network is slower.",
+            "and 0.8 of its NVLink, none of which a run has confirmed. The network between "
+            "machines is slower.",
         ],
     )
 

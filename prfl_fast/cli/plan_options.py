@@ -10,7 +10,7 @@ DEFAULT_MODEL = "wan2.1-t2v-14b"
 # the memory of this one is no limit.
 HOST_BUDGET = "102GiB"
 # Fields of Workload with help, default and argparse options; "points" stands for the gradient plan,
-# "gpus" for the ranks, "shard" and "sequence" for how they share.
+# "gpus" for the ranks, "shard" and "sequence" for parallel.
 # The defaults are Workload's, and a test compares them. A new option is a line here, and a line in
 # cli/workload.py if a YAML key decides it.
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
@@ -44,7 +44,7 @@ OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "num_inference_steps": ("solver steps of a trajectory", 40, _COUNT),
     "reward_blocks": ("blocks of the reward model", 8, _COUNT),
     "gpus": ("GPUs of the run; the plan is of one of them", 1, _COUNT),
-    "shard": ("GPUs that share one copy of the weights; all unless given", None, _COUNT),
+    "shard": ("GPUs that hold one copy of the weights together; all unless given", None, _COUNT),
     "sequence": ("GPUs that share a video, each with a part of its tokens", 1, _COUNT),
 }
 WORKLOAD_OPTIONS = (*OPTIONS, "sft")

@@ -93,7 +93,7 @@ def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
     return 4 * batch * -(-length // 128) * 128 * (width + 2 * heads) + copied
 
 
-# Collectives whose largest tensor a rank receives from, or sends to, all others together.
+# Field of Cost, and how often a rank receives the others' parts of the largest tensor.
 _COLLECTIVES = {
     "allgather": ("gathered_bytes", 1),
     "reduce_scatter": ("reduced_bytes", 1),

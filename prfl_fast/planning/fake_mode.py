@@ -131,7 +131,7 @@ class FastFakeTensorMode(FakeTensorMode):
         return NotImplemented if recipe is _UNKNOWN else self._make(recipe, args)
 
     def _key_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an operation's result depends on, None if it is to run each time."""
+        """Return a key of all that an operation's result depends on; None if it must run anew."""
         if not _is_plain(func) or func.is_view or func in self.lift_fns or "out" in kwargs:
             return None
         try:

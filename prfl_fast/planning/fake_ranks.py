@@ -1,4 +1,4 @@
-"""A fake process group, under which one process simulates a rank of a run on several GPUs."""
+"""Fake process group, under which one process simulates a rank of a run on several GPUs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def fake_mesh(ranks: int, config: ParallelConfig) -> Iterator[DeviceMesh]:
     try:
         with _disable_current_modes():
             mesh = make_mesh(config, "cpu")
-            shard_mesh(mesh)  # remembered, because its tensor of ranks may not be fake
+            shard_mesh(mesh)  # here, as the mesh that it remembers must not hold fake tensors
         yield mesh
     finally:
         dist.destroy_process_group()

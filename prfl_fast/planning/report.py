@@ -135,11 +135,11 @@ def _headline(plan: Plan) -> list[str]:
 
 
 def _ranks(work: Workload) -> list[str]:
-    """Return a line on how the GPUs of a run share weights and samples; none for one GPU."""
+    """Return a line on the GPUs that hold one copy of the weights, or one video, together."""
     if work.ranks == 1:
         return []
     shard, sequence = work.shard, work.parallel.sequence
-    weights = "whole weights on each" if shard == 1 else f"weights shared by {shard}"
+    weights = "whole weights on each" if shard == 1 else f"weights sharded over {shard}"
     video = "a video on each" if sequence == 1 else f"a video on every {sequence}"
     kept = ", weights gathered through a rollout" if work.parallel.keep_gathered is True else ""
     return [f"one of {work.ranks} GPUs: {weights}, {video}{kept}"]

@@ -130,7 +130,7 @@ def step_seconds(
 
 
 def _with_kept_weights(costs: Mapping[str, Cost], workload: Workload) -> Mapping[str, Cost]:
-    """Return the costs of mean rollout forwards, if weights are gathered once per rollout."""
+    """Return the costs, with a mean forward as rollout if a rollout gathers weights only once."""
     cost, forwards = costs.get("rollout"), workload.rollout_forwards
     if workload.parallel.keep_gathered is not True or cost is None or not forwards:
         return costs
@@ -150,7 +150,7 @@ def received_in_step(costs: Mapping[str, Cost], workload: Workload) -> dict[str,
 
 
 def _of_step(values: Mapping[str, float], workload: Workload) -> dict[str, float]:
-    """Return the values of single phases times their runs in a whole step."""
+    """Return the values of single runs of the phases, times their runs in a whole step."""
     once = {phase: value for phase, value in values.items() if phase}
     if workload.sft and "sft forward" not in once:
         once |= {f"sft {phase}": once[phase] for phase in ("forward", "backward")}
@@ -202,7 +202,7 @@ class Search:
             last = index == len(tiers) - 1
             found, waiting = self._tier(tier, last=last), list[Candidate]()
             streams = self.workload.train == "lora" or tier.optimizer == "adamw-cpu"
-            if streams and self.workload.shard == 1:  # shared weights cannot wait in host memory
+            if streams and self.workload.shard == 1:  # sharded weights cannot be streamed
                 ahead = dataclasses.replace(tier, stream_weights=AHEAD)
                 waiting = self._tier(ahead, last=last)
             chosen = self._first_that_fits(found, waiting)
@@ -262,14 +262,18 @@ class Search:
         return [chunked] if chunked.peak > self.limit else self._candidates(tier)
 
     def keeping(self, found: Found) -> Found | None:
-        """Return a search's result with weights gathered through rollouts; None if it cannot be."""
+        """Return the result with weights gathered through rollouts, None if they do not fit.
+
+        ``keep_gathered`` of ``self.workload`` is then True.
+        """
         parallel = self.workload.parallel
         if parallel.keep_gathered != "auto" or self.workload.shard == 1 or not found.feasible:
             return None
-        kept = dataclasses.replace(parallel, keep_gathered=True)
-        self.workload = dataclasses.replace(self.workload, parallel=kept)
+        before, kept = self.workload, dataclasses.replace(parallel, keep_gathered=True)
+        self.workload = dataclasses.replace(before, parallel=kept)
         run, whole = self._whole(found.chosen)
         if whole.reason != CHOSEN:
+            self.workload = before
             return None
         others = [whole if c is found.chosen else c for c in found.candidates]
         return Found(whole, run, self._lost(run), True, others, found.unused)

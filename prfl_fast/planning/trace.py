@@ -119,7 +119,7 @@ class TraceLedger(CostLedger):
         self._segment = self.segments.setdefault(self._key, Segment())
 
     def leave_blocks(self) -> None:
-        """Attribute what follows to the code outside, after a forward without a backward."""
+        """Attribute later events to no block, after a forward without a backward."""
         self._run += 1
         self._enter(("", 0))
 

@@ -55,7 +55,7 @@ class Workload:
         patched: both models run on prfl_fast's kernels.
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
         ranks: GPUs of the run. The plan is of one of them.
-        parallel: how they share weights and samples.
+        parallel: split of weights and samples over them.
 
     Raises:
         TypeError: if the model or the gradient plan has the wrong type.
@@ -172,7 +172,7 @@ class Workload:
 
     @property
     def shard(self) -> int:
-        """Number of GPUs that share one copy of the weights."""
+        """Number of GPUs that hold one copy of the weights together."""
         return self.parallel.shard_of(self.ranks)
 
     @property

@@ -113,7 +113,7 @@ def test_more_ranks_need_less_memory_and_the_plan_says_what_they_share():
     plan = plan_memory(replace(WORK, ranks=4, parallel=ParallelConfig(sequence=2)), budget="24GiB")
     assert plan.feasible and plan.workload.parallel.keep_gathered is True
     text = report.table(plan)
-    assert "one of 4 GPUs: weights shared by 4, a video on every 2, weights gathered" in text
+    assert "one of 4 GPUs: weights sharded over 4, a video on every 2, weights gathered" in text
     assert "weights received from the other GPUs in a step" in text
     assert plan.received["exchanged_bytes"] > 0
 
