@@ -25,7 +25,7 @@ _resize_storage = torch.UntypedStorage.resize_
 
 
 def _resize(storage: torch.UntypedStorage, size: int) -> None:
-    """Replace ``UntypedStorage.resize_``, by which FSDP2 frees gathered weights unseen by modes."""
+    """Resize a storage and tell the ledgers; FSDP2 frees weights this way, which no mode sees."""
     _resize_storage(storage, size)
     for ledger in _active:
         ledger.on_resize(storage)
@@ -263,7 +263,7 @@ class Ledger(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def on_resize(self, storage: torch.UntypedStorage) -> None:
-        """Enter the new size of a storage. One that is emptied holds gathered weights."""
+        """Enter the new size of a storage; one that is emptied is of gathered weights."""
         entry = self._entries.get(storage._cdata)
         if entry is None or not entry.category or entry.bytes == storage.nbytes():
             return

@@ -114,27 +114,13 @@ def shard(
     root = unwrap(backbone) if reward is None else reward
     blocks = [unwrap_block(block) for block in find_blocks(backbone).blocks(backbone)]
     _check_shardable(model, root, blocks)
-    wide = _wide_parameters(unwrap(backbone), blocks, param_dtype)
-    precision = MixedPrecisionPolicy(
-        param_dtype=param_dtype,
-        reduce_dtype=None if param_dtype is None else torch.float32,
-        cast_forward_inputs=False,  # blocks take float32 modulation beside a bfloat16 stream
-    )
     if reduce_once is None:
         trained = sum(p.nbytes for p in root.parameters() if p.requires_grad)
         reduce_once = trained <= FEW_TRAINED * sum(p.nbytes for p in root.parameters())
     # LoRA starts at random, and the parts that make one copy come from different ranks.
     broadcast_weights(p for _, p in adapter_parameters(root))
-    taken = {id(p) for block in blocks for p in block.parameters()}
-    whole = wide | _odd_parameters([p for p in root.parameters() if id(p) not in taken])
-    for block in blocks:
-        kept = wide | _odd_parameters(list(block.parameters()))
-        whole |= kept
-        policy = {"mp_policy": precision, "reshard_after_forward": reshard_after_forward}
-        fully_shard(block, mesh=parts, ignored_params=kept, **policy)
-    # The root frees its weights too: after a forward without a backward they would stay, and the
-    # next forward would use them although the optimizer had changed this rank's parts.
-    fully_shard(root, mesh=parts, ignored_params=whole, reshard_after_forward=True)
+    wide = _wide_parameters(unwrap(backbone), blocks, param_dtype)
+    whole = _shard_modules(root, blocks, parts, wide, param_dtype, reshard_after_forward)
     for tensor in (*whole, *root.buffers()):
         if tensor.device.type != mesh.device_type and not tensor.is_meta:
             tensor.data = tensor.data.to(next(root.parameters()).device)
@@ -158,6 +144,36 @@ def _check_shardable(model: nn.Module, root: nn.Module, blocks: list[nn.Module])
     hint = "A sharded block has its weights on the device only while it runs. Leave stream_weights"
     hint += " at None, or train with shard: 1"
     check(not streamed, "model", "one whose weights wait in host memory", "others", hint=hint)
+
+
+def _shard_modules(
+    root: nn.Module,
+    blocks: list[nn.Module],
+    parts: DeviceMesh,
+    wide: set[nn.Parameter],
+    param_dtype: torch.dtype | None,
+    reshard_after_forward: bool,
+) -> set[nn.Parameter]:
+    """Call ``fully_shard`` on the blocks and the root; return the parameters that stay whole."""
+    precision = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=None if param_dtype is None else torch.float32,
+        cast_forward_inputs=False,  # blocks take float32 modulation beside a bfloat16 stream
+    )
+    policy: dict[str, Any] = {
+        "mp_policy": precision,
+        "reshard_after_forward": reshard_after_forward,
+    }
+    taken = {id(p) for block in blocks for p in block.parameters()}
+    whole = wide | _odd_parameters([p for p in root.parameters() if id(p) not in taken])
+    for block in blocks:
+        kept = wide | _odd_parameters(list(block.parameters()))
+        whole |= kept
+        fully_shard(block, mesh=parts, ignored_params=kept, **policy)
+    # The root frees its weights too: after a forward without a backward they would stay, and the
+    # next forward would use them although the optimizer had changed this rank's parts.
+    fully_shard(root, mesh=parts, ignored_params=whole, reshard_after_forward=True)
+    return whole
 
 
 def _wide_parameters(

@@ -63,19 +63,22 @@ def test_radial(grid, width):
 @pytest.mark.parametrize("given", [dict(probability=0.7), dict(density=0.4), dict(density=1.0)])
 @pytest.mark.parametrize("similarity", [0.0, 0.2])
 def test_pooled(given, similarity):
-    shared = torch.randn(2, 6, 64).repeat_interleave(16, 1)[:, :90] * 1.5
+    shared = 1.5 * torch.randn(2, 3, 64).repeat_interleave(32, 1)[:, :90]
     q, k = (shared + torch.randn(2, 90, 64) for _ in range(2))
+    # One block of unlike tokens each, of which a similarity of 0.2 keeps everything.
+    q[:, 32:48], k[:, 32:64] = torch.randn(2, 16, 64), 4 * torch.randn(2, 32, 64)
     found = module.pooled_blocks(q, k, heads=2, similarity=similarity, **given, **SIZES).mask()
 
     def cosine(x):
         u = x / x.norm(dim=-1, keepdim=True)
         return (u @ u.T).mean()
 
-    full = 0
+    full = unlike = 0
     for b, h in itertools.product(range(2), range(2)):
         rows, keys = (t[b, :, 32 * h : 32 * h + 32] for t in (q, k - k.mean(1, keepdim=True)))
         q_blocks, k_blocks = rows.split(16), keys.split(32)
         alike = [bool(cosine(x) >= similarity) for x in k_blocks]
+        unlike += not all(alike)
         for i, block in enumerate(q_blocks):
             weights = [math.exp((block.mean(0) @ x.mean(0)).item() / 32**0.5) * ok
                        for x, ok in zip(k_blocks, alike, strict=True)]  # fmt: skip
@@ -88,6 +91,7 @@ def test_pooled(given, similarity):
                 kept, full = {0, 1, 2}, full + 1
             assert found[b, h, i].nonzero()[:, 0].tolist() == sorted(kept)
     assert found.any(-1).all()
+    assert (full > 0, unlike > 0) == (similarity > 0, similarity > 0)
 
 
 def test_unlike_tokens_keep_everything():
