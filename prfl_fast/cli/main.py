@@ -266,14 +266,14 @@ def _failed(command: str, error: RuntimeError) -> int:
         _print_error(command, f"{lost}continues from the newest checkpoint")
         return OTHER_RANK
     if isinstance(error, OutOfMemoryError):  # a report of the device's memory on several lines
-        is_first_to_report()
+        is_first_to_report()  # lets the ranks that wait for a report end
         print(f"prfl-fast {command}: {error}", file=sys.stderr)
         return OUT_OF_MEMORY
     if is_out_of_memory(error):  # before or after the training loop
         _print_error(command, str(error).splitlines()[0])
         return OUT_OF_MEMORY
     if not isinstance(error, NonFiniteTrainingError):
-        is_first_to_report()
+        is_first_to_report()  # likewise, the traceback is the report
         raise error
     _print_error(command, str(error))
     return NON_FINITE
