@@ -69,7 +69,7 @@ def plan_memory(
     setting = expandable_segments
     search = Search(work, specs, budget=size, host_budget=host_size, expandable=setting)
     found = _search(search, tiers, progress)
-    kept = search.keeping(found)
+    kept = search.keep_gathered(found)
     if kept is not None:
         found, work = kept, search.workload
     unused = ", ".join(f"{tier.weight_dtype} with {tier.optimizer}" for tier in found.unused)

@@ -124,12 +124,12 @@ def step_seconds(
     costs: Mapping[str, Cost], rates: GpuSpecs, workload: Workload
 ) -> dict[str, float]:
     """Return the seconds of a whole step by phase, over all runs of each phase."""
-    costs = _with_kept_weights(costs, workload)
+    costs = _with_gathered_weights(costs, workload)
     seconds = {phase: phase_seconds(cost, rates) for phase, cost in costs.items()}
     return _of_step(seconds, workload)
 
 
-def _with_kept_weights(costs: Mapping[str, Cost], workload: Workload) -> Mapping[str, Cost]:
+def _with_gathered_weights(costs: Mapping[str, Cost], workload: Workload) -> Mapping[str, Cost]:
     """Return the costs, with a mean forward as rollout if a rollout gathers weights only once."""
     cost, forwards = costs.get("rollout"), workload.rollout_forwards
     if workload.parallel.keep_gathered is not True or cost is None or not forwards:
@@ -140,7 +140,7 @@ def _with_kept_weights(costs: Mapping[str, Cost], workload: Workload) -> Mapping
 
 def received_in_step(costs: Mapping[str, Cost], workload: Workload) -> dict[str, float]:
     """Return the bytes that a GPU receives from others in a whole step, by field of ``Cost``."""
-    costs = _with_kept_weights(costs, workload)
+    costs = _with_gathered_weights(costs, workload)
     fields = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
     totals = {}
     for field in fields:
@@ -261,7 +261,7 @@ class Search:
         chunked = self._candidate(tier, *lean, CHUNK)
         return [chunked] if chunked.peak > self.limit else self._candidates(tier)
 
-    def keeping(self, found: Found) -> Found | None:
+    def keep_gathered(self, found: Found) -> Found | None:
         """Return the result with weights gathered through rollouts, None if they do not fit.
 
         ``keep_gathered`` of ``self.workload`` is then True.
