@@ -253,7 +253,7 @@ def test_the_table_of_methods_lists_every_constructor():
 def test_pages_are_short():
     lengths = {page: len((ROOT / page).read_text().splitlines()) for page in PAGES}
     assert lengths.pop("README.md") <= 250
-    assert lengths.pop("docs/configuration.md") <= 250  # generated
+    assert lengths.pop("docs/configuration.md") <= 280  # generated
     assert max(lengths.values()) <= 200, lengths
 
 

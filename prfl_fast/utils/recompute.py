@@ -139,27 +139,29 @@ class _Boundary(torch.autograd.Function):
 class _Call(NamedTuple):
     function: Function
     context: Context
-    x: torch.Tensor
+    x: torch.Tensor | None  # None if the graph is kept
     start: GradientEdge | None  # of x in the connecting graph, if x requires a gradient
     end: GradientEdge  # of the result in the connecting graph
-    result: torch.Tensor | None  # with a graph of its own that begins at ``leaf``
+    kept: GradientEdge | None  # of the result in a graph of its own that begins at ``leaf``
     leaf: torch.Tensor | None
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """Run the backward of the call, recomputed if need be; return the gradient of ``x``."""
-        result, leaf = self.result, self.leaf
+        kept, leaf = self.kept, self.leaf
         with self.context():
-            if result is None:
+            if kept is None:
+                assert self.x is not None
                 leaf = self.x.detach().requires_grad_(self.start is not None)
                 with torch.enable_grad():
                     result = self.function(leaf)
-            if not result.requires_grad:
-                raise ValueError(NO_GRADIENT)
+                if not result.requires_grad:
+                    raise ValueError(NO_GRADIENT)
+                kept = get_gradient_edge(result)
+                del result
             # backward, not autograd.grad: each parameter's gradient is accumulated into .grad as
             # soon as it is computed.
-            torch.autograd.backward(result, gradient)
-        assert leaf is not None
-        return leaf.grad
+            torch.autograd.backward([kept], [gradient])
+        return None if leaf is None else leaf.grad
 
 
 class SeparateCalls:
@@ -200,22 +202,22 @@ class SeparateCalls:
         Raises:
             ValueError: if the result of a kept call does not require a gradient.
         """
-        result = leaf = None
+        kept = leaf = None
         if keep:
             leaf = x.detach().requires_grad_(x.requires_grad)
             with context():
                 result = function(leaf)
             if not result.requires_grad:
                 raise ValueError(NO_GRADIENT)
-            values = result.detach()
+            values, kept = result.detach(), get_gradient_edge(result)
+            leaf = leaf if x.requires_grad else None
         else:
             with context(), torch.no_grad():
                 values = function(x.detach())
         out = _Boundary.apply(self._anchor, [values])
         start = get_gradient_edge(x) if x.requires_grad else None
-        self._calls.append(
-            _Call(function, context, x.detach(), start, get_gradient_edge(out), result, leaf)
-        )
+        saved, end = None if keep else x.detach(), get_gradient_edge(out)
+        self._calls.append(_Call(function, context, saved, start, end, kept, leaf))
         return out
 
     def backward(
