@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from prfl_fast.models.loading import read_wan, transformer_class, transformer_folder
 from prfl_fast.parallel.sharding import shard
 from prfl_fast.utils.io import check_fit
-from prfl_fast.utils.sharded import like_sharded, sharding_of
+from prfl_fast.utils.sharded import like_sharded, own_rows
 from prfl_fast.utils.shards import read_weights
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def load_sharded(
         device = torch.device("cuda", torch.cuda.current_device())
     state, nbytes = {}, 0
     for name, tensor in model.state_dict().items():
-        part = _own_rows(weights[name], tensor)
+        part = own_rows(weights[name], tensor)
         nbytes += part.nbytes
         # Tensors in a mapped file are not aligned, so they are copied even in the same dtype.
         part = part.to(device, tensor.dtype, copy=True)
@@ -76,21 +76,6 @@ def load_sharded(
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _own_rows(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a tensor in a file that this rank holds of ``tensor``."""
-    sharding = sharding_of(tensor)
-    if sharding is None:
-        return whole
-    mesh, placements = sharding
-    rows, start = len(whole), 0
-    for dimension, placement in enumerate(placements):
-        if placement.is_shard():  # by rows, in equal parts of which the last ones may be smaller
-            count = -(-rows // mesh.size(dimension))
-            start = mesh.get_local_rank(dimension) * count
-            rows = max(0, min(count, rows - start))
-    return whole[start : start + rows]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,9 @@ A checkpoint is a folder ``step-00000012``::
                         or model.safetensors (all other modules); of two experts, those that train
                         in transformer/ and transformer_2/
     ema.safetensors     the averaged trainable parameters, if averaging is on
+    sharded/            of sharded weights: each rank's parts of the optimizer's states, and of
+                        weights and averages in place of model/ and ema.safetensors, except in the
+                        checkpoints of the best and the last step
     state.pt            optimizer, counters, random number generators: tensors and plain values
 
 Files are written under a temporary name, flushed to disk, and renamed. A process killed at any
@@ -31,7 +34,16 @@ from typing import Any
 import torch
 
 from prfl_fast.parallel.ranks import Ranks
-from prfl_fast.training.model_files import load_model, save_model
+from prfl_fast.training.model_files import load_model, model_parts, save_model
+from prfl_fast.training.sharded_checkpoint import (
+    EMA,
+    any_sharded,
+    read_parts,
+    save_parts,
+    split_optimizer,
+    write_gathered,
+)
+from prfl_fast.training.sharded_checkpoint import FOLDER as PARTS
 from prfl_fast.utils.checks import check, torch_seed
 from prfl_fast.utils.digests import check_digests, file_digests
 from prfl_fast.utils.io import (
@@ -177,7 +189,7 @@ def _last_good(paths: list[Path]) -> Path | None:
     return None
 
 
-def save_checkpoint(
+def save_checkpoint(  # noqa: PLR0913 - the public face of a checkpoint
     folder: str | os.PathLike[str],
     step: int,
     model: torch.nn.Module,
@@ -188,14 +200,17 @@ def save_checkpoint(
     inputs: Mapping[str, Any] | None = None,
     keep_last: int = 0,
     best_step: int | None = None,
+    whole: bool = True,
     ranks: Ranks | None = None,
 ) -> Path:
     """Write the checkpoint ``folder/step-<step>`` and return its path; delete old checkpoints.
 
     ``state`` may hold tensors, numbers, strings, and lists, tuples and dicts of them. A resumed run
     must repeat ``settings``, and ``inputs`` too unless it accepts other ones. ``keep_last`` of 0
-    keeps all checkpoints; that of ``best_step`` is always kept. All ``ranks`` call this function,
-    and rank 0 writes.
+    keeps all checkpoints; that of ``best_step`` and that of ``final`` are always kept.
+
+    All ``ranks`` call this function. Sharded weights and averages are gathered, or with ``whole``
+    False written in parts, as the states of their optimizer are.
 
     Raises:
         OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
@@ -203,12 +218,10 @@ def save_checkpoint(
     path = Path(folder) / f"step-{step:08d}"
     ranks = ranks or Ranks()
     with _written_together(path, ranks) as temporary:
+        state, digests = _save_tensors(temporary, model, state, ema, whole, ranks)
         if ranks.main:
-            save_model(model, temporary / "model")
-            if ema is not None:
-                save_tensors(ema, temporary / "ema.safetensors")
             _save_state(state, path, temporary)
-            digests = file_digests(temporary)
+            digests |= file_digests(temporary, digests)
             content = {
                 "format": FORMAT,
                 "step": step,
@@ -223,10 +236,46 @@ def save_checkpoint(
         link_final(path)
         # Later ones do not count: they are damaged, and this run went back before them.
         earlier = [c for c in list_checkpoints(folder) if c[0] <= step] if keep_last else []
+        final = (Path(folder) / FINAL).resolve().parent
         for at, old in earlier[:-keep_last]:
-            if at != best_step:
+            if at != best_step and old.resolve() != final:
                 remove_atomic(old)
     return path
+
+
+def _save_tensors(
+    temporary: Path,
+    model: torch.nn.Module,
+    state: Mapping[str, Any],
+    ema: Mapping[str, torch.Tensor] | None,
+    whole: bool,
+    ranks: Ranks,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write weights and averages, and the parts of sharded tensors.
+
+    Return the state without those parts, and the digests of all ranks' files of parts. Errors are
+    raised on every rank, so that none waits for another.
+    """
+    rest = dict(state)
+    parts: dict[str, torch.Tensor] = {}
+    quantized: dict[str, torch.Tensor] = {}
+    if "optimizer" in state:
+        rest["optimizer"], parts, quantized = split_optimizer(state["optimizer"], ranks)
+    split = {} if whole else model_parts(model)
+    if any_sharded(split):
+        parts |= split
+    else:
+        save_model(model, temporary / "model", ranks)
+    if ema is not None and any_sharded(ema):
+        if whole:
+            write_gathered(ema, temporary / "ema.safetensors", ranks)
+        else:
+            parts |= {f"{EMA}{name}": tensor for name, tensor in ema.items()}
+    elif ema is not None:
+        ranks.on_main(save_tensors, ema, temporary / "ema.safetensors")
+    if not parts and not quantized:
+        return rest, {}
+    return rest, save_parts(temporary / PARTS, parts, quantized, ranks)
 
 
 @contextlib.contextmanager
@@ -263,6 +312,8 @@ def link_final(checkpoint: Path) -> None:
     """Link ``final`` beside a checkpoint to its model; keep a folder of that name."""
     link = checkpoint.parent / FINAL
     if link.exists() and not link.is_symlink():
+        return
+    if not (checkpoint / "model").is_dir():  # its weights are in parts
         return
     with contextlib.suppress(OSError):  # some file systems have no links
         link_atomic(link, Path(checkpoint.name, "model"))
@@ -344,7 +395,8 @@ def load_checkpoint(
             ``accept_inputs``, other inputs are only logged.
     """
     path = Path(path)
-    content = (ranks or Ranks()).on_main(read_checkpoint, path)  # reads all files: once
+    ranks = ranks or Ranks()
+    content = ranks.on_main(read_checkpoint, path)  # reads all files: once
     saved = content.get("settings", {})
     wanted = json.loads(json.dumps(dict(settings or {})))  # tuples become lists, as in the file
     if content["format"] == _UNDIGESTED and (new := wanted.keys() - saved.keys()):
@@ -356,12 +408,15 @@ def load_checkpoint(
             "Restore the value, or start in a new folder"
         )
     _compare_inputs(path, content.get("inputs"), inputs or {}, accept_inputs)
-    state = load_pickled(path / "state.pt")
+    state = load_pickled(path / "state.pt", mmap=ranks.several)  # of which a rank uses a part
     step = content.get("step")
     inner = state.get("step", step) if isinstance(state, dict) else step
     check(inner == step, f"step in {path / 'state.pt'}", inner, f"{step}, as in checkpoint.json")
     ema = load_tensors(path / "ema.safetensors") if (path / "ema.safetensors").is_file() else None
-    load_model(model, path / "model")
+    if (path / "model").is_dir():
+        load_model(model, path / "model")
+    else:
+        read_parts(path / PARTS, model_parts(model), ranks)
     return state, ema
 
 

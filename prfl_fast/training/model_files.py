@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.models.experts import FOLDERS, Experts
 from prfl_fast.models.other import VelocityModel
+from prfl_fast.parallel.ranks import Ranks
+from prfl_fast.training.sharded_checkpoint import MODEL, any_sharded, copy_into, write_gathered
 from prfl_fast.utils.adapters import (
     ADAPTER_METADATA,
     PIPELINE_PART,
@@ -23,31 +25,14 @@ from prfl_fast.utils.adapters import (
 )
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
-from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, save_tensors
+from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors
 from prfl_fast.utils.modules import layers_of, unwrap
 from prfl_fast.utils.optional import need
+from prfl_fast.utils.sharded import is_dtensor, local_part
 
 # Kinds of adapters whose scale in a layer is alpha / rank.
 _SCALED = ("LORA", "LOHA", "LOKR")
 _UNSAVABLE = (torch.complex128, torch.quint8, torch.qint8, torch.qint32)
-
-
-def copy_into(
-    tensors: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], source: object
-) -> None:
-    """Copy ``tensors`` into ``targets`` in place; errors name the file ``source``.
-
-    Raises:
-        ValueError: if names, shapes or dtypes differ. No target is changed then.
-    """
-    check_fit(targets, tensors, source, dtypes=True)
-    with torch.no_grad():
-        for name, target in targets.items():
-            tensor = tensors[name]
-            for dim, stride in enumerate(target.stride()):
-                if stride == 0 and target.shape[dim] > 1:  # expanded, which copy_ cannot write
-                    target, tensor = target.narrow(dim, 0, 1), tensor.narrow(dim, 0, 1)
-            target.copy_(tensor)
 
 
 def adapter_name(model: torch.nn.Module) -> str | None:
@@ -78,9 +63,9 @@ def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return dict(model.state_dict())
     read = need("peft").get_peft_model_state_dict
     tensors: dict[str, torch.Tensor] = read(model, adapter_name=name)
-    stored = {t.data_ptr() for t in tensors.values()}
+    stored = {local_part(t).data_ptr() for t in tensors.values()}
     for other, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.data_ptr() not in stored:
+        if parameter.requires_grad and local_part(parameter).data_ptr() not in stored:
             raise ValueError(
                 f"{other} is trained beside adapter {name!r}, but only the adapter is saved. "
                 "Freeze it, or list it in peft's modules_to_save"
@@ -134,29 +119,33 @@ def without_function(model: torch.nn.Module) -> Any:
     return next((layer for layer in wrappers if hasattr(layer, "get_base_model")), bare)
 
 
-def check_savable(model: torch.nn.Module) -> None:
+def check_savable(model: torch.nn.Module, shards: bool = False) -> None:
     """Check that ``model`` can be saved, before a training whose result would be lost.
+
+    ``shards`` allows parts of sharded tensors, of a run that knows its other ranks.
 
     Raises:
         ValueError: if the model trains several adapters or parameters beside an adapter, or a
-            tensor has no plain bytes (torchao's weights, shards, meta tensors).
+            tensor has no plain bytes (torchao's weights, meta tensors, shards).
         MissingExtraError: if safetensors, or the peft of an adapter, is not installed.
     """
     need("safetensors.torch")
     if isinstance(model, Experts):
         for expert in model.trained:
-            check_savable(getattr(model, expert))
+            check_savable(getattr(model, expert), shards)
         return
     model = without_function(model)
     for name, tensor in stored_tensors(model).items():
-        kind = type(tensor).__name__
+        kind, hint = type(tensor).__name__, "Train an adapter, which is saved alone"
+        hint = "Give Trainer the mesh" if is_dtensor(tensor) else hint
+        tensor = local_part(tensor) if shards else tensor
         plain = isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor)
         if plain and (tensor.is_meta or is_lazy(tensor)):
             plain, kind = False, "a meta tensor or one without a shape yet"
         elif plain and (tensor.layout != torch.strided or tensor.dtype in _UNSAVABLE):
             plain, kind = False, f"{tensor.layout} of {tensor.dtype}"
         expected = "a plain tensor, as safetensors cannot hold it"
-        check(plain, name, kind, expected, hint="Train an adapter, which is saved alone")
+        check(plain, name, kind, expected, hint=hint)
     if adapter_name(model) is not None:
         try:
             json.dumps(_adapter_settings(model))
@@ -164,23 +153,51 @@ def check_savable(model: torch.nn.Module) -> None:
             raise ValueError(f"the adapter's configuration cannot be saved: {error}") from error
 
 
-def save_model(model: torch.nn.Module, folder: Path) -> None:
-    """Write ``model`` into ``folder``; :mod:`prfl_fast.training.checkpoint` lists the files."""
+def model_parts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model that is saved in parts, not copied; none for an adapter."""
+    found: dict[str, torch.Tensor] = {}
+    experts = model.trained if isinstance(model, Experts) else ()
+    for prefix, part in [(f"{FOLDERS[name]}.", getattr(model, name)) for name in experts] or [
+        ("", model)
+    ]:
+        bare = without_function(part)
+        if adapter_name(bare) is not None:  # it is small
+            return {}
+        found |= {f"{MODEL}{prefix}{n}": t for n, t in stored_tensors(bare).items()}
+    return found
+
+
+def save_model(model: torch.nn.Module, folder: Path, ranks: Ranks | None = None) -> None:
+    """Write ``model`` into ``folder``; :mod:`prfl_fast.training.checkpoint` lists the files.
+
+    All ``ranks`` call it. Rank 0 writes, and sharded tensors are gathered one by one.
+    """
+    ranks = ranks or Ranks()
     if isinstance(model, Experts):
         for expert in model.trained:
-            save_model(getattr(model, expert), folder / FOLDERS[expert])
+            save_model(getattr(model, expert), folder / FOLDERS[expert], ranks)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     model = without_function(model)
-    path = folder / _model_file(model)
-    if adapter_name(model) is not None:
-        settings = json.dumps(_adapter_settings(model), sort_keys=True)
-        save_tensors(_adapter_tensors(model), path, {"format": "pt", ADAPTER_METADATA: settings})
-        write_digests(folder, (path.name,))
-        return
-    if hasattr(model, "save_config"):
-        model.save_config(folder)  # type: ignore[operator]
-    save_tensors(stored_tensors(model), path)
+    path, metadata = folder / _model_file(model), {"format": "pt"}
+    adapter = adapter_name(model) is not None
+    if adapter:
+        tensors = _adapter_tensors(model)
+        metadata[ADAPTER_METADATA] = json.dumps(_adapter_settings(model), sort_keys=True)
+    else:
+        tensors = stored_tensors(model)
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not adapter and hasattr(model, "save_config"):
+            model.save_config(folder)  # type: ignore[operator]
+
+    ranks.on_main(begin)
+    if any_sharded(tensors):
+        write_gathered(tensors, path, ranks, metadata)
+    else:
+        ranks.on_main(save_tensors, tensors, path, metadata)
+    if adapter:
+        ranks.on_main(write_digests, folder, (path.name,))
 
 
 def load_model(model: torch.nn.Module, folder: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,16 @@ from prfl_fast.memory.offload import HostMemoryError
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
+from prfl_fast.utils.modules import device_of
+from prfl_fast.utils.sharded import discard_gradients
 from prfl_fast.utils.units import GIB
 
 # torch raises a plain RuntimeError with these words if another allocator than its own fails.
 _SIGNS = ("CUDA error: out of memory", "ALLOC_FAILED", "CPUAllocator: can't allocate memory")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Error for a full device, with the phase that failed, the memory in use, and advice."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -90,6 +96,33 @@ def memory_report(device: torch.device, live: Mapping[str, int]) -> list[str]:
             lost = _shown(sizes["reserved"] - sizes["allocated"])
             lines.append(f"{lost} reserved but not allocated: {EXPANDABLE} may help")
     return [*lines, "live: " + ", ".join(f"{n} {_shown(size)}" for n, size in live.items())]
+
+
+def report(
+    error: BaseException,
+    place: str,
+    advise: Callable[[], str] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    **held: Any,
+) -> OutOfMemoryError:
+    """Free gradients and the failed forward; return the error for a device that is full.
+
+    ``held`` are those of :func:`live_bytes`.
+    """
+    device = device_of(model)
+    live = live_bytes(device, model, optimizer, **held)
+    first = str(error).partition("\n")[0]
+    lines = [f"out of memory in {place}: {first}", *memory_report(device, live)]
+    # The frames of the traceback hold the activations of the forward that failed.
+    traceback.clear_frames(error.__traceback__)
+    discard_gradients(model)
+    if advise is not None:
+        try:
+            lines.append(advise())
+        except Exception as failure:  # noqa: BLE001 - the report matters more than the advice
+            lines.append(f"(no advice: {failure})")
+    return OutOfMemoryError("\n".join(lines))
 
 
 def modules_in(*roots: Any) -> list[nn.Module]:

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,15 +39,15 @@ from prfl_fast.training.checkpoint import (
 from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
 from prfl_fast.training.evaluation import Evaluated, EvaluationInterrupted, PeriodicEvaluation
 from prfl_fast.training.logging import TrainingLog, check_loggers
-from prfl_fast.training.model_files import check_savable, copy_into
+from prfl_fast.training.model_files import check_savable
 from prfl_fast.training.objectives import Objective, one_expert
-from prfl_fast.training.oom import is_out_of_memory, live_bytes, memory_report, phase_of
+from prfl_fast.training.oom import OutOfMemoryError, is_out_of_memory, phase_of, report
+from prfl_fast.training.sharded_checkpoint import load_average, load_optimizer
 from prfl_fast.training.signals import collect_signals
 from prfl_fast.training.updates import Updater, detached, read_means
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries
-from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.progress import step_progress
 from prfl_fast.utils.sharded import delayed_reduction, discard_gradients, local_part
 
@@ -58,10 +57,6 @@ _log = logging.getLogger("prfl_fast")
 
 class NonFiniteTrainingError(RuntimeError):
     """Error that ends a training with NaN or infinite values; it names the saved state."""
-
-
-class OutOfMemoryError(RuntimeError):
-    """Error for a full device, with the phase that failed, the memory in use, and advice."""
 
 
 class Trainer:
@@ -155,7 +150,7 @@ class Trainer:
         self._inputs = dict(identity.inputs)
         self._saved_step: int | None = None
         if self.folder is not None:
-            check_savable(model)
+            check_savable(model, shards=ranks.several)
             ranks.on_main(check_free, self.folder)
         self._newest = ranks.on_main(self._newest_step)
         self.resumed_from = ranks.on_main(find_checkpoint, self.folder, resume)
@@ -168,9 +163,9 @@ class Trainer:
         state, ema = load_checkpoint(path, self.model, **run)
         if state["parameters"] != list(self.parameters):
             raise ValueError(f"{path}: trained other parameters. Freeze the same ones in this run")
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], path, self.ranks)
         if self.ema is not None:
-            copy_into(ema or {}, self.ema, path / "ema.safetensors")
+            load_average(self.ema, ema, path, self.ranks)
         self.result.step, self.result.skipped = state["step"], state["skipped"]
         self._in_a_row, self._draws = state["in_a_row"], dict(state["draws"])
         self._done = {n: (dict(m), ok) for n, (m, ok) in state.get("done", {}).items()}
@@ -209,8 +204,11 @@ class Trainer:
             )
         return self._save()
 
-    def _save(self) -> Path:
-        """Write a checkpoint, of an incomplete step too, which a resumed run then completes."""
+    def _save(self, whole: bool = True) -> Path:
+        """Write a checkpoint, of an incomplete step too, which a resumed run then completes.
+
+        Without ``whole``, sharded weights are not gathered.
+        """
         assert self.folder is not None
         bad = (n for n, p in self.parameters.items() if not torch.isfinite(local_part(p)).all())
         for name in filter(None, self.ranks.gather(next(bad, None))):
@@ -232,7 +230,12 @@ class Trainer:
             **random_states(self.generator, self.ranks),
         }
         step = self.result.step
-        rest: Any = {"ema": self.ema, "settings": self._identity, "inputs": self._inputs}
+        rest: Any = {
+            "whole": whole,
+            "ema": self.ema,
+            "settings": self._identity,
+            "inputs": self._inputs,
+        }
         rest["keep_last"] = self.config.keep_last
         rest["best_step"] = self.evaluation.best_step
         with self._held():
@@ -293,13 +296,19 @@ class Trainer:
                 self._take_steps(bar)
                 if self._agreement.signals:
                     self.result.stopped_by = self._agreement.signals[0]
-            if self.folder is not None and (self._done or self._saved_step != self.result.step):
+            if self.folder is not None and (self._done or not self.ranks.on_main(self._has_model)):
                 self._save()
         finally:
             if self._log is not None:
                 self._log.close()
                 self._log = None
         return self.result
+
+    def _has_model(self) -> bool:
+        """Return True if the current state is saved, with its weights as a model."""
+        assert self.folder is not None
+        model = self.folder / f"step-{self.result.step:08d}" / "model"
+        return self._saved_step == self.result.step and model.is_dir()
 
     def _check_whole(self) -> None:
         if self._partly_updated:
@@ -368,7 +377,7 @@ class Trainer:
         every = self.config.save_every
         best = self.evaluation.best_step == step
         if self.folder is not None and (best or (every and step % every == 0)):
-            self.save()
+            self._save(whole=best or step == self.config.steps)
         if self.on_step is not None:
             self.on_step(record)
 
@@ -482,18 +491,6 @@ class Trainer:
 
     def _out_of_memory(self, place: str, error: BaseException) -> OutOfMemoryError:
         """Free gradients and the failed forward, and return the report."""
-        step = self.result.step + 1
-        device = device_of(self.model)
         held: Any = {"average": self.ema or {}, "others": self.objectives}
-        live = live_bytes(device, self.model, self.optimizer, **held)
-        first = str(error).partition("\n")[0]
-        lines = [f"out of memory in {place}, step {step}: {first}", *memory_report(device, live)]
-        # The frames of the traceback hold the activations of the forward that failed.
-        traceback.clear_frames(error.__traceback__)
-        discard_gradients(self.model)
-        if self.advise is not None:
-            try:
-                lines.append(self.advise())
-            except Exception as failure:  # noqa: BLE001 - the report matters more than the advice
-                lines.append(f"(no advice: {failure})")
-        return OutOfMemoryError("\n".join(lines))
+        place = f"{place}, step {self.result.step + 1}"
+        return report(error, place, self.advise, self.model, self.optimizer, **held)

@@ -1,7 +1,7 @@
 """Write and check the SHA-256 digests of the files of a folder."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ DIGESTS = "digests.json"
 _log = logging.getLogger("prfl_fast")
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Return the digest of every file below ``folder`` by its path relative to it."""
+def file_digests(folder: Path, known: Container[str] = ()) -> dict[str, str]:
+    """Return the digest of every file below ``folder`` by its path, but of those in ``known``."""
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return {p.relative_to(folder).as_posix(): digest_of(p) for p in paths}
+    names = [(path.relative_to(folder).as_posix(), path) for path in paths]
+    return {name: digest_of(path) for name, path in names if name not in known}
 
 
 def check_digests(folder: Path, digests: Mapping[str, Any], hint: str) -> None:

@@ -92,6 +92,21 @@ def sharding_of(tensor: Any) -> tuple[Any, tuple[Any, ...]] | None:
     return (tensor.device_mesh, tuple(tensor.placements)) if is_dtensor(tensor) else None
 
 
+def own_rows(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a whole tensor that this rank holds of ``tensor``; all if it is whole."""
+    sharding = sharding_of(tensor)
+    if sharding is None:
+        return whole
+    mesh, placements = sharding
+    rows, start = len(whole), 0
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():  # by rows, in equal parts of which the last ones may be smaller
+            count = -(-rows // mesh.size(dimension))
+            start = mesh.get_local_rank(dimension) * count
+            rows = max(0, min(count, rows - start))
+    return whole[start : start + rows]
+
+
 def norm_over(norm: torch.Tensor, sharding: tuple[Any, tuple[Any, ...]]) -> torch.Tensor:
     """Return the norm of a sharded tensor, from the norm of this rank's part."""
     mesh, placements = sharding
