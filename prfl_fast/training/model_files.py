@@ -25,10 +25,10 @@ from prfl_fast.utils.adapters import (
 )
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
-from prfl_fast.utils.io import load_tensors, open_tensors, save_tensors
+from prfl_fast.utils.io import load_tensors, open_tensors, read_json, save_tensors
 from prfl_fast.utils.modules import layers_of, unwrap
 from prfl_fast.utils.optional import need
-from prfl_fast.utils.sharded import is_dtensor, local_part
+from prfl_fast.utils.sharded import class_name, is_dtensor, is_fsdp, local_part
 
 # Kinds of adapters whose scale in a layer is alpha / rank.
 _SCALED = ("LORA", "LOHA", "LOKR")
@@ -190,6 +190,10 @@ def save_model(model: torch.nn.Module, folder: Path, ranks: Ranks | None = None)
         folder.mkdir(parents=True, exist_ok=True)
         if not adapter and hasattr(model, "save_config"):
             model.save_config(folder)  # type: ignore[operator]
+            if is_fsdp(model):  # whose class has a name of its own
+                content = {**read_json(folder / "config.json"), "_class_name": class_name(model)}
+                text = json.dumps(content, indent=2, sort_keys=True)  # as diffusers writes it
+                (folder / "config.json").write_text(text + "\n")
 
     ranks.on_main(begin)
     if any_sharded(tensors):

@@ -122,6 +122,13 @@ def is_fsdp(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, without the prefix that FSDP2 gives it."""
+    kinds = type(module).__mro__
+    plain = (k for k in kinds if all(base.__name__ != "FSDPModule" for base in k.__mro__))
+    return next(plain).__name__
+
+
 def is_fsdp_hook(hook: object) -> bool:
     """Return True for a hook of FSDP2, which gathers or frees weights and changes no value."""
     return str(getattr(hook, "__module__", "")).startswith(_HOOKS_OF)

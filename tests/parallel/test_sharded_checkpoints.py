@@ -1,4 +1,6 @@
-"""Checkpoints of sharded weights: read with any sharding, complete or absent, and never unpickled."""
+"""Checkpoints of sharded weights: read with any sharding, and complete or absent."""
+
+import importlib
 
 import numpy as np
 import pytest
@@ -6,14 +8,26 @@ import torch
 from prfl_world import SHAPE, make_wan, normal, with_lora
 from ranks import run_ranks
 from sharded_world import full
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from prfl_fast.parallel import ParallelConfig, make_mesh, shard
+from prfl_fast.memory.optimizers import make_optimizer
+from prfl_fast.parallel import OtherRankError, ParallelConfig, make_mesh, shard
+from prfl_fast.parallel.ranks import Ranks
+from prfl_fast.parallel.sharding import shard_mesh
 from prfl_fast.training import TrainConfig, Trainer
+from prfl_fast.training.checkpoint import list_checkpoints, read_checkpoint
+from prfl_fast.training.sharded_checkpoint import (
+    load_optimizer,
+    read_parts,
+    save_parts,
+    split_optimizer,
+)
 from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.sharded import local_part
 
 PARTS, WHOLE = "step-00000002", "step-00000003"
 # Shards of each number of ranks; 2 of 4 are two copies, 1 leaves weights whole.
-LAYOUTS = {1: (None,), 2: (2, 1), 4: (4, 2)}
+FEW, MANY = {1: (None,), 2: (2,)}, {1: (None,), 2: (2, 1), 4: (4, 2)}
 
 
 class Fit:
@@ -58,6 +72,8 @@ def train(folder, shards, lora, resume="auto"):
         found[f"step-{record['step']:08d}"] = snapshot(trainer)
 
     trainer = make(shards, lora, folder=folder, resume=resume, on_step=note)
+    if trainer.result.step == 0:
+        trainer.generator.manual_seed(5)  # all ranks have the samples of one process
     trainer.run()
     return found
 
@@ -67,19 +83,24 @@ def differences(ours, theirs):
     return [name for name in ours if not np.array_equal(ours[name], theirs[name])]
 
 
-def on(ranks, function):
+def on(ranks, layouts, function):
     """Return the result of rank 0 for each layout of so many ranks."""
-    call = lambda: {shards: function(shards) for shards in LAYOUTS[ranks]}  # noqa: E731
+    call = lambda: {shards: function(shards) for shards in layouts}  # noqa: E731
     return call() if ranks == 1 else run_ranks(ranks, call)[0]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_read_with_any_sharding_and_continued_bit_for_bit(lora, tmp_path):
-    saved = {}
-    for ranks in LAYOUTS:
-        folder = lambda shards: tmp_path / f"{ranks}-{shards}"  # noqa: B023, E731
-        for shards, found in on(ranks, lambda s: train(folder(s), s, lora)).items():  # noqa: B023
-            saved[folder(shards)] = found
+@pytest.mark.parametrize(
+    ("layouts", "lora"),
+    [(FEW, False), (FEW, True), *(pytest.param(MANY, x, marks=pytest.mark.slow) for x in (0, 1))],
+)
+def test_read_with_any_sharding_and_continued_bit_for_bit(layouts, lora, tmp_path):
+    saved, origins = {}, {}
+    for ranks, each in layouts.items():
+        folders = {shards: tmp_path / f"{ranks}-{shards}" for shards in each}
+        results = on(ranks, each, lambda s: train(folders[s], s, lora))  # noqa: B023
+        for shards, found in results.items():
+            saved[folders[shards]] = found
+        origins[ranks] = folders
 
     def read(shards):
         bad = []
@@ -89,18 +110,17 @@ def test_read_with_any_sharding_and_continued_bit_for_bit(lora, tmp_path):
                 bad += [(path.name, name, n) for n in differences(here, found[name])]
         return bad
 
-    for ranks in LAYOUTS:
-        assert on(ranks, read) == dict.fromkeys(LAYOUTS[ranks], [])
+    for ranks, each in layouts.items():
 
-    def resumed(shards):
-        origin = (
-            tmp_path / f"{'1' if shards is None else torch.distributed.get_world_size()}-{shards}"
-        )
-        ended = train(None, shards, lora, resume=origin / PARTS)
-        return differences(ended[WHOLE], saved[origin][WHOLE])
+        def resumed(shards):
+            origin = origins[ranks][shards]  # noqa: B023
+            ended = train(None, shards, lora, resume=origin / PARTS)
+            return read(shards) + differences(ended[WHOLE], saved[origin][WHOLE])
 
-    for ranks in LAYOUTS:
-        assert on(ranks, resumed) == dict.fromkeys(LAYOUTS[ranks], [])
+        assert on(ranks, each, resumed) == dict.fromkeys(each, [])
+    for found in saved.values():
+        for name, wanted in saved[tmp_path / "1-None"][WHOLE].items():
+            assert np.abs(found[WHOLE][name] - wanted).max() <= 1e-10, name
     # Parts alone until the end, which has the files of one process.
     names = lambda path: {p.relative_to(path).as_posix() for p in path.rglob("*")}  # noqa: E731
     for path in saved:
@@ -108,11 +128,149 @@ def test_read_with_any_sharding_and_continued_bit_for_bit(lora, tmp_path):
         split = path.name not in ("1-None", "2-1")
         assert (path / WHOLE / "sharded").is_dir() == (path / PARTS / "sharded").is_dir() == split
         assert (path / PARTS / "model").is_dir() == (lora or not split)
-        # Files of one process with the same weights have the same content.
-        one = make(lora=lora, folder=tmp_path / f"{path.name}-one", resume=path / WHOLE)
-        whole = one.save()
+        one = make(lora=lora, folder=tmp_path / f"{path.name}-one", resume=path / WHOLE).save()
         for name in (*names(path / "final"), "../ema.safetensors"):
-            if name.endswith(".safetensors"):
-                ours, theirs = (load_tensors(p / "model" / name) for p in (path / WHOLE, whole))
+            ours, theirs = path / WHOLE / "model" / name, one / "model" / name
+            if name.endswith("safetensors"):
+                (ours, theirs), both = map(load_tensors, (ours, theirs)), ours.name
                 assert ours.keys() == theirs.keys()
-                assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+                assert all(torch.equal(ours[n], theirs[n]) for n in ours), both
+            elif name == "config.json":
+                assert ours.read_text() == theirs.read_text()
+
+
+class Once:
+    """Raise an error the first time on one rank; call the function otherwise."""
+
+    def __init__(self, function, rank):
+        self.function, self.left = function, torch.distributed.get_rank() == rank
+
+    def __call__(self, *args, **options):
+        if self.left:
+            self.left = False
+            raise OSError(28, "No space left on device")
+        return self.function(*args, **options)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_error_of_one_rank_leaves_nothing_and_the_next_save_works(lora, tmp_path):
+    places = [
+        ("prfl_fast.training.sharded_checkpoint.digest_of", 1),
+        ("safetensors.torch.save", 1),  # DCP's writer
+        ("prfl_fast.training.sharded_checkpoint.write_tensors", 0),
+        ("prfl_fast.training.checkpoint.file_digests", 0),
+    ]
+
+    def failing():
+        trainer, found = make(2, lora, folder=tmp_path / "run"), []
+        trainer._step(None)
+        for place, rank in places:
+            with pytest.MonkeyPatch.context() as patch:
+                module, _, name = place.rpartition(".")
+                patch.setattr(place, Once(getattr(importlib.import_module(module), name), rank))
+                with pytest.raises((OSError, OtherRankError), match="No space left"):
+                    trainer.save()
+            torch.distributed.barrier()
+            found.append(sorted(p.name for p in (tmp_path / "run").glob("*")))
+            torch.distributed.barrier()
+        trainer.save()
+        return found
+
+    folders, _ = run_ranks(2, failing)
+    assert all(names in ([], ["in-use.lock"], [".lock"]) for names in folders), folders
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [1]
+    read_checkpoint(tmp_path / "run" / "step-00000001")
+
+
+def test_a_damaged_part_is_found_and_the_last_good_one_is_read(tmp_path):
+    run_ranks(2, lambda: train(tmp_path / "run", 2, True) and None)
+    path = next((tmp_path / "run" / WHOLE / "sharded").glob("shard-00002-*"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+    def damaged():
+        with pytest.raises((ValueError, OtherRankError), match=f"SHA-256 of .*{path.name}"):
+            make(2, True, folder=tmp_path / "run")
+        return make(2, True, folder=tmp_path / "run", resume="last-good").result.step
+
+    assert run_ranks(2, damaged) == [2, 2]
+    assert make(lora=True, resume=tmp_path / "run" / PARTS).result.step == 2
+
+
+def test_uneven_parts_on_other_meshes(tmp_path):
+    whole = {"model.a": normal(1, (5, 3)), "model.b": normal(2, (1, 7)), "ema.c": normal(3, ())}
+
+    def split(shards, zero):
+        mesh = shard_mesh(make_mesh(ParallelConfig(shard=shards)))
+        placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+        return {
+            name: distribute_tensor(tensor * (not zero), mesh, placements) if tensor.ndim else
+            tensor * (not zero)
+            for name, tensor in whole.items()
+        }  # fmt: skip
+
+    def save():
+        for shards in (4, 2):
+            ranks = Ranks(make_mesh(ParallelConfig(shard=shards)))
+            save_parts(tmp_path / f"{shards}", split(shards, False), {}, ranks)
+        return True
+
+    def read(*sizes):
+        for shards in sizes:
+            ranks = Ranks(make_mesh(ParallelConfig(shard=shards)))
+            for path in (tmp_path / "4", tmp_path / "2"):
+                targets = split(shards, True)
+                read_parts(path, targets, ranks)
+                assert all(torch.equal(full(t), whole[n]) for n, t in targets.items())
+        return True
+
+    assert all(run_ranks(4, save)) and all(run_ranks(4, read, 4, 2)) and all(run_ranks(2, read, 2))
+    targets = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    read_parts(tmp_path / "4", targets, Ranks())
+    assert all(torch.equal(t, whole[n]) for n, t in targets.items())
+    with pytest.raises(ValueError, match="1 of another shape or dtype .model.a"):
+        read_parts(tmp_path / "4", {**targets, "model.a": torch.zeros(5, 4).double()}, Ranks())
+
+
+def test_states_of_8_bits_are_read_on_the_same_mesh_only(tmp_path):
+    pytest.importorskip("torchao")
+
+    def optimizer(mesh=None):
+        torch.manual_seed(0)
+        weights = [torch.randn(129, 64), torch.randn(64), torch.randn(128, 64)]
+        if mesh is not None:
+            weights = [distribute_tensor(w, shard_mesh(mesh), [Shard(0)]) for w in weights]
+        parameters = [torch.nn.Parameter(w) for w in weights]
+        return parameters, make_optimizer("adamw8bit", parameters, learning_rate=0.1)
+
+    def step(parameters, optimizer):
+        for p in parameters:
+            p.grad = p.detach() * 0.5
+        optimizer.step()
+
+    def save_and_read():
+        mesh = make_mesh(ParallelConfig(shard=2))
+        ranks, found = Ranks(mesh), optimizer(mesh)
+        step(*found)
+        rest, parts, quantized = split_optimizer(found[1].state_dict(), ranks)
+        assert len(quantized) == 4 and len(parts) == 2
+        save_parts(tmp_path / "sharded", parts, quantized, ranks)
+        other = optimizer(mesh)
+        with torch.no_grad():
+            for p, q in zip(other[0], found[0], strict=True):
+                local_part(p).copy_(local_part(q))
+        load_optimizer(other[1], rest, tmp_path, ranks)
+        step(*found)
+        step(*other)
+        pairs = zip(other[0], found[0], strict=True)
+        assert all(torch.equal(local_part(p), local_part(q)) for p, q in pairs)
+        whole = optimizer()
+        step(*whole)
+        with pytest.raises(ValueError, match="of a whole weight.*Resume with shard: 1"):
+            load_optimizer(other[1], whole[1].state_dict(), tmp_path / "none", ranks)
+        return rest
+
+    rest, _ = run_ranks(2, save_and_read)
+    with pytest.raises(ValueError, match="ranks with 8-bit .* 2, expected 1, .*on the mesh"):
+        load_optimizer(optimizer()[1], rest, tmp_path, Ranks())
