@@ -15,9 +15,8 @@ import report
 import torch
 from harness import Context, SuiteResult, Table
 
-from prfl_fast import parallel
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.parallel import ParallelConfig
+from prfl_fast.parallel import ParallelConfig, distribution
 from prfl_fast.planning import Workload
 from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.search import received_in_step, step_seconds
@@ -86,13 +85,13 @@ def _wide_gathers() -> Iterator[None]:
 
     Its flat parameters are not cached by autocast, which would keep a bfloat16 copy of all weights.
     """
-    own = parallel.shard
-    parallel.shard = lambda model, mesh, *, param_dtype, **rest: own(model, mesh, **rest)
+    own = distribution.shard
+    distribution.shard = lambda model, mesh, *, param_dtype, **rest: own(model, mesh, **rest)
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        parallel.shard = own
+        distribution.shard = own
         torch.set_autocast_cache_enabled(True)
 
 

@@ -246,7 +246,9 @@ def _run(options: argparse.Namespace, program: bool) -> int:
     if options.command != "score":
         if options.deep and not options.check:
             raise ValueError("--deep is given alone, expected --check --deep")
-        chosen = RunOptions(options.check, options.deep, options.accept_changed_inputs)
+        chosen = RunOptions(
+            options.check, options.deep, options.accept_changed_inputs, options.config
+        )
     with _reasons_shown() if options.command != "score" else contextlib.nullcontext():
         return command(load_config(kind, options.config), chosen)
 

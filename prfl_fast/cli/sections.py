@@ -374,6 +374,11 @@ class ParallelSection(Section):
         "shards them over all GPUs.",
     )
     sequence: Count = key(1, "GPUs that share a video, each with a part of its tokens.")
+    keep_gathered: bool | Literal["auto"] = key(
+        "auto",
+        "Keep shared weights whole on each GPU through a rollout, which then communicates once; "
+        "prfl-fast plan --apply fills in auto, which is false in a run.",
+    )
     points: Literal["shared", "own"] = key(
         "shared",
         "Steps with gradient of the prfl objective: the same on all GPUs, as published, or drawn "
@@ -390,7 +395,7 @@ class ParallelSection(Section):
 
     def build(self) -> ParallelConfig:
         """Return the library's configuration of these keys."""
-        return ParallelConfig(self.shard, self.sequence)
+        return ParallelConfig(self.shard, self.sequence, self.keep_gathered)
 
 
 class HardwareSection(Section):

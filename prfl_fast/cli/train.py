@@ -1,13 +1,12 @@
 """Run ``prfl-fast train`` and ``prfl-fast train-reward`` from a checked configuration."""
 
-import contextlib
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +32,7 @@ from prfl_fast.cli.objectives import (
     sampler_of,
 )
 from prfl_fast.cli.plan import choose_memory, choose_reward_memory, next_policy, note
+from prfl_fast.cli.ranks import Job, join, reads_parts
 from prfl_fast.cli.reward_sections import NamedReward, ReferenceReward
 from prfl_fast.cli.sections import (
     MemorySection,
@@ -48,8 +48,6 @@ from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.experts import NAMES, Experts
 from prfl_fast.models.registry import patch, unpatch
-from prfl_fast.parallel.launch import join_ranks
-from prfl_fast.parallel.mesh import make_mesh
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.checkpoint import FINAL, rank_seed
@@ -61,7 +59,6 @@ from prfl_fast.training.model_files import load_model
 from prfl_fast.training.objectives import Objective, RewardFit
 from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.units import plural
 
@@ -83,42 +80,19 @@ class RunOptions:
         check: load and check everything, and write nothing.
         deep: read every sample with ``check``.
         accept_changed_inputs: resume with other data or models.
+        file: path of the YAML file, for errors.
     """
 
     check: bool = False
     deep: bool = False
     accept_changed_inputs: bool = False
-
-
-class Job(NamedTuple):
-    """Hold the ranks of a run and the device of this one."""
-
-    ranks: Ranks
-    device: torch.device
+    file: str = "FILE.yaml"
 
 
 def run_train(config: TrainFile, options: RunOptions) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
-    with _job(config, options) as job:
+    with join(config, options.file, check_only=options.check) as job:
         return _train(config, options, job)
-
-
-@contextlib.contextmanager
-def _job(config: TrainFile | TrainRewardFile, options: RunOptions) -> Iterator[Job]:
-    """Join the ranks of torchrun, and hold the folder of a run from before it is read.
-
-    A check holds and writes nothing.
-    """
-    loading.check_writable(Path(config.out), "out")
-    device = loading.device_of(config.hardware)
-    with join_ranks(device.type) as own:
-        device = device if own is None else own
-        mesh = None if own is None else make_mesh(config.parallel.build(), device.type)
-        ranks = Ranks(mesh)
-        with contextlib.ExitStack() as stack:
-            if not options.check:
-                ranks.on_main(stack.enter_context, hold_folder(config.out))
-            yield Job(ranks, device)
 
 
 def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
@@ -132,6 +106,7 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     for folder, source in itertools.product(folders, datasets):
         loading.check_model(folder, source)
     _check_experts(config, boundary)
+    job.check_sequence(folders)
     for source in datasets if options.deep else ():
         check_values(source)
     segments = config.prfl.plan().segments
@@ -149,12 +124,11 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     sections: Any = {"memory": MemorySection.of(memory)}
     sections["reward_memory"] = RewardMemorySection.of(reward_memory)
     config = config.model_copy(update=sections)
-    for policy in (memory, reward_memory):
+    for name, policy in (("memory", memory), ("reward_memory", reward_memory)):
         check_available(policy, device)
+        job.check_policy(name, policy)
     _seed(config)  # adapters are initialized at random
-    transformer, rewards = _load_models(config, datasets, memory, reward_memory, device)
-    for model in (transformer, *(m for members in rewards.values() for m in members)):
-        _shard(model, ranks)
+    transformer, rewards = _load_models(config, datasets, memory, reward_memory, job)
     _seed(config, ranks)
     parts: Any = (config, dataset, transformer, rewards, guidance, device)
     objectives = build_objectives(*parts, ranks=ranks)
@@ -169,14 +143,6 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     trainer = _trainer(config, transformer, objectives, inputs, options, **more)
     _note_learning_rate(given, config, "train")
     return _print_check(config) if options.check else _finish(trainer, config)
-
-
-def _shard(model: nn.Module, ranks: Ranks) -> None:
-    """Shard a model's weights over the ranks, if there are several to a copy."""
-    if ranks.mesh is not None and ranks.sharded:
-        from prfl_fast.parallel.sharding import shard  # 1.7 s of imports
-
-        shard(model, ranks.mesh)
 
 
 def _check_experts(config: TrainFile, boundary: float | None) -> None:
@@ -196,24 +162,52 @@ def _load_models(
     datasets: Sequence[LatentDataset],
     memory: MemoryConfig,
     reward_memory: MemoryConfig,
-    device: torch.device,
+    job: Job,
 ) -> tuple[nn.Module, dict[str, tuple[LatentRewardModel, ...]]]:
-    """Return the generator and the rewards, checked and under their memory policies."""
+    """Return the generator and the rewards, checked, under their memory policies and shared."""
     dtypes = {memory.weight_dtype}
     sources = [source for reward in config.rewards() for source in reward.paths]
     if any(isinstance(source, ReferenceReward) for source in sources):
         dtypes.add(reward_memory.weight_dtype)  # such a reward is built from the generator
     # A model that is read in bfloat16 cannot be widened again without loss.
     dtype = torch.float32 if "fp32" in dtypes else torch.bfloat16
-    transformer = loading.load_model(config.model, dtype)
+
+    def on_kernels(module: nn.Module) -> None:
+        if config.hardware.patch:
+            patch(module)
+        compile_blocks(module, config.hardware.compile_blocks)
+
+    def without_values(module: nn.Module) -> None:
+        apply_memory(module, memory)
+        on_kernels(module)
+
+    folders, boundary = loading.folders_of(config.model)
+    in_parts = reads_parts(job, config, memory, boundary is not None)
+    if in_parts:
+        transformer = job.load_parts(folders[0], memory, without_values)
+    else:
+        transformer = loading.load_model(config.model, dtype)
     wanted = config.reads_reward or config.eval is not None
     rewards = loading.load_rewards(config, transformer) if wanted else {}
     models = [model for members in rewards.values() for model in members]
     for model, dataset in itertools.product(models, datasets):
         loading.check_data(dataset, model.backbone, "the reward model")
-    apply_memory(transformer, memory, device=device)
+    if not in_parts:
+        apply_memory(transformer, memory, device=job.device_for(memory))
     for model in models:
-        apply_memory(model, reward_memory, device=device)
+        apply_memory(model, reward_memory, device=job.device_for(reward_memory))
+    _add_lora(config, transformer)
+    for module in (*(() if in_parts else (transformer,)), *(model.backbone for model in models)):
+        on_kernels(module)
+    if not in_parts:
+        job.distribute(transformer, memory)
+    for model in models:
+        job.distribute(model, reward_memory)
+    return transformer, rewards
+
+
+def _add_lora(config: TrainFile, transformer: nn.Module) -> None:
+    """Add adapters to the generator if the file asks for them, and freeze what does not train."""
     lora = None if config.lora is None else config.lora.model_dump()
     if isinstance(transformer, Experts):
         for name in NAMES:
@@ -223,16 +217,11 @@ def _load_models(
                 add_lora(transformer.use(name), **lora)
     elif lora is not None:
         add_lora(transformer, **lora)
-    for module in (transformer, *(model.backbone for model in models)):
-        if config.hardware.patch:
-            patch(module)
-        compile_blocks(module, config.hardware.compile_blocks)
-    return transformer, rewards
 
 
 def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     """Train a latent reward model, or only load and check everything; return the exit code."""
-    with _job(config, options) as job:
+    with join(config, options.file, check_only=options.check) as job:
         return _train_reward(config, options, job)
 
 
@@ -244,6 +233,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int
     winners = first_batches(dataset, config)
     batches: Batches | DrawnPairs = winners
     loading.check_model(config.model, dataset)
+    job.check_sequence([config.model])
     losers = None
     if config.lose_data is not None:
         losers = loading.open_dataset(config, "lose_data", "single videos")
@@ -255,6 +245,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int
     memory = ranks.gather(choose_reward_memory(config, dataset, device))[0]
     config = config.model_copy(update={"memory": TrainedRewardMemorySection.of(memory)})
     check_available(memory, device)
+    job.check_policy("memory", memory)
     _seed(config)  # pool and head are initialized at random
     dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
     transformer = loading.load_generator(config.model, dtype)
@@ -264,7 +255,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int
     del transformer  # the reward has copies, and no later step reads the generator
     for source in (d for d in (dataset, held_out) if d is not None):
         loading.check_data(source, reward.backbone, "the reward model")
-    apply_memory(reward, memory, device=device)
+    apply_memory(reward, memory, device=job.device_for(memory))
     reward.check_savable(out / "reward")  # now, not after the training
     taken = (out / "evaluation.json").is_dir()
     check(not taken, "out", str(out), "one without a folder evaluation.json")
@@ -275,7 +266,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int
     compile_blocks(reward.backbone, config.hardware.compile_blocks)
     precision = autocast_of(memory.weight_dtype, config.hardware.precision)
     keys = config.model_dump(include={"loss", "label", "missing_label", *LEVELS})
-    _shard(reward, ranks)
+    job.distribute(reward, memory)
     _seed(config, ranks)
     ahead = read_ahead(batches, config, device, ranks)
     fit = RewardFit(reward, ahead, precision=precision, **keys)

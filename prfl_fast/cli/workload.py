@@ -19,6 +19,7 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.io import read_json
 
 _EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
+_SHARES = ("shard", "sequence")  # fields of ParallelConfig that are options
 # Fields of Workload that a section of the file decides, with their keys; "points" stands for the
 # gradient plan.
 _KEYS = {
@@ -171,6 +172,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, decided in undecided.items():
         if not decided:
             found.pop(name, None)
+    found |= _shares(config, content, given, path)
     return {"train": given.get("train", "full")} | found | _sizes_of_data(config, given, path)
 
 
@@ -186,9 +188,11 @@ def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, An
     config = _parse(TrainRewardFile, content, path)
     found = fields_of_reward_run(config, _dataset(config))
     free = {"model", "frames", "height", "width", "first_frame"} - found.keys()
+    free |= {"gpus", *_SHARES}
     for name, value in given.items():
         if name not in free and found.get(name) != value:
             _contradicted(name, value, f"{path} is of train-reward, which decides it")
+    found |= _shares(config, content, given, path)
     model = given.get("model") or content.get("model", DEFAULT_MODEL)
     return found | {"model": first_blocks(model_config(model), config.num_blocks)}
 
@@ -228,6 +232,24 @@ def _contradicted(name: str, value: object, fact: str) -> None:
     raise ValueError(f"--{option} is {value}, but {fact}. Leave the option out, or change the file")
 
 
+def _shares(
+    config: TrainFile | TrainRewardFile,
+    content: Mapping[str, Any],
+    given: Mapping[str, Any],
+    path: Path,
+) -> dict[str, Any]:
+    """Return shard and sequence of a file's section parallel, for a plan of several GPUs."""
+    found = {name: getattr(config.parallel, name) for name in content.get("parallel") or {}}
+    # The plan replaces keep_gathered, as it does the memory sections.
+    found = {name: value for name, value in found.items() if name in _SHARES}
+    if given.get("gpus", 1) == 1:
+        return {}
+    for name in found.keys() & given.keys():
+        if given[name] != found[name]:
+            _contradicted(name, given[name], f"{path} has parallel.{name}: {found[name]}")
+    return found
+
+
 def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
     """Return the Workload fields of ``prfl-fast plan`` from options, defaults and a file."""
     # argparse gives None for an absent option, so that defaults do not contradict the file.
@@ -237,7 +259,7 @@ def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str,
         reward = is_reward_file(path)
         fields |= (_fields_of_reward_file if reward else fields_of_file)(path, given)
     points, ranks = fields.pop("points", 1), fields.pop("gpus", 1)
-    shares = {name: fields.pop(name) for name in ("shard", "sequence") if name in fields}
+    shares = {name: fields.pop(name) for name in _SHARES if name in fields}
     fields = {
         "model": DEFAULT_MODEL,
         "gradient_plan": GradientPlan(points),

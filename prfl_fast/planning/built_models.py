@@ -113,21 +113,6 @@ def stream_models(
             activation_checkpointing(model, config.activation_checkpointing, config.offload)
 
 
-def distribute(
-    model: nn.Module, workload: Workload, memory: MemoryConfig, mesh: DeviceMesh
-) -> None:
-    """Leave one rank's part of the sequence and of the weights to a model."""
-    # Importing FSDP2 takes a second, which a plan of one GPU need not wait for.
-    from prfl_fast.parallel import shard, shard_sequence
-
-    if workload.parallel.sequence > 1:
-        shard_sequence(model, mesh)
-    if workload.shard > 1:
-        narrow = memory.weight_dtype == "fp32" and workload.precision == "bf16"
-        dtype, keeps = torch.bfloat16 if narrow else None, workload.parallel.keep_gathered is True
-        shard(model, mesh, param_dtype=dtype, keep_gathered=keeps)
-
-
 @contextlib.contextmanager
 def fake_models(
     workload: Workload,
@@ -152,5 +137,9 @@ def fake_models(
                 patch(transformer_of(model))
         stream_models(trained, rewards, memory, reward_memory)
         for model in (trained, *rewards) if mesh is not None else ():
-            distribute(model, workload, memory if model is trained else reward_memory, mesh)
+            # Importing FSDP2 takes a second, which a plan of one GPU need not wait for.
+            from prfl_fast.parallel.distribution import distribute
+
+            policy = memory if model is trained else reward_memory
+            distribute(model, mesh, workload.parallel, policy, workload.precision)
         yield trained, rewards

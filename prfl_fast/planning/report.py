@@ -335,6 +335,11 @@ def _keys(plan: Plan, present: Mapping[str, Any]) -> dict[str, Any]:
     hardware = present.get("hardware") or {}
     if hardware.get("precision") != "bf16":
         keys["hardware"] = {**hardware, "precision": "bf16"}
+    if work.ranks > 1:
+        shares = dataclasses.asdict(work.parallel)
+        if shares["keep_gathered"] == "auto":  # the plan tried it, and it does not fit
+            shares["keep_gathered"] = False
+        keys["parallel"] = {**(present.get("parallel") or {}), **shares}
     if work.train == "lora" and not present.get("lora"):
         keys["lora"] = {"lora_rank": work.lora_rank, "target_modules": list(work.target_modules)}
     if "prfl" not in present:
@@ -375,7 +380,8 @@ def apply_to_yaml(plan: Plan, path: str | os.PathLike[str]) -> None:
         check(isinstance(content, dict), f"the content of {path}", kind, "keys and values")
         keys = _keys(plan, content)
         if plan.workload.reward_loss is not None:  # the file of train-reward has fewer sections
-            keys = {name: keys[name] for name in ("memory", "hardware") if name in keys}
+            own = ("memory", "hardware", "parallel")
+            keys = {name: keys[name] for name in own if name in keys}
         # A file that is one {…}, as in JSON, has no lines of sections to replace.
         with contextlib.suppress(yaml.YAMLError):
             for key, value in keys.items():

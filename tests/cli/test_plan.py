@@ -22,7 +22,8 @@ from prfl_fast.cli.workload import sizes_of
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.data.manifest import Sample, write_dataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.planning import gpu_specs, planner
+from prfl_fast.parallel.mesh import ParallelConfig
+from prfl_fast.planning import gpu_specs, planner, report
 from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.presets import MODELS
 from prfl_fast.planning.workload import Workload
@@ -270,6 +271,27 @@ def test_train_lora_adds_adapters_to_a_file_without(root, file, calls):
     assert "lora" not in yaml.safe_load(file.read_text())
     assert run("--apply", file, "--train", "lora", "--lora-rank", 8) == 0
     assert load_config(TrainFile, file).lora.lora_rank == 8
+
+
+def test_plans_of_several_gpus_take_the_files_layout(
+    root, file, tmp_path, calls, searched, monkeypatch
+):
+    text = file.read_text()
+    file.write_text(f"{text}parallel: {{shard: 4, sequence: 2, points: shared}}\n")
+    assert run(file) == 0 and calls[-1].workload.ranks == 1
+    assert run(file, "--gpus", 8) == run(file, "--gpus", 8, "--shard", 4) == 0
+    for call in calls[-2:]:
+        assert call.workload.parallel == ParallelConfig(shard=4, sequence=2)
+    assert run(file, "--gpus", 8, "--shard", 8) == 2
+    kept = ParallelConfig(shard=4, sequence=2, keep_gathered=True)
+    work = dataclasses.replace(searched.workload, ranks=8, parallel=kept)
+    report.apply_to_yaml(dataclasses.replace(searched, workload=work), file)
+    expected = {"shard": 4, "sequence": 2, "keep_gathered": True}
+    assert yaml.safe_load(file.read_text())["parallel"] == {**expected, "points": "shared"}
+    assert run(file, "--gpus", 8) == 0 and calls[-1].workload.parallel.keep_gathered == "auto"
+    reward = write_config(tmp_path / "reward.yaml", config("train-reward", root, tmp_path))
+    assert run(reward, "--gpus", 4, "--shard", 2) == 0
+    assert calls[-1].workload.parallel == ParallelConfig(shard=2)
 
 
 def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, monkeypatch, capsys):

@@ -79,9 +79,9 @@ def trainer(model=None, folder=None, names=("a",), **options):
     return Trainer(model, objectives, settings, folder=folder, **rest)
 
 
-def make_world(root: Path) -> Path:
+def make_world(root: Path, heads: int = 1) -> Path:
     """Write ``model``, ``reward``, ``data`` and ``pairs`` under ``root``."""
-    model = tiny_wan(layers=1, heads=1, text_tokens=512)
+    model = tiny_wan(layers=1, heads=heads, text_tokens=512)
     model.save_pretrained(root / "model")
     LatentRewardModel.from_backbone(model, num_blocks=1, num_heads=2).save(root / "reward")
     write_dataset(root / "data", samples(4))

@@ -9,8 +9,9 @@ from ranks import run_ranks
 
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig, make_mesh
+from prfl_fast.parallel.distribution import distribute
 from prfl_fast.planning import plan_memory, report
-from prfl_fast.planning.built_models import build, distribute
+from prfl_fast.planning.built_models import build
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.fake_ranks import fake_mesh
@@ -48,7 +49,7 @@ def stepped(work, memory, mesh):
     """Return the ledger of one step on this rank's real or fake tensors."""
     generator, rewards = prepared(*build(work, memory, memory))
     for model in (generator, *rewards):
-        distribute(model, work, memory, mesh)
+        distribute(model, mesh, work.parallel, memory, work.precision)
     with CostLedger() as ledger:
         ledger.open_operations = True
         SimulatedStep(work, memory, memory, generator, rewards, ledger, mesh).run()

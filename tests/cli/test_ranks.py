@@ -1,0 +1,158 @@
+"""Training commands on two ranks: logs are those of one process; bad layouts are refused early."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import call
+from processes import forked
+from ranks import run_ranks
+from runs import config, log, make_world, write_config
+
+from prfl_fast.cli import main as cli
+from prfl_fast.cli import objectives
+from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.ranks import Job, join
+from prfl_fast.cli.yaml_config import load_config
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.parallel import make_mesh
+from prfl_fast.parallel.ranks import Ranks
+from prfl_fast.training.checkpoint import rank_seed
+from prfl_fast.training.objectives import RewardFeedback
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+LORA = {"lora": {"lora_rank": 2}, "run.ema_decay": ...}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), heads=2)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def on_two_ranks(monkeypatch, *arguments):
+    """Call the command line in two forked processes, as torchrun would; return the exit codes."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def rank_1():
+        os.environ.update(RANK="1", LOCAL_RANK="1")
+        return cli.main([*map(str, arguments)])
+
+    def rank_0():
+        os.environ.update(RANK="0", LOCAL_RANK="0")
+        other = os.fork()
+        if other == 0:
+            os._exit(forked(rank_1))
+        code = cli.main([*map(str, arguments)])
+        return code or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+
+    return forked(rank_0)
+
+
+def assert_same_log(ours, theirs, rel=2e-4):
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            assert a[name] == pytest.approx(value, rel=rel, abs=1e-7), (name, a["step"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "parallel"),
+    [
+        ({}, {"shard": 1, "sequence": 2}),
+        (LORA, {"shard": 2, "sequence": 2, "keep_gathered": True}),
+    ],
+)
+def test_two_ranks_log_what_one_process_logs(world, tmp_path, monkeypatch, changes, parallel):
+    changes = {**changes, "run.steps": 2}
+
+    def on_points_of_ranks(step, batches, device, points):
+        points = torch.Generator().manual_seed(rank_seed(0, 2))  # as several ranks draw them
+        return RewardFeedback(step, batches, device, points)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "RewardFeedback", on_points_of_ranks)
+        assert call("train", world, tmp_path / "one", changes) == 0
+    changes = {**changes, "parallel": parallel}
+    path = write_config(tmp_path / "train.yaml", config("train", world, tmp_path / "two", changes))
+    assert on_two_ranks(monkeypatch, "train", path) == 0
+    assert_same_log(log(tmp_path / "two"), log(tmp_path / "one"))
+
+
+def loaded(root, tmp_path, changes, kind=TrainFile, command="train"):
+    path = tmp_path / f"{command}.yaml"
+    return load_config(kind, write_config(path, config(command, root, tmp_path / "out", changes)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"), [(TrainFile, "train"), (TrainRewardFile, "train-reward")]
+)
+def test_memory_auto_names_the_command_that_plans(world, tmp_path, monkeypatch, kind, command):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    changes = {"memory": "auto", "hardware.precision": "bf16"}
+    given = loaded(world, tmp_path, changes, kind, command)
+    line = "Run prfl-fast plan --gpus 8 --apply my.yaml first"
+    with pytest.raises(ValueError, match=line), join(given, "my.yaml", check_only=False):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_layouts_are_refused_before_models_are_read(world, tmp_path):
+    one = make_world(tmp_path / "one")
+
+    def check(root, changes, policy=None):
+        given = loaded(root, tmp_path, changes)
+        job = Job(Ranks(make_mesh(given.parallel.build())), torch.device("cpu"), given)
+        try:
+            job.check_sequence([str(root / "model")])
+            job.check_policy("memory", policy or MemoryConfig())
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def errors():
+        shares = {"parallel": {"shard": 1, "sequence": 2}}
+        streams = MemoryConfig(stream_weights=1)
+        return [
+            check(world, shares, streams),
+            check(one, shares),
+            check(world, {**shares, "hardware.patch": False}),
+            check(world, {}, streams),
+        ]
+
+    fits, heads, unpatched, streamed = run_ranks(2, errors)[0]
+    assert fits is None
+    assert heads.startswith("parallel.sequence is 2, but ") and "1 heads" in heads
+    assert unpatched.startswith("hardware.patch is False, expected true with parallel.sequence: 2")
+    assert streamed.startswith("memory.stream_weights is 1, expected null, or parallel.shard: 1")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_sharded_adapters(world, tmp_path):
+    changes = {**LORA, "run.steps": 2, "parallel": {"shard": 2}}
+    path = write_config(tmp_path / "train.yaml", config("train", world, tmp_path / "out", changes))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*run, "-m", "prfl_fast.cli", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("each rank reads its parts of the generator") == 1
+    assert done.stdout.count("adapter, for load_lora_weights") == 1
+    assert [record["step"] for record in log(tmp_path / "out")] == [1, 2]
