@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
+from prfl_fast.cli.doctor_ranks import print_ranks, report_ranks
 from prfl_fast.cli.tables import print_table
 from prfl_fast.kernels.attn.backend_choice import get_attention_backend
 from prfl_fast.kernels.attn.backend_choice import report as attention_report
 from prfl_fast.kernels.runtime import registry
 from prfl_fast.kernels.runtime.extension import extension_reason
+from prfl_fast.parallel.launch import join_ranks
 from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
 from prfl_fast.utils.version import __version__
 
+RANKS_TIMEOUT = 120.0  # seconds that a rank waits for the others
 _PACKAGES = (
     "triton diffusers peft safetensors tqdm pydantic rich yaml tensorboard bitsandbytes torchao"
 ).split()
@@ -72,11 +75,25 @@ def report() -> dict[str, Any]:
 
 
 def run_doctor(as_json: bool) -> int:
-    """Print the report as text and tables or as one JSON object; return the exit code."""
+    """Print the report as text and tables or as one JSON object; return the exit code.
+
+    Under torchrun rank 0 prints it, with a check of all ranks; the code is 1 if a collective gives
+    a wrong result.
+    """
     found = report()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return 0
+    with join_ranks("cuda" if found["devices"] else "cpu", RANKS_TIMEOUT) as device:
+        if device is not None:
+            found["ranks"] = report_ranks(device)
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            _print(found)
+            if device is not None:
+                print_ranks(found["ranks"])
+    return int(device is not None and bool(found["ranks"]["wrong_results"]))
+
+
+def _print(found: dict[str, Any]) -> None:
     versions = f"Python {found['python']}, torch {found['torch']}, {found['platform']}"
     print(f"prfl_fast {found['prfl_fast']}, {versions}")
     for group in ("packages", "attention"):
@@ -100,4 +117,3 @@ def run_doctor(as_json: bool) -> int:
         for name, backend in found["attention_backends"].items()
     ]
     print_table(verdicts, ("backend", "verdict"))
-    return 0

@@ -1,5 +1,6 @@
 """Training commands on two ranks: logs are those of one process; bad layouts are refused early."""
 
+import json
 import os
 import socket
 import subprocess
@@ -156,3 +157,9 @@ def test_torchrun_trains_sharded_adapters(world, tmp_path):
     assert done.stderr.count("each rank reads its parts of the generator") == 1
     assert done.stdout.count("adapter, for load_lora_weights") == 1
     assert [record["step"] for record in log(tmp_path / "out")] == [1, 2]
+
+
+def test_doctor_reports_all_ranks_once(monkeypatch, capfd):
+    assert on_two_ranks(monkeypatch, "doctor", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert len(found["ranks"]["ranks"]) == 2 and found["ranks"]["wrong_results"] == []
