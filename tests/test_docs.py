@@ -15,6 +15,7 @@ import results_tables
 import tested_versions
 import torch
 from official_wan import tiny_official
+from torch.distributed.run import get_args_parser
 from wan import tiny_wan
 
 pytest.importorskip("pydantic")
@@ -27,7 +28,7 @@ pytest.importorskip("diffusers")
 yaml = pytest.importorskip("yaml")
 
 from prfl_fast.cli.config import TrainFile
-from prfl_fast.cli.main import main
+from prfl_fast.cli.main import _parser, main
 from prfl_fast.cli.yaml_config import parse_config
 from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.presets import MODELS
@@ -35,7 +36,7 @@ from prfl_fast.planning.presets import MODELS
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = (
     *("quickstart", "data", "sampling", "methods", "memory", "models", "families"),
-    *("trainers", "kernels", "configuration"),
+    *("trainers", "multi-gpu", "kernels", "configuration"),
 )
 PYTHON = ("methods", "memory", "models", "families", "kernels")  # run in the same names
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)]
@@ -208,6 +209,16 @@ def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatc
             assert main(words[1:]) == 0, words
 
 
+def test_plans_of_several_gpus_parse():
+    planned = [
+        words
+        for _, body in blocks("docs/multi-gpu.md", "bash")
+        for words in commands(body)
+        if words[0] == "prfl-fast"
+    ]
+    assert planned and all(_parser("plan").parse_args(words[1:]).gpus == 8 for words in planned)
+
+
 def test_other_commands_exist():
     """Check make targets, scripts and markers that pages name, without running them."""
     makefile = (ROOT / "Makefile").read_text()
@@ -222,6 +233,11 @@ def test_other_commands_exist():
                     assert words[1] in targets, words
                 elif name == "pytest" and words[1] == "-m":
                     assert f'"{words[2]}:' in (ROOT / "pyproject.toml").read_text(), words
+                elif name == "torchrun":  # tests/cli/test_ranks.py runs these commands
+                    given = get_args_parser().parse_args(words[1:])
+                    assert given.module and given.training_script == "prfl_fast.cli", words
+                    inner = given.training_script_args
+                    assert _parser(inner[0]).parse_args(inner), words
                 elif name in ("pytest", "bash", "python"):
                     assert (ROOT / words[1]).exists(), words
                 else:
@@ -229,7 +245,7 @@ def test_other_commands_exist():
     assert {"make", "pip", "prfl-fast", "pytest", "bash"} <= seen
 
 
-@pytest.mark.parametrize("page", ["docs/memory.md", "docs/models.md"])
+@pytest.mark.parametrize("page", ["docs/memory.md", "docs/models.md", "docs/multi-gpu.md"])
 def test_yaml_snippets_are_valid_keys(page):
     """Read a page's YAML as part of a training configuration."""
     for _, body in blocks(page, "yaml"):
