@@ -1,6 +1,6 @@
 """Share a model among the ranks of a run as its configuration says."""
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ def distribute(
 
 def shard_options(
     config: ParallelConfig, memory: MemoryConfig, precision: Literal["fp32", "bf16"]
-) -> dict[str, torch.dtype | None | bool]:
+) -> dict[str, Any]:
     """Return the options of :func:`prfl_fast.parallel.shard` for a run."""
     # Autocast computes in bfloat16, so half the bytes of float32 weights need to travel.
     narrow = memory.weight_dtype == "fp32" and precision == "bf16"
