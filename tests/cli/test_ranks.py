@@ -163,3 +163,14 @@ def test_doctor_reports_all_ranks_once(monkeypatch, capfd):
     assert on_two_ranks(monkeypatch, "doctor", "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert len(found["ranks"]["ranks"]) == 2 and found["ranks"]["wrong_results"] == []
+
+
+def test_a_reward_model_stays_whole(world, tmp_path, monkeypatch, capfd):
+    changes = {"run.steps": 1, "parallel": {"shard": 2}}
+    file = tmp_path / "reward.yaml"
+    path = write_config(file, config("train-reward", world, tmp_path / "out", changes))
+    assert on_two_ranks(monkeypatch, "train-reward", path) == 2
+    assert "parallel.shard is 2, expected 1 or auto in train-reward" in capfd.readouterr().err
+    path = write_config(file, config("train-reward", world, tmp_path / "out", {"run.steps": 1}))
+    assert on_two_ranks(monkeypatch, "train-reward", path) == 0
+    assert (tmp_path / "out" / "reward" / "model.safetensors").is_file()
