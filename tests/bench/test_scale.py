@@ -10,6 +10,7 @@ from suites import scale  # noqa: E402
 TINY = {**SMALL, "num_attention_heads": 8, "attention_head_dim": 16, "num_layers": 8}
 
 
+@pytest.mark.slow
 def test_tables_and_checks(monkeypatch):
     monkeypatch.setattr(scale, "MODEL", TINY)
     monkeypatch.setattr(scale, "RANKS", (1, 8))

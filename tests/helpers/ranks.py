@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from datetime import timedelta
@@ -22,11 +23,12 @@ def _child(function, rank, world, store, pipe, args):
     try:
         join_group(rank, world, store)
         result = function(*args)
-        pipe.send((True, result))
+        # Not as a tensor, whose memory a process that ends takes with it.
+        pipe.send_bytes(pickle.dumps((True, result)))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - sent to the test
-        pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        pipe.send_bytes(pickle.dumps((False, f"rank {rank}: {traceback.format_exc()}")))
     os._exit(0)
 
 
@@ -48,7 +50,7 @@ def run_ranks(world, function, *args):
             results = []
             for rank, (_, pipe) in enumerate(children):
                 assert pipe.poll(180), f"rank {rank} of {world} gave no result in 180 s"
-                ok, result = pipe.recv()
+                ok, result = pickle.loads(pipe.recv_bytes())
                 assert ok, result
                 results.append(result)
             return results

@@ -25,11 +25,8 @@ TWO_RANKS = [
     Case("DRaFT", **DRAFT),
     Case("DRaFT of LoRA with divergence", **THREE, **DRAFT, lora=True, divergence=1.0),
     Case("whole", **THREE, **DRAFT, shard=None),
-    Case("whole LoRA", **FIVE, shard=None, lora=True),
     Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
-    Case("accumulation, reduced once", accumulation=2, options={"reduce_once": True}),
     Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
-    Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu"),
     Case("merged LoRA, gathered", lora=True, rollout=MERGED, options={"keep_gathered": True}),
     Case("experts, gathered", **FIVE, experts=True, options={"keep_gathered": True}),
 ]
@@ -39,6 +36,9 @@ FOUR_RANKS = [
     Case("two ranks per sample", accumulation=2, sequence=2),
 ]
 LONG = [
+    Case("whole LoRA", **FIVE, shard=None, lora=True),
+    Case("accumulation, reduced once", accumulation=2, options={"reduce_once": True}),
+    Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu"),
     Case("points", **FIVE),
     Case("DRaFT, reduced once", **DRAFT, options={"reduce_once": True}),
     Case("LoRA", lora=True),
