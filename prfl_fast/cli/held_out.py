@@ -14,6 +14,7 @@ from prfl_fast.data.codec import load_codec
 from prfl_fast.data.codec_base import Codec
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.velocity import Precision
+from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.sampler import Sampler
@@ -78,8 +79,12 @@ def reward_evaluation(
     return evaluator, PeriodicEvaluation(evaluate, config.eval.every, patience=config.eval.patience)
 
 
-def write_evaluation(evaluator: RewardEvaluator, reward: LatentRewardModel, out: Path) -> None:
+def write_evaluation(
+    evaluator: RewardEvaluator, reward: LatentRewardModel, out: Path, ranks: Ranks
+) -> None:
     """Write the figures of a trained reward model to ``evaluation.json``, and print them."""
-    metrics = evaluator.metrics(evaluator.logits(reward))
-    write_json(out / "evaluation.json", metrics)
-    print_metrics(metrics)
+    if ranks.main or ranks.sharded:  # whose forward waits for all ranks
+        metrics = evaluator.metrics(evaluator.logits(reward))
+    if ranks.main:
+        write_json(out / "evaluation.json", metrics)
+        print_metrics(metrics)

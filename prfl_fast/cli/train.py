@@ -55,7 +55,7 @@ from prfl_fast.training.config import RunIdentity, TrainConfig
 from prfl_fast.training.evaluation import labels_of
 from prfl_fast.training.logging import check_loggers
 from prfl_fast.training.lora import add_lora, merge_lora
-from prfl_fast.training.model_files import load_model
+from prfl_fast.training.model_files import load_model, save_reward
 from prfl_fast.training.objectives import Objective, RewardFit
 from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check
@@ -285,10 +285,10 @@ def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int
     unpatch(reward.backbone)  # a saved model is plain diffusers
     if config.lora is not None:
         merge_lora(reward.backbone)
-    ranks.on_main(reward.save, out / "reward")
+    save_reward(reward, out / "reward", ranks)
     print(f"reward model: {out / 'reward'}")
     if evaluator is not None:
-        ranks.on_main(write_evaluation, evaluator, reward, out)
+        write_evaluation(evaluator, reward, out, ranks)
     return 0
 
 

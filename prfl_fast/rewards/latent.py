@@ -174,10 +174,11 @@ class LatentRewardModel(nn.Module):
         self.head._apply(keep_wide, recurse)
         return self
 
-    def save(self, folder: _Path) -> None:
+    def save(self, folder: _Path, *, write: Callable[[Any, Path], object] = save_tensors) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``digests.json``, all or nothing.
 
-        An earlier reward model in ``folder`` is replaced. :meth:`load` reads it back.
+        An earlier reward model in ``folder`` is replaced. :meth:`load` reads it back. ``write``
+        writes a state dict to a file; that of a sharded model gathers the tensors.
 
         Raises:
             ValueError: if ``folder`` holds other files, or the backbone has tensors that its class
@@ -188,7 +189,7 @@ class LatentRewardModel(nn.Module):
         config = self.check_savable(folder)
         state = self.state_dict()
         with save_checkpoint_dir(folder) as temporary:
-            save_tensors(state, temporary / _WEIGHTS)
+            write(state, temporary / _WEIGHTS)
             (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             write_digests(temporary, (_CONFIG, _WEIGHTS))
 

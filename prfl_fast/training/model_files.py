@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from prfl_fast.models.experts import FOLDERS, Experts
 from prfl_fast.models.other import VelocityModel
 from prfl_fast.parallel.ranks import Ranks
+from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.sharded_checkpoint import MODEL, any_sharded, copy_into, write_gathered
 from prfl_fast.utils.adapters import (
     ADAPTER_METADATA,
@@ -202,6 +203,23 @@ def save_model(model: torch.nn.Module, folder: Path, ranks: Ranks | None = None)
         ranks.on_main(save_tensors, tensors, path, metadata)
     if adapter:
         ranks.on_main(write_digests, folder, (path.name,))
+
+
+def save_reward(reward: LatentRewardModel, folder: Path, ranks: Ranks) -> None:
+    """Write a reward model with its ``save`` on rank 0; sharded weights are gathered one by one."""
+    tensors = reward.state_dict()
+    if not any_sharded(tensors):
+        ranks.on_main(reward.save, folder)
+        return
+    ranks.on_main(reward.check_savable, folder)  # an error before any rank waits for another
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        write_gathered(tensors, path, ranks)
+
+    if ranks.main:
+        reward.save(folder, write=write)
+    else:
+        write(tensors, folder)
 
 
 def load_model(model: torch.nn.Module, folder: Path) -> None:

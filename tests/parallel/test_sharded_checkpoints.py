@@ -15,8 +15,11 @@ from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.parallel import OtherRankError, ParallelConfig, make_mesh, shard
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.parallel.sharding import shard_mesh
+from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training import TrainConfig, Trainer
 from prfl_fast.training.checkpoint import list_checkpoints, read_checkpoint
+from prfl_fast.training.lora import merge_lora
+from prfl_fast.training.model_files import save_reward
 from prfl_fast.training.sharded_checkpoint import (
     load_optimizer,
     read_parts,
@@ -276,3 +279,29 @@ def test_states_of_8_bits_are_read_on_the_same_mesh_only(tmp_path):
     rest, _ = run_ranks(2, save_and_read)
     with pytest.raises(ValueError, match="ranks with 8-bit .* 2, expected 1, .*on the mesh"):
         load_optimizer(optimizer()[1], rest, tmp_path, Ranks())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_sharded_reward_model_is_saved_as_that_of_one_process(lora, tmp_path):
+    def reward(mesh=None):
+        torch.manual_seed(3)
+        model = tiny_wan(seed=0, layers=1, text_dim=12, ffn_dim=64)
+        reward = LatentRewardModel.from_backbone(model, 1, num_heads=2)
+        if lora:
+            torch.manual_seed(4)
+            with_lora(reward.backbone).float()
+        if mesh is not None:
+            shard(reward, mesh)
+        if lora:
+            merge_lora(reward.backbone)
+        return reward
+
+    def save():
+        mesh = make_mesh(ParallelConfig(shard=2))
+        save_reward(reward(mesh), tmp_path / "two", Ranks(mesh))
+
+    reward().save(tmp_path / "one")
+    run_ranks(2, save)
+    ours, theirs = (LatentRewardModel.load(tmp_path / n).state_dict() for n in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[n], theirs[n], rtol=1e-6, atol=1e-7) for n in ours)
