@@ -109,11 +109,6 @@ def join(config: TrainFile | TrainRewardFile, file: str, *, check_only: bool) ->
     if under_torchrun() and config.memory == "auto":
         apply = f"prfl-fast plan --gpus {os.environ['WORLD_SIZE']} --apply {file}"
         raise ValueError(f"memory is auto, which plans for one GPU. Run {apply} first")
-    if under_torchrun() and isinstance(config, TrainRewardFile):
-        shard, hint = config.parallel.shard, "A reward model stays whole on each GPU"
-        check(shard in (1, "auto"), "parallel.shard", shard, "1 or auto in train-reward", hint=hint)
-        whole = config.parallel.model_copy(update={"shard": 1})
-        config = config.model_copy(update={"parallel": whole})
     loading.check_writable(Path(config.out), "out")
     device = loading.device_of(config.hardware)
     with join_ranks(device.type) as own:
