@@ -174,7 +174,7 @@ class LatentRewardModel(nn.Module):
         self.head._apply(keep_wide, recurse)
         return self
 
-    def save(self, folder: _Path, *, write: Callable[[Any, Path], object] = save_tensors) -> None:
+    def save(self, folder: _Path, *, write: Callable[[Any, Path], object] | None = None) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``digests.json``, all or nothing.
 
         An earlier reward model in ``folder`` is replaced. :meth:`load` reads it back. ``write``
@@ -189,7 +189,7 @@ class LatentRewardModel(nn.Module):
         config = self.check_savable(folder)
         state = self.state_dict()
         with save_checkpoint_dir(folder) as temporary:
-            write(state, temporary / _WEIGHTS)
+            (write or save_tensors)(state, temporary / _WEIGHTS)
             (temporary / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             write_digests(temporary, (_CONFIG, _WEIGHTS))
 

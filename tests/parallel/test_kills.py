@@ -92,5 +92,6 @@ def test_a_moment(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_moments_of_whole_weights(tmp_path):
-    kills(tmp_path, ParallelConfig(shard=1), 20, seed=1)
+@pytest.mark.parametrize("parallel", [ParallelConfig(shard=1), ParallelConfig()])
+def test_twenty_moments(tmp_path, parallel):
+    kills(tmp_path, parallel, 20, seed=1)

@@ -400,7 +400,7 @@ def test_a_rank_reads_its_own_rows(tmp_path):
     x, timestep, given = inputs(batch=1)
 
     def check():
-        read, read_wan, own_rows, kept = [], sharded_loading.read_wan, sharded_loading._own_rows, []
+        read, read_wan, own_rows, kept = [], sharded_loading.read_wan, sharded_loading.own_rows, []
 
         def keep(path):
             kept.append(read_wan(path))
@@ -410,7 +410,7 @@ def test_a_rank_reads_its_own_rows(tmp_path):
             read.append(own_rows(*args))
             return read[-1]
 
-        sharded_loading.read_wan, sharded_loading._own_rows = keep, count
+        sharded_loading.read_wan, sharded_loading.own_rows = keep, count
         model = load_sharded(tmp_path, make_mesh(), torch.bfloat16, prepare=prfl_fast.patch)
         touched = mapped_bytes(tmp_path)
         expected = prfl_fast.patch(load_transformer(tmp_path, torch.bfloat16))

@@ -62,6 +62,7 @@ def test_two_ranks_equal_one_process():
     equal_to_one_process(2, TWO_RANKS)
 
 
+@pytest.mark.slow
 def test_four_ranks_equal_one_process():
     equal_to_one_process(4, FOUR_RANKS)
 

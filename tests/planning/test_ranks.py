@@ -106,6 +106,7 @@ def test_received_bytes_by_formula():
     assert step["exchanged_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_more_ranks_need_less_memory_and_the_plan_says_what_they_share():
     peaks = [
         simulate(replace(of(ParallelConfig(), "full"), ranks=n), FULL, FULL).peak for n in (1, 2, 8)
