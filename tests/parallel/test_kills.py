@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -18,21 +19,24 @@ from prfl_fast.training.checkpoint import list_checkpoints, read_checkpoint
 RANKS, STEPS = 2, 5
 
 
-def run(folder, parallel, steps):
+def run(folder, parallel, steps, ready=None):
     """Train a tiny Wan with PRFL and SFT in turn, and save every step."""
     mesh = make_mesh(parallel) if dist.is_initialized() else None
     model = full()
     if mesh is not None and parallel.shard != 1:
         shard(model, mesh)
     config = TrainConfig(steps, learning_rate=1e-3, save_every=1)
-    return Trainer(model, objectives(model), config, folder=folder, mesh=mesh).run().step
+    trainer = Trainer(model, objectives(model), config, folder=folder, mesh=mesh)
+    if ready is not None:
+        ready.touch()
+    return trainer.run().step
 
 
 def child(rank, store, folder, parallel):
     code = 1
     try:
         join_group(rank, RANKS, store)
-        run(folder, parallel, STEPS)
+        run(folder, parallel, STEPS, Path(f"{store}.{rank}"))
         code = 0
     finally:
         os._exit(code)
@@ -50,6 +54,9 @@ def start(folder, parallel):
 def kill_at(folder, parallel, delay, victim):
     """Kill a rank after some seconds; return how many the others needed to end."""
     processes = start(folder, parallel)
+    # While groups are formed, only torchrun knows of a death.
+    while not all(Path(f"{folder}.store.{rank}").exists() for rank in range(RANKS)):
+        time.sleep(0.01)
     time.sleep(delay)
     os.kill(processes[victim].pid, signal.SIGKILL)
     begun = time.monotonic()
