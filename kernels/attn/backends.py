@@ -59,7 +59,18 @@ PACKAGES: dict[str, tuple[str, dict[str, str]]] = {
 @functools.cache
 def absent(name: str) -> str | None:
     """Return a message if the package of a backend is not installed, without importing it."""
-    root = PACKAGES[name][0].partition(".")[0]
+    return find_package(PACKAGES[name][0])
+
+
+@functools.cache
+def load(name: str) -> tuple[Any, str | None]:
+    """Return the module of a backend's package, or None and the reason why it is unusable."""
+    return import_package(*PACKAGES[name])
+
+
+def find_package(module: str) -> str | None:
+    """Return a message if the package of a module is not installed, without importing it."""
+    root = module.partition(".")[0]
     try:
         found = importlib.util.find_spec(root) is not None
     except ValueError:  # sys.modules has an entry without a spec
@@ -67,10 +78,8 @@ def absent(name: str) -> str | None:
     return None if found else f"package {root} is not installed"
 
 
-@functools.cache
-def load(name: str) -> tuple[Any, str | None]:
-    """Return the module of a backend's package, or None and the reason why it is unusable."""
-    module, needs = PACKAGES[name]
+def import_package(module: str, needs: dict[str, str]) -> tuple[Any, str | None]:
+    """Return a module whose functions have the parameters ``needs``, or None and the reason."""
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,5 +1,7 @@
 """Attention in 8 bits for rollouts: no gradient, a few percent of error, 8-bit matrix products.
 
+``rollout_choice.py`` chooses the kernel of another package where one runs, else this one:
+
     s = q̂ k̂ᵀ,  m_i = max_j s_ij,  p_ij = 2^(s_ij - m_i),  out_i = Σ_j p̂_ij v̂_j / Σ_j p_ij + mean v
 
 q̂ is q · scale · log₂ e in 8 bits, one scale for each head and block of queries, quantized by the
@@ -46,7 +48,9 @@ from prfl_fast.kernels.attn.quantize_kv import (
     quantize_channels,
     quantize_keys_and_values,
 )
-from prfl_fast.kernels.attn.rollout_variants import VARIANTS, chip_of, report_variant, resolve
+from prfl_fast.kernels.attn.rollout_backends import CALLS, run_backend
+from prfl_fast.kernels.attn.rollout_choice import NAMES, choose, explain
+from prfl_fast.kernels.attn.rollout_variants import chip_of, resolve
 from prfl_fast.kernels.common.fp8 import LARGEST, encode, refuse_gradients
 from prfl_fast.kernels.runtime.checks import require
 from prfl_fast.kernels.runtime.registry import register
@@ -73,6 +77,9 @@ def reference(
         exact = [t.to(upcast).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
         weights = torch.softmax(exact[0] @ exact[1].mT * scale, -1)
         return (weights @ exact[2]).transpose(1, 2).flatten(2)
+    variant = choose(q, k, v, heads, scale, variant)
+    if variant in CALLS:
+        return run_backend(variant, q, k, v, heads, scale)
     chosen = resolve(q, heads, variant)
     if chosen is None:
         return attention(q, k, v, heads=heads, scale=scale)[0]
@@ -266,6 +273,9 @@ def attention_launch(head_dim: int, variant: str, capability: tuple[int, ...]) -
 
 
 def _triton(q, k, v, heads, scale, variant):
+    variant = choose(q, k, v, heads, scale, variant)
+    if variant in CALLS:
+        return run_backend(variant, q, k, v, heads, scale)
     chosen = resolve(q, heads, variant)
     if chosen is None:
         return attention(q, k, v, heads=heads, scale=scale)[0]
@@ -294,12 +304,11 @@ def _fake(q, k, v, heads, scale, variant):
 
 def _check(q, k, v, heads, scale, variant):
     check_heads("rollout_attention", q, k, v, heads)
-    expected = f"auto, {', '.join(VARIANTS)}"
-    require(variant in ("auto", *VARIANTS), "rollout_attention", "variant", variant, expected)
+    require(variant in NAMES, "rollout_attention", "variant", variant, ", ".join(NAMES))
 
 
 _op = register(
-    "rollout_attention", reference, fake=_fake, triton=_triton, report=report_variant, check=_check,
+    "rollout_attention", reference, fake=_fake, triton=_triton, report=explain, check=_check,
     traceable=False,  # it warns, and its emulation would compile once for each length
 )  # fmt: skip
 
@@ -331,9 +340,12 @@ def rollout_attention(
         extra_k, extra_v: ``[B, Le, D]``, a second key set with its own softmax; its output, rounded
             to q's dtype, is added to the first's.
         scale: factor of the scores, 1/√d unless given.
-        variant: one of "int8_fp8", "fp8", "int8", or "auto" for the best variant of the chip (see
-            the top of this file). If the chip has none, "auto" runs ``attention`` and warns once
-            for each reason. On the CPU PyTorch computes the arithmetic of each variant.
+        variant: a kernel of ours, "int8_fp8", "fp8" or "int8" (see the top of this file); one of
+            another package, "sage_2", "flash_attn_3_fp8", "flash_attn_4_fp8", "cudnn_fp8" or
+            "sage_3"; or "auto" for the best one that takes these tensors, unless the environment
+            variable ``PRFL_FAST_ROLLOUT_ATTENTION`` names another. If there is none, "auto" runs
+            ``attention`` and warns once for each reason. On the CPU "auto" is ours, and PyTorch
+            computes its arithmetic.
 
     Returns:
         ``out [B, Lq, D]`` in q's dtype.

@@ -12,6 +12,7 @@ from prfl_fast.cli.doctor_ranks import print_ranks, report_ranks
 from prfl_fast.cli.tables import print_table
 from prfl_fast.kernels.attn.backend_choice import get_attention_backend
 from prfl_fast.kernels.attn.backend_choice import report as attention_report
+from prfl_fast.kernels.attn.rollout_choice import report as rollout_report
 from prfl_fast.kernels.runtime import registry
 from prfl_fast.kernels.runtime.extension import extension_reason
 from prfl_fast.parallel.launch import join_ranks
@@ -22,7 +23,14 @@ RANKS_TIMEOUT = 120.0  # seconds that a rank waits for the others
 _PACKAGES = (
     "triton diffusers peft safetensors tqdm pydantic rich yaml tensorboard bitsandbytes torchao"
 ).split()
-_ATTENTION = ("flash_attn", "flash_attn_interface", "xformers")
+_ATTENTION = "flash_attn flash_attn_interface xformers sageattention sageattn3 cudnn".split()
+# Distributions whose names differ from those of their modules.
+_DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
+    "cudnn": "nvidia-cudnn-frontend",
+}
 
 
 def _version_of(module: str) -> str | None:
@@ -31,10 +39,8 @@ def _version_of(module: str) -> str | None:
             return None
     except ValueError:  # an entry in sys.modules without a spec
         return None
-    # Distributions whose names differ from those of their modules.
-    names = {"yaml": "pyyaml", "flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}
     try:
-        return metadata.version(names.get(module, module))
+        return metadata.version(_DISTRIBUTIONS.get(module, module))
     except metadata.PackageNotFoundError:
         return "unknown version"
 
@@ -67,11 +73,13 @@ def report() -> dict[str, Any]:
         "extension": extension_reason(),
         "operations": {name: choice._asdict() for name, choice in operations.items()},
         "attention_backend": get_attention_backend(),
-        "attention_backends": {
-            name: {"usable": reason is None, "reason": reason}
-            for name, reason in attention_report(kind).items()
-        },
+        "attention_backends": _verdicts(attention_report(kind)),
+        "rollout_attention_backends": _verdicts(rollout_report(kind)),
     }
+
+
+def _verdicts(reasons: dict[str, str | None]) -> dict[str, dict[str, Any]]:
+    return {n: {"usable": reason is None, "reason": reason} for n, reason in reasons.items()}
 
 
 def run_doctor(as_json: bool) -> int:
@@ -112,8 +120,14 @@ def _print(found: dict[str, Any]) -> None:
     print_table(rows, ("operation", "backend", "reason"))
     heads = "for bfloat16 heads of 128 on the device above, best first:"
     print(f"attention backend: {found['attention_backend']}; {heads}")
+    _print_verdicts(found["attention_backends"])
+    print(f"rollout attention, {heads}")
+    _print_verdicts(found["rollout_attention_backends"])
+
+
+def _print_verdicts(backends: dict[str, dict[str, Any]]) -> None:
     verdicts = [
         (name, "usable" if backend["usable"] else f"refused: {backend['reason']}")
-        for name, backend in found["attention_backends"].items()
+        for name, backend in backends.items()
     ]
     print_table(verdicts, ("backend", "verdict"))

@@ -24,7 +24,7 @@ from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.tables import print_table
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.data.manifest import write_dataset
-from prfl_fast.kernels.attn import backend_choice
+from prfl_fast.kernels.attn import backend_choice, rollout_choice
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.io import load_tensors, save_tensors
 
@@ -44,7 +44,8 @@ def test_doctor_says_which_backend_and_why(capsys):
 def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    table = printed.partition("attention backend: auto; ")[2].partition("verdict")[2]
+    first, _, second = printed.partition("attention backend: auto; ")[2].partition("rollout att")
+    table, rollouts = (text.partition("verdict")[2] for text in (first, second))
     lines = [line.split() for line in table.splitlines() if line.strip(" ─")]
     listed = {name: " ".join(words) for name, *words in lines}
     assert set(listed) == set(backend_choice.BACKENDS)
@@ -53,11 +54,14 @@ def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
     if not torch.cuda.is_available():
         assert lines[0] == ["cpu", "usable"]
         assert listed["cudnn"] == "refused: it takes cuda tensors, these are on cpu"
+        named = {words[0]: words[1] for words in map(str.split, rollouts.splitlines()) if words[1:]}
+        assert set(named) == set(rollout_choice.report()) and named["int8_fp8"] == "usable"
     monkeypatch.setattr(backend_choice, "_current", "plain")
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["attention_backend"] == "plain"
     assert report["attention_backends"]["plain"] == {"usable": True, "reason": None}
+    assert set(report["rollout_attention_backends"]) == set(rollout_choice.report())
     assert "attention backend plain" in report["operations"]["attention"]["reason"]
 
 

@@ -49,3 +49,27 @@ def assert_no_gradient_past(lengths, grads):
     """Assert that keys and values past the lengths got a gradient of zero."""
     for b, n in enumerate(lengths.tolist()):
         assert not grads["k"][b, n:].any() and not grads["v"][b, n:].any()
+
+
+def video(tokens, heads, head_dim, queries=128, sharpness=1.0, v_mean=0.3):
+    """Return activations as of a video: tokens resemble their neighbors, queries and values keys.
+
+    Six channels of k a head are offset by up to twelve times its spread.
+    """
+
+    def head():
+        shared = torch.randn(-(-tokens // 64), head_dim).repeat_interleave(64, 0)[:tokens]
+        base, mix = 0.7 * shared, torch.randn(head_dim, head_dim) / math.sqrt(head_dim)
+        q, k = (sharpness * (base + 0.7 * torch.randn(tokens, head_dim)) for _ in range(2))
+        v = base @ mix + 0.7 * torch.randn(tokens, head_dim) + v_mean * torch.randn(head_dim)
+        offset = torch.zeros(head_dim)
+        offset[torch.randperm(head_dim)[:6]] = torch.tensor([4.0, -4.0, 6.0, 8.0, -8.0, 12.0])
+        return q[:: max(1, tokens // queries)], k + sharpness * offset, v
+
+    per_head = zip(*(head() for _ in range(heads)), strict=True)
+    return {n: torch.cat(t, -1)[None].bfloat16() for n, t in zip("qkv", per_head, strict=True)}
+
+
+def relative(out, oracle):
+    """Return the error relative to the norm of a float64 oracle."""
+    return ((out.double() - oracle).norm() / oracle.norm()).item()

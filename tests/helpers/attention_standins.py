@@ -10,6 +10,7 @@ import sys
 import types
 
 import torch
+from rollout_emulation import softmax_average
 from torch.utils._pytree import tree_map_only
 
 
@@ -115,6 +116,19 @@ def fill(targets, found, lse):
     return lse.clone()
 
 
+def attend_in_e4m3(q, k, v, scale, *descales):
+    """Attend in ``[B, L, heads, d]`` as flash-attn 3 and 4 do: scales of heads, out in bfloat16."""
+    for t in (q, k, v):
+        assert t.dtype == torch.float8_e4m3fn and t.dim() == 4 and t.stride(-1) == 1
+        assert t.shape[3] % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:-1])
+    for descale in descales:
+        check_lse(descale, len(q), k.shape[2])
+    q, k, v = (t.float() * s[:, None, :, None] for t, s in zip((q, k, v), descales, strict=True))
+    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * (scale / math.log(2))
+    out = softmax_average(scores, v.transpose(1, 2), "e4m3", 256.0, 128)
+    return out.transpose(1, 2).bfloat16()
+
+
 def make_module(name, *functions):
     """Return a module of these functions, and a list for what they are told of determinism."""
     module = types.ModuleType(name)
@@ -180,6 +194,9 @@ def _flash_3():
         attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None,
         num_splits=1, pack_gqa=None, sm_margin=0,
     ):  # fmt: skip
+        if q.dtype == torch.float8_e4m3fn:
+            out = attend_in_e4m3(q, k, v, softmax_scale, q_descale, k_descale, v_descale)
+            return out, torch.tensor([]), torch.tensor([]), torch.tensor([])
         check(q, k, v)
         assert seqused_k is None or seqused_k.dtype == torch.int32 and seqused_k.is_contiguous()
         return *dense(q, k, v, softmax_scale, seqused_k), torch.tensor([]), torch.tensor([])
@@ -223,6 +240,10 @@ def _flash_4():
         v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
         seqlen_k_per_split=None, disable_scheduler_metadata=False,
     ):  # fmt: skip
+        if q.dtype == torch.float8_e4m3fn:
+            assert q.shape[3] <= 128
+            out = attend_in_e4m3(q, k, v, softmax_scale, q_descale, k_descale, v_descale)
+            return out, None, None, None
         check(q, k, v)
         assert seqused_k is None or seqused_k.dtype == torch.int32 and seqused_k.stride(0) == 1
         out, lse = dense(q, k, v, softmax_scale, seqused_k)

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from attention_cases import sdpa
+from attention_cases import relative, sdpa, video
 from compiled import compile_in_process
 from dtypes import BF16, FP16, FP32, FP64
 from op_checks import RecordedCalls
@@ -26,7 +26,7 @@ from prfl_fast.kernels.attn import rollout_variants as chooser
 from prfl_fast.kernels.runtime.registry import OPERATIONS, get_backend, report
 from prfl_fast.kernels.runtime.triton import INTERPRETING
 
-VARIANTS = module.VARIANTS
+VARIANTS = chooser.VARIANTS
 
 
 def chip_has(variant):
@@ -49,33 +49,10 @@ def make(batch, queries, keys, heads, head_dim, dtype=FP16):
     return {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
 
 
-def video(tokens, heads, head_dim, queries=128, sharpness=1.0, v_mean=0.3):
-    """Return activations as of a video: tokens resemble their neighbors, queries and values keys.
-
-    Six channels of k a head are offset by up to twelve times its spread.
-    """
-
-    def head():
-        shared = torch.randn(-(-tokens // 64), head_dim).repeat_interleave(64, 0)[:tokens]
-        base, mix = 0.7 * shared, torch.randn(head_dim, head_dim) / math.sqrt(head_dim)
-        q, k = (sharpness * (base + 0.7 * torch.randn(tokens, head_dim)) for _ in range(2))
-        v = base @ mix + 0.7 * torch.randn(tokens, head_dim) + v_mean * torch.randn(head_dim)
-        offset = torch.zeros(head_dim)
-        offset[torch.randperm(head_dim)[:6]] = torch.tensor([4.0, -4.0, 6.0, 8.0, -8.0, 12.0])
-        return q[:: max(1, tokens // queries)], k + sharpness * offset, v
-
-    per_head = zip(*(head() for _ in range(heads)), strict=True)
-    return {n: torch.cat(t, -1)[None].bfloat16() for n, t in zip("qkv", per_head, strict=True)}
-
-
 def exact(q, k, v, heads, scale=None):
     """Return float64 attention."""
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     return module.reference(q, k, v, heads, scale, "auto", upcast=FP64)
-
-
-def relative(out, oracle):
-    return ((out.double() - oracle).norm() / oracle.norm()).item()
 
 
 def assert_same(out, expected):
