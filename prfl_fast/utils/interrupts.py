@@ -13,17 +13,28 @@ class Terminated(KeyboardInterrupt):
     """Error that SIGTERM raises, as Ctrl-C raises ``KeyboardInterrupt``."""
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise Terminated
+_received: list[int] = []  # in the outermost termination_raised
 
 
-# The handlers that raise an exception, by signal.
-_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+def _stop(number: int, frame: object) -> NoReturn:
+    _received.append(number)
+    raise _error_of(number)
+
+
+def _error_of(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+# The handlers that raise an exception.
+_HANDLERS = (signal.default_int_handler, _stop)
 
 
 @contextlib.contextmanager
 def termination_raised() -> Iterator[None]:
     """Raise :class:`Terminated` on SIGTERM in this context, so that temporary files are removed.
+
+    C code can drop such an exception and raise another one, as torch does where it makes a tensor
+    of a file's storage. That one becomes ``Terminated``, or ``KeyboardInterrupt`` after Ctrl-C.
 
     Outside the main thread, or with another handler than the system's, nothing changes.
     """
@@ -31,11 +42,19 @@ def termination_raised() -> Iterator[None]:
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _stop)
+    _received.clear()
     try:
         yield
+    except Exception as error:
+        if _received:
+            raise _error_of(_received[0]) from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -49,11 +68,12 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
     thread, or with other handlers than those, nothing changes.
     """
     received: list[int] = []
-    held = {number: own for number, own in _HANDLERS.items() if signal.getsignal(number) is own}
+    now = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in now.items() if handler in _HANDLERS}
 
     def check() -> None:
         if received:
-            raise Terminated if received[0] == signal.SIGTERM else KeyboardInterrupt
+            raise _error_of(received[0])
 
     def restore() -> None:
         for number, handler in held.items():

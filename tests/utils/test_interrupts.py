@@ -6,6 +6,7 @@ import threading
 import weakref
 
 import pytest
+import torch
 
 from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 
@@ -63,6 +64,22 @@ def test_termination_is_raised_in_its_context_only():
     with pytest.raises(Terminated), termination_raised():
         terminate()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("stop", "raised"), [(press, KeyboardInterrupt), (terminate, Terminated)])
+def test_an_error_in_place_of_the_interrupt_is_the_interrupt(stop, raised):
+    class Storage:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            stop()
+
+    with pytest.raises(raised) as caught, termination_raised():
+        torch.tensor(Storage())
+    assert type(caught.value) is raised and isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="another"), termination_raised():
+        raise ValueError("another")
 
 
 def test_termination_is_held_as_an_interrupt_is():
