@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         stopped_by = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
         again = "; run again to continue" if command in _CONTINUED else ""
-        _print_error(command, f"stopped by {stopped_by.name}{again}")
+        _print_error(f"prfl-fast {command}", f"stopped by {stopped_by.name}{again}")
         return 128 + stopped_by  # as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
-        _print_error(command, str(error))
+        _print_error(f"prfl-fast {command}", str(error))
         return BAD_INPUT
     except RuntimeError as error:
         return _failed(command, error)
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage, and exit."""
-        problem = " ".join(message.split())
-        self.exit(BAD_INPUT, f"{self.prog}: error: {problem}. See {self.prog} --help\n")
+        _print_error(f"{self.prog}: error", f"{message}. See {self.prog} --help")
+        self.exit(BAD_INPUT)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -265,29 +265,30 @@ def _failed(command: str, error: RuntimeError) -> int:
         return OTHER_RANK
     if is_lost_rank(error):
         lost = "another process of this job has ended or does not answer. Start the job again: it "
-        _print_error(command, f"{lost}continues from the newest checkpoint")
+        _print_error(f"prfl-fast {command}", f"{lost}continues from the newest checkpoint")
         return OTHER_RANK
     if isinstance(error, OutOfMemoryError):  # a report of the device's memory on several lines
         is_first_to_report()  # lets the ranks that wait for a report end
         print(f"prfl-fast {command}: {error}", file=sys.stderr)
         return OUT_OF_MEMORY
     if is_out_of_memory(error):  # before or after the training loop
-        _print_error(command, str(error).splitlines()[0])
+        _print_error(f"prfl-fast {command}", str(error).splitlines()[0])
         return OUT_OF_MEMORY
     if not isinstance(error, NonFiniteTrainingError):
         is_first_to_report()  # likewise, the traceback is the report
         raise error
-    _print_error(command, str(error))
+    _print_error(f"prfl-fast {command}", str(error))
     return NON_FINITE
 
 
-def _print_error(command: str, problem: str) -> None:
+def _print_error(program: str, problem: str) -> None:
+    """Print one line, on the first rank that has an error."""
     if "RANK" in os.environ:
         from prfl_fast.parallel.launch import is_first_to_report
 
         if not is_first_to_report():
             return
-    print(f"prfl-fast {command}: {' '.join(problem.split())}", file=sys.stderr)
+    print(f"{program}: {' '.join(problem.split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -175,7 +175,6 @@ def _load_models(
     def on_kernels(module: nn.Module) -> None:
         if config.hardware.patch:
             patch(module)
-        compile_blocks(module, config.hardware.compile_blocks)
 
     def without_values(module: nn.Module) -> None:
         apply_memory(module, memory)
@@ -199,6 +198,8 @@ def _load_models(
     _add_lora(config, transformer)
     for module in (*(() if in_parts else (transformer,)), *(model.backbone for model in models)):
         on_kernels(module)
+    for module in (transformer, *(model.backbone for model in models)):
+        compile_blocks(module, config.hardware.compile_blocks)
     if not in_parts:
         job.distribute(transformer, memory)
     for model in models:

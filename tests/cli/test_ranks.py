@@ -79,7 +79,9 @@ def assert_same_log(ours, theirs, rel=2e-4):
         (LORA, {"shard": 2, "sequence": 2, "keep_gathered": True}),
     ],
 )
-def test_two_ranks_log_what_one_process_logs(world, tmp_path, monkeypatch, changes, parallel):
+def test_two_ranks_log_what_one_process_logs(
+    world, tmp_path, monkeypatch, capfd, changes, parallel
+):
     changes = {**changes, "run.steps": 2}
 
     def on_points_of_ranks(step, batches, device, points):
@@ -92,6 +94,7 @@ def test_two_ranks_log_what_one_process_logs(world, tmp_path, monkeypatch, chang
     changes = {**changes, "parallel": parallel}
     path = write_config(tmp_path / "train.yaml", config("train", world, tmp_path / "two", changes))
     assert on_two_ranks(monkeypatch, "train", path) == 0
+    assert "on meta" not in capfd.readouterr().err  # blocks are compiled once they have weights
     assert_same_log(log(tmp_path / "two"), log(tmp_path / "one"))
 
 
@@ -158,6 +161,18 @@ def test_torchrun_trains_sharded_adapters(world, tmp_path):
     assert done.stderr.count("each rank reads its parts of the generator") == 1
     assert done.stdout.count("adapter, for load_lora_weights") == 1
     assert [record["step"] for record in log(tmp_path / "out")] == [1, 2]
+
+
+def test_a_bad_option_is_reported_by_one_rank(monkeypatch, capsys):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    for rank in ("0", "1"):
+        for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["train", "run.yaml", "--nope"])
+    error = "prfl-fast: error: unrecognized arguments: --nope. See prfl-fast --help\n"
+    assert capsys.readouterr().err == error
 
 
 def test_doctor_reports_all_ranks_once(monkeypatch, capfd):
