@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from prfl_fast.feedback.divergence import adapters_off
 from prfl_fast.feedback.gradient_plan import GradientPlan
@@ -36,10 +37,14 @@ class FeedbackSpec:
     weight: float
     divergence: float
 
+    def models(self) -> list[nn.Module | None]:
+        """Return the model, None for a function, and the modules of the rewards."""
+        rewards = [part for reward in self.rewards.values() for part in reward_modules(reward)]
+        return [model_of(self.sampler.transformer), *rewards]
+
     def shares_weights(self) -> bool:
         """Return True if weights of the model or a reward are sharded over ranks."""
-        rewards = [part for reward in self.rewards.values() for part in reward_modules(reward)]
-        return shares_weights(model_of(self.sampler.transformer), *rewards)
+        return shares_weights(*self.models())
 
 
 class StepLoss(torch.Tensor):

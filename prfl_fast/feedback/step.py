@@ -26,7 +26,12 @@ from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check, check_number, check_type, plain
 from prfl_fast.utils.recompute import NO_GRADIENT
-from prfl_fast.utils.sharded import delayed_reduction, discard_gradients, reduces_once
+from prfl_fast.utils.sharded import (
+    delayed_reduction,
+    discard_gradients,
+    ending_pass,
+    reduces_once,
+)
 
 # At Wan's first level, 0.9998 at shift 5, the factor σ/(1-σ) of guided sampling is already 5000.
 PURE_NOISE = 1e-3
@@ -169,11 +174,12 @@ class PRFL:
         trajectory = self._open(points, noise, conditions, latents, check_values=not deferred)
         estimator = self.estimator_type(self.spec, trajectory, generator, plain(loss_scale))
         if plan.to == "latent":
-            return estimator.run_guided(points)
+            with ending_pass(*self.spec.models()):
+                return estimator.run_guided(points)
         # The trajectory's own point and the renoised ones have equal weights.
         share, drawn = 1 + plan.renoised, len(points)
         points = (*points, *[Point(points[-1].step)] * plan.renoised)
-        with self._prepared_model() as before_last:
+        with ending_pass(*self.spec.models()), self._prepared_model() as before_last:
             try:
                 for number, point in enumerate(points):
                     if not estimator.finite:

@@ -29,7 +29,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.adapters import adapter_parameters
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.modules import STREAMED, unwrap
-from prfl_fast.utils.sharded import find_owners, is_dtensor, is_fsdp, set_choices
+from prfl_fast.utils.sharded import SHARDED, find_owners, is_dtensor, is_fsdp, set_choices
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def shard(
             travel. Gradients are reduced in float32. Parameters that the model's class keeps in
             float32, and vectors, stay whole. None keeps all dtypes.
         reshard_after_forward: free a block's weights after its forward, and gather them again in
-            the backward. False keeps the whole model in memory from forward to backward.
+            the backward. False keeps the whole model in memory from forward to backward; forwards
+            without gradient free it.
         keep_gathered: keep the weights gathered through a rollout, and free them before the step
             with gradient. The device then holds the whole model, and the rollout communicates once
             instead of at each of its steps.
@@ -170,10 +171,23 @@ def _shard_modules(
         kept = wide | _odd_parameters(list(block.parameters()))
         whole |= kept
         fully_shard(block, mesh=parts, ignored_params=kept, **policy)
+        if not reshard_after_forward:
+            block.register_forward_hook(_free_without_gradient)
     # The root frees its weights too: after a forward without a backward they would stay, and the
     # next forward would use them although the optimizer had changed this rank's parts.
     fully_shard(root, mesh=parts, ignored_params=whole, reshard_after_forward=True)
     return whole
+
+
+def _free_without_gradient(block: Any, inputs: Any, output: Any) -> None:
+    """Free a block's weights after a forward that no backward follows.
+
+    They would stay gathered, and the next forward would use them although the optimizer had changed
+    this rank's parts.
+    """
+    owner = vars(block).get(SHARDED)
+    if not torch.is_grad_enabled() and (owner is None or owner.reshard):
+        block.reshard()
 
 
 def _wide_parameters(

@@ -27,7 +27,7 @@ from prfl_fast.rollout.schedulers import (
 )
 from prfl_fast.utils.checks import check, check_type, is_count
 from prfl_fast.utils.optional import progress_bar
-from prfl_fast.utils.sharded import largest_of_ranks, shares_weights
+from prfl_fast.utils.sharded import ending_pass, largest_of_ranks, shares_weights
 from prfl_fast.utils.transfers import to_device
 
 # (index, velocity) → velocity like it.
@@ -217,7 +217,8 @@ class Trajectory:
             return
         expected, hint = "a step that the stride of this rollout keeps", "Name it in visit."
         check(stop in self._kept, "stop", stop, expected, hint=hint)
-        with self._opened(stop) as session:
+        model = model_of(self._sampler.transformer)
+        with ending_pass(model), self._opened(stop) as session:
             self._compare(session)
             while self.index < stop:
                 index, shift = self.index, None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 SHARDED = "sharded_weights"  # attribute of the modules of a sharded model
-_HOOKS_OF = "torch.distributed.fsdp."
+_HOOKS_OF = ("torch.distributed.fsdp.", "prfl_fast.parallel.")
 
 
 class ShardedWeights:
@@ -130,7 +130,7 @@ def class_name(module: nn.Module) -> str:
 
 
 def is_fsdp_hook(hook: object) -> bool:
-    """Return True for a hook of FSDP2, which gathers or frees weights and changes no value."""
+    """Return True for a hook that gathers or frees sharded weights, and changes no value."""
     return str(getattr(hook, "__module__", "")).startswith(_HOOKS_OF)
 
 
@@ -285,14 +285,55 @@ def discard_gradients(model: nn.Module) -> None:
     """Drop all gradients of a model, and those of sharded weights that are not reduced yet."""
     for parameter in model.parameters():
         parameter.grad = None
+    end_pass(model)
+
+
+def end_pass(model: nn.Module) -> None:
+    """Let sharded weights be used again after an exception in a forward or backward.
+
+    FSDP2 notes how far a pass has come. After one that did not end, later passes would run on
+    gathered weights that an update has changed since, and leave gradients out. Gradients that are
+    not reduced yet are dropped.
+    """
     for root in sharded_roots(model):
-        for module in root.modules():
-            if is_fsdp(module):
-                state: Any = module._get_fsdp_state()  # type: ignore[operator]
-                # No public function drops these sums. torch 2.10 has one group per module, later
-                # versions have a list.
-                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-                for part in (part for group in groups if group for part in group.fsdp_params):
-                    part.sharded_param.grad = part.unsharded_accumulated_grad = None
-                    if hasattr(part, "_unsharded_param"):
-                        part._unsharded_param.grad = None
+        state: Any = root._get_fsdp_state()
+        modules = [module for module in root.modules() if is_fsdp(module)]
+        for module in modules:
+            for part in (part for group in _fsdp_groups(module) for part in group.fsdp_params):
+                part.unsharded_accumulated_grad = None
+                if hasattr(part, "_unsharded_param"):
+                    part._unsharded_param.grad = None
+        if not state._is_root:  # before its first forward, or a part of another model's
+            continue
+        if hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+            continue
+        context, idle = state._state_ctx, type(state._training_state).IDLE
+        context.iter_forward_root, context.post_backward_final_callback_queued = None, False
+        for module in modules:
+            for each in (module._get_fsdp_state(), *_fsdp_groups(module)):  # type: ignore[operator]
+                each._training_state = idle
+            module.reshard()  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def ending_pass(*models: object) -> Iterator[None]:
+    """Call :func:`end_pass` on the models if an exception leaves the context.
+
+    Arguments that are not modules are left out.
+    """
+    try:
+        yield
+    except BaseException:
+        for model in models:
+            if isinstance(model, nn.Module):
+                end_pass(model)
+        raise
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """Return FSDP2's groups of parameters of a module, for which there is no public function."""
+    # torch 2.10 has one group per module, later versions have a list.
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group]

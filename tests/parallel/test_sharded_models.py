@@ -40,6 +40,7 @@ from prfl_fast.parallel import (
 from prfl_fast.parallel import loading as sharded_loading
 from prfl_fast.parallel.sharding import shard_mesh
 from prfl_fast.rollout.schedulers import FlowUniPC
+from prfl_fast.rollout.trajectory import rollout
 from prfl_fast.training.config import TrainConfig
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.updates import Updater
@@ -93,9 +94,9 @@ def trains_a_reward(mesh):
     return gradients(reward)
 
 
-def survives_errors(mesh):
-    """Drop all gradients after an error between two backwards, and after a NaN reward."""
-    case = Case("", options={"reduce_once": True})
+def survives_errors(mesh, once=True):
+    """Drop all gradients after an error between or in backwards, and after a NaN reward."""
+    case = Case("", options={"reduce_once": once})
     model, reward = build(case, mesh)
     calls = []
 
@@ -110,8 +111,31 @@ def survives_errors(mesh):
     with pytest.raises(KeyError, match="injected"):
         step(*arguments, indices=(0, 1, 2))
     model.zero_grad()
+    broken = model.condition_embedder.register_full_backward_hook(calls.index)  # raises
+    with pytest.raises(TypeError, match="index"):
+        feedback(model, reward, Plan.prfl(3))(*arguments, indices=(0, 1, 2))
+    broken.remove()
+    model.zero_grad()
     assert not step(*arguments, indices=(0, 1, 2)).finite and not gradients(model)
     assert step(*arguments, indices=(0, 1, 2)).finite
+    return gradients(model)
+
+
+def survives_errors_between_reductions(mesh):
+    return survives_errors(mesh, once=False)
+
+
+def samples_before_an_update(mesh):
+    """Run a forward without gradient on weights that stay from a forward to its backward."""
+    model, reward = build(Case("", options={"reshard_after_forward": False}), mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer("adamw", trained, learning_rate=1e-2)
+    step, (x, given) = feedback(model, reward), batch(3, mesh)
+    step(x, given, indices=(2,))
+    rollout(model, x, given, FlowUniPC(), 1)
+    optimizer.step()
+    optimizer.zero_grad()
+    step(x, given, indices=(2,))
     return gradients(model)
 
 
@@ -169,6 +193,7 @@ def sharded_by_hand(mesh):
 
 
 BEHAVIORS = (averages_and_clips, trains_a_reward, survives_errors, trains_noise)
+BEHAVIORS += (survives_errors_between_reductions, samples_before_an_update)
 BEHAVIORS += (adapters_after_sharding, recomputes_chunks, sharded_by_hand)
 
 
@@ -235,8 +260,8 @@ def test_collectives_of_a_call():
     assert got["plain"] == (2 * 6 + 2 * 6, 6)
     assert got["gathered"] == (3 * 2 + 2 * 6, 6)
     assert got["once"] == (got["plain"][0], 3)
-    # Blocks stay from the rollout's step to the backward.
-    assert got["kept"] == (2 * 6 + 2 * 2, 6)
+    # Blocks stay from a forward with gradient to its backward.
+    assert got["kept"] == (2 * 6 + 2 * 4, 6)
     # A chain of three steps has three backwards.
     assert got["chain"][1] == 9 and got["chain once"] == (got["chain"][0], 3)
 
