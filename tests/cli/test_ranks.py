@@ -181,6 +181,7 @@ def test_doctor_reports_all_ranks_once(monkeypatch, capfd):
     assert len(found["ranks"]["ranks"]) == 2 and found["ranks"]["wrong_results"] == []
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("changes", [{}, {"lora": {"lora_rank": 2}}])
 def test_a_sharded_reward_model_is_saved_whole(world, tmp_path, monkeypatch, changes):
     changes = {**changes, "run.steps": 1, "parallel": {"shard": 2}}

@@ -45,7 +45,7 @@ def records(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_on_any_number_of_ranks(ranks, tmp_path):
     whole = on(ranks, tmp_path / "whole", 4)
     for others in (1, 2, 4):

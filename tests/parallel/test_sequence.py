@@ -48,10 +48,6 @@ def test_two_ranks_equal_one_process():
     equal_to_one_process(2, TWO_RANKS)
 
 
-def test_four_ranks_equal_one_process():
-    equal_to_one_process(4, FOUR_RANKS[:1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_more_runs_equal_one_process(world):

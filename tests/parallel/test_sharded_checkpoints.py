@@ -96,7 +96,7 @@ def on(ranks, layouts, function):
 
 @pytest.mark.parametrize(
     ("layouts", "lora"),
-    [(FEW, False), (FEW, True), *(pytest.param(MANY, x, marks=pytest.mark.slow) for x in (0, 1))],
+    [(FEW, True), *(pytest.param(MANY, lora, marks=pytest.mark.slow) for lora in (False, True))],
 )
 def test_read_with_any_sharding_and_continued_bit_for_bit(layouts, lora, tmp_path):
     saved, origins = {}, {}
@@ -157,6 +157,7 @@ class Once:
         return self.function(*args, **options)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [False, True])
 def test_an_error_of_one_rank_leaves_nothing_and_the_next_save_works(lora, tmp_path):
     places = [
@@ -281,6 +282,7 @@ def test_states_of_8_bits_are_read_on_the_same_mesh_only(tmp_path):
         load_optimizer(optimizer()[1], rest, tmp_path, Ranks())
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_sharded_reward_model_is_saved_as_that_of_one_process(lora, tmp_path):
     def reward(mesh=None):

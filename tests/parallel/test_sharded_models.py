@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal
 from ranks import run_ranks
-from sharded_world import SAMPLES, STEPS, Case, build, conditions, full, gather
+from sharded_world import SAMPLES, Case, build, conditions, full, gather
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -56,7 +56,7 @@ def own_samples(mesh):
 
 
 def feedback(model, reward, plan=None, **options):
-    return PRFL(model, reward, FlowUniPC(), plan, num_inference_steps=STEPS, **options)
+    return PRFL(model, reward, FlowUniPC(), plan, num_inference_steps=5, **options)
 
 
 def batch(seed, mesh):
@@ -297,6 +297,7 @@ def optimized(kind, dtype, parts=None):
     return [full(p).double() for p in weights], torch.stack(norms).double()
 
 
+@pytest.mark.slow
 def test_optimizers_of_sharded_and_whole_weights():
     pytest.importorskip("torchao")
     cases = [(kind, dtype) for dtype, kinds in DTYPES.items() for kind in kinds]
@@ -353,6 +354,7 @@ def narrow(kind, mesh=None):
     return gradients(model), {n for n, p in model.named_parameters() if not hasattr(p, "to_local")}
 
 
+@pytest.mark.slow
 def test_narrow_weights():
     pytest.importorskip("bitsandbytes")
     kinds = {"fp32": 1e-5, "mixed": 0.03, "gathered in bf16": 0.03, "fp8": 0.03, "nf4": 0.03}

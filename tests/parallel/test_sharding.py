@@ -13,19 +13,17 @@ POINTS = {"plan": Plan.prfl(3), "indices": (0, 2, 3)}
 DRAFT = {"plan": Plan.draft(3), "indices": None}
 MERGED = RolloutConfig(merge_lora=True)
 
-THREE = {"updates": 3}
-
 TWO_RANKS = [
-    Case("PRFL", **THREE),
+    Case("PRFL", updates=3),
     Case("points, reduced once", **POINTS, options={"reduce_once": True}),
-    Case("DRaFT of LoRA with divergence", **THREE, **DRAFT, lora=True, divergence=1.0),
-    Case("whole", **THREE, **DRAFT, shard=None),
+    Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
+    Case("whole", **DRAFT, shard=None),
     Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
     Case("merged LoRA, gathered", lora=True, rollout=MERGED, options={"keep_gathered": True}),
     Case("experts, gathered", **POINTS, experts=True, options={"keep_gathered": True}),
 ]
 FOUR_RANKS = [
-    Case("copies of halves", **THREE, **POINTS, shard=2),
+    Case("copies of halves", **POINTS, shard=2),
     Case("copies, reduced once", **DRAFT, lora=True, shard=2),
     Case("two ranks per sample", accumulation=2, sequence=2),
 ]

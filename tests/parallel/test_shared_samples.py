@@ -208,7 +208,7 @@ def training():
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_of_a_reward_equals_one_process(ranks):
     for found in run_ranks(ranks, training):
         assert max(max(errors) for errors in found.values()) <= 1e-10, found

@@ -25,11 +25,9 @@ SIZE = {"frames": 9, "height": 128, "width": 128, "text_tokens": 32, "reward_blo
 WORK = Workload(CONFIG, **SIZE, precision="fp32", sft=False, num_inference_steps=6)
 FULL, ATTENTION = MemoryConfig("fp32", "full"), MemoryConfig("bf16", "attention")
 SHARED = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
-CASES = [
-    (ParallelConfig(sequence=2), "full", FULL),
-    (ParallelConfig(keep_gathered=True), "lora", FULL),
-]
+CASES = [(ParallelConfig(sequence=2), "full", FULL)]
 LONG = [
+    (ParallelConfig(keep_gathered=True), "lora", FULL),
     (ParallelConfig(), "full", FULL),
     (ParallelConfig(), "lora", ATTENTION),
     (ParallelConfig(shard=1, sequence=2), "lora", FULL),
@@ -75,10 +73,8 @@ def test_predicted_bytes_equal_those_of_real_ranks(cases):
         assert shared == received
 
 
-@pytest.mark.parametrize(
-    ("parallel", "train", "memory"),
-    [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in LONG)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "train", "memory"), [*CASES, *LONG])
 def test_repeated_blocks_equal_whole_models(parallel, train, memory):
     work = of(parallel, train)
     few, whole = (simulate(work, memory, memory, whole=every) for every in (False, True))
