@@ -103,6 +103,9 @@ class TrainFile(Section):
         ):
             ok, wanted = not value or self.lora is not None, f"{off} without adapters"
             check(ok, name, value, wanted, hint="Add lora: {lora_rank: 16}")
+        interval = self.rollout.guidance_interval
+        ok, wanted = interval is None or self.prfl.guidance is not None, "null without guidance"
+        check(ok, "rollout.guidance_interval", interval, wanted, hint="Add prfl.guidance")
         precision = self.hardware.precision
         frozen = self.reward_memory.build()
         check_compatible(frozen, train=None, precision=precision, name="reward_memory")

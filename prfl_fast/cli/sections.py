@@ -37,6 +37,9 @@ from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
 
 Level = Annotated[Number, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Level, Level], from_list]
+Strides = Annotated[
+    tuple[Annotated[tuple[Level, Level, Count], from_list], ...], Field(min_length=1), from_list
+]
 Timesteps = Annotated[
     tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1), from_list
 ]
@@ -258,7 +261,7 @@ class RolloutSection(Section):
     """The steps without gradient.
 
     cache changes no bit, compile and merge_lora only rounding; FP8, teacache,
-    first_block_cache and stride are approximate.
+    first_block_cache, stride and guidance_interval are approximate.
     """
 
     cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
@@ -287,7 +290,16 @@ class RolloutSection(Section):
         "Reuse the last residual of the blocks after the first if the first block's changed by "
         "less than this, relatively; 0 never.",
     )
-    stride: Count = key(1, "Solver steps that one step far from a gradient step covers.")
+    stride: Count | Strides = key(
+        1,
+        "Solver steps that one step far from a gradient step covers; or a list of [lowest, "
+        "highest, stride] by noise level, outside of which it is 1.",
+    )
+    guidance_interval: Interval | None = key(
+        None,
+        "Noise levels [lowest, highest] at which the rollout has guidance; null is all. Needs "
+        "prfl.guidance.",
+    )
     drift_limit: Positive | None = key(
         None,
         "Relative L2 distance from an exact rollout beyond which all later rollouts are exact; "

@@ -263,7 +263,8 @@ def _follow(kind: type[Section], content: Any, location: Sequence[Any]) -> _Plac
             value = place.value.get(part) if isinstance(place.value, dict) else None
             place = _Place(place.child(part), value, field.annotation, field.metadata)
         elif isinstance(part, int) and part < len(place.value):
-            item = typing.get_args(hint)[0]
+            items = typing.get_args(hint)
+            item = items[0] if items[-1] is Ellipsis else items[part]
             place = _Place(f"{place.key}[{part}]", place.value[part], item, ())
     return place
 

@@ -1,5 +1,6 @@
 """Configuration of the steps without gradient."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,8 @@ from prfl_fast.models.step_cache import COEFFICIENTS, TeaCacheModel
 from prfl_fast.utils.checks import check, check_choice, check_count, check_positive, is_number
 
 Interval = tuple[float, float]
+# Noise levels from the lowest to the highest, and the stride there.
+Stride = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,12 @@ class RolloutConfig:
         first_block_cache: reuse the residual of the blocks after the first if the residual of the
             first changed by less than this threshold, relative to the last step in which all ran;
             0 never does. A gradient step discards all residuals, so the step after it runs whole.
-        stride: solver steps of the schedule that one rollout step covers; steps with gradient are
-            always single steps.
+        stride: solver steps of the schedule that one rollout step covers, from the step where it
+            begins; steps with gradient are always single steps. Or a stride for each of several
+            intervals of noise levels, as (lowest, highest, stride): the first one that holds the
+            level applies, and outside of all the stride is 1.
+        guidance_interval: noise levels between which the rollout has guidance (Kynkäänniemi et al.,
+            arXiv 2404.07724). A step outside runs one branch only; None guides all steps.
         drift_limit: largest relative L2 distance from an exact rollout. If a check exceeds it, all
             later rollouts are exact. None allows any distance.
         check_every: trajectories from one drift check to the next, starting with the first. A check
@@ -55,18 +62,18 @@ class RolloutConfig:
     teacache: float = 0.0
     teacache_model: TeaCacheModel | None = None
     first_block_cache: float = 0.0
-    stride: int = 1  # 2: 0.53 of the time, drift 4.4e-2
+    stride: int | Sequence[Stride] = 1  # 2: 0.53 of the time, drift 4.4e-2
+    guidance_interval: Interval | None = None
     drift_limit: float | None = None
     check_every: int = 10
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("auto", "on", "off"))
-        for name in ("fp8_linears", "fp8_attention"):
+        for name in ("fp8_linears", "fp8_attention", "guidance_interval"):
             value = getattr(self, name)
             if value is not None:
                 expected = "noise levels (lowest, highest) in 0 … 1, or None"
-                ok = isinstance(value, (tuple, list)) and len(value) == 2
-                ok = ok and all(map(is_number, value)) and 0 <= value[0] <= value[1] <= 1
+                ok = isinstance(value, (tuple, list)) and len(value) == 2 and _is_interval(value)
                 check(ok, name, value, expected)
                 object.__setattr__(self, name, (float(value[0]), float(value[1])))
         for name in ("teacache", "first_block_cache"):
@@ -76,12 +83,37 @@ class RolloutConfig:
         if self.teacache_model is not None:
             check_choice("teacache_model", self.teacache_model, tuple(COEFFICIENTS))
             check(self.teacache > 0, "teacache_model", self.teacache_model, "None without teacache")
-        check_count("stride", self.stride)
+        self._check_stride()
         check_count("check_every", self.check_every)
         if self.drift_limit is not None:
             check_positive("drift_limit", self.drift_limit)
         expected = "True with merge_lora, compile='on', FP8 or reused residuals"
         check(self.cache or not self.needs_model, "cache", self.cache, expected)
+
+    def _check_stride(self) -> None:
+        if not isinstance(self.stride, (tuple, list)):
+            check_count("stride", self.stride)
+            return
+        strides = []
+        for i, part in enumerate(self.stride):
+            ok = isinstance(part, (tuple, list)) and len(part) == 3 and _is_interval(part[:2])
+            expected = "(lowest, highest, stride) with noise levels in 0 … 1"
+            check(ok, f"stride[{i}]", part, expected)
+            check_count(f"stride[{i}][2]", part[2])
+            strides.append((float(part[0]), float(part[1]), part[2]))
+        object.__setattr__(self, "stride", tuple(strides))
+
+    def stride_at(self, sigma: float) -> int:
+        """Return the stride of a rollout step that begins at a noise level."""
+        if isinstance(self.stride, int):
+            return self.stride
+        return next((n for low, high, n in self.stride if low <= sigma <= high), 1)
+
+    @property
+    def skips(self) -> bool:
+        """Return True if a rollout step may cover several steps of the schedule."""
+        strides = [self.stride] if isinstance(self.stride, int) else [n for *_, n in self.stride]
+        return any(n > 1 for n in strides)
 
     @property
     def fp8(self) -> bool:
@@ -96,9 +128,19 @@ class RolloutConfig:
     @property
     def inexact(self) -> bool:
         """Return True if results may differ from an exact rollout by more than rounding."""
-        return self.fp8 or self.reuses or self.stride > 1
+        return self.fp8 or self.reuses or self.calls_less
+
+    @property
+    def calls_less(self) -> bool:
+        """Return True if the rollout skips steps or branches, which takes no access to blocks."""
+        return self.skips or self.guidance_interval is not None
 
     @property
     def needs_model(self) -> bool:
         """Return True if the user set an option that needs access to the model's blocks."""
         return self.merge_lora or self.compile == "on" or self.fp8 or self.reuses
+
+
+def _is_interval(levels: Sequence[object]) -> bool:
+    low, high = levels
+    return is_number(low) and is_number(high) and 0 <= low <= high <= 1  # type: ignore[operator]

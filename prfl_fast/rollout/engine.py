@@ -34,6 +34,8 @@ from prfl_fast.utils.sharded import find_owners, rollout_weights
 
 logger = logging.getLogger(__name__)
 
+Branches = Literal["all", "first"]
+
 
 def why_not_compiled(
     mode: Literal["auto", "on", "off"], *, device: str, ratio: float | None, same_shape: bool
@@ -63,19 +65,21 @@ def why_not_compiled(
 class RolloutSession:
     """Hold the model and the caches of one run of a trajectory.
 
-    ``open`` opens the model for ``steps``, once for each branch, with or without compiled blocks.
+    ``open(compiled, branches)`` opens the model for ``steps`` with or without compiled blocks: once
+    for each call with ``"all"`` branches of guidance, or for the ``"first"`` branch of a batch.
     """
 
     def __init__(
         self,
         engine: "RolloutEngine",
-        open: Callable[[bool], list[RolloutModel]],
+        open: Callable[[bool, Branches], list[RolloutModel]],
         steps: Sequence[int],
         compiled: bool,
         guidance: Sequence[Guidance] | None,
     ) -> None:
         self._engine, self._open, self._compiled = engine, open, compiled
-        self._models, self._guidance = open(compiled), guidance
+        self._models: dict[Branches, list[RolloutModel]] = {"all": open(compiled, "all")}
+        self._guidance = guidance
         self._positions = {step: position for position, step in enumerate(steps)}
 
     def velocity(self, x: torch.Tensor, step: int, sigma: float | None) -> torch.Tensor:
@@ -84,7 +88,12 @@ class RolloutSession:
         The noise level ``sigma`` decides the precision; None gives an exact velocity.
         """
         engine, position = self._engine, self._positions[step]
-        guidance = None if self._guidance is None else self._guidance[step]
+        guidance: Guidance | None = None
+        branches: Branches = "all"
+        if self._guidance is not None and engine.guides(sigma):
+            guidance = self._guidance[step]
+        elif self._guidance is not None:
+            branches = "first"
         precisions: dict[str, Any] = {} if sigma is None else engine.precisions(sigma)
         if sigma is not None and engine.reuses:
             precisions["reuse"] = True
@@ -92,27 +101,35 @@ class RolloutSession:
         # peak bytes (bench/RESULTS.md).
         x = torch.cat([x, x]) if guidance is not None and guidance.batched else x
         outputs: list[torch.Tensor] = []
-        while len(outputs) < len(self._models):
+        while len(outputs) < len(models := self._opened(branches)):
             try:
                 with engine.context():
-                    v = self._models[len(outputs)].velocity(x, position, **precisions)
+                    v = models[len(outputs)].velocity(x, position, **precisions)
                 outputs.append(v)
             except RuntimeError as error:
                 if not self._compiled or not engine.stop_compiling_after(error):
                     raise
-                self._compiled, self._models = False, self._open(False)
+                self._compiled, self._models = False, {}
         return outputs[0] if guidance is None else guidance.combine(outputs)
+
+    def _opened(self, branches: Branches) -> list[RolloutModel]:
+        if branches == "first" and self._guidance is not None and not self._guidance[0].batched:
+            return self._opened("all")[:1]
+        if branches not in self._models:
+            self._models[branches] = self._open(self._compiled, branches)
+        return self._models[branches]
 
     def notes(self) -> list[str]:
         """Return the reasons why layers stay unmerged or exact."""
-        return [note for model in self._models for note in model.notes]
+        return [note for models in self._models.values() for m in models for note in m.notes]
 
 
 class RolloutEngine:
     """Run the steps without gradient of all of one model's trajectories.
 
     An engine is an argument of :class:`prfl_fast.rollout.trajectory.Trajectory`. Between runs it
-    holds no tensor. For a velocity function, ``stride`` is the only option that applies.
+    holds no tensor. For a velocity function, ``stride`` and ``guidance_interval`` are the only
+    options that apply.
 
     Attributes:
         fallen_back: True after a check measured more drift than allowed; rollouts are then exact.
@@ -159,16 +176,30 @@ class RolloutEngine:
         # After too much drift, all rollouts run with the exact defaults.
         return RolloutConfig() if self.fallen_back else self.config
 
+    def stride_at(self, sigma: float) -> int:
+        """Return the steps of the schedule that a step of the next rollout covers at a level."""
+        return self._active.stride_at(sigma)
+
     @property
-    def stride(self) -> int:
-        """Return the steps of the schedule that a step of the next rollout covers."""
-        return self._active.stride
+    def skips(self) -> bool:
+        """Return True if the next rollout may leave out steps of the schedule."""
+        return self._active.skips
+
+    def guides(self, sigma: float | None) -> bool:
+        """Return True if steps at this noise level have guidance; None is an exact step."""
+        interval = self._active.guidance_interval
+        return sigma is None or interval is None or interval[0] <= sigma <= interval[1]
+
+    @property
+    def calls_less(self) -> bool:
+        """Return True if the next rollout skips steps or branches."""
+        return self._active.calls_less
 
     @property
     def inexact(self) -> bool:
         """Return True if the next rollout has inexact steps."""
         by_model = self._active.fp8 or self._active.reuses
-        return self.stride > 1 or (by_model and self._supported)
+        return self.calls_less or (by_model and self._supported)
 
     @property
     def reuses(self) -> bool:
@@ -232,7 +263,7 @@ class RolloutEngine:
         assert self.model is not None
         model, adapter = self.model, find_adapter(self.model)
 
-        def open(compiled: bool) -> list[RolloutModel]:
+        def open(compiled: bool, wanted: Branches) -> list[RolloutModel]:
             timer = self._timer if x.device.type == "cuda" and not compiled else None
             config = self._active
             reuse = StepCacheOptions(
@@ -240,11 +271,15 @@ class RolloutEngine:
             )
             options = RolloutOptions(self.config.merge_lora, compiled, timer, reuse)
             find_owners(model)
+            inputs: tuple[Any, ...] = (x, list(timesteps.values()), branches)
+            if wanted == "first":
+                inputs = _first_half(*inputs)
+            latents, times, several = inputs
             # The values to cache read embeddings outside a call of the model.
             with self.context(), weights_of(unwrap(model)):
                 return [
-                    adapter.open_rollout(model, x, list(timesteps.values()), conditions, options)
-                    for conditions in branches
+                    adapter.open_rollout(model, latents, times, conditions, options)
+                    for conditions in several
                 ]
 
         compiled = self._compiles(x, branches, are_compiled(model))
@@ -329,3 +364,12 @@ class RolloutEngine:
         check(ok, "the rollout engine's state", sorted(state), expected)
         self.trajectories = int(state["trajectories"])
         self.fallen_back = bool(state["fallen_back"])
+
+
+def _first_half(
+    x: torch.Tensor, timesteps: list[torch.Tensor], branches: Sequence[Conditions]
+) -> tuple[torch.Tensor, list[torch.Tensor], Sequence[Conditions]]:
+    """Return the arguments of a call without the negative prompt's half of the batch."""
+    half = len(x) // 2
+    first = {key: value[:half] for key, value in branches[0].items()}
+    return x[:half], [t[:half] for t in timesteps], (first,)

@@ -9,7 +9,7 @@ from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.rollout.schedulers import check_deterministic, fresh_copy
-from prfl_fast.utils.checks import check_count, check_type, make_fields_plain
+from prfl_fast.utils.checks import check, check_count, check_type, make_fields_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,9 @@ class Sampler:
 
     Raises:
         TypeError: if the model is unsupported, or an attribute has the wrong type.
-        ValueError: if ``num_inference_steps`` is not a positive integer, or a diffusers scheduler
-            predicts something other than the velocity or draws random numbers.
+        ValueError: if ``num_inference_steps`` is not a positive integer, ``rollout`` has an
+            interval of guidance without ``guidance``, or a diffusers scheduler predicts something
+            other than the velocity or draws random numbers.
     """
 
     transformer: nn.Module | ModelCall | Velocity
@@ -45,5 +46,8 @@ class Sampler:
         check_count("num_inference_steps", self.num_inference_steps)
         check_type("guidance", self.guidance, (Guidance, type(None)))
         check_type("rollout", self.rollout, (RolloutConfig, type(None)))
+        if self.rollout is not None and self.guidance is None:
+            interval = self.rollout.guidance_interval
+            check(interval is None, "guidance_interval", interval, "None without guidance")
         object.__setattr__(self, "scheduler", fresh_copy(self.scheduler))
         check_deterministic(self.scheduler, self.num_inference_steps)

@@ -481,12 +481,19 @@ def keep_levels(scheduler: Any, indices: Sequence[int]) -> None:
 
 
 def strided_steps(
-    start: int, num_inference_steps: int, stride: int, visit: Sequence[int]
+    start: int, num_inference_steps: int, strides: Sequence[int], visit: Sequence[int]
 ) -> list[int]:
-    """Return every ``stride``-th step of a rollout, both ends and the steps ``visit`` included."""
+    """Return the steps of a rollout whose step ``i`` covers ``strides[i]`` of the schedule.
+
+    Both ends and the steps ``visit`` are included.
+    """
     # A step with gradient covers one level, so the step after it is included, and the stride
     # restarts there.
     landings = sorted({start, num_inference_steps, *visit, *(step + 1 for step in visit)})
     spans = zip(landings, landings[1:], strict=False)
-    steps = [step for here, there in spans if here >= start for step in range(here, there, stride)]
+    steps = []
+    for here, there in spans:
+        while start <= here < there:
+            steps.append(here)
+            here += strides[here]
     return [*steps, num_inference_steps]

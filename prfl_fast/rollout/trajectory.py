@@ -117,8 +117,9 @@ class Trajectory:
         self._engine = engine
         self._inexact = engine is not None and engine.inexact
         self._kept = list(range(start, count + 1))
-        if engine is not None and engine.stride > 1:
-            self._kept = strided_steps(start, count, engine.stride, visit)
+        if engine is not None and engine.skips:
+            strides = [engine.stride_at(sigma) for sigma in self._sigmas]
+            self._kept = strided_steps(start, count, strides, visit)
             keep_levels(self.scheduler, self._kept[:-1])
         self._sampler, self._start = sampler, start
         self._first_x: torch.Tensor | None = None
@@ -142,16 +143,24 @@ class Trajectory:
         """
         x = self.x if x is None else x
         index = self.index if index is None else index
+        if self._guided is None:
+            return self._call(x, index, self._branches)[0]
+        return self._guided[index].combine(self._call(x, index, self._branches))
+
+    def _call(
+        self, x: torch.Tensor, index: int, branches: Sequence[Conditions]
+    ) -> list[torch.Tensor]:
+        """Return the model's output for each of the branches."""
         timestep = self.model_timestep(index)
-        if self.guidance is not None and self.guidance.batched:
+        if branches is self._branches and self.guidance is not None and self.guidance.batched:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
         outputs = []
-        for branch in self._branches:
+        for branch in branches:
             v = self._velocity(x, timestep, branch)
             ok = isinstance(v, torch.Tensor) and v.shape == x.shape
             check(ok, "the transformer's result", v, f"a velocity of shape {list(x.shape)}")
             outputs.append(v)
-        return outputs[0] if self._guided is None else self._guided[index].combine(outputs)
+        return outputs
 
     def solve(self, v: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next latents, differentiable in ``v``, ``x`` and the scheduler's history.
@@ -223,7 +232,12 @@ class Trajectory:
             while self.index < stop:
                 index, shift = self.index, None
                 sigma = self.sigma(index) if self._inexact else None
-                v = session.velocity(self.x, index, sigma) if session else self.velocity()
+                if session is not None:
+                    v = session.velocity(self.x, index, sigma)
+                elif self._engine is None or self._engine.guides(sigma):
+                    v = self.velocity()
+                else:
+                    v = self._call(self.x, index, (self.conditions,))[0]
                 if adjust is not None:
                     before, v = v, adjust(index, v)
                     shift = v - before if self._shadow is not None else None
@@ -253,7 +267,7 @@ class Trajectory:
         x = self.x[:1].expand(copies * len(self.x), *self.x.shape[1:])
         timesteps = {index: self.model_timestep(index).repeat(copies) for index in sorted(needed)}
         with engine.open(x, timesteps, self._branches, self._guided) as session:
-            if session is None and engine.stride == 1:
+            if session is None and not engine.calls_less:
                 self._inexact, self._shadow = False, None
             if self._inexact and not self._counted:
                 self._counted = True

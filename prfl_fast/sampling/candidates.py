@@ -142,7 +142,7 @@ class Candidates:
             check_count("batch", batch)
         config = RolloutConfig() if sampler.rollout is None else sampler.rollout
         hint = "A search drops trajectories, so their drift cannot be measured."
-        check(not config.inexact, "rollout", config, "stride 1 and no FP8", hint=hint)
+        check(not config.inexact, "rollout", config, "an exact one", hint=hint)
         # Errors of the arguments appear here, before the first of many trajectories.
         bind_velocity(sampler.transformer, noise, conditions, "noise")
         if sampler.guidance is not None:

@@ -123,6 +123,9 @@ def test_rollout_is_the_librarys(tmp_path):
     expected = RolloutConfig(merge_lora=True, compile="on", fp8_linears=(0.3, 1.0), stride=2)
     config = load(tmp_path, BASE + LORA + text)
     assert config.rollout.build() == expected and load(tmp_path, to_yaml(config)) == config
+    config = load(tmp_path, f"{BASE}rollout: {{stride: [[0.8, 1, 4], [0, 0.5, 2]]}}")
+    assert config.rollout.build() == RolloutConfig(stride=((0.8, 1.0, 4), (0.0, 0.5, 2)))
+    assert load(tmp_path, to_yaml(config)) == config
     for off in ("off", "'off'"):
         assert load(tmp_path, f"{BASE}rollout: {{compile: {off}}}\n").rollout.compile == "off"
 
@@ -241,6 +244,10 @@ BAD = {
     "rollout: {fp8_linears: [0.9, 0.1]}": "rollout.fp8_linears is (0.9, 0.1), expected noise level",
     "rollout: {fp8_linears: [0]}": "rollout.fp8_linears is [0], expected a list of 2",
     "rollout: {stride: 0}": "rollout.stride is 0, expected a whole number of at least 1",
+    "rollout: {stride: [[0.5, 1]]}": "rollout.stride[0] is [0.5, 1], expected a list of 3, each a",
+    "rollout: {stride: [[0.5, 1, 0]]}": "rollout.stride[0][2] is 0, expected a whole number of at",
+    "rollout: {stride: [[1, 0.5, 2]]}": "rollout.stride[0] is (1.0, 0.5, 2), expected (lowest, hi",
+    "rollout: {guidance_interval: [0.2, 1]}": "rollout.guidance_interval is (0.2, 1.0), expected n",
     "rollout: {drift_limit: -1}": "rollout.drift_limit is -1, expected a number above 0",
     "prfl: {solver: unipd}": "did you mean 'unipc'?",
     "lora: {}": "lora.lora_rank is missing, expected a whole number",

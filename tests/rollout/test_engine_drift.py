@@ -62,6 +62,19 @@ def test_a_check_begins_where_the_trajectory_did(start):
     assert trajectory.drift[4] == pytest.approx(expected, rel=1e-9) and expected > 0.005
 
 
+def test_the_stride_of_a_step_is_that_of_the_level_where_it_begins():
+    # Levels of the six steps: 1, 0.953, 0.883, 0.771, 0.562, 0.024.
+    config = RolloutConfig(stride=((0.96, 1.0, 2), (0.0, 0.7, 9)))
+    engine = RolloutEngine(linear, config)
+    seen, trajectory = euler_walk(engine, ())
+    assert engine.inexact and trajectory.steps_to(6) == 4
+    trajectory.run(6)
+    torch.testing.assert_close(trajectory.x, make_x() * product(0, 2, 3, 4, 6))
+    exact = product(*range(7))
+    assert trajectory.drift[6] == pytest.approx(abs(product(0, 2, 3, 4, 6) / exact - 1), rel=1e-9)
+    assert not RolloutEngine(linear, RolloutConfig(stride=((0.0, 1.0, 1),))).inexact
+
+
 def test_drift_is_the_largest_of_the_batch():
     x = make_x(3)
     rates = torch.tensor([0.0, 0.9, 0.3], dtype=torch.float64).view(3, 1, 1, 1, 1)
@@ -88,7 +101,7 @@ def test_past_the_limit_the_exact_latents_go_on_and_later_rollouts_are_exact():
         assert figure in warning
     assert_same(fallen, plain)
     assert torch.equal(trajectory.x, rollout(linear, make_x(), {}, FlowEuler(), 6))
-    assert engine.fallen_back and not engine.inexact and engine.stride == 1
+    assert engine.fallen_back and not engine.inexact and not engine.skips
     with no_warning():
         later, trajectory = euler_walk(engine)
     assert_same(later, plain)

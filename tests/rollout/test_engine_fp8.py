@@ -257,6 +257,10 @@ def test_bad_configs_are_refused():
         ({"fp8_attention": (-0.1, 1.0)}, "fp8_attention is"),
         ({"stride": 0}, "stride is 0"),
         ({"stride": True}, "stride is True"),
+        ({"stride": [(0.5, 1.0)]}, r"stride\[0\] is"),
+        ({"stride": [(0.9, 0.5, 2)]}, r"stride\[0\] is"),
+        ({"stride": [(0.5, 1.0, 0)]}, r"stride\[0\]\[2\] is 0"),
+        ({"guidance_interval": (0.5, 1.5)}, "guidance_interval is"),
         ({"check_every": 0}, "check_every is 0"),
         ({"drift_limit": 0.0}, "drift_limit is 0"),
         ({"drift_limit": math.nan}, "drift_limit is nan"),
@@ -268,6 +272,7 @@ def test_bad_configs_are_refused():
         with pytest.raises(ValueError, match=message):
             RolloutConfig(**kwargs)
     assert RolloutConfig(fp8_linears=[0, 1]).fp8_linears == (0.0, 1.0)
+    assert RolloutConfig(stride=[[0, 1, 2]]).stride == ((0.0, 1.0, 2),)
     with pytest.raises(TypeError, match="supported"):
         RolloutEngine(nn.Linear(2, 2))
 

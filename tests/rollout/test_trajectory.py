@@ -112,7 +112,7 @@ def test_restricted_unipc_is_unipc_over_those_levels(kept):
     ],
 )
 def test_fewer_steps_land_on_what_is_visited_and_on_the_step_after(start, visit, expected):
-    assert strided_steps(start, 12, 5, visit) == expected
+    assert strided_steps(start, 12, [5] * 13, visit) == expected
     trajectory = strided(5, visit=visit, start=start)
     seen = [trajectory.index]
     with torch.no_grad():

@@ -153,7 +153,7 @@ PRUNE = {"candidates": 4, "keep": {1: 2}}
         ({"noise": NOISE * math.nan}, "noise has 48 NaN"),
         ({"conditions": {"text": CONDITIONS["text"][:1]}}, "conditions"),
         ({"guidance": Guidance(2.0, {"other": NEGATIVE["text"]})}, r"negative is \['other'\]"),
-        ({"rollout": RolloutConfig(stride=2)}, "rollout is .*expected stride 1 and no FP8"),
+        ({"rollout": RolloutConfig(stride=2)}, "rollout is .*expected an exact one"),
         ({"reward": lambda x, t, c: x.mean()}, r"the reward's result is .* \[8\]"),
     ],
 )
