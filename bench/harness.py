@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from prfl_fast import __version__, kernels
 from prfl_fast.kernels.runtime.registry import get_backend
 from prfl_fast.memory.ledger import Ledger, storage_of
-from prfl_fast.planning.costs import CPU_FLOPS
+from prfl_fast.utils.flops import flop_counter
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "prfl_fast bench 1"
@@ -335,7 +334,7 @@ def peak_bytes(thunk: Thunk, device: torch.device, *, empty_cache: bool = True) 
 
 def count_flops(thunk: Thunk) -> int:
     """Return FLOPs of the matrix products, convolutions and attention in ``thunk()``."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+    with flop_counter() as counter:
         thunk()
     return counter.get_total_flops()
 

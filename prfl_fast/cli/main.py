@@ -42,6 +42,7 @@ _YAML = {
     "train-reward": "train a latent reward model",
     "train": "train a generator: PRFL, supervised steps, Flow-DPO, Flow-RWR",
     "score": "compute the rewards of a dataset at several timesteps",
+    "calibrate": "choose the fastest rollout of a train file within rollout.drift",
 }
 
 _CONTINUED = ("encode", "train-reward", "train", "sample", "compare")
@@ -107,6 +108,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     _add_options(commands, "evaluate", command)
     _add_yaml(commands, "score")
     _add_options(commands, "plan", command)
+    _add_yaml(commands, "calibrate")
     _add_yaml(commands, "train")
     for name in ("sample", "compare"):
         _add_options(commands, name, command)
@@ -126,9 +128,12 @@ def _add_options(commands: Any, name: str, command: str) -> None:
 
 def _add_yaml(commands: Any, name: str) -> None:
     """Add a command that takes a YAML file."""
-    epilog = f"prfl-fast init {name} FILE writes a YAML file with every key, to fill in"
+    written = "train" if name == "calibrate" else name
+    epilog = f"prfl-fast init {written} FILE writes a YAML file with every key, to fill in"
     sub = _command(commands, name, _YAML[name], epilog=epilog)
     sub.add_argument("config", help="YAML file; docs/configuration.md lists its keys")
+    if name == "calibrate":
+        return
     text = "check configuration, models and data; print the configuration and write nothing"
     sub.add_argument("--check", action="store_true", help=text)
     if name == "score":
@@ -237,13 +242,17 @@ def _run(options: argparse.Namespace, program: bool) -> int:
     from prfl_fast.cli.yaml_config import load_config
 
     commands: dict[str, tuple[type[Any], Any]] = {
+        "calibrate": (TrainFile, run_train),
         "train": (TrainFile, run_train),
         "train-reward": (TrainRewardFile, train_reward),
         "score": (ScoreFile, run_score),
     }
     kind, command = commands[options.command]
-    chosen = options.check
-    if options.command != "score":
+    if options.command == "calibrate":
+        chosen = RunOptions(file=options.config, calibrate=True)
+    elif options.command == "score":
+        chosen = options.check
+    else:
         if options.deep and not options.check:
             raise ValueError("--deep is given alone, expected --check --deep")
         chosen = RunOptions(

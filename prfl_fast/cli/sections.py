@@ -264,6 +264,12 @@ class RolloutSection(Section):
     first_block_cache, stride and guidance_interval are approximate.
     """
 
+    drift: Positive | None = key(
+        None,
+        "Budget: measure the approximate options before the first step, and use the fastest "
+        "combination below this drift, whose gradient has a cosine of 0.99 or more with the exact "
+        "one. It takes the place of those options and of drift_limit; null measures none.",
+    )
     cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
     merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
     compile: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
@@ -309,12 +315,15 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        self.build()
+        config = self.build()
+        ok = self.drift is None or (not config.inexact and self.drift_limit is None)
+        expected = "null beside approximate options or drift_limit, which it chooses"
+        check(ok, "drift", self.drift, expected)
         return self
 
     def build(self) -> RolloutConfig:
-        """Return the library's configuration of these keys."""
-        return RolloutConfig(**self.model_dump())
+        """Return the library's configuration of these keys; ``drift`` is not part of it."""
+        return RolloutConfig(**self.model_dump(exclude={"drift"}))
 
 
 class LoraSection(Section):

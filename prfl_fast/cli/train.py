@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prfl_fast.cli import loading
+from prfl_fast.cli.calibrate import calibrated, print_calibration
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.held_out import (
     generator_evaluation,
@@ -56,7 +57,7 @@ from prfl_fast.training.evaluation import labels_of
 from prfl_fast.training.logging import check_loggers
 from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.training.model_files import load_model, save_reward
-from prfl_fast.training.objectives import Objective, RewardFit
+from prfl_fast.training.objectives import Objective, RewardFeedback, RewardFit
 from prfl_fast.training.trainer import Trainer
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
@@ -81,16 +82,23 @@ class RunOptions:
         deep: read every sample with ``check``.
         accept_changed_inputs: resume with other data or models.
         file: path of the YAML file, for errors.
+        calibrate: end after the calibration of the rollout.
     """
 
     check: bool = False
     deep: bool = False
     accept_changed_inputs: bool = False
     file: str = "FILE.yaml"
+    calibrate: bool = False
 
 
 def run_train(config: TrainFile, options: RunOptions) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
+    if options.calibrate:
+        wanted = "a number, the budget of calibrate"
+        check(config.rollout.drift is not None, "rollout.drift", None, wanted)
+        objectives = config.objectives
+        check("prfl" in objectives, "objectives", objectives, "prfl among them for calibrate")
     with join(config, options.file, check_only=options.check) as job:
         return _train(config, options, job)
 
@@ -134,6 +142,11 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     objectives = build_objectives(*parts, ranks=ranks)
     advise = partial(next_policy, config, dataset, device, plan)
     inputs = inputs_of(config, dataset)
+    if config.rollout.drift is not None:
+        config = _calibrated(config, dataset, objectives, inputs, job, options.check)
+    if options.calibrate:
+        print_calibration(config)
+        return 0
     evaluation = None
     if held_out is not None:
         calls, _ = rewards_of(config, rewards)
@@ -143,6 +156,25 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     trainer = _trainer(config, transformer, objectives, inputs, options, **more)
     _note_learning_rate(given, config, "train")
     return _print_check(config) if options.check else _finish(trainer, config)
+
+
+def _calibrated(
+    config: TrainFile,
+    dataset: LatentDataset,
+    objectives: dict[str, Objective],
+    inputs: dict[str, Any],
+    job: Job,
+    check_only: bool,
+) -> TrainFile:
+    """Calibrate the rollout of the prfl objective; other objectives have none."""
+    feedback = objectives.get("prfl")
+    if not isinstance(feedback, RewardFeedback):
+        return config
+    # A run may go on with more data, and keeps its rollout.
+    models = {k: v for k, v in inputs.items() if not k.startswith(("data", "empty"))}
+    made_for = {"settings": _identity(config), "models": models}
+    more: Any = {"several": job.ranks.several, "check_only": check_only}
+    return calibrated(config, feedback.step, dataset, job.device, made_for, **more)
 
 
 def _check_experts(config: TrainFile, boundary: float | None) -> None:

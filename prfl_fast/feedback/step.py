@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,6 +122,15 @@ class PRFL:
         # The planner replaces these by classes that run the model at a few steps only.
         self.trajectory_type: Callable[..., Trajectory] = Trajectory
         self.estimator_type: Callable[..., GradientEstimator] = GradientEstimator
+
+    def use_rollout(self, config: RolloutConfig) -> None:
+        """Run the steps without gradient of all later calls by another configuration.
+
+        The engine is a new one. Raise ``ValueError`` if the configuration does not fit the sampler.
+        """
+        self.sampler = replace(self.sampler, rollout=config)
+        self.spec = replace(self.spec, sampler=self.sampler)
+        self.engine = RolloutEngine(self.sampler.transformer, config)
 
     @torch.inference_mode(mode=False)  # whose tensors carry no graph
     def __call__(

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from prfl_fast.kernels.attn.exact import heads_of_call
 from prfl_fast.memory.ledger import HOST, Ledger, tensors_in
+from prfl_fast.utils.flops import CPU_ATTENTION_BACKWARD, CPU_FLOPS
 
 # PyTorch allocates at most this much for cuBLAS: 32 MiB on sm90, less on older GPUs.
 CUBLAS_BYTES = 32 << 20
@@ -47,23 +48,6 @@ class Cost:
         return self.matmul_flops + self.attention_flops + self.attention_backward_flops
 
 
-def _attention_flops(query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
-    batch, heads, length, size = query
-    return 4 * batch * heads * length * key[2] * size
-
-
-def _attention_backward_flops(grad: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(query, key) // 2  # five products, as in the CUDA kernels
-
-
-# PyTorch counts the FLOPs of attention on CUDA, but not on the CPU.
-_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-CPU_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _CPU_BACKWARD: _attention_backward_flops,
-}
-
-
 def _kind(name: str) -> str:
     """Return the field of ``Cost`` for the FLOPs of an operation."""
     if not (name.startswith("prfl_fast::attention") or "dot_product" in name):
@@ -83,7 +67,7 @@ def kernel_scratch(packet: Any, args: tuple[Any, ...]) -> int:
             # FlashAttention copies. The package flash-attn does not copy them.
             copied = q.itemsize * batch * (3 * length + 2 * k.shape[1]) * width // heads * group
             width, heads = width // heads * group, group
-    elif packet is _CPU_BACKWARD:
+    elif packet is CPU_ATTENTION_BACKWARD:
         batch, heads, length, size = args[1].shape
         width = heads * size
     else:

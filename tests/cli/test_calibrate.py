@@ -1,0 +1,85 @@
+"""``rollout.drift`` of train, and ``prfl-fast calibrate``."""
+
+import json
+
+import pytest
+from commands import one_line
+from runs import config, log, write_config
+
+pytest.importorskip("pydantic")
+yaml = pytest.importorskip("yaml")
+
+from prfl_fast.cli import calibrate as calibrating
+from prfl_fast.cli.main import main
+from prfl_fast.feedback import calibration
+from prfl_fast.rollout.config import RolloutConfig
+
+DRIFT = 5.0
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Measure one stride on one batch, and accept any gradient."""
+    monkeypatch.setattr(calibrating, "SAMPLES", 1)
+    monkeypatch.setattr(calibration, "LEAST_COSINE", -1.0)
+    stride = {"stride": ((0.5, 1.0, 3),)}
+    monkeypatch.setattr(calibration, "ladders", lambda step, device: {"stride": [stride]})
+
+
+def written(root, tmp_path, **changes):
+    changes = {"rollout.drift": DRIFT, "prfl.num_inference_steps": 8, "run.steps": 1} | changes
+    return write_config(tmp_path / "train.yaml", config("train", root, tmp_path / "run", changes))
+
+
+def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, capsys, monkeypatch):
+    path = written(root, tmp_path)
+    assert main(["calibrate", str(path)]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "rollout.json").read_text())
+    exact, chosen = record["measured"]
+    assert chosen == record["chosen"] and chosen["flops"] < exact["flops"]
+    assert f"{chosen['drift']:.4g}" in printed and "of the FLOPs of a gradient point" in printed
+    assert [p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")] == [
+        "rollout.json"
+    ]
+
+    def never(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(calibrating, "calibrate", never)
+    # With other settings the rollout is measured again, but not by a check.
+    other = written(root, tmp_path, **{"prfl.weight": 0.2})
+    assert main(["train", str(other), "--check"]) == 0
+    assert f"drift: {DRIFT}" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="measured again"):
+        main(["calibrate", str(other)])
+    written(root, tmp_path)
+    assert main(["train", str(path)]) == 0
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["rollout"]
+    config = RolloutConfig(stride=((0.5, 1.0, 3),), drift_limit=DRIFT)
+    assert resolved.pop("drift") is None and RolloutConfig(**resolved) == config
+    (first,) = log(tmp_path / "run")
+    assert first["prfl/drift"] == pytest.approx(chosen["drift"], rel=0.5)  # of other noise
+    written(root, tmp_path, **{"run.steps": 2})
+    assert main(["train", str(path)]) == 0 and len(log(tmp_path / "run")) == 2
+    capsys.readouterr()
+    assert main(["train", str(path), "--check"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["rollout"] == {"drift": None, **resolved}
+    other = written(root, tmp_path, **{"prfl.weight": 0.2})
+    assert main(["train", str(other)]) == 2
+    assert "null beside checkpoints" in one_line(capsys, "train")
+
+
+@pytest.mark.parametrize(
+    "command,changes,message",
+    [
+        ("train", {"rollout.stride": 2}, "rollout.drift is 5.0, expected null beside approximate"),
+        ("train", {"rollout.drift_limit": 0.1}, "rollout.drift is 5.0, expected null beside"),
+        ("train", {"rollout.drift": 0}, "rollout.drift is 0, expected a number above 0"),
+        ("calibrate", {"rollout.drift": None}, "rollout.drift is None, expected a number"),
+        ("calibrate", {"objectives": ["sft"]}, "expected prfl among them for calibrate"),
+    ],
+)
+def test_budgets_that_cannot_be_kept_are_refused(root, tmp_path, capsys, command, changes, message):
+    assert main([command, str(written(root, tmp_path, **changes))]) == 2
+    assert message in one_line(capsys, command)

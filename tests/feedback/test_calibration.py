@@ -1,0 +1,166 @@
+"""Calibration of the rollout: figures against steps of PRFL, and the search on given figures."""
+
+import json
+import math
+
+import pytest
+import torch
+from prfl_world import NOISE, TEXT, make_wan, prfl, run, trained, with_lora
+
+from prfl_fast.feedback import calibration
+from prfl_fast.feedback.calibration import Measured, Sampled, calibrate, ladders
+from prfl_fast.feedback.gradient_plan import GradientPlan
+from prfl_fast.models.registry import patch
+from prfl_fast.rollout.config import RolloutConfig
+from prfl_fast.rollout.guidance import Guidance
+
+STEPS, POINTS = 8, 2
+PLAN = GradientPlan.prfl(points=POINTS)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SAMPLES = [Sampled(NOISE, TEXT), Sampled(NOISE.flip(0), TEXT)]
+STRIDES = (((0.0, 1.0, 2),), ((0.0, 1.0, 4),))
+
+
+def make_step(model=None, **options):
+    model = patch(with_lora(make_wan())) if model is None else model
+    return prfl(model, PLAN, steps=STEPS, **options)
+
+
+def close(ours, theirs):
+    a, b = (torch.cat([g.flatten() for g in each]) for each in (ours, theirs))
+    return (a @ b / (a.norm() * b.norm())).item(), ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def only_strides(monkeypatch):
+    """Measure two strides alone: tests are to take no longer."""
+    found = {"stride": [{"stride": stride} for stride in STRIDES]}
+    monkeypatch.setattr(calibration, "ladders", lambda step, device: found)
+
+
+def test_figures_are_those_of_steps_with_this_rollout(only_strides, monkeypatch):
+    monkeypatch.setattr(calibration, "LEAST_COSINE", -1.0)
+    step = make_step()
+    model, shown = step.sampler.transformer, []
+    before = torch.get_rng_state()
+    found = calibrate(step, SAMPLES, 10.0, on_measured=shown.append)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in trained(model)) and step.engine.config == RolloutConfig()
+    assert list(found.measured) == shown and [m.options for m in shown] == [
+        {},
+        *({"stride": n} for n in STRIDES),
+    ]
+    exact, two, four = shown
+    assert exact.drift == 0 and exact.cosine == pytest.approx(1) and exact.distance == 0
+    assert found.chosen == four and found.config == RolloutConfig(stride=STRIDES[1], drift_limit=10)
+    assert exact.flops > two.flops > four.flops and exact.seconds is None
+    # What a step does beside its rollout is the same.
+    rest = [m.flops - m.rollout_flops for m in shown]
+    assert rest[0] == rest[1] == rest[2] > 0
+    sums, drift = {}, 0.0
+    for stride in (1, STRIDES[0]):
+        other = make_step(model, rollout=RolloutConfig(stride=stride, check_every=1))
+        parts = []
+        for number, sample in enumerate(SAMPLES):
+            points = other.draw_points(torch.Generator().manual_seed(number))
+            out, gradients = run(other, model, *sample[:2], indices=points)
+            parts.append(gradients)
+            drift = max(drift, *(out.drift or {0: 0.0}).values())
+        sums[stride] = [sum(each) for each in zip(*parts, strict=True)]
+    cosine, distance = close(sums[STRIDES[0]], sums[1])
+    assert two.cosine == pytest.approx(cosine, abs=1e-9) and 0 < distance < 2
+    assert two.distance == pytest.approx(distance, rel=1e-6)
+    assert two.drift == pytest.approx(drift, rel=1e-6) and drift > 0
+
+
+class Given:
+    """Figures by options: the cost is a product of factors, the drift a sum."""
+
+    FACTORS = {
+        ("a", 1): (0.9, 0.01),
+        ("a", 2): (0.6, 0.05),
+        ("a", 3): (0.5, 0.2),
+        ("b", 1): (0.8, 0.02),
+        ("b", 2): (0.7, 0.06),
+        ("c", 1): (0.999, 0.001),
+        ("d", 1): (0.4, math.nan),
+    }
+
+    def __init__(self, limit):
+        self.limit, self.step, self.device, self.calls = limit, None, None, []
+        self.exact = self.measure({})
+
+    def measure(self, options):
+        self.calls.append(options)
+        parts = [self.FACTORS[item] for item in options.items()]
+        cost = math.prod([100.0, *(factor for factor, _ in parts)])
+        return Measured(options, cost, 0.0, None, sum(drift for _, drift in parts), 1.0, 0.0)
+
+    def fits(self, measured):
+        return measured.drift <= self.limit
+
+
+@pytest.mark.parametrize(
+    "limit,chosen",
+    [
+        (0.1, {"a": 2, "b": 1}),  # b at 2 beside a would drift by 0.11
+        (0.12, {"a": 2, "b": 2}),
+        (1.0, {"a": 3, "b": 2}),
+        (0.02, {"b": 1}),  # a at 1 beside it would drift by 0.03
+        (0.0005, {}),
+    ],
+)
+def test_the_search_adds_the_strongest_options_that_fit_together(monkeypatch, limit, chosen):
+    values = {name: [{n: i} for n, i in Given.FACTORS if n == name] for name in "abcd"}
+    monkeypatch.setattr(calibration, "ladders", lambda step, device: values)
+    bench = Given(limit)
+    best, found = calibration._search(bench, lambda measured: None)
+    assert dict(best.options) == chosen  # c saves too little
+    assert len(bench.calls) == len(found)  # none is measured twice
+    if limit < 0.05:
+        assert {"a": 3} not in bench.calls  # the ladder ends at the first that does not fit
+
+
+def test_options_depend_on_guidance_and_on_access_to_the_blocks():
+    plain = make_step()
+    assert list(ladders(plain, CPU)) == ["stride", "first_block_cache", "teacache"]
+    model = plain.sampler.transformer
+    negative = {"encoder_hidden_states": TEXT["encoder_hidden_states"].flip(0)}
+    guided = make_step(model, guidance=Guidance(3.0, negative), rollout=RolloutConfig(cache=False))
+    assert list(ladders(guided, CPU)) == ["stride", "guidance_interval"]
+    eight_bits = ["fp8_linears", "fp8_attention"]
+    assert list(ladders(plain, GPU)) == [*ladders(plain, CPU), *eight_bits]
+    for name, values in {**ladders(plain, CPU), **ladders(guided, CPU)}.items():
+        assert all(set(options) == {name} for options in values)
+        assert all(RolloutConfig(**options).inexact for options in values)
+
+
+def test_a_drift_past_the_budget_ends_a_measurement(only_strides):
+    found = calibrate(make_step(), SAMPLES[:1], 1e-12)
+    assert found.chosen == found.measured[0] and found.config == RolloutConfig(drift_limit=1e-12)
+    exact, past = found.measured  # a larger stride is not tried
+    assert math.isnan(past.cosine) and past.drift > 1e-12 and exact.cosine == pytest.approx(1)
+    text = json.dumps(found.as_dict(), allow_nan=False)
+    assert RolloutConfig(**json.loads(text)["config"]) == found.config
+    assert json.loads(text)["measured"][1]["cosine"] is None
+
+
+def test_bad_calibrations_are_refused():
+    step = make_step()
+    model = step.sampler.transformer
+    with pytest.raises(ValueError, match="drift is 0"):
+        calibrate(step, SAMPLES, 0.0)
+    with pytest.raises(ValueError, match="number of samples is 0, expected at least 1"):
+        calibrate(step, [], 0.1)
+    with pytest.raises(ValueError, match="rollout is .*expected an exact one"):
+        calibrate(make_step(model, rollout=RolloutConfig(stride=2)), SAMPLES, 0.1)
+    with pytest.raises(ValueError, match="expected one of a model"):
+        calibrate(make_step(lambda x, t, c: x), SAMPLES, 0.1)
+    with pytest.raises(ValueError, match="exact gradient is 'zero'.*target"):
+        calibrate(make_step(model, target=-1.0), SAMPLES[:1], 0.1)
+    with pytest.raises(ValueError, match="exact loss is 'not finite'"):
+        broken = make_step(model, reward=lambda x, t, c: x.mean((1, 2, 3, 4)) * math.nan)
+        calibrate(broken, SAMPLES[:1], 0.1)
+    trained(model)[0].grad = torch.zeros_like(trained(model)[0])
+    with pytest.raises(ValueError, match="expected None.*zero_grad"):
+        calibrate(step, SAMPLES, 0.1)
