@@ -28,6 +28,7 @@ NOISY, CLEAN = (0.8, 1.0), (0.0, 0.8)  # of 40 UniPC steps 23 lie in the first
 FEW_STEPS, FEW_LAYERS, WHOLE_UP_TO = 4, 8, 30
 TEACACHE = (0.05, 0.1, 0.2, 0.4)  # thresholds, without coefficients
 FIRST_BLOCK = (0.02, 0.05, 0.1, 0.2)
+STRIDES = ((0.9, 1.0, 8), (0.7, 0.9, 4), (0.0, 0.7, 2))
 PLAIN = "no engine"
 NO_ENGINE = RolloutConfig(cache=False, compile="off")  # for a step, which always has one
 
@@ -59,7 +60,8 @@ class Option:
         """Return True if the cost of a step depends on its noise level."""
         if self.config is None:
             return False
-        if self.config.reuses:
+        uneven = not isinstance(self.config.stride, int) or self.config.guidance_interval
+        if self.config.reuses or uneven:
             return True
         return not {self.config.fp8_linears, self.config.fp8_attention} <= {None, EVERYWHERE}
 
@@ -80,6 +82,7 @@ OPTIONS = {
     f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(fp8_linears=NOISY, fp8_attention=NOISY)),
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
     "every second step": Option(precise(stride=2)),
+    "strides by σ": Option(precise(stride=STRIDES)),
     **{f"TeaCache {limit:g}": Option(precise(teacache=limit)) for limit in TEACACHE},
     **{f"first block {limit:g}": Option(precise(first_block_cache=limit)) for limit in FIRST_BLOCK},
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
@@ -87,6 +90,9 @@ OPTIONS = {
     "LoRA merged": Option(replace(CACHES, merge_lora=True), "LoRA, no engine", lora=True),
     "guidance in one batch": Option(CACHES, "guidance in one batch", guidance=True),
     "guidance, two calls": Option(CACHES, "guidance in one batch", guidance=False),
+    "guidance, σ ≤ 0.97": Option(
+        precise(guidance_interval=(0.0, 0.97)), "guidance in one batch", guidance=True
+    ),
 }
 
 

@@ -186,4 +186,5 @@ def test_options_whose_steps_cost_differently_have_no_time_on_a_gpu():
     chosen = [name for name, option in rollout_options.OPTIONS.items() if option.by_level]
     reusing = [n for n in rollout_options.OPTIONS if n.startswith(("TeaCache ", "first block "))]
     assert len(reusing) == 8
-    assert chosen == ["FP8 both, σ ≥ 0.8", "FP8 both, σ ≤ 0.8", *reusing]
+    fp8, guided = ["FP8 both, σ ≥ 0.8", "FP8 both, σ ≤ 0.8"], "guidance, σ ≤ 0.97"
+    assert chosen == [*fp8, "strides by σ", *reusing, guided]
