@@ -21,6 +21,7 @@ from prfl_fast.models.blocks import BlockParts, Modulation, Rope
 from prfl_fast.models.inference_linear import half_of
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.collectives import (
+    begin_to_heads,
     bounds,
     gather_tokens,
     local_tokens,
@@ -127,10 +128,11 @@ class SequenceShards:
         """Compute ``NormAttention`` of this rank's tokens ``[B, l, D]``, with its arguments."""
         q_weight, k_weight, cos, sin, grid, offset, heads, eps = norm_and_rope
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
-        # The norm is over all heads, so it precedes the exchange.
+        # The norm is over all heads, so it precedes the exchange of q and k, beside that of v.
+        exchanged_v = begin_to_heads(v, tokens, self.group)
         q, k = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
-        q, k, v = (to_heads(x, tokens, self.group) for x in (q, k, v))
-        found = attend(q, k, v, heads=heads // self.ranks)
+        q, k = (to_heads(x, tokens, self.group) for x in (q, k))
+        found = attend(q, k, exchanged_v(), heads=heads // self.ranks)
         return to_tokens(found[0] if isinstance(found, tuple) else found, self.group)
 
 

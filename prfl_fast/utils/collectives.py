@@ -9,6 +9,7 @@ backward. Groups are process groups.
 Source: "DeepSpeed Ulysses" (arXiv 2309.14509) for the exchange of heads and tokens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,6 +90,58 @@ class _ToTokens(torch.autograd.Function):
         return _tokens_to_heads(grad, ctx.tokens, ctx.group), None
 
 
+class _Exchange:
+    """An exchange of tokens for heads, or back, that runs beside other work."""
+
+    def __init__(self, tokens: int, group: Any) -> None:
+        self.tokens, self.group = tokens, group
+        self._running: Any = None
+
+    def start(self, sent: torch.Tensor) -> torch.Tensor:
+        """Return a buffer that holds what the other ranks sent, once :meth:`wait` returns."""
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+        self._running = work, sent  # which must not be reused before
+        return received
+
+    def wait(self) -> None:
+        """Let all later work, on a GPU that of the current stream, wait for the exchange."""
+        (work, _), self._running = self._running, None
+        work.wait()
+
+
+class _BeginToHeads(torch.autograd.Function):
+    """The backward of :class:`_EndToHeads` starts an exchange, for which this one's waits."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, exchange: _Exchange
+    ) -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.start(_parts_of_heads(x, exchange.group))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.exchange.wait()
+        return grad.permute(1, 2, 0, 3).flatten(2), None
+
+
+class _EndToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, received: torch.Tensor, exchange: _Exchange
+    ) -> torch.Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        return received.transpose(0, 1).flatten(1, 2)[:, : exchange.tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return ctx.exchange.start(_parts_of_tokens(grad, ctx.exchange.group)), None
+
+
 class _PoolOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -134,25 +187,35 @@ def _every(x: torch.Tensor, group: Any) -> torch.Tensor:
     return parts.view(ranks, *x.shape)
 
 
+def _parts_of_heads(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return ``[n, B, l, D / n]``, the heads for each rank, from ``[B, l, D]``."""
+    batch, length, width = x.shape
+    ranks = dist.get_world_size(group)
+    return x.view(batch, length, ranks, width // ranks).permute(2, 0, 1, 3).contiguous()
+
+
+def _parts_of_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return ``[n, B, l, D / n]``, the tokens of each rank, from ``[B, L, D / n]``."""
+    batch, tokens, width = x.shape
+    ranks = dist.get_world_size(group)
+    length = -(-tokens // ranks)
+    x = pad(x, (0, 0, 0, length * ranks - tokens)) if length * ranks > tokens else x
+    return x.view(batch, ranks, length, width).transpose(0, 1).contiguous()
+
+
 def _tokens_to_heads(x: torch.Tensor, tokens: int, group: Any) -> torch.Tensor:
     """Return ``[B, L, D / n]`` of this rank's heads from ``[B, l, D]`` of its tokens."""
-    ranks = dist.get_world_size(group)
-    batch, length, width = x.shape
-    sent = x.view(batch, length, ranks, width // ranks).permute(2, 0, 1, 3).contiguous()
+    sent = _parts_of_heads(x, group)
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)  # [n, B, l, D / n] by rank of the tokens
+    dist.all_to_all_single(received, sent, group=group)  # by rank of the tokens
     return received.transpose(0, 1).flatten(1, 2)[:, :tokens]
 
 
 def _heads_to_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:
     """Return ``[B, l, D]`` of this rank's tokens from ``[B, L, D / n]`` of its heads."""
-    ranks = dist.get_world_size(group)
-    batch, tokens, width = x.shape
-    length = -(-tokens // ranks)
-    x = pad(x, (0, 0, 0, length * ranks - tokens)) if length * ranks > tokens else x
-    sent = x.view(batch, ranks, length, width).transpose(0, 1).contiguous()
+    sent = _parts_of_tokens(x, group)
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)  # [n, B, l, D / n] by rank of the heads
+    dist.all_to_all_single(received, sent, group=group)  # by rank of the heads
     return received.permute(1, 2, 0, 3).flatten(2)
 
 
@@ -181,6 +244,17 @@ def to_heads(x: torch.Tensor, tokens: int, group: Any) -> torch.Tensor:
     """
     out: torch.Tensor = _ToHeads.apply(x, tokens, group)
     return out
+
+
+def begin_to_heads(x: torch.Tensor, tokens: int, group: Any) -> Callable[[], torch.Tensor]:
+    """Begin :func:`to_heads`; return a function that waits for its result and returns it.
+
+    What is computed between the two calls runs beside the exchange, and the backward of that beside
+    the exchange of the gradient.
+    """
+    exchange = _Exchange(tokens, group)
+    received = _BeginToHeads.apply(x, exchange)
+    return lambda: _EndToHeads.apply(received, exchange)
 
 
 def to_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from wan import float_means_double, inputs, mixed_layout, tiny_wan
 
 from prfl_fast import LatentRewardModel
 from prfl_fast.memory.checkpointing import activation_checkpointing
+from prfl_fast.models import sequence
 from prfl_fast.models.registry import find_adapter, patch, unpatch
 from prfl_fast.models.sequence import check_heads, shards_of
 from prfl_fast.parallel import ParallelConfig, average_gradients, make_mesh, shard_sequence
@@ -21,6 +22,7 @@ from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.schedulers import FlowEuler
 from prfl_fast.rollout.trajectory import rollout
 from prfl_fast.training.reward_losses import ce_loss
+from prfl_fast.utils import collectives
 
 pytest.importorskip("diffusers")
 
@@ -251,6 +253,30 @@ def test_a_pool_sends_a_row_of_each_head(mesh):
     part, width, heads = 9, 48, 3  # 36 tokens on four ranks
     exchanges = [("alltoall_base_", part * width)] * 4
     assert counter.sent == [*exchanges, ("_allgather_base_", heads), ("allreduce_", heads * width)]
+
+
+def test_values_travel_while_queries_and_keys_are_normed(mesh, monkeypatch):
+    events = []
+
+    def noted(name, function):
+        return lambda *args, **named: (events.append(name), function(*args, **named))[1]
+
+    for owner, name in (
+        (collectives._Exchange, "start"),
+        (collectives._Exchange, "wait"),
+        (sequence, "qk_norm_rope"),
+        (sequence, "attention"),
+    ):
+        monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+    model = shard_sequence(patch(tiny_wan(heads=4, head_dim=12, layers=1)), mesh)
+    weight = model.blocks[0].attn1.norm_q.weight
+    weight.register_hook(noted("norm", lambda gradient: None))  # when its gradient is there
+    x, timestep, conditions = inputs(batch=1, size=(3, 4, 12))
+    velocity = find_adapter(model).velocity(model, x, timestep, conditions)
+    assert events == ["start", "qk_norm_rope", "wait", "attention"]
+    events.clear()
+    velocity.sum().backward()
+    assert events == ["start", "norm", "wait"]
 
 
 def test_shapes_in_fake_mode(mesh):
