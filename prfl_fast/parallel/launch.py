@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from prfl_fast.utils.checks import check
+from prfl_fast.utils.interrupts import signals_end_process
 
 # Seconds that a rank waits for another in a forward, backward or reduction.
 TIMEOUT = 600.0
@@ -64,7 +65,8 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
         torch.cuda.set_device(device)
         backend, options["device_id"] = "cpu:gloo,cuda:nccl", device
     if not dist.is_initialized():
-        dist.init_process_group(backend, **options)
+        with signals_end_process():  # else torchrun waits 30 s before it kills this rank
+            dist.init_process_group(backend, **options)
     with contextlib.ExitStack() as stack:
         if dist.get_rank() > 0:
             stack.callback(logging.disable, logging.root.manager.disable)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.interrupts import signals_end_process
 
 DIMENSIONS = ("dp_replicate", "dp_shard", "sp")
 
@@ -88,4 +89,5 @@ def make_mesh(config: ParallelConfig | None = None, device_type: str | None = No
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
     sizes = (ranks // shard, shard // sequence, sequence)
-    return init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)
+    with signals_end_process():
+        return init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)

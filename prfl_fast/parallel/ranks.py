@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from prfl_fast.utils.interrupts import signals_end_process
+
 Value = TypeVar("Value")
 
 # Ranks wait for each other here while rank 0 writes a checkpoint of hundreds of gigabytes. A rank
@@ -51,7 +53,8 @@ class Ranks:
         self.data_rank = coordinate[0] * shards + coordinate[1]
         self.data_ranks, self.sharded = self.size // sequence, shards * sequence > 1
         # A group of its own, as its messages must not meet those of a forward on another rank.
-        self._group = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        with signals_end_process():
+            self._group = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
 
     @property
     def several(self) -> bool:

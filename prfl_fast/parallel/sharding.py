@@ -28,6 +28,7 @@ from prfl_fast.parallel.mesh import DIMENSIONS
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.adapters import adapter_parameters
 from prfl_fast.utils.checks import check, check_type
+from prfl_fast.utils.interrupts import signals_end_process
 from prfl_fast.utils.modules import STREAMED, unwrap
 from prfl_fast.utils.sharded import SHARDED, find_owners, is_dtensor, is_fsdp, set_choices
 
@@ -54,7 +55,8 @@ def shard_mesh(mesh: DeviceMesh) -> DeviceMesh:
         ranks = mesh.mesh.flatten(1)
         named: Any = ("shard",) if copies == 1 else ("dp_replicate", "shard")
         ranks = ranks[0] if copies == 1 else ranks
-        _meshes[mesh] = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=named)
+        with signals_end_process():
+            _meshes[mesh] = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=named)
     return _meshes[mesh]
 
 

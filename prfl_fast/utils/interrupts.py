@@ -58,6 +58,27 @@ def termination_raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def signals_end_process() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process in this context where they raise an exception.
+
+    Python runs no handler while C++ code waits, as for the other ranks of a process group.
+
+    Outside the main thread, or with other handlers than those of :func:`termination_raised`,
+    nothing changes.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    main = threading.current_thread() is threading.main_thread()
+    raising = [n for n in numbers if main and signal.getsignal(n) is _stop]
+    for number in raising:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in raising:
+            signal.signal(number, _stop)
+
+
+@contextlib.contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
     """Yield a function that raises ``KeyboardInterrupt`` if Ctrl-C was pressed in this context.
 

@@ -2,16 +2,23 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from commands import call
 from runs import config, log, make_world, write_config
 
+from prfl_fast.parallel import join_ranks, make_mesh, mesh
+from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.training.checkpoint import list_checkpoints, read_checkpoint
+from prfl_fast.utils.interrupts import termination_raised
 
 CHANGES = {"parallel": {"shard": 1}, "run.save_every": 1, "run.steps": 40, "run.keep_last": 2}
 
@@ -50,3 +57,52 @@ def test_a_killed_rank_ends_the_job_with_one_line(tmp_path):
     last = found[-1][0]
     assert call("train", root, out, {**CHANGES, "run.steps": last + 1}) == 0  # in one process
     assert [record["step"] for record in log(out)] == list(range(1, last + 2))
+
+
+def test_sigterm_ends_a_rank_that_waits_for_another(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**place, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+
+    waiting = os.fork()
+    if waiting == 0:
+        try:
+            signal.alarm(20)  # ends a process that ignores SIGTERM
+            with termination_raised(), join_ranks("cpu"):
+                pass
+        finally:
+            os._exit(99)
+    end = time.monotonic() + 20
+    while True:  # until rank 0 waits for rank 1 at its store
+        assert time.monotonic() < end
+        with socket.socket() as store:
+            if store.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(waiting, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(waiting, 0)[1]) == -signal.SIGTERM
+
+
+def test_sigterm_ends_a_rank_that_forms_a_group(monkeypatch):
+    handlers = []
+
+    def formed(*args, **options):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        raise RuntimeError("no group")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "new_group", formed)
+    monkeypatch.setattr(mesh, "init_device_mesh", formed)
+    whole = SimpleNamespace(mesh=torch.zeros(1, 1, 1), get_coordinate=lambda: (0, 0, 0))
+    with termination_raised():
+        for form in (lambda: make_mesh(device_type="cpu"), lambda: Ranks(whole)):
+            with pytest.raises(RuntimeError, match="no group"):
+                form()
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert handlers == [signal.SIG_DFL] * 2
