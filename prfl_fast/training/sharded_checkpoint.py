@@ -121,7 +121,7 @@ def save_parts(
     ranks.on_main(folder.mkdir)
     numbers = {number: i for i, number in enumerate(sorted(set(files.values())), 1)}
     mapping = {name: numbers[number] for name, number in files.items()}
-    with _dcp() as dcp:
+    with _dcp(folder, "written") as dcp:
         writer = dcp.HuggingFaceStorageWriter(str(folder), mapping, save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group)
     digests, error = {}, None
@@ -138,8 +138,11 @@ def save_parts(
 
 
 @contextlib.contextmanager
-def _dcp() -> Iterator[Any]:
-    """Yield DCP's module; raise a rank's error in place of DCP's own, which is no ``Exception``."""
+def _dcp(folder: Path, done: str) -> Iterator[Any]:
+    """Yield DCP's module; raise a rank's error in place of DCP's own, which is no ``Exception``.
+
+    The error says that the folder cannot be ``done``, which is read or written.
+    """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415 - a run on one GPU has no use for it
     from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415
 
@@ -150,13 +153,13 @@ def _dcp() -> Iterator[Any]:
             yield dcp
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise OSError(f"rank {rank} failed: {cause}") from cause
+        raise OSError(f"{folder}: cannot be {done}: rank {rank}: {cause}") from cause
 
 
 def part_forms(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors in the files of a folder, whole but without values."""
     forms: dict[str, torch.Tensor] = {}
-    with _dcp() as dcp:
+    with _dcp(folder, "read") as dcp:
         metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
     for name, found in metadata.state_dict_metadata.items():
         forms[name] = torch.empty(found.size, dtype=found.properties.dtype, device="meta")
@@ -173,7 +176,7 @@ def read_parts(folder: Path, targets: Mapping[str, torch.Tensor], ranks: Ranks) 
     forms = {n: f for n, f in part_forms(folder).items() if n.partition(".")[0] in prefixes}
     check_fit(targets, forms, folder, dtypes=True)
     options: Any = {"process_group": ranks.group, "no_dist": not ranks.several}
-    with _dcp() as dcp:
+    with _dcp(folder, "read") as dcp:
         reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load({n: t.detach() for n, t in targets.items()}, storage_reader=reader, **options)
 
