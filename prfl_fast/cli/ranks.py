@@ -15,7 +15,7 @@ from prfl_fast.cli.plan import note
 from prfl_fast.cli.reward_sections import ReferenceReward
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.models.registry import patch
-from prfl_fast.parallel.launch import join_ranks, under_torchrun
+from prfl_fast.parallel.launch import check_same_settings, join_ranks, under_torchrun
 from prfl_fast.parallel.mesh import make_mesh
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.utils.checks import check
@@ -113,6 +113,7 @@ def join(config: TrainFile | TrainRewardFile, file: str, *, check_only: bool) ->
     device = loading.device_of(config.hardware)
     with join_ranks(device.type) as own:
         device = device if own is None else own
+        check_same_settings(config.model_dump(mode="json"))
         mesh = None if own is None else make_mesh(config.parallel.build(), device.type)
         ranks = Ranks(mesh)
         with contextlib.ExitStack() as stack:

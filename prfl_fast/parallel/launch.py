@@ -5,8 +5,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -79,6 +80,31 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
         sys.stdout.flush()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def check_same_settings(sections: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` on all ranks if a section differs on one; each rank calls it.
+
+    Other settings give a rank other collectives, in which all ranks wait for each other.
+
+    Args:
+        sections: the settings of this rank, whose ``repr`` is compared.
+    """
+    if not dist.is_initialized():
+        return
+    own = {name: sha256(repr(value).encode()).digest() for name, value in sections.items()}
+    found: list[dict[str, bytes]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, own)  # on the CPU, where the group has gloo
+    usual = max(found, key=found.count)  # the first of the most frequent ones
+    others = [str(rank) for rank, each in enumerate(found) if each != usual]
+    names = {n for each in found for n in each.keys() | usual if each.get(n) != usual.get(n)}
+    if others:
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        raise ValueError(
+            f"settings of rank {', '.join(others[:8])}{more} differ from those of rank "
+            f"{found.index(usual)} in {', '.join(sorted(names))}, expected the same on all ranks. "
+            "Start every rank with the same file and version"
+        )
 
 
 def is_lost_rank(error: BaseException) -> bool:

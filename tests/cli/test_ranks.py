@@ -132,7 +132,16 @@ def test_layouts_are_refused_before_models_are_read(world, tmp_path):
             return str(error)
         return None
 
+    def other_settings():
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # the group exists already
+        own = {"parallel": {"shard": 1}} if os.environ["RANK"] == "1" else {}
+        given = loaded(world, tmp_path, own)
+        with pytest.raises(ValueError) as raised, join(given, "my.yaml", check_only=True):
+            pass
+        return str(raised.value)
+
     def errors():
+        differ = other_settings()
         shares = {"parallel": {"shard": 1, "sequence": 2}}
         streams = MemoryConfig(stream_weights=1)
         return [
@@ -140,9 +149,12 @@ def test_layouts_are_refused_before_models_are_read(world, tmp_path):
             check(one, shares),
             check(world, {**shares, "hardware.patch": False}),
             check(world, {}, streams),
+            differ,
         ]
 
-    fits, heads, unpatched, streamed = run_ranks(2, errors)[0]
+    (fits, heads, unpatched, streamed, differ), (*_, also) = run_ranks(2, errors)
+    assert differ == also
+    assert differ.startswith("settings of rank 1 differ from those of rank 0 in parallel, ")
     assert fits is None
     assert heads.startswith("parallel.sequence is 2, but ") and "1 heads" in heads
     assert unpatched.startswith("hardware.patch is False, expected true with parallel.sequence: 2")
