@@ -17,6 +17,7 @@ from prfl_fast.cli.workload import (
     fields_of_options,
     fields_of_reward_run,
     fields_of_run,
+    options_named,
     sizes_of,
 )
 from prfl_fast.cli.yaml_config import Config, load_config
@@ -46,8 +47,10 @@ def _print_table(options: argparse.Namespace) -> int:
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     models = overview.MODELS if options.model is None else (options.model,)
     gpus = overview.GPUS if options.gpu is None else (gpu_specs.find_gpu(options.gpu).name,)
-    fields, host = fields_of_options(values, None), options.host_budget or HOST_BUDGET
-    print(overview.markdown([*overview.rows(fields, models, gpus, host, note)]))
+    host = options.host_budget or HOST_BUDGET
+    with options_named(values, None):
+        rows = [*overview.rows(fields_of_options(values, None), models, gpus, host, note)]
+    print(overview.markdown(rows))
     return 0
 
 
@@ -62,7 +65,8 @@ def run_plan(options: argparse.Namespace) -> int:
     path = _planned_file(options)
     _check_plot(options.plot)
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
-    work = Workload(**fields_of_options(values, path))
+    with options_named(values, path):
+        work = Workload(**fields_of_options(values, path))
     gpu, host_budget = options.gpu or "h200", options.host_budget or HOST_BUDGET
     if options.gpu is None and torch.cuda.is_available():
         gpu = gpu_specs.this_gpu()

@@ -1,6 +1,7 @@
 """Workload of the planner from a trainer's YAML, its dataset, and command line options."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,22 @@ def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str,
         "ranks": ranks,
     } | fields
     return fields | ({"parallel": ParallelConfig(**shares)} if shares else {})
+
+
+@contextlib.contextmanager
+def options_named(values: Mapping[str, Any], path: Path | None) -> Iterator[None]:
+    """Name the option as typed, or the file's key, where a ``ValueError`` names a Workload field.
+
+    The arguments are those of :func:`fields_of_options`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        field, _, problem = str(error).partition(" ")
+        name = "gpus" if field == "ranks" else field
+        key = f"parallel.{name}" if name in _SHARES else _KEYS.get(name, ("", ""))[1]
+        if problem.startswith("is ") and values.get(name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {problem}") from error
+        if problem.startswith("is ") and path is not None and key:
+            raise ValueError(f"{path}: {key} {problem}") from error
+        raise

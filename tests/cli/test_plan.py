@@ -273,9 +273,7 @@ def test_train_lora_adds_adapters_to_a_file_without(root, file, calls):
     assert load_config(TrainFile, file).lora.lora_rank == 8
 
 
-def test_plans_of_several_gpus_take_the_files_layout(
-    root, file, tmp_path, calls, searched, monkeypatch
-):
+def test_plans_of_several_gpus_take_the_files_layout(root, file, tmp_path, calls, searched, capsys):
     text = file.read_text()
     file.write_text(f"{text}parallel: {{shard: 4, sequence: 2, points: shared}}\n")
     assert run(file) == 0 and calls[-1].workload.ranks == 1
@@ -283,6 +281,8 @@ def test_plans_of_several_gpus_take_the_files_layout(
     for call in calls[-2:]:
         assert call.workload.parallel == ParallelConfig(shard=4, sequence=2)
     assert run(file, "--gpus", 8, "--shard", 8) == 2
+    assert run(file, "--gpus", 6) == 2
+    assert f"{file}: parallel.shard is 4, expected a divisor of 6" in capsys.readouterr().err
     kept = ParallelConfig(shard=4, sequence=2, keep_gathered=True)
     work = dataclasses.replace(searched.workload, ranks=8, parallel=kept)
     report.apply_to_yaml(dataclasses.replace(searched, workload=work), file)
@@ -321,14 +321,18 @@ BAD = {
     "--model BRACE": "BRACE/config.json is not a configuration of a transformer: Expecting",
     "--model NOTHING": "NOTHING/config.json is not a configuration of a transformer: it has no",
     "--gpu b9000": "gpu is 'b9000', expected one of 'h200'",
-    "--frames 80": "frames is 80, expected 4n + 1",
-    "--height 100": "height is 100, expected a multiple of 16",
-    "--lora-rank 0": "lora_rank is 0, expected a positive integer",
-    "--batch-size -1": "batch_size is -1, expected",
-    "--gradient-accumulation-steps 0": "gradient_accumulation_steps is 0, expected",
-    "--points 0": "points is 0, expected",
-    "--num-inference-steps 1": "num_inference_steps is 1, expected",
-    "--reward-blocks 41": "reward_blocks is 41, expected at most the model's 40",
+    "--frames 80": "--frames is 80, expected 4n + 1",
+    "--height 100": "--height is 100, expected a multiple of 16",
+    "--lora-rank 0": "--lora-rank is 0, expected a positive integer",
+    "--batch-size -1": "--batch-size is -1, expected",
+    "--gradient-accumulation-steps 0": "--gradient-accumulation-steps is 0, expected",
+    "--gpus 0": "--gpus is 0, expected a positive integer",
+    "--gpus 8 --shard 3": "--shard is 3, expected a divisor of 8",
+    "--gpus 8 --shard 4 --sequence 3": "--shard is 4, expected 1, or a multiple of sequence = 3",
+    "--gpus 8 --sequence 0": "--sequence is 0, expected",
+    "--points 0": "--points is 0, expected",
+    "--num-inference-steps 1": "--num-inference-steps is 1, expected",
+    "--reward-blocks 41": "--reward-blocks is 41, expected at most the model's 40",
     "--train full --weight-dtype nf4": "weight_dtype is 'nf4', expected auto or bf16",
     "--plot plan.txt": "--plot is 'plan.txt', expected a name that ends in .png",
     "--plot nowhere/plan.png": "nowhere is not a folder",
