@@ -14,6 +14,7 @@ from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.registry import patch
 from prfl_fast.planning.fake_mode import FastFakeTensorMode, WithoutInitialization
+from prfl_fast.planning.fake_ranks import OwnChunks
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.workload import Workload
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -141,5 +142,6 @@ def fake_models(
             from prfl_fast.parallel.distribution import distribute
 
             policy = memory if model is trained else reward_memory
-            distribute(model, mesh, workload.parallel, policy, workload.precision)
+            with OwnChunks():
+                distribute(model, mesh, workload.parallel, policy, workload.precision)
         yield trained, rewards

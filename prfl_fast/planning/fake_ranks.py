@@ -4,8 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.parallel.mesh import ParallelConfig, make_mesh
@@ -37,3 +39,24 @@ def fake_mesh(ranks: int, config: ParallelConfig) -> Iterator[DeviceMesh]:
         yield mesh
     finally:
         dist.destroy_process_group()
+
+
+class OwnChunks(TorchFunctionMode):
+    """Make only the chunk of rank 0 where FSDP2 splits a parameter.
+
+    FSDP2 makes a tensor for each rank and parameter, and keeps that of its own rank. On 256 ranks
+    this took most of the time of a plan.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Return the first chunk in place of all chunks; run all other functions."""
+        if func is not torch.chunk:
+            return func(*args, **(kwargs or {}))
+
+        def chunks(tensor: torch.Tensor, count: int, dim: int = 0) -> list[torch.Tensor]:
+            size = tensor.shape[dim]
+            return [tensor.narrow(dim, 0, min(size, -(-size // count)))] * count
+
+        return chunks(*args, **(kwargs or {}))

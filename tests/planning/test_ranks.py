@@ -1,5 +1,6 @@
 """Plans of one of several GPUs: bytes and communication against real ranks and against formulas."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,10 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig, make_mesh
 from prfl_fast.parallel.distribution import distribute
 from prfl_fast.planning import plan_memory, report
-from prfl_fast.planning.built_models import build
+from prfl_fast.planning.built_models import build, fake_models
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
-from prfl_fast.planning.fake_ranks import fake_mesh
+from prfl_fast.planning.fake_ranks import OwnChunks, fake_mesh
 from prfl_fast.planning.search import received_in_step
 from prfl_fast.planning.simulated_step import SimulatedStep
 from prfl_fast.planning.simulation import simulate
@@ -26,6 +27,7 @@ SIZE = {"frames": 9, "height": 128, "width": 128, "text_tokens": 32, "reward_blo
 WORK = Workload(CONFIG, **SIZE, precision="fp32", sft=False, num_inference_steps=6)
 FULL, ATTENTION = MemoryConfig("fp32", "full"), MemoryConfig("bf16", "attention")
 SHARED = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
+ALL = ParallelConfig()
 CASES = [(ParallelConfig(sequence=2), "full", FULL)]
 LONG = [
     (ParallelConfig(keep_gathered=True), "lora", FULL),
@@ -44,11 +46,12 @@ def of(parallel, train, **options):
     return replace(WORK, ranks=2, parallel=parallel, train=train, **options)
 
 
-def stepped(work, memory, mesh):
+def stepped(work, memory, mesh, chunks=nullcontext):
     """Return the ledger of one step on this rank's real or fake tensors."""
     generator, rewards = prepared(*build(work, memory, memory))
     for model in (generator, *rewards):
-        distribute(model, mesh, work.parallel, memory, work.precision)
+        with chunks():
+            distribute(model, mesh, work.parallel, memory, work.precision)
     with CostLedger() as ledger:
         ledger.open_operations = True
         SimulatedStep(work, memory, memory, generator, rewards, ledger, mesh).run()
@@ -70,7 +73,7 @@ def test_predicted_bytes_equal_those_of_real_ranks(cases):
     for (parallel, train, memory), (peak, received) in zip(cases, counted, strict=True):
         work = of(parallel, train, **shallow)
         with fake_mesh(2, parallel) as mesh, FastFakeTensorMode():
-            predicted, shared = stepped(work, memory, mesh)
+            predicted, shared = stepped(work, memory, mesh, OwnChunks)
         print(parallel, train, predicted, peak, shared, received)
         assert abs(predicted - peak) <= 0.01 * peak
         assert shared == received
@@ -87,6 +90,23 @@ def test_repeated_blocks_equal_whole_models(parallel, train, memory):
         whole.categories,
     )
     assert few.costs == whole.costs
+
+
+def test_more_ranks_take_no_longer(monkeypatch):
+    calls, dispatch = [], FastFakeTensorMode.dispatch
+
+    def counted(self, func, *args, **options):
+        calls.append(func)
+        return dispatch(self, func, *args, **options)
+
+    monkeypatch.setattr(FastFakeTensorMode, "dispatch", counted)
+    numbers = []
+    for ranks in (4, 512):
+        work, count = replace(of(ALL, "lora"), ranks=ranks), len(calls)
+        options = {"layers": 2, "reward_layers": 1}
+        with fake_mesh(ranks, ALL) as mesh, fake_models(work, FULL, FULL, mesh=mesh, **options):
+            numbers.append(len(calls) - count)
+    assert numbers[1] <= 1.05 * numbers[0] and numbers[0] > 100
 
 
 def test_received_bytes_by_formula():
