@@ -15,7 +15,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
 from prfl_fast.utils.modules import device_of
-from prfl_fast.utils.sharded import discard_gradients
+from prfl_fast.utils.sharded import discard_gradients, local_part
 from prfl_fast.utils.units import GIB
 
 # torch raises a plain RuntimeError with these words if another allocator than its own fails.
@@ -159,10 +159,11 @@ def _weights(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the plain tensors of a tensor subclass (quantized tensors have several)."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    return [tensor]
+    """Return the plain tensors of this rank's part (a quantized tensor has several)."""
+    part: Any = local_part(tensor)
+    if hasattr(part, "__tensor_flatten__"):
+        return [getattr(part, name) for name in part.__tensor_flatten__()[0]]
+    return [part]
 
 
 def _shown(size: int) -> str:

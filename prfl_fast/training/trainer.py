@@ -400,17 +400,18 @@ class Trainer:
             means, norm = self._gradients(name, objective)
         except BaseException as error:  # for example a sample with NaN: the steps so far are good
             failure = None
-            if is_out_of_memory(error):
-                count = self.config.gradient_accumulation_steps
-                done = (self._draws[name] - draws) // self.ranks.data_ranks
-                place = f"{phase_of(error)} of micro-batch {done + 1}"
-                place = place if done < count else "norm of the gradients"
-                failure = self._out_of_memory(f"objective {name!r}, {place}", error)
-            # Restore after the report, because advise() may draw random numbers.
-            discard_gradients(self.model)
-            self._draws[name] = draws
-            self._load_objectives(states)
-            restore_random_state(random, self.generator)
+            try:
+                if is_out_of_memory(error):
+                    count = self.config.gradient_accumulation_steps
+                    done = (self._draws[name] - draws) // self.ranks.data_ranks
+                    place = f"{phase_of(error)} of micro-batch {done + 1}"
+                    place = place if done < count else "norm of the gradients"
+                    failure = self._out_of_memory(f"objective {name!r}, {place}", error)
+            finally:  # after the report, because advise() may draw random numbers
+                discard_gradients(self.model)
+                self._draws[name] = draws
+                self._load_objectives(states)
+                restore_random_state(random, self.generator)
             if failure is not None:
                 raise failure from error
             full = isinstance(error, OtherRankError) and error.out_of_memory

@@ -20,6 +20,7 @@ from prfl_fast.training import TrainConfig, Trainer
 from prfl_fast.training.checkpoint import list_checkpoints, read_checkpoint
 from prfl_fast.training.lora import merge_lora
 from prfl_fast.training.model_files import save_reward
+from prfl_fast.training.oom import OutOfMemoryError
 from prfl_fast.training.sharded_checkpoint import (
     load_optimizer,
     read_parts,
@@ -39,6 +40,18 @@ class Fit:
 
     def __init__(self, model):
         self.model = model
+
+    def fill_device(self):
+        """Let the next backward run out of memory."""
+
+        def fail(gradient):
+            hook.remove()
+            raise torch.OutOfMemoryError("injected")
+
+        def at_output(block, inputs, output):
+            output.register_hook(fail)
+
+        hook = self.model.blocks[0].register_forward_hook(at_output)
 
     def __call__(self, draw, generator, loss_scale):
         x = torch.randn(SHAPE, generator=generator).double()
@@ -69,7 +82,7 @@ def snapshot(trainer):
     return {name: full(tensor).numpy() for name, tensor in found.items()}
 
 
-def train(folder, shards, lora, resume="auto"):
+def train(folder, shards, lora, resume="auto", full_once=False):
     """Train to step 3; return what was at steps 2 and 3, by checkpoint."""
     found = {}
 
@@ -79,6 +92,12 @@ def train(folder, shards, lora, resume="auto"):
     trainer = make(shards, lora, folder=folder, resume=resume, on_step=note)
     if trainer.result.step == 0:
         trainer.generator.manual_seed(5)  # all ranks have the samples of one process
+    if full_once:
+        trainer.objectives["fit"].fill_device()
+        with pytest.raises(OutOfMemoryError, match="backward of micro-batch 1") as caught:
+            trainer.run()
+        own = sum(local_part(t).nbytes for t in trainer.ema.values()) / 2**20
+        assert f", average {own:.2f} MiB" in str(caught.value)
     trainer.run()
     return found
 
@@ -119,7 +138,7 @@ def test_read_with_any_sharding_and_continued_bit_for_bit(layouts, lora, tmp_pat
 
         def resumed(shards):
             origin = origins[ranks][shards]  # noqa: B023
-            ended = train(None, shards, lora, resume=origin / PARTS)
+            ended = train(None, shards, lora, resume=origin / PARTS, full_once=True)
             return read(shards) + differences(ended[WHOLE], saved[origin][WHOLE])
 
         assert on(ranks, each, resumed) == dict.fromkeys(each, [])

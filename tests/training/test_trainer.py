@@ -268,6 +268,14 @@ def test_out_of_memory_in_the_norm_is_of_no_micro_batch(monkeypatch):
     monkeypatch.setattr("prfl_fast.training.trainer.gradient_norm", no_memory)
     with pytest.raises(OutOfMemoryError, match="objective 'a', norm of the gradients, step 1"):
         trainer().run()
+    # The run can be continued even if the report fails.
+    run = trainer()
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("prfl_fast.training.trainer.report", lambda *_, **held: held["nothing"])
+        run.run()
+    monkeypatch.undo()
+    run.run()
+    assert run.objectives["a"].draws == [0, *range(run.result.step)]
 
 
 def test_out_of_memory_in_the_optimizer_step_ends_the_run(tmp_path, monkeypatch):
