@@ -21,6 +21,7 @@ from prfl_fast.models.block_timer import (
     TimedCall,
     describe_ratio,
 )
+from prfl_fast.models.compiler_errors import is_compiler_error
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check_choice
@@ -32,12 +33,6 @@ MODES = ("auto", "on", "off")
 # A graph made by eager blocks must not recompute them compiled: they would save other tensors.
 _RECOMPUTED = "activation checkpointing or offload runs them"
 _log = logging.getLogger(__name__)
-
-
-def is_compiler_error(error: BaseException) -> bool:
-    """Return True if an error comes from torch.compile, not from the compiled code."""
-    modules = [kind.__module__ for kind in type(error).__mro__]
-    return any(name.startswith(("torch._dynamo", "torch._inductor")) for name in modules)
 
 
 class _CompiledCall:

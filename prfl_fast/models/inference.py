@@ -20,6 +20,7 @@ from prfl_fast.kernels import bias_gelu, norm_modulate, qk_norm_rope, rollout_at
 from prfl_fast.kernels.attn.rollout_variants import best_variant
 from prfl_fast.models.block_timer import BlockTimer, TimedCall
 from prfl_fast.models.blocks import BlockParts, ContextKeys, Modulation, Rope, transformer_block
+from prfl_fast.models.compiler_errors import SharedCall
 from prfl_fast.models.inference_linear import (
     AttentionParts,
     Dense,
@@ -50,13 +51,15 @@ class UnsupportedError(RuntimeError):
 class RolloutOptions:
     """Options of an opened model's blocks; see :class:`prfl_fast.rollout.RolloutConfig`.
 
-    ``timer`` compares the times of host and device in eager blocks.
+    ``timer`` compares the times of host and device in eager blocks. With ``stop_compiling``, ranks
+    that share weights run eager blocks if the compiler fails on any, and pass it the error.
     """
 
     merge_lora: bool = False
     compile: bool = False
     timer: BlockTimer | None = None
     step_cache: StepCacheOptions = StepCacheOptions()
+    stop_compiling: Callable[[RuntimeError], object] | None = None
 
 
 def _eight_bit_attention(
@@ -229,7 +232,12 @@ class RolloutModel:
         self.notes: list[str] = []
         self._call, self._cached, self._modulation = call, cached, modulation
         self._blocks, self._parts, self._keys, self._timesteps = blocks, parts, keys, timesteps
-        self._layers, self._compile = Layers(options.merge_lora, self.notes), options.compile
+        self._layers = Layers(options.merge_lora, self.notes)
+        self._block: Callable[..., torch.Tensor] = transformer_block
+        if options.compile:
+            stop, self._block = options.stop_compiling, _compiled()
+            if stop is not None:
+                self._block = SharedCall(self._block, transformer_block, stop)
         self._timer = options.timer
         if options.step_cache:
             self.step_cache = StepCache(options.step_cache, len(blocks))
@@ -312,9 +320,8 @@ class RolloutModel:
             eight_bits = parts.attend is _eight_bit_attention
             given = shards.arguments(modulation, rope, parts, len(x), eight_bits=eight_bits)
             modulation, rope, parts = given
-        run = _compiled() if self._compile else transformer_block
         # Contiguous before the compiled function: other strides would compile a second graph.
-        return run(x.contiguous(), self._keys[index], modulation, rope, parts)
+        return self._block(x.contiguous(), self._keys[index], modulation, rope, parts)
 
     def _prepare(self, index: int, x: torch.Tensor, fp8: bool, eight_bits: bool) -> BlockParts:
         """Return the parts of a block with the layers that run in its place."""

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from prfl_fast.utils.sharded import holds_on_all_ranks
+
 TeaCacheModel = Literal[
     "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b-480p", "wan2.1-i2v-14b-720p"
 ]
@@ -62,13 +64,14 @@ class StepCacheOptions:
     """Configure the reuse; see :class:`prfl_fast.rollout.RolloutConfig`.
 
     A threshold of 0 never reuses. ``model`` is a key of ``COEFFICIENTS``; None is the identity.
-    All caches add to ``counts``.
+    All caches add to ``counts``. ``shares_weights`` is True if ranks gather weights together.
     """
 
     teacache: float = 0.0
     first_block: float = 0.0
     model: TeaCacheModel | None = None
     counts: ReuseCounts = field(default_factory=ReuseCounts, compare=False)
+    shares_weights: bool = False
 
     def __bool__(self) -> bool:
         return self.teacache > 0 or self.first_block > 0
@@ -139,17 +142,24 @@ class StepCache:
         for coefficient in self._coefficients:
             value = value * change + coefficient
         self._change += value
-        if self._all is not None and self._change < self.options.teacache:
+        if self._all is not None and self._agreed(self._change < self.options.teacache, time):
             return True
         self._change = 0.0
         return False
+
+    def _agreed(self, skips: bool, like: torch.Tensor) -> bool:
+        """Return True if all ranks that share weights skip; the tensor gives the device."""
+        # A rank that skips a block does not gather its weights, and the others would wait for it.
+        if not self.options.shares_weights:
+            return skips
+        return bool(holds_on_all_ranks(torch.tensor(skips, device=like.device)))
 
     def _after_first(self, out: torch.Tensor) -> torch.Tensor:
         first = out - self._inputs[0]
         self._skips = (
             self._first is not None
             and self._rest is not None
-            and relative_change(first, self._first) < self.options.first_block
+            and self._agreed(relative_change(first, self._first) < self.options.first_block, first)
         )
         if self._skips:
             assert self._rest is not None

@@ -15,7 +15,8 @@ from torch import nn
 
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.block_timer import WAITING, BlockTimer, describe_ratio
-from prfl_fast.models.compiled_blocks import are_compiled, is_compiler_error
+from prfl_fast.models.compiled_blocks import are_compiled
+from prfl_fast.models.compiler_errors import is_compiler_error
 from prfl_fast.models.inference import (
     LayerPrecision,
     RolloutModel,
@@ -30,7 +31,12 @@ from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import unwrap, weights_of
-from prfl_fast.utils.sharded import find_owners, rollout_weights
+from prfl_fast.utils.sharded import (
+    find_owners,
+    holds_on_all_ranks,
+    rollout_weights,
+    shares_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -261,15 +267,15 @@ class RolloutEngine:
         if not self.config.cache:
             return None
         assert self.model is not None
-        model, adapter = self.model, find_adapter(self.model)
+        model, adapter, shared = self.model, find_adapter(self.model), shares_weights(self.model)
 
         def open(compiled: bool, wanted: Branches) -> list[RolloutModel]:
             timer = self._timer if x.device.type == "cuda" and not compiled else None
             config = self._active
-            reuse = StepCacheOptions(
-                config.teacache, config.first_block_cache, config.teacache_model, self.reuse
-            )
-            options = RolloutOptions(self.config.merge_lora, compiled, timer, reuse)
+            thresholds = config.teacache, config.first_block_cache, config.teacache_model
+            reuse = StepCacheOptions(*thresholds, self.reuse, shared)
+            stop = self._stop_compiling if shared and self.config.compile == "auto" else None
+            options = RolloutOptions(self.config.merge_lora, compiled, timer, reuse, stop)
             find_owners(model)
             inputs: tuple[Any, ...] = (x, list(timesteps.values()), branches)
             if wanted == "first":
@@ -283,6 +289,8 @@ class RolloutEngine:
                 ]
 
         compiled = self._compiles(x, branches, are_compiled(model))
+        if shared and self.config.compile == "auto":  # ranks agree on errors of compiled blocks
+            compiled = bool(holds_on_all_ranks(torch.tensor(compiled, device=x.device)))
         try:
             session = RolloutSession(self, open, list(timesteps), compiled, guidance)
         except UnsupportedError as reason:
@@ -318,10 +326,15 @@ class RolloutEngine:
         """Stop compiling and return True if ``compile="auto"`` and the error is the compiler's."""
         if self.config.compile != "auto" or not is_compiler_error(error):
             return False
+        if shares_weights(self.model):  # the other ranks go on
+            return False
+        self._stop_compiling(error)
+        return True
+
+    def _stop_compiling(self, error: RuntimeError) -> None:
         self._compiler_fails = True
         first = str(error).strip().splitlines()[:1]
         self._report_once(f"the rollout's blocks are not compiled: {type(error).__name__}: {first}")
-        return True
 
     def _report_once(self, note: str, *, asked: bool | None = None) -> None:
         if note in self.notes:

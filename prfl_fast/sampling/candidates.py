@@ -12,8 +12,8 @@ from torch import nn
 
 from prfl_fast.kernels import flow_step
 from prfl_fast.models.adapter import Conditions, set_first_frame
-from prfl_fast.models.velocity import bind_velocity
-from prfl_fast.rewards.functions import Reward, check_callable
+from prfl_fast.models.velocity import bind_velocity, model_of
+from prfl_fast.rewards.functions import Reward, check_callable, reward_modules
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.sampler import Sampler
@@ -21,6 +21,7 @@ from prfl_fast.rollout.schedulers import FlowEuler
 from prfl_fast.rollout.trajectory import Trajectory
 from prfl_fast.utils.checks import check, check_count
 from prfl_fast.utils.optional import progress_bar
+from prfl_fast.utils.sharded import holds_on_all_ranks, shares_weights
 
 
 def take_rows(
@@ -150,6 +151,8 @@ class Candidates:
         self.sampler, self.reward, self.conditions, self.batch = sampler, reward, conditions, batch
         self.engine = RolloutEngine(sampler.transformer, config)
         self.branches = 1 if sampler.guidance is None else 2
+        models = (model_of(sampler.transformer), *reward_modules(reward))
+        self._shares_weights = shares_weights(*models)
         self.size = len(noise)
         self.prompts: list[int] = []
         self.origins: list[int] = []
@@ -209,6 +212,7 @@ class Candidates:
             x = flow_step([x, v, draw(x.shape, x, generator)], coefficients)
         else:
             x = flow_step([x, v], coefficients[:2])
+        self._check_alike(x)
         finite = _finite_rows(x)
         return x[finite], [row // candidates for row in finite]
 
@@ -235,6 +239,7 @@ class Candidates:
         """Return all rewards, ``[n]`` on the CPU; NaN where latents or rewards are not finite."""
         scores = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         for x, timestep, conditions in batches:
+            self._check_alike(x)
             finite = _finite_rows(x)
             table = torch.full((len(x),), math.nan, dtype=torch.float32, device="cpu")
             if finite:
@@ -245,12 +250,24 @@ class Candidates:
                 ok = isinstance(score, torch.Tensor) and score.shape == (len(finite),)
                 expected = f"one score per sample, [{len(finite)}]"
                 check(ok, "the reward's result", score, expected)
+                self._check_alike(score)
                 self._rewarded += len(finite)
                 score = score.detach().cpu()
                 table = table.to(torch.promote_types(table.dtype, score.dtype))
                 table[finite] = torch.where(score.isfinite(), score, math.nan).to(table.dtype)
             scores.append(table)
         return torch.cat(scores)
+
+    def _check_alike(self, found: torch.Tensor) -> None:
+        """Raise ``ValueError`` on all ranks that share weights if one has values not finite."""
+        # A rank that drops candidates would call the models less often than the others, which would
+        # wait for it.
+        if self._shares_weights and not bool(holds_on_all_ranks(found.isfinite().all())):
+            raise ValueError(
+                "a latent or score of a candidate is NaN or infinite on at least one rank. Ranks "
+                "that share weights must keep equally many candidates, so none may be dropped. "
+                "Check the reward at this noise level, and the generator's precision"
+            )
 
     def choose(self, scores: torch.Tensor, prompts: list[int], count: int, step: int) -> list[int]:
         """Return the ``count`` best rows of each prompt, in order."""
