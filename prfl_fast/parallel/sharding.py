@@ -30,7 +30,14 @@ from prfl_fast.utils.adapters import adapter_parameters
 from prfl_fast.utils.checks import check, check_type
 from prfl_fast.utils.interrupts import signals_end_process
 from prfl_fast.utils.modules import STREAMED, unwrap
-from prfl_fast.utils.sharded import SHARDED, find_owners, is_dtensor, is_fsdp, set_choices
+from prfl_fast.utils.sharded import (
+    SHARDED,
+    end_pass,
+    find_owners,
+    is_dtensor,
+    is_fsdp,
+    set_choices,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 logger = logging.getLogger(__name__)
@@ -178,7 +185,17 @@ def _shard_modules(
     # The root frees its weights too: after a forward without a backward they would stay, and the
     # next forward would use them although the optimizer had changed this rank's parts.
     fully_shard(root, mesh=parts, ignored_params=whole, reshard_after_forward=True)
+    root.register_forward_pre_hook(_end_failed_pass, prepend=True)
     return whole
+
+
+def _end_failed_pass(root: Any, inputs: Any) -> None:
+    """End a forward or backward that an exception left, before FSDP2 starts the next forward."""
+    state = root._get_fsdp_state()
+    context = state._state_ctx
+    failed = context.iter_forward_root is state or context.post_backward_final_callback_queued
+    if failed and torch._C._current_graph_task_id() == -1:  # a backward may run forwards again
+        end_pass(root)
 
 
 def _free_without_gradient(block: Any, inputs: Any, output: Any) -> None:

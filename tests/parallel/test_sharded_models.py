@@ -125,6 +125,36 @@ def survives_errors_between_reductions(mesh):
     return survives_errors(mesh, once=False)
 
 
+def calls_after_errors(mesh):
+    """Call the model itself after exceptions in a forward and in a backward."""
+    model, _ = build(Case(""), mesh)
+    x, given = batch(3, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+
+    def loss():
+        return model(x, torch.full((len(x),), 500.0), **given).sample.square().mean()
+
+    def fail(*_):
+        raise KeyError("injected")
+
+    def at_output(block, inputs, output):
+        output.register_hook(fail)
+
+    broken = model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        loss()
+    broken.remove()
+    broken = model.blocks[0].register_forward_hook(at_output)
+    with pytest.raises(KeyError):
+        loss().backward()
+    broken.remove()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return gradients(model)
+
+
 def samples_before_an_update(mesh):
     """Run a forward without gradient on weights that stay from a forward to its backward."""
     model, reward = build(Case("", options={"reshard_after_forward": False}), mesh)
@@ -193,7 +223,7 @@ def sharded_by_hand(mesh):
 
 
 BEHAVIORS = (averages_and_clips, trains_a_reward, survives_errors, trains_noise)
-BEHAVIORS += (survives_errors_between_reductions, samples_before_an_update)
+BEHAVIORS += (survives_errors_between_reductions, samples_before_an_update, calls_after_errors)
 BEHAVIORS += (adapters_after_sharding, recomputes_chunks, sharded_by_hand)
 
 
