@@ -202,10 +202,17 @@ def _report_choice(command: str, chosen: str, found: Plan, hint: str) -> None:
 
 
 def next_policy(
-    config: TrainFile, dataset: LatentDataset, device: torch.device, found: Plan | None
+    config: TrainFile,
+    dataset: LatentDataset,
+    device: torch.device,
+    found: Plan | None,
+    file: str = "FILE.yaml",
+    gpus: int = 1,
 ) -> str:
     """Return advice for a run whose policies do not fit; plan the run if it has no plan yet."""
     assert config.memory != "auto"
+    if gpus > 1:  # a plan of several ranks makes process groups, and those of this run exist
+        return f"prfl-fast plan {file} --gpus {gpus} looks for a policy that fits"
     try:
         found = found or _plan_training(config, dataset, device)
     except (ValueError, MissingExtraError) as error:

@@ -140,7 +140,7 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     _seed(config, ranks)
     parts: Any = (config, dataset, transformer, rewards, guidance, device)
     objectives = build_objectives(*parts, ranks=ranks)
-    advise = partial(next_policy, config, dataset, device, plan)
+    advise = partial(next_policy, config, dataset, device, plan, options.file, ranks.size)
     inputs = inputs_of(config, dataset)
     if config.rollout.drift is not None:
         config = _calibrated(config, dataset, objectives, inputs, job, options.check)

@@ -322,3 +322,8 @@ def test_out_of_memory_before_training_is_one_line(root, tmp_path, fill_device, 
     fill_device("prfl_fast.memory.policy.cast_weights")
     assert call("train", root, tmp_path / "out") == 4
     assert one_line(capsys, "train") == f"prfl-fast train: {FULL}\n"
+
+
+def test_a_full_gpu_of_several_names_the_command_that_plans_them():
+    advice = cli_plan.next_policy(SimpleNamespace(memory=None), None, None, None, "my.yaml", 4)
+    assert advice.startswith("prfl-fast plan my.yaml --gpus 4 ")
