@@ -17,6 +17,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.optimizers import make_optimizer
+from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import patch
 from prfl_fast.parallel import (
@@ -55,6 +56,7 @@ class Case:
     accumulation: int = 1
     mode: str = "none"
     offload: str | None = None
+    streamed: bool = False
     divergence: float = 0.0
     rollout: RolloutConfig = RolloutConfig()
     shard: int | None | str = "auto"
@@ -88,6 +90,9 @@ def build(case, mesh=None):
     if case.patched:
         patch(model)
         patch(reward.backbone)
+    if case.streamed:
+        stream_weights(model, 1)
+        stream_weights(reward.backbone, 1)
     activation_checkpointing(model, case.mode, case.offload)
     activation_checkpointing(reward.backbone, case.mode, case.offload)
     if mesh is not None and case.sequence > 1:

@@ -28,6 +28,7 @@ FOUR_RANKS = [
     Case("copies of halves", **DRAFT, sequence=2, shard=2),
 ]
 LONG = [
+    Case("streamed", **POINTS, lora=True, mode="full", streamed=True, **TWO),
     Case("experts", **POINTS, experts=True, **TWO),
     Case("sharded", **POINTS, **ODD, sequence=2),
     Case("merged LoRA", lora=True, rollout=RolloutConfig(merge_lora=True), **TWO),

@@ -28,6 +28,7 @@ FOUR_RANKS = [
     Case("two ranks per sample", accumulation=2, sequence=2),
 ]
 LONG = [
+    Case("whole, streamed", **DRAFT, lora=True, mode="full", streamed=True, shard=None),
     Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
     Case("DRaFT", **DRAFT),
     Case("AlignProp", plan=Plan.alignprop(), indices=None),
