@@ -46,7 +46,7 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
     """Join the process group of ``torchrun``; yield this rank's device, None without torchrun.
 
     The backend is gloo on the CPU; on GPUs NCCL for their tensors, and gloo for those of the host.
-    Ranks other than 0 print nothing in this context.
+    Ranks other than 0 print nothing in this context. A group that is there is used, and left.
 
     Args:
         device_type: ``"cuda"`` or ``"cpu"``.
@@ -65,7 +65,8 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend, options["device_id"] = "cpu:gloo,cuda:nccl", device
-    if not dist.is_initialized():
+    joins = not dist.is_initialized()
+    if joins:
         with signals_end_process():  # else torchrun waits 30 s before it kills this rank
             dist.init_process_group(backend, **options)
     with contextlib.ExitStack() as stack:
@@ -78,8 +79,9 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
         yield device
         # After an error the group stays: its end could wait for ranks that have ended.
         sys.stdout.flush()
-        dist.barrier()
-        dist.destroy_process_group()
+        if joins:
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def check_same_settings(sections: Mapping[str, object]) -> None:

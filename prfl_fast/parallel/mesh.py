@@ -80,8 +80,8 @@ def make_mesh(config: ParallelConfig | None = None, device_type: str | None = No
     """
     if not dist.is_initialized():
         raise RuntimeError(
-            "no process group is initialized. Start the program with torchrun, and call "
-            "torch.distributed.init_process_group() first"
+            "no process group is initialized. Start the program with torchrun, and make the mesh "
+            "within `with join_ranks(device_type):`"
         )
     config = ParallelConfig() if config is None else config
     ranks, sequence = dist.get_world_size(), config.sequence

@@ -28,7 +28,8 @@ def snippet(heading):
 def models():
     transformer = tiny_wan(layers=2, text_dim=12, ffn_dim=64).double()
     reward = LatentRewardModel.from_backbone(transformer, 1, num_heads=2).double().freeze()
-    return {"transformer": transformer, "reward": reward, "steps": STEPS}
+    given = {"transformer": transformer, "reward": reward, "steps": STEPS}
+    return {**given, "device_type": "cpu"}
 
 
 def batches(samples):
