@@ -21,13 +21,15 @@ is read with ``torch.load(weights_only=True)``, which runs no code.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,12 @@ import torch
 
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.training.model_files import load_model, model_parts, save_model
+from prfl_fast.training.saving import Saving, call
 from prfl_fast.training.sharded_checkpoint import (
     EMA,
     any_sharded,
+    plan_parts,
     read_parts,
-    save_parts,
     split_optimizer,
     write_gathered,
 )
@@ -189,7 +192,18 @@ def _last_good(paths: list[Path]) -> Path | None:
     return None
 
 
-def save_checkpoint(  # noqa: PLR0913 - the public face of a checkpoint
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    step: int,
+    model: torch.nn.Module,
+    state: Mapping[str, Any],
+    **options: Any,
+) -> Path:
+    """Write a checkpoint with the options of :func:`begin_checkpoint`, and return its path."""
+    return begin_checkpoint(folder, step, model, state, **options).finish()
+
+
+def begin_checkpoint(  # noqa: PLR0913 - the public face of a checkpoint
     folder: str | os.PathLike[str],
     step: int,
     model: torch.nn.Module,
@@ -202,59 +216,83 @@ def save_checkpoint(  # noqa: PLR0913 - the public face of a checkpoint
     best_step: int | None = None,
     whole: bool = True,
     ranks: Ranks | None = None,
-) -> Path:
-    """Write the checkpoint ``folder/step-<step>`` and return its path; delete old checkpoints.
+    background: bool = False,
+) -> Saving:
+    """Write the files of the checkpoint ``folder/step-<step>``.
 
-    ``state`` may hold tensors, numbers, strings, and lists, tuples and dicts of them. A resumed run
-    must repeat ``settings``, and ``inputs`` too unless it accepts other ones. ``keep_last`` of 0
-    keeps all checkpoints; that of ``best_step`` and that of ``final`` are always kept.
+    Its :meth:`Saving.finish` gives it its name, and deletes old checkpoints. ``state`` may hold
+    tensors, numbers, strings, and lists, tuples and dicts of them. A resumed run must repeat
+    ``settings``, and ``inputs`` too unless it accepts other ones. ``keep_last`` of 0 keeps all
+    checkpoints; that of ``best_step`` and that of ``final`` are always kept.
 
     All ``ranks`` call this function. Sharded weights and averages are gathered, or with ``whole``
-    False written in parts, as the states of their optimizer are.
+    False written in parts, as the states of their optimizer are. In the ``background`` a thread
+    writes copies of the parts, and of the state, so that all may change; the rest is written now.
 
     Raises:
         OSError: if the checkpoint cannot be written. Earlier checkpoints are kept.
     """
     path = Path(folder) / f"step-{step:08d}"
     ranks = ranks or Ranks()
+    noted = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
+    kept: Any = {"keep_last": keep_last, "best_step": best_step}
+    tensors = (model, state, ema, whole, ranks)
+    return Saving(step, path, _stages(path, tensors, {"format": FORMAT, **noted}, background, kept))
+
+
+def _stages(
+    path: Path,
+    tensors: tuple[Any, ...],
+    content: dict[str, Any],
+    background: bool,
+    kept: Mapping[str, Any],
+) -> Generator["Future[dict[str, str]]", None, None]:
+    """Yield the outcome of this rank's files; then put them together, and prune the folder."""
+    ranks: Ranks = tensors[-1]
     with _written_together(path, ranks) as temporary:
-        state, digests = _save_tensors(temporary, model, state, ema, whole, ranks)
+        write = _plan_tensors(path, temporary, *tensors, background)
+        written = call(write, background)
+        del write, tensors  # and with them the copies, when the thread has ended
+        yield written
+        error = written.exception()
+        if isinstance(error, BaseException) and not isinstance(error, Exception):
+            raise error
+        ranks.agree(error=error)
+        digests = {n: d for found in ranks.gather(written.result()) for n, d in found.items()}
         if ranks.main:
-            _save_state(state, path, temporary)
             digests |= file_digests(temporary, digests)
-            content = {
-                "format": FORMAT,
-                "step": step,
-                "settings": dict(settings or {}),
-                "inputs": dict(inputs or {}),
-                "files": {name: (temporary / name).stat().st_size for name in digests},
-                "sha256": digests,
-            }
+            content["files"] = {name: (temporary / name).stat().st_size for name in digests}
+            content["sha256"] = digests
             content["digest"] = _digest(content)
             (temporary / "checkpoint.json").write_text(_text(content))
     if ranks.main:
         link_final(path)
-        # Later ones do not count: they are damaged, and this run went back before them.
-        earlier = [c for c in list_checkpoints(folder) if c[0] <= step] if keep_last else []
-        final = (Path(folder) / FINAL).resolve().parent
-        for at, old in earlier[:-keep_last]:
-            if at != best_step and old.resolve() != final:
-                remove_atomic(old)
-    return path
+        _prune(path.parent, content["step"], **kept)
 
 
-def _save_tensors(
+def _prune(folder: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    # Later ones do not count: they are damaged, and this run went back before them.
+    earlier = [c for c in list_checkpoints(folder) if c[0] <= step] if keep_last else []
+    final = (folder / FINAL).resolve().parent
+    for at, old in earlier[:-keep_last]:
+        if at != best_step and old.resolve() != final:
+            remove_atomic(old)
+
+
+def _plan_tensors(
+    path: Path,
     temporary: Path,
     model: torch.nn.Module,
     state: Mapping[str, Any],
     ema: Mapping[str, torch.Tensor] | None,
     whole: bool,
     ranks: Ranks,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write weights and averages, and the parts of sharded tensors.
+    copied: bool,
+) -> Callable[[], dict[str, str]]:
+    """Write what all ranks write together; return a function that writes this rank's other files.
 
-    Return the state without those parts, and the digests of all ranks' files of parts. Errors are
-    raised on every rank, so that none waits for another.
+    These are the parts of sharded tensors, whose digests it returns, and on rank 0 ``state.pt``.
+    Errors are raised on every rank, so that none waits for another.
     """
     rest = dict(state)
     parts: dict[str, torch.Tensor] = {}
@@ -273,9 +311,19 @@ def _save_tensors(
             parts |= {f"{EMA}{name}": tensor for name, tensor in ema.items()}
     elif ema is not None:
         ranks.on_main(save_tensors, ema, temporary / "ema.safetensors")
-    if not parts and not quantized:
-        return rest, {}
-    return rest, save_parts(temporary / PARTS, parts, quantized, ranks)
+    write_parts: Callable[[], dict[str, str]] = dict
+    if parts or quantized:
+        write_parts = plan_parts(temporary / PARTS, parts, quantized, ranks, copied)
+    if copied and ranks.main:
+        rest = copy.deepcopy(rest)
+
+    def write() -> dict[str, str]:
+        digests = write_parts()
+        if ranks.main:
+            _save_state(rest, path, temporary)
+        return digests
+
+    return write
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ class TrainConfig:
         ema_decay: decay of the running average of the trainable parameters; None keeps no average.
         seed: seed of the CPU generator that all objectives draw from.
         save_every: steps between checkpoints; 0 saves at the end only.
+        save_async: write the checkpoints of sharded weights, other than those of the best and the
+            last step, in a thread while the training goes on.
         keep_last: number of newest checkpoints to keep; 0 keeps all.
         wandb: log to Weights & Biases as well; a run without a folder does not.
 
@@ -64,12 +66,13 @@ class TrainConfig:
     ema_decay: float | None = None
     seed: int = 0
     save_every: int = 0
+    save_async: bool = False
     keep_last: int = 2
     wandb: bool = False
 
     # A resumed run may change these fields, because they do not affect the steps already taken.
     # The number of steps does if there is a schedule.
-    FREE = ("steps", "save_every", "keep_last", "wandb")
+    FREE = ("steps", "save_every", "save_async", "keep_last", "wandb")
 
     def __post_init__(self) -> None:
         make_fields_plain(self)  # a checkpoint is read with weights_only, which takes no numpy

@@ -115,3 +115,13 @@ def _wandb_run(folder: Path) -> Any:
     except Exception as error:  # noqa: BLE001 - of any type: no key, no network
         _log.warning("run.wandb has no effect: %s", str(error).partition("\n")[0])
         return None
+
+
+def show_record(bar: Any, record: Mapping[str, Any]) -> None:
+    """Count a step on a progress bar, and show its metrics."""
+    # Loss and reward first, because a terminal of 80 columns shows no more.
+    ordered = sorted(record, key=lambda k: "loss" not in k and "reward" not in k)
+    shown = {k: f"{record[k]:.4g}" for k in ordered if "/" in k and record[k] is not None}
+    with contextlib.suppress(OSError):  # the terminal may be gone, after SIGHUP
+        bar.set_postfix({**shown, "skipped": record["skipped"]}, refresh=False)
+        bar.update()

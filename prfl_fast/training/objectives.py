@@ -1,6 +1,7 @@
 """Objectives of the trainer: reward feedback, losses of clean latents, reward fitting."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -78,6 +79,18 @@ def one_expert(
     share = getattr(next(iter(objectives.values())), "high_share", 0.5)
     high = math.floor((step + 1) * share) > math.floor(step * share)
     return model.only("high" if high else "low")
+
+
+def states_of(objectives: Mapping[str, Objective]) -> dict[str, Any]:
+    """Return copies of the states of the objectives that have one."""
+    stateful = {n: o for n, o in objectives.items() if hasattr(o, "state_dict")}
+    return {name: copy.deepcopy(o.state_dict()) for name, o in stateful.items()}
+
+
+def load_states(objectives: Mapping[str, Objective], states: Mapping[str, Any]) -> None:
+    """Load the states of :func:`states_of`."""
+    for name, state in states.items():
+        objectives[name].load_state_dict(state)  # type: ignore[attr-defined]
 
 
 def velocity_call(transformer: nn.Module, precision: Precision) -> nn.Module | ModelCall:

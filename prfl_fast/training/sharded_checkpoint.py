@@ -9,8 +9,9 @@ each rank has a file of them, and they are read on the same mesh only.
 """
 
 import contextlib
+import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,20 @@ def split_optimizer(
     return {**saved, "state": rest}, parts, quantized
 
 
-def save_parts(
+def plan_parts(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     quantized: Mapping[str, torch.Tensor],
     ranks: Ranks,
-) -> dict[str, str]:
-    """Write the parts of this rank into ``folder``; return the digests of all ranks' files.
+    copied: bool = False,
+) -> Callable[[], dict[str, str]]:
+    """Agree on the files of all ranks; return a function that writes this rank's into ``folder``.
+
+    The function returns the digests of the files, raises ``OSError`` if it cannot write, and calls
+    no other rank. With ``copied`` it writes copies in host memory that are made now.
 
     Raises:
-        OSError: on every rank, if one of them cannot write.
+        OSError: on every rank, if one of them cannot plan.
     """
     files, nbytes, parts = {}, 0, 1
     for name, tensor in tensors.items():
@@ -122,19 +127,61 @@ def save_parts(
     numbers = {number: i for i, number in enumerate(sorted(set(files.values())), 1)}
     mapping = {name: numbers[number] for name, number in files.items()}
     with _dcp(folder, "written") as dcp:
-        writer = dcp.HuggingFaceStorageWriter(str(folder), mapping, save_distributed=True)
+        writer, write_parts = _planning_writer(dcp, folder, mapping, copied)
         dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group)
-    digests, error = {}, None
-    try:
-        if quantized:
-            torch.save(dict(quantized), folder / _QUANTIZED.format(ranks.rank))
-        for pattern in (f"shard-{ranks.rank + 1:05d}-*", _QUANTIZED.format(ranks.rank)):
-            for path in sorted(folder.glob(pattern)):
-                digests[f"{FOLDER}/{path.name}"] = digest_of(path)
-    except (OSError, RuntimeError) as raised:  # torch's zip writer raises the latter
-        error = OSError(f"{folder}: cannot be written: {raised}")
-    ranks.agree(error=error)
-    return {name: digest for found in ranks.gather(digests) for name, digest in found.items()}
+    states = io.BytesIO()
+    if quantized:
+        torch.save(dict(quantized), states)
+
+    def write() -> dict[str, str]:
+        digests = {}
+        try:
+            write_parts()
+            if quantized:
+                (folder / _QUANTIZED.format(ranks.rank)).write_bytes(states.getbuffer())
+            for pattern in (f"shard-{ranks.rank + 1:05d}-*", _QUANTIZED.format(ranks.rank)):
+                for path in sorted(folder.glob(pattern)):
+                    digests[f"{FOLDER}/{path.name}"] = digest_of(path)
+        except Exception as error:  # safetensors and torch have errors of their own
+            raise OSError(f"{folder}: cannot be written: {error}") from error
+        return digests
+
+    return write
+
+
+def _planning_writer(
+    dcp: Any, folder: Path, mapping: dict[str, int], copied: bool
+) -> tuple[Any, Callable[[], None]]:
+    """Return a writer that plans within DCP's save, and a function that then writes the files."""
+    base, planned = dcp.HuggingFaceStorageWriter, []
+
+    class Writer(base):  # type: ignore[misc]
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            planned.append((plan, _Copies(plan, planner) if copied else planner))
+            done: Any = torch.futures.Future()
+            done.set_result([])
+            return done
+
+    writer = Writer(str(folder), mapping, save_distributed=True)
+    if copied:
+        writer.per_thread_copy_ahead = 0  # no stream of a GPU, as another device is a thread's own
+
+    def write() -> None:
+        for plan, planner in planned:
+            base.write_data(writer, plan, planner).wait()
+
+    return writer, write
+
+
+class _Copies:
+    """Hold copies in host memory of the values that a DCP planner gives to its writer."""
+
+    def __init__(self, plan: Any, planner: Any) -> None:
+        found = ((item.index, planner.resolve_data(item)) for item in plan.items)
+        self._values = {index: value.detach().to("cpu", copy=True) for index, value in found}
+
+    def resolve_data(self, item: Any) -> torch.Tensor:
+        return self._values[item.index]
 
 
 @contextlib.contextmanager

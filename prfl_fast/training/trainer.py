@@ -6,7 +6,6 @@ resumed computes the same numbers as an uninterrupted run, bit for bit on CPU.
 """
 
 import contextlib
-import copy
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from prfl_fast.models.experts import Experts
 from prfl_fast.parallel.ranks import OtherRankError, Ranks
 from prfl_fast.training.agreement import Agreement
 from prfl_fast.training.checkpoint import (
+    begin_checkpoint,
     check_free,
     find_checkpoint,
     link_final,
@@ -34,15 +34,15 @@ from prfl_fast.training.checkpoint import (
     rank_seed,
     restore_random_state,
     restore_rank,
-    save_checkpoint,
 )
 from prfl_fast.training.config import RunIdentity, TrainConfig, TrainResult
 from prfl_fast.training.evaluation import Evaluated, EvaluationInterrupted, PeriodicEvaluation
-from prfl_fast.training.logging import TrainingLog, check_loggers
+from prfl_fast.training.logging import TrainingLog, check_loggers, show_record
 from prfl_fast.training.model_files import check_savable
-from prfl_fast.training.objectives import Objective, one_expert
+from prfl_fast.training.objectives import Objective, load_states, one_expert, states_of
 from prfl_fast.training.oom import OutOfMemoryError, is_out_of_memory, phase_of, report
-from prfl_fast.training.sharded_checkpoint import load_average, load_optimizer
+from prfl_fast.training.saving import Saving
+from prfl_fast.training.sharded_checkpoint import any_sharded, load_average, load_optimizer
 from prfl_fast.training.signals import collect_signals
 from prfl_fast.training.updates import Updater, detached, read_means
 from prfl_fast.utils.checks import check
@@ -149,6 +149,9 @@ class Trainer:
         self._identity = {**config.fixed(), **identity.settings, "objectives": list(objectives)}
         self._inputs = dict(identity.inputs)
         self._saved_step: int | None = None
+        self._saving: Saving | None = None  # the checkpoint that threads of the ranks write
+        ok = not config.save_async or any_sharded(self.parameters)
+        check(ok, "save_async", config.save_async, "False, as the weights are not sharded")
         if self.folder is not None:
             check_savable(model, shards=ranks.several)
             ranks.on_main(check_free, self.folder)
@@ -169,7 +172,7 @@ class Trainer:
         self.result.step, self.result.skipped = state["step"], state["skipped"]
         self._in_a_row, self._draws = state["in_a_row"], dict(state["draws"])
         self._done = {n: (dict(m), ok) for n, (m, ok) in state.get("done", {}).items()}
-        self._load_objectives(state.get("objectives", {}))
+        load_states(self.objectives, state.get("objectives", {}))
         self.evaluation.load_state_dict(state.get("evaluation", self.evaluation.state_dict()))
         restore_rank(state, self.generator, self.ranks, self.config.seed)
         if self.folder is not None and path.resolve().parent == self.folder.resolve():
@@ -178,14 +181,6 @@ class Trainer:
     def _newest_step(self) -> int:
         found = [] if self.folder is None else list_checkpoints(self.folder)
         return found[-1][0] if found else -1
-
-    def _objective_states(self) -> dict[str, Any]:
-        stateful = {n: o for n, o in self.objectives.items() if hasattr(o, "state_dict")}
-        return {name: copy.deepcopy(o.state_dict()) for name, o in stateful.items()}
-
-    def _load_objectives(self, states: Mapping[str, Any]) -> None:
-        for name, state in states.items():
-            self.objectives[name].load_state_dict(state)  # type: ignore[attr-defined]
 
     def save(self) -> Path:
         """Write a checkpoint of the current state and return its path.
@@ -207,9 +202,10 @@ class Trainer:
     def _save(self, whole: bool = True) -> Path:
         """Write a checkpoint, of an incomplete step too, which a resumed run then completes.
 
-        Without ``whole``, sharded weights are not gathered.
+        Without ``whole``, sharded weights are not gathered, and may be written in the background.
         """
         assert self.folder is not None
+        self._finish_save()
         bad = (n for n, p in self.parameters.items() if not torch.isfinite(local_part(p)).all())
         for name in filter(None, self.ranks.gather(next(bad, None))):
             raise NonFiniteTrainingError(
@@ -225,23 +221,30 @@ class Trainer:
             "done": dict(self._done),
             "parameters": list(self.parameters),
             "optimizer": self.optimizer.state_dict(),
-            "objectives": self._objective_states(),
+            "objectives": states_of(self.objectives),
             "evaluation": self.evaluation.state_dict(),
             **random_states(self.generator, self.ranks),
         }
         step = self.result.step
-        rest: Any = {
-            "whole": whole,
-            "ema": self.ema,
-            "settings": self._identity,
-            "inputs": self._inputs,
-        }
-        rest["keep_last"] = self.config.keep_last
+        rest: Any = {"settings": self._identity, "inputs": self._inputs, "ranks": self.ranks}
+        rest |= {"whole": whole, "ema": self.ema, "keep_last": self.config.keep_last}
         rest["best_step"] = self.evaluation.best_step
+        rest["background"] = background = self.config.save_async and not whole
         with self._held():
-            path = save_checkpoint(self.folder, step, self.model, state, ranks=self.ranks, **rest)
-        self._newest = self._saved_step = step
+            self._saving = begin_checkpoint(self.folder, step, self.model, state, **rest)
+            path = self._saving.path
+            if not background:
+                self._finish_save()
         return path
+
+    def _finish_save(self, wait: bool = True) -> None:
+        """Complete the checkpoint that is being written; not ``wait``: if all ranks have done."""
+        saving = self._saving
+        if saving is None or (not wait and self.ranks.agree(not saving.written.done())):
+            return
+        self._saving = None
+        saving.finish()
+        self._newest = self._saved_step = saving.step
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -296,9 +299,13 @@ class Trainer:
                 self._take_steps(bar)
                 if self._agreement.signals:
                     self.result.stopped_by = self._agreement.signals[0]
+            self._finish_save()
             if self.folder is not None and (self._done or not self.ranks.on_main(self._has_model)):
                 self._save()
         finally:
+            if self._saving is not None:  # after an error that other ranks may not know of
+                self._saving.discard()
+                self._saving = None
             if self._log is not None:
                 self._log.close()
                 self._log = None
@@ -367,7 +374,7 @@ class Trainer:
         record |= {"skipped": self.result.skipped, "seconds": seconds}
         self._write(record)
         if bar is not None:
-            self._show(bar, record)
+            show_record(bar, record)
         if self._in_a_row >= NON_FINITE_LIMIT:
             where = "" if self.folder is None else f"; the last good state is in {self.save()}"
             raise NonFiniteTrainingError(
@@ -378,24 +385,17 @@ class Trainer:
         best = self.evaluation.best_step == step
         if self.folder is not None and (best or (every and step % every == 0)):
             self._save(whole=best or step == self.config.steps)
+        else:
+            self._finish_save(wait=False)
         if self.on_step is not None:
             self.on_step(record)
-
-    @staticmethod
-    def _show(bar: Any, record: Mapping[str, Any]) -> None:
-        # Loss and reward first, because a terminal of 80 columns shows no more.
-        ordered = sorted(record, key=lambda k: "loss" not in k and "reward" not in k)
-        shown = {k: f"{record[k]:.4g}" for k in ordered if "/" in k and record[k] is not None}
-        with contextlib.suppress(OSError):  # the terminal may be gone, after SIGHUP
-            bar.set_postfix({**shown, "skipped": record["skipped"]}, refresh=False)
-            bar.update()
 
     def _update(self, name: str, objective: Objective) -> tuple[dict[str, float], bool]:
         """Take one optimizer step for one objective; return its metrics, and False if skipped."""
         discard_gradients(self.model)
         # The state before the update, from which run() continues after a full device.
         draws, random = self._draws[name], random_state(self.generator)
-        states = self._objective_states()
+        states = states_of(self.objectives)
         try:
             means, norm = self._gradients(name, objective)
         except BaseException as error:  # for example a sample with NaN: the steps so far are good
@@ -410,7 +410,7 @@ class Trainer:
             finally:  # after the report, because advise() may draw random numbers
                 discard_gradients(self.model)
                 self._draws[name] = draws
-                self._load_objectives(states)
+                load_states(self.objectives, states)
                 restore_random_state(random, self.generator)
             if failure is not None:
                 raise failure from error
@@ -437,6 +437,9 @@ class Trainer:
         if self.ranks.several and self._agreement.error is not error:
             return  # the other ranks do not know of it, so they would not save
         try:
+            self._finish_save()
+            if self._saved_step == self.result.step:
+                return
             path = self._save()
         except Exception as failure:  # noqa: BLE001 - of any type after an error of the device
             _log.error("step %d could not be saved: %s", self.result.step, failure)

@@ -1,9 +1,14 @@
 """Checkpoints of sharded weights: read with any sharding, and complete or absent."""
 
+import copy
 import importlib
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from prfl_world import SHAPE, normal, with_lora
 from ranks import run_ranks
@@ -23,11 +28,11 @@ from prfl_fast.training.model_files import save_reward
 from prfl_fast.training.oom import OutOfMemoryError
 from prfl_fast.training.sharded_checkpoint import (
     load_optimizer,
+    plan_parts,
     read_parts,
-    save_parts,
     split_optimizer,
 )
-from prfl_fast.utils.io import load_tensors
+from prfl_fast.utils.io import digest_of, load_tensors
 from prfl_fast.utils.sharded import local_part
 
 PARTS, WHOLE = "step-00000002", "step-00000003"
@@ -62,14 +67,15 @@ class Fit:
         return {"loss": loss.detach()}
 
 
-def make(shards=None, lora=False, **options):
+def make(shards=None, lora=False, settings=(), **options):
     torch.manual_seed(3)
     model = tiny_wan(seed=0, layers=1, text_dim=12, ffn_dim=64).double()
     model = with_lora(model) if lora else model
     mesh = None if shards is None else make_mesh(ParallelConfig(shard=shards))
     if mesh is not None:
         shard(model, mesh)
-    config = TrainConfig(3, learning_rate=1e-3, ema_decay=0.5, save_every=2)
+    settings = {"steps": 3, "save_every": 2, **dict(settings)}
+    config = TrainConfig(learning_rate=1e-3, ema_decay=0.5, **settings)
     return Trainer(model, {"fit": Fit(model)}, config, mesh=mesh, **options)
 
 
@@ -209,6 +215,97 @@ def test_an_error_of_one_rank_leaves_nothing_and_the_next_save_works(lora, tmp_p
     read_checkpoint(tmp_path / "run" / "step-00000001")
 
 
+DIGEST = "prfl_fast.training.sharded_checkpoint.digest_of"  # at the end of a rank's writing
+
+
+def save_while_training(folder, lora):
+    """Save step 3 until step 4 is over; SIGTERM on rank 1 after step 5. Return what was there."""
+    seen, may_end = {}, threading.Event()
+
+    def held(path):
+        assert may_end.wait(60)
+        return digest_of(path)
+
+    def note(record):
+        seen[record["step"]] = [step for step, _ in list_checkpoints(folder)]
+        if record["step"] == 4:
+            may_end.set()
+            trainer._saving.written.result(60)
+        if record["step"] == 5 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        torch.distributed.barrier()
+
+    settings = {"steps": 9, "save_every": 3, "save_async": True, "keep_last": 0}
+    trainer = make(2, lora, settings, folder=folder, on_step=note)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DIGEST, held)
+        trainer.run()
+    seen["end"] = [step for step, _ in list_checkpoints(folder)]
+    assert trainer.result.stopped_by == signal.SIGTERM
+    return seen
+
+
+def fail_while_saving(folder, lora):
+    """Let rank 1 fail to write step 1, and the run at step 3; return what each and the end left."""
+    found, barrier = [], torch.distributed.barrier
+
+    def note(record):
+        if record["step"] == 3:
+            trainer._saving.written.result(60)
+            barrier()
+            raise RuntimeError("of the user")
+
+    def names():
+        barrier()
+        found.append(sorted(p.name for p in folder.iterdir() if p.name.startswith("step")))
+        barrier()
+
+    settings = {"steps": 4, "save_every": 1, "save_async": True, "keep_last": 1}
+    trainer = make(2, lora, settings, folder=folder, on_step=note)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save", Once(safetensors.torch.save, 1))
+        with pytest.raises((OSError, OtherRankError), match="sharded: cannot .* No space left"):
+            trainer.run()
+    names()
+    with pytest.raises(RuntimeError, match="of the user"):
+        trainer.run()
+    names()
+    trainer.run()
+    names()
+    return found
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_save_in_the_background_has_the_bits_of_its_step(lora, tmp_path):
+    now, later = tmp_path / "now", tmp_path / "later"
+
+    def runs():
+        settings = {"steps": 6, "save_every": 3, "keep_last": 0}
+        trainer = make(2, lora, settings, folder=now)
+        trainer.run()
+        seen = save_while_training(later, lora)
+        resumed = make(2, lora, settings, resume=later / WHOLE)
+        assert resumed.result.step == 3
+        resumed.run()
+        bad = differences(snapshot(resumed), snapshot(trainer))
+        return seen, bad, fail_while_saving(tmp_path / "failing", lora)
+
+    last = [3, 6]
+    seen = {1: [], 2: [], 3: [], 4: [], 5: [3], 6: [3], "end": last}
+    failing = [[], [], ["step-00000004"]]
+    assert run_ranks(2, runs) == [(seen, [], failing)] * 2
+    both = [read_checkpoint(folder / WHOLE) for folder in (now, later)]
+    assert both[0] == both[1] and (later / WHOLE / "sharded").is_dir()
+    for path in (later / "step-00000006", tmp_path / "failing" / "step-00000004"):
+        assert (read_checkpoint(path)["step"], (path / "model").is_dir()) == (
+            int(path.name[-1]),
+            True,
+        )
+    with pytest.raises(ValueError, match="save_async is True, expected False, as the weights are"):
+        make(lora=lora, settings={"save_async": True})
+
+
 def test_a_damaged_part_is_found_and_the_last_good_one_is_read(tmp_path):
     run_ranks(2, lambda: train(tmp_path / "run", 2, True) and None)
     path = next((tmp_path / "run" / WHOLE / "sharded").glob("shard-00002-*"))
@@ -240,7 +337,7 @@ def test_uneven_parts_on_other_meshes(tmp_path):
     def save():
         for shards in (4, 2):
             ranks = Ranks(make_mesh(ParallelConfig(shard=shards)))
-            save_parts(tmp_path / f"{shards}", split(shards, False), {}, ranks)
+            plan_parts(tmp_path / f"{shards}", split(shards, False), {}, ranks)()
         return True
 
     def read(*sizes):
@@ -282,13 +379,15 @@ def test_states_of_8_bits_are_read_on_the_same_mesh_only(tmp_path):
         step(*found)
         rest, parts, quantized = split_optimizer(found[1].state_dict(), ranks)
         assert len(quantized) == 4 and len(parts) == 2
-        save_parts(tmp_path / "sharded", parts, quantized, ranks)
-        other = optimizer(mesh)
+        write = plan_parts(tmp_path / "sharded", parts, quantized, ranks, copied=True)
+        rest, other = copy.deepcopy(rest), optimizer(mesh)
         with torch.no_grad():
             for p, q in zip(other[0], found[0], strict=True):
                 local_part(p).copy_(local_part(q))
+        step(*found)  # which changes no bit of the copies
+        write()
+        ranks.agree()
         load_optimizer(other[1], rest, tmp_path, ranks)
-        step(*found)
         step(*other)
         pairs = zip(other[0], found[0], strict=True)
         assert all(torch.equal(local_part(p), local_part(q)) for p, q in pairs)
