@@ -250,7 +250,7 @@ def _stages(
     """Yield the outcome of this rank's files; then put them together, and prune the folder."""
     ranks: Ranks = tensors[-1]
     with _written_together(path, ranks) as temporary:
-        write = _plan_tensors(path, temporary, *tensors, background)
+        write = _plan_tensors(path, temporary, *tensors, copied=background)
         written = call(write, background)
         del write, tensors  # and with them the copies, when the thread has ended
         yield written

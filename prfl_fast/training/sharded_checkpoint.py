@@ -153,9 +153,9 @@ def _planning_writer(
     dcp: Any, folder: Path, mapping: dict[str, int], copied: bool
 ) -> tuple[Any, Callable[[], None]]:
     """Return a writer that plans within DCP's save, and a function that then writes the files."""
-    base, planned = dcp.HuggingFaceStorageWriter, []
+    planned: list[tuple[Any, Any]] = []
 
-    class Writer(base):  # type: ignore[misc]
+    class Writer(dcp.HuggingFaceStorageWriter):  # type: ignore[misc]
         def write_data(self, plan: Any, planner: Any) -> Any:
             planned.append((plan, _Copies(plan, planner) if copied else planner))
             done: Any = torch.futures.Future()
@@ -164,11 +164,11 @@ def _planning_writer(
 
     writer = Writer(str(folder), mapping, save_distributed=True)
     if copied:
-        writer.per_thread_copy_ahead = 0  # no stream of a GPU, as another device is a thread's own
+        writer.per_thread_copy_ahead = 0  # no GPU stream: a thread begins on GPU 0
 
     def write() -> None:
         for plan, planner in planned:
-            base.write_data(writer, plan, planner).wait()
+            super(Writer, writer).write_data(plan, planner).wait()
 
     return writer, write
 
