@@ -234,23 +234,28 @@ def begin_checkpoint(  # noqa: PLR0913 - the public face of a checkpoint
     """
     path = Path(folder) / f"step-{step:08d}"
     ranks = ranks or Ranks()
-    noted = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
+    noted = {
+        "format": FORMAT,
+        "step": step,
+        "settings": dict(settings or {}),
+        "inputs": dict(inputs or {}),
+    }
     kept: Any = {"keep_last": keep_last, "best_step": best_step}
-    tensors = (model, state, ema, whole, ranks)
-    return Saving(step, path, _stages(path, tensors, {"format": FORMAT, **noted}, background, kept))
+    stages = _stages(path, (model, state, ema, whole), ranks, background, noted, kept)
+    return Saving(step, path, stages)
 
 
 def _stages(
     path: Path,
     tensors: tuple[Any, ...],
-    content: dict[str, Any],
+    ranks: Ranks,
     background: bool,
+    content: dict[str, Any],
     kept: Mapping[str, Any],
 ) -> Generator["Future[dict[str, str]]", None, None]:
     """Yield the outcome of this rank's files; then put them together, and prune the folder."""
-    ranks: Ranks = tensors[-1]
     with _written_together(path, ranks) as temporary:
-        write = _plan_tensors(path, temporary, *tensors, copied=background)
+        write = _plan_tensors(path, temporary, ranks, background, *tensors)
         written = call(write, background)
         del write, tensors  # and with them the copies, when the thread has ended
         yield written
@@ -282,12 +287,12 @@ def _prune(folder: Path, step: int, keep_last: int, best_step: int | None) -> No
 def _plan_tensors(
     path: Path,
     temporary: Path,
+    ranks: Ranks,
+    copied: bool,
     model: torch.nn.Module,
     state: Mapping[str, Any],
     ema: Mapping[str, torch.Tensor] | None,
     whole: bool,
-    ranks: Ranks,
-    copied: bool,
 ) -> Callable[[], dict[str, str]]:
     """Write what all ranks write together; return a function that writes this rank's other files.
 

@@ -54,5 +54,5 @@ class Saving:
         return self.path
 
     def discard(self) -> None:
-        """Remove the folder, without a word to other ranks. A thread that still writes fails."""
+        """Remove the folder without asking other ranks; a thread that still writes into it fails."""
         self._stages.close()

@@ -283,6 +283,9 @@ def fail_while_saving(folder, lora):
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_save_in_the_background_has_the_bits_of_its_step(lora, tmp_path):
+    with pytest.raises(ValueError, match="save_async is True, expected False, as the weights are"):
+        make(lora=lora, settings={"save_async": True})
+
     def runs():
         seen, tensors = save_while_training(tmp_path / "run", lora)
         resumed = make(2, lora, {"steps": 6}, resume=tmp_path / "run" / "step-00000003")
@@ -298,8 +301,6 @@ def test_a_save_in_the_background_has_the_bits_of_its_step(lora, tmp_path):
     for path in (tmp_path / "run" / "step-00000003", *ends):
         assert read_checkpoint(path)["files"].keys() > {"state.pt"}
         assert (path / "sharded").is_dir() and (path / "model").is_dir() == (lora or path in ends)
-    with pytest.raises(ValueError, match="save_async is True, expected False, as the weights are"):
-        make(lora=lora, settings={"save_async": True})
 
 
 def test_a_damaged_part_is_found_and_the_last_good_one_is_read(tmp_path):
