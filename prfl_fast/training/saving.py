@@ -54,5 +54,5 @@ class Saving:
         return self.path
 
     def discard(self) -> None:
-        """Remove the folder without asking other ranks; a thread that still writes into it fails."""
+        """Remove the folder without asking other ranks; a thread that still writes fails."""
         self._stages.close()
