@@ -94,20 +94,28 @@ def report(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
 ) -> dict[str, str | None]:
     """Return each package's kernel and the best variant of ours, with the reason against it."""
-    device = torch.device(device)
+    device, only = torch.device(device), "it runs only if it is named"
     case = rollout_variants.chip_of(device), dtype, head_dim
     found = {name: why_not(name, *case) for name in AUTOMATIC}
     best = best_variant(device, dtype, head_dim)
     found[best.variant or "triton"] = None if best.variant else best.reason
-    by_name = {name: why_not(name, *case) or "it runs only if it is named" for name in BY_NAME}
+    by_name = {name: f"{only}{_because(why_not(name, *case))}" for name in BY_NAME}
     return found | by_name
+
+
+def _because(reason: str | None) -> str:
+    return "" if reason is None else f"; {reason}"
 
 
 def explain(choice: Choice, device: torch.device, dtype: torch.dtype) -> Choice:
     """Return ``choice`` with the kernel for heads of 128 channels, for the doctor."""
     choice = report_variant(choice, device, dtype)
     if _default != "auto":
-        return Choice(choice.backend, f"{choice.reason}; {_default} set by {VARIABLE}")
+        refused = None
+        if _default in LIMITS:
+            refused = why_not(_default, rollout_variants.chip_of(device), dtype, 128)
+        fails = "" if refused is None else f", but {refused}: rollouts with fp8_attention fail"
+        return Choice(choice.backend, f"{choice.reason}; {_default} set by {VARIABLE}{fails}")
     if choice.backend != "triton" or not torch.cuda.is_available():
         return choice
     name = next(name for name, reason in report(device, dtype).items() if reason is None)

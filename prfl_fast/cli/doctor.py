@@ -122,12 +122,13 @@ def _print(found: dict[str, Any]) -> None:
     print(f"attention backend: {found['attention_backend']}; {heads}")
     _print_verdicts(found["attention_backends"])
     print(f"rollout attention, {heads}")
-    _print_verdicts(found["rollout_attention_backends"])
+    usable = "usable" if found["devices"] else "usable, emulated by PyTorch"
+    _print_verdicts(found["rollout_attention_backends"], usable)
 
 
-def _print_verdicts(backends: dict[str, dict[str, Any]]) -> None:
+def _print_verdicts(backends: dict[str, dict[str, Any]], usable: str = "usable") -> None:
     verdicts = [
-        (name, "usable" if backend["usable"] else f"refused: {backend['reason']}")
+        (name, usable if backend["usable"] else f"refused: {backend['reason']}")
         for name, backend in backends.items()
     ]
     print_table(verdicts, ("backend", "verdict"))

@@ -54,8 +54,9 @@ def test_doctor_lists_every_attention_backend(capsys, monkeypatch):
     if not torch.cuda.is_available():
         assert lines[0] == ["cpu", "usable"]
         assert listed["cudnn"] == "refused: it takes cuda tensors, these are on cpu"
-        named = {words[0]: words[1] for words in map(str.split, rollouts.splitlines()) if words[1:]}
-        assert set(named) == set(rollout_choice.report()) and named["int8_fp8"] == "usable"
+        named = dict(line.split(maxsplit=1) for line in rollouts.splitlines() if line.strip(" ─"))
+        assert set(named) == set(rollout_choice.report())
+        assert named["int8_fp8"].strip() == "usable, emulated by PyTorch"
     monkeypatch.setattr(backend_choice, "_current", "plain")
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -265,6 +265,10 @@ def test_the_environment_variable(pretend, monkeypatch):
         assert copy.choose(q, q, q, 1, 0.1, "sage_2") == "sage_2"
         shown = copy.explain(copy.Choice("triton", "CUDA tensors"), torch.device("cpu"), BF16)
         assert shown.reason.endswith(f"{name} set by PRFL_FAST_ROLLOUT_ATTENTION")
+    monkeypatch.setenv("PRFL_FAST_ROLLOUT_ATTENTION", "sage_3")
+    spec.loader.exec_module(copy)
+    shown = copy.explain(copy.Choice("triton", "CUDA tensors"), torch.device("cpu"), BF16).reason
+    assert "sage_3 set by" in shown and "package sageattn3 is not installed: rollouts" in shown
     monkeypatch.setenv("PRFL_FAST_ROLLOUT_ATTENTION", "sage")
     with pytest.raises(ValueError, match="PRFL_FAST_ROLLOUT_ATTENTION is 'sage', expected one of"):
         spec.loader.exec_module(copy)
@@ -274,6 +278,7 @@ def test_reports(pretend, monkeypatch):
     found = choice.report()
     assert list(found) == [*choice.AUTOMATIC, "int8_fp8", *choice.BY_NAME]
     assert found["int8_fp8"] is None and found["sage_2"].endswith("is not installed")
+    assert found["sage_3"].startswith("it runs only if it is named; package sageattn3 is not")
     assert report("cpu", BF16)["rollout_attention"].reason.startswith("cpu tensors; int8")
     pretend((12, 0), "sage_2", "sage_3")
     found = choice.report()
