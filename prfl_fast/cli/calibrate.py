@@ -1,9 +1,11 @@
 """Calibrate the rollout of a training run to ``rollout.drift``, or read an earlier calibration."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +15,9 @@ from prfl_fast.cli.sections import RolloutSection
 from prfl_fast.cli.tables import print_table
 from prfl_fast.data.dataset import Batch, Winners
 from prfl_fast.data.manifest import LatentDataset
-from prfl_fast.feedback.calibration import Sampled, calibrate
+from prfl_fast.feedback.calibration import Sampled, calibrate, ladders
 from prfl_fast.feedback.step import PRFL
+from prfl_fast.rollout import engine
 from prfl_fast.training.checkpoint import latest_checkpoint
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import read_json, write_json
@@ -24,48 +27,67 @@ FILE = "rollout.json"
 SAMPLES = 4  # batches that are measured
 
 
-def calibrated(
-    config: TrainFile,
-    step: PRFL,
-    dataset: LatentDataset,
-    device: torch.device,
-    made_for: Mapping[str, Any],
-    *,
-    several: bool = False,
-    check_only: bool = False,
-) -> TrainFile:
-    """Return a file whose rollout is within ``rollout.drift``, and let ``step`` use that rollout.
+class Found(NamedTuple):
+    """Hold what a calibration is made for, and that of the run's folder if it was made for this."""
 
-    The calibration is written to ``rollout.json`` in the run's folder. One that is there is used if
-    it was made for the same settings and models.
+    made_for: dict[str, Any]
+    record: dict[str, Any] | None
+
+
+def find_calibration(
+    config: TrainFile, made_for: Mapping[str, Any], file: str, *, several: bool
+) -> Found:
+    """Read ``rollout.json`` in the run's folder, before any model is loaded.
 
     Args:
-        made_for: settings and models of the run.
+        made_for: device, settings and models of the run.
+        file: path of the YAML file, for errors.
         several: True if the run has several ranks, which cannot calibrate.
-        check_only: return ``config`` itself instead of measuring.
 
     Raises:
         ValueError: if there is no calibration for these settings, and the run has several ranks or
             checkpoints.
     """
     path, drift = Path(config.out) / FILE, config.rollout.drift
-    own = json.loads(json.dumps({"device": device.type, **made_for}, default=str))
+    own = json.loads(json.dumps(made_for, default=str))
     record = read_json(path) if path.is_file() else None
-    if record is None or record["made_for"] != own:
+    if record is not None and record["made_for"] == own:
+        return Found(own, record)
+    begun = latest_checkpoint(path.parent) is not None
+    hint = f"{path} is not of these settings. Restore them, or start in a new folder"
+    check(not begun, "rollout.drift", drift, "null beside checkpoints", hint=hint)
+    if several:
+        advice = f"run prfl-fast calibrate {file} on one GPU, which writes {path}"
+        raise ValueError(f"rollout.drift is {drift}, but several GPUs cannot calibrate: {advice}")
+    return Found(own, None)
+
+
+def calibrated(
+    config: TrainFile,
+    step: PRFL,
+    dataset: LatentDataset,
+    device: torch.device,
+    found: Found,
+    *,
+    check_only: bool = False,
+) -> TrainFile:
+    """Return a file whose rollout is within ``rollout.drift``, and let ``step`` use that rollout.
+
+    It is the rollout of ``found``, else it is measured and written to ``rollout.json`` in the run's
+    folder. ``check_only`` returns ``config`` itself instead of measuring, and prints nothing.
+    """
+    path, record = Path(config.out) / FILE, found.record
+    if record is None:
         if check_only:
             return config
-        hint = f"Run prfl-fast calibrate on one GPU, which writes {path}"
-        check(not several, "rollout.drift", drift, "null on several GPUs", hint=hint)
-        begun = latest_checkpoint(path.parent) is not None
-        hint = f"{path} is not of these settings. Restore them, or start in a new folder"
-        check(not begun, "rollout.drift", drift, "null beside checkpoints", hint=hint)
-        record = {"made_for": own, **_measure(config, step, dataset, device)}
+        record = {"made_for": found.made_for, **_measure(config, step, dataset, device)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     section = RolloutSection(**_as_tuples(record["config"]))
     step.use_rollout(section.build())
     if not check_only:  # which prints the configuration alone
-        print(f"rollout: {_summary(record)}; {path}")
+        origin = "written to" if found.record is None else "not measured again, but read from"
+        print(f"rollout: {_summary(record, config)}; {origin} {path}")
     return config.model_copy(update={"rollout": section})
 
 
@@ -73,7 +95,10 @@ def _measure(
     config: TrainFile, step: PRFL, dataset: LatentDataset, device: torch.device
 ) -> dict[str, Any]:
     assert config.rollout.drift is not None
-    print(f"calibrating the rollout to a drift of {config.rollout.drift:g}", flush=True)
+    # All values of each option alone, and those of all but one beside others.
+    values = [len(each) for each in ladders(step, device).values()]
+    most = f"up to {2 * sum(values) - min(values)} options on {SAMPLES} batches each"
+    print(f"calibrating the rollout to a drift of {config.rollout.drift:g}: {most}", flush=True)
     batches: Any = batches_of(dataset, config)
     batches = Winners(batches) if dataset.pairs else batches
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -83,11 +108,25 @@ def _measure(
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
         from_data = step.plan.start == "data"
         samples.append(Sampled(noise, batch.conditions, batch.latents if from_data else None))
-    with count_progress("calibrate", "rollouts") as count:
-        found = calibrate(
-            step, samples, config.rollout.drift, on_measured=lambda m: count(_named(m.options))
-        )
+    counting = count_progress("calibrate", "options", done_word="measured")
+    with counting as count, _savings_hidden():
+        # The first one is the exact rollout, and progress shows the count before each.
+        found = calibrate(step, samples, config.rollout.drift, on_measured=lambda _: count(""))
     return found.as_dict()
+
+
+@contextlib.contextmanager
+def _savings_hidden() -> Iterator[None]:
+    """Hide the engine's lines about saved forwards, of which each measured option has its own."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.msg != engine.SAVED_SO_FAR
+
+    engine.logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        engine.logger.removeFilter(is_other)
 
 
 def _as_tuples(value: Any) -> Any:
@@ -101,8 +140,14 @@ def _named(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in options.items()) or "exact"
 
 
-def _summary(record: Mapping[str, Any]) -> str:
+def _summary(record: Mapping[str, Any], config: TrainFile) -> str:
     exact, chosen = record["measured"][0], record["chosen"]
+    if len(record["measured"]) == 1:
+        return (
+            "exact, because no rollout has two steps between gradient points, which a stride or a "
+            "cache needs: raise prfl.num_inference_steps from "
+            f"{config.prfl.num_inference_steps}, such as to 12"
+        )
     kind, word = ("flops", "FLOPs") if chosen["seconds"] is None else ("seconds", "time")
     return (
         f"{_named(chosen['options'])}: {chosen[kind] / exact[kind]:.2f} of the {word} of a "
@@ -122,5 +167,5 @@ def print_calibration(config: TrainFile) -> None:
         ]
         for each in record["measured"]
     ]
-    shown = ["FLOPs", "of the rollout", "seconds", "drift", "cosine"]
+    shown = ["FLOPs per gradient point", "of which rollout", "seconds", "drift", "cosine"]
     print_table(rows, ["rollout", *shown, ""], shown)

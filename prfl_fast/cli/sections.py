@@ -262,6 +262,11 @@ class RWRSection(Section):
     )
 
 
+# Keys that rollout.drift chooses.
+_APPROXIMATE = "fp8_linears fp8_attention teacache first_block_cache stride guidance_interval"
+_OF_DRIFT = (*_APPROXIMATE.split(), "drift_limit")
+
+
 class RolloutSection(Section):
     """The steps without gradient.
 
@@ -271,9 +276,10 @@ class RolloutSection(Section):
 
     drift: Positive | None = key(
         None,
-        "Budget: measure the approximate options before the first step, and use the fastest "
-        "combination below this drift, whose gradient has a cosine of 0.99 or more with the exact "
-        "one. It takes the place of those options and of drift_limit; null measures none.",
+        "Budget: measure the approximate options before the first step, and use the cheapest "
+        "combination whose drift is at most 0.75 of this and whose gradient has a cosine of 0.99 "
+        "or more with the exact one. It takes the place of those options, and is the run's "
+        "drift_limit; null measures none.",
     )
     cache: bool = key(True, "Compute values that all steps of a rollout share only once.")
     merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
@@ -320,10 +326,11 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        config = self.build()
-        ok = self.drift is None or (not config.inexact and self.drift_limit is None)
-        expected = "null beside approximate options or drift_limit, which it chooses"
-        check(ok, "drift", self.drift, expected)
+        self.build()
+        fields = type(self).model_fields
+        given = [f"rollout.{n}" for n in _OF_DRIFT if getattr(self, n) != fields[n].default]
+        expected = f"null beside {' and '.join(given)}, which it chooses"
+        check(self.drift is None or not given, "drift", self.drift, expected)
         return self
 
     def build(self) -> RolloutConfig:

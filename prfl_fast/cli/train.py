@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prfl_fast.cli import loading
-from prfl_fast.cli.calibrate import calibrated, print_calibration
+from prfl_fast.cli.calibrate import Found, calibrated, find_calibration, print_calibration
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.held_out import (
     generator_evaluation,
@@ -95,8 +95,9 @@ class RunOptions:
 def run_train(config: TrainFile, options: RunOptions) -> int:
     """Train a generator, or only load and check everything; return the exit code."""
     if options.calibrate:
-        wanted = "a number, the budget of calibrate"
-        check(config.rollout.drift is not None, "rollout.drift", None, wanted)
+        if config.rollout.drift is None:
+            advice = f"add `rollout: {{drift: 0.02}}` to {options.file}"
+            raise ValueError(f"rollout.drift is null, but calibrate needs a budget: {advice}")
         objectives = config.objectives
         check("prfl" in objectives, "objectives", objectives, "prfl among them for calibrate")
     with join(config, options.file, check_only=options.check) as job:
@@ -135,15 +136,18 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     for name, policy in (("memory", memory), ("reward_memory", reward_memory)):
         check_available(policy, device)
         job.check_policy(name, policy)
+    inputs = inputs_of(config, dataset)
+    calibration = _find_calibration(config, inputs, job, options.file)
     _seed(config)  # adapters are initialized at random
     transformer, rewards = _load_models(config, datasets, memory, reward_memory, job)
     _seed(config, ranks)
     parts: Any = (config, dataset, transformer, rewards, guidance, device)
     objectives = build_objectives(*parts, ranks=ranks)
     advise = partial(next_policy, config, dataset, device, plan, options.file, ranks.size)
-    inputs = inputs_of(config, dataset)
-    if config.rollout.drift is not None:
-        config = _calibrated(config, dataset, objectives, inputs, job, options.check)
+    feedback = objectives.get("prfl")
+    if calibration is not None and isinstance(feedback, RewardFeedback):
+        only = options.check
+        config = calibrated(config, feedback.step, dataset, device, calibration, check_only=only)
     if options.calibrate:
         print_calibration(config)
         return 0
@@ -158,23 +162,16 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     return _print_check(config) if options.check else _finish(trainer, config)
 
 
-def _calibrated(
-    config: TrainFile,
-    dataset: LatentDataset,
-    objectives: dict[str, Objective],
-    inputs: dict[str, Any],
-    job: Job,
-    check_only: bool,
-) -> TrainFile:
-    """Calibrate the rollout of the prfl objective; other objectives have none."""
-    feedback = objectives.get("prfl")
-    if not isinstance(feedback, RewardFeedback):
-        return config
+def _find_calibration(
+    config: TrainFile, inputs: dict[str, Any], job: Job, file: str
+) -> Found | None:
+    """Find the calibration of the prfl objective; other objectives have no rollout."""
+    if config.rollout.drift is None or "prfl" not in config.objectives:
+        return None
     # A run may go on with more data, and keeps its rollout.
     models = {k: v for k, v in inputs.items() if not k.startswith(("data", "empty"))}
-    made_for = {"settings": _identity(config), "models": models}
-    more: Any = {"several": job.ranks.several, "check_only": check_only}
-    return calibrated(config, feedback.step, dataset, job.device, made_for, **more)
+    made_for = {"device": job.device.type, "settings": _identity(config), "models": models}
+    return find_calibration(config, made_for, file, several=job.ranks.several)
 
 
 def _check_experts(config: TrainFile, boundary: float | None) -> None:

@@ -177,6 +177,8 @@ def expected(hint: Any, metadata: Sequence[Any] = (), *, short: bool = False) ->
         count = {1: "one or more", 2: "two or more"}[least]
         if arguments[-1] is not Ellipsis:
             count = str(len(arguments))
+            if len(set(arguments)) > 1:
+                return f"[{', '.join(expected(part, short=True) for part in arguments)}]"
         return f"a list of {count}, each {expected(arguments[0], short=True)}"
     if is_section(hint):
         return "a mapping" + ("" if short else f" with keys {', '.join(hint.model_fields)}")

@@ -47,6 +47,8 @@ STRIDES = (
     ((0.7, 1.0, 8), (0.0, 0.7, 3)),
     ((0.7, 1.0, 8), (0.0, 0.7, 4)),
 )
+# Options that need two steps of one rollout: a stride merges them, a cache reuses a residual.
+OF_SEVERAL_STEPS = ("stride", "first_block_cache", "teacache")
 _NEVER = 1 << 30  # trajectories between checks of drift: the measurement compares latents itself
 
 Options = Mapping[str, Any]
@@ -147,7 +149,8 @@ def calibrate(
     """Return the cheapest configuration of a step's rollout within a budget of drift.
 
     The cost is that of the whole step: seconds on a GPU, FLOPs on a CPU. Nothing of the step
-    changes; ``step.use_rollout(calibration.config)`` takes the result.
+    changes; ``step.use_rollout(calibration.config)`` takes the result. :data:`OF_SEVERAL_STEPS`
+    are not tried if no rollout of the samples has two steps before a gradient point.
 
     Args:
         step: a step whose plan sends the gradient to the parameters, with an exact rollout.
@@ -187,6 +190,8 @@ def _search(
 
     allowed: dict[str, list[Measured]] = {}
     for name, values in ladders(bench.step, bench.device).items():
+        if bench.longest < 2 and name in OF_SEVERAL_STEPS:
+            continue
         for options in values:
             alone = measure(options)
             if not bench.fits(alone):
@@ -226,6 +231,7 @@ class _Bench:
         self.points = [step.draw_points(generator) for generator in generators]
         self._latents: dict[int, dict[int, torch.Tensor]] = {}  # by sample, then by step
         self._gradient: list[torch.Tensor | None] = []
+        self.longest = 0  # steps of a rollout before a gradient point
         self.exact = self.measure({})
 
     def fits(self, measured: Measured) -> bool:
@@ -281,6 +287,7 @@ class _Bench:
         if exact is None:
             check(bool(found.finite), "the exact loss", "not finite", "a finite number")
             self._latents[number] = seen
+            self.longest = max(self.longest, work.longest)
         largest = float(torch.stack(distances).max()) if distances else 0.0
         return largest if found.finite else math.nan
 
@@ -291,6 +298,7 @@ class _Work:
     def __init__(self) -> None:
         self.flops = self.rollout_flops = self.points = self.timed_points = 0
         self.seconds = 0.0
+        self.longest = 0  # steps of a rollout
         self._counter: FlopCounterMode | None = None
 
     @contextlib.contextmanager
@@ -345,10 +353,11 @@ class _Watched(Trajectory):
         super().follow(x)
         self._on_latents(self.index, self.x.detach())
 
-    def run(self, *args: Any, **options: Any) -> None:
-        """Take steps without gradient."""
+    def run(self, stop: int, *args: Any, **options: Any) -> None:
+        """Take steps without gradient until step ``stop``."""
+        self._work.longest = max(self._work.longest, self.steps_to(stop))
         with self._work.rollout():
-            super().run(*args, **options)
+            super().run(stop, *args, **options)
 
 
 def _compare(

@@ -39,6 +39,7 @@ from prfl_fast.utils.sharded import (
 )
 
 logger = logging.getLogger(__name__)
+SAVED_SO_FAR = "%.1f of %d forwards saved so far"  # a message of the logger
 
 Branches = Literal["all", "first"]
 
@@ -249,7 +250,7 @@ class RolloutEngine:
                     self._report_once(note)
                 if session is not None and self.reuses:
                     done = self.reuse
-                    logger.info("%.1f of %d forwards saved so far", done.saved, done.forwards)
+                    logger.info(SAVED_SO_FAR, done.saved, done.forwards)
 
     def _session(
         self,

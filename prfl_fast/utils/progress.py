@@ -65,11 +65,12 @@ def step_progress(name: str, step: int, steps: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def count_progress(
-    name: str, unit: str, total: int | None = None
+    name: str, unit: str, total: int | None = None, *, done_word: str = "done"
 ) -> Iterator[Callable[[str], object]]:
     """Yield a function that counts, and shows the text that it is given.
 
-    It shows a bar on a terminal; elsewhere a line on stderr every 30 seconds.
+    It shows a bar on a terminal; elsewhere a line on stderr every 30 seconds, which says that a
+    number of ``unit`` are ``done_word``.
     """
     if on_terminal():
         options: Any = {"desc": name, "unit": f" {unit}", "total": total, "leave": False}
@@ -89,7 +90,7 @@ def count_progress(
         if time.monotonic() - printed >= SECONDS:
             printed = time.monotonic()
             now = f", now {text}" if text else ""
-            print(f"{name}: {done}{of} {unit} done{now}", file=sys.stderr, flush=True)
+            print(f"{name}: {done}{of} {unit} {done_word}{now}", file=sys.stderr, flush=True)
         done += 1
 
     yield tell

@@ -10,7 +10,10 @@ pytest.importorskip("pydantic")
 yaml = pytest.importorskip("yaml")
 
 from prfl_fast.cli import calibrate as calibrating
+from prfl_fast.cli import train as training
+from prfl_fast.cli.config import TrainFile
 from prfl_fast.cli.main import main
+from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.feedback import calibration
 from prfl_fast.rollout.config import RolloutConfig
 
@@ -39,6 +42,7 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     exact, chosen = record["measured"]
     assert chosen == record["chosen"] and chosen["flops"] < exact["flops"]
     assert f"{chosen['drift']:.4g}" in printed and "of the FLOPs of a gradient point" in printed
+    assert f"written to {tmp_path / 'run' / 'rollout.json'}" in printed
     assert [p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")] == [
         "rollout.json"
     ]
@@ -54,7 +58,9 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     with pytest.raises(AssertionError, match="measured again"):
         main(["calibrate", str(other)])
     written(root, tmp_path)
-    assert main(["train", str(path)]) == 0
+    for command in ("calibrate", "train"):
+        assert main([command, str(path)]) == 0
+        assert f"read from {tmp_path / 'run' / 'rollout.json'}" in capsys.readouterr().out
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["rollout"]
     config = RolloutConfig(stride=((0.5, 1.0, 3),), drift_limit=DRIFT)
     assert resolved.pop("drift") is None and RolloutConfig(**resolved) == config
@@ -70,13 +76,60 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     assert "null beside checkpoints" in one_line(capsys, "train")
 
 
+def test_rollouts_of_single_steps_are_exact(root, tmp_path, capsys, caplog):
+    path = written(root, tmp_path, **{"prfl.num_inference_steps": 4, "prfl.points": 2})
+    assert main(["calibrate", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "exact, because no rollout has two steps between gradient points" in printed
+    record = json.loads((tmp_path / "run" / "rollout.json").read_text())
+    assert [each["options"] for each in record["measured"]] == [{}]
+    assert RolloutConfig(**record["config"]) == RolloutConfig(drift_limit=DRIFT)
+
+
+def test_measurements_do_not_log_the_forwards_they_save(root, tmp_path, caplog, monkeypatch):
+    # Sixteen steps before one point, so that a threshold of 9 saves forwards.
+    reuse = {"teacache": 9.0}
+    monkeypatch.setattr(calibration, "ladders", lambda step, device: {"teacache": [reuse]})
+    path = written(root, tmp_path, **{"prfl.num_inference_steps": 16})
+    assert main(["calibrate", str(path)]) == 0
+    exact, measured = json.loads((tmp_path / "run" / "rollout.json").read_text())["measured"]
+    assert measured["options"] == reuse and measured["flops"] < exact["flops"]
+    assert not any("forwards saved" in record.message for record in caplog.records)
+
+
+def test_several_ranks_are_refused_before_models_are_loaded(root, tmp_path, monkeypatch):
+    path = str(written(root, tmp_path))
+    made_for = {"settings": {"a": 1}}
+    file = load_config(TrainFile, path)
+    where = f"prfl-fast calibrate {path} on one GPU, which writes {tmp_path / 'run'}/rollout.json"
+    with pytest.raises(ValueError, match="is 5.0, but several GPUs cannot calibrate: ") as raised:
+        calibrating.find_calibration(file, made_for, path, several=True)
+    assert str(raised.value).endswith(f"run {where}")
+    assert calibrating.find_calibration(file, made_for, path, several=False).record is None
+
+    def refuse(*args, **options):
+        raise ValueError("refused first")
+
+    monkeypatch.setattr(training, "find_calibration", refuse)
+    monkeypatch.setattr(training, "_load_models", None)  # would be a TypeError
+    assert main(["train", path]) == 2
+
+
 @pytest.mark.parametrize(
     "command,changes,message",
     [
-        ("train", {"rollout.stride": 2}, "rollout.drift is 5.0, expected null beside approximate"),
-        ("train", {"rollout.drift_limit": 0.1}, "rollout.drift is 5.0, expected null beside"),
+        (
+            "train",
+            {"rollout.stride": 2},
+            "rollout.drift is 5.0, expected null beside rollout.stride,",
+        ),
+        (
+            "train",
+            {"rollout.drift_limit": 0.1, "rollout.teacache": 0.1},
+            "expected null beside rollout.teacache and rollout.drift_limit, which it chooses",
+        ),
         ("train", {"rollout.drift": 0}, "rollout.drift is 0, expected a number above 0"),
-        ("calibrate", {"rollout.drift": None}, "rollout.drift is None, expected a number"),
+        ("calibrate", {"rollout.drift": None}, "needs a budget: add `rollout: {drift: 0.02}` to"),
         ("calibrate", {"objectives": ["sft"]}, "expected prfl among them for calibrate"),
     ],
 )

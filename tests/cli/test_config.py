@@ -244,7 +244,7 @@ BAD = {
     "rollout: {fp8_linears: [0.9, 0.1]}": "rollout.fp8_linears is (0.9, 0.1), expected noise level",
     "rollout: {fp8_linears: [0]}": "rollout.fp8_linears is [0], expected a list of 2",
     "rollout: {stride: 0}": "rollout.stride is 0, expected a whole number of at least 1",
-    "rollout: {stride: [[0.5, 1]]}": "rollout.stride[0] is [0.5, 1], expected a list of 3, each a",
+    "rollout: {stride: [[0.5, 1]]}": "rollout.stride[0] is [0.5, 1], expected [a number of at le",
     "rollout: {stride: [[0.5, 1, 0]]}": "rollout.stride[0][2] is 0, expected a whole number of at",
     "rollout: {stride: [[1, 0.5, 2]]}": "rollout.stride[0] is (1.0, 0.5, 2), expected (lowest, hi",
     "rollout: {guidance_interval: [0.2, 1]}": "rollout.guidance_interval is (0.2, 1.0), expected n",

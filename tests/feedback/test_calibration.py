@@ -88,6 +88,7 @@ class Given:
 
     def __init__(self, limit):
         self.limit, self.step, self.device, self.calls = limit, None, None, []
+        self.longest = 1
         self.exact = self.measure({})
 
     def measure(self, options):
@@ -143,6 +144,13 @@ def test_a_drift_past_the_budget_ends_a_measurement(only_strides):
     text = json.dumps(found.as_dict(), allow_nan=False)
     assert RolloutConfig(**json.loads(text)["config"]) == found.config
     assert json.loads(text)["measured"][1]["cosine"] is None
+
+
+def test_rollouts_of_single_steps_try_no_option_that_needs_two():
+    step = prfl(patch(with_lora(make_wan())), PLAN, steps=4)  # points 0 or 1, and 1 or 2
+    found = calibrate(step, SAMPLES, 10.0)
+    assert found.chosen == found.measured[0] and len(found.measured) == 1
+    assert found.config == RolloutConfig(drift_limit=10.0)
 
 
 def test_bad_calibrations_are_refused():
