@@ -15,7 +15,7 @@ from prfl_fast.cli.sections import RolloutSection
 from prfl_fast.cli.tables import print_table
 from prfl_fast.data.dataset import Batch, Winners
 from prfl_fast.data.manifest import LatentDataset
-from prfl_fast.feedback.calibration import Sampled, calibrate, ladders
+from prfl_fast.feedback.calibration import OF_SEVERAL_STEPS, Sampled, calibrate, ladders
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.rollout import engine
 from prfl_fast.training.checkpoint import latest_checkpoint
@@ -142,16 +142,18 @@ def _named(options: Mapping[str, Any]) -> str:
 
 def _summary(record: Mapping[str, Any], config: TrainFile) -> str:
     exact, chosen = record["measured"][0], record["chosen"]
-    if len(record["measured"]) == 1:
-        return (
-            "exact, because no rollout has two steps between gradient points, which a stride or a "
-            "cache needs: raise prfl.num_inference_steps from "
-            f"{config.prfl.num_inference_steps}, such as to 12"
-        )
     kind, word = ("flops", "FLOPs") if chosen["seconds"] is None else ("seconds", "time")
-    return (
+    figures = (
         f"{_named(chosen['options'])}: {chosen[kind] / exact[kind]:.2f} of the {word} of a "
         f"gradient point, drift {chosen['drift']:.2g}, cosine {chosen['cosine']:.4f}"
+    )
+    tried = {name for each in record["measured"] for name in each["options"]}
+    if tried.intersection(OF_SEVERAL_STEPS):
+        return figures
+    steps = config.prfl.num_inference_steps
+    return (
+        f"{figures if tried else 'exact'}; no stride or cache was tried, because no rollout has "
+        f"two steps between gradient points: raise prfl.num_inference_steps, which is {steps}"
     )
 
 

@@ -76,11 +76,11 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     assert "null beside checkpoints" in one_line(capsys, "train")
 
 
-def test_rollouts_of_single_steps_are_exact(root, tmp_path, capsys, caplog):
+def test_rollouts_of_single_steps_are_exact(root, tmp_path, capsys):
     path = written(root, tmp_path, **{"prfl.num_inference_steps": 4, "prfl.points": 2})
     assert main(["calibrate", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "exact, because no rollout has two steps between gradient points" in printed
+    assert "rollout: exact; no stride or cache was tried, because no rollout has two" in printed
     record = json.loads((tmp_path / "run" / "rollout.json").read_text())
     assert [each["options"] for each in record["measured"]] == [{}]
     assert RolloutConfig(**record["config"]) == RolloutConfig(drift_limit=DRIFT)
