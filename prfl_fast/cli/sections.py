@@ -123,11 +123,7 @@ class RunConfig(Section):
         0, "Processes that read batches ahead, for each objective; 0 reads them between steps."
     )
     save_every: Count = key(100, "Optimizer steps between checkpoints.")
-    save_async: bool = key(
-        False,
-        "Write checkpoints of sharded weights while the training goes on, from a copy of each "
-        "GPU's part in host memory.",
-    )
+    save_async: bool = key(False, "Write checkpoints of sharded weights in the background.")
     keep_last: Count = key(2, "Number of checkpoints that stay on disk.")
     ema_decay: Decay | None = key(
         None, "Decay per step of a moving average of the trained weights; null keeps none."

@@ -56,7 +56,7 @@ MODES: tuple[tuple[Any, Any], ...] = (
 )
 # From a mode without offload to the mode that keeps a part of the same tensors.
 LEANER = {MODES[0]: MODES[1], MODES[1]: MODES[3]}
-CHOSEN, NOT_CHOSEN, FRAGMENTED = "chosen", "fits, not chosen", "over, fragmented"
+CHOSEN, FITS, FRAGMENTED = "chosen", "fits", "over, fragmented"
 
 # Candidates whose predicted times differ by less than this share count as equally fast.
 TIE = 0.03
@@ -299,7 +299,7 @@ class Search:
             leaner = [part for part in leaner if set(part) <= {*MODES}]
             if all(part in found and self._may_fit(tier, *part) for part in leaner):
                 found[pair] = self._candidate(tier, pair[0], pair[1], None)
-        fits = min((c.seconds for c in found.values() if c.reason == NOT_CHOSEN), default=math.inf)
+        fits = min((c.seconds for c in found.values() if c.reason == FITS), default=math.inf)
         # Chunks add work and do not change the bytes that checkpointed blocks save, on device and
         # host, so most pairs with chunks need no simulation.
         chunked = []
@@ -312,7 +312,7 @@ class Search:
         for pair, seconds in over:
             if (1 + TIE) * seconds < fits:
                 chunked.append(self._candidate(tier, *pair, CHUNK))
-                if chunked[-1].reason == NOT_CHOSEN:
+                if chunked[-1].reason == FITS:
                     fits = min(fits, chunked[-1].seconds)
         return [*found.values(), *chunked]
 
@@ -339,7 +339,7 @@ class Search:
             peak,
             int(host),
             self._seconds(costs),
-            self._refusal(peak, int(host)) or NOT_CHOSEN,
+            self._refusal(peak, int(host)) or FITS,
         )
 
     def _single(self, tier: Tier, mode: Any, chunk: int | None) -> Single:
@@ -403,12 +403,12 @@ class Search:
 
 def _next(found: list[Candidate], waiting: list[Candidate]) -> Candidate | None:
     """Return the candidate to simulate next, sort ``found``, and move to it what may be faster."""
-    left = [c for c in found if c.reason == NOT_CHOSEN]
+    left = [c for c in found if c.reason == FITS]
     fastest = min((c.seconds for c in left if c.memory.stream_weights is None), default=math.inf)
     found += [c for c in waiting if c.seconds < fastest]
     waiting[:] = [c for c in waiting if c.seconds >= fastest]
     found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
-    left = [c for c in found if c.reason == NOT_CHOSEN]
+    left = [c for c in found if c.reason == FITS]
     ties = [c for c in left if c.seconds <= (1 + TIE) * left[0].seconds]
     return min(ties, key=lambda c: c.peak + c.host, default=None)
 

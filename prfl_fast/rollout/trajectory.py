@@ -143,24 +143,14 @@ class Trajectory:
         """
         x = self.x if x is None else x
         index = self.index if index is None else index
-        if self._guided is None:
-            return self._call(x, index, self._branches)[0]
-        return self._guided[index].combine(self._call(x, index, self._branches))
-
-    def _call(
-        self, x: torch.Tensor, index: int, branches: Sequence[Conditions]
-    ) -> list[torch.Tensor]:
-        """Return the model's output for each of the branches."""
         timestep = self.model_timestep(index)
-        if branches is self._branches and self.guidance is not None and self.guidance.batched:
+        if self.guidance is not None and self.guidance.batched:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
         outputs = []
-        for branch in branches:
-            v = self._velocity(x, timestep, branch)
-            ok = isinstance(v, torch.Tensor) and v.shape == x.shape
-            check(ok, "the transformer's result", v, f"a velocity of shape {list(x.shape)}")
-            outputs.append(v)
-        return outputs
+        for branch in self._branches:
+            outputs.append(self._velocity(x, timestep, branch))
+            _check_velocity(outputs[-1], x)
+        return outputs[0] if self._guided is None else self._guided[index].combine(outputs)
 
     def solve(self, v: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next latents, differentiable in ``v``, ``x`` and the scheduler's history.
@@ -237,7 +227,8 @@ class Trajectory:
                 elif self._engine is None or self._engine.guides(sigma):
                     v = self.velocity()
                 else:
-                    v = self._call(self.x, index, (self.conditions,))[0]
+                    v = self._velocity(self.x, self.model_timestep(index), self.conditions)
+                    _check_velocity(v, self.x)
                 if adjust is not None:
                     before, v = v, adjust(index, v)
                     shift = v - before if self._shadow is not None else None
@@ -304,6 +295,11 @@ class Trajectory:
         if self._engine.record_drift(self.drift, self._sigmas):
             self.x, self.scheduler, self._kept = shadow.x, shadow.scheduler, shadow._kept
             self._inexact, self._shadow = False, None
+
+
+def _check_velocity(v: object, x: torch.Tensor) -> None:
+    ok = isinstance(v, torch.Tensor) and v.shape == x.shape
+    check(ok, "the transformer's result", v, f"a velocity of shape {list(x.shape)}")
 
 
 def relative_distance(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:

@@ -300,7 +300,7 @@ def test_check_prints_what_auto_is(root, tmp_path, planned, capsys):
 def test_out_of_memory_says_what_to_try(root, tmp_path, planned, fill_device, capsys, memory):
     fill_device(SFT_LOSS)
     less = MemoryConfig("bf16", "full", "cpu"), MemoryConfig("bf16")
-    planned.less = Candidate(*less, 2 << 30, 0, 1.0, "fits, not chosen")
+    planned.less = Candidate(*less, 2 << 30, 0, 1.0, "fits")
     changes = {"run.steps": 1, **BF16, "memory": memory}
     assert call("train", root, tmp_path / "out", changes) == 4
     error = capsys.readouterr().err

@@ -162,7 +162,6 @@ class StopError(Exception):
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(merge, linears, monkeypatch):
     work = Case(add_lora(build()))
     expected, state = work.plain(), work.state()
-    rollout = work.open(merge_lora=merge)
     original, calls = rollout_block.transformer_block, []
 
     def stops(*args):
@@ -172,6 +171,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(merge, linears, m
         return original(*args)
 
     monkeypatch.setattr(rollout_block, "transformer_block", stops)
+    rollout = work.open(merge_lora=merge)
     with pytest.raises(StopError):
         rollout.velocity(work.x, 0, linears=linears)
     monkeypatch.undo()

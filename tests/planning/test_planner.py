@@ -53,7 +53,7 @@ def test_what_to_try_next_has_room_on_the_host(real):
     now = Candidate(MemoryConfig(), reward, 3, 0, 1.0, "chosen")
     lean = MemoryConfig("fp32", "full", "cpu")
     offloaded = Candidate(lean, reward, 1, 9, 2.0, "over on the host")
-    full = Candidate(MemoryConfig("fp32", "full"), reward, 2, 0, 3.0, "fits, not chosen")
+    full = Candidate(MemoryConfig("fp32", "full"), reward, 2, 0, 3.0, "fits")
     plan = dataclasses.replace(real, candidates=[now, offloaded, full], host_budget=5)
     assert plan.smaller(now.memory, reward) == full
     assert dataclasses.replace(plan, host_budget=None).smaller(now.memory, reward) == offloaded

@@ -16,8 +16,8 @@ from prfl_fast.planning.derived import AHEAD
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.search import (
     CHUNK,
+    FITS,
     MODES,
-    NOT_CHOSEN,
     TIE,
     Search,
     Tier,
@@ -82,7 +82,7 @@ def test_takes_the_fastest_that_fits(calls, mib, host):
         fastest = min(fits)
         # Chunks are tried only for candidates that are faster by more than a tie.
         assert chosen.seconds <= (1 + TIE) ** 2 * fastest * (1 + 1e-9)
-        fitting = [c for c in found.candidates if c.reason in (NOT_CHOSEN, "chosen")]
+        fitting = [c for c in found.candidates if c.reason in (FITS, "chosen")]
         ties = (1 + TIE) * min(c.seconds for c in fitting)
         for other in fitting:
             if other.seconds <= ties:
@@ -90,7 +90,7 @@ def test_takes_the_fastest_that_fits(calls, mib, host):
         assert chosen == found.chosen
         for candidate in found.candidates:
             faster = (1 + TIE) ** 2 * candidate.seconds < chosen.seconds
-            assert not (faster and candidate.reason in (NOT_CHOSEN, "chosen")), candidate
+            assert not (faster and candidate.reason in (FITS, "chosen")), candidate
     else:
         assert all("over" in c.reason for c in found.candidates)
 
