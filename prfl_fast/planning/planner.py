@@ -9,7 +9,6 @@ import itertools
 import re
 from typing import Any
 
-from prfl_fast.planning.ahead import second_process
 from prfl_fast.planning.gpu_specs import GPUS, GpuSpecs, find_gpu
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
@@ -101,13 +100,13 @@ def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
     """Run a search that Ctrl-C ends between two simulations."""
     bar: Any = count_progress("plan", "simulations") if progress else contextlib.nullcontext(str)
     # In this order, so that the bar is closed before the interrupt is raised.
-    with second_process(progress) as ahead, interrupts_held() as interrupt, bar as show:
+    with interrupts_held() as interrupt, bar as show:
 
         def next_simulation(text: str) -> None:
             interrupt()
             show(text)
 
-        search.show, search.ahead = next_simulation, ahead
+        search.show = next_simulation
         return search.run(tiers)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.planning.ahead import Ahead
 from prfl_fast.planning.allocator import fits, least_limit, requests_of
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.derived import (
@@ -185,7 +184,6 @@ class Search:
     ) -> None:
         self.workload, self.rates = workload, rates
         self.show: Callable[[str], object] = lambda text: None
-        self.ahead = Ahead()
         self.limit, self.host_budget = budget - CONTEXT, host_budget
         self.expandable = expandable
         self._seen: dict[tuple[Tier, Any, int | None], Single] = {}
@@ -200,8 +198,6 @@ class Search:
         """
         considered: list[Candidate] = []
         self._base = tiers[0]
-        # The first one, of the leanest mode, runs here meanwhile.
-        self._expect(*[memory_of(tiers[0], mode, mode, None) for mode in MODES[1::-1]])
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
             found, waiting = self._tier(tier, last=last), list[Candidate]()
@@ -230,13 +226,18 @@ class Search:
         freed memory allows a faster policy, so the faster ones move to ``found``.
         """
         while True:
-            best = _next(found, waiting)
-            if best is None:
+            left = [c for c in found if c.reason == FITS]
+            resident = [c.seconds for c in left if c.memory.stream_weights is None]
+            fastest = min(resident, default=math.inf)
+            faster = [c for c in waiting if c.seconds < fastest]
+            waiting = [c for c in waiting if c.seconds >= fastest]
+            found += faster
+            found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
+            left = [c for c in found if c.reason == FITS]
+            if not left:
                 return None
-            # Its fragmentation may be too much, so the one after it is simulated meanwhile.
-            after = _next([c for c in found if c is not best], [*waiting])
-            if after is not None:
-                self._expect((after.memory, after.reward_memory))
+            ties = [c for c in left if c.seconds <= (1 + TIE) * left[0].seconds]
+            best = min(ties, key=lambda c: c.peak + c.host)
             run, whole = self._whole(best)
             found[found.index(best)] = whole
             if whole.reason == CHOSEN:
@@ -300,17 +301,13 @@ class Search:
             if all(part in found and self._may_fit(tier, *part) for part in leaner):
                 found[pair] = self._candidate(tier, pair[0], pair[1], None)
         fits = min((c.seconds for c in found.values() if c.reason == FITS), default=math.inf)
+        chunked = []
         # Chunks add work and do not change the bytes that checkpointed blocks save, on device and
         # host, so most pairs with chunks need no simulation.
-        chunked = []
-        over = [(p, c.seconds) for p, c in found.items() if c.peak > self.limit]
-        over = [(p, s) for p, s in over if ("none", None) not in p and self._may_fit(tier, *p)]
-        over = [(p, s) for p, s in sorted(over, key=lambda item: item[1]) if (1 + TIE) * s < fits]
-        modes = dict.fromkeys((mode, None) for pair, _ in over for mode, _ in pair)
-        # The first is simulated here meanwhile.
-        self._expect(*[memory_of(self._base or tier, m, m, CHUNK) for m in [*modes][1:]])
-        for pair, seconds in over:
-            if (1 + TIE) * seconds < fits:
+        for pair, whole in sorted(found.items(), key=lambda item: item[1].seconds):
+            if (1 + TIE) * whole.seconds >= fits or whole.peak <= self.limit:
+                continue
+            if ("none", None) not in pair and self._may_fit(tier, *pair):
                 chunked.append(self._candidate(tier, *pair, CHUNK))
                 if chunked[-1].reason == FITS:
                     fits = min(fits, chunked[-1].seconds)
@@ -373,16 +370,9 @@ class Search:
     def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:
         mode = "+".join(filter(None, (memory.activation_checkpointing, memory.offload)))
         self.show(f"{memory.weight_dtype}, {memory.optimizer}, {mode}")
-        given = self._short(), memory, reward_memory
-        return self.ahead.result(*given) or simulate(*given)
-
-    def _expect(self, *pairs: tuple[MemoryConfig, MemoryConfig]) -> None:
-        for memory, reward_memory in pairs:
-            self.ahead.expect(self._short(), memory, reward_memory)
-
-    def _short(self) -> Workload:
         # A supervised step repeats the generator's phases beside less memory: it is never the peak.
-        return dataclasses.replace(self.workload, sft=False)
+        short = dataclasses.replace(self.workload, sft=False)
+        return simulate(short, memory, reward_memory)
 
     def _seconds(self, costs: Mapping[str, Cost]) -> float:
         times = step_seconds(costs, self.rates, self.workload)
@@ -399,18 +389,6 @@ class Search:
     def _miss(self, candidate: Candidate) -> tuple[int, int]:
         host = 0 if self.host_budget is None else max(0, candidate.host - self.host_budget)
         return host + max(0, candidate.peak - self.limit), candidate.peak
-
-
-def _next(found: list[Candidate], waiting: list[Candidate]) -> Candidate | None:
-    """Return the candidate to simulate next, sort ``found``, and move to it what may be faster."""
-    left = [c for c in found if c.reason == FITS]
-    fastest = min((c.seconds for c in left if c.memory.stream_weights is None), default=math.inf)
-    found += [c for c in waiting if c.seconds < fastest]
-    waiting[:] = [c for c in waiting if c.seconds >= fastest]
-    found.sort(key=lambda c: (c.seconds, c.memory.stream_weights or 0, c.peak))
-    left = [c for c in found if c.reason == FITS]
-    ties = [c for c in left if c.seconds <= (1 + TIE) * left[0].seconds]
-    return min(ties, key=lambda c: c.peak + c.host, default=None)
 
 
 def _steps(pair: tuple[Any, Any]) -> int:
