@@ -25,8 +25,8 @@ MOMENTS = [
     (1, "prfl_fast.rollout.trajectory.Trajectory.run", 2),
     (0, "prfl_fast.training.trainer.load_checkpoint", 1),
     (1, "torch.autograd.backward", 2),
-    (0, "prfl_fast.training.checkpoint.save_parts", 1),
-    (1, "prfl_fast.training.checkpoint.save_parts", 1),
+    (0, "prfl_fast.training.checkpoint.plan_parts", 1),
+    (1, "prfl_fast.training.checkpoint.plan_parts", 1),
     (1, "prfl_fast.training.trainer.load_checkpoint", 1),
 ]
 
