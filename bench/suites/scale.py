@@ -103,10 +103,10 @@ def count(case: Case) -> dict[str, Any]:
     received = received_in_step(run.costs, work)
     pooling, width = 0.0, work.config["num_attention_heads"] * work.config["attention_head_dim"]
     if case.features:  # not run, but by formula: bf16 features of all other ranks, and their sum
-        sequence = work.parallel.sequence
+        sequence = work.sequence
         elements = work.tokens * width * work.batch_size * (sequence - 1) / sequence
         pooling = 2 * 2 * elements * work.evaluations
-    elif work.parallel.sequence > 1:
+    elif work.sequence > 1:
         # An all-reduce of H·D and an all-gather of H float32 numbers; counted with the gradients.
         pooling = 4.0 * 8 * width * 2 * work.evaluations
     seconds = step_seconds(run.costs, find_gpu(GPU), work)
@@ -115,8 +115,8 @@ def count(case: Case) -> dict[str, Any]:
         "train": case.train,
         "ranks": case.ranks,
         "shard": work.shard,
-        "sequence": work.parallel.sequence,
-        "samples_per_step": case.ranks // work.parallel.sequence,
+        "sequence": work.sequence,
+        "samples_per_step": case.ranks // work.sequence,
         "keep_gathered": work.parallel.keep_gathered is True,
         "weight_dtype": case.memory.weight_dtype,
         "peak_bytes": run.peak,

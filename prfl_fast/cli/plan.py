@@ -4,15 +4,22 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.loading import open_dataset
 from prfl_fast.cli.plan_options import HOST_BUDGET, WORKLOAD_OPTIONS
+from prfl_fast.cli.sections import (
+    MemorySection,
+    RewardMemorySection,
+    TrainedRewardMemorySection,
+)
 from prfl_fast.cli.workload import (
     fields_of_options,
     fields_of_reward_run,
@@ -24,6 +31,7 @@ from prfl_fast.cli.yaml_config import Config, load_config
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.memory.offload import RESERVE, host_memory
 from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.planning import gpu_specs, overview, planner, report
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import first_blocks, model_config
@@ -35,6 +43,11 @@ from prfl_fast.utils.optional import MissingExtraError
 from prfl_fast.utils.units import GIB
 
 NOTHING_FITS = 1
+# Hints where nothing fits.
+_CANDIDATES = "Run prfl-fast plan for all candidates"
+_SMALLER = "Take fewer num_blocks, or smaller videos"
+
+Training = TypeVar("Training", TrainFile, TrainRewardFile)
 
 
 def _print_table(options: argparse.Namespace) -> int:
@@ -151,7 +164,7 @@ def choose_memory(
         return *policies, None
     found = _plan_training(config, dataset, device, _free_memory(device))
     chosen = _in_words(found.memory, found.reward_memory)
-    _report_choice("train", chosen, found, "Run prfl-fast plan for all candidates")
+    _report_choice("train", chosen, found, _CANDIDATES)
     return found.memory, found.reward_memory, found
 
 
@@ -167,12 +180,52 @@ def choose_reward_memory(
     if began is not None and began.memory != "auto":
         note("memory: auto takes the policy with which this run began", "train-reward")
         return began.memory.build()
-    model = first_blocks(model_config(config.model), config.num_blocks)
-    work = Workload(model, **fields_of_reward_run(config, dataset))
-    found = _plan(work, device, _free_memory(device))
-    hint = "Take fewer num_blocks, or smaller videos"
-    _report_choice("train-reward", _in_words(found.memory), found, hint)
+    found = _plan(_workload(config, dataset), device, _free_memory(device))
+    _report_choice("train-reward", _in_words(found.memory), found, _SMALLER)
     return found.memory
+
+
+def planned(config: Training, ranks: Ranks, device: torch.device) -> Training:
+    """Return the configuration of a run of several ranks with the plan of ``memory: auto``.
+
+    The plan also decides what section ``parallel`` leaves as ``auto``. Rank 0 makes it, for the
+    GPU and the machine with the least free memory.
+    """
+    found = ranks.gather((_free_memory(device), _host_room()))
+    budgets = [budget for budget, _ in found if budget is not None]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))  # ranks of this machine
+    room = max(1, min(room for _, room in found) // local)
+    return ranks.on_main(_planned, config, ranks.size, device, min(budgets, default=None), room)
+
+
+def _planned(
+    config: Training, ranks: int, device: torch.device, budget: int | None, room: int
+) -> Training:
+    began, fixed = _stored(type(config), config), {}
+    if began is not None and began.memory != "auto":  # other weights would change the numbers
+        if began.memory.weight_dtype == "fp32":  # which no plan has
+            both = {"memory", "reward_memory"} & type(config).model_fields.keys()
+            return config.model_copy(update={name: getattr(began, name) for name in both})
+        fixed = {name: getattr(began.memory, name) for name in ("weight_dtype", "optimizer")}
+    work = _workload(config, open_dataset(config, "data"))
+    work = dataclasses.replace(work, ranks=ranks, parallel=config.parallel.build())
+    # A plan makes a process group, and this process has one.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(_plan, (work, device, budget, room), fixed)
+    parallel = dataclasses.asdict(found.workload.parallel)
+    if parallel["keep_gathered"] == "auto":  # the plan tried it, and it does not fit
+        parallel["keep_gathered"] = False
+    sections: dict[str, Any] = {"parallel": config.parallel.model_copy(update=parallel)}
+    if isinstance(config, TrainFile):
+        command, hint, policies = "train", _CANDIDATES, (found.memory, found.reward_memory)
+        sections["memory"] = MemorySection.of(found.memory)
+        sections["reward_memory"] = RewardMemorySection.of(found.reward_memory)
+    else:
+        command, hint, policies = "train-reward", _SMALLER, (found.memory,)
+        sections["memory"] = TrainedRewardMemorySection.of(found.memory)
+    layout = ", ".join(f"{name}: {str(value).lower()}" for name, value in parallel.items())
+    _report_choice(command, f"{_in_words(*policies)}, parallel: {{{layout}}}", found, hint)
+    return config.model_copy(update=sections)
 
 
 def _recommend_setting(command: str, device: torch.device, *policies: MemoryConfig) -> None:
@@ -259,15 +312,28 @@ def _plan_training(
     config: TrainFile, dataset: LatentDataset, device: torch.device, budget: int | None = None
 ) -> Plan:
     """Return the plan of a run on its own data; a ``budget`` of None is the whole device."""
-    work = Workload(**fields_of_run(config) | sizes_of(dataset))
-    return _plan(work, device, budget)
+    return _plan(_workload(config, dataset), device, budget)
 
 
-def _plan(work: Workload, device: torch.device, budget: int | None) -> Plan:
-    room, cuda = _host_room(), device.type == "cuda"
+def _workload(config: TrainFile | TrainRewardFile, dataset: LatentDataset) -> Workload:
+    """Return the workload of a run on its own data."""
+    if isinstance(config, TrainFile):
+        return Workload(**fields_of_run(config) | sizes_of(dataset))
+    model = first_blocks(model_config(config.model), config.num_blocks)
+    return Workload(model, **fields_of_reward_run(config, dataset))
+
+
+def _plan(
+    work: Workload,
+    device: torch.device,
+    budget: int | None,
+    room: int | None = None,
+    **options: Any,
+) -> Plan:
+    room, cuda = _host_room() if room is None else room, device.type == "cuda"
     gpu: Any = gpu_specs.this_gpu(device) if cuda else "h200"
     if not cuda:
-        budget, room = room, 1  # offloading from the CPU to the CPU saves nothing
+        budget, room = budget or room, 1  # offloading from the CPU to the CPU saves nothing
     return planner.plan_memory(
         work,
         budget=budget,
@@ -275,4 +341,5 @@ def _plan(work: Workload, device: torch.device, budget: int | None) -> Plan:
         gpu=gpu,
         expandable_segments=not cuda or expandable_segments(),
         progress=True,
+        **options,
     )

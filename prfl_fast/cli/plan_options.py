@@ -44,8 +44,12 @@ OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "num_inference_steps": ("solver steps of a trajectory", 40, _COUNT),
     "reward_blocks": ("blocks of the reward model", 8, _COUNT),
     "gpus": ("GPUs of the run; the plan is of one of them", 1, _COUNT),
-    "shard": ("GPUs that hold one copy of the weights together; all unless given", None, _COUNT),
-    "sequence": ("GPUs that share a video, each with a part of its tokens", 1, _COUNT),
+    "shard": (
+        "GPUs that hold one copy of the weights together; searched if not given",
+        None,
+        _COUNT,
+    ),
+    "sequence": ("GPUs that share a video; searched if not given", None, _COUNT),
 }
 WORKLOAD_OPTIONS = (*OPTIONS, "sft")
 

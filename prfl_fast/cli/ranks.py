@@ -1,7 +1,6 @@
 """Ranks of a training run: join them, check how they share a model, read and share it."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +10,11 @@ from torch import nn
 
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.plan import note
+from prfl_fast.cli.plan import note, planned
 from prfl_fast.cli.reward_sections import ReferenceReward
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.models.registry import patch
-from prfl_fast.parallel.launch import check_same_settings, join_ranks, under_torchrun
+from prfl_fast.parallel.launch import check_same_settings, join_ranks
 from prfl_fast.parallel.mesh import make_mesh
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.utils.checks import check
@@ -50,17 +49,17 @@ class Job(NamedTuple):
 
     def check_sequence(self, folders: Sequence[str]) -> None:
         """Raise ``ValueError`` if the ranks cannot share a sample of the models in folders."""
-        sequence = self.config.parallel.sequence
-        if not self.ranks.several or sequence == 1:
+        mesh = self.ranks.mesh
+        sequence = 1 if mesh is None else mesh["sp"].size()
+        if mesh is None or sequence == 1:
             return
         from prfl_fast.parallel.sequence import shard_sequence
 
         patched = self.config.hardware.patch
         check(patched, "hardware.patch", patched, f"true with parallel.sequence: {sequence}")
-        assert self.ranks.mesh is not None
         for folder in folders:
             try:
-                shard_sequence(patch(loading.empty_model(folder)), self.ranks.mesh)
+                shard_sequence(patch(loading.empty_model(folder)), mesh)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"parallel.sequence is {sequence}, but {error}") from error
 
@@ -89,7 +88,7 @@ class Job(NamedTuple):
 
         def prepared(model: nn.Module) -> None:
             prepare(model)
-            if parallel.sequence > 1:
+            if mesh["sp"].size() > 1:
                 shard_sequence(model, mesh)
 
         dtype = torch.float32 if memory.weight_dtype == "fp32" else torch.bfloat16
@@ -101,19 +100,19 @@ class Job(NamedTuple):
 
 
 @contextlib.contextmanager
-def join(config: TrainFile | TrainRewardFile, file: str, *, check_only: bool) -> Iterator[Job]:
+def join(config: TrainFile | TrainRewardFile, *, check_only: bool) -> Iterator[Job]:
     """Join the ranks of torchrun, and hold the folder of a run from before it is read.
 
-    A check holds and writes nothing.
+    On several ranks ``memory: auto`` is planned here, as the plan decides their mesh. A check holds
+    and writes nothing.
     """
-    if under_torchrun() and config.memory == "auto":
-        apply = f"prfl-fast plan --gpus {os.environ['WORLD_SIZE']} --apply {file}"
-        raise ValueError(f"memory is auto, which plans for one GPU. Run {apply} first")
     loading.check_writable(Path(config.out), "out")
     device = loading.device_of(config.hardware)
     with join_ranks(device.type) as own:
         device = device if own is None else own
         check_same_settings(config.model_dump(mode="json"))
+        if own is not None and config.memory == "auto":
+            config = planned(config, Ranks(make_mesh(None, device.type)), device)  # type: ignore[type-var]
         mesh = None if own is None else make_mesh(config.parallel.build(), device.type)
         ranks = Ranks(mesh)
         with contextlib.ExitStack() as stack:

@@ -399,10 +399,12 @@ class ParallelSection(Section):
 
     shard: Count | Literal["auto"] = key(
         "auto",
-        "GPUs that hold one copy of the weights together; 1 keeps all weights on each GPU, auto "
-        "shards them over all GPUs.",
+        "GPUs that hold one copy of the weights together, 1: each has all. A plan (memory: auto, "
+        "or plan --apply) chooses for auto; without a plan these are all GPUs.",
     )
-    sequence: Count = key(1, "GPUs that share a video, each with a part of its tokens.")
+    sequence: Count | Literal["auto"] = key(
+        "auto", "GPUs that share a video, each with a part of its tokens; 1 without a plan."
+    )
     keep_gathered: bool | Literal["auto"] = key(
         "auto",
         "Keep shared weights whole on each GPU through a rollout, which then communicates once; "

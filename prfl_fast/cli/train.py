@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -100,8 +100,8 @@ def run_train(config: TrainFile, options: RunOptions) -> int:
             raise ValueError(f"rollout.drift is null, but calibrate needs a budget: {advice}")
         objectives = config.objectives
         check("prfl" in objectives, "objectives", objectives, "prfl among them for calibrate")
-    with join(config, options.file, check_only=options.check) as job:
-        return _train(config, options, job)
+    with join(config, check_only=options.check) as job:
+        return _train(cast(TrainFile, job.config), options, job)
 
 
 def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
@@ -251,8 +251,8 @@ def _add_lora(config: TrainFile, transformer: nn.Module) -> None:
 
 def train_reward(config: TrainRewardFile, options: RunOptions) -> int:
     """Train a latent reward model, or only load and check everything; return the exit code."""
-    with join(config, options.file, check_only=options.check) as job:
-        return _train_reward(config, options, job)
+    with join(config, check_only=options.check) as job:
+        return _train_reward(cast(TrainRewardFile, job.config), options, job)
 
 
 def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int:

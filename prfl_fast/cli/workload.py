@@ -241,8 +241,8 @@ def _shares(
 ) -> dict[str, Any]:
     """Return shard and sequence of a file's section parallel, for a plan of several GPUs."""
     found = {name: getattr(config.parallel, name) for name in content.get("parallel") or {}}
-    # The plan replaces keep_gathered, as it does the memory sections.
-    found = {name: value for name, value in found.items() if name in _SHARES}
+    # The plan replaces keep_gathered, as it does the memory sections, and what is auto.
+    found = {k: value for k, value in found.items() if k in _SHARES and value != "auto"}
     if given.get("gpus", 1) == 1:
         return {}
     for name in found.keys() & given.keys():

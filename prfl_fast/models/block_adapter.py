@@ -202,6 +202,10 @@ class BlockAdapter:
                     check_class_forward([block])
                 block.__dict__["block_runner"] = run
 
+    def shared_heads(self, config: Mapping[str, Any]) -> int:
+        """Return the heads that ranks sharing a sample divide; 1 if a sample runs on one rank."""
+        return 1
+
     def shard_sequence(self, model: nn.Module, group: Any) -> None:
         """Run each sample's tokens on all ranks of a process group; None undoes it.
 

@@ -4,7 +4,7 @@ Models may be text-to-video or image-to-video, with one timestep per sample or p
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class WanDiffusersAdapter(DiffusersAdapter):
     ) -> None:
         """Raise ``ValueError`` unless the model takes these latents, called ``name`` in errors."""
         check_wan_inputs(unwrap(model), x, conditions, name)
+
+    def shared_heads(self, config: Mapping[str, Any]) -> int:
+        """Return the attention heads of a configuration, which ranks that share a sample divide."""
+        return int(config.get("num_attention_heads", 40))
 
     def shard_sequence(self, model: nn.Module, group: Any) -> None:
         """Run each sample's tokens on all ranks of a process group; None undoes it.

@@ -103,6 +103,7 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
     planned = False
     # Their forwards do more with the tokens between the blocks than Wan's.
     shard_sequence = BlockAdapter.shard_sequence
+    shared_heads = BlockAdapter.shared_heads
     caches = False
     block: ClassVar[Callable[..., Any]] = block_forward
     rope: ClassVar[Callable[..., Any]] = rope_forward

@@ -25,7 +25,7 @@ def distribute(
 
     Args:
         model: a generator, two experts, or a reward model, after LoRA and its memory policy.
-        mesh, config: the mesh of :func:`prfl_fast.parallel.make_mesh`, and its sizes.
+        mesh, config: the mesh of :func:`prfl_fast.parallel.make_mesh`, and its configuration.
         memory: the model's policy.
         precision: compute dtype of float32 weights.
 
@@ -33,7 +33,7 @@ def distribute(
         TypeError, ValueError: see :func:`prfl_fast.parallel.shard_sequence` and
             :func:`prfl_fast.parallel.shard`.
     """
-    if config.sequence > 1:
+    if mesh["sp"].size() > 1:
         shard_sequence(model, mesh)
     if config.shard != 1:
         shard(model, mesh, **shard_options(config, memory, precision))

@@ -31,10 +31,13 @@ class ParallelConfig:
 
     Attributes:
         shard: ranks that hold one copy of the weights together, those that share a sample included;
-            1 keeps the whole model on every rank, ``"auto"`` shards it over all ranks.
+            1 keeps the whole model on every rank.
         sequence: ranks that share a sample, each with a part of its tokens.
         keep_gathered: keep sharded weights gathered through a rollout, see
-            :func:`prfl_fast.parallel.shard`; ``"auto"`` does so if the planner finds that they fit.
+            :func:`prfl_fast.parallel.shard`.
+
+    The planner chooses what is ``"auto"`` (:func:`prfl_fast.planning.plan_memory`). Without a plan
+    it stands for all ranks, 1 and False.
 
     Raises:
         ValueError: if a number is below 1, or ``shard`` is neither 1 nor a multiple of
@@ -42,27 +45,29 @@ class ParallelConfig:
     """
 
     shard: int | Literal["auto"] = "auto"
-    sequence: int = 1
+    sequence: int | Literal["auto"] = "auto"
     keep_gathered: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        check_count("sequence", self.sequence)
-        if self.shard == "auto":
+        for name, size in (("sequence", self.sequence), ("shard", self.shard)):
+            if size != "auto":
+                check_count(name, size)
+        if self.shard == "auto" or self.sequence == "auto":
             return
-        check_count("shard", self.shard)
         whole = self.shard == 1 or self.shard % self.sequence == 0
         expected = f"1, or a multiple of sequence = {self.sequence}"
         check(whole, "shard", self.shard, expected, hint="Ranks that share a sample share weights")
 
-    def shard_of(self, ranks: int) -> int:
-        """Return the number of ranks that hold one copy of the weights, if the run has ``ranks``.
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """Return ``shard`` and ``sequence`` of a run of ``ranks``, without ``"auto"``.
 
-        Raise ``ValueError`` if it or ``sequence`` does not divide them.
+        Raise ``ValueError`` if one does not divide them, or ``shard`` does not fit ``sequence``.
         """
         shard = ranks if self.shard == "auto" else self.shard
-        for name, size in (("shard", shard), ("sequence", self.sequence)):
+        sequence = 1 if self.sequence == "auto" else self.sequence
+        for name, size in (("shard", shard), ("sequence", sequence)):
             check(ranks % size == 0, name, size, f"a divisor of {ranks}, the number of ranks")
-        return shard
+        return shard, sequence
 
 
 def make_mesh(config: ParallelConfig | None = None, device_type: str | None = None) -> DeviceMesh:
@@ -84,8 +89,9 @@ def make_mesh(config: ParallelConfig | None = None, device_type: str | None = No
             "within `with join_ranks(device_type):`"
         )
     config = ParallelConfig() if config is None else config
-    ranks, sequence = dist.get_world_size(), config.sequence
-    shard = max(config.shard_of(ranks), sequence)
+    ranks = dist.get_world_size()
+    shard, sequence = config.sizes(ranks)
+    shard = max(shard, sequence)
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
     sizes = (ranks // shard, shard // sequence, sequence)

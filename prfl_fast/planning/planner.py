@@ -7,12 +7,14 @@ for the comparison of candidates, and :mod:`prfl_fast.planning.report` for the o
 import contextlib
 import itertools
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prfl_fast.planning.gpu_specs import GPUS, GpuSpecs, find_gpu
+from prfl_fast.planning.layouts import Layouts
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
-from prfl_fast.planning.search import Found, Search, Tier, received_in_step, step_seconds
+from prfl_fast.planning.search import Search, Tier, received_in_step, step_seconds
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.interrupts import interrupts_held
@@ -40,7 +42,8 @@ def plan_memory(
     Nothing is allocated. The search picks weights and optimizer by accuracy, the rest by time: bf16
     weights if anything fits with them, else FP8, else NF4 (LoRA only); with ``train="full"``, AdamW
     with float32 masters, else bf16 with stochastic rounding, else 8-bit states, else states in host
-    memory.
+    memory. On several GPUs it also chooses what ``workload.parallel`` leaves as ``"auto"``: the
+    layout with the fewest seconds of a GPU per video, see :mod:`prfl_fast.planning.layouts`.
 
     Args:
         workload: the training run; a model stands for a :class:`Workload` of it with defaults.
@@ -66,13 +69,14 @@ def plan_memory(
     tiers = _tiers(work, weight_dtype, optimizer)
     size = specs.memory if budget is None else budget_of(budget, "budget")
     host_size = None if host_budget is None else size_of(host_budget, "host_budget")
-    setting = expandable_segments
-    search = Search(work, specs, budget=size, host_budget=host_size, expandable=setting)
-    found = _search(search, tiers, progress)
-    kept = search.keep_gathered(found)
-    if kept is not None:
-        found, work = kept, search.workload
+    limits: Any = {"budget": size, "host_budget": host_size, "expandable": expandable_segments}
+    tried = Layouts(lambda laid_out: Search(laid_out, specs, **limits))
+    with _progress(progress) as tried.show:
+        search, found = tried.best(work, tiers)
+    work, notes = search.workload, tried.notes
     unused = ", ".join(f"{tier.weight_dtype} with {tier.optimizer}" for tier in found.unused)
+    if unused and len(notes) < 2:  # with several layouts, an earlier one may have considered them
+        notes.append(f"not considered, since an earlier choice fits: {unused}")
     run, chosen = found.simulation, found.chosen
     return Plan(
         memory=chosen.memory,
@@ -88,7 +92,7 @@ def plan_memory(
         received=received_in_step(run.costs, work),
         timeline=run.timeline,
         candidates=found.candidates,
-        notes=[f"not considered, since an earlier choice fits: {unused}"] if unused else [],
+        notes=notes,
         workload=work,
         gpu=specs,
         budget=size,
@@ -96,8 +100,9 @@ def plan_memory(
     )
 
 
-def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
-    """Run a search that Ctrl-C ends between two simulations."""
+@contextlib.contextmanager
+def _progress(progress: bool) -> Iterator[Callable[[str], object]]:
+    """Yield a function that shows the next simulation; Ctrl-C ends the search there."""
     bar: Any = count_progress("plan", "simulations") if progress else contextlib.nullcontext(str)
     # In this order, so that the bar is closed before the interrupt is raised.
     with interrupts_held() as interrupt, bar as show:
@@ -106,8 +111,7 @@ def _search(search: Search, tiers: list[Tier], progress: bool) -> Found:
             interrupt()
             show(text)
 
-        search.show = next_simulation
-        return search.run(tiers)
+        yield next_simulation
 
 
 def budget_of(value: int | str, name: str) -> int:

@@ -138,7 +138,7 @@ def _ranks(work: Workload) -> list[str]:
     """Return a line on the GPUs that hold one copy of the weights, or one video, together."""
     if work.ranks == 1:
         return []
-    shard, sequence = work.shard, work.parallel.sequence
+    shard, sequence = work.shard, work.sequence
     weights = "whole weights on each" if shard == 1 else f"weights sharded over {shard}"
     video = "a video on each" if sequence == 1 else f"a video on every {sequence}"
     kept = ", weights gathered through a rollout" if work.parallel.keep_gathered is True else ""

@@ -278,6 +278,13 @@ class Search:
         others = [whole if c is found.chosen else c for c in found.candidates]
         return Found(whole, run, self._lost(run), True, others, found.unused)
 
+    def fewest_seconds(self, tier: Tier) -> float:
+        """Return the seconds of a step that recomputes, offloads and communicates nothing."""
+        run = self._single(tier, MODES[0], None)
+        costs = run.costs(reward=False) | run.costs(reward=True)
+        alone = {"gathered_bytes": 0, "reduced_bytes": 0, "exchanged_bytes": 0}
+        return self._seconds({k: dataclasses.replace(c, **alone) for k, c in costs.items()})
+
     def _whole(self, candidate: Candidate) -> tuple[Simulation, Candidate]:
         """Simulate a candidate; return the run and the candidate with its numbers."""
         run = self._simulate(candidate.memory, candidate.reward_memory)

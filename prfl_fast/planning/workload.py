@@ -55,7 +55,7 @@ class Workload:
         patched: both models run on prfl_fast's kernels.
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
         ranks: GPUs of the run. The plan is of one of them.
-        parallel: split of weights and samples over them.
+        parallel: split of weights and samples over them; the planner tries what is ``"auto"``.
 
     Raises:
         TypeError: if the model or the gradient plan has the wrong type.
@@ -104,7 +104,7 @@ class Workload:
         ):
             check_count(name, getattr(self, name))
         check_count("num_inference_steps", self.num_inference_steps, 2)
-        self.parallel.shard_of(self.ranks)  # raises if the sizes do not divide the ranks
+        self.parallel.sizes(self.ranks)  # raises if the sizes do not divide the ranks
         check_choice("train", self.train, ("lora", "full"))
         check_choice("precision", self.precision, ("fp32", "bf16"))
         check_choice("reward_loss", self.reward_loss, (None, "ce", "bt"))
@@ -173,7 +173,12 @@ class Workload:
     @property
     def shard(self) -> int:
         """Number of GPUs that hold one copy of the weights together."""
-        return self.parallel.shard_of(self.ranks)
+        return self.parallel.sizes(self.ranks)[0]
+
+    @property
+    def sequence(self) -> int:
+        """Number of GPUs that share a video."""
+        return self.parallel.sizes(self.ranks)[1]
 
     @property
     def blocks(self) -> int:

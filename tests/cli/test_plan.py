@@ -124,7 +124,7 @@ def test_the_help_lists_the_presets_and_the_defaults_of_a_workload():
     shown = {name: default for name, (_, default, _) in plan_options.OPTIONS.items()}
     fields = {field.name: field.default for field in dataclasses.fields(Workload)}
     fields |= {"model": plan_options.DEFAULT_MODEL, "points": fields["gradient_plan"].points}
-    fields |= {"gpus": fields["ranks"], "shard": None, "sequence": fields["parallel"].sequence}
+    fields |= {"gpus": fields["ranks"], "shard": None, "sequence": None}
     assert shown == {name: fields[name] for name in shown}
 
 
@@ -281,6 +281,10 @@ def test_plans_of_several_gpus_take_the_files_layout(root, file, tmp_path, calls
     for call in calls[-2:]:
         assert call.workload.parallel == ParallelConfig(shard=4, sequence=2)
     assert run(file, "--gpus", 8, "--shard", 8) == 2
+    file.write_text(f"{text}parallel: {{shard: auto, sequence: 2}}\n")
+    assert run(file, "--gpus", 8, "--shard", 4) == 0
+    assert calls[-1].workload.parallel == ParallelConfig(shard=4, sequence=2)
+    file.write_text(f"{text}parallel: {{shard: 4, sequence: 2, points: shared}}\n")
     assert run(file, "--gpus", 6) == 2
     assert f"{file}: parallel.shard is 4, expected a divisor of 6" in capsys.readouterr().err
     kept = ParallelConfig(shard=4, sequence=2, keep_gathered=True)

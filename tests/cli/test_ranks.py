@@ -1,10 +1,12 @@
 """Training commands on two ranks: logs are those of one process; bad layouts are refused early."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,12 +18,15 @@ from runs import config, log, make_world, write_config
 from prfl_fast import LatentRewardModel
 from prfl_fast.cli import main as cli
 from prfl_fast.cli import objectives
+from prfl_fast.cli import plan as cli_plan
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.plan import planned
 from prfl_fast.cli.ranks import Job, join
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import make_mesh
 from prfl_fast.parallel.ranks import Ranks
+from prfl_fast.planning import planner
 from prfl_fast.training.checkpoint import rank_seed
 from prfl_fast.training.objectives import RewardFeedback
 
@@ -103,20 +108,83 @@ def loaded(root, tmp_path, changes, kind=TrainFile, command="train"):
     return load_config(kind, write_config(path, config(command, root, tmp_path / "out", changes)))
 
 
+AUTO = {"memory": "auto", "hardware.precision": "bf16", "lora": {"lora_rank": 2}}
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Plan in this process; return the options of the plans."""
+    calls, own = [], planner.plan_memory
+
+    def plan_memory(work, **options):
+        calls.append((work, options))
+        return own(work, **options)
+
+    monkeypatch.setattr(planner, "plan_memory", plan_memory)
+    context = MagicMock()
+    pool = context.return_value.Pool.return_value.__enter__.return_value
+    pool.apply = lambda function, arguments, options: function(*arguments, **options)
+    monkeypatch.setattr(multiprocessing, "get_context", context)
+    return calls
+
+
+def of_four(monkeypatch, given):
+    """Return the configuration of rank 0 of 4 on a machine of 2."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(cli_plan, "_host_room", lambda: 48 << 30)
+    ranks = MagicMock(size=4, gather=lambda value: [value, (None, 40 << 30)])
+    ranks.on_main = lambda function, *arguments: function(*arguments)
+    return planned(given, ranks, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
-    ("kind", "command"), [(TrainFile, "train"), (TrainRewardFile, "train-reward")]
+    ("kind", "command", "changes", "layout"),
+    [
+        (TrainFile, "train", AUTO, (1, 1)),
+        (TrainRewardFile, "train-reward", AUTO | {"parallel": {"shard": 4}}, (4, 1)),
+    ],
 )
-def test_memory_auto_names_the_command_that_plans(world, tmp_path, monkeypatch, kind, command):
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    changes = {"memory": "auto", "hardware.precision": "bf16"}
-    given = loaded(world, tmp_path, changes, kind, command)
-    line = "Run prfl-fast plan --gpus 8 --apply my.yaml first"
-    with pytest.raises(ValueError, match=line), join(given, "my.yaml", check_only=False):
-        pass
-    assert not (tmp_path / "out").exists()
+def test_memory_auto_plans_policies_and_layout(
+    world, tmp_path, monkeypatch, plans, capsys, kind, command, changes, layout
+):
+    config = of_four(monkeypatch, loaded(world, tmp_path, changes, kind, command))
+    [(work, options)] = plans
+    assert work.ranks == 4 and work.frames == 5 and work.lora_rank == 2
+    assert options["budget"] == 20 << 30  # half of the host memory of the smaller machine
+    assert config.memory.weight_dtype == "bf16"
+    assert (config.parallel.shard, config.parallel.sequence) == layout
+    assert isinstance(config.parallel.keep_gathered, bool)
+    said = capsys.readouterr().err
+    assert f"prfl-fast {command}: memory: auto chose memory: {{weight_dtype: bf16" in said
+    assert f"parallel: {{shard: {layout[0]}, sequence: {layout[1]}, keep_gathered: " in said
+
+
+def test_a_resumed_run_plans_with_its_weights_and_optimizer(world, tmp_path, monkeypatch, plans):
+    given = loaded(world, tmp_path, AUTO | {"parallel": {"shard": 4, "sequence": 1}})
+    for dtype, optimizer in (("nf4", "adamw"), ("fp32", "adamw")):
+        policy = {"memory": {"weight_dtype": dtype, "optimizer": optimizer}}
+        policy["reward_memory"] = {"weight_dtype": dtype, "activation_checkpointing": "full"}
+        began = loaded(world, tmp_path, AUTO | policy)
+        monkeypatch.setattr(cli_plan, "_stored", lambda kind, config, began=began: began)
+        config = of_four(monkeypatch, given)
+        assert config.memory.weight_dtype == dtype
+    [(_, options)] = plans  # float32 weights are kept, as no plan has them
+    assert (options["weight_dtype"], options["optimizer"]) == ("nf4", "adamw")
+    assert config.reward_memory.activation_checkpointing == "full"
+    assert config.parallel == given.parallel
+
+
+@pytest.mark.slow
+def test_two_ranks_run_the_plan_of_memory_auto(world, tmp_path, monkeypatch, capfd):
+    changes = {**AUTO, "run.steps": 1, "run.ema_decay": ...}
+    path = write_config(tmp_path / "train.yaml", config("train", world, tmp_path / "out", changes))
+    assert on_two_ranks(monkeypatch, "train", path) == 0
+    written = capfd.readouterr().err
+    assert written.count("memory: auto chose") == 1 and "shard: 1, sequence: 1" in written
+    changes = {**changes, "run.steps": 2, "run.resume": "auto"}
+    write_config(path, config("train", world, tmp_path / "out", changes))
+    assert on_two_ranks(monkeypatch, "train", path) == 0
+    assert [record["step"] for record in log(tmp_path / "out")] == [1, 2]
 
 
 def test_layouts_are_refused_before_models_are_read(world, tmp_path):
@@ -136,7 +204,7 @@ def test_layouts_are_refused_before_models_are_read(world, tmp_path):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # the group exists already
         own = {"parallel": {"shard": 1}} if os.environ["RANK"] == "1" else {}
         given = loaded(world, tmp_path, own)
-        with pytest.raises(ValueError) as raised, join(given, "my.yaml", check_only=True):
+        with pytest.raises(ValueError) as raised, join(given, check_only=True):
             pass
         return str(raised.value)
 

@@ -27,6 +27,6 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match="sequence is 0"):
         ParallelConfig(sequence=0)
     with pytest.raises(ValueError, match="sequence is 3, expected a divisor of 4"):
-        ParallelConfig(sequence=3).shard_of(4)
+        ParallelConfig(sequence=3).sizes(4)
     with pytest.raises(RuntimeError, match="Start the program with torchrun"):
         make_mesh()

@@ -131,7 +131,8 @@ def test_more_ranks_need_less_memory_and_the_plan_says_what_they_share():
         simulate(replace(of(ParallelConfig(), "full"), ranks=n), FULL, FULL).peak for n in (1, 2, 8)
     ]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[2]
-    plan = plan_memory(replace(WORK, ranks=4, parallel=ParallelConfig(sequence=2)), budget="24GiB")
+    layout = ParallelConfig(shard=4, sequence=2)
+    plan = plan_memory(replace(WORK, ranks=4, parallel=layout), budget="24GiB")
     assert plan.feasible and plan.workload.parallel.keep_gathered is True
     text = report.table(plan)
     assert "one of 4 GPUs: weights sharded over 4, a video on every 2, weights gathered" in text

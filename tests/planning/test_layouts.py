@@ -1,0 +1,115 @@
+"""Layouts of several GPUs: which are tried, and which one the planner takes."""
+
+from dataclasses import replace
+
+import pytest
+from plans import SMALL
+
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.parallel import ParallelConfig
+from prfl_fast.planning import plan_memory
+from prfl_fast.planning.layouts import Layouts, layouts
+from prfl_fast.planning.search import CHOSEN, Candidate, Found, Tier
+from prfl_fast.planning.workload import Workload
+
+HEADS = {**SMALL, "num_attention_heads": 12, "attention_head_dim": 16}
+SIZE = {"frames": 9, "height": 128, "width": 128, "text_tokens": 32, "reward_blocks": 2}
+WORK = Workload(HEADS, **SIZE, sft=False, num_inference_steps=6, ranks=16)
+TIERS = [Tier("bf16"), Tier("fp8")]
+
+
+def sizes(**changes):
+    return [(each.shard, each.sequence) for each in layouts(replace(WORK, **changes))]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        (ParallelConfig(), [(s, n) for n in (1, 2, 4) for s in (1, 8, 16)]),  # 12 heads
+        (ParallelConfig(shard=16), [(16, 1), (16, 2), (16, 4)]),
+        (ParallelConfig(sequence=4), [(1, 4), (8, 4), (16, 4)]),
+        (ParallelConfig(8, 4), [(8, 4)]),
+    ],
+)
+def test_layouts_divide_ranks_and_heads(parallel, expected):
+    assert sizes(parallel=parallel) == expected
+
+
+def test_layouts_are_those_that_the_model_takes():
+    assert sizes(ranks=4) == [(1, 1), (4, 1), (1, 2), (4, 2), (1, 4), (4, 4)]
+    assert sizes(ranks=6)[-1] == (6, 6)  # 6 parts of 12 heads
+    assert sizes(patched=False) == [(1, 1), (8, 1), (16, 1)]
+    few = {"frames": 1, "height": 32, "width": 48}  # 6 tokens: the fourth of 4 ranks has none
+    assert {n for _, n in sizes(**few)} == {1, 2}
+    assert {n for _, n in sizes(model="hunyuan-video")} == {1}
+    assert [each.shard for each in layouts(replace(WORK, ranks=1))] == ["auto"]
+
+
+class Searched:
+    """Stand for the search of a layout, whose result is known."""
+
+    def __init__(self, workload, results, fewest):
+        self.workload, self.results, self.fewest = workload, results, fewest
+        self.key = (workload.shard, workload.sequence)
+
+    def run(self, tiers):
+        dtype, seconds, peak = self.results[self.key]
+        fits = [i for i, tier in enumerate(tiers) if tier.weight_dtype == dtype]
+        memory = MemoryConfig(dtype or tiers[-1].weight_dtype)
+        chosen = Candidate(memory, memory, peak, 0, seconds, CHOSEN if fits else "over")
+        unused = tiers[fits[0] + 1 :] if fits else []
+        return Found(chosen, None, 0, bool(fits), [chosen], unused)
+
+    def keep_gathered(self, found):
+        return None
+
+    def fewest_seconds(self, tier):
+        return self.fewest
+
+
+def chosen(results, fewest=1.0):
+    tried = []
+
+    def make(workload):
+        tried.append((workload.shard, workload.sequence))
+        return Searched(workload, results, fewest)
+
+    searches = Layouts(make)
+    search, found = searches.best(replace(WORK, ranks=4), TIERS)
+    assert len(searches.notes) == len(tried)
+    return search.key, found.chosen.memory.weight_dtype, tried
+
+
+ALL = [(1, 1), (4, 1), (1, 2), (4, 2), (1, 4), (4, 4)]
+NOTHING = dict.fromkeys(ALL, (None, 9.0, 50))
+
+
+def test_no_layout_is_searched_after_one_as_fast_as_without_recomputation():
+    assert chosen({(1, 1): ("bf16", 1.02, 1)}) == ((1, 1), "bf16", [(1, 1)])
+
+
+def test_the_fewest_seconds_per_video_win_and_ties_communicate_less():
+    # In a step, the ranks of (4, 2) and (4, 4) share two videos and one.
+    results = NOTHING | {(4, 1): ("bf16", 3.0, 1), (4, 2): ("bf16", 1.4, 1)}
+    results |= {(4, 4): ("bf16", 0.69, 1), (1, 4): ("bf16", 0.8, 1)}
+    assert chosen(results) == ((4, 2), "bf16", ALL)
+
+
+def test_bf16_weights_come_before_time():
+    results = NOTHING | {(1, 1): ("fp8", 1.0, 1), (4, 2): ("bf16", 4.0, 1)}
+    assert chosen(results) == ((4, 2), "bf16", ALL)
+    later = NOTHING | {(4, 1): ("bf16", 2.0, 1), (1, 2): ("fp8", 0.5, 1)}
+    assert chosen(later) == ((4, 1), "bf16", ALL)  # fp8 is not tried any more
+
+
+def test_of_layouts_that_do_not_fit_the_smallest_is_shown():
+    assert chosen(NOTHING | {(4, 4): (None, 9.0, 20)}) == ((4, 4), "fp8", ALL)
+
+
+def test_weights_that_fit_are_kept_whole_and_others_sharded():
+    work = replace(WORK, ranks=4)
+    plan = plan_memory(work, budget="24GiB")
+    assert (plan.workload.shard, plan.workload.sequence) == (1, 1)
+    assert plan.notes[0].startswith("shard 1, sequence 1: ")
+    whole = replace(work, parallel=ParallelConfig(1, 1))
+    assert plan.peak == plan_memory(whole, budget="24GiB").peak
