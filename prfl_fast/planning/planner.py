@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prfl_fast.planning.gpu_specs import GPUS, GpuSpecs, find_gpu
-from prfl_fast.planning.layouts import Layouts
+from prfl_fast.planning.layout_search import LayoutSearch
 from prfl_fast.planning.plan import Plan
 from prfl_fast.planning.presets import Model
 from prfl_fast.planning.search import Search, Tier, received_in_step, step_seconds
@@ -43,7 +43,7 @@ def plan_memory(
     weights if anything fits with them, else FP8, else NF4 (LoRA only); with ``train="full"``, AdamW
     with float32 masters, else bf16 with stochastic rounding, else 8-bit states, else states in host
     memory. On several GPUs it also chooses what ``workload.parallel`` leaves as ``"auto"``: the
-    layout with the fewest seconds of a GPU per video, see :mod:`prfl_fast.planning.layouts`.
+    layout with the fewest seconds of a GPU per video, see :mod:`prfl_fast.planning.layout_search`.
 
     Args:
         workload: the training run; a model stands for a :class:`Workload` of it with defaults.
@@ -70,7 +70,7 @@ def plan_memory(
     size = specs.memory if budget is None else budget_of(budget, "budget")
     host_size = None if host_budget is None else size_of(host_budget, "host_budget")
     limits: Any = {"budget": size, "host_budget": host_size, "expandable": expandable_segments}
-    tried = Layouts(lambda laid_out: Search(laid_out, specs, **limits))
+    tried = LayoutSearch(lambda laid_out: Search(laid_out, specs, **limits))
     with _progress(progress) as tried.show:
         search, found = tried.best(work, tiers)
     work, notes = search.workload, tried.notes

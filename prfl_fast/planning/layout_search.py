@@ -44,7 +44,7 @@ def _takes(workload: Workload, sequence: int) -> bool:
     return workload.patched and heads % sequence == 0 and filled
 
 
-class Layouts:
+class LayoutSearch:
     """Search layouts until no other can be faster by more than ``TIE``; keep the best.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Layouts of several GPUs: which are tried, and which one the planner takes."""
+"""LayoutSearch of several GPUs: which are tried, and which one the planner takes."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from plans import SMALL
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig
 from prfl_fast.planning import plan_memory
-from prfl_fast.planning.layouts import Layouts, layouts
+from prfl_fast.planning.layout_search import LayoutSearch, layouts
 from prfl_fast.planning.search import CHOSEN, Candidate, Found, Tier
 from prfl_fast.planning.workload import Workload
 
@@ -74,7 +74,7 @@ def chosen(results, fewest=1.0):
         tried.append((workload.shard, workload.sequence))
         return Searched(workload, results, fewest)
 
-    searches = Layouts(make)
+    searches = LayoutSearch(make)
     search, found = searches.best(replace(WORK, ranks=4), TIERS)
     assert len(searches.notes) == len(tried)
     return search.key, found.chosen.memory.weight_dtype, tried
