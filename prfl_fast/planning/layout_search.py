@@ -68,6 +68,10 @@ class LayoutSearch:
         bound, lowest = 0.0, math.inf
         for parallel in several:
             search = self.make(dataclasses.replace(workload, parallel=parallel))
+            largest = kept is None and parallel is several[-1]  # one is searched in any case
+            if len(several) > 1 and not largest and not any(map(search.may_hold, tiers)):
+                self.notes.append(f"{_name(search.workload)}: the weights do not fit")
+                continue
             search.show = self._shown(search.workload) if len(several) > 1 else self.show
             found = search.run(tiers)
             found = search.keep_gathered(found) or found
@@ -90,13 +94,15 @@ class LayoutSearch:
         return kept
 
     def _shown(self, workload: Workload) -> Callable[[str], object]:
-        name = f"shard {workload.shard}, sequence {workload.sequence}"
-        return lambda text: self.show(f"{name}, {text}")
+        return lambda text: self.show(f"{_name(workload)}, {text}")
+
+
+def _name(workload: Workload) -> str:
+    return f"shard {workload.shard}, sequence {workload.sequence}"
 
 
 def _note(workload: Workload, found: Found) -> str:
     """Return a line on a layout that was searched."""
     result = f"{found.chosen.seconds:.1f} s per step" if found.feasible else "does not fit"
-    shared = f"shard {workload.shard}, sequence {workload.sequence}"
     memory = found.chosen.memory
-    return f"{shared}: {result}, {memory.weight_dtype} with {memory.optimizer}"
+    return f"{_name(workload)}: {result}, {memory.weight_dtype} with {memory.optimizer}"

@@ -201,8 +201,7 @@ class Search:
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
             found, waiting = self._tier(tier, last=last), list[Candidate]()
-            streams = self.workload.train == "lora" or tier.optimizer == "adamw-cpu"
-            if streams and self.workload.shard == 1:  # sharded weights cannot be streamed
+            if self._streams(tier):
                 ahead = dataclasses.replace(tier, stream_weights=AHEAD)
                 waiting = self._tier(ahead, last=last)
             chosen = self._first_that_fits(found, waiting)
@@ -277,6 +276,19 @@ class Search:
             return None
         others = [whole if c is found.chosen else c for c in found.candidates]
         return Found(whole, run, self._lost(run), True, others, found.unused)
+
+    def may_hold(self, tier: Tier) -> bool:
+        """Return False if weights and states alone exceed the limits, wherever they wait."""
+        found, host = self._weights_of(tier), self.host_budget
+        blocks, rest = found.blocks + found.reward_blocks, found.rest + found.states
+        streams = self._streams(tier) and (host is None or blocks + found.host_states <= host)
+        held = host is None or found.host_states <= host
+        return held and rest + (0 if streams else blocks) <= self.limit
+
+    def _streams(self, tier: Tier) -> bool:
+        """Return True if blocks can wait in host memory; a sharded block cannot."""
+        trained = self.workload.train == "lora" or tier.optimizer == "adamw-cpu"
+        return trained and self.workload.shard == 1
 
     def fewest_seconds(self, tier: Tier) -> float:
         """Return the seconds of a step that recomputes, offloads and communicates nothing."""

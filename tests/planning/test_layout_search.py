@@ -8,9 +8,11 @@ from plans import SMALL
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig
 from prfl_fast.planning import plan_memory
+from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.layout_search import LayoutSearch, layouts
-from prfl_fast.planning.search import CHOSEN, Candidate, Found, Tier
+from prfl_fast.planning.search import CHOSEN, CONTEXT, Candidate, Found, Search, Tier
 from prfl_fast.planning.workload import Workload
+from prfl_fast.utils.units import GIB
 
 HEADS = {**SMALL, "num_attention_heads": 12, "attention_head_dim": 16}
 SIZE = {"frames": 9, "height": 128, "width": 128, "text_tokens": 32, "reward_blocks": 2}
@@ -63,6 +65,9 @@ class Searched:
     def keep_gathered(self, found):
         return None
 
+    def may_hold(self, tier):
+        return self.results[self.key] is not HEAVY
+
     def fewest_seconds(self, tier):
         return self.fewest
 
@@ -77,10 +82,12 @@ def chosen(results, fewest=1.0):
     searches = LayoutSearch(make)
     search, found = searches.best(replace(WORK, ranks=4), TIERS)
     assert len(searches.notes) == len(tried)
+    tried = [key for key in tried if results[key] is not HEAVY or key == search.key]
     return search.key, found.chosen.memory.weight_dtype, tried
 
 
 ALL = [(1, 1), (4, 1), (1, 2), (4, 2), (1, 4), (4, 4)]
+HEAVY = (None, 0.0, 0)
 NOTHING = dict.fromkeys(ALL, (None, 9.0, 50))
 
 
@@ -104,6 +111,42 @@ def test_bf16_weights_come_before_time():
 
 def test_of_layouts_that_do_not_fit_the_smallest_is_shown():
     assert chosen(NOTHING | {(4, 4): (None, 9.0, 20)}) == ((4, 4), "fp8", ALL)
+
+
+def test_layouts_whose_weights_do_not_fit_are_not_searched():
+    results = NOTHING | dict.fromkeys([(1, 1), (1, 2), (1, 4)], HEAVY)
+    results[4, 2] = ("bf16", 1.0, 1)
+    key, _, _ = chosen(results)
+    assert key == (4, 2)
+    heavy = dict.fromkeys(ALL, HEAVY)
+    assert chosen(heavy)[0] == (4, 4)  # one is searched, so that the plan can say what is missing
+
+
+@pytest.mark.parametrize(
+    ("train", "shard", "optimizer", "waits"),
+    [
+        ("lora", 1, "adamw", True),
+        ("lora", 16, "adamw", False),  # a sharded block cannot wait in host memory
+        ("full", 1, "adamw", False),
+        ("full", 1, "adamw-cpu", True),
+    ],
+)
+def test_weights_alone_decide_where_they_can_wait(train, shard, optimizer, waits):
+    work, tier = (
+        replace(WORK, train=train, parallel=ParallelConfig(shard, 1)),
+        Tier("bf16", optimizer),
+    )
+
+    def holds(device, host):
+        search = Search(work, find_gpu("h200"), budget=CONTEXT + device, host_budget=host)
+        return search.may_hold(tier)
+
+    counted = Search(work, find_gpu("h200"), budget=GIB, host_budget=None)._weights_of(tier)
+    blocks, states = counted.blocks + counted.reward_blocks, counted.host_states
+    least = counted.rest + counted.states
+    assert holds(least + blocks, states) and not holds(least + blocks - 1, states)
+    assert holds(least, blocks + states) == waits and not holds(least - 1, None)
+    assert not states or not holds(GIB, states - 1)
 
 
 def test_weights_that_fit_are_kept_whole_and_others_sharded():
