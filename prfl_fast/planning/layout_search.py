@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.planning.presets import adapter_of
@@ -62,47 +63,51 @@ class LayoutSearch:
         """Return the search of the best layout with its result.
 
         Weights and optimizer of an earlier tier come first, then the fewest seconds of a GPU per
-        video, then less communication. If nothing fits, the smallest excess decides.
+        video, then less communication.
         """
-        several, kept, tiers = layouts(workload), None, list(tiers)
-        bound, lowest = 0.0, math.inf
-        for parallel in several:
-            search = self.make(dataclasses.replace(workload, parallel=parallel))
-            largest = kept is None and parallel is several[-1]  # one is searched in any case
-            if len(several) > 1 and not largest and not any(map(search.may_hold, tiers)):
-                self.notes.append(f"{_name(search.workload)}: the weights do not fit")
+        parallels = layouts(workload)
+        searches = [self.make(dataclasses.replace(workload, parallel=each)) for each in parallels]
+        for search in searches:
+            search.show = self.show
+            if len(searches) > 1:
+                search.show = partial(self._show_layout, search.workload)
+        if len(searches) == 1:
+            return searches[0], _searched(searches[0], tiers)
+        for index, tier in enumerate(tiers):
+            kept = self._fastest(searches, tier)
+            if kept is not None:
+                search, found = kept
+                return search, dataclasses.replace(found, unused=[*tiers[index + 1 :]])
+        self.notes.append("no layout fits; this one has the smallest parts")
+        return searches[-1], searches[-1].run(tiers)
+
+    def _fastest(self, searches: Sequence[Search], tier: Tier) -> tuple[Search, Found] | None:
+        """Return the best layout with the weights and the optimizer of a tier."""
+        kept, lowest, bound = None, math.inf, 0.0
+        self.notes = []
+        for search in searches:
+            found = _searched(search, [tier]) if search.leanest_fits(tier) else None
+            if found is None or not found.feasible:
+                self._note(search.workload, "does not fit", tier)
                 continue
-            search.show = self._shown(search.workload) if len(several) > 1 else self.show
-            found = search.run(tiers)
-            found = search.keep_gathered(found) or found
-            if len(several) == 1:
-                return search, found
+            self._note(search.workload, f"{found.chosen.seconds:.1f} s per step", tier)
             own = found.chosen.seconds * search.workload.sequence
-            self.notes.append(_note(search.workload, found))
-            tier = len(tiers) - len(found.unused)
-            if not found.feasible:
-                if kept is None or not kept[1].feasible and found.chosen.peak < kept[1].chosen.peak:
-                    kept = search, found
-                continue
-            better = kept is None or not kept[1].feasible or tier < len(tiers)
-            if better or (1 + TIE) * own < lowest:
-                kept, lowest, tiers = (search, found), own, tiers[:tier]
-            bound = bound or search.fewest_seconds(tiers[0]) * search.workload.sequence
-            if len(tiers) == 1 and lowest <= (1 + TIE) * bound:
+            if (1 + TIE) * own < lowest:
+                kept, lowest = (search, found), own
+            bound = bound or search.fewest_seconds(tier) * search.workload.sequence
+            if lowest <= (1 + TIE) * bound:
                 break
-        assert kept is not None
         return kept
 
-    def _shown(self, workload: Workload) -> Callable[[str], object]:
-        return lambda text: self.show(f"{_name(workload)}, {text}")
+    def _show_layout(self, workload: Workload, text: str) -> None:
+        self.show(f"shard {workload.shard}, sequence {workload.sequence}, {text}")
+
+    def _note(self, workload: Workload, result: str, tier: Tier) -> None:
+        layout = f"shard {workload.shard}, sequence {workload.sequence}"
+        self.notes.append(f"{layout}: {result} with {tier.weight_dtype}, {tier.optimizer}")
 
 
-def _name(workload: Workload) -> str:
-    return f"shard {workload.shard}, sequence {workload.sequence}"
-
-
-def _note(workload: Workload, found: Found) -> str:
-    """Return a line on a layout that was searched."""
-    result = f"{found.chosen.seconds:.1f} s per step" if found.feasible else "does not fit"
-    memory = found.chosen.memory
-    return f"{_name(workload)}: {result}, {memory.weight_dtype} with {memory.optimizer}"
+def _searched(search: Search, tiers: Sequence[Tier]) -> Found:
+    """Return the result of a search, with gathered weights through rollouts where they fit."""
+    found = search.run(tiers)
+    return search.keep_gathered(found) or found

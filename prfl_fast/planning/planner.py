@@ -75,7 +75,7 @@ def plan_memory(
         search, found = tried.best(work, tiers)
     work, notes = search.workload, tried.notes
     unused = ", ".join(f"{tier.weight_dtype} with {tier.optimizer}" for tier in found.unused)
-    if unused and len(notes) < 2:  # with several layouts, an earlier one may have considered them
+    if unused:
         notes.append(f"not considered, since an earlier choice fits: {unused}")
     run, chosen = found.simulation, found.chosen
     return Plan(

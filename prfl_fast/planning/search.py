@@ -197,7 +197,7 @@ class Search:
         together, because offload that saves no time should take no host memory.
         """
         considered: list[Candidate] = []
-        self._base = tiers[0]
+        self._base = self._base or tiers[0]
         for index, tier in enumerate(tiers):
             last = index == len(tiers) - 1
             found, waiting = self._tier(tier, last=last), list[Candidate]()
@@ -277,7 +277,21 @@ class Search:
         others = [whole if c is found.chosen else c for c in found.candidates]
         return Found(whole, run, self._lost(run), True, others, found.unused)
 
-    def may_hold(self, tier: Tier) -> bool:
+    def leanest_fits(self, tier: Tier) -> bool:
+        """Return True if the mode that takes the least memory fits the device."""
+        self._base = self._base or tier
+        if not self.holds(tier):
+            return False
+        ahead = dataclasses.replace(tier, stream_weights=AHEAD)
+        places = [tier, ahead] if self._streams(tier) else [tier]
+        lean = (MODES[-1], MODES[-1])
+        return any(
+            self._candidate(place, *lean, chunk).peak <= self.limit
+            for chunk in (None, CHUNK)
+            for place in places
+        )
+
+    def holds(self, tier: Tier) -> bool:
         """Return False if weights and states alone exceed the limits, wherever they wait."""
         found, host = self._weights_of(tier), self.host_budget
         blocks, rest = found.blocks + found.reward_blocks, found.rest + found.states

@@ -50,76 +50,65 @@ def test_layouts_are_those_that_the_model_takes():
 class Searched:
     """Stand for the search of a layout, whose result is known."""
 
-    def __init__(self, workload, results, fewest):
-        self.workload, self.results, self.fewest = workload, results, fewest
+    def __init__(self, workload, results, ran):
+        self.workload, self.results, self.ran = workload, results, ran
         self.key = (workload.shard, workload.sequence)
 
     def run(self, tiers):
-        dtype, seconds, peak = self.results[self.key]
-        fits = [i for i, tier in enumerate(tiers) if tier.weight_dtype == dtype]
-        memory = MemoryConfig(dtype or tiers[-1].weight_dtype)
-        chosen = Candidate(memory, memory, peak, 0, seconds, CHOSEN if fits else "over")
-        unused = tiers[fits[0] + 1 :] if fits else []
-        return Found(chosen, None, 0, bool(fits), [chosen], unused)
+        self.ran.append((*self.key, *(tier.weight_dtype for tier in tiers)))
+        dtype, seconds = self.results.get(self.key, (None, 9.0))
+        fits = dtype in [tier.weight_dtype for tier in tiers]
+        memory = MemoryConfig(dtype or "nf4")
+        chosen = Candidate(memory, memory, 1, 0, seconds, CHOSEN if fits else "over")
+        return Found(chosen, None, 0, fits, [chosen], [])
+
+    def leanest_fits(self, tier):
+        return tier.weight_dtype == self.results.get(self.key, (None,))[0]
 
     def keep_gathered(self, found):
         return None
 
-    def may_hold(self, tier):
-        return self.results[self.key] is not HEAVY
-
     def fewest_seconds(self, tier):
-        return self.fewest
+        return 1.0
 
 
-def chosen(results, fewest=1.0):
-    tried = []
-
-    def make(workload):
-        tried.append((workload.shard, workload.sequence))
-        return Searched(workload, results, fewest)
-
-    searches = LayoutSearch(make)
+def chosen(results):
+    ran = []
+    searches = LayoutSearch(lambda workload: Searched(workload, results, ran))
     search, found = searches.best(replace(WORK, ranks=4), TIERS)
-    assert len(searches.notes) == len(tried)
-    tried = [key for key in tried if results[key] is not HEAVY or key == search.key]
-    return search.key, found.chosen.memory.weight_dtype, tried
+    assert [tier.weight_dtype for tier in found.unused] == (
+        ["fp8"] if ran[-1][2:] == ("bf16",) else []
+    )
+    return search.key, ran, searches.notes
 
 
 ALL = [(1, 1), (4, 1), (1, 2), (4, 2), (1, 4), (4, 4)]
-HEAVY = (None, 0.0, 0)
-NOTHING = dict.fromkeys(ALL, (None, 9.0, 50))
 
 
 def test_no_layout_is_searched_after_one_as_fast_as_without_recomputation():
-    assert chosen({(1, 1): ("bf16", 1.02, 1)}) == ((1, 1), "bf16", [(1, 1)])
+    key, ran, notes = chosen({(1, 1): ("bf16", 1.02), (4, 1): ("bf16", 1.0)})
+    assert key == (1, 1) and ran == [(1, 1, "bf16")]
+    assert notes == ["shard 1, sequence 1: 1.0 s per step with bf16, adamw"]
 
 
 def test_the_fewest_seconds_per_video_win_and_ties_communicate_less():
-    # In a step, the ranks of (4, 2) and (4, 4) share two videos and one.
-    results = NOTHING | {(4, 1): ("bf16", 3.0, 1), (4, 2): ("bf16", 1.4, 1)}
-    results |= {(4, 4): ("bf16", 0.69, 1), (1, 4): ("bf16", 0.8, 1)}
-    assert chosen(results) == ((4, 2), "bf16", ALL)
+    # In a step, the ranks of (4, 2) have two videos and those of (4, 4) one.
+    results = {(4, 1): ("bf16", 3.0), (4, 2): ("bf16", 1.4), (4, 4): ("bf16", 0.69)}
+    key, ran, notes = chosen(results | {(1, 4): ("bf16", 0.8)})
+    assert key == (4, 2) and ran == [(*each, "bf16") for each in ALL if each not in ALL[::2][:2]]
+    assert len(notes) == 6 and notes[0] == "shard 1, sequence 1: does not fit with bf16, adamw"
 
 
 def test_bf16_weights_come_before_time():
-    results = NOTHING | {(1, 1): ("fp8", 1.0, 1), (4, 2): ("bf16", 4.0, 1)}
-    assert chosen(results) == ((4, 2), "bf16", ALL)
-    later = NOTHING | {(4, 1): ("bf16", 2.0, 1), (1, 2): ("fp8", 0.5, 1)}
-    assert chosen(later) == ((4, 1), "bf16", ALL)  # fp8 is not tried any more
+    key, ran, _ = chosen({(1, 1): ("fp8", 1.0), (4, 2): ("bf16", 4.0)})
+    assert key == (4, 2) and ran == [(4, 2, "bf16")]
+    assert chosen({(1, 1): ("fp8", 1.0)})[0] == (1, 1)
 
 
-def test_of_layouts_that_do_not_fit_the_smallest_is_shown():
-    assert chosen(NOTHING | {(4, 4): (None, 9.0, 20)}) == ((4, 4), "fp8", ALL)
-
-
-def test_layouts_whose_weights_do_not_fit_are_not_searched():
-    results = NOTHING | dict.fromkeys([(1, 1), (1, 2), (1, 4)], HEAVY)
-    results[4, 2] = ("bf16", 1.0, 1)
-    key, _, _ = chosen(results)
-    assert key == (4, 2)
-    heavy = dict.fromkeys(ALL, HEAVY)
-    assert chosen(heavy)[0] == (4, 4)  # one is searched, so that the plan can say what is missing
+def test_a_layout_with_the_smallest_parts_is_shown_if_none_fits():
+    key, ran, notes = chosen({})
+    assert key == (4, 4) and ran == [(4, 4, "bf16", "fp8")]
+    assert len(notes) == 7 and notes[-1].startswith("no layout fits")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +128,7 @@ def test_weights_alone_decide_where_they_can_wait(train, shard, optimizer, waits
 
     def holds(device, host):
         search = Search(work, find_gpu("h200"), budget=CONTEXT + device, host_budget=host)
-        return search.may_hold(tier)
+        return search.holds(tier)
 
     counted = Search(work, find_gpu("h200"), budget=GIB, host_budget=None)._weights_of(tier)
     blocks, states = counted.blocks + counted.reward_blocks, counted.host_states
