@@ -1,6 +1,6 @@
 """Define the options of a rollout and the models they run on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -83,6 +83,10 @@ OPTIONS = {
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
     "every second step": Option(precise(stride=2)),
     "strides by σ": Option(precise(stride=STRIDES)),
+    "strides by σ, FP8 attention": Option(precise(stride=STRIDES, fp8_attention=EVERYWHERE)),
+    "strides by σ, FP8 both": Option(
+        precise(stride=STRIDES, fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)
+    ),
     **{f"TeaCache {limit:g}": Option(precise(teacache=limit)) for limit in TEACACHE},
     **{f"first block {limit:g}": Option(precise(first_block_cache=limit)) for limit in FIRST_BLOCK},
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
@@ -112,6 +116,7 @@ class Subject:
     num_inference_steps: int
     reward: LatentRewardModel | None = None
     engines: dict[str, RolloutEngine] = field(default_factory=dict)
+    checked: dict[tuple[str, Sequence[int]], RolloutEngine] = field(default_factory=dict)
 
     @cached_property
     def negative(self) -> dict[str, torch.Tensor]:
@@ -140,15 +145,45 @@ class Subject:
 
     def gradient(self, name: str) -> torch.Tensor:
         """Return PRFL's gradient ``[P]`` after an option's rollout, at the same steps for all."""
+        self.feedback(name, MANY)
+        model = self.adapted if OPTIONS[name].lora else self.model
+        return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])
+
+    def feedback(self, name: str, steps: Sequence[int]) -> None:
+        """Run a PRFL step with gradient at some steps, and keep the engine of its rollouts."""
         assert self.reward is not None
         option = OPTIONS[name]
         model = self.adapted if option.lora else self.model
         options: Any = {"guidance": self._guidance(option), "weight": 1.0}
         options |= {"num_inference_steps": self.num_inference_steps}
         options["rollout"] = option.config or NO_ENGINE
-        step = PRFL(model, self.reward, FlowUniPC(), GradientPlan.prfl(len(MANY)), **options)
-        step(self.noise, self.conditions, indices=MANY)
-        return variance.flat_gradient([p for p in model.parameters() if p.requires_grad])
+        step = PRFL(model, self.reward, FlowUniPC(), GradientPlan.prfl(len(steps)), **options)
+        step(self.noise, self.conditions, indices=steps)
+        self.checked[name, steps] = step.engine
+
+    def in_prfl(self, name: str) -> dict[str, Any]:
+        """Return the drift of PRFL's rollouts with an option, and the forwards that it reused.
+
+        Of the plan's draws the first, the typical and the last run. The drift is what the engine's
+        check finds, the largest of all steps.
+        """
+        outcomes = GradientPlan.prfl(len(MANY)).outcomes(self.num_inference_steps)
+        first, last = (
+            tuple(point.step for point in points) for _, points in (outcomes[0], outcomes[-1])
+        )
+        draws = dict.fromkeys((first, MANY, last))
+        for steps in draws:
+            if (name, steps) not in self.checked:
+                self.feedback(name, steps)
+        self.model.zero_grad()
+        engines = [self.checked[name, steps] for steps in draws]
+        drifts = [max((engine.drift or {0: 0.0}).values()) for engine in engines]
+        return {
+            "drift": max(drifts),
+            "forwards": sum(engine.reuse.forwards for engine in engines),
+            "saved": sum(engine.reuse.saved for engine in engines),
+            "blocks": len(self.model.blocks),
+        }
 
     def latents(self, name: str) -> dict[int, torch.Tensor]:
         """Return the latents of a whole rollout by the step they lie before."""

@@ -14,7 +14,7 @@ DESCRIPTIONS = {
     "peers": "* memory methods of other libraries on one model: bytes, copies, FLOPs, time",
     "alignment": "train a small generator and its reward model, compare methods over training",
     "methods": "* reward gradients by method: time, memory, FLOPs and variance",
-    "rollout": "* a rollout by option: time, FLOPs, memory, drift; a step's work by part",
+    "rollout": "* a rollout by option: time, FLOPs, memory, drift; work by part and by point",
     "scale": "* a rank of 1 to 64 GPUs on fake tensors: bytes, communication, FLOPs",
     "host": "* host time and calls of operations and of a block at tiny sizes, on one CPU thread",
     "step": "* a PRFL step by part, in seconds: the reference, eager, compiled, prfl_fast",

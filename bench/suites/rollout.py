@@ -2,13 +2,14 @@
 
 Costs are of whole rollouts at the size that suits the machine, with random weights; drift is that
 of a tiny model trained in the small world, whose velocities point somewhere. At Wan's sizes FLOPs,
-bytes moved and caches are counted on fake tensors. Beside it, the work of a whole step by part.
+bytes moved and caches are counted on fake tensors. Beside it, the work of a whole step by part, and
+the cost of a gradient point with each option over that of the reference's way.
 """
 
 import functools
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import report
@@ -17,8 +18,9 @@ from experiments import rollout_options, small_world
 from harness import PRESETS, Context, SuiteResult, Table, UnavailableError
 from method_specs import MANY, SOLVER_STEPS, one_thread
 
+from prfl_fast import RolloutConfig
 from prfl_fast.rollout.trajectory import relative_distance
-from suites import rollout_counts, split
+from suites import gradient_point, rollout_counts, split
 
 SHOWN = (10, 20, 30, SOLVER_STEPS)  # steps whose drift the table has
 
@@ -46,6 +48,8 @@ def drift_records(trained: rollout_options.Subject, context: Context) -> list[di
             record["reuse"] = {"forwards": done.forwards, "saved": done.saved}
         if name != against:
             record["gradient"] = compared(gradient(name), gradient(against))
+        if name in gradient_point.inexact(options):
+            record["in_prfl"] = trained.in_prfl(name)
         records.append(record)
     return records
 
@@ -152,7 +156,7 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
     for i, record in enumerate(shown):
         curve = {step: value for step, value in record["by_step"].items() if value > 0}
         style = {"color": colors[i % len(colors)], "marker": "o", "markersize": 2.5}
-        style["linestyle"] = "-" if i < len(colors) else "--"
+        style["linestyle"] = ("-", "--", ":")[i // len(colors) % 3]
         # The first is nearly covered by what includes it.
         style["linewidth"], style["alpha"] = (1.2, 1.0) if i else (3.5, 0.5)
         axes.plot(list(curve), list(curve.values()), label=record["option"], **style)
@@ -168,14 +172,18 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
 def run(context: Context) -> SuiteResult:
     on_cpu = context.device.type == "cpu"
     context.refuse_large()
-    tables, figures, counted, splits = [], {}, [], []
+    tables, figures, counted = [], {}, Counted([], [], [])
+    configs = gradient_point.inexact(rollout_options.options(context))
     if on_cpu:
         with small_world.workers(context) as pool:
-            counted, splits = _counts(context, pool)
-        tables = [rollout_counts.table(counted), split.table(splits)]
-        figures["split.png"] = split.flops_figure(splits)
+            counted = _counts(context, pool, list(configs.values()))
+        tables = [rollout_counts.table(counted.rollouts), split.table(counted.splits)]
+        figures["split.png"] = split.flops_figure(counted.splits)
     trained = rollout_options.trained_subject(context)
     drifts = drift_records(trained, context)
+    points = [r for each in counted.points for r in gradient_point.records(each, configs, drifts)]
+    if on_cpu:
+        tables.append(gradient_point.table(points))
     with one_thread(context.device):
         costs = cost_records(rollout_options.subject(context), context)
     preset, num_inference_steps = rollout_options.timed_size(context)
@@ -185,7 +193,7 @@ def run(context: Context) -> SuiteResult:
     )
     tables.insert(0, table(costs, drifts, context, about))
     figures["rollout_drift.png"] = drift_figure(drifts)
-    records = [*costs, *drifts, *counted, *splits]
+    records = [*costs, *drifts, *counted.rollouts, *counted.splits, *points]
     return SuiteResult(tables, records, figures, exactness(drifts) if on_cpu else [])
 
 
@@ -203,10 +211,20 @@ def exactness(drifts: list[dict[str, Any]]) -> list[str]:
     return problems
 
 
-def _counts(context: Context, pool: Executor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Count rollouts and the split of a step on fake tensors."""
-    work = [(f, PRESETS[name]) for f in (rollout_counts.count, split.count) for name in split.SIZES]
+class Counted(NamedTuple):
+    """Hold what is counted on fake tensors: rollouts, splits of a step, and gradient points."""
+
+    rollouts: list[dict[str, Any]]
+    splits: list[dict[str, Any]]
+    points: list[gradient_point.Counts]
+
+
+def _counts(context: Context, pool: Executor, configs: list[RolloutConfig]) -> Counted:
+    """Count rollouts, the split of a step, and the work of a point with each configuration."""
+    sizes = [PRESETS[name] for name in split.SIZES]
+    work: list[tuple[Any, ...]] = [(rollout_counts.count, size) for size in sizes]
+    work += [(split.count, size) for size in sizes]
+    work += [(gradient_point.count, PRESETS[name], configs) for name in gradient_point.SIZES]
     jobs = [small_world.submit(pool, *each) for each in work]
-    found = small_world.results_of(jobs, context, "counting")
-    half = len(split.SIZES)
-    return sum(found[:half], []), sum(found[half:], [])
+    found, n = small_world.results_of(jobs, context, "counting"), len(sizes)
+    return Counted(sum(found[:n], []), sum(found[n : 2 * n], []), found[2 * n :])

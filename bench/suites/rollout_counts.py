@@ -16,6 +16,7 @@ from suites.memory_step import DEPTHS, Case, uniform
 from suites.split import line, total
 
 EIGHT_BITS = ("prfl_fast::fp8_linear", "prfl_fast::rollout_attention", "aten::_scaled_mm")
+SPARSE = "prfl_fast::sparse_attention"
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,33 @@ OPTIONS = {
 
 
 class EightBits(CostLedger):
-    """Add up the FLOPs of products of 8 bits by phase, too."""
+    """Add up the FLOPs of 8-bit products and attention by phase, too.
 
-    def __init__(self) -> None:
+    Block-sparse attention on fake tensors has the FLOPs of a dense one, as their lists of blocks
+    have no values; here it has the share ``density`` of them.
+    """
+
+    def __init__(self, density: float = 1.0) -> None:
         super().__init__()
-        self.eight_bits: dict[str, int] = {}
+        self.eight_bits: dict[str, Cost] = {}
+        self._density = density
 
     def on_operation(self, func, args, kwargs, given, fresh, out):
+        name = func._schema.name
         before = self.costs().get(self.phase, Cost()).flops
         super().on_operation(func, args, kwargs, given, fresh, out)
-        if func._schema.name in EIGHT_BITS:
-            added = self.costs()[self.phase].flops - before
-            self.eight_bits[self.phase] = self.eight_bits.get(self.phase, 0) + added
+        sparse = name == SPARSE
+        if not sparse and name not in EIGHT_BITS:
+            return
+        added = self.costs()[self.phase].flops - before
+        if sparse:
+            left_out = round((1 - self._density) * added)
+            self.count(attention_flops=-left_out)
+            added -= left_out
+        if not sparse or "exact" not in [a for a in args if isinstance(a, str)]:  # its variant
+            kind = "attention_flops" if "attention" in name else "matmul_flops"
+            known = self.eight_bits.get(self.phase, Cost())
+            self.eight_bits[self.phase] = total(known, Cost(**{kind: added}))
 
 
 Tally = dict[str, Cost]
@@ -95,7 +111,7 @@ def _tally(preset: Preset, option: Counted, depth: int, num_inference_steps: int
                 run.velocity(x, 0, linears=linears, attention=attention)
             costs = {"opening": Cost()} | ledger.costs()
             costs["caches"] = Cost(moved_bytes=held if run is not None else 0)
-            costs["8 bits"] = Cost(matmul_flops=ledger.eight_bits.get("forward", 0))
+            costs["8 bits"] = ledger.eight_bits.get("forward", Cost())
             return costs
 
 
@@ -113,7 +129,7 @@ def count(preset: Preset, num_inference_steps: int = SOLVER_STEPS) -> list[dict[
         whole = total(found["opening"], *[found["forward"]] * num_inference_steps)
         record = {"case": "rollout counted", "preset": preset.name, "option": name}
         record |= {"num_inference_steps": num_inference_steps, "flops": whole.flops}
-        record["eight_bit_flops"] = num_inference_steps * found["8 bits"].matmul_flops
+        record["eight_bit_flops"] = num_inference_steps * found["8 bits"].flops
         record["moved_bytes"] = whole.moved_bytes
         record["cache_bytes"] = found["caches"].moved_bytes
         records.append(record)

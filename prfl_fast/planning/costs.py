@@ -50,7 +50,7 @@ class Cost:
 
 def _kind(name: str) -> str:
     """Return the field of ``Cost`` for the FLOPs of an operation."""
-    if not (name.startswith("prfl_fast::attention") or "dot_product" in name):
+    if "attention" not in name:
         return "matmul_flops"
     return "attention_backward_flops" if "backward" in name else "attention_flops"
 

@@ -33,7 +33,7 @@ def inline(monkeypatch, one_round):
 def tiny(monkeypatch):
     """Shrink the suites rollout, methods and step to minimal sizes."""
     from experiments import rollout_options
-    from suites import methods, rollout, rollout_counts, split, step
+    from suites import gradient_point, methods, rollout, rollout_counts, split, step
 
     size = replace(TINY, layers=2)
     for module in (rollout_options, methods, step):
@@ -46,7 +46,8 @@ def tiny(monkeypatch):
     shown = {n: o for n, o in rollout_options.OPTIONS.items() if n in wanted or o.cuda}
     shown = {n: replace(o, against="no engine", lora=False) for n, o in shown.items()}
     monkeypatch.setattr(rollout_options, "OPTIONS", shown)
-    monkeypatch.setattr(split, "SIZES", ("wan1.3b-480p",))
+    for module in (split, gradient_point):
+        monkeypatch.setattr(module, "SIZES", ("wan1.3b-480p",))
     monkeypatch.setattr(rollout, "PRESETS", {"wan1.3b-480p": size})
     few = {name: rollout_counts.OPTIONS[name] for name in ("unpatched", "FP8 both")}
     monkeypatch.setattr(rollout_counts, "OPTIONS", few)

@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 import torch
-from experiments import calibrated_rollout
+from experiments import calibrated_rollout, rollout_options
 
 from prfl_fast.feedback.calibration import HEADROOM
 
@@ -28,6 +28,7 @@ def test_a_calibrated_rollout_trains_as_well_as_an_exact_one(start):
     settings = calibrated_rollout.Settings()
     found = calibrated_rollout.calibrated(start, settings)
     exact, chosen = found.measured[0], found.chosen
+    assert chosen.options == {"stride": rollout_options.STRIDES}  # a row of suite rollout
     assert exact.rollout_flops >= 2.5 * chosen.rollout_flops
     assert chosen.cosine >= 0.99 and chosen.drift <= HEADROOM * calibrated_rollout.DRIFT
     arms = {}

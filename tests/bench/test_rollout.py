@@ -134,15 +134,15 @@ def test_what_a_cpu_emulates_has_no_time(inline, tiny, tmp_path, capsys):
     assert status == 0, capsys.readouterr().err
     suite = record["suites"]["rollout"]
     tables = {table["name"]: table for table in suite["tables"]}
-    assert list(tables) == ["rollout", "rollout-wan", "split"]
+    assert list(tables) == ["rollout", "rollout-wan", "split", "gradient-point"]
     rows = {row[0]: row[1:] for row in tables["rollout"]["rows"]}
     assert "caches, compiled blocks" not in rows
-    for name, (seconds, of_compared, flops, peak, *drift, off, cosine, against) in rows.items():
+    for name, (seconds, of_compared, flops, peak, *drift, _, against) in rows.items():
         emulated = rollout_options.OPTIONS[name].eight_bits
         assert (seconds == "–") == (of_compared == "–") == (peak == "–") == emulated, name
         assert flops != "–"
-        assert (drift[0] == "–") == (off == "–") == (cosine == "–") == (against == "–")
-    assert rows["caches"][4:] == ["0", "0", "0", "1.00000", rollout_options.PLAIN]
+        assert all((cell == "–") == (against == "–") for cell in drift), name
+    assert rows["caches"][4:] == ["0", "0", "0", "1.00000", "–", rollout_options.PLAIN]
     for name in ("FP8 both", "every second step"):
         assert rows[name][5] not in ("0", "–") and rows[name][6] not in ("0", "–")
     assert suite["figures"] == ["rollout_drift.png", "split.png"]
@@ -151,6 +151,10 @@ def test_what_a_cpu_emulates_has_no_time(inline, tiny, tmp_path, capsys):
     # Of 4 steps: the caches are those of 2, too.
     half = replace(rollout_options.subject(make_context()), num_inference_steps=2)
     assert costs["every second step"]["flops"] == harness.count_flops(lambda: half.run("caches"))
+    points = tables["gradient-point"]["rows"]
+    assert [row[1] for row in points][3:] == ["FP8 both", "every second step"]
+    drift = {c["option"]: c for c in suite["cases"] if c["case"] == "drift"}["FP8 both"]
+    assert float(points[3][-1].split()[0]) == pytest.approx(drift["in_prfl"]["drift"], abs=6e-5)
 
 
 def test_caches_that_change_a_bit_are_a_problem():
@@ -182,9 +186,24 @@ def test_gradient_of_an_option_is_prfls_after_its_rollout(tiny):
     assert 0 < harness.relative_error(other, exact) < 1
 
 
+def test_drift_in_prfl_is_what_the_engines_find_before_several_draws(tiny, monkeypatch):
+    reusing = replace(rollout_options.OPTIONS["FP8 both"].config, first_block_cache=1e9)
+    options = {"reusing": rollout_options.Option(reusing)} | rollout_options.OPTIONS
+    monkeypatch.setattr(rollout_options, "OPTIONS", options)
+    trained = rollout_options.trained_subject(make_context())
+    found = trained.in_prfl("reusing")
+    # One point in steps 0 … 2: no step before the first draw, then two steps, twice the same.
+    assert [steps for _, steps in trained.checked] == [(0,), (2,)]
+    assert found["drift"] == max(trained.checked["reusing", (2,)].drift.values()) > 0
+    # The second step runs the first of 4 blocks.
+    assert found["forwards"] == 2 and found["blocks"] == 4 and found["saved"] == 0.75
+    assert all(p.grad is None for p in trained.model.parameters())
+
+
 def test_options_whose_steps_cost_differently_have_no_time_on_a_gpu():
     chosen = [name for name, option in rollout_options.OPTIONS.items() if option.by_level]
     reusing = [n for n in rollout_options.OPTIONS if n.startswith(("TeaCache ", "first block "))]
     assert len(reusing) == 8
     fp8, guided = ["FP8 both, σ ≥ 0.8", "FP8 both, σ ≤ 0.8"], "guidance, σ ≤ 0.97"
-    assert chosen == [*fp8, "strides by σ", *reusing, guided]
+    strides = [n for n in rollout_options.OPTIONS if n.startswith("strides by σ")]
+    assert chosen == [*fp8, *strides, *reusing, guided] and len(strides) == 3
