@@ -156,7 +156,7 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
     for i, record in enumerate(shown):
         curve = {step: value for step, value in record["by_step"].items() if value > 0}
         style = {"color": colors[i % len(colors)], "marker": "o", "markersize": 2.5}
-        style["linestyle"] = ("-", "--", ":")[i // len(colors) % 3]
+        style["linestyle"] = ("-", "--", ":", "-.")[i // len(colors) % 4]
         # The first is nearly covered by what includes it.
         style["linewidth"], style["alpha"] = (1.2, 1.0) if i else (3.5, 0.5)
         axes.plot(list(curve), list(curve.values()), label=record["option"], **style)
