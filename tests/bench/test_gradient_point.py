@@ -186,14 +186,18 @@ def test_table_has_the_cheapest_threshold_within_the_limit(by_hand):
 
 
 def test_the_verdict_names_rows_that_reach_both_goals_within_the_limit(by_hand, monkeypatch):
-    monkeypatch.setattr(gradient_point, "GOALS", {"with SFT": 2.5, "without SFT": 3.0})
+    monkeypatch.setattr(gradient_point, "GOALS", {"with SFT": 2.8, "without SFT": 3.0})
     steps = GradientPlan.prfl(5).expected_forwards(40) / 5
-    left = min(240 / 2.5 - 51, 220 / 3 - 31)  # for a rollout and its checks
+    left = min(240 / 2.8 - 51, 220 / 3 - 31)  # for a rollout and its checks
     every = math.ceil(10 * (steps + 4 / 5) / (left - 5 * steps))
-    conditions = f"with a drift check in one of {every} trajectories or more"
-    weight = f"(without checks 8-bit FLOPs may count {left / (10 * steps):.2f})"
+    weight = f"(never checked, 8-bit FLOPs may count up to {left / (10 * steps):.2f})"
+    rarer = f"FP8 with check_every ≥ {every} {weight}; cache .2 with check_every ≥ {every}."
+    assert every > gradient_point.CHECK_EVERY
     found = gradient_point.table(by_hand).notes[-1]
-    assert f"reached by FP8 {conditions} {weight}; cache .2 {conditions}." in found
+    assert found.endswith(f"reached by no row, and if drift is checked less often by {rarer}")
+    monkeypatch.setattr(gradient_point, "GOALS", {"with SFT": 2.0, "without SFT": 2.0})
+    found = gradient_point.table(by_hand).notes[-1]
+    assert found.endswith("reached by exact, 5 points; FP8; cache .1; cache .2.")
     for row in by_hand:
         row["drift"] = 0.021
     found = gradient_point.table(by_hand)
