@@ -25,10 +25,16 @@ Objectives = Annotated[
 
 
 def _check_memory(
-    memory: Literal["auto"] | sections.MemorySection, train: str, precision: str
+    memory: Literal["auto"] | sections.MemorySection, train: str, hardware: sections.HardwareSection
 ) -> None:
+    precision, fp8 = hardware.precision, hardware.fp8_linears
+    ok, hint = not fp8 or precision == "bf16", "Its products return bfloat16: set precision: bf16"
+    check(ok, "hardware.fp8_linears", fp8, "false with precision: fp32", hint=hint)
     if memory != "auto":
         check_compatible(memory.build(), train=train, precision=precision)
+        ok, dtype = not fp8 or memory.weight_dtype in ("fp32", "bf16"), memory.weight_dtype
+        hint = "It quantizes the weights of each product itself: set memory.weight_dtype: bf16"
+        check(ok, "hardware.fp8_linears", fp8, f"false with {dtype} weights", hint=hint)
         return
     wanted = "bf16 with memory: auto, which plans for bfloat16"
     check(precision == "bf16", "hardware.precision", precision, wanted)
@@ -109,7 +115,7 @@ class TrainFile(Section):
         precision = self.hardware.precision
         frozen = self.reward_memory.build()
         check_compatible(frozen, train=None, precision=precision, name="reward_memory")
-        _check_memory(self.memory, "full" if self.lora is None else "lora", precision)
+        _check_memory(self.memory, "full" if self.lora is None else "lora", self.hardware)
         same = self.memory != "auto" or self.reward_memory == sections.RewardMemorySection()
         hint = "Leave out reward_memory, which memory: auto plans too"
         check(same, "memory", self.memory, "a mapping beside reward_memory", hint=hint)
@@ -189,7 +195,7 @@ class TrainRewardFile(Section):
         if self.eval is not None:
             share, wanted = self.eval.held_out, "no value with lose_data; give eval.data"
             check(share is None or self.lose_data is None, "eval.held_out", share, wanted)
-        _check_memory(self.memory, "full", self.hardware.precision)
+        _check_memory(self.memory, "full", self.hardware)
         return self
 
 
@@ -220,4 +226,6 @@ class ScoreFile(Section):
         check(known, "out", self.out, "a name that ends in .jsonl or .csv")
         if isinstance(self.reward, ReferenceReward) and self.model is None:
             raise ValueError("model is missing, expected the generator's folder for this reward")
+        fp8 = self.hardware.fp8_linears
+        check(not fp8, "hardware.fp8_linears", fp8, "false: scores are exact")
         return self

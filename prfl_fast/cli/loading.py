@@ -20,6 +20,7 @@ from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.blocks import TEXT_TOKENS
 from prfl_fast.models.conditions import LATENT, MASKS, OF_PROMPT, TEXT, TEXTS, stack_conditions
 from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.fp8_blocks import check_fp8_linears
 from prfl_fast.models.loading import expert_folders, load_transformer, transformer_class
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import Precision, check_finite
@@ -33,8 +34,15 @@ from prfl_fast.utils.modules import unwrap
 
 
 def device_of(hardware: HardwareSection) -> torch.device:
-    """Return the device of a configuration; raise ``ValueError`` if it does not exist."""
-    name, device = hardware.device, None
+    """Return the device of a configuration; raise ``ValueError`` if it lacks it or FP8 products."""
+    device = _device_named(hardware.device)
+    if hardware.fp8_linears:
+        check_fp8_linears(device, "hardware.device")
+    return device
+
+
+def _device_named(name: str) -> torch.device:
+    device = None
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(RuntimeError):

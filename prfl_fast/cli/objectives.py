@@ -17,6 +17,7 @@ from prfl_fast.data.loader import LoadedBatches
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
+from prfl_fast.models.fp8_blocks import use_fp8_linears
 from prfl_fast.models.registry import patch
 from prfl_fast.models.velocity import Precision
 from prfl_fast.parallel.ranks import Ranks
@@ -124,6 +125,7 @@ def _frozen_copy(config: TrainFile, device: torch.device) -> nn.Module:
     copy = loading.load_model(config.model, torch.float32 if kind == "fp32" else torch.bfloat16)
     apply_memory(copy, MemoryConfig(weight_dtype=kind), device=device)
     copy.requires_grad_(False)
+    use_fp8_linears(copy, config.hardware.fp8_linears)  # else its rounding would be a difference
     return patch(copy) if config.hardware.patch else copy
 
 

@@ -278,6 +278,7 @@ def next_policy(
         policies, peak = (found.memory, found.reward_memory), found.peak
     else:
         narrower = config.lora is not None and config.memory.weight_dtype in ("fp32", "bf16")
+        narrower = narrower and not config.hardware.fp8_linears
         other = "fp8 or nf4 weights in a new run, " if narrower else ""
         return f"no policy is known to take less: {other}fewer frames or pixels, or a smaller batch"
     precision = "" if config.hardware.precision == "bf16" else " with hardware.precision: bf16"

@@ -436,6 +436,9 @@ class HardwareSection(Section):
     precision: Literal["fp32", "bf16"] = key(
         "fp32", "Compute dtype; bf16 runs fp32 weights under autocast."
     )
+    fp8_linears: bool = key(
+        False, "Train with linear layers in FP8 (approximate); rollouts stay exact. Needs bf16."
+    )
     patch: bool = key(True, "Run the models on fused kernels.")
     compile_blocks: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
         "auto", "torch.compile of the blocks; auto compiles if the GPU waits for the host."
@@ -450,8 +453,7 @@ class RewardMemorySection(Section):
     )
     activation_checkpointing: ActivationCheckpointing = key(
         "none",
-        "Recomputation in the backward: of nothing, of whole blocks, or of blocks without "
-        "their self-attention.",
+        "Recomputation in the backward: nothing, whole blocks, or blocks without self-attention.",
     )
     offload: Offload | None = key(
         None, "Keep saved activations in host memory; null keeps them on the device."

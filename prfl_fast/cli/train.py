@@ -48,6 +48,7 @@ from prfl_fast.memory.policy import MemoryConfig, apply_memory, check_available
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.experts import NAMES, Experts
+from prfl_fast.models.fp8_blocks import use_fp8_linears
 from prfl_fast.models.registry import patch, unpatch
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -207,6 +208,7 @@ def _load_models(
 
     def without_values(module: nn.Module) -> None:
         apply_memory(module, memory)
+        use_fp8_linears(module, config.hardware.fp8_linears)
         on_kernels(module)
 
     folders, boundary = loading.folders_of(config.model)
@@ -222,6 +224,7 @@ def _load_models(
         loading.check_data(dataset, model.backbone, "the reward model")
     if not in_parts:
         apply_memory(transformer, memory, device=job.device_for(memory))
+        use_fp8_linears(transformer, config.hardware.fp8_linears)
     for model in models:
         apply_memory(model, reward_memory, device=job.device_for(reward_memory))
     _add_lora(config, transformer)
@@ -286,6 +289,7 @@ def _train_reward(config: TrainRewardFile, options: RunOptions, job: Job) -> int
     for source in (d for d in (dataset, held_out) if d is not None):
         loading.check_data(source, reward.backbone, "the reward model")
     apply_memory(reward, memory, device=job.device_for(memory))
+    use_fp8_linears(reward.backbone, config.hardware.fp8_linears)
     reward.check_savable(out / "reward")  # now, not after the training
     taken = (out / "evaluation.json").is_dir()
     check(not taken, "out", str(out), "one without a folder evaluation.json")
@@ -419,6 +423,8 @@ def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     memory = ("optimizer", "gradient_dtype", *MemoryConfig.FREE)
     free = {f"{section}.{k}" for section in ("memory", "reward_memory") for k in memory}
     free |= {"hardware.device", "hardware.compile_blocks", *(f"rollout.{k}" for k in _FREE)}
+    if not config.hardware.fp8_linears:  # runs from before this key go on
+        free.add("hardware.fp8_linears")
     return {name: value for name, value in flat.items() if name not in free}
 
 

@@ -60,6 +60,7 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
         "sft": not {"sft", "rwr"}.isdisjoint(config.objectives),  # one forward of clean latents
         "ema": config.run.ema_decay is not None,
         "patched": config.hardware.patch,
+        "fp8_linears": config.hardware.fp8_linears,
     }
     if lora is not None:
         fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
@@ -91,6 +92,7 @@ def fields_of_reward_run(config: TrainRewardFile, dataset: LatentDataset | None)
         "sft": False,
         "ema": config.run.ema_decay is not None,
         "patched": config.hardware.patch,
+        "fp8_linears": config.hardware.fp8_linears,
     }
     if lora is not None:
         fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}

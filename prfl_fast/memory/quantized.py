@@ -19,6 +19,7 @@ from torch import nn
 from prfl_fast.kernels import quantize_fp8
 from prfl_fast.memory.host_weights import is_torchao
 from prfl_fast.models.experts import members
+from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import forget, is_plain_linear, unwrap
@@ -239,7 +240,7 @@ def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, n
             children = {base: children[base]}
     for name, child in children.items():
         whole = f"{prefix}.{name}"
-        if isinstance(child, QuantizedLinear) or type(child) is nn.Linear:
+        if isinstance(child, (QuantizedLinear, Fp8Linear)) or type(child) is nn.Linear:
             yield module, name, child, whole
         else:
             yield from _linears(child, whole)
@@ -266,8 +267,9 @@ def _quantize_blocks(
     for _, _, layer, name in found:
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
             raise ValueError(
-                f"{name} has hooks, a replaced forward or a quantized weight, "
-                "expected a plain nn.Linear. Quantize the model before they are added"
+                f"{name} is a {type(layer).__name__} with hooks, a replaced forward, FP8 products "
+                "or a quantized weight, expected a plain nn.Linear. Quantize the model before they "
+                "are added"
             )
     forget(unwrap(model))
     while found:

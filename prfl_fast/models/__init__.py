@@ -5,6 +5,7 @@ from prfl_fast.models.blocks import BlockParts, transformer_block
 from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.conversion import convert_wan, merge_lora
 from prfl_fast.models.experts import Experts
+from prfl_fast.models.fp8_blocks import use_fp8_linears
 from prfl_fast.models.layers import (
     CrossAttention,
     ModulatedFeedForward,
@@ -36,5 +37,6 @@ __all__ = [
     "read_lora",
     "transformer_block",
     "unpatch",
+    "use_fp8_linears",
     "write_lora",
 ]

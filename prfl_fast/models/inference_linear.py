@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from prfl_fast.kernels import fp8_linear, quantize_fp8
 from prfl_fast.kernels.linear.fp8 import unsupported_reason
+from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.utils.modules import is_plain_linear
 
 
@@ -112,8 +113,8 @@ class Matrix(NamedTuple):
 
 
 def _has_matrix(layer: nn.Module) -> bool:
-    # A layer of prfl_fast.memory.quantized has the method.
-    return is_plain_linear(layer) or hasattr(layer, "dequantize")
+    # A layer of prfl_fast.memory.quantized has the method. FP8 products of training do not count.
+    return is_plain_linear(layer) or isinstance(layer, Fp8Linear) or hasattr(layer, "dequantize")
 
 
 def as_matrix(layer: nn.Module) -> Matrix | str:
@@ -166,7 +167,8 @@ class Layers:
     def _exact(self, layer: nn.Module, matrix: Matrix, dtype: torch.dtype) -> Layer:
         base = matrix.base
         if not matrix.adapters:
-            return Dense(base.weight, base.bias) if is_plain_linear(base) else base
+            plain = isinstance(base.weight, torch.Tensor)
+            return Dense(base.weight, base.bias) if plain else base
         if not self._merge_lora:
             return layer
         if isinstance(base.weight, torch.Tensor):

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.stream import stream_weights
+from prfl_fast.models.fp8_blocks import use_fp8_linears
 from prfl_fast.models.registry import patch
 from prfl_fast.planning.fake_mode import FastFakeTensorMode, WithoutInitialization
 from prfl_fast.planning.fake_ranks import OwnChunks
@@ -67,6 +68,7 @@ def build(
         transformer_of(model).text_tokens = workload.text_tokens
     # Weights on the meta device cannot be streamed: stream_models does it later.
     apply_memory(trained, dataclasses.replace(memory, stream_weights=None))
+    use_fp8_linears(transformer_of(trained), workload.fp8_linears)
     for reward in rewards:
         apply_memory(reward, dataclasses.replace(reward_memory, stream_weights=None))
     if workload.train == "lora":

@@ -138,9 +138,12 @@ def _tiers(workload: Workload, weight_dtype: str, optimizer: str) -> list[Tier]:
     check_choice("optimizer", optimizer, ("auto", *OPTIMIZERS))
     adapters = workload.train == "lora"
     quantized = adapters and workload.reward_loss is None  # LoRA of a reward model is merged
+    quantized = quantized and not workload.fp8_linears
     ok = quantized or weight_dtype in ("auto", "bf16")
     hint = "Quantized weights cannot train: set train to lora"
-    expected = "auto or bf16 with train full, and for a reward model"
+    if workload.fp8_linears:
+        hint = "fp8_linears quantizes the weights of each product itself"
+    expected = "auto or bf16 with train full, with fp8_linears, and for a reward model"
     check(ok, "weight_dtype", weight_dtype, expected, hint=hint)
     every = WEIGHTS if quantized else ("bf16",), ("adamw",) if adapters else OPTIMIZERS
     weights = every[0] if weight_dtype == "auto" else (weight_dtype,)

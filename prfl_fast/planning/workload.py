@@ -53,6 +53,7 @@ class Workload:
         sft: a supervised step follows each PRFL step.
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
+        fp8_linears: the trained model has :func:`prfl_fast.models.use_fp8_linears`.
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
         ranks: GPUs of the run. The plan is of one of them.
         parallel: split of weights and samples over them; the planner tries what is ``"auto"``.
@@ -84,6 +85,7 @@ class Workload:
     sft: bool = True
     ema: bool = False
     patched: bool = True
+    fp8_linears: bool = False
     precision: Literal["fp32", "bf16"] = "bf16"
     ranks: int = 1
     parallel: ParallelConfig = ParallelConfig()

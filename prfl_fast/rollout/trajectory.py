@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.models.adapter import Conditions, not_inference, set_first_frame
 from prfl_fast.models.experts import Experts
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.models.velocity import Velocity, bind_velocity, model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine, RolloutSession
@@ -217,7 +218,7 @@ class Trajectory:
         expected, hint = "a step that the stride of this rollout keeps", "Name it in visit."
         check(stop in self._kept, "stop", stop, expected, hint=hint)
         model = model_of(self._sampler.transformer)
-        with ending_pass(model), self._opened(stop) as session:
+        with ending_pass(model), exact_linears(), self._opened(stop) as session:
             self._compare(session)
             while self.index < stop:
                 index, shift = self.index, None
