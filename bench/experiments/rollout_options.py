@@ -14,6 +14,7 @@ from torch import nn
 import prfl_fast
 from experiments import small_world, variance
 from prfl_fast import PRFL, FlowUniPC, GradientPlan, Guidance, LatentRewardModel, RolloutConfig
+from prfl_fast.models import use_fp8_linears
 from prfl_fast.rollout import RolloutEngine, Sampler, Trajectory
 from prfl_fast.training import add_lora
 
@@ -42,6 +43,7 @@ class Option:
         against: the option that it is compared with.
         lora: the model has adapters. guidance: sequential or batched; None has none.
         cuda: measured on CUDA only.
+        fp8_steps: the steps with gradient run their linear layers in FP8.
     """
 
     config: RolloutConfig | None
@@ -49,6 +51,7 @@ class Option:
     lora: bool = False
     guidance: bool | None = None
     cuda: bool = False
+    fp8_steps: bool = False
 
     @property
     def eight_bits(self) -> bool:
@@ -92,6 +95,8 @@ OPTIONS = {
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
     "LoRA, caches": Option(CACHES, "LoRA, no engine", lora=True),
     "LoRA merged": Option(replace(CACHES, merge_lora=True), "LoRA, no engine", lora=True),
+    "FP8 gradient steps": Option(None, fp8_steps=True),
+    "LoRA, FP8 gradient steps": Option(None, "LoRA, no engine", lora=True, fp8_steps=True),
     "guidance in one batch": Option(CACHES, "guidance in one batch", guidance=True),
     "guidance, two calls": Option(CACHES, "guidance in one batch", guidance=False),
     "guidance, σ ≤ 0.97": Option(
@@ -158,7 +163,9 @@ class Subject:
         options |= {"num_inference_steps": self.num_inference_steps}
         options["rollout"] = option.config or NO_ENGINE
         step = PRFL(model, self.reward, FlowUniPC(), GradientPlan.prfl(len(steps)), **options)
+        use_fp8_linears(model, option.fp8_steps)
         step(self.noise, self.conditions, indices=steps)
+        use_fp8_linears(model, False)
         self.checked[name, steps] = step.engine
 
     def in_prfl(self, name: str) -> dict[str, Any]:

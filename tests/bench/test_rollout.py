@@ -184,6 +184,9 @@ def test_gradient_of_an_option_is_prfls_after_its_rollout(tiny):
     assert torch.equal(variance.flat_gradient(list(model.parameters())), exact)
     other = trained.gradient("FP8 both")
     assert 0 < harness.relative_error(other, exact) < 1
+    other = trained.gradient("FP8 gradient steps")
+    assert 0 < harness.relative_error(other, exact) < 0.2
+    assert torch.equal(trained.gradient("caches"), exact)
 
 
 def test_drift_in_prfl_is_what_the_engines_find_before_several_draws(tiny, monkeypatch):

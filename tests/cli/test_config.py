@@ -20,6 +20,7 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.rollout.config import RolloutConfig
 
 BF16 = "hardware: {precision: bf16}\n"
+FP8 = "hardware: {precision: bf16, fp8_linears: true}\n"
 LORA = "lora: {lora_rank: 4}\n"
 BASE = "model: m\ndata: d\nout: o\nreward: r\nrun: {steps: 3}\n"
 REWARD = BASE.replace("reward: r\n", "")
@@ -279,6 +280,8 @@ BAD = {
     "reward_memory: {weight_dtype: nf4}": "reward_memory.weight_dtype is 'nf4', expected fp32 with",
     f"{BF16}memory: {{weight_dtype: nf4}}": "weight_dtype is 'nf4', expected fp32 or bf16 without",
     f"{BF16}memory: {{weight_dtype: bf16, optimizer: paged-adamw8bit}}": "trains fp32 weights only",
+    "hardware: {fp8_linears: true}": "hardware.fp8_linears is True, expected false with precision",
+    f"{FP8}{LORA}memory: {{weight_dtype: nf4}}": "fp8_linears is True, expected false with nf4 we",
     "model: twice": "key 'model' appears twice",
     "1: 2": "key 1 is not a string",
     "a: [": "not YAML",
@@ -309,6 +312,8 @@ BAD_FILES = [
     ("train-reward", REWARD + NF4.replace("nf4", "bf16"), "precision: bf16"),
     ("score", SCORE.replace("s.csv", "s.txt"), "out is 's.txt', expected a name that ends in .j"),
     ("score", SCORE + "timesteps: [1001]\n", "timesteps[0] is 1001, expected a whole number of"),
+    ("train-reward", REWARD + "hardware: {fp8_linears: true}\n", "set precision: bf16"),
+    ("score", SCORE + FP8, "fp8_linears is True, expected false: scores are exact"),
     ("score", SCORE.replace("reward: r", PARTS), "model is missing"),
 ]
 

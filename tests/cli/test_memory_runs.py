@@ -53,6 +53,25 @@ def test_train_under_a_memory_policy(root, tmp_path, changes):
     assert all(record["sft/grad_norm"] > 0 for record in records)
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_with_fp8_linears_resumes_and_keeps_them(root, tmp_path, capsys, lora):
+    fp8 = {"hardware": {"precision": "bf16", "fp8_linears": True}, "run.save_every": 1}
+    fp8 |= {"lora.lora_rank": 2} if lora else {"memory": {"weight_dtype": "bf16"}}
+    whole = train(root, tmp_path / "whole", {**fp8, "run.steps": 2})
+    train(root, tmp_path / "parts", {**fp8, "run.steps": 1})
+    off = {**fp8, "hardware": {"precision": "bf16"}, "run.steps": 2}
+    assert call("train", root, tmp_path / "parts", off) == 2
+    assert "made with hardware.fp8_linears = True, this run has None" in one_line(capsys, "train")
+    train(root, tmp_path / "parts", {**fp8, "run.steps": 2})
+    exact = train(root, tmp_path / "exact", off)
+    name = "pytorch_lora_weights" if lora else "diffusion_pytorch_model"
+    path = f"step-00000002/model/{name}.safetensors"
+    states = [load_tensors(tmp_path / run / path) for run in ("whole", "parts", "exact")]
+    assert_same(states[0], states[1])
+    assert states[0].keys() == states[2].keys()
+    assert all(a["sft/grad_norm"] != b["sft/grad_norm"] for a, b in zip(whole, exact, strict=True))
+
+
 def test_the_weights_that_train_start_as_the_file_has_them(root, tmp_path, monkeypatch):
     """bf16 is read from float32 and rounded once; what diffusers keeps in float32 is not."""
     cast = Mock(wraps=memory.cast_weights)

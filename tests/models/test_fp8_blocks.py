@@ -1,4 +1,4 @@
-"""Models whose blocks train in FP8: which layers, gradients, memory policies, rollouts, refusals."""
+"""Models whose blocks train in FP8: layers, gradients, memory policies, rollouts, refusals."""
 
 import copy
 

@@ -127,6 +127,14 @@ def test_bad_arguments(calls, train, options, message):
     assert not calls
 
 
+def test_fp8_linears_have_plain_weights(calls):
+    work = small_workload(fp8_linears=True)
+    with pytest.raises(ValueError, match="is 'fp8', .* with fp8_linears.* quantizes the weights"):
+        planner.plan_memory(work, weight_dtype="fp8")
+    tried = {tier.weight_dtype for tier in planner._tiers(work, "auto", "auto")}
+    assert tried == {"bf16"} and not calls
+
+
 def test_a_gradient_plan_trains_the_model():
     message = r"gradient_plan is .*RolloutConfig.*, expected GradientPlan"
     with pytest.raises(TypeError, match=message):

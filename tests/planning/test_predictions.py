@@ -41,6 +41,13 @@ CASES |= {
         OPTIMIZERS, ("parameter", "fp32"), (1, 2), (1, 2)
     )
 }
+CASES |= {
+    f"FP8 linears {train} {mode} {offload}": (
+        replace(WORK, train=train, fp8_linears=True),
+        MemoryConfig("bf16", mode, offload),
+    )
+    for train, (mode, offload) in itertools.product(("lora", "full"), (MODES[0], MODES[3]))
+}
 CASES["streamed, adamw-cpu"] = (
     FULL,
     MemoryConfig("bf16", "full", optimizer="adamw-cpu", stream_weights=1),
