@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from prfl_fast.models.adapter import not_inference
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.rewards.evaluation import classification_metrics
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.noising import (
@@ -180,7 +181,7 @@ def logits_by_timestep(
     check_seed(seed)
     generator = torch.Generator().manual_seed(torch_seed(plain(seed)))
     found: dict[int, list[torch.Tensor]] = {t: [] for t in timesteps}
-    with evaluation_mode(reward):
+    with evaluation_mode(reward), exact_linears():
         for videos in batches:
             noise = noise_of_samples(videos[0][0], generator)
             for t in timesteps:

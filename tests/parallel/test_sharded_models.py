@@ -26,6 +26,7 @@ from prfl_fast.memory.policy import MemoryConfig, apply_memory
 from prfl_fast.memory.quantized import quantize
 from prfl_fast.models.compiled_blocks import compile_blocks
 from prfl_fast.models.experts import Experts
+from prfl_fast.models.fp8_blocks import use_fp8_linears
 from prfl_fast.models.loading import load_transformer
 from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.models.velocity import ModelCall
@@ -364,6 +365,8 @@ def narrow(kind, mesh=None):
         mixed_layout(model)
     elif kind == "gathered in bf16":
         call, options = ModelCall(model, "bf16"), {"param_dtype": torch.bfloat16}
+    elif kind == "fp8 linears":
+        use_fp8_linears(model)
     elif kind != "fp32":
         quantize(model, kind)
         add_lora(model, 4)
@@ -388,6 +391,7 @@ def narrow(kind, mesh=None):
 def test_narrow_weights():
     pytest.importorskip("bitsandbytes")
     kinds = {"fp32": 1e-5, "mixed": 0.03, "gathered in bf16": 0.03, "fp8": 0.03, "nf4": 0.03}
+    kinds["fp8 linears"] = 0.03
     expected = {kind: narrow(kind)[0] for kind in kinds}
 
     def errors():
