@@ -127,7 +127,8 @@ def table(
         "gradient off: relative L2 distance of PRFL's gradient after such a rollout to the one of "
         f"the option named last, at steps {', '.join(map(str, MANY))} with the same noise, and "
         "their cosine: of all parameters, with LoRA of the adapters; the reward reads "
-        f"{rollout_options.REWARD_BLOCKS} blocks of the generator, its head is not trained.",
+        f"{rollout_options.REWARD_BLOCKS} blocks of the generator, its head is not trained. FP8 "
+        "gradient steps (hardware.fp8_linears) follow an exact rollout.",
     ]
     if context.device.type == "cpu":
         notes.append(

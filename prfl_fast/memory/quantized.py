@@ -267,9 +267,8 @@ def _quantize_blocks(
     for _, _, layer, name in found:
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
             raise ValueError(
-                f"{name} is a {type(layer).__name__} with hooks, a replaced forward, FP8 products "
-                "or a quantized weight, expected a plain nn.Linear. Quantize the model before they "
-                "are added"
+                f"{name} has hooks, a replaced forward, FP8 products or a quantized weight, "
+                "expected a plain nn.Linear. Quantize the model before they are added"
             )
     forget(unwrap(model))
     while found:

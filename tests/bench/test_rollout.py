@@ -184,7 +184,8 @@ def test_gradient_of_an_option_is_prfls_after_its_rollout(tiny):
     assert torch.equal(variance.flat_gradient(list(model.parameters())), exact)
     other = trained.gradient("FP8 both")
     assert 0 < harness.relative_error(other, exact) < 1
-    other = trained.gradient("FP8 gradient steps")
+    rollout_options.OPTIONS["FP8 steps"] = rollout_options.Option(None, fp8_steps=True)
+    other = trained.gradient("FP8 steps")
     assert 0 < harness.relative_error(other, exact) < 0.2
     assert torch.equal(trained.gradient("caches"), exact)
 
