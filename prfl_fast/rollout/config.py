@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prfl_fast.models.step_cache import COEFFICIENTS, TeaCacheModel
 from prfl_fast.utils.checks import check, check_choice, check_count, check_positive, is_number
 
 Interval = tuple[float, float]
-# Noise levels from the lowest to the highest, and the stride there.
-Stride = tuple[float, float, int]
+# Noise levels from the lowest to the highest, and the stride or the solver's order there.
+ByLevel = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class RolloutConfig:
             begins; steps with gradient are always single steps. Or a stride for each of several
             intervals of noise levels, as (lowest, highest, stride): the first one that holds the
             level applies, and outside of all the stride is 1.
+        solver_order: order of ``FlowUniPC`` in rollout steps, 1, 2 or 3, in place of the
+            scheduler's own: everywhere, or for intervals of noise levels as those of ``stride``,
+            outside of which it is the scheduler's. An order is that of a step's predictor, and of
+            the corrector that improves its result one step later. Steps with gradient keep the
+            scheduler's order.
         guidance_interval: noise levels between which the rollout has guidance (Kynkäänniemi et al.,
             arXiv 2404.07724). A step outside runs one branch only; None guides all steps.
         drift_limit: largest relative L2 distance from an exact rollout. If a check exceeds it, all
@@ -62,7 +67,8 @@ class RolloutConfig:
     teacache: float = 0.0
     teacache_model: TeaCacheModel | None = None
     first_block_cache: float = 0.0
-    stride: int | Sequence[Stride] = 1  # 2: 0.53 of the time, drift 4.4e-2
+    stride: int | Sequence[ByLevel] = 1  # 2: 0.53 of the time, drift 4.4e-2
+    solver_order: int | Sequence[ByLevel] | None = None
     guidance_interval: Interval | None = None
     drift_limit: float | None = None
     check_every: int = 10
@@ -83,31 +89,41 @@ class RolloutConfig:
         if self.teacache_model is not None:
             check_choice("teacache_model", self.teacache_model, tuple(COEFFICIENTS))
             check(self.teacache > 0, "teacache_model", self.teacache_model, "None without teacache")
-        self._check_stride()
+        self._set_levels("stride")
+        if self.solver_order is not None:
+            self._set_levels("solver_order")
+            given = self.solver_order
+            for order in [given] if isinstance(given, int) else [n for *_, n in given]:
+                check_choice("solver_order", order, (1, 2, 3))
         check_count("check_every", self.check_every)
         if self.drift_limit is not None:
             check_positive("drift_limit", self.drift_limit)
         expected = "True with merge_lora, compile='on', FP8 or reused residuals"
         check(self.cache or not self.needs_model, "cache", self.cache, expected)
 
-    def _check_stride(self) -> None:
-        if not isinstance(self.stride, (tuple, list)):
-            check_count("stride", self.stride)
+    def _set_levels(self, name: str) -> None:
+        """Check a count or the counts of intervals of noise levels, and store them as tuples."""
+        value = getattr(self, name)
+        if not isinstance(value, (tuple, list)):
+            check_count(name, value)
             return
-        strides = []
-        for i, part in enumerate(self.stride):
+        found = []
+        for i, part in enumerate(value):
             ok = isinstance(part, (tuple, list)) and len(part) == 3 and _is_interval(part[:2])
-            expected = "(lowest, highest, stride) with noise levels in 0 … 1"
-            check(ok, f"stride[{i}]", part, expected)
-            check_count(f"stride[{i}][2]", part[2])
-            strides.append((float(part[0]), float(part[1]), part[2]))
-        object.__setattr__(self, "stride", tuple(strides))
+            word = name.removeprefix("solver_")
+            expected = f"(lowest, highest, {word}) with noise levels in 0 … 1"
+            check(ok, f"{name}[{i}]", part, expected)
+            check_count(f"{name}[{i}][2]", part[2])
+            found.append((float(part[0]), float(part[1]), part[2]))
+        object.__setattr__(self, name, tuple(found))
 
     def stride_at(self, sigma: float) -> int:
         """Return the stride of a rollout step that begins at a noise level."""
-        if isinstance(self.stride, int):
-            return self.stride
-        return next((n for low, high, n in self.stride if low <= sigma <= high), 1)
+        return _at(self.stride, sigma, 1)
+
+    def order_at(self, sigma: float) -> int | None:
+        """Return the solver's order there; None is the scheduler's own."""
+        return _at(self.solver_order, sigma, None)
 
     @property
     def skips(self) -> bool:
@@ -128,17 +144,25 @@ class RolloutConfig:
     @property
     def inexact(self) -> bool:
         """Return True if results may differ from an exact rollout by more than rounding."""
-        return self.fp8 or self.reuses or self.calls_less
+        return self.fp8 or self.reuses or self.changes_sampler
 
     @property
-    def calls_less(self) -> bool:
-        """Return True if the rollout skips steps or branches, which takes no access to blocks."""
-        return self.skips or self.guidance_interval is not None
+    def changes_sampler(self) -> bool:
+        """Return True if the solver, its steps or guidance differ, which needs no model."""
+        by_level = self.solver_order is not None or self.guidance_interval is not None
+        return self.skips or by_level
 
     @property
     def needs_model(self) -> bool:
         """Return True if the user set an option that needs access to the model's blocks."""
         return self.merge_lora or self.compile == "on" or self.fp8 or self.reuses
+
+
+def _at(value: Any, sigma: float, outside: Any) -> Any:
+    """Return the entry of a noise level: of one value for all levels, or of intervals."""
+    if not isinstance(value, tuple):
+        return value
+    return next((n for low, high, n in value if low <= sigma <= high), outside)
 
 
 def _is_interval(levels: Sequence[object]) -> bool:

@@ -135,8 +135,8 @@ class RolloutEngine:
     """Run the steps without gradient of all of one model's trajectories.
 
     An engine is an argument of :class:`prfl_fast.rollout.trajectory.Trajectory`. Between runs it
-    holds no tensor. For a velocity function, ``stride`` and ``guidance_interval`` are the only
-    options that apply.
+    holds no tensor. For a velocity function, ``stride``, ``solver_order`` and
+    ``guidance_interval`` are the only options that apply.
 
     Attributes:
         fallen_back: True after a check measured more drift than allowed; rollouts are then exact.
@@ -192,21 +192,30 @@ class RolloutEngine:
         """Return True if the next rollout may leave out steps of the schedule."""
         return self._active.skips
 
+    def order_at(self, sigma: float) -> int | None:
+        """Return the solver's order in the next rollout at a level; None is the scheduler's own."""
+        return self._active.order_at(sigma)
+
+    @property
+    def sets_order(self) -> bool:
+        """Return True if the next rollout chooses the solver's order."""
+        return self._active.solver_order is not None
+
     def guides(self, sigma: float | None) -> bool:
         """Return True if steps at this noise level have guidance; None is an exact step."""
         interval = self._active.guidance_interval
         return sigma is None or interval is None or interval[0] <= sigma <= interval[1]
 
     @property
-    def calls_less(self) -> bool:
-        """Return True if the next rollout skips steps or branches."""
-        return self._active.calls_less
+    def changes_sampler(self) -> bool:
+        """Return True if the next rollout has another solver, fewer steps or fewer branches."""
+        return self._active.changes_sampler
 
     @property
     def inexact(self) -> bool:
         """Return True if the next rollout has inexact steps."""
         by_model = self._active.fp8 or self._active.reuses
-        return self.calls_less or (by_model and self._supported)
+        return self.changes_sampler or (by_model and self._supported)
 
     @property
     def reuses(self) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.kept_steps import check_orders
 from prfl_fast.rollout.schedulers import check_deterministic, fresh_copy
 from prfl_fast.utils.checks import check, check_count, check_type, make_fields_plain
 
@@ -30,7 +31,8 @@ class Sampler:
     Raises:
         TypeError: if the model is unsupported, or an attribute has the wrong type.
         ValueError: if ``num_inference_steps`` is not a positive integer, ``rollout`` has an
-            interval of guidance without ``guidance``, or a diffusers scheduler predicts something
+            interval of guidance without ``guidance`` or a solver order for another scheduler than
+            ``FlowUniPC``, or a diffusers scheduler predicts something
             other than the velocity or draws random numbers.
     """
 
@@ -49,5 +51,7 @@ class Sampler:
         if self.rollout is not None and self.guidance is None:
             interval = self.rollout.guidance_interval
             check(interval is None, "guidance_interval", interval, "None without guidance")
+        if self.rollout is not None and self.rollout.solver_order is not None:
+            check_orders(self.scheduler)
         object.__setattr__(self, "scheduler", fresh_copy(self.scheduler))
         check_deterministic(self.scheduler, self.num_inference_steps)

@@ -289,12 +289,28 @@ class FlowUniPC(_FlowScheduler):
             return sigmas, torch.tensor([int(t) for t in times], dtype=torch.int64, device="cpu")
         return sigmas, _float32(times)
 
+    def restrict(self, indices: Sequence[int], orders: Sequence[int] | None = None) -> None:
+        """Keep only the steps ``indices``, each of its own of ``orders``; None leaves ``order``.
+
+        See :meth:`_FlowScheduler.restrict`. Raise ``ValueError`` too if there is not one order, 1,
+        2 or 3, for every index.
+        """
+        super().restrict(indices)
+        if orders is not None:
+            ok = len(orders) == len(indices) and all(order in (1, 2, 3) for order in orders)
+            check(ok, "orders", list(orders), f"{len(indices)} of 1, 2 or 3")
+            self._set_orders(tuple(orders))
+
     def _reset(self) -> None:
         self._previous: torch.Tensor | None = None
         self._predictions: list[torch.Tensor] = []
+        self._set_orders((self.order,) * len(self._times))
+
+    def _set_orders(self, orders: tuple[int, ...]) -> None:
+        self._history = max(orders, default=self.order)
         # Here, because a step may run on fake tensors, which have no values.
         dtypes = (torch.float32, torch.float64) if self._sigmas else ()
-        self._updates = {dtype: unipc_updates(self._sigmas, self.order, dtype) for dtype in dtypes}
+        self._updates = {dtype: unipc_updates(self._sigmas, orders, dtype) for dtype in dtypes}
 
     def _advance(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         tensors = [sample, velocity]
@@ -313,7 +329,7 @@ class FlowUniPC(_FlowScheduler):
             correct = update.correct
             self._previous = sample if correct is None else flow_step(tensors, list(correct))
             prediction = flow_step([sample, velocity], [1.0, -self._sigmas[index]])
-            self._predictions = [prediction, *self._predictions][: self.order]
+            self._predictions = [prediction, *self._predictions][: self._history]
         return prev_sample
 
 
@@ -468,32 +484,3 @@ def schedule_sigmas(scheduler: Any, timesteps: Sequence[torch.Tensor]) -> tuple[
         scale = _config(scheduler).get("num_train_timesteps", 1000)
         levels = [float(t) / scale for t in timesteps]
     return tuple([*levels, 0.0][: len(timesteps) + 1])
-
-
-def keep_levels(scheduler: Any, indices: Sequence[int]) -> None:
-    """Keep only the steps ``indices``; raise ``ValueError`` for a foreign scheduler."""
-    if not isinstance(scheduler, _FlowScheduler):
-        raise ValueError(
-            f"scheduler is {type(scheduler).__name__}, expected FlowUniPC or FlowEuler for a "
-            "rollout with stride above 1: only they can skip levels of their schedule"
-        )
-    scheduler.restrict(indices)
-
-
-def strided_steps(
-    start: int, num_inference_steps: int, strides: Sequence[int], visit: Sequence[int]
-) -> list[int]:
-    """Return the steps of a rollout whose step ``i`` covers ``strides[i]`` of the schedule.
-
-    Both ends and the steps ``visit`` are included.
-    """
-    # A step with gradient covers one level, so the step after it is included, and the stride
-    # restarts there.
-    landings = sorted({start, num_inference_steps, *visit, *(step + 1 for step in visit)})
-    spans = zip(landings, landings[1:], strict=False)
-    steps = []
-    for here, there in spans:
-        while start <= here < there:
-            steps.append(here)
-            here += strides[here]
-    return [*steps, num_inference_steps]

@@ -18,14 +18,9 @@ from prfl_fast.models.velocity import Velocity, bind_velocity, model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine, RolloutSession
 from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.kept_steps import keep_levels, strided_steps
 from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import (
-    detach_state,
-    keep_levels,
-    schedule_sigmas,
-    start_trajectory,
-    strided_steps,
-)
+from prfl_fast.rollout.schedulers import detach_state, schedule_sigmas, start_trajectory
 from prfl_fast.utils.checks import check, check_type, is_count
 from prfl_fast.utils.optional import progress_bar
 from prfl_fast.utils.sharded import ending_pass, largest_of_ranks, shares_weights
@@ -118,10 +113,13 @@ class Trajectory:
         self._engine = engine
         self._inexact = engine is not None and engine.inexact
         self._kept = list(range(start, count + 1))
-        if engine is not None and engine.skips:
+        if engine is not None and (engine.skips or engine.sets_order):
             strides = [engine.stride_at(sigma) for sigma in self._sigmas]
             self._kept = strided_steps(start, count, strides, visit)
-            keep_levels(self.scheduler, self._kept[:-1])
+            orders = [engine.order_at(s) for s in self._sigmas] if engine.sets_order else None
+            for step in visit if orders is not None else ():
+                orders[step] = None
+            keep_levels(self.scheduler, self._kept[:-1], orders)
         self._sampler, self._start = sampler, start
         self._first_x: torch.Tensor | None = None
         self._shadow: Trajectory | None = None
@@ -259,7 +257,7 @@ class Trajectory:
         x = self.x[:1].expand(copies * len(self.x), *self.x.shape[1:])
         timesteps = {index: self.model_timestep(index).repeat(copies) for index in sorted(needed)}
         with engine.open(x, timesteps, self._branches, self._guided) as session:
-            if session is None and not engine.calls_less:
+            if session is None and not engine.changes_sampler:
                 self._inexact, self._shadow = False, None
             if self._inexact and not self._counted:
                 self._counted = True

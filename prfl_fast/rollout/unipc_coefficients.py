@@ -34,32 +34,34 @@ class _Levels:
 
 @lru_cache(maxsize=16)
 def unipc_updates(
-    sigmas: tuple[float, ...], order: int, dtype: torch.dtype
+    sigmas: tuple[float, ...], orders: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[tuple[Update, ...], ...]:
-    """Return the updates ``[step][steps taken before it, at most order]``; ``sigmas`` end in 0.
+    """Return the updates ``[step][steps taken before it, at most the largest order]``.
 
+    ``sigmas`` end in 0. Entry i of ``orders`` is that of the predictor of step i, and of the
+    corrector that improves its result at step i + 1. Fewer steps before or after it lower it.
     ``dtype`` is that of the arithmetic, float32 or float64. Official Wan, HY-Video-PRFL and
     diffusers use float32, which moves the weight of a velocity by up to 4e-6 (40 steps, shift 5).
     """
     levels = _Levels(sigmas, dtype)
     return tuple(
-        tuple(_unipc_update(levels, order, index, taken) for taken in range(min(index, order) + 1))
+        tuple(_unipc_update(levels, orders, index, n) for n in range(min(index, max(orders)) + 1))
         for index in range(len(sigmas) - 1)
     )
 
 
-def _unipc_update(levels: _Levels, order: int, index: int, taken: int) -> Update:
+def _unipc_update(levels: _Levels, orders: tuple[int, ...], index: int, taken: int) -> Update:
     count = len(levels.sigmas) - 1
     here = levels.sigmas[index]
     past = [index - 1 - k for k in range(taken)]  # newest first, as the history
     # Predictor: the data are x0 predicted here and at `ahead` earlier levels.
-    ahead = min(order, count - index, taken + 1) - 1
+    ahead = min(orders[index], count - index, taken + 1) - 1
     p_x, p_here, p_past = _bh_update(levels, index, past[:ahead])
     if taken == 0:
         return Update(None, (p_x + p_here, -here * p_here))
     # Corrector, of the order the last predictor had: the data are x0 at the last level, earlier
     # ones, and here.
-    behind = min(order, count - index + 1, taken)
+    behind = min(orders[index - 1], count - index + 1, taken)
     c_x, c_last, c_others = _bh_update(levels, index - 1, [*past[1:behind], index])
     c_here = c_others.pop()
     c_past = _padded([c_last, *c_others], taken)

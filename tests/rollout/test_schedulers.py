@@ -119,6 +119,63 @@ def test_a_trajectory_may_start_inside_the_schedule(order, start):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+class UniPCByStep(diffusers.UniPCMultistepScheduler):
+    """diffusers' UniPC with an order for each step, kept for the corrector of the next."""
+
+    def __init__(self, orders, **options):
+        super().__init__(**options)
+        self.orders = orders
+
+    def multistep_uni_p_bh_update(self, *args, order, **kwargs):
+        self.this_order = min(order, self.orders[self.step_index])
+        return super().multistep_uni_p_bh_update(*args, order=self.this_order, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [
+        *([n] * 6 for n in ORDERS),
+        [2, 1, 3, 3, 1, 2],
+        [3, 3, 3, 1, 1, 3],
+        [1, 3, 2, 3, 3, 3],
+        [1, 1, 1, 1, 1, 2],
+    ],
+    ids=lambda orders: "".join(map(str, orders)),
+)
+@pytest.mark.parametrize("field", [None, nonlinear_field], ids=["random", "nonlinear"])
+def test_orders_of_kept_steps_are_those_of_diffusers_over_their_levels(orders, field):
+    """Steps of several levels, each with its own order, at any time of the trajectory."""
+    kept = [0, 3, 4, 7, 9, 11]
+    ours = started(unipc(5.0, 2), 12)
+    ours.restrict(kept, orders)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    theirs = UniPCByStep(orders, **flow, flow_shift=5.0, solver_order=3)
+    started(theirs, 12, wide=True)
+    theirs.sigmas, theirs.timesteps = theirs.sigmas[[*kept, 12]], theirs.timesteps[kept]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 3, 4, 4, generator=generator, dtype=torch.float64)
+    given = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in kept]
+    if field is None:
+        ends = [take(s, x, s.timesteps, lambda *_, v=iter(given): next(v)) for s in (ours, theirs)]
+    else:
+        ends = [take(s, x, s.timesteps, field) for s in (ours, theirs)]
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+    second = started(unipc(5.0, 2), 12)
+    second.restrict(kept)
+    if field is None:
+        end = take(second, x, second.timesteps, lambda *_, v=iter(given): next(v))
+    else:
+        end = take(second, x, second.timesteps, field)
+    assert torch.equal(ends[0], end) == (orders == [2] * 6)
+
+
+@pytest.mark.parametrize("orders", [[2] * 3, [2, 2, 4, 1], [0] * 4])
+def test_orders_that_do_not_fit_are_refused(orders):
+    scheduler = started(unipc(), 8)
+    with pytest.raises(ValueError, match="orders is .*expected 4 of 1, 2 or 3"):
+        scheduler.restrict([0, 2, 4, 6], orders)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradient_of_the_whole_trajectory_equals_diffusers(order):
     """Every velocity of 5 steps, through predictor, corrector and history."""

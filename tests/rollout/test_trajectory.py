@@ -15,8 +15,9 @@ from prfl_fast.models.velocity import ModelCall, model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.kept_steps import strided_steps
 from prfl_fast.rollout.sampler import Sampler
-from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC, schedule_sigmas, strided_steps
+from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC, schedule_sigmas
 from prfl_fast.rollout.trajectory import Trajectory, rollout
 
 TEXT, NEGATIVE = CONDITIONS["text"], gaussian(2, 4, seed=3)
@@ -145,6 +146,75 @@ def test_fewer_steps_refuse_what_they_cannot_do():
     for begin in (-1, 4):
         with pytest.raises(ValueError, match="begin_index is"):
             scheduler.set_begin_index(begin)
+
+
+def with_order(order, visit=(), *, stride=1, scheduler=None, x=NOISE):
+    """Return the latents after each of 12 steps of which ``visit`` have gradient."""
+    config = RolloutConfig(solver_order=order, stride=stride, check_every=1000)
+    engine = RolloutEngine(field, config)
+    engine.trajectories = 1  # the first would be checked
+    sampler = Sampler(field, scheduler or FlowUniPC(), 12, rollout=config)
+    trajectory = Trajectory(sampler, x, CONDITIONS, engine=engine, visit=visit)
+    seen = []
+    with torch.no_grad():
+        for step in visit:
+            trajectory.run(step, lambda: seen.append(trajectory.x))
+            trajectory.move_to(trajectory.solve(trajectory.velocity()))
+            seen.append(trajectory.x)
+        trajectory.run(12, lambda: seen.append(trajectory.x))
+    return seen
+
+
+def by_hand(orders, kept=range(12)):
+    scheduler = FlowUniPC()
+    scheduler.set_timesteps(12)
+    scheduler.restrict(list(kept), orders)
+    x, seen = NOISE, []
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            (x,) = scheduler.step(velocity(x, t), t, x)
+            seen.append(x)
+    return seen
+
+
+def test_orders_follow_the_noise_level_and_leave_gradient_steps_alone():
+    sigmas = trajectory_of(FlowUniPC(), 12)._sigmas
+    levels = ((0.9, 1.0, 1), (0.5, 0.8, 3))
+    orders = [1 if s >= 0.9 else 3 if 0.5 <= s <= 0.8 else 2 for s in sigmas[:12]]
+    assert set(orders) == {1, 2, 3}
+    for visit in ((), (2, 7, 8)):
+        expected = [2 if i in visit else order for i, order in enumerate(orders)]
+        assert expected != orders or not visit
+        seen = with_order(levels, visit)
+        assert all(map(torch.equal, seen, by_hand(expected)))
+    strides = by_hand([3, 3, 3], [0, 4, 8])
+    assert all(map(torch.equal, with_order(3, stride=4), strides))
+    exact = with_order(None)
+    assert all(map(torch.equal, exact, with_order(2))) and len(exact) == 12
+    assert all(map(torch.equal, exact, with_order(((0.0, 0.0, 3),))))  # outside of it
+    assert not torch.equal(exact[-1], with_order(1)[-1])
+
+
+def test_drift_of_an_order_is_checked_and_past_its_limit_the_rollout_is_exact():
+    exact = with_order(None)
+    config = RolloutConfig(solver_order=1, drift_limit=1e-9)
+    engine = RolloutEngine(field, config)
+    trajectory = Trajectory(Sampler(field, FlowUniPC(), 12), NOISE, CONDITIONS, engine=engine)
+    with pytest.warns(RuntimeWarning, match="past drift_limit"):
+        trajectory.run(12)
+    assert engine.fallen_back and not engine.sets_order and len(engine.drift) == 2
+    assert torch.equal(trajectory.x, exact[-1])
+
+
+@pytest.mark.parametrize("make", [FlowEuler, diffusers_euler, diffusers_unipc])
+def test_other_schedulers_refuse_an_order(make):
+    name = type(make()).__name__
+    message = f"scheduler is '{name}', expected FlowUniPC with solver_order"
+    with pytest.raises(ValueError, match=message):
+        Sampler(field, make(), 12, rollout=RolloutConfig(solver_order=2))
+    engine = RolloutEngine(field, RolloutConfig(solver_order=((0, 1, 1),)))
+    with pytest.raises(ValueError, match=message):
+        trajectory_of(make(), 12, engine=engine)
 
 
 @pytest.mark.parametrize("make", [FlowEuler, FlowUniPC, diffusers_euler, diffusers_unipc])
