@@ -35,10 +35,10 @@ from prfl_fast.planning.presets import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = (
-    *("quickstart", "data", "sampling", "methods", "memory", "models", "families"),
-    *("trainers", "multi-gpu", "kernels", "configuration"),
+    *("quickstart", "data", "sampling", "methods", "rollouts", "memory", "models"),
+    *("families", "trainers", "multi-gpu", "kernels", "configuration"),
 )
-PYTHON = ("methods", "memory", "models", "families", "kernels")  # run in the same names
+PYTHON = ("methods", "rollouts", "memory", "models", "families", "kernels")  # run in the same names
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in GUIDES)]
 
 

@@ -85,6 +85,12 @@ OPTIONS = {
     f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(fp8_linears=NOISY, fp8_attention=NOISY)),
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
     "every second step": Option(precise(stride=2)),
+    "every fourth step": Option(precise(stride=4)),
+    **{
+        f"every {word} step, order {order}": Option(precise(stride=stride, solver_order=order))
+        for word, stride in (("second", 2), ("fourth", 4))
+        for order in (1, 3)
+    },
     "strides by σ": Option(precise(stride=STRIDES)),
     "strides by σ, FP8 attention": Option(precise(stride=STRIDES, fp8_attention=EVERYWHERE)),
     "strides by σ, FP8 both": Option(

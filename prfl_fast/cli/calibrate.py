@@ -15,7 +15,13 @@ from prfl_fast.cli.sections import RolloutSection
 from prfl_fast.cli.tables import print_table
 from prfl_fast.data.dataset import Batch, Winners
 from prfl_fast.data.manifest import LatentDataset
-from prfl_fast.feedback.calibration import OF_SEVERAL_STEPS, Sampled, calibrate, ladders
+from prfl_fast.feedback.calibration import (
+    OF_SEVERAL_STEPS,
+    Sampled,
+    calibrate,
+    ladders,
+    other_orders,
+)
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.rollout import engine
 from prfl_fast.training.checkpoint import latest_checkpoint
@@ -95,9 +101,12 @@ def _measure(
     config: TrainFile, step: PRFL, dataset: LatentDataset, device: torch.device
 ) -> dict[str, Any]:
     assert config.rollout.drift is not None
-    # All values of each option alone, and those of all but one beside others.
-    values = [len(each) for each in ladders(step, device).values()]
-    most = f"up to {2 * sum(values) - min(values)} options on {SAMPLES} batches each"
+    # All values of each option alone, strides with each order, and those of all but one beside
+    # others.
+    tried = ladders(step, device)
+    values = [len(each) for each in tried.values()]
+    count = 2 * sum(values) - min(values) + len(tried["stride"]) * len(other_orders(step))
+    most = f"up to {count} options on {SAMPLES} batches each"
     print(f"calibrating the rollout to a drift of {config.rollout.drift:g}: {most}", flush=True)
     batches: Any = batches_of(dataset, config)
     batches = Winners(batches) if dataset.pairs else batches

@@ -11,6 +11,7 @@ from prfl_fast.cli.reward_sections import ReferenceReward
 from prfl_fast.data.manifest import LatentDataset
 from prfl_fast.models.experts import NAMES
 from prfl_fast.models.loading import transformer_folder
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS
 
 # A file of weights is read in 64 places, so 56 GB take a second, not minutes. Another training of
@@ -43,6 +44,12 @@ def inputs_of(
         if config.prfl.guidance is not None:
             negative = Path(config.prfl.guidance.negative)
             found["prfl.guidance.negative: fingerprint"] = fingerprint(negative)
+        given = config.rollout.adapter
+        for number, path in enumerate(given if isinstance(given, tuple) else (given,)):
+            if path is not None:
+                label = "rollout.adapter" + (f"[{number}]" if isinstance(given, tuple) else "")
+                check(Path(path).exists(), label, path, "a file")  # before models are loaded
+                found[f"{label}: fingerprint"] = fingerprint(Path(path))
     return found
 
 

@@ -33,15 +33,15 @@ from prfl_fast.training.lora import DEFAULT_TARGETS
 from prfl_fast.training.preferences import BETA
 from prfl_fast.training.schedules import ScheduleName
 from prfl_fast.utils.checks import check
-from prfl_fast.utils.choices import EVALUATION_TIMESTEPS
 
 Level = Annotated[Number, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Level, Level], from_list]
 Strides = Annotated[
     tuple[Annotated[tuple[Level, Level, Count], from_list], ...], Field(min_length=1), from_list
 ]
-Timesteps = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1), from_list
+Order = Annotated[int, Field(ge=1, le=3)]
+Orders = Annotated[
+    tuple[Annotated[tuple[Level, Level, Order], from_list], ...], Field(min_length=1), from_list
 ]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Decay = Annotated[Number, Field(gt=0, lt=1)]
@@ -259,15 +259,17 @@ class RWRSection(Section):
 
 
 # Keys that rollout.drift chooses.
-_APPROXIMATE = "fp8_linears fp8_attention teacache first_block_cache stride guidance_interval"
-_OF_DRIFT = (*_APPROXIMATE.split(), "drift_limit")
+_OF_DRIFT = (
+    *"adapter fp8_linears fp8_attention teacache first_block_cache stride solver_order".split(),
+    *("guidance_interval", "drift_limit"),
+)
 
 
 class RolloutSection(Section):
     """The steps without gradient.
 
-    cache changes no bit, compile and merge_lora only rounding; FP8, teacache,
-    first_block_cache, stride and guidance_interval are approximate.
+    cache changes no bit, compile and merge_lora only rounding; adapter, FP8, teacache,
+    first_block_cache, stride, solver_order and guidance_interval are approximate.
     """
 
     drift: Positive | None = key(
@@ -281,6 +283,14 @@ class RolloutSection(Section):
     merge_lora: bool = key(False, "Add the adapters to the weights as each block runs; needs lora.")
     compile: Annotated[Literal["auto", "on", "off"], on_or_off] = key(
         "auto", "torch.compile of the blocks; auto compiles if the GPU waits for the host."
+    )
+    adapter: Text | Annotated[tuple[Text | None, Text | None], from_list] | None = key(
+        None,
+        "LoRA file that rollouts alone add to the weights, below lora, such as one distilled to "
+        "few steps (raise stride with it); [high, low] of two experts.",
+    )
+    adapter_scale: Number | Annotated[tuple[Number, Number], from_list] = key(
+        1.0, "Factor of adapter; [high, low] of two experts."
     )
     fp8_linears: Interval | None = key(
         None,
@@ -307,6 +317,11 @@ class RolloutSection(Section):
         1,
         "Solver steps that one step far from a gradient step covers; or a list of [lowest, "
         "highest, stride] by noise level, outside of which it is 1.",
+    )
+    solver_order: Order | Orders | None = key(
+        None,
+        "Order of UniPC in rollout steps; or a list of [lowest, highest, order] by noise level, "
+        "outside of which it is that of the sampler, as null is.",
     )
     guidance_interval: Interval | None = key(
         None,
@@ -342,56 +357,6 @@ class LoraSection(Section):
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1), from_list] = key(
         DEFAULT_TARGETS, "Ends of the names of the linear layers that get an adapter."
     )
-
-
-class EvalSection(Section):
-    """Evaluation of the generator: samples of held-out prompts and their rewards.
-
-    The log has the mean of each reward at the end of the sampler as eval/NAME, and at timesteps t
-    along it as eval/NAME/t. Step 0 is the generator before the training.
-    """
-
-    prompts: Text = key(
-        ..., "Folder of a dataset whose conditions and sizes are sampled; its latents are not used."
-    )
-    every: Count = key(100, "Optimizer steps between evaluations.")
-    seeds: Annotated[tuple[Index, ...], Field(min_length=1), from_list] = key(
-        (0,), "Seeds of the noise; each prompt is sampled with each of them."
-    )
-    codec: Text | None = key(
-        None,
-        "Pipeline or autoencoder that decodes the samples: frames go to samples/ and TensorBoard; "
-        "null decodes none.",
-    )
-
-
-class RewardEvalSection(Section):
-    """Evaluation on held-out samples, which do not train: in the run, and at its end.
-
-    The log has accuracy and loss by timestep as eval/…, evaluation.json those of the saved reward
-    model. Either data or held_out is required.
-    """
-
-    data: Text | None = key(None, "Folder of a dataset of labeled videos, or pairs.")
-    held_out: Annotated[Number, Field(gt=0, lt=1)] | None = key(
-        None, "Share of the dataset of the run that is held out, chosen by the samples' ids."
-    )
-    every: Count | None = key(100, "Optimizer steps between evaluations; null: at the end only.")
-    patience: Count | None = key(
-        None,
-        "Evaluations in a row without a higher mean accuracy that end the run; the reward model of "
-        "the best one is saved. null trains to the end.",
-    )
-    timesteps: Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the evaluation.")
-    batch_size: Count = key(1, "Videos, or pairs, in a forward pass.")
-
-    @model_validator(mode="after")
-    def _check_source(self) -> Self:
-        one = (self.data is None) != (self.held_out is None)
-        check(one, "held_out", self.held_out, "a share if there is no data, else none")
-        ok = self.patience is None or self.every is not None
-        check(ok, "patience", self.patience, "no value with every: null")
-        return self
 
 
 class ParallelSection(Section):

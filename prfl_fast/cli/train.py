@@ -183,6 +183,10 @@ def _check_experts(config: TrainFile, boundary: float | None) -> None:
         scale = None if guidance is None else guidance.guidance_scale
         one = not isinstance(scale, tuple)
         check(one, "prfl.guidance.guidance_scale", scale, "one number for one transformer")
+        for name in ("adapter", "adapter_scale"):
+            value = getattr(config.rollout, name)
+            one = not isinstance(value, tuple)
+            check(one, f"rollout.{name}", value, "one value for one transformer")
     elif config.lora is None:
         check(train in NAMES, "train", train, "high or low without lora", hint="Or add lora")
 

@@ -6,6 +6,7 @@ the forward of a block.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -166,12 +167,18 @@ def context_keys(parts: Any, context: torch.Tensor) -> ContextKeys:
 
 
 def block_keys(
-    blocks: Iterable[Any], cross: Callable[[Any], Any], context: torch.Tensor
+    blocks: Iterable[Any],
+    cross: Callable[[Any], Any],
+    context: torch.Tensor,
+    within: Callable[[Any, torch.dtype], AbstractContextManager[None]] = lambda *_: nullcontext(),
 ) -> list[ContextKeys]:
-    """Return the :func:`context_keys` of each block, whose cross-attention ``cross`` returns."""
+    """Return the :func:`context_keys` of each block, whose cross-attention ``cross`` returns.
+
+    ``within`` of a block and the context's dtype returns a context that changes its weights.
+    """
     keys = []
     for block in blocks:
-        with weights_of(block):
+        with weights_of(block), within(block, context.dtype):
             keys.append(context_keys(cross(block), context))
     return keys
 

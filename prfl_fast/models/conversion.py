@@ -62,7 +62,7 @@ def merge_lora(
 ) -> None:
     """Write a Wan model with a LoRA added to its weights.
 
-    The arithmetic is that of :meth:`prfl_fast.models.lora_files.LoraLayer.merge`. Arguments and
+    The arithmetic is that of :meth:`prfl_fast.models.lora_layer.LoraLayer.merge`. Arguments and
     errors are those of :func:`convert_wan`; None is the layout of ``source``.
 
     Raises:

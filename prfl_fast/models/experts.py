@@ -5,6 +5,7 @@ Timesteps t ≥ 1000·boundary run ``high``, all others ``low``.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -191,9 +192,11 @@ class _ExpertsRollout(RolloutModel):
 
         def open(name: str) -> RolloutModel:
             own = [t for t, of in zip(timesteps, names, strict=True) if of == name]
-            expert = model.use(name)
+            expert, given = model.use(name), options
+            if isinstance(options.adapter, tuple):
+                given = replace(options, adapter=options.adapter[NAMES.index(name)])
             with weights_of(unwrap(expert)):
-                return adapter.open_rollout(expert, like, own, conditions, options)
+                return adapter.open_rollout(expert, like, own, conditions, given)
 
         self._open, self._model = open, model
         self._current, self._opened = names[0], open(names[0])

@@ -30,6 +30,7 @@ from prfl_fast.models.inference_linear import (
     add_note,
     half_of,
 )
+from prfl_fast.models.rollout_adapter import NO_ADAPTER, RolloutAdapter, SharedAdapter
 from prfl_fast.models.sequence import shards_of
 from prfl_fast.models.step_cache import StepCache, StepCacheOptions
 from prfl_fast.utils.checks import check, check_choice
@@ -52,7 +53,8 @@ class RolloutOptions:
     """Options of an opened model's blocks; see :class:`prfl_fast.rollout.RolloutConfig`.
 
     ``timer`` compares the times of host and device in eager blocks. With ``stop_compiling``, ranks
-    that share weights run eager blocks if the compiler fails on any, and pass it the error.
+    that share weights run eager blocks if the compiler fails on any, and pass it the error. A
+    pair of adapters is that of two experts, (high, low).
     """
 
     merge_lora: bool = False
@@ -60,6 +62,19 @@ class RolloutOptions:
     timer: BlockTimer | None = None
     step_cache: StepCacheOptions = StepCacheOptions()
     stop_compiling: Callable[[RuntimeError], object] | None = None
+    adapter: SharedAdapter | tuple[SharedAdapter | None, SharedAdapter | None] | None = None
+
+    def open_adapter(
+        self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device
+    ) -> RolloutAdapter:
+        """Return the adapter of one bare Wan model, on a device; an empty one if there is none.
+
+        Raise ``ValueError`` if it does not fit the model.
+        """
+        if self.adapter is None:
+            return NO_ADAPTER
+        assert isinstance(self.adapter, SharedAdapter)
+        return self.adapter.open(model, blocks, device)
 
 
 def _eight_bit_attention(
@@ -210,9 +225,11 @@ class RolloutModel:
     Attributes:
         notes: reasons why layers stay unmerged or exact, though an option asks otherwise.
         step_cache: residuals of the last steps; None if no option asks for them.
+        adapter: changes the weights of modules while they run.
     """
 
     step_cache: StepCache | None = None
+    adapter: RolloutAdapter = NO_ADAPTER
 
     def __init__(
         self,
@@ -294,7 +311,7 @@ class RolloutModel:
             elif self._timer is not None:
                 run = functools.partial(self._timer, index, len(self._blocks), run)
             forwards.append((block, run))
-        with replaced_forwards(forwards):
+        with replaced_forwards([*self.adapter.outside(), *forwards]):
             return self._call(x, self._timesteps[step])
 
     def _cached_run(
@@ -311,17 +328,19 @@ class RolloutModel:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        x, time, rope = self._inputs(self._blocks[index], *args, **kwargs)
-        modulation = self._modulation(self._blocks[index], time)
-        parts = self._prepare(index, x, fp8, eight_bits)
-        shards = shards_of(self._blocks[index])
-        if shards is not None:
-            x = shards.enter(self._blocks[index], x)
-            eight_bits = parts.attend is _eight_bit_attention
-            given = shards.arguments(modulation, rope, parts, len(x), eight_bits=eight_bits)
-            modulation, rope, parts = given
-        # Contiguous before the compiled function: other strides would compile a second graph.
-        return self._block(x.contiguous(), self._keys[index], modulation, rope, parts)
+        block = self._blocks[index]
+        x, time, rope = self._inputs(block, *args, **kwargs)
+        with self.adapter.within(block, self._autocast or x.dtype):
+            modulation = self._modulation(block, time)
+            parts = self._prepare(index, x, fp8, eight_bits)
+            shards = shards_of(block)
+            if shards is not None:
+                x = shards.enter(block, x)
+                eight_bits = parts.attend is _eight_bit_attention
+                given = shards.arguments(modulation, rope, parts, len(x), eight_bits=eight_bits)
+                modulation, rope, parts = given
+            # Contiguous before the compiled function: other strides would compile a second graph.
+            return self._block(x.contiguous(), self._keys[index], modulation, rope, parts)
 
     def _prepare(self, index: int, x: torch.Tensor, fp8: bool, eight_bits: bool) -> BlockParts:
         """Return the parts of a block with the layers that run in its place."""

@@ -6,11 +6,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from prfl_fast.models.loading import COMFYUI, WAN
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.models.wan_weights import find_layer, rename_layer
 from prfl_fast.utils.adapters import ADAPTER_METADATA, PIPELINE_PART, pattern_value
 from prfl_fast.utils.checks import check, reason_of
@@ -39,44 +40,11 @@ _OTHERS = {
     r"\.hada_": "LoHa",
     r"\.lokr_": "LoKr",
     r"\.lora_mid": "LoCon",
-    r"\.diff(_b)?$": "weight differences",
+    r"\.diff(_b|_m)?$": "weight differences",
 }
 # Initial values that peft adds without changing the weights below.
 _INITIAL = (True, False, None, "gaussian", "eva")
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-
-
-class LoraLayer(NamedTuple):
-    """Low-rank change of one layer: ``weight + alpha / rank * up @ down``."""
-
-    down: torch.Tensor  # [rank, in], of a convolution [rank, in, ...]
-    up: torch.Tensor  # [out, rank], of a convolution [out, rank, 1, ...]
-    alpha: float
-    magnitude: torch.Tensor | None = None  # of DoRA: norms of the rows of the changed weight
-    bias: torch.Tensor | None = None  # of peft's ``lora_bias``: [out], scaled like the product
-
-    def delta(self) -> torch.Tensor:
-        """Return the change of the weight before DoRA, float32."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        product *= self.alpha / len(self.down)
-        return product.view(len(self.up), *self.down.shape[1:])
-
-    def merge(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the layer's ``"weight"`` or ``"bias"`` with the adapter, in its dtype.
-
-        Sums are float32 (float64 for float64) and rounded once, nearest even.
-        """
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        if part == "bias":
-            if self.bias is None:
-                return tensor
-            changed = tensor.to(wide) + self.bias.to(wide) * (self.alpha / len(self.down))
-        else:
-            changed = tensor.to(wide) + self.delta()
-            if self.magnitude is not None:
-                rows = changed.flatten(1)
-                rows *= self.magnitude.to(wide).view(-1, 1) / rows.norm(dim=1, keepdim=True)
-        return changed.to(tensor.dtype)
 
 
 Lora = dict[str, LoraLayer]  # by diffusers' name of the layer
@@ -115,19 +83,27 @@ def read_lora(path: Path) -> Lora:
     file = lora_file(path)
     if file is None:
         raise FileNotFoundError(f"{path}: no such file, or no LoRA in it")
+    return parse_lora(read_state(file), file)
+
+
+def without_prefix(name: str) -> str:
+    """Return the name of a layer in a LoRA file without the prefix of the file's writer."""
+    return name.removeprefix(next((p for p in _PREFIXES if name.startswith(p)), ""))
+
+
+def parse_lora(tensors: Mapping[str, torch.Tensor], file: Path) -> Lora:
+    """Return the LoRA of some tensors of a file, with the errors of :func:`read_lora`."""
     settings = _settings(file)
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     names: dict[str, str] = {}
-    for key, tensor in read_state(file).items():
+    for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         kind = next((kind for mark, kind in _OTHERS.items() if re.search(mark, key)), None)
         label = f"{file}: {key}"
         ok, kind = kind is None and match is not None, kind or "unknown"
         check(ok, label, kind, "a LoRA's down, up, alpha, peft's DoRA or bias")
         assert match is not None
-        written = match["layer"]
-        prefix = next((p for p in _PREFIXES if written.startswith(p)), "")
-        stripped = written.removeprefix(prefix)
+        stripped = without_prefix(match["layer"])
         layer = find_layer(stripped)
         check(layer is not None, label, stripped, "a linear layer of Wan")
         assert layer is not None

@@ -340,22 +340,24 @@ class WanOfficialAdapter(BlockAdapter):
             return args[0]
 
         blocks = blocks_of(base)
+        adapter = options.open_adapter(base, blocks, x.device)
         # The model's forward computes the time rows for one timestep at a time, because a batched
         # product rounds differently.
-        with torch.no_grad():
+        with torch.no_grad(), replaced_forwards(adapter.outside()):
             forwards = [recording(module) for module in values]
             forwards.append((blocks[0], functools.partial(take, blocks[0])))
             forwards += [(block, _same) for block in blocks[1:]]
             for timestep in timesteps:
                 self._head_input(base, x, timestep, conditions, forwards)
-            keys = block_keys(blocks, lambda block: block_parts(block).cross, first[0].context)
+            cross = lambda block: block_parts(block).cross  # noqa: E731
+            keys = block_keys(blocks, cross, first[0].context, adapter.within)
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
             return [
                 (module, lambda *_, out=outs[step]: out) for module, outs in values.items() if outs
             ]
 
-        return RolloutModel(
+        opened = RolloutModel(
             functools.partial(self.velocity, model, conditions=conditions),
             x,
             blocks=blocks,
@@ -367,6 +369,8 @@ class WanOfficialAdapter(BlockAdapter):
             options=options,
             inputs=_rollout_inputs,
         )
+        opened.adapter = adapter
+        return opened
 
     def _check_rollout(self, base: Any, batch: int) -> None:
         if not self.is_patched(base):

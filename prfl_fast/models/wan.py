@@ -163,7 +163,8 @@ class WanDiffusersAdapter(DiffusersAdapter):
         check_timesteps(timesteps, len(x))
         embedder = base.condition_embedder
         timesteps = [frame_timesteps(base, x, timestep, conditions) for timestep in timesteps]
-        with torch.no_grad():
+        adapter = options.open_adapter(base, base.blocks, x.device)
+        with torch.no_grad(), replaced_forwards(adapter.outside()):
             latents, _, raw_text, raw_image = model_inputs(base, x, timesteps[0], conditions)
             rope = base.rope(latents)
             text = embedder.text_embedder(raw_text)
@@ -176,7 +177,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
             with replaced_forwards(known):
                 times = [embedder(t, raw_text, raw_image)[:2] for t in timesteps]
             context = text if image is None else torch.cat([image, text], dim=1)
-            keys = block_keys(base.blocks, lambda block: block.attn2, context)
+            keys = block_keys(base.blocks, lambda block: block.attn2, context, adapter.within)
 
         def cached(step: int) -> list[tuple[nn.Module, Callable[..., Any]]]:
             return [
@@ -184,7 +185,7 @@ class WanDiffusersAdapter(DiffusersAdapter):
                 (base.rope, lambda _: rope),
             ]
 
-        return RolloutModel(
+        opened = RolloutModel(
             functools.partial(self.velocity, model, conditions=conditions),
             x,
             blocks=list(base.blocks),
@@ -195,6 +196,8 @@ class WanDiffusersAdapter(DiffusersAdapter):
             timesteps=timesteps,
             options=options,
         )
+        opened.adapter = adapter
+        return opened
 
     def features(
         self,

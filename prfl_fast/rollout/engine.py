@@ -27,6 +27,7 @@ from prfl_fast.models.other import VelocityModel
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.step_cache import ReuseCounts, StepCacheOptions
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
+from prfl_fast.rollout.adapters import read_adapters, shared_adapters
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.utils.checks import check
@@ -72,20 +73,23 @@ def why_not_compiled(
 class RolloutSession:
     """Hold the model and the caches of one run of a trajectory.
 
-    ``open(compiled, branches)`` opens the model for ``steps`` with or without compiled blocks: once
-    for each call with ``"all"`` branches of guidance, or for the ``"first"`` branch of a batch.
+    ``open(compiled, branches, adapted)`` opens the model for ``steps`` with or without compiled
+    blocks, and with or without the rollout's adapter: once for each call with ``"all"`` branches of
+    guidance, or for the ``"first"`` branch of a batch.
     """
 
     def __init__(
         self,
         engine: "RolloutEngine",
-        open: Callable[[bool, Branches], list[RolloutModel]],
+        open: Callable[[bool, Branches, bool], list[RolloutModel]],
         steps: Sequence[int],
         compiled: bool,
         guidance: Sequence[Guidance] | None,
     ) -> None:
         self._engine, self._open, self._compiled = engine, open, compiled
-        self._models: dict[Branches, list[RolloutModel]] = {"all": open(compiled, "all")}
+        self._models: dict[tuple[Branches, bool], list[RolloutModel]] = {}
+        self._adds = engine.adds  # as it was opened: after too much drift the engine adds nothing
+        self._opened("all", self._adds)
         self._guidance = guidance
         self._positions = {step: position for position, step in enumerate(steps)}
 
@@ -108,7 +112,8 @@ class RolloutSession:
         # peak bytes (bench/RESULTS.md).
         x = torch.cat([x, x]) if guidance is not None and guidance.batched else x
         outputs: list[torch.Tensor] = []
-        while len(outputs) < len(models := self._opened(branches)):
+        adapted = self._adds and sigma is not None  # an exact rollout has no adapter
+        while len(outputs) < len(models := self._opened(branches, adapted)):
             try:
                 with engine.context():
                     v = models[len(outputs)].velocity(x, position, **precisions)
@@ -119,12 +124,13 @@ class RolloutSession:
                 self._compiled, self._models = False, {}
         return outputs[0] if guidance is None else guidance.combine(outputs)
 
-    def _opened(self, branches: Branches) -> list[RolloutModel]:
+    def _opened(self, branches: Branches, adapted: bool) -> list[RolloutModel]:
         if branches == "first" and self._guidance is not None and not self._guidance[0].batched:
-            return self._opened("all")[:1]
-        if branches not in self._models:
-            self._models[branches] = self._open(self._compiled, branches)
-        return self._models[branches]
+            return self._opened("all", adapted)[:1]
+        if (branches, adapted) not in self._models:
+            opened = self._open(self._compiled, branches, adapted)
+            self._models[branches, adapted] = opened
+        return self._models[branches, adapted]
 
     def notes(self) -> list[str]:
         """Return the reasons why layers stay unmerged or exact."""
@@ -169,6 +175,7 @@ class RolloutEngine:
         # A VelocityModel runs its function at each step, as a plain function does.
         plain = self.model is None or isinstance(unwrap(self.model), VelocityModel)
         self._opens = self._supported = not plain
+        self._adapter = read_adapters(None if plain else self.model, self.config)
         self._compiled_shapes: Any = None
         self._compiler_fails = False
         self._timer = BlockTimer()
@@ -214,8 +221,13 @@ class RolloutEngine:
     @property
     def inexact(self) -> bool:
         """Return True if the next rollout has inexact steps."""
-        by_model = self._active.fp8 or self._active.reuses
+        by_model = self._active.fp8 or self._active.reuses or self.adds
         return self.changes_sampler or (by_model and self._supported)
+
+    @property
+    def adds(self) -> bool:
+        """Return True if steps of the next rollout run with an adapter of its own."""
+        return self._active.adapter is not None
 
     @property
     def reuses(self) -> bool:
@@ -278,14 +290,16 @@ class RolloutEngine:
             return None
         assert self.model is not None
         model, adapter, shared = self.model, find_adapter(self.model), shares_weights(self.model)
+        adapters = shared_adapters(self._adapter)
 
-        def open(compiled: bool, wanted: Branches) -> list[RolloutModel]:
+        def open(compiled: bool, wanted: Branches, adapted: bool) -> list[RolloutModel]:
             timer = self._timer if x.device.type == "cuda" and not compiled else None
             config = self._active
             thresholds = config.teacache, config.first_block_cache, config.teacache_model
             reuse = StepCacheOptions(*thresholds, self.reuse, shared)
             stop = self._stop_compiling if shared and self.config.compile == "auto" else None
-            options = RolloutOptions(self.config.merge_lora, compiled, timer, reuse, stop)
+            added = adapters if adapted else None
+            options = RolloutOptions(self.config.merge_lora, compiled, timer, reuse, stop, added)
             find_owners(model)
             inputs: tuple[Any, ...] = (x, list(timesteps.values()), branches)
             if wanted == "first":
@@ -304,6 +318,10 @@ class RolloutEngine:
         try:
             session = RolloutSession(self, open, list(timesteps), compiled, guidance)
         except UnsupportedError as reason:
+            if self.adds:  # the steps would be too few for the model without it
+                raise ValueError(
+                    f"adapter {self.config.adapter} cannot be added: {reason}"
+                ) from None
             self._supported = False
             self._report_once(f"rollouts call the model as it is: {reason}")
             return None

@@ -15,7 +15,8 @@ from prfl_fast.cli import compare as comparing
 from prfl_fast.cli import main as cli
 from prfl_fast.cli import page
 from prfl_fast.models.loading import load_transformer
-from prfl_fast.models.lora_files import LoraLayer, write_lora
+from prfl_fast.models.lora_files import write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.sampling.compare import win_rate
 from prfl_fast.sampling.generate import noise_of

@@ -127,6 +127,17 @@ def test_rollout_is_the_librarys(tmp_path):
     config = load(tmp_path, f"{BASE}rollout: {{stride: [[0.8, 1, 4], [0, 0.5, 2]]}}")
     assert config.rollout.build() == RolloutConfig(stride=((0.8, 1.0, 4), (0.0, 0.5, 2)))
     assert load(tmp_path, to_yaml(config)) == config
+    for text, expected in (
+        ("adapter: a, stride: 10", RolloutConfig(adapter="a", stride=10)),
+        (
+            "adapter: [a, null], adapter_scale: [1, 0.5]",
+            RolloutConfig(adapter=("a", None), adapter_scale=(1.0, 0.5)),
+        ),
+        ("solver_order: 3", RolloutConfig(solver_order=3)),
+        ("solver_order: [[0.5, 1, 1]]", RolloutConfig(solver_order=((0.5, 1.0, 1),))),
+    ):
+        config = load(tmp_path, f"{BASE}rollout: {{{text}}}")
+        assert config.rollout.build() == expected and load(tmp_path, to_yaml(config)) == config
     for off in ("off", "'off'"):
         assert load(tmp_path, f"{BASE}rollout: {{compile: {off}}}\n").rollout.compile == "off"
 
@@ -248,6 +259,12 @@ BAD = {
     "rollout: {stride: [[0.5, 1]]}": "rollout.stride[0] is [0.5, 1], expected [a number of at le",
     "rollout: {stride: [[0.5, 1, 0]]}": "rollout.stride[0][2] is 0, expected a whole number of at",
     "rollout: {stride: [[1, 0.5, 2]]}": "rollout.stride[0] is (1.0, 0.5, 2), expected (lowest, hi",
+    "rollout: {solver_order: 4}": "solver_order is 4, expected a whole number of at least 1 and a",
+    "rollout: {solver_order: [[0, 1, 4]]}": "rollout.solver_order[0][2] is 4, expected a whole n",
+    "prfl: {solver: euler}\nrollout: {solver_order: 1}": "rollout.solver_order is 1, expected null w",
+    "rollout: {adapter_scale: 0.5}": "rollout.adapter_scale is 0.5, expected 1 without adapter",
+    "rollout: {adapter: a, cache: false}": "rollout.cache is False, expected True with merge_lora",
+    "rollout: {adapter: a, drift: 0.1}": "rollout.drift is 0.1, expected null beside rollout.adap",
     "rollout: {guidance_interval: [0.2, 1]}": "rollout.guidance_interval is (0.2, 1.0), expected n",
     "rollout: {drift_limit: -1}": "rollout.drift_limit is -1, expected a number above 0",
     "prfl: {solver: unipd}": "did you mean 'unipc'?",

@@ -8,7 +8,8 @@ from commands import call, one_line, refused, train
 
 from prfl_fast.cli import main as cli
 from prfl_fast.models.loading import load_transformer, read_wan
-from prfl_fast.models.lora_files import LoraLayer, read_lora, write_lora
+from prfl_fast.models.lora_files import read_lora, write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.io import load_tensors, save_tensors
 from prfl_fast.utils.shards import read_state

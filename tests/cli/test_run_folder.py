@@ -5,12 +5,16 @@ import os
 import shutil
 
 import pytest
+import torch
 from commands import call, refused, train
 from processes import forked
+from runs import log
 
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli.inputs import fingerprint
+from prfl_fast.models.lora_files import write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import load_tensors, save_tensors
@@ -87,6 +91,33 @@ def test_changed_inputs(world, tmp_path, capsys, change, message):
     assert message in error or message == "data: number of samples"
     assert call("train", world, out, changes, "--accept-changed-inputs") == 0
     assert message in capsys.readouterr().err
+
+
+def test_a_changed_adapter_of_the_rollouts(world, tmp_path, capsys):
+    path, out = world / "few.safetensors", tmp_path / "out"
+
+    def write(seed):
+        torch.manual_seed(seed)
+        layer = LoraLayer(torch.randn(2, 24), torch.randn(24, 2), 2.0)
+        write_lora({"blocks.0.attn1.to_q": layer}, path, "comfyui")
+
+    write(0)
+    rollout = {"adapter": str(path), "stride": 2, "solver_order": 1, "check_every": 1}
+    changes = {"run.steps": 1, "objectives": ["prfl"], "rollout": rollout}
+    changes |= {"prfl.num_inference_steps": 6, "prfl.points": 2}
+    assert call("train", world, out, changes) == 0
+    assert log(out)[-1]["prfl/drift"] > 1e-3
+    changes["run.steps"] = 2
+    write(1)
+    error = refused(capsys, "train", world, out, changes)
+    assert "rollout.adapter: fingerprint" in error and "--accept-changed-inputs" in error
+    assert call("train", world, out, changes, "--accept-changed-inputs") == 0
+    rollout["adapter"] = [str(path), None]
+    error = refused(capsys, "train", world, out, changes)
+    assert "rollout.adapter is [" in error and "one value for one transformer" in error
+    rollout["adapter"] = str(world / "gone.safetensors")
+    error = refused(capsys, "train", world, tmp_path / "other", changes)
+    assert "rollout.adapter is" in error and "gone.safetensors', expected a file" in error
 
 
 @pytest.mark.parametrize("name", ["data", "reward"])

@@ -16,7 +16,8 @@ from prfl_fast.data.codec import load_codec, load_text_encoder
 from prfl_fast.data.manifest import Sample, write_dataset
 from prfl_fast.data.video import clip_info, read_clip, read_frames, to_uint8, write_image
 from prfl_fast.models.loading import load_transformer
-from prfl_fast.models.lora_files import LoraLayer, write_lora
+from prfl_fast.models.lora_files import write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.sampling import generate

@@ -11,7 +11,8 @@ from prfl_fast.cli import main as cli
 from prfl_fast.data.codec import load_codec
 from prfl_fast.data.families import FAMILIES
 from prfl_fast.models.loading import load_transformer
-from prfl_fast.models.lora_files import LoraLayer, write_lora
+from prfl_fast.models.lora_files import write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.sampling import generate

@@ -13,6 +13,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.registry import patch
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
+from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 
 STEPS, POINTS = 8, 2
 PLAN = GradientPlan.prfl(points=POINTS)
@@ -33,9 +34,10 @@ def close(ours, theirs):
 
 @pytest.fixture
 def only_strides(monkeypatch):
-    """Measure two strides alone: tests are to take no longer."""
+    """Measure two strides alone, of the scheduler's order: tests are to take no longer."""
     found = {"stride": [{"stride": stride} for stride in STRIDES]}
     monkeypatch.setattr(calibration, "ladders", lambda step, device: found)
+    monkeypatch.setattr(calibration, "other_orders", lambda step: [])
 
 
 def test_figures_are_those_of_steps_with_this_rollout(only_strides, monkeypatch):
@@ -120,6 +122,43 @@ def test_the_search_adds_the_strongest_options_that_fit_together(monkeypatch, li
     assert len(bench.calls) == len(found)  # none is measured twice
     if limit < 0.05:
         assert {"a": 3} not in bench.calls  # the ladder ends at the first that does not fit
+
+
+class GivenOrders:
+    """Figures by stride and order: all orders of a stride cost the same."""
+
+    DRIFT = {(2, None): 0.02, (2, 1): 0.03, (2, 3): 0.01, (4, None): 0.2, (4, 3): 0.09}
+
+    def __init__(self):
+        self.step, self.device, self.longest, self.calls = make_step(), None, 2, []
+        self.exact = Measured({}, 100.0, 0.0, None, 0.0, 1.0, 0.0)
+
+    def measure(self, options):
+        self.calls.append(dict(options))
+        key = options["stride"], options.get("solver_order")
+        return Measured(options, 100.0 / key[0], 0.0, None, self.DRIFT[key], 1.0, 0.0)
+
+    def fits(self, measured):
+        return measured.drift <= 0.1
+
+
+def test_each_stride_has_the_order_that_drifts_least(monkeypatch):
+    values = {"stride": [{"stride": 2}, {"stride": 4}]}
+    monkeypatch.setattr(calibration, "ladders", lambda step, device: values)
+    bench = GivenOrders()
+    best, found = calibration._search(bench, lambda measured: None)
+    assert best.options == {"stride": 4, "solver_order": 3}
+    # Order 1, which drifts more at the first stride, is not tried at the next.
+    assert bench.calls == [
+        {"stride": 2},
+        {"stride": 2, "solver_order": 1},
+        {"stride": 2, "solver_order": 3},
+        {"stride": 4},
+        {"stride": 4, "solver_order": 3},
+    ]
+    assert len(found) == 6
+    assert calibration.other_orders(make_step(scheduler=FlowUniPC(order=3))) == [1, 2]
+    assert calibration.other_orders(make_step(scheduler=FlowEuler())) == []
 
 
 def test_options_depend_on_guidance_and_on_access_to_the_blocks():

@@ -13,7 +13,8 @@ from wan import mixed_layout, tiny_wan
 
 from prfl_fast.models.conversion import convert_wan, merge_lora
 from prfl_fast.models.loading import load_transformer, named_wan, read_wan, transformer_class
-from prfl_fast.models.lora_files import LoraLayer, write_lora
+from prfl_fast.models.lora_files import write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.models.wan_weights import rename
 from prfl_fast.planning.presets import MODELS, model_config
 from prfl_fast.utils.io import load_tensors, save_tensors

@@ -155,18 +155,15 @@ def test_orders_of_kept_steps_are_those_of_diffusers_over_their_levels(orders, f
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 4, 3, 4, 4, generator=generator, dtype=torch.float64)
     given = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in kept]
-    if field is None:
-        ends = [take(s, x, s.timesteps, lambda *_, v=iter(given): next(v)) for s in (ours, theirs)]
-    else:
-        ends = [take(s, x, s.timesteps, field) for s in (ours, theirs)]
-    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
-    second = started(unipc(5.0, 2), 12)
-    second.restrict(kept)
-    if field is None:
-        end = take(second, x, second.timesteps, lambda *_, v=iter(given): next(v))
-    else:
-        end = take(second, x, second.timesteps, field)
-    assert torch.equal(ends[0], end) == (orders == [2] * 6)
+    own = started(unipc(5.0, 2), 12)
+    own.restrict(kept)
+    ends = []
+    for scheduler in (ours, theirs, own):
+        velocities = iter(given)
+        function = field or (lambda *_, velocities=velocities: next(velocities))
+        ends.append(take(scheduler, x, scheduler.timesteps, function))
+    torch.testing.assert_close(*ends[:2], rtol=1e-12, atol=1e-12)
+    assert torch.equal(ends[0], ends[2]) == (orders == [2] * 6)
 
 
 @pytest.mark.parametrize("orders", [[2] * 3, [2, 2, 4, 1], [0] * 4])
