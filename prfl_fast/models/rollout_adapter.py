@@ -7,6 +7,7 @@ dtype of W, and freed after it. Adapters that train stay on top of W'.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.models.wan_weights import rename
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.sharded import is_dtensor
+
+# Parts of names that wrappers of blocks add: FSDP, torch's checkpointing and torch.compile.
+_WRAPPER = re.compile(r"\.(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
 
 
 class Change(NamedTuple):
@@ -94,7 +98,8 @@ class RolloutAdapter:
 
     def __init__(self, file: AdapterFile, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self._scale = file.scale
-        modules = dict(model.named_modules())
+        self._names = {module: _WRAPPER.sub("", name) for name, module in model.named_modules()}
+        modules = {name: module for module, name in self._names.items()}  # the inner ones, last
         self._targets: dict[str, _Target] = {}
         label, lost = f"rollout adapter {file.path}", []
         for ours, change in file.changes.items():
@@ -107,7 +112,6 @@ class RolloutAdapter:
         check(not lost, f"{label}: {len(lost)} parameters, {lost[:3]}", "missing", "in the model")
         for name, target in self._targets.items():
             _check_target(f"{label}: {name}", target)
-        self._names = {module: name for name, module in modules.items()}
         self._inside = {module for block in blocks for module in block.modules()}
 
     def to(self, device: torch.device) -> "RolloutAdapter":

@@ -116,9 +116,10 @@ class Trajectory:
         if engine is not None and (engine.skips or engine.sets_order):
             strides = [engine.stride_at(sigma) for sigma in self._sigmas]
             self._kept = strided_steps(start, count, strides, visit)
-            orders = [engine.order_at(s) for s in self._sigmas] if engine.sets_order else None
-            for step in visit if orders is not None else ():
-                orders[step] = None
+            orders = None
+            if engine.sets_order:  # steps with gradient keep the scheduler's
+                levels = enumerate(self._sigmas)
+                orders = [None if i in visit else engine.order_at(s) for i, s in levels]
             keep_levels(self.scheduler, self._kept[:-1], orders)
         self._sampler, self._start = sampler, start
         self._first_x: torch.Tensor | None = None

@@ -261,7 +261,7 @@ BAD = {
     "rollout: {stride: [[1, 0.5, 2]]}": "rollout.stride[0] is (1.0, 0.5, 2), expected (lowest, hi",
     "rollout: {solver_order: 4}": "solver_order is 4, expected a whole number of at least 1 and a",
     "rollout: {solver_order: [[0, 1, 4]]}": "rollout.solver_order[0][2] is 4, expected a whole n",
-    "prfl: {solver: euler}\nrollout: {solver_order: 1}": "rollout.solver_order is 1, expected null w",
+    "prfl: {solver: euler}\nrollout: {solver_order: 1}": "rollout.solver_order is 1, expected null",
     "rollout: {adapter_scale: 0.5}": "rollout.adapter_scale is 0.5, expected 1 without adapter",
     "rollout: {adapter: a, cache: false}": "rollout.cache is False, expected True with merge_lora",
     "rollout: {adapter: a, drift: 0.1}": "rollout.drift is 0.1, expected null beside rollout.adap",

@@ -19,6 +19,8 @@ from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.optimizers import make_optimizer
 from prfl_fast.memory.stream import stream_weights
 from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.lora_files import write_lora
+from prfl_fast.models.lora_layer import LoraLayer
 from prfl_fast.models.registry import patch
 from prfl_fast.parallel import (
     ParallelConfig,
@@ -65,6 +67,26 @@ class Case:
     ddp: bool = False
     size: tuple[int, int, int] = (3, 4, 4)  # of the latents
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def few_steps(folder, **options):
+    """Return a case whose rollouts add an adapter of layers inside and outside the blocks."""
+    shapes = {
+        "blocks.0.attn1.to_q": ((2, 48), (48, 2)),
+        "blocks.1.attn2.to_k": ((2, 48), (48, 2)),
+        "blocks.0.ffn.net.2": ((2, 64), (48, 2)),
+        "condition_embedder.time_proj": ((2, 48), (288, 2)),
+        "patch_embedding": ((2, 16, 1, 2, 2), (48, 2, 1, 1, 1)),
+        "proj_out": ((2, 48), (64, 2)),
+    }
+    lora = {
+        name: LoraLayer(*(0.3 * normal(70 + n, s).float() for n, s in enumerate(pair)), 2.0)
+        for name, pair in shapes.items()
+    }
+    path = folder / "few.safetensors"
+    write_lora(lora, path, "comfyui")
+    rollout = RolloutConfig(adapter=str(path), stride=2)
+    return Case("few-step adapter", rollout=rollout, **{"lora": True, "indices": (3,), **options})
 
 
 def at_length(case):

@@ -8,6 +8,7 @@ from engine_world import assert_same, make_wan, walk, wan_inputs
 from official_wan import tiny_official
 from safetensors.torch import save_file
 from tiny_families import tiny
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from wan import tiny_wan
 
 from prfl_fast.memory import MemoryConfig, apply_memory, quantize
@@ -257,10 +258,13 @@ def test_autocast_does_not_round_the_change(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_quantized_weights_get_it_in_the_dtype_of_the_latents(tmp_path, lora):
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_quantized_weights_get_it_in_the_dtype_of_the_latents(tmp_path, kind, lora):
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
     path = write(tmp_path / "few.safetensors", tiny_wan())
     model = make_wan(lora=lora)
-    quantize(model, "fp8")
+    quantize(model, kind)
     plain = make_wan(lora=lora)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -308,8 +312,9 @@ def test_two_experts_have_one_or_two(tmp_path):
     assert distance(found, sample(make(one))) < 1e-5
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("variant", ["wan21", "diffsynth"])
-def test_official_wan_gets_it(tmp_path, variant):
+def test_official_wan_gets_it(tmp_path, variant, wrapped):
     model = patch(tiny_official(variant))
     layers = {name: name for name in LAYERS}
     differences = {
@@ -320,8 +325,10 @@ def test_official_wan_gets_it(tmp_path, variant):
     }
     given = {"layers": layers, "differences": differences}
     path = write(tmp_path / "few.safetensors", model, **given)
-    found = sampled(model, engine_of(model, path))
     expected = sampled(changed(model, **given))
+    if wrapped:
+        model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    found = sampled(model, engine_of(model, path))
     assert distance(found, expected) < 1e-5 < 1e-2 < distance(sampled(model), expected)
 
 
@@ -373,3 +380,13 @@ def test_bad_configurations_are_refused():
     config = RolloutConfig(adapter=["a", None], adapter_scale=[1, 2.0])
     assert config.adapter == ("a", None) and config.adapter_scale == (1, 2.0)
     assert config.inexact and config.needs_model and not config.changes_sampler
+
+
+@pytest.mark.slow
+def test_compiled_blocks_run_on_the_changed_weights(tmp_path):
+    model = make_wan(lora=True)
+    path = write(tmp_path / "few.safetensors", tiny_wan())
+    eager, _ = walk(model, *wan_inputs(), engine_of(model, path))
+    for options in ({}, {"merge_lora": True}):
+        found, _ = walk(model, *wan_inputs(), engine_of(model, path, compile="on", **options))
+        assert all(distance(found[step], x) < 1e-5 for step, x in eager.items())

@@ -1,7 +1,7 @@
 """Sharded weights: updates equal those of one process, for all plans and memory policies."""
 
 import pytest
-from sharded_world import Case, equal_at_length, equal_to_one_process
+from sharded_world import Case, equal_at_length, equal_to_one_process, few_steps
 
 from prfl_fast.feedback.gradient_plan import GradientPlan as Plan
 from prfl_fast.rollout.config import RolloutConfig
@@ -55,8 +55,8 @@ LONG = [
 ]
 
 
-def test_two_ranks_equal_one_process():
-    equal_to_one_process(2, TWO_RANKS)
+def test_two_ranks_equal_one_process(tmp_path):
+    equal_to_one_process(2, [*TWO_RANKS, few_steps(tmp_path)])
 
 
 @pytest.mark.slow
