@@ -105,9 +105,10 @@ def _measure(
     # others.
     tried = ladders(step, device)
     values = [len(each) for each in tried.values()]
-    count = 2 * sum(values) - min(values) + len(tried["stride"]) * len(other_orders(step))
-    most = f"up to {count} options on {SAMPLES} batches each"
-    print(f"calibrating the rollout to a drift of {config.rollout.drift:g}: {most}", flush=True)
+    most = 2 * sum(values) - min(values) + len(tried["stride"]) * len(other_orders(step))
+    tried_at_most = f"up to {most} options on {SAMPLES} batches each"
+    drift = config.rollout.drift
+    print(f"calibrating the rollout to a drift of {drift:g}: {tried_at_most}", flush=True)
     batches: Any = batches_of(dataset, config)
     batches = Winners(batches) if dataset.pairs else batches
     generator = torch.Generator().manual_seed(config.run.seed)

@@ -45,11 +45,12 @@ def inputs_of(
             negative = Path(config.prfl.guidance.negative)
             found["prfl.guidance.negative: fingerprint"] = fingerprint(negative)
         given = config.rollout.adapter
-        for number, path in enumerate(given if isinstance(given, tuple) else (given,)):
-            if path is not None:
+        for number, adapter in enumerate(given if isinstance(given, tuple) else (given,)):
+            if adapter is not None:
                 label = "rollout.adapter" + (f"[{number}]" if isinstance(given, tuple) else "")
-                check(Path(path).exists(), label, path, "a file")  # before models are loaded
-                found[f"{label}: fingerprint"] = fingerprint(Path(path))
+                # Before models are loaded.
+                check(Path(adapter).exists(), label, adapter, "a file")
+                found[f"{label}: fingerprint"] = fingerprint(Path(adapter))
     return found
 
 

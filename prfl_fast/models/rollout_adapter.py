@@ -128,7 +128,7 @@ class RolloutAdapter:
     def _runs(self, target: _Target, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             with self.within(target.module, x.dtype):
-                module = target.parent._modules[target.child]
+                module: Any = target.parent._modules[target.child]
                 call = forward if module is target.module else module  # of a quantized layer
                 return call(x, *args, **kwargs)
 
@@ -173,7 +173,8 @@ class RolloutAdapter:
             bias = change.apply("bias", bias, scale).to(bias.dtype)
         linear = nn.Linear(module.in_features, module.out_features, bias is not None, "meta")
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        linear.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         yield target.parent._modules, target.child, linear
 
 
