@@ -25,6 +25,7 @@ from prfl_fast.cli.yaml_config import (
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
+from prfl_fast.models.sparse_attention import Predictor
 from prfl_fast.models.step_cache import TeaCacheModel
 from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.rollout.config import RolloutConfig
@@ -39,6 +40,10 @@ Level = Annotated[Number, Field(ge=0, le=1)]
 Interval = Annotated[tuple[Level, Level], from_list]
 Strides = Annotated[
     tuple[Annotated[tuple[Level, Level, Count], from_list], ...], Field(min_length=1), from_list
+]
+Share = Annotated[Number, Field(gt=0, le=1)]
+Densities = Annotated[
+    tuple[Annotated[tuple[Level, Level, Share], from_list], ...], Field(min_length=1), from_list
 ]
 Timesteps = Annotated[
     tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1), from_list
@@ -259,14 +264,17 @@ class RWRSection(Section):
 
 
 # Keys that rollout.drift chooses.
-_APPROXIMATE = "fp8_linears fp8_attention teacache first_block_cache stride guidance_interval"
+_APPROXIMATE = (
+    "fp8_linears fp8_attention sparse_attention sparse_dense_layers teacache first_block_cache "
+    "stride guidance_interval"
+)
 _OF_DRIFT = (*_APPROXIMATE.split(), "drift_limit")
 
 
 class RolloutSection(Section):
     """The steps without gradient.
 
-    cache changes no bit, compile and merge_lora only rounding; FP8, teacache,
+    cache changes no bit, compile and merge_lora only rounding; FP8, sparse attention, teacache,
     first_block_cache, stride and guidance_interval are approximate.
     """
 
@@ -289,6 +297,19 @@ class RolloutSection(Section):
     )
     fp8_attention: Interval | None = key(
         None, "Noise levels [lowest, highest] at which self-attention runs in FP8."
+    )
+    sparse_attention: Share | Densities = key(
+        1.0,
+        "Density of the self-attention, the share of pairs of blocks of tokens that it computes; "
+        "or a list of [lowest, highest, density] by noise level, outside of which it is 1, dense.",
+    )
+    sparse_predictor: Predictor = key(
+        "pooled",
+        "How these pairs are chosen: pooled queries and keys, tiles around each tile of tokens, or "
+        "radial masks.",
+    )
+    sparse_dense_layers: Annotated[tuple[Index, ...], from_list] = key(
+        (), "Numbers of the transformer blocks, from 0, whose attention stays dense."
     )
     teacache: NonNegative = key(
         0.0,

@@ -35,7 +35,7 @@ def close(ours, theirs):
 def only_strides(monkeypatch):
     """Measure two strides alone: tests are to take no longer."""
     found = {"stride": [{"stride": stride} for stride in STRIDES]}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: found)
+    monkeypatch.setattr(calibration, "ladders", lambda step, device, dense: found)
 
 
 def test_figures_are_those_of_steps_with_this_rollout(only_strides, monkeypatch):
@@ -113,7 +113,7 @@ class Given:
 )
 def test_the_search_adds_the_strongest_options_that_fit_together(monkeypatch, limit, chosen):
     values = {name: [{n: i} for n, i in Given.FACTORS if n == name] for name in "abcd"}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: values)
+    monkeypatch.setattr(calibration, "ladders", lambda step, device, dense: values)
     bench = Given(limit)
     best, found = calibration._search(bench, lambda measured: None)
     assert dict(best.options) == chosen  # c saves too little
