@@ -268,6 +268,8 @@ class _Bench:
 
         They are :data:`DENSE_SHARE` of all; None if the model's attention cannot be sparse.
         """
+        if not self.step.engine.config.cache:  # nor does the engine open the model
+            return None
         step, errors = copy.copy(self.step), dict[int, float]()
         options: Options = {"sparse_attention": LAYER_DENSITY, "compile": "off"}
         step.use_rollout(replace(step.engine.config, **options, check_every=_NEVER))
