@@ -11,7 +11,7 @@ A mask is a list of key blocks for each block of queries (:class:`KeyBlocks`): t
 block of queries walks along its list, and nothing of a skipped block is read.
 
 Variants: "exact" multiplies in 16 bits. "int8_fp8", "fp8" and "int8" are those of ``rollout.py``:
-q has a scale for each block of queries, k for each block of keys, both without the mean of k over
+q has a scale for each query, k for each block of keys, both without the mean of k over
 *all* tokens, v for each channel over all tokens; their blocks are those of the mask. "auto" is the
 best of these on the chip, or "exact" where it has none.
 
