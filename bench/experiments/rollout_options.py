@@ -82,13 +82,7 @@ OPTIONS = {
     "FP8 both": Option(precise(fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)),
     f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(fp8_linears=NOISY, fp8_attention=NOISY)),
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
-    **{
-        f"sparse, {predictor}, {density:.0%}": Option(
-            precise(sparse_attention=density, sparse_predictor=predictor)
-        )
-        for predictor in ("pooled", "tiles")
-        for density in DENSITIES
-    },
+    **{f"sparse, {d:.0%}": Option(precise(sparse_attention=d)) for d in DENSITIES},
     "every second step": Option(precise(stride=2)),
     "strides by σ": Option(precise(stride=STRIDES)),
     **{f"TeaCache {limit:g}": Option(precise(teacache=limit)) for limit in TEACACHE},

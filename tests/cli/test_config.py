@@ -125,6 +125,12 @@ def test_rollout_is_the_librarys(tmp_path):
     assert config.rollout.build() == expected and load(tmp_path, to_yaml(config)) == config
     config = load(tmp_path, f"{BASE}rollout: {{stride: [[0.8, 1, 4], [0, 0.5, 2]]}}")
     assert config.rollout.build() == RolloutConfig(stride=((0.8, 1.0, 4), (0.0, 0.5, 2)))
+    sparse = "sparse_attention: [[0.8, 1, 0.5]], sparse_predictor: tiles, sparse_dense_layers: [0]"
+    config = load(tmp_path, f"{BASE}rollout: {{{sparse}}}")
+    expected = RolloutConfig(
+        sparse_attention=((0.8, 1.0, 0.5),), sparse_predictor="tiles", sparse_dense_layers=(0,)
+    )
+    assert config.rollout.build() == expected and load(tmp_path, to_yaml(config)) == config
     assert load(tmp_path, to_yaml(config)) == config
     for off in ("off", "'off'"):
         assert load(tmp_path, f"{BASE}rollout: {{compile: {off}}}\n").rollout.compile == "off"
@@ -247,6 +253,9 @@ BAD = {
     "rollout: {stride: [[0.5, 1]]}": "rollout.stride[0] is [0.5, 1], expected [a number of at le",
     "rollout: {stride: [[0.5, 1, 0]]}": "rollout.stride[0][2] is 0, expected a whole number of at",
     "rollout: {stride: [[1, 0.5, 2]]}": "rollout.stride[0] is (1.0, 0.5, 2), expected (lowest, hi",
+    "rollout: {sparse_attention: 0}": "rollout.sparse_attention is 0, expected a number above 0",
+    "rollout: {sparse_attention: [[1, 0, 0.5]]}": "rollout.sparse_attention[0] is (1.0, 0.0, 0.5),",
+    "rollout: {sparse_dense_layers: [-1]}": "rollout.sparse_dense_layers[0] is -1, expected a whol",
     "rollout: {guidance_interval: [0.2, 1]}": "rollout.guidance_interval is (0.2, 1.0), expected n",
     "rollout: {drift_limit: -1}": "rollout.drift_limit is -1, expected a number above 0",
     "prfl: {solver: unipd}": "did you mean 'unipc'?",
