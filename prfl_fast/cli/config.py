@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self  # noqa: UP035 - Python 3.10 has none
 
-from prfl_fast.cli import sections
+from prfl_fast.cli import eval_sections, sections
 from prfl_fast.cli.reward_sections import NamedReward, ReferenceReward
 from prfl_fast.cli.sections import RunConfig
 from prfl_fast.cli.yaml_config import Count, Index, Number, Positive, Section, Text, from_list, key
@@ -59,7 +59,7 @@ class TrainFile(Section):
     dpo: sections.DPOSection = key(sections.DPOSection(), "Flow-DPO on preference pairs.")
     rwr: sections.RWRSection = key(sections.RWRSection(), "Flow-RWR.")
     rollout: sections.RolloutSection = key(sections.RolloutSection(), "The steps without gradient.")
-    eval: sections.EvalSection | None = key(
+    eval: eval_sections.EvalSection | None = key(
         None, "Evaluation on held-out prompts while training; null is none."
     )
     optimizer: sections.OptimizerSection = key(sections.OptimizerSection(), "AdamW.")
@@ -143,7 +143,7 @@ class TrainRewardFile(Section):
     lose_data: Text | None = key(
         None, "Dataset of single videos from which bt draws the losers against the videos of data."
     )
-    eval: sections.RewardEvalSection | None = key(
+    eval: eval_sections.RewardEvalSection | None = key(
         None, "Evaluation on held-out samples; null is none."
     )
     num_blocks: Count = key(8, "Blocks taken from the generator.")
@@ -205,7 +205,7 @@ class ScoreFile(Section):
     model: Text | None = key(
         None, "The generator, as in train; required with a reward of HY-Video-PRFL."
     )
-    timesteps: sections.Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
+    timesteps: eval_sections.Timesteps = key(EVALUATION_TIMESTEPS, "Timesteps of the scores.")
     shift: Positive = key(5.0, "Timestep shift of the noise schedule the reward was trained on.")
     integer_timesteps: bool = key(
         True, "Score at the nearest level of the schedule, at 1000 sigma rounded down."
