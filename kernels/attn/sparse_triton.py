@@ -160,9 +160,11 @@ class Launch(rollout.Launch):
 
     def constants(self, head_dim: int, variant: str) -> dict[str, int | float]:
         """Return the ``constexpr`` parameters of the kernel."""
-        exact = variant == "exact"
-        found = super().constants(head_dim, variant) | {"EXACT": exact}
-        return found | {"SHIFT": 0} if exact else found
+        found = super().constants(head_dim, variant)
+        found["EXACT"] = variant == "exact"
+        if found["EXACT"]:
+            found["SHIFT"] = 0
+        return found
 
 
 def sparse_launch(

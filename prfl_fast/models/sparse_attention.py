@@ -139,26 +139,26 @@ def fixed_blocks(
 
     With them the order of tokens by tile, None in the usual order.
     """
-    sizes = {"block_q": block_q, "block_k": block_k}
+    sizes: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
     if predictor == "radial":
         return _radial(grid, density, sizes), None
     # A tile is a block of keys, of one frame: the first frame then is a tile layer of its own.
-    rows = 2 ** (int(math.log2(block_k)) // 2)
+    rows = 1 << (block_k.bit_length() - 1) // 2
     tile = (1, rows, block_k // rows)
     counts = [-(-n // t) for n, t in zip(grid, tile, strict=True)]
     window = [1, 1, 1]
-    best = tile_blocks(grid, tile, (1, 1, 1), first_frame=True, **sizes)
-    found = best
+    found = best = tile_blocks(grid, tile, (1, 1, 1), first_frame=True, **sizes)
     while found.density() < density:
         # The axis of which the window covers the smallest share grows.
         axis = min(range(3), key=lambda i: window[i] / counts[i])
         window[axis] += 2
-        found = tile_blocks(grid, tile, (*window,), first_frame=True, **sizes)  # type: ignore[arg-type]
+        now = window[0], window[1], window[2]
+        found = tile_blocks(grid, tile, now, first_frame=True, **sizes)
         best = min(best, found, key=lambda blocks: abs(blocks.density() - density))
     return best, tile_order(grid, tile)
 
 
-def _radial(grid: Grid, density: float, sizes: dict[str, int]) -> KeyBlocks:
+def _radial(grid: Grid, density: float, sizes: dict[str, Any]) -> KeyBlocks:
     # At the largest width every pair of tokens is kept.
     low, high = 1e-3, 2.0 * grid[0]
     tried = []
