@@ -1,10 +1,12 @@
 """Predict from their machine code what limits the kernels on a GPU; no GPU needed.
 
     python bench/predict.py [op ...] [--arch 90] [--match TEXT] [--loops] [--json [--record FILE]]
+    python bench/predict.py --attention [--json]
 
 The command prints a line for each case: the predicted percent of the copy rate at three DRAM
 latencies, resident warps, bytes in flight, and what limits the kernel. ``--json`` prints a list of
-predictions instead. With ``--record``, cases whose machine code, grid and model have not changed
+predictions instead. ``--attention`` prints the cost of the loops of attention, which bytes do not
+limit. With ``--record``, cases whose machine code, grid and model have not changed
 are read from the record. See ``machine_code/predict.py`` for what a prediction holds.
 """
 
@@ -16,9 +18,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import aot
 from aot_cases import OPERATIONS
+from attention_speed import LoopCost, loop_costs
 from machine_code.cuda import predict_query_pool
 from machine_code.grids import GRIDS
 from machine_code.predict import Prediction, predict
@@ -49,16 +53,26 @@ def find(
 
     Kernels of this process may be decorated for the interpreter, which cannot compile them.
     """
-    command = [sys.executable, __file__, *ops, "--arch", str(arch), "--match", match, "--json"]
-    command += [] if record is None else ["--record", str(record)]
+    given = [] if record is None else ["--record", str(record)]
+    return [
+        Prediction(**entry | {name: tuple(entry[name]) for name in ("shares", "listing")})
+        for entry in _run([*ops, "--arch", str(arch), "--match", match, *given])
+    ]
+
+
+def find_attention() -> list[LoopCost]:
+    """Return the costs of the attention kernels' loops, in a new process."""
+    return [LoopCost(**entry) for entry in _run(["--attention"])]
+
+
+def _run(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    command = [sys.executable, __file__, *arguments, "--json"]
     run = subprocess.run(command, env=aot.compiler_environment(), capture_output=True, text=True)
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
         raise RuntimeError(lines[-1])
-    return [
-        Prediction(**entry | {name: tuple(entry[name]) for name in ("shares", "listing")})
-        for entry in json.loads(run.stdout)
-    ]
+    found: list[dict[str, Any]] = json.loads(run.stdout)
+    return found
 
 
 def _predictions(
@@ -92,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=aot.CAPABILITIES)
     parser.add_argument("--match", default="", help="only cases whose label has this text")
     parser.add_argument("--loops", action="store_true", help="also print the token loops' accesses")
+    parser.add_argument("--attention", action="store_true", help="the loops of attention instead")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", type=Path, help="results.json of bench/run.py")
     options = parser.parse_args(arguments)
@@ -102,6 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Line numbers hold the path of this checkout, which must not change the bytes of a cubin. The
     # variable, unlike Triton's setting in Python, is part of the key of its cache.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    if options.attention:
+        costs = loop_costs()
+        lines = [
+            f"{c.label}: {c.instructions:.0f} instructions, {c.clocks:.0f} clocks" for c in costs
+        ]
+        print(
+            json.dumps([dataclasses.asdict(c) for c in costs]) if options.json else "\n".join(lines)
+        )
+        return 0
     every = []
     for op in options.ops or sorted(GRIDS):
         for arch in options.arch:

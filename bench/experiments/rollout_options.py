@@ -29,6 +29,7 @@ NOISY, CLEAN = (0.8, 1.0), (0.0, 0.8)  # of 40 UniPC steps 23 lie in the first
 FEW_STEPS, FEW_LAYERS, WHOLE_UP_TO = 4, 8, 30
 TEACACHE = (0.05, 0.1, 0.2, 0.4)  # thresholds, without coefficients
 FIRST_BLOCK = (0.02, 0.05, 0.1, 0.2)
+DENSITIES = (0.5, 0.25)  # of the attention
 STRIDES = ((0.9, 1.0, 8), (0.7, 0.9, 4), (0.0, 0.7, 2))
 PLAIN = "no engine"
 NO_ENGINE = RolloutConfig(cache=False, compile="off")  # for a step, which always has one
@@ -84,6 +85,7 @@ OPTIONS = {
     "FP8 both": Option(precise(fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)),
     f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(fp8_linears=NOISY, fp8_attention=NOISY)),
     f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
+    **{f"sparse, {d:.0%}": Option(precise(sparse_attention=d)) for d in DENSITIES},
     "every second step": Option(precise(stride=2)),
     "every fourth step": Option(precise(stride=4)),
     **{

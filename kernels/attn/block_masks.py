@@ -25,27 +25,26 @@ import torch
 
 from prfl_fast.kernels.attn.exact import check_heads
 from prfl_fast.kernels.attn.sparse import BLOCK_K, BLOCK_Q, KeyBlocks, sparse_attention
-from prfl_fast.kernels.runtime.checks import require
+from prfl_fast.kernels.runtime.checks import compute_dtype, require
 
 Grid = tuple[int, int, int]
 
 
-def _pool(x: torch.Tensor, heads: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each block's mean ``[B, heads, blocks, d]`` and mean cosine ``[B, heads, blocks]``.
+def _pool(x: torch.Tensor, heads: int, block: int) -> torch.Tensor:
+    """Return the mean of each block's tokens, ``[B, heads, blocks, d]`` in float32 at least."""
+    # Not of a float32 copy of x, 1.5 GB at 14B and 720p.
+    wide, whole = compute_dtype(x), x.shape[1] // block * block
+    means = [x[:, :whole].unflatten(1, (-1, block)).mean(2, dtype=wide)] if whole else []
+    if whole < x.shape[1]:
+        means.append(x[:, whole:].mean(1, keepdim=True, dtype=wide))
+    return torch.cat(means, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    The cosine is that of pairs of the block's tokens.
-    """
-    length = x.shape[1]
-    rows = x.unflatten(-1, (heads, -1)).transpose(1, 2).float()
-    sizes = torch.full((-(-length // block), 1), block, device=x.device)
-    sizes[-1] = length - block * (len(sizes) - 1)
 
-    def mean(t: torch.Tensor) -> torch.Tensor:
-        padded = torch.nn.functional.pad(t, (0, 0, 0, -length % block))
-        return padded.unflatten(-2, (-1, block)).sum(-2) / sizes
-
+def _cosines(x: torch.Tensor, heads: int, block: int) -> torch.Tensor:
+    """Return the mean cosine of all pairs of tokens of each block, ``[B, heads, blocks]``."""
+    unit = torch.nn.functional.normalize(x.float().unflatten(-1, (heads, -1)), dim=-1)
     # The mean of u_i · u_j over all pairs is |mean u|².
-    return mean(rows), mean(torch.nn.functional.normalize(rows, dim=-1)).square().sum(-1)
+    return _pool(unit.flatten(2), heads, block).square().sum(-1)
 
 
 def pooled_blocks(
@@ -56,6 +55,7 @@ def pooled_blocks(
     probability: float | None = None,
     density: float | None = None,
     similarity: float = 0.0,
+    first_keys: int = 0,
     scale: float | None = None,
     block_q: int = BLOCK_Q,
     block_k: int = BLOCK_K,
@@ -69,6 +69,7 @@ def pooled_blocks(
         density: keep this share of blocks, rounded up.
         similarity: blocks whose tokens have a smaller mean cosine are kept in full. The mean over
             all keys is subtracted from the keys before.
+        first_keys: all lists hold the blocks of this many first keys; they are part of ``density``.
         scale: factor of the scores, 1/√d unless given.
         block_q, block_k: sizes of blocks.
 
@@ -82,19 +83,31 @@ def pooled_blocks(
     name, share = ("probability", probability) if density is None else ("density", density)
     assert share is not None
     require(0 < share <= 1, op, name, share, "a number above 0, at most 1")
-    q_mean, q_alike = _pool(q, heads, block_q)
-    k_mean, k_alike = _pool(k.float() - k.float().mean(1, keepdim=True), heads, block_k)
-    unlike = (k_alike < similarity)[..., None, :]
+    # Without the mean of all keys, which adds the same number to all scores of a row.
+    q_mean, k_mean = _pool(q, heads, block_q), _pool(k, heads, block_k)
     scores = q_mean @ k_mean.mT * (q_mean.shape[-1] ** -0.5 if scale is None else scale)
-    p = torch.softmax(scores.masked_fill(unlike & ~unlike.all(-1, keepdim=True), -math.inf), -1)
-    largest, order = p.sort(dim=-1, descending=True, stable=True)
+    always = torch.arange(scores.shape[-1], device=q.device) * block_k < first_keys
+    kept_keys, kept_queries = always, always.new_zeros(1)
+    if similarity > 0:  # a mean cosine is never negative
+        smooth = k.float() - k.float().mean(1, keepdim=True)
+        unlike = (_cosines(smooth, heads, block_k) < similarity)[..., None, :]
+        scores = scores.masked_fill(unlike & ~unlike.all(-1, keepdim=True), -math.inf)
+        kept_keys = always | unlike
+        kept_queries = (_cosines(q, heads, block_q) < similarity)[..., None]
+    p = torch.softmax(scores, -1)
+    # No probability exceeds 1, so the first keys precede all others.
+    largest, order = (p if density is None else p + always).sort(
+        dim=-1, descending=True, stable=True
+    )
     if density is not None:
-        first = torch.arange(p.shape[-1], device=p.device) < math.ceil(share * p.shape[-1])
+        least = -(-first_keys // block_k)
+        count = max(math.ceil(share * p.shape[-1]), least)
+        first = torch.arange(p.shape[-1], device=p.device) < count
         kept = first.expand_as(p)
     else:  # the block that reaches the probability is kept, and with it the first
         kept = largest.cumsum(-1) - largest < share
     mask = torch.zeros_like(kept).scatter(-1, order, kept)
-    mask = mask | unlike | (q_alike < similarity)[..., None]
+    mask = mask | kept_keys | kept_queries
     return KeyBlocks.from_mask(mask, block_q, block_k)
 
 
@@ -143,6 +156,7 @@ def tile_blocks(
     tile: Grid,
     window: Grid,
     *,
+    first_frame: bool = False,
     block_q: int = BLOCK_Q,
     block_k: int = BLOCK_K,
     device: torch.device | str | None = None,
@@ -152,6 +166,7 @@ def tile_blocks(
     Args:
         grid, tile: sizes in tokens.
         window: size in tiles, three odd numbers.
+        first_frame: all lists hold the first frame's keys, and those of its tiles.
         block_q, block_k: sizes of blocks.
         device: device of the lists.
 
@@ -167,6 +182,9 @@ def tile_blocks(
         center = at.clamp(min(half, count // 2), max(count - 1 - half, count // 2))
         near = (center[:, None] - at).abs() <= half
         related = (related[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
+    if first_frame:
+        related = related.clone()
+        related[:, : counts[1] * counts[2]] = True
     group = _tiles_of(grid, tile, device).sort().values
     return _any_pair(group, related, block_q, block_k)
 

@@ -11,7 +11,7 @@ A mask is a list of key blocks for each block of queries (:class:`KeyBlocks`): t
 block of queries walks along its list, and nothing of a skipped block is read.
 
 Variants: "exact" multiplies in 16 bits. "int8_fp8", "fp8" and "int8" are those of ``rollout.py``:
-q has a scale for each block of queries, k for each block of keys, both without the mean of k over
+q has a scale for each query, k for each block of keys, both without the mean of k over
 *all* tokens, v for each channel over all tokens; their blocks are those of the mask. "auto" is the
 best of these on the chip, or "exact" where it has none.
 
@@ -20,7 +20,7 @@ Shapes: q ``[B, Lq, D]``, k and v ``[B, Lk, D]`` with D = heads · d, rows may b
 Lq, D]``. The Triton kernel takes d in multiples of 16 up to 128; others run the reference.
 Dtypes: scores, softmax and sums in float32 (float64 for float64), out is rounded once. Weights are
 rounded to v's dtype before they multiply v, as in every 16-bit kernel.
-FLOPs: 4·B·heads·Lq·Lk·d·density; the formula counts density 1, as only the device knows the counts.
+FLOPs: 4·B·heads·Lq·Lk·d·density; of fake tensors density 1, as they have no counts.
 Bytes: q is read and out written once; a block of k and v is read for each list that holds it,
 mostly from L2. Lists: 4 bytes for each pair of blocks.
 """
@@ -28,6 +28,7 @@ mostly from L2. Lists: 4 bytes for each pair of blocks.
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from prfl_fast.kernels.attn.exact import CHUNK, check_heads, default_scale
@@ -40,7 +41,8 @@ from prfl_fast.kernels.runtime.registry import register
 
 OP = "sparse_attention"
 BLOCK_Q, BLOCK_K = 128, 64  # of SpargeAttn; 64 keys, as finer blocks follow a video's sparsity
-SIZES_Q, SIZES_K = (16, 32, 64, 128), (32, 64, 128)
+# PyTorch computes blocks of one token, for sequences too short for others.
+SIZES_Q, SIZES_K = (1, 16, 32, 64, 128), (1, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class KeyBlocks:
             ``count`` numbers of a list are blocks of keys in ascending order without repetition,
             the others are ignored. One list serves all samples or heads where the size is 1.
         count: int32 ``[B or 1, heads or 1, Lq / block_q]``.
-        block_q: 16, 32, 64 or 128 queries.
-        block_k: 32, 64 or 128 keys.
+        block_q: 1, 16, 32, 64 or 128 queries.
+        block_k: 1, 32, 64 or 128 keys.
     """
 
     index: torch.Tensor
@@ -139,7 +141,8 @@ def _resolve(q: torch.Tensor, heads: int, variant: str) -> str:
 # Launch.
 def _triton(q, k, v, index, count, heads, scale, block_q, block_k, variant):
     head_dim, chosen = q.shape[-1] // heads, _resolve(q, heads, variant)
-    if q.dtype == torch.float32 or head_dim % 16 or head_dim > 128:
+    tokens = block_q == 1 or block_k == 1
+    if tokens or q.dtype == torch.float32 or head_dim % 16 or head_dim > 128:
         return reference(q, k, v, index, count, heads, scale, block_q, block_k, chosen)
     capability = chip_of(q.device) or NOMINAL.get(chosen, (9, 0))
     launch = sparse_launch(head_dim, chosen, block_q, block_k, capability)
@@ -171,9 +174,12 @@ def _check(q, k, v, index, count, heads, scale, block_q, block_k, variant):
 _op = register(OP, reference, fake=_fake, triton=_triton, check=_check)
 
 
-@register_flop_formula(torch.ops.prfl_fast.sparse_attention)
-def _flops(q, k, v, *args, out_shape=None, **kwargs):
-    return 4 * q[0] * q[1] * k[1] * q[2]
+@register_flop_formula(torch.ops.prfl_fast.sparse_attention, get_raw=True)
+def _flops(q, k, v, index, count, *args, out_val=None, **kwargs):
+    dense = 4 * q.numel() * k.shape[1]
+    if isinstance(count, FakeTensor) or count.is_meta or count.numel() == 0:
+        return dense
+    return round(dense * KeyBlocks(index, count).density())
 
 
 # Public function.

@@ -1,19 +1,11 @@
 """Triton kernel of ``sparse_attention``, in 16 and in 8 bits."""
 
-from dataclasses import dataclass
-
 import torch
 
-from prfl_fast.kernels.attn.quantize_kv import (
-    INT8_LARGEST,
-    encode_operand,
-    largest_magnitude,
-    padded,
-    quantize_keys_and_values,
-)
-from prfl_fast.kernels.attn.rollout import LOG2_E, SHIFT, add_block
-from prfl_fast.kernels.common.fp8 import LARGEST
-from prfl_fast.kernels.runtime.triton import INTERPRETING, tl, triton
+from prfl_fast.kernels.attn import rollout
+from prfl_fast.kernels.attn.quantize_kv import padded, quantize_keys_and_values
+from prfl_fast.kernels.attn.rollout import LOG2_E, add_block, quantize_queries
+from prfl_fast.kernels.runtime.triton import tl, triton
 
 
 @triton.jit
@@ -54,7 +46,7 @@ def _add_exact_block(
 
 @triton.jit
 def _add(
-    b_q, q_scale, b_top, b_total, b_out, k_ptr, k_scale_ptr, v_ptr, i_n, rest, scale,
+    b_q, b_q_scale, b_top, b_total, b_out, k_ptr, k_scale_ptr, v_ptr, i_n, rest, scale,
     stride_kl, stride_vl,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     EXACT: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr, TAIL: tl.constexpr,
@@ -67,7 +59,7 @@ def _add(
         )  # fmt: skip
     else:
         b_top, b_total, b_out = add_block(
-            b_q, q_scale, b_top, b_total, b_out, k_ptr, k_scale_ptr, v_ptr, i_n, rest, stride_vl,
+            b_q, b_q_scale, b_top, b_total, b_out, k_ptr, k_scale_ptr, v_ptr, i_n, rest, stride_vl,
             D, BLOCK_M, BLOCK_N, BLOCK_D, SHIFT, INTERPRETED, TAIL,
         )  # fmt: skip
     return b_top, b_total, b_out
@@ -101,7 +93,7 @@ def sparse_kernel(
     m_md = (o_m < queries)[:, None] & m_d[None, :]  # [BM, BD]
     p_q = q_ptr + i_b * stride_qb + i_h * D + o_m[:, None] * stride_ql + o_d[None, :]
     b_q = tl.load(p_q, mask=m_md, other=0.0)  # [BM, BD]
-    q_scale = 1.0
+    b_q_scale = 1.0
     if EXACT:
         if INTERPRETED:
             b_q = b_q.to(tl.float32)
@@ -109,9 +101,7 @@ def sparse_kernel(
         p_scale = k_scale_ptr
     else:
         b_wide = b_q.to(tl.float32) * softmax_scale
-        amax = largest_magnitude(b_wide)
-        b_q = encode_operand(b_wide * tl.div_rn(LARGEST, amax), INT8, INTERPRETED)
-        q_scale = tl.div_rn(amax, LARGEST)
+        b_q, b_q_scale = quantize_queries(b_wide, LARGEST, INT8, INTERPRETED)
         p_k = k_ptr + i_bh * blocks * (BLOCK_N * BLOCK_D)
         p_scale = k_scale_ptr + i_bh * blocks
     if SHIFT > 0:
@@ -129,7 +119,7 @@ def sparse_kernel(
         full = tl.where(rest < BLOCK_N, count - 1, count)
     if full < count:  # first: after the loop it would spill 16 bytes on sm_80
         b_top, b_total, b_out = _add(
-            b_q, q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, blocks - 1,
+            b_q, b_q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, blocks - 1,
             keys - (blocks - 1) * BLOCK_N, softmax_scale, stride_kl, stride_vl,
             D, BLOCK_M, BLOCK_N, BLOCK_D, EXACT, SHIFT, INTERPRETED, True,
         )  # fmt: skip
@@ -137,7 +127,7 @@ def sparse_kernel(
         i = 0
         while i < full:
             b_top, b_total, b_out = _add(
-                b_q, q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, tl.load(p_index + i), 0,
+                b_q, b_q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, tl.load(p_index + i), 0,
                 softmax_scale, stride_kl, stride_vl,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, EXACT, SHIFT, INTERPRETED, False,
             )  # fmt: skip
@@ -149,7 +139,7 @@ def sparse_kernel(
         for i_list in range(0, full):
             i_next = tl.load(p_index + i_list + 1, mask=i_list + 1 < full, other=0)
             b_top, b_total, b_out = _add(
-                b_q, q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, i_n,
+                b_q, b_q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, i_n,
                 0, softmax_scale, stride_kl, stride_vl,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, EXACT, SHIFT, INTERPRETED, False,
             )  # fmt: skip
@@ -165,30 +155,16 @@ def sparse_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_md)
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(rollout.Launch):
     """Queries, keys and channels of a tile, and the options of the compiler."""
 
-    block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-    def constants(self, head_dim: int, variant: str) -> dict[str, int | float | bool]:
+    def constants(self, head_dim: int, variant: str) -> dict[str, int | float]:
         """Return the ``constexpr`` parameters of the kernel."""
-        int8 = variant != "fp8"
-        return {
-            "D": head_dim,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_D": self.block_d,
-            "EXACT": variant == "exact",
-            "INT8": int8,
-            "LARGEST": INT8_LARGEST if int8 else LARGEST,
-            "SHIFT": SHIFT if variant in ("int8_fp8", "fp8") else 0,
-            "INTERPRETED": INTERPRETING,
-        }
+        found = super().constants(head_dim, variant)
+        found["EXACT"] = variant == "exact"
+        if found["EXACT"]:
+            found["SHIFT"] = 0
+        return found
 
 
 def sparse_launch(

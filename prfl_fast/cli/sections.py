@@ -25,6 +25,7 @@ from prfl_fast.cli.yaml_config import (
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
 from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
+from prfl_fast.models.sparse_attention import Predictor
 from prfl_fast.models.step_cache import TeaCacheModel
 from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.rollout.config import RolloutConfig
@@ -42,6 +43,10 @@ Strides = Annotated[
 Order = Annotated[int, Field(ge=1, le=3)]
 Orders = Annotated[
     tuple[Annotated[tuple[Level, Level, Order], from_list], ...], Field(min_length=1), from_list
+]
+Share = Annotated[Number, Field(gt=0, le=1)]
+Densities = Annotated[
+    tuple[Annotated[tuple[Level, Level, Share], from_list], ...], Field(min_length=1), from_list
 ]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Decay = Annotated[Number, Field(gt=0, lt=1)]
@@ -259,17 +264,18 @@ class RWRSection(Section):
 
 
 # Keys that rollout.drift chooses.
-_OF_DRIFT = (
-    *"adapter fp8_linears fp8_attention teacache first_block_cache stride solver_order".split(),
-    *("guidance_interval", "drift_limit"),
+_APPROXIMATE = (
+    "adapter fp8_linears fp8_attention sparse_attention sparse_dense_layers teacache "
+    "first_block_cache stride solver_order guidance_interval"
 )
+_OF_DRIFT = (*_APPROXIMATE.split(), "drift_limit")
 
 
 class RolloutSection(Section):
     """The steps without gradient.
 
-    cache changes no bit, compile and merge_lora only rounding; adapter, FP8, teacache,
-    first_block_cache, stride, solver_order and guidance_interval are approximate.
+    cache changes no bit, compile and merge_lora only rounding; adapter, FP8, sparse attention,
+    teacache, first_block_cache, stride, solver_order and guidance_interval are approximate.
     """
 
     drift: Positive | None = key(
@@ -299,6 +305,19 @@ class RolloutSection(Section):
     )
     fp8_attention: Interval | None = key(
         None, "Noise levels [lowest, highest] at which self-attention runs in FP8."
+    )
+    sparse_attention: Share | Densities = key(
+        1.0,
+        "Density of the self-attention, the share of pairs of blocks of tokens that it computes; "
+        "or a list of [lowest, highest, density] by noise level, outside of which it is 1, dense.",
+    )
+    sparse_predictor: Predictor = key(
+        "pooled",
+        "How these pairs are chosen: pooled queries and keys, tiles around each tile of tokens, or "
+        "radial masks.",
+    )
+    sparse_dense_layers: Annotated[tuple[Index, ...], from_list] = key(
+        (), "Numbers of the transformer blocks, from 0, whose attention stays dense."
     )
     teacache: NonNegative = key(
         0.0,

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from prfl_fast.feedback.estimator import PRFLOutput
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.velocity import model_of
@@ -51,6 +53,17 @@ STRIDES = (
 # Of UniPC, tried at each stride. In the small world, at strides of 2 and 4, order 1 has 1.3 to 1.4
 # times the drift of order 2, and order 3 has 0.9 of it at step 32 and 1.05 after the last step.
 ORDERS = (1, 2, 3)
+# Densities of the attention by noise level. The first ones leave those layers dense whose output
+# moves most at LAYER_DENSITY, the others none.
+DENSITIES = (
+    ((0.8, 1.0, 0.75),),
+    ((0.8, 1.0, 0.5), (0.3, 0.8, 0.75)),
+    ((0.8, 1.0, 0.25), (0.3, 0.8, 0.5)),
+    ((0.8, 1.0, 0.25), (0.0, 0.8, 0.5)),
+)
+STRONG_DENSITIES = (((0.0, 1.0, 0.5),), ((0.0, 1.0, 0.25),))
+LAYER_DENSITY = 0.5
+DENSE_SHARE = 0.25  # of the layers
 # Options that need two steps of one rollout: a stride merges them, a cache reuses a residual.
 OF_SEVERAL_STEPS = ("stride", "first_block_cache", "teacache")
 _NEVER = 1 << 30  # trajectories between checks of drift: the measurement compares latents itself
@@ -121,8 +134,14 @@ class Calibration:
         }
 
 
-def ladders(step: PRFL, device: torch.device) -> dict[str, list[Options]]:
-    """Return the values of each option by name, from the weakest to the strongest."""
+def ladders(
+    step: PRFL, device: torch.device, dense_layers: Sequence[int] | None = ()
+) -> dict[str, list[Options]]:
+    """Return the values of each option by name, from the weakest to the strongest.
+
+    ``dense_layers`` are the transformer blocks that stay dense in the weaker values of
+    ``sparse_attention``; None leaves that option out.
+    """
     model = model_of(step.sampler.transformer)
     found: dict[str, list[Options]] = {"stride": [{"stride": stride} for stride in STRIDES]}
     if step.sampler.guidance is not None:
@@ -136,6 +155,12 @@ def ladders(step: PRFL, device: torch.device) -> dict[str, list[Options]]:
         ("teacache", (0.05, 0.1, 0.2, 0.4)),
     ):
         found[name] = [{name: threshold} for threshold in thresholds]
+    if dense_layers is not None:
+        layers = [tuple(dense_layers)] * len(DENSITIES) + [()] * len(STRONG_DENSITIES)
+        found["sparse_attention"] = [
+            {"sparse_attention": density, "sparse_dense_layers": dense}
+            for density, dense in zip((*DENSITIES, *STRONG_DENSITIES), layers, strict=True)
+        ]
     if device.type == "cuda":  # a CPU emulates 8 bits, which saves it nothing
         levels = ((0.8, 1.0), (0.3, 1.0), (0.0, 1.0))
         found["fp8_linears"] = [{"fp8_linears": each} for each in levels]
@@ -202,7 +227,7 @@ def _search(
         return known
 
     allowed: dict[str, list[Measured]] = {}
-    for name, values in ladders(bench.step, bench.device).items():
+    for name, values in ladders(bench.step, bench.device, bench.moving_layers()).items():
         if bench.longest < 2 and name in OF_SEVERAL_STEPS:
             continue
         orders = other_orders(bench.step) if name == "stride" else []
@@ -256,6 +281,27 @@ class _Bench:
         """Return True if errors are within the budget; NaN is not."""
         return measured.drift <= self.limit and measured.cosine >= LEAST_COSINE
 
+    def moving_layers(self) -> tuple[int, ...] | None:
+        """Return the layers of which sparse attention moves the output most, on the first sample.
+
+        They are :data:`DENSE_SHARE` of all; None if the model's attention cannot be sparse.
+        """
+        if not self.step.engine.config.cache:  # nor does the engine open the model
+            return None
+        step, errors = copy.copy(self.step), dict[int, float]()
+        options: Options = {"sparse_attention": LAYER_DENSITY, "compile": "off"}
+        step.use_rollout(replace(step.engine.config, **options, check_every=_NEVER))
+        step.engine.trajectories, step.engine.sparse_errors = 1, errors
+        try:
+            with warnings.catch_warnings():  # the reason why it cannot
+                warnings.simplefilter("ignore", UserWarning)
+                self._call(step, 0, self.samples[0])
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
+        most = sorted(errors, key=lambda layer: -errors[layer])
+        return tuple(sorted(most[: math.ceil(DENSE_SHARE * len(most))])) if errors else None
+
     def measure(self, options: Options) -> Measured:
         """Return the figures of the exact configuration with some options."""
         config = replace(self.step.engine.config, **options, drift_limit=None, check_every=_NEVER)
@@ -295,19 +341,22 @@ class _Bench:
         timed = self.device.type == "cuda" and number >= WARM_UP
         points = len(self.points[number]) + step.plan.renoised
         with work.timed(self.device, points) if timed else work.counted(points):
-            found = step(
-                sample.noise,
-                sample.conditions,
-                latents=sample.latents,
-                generator=torch.Generator().manual_seed(number),
-                indices=self.points[number],
-            )
+            found = self._call(step, number, sample)
         if exact is None:
             check(bool(found.finite), "the exact loss", "not finite", "a finite number")
             self._latents[number] = seen
             self.longest = max(self.longest, work.longest)
         largest = float(torch.stack(distances).max()) if distances else 0.0
         return largest if found.finite else math.nan
+
+    def _call(self, step: PRFL, number: int, sample: Sampled) -> PRFLOutput:
+        return step(
+            sample.noise,
+            sample.conditions,
+            latents=sample.latents,
+            generator=torch.Generator().manual_seed(number),
+            indices=self.points[number],
+        )
 
 
 class _Work:

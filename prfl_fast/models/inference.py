@@ -10,13 +10,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from prfl_fast.kernels import bias_gelu, norm_modulate, qk_norm_rope, rollout_attention
+from prfl_fast.kernels import bias_gelu, norm_modulate
 from prfl_fast.kernels.attn.rollout_variants import best_variant
 from prfl_fast.models.block_timer import BlockTimer, TimedCall
 from prfl_fast.models.blocks import BlockParts, ContextKeys, Modulation, Rope, transformer_block
@@ -32,6 +32,7 @@ from prfl_fast.models.inference_linear import (
 )
 from prfl_fast.models.rollout_adapter import NO_ADAPTER, RolloutAdapter, SharedAdapter
 from prfl_fast.models.sequence import shards_of
+from prfl_fast.models.sparse_attention import SparseAttention, SparseOptions, eight_bit_attention
 from prfl_fast.models.step_cache import StepCache, StepCacheOptions
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import instance_forward
@@ -42,6 +43,14 @@ LayerPrecision = Literal["exact", "fp8"]
 PRECISIONS = ("exact", "fp8")
 # nn.Module.compile() stores its function in _compiled_call_impl, and __call__ then ignores forward.
 _REPLACED = ("forward", "_compiled_call_impl")
+
+
+class BlockPrecision(NamedTuple):
+    """Say how a block runs: linear layers in FP8, attention in 8 bits, and its density."""
+
+    fp8: bool
+    eight_bits: bool
+    density: float
 
 
 class UnsupportedError(RuntimeError):
@@ -61,6 +70,7 @@ class RolloutOptions:
     compile: bool = False
     timer: BlockTimer | None = None
     step_cache: StepCacheOptions = StepCacheOptions()
+    sparse: SparseOptions = SparseOptions()
     stop_compiling: Callable[[RuntimeError], object] | None = None
     adapter: SharedAdapter | tuple[SharedAdapter | None, SharedAdapter | None] | None = None
 
@@ -75,17 +85,6 @@ class RolloutOptions:
             return NO_ADAPTER
         assert isinstance(self.adapter, SharedAdapter)
         return self.adapter.open(model, blocks, device)
-
-
-def _eight_bit_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
-) -> torch.Tensor:
-    """Compute ``NormAttention`` with 8-bit products, in a kernel that takes 16-bit tensors."""
-    q_weight, k_weight, cos, sin, grid, offset, heads, eps = norm_and_rope
-    rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
-    dtype, half = q.dtype, half_of(q.dtype)
-    q, k = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
-    return rollout_attention(q.to(half), k.to(half), v.to(half), heads=heads).to(dtype)
 
 
 def _norm_modulate_fp8(x: torch.Tensor, **arguments: Any) -> Any:
@@ -256,6 +255,7 @@ class RolloutModel:
             if stop is not None:
                 self._block = SharedCall(self._block, transformer_block, stop)
         self._timer = options.timer
+        self._sparse = SparseAttention(options.sparse, self.notes)
         if options.step_cache:
             self.step_cache = StepCache(options.step_cache, len(blocks))
         self._shape, self._device = like.shape, like.device
@@ -269,6 +269,7 @@ class RolloutModel:
         *,
         linears: LayerPrecision = "exact",
         attention: LayerPrecision = "exact",
+        density: float = 1.0,
         reuse: bool = False,
     ) -> torch.Tensor:
         """Return the model's velocity at latents x, without a graph.
@@ -278,11 +279,13 @@ class RolloutModel:
             step: index of the timestep.
             linears: ``"fp8"`` runs the blocks' linear layers in FP8, with adapters merged.
             attention: ``"fp8"`` runs the self-attention in 8 bits.
+            density: share of the pairs of blocks of tokens that the self-attention computes; the
+                options of the rollout say by which predictor, and in which layers.
             reuse: let the step cache replace blocks, and refresh it.
 
         Returns:
             ``[B, C, F, H, W]`` in ``x.dtype``, bit-identical to the model's own forward if both
-            precisions are ``"exact"`` and no option is on.
+            precisions are ``"exact"``, the density is 1 and no option is on.
 
         Raises:
             ValueError: if ``x`` has a different shape or device than at open, the autocast differs,
@@ -304,8 +307,9 @@ class RolloutModel:
             # Each rank would decide by its own tokens, and wait in attention for one that skips.
             add_note(self.notes, "residuals of blocks are not reused: ranks share the tokens")
             cache = None
+        precision = BlockPrecision(linears == "fp8", attention == "fp8", density)
         for index, block in enumerate(self._blocks):
-            run = functools.partial(self._run, index, linears == "fp8", attention == "fp8")
+            run = functools.partial(self._run, index, precision)
             if reuse and cache is not None:
                 run = functools.partial(self._cached_run, cache, index, run)
             elif self._timer is not None:
@@ -321,31 +325,28 @@ class RolloutModel:
         return cache.run(index, x, time, functools.partial(run, *args, **kw))
 
     def _run(
-        self,
-        index: int,
-        fp8: bool,
-        eight_bits: bool,
-        *args: Any,
-        **kwargs: Any,
+        self, index: int, precision: BlockPrecision, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         block = self._blocks[index]
         x, time, rope = self._inputs(block, *args, **kwargs)
         with self.adapter.within(block, self._autocast or x.dtype):
             modulation = self._modulation(block, time)
-            parts = self._prepare(index, x, fp8, eight_bits)
+            parts = self._prepare(index, x, rope, precision)
             shards = shards_of(block)
             if shards is not None:
                 x = shards.enter(block, x)
-                eight_bits = parts.attend is _eight_bit_attention
+                eight_bits = parts.attend is eight_bit_attention
                 given = shards.arguments(modulation, rope, parts, len(x), eight_bits=eight_bits)
                 modulation, rope, parts = given
             # Contiguous before the compiled function: other strides would compile a second graph.
             return self._block(x.contiguous(), self._keys[index], modulation, rope, parts)
 
-    def _prepare(self, index: int, x: torch.Tensor, fp8: bool, eight_bits: bool) -> BlockParts:
+    def _prepare(
+        self, index: int, x: torch.Tensor, rope: Rope, precision: BlockPrecision
+    ) -> BlockParts:
         """Return the parts of a block with the layers that run in its place."""
         parts = self._parts(self._blocks[index])
-        dtype = self._autocast or x.dtype
+        dtype, (fp8, eight_bits, density) = self._autocast or x.dtype, precision
         layer = functools.partial(self._layers, dtype=dtype, fp8=fp8)
         fused = getattr(parts.attn, "fused_projections", False)
         names = ("to_qkv",) if fused else ("to_q", "to_k", "to_v")
@@ -356,6 +357,10 @@ class RolloutModel:
             eight_bits = best.variant is not None
             if not eight_bits:
                 add_note(self.notes, f"attention stays exact: {best.reason}")
+        sharded = shards_of(self._blocks[index]) is not None
+        sparse = self._sparse.attend(
+            index, x, rope.grid, density, eight_bits=eight_bits, sharded=sharded
+        )
         # The norm writes FP8 tokens only if all of its consumers read them.
         shared_fp8 = all(isinstance(getattr(attn, name), Fp8Dense) for name in names)
         return parts._replace(
@@ -364,6 +369,6 @@ class RolloutModel:
             up=layer(parts.up),
             down=layer(parts.down),
             norm=_norm_modulate_fp8 if shared_fp8 else norm_modulate,
-            attend=_eight_bit_attention if eight_bits else parts.attend,
+            attend=sparse or (eight_bit_attention if eight_bits else parts.attend),
             feed=_feed_forward,
         )

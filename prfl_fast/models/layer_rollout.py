@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.models.inference import RolloutModel, RolloutOptions, replaced_forwards
+from prfl_fast.models.inference import (
+    BlockPrecision,
+    RolloutModel,
+    RolloutOptions,
+    replaced_forwards,
+)
 from prfl_fast.models.inference_linear import add_note, as_matrix
 
 
@@ -45,10 +50,12 @@ class LayerRollout(RolloutModel):
         if options.compile:
             add_note(self.notes, "blocks are not compiled: only those of Wan are")
 
-    def _run(self, index: int, fp8: bool, eight_bits: bool, *args: Any, **kwargs: Any) -> Any:
-        block = self._blocks[index]
+    def _run(self, index: int, precision: BlockPrecision, *args: Any, **kwargs: Any) -> Any:
+        block, (fp8, eight_bits, density) = self._blocks[index], precision
         if eight_bits:
             add_note(self.notes, "attention stays exact: only Wan's blocks have 8-bit attention")
+        if density < 1:
+            add_note(self.notes, "attention is not sparse: only that of Wan's blocks can be")
         replaced = []
         if fp8 or self._merge:
             dtype = self._autocast or next(iter((*args, *kwargs.values()))).dtype

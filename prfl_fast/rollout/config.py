@@ -5,12 +5,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prfl_fast.models.sparse_attention import PREDICTORS, Predictor
 from prfl_fast.models.step_cache import COEFFICIENTS, TeaCacheModel
-from prfl_fast.utils.checks import check, check_choice, check_count, check_positive, is_number
+from prfl_fast.utils.checks import (
+    check,
+    check_choice,
+    check_count,
+    check_positive,
+    is_count,
+    is_number,
+)
 
 Interval = tuple[float, float]
 # Noise levels from the lowest to the highest, and the stride or the solver's order there.
 ByLevel = tuple[float, float, int]
+# Likewise, and the density there.
+Density = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,13 @@ class RolloutConfig:
         fp8_linears: noise levels (lowest, highest) between which linear layers run in FP8 (e4m3);
             None for no level, ``(0, 1)`` for all.
         fp8_attention: noise levels between which self-attention runs in 8 bits.
+        sparse_attention: density of the self-attention, the share of pairs of blocks of tokens that
+            it computes; 1 computes all. Or a density for each of several intervals of noise
+            levels, as (lowest, highest, density), with the rules of ``stride``.
+        sparse_predictor: what chooses these pairs: ``"pooled"`` queries and keys in each call,
+            or the positions of the tokens, by ``"tiles"`` around each tile or ``"radial"`` masks
+            (see :mod:`prfl_fast.kernels.attn.block_masks`).
+        sparse_dense_layers: numbers of the transformer blocks, from 0, whose attention stays dense.
         teacache: reuse the residual of all blocks while the sum of the relative changes of the time
             embedding stays below this threshold; 0 never does.
         teacache_model: Wan model whose published coefficients rescale each change, a key of
@@ -74,6 +91,9 @@ class RolloutConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     fp8_linears: Interval | None = None  # drift 1.6e-2; 3.9e-3 within (0.8, 1), with attention
     fp8_attention: Interval | None = None  # drift 1.7e-3
+    sparse_attention: float | Sequence[Density] = 1.0
+    sparse_predictor: Predictor = "pooled"
+    sparse_dense_layers: Sequence[int] = ()
     teacache: float = 0.0
     teacache_model: TeaCacheModel | None = None
     first_block_cache: float = 0.0
@@ -105,16 +125,16 @@ class RolloutConfig:
         self._set_pair("adapter_scale", is_number, "a number")
         ok = self.adapter is not None or self.adapter_scale == 1
         check(ok, "adapter_scale", self.adapter_scale, "1 without adapter")
-        self._set_levels("stride")
+        self._set_levels("stride", "stride", check_count)
+        self._set_levels("sparse_attention", "density", _check_density)
+        check_choice("sparse_predictor", self.sparse_predictor, PREDICTORS)
+        self._check_dense_layers()
         if self.solver_order is not None:
-            self._set_levels("solver_order")
-            given = self.solver_order
-            for order in [given] if isinstance(given, int) else [n for *_, n in given]:
-                check_choice("solver_order", order, (1, 2, 3))
+            self._set_levels("solver_order", "order", _check_order)
         check_count("check_every", self.check_every)
         if self.drift_limit is not None:
             check_positive("drift_limit", self.drift_limit)
-        expected = "True with merge_lora, compile='on', an adapter, FP8 or reused residuals"
+        expected = "True with merge_lora, compile='on', an adapter or approximate blocks"
         check(self.cache or not self.needs_model, "cache", self.cache, expected)
 
     def _set_pair(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> None:
@@ -126,21 +146,31 @@ class RolloutConfig:
         check(ok, name, value, f"{expected}, or two for experts (high, low)")
         object.__setattr__(self, name, tuple(values) if pair else values[0])
 
-    def _set_levels(self, name: str) -> None:
-        """Check a count or the counts of intervals of noise levels, and store them as tuples."""
+    def _set_levels(self, name: str, word: str, check_one: Callable[[str, Any], None]) -> None:
+        """Check a value, or those of intervals of noise levels, and store them as tuples."""
         value = getattr(self, name)
         if not isinstance(value, (tuple, list)):
-            check_count(name, value)
+            check_one(name, value)
             return
-        found = []
+        parts = []
         for i, part in enumerate(value):
             ok = isinstance(part, (tuple, list)) and len(part) == 3 and _is_interval(part[:2])
-            word = name.removeprefix("solver_")
             expected = f"(lowest, highest, {word}) with noise levels in 0 … 1"
             check(ok, f"{name}[{i}]", part, expected)
-            check_count(f"{name}[{i}][2]", part[2])
-            found.append((float(part[0]), float(part[1]), part[2]))
-        object.__setattr__(self, name, tuple(found))
+            check_one(f"{name}[{i}][2]", part[2])
+            parts.append((float(part[0]), float(part[1]), part[2]))
+        object.__setattr__(self, name, tuple(parts))
+
+    def _check_dense_layers(self) -> None:
+        layers = self.sparse_dense_layers
+        ok = isinstance(layers, (tuple, list)) and all(is_count(n, 0) for n in layers)
+        check(ok, "sparse_dense_layers", layers, "numbers of transformer blocks, from 0")
+        object.__setattr__(self, "sparse_dense_layers", tuple(layers))
+
+    def density_at(self, sigma: float) -> float:
+        """Return the density of the self-attention at a noise level."""
+        density: float = _at(self.sparse_attention, sigma, 1.0)
+        return density
 
     def stride_at(self, sigma: float) -> int:
         """Return the stride of a rollout step that begins at a noise level."""
@@ -162,6 +192,13 @@ class RolloutConfig:
         return self.fp8_linears is not None or self.fp8_attention is not None
 
     @property
+    def sparse(self) -> bool:
+        """Return True if attention is sparse at some noise level."""
+        given = self.sparse_attention
+        densities = [given] if isinstance(given, (int, float)) else [n for *_, n in given]
+        return any(n < 1 for n in densities)
+
+    @property
     def reuses(self) -> bool:
         """Return True if some steps reuse residuals of blocks."""
         return self.teacache > 0 or self.first_block_cache > 0
@@ -169,7 +206,8 @@ class RolloutConfig:
     @property
     def inexact(self) -> bool:
         """Return True if results may differ from an exact rollout by more than rounding."""
-        return self.fp8 or self.reuses or self.changes_sampler or self.adapter is not None
+        by_model = self.fp8 or self.sparse or self.reuses or self.adapter is not None
+        return by_model or self.changes_sampler
 
     @property
     def changes_sampler(self) -> bool:
@@ -181,7 +219,8 @@ class RolloutConfig:
     def needs_model(self) -> bool:
         """Return True if the user set an option that needs access to the model's blocks."""
         merges = self.merge_lora or self.adapter is not None
-        return merges or self.compile == "on" or self.fp8 or self.reuses
+        approximate = self.fp8 or self.sparse or self.reuses
+        return merges or self.compile == "on" or approximate
 
 
 def _at(value: Any, sigma: float, outside: Any) -> Any:
@@ -197,6 +236,15 @@ def _is_text(value: object) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _check_order(name: str, value: Any) -> None:
+    check_choice(name, value, (1, 2, 3))
+
+
+def _check_density(name: str, value: Any) -> None:
+    ok = is_number(value) and 0 < value <= 1
+    check(ok, name, value, "a density above 0, at most 1, which is dense attention")
 
 
 def _is_interval(levels: Sequence[object]) -> bool:

@@ -25,6 +25,7 @@ from prfl_fast.models.inference import (
 )
 from prfl_fast.models.other import VelocityModel
 from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.sparse_attention import SparseOptions
 from prfl_fast.models.step_cache import ReuseCounts, StepCacheOptions
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
 from prfl_fast.rollout.adapters import read_adapters, shared_adapters
@@ -150,6 +151,8 @@ class RolloutEngine:
         drift: drift of the last check, by solver step; None before the first.
         reuse: forwards that could reuse residuals of blocks, and the part of them that was saved;
             a forward that runs one of four blocks adds 0.75.
+        sparse_errors: None; or a dict, which keeps attention dense and receives the distance of
+            sparse attention's output, summed over calls, by transformer block.
         notes: reasons why options of the configuration do not apply. Each is reported once: as a
             warning if the user set the option, else to this module's logger.
 
@@ -171,6 +174,7 @@ class RolloutEngine:
         self.trajectories = 0
         self.drift: dict[int, float] | None = None
         self.reuse = ReuseCounts()
+        self.sparse_errors: dict[int, float] | None = None
         self.notes: list[str] = []
         # A VelocityModel runs its function at each step, as a plain function does.
         plain = self.model is None or isinstance(unwrap(self.model), VelocityModel)
@@ -221,7 +225,8 @@ class RolloutEngine:
     @property
     def inexact(self) -> bool:
         """Return True if the next rollout has inexact steps."""
-        by_model = self._active.fp8 or self._active.reuses or self.adds
+        active = self._active
+        by_model = active.fp8 or active.sparse or active.reuses or self.adds
         return self.changes_sampler or (by_model and self._supported)
 
     @property
@@ -234,13 +239,16 @@ class RolloutEngine:
         """Return True if steps of the next rollout may reuse residuals of blocks."""
         return self._active.reuses
 
-    def precisions(self, sigma: float) -> dict[str, LayerPrecision]:
-        """Return the precision of linear layers and attention at a noise level."""
+    def precisions(self, sigma: float) -> dict[str, LayerPrecision | float]:
+        """Return precisions of linear layers and attention at a noise level, and its density."""
         intervals = {"linears": self._active.fp8_linears, "attention": self._active.fp8_attention}
-        return {
+        found: dict[str, LayerPrecision | float] = {
             name: "fp8" if interval and interval[0] <= sigma <= interval[1] else "exact"
             for name, interval in intervals.items()
         }
+        if self._active.sparse:
+            found["density"] = self._active.density_at(sigma)
+        return found
 
     def should_check_drift(self) -> bool:
         """Return True if an exact rollout should run beside the next inexact one."""
@@ -299,7 +307,9 @@ class RolloutEngine:
             reuse = StepCacheOptions(*thresholds, self.reuse, shared)
             stop = self._stop_compiling if shared and self.config.compile == "auto" else None
             added = adapters if adapted else None
-            options = RolloutOptions(self.config.merge_lora, compiled, timer, reuse, stop, added)
+            chosen = config.sparse_predictor, tuple(config.sparse_dense_layers), self.sparse_errors
+            choices = reuse, SparseOptions(*chosen), stop, added
+            options = RolloutOptions(self.config.merge_lora, compiled, timer, *choices)
             find_owners(model)
             inputs: tuple[Any, ...] = (x, list(timesteps.values()), branches)
             if wanted == "first":
@@ -390,7 +400,7 @@ class RolloutEngine:
             f"the rollout's relative distance from an exact one is {found:.3g} at step {step} "
             f"(sigma {sigmas[step]:.3g}), past drift_limit {limit:g}. This rollout continues from "
             f"the exact latents, and all later rollouts are exact. Drift: {figures}. Narrow the "
-            "FP8 intervals of RolloutConfig or raise its drift_limit, and restart"
+            "intervals of RolloutConfig or raise its drift_limit, and restart"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return True

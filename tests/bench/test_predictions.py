@@ -9,6 +9,7 @@ import aot
 import predict
 import pytest
 import suites
+from attention_speed import LoopCost
 from bench_runs import ROOT, make_context
 from machine_code import chips, cuda, flow, grids, replay, sass
 from machine_code import predict as one
@@ -288,10 +289,11 @@ def test_the_suite_makes_a_table(monkeypatch):
         return [prediction(arch, 80 + arch // 10)]
 
     monkeypatch.setattr(predict, "find", find)
+    monkeypatch.setattr(predict, "find_attention", list)
     assert suites.load("machine-code") is machine_code.run
     result = machine_code.run(make_context())
-    (table,) = result.tables
-    assert table.rows == [
+    table, attention = result.tables
+    assert not attention.rows and table.rows == [
         ["rms_norm", "forward", "95 / 89 / 80", "32 / 20.5", "88", "90", "92", "bandwidth"]
     ]
     assert any("not measurements" in note for note in table.notes)
@@ -359,3 +361,27 @@ def test_no_prediction_drops():
 @pytest.mark.parametrize("arch", aot.CAPABILITIES)
 def test_no_prediction_drops_on_any_architecture(arch):
     assert_no_drop(arch)
+
+
+# Attention.
+
+
+def test_speeds_of_sparse_attention_are_over_dense_ones_of_the_same_precision():
+    names = ("a 16-bit backend", "rollout_attention x", "sparse_attention exact bf16",
+             "sparse_attention int8_fp8 bf16")  # fmt: skip
+    costs = [LoopCost(name, 100.0 * i, 1000.0 * 2**i) for i, name in enumerate(names)]
+    table = machine_code.attention_table(costs)
+    assert [row[3:] for row in table.rows] == [
+        ["–"] * 3,
+        ["–"] * 3,
+        ["0.25", "0.50", "1.00"],
+        ["0.25", "0.50", "1.00"],
+    ]
+
+
+@pytest.mark.slow  # compiles three kernels
+def test_loops_of_attention():
+    costs = {cost.label.split()[0]: cost for cost in predict.find_attention()}
+    assert set(costs) == {"a", "rollout_attention", "sparse_attention"}
+    assert all(100 < c.instructions < 1000 for c in costs.values() if c.instructions)
+    assert 512 < costs["rollout_attention"].clocks < costs["sparse_attention"].clocks < 4000

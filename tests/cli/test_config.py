@@ -126,6 +126,12 @@ def test_rollout_is_the_librarys(tmp_path):
     assert config.rollout.build() == expected and load(tmp_path, to_yaml(config)) == config
     config = load(tmp_path, f"{BASE}rollout: {{stride: [[0.8, 1, 4], [0, 0.5, 2]]}}")
     assert config.rollout.build() == RolloutConfig(stride=((0.8, 1.0, 4), (0.0, 0.5, 2)))
+    sparse = "sparse_attention: [[0.8, 1, 0.5]], sparse_predictor: tiles, sparse_dense_layers: [0]"
+    config = load(tmp_path, f"{BASE}rollout: {{{sparse}}}")
+    expected = RolloutConfig(
+        sparse_attention=((0.8, 1.0, 0.5),), sparse_predictor="tiles", sparse_dense_layers=(0,)
+    )
+    assert config.rollout.build() == expected and load(tmp_path, to_yaml(config)) == config
     assert load(tmp_path, to_yaml(config)) == config
     for text, expected in (
         ("adapter: a, stride: 10", RolloutConfig(adapter="a", stride=10)),
@@ -265,6 +271,9 @@ BAD = {
     "rollout: {adapter_scale: 0.5}": "rollout.adapter_scale is 0.5, expected 1 without adapter",
     "rollout: {adapter: a, cache: false}": "rollout.cache is False, expected True with merge_lora",
     "rollout: {adapter: a, drift: 0.1}": "rollout.drift is 0.1, expected null beside rollout.adap",
+    "rollout: {sparse_attention: 0}": "rollout.sparse_attention is 0, expected a number above 0",
+    "rollout: {sparse_attention: [[1, 0, 0.5]]}": "rollout.sparse_attention[0] is (1.0, 0.0, 0.5),",
+    "rollout: {sparse_dense_layers: [-1]}": "rollout.sparse_dense_layers[0] is -1, expected a whol",
     "rollout: {guidance_interval: [0.2, 1]}": "rollout.guidance_interval is (0.2, 1.0), expected n",
     "rollout: {drift_limit: -1}": "rollout.drift_limit is -1, expected a number above 0",
     "prfl: {solver: unipd}": "did you mean 'unipc'?",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def close(ours, theirs):
 def only_strides(monkeypatch):
     """Measure two strides alone, of the scheduler's order: tests are to take no longer."""
     found = {"stride": [{"stride": stride} for stride in STRIDES]}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: found)
+    monkeypatch.setattr(calibration, "ladders", lambda step, device, dense: found)
     monkeypatch.setattr(calibration, "other_orders", lambda step: [])
 
 
@@ -102,6 +103,9 @@ class Given:
     def fits(self, measured):
         return measured.drift <= self.limit
 
+    def moving_layers(self):
+        return None
+
 
 @pytest.mark.parametrize(
     "limit,chosen",
@@ -115,7 +119,7 @@ class Given:
 )
 def test_the_search_adds_the_strongest_options_that_fit_together(monkeypatch, limit, chosen):
     values = {name: [{n: i} for n, i in Given.FACTORS if n == name] for name in "abcd"}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: values)
+    monkeypatch.setattr(calibration, "ladders", lambda step, device, dense: values)
     bench = Given(limit)
     best, found = calibration._search(bench, lambda measured: None)
     assert dict(best.options) == chosen  # c saves too little
@@ -141,10 +145,13 @@ class GivenOrders:
     def fits(self, measured):
         return measured.drift <= 0.1
 
+    def moving_layers(self):
+        return None
+
 
 def test_each_stride_has_the_order_that_drifts_least(monkeypatch):
     values = {"stride": [{"stride": 2}, {"stride": 4}]}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: values)
+    monkeypatch.setattr(calibration, "ladders", lambda step, device, dense: values)
     bench = GivenOrders()
     best, found = calibration._search(bench, lambda measured: None)
     assert best.options == {"stride": 4, "solver_order": 3}
@@ -163,7 +170,9 @@ def test_each_stride_has_the_order_that_drifts_least(monkeypatch):
 
 def test_options_depend_on_guidance_and_on_access_to_the_blocks():
     plain = make_step()
-    assert list(ladders(plain, CPU)) == ["stride", "first_block_cache", "teacache"]
+    everywhere = ["stride", "first_block_cache", "teacache", "sparse_attention"]
+    assert list(ladders(plain, CPU)) == everywhere
+    assert list(ladders(plain, CPU, None)) == everywhere[:-1]
     model = plain.sampler.transformer
     negative = {"encoder_hidden_states": TEXT["encoder_hidden_states"].flip(0)}
     guided = make_step(model, guidance=Guidance(3.0, negative), rollout=RolloutConfig(cache=False))
@@ -171,7 +180,8 @@ def test_options_depend_on_guidance_and_on_access_to_the_blocks():
     eight_bits = ["fp8_linears", "fp8_attention"]
     assert list(ladders(plain, GPU)) == [*ladders(plain, CPU), *eight_bits]
     for name, values in {**ladders(plain, CPU), **ladders(guided, CPU)}.items():
-        assert all(set(options) == {name} for options in values)
+        beside = {"sparse_dense_layers"} if name == "sparse_attention" else set()
+        assert all(set(options) == {name} | beside for options in values)
         assert all(RolloutConfig(**options).inexact for options in values)
 
 
@@ -187,9 +197,34 @@ def test_a_drift_past_the_budget_ends_a_measurement(only_strides):
 
 def test_rollouts_of_single_steps_try_no_option_that_needs_two():
     step = prfl(patch(with_lora(make_wan())), PLAN, steps=4)  # points 0 or 1, and 1 or 2
-    found = calibrate(step, SAMPLES, 10.0)
-    assert found.chosen == found.measured[0] and len(found.measured) == 1
-    assert found.config == RolloutConfig(drift_limit=10.0)
+    found = calibrate(step, SAMPLES[:1], 10.0)
+    tried = {name for each in found.measured for name in each.options}
+    assert tried == {"sparse_attention", "sparse_dense_layers"}
+
+
+def test_the_layers_that_sparse_attention_moves_most_stay_dense_first():
+    # Pooled scores of blocks of one token would cost as much as attention saves.
+    config = RolloutConfig(sparse_predictor="tiles")
+    step = make_step(rollout=config)
+    bench = calibration._Bench(step, SAMPLES, 10.0)
+    layers = bench.moving_layers()
+    assert layers is not None and len(layers) == 1  # a quarter of the two, rounded up
+    assert all(p.grad is None for p in bench.parameters)
+    *weak, half, quarter = ladders(step, CPU, layers)["sparse_attention"]
+    assert [each["sparse_dense_layers"] for each in weak] == [layers] * 4
+    assert half["sparse_dense_layers"] == quarter["sparse_dense_layers"] == ()
+    measured = [bench.measure(each) for each in (weak[0], half, quarter)]
+    assert bench.exact.flops > measured[0].flops > measured[1].flops > measured[2].flops
+    assert all(m.drift > 0 and m.cosine > 0.9 for m in measured)
+    errors = {}
+    step.use_rollout(replace(config, sparse_attention=0.5, compile="off", check_every=1000))
+    step.engine.trajectories, step.engine.sparse_errors = 1, errors
+    step(*SAMPLES[0][:2], generator=torch.Generator().manual_seed(0), indices=bench.points[0])
+    assert layers == (max(errors, key=errors.get),)
+    uncached = make_step(step.sampler.transformer, rollout=RolloutConfig(cache=False))
+    for parameter in trained(step.sampler.transformer):
+        parameter.grad = None
+    assert calibration._Bench(uncached, SAMPLES, 10.0).moving_layers() is None
 
 
 def test_bad_calibrations_are_refused():

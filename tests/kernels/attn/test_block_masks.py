@@ -44,6 +44,10 @@ def test_tiles(grid, tile, window):
 
     found = module.tile_blocks(grid, tile, window, **SIZES).mask()[0, 0]
     assert torch.equal(found, any_pair(math.prod(grid), keep))
+    # With the first frame, and those of its tiles.
+    found = module.tile_blocks(grid, tile, window, first_frame=True, **SIZES).mask()[0, 0]
+    first = {n for n, i in enumerate(order) if tiles[i][0] == 0}
+    assert torch.equal(found, any_pair(math.prod(grid), lambda i, j: keep(i, j) or j in first))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -92,6 +96,20 @@ def test_pooled(given, similarity):
             assert found[b, h, i].nonzero()[:, 0].tolist() == sorted(kept)
     assert found.any(-1).all()
     assert (full > 0, unlike > 0) == (similarity > 0, similarity > 0)
+
+
+def test_the_first_keys_are_kept_within_the_density():
+    q, k = torch.randn(2, 1, 320, 32).unbind()  # ten blocks of keys
+    free, first = (
+        module.pooled_blocks(q, k, heads=1, density=0.5, first_keys=n, **SIZES).mask()
+        for n in (0, 40)
+    )
+    assert first[..., :2].all() and not free[..., :2].all()
+    assert (first.sum(-1) == 5).all() and (free.sum(-1) == 5).all()
+    few = module.pooled_blocks(q, k, heads=1, density=0.1, first_keys=70, **SIZES).mask()
+    assert few[..., :3].all() and (few.sum(-1) == 3).all()
+    likely = module.pooled_blocks(q, k, heads=1, probability=0.3, first_keys=40, **SIZES).mask()
+    assert likely[..., :2].all()
 
 
 def test_unlike_tokens_keep_everything():

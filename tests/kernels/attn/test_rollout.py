@@ -275,6 +275,16 @@ def test_scale(backend, scale):
         torch.testing.assert_close(out.double(), mean, rtol=0, atol=0.02)
 
 
+def test_a_large_query_does_not_change_the_others(backend, variant):
+    """Each query has a scale of its own."""
+    q, k, v = make(1, 6, 40, 1, 32).values()
+    larger = q.clone()
+    larger[:, 2] *= 100
+    out, other = (rollout_attention(x, k, v, heads=1, variant=variant) for x in (q, larger))
+    same = (out == other).all(-1)[0].tolist()
+    assert same == [True, True, False, True, True, True]
+
+
 def test_constant_tensors(backend, variant):
     """Leave no spread to take a scale from: zeros, one token, equal tokens."""
     q, k, v = make(1, 4, 12, 1, 32).values()

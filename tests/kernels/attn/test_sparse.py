@@ -10,6 +10,7 @@ from numerics import assert_within_twice
 from op_checks import RecordedCalls, assert_same_bits, slack
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 import prfl_fast.kernels as kernels
 from prfl_fast.kernels.attn import sparse as module
@@ -172,6 +173,24 @@ def test_numbers_past_the_count_are_ignored(backend):
     other = KeyBlocks(blocks.index.masked_fill(past, -7), blocks.count, 16, 32)
     outs = (sparse_attention(**tensors, blocks=b, heads=1) for b in (blocks, other))
     assert torch.equal(*outs)
+
+
+def test_flops_are_counted_at_the_density():
+    tensors, blocks = make(2, 64, 128, 2, 32), draw(2, 64, 128, 2)
+    with FlopCounterMode(display=False) as counter:
+        sparse_attention(**tensors, blocks=blocks, heads=2)
+    dense = 4 * 2 * 64 * 128 * 64
+    assert counter.get_total_flops() == pytest.approx(dense * blocks.density())
+    with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
+        fakes, lists = tree_map_only(torch.Tensor, mode.from_tensor, (tensors, vars(blocks)))
+        sparse_attention(**fakes, blocks=KeyBlocks(**lists), heads=2)
+    assert counter.get_total_flops() == dense
+
+
+def test_blocks_of_one_token(backend):
+    tensors, mask = make(1, 5, 7, 2, 32), torch.rand(1, 2, 5, 7) < 0.6
+    for variant in ("exact", "int8_fp8"):
+        check(tensors, KeyBlocks.from_mask(mask, 1, 1), 2, variant, backend)
 
 
 def test_lists_of_a_mask():
