@@ -20,7 +20,8 @@ from prfl_fast import FlowUniPC, GradientPlan, RolloutConfig
 from prfl_fast.planning.built_models import fake_models
 from prfl_fast.planning.costs import Cost
 from prfl_fast.rollout.engine import RolloutEngine
-from prfl_fast.rollout.schedulers import schedule_sigmas, start_trajectory, strided_steps
+from prfl_fast.rollout.kept_steps import strided_steps
+from prfl_fast.rollout.schedulers import schedule_sigmas, start_trajectory
 from suites import split
 from suites.memory_step import DEPTHS, Case, uniform
 from suites.rollout_counts import EightBits
