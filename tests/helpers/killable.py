@@ -1,8 +1,8 @@
 """Run ``prfl-fast`` commands in forked children that tests kill at a chosen place.
 
-Each input line is a JSON object ``{"arguments", "output", "place", "count", "here"}``. For each, a
+Each job is a line of JSON, ``{"arguments", "output", "place", "count", "here"}``. For each, a
 forked child reports ``pid <n>``, ``paused`` at the ``count``-th time it reaches the place, and
-``exit <status>``. Forking saves the import of torch. A job with ``"here"`` runs in this process and
+``exit <status>``. Forking saves the import of torch. A job with ``"here"`` runs in the server and
 fills the caches of later children; with one thread, no thread pool is forked.
 """
 
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from prfl_fast.cli.main import main
 from prfl_fast.rollout.engine import RolloutSession
 from prfl_fast.rollout.trajectory import Trajectory
 
-REPORT = os.dup(1)
+REPORT = None  # the file descriptor of the server's reports
 
 
 def report(text):
@@ -110,9 +109,12 @@ def child(job):
     return main(job["arguments"])
 
 
-def serve():
+def serve(jobs, reports):
+    """Run the jobs of an open file, and report to a file descriptor."""
+    global REPORT
+    REPORT = reports
     torch.set_num_threads(1)
-    for line in sys.stdin:
+    for line in jobs:
         job = json.loads(line)
         if job["here"]:
             report(f"exit {child(job)}")
@@ -126,7 +128,3 @@ def serve():
                 os._exit(code)
         report(f"pid {pid}")
         report(f"exit {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}")
-
-
-if __name__ == "__main__":
-    serve()

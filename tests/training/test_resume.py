@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import killable
 import pytest
 import torch
 from runs import config, log, make_world, write_config
@@ -19,19 +17,25 @@ WEIGHTS = ("model/diffusion_pytorch_model.safetensors", "ema.safetensors")
 
 
 class Runner:
-    """Send commands to ``killable.py``."""
+    """Send commands to a forked process that runs ``killable.serve``."""
 
     def __init__(self, output):
-        script = Path(__file__).parents[1] / "helpers" / "killable.py"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=pipe, stdout=pipe, env=environment, text=True
-        )
+        theirs, jobs = os.pipe()
+        reports, written = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(jobs)
+                killable.serve(os.fdopen(theirs), written)
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        os.close(written)
+        self.jobs, self.reports = os.fdopen(jobs, "w"), os.fdopen(reports)
         self.output = output
 
     def expect(self, word):
-        line = self.process.stdout.readline().split()
+        line = self.reports.readline().split()
         assert line and line[0] == word, (
             f"expected {word!r}, got {line}: {self.output.read_text()[-2000:]}"
         )
@@ -40,8 +44,8 @@ class Runner:
     def run(self, *arguments, place=None, count=1, sends=signal.SIGKILL, here=False):
         """Return the exit status of a command; with a place, of one that got a signal there."""
         job = {"arguments": arguments, "output": str(self.output), "place": place, "count": count}
-        self.process.stdin.write(json.dumps({**job, "here": here}) + "\n")
-        self.process.stdin.flush()
+        self.jobs.write(json.dumps({**job, "here": here}) + "\n")
+        self.jobs.flush()
         if here:
             return self.expect("exit")
         pid = self.expect("pid")
@@ -51,10 +55,10 @@ class Runner:
         return self.expect("exit")
 
     def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.jobs.close()
+        self.reports.close()
 
 
 @pytest.fixture(scope="module")
