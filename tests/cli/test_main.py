@@ -365,13 +365,6 @@ def run_outside(tmp_path, *arguments):
     )
 
 
-def test_the_installed_command_prints_one_line(tmp_path):
-    path = write_config(tmp_path / "c.yaml", "modell: m\n")
-    done = run_outside(tmp_path, "train", path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"prfl-fast train: {path}: unknown key 'modell': did you mean 'model'?\n"
-
-
 @pytest.mark.slow
 def test_no_other_package_writes_to_the_terminal(root, tmp_path):
     changes = {"memory": {"weight_dtype": "nf4", "optimizer": "adamw8bit"}}

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from compiled import run_python
+from runs import write_config
 
 LISTED = "import json, sys; print(json.dumps([n for n in sys.modules if '.' not in n]))"
 
@@ -54,15 +55,18 @@ MODULES = "models memory training rollout".split()
 MODULES += "cli.train cli.sample cli.compare cli.encode cli.plan cli.evaluate cli.inspect".split()
 
 
-def test_no_import_brings_dynamo_or_a_library_of_models():
+def test_no_import_brings_dynamo_or_a_library_of_models_and_an_error_is_one_line(tmp_path):
     """Compilation and diffusers take as long to import as torch, so their first use waits."""
+    path = write_config(tmp_path / "c.yaml", "modell: m\n")
     lines = [f"import prfl_fast.{module}" for module in MODULES]
-    lines += ["import sys", "print([name for name in LATE if name in sys.modules])"]
+    lines += ["import runpy, sys", f"sys.argv[1:] = ['train', {str(path)!r}]"]
+    lines += ["try: runpy.run_module('prfl_fast.cli', run_name='__main__', alter_sys=True)"]
+    lines += ["finally: print([name for name in LATE if name in sys.modules])"]
     late = ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "diffusers", "transformers"]
     late += ["peft", "safetensors.torch", "matplotlib", "pandas", "tensorboard", "sklearn"]
-    done = run_python("\n".join([f"LATE = {late!r}", *lines]))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "[]\n"
+    done = run_python("\n".join([f"LATE = {late!r}", *lines]), cwd=tmp_path)
+    assert done.stderr == f"prfl-fast train: {path}: unknown key 'modell': did you mean 'model'?\n"
+    assert done.returncode == 2 and done.stdout == "[]\n"
 
 
 @pytest.mark.slow
