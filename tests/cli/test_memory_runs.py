@@ -31,6 +31,7 @@ MEMORY = {**KEPT_CHUNKED, "weight_dtype": "nf4", "optimizer": "adamw8bit", "grad
 REWARD_MEMORY = {**KEPT_CHUNKED, "weight_dtype": "fp8", "activation_checkpointing": "full"}
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -131,6 +132,7 @@ def test_a_run_may_go_on_under_another_policy_but_not_with_other_weights(root, t
         assert f"made with {message}" in refused(capsys, "train", root, halves, changes)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_weights_in_host_memory_change_no_number(root, tmp_path, kind):
     found = []
@@ -150,6 +152,7 @@ def test_weights_in_host_memory_change_no_number(root, tmp_path, kind):
     assert_same(found[1][1], found[0][1])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-sr"])
 def test_train_reward_under_a_memory_policy(root, tmp_path, optimizer):
     policy = {**KEPT, "weight_dtype": "bf16", "optimizer": optimizer}
@@ -314,6 +317,7 @@ def test_check_prints_what_auto_is(root, tmp_path, planned, capsys):
     assert content.memory.build() == planned.memory and not (tmp_path / "out").exists()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "memory", ["auto", {"activation_checkpointing": "full"}, {"weight_dtype": "bf16"}]
 )

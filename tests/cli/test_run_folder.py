@@ -71,7 +71,7 @@ def other_reward(world):
     reward.save(world / "reward")
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -120,6 +120,7 @@ def test_a_changed_adapter_of_the_rollouts(world, tmp_path, capsys):
     assert "rollout.adapter is" in error and "gone.safetensors', expected a file" in error
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["data", "reward"])
 def test_an_input_that_moved(world, tmp_path, capsys, name):
     changes = {"run.steps": 1}

@@ -111,6 +111,7 @@ class SnapshotReward(Score):
         return super().forward(x, timestep, conditions)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("scheduler", [FlowUniPC, FlowEuler, diffusers_unipc])
 def test_every_point_of_five_has_its_own_one_point_gradient(scheduler):
     model, plan = make_wan(), GradientPlan.prfl(5)

@@ -83,6 +83,7 @@ def everything(model, reward, x, conditions):
     return [*numbers, training_sigmas()]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "surroundings",
     [

@@ -99,6 +99,7 @@ def test_predicted_bytes_of_paged_states_are_those_of_bitsandbytes():
         assert state_bytes("paged-adamw8bit", p.shape, p.dtype) == expected
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("gradients", ["parameter", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", HERE)

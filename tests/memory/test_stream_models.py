@@ -8,7 +8,6 @@ import wan
 from offload_models import assert_same, fill_adapters, gradients_of_loss
 from other_models import tiny
 from streamed_models import poison_released_slots  # noqa: F401 - a fixture
-from tiers import slow_except
 
 import prfl_fast
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
@@ -47,7 +46,8 @@ def present(found):
 FAMILIES = [case for case in tiny_families.CASES if case != "hunyuan-replace"]
 
 
-@pytest.mark.parametrize("case", slow_except(FAMILIES, ("hunyuan", "ltx2")))
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("case", FAMILIES)
 def test_families(case):
     arguments = tiny_families.inputs(case)
     model = prfl_fast.patch(tiny_families.tiny(case))
@@ -64,8 +64,9 @@ def test_cogvideox():
     check_policies(model, run)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("patched", [True, False])
-@pytest.mark.parametrize("variant", slow_except(official_wan.VARIANTS, ("wan21", "musubi")))
+@pytest.mark.parametrize("variant", official_wan.VARIANTS)
 def test_official_wan(variant, patched):
     model = official_wan.tiny_official(variant, layers=3)
     if patched:
@@ -110,7 +111,7 @@ def torchao_model(kind, ahead, mode, patched):
     return model
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 @pytest.mark.parametrize("mode", [("none", None), ("full", None), ("attention", "cpu")], ids=str)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])

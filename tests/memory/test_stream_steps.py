@@ -85,7 +85,7 @@ def wan_parts(model):
 MODES = [("none", None), ("attention", "cpu"), ("full", None)]
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", ["lora", "full", "bf16", "fp8", "nf4"])

@@ -80,6 +80,7 @@ def test_other_readers_take_what_is_written(model, folder, tmp_path):
         assert all(not n.startswith("condition_embedder") for n in header)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_single_pth_without_a_config(tmp_path, prefix, wrapped):

@@ -7,7 +7,6 @@ import pytest
 import tiny_families as families
 import torch
 from rollouts import add_lora
-from tiers import slow_except
 
 import prfl_fast
 from prfl_fast.feedback.step import PRFL
@@ -24,7 +23,7 @@ from prfl_fast.rollout.schedulers import FlowUniPC
 CASES = list(families.CASES)
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("batch", [2, 1])
 @pytest.mark.parametrize("layout", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("case", CASES)
@@ -71,6 +70,7 @@ def test_latents_and_image_latents_are_concatenated():
     torch.testing.assert_close(find_adapter(model).velocity(model, x, timestep, given), own)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("case", CASES)
 def test_patch_is_reversible(case):
     model, arguments = families.tiny(case), families.inputs(case)
@@ -91,7 +91,7 @@ def test_patch_is_reversible(case):
     assert torch.equal(families.run(model, *arguments)[0], before)
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", CASES)
 def test_memory_policies(case, monkeypatch):
     """Give the same bits in every mode; frozen FP8 weights with LoRA run."""
@@ -116,7 +116,7 @@ def test_memory_policies(case, monkeypatch):
     assert len(trained) > 0.8 * len(lora)  # the last text stream of 1.5 reaches no output
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", CASES)
 def test_latent_reward(case, tmp_path):
     model = prfl_fast.patch(families.tiny(case))
@@ -142,7 +142,8 @@ def test_latent_reward(case, tmp_path):
         reward.save_reference(tmp_path / "reference")
 
 
-@pytest.mark.parametrize("case", slow_except(CASES, [c for c in CASES if c != "mochi"]))
+@pytest.mark.cases(3)
+@pytest.mark.parametrize("case", CASES)
 def test_rollouts(case):
     """Give the model's own bits; merged LoRA and FP8 layers stay near."""
     model = prfl_fast.patch(
@@ -163,7 +164,7 @@ def test_rollouts(case):
         assert torch.equal(exact.velocity(x, 0), own)
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_prfl_step(case):
     model = add_lora(prfl_fast.patch(families.tiny(case)))

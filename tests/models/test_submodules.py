@@ -74,6 +74,7 @@ ORDERS = [(change, when) for when in ("before", "after") for change in CHANGES]
 
 
 # Every change in one order, so that both orders are met.
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("order", slow_except(ORDERS, [*ORDERS[:5:2], *ORDERS[6::2]]), ids=" ".join)
 def test_customized_submodules_run(order):
     change, when = order
