@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import math
 import traceback
+from collections import defaultdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal, with_lora
 from ranks import run_ranks
+from torch.distributed.tensor import Replicate, Shard
+from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from wan import float_means_double, tiny_wan
 
@@ -144,6 +148,34 @@ def full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
+def all_full(tensors):
+    """Return the whole tensors of a dict by one collective of each mesh and dtype.
+
+    ``full_tensor`` takes 2 ms for each, a third of the time of a tiny sharded run.
+    """
+    found, groups = dict.fromkeys(tensors), defaultdict(list)
+    for name, tensor in tensors.items():
+        *others, last = getattr(tensor, "placements", [None])
+        if last == Shard(0) and all(placement == Replicate() for placement in others):
+            groups[tensor.device_mesh, tensor.dtype].append(name)
+        else:
+            found[name] = full(tensor)
+    for (mesh, _), names in groups.items():
+        parts, padded = mesh.size(mesh.ndim - 1), []
+        for name in names:
+            own = tensors[name].detach().to_local().flatten()
+            rows, *columns = tensors[name].shape
+            padded.append(pad(own, (0, -(-rows // parts) * math.prod(columns) - len(own))))
+        own = torch.cat(padded)
+        everyone = own.new_empty(parts * len(own))
+        dist.all_gather_into_tensor(everyone, own, group=mesh.get_group(mesh.ndim - 1))
+        pieces = everyone.view(parts, -1).split([len(p) for p in padded], 1)
+        for name, piece in zip(names, pieces, strict=True):
+            shape = tensors[name].shape
+            found[name] = piece.reshape(-1)[: shape.numel()].reshape(shape).clone()
+    return found
+
+
 def run_case(case, world=1):
     """Return loss, rewards, gradients and weights of each update, with whole tensors."""
     # Norms and image embeddings of diffusers round to float32, differently for each batch.
@@ -185,10 +217,10 @@ def _run_case(case, world):
             rewards.append(output.rewards)
         if world > 1 and not case.ddp:
             average_gradients(trained.values(), mesh)
-        gradients = {n: full(p.grad) for n, p in trained.items() if p.grad is not None}
+        gradients = all_full({n: p.grad for n, p in trained.items() if p.grad is not None})
         optimizer.step()
         optimizer.zero_grad()
-        weights = {n: full(p) for n, p in trained.items()}
+        weights = all_full(trained)
         loss, rewards = torch.stack(losses), torch.cat(rewards, 0)
         if mesh is not None:
             loss = gather(loss).mean(0)

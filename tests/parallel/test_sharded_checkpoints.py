@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from prfl_world import SHAPE, normal, with_lora
 from ranks import run_ranks
-from sharded_world import full
+from sharded_world import all_full, full
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from wan import tiny_wan
 
@@ -85,7 +85,7 @@ def snapshot(trainer):
     found |= {f"average {n}": t for n, t in trainer.ema.items()}
     for number, p in enumerate(trainer.parameters.values()):
         found |= {f"{n} {number}": t for n, t in trainer.optimizer.state[p].items()}
-    return {name: full(tensor).numpy() for name, tensor in found.items()}
+    return {name: tensor.numpy() for name, tensor in all_full(found).items()}
 
 
 def train(folder, shards, lora, resume="auto", full_once=False):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from prfl_world import make_wan, normal
 from ranks import run_ranks
-from sharded_world import SAMPLES, Case, build, conditions, full, gather
+from sharded_world import SAMPLES, Case, all_full, build, conditions, full, gather
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -66,7 +66,7 @@ def batch(seed, mesh):
 
 
 def gradients(model):
-    return {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return all_full({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 # One function per behavior, run by one process (mesh None) and by ranks.
@@ -80,8 +80,8 @@ def averages_and_clips(mesh):
         step(*batch(update, mesh), indices=(2,))
         found[f"norm {update}"] = gradient_norm(updater.gradients())
         updater.apply(found[f"norm {update}"], True)
-    found |= {f"average {name}": full(value) for name, value in updater.ema.items()}
-    return found | {name: full(p) for name, p in updater.parameters.items()}
+    averages = {f"average {name}": value for name, value in updater.ema.items()}
+    return found | all_full(averages | updater.parameters)
 
 
 def trains_a_reward(mesh):
@@ -105,20 +105,20 @@ def survives_errors(mesh, once=True):
         calls.append(len(calls))
         if len(calls) == 2:
             raise KeyError("injected")
-        return reward(x, timestep, given) * (float("nan") if len(calls) == 5 else 1)
+        return reward(x, timestep, given) * (float("nan") if len(calls) == 4 else 1)
 
-    step = feedback(model, failing, Plan.prfl(3))
+    step = feedback(model, failing, Plan.prfl(2))
     arguments = batch(3, mesh)
     with pytest.raises(KeyError, match="injected"):
-        step(*arguments, indices=(0, 1, 2))
+        step(*arguments, indices=(0, 1))
     model.zero_grad()
     broken = model.condition_embedder.register_full_backward_hook(calls.index)  # raises
     with pytest.raises(TypeError, match="index"):
-        feedback(model, reward, Plan.prfl(3))(*arguments, indices=(0, 1, 2))
+        feedback(model, reward, Plan.prfl(2))(*arguments, indices=(0, 1))
     broken.remove()
     model.zero_grad()
-    assert not step(*arguments, indices=(0, 1, 2)).finite and not gradients(model)
-    assert step(*arguments, indices=(0, 1, 2)).finite
+    assert not step(*arguments, indices=(0, 1)).finite and not gradients(model)
+    assert step(*arguments, indices=(0, 1)).finite
     return gradients(model)
 
 
@@ -224,12 +224,13 @@ def sharded_by_hand(mesh):
 
 
 BEHAVIORS = (averages_and_clips, trains_a_reward, survives_errors, trains_noise)
-BEHAVIORS += (survives_errors_between_reductions, samples_before_an_update, calls_after_errors)
+BEHAVIORS += (samples_before_an_update, calls_after_errors)
 BEHAVIORS += (adapters_after_sharding, recomputes_chunks, sharded_by_hand)
+LONG = (compiles_blocks, survives_errors_between_reductions)
 
 
 @pytest.mark.parametrize(
-    "behaviors", [BEHAVIORS, pytest.param([compiles_blocks], marks=pytest.mark.slow)], ids=len
+    "behaviors", [BEHAVIORS, pytest.param(LONG, marks=pytest.mark.slow)], ids=len
 )
 def test_behaviors_equal_one_process(behaviors):
     expected = {behavior: behavior(None) for behavior in behaviors}
@@ -474,15 +475,19 @@ def test_a_rank_reads_its_own_rows(tmp_path):
         sharded_loading.read_wan, sharded_loading.own_rows = keep, count
         model = load_sharded(tmp_path, make_mesh(), torch.bfloat16, prepare=prfl_fast.patch)
         touched = mapped_bytes(tmp_path)
-        expected = prfl_fast.patch(load_transformer(tmp_path, torch.bfloat16))
-        for name, value in expected.state_dict().items():
-            found = model.state_dict()[name]
-            assert found.dtype == value.dtype and torch.equal(full(found), value), name
-        velocities = []
-        for each in (model, expected):
+        found = all_full(model.state_dict())
+        with torch.no_grad():
+            velocity = find_adapter(model).velocity(model, x, timestep, given)
+        if dist.get_rank() == 0:  # the others would compare the same tensors
+            whole = prfl_fast.patch(load_transformer(tmp_path, torch.bfloat16))
+            expected = whole.state_dict()
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
             with torch.no_grad():
-                velocities.append(find_adapter(each).velocity(each, x, timestep, given))
-        assert torch.equal(*velocities)
+                assert torch.equal(
+                    velocity, find_adapter(whole).velocity(whole, x, timestep, given)
+                )
         return sum(part.nbytes for part in read) / files, touched / files
 
     read, touched = run_ranks(4, check)[0]

@@ -14,10 +14,9 @@ DRAFT = {"plan": Plan.draft(3), "indices": None}
 MERGED = RolloutConfig(merge_lora=True)
 
 TWO_RANKS = [
-    Case("PRFL", updates=3),
+    Case("PRFL", updates=2),
     Case("points, reduced once", **POINTS, options={"reduce_once": True}),
     Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
-    Case("whole", **DRAFT, shard=None),
     Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
     Case("merged LoRA, gathered", lora=True, rollout=MERGED, options={"keep_gathered": True}),
     Case("experts, gathered", **POINTS, experts=True, options={"keep_gathered": True}),
@@ -28,6 +27,7 @@ FOUR_RANKS = [
     Case("two ranks per sample", accumulation=2, sequence=2),
 ]
 LONG = [
+    Case("whole", **DRAFT, shard=None),  # test_trainer.py has it in the default tier
     Case("whole, streamed", **DRAFT, lora=True, mode="full", streamed=True, shard=None),
     Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
     Case("DRaFT", **DRAFT),

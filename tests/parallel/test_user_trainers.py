@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from sharded_world import full
+from sharded_world import all_full
 from wan import float_means_double, tiny_wan
 
 from prfl_fast import PRFL, FlowUniPC, LatentRewardModel, is_patched, patch
@@ -44,8 +44,8 @@ def batches(samples):
 
 
 def weights(transformer):
-    named = transformer.named_parameters()
-    return {name.removeprefix("module."): full(p).numpy() for name, p in named}
+    named = {name.removeprefix("module."): p for name, p in transformer.named_parameters()}
+    return {name: tensor.numpy() for name, tensor in all_full(named).items()}
 
 
 def run(heading, samples, **names):
