@@ -80,7 +80,7 @@ def assert_same_log(ours, theirs, rel=2e-4):
 @pytest.mark.parametrize(
     ("changes", "parallel"),
     [
-        ({}, {"shard": 1, "sequence": 2}),
+        pytest.param({}, {"shard": 1, "sequence": 2}, marks=pytest.mark.slow),
         (LORA, {"shard": 2, "sequence": 2, "keep_gathered": True}),
     ],
 )

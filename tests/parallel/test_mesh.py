@@ -6,19 +6,20 @@ from ranks import run_ranks
 from prfl_fast.parallel import ParallelConfig, make_mesh
 
 
-@pytest.mark.parametrize(
-    ("config", "sizes"),
-    [
+def test_sizes_of_four_ranks():
+    cases = [
         (ParallelConfig(), (1, 4, 1)),
         (ParallelConfig(sequence=2), (1, 2, 2)),
         (ParallelConfig(shard=4, sequence=4), (1, 1, 4)),
         (ParallelConfig(shard=2), (2, 2, 1)),
         (ParallelConfig(shard=2, sequence=2), (2, 1, 2)),
         (ParallelConfig(shard=1, sequence=2), (2, 1, 2)),
-    ],
-)
-def test_sizes_of_four_ranks(config, sizes):
-    assert run_ranks(4, lambda: tuple(make_mesh(config).mesh.shape)) == [sizes] * 4
+    ]
+
+    def found():
+        return [(config, tuple(make_mesh(config).mesh.shape)) for config, _ in cases]
+
+    assert run_ranks(4, found) == [cases] * 4
 
 
 def test_bad_sizes():

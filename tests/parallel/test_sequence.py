@@ -19,7 +19,6 @@ TWO_RANKS = [
     Case("DRaFT of LoRA", **DRAFT, **ODD, lora=True, divergence=1.0, **TWO),
     Case("image-to-video", i2v=True, **ODD, **TWO),
     Case("first frame", **POINTS, **ODD, first_frame=True, **TWO),
-    Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu", **TWO),
     Case("sharded, gathered", **DRAFT, sequence=2, options={"keep_gathered": True}),
 ]
 FOUR_RANKS = [
@@ -28,6 +27,7 @@ FOUR_RANKS = [
     Case("copies of halves", **DRAFT, sequence=2, shard=2),
 ]
 LONG = [
+    Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu", **TWO),
     Case("streamed", **POINTS, lora=True, mode="full", streamed=True, **TWO),
     Case("experts", **POINTS, experts=True, **TWO),
     Case("sharded", **POINTS, **ODD, sequence=2),

@@ -50,7 +50,7 @@ def assert_close(ours, theirs, bound=1e-10):
         assert np.abs(ours[name] - wanted).max() <= bound * max(1.0, np.abs(wanted).max()), name
 
 
-@pytest.mark.parametrize("make", [full, lora])
+@pytest.mark.parametrize("make", [full, pytest.param(lora, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(make, tmp_path):
     def on_ranks():
         mesh = make_mesh(WHOLE)

@@ -16,7 +16,7 @@ from prfl_fast.memory import make_optimizer
 pytest.importorskip("diffusers")
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "multi-gpu.md"
-STEPS, UPDATES = 4, 3
+STEPS, UPDATES = 4, 2
 
 
 def snippet(heading):
@@ -33,7 +33,7 @@ def models():
 
 
 def batches(samples):
-    """Return the batches of three updates, with these of two samples."""
+    """Return the batches of the updates, with these of two samples."""
     draw = torch.Generator().manual_seed(4)
     found = []
     for _ in range(UPDATES):

@@ -65,7 +65,7 @@ def test_every_pair_follows_from_runs_of_single_modes(calls):
     assert len(calls) == 5  # three modes, two of them in chunks: offload follows from them
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("host", [None, 50, 200])
 @pytest.mark.parametrize("mib", [410, 415, 430, 470, 520, 640, 800, 1000])
 def test_takes_the_fastest_that_fits(calls, mib, host):

@@ -93,6 +93,7 @@ class Loop:
         return None
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("scheduler", [FlowUniPC, FlowEuler])
 @pytest.mark.parametrize("batched", [None, True, False])
 def test_a_threshold_of_zero_changes_no_bit(scheduler, batched):

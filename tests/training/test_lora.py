@@ -90,7 +90,7 @@ def sample(pipe):
     return out.frames
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_adapter_loads_in_a_pipeline_and_samples_the_same_bits(layout, tmp_path):
     base = base_model(layout)

@@ -42,6 +42,7 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["adamw", "adamw-sr", "adamw8bit", "adamw-cpu"])
 def test_a_bfloat16_generator_trains(kind):
     transformer = patched().bfloat16()
@@ -124,6 +125,7 @@ def objective_of(kind):
     return transformer, feedback(transformer, plan=plan, rewards=("a", "b"), divergence=0.1)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("kind", ["prfl", "from data", "sft", "dpo", "rwr", "ce", "bt"])
 def test_an_update_reads_the_device_once(kind):
     model, objective = objective_of(kind)

@@ -50,6 +50,7 @@ def assert_same_gradients(model, case="t2v"):
         numerics.assert_within_twice(*parts, "gradients", rounding=4, dtype=plain.dtype)
 
 
+@pytest.mark.cases(2)
 @PATCHED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_are_those_of_the_whole(patched, dtype):
