@@ -2,7 +2,9 @@
 reasons in words.
 """
 
+import functools
 import gc
+import inspect
 import os
 import random
 import sys
@@ -33,6 +35,24 @@ if not HAS_GPU:
 import prfl_fast.kernels as kernels  # noqa: E402
 from prfl_fast.kernels.runtime.registry import get_backend  # noqa: E402
 from prfl_fast.kernels.runtime.triton import HAS_TRITON  # noqa: E402
+
+if HAS_TRITON and not HAS_GPU:
+    # For each call of a device function, Triton's interpreter looks through all members of its
+    # language for the functions that it replaces: 70 % of the time of a test of a kernel.
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins_of(package):
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package, *rest):
+        for name in builtins_of(package):
+            member = getattr(package, name)
+            if is_builtin(member):  # not replaced yet
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
 
 # Cases of a test that the default tier runs in Triton's slow interpreter. Of the tests that
 # operations share, in classes, it is the smoke test alone: their numbers are tested by each one's.
