@@ -192,6 +192,7 @@ def test_diffusers_own_sampler(plan, depth):
     assert_gradient(output, found, world.loss(x, solver.timesteps[point.step + 1]), theirs)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_draft_lv(name):
     """The renoised latents are learned from what the model is given at the last level."""

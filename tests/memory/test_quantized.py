@@ -219,6 +219,7 @@ def test_autocast_narrows_the_input_as_it_does_for_a_linear_layer(kind):
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.cases(1)
 @EACH_KIND
 def test_compiled_layers_keep_no_widened_matrix(kind):
     layers = nn.Sequential(QuantizedLinear(linear((64, 64)), kind), nn.Tanh(), nn.Linear(64, 64))

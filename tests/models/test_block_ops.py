@@ -106,6 +106,7 @@ def test_the_listing_sees_what_the_unpatched_block_runs():
     assert forward.names["aten::mul"] > 5 and forward.names["aten::_to_copy"] > 5
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("train, limit", [(True, 0.47), (False, 0.52)])
 def test_a_14b_block_at_720p_keeps_little(train, limit):
     context = harness.Context(torch.device("cpu"), harness.PRESETS["wan14b-720p"])

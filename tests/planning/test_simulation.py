@@ -320,6 +320,7 @@ def test_first_and_last_frame_models_have_the_tokens_of_two_images():
     assert two.costs["forward"].attention_flops > one.costs["forward"].attention_flops
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("image", [False, True])
 def test_a_rollout_holds_the_caches_of_the_engine(image):
     more = {"in_channels": 36, "image_dim": 48, "added_kv_proj_dim": HEADS * HEAD_DIM}

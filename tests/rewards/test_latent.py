@@ -12,6 +12,7 @@ from prfl_fast.models.registry import find_adapter, patch
 from prfl_fast.rewards.latent import LatentRewardModel
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
 @pytest.mark.parametrize("case", ["t2v", "i2v"])
 @pytest.mark.parametrize("batch, num_queries", [(1, 1), (3, 1), (2, 3)])

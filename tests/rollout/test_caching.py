@@ -111,6 +111,7 @@ def test_a_threshold_of_zero_changes_no_bit(scheduler, batched):
         assert engine.inexact == bool(given)
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("visit", [(), (4,), (3, 4, 7)])
 @pytest.mark.parametrize(
     "kind,threshold,name",
