@@ -129,7 +129,8 @@ def key_of(config: RolloutConfig, sigma: float) -> Key:
     """Return the key under which the forward at a noise level is counted."""
     precisions = RolloutEngine(_no_velocity, config).precisions(sigma)
     others = dict.fromkeys(CACHES, 0.0) | {"fp8_linears": None, "fp8_attention": None}
-    return tuple(sorted(precisions.items())), replace(config, stride=1, **others)
+    # Neither a stride nor the solver's order changes a forward.
+    return tuple(sorted(precisions.items())), replace(config, stride=1, solver_order=None, **others)
 
 
 def _forward(preset: Preset, config: RolloutConfig, sigma: float, depth: int) -> tuple[Cost, Cost]:

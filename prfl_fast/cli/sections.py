@@ -352,7 +352,7 @@ class RolloutSection(Section):
         "Relative L2 distance from an exact rollout beyond which all later rollouts are exact; "
         "null is no limit.",
     )
-    check_every: Count = key(10, "Trajectories between two measurements of the drift.")
+    check_every: Count = key(20, "Trajectories between two measurements of the drift.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

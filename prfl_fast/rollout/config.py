@@ -103,7 +103,7 @@ class RolloutConfig:
     solver_order: int | Sequence[ByLevel] | None = None
     guidance_interval: Interval | None = None
     drift_limit: float | None = None
-    check_every: int = 10
+    check_every: int = 20
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("auto", "on", "off"))

@@ -26,7 +26,7 @@ def short(monkeypatch):
     monkeypatch.setattr(calibrating, "SAMPLES", 1)
     monkeypatch.setattr(calibration, "LEAST_COSINE", -1.0)
     stride = {"stride": ((0.5, 1.0, 3),)}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: {"stride": [stride]})
+    monkeypatch.setattr(calibration, "ladders", lambda *_: {"stride": [stride]})
     monkeypatch.setattr(calibration, "other_orders", lambda step: [])
 
 
@@ -90,7 +90,7 @@ def test_rollouts_of_single_steps_are_exact(root, tmp_path, capsys):
 def test_measurements_do_not_log_the_forwards_they_save(root, tmp_path, caplog, monkeypatch):
     # Sixteen steps before one point, so that a threshold of 9 saves forwards.
     reuse = {"teacache": 9.0}
-    monkeypatch.setattr(calibration, "ladders", lambda step, device: {"teacache": [reuse]})
+    monkeypatch.setattr(calibration, "ladders", lambda *_: {"teacache": [reuse]})
     path = written(root, tmp_path, **{"prfl.num_inference_steps": 16})
     assert main(["calibrate", str(path)]) == 0
     exact, measured = json.loads((tmp_path / "run" / "rollout.json").read_text())["measured"]
