@@ -1,18 +1,22 @@
-"""Train in the small world with exact and with calibrated rollouts.
+"""Train in the small world with exact and with calibrated rollouts: suite ``calibrated-rollout``.
 
 Each arm is PRFL alone from the common generator, with 5 gradient points of 40 UniPC steps: enough
 steps between the points that a rollout can save some.
 """
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import report
 import torch
+from harness import Context, SuiteResult, Table
 from method_specs import SOLVER_STEPS
 from torch import nn
 
 from experiments import small_world
-from experiments.small_world import Clips, Start, assess
+from experiments.small_world import Clips, Start, assess, results_of, submit
 from prfl_fast import PRFL, FlowUniPC, GradientPlan, RolloutConfig
 from prfl_fast.data import Batches
 from prfl_fast.feedback.calibration import Calibration, Sampled, calibrate
@@ -20,6 +24,8 @@ from prfl_fast.training import RewardFeedback
 
 DRIFT = 0.02  # the budget
 POINTS = 5
+ARMS = ("exact", "calibrated")
+FIGURES = {"reward": "Latent reward along the sampler", "motion": "Independent motion metric"}
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,10 @@ class Settings(small_world.ArmSettings):
     samples: int = 4  # of the calibration
 
 
-def prepare(s: Settings) -> Start:
-    """Return the common start on a CPU."""
+def prepare(s: Settings, device: torch.device | None = None) -> Start:
+    """Return the common start on a device, the CPU if none is given."""
     text = Clips.make(s.prompts, 999_000).text
-    models = small_world.read_models(torch.device("cpu"))
+    models = small_world.read_models(device or torch.device("cpu"))
     return Start(*models, Clips.make(s.clips, 1000), {"encoder_hidden_states": text})
 
 
@@ -84,3 +90,78 @@ def run_arm(
     measure(0)
     small_world.train_arm(model, objectives, s, seed, measure)
     return points
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def arms_table(found: Calibration, runs: dict[str, list[Any]], s: Settings) -> Table:
+    """Return the table of both arms: cost of a gradient point, drift, reward and motion metric."""
+    exact, body = found.measured[0], []
+    for name, measured in ((ARMS[0], exact), (ARMS[1], found.chosen)):
+        ends = [(points[0], points[-1]) for points in runs[name]]
+        cells = [report.flops(measured.rollout_flops), report.flops(measured.flops)]
+        cells += [f"{exact.rollout_flops / measured.rollout_flops:.2f}×"]
+        cells += [f"{exact.flops / measured.flops:.2f}×", f"{measured.drift:.1e}"]
+        cells.append(f"{measured.cosine:.4f}")
+        for figure in FIGURES:
+            for i in range(2):
+                cells.append(_spread([pair[i][figure] for pair in ends]))
+        body.append([name, *cells])
+    seeds = len(runs[ARMS[0]])
+    chosen = ", ".join(f"{name} {value}" for name, value in found.chosen.options.items())
+    columns = ["rollout", "its FLOPs a point", "FLOPs a point", "fewer in rollouts", "fewer in all"]
+    columns += ["drift", "cosine", "reward before", "after", "motion before", "after"]
+    plural, spread = ("s", ", mean ± standard deviation") if seeds > 1 else ("", "")
+    notes = [
+        f"PRFL alone, {POINTS} gradient points of {SOLVER_STEPS} UniPC steps, {s.updates} updates; "
+        f"{seeds} seed{plural}{spread}. Calibrated: within a drift of {DRIFT:g}, on "
+        f"{s.samples} batches; chosen: {chosen}.",
+        "FLOPs of a gradient point include its forward, reward and backward, which no rollout "
+        "saves. drift, cosine: of the latents and of the gradient, against exact rollouts. Motion "
+        f"is the independent metric on {s.prompts} prompts.",
+    ]
+    return Table("calibrated-rollout", "Training with a calibrated rollout", columns, body, notes)
+
+
+def arms_figure(found: Calibration, runs: dict[str, list[Any]]) -> Any:
+    """Draw reward and motion metric before and after training, with the spread of the seeds."""
+    figure, panels = report.new_figure(9, 3.2, ncols=2, sharey=True)
+    seeds = len(runs[ARMS[0]])
+    for axes, (key, title) in zip(panels, FIGURES.items(), strict=True):
+        values = {"start": [points[0][key] for points in runs[ARMS[0]]]}
+        values |= {name: [points[-1][key] for points in runs[name]] for name in ARMS}
+        means = [statistics.mean(each) for each in values.values()]
+        spreads = [statistics.stdev(each) if seeds > 1 else 0.0 for each in values.values()]
+        options: dict[str, Any] = {"color": ("#8c8c8c", "#0072b2", "#d55e00"), "capsize": 3}
+        axes.barh(list(values), means, 0.6, xerr=spreads, **options)
+        report.label_axes(axes, title=title, x=f"mean of {seeds}, ± standard deviation", grid="x")
+        axes.set_xlim(0, 1)
+    panels[0].invert_yaxis()
+    share = found.chosen.rollout_flops / found.measured[0].rollout_flops
+    ends = [statistics.mean(points[-1]["reward"] for points in runs[name]) for name in ARMS]
+    text = f"reward {ends[1]:.3f} after training, {ends[0]:.3f} with exact ones"
+    figure.suptitle(f"Calibrated rollouts, {share:.0%} of the FLOPs: {text}", fontsize=11)
+    return figure
+
+
+def run(context: Context) -> SuiteResult:
+    """Calibrate, then train with exact and with calibrated rollouts; ``context.seeds`` repeats."""
+    s, seeds = Settings(), range(context.seed, context.seed + context.seeds)
+    start = prepare(s, context.device)
+    with small_world.workers(context) as pool:
+        jobs = [submit(pool, run_arm, start, s, None, seed) for seed in seeds]
+        found = calibrated(start, s)
+        jobs += [submit(pool, run_arm, start, s, found.config, seed) for seed in seeds]
+        results = results_of(jobs, context, "arms")
+    runs = dict(zip(ARMS, (results[: len(seeds)], results[len(seeds) :]), strict=True))
+    records: list[dict[str, Any]] = [{"case": "calibration", **found.as_dict()}]
+    for name, each in runs.items():
+        for seed, points in zip(seeds, each, strict=True):
+            records.append({"case": "arm", "arm": name, "seed": seed, "points": points})
+    fallen = [r["seed"] for r in records[1:] if r["points"][-1]["exact"]]
+    problems = [f"seed {seed}: drift ended the calibrated rollouts" for seed in fallen]
+    figures = {"calibrated_rollout.png": arms_figure(found, runs)}
+    return SuiteResult([arms_table(found, runs, s)], records, figures, problems)

@@ -15,13 +15,14 @@ DESCRIPTIONS = {
     "alignment": "train a small generator and its reward model, compare methods over training",
     "methods": "* reward gradients by method: time, memory, FLOPs and variance",
     "rollout": "* a rollout by option: time, FLOPs, memory, drift; work by part and by point",
+    "calibrated-rollout": "* train in the small world with exact and with calibrated rollouts",
     "scale": "* a rank of 1 to 64 GPUs on fake tensors: bytes, communication, FLOPs",
     "host": "* host time and calls of operations and of a block at tiny sizes, on one CPU thread",
     "step": "* a PRFL step by part, in seconds: the reference, eager, compiled, prfl_fast",
     "machine-code": "* predictions: share of the copy rate by kernel, replayed without a GPU",
     "facts": "* rates of a GPU, for the planner: copies, products, attention backends, host copies",
 }
-EXPERIMENTS = ("alignment", "family")
+EXPERIMENTS = ("alignment", "family", "calibrated-rollout")
 DEFAULT = tuple(name for name, text in DESCRIPTIONS.items() if not text.startswith("*"))
 
 

@@ -11,10 +11,33 @@ import pytest
 import torch
 from experiments import calibrated_rollout, rollout_options
 
-from prfl_fast.feedback.calibration import HEADROOM
+from prfl_fast import RolloutConfig
+from prfl_fast.feedback.calibration import HEADROOM, Calibration, Measured
 
 pytest.importorskip("diffusers")
 SEEDS = range(5)
+
+
+def test_the_table_has_means_of_seeds_and_ratios_to_the_exact_rollout():
+    exact = Measured({}, 8e9, 6e9, None, 0.0, 1.0, 0.0)
+    chosen = Measured({"stride": 4}, 4e9, 2e9, None, 0.01, 0.995, 0.1)
+    found = Calibration(RolloutConfig(stride=4), chosen, (exact, chosen))
+
+    def run(*ends):
+        before = {"reward": 0.5, "motion": 0.6}
+        return [[before, {"reward": end, "motion": 2 * end}] for end in ends]
+
+    runs = {"exact": run(0.70, 0.74), "calibrated": run(0.71, 0.75)}
+    settings = calibrated_rollout.Settings()
+    table = calibrated_rollout.arms_table(found, runs, settings)
+    _, row = table.rows
+    assert row[:3] == ["calibrated", "2.00 GFLOP", "4.00 GFLOP"]
+    assert row[3:7] == ["3.00×", "2.00×", "1.0e-02", "0.9950"]
+    ends = ["0.5000 ± 0.0000", "0.7300 ± 0.0283", "0.6000 ± 0.0000", "1.4600 ± 0.0566"]
+    assert row[7:] == ends and len(table.columns) == len(row)
+    assert "2 seeds" in table.notes[0] and "stride 4" in table.notes[0]
+    figure = calibrated_rollout.arms_figure(found, runs)
+    assert "33% of the FLOPs: reward 0.730 after training, 0.720" in figure.get_suptitle()
 
 
 @pytest.fixture(scope="module")

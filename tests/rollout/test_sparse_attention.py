@@ -68,6 +68,9 @@ def test_densities_follow_the_noise_level_and_the_layer():
     levels = ((0.9, 1.0, 0.25), (0.3, 0.9, 0.5))
     engine = engine_of(model, levels, sparse_dense_layers=[0])
     assert engine.config.sparse_dense_layers == (0,)
+    beyond = engine_of(model, levels, sparse_dense_layers=[len(model.blocks)])
+    with pytest.raises(ValueError, match="sparse_dense_layers is .*, expected numbers below"):
+        rollout(model, x, conditions, FlowEuler(), 3, rollout_config=beyond)
     with RecordedCalls() as recorded:
         rollout(model, x, conditions, FlowEuler(), 6, rollout_config=engine)
     scheduler = FlowEuler()
