@@ -160,7 +160,7 @@ def test_memory_auto_plans_policies_and_layout(
 
 
 def test_a_resumed_run_plans_with_its_weights_and_optimizer(world, tmp_path, monkeypatch, plans):
-    given = loaded(world, tmp_path, AUTO | {"parallel": {"shard": 4, "sequence": 1}})
+    given = loaded(world, tmp_path, AUTO | {"parallel": {"shard": 1, "sequence": 1}})
     for dtype, optimizer in (("nf4", "adamw"), ("fp32", "adamw")):
         policy = {"memory": {"weight_dtype": dtype, "optimizer": optimizer}}
         policy["reward_memory"] = {"weight_dtype": dtype, "activation_checkpointing": "full"}

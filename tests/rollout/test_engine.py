@@ -83,6 +83,7 @@ def test_merged_adapters_are_close_and_leave_the_model_alone():
 
 
 def test_caches_are_gone_when_the_gradient_step_begins(monkeypatch):
+    gc.freeze()  # else each collection takes seconds
     x, conditions = wan_inputs()
     model, opened, alive = make_wan(), [], []
     adapter = find_adapter(model)
