@@ -92,13 +92,7 @@ def names():
     }
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        *(f"docs/{n}.md" for n in ("methods", "memory", "models", "families", "kernels")),
-    ],
-)
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in PYTHON)])
 def test_python_snippets_run(page, monkeypatch):
     snippets = blocks(page, "python")
     assert snippets
@@ -110,7 +104,7 @@ def test_python_snippets_run(page, monkeypatch):
         "from_backbone",
         lambda model, num_blocks: real(model, 1, num_heads=2),
     )
-    if page == "docs/methods.md":
+    if page in ("docs/methods.md", "docs/rollouts.md"):
         add_lora(given["transformer"], 2)
     for _, body in snippets:
         exec(compile(body, page, "exec"), given)
