@@ -67,24 +67,26 @@ def write_nvcc(folder, script):
 WIDTHS = {"query_pool": (64, 128, 256, 320), "query_pool_backward": (64, 128, 256)}
 
 
-def keep_the_widest(checkout):
-    """Leave one width in each source: it takes the most registers, and all take nvcc 10 s more."""
-    for name, widths in WIDTHS.items():
-        path = checkout / "csrc" / f"{name}.cu"
-        text, removed = re.subn(rf" *case (?!{widths[-1]}:)\d+: return .*\n", "", path.read_text())
-        assert removed == len(widths) - 1
-        path.write_text(text)
+def leave_out_the_kernels(checkout):
+    """Let the functions that bindings.cpp calls do nothing: their kernels take nvcc 20 s."""
+    path = checkout / "csrc" / "bindings.cpp"
+    called = re.findall(r"^(void query_pool_\w+\([^;]*\));", path.read_text(), re.MULTILINE)
+    assert len(called) == len(WIDTHS)
+    for name in WIDTHS:
+        (checkout / "csrc" / f"{name}.cu").unlink()
+    bodies = "".join(f"{function} {{}}\n" for function in called)
+    path.open("a").write(f"namespace prfl_fast {{\n{bodies}}}\n")
 
 
 @pytest.fixture(
-    scope="module", params=["widest", pytest.param("all widths", marks=pytest.mark.slow)]
+    scope="module", params=["no kernels", pytest.param("kernels", marks=pytest.mark.slow)]
 )
 def library(request, tmp_path_factory):
     """Return the path of the extension, built for one architecture."""
     folder = tmp_path_factory.mktemp("build")
     checkout = copy_checkout(folder / "checkout")
-    if request.param == "widest":
-        keep_the_widest(checkout)
+    if request.param == "no kernels":
+        leave_out_the_kernels(checkout)
     arguments = ("build_ext", "--build-lib", folder / "lib")
     build = setup_py(checkout, *arguments, PRFL_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
     assert build.returncode == 0, build.stderr
@@ -200,12 +202,35 @@ def test_only_what_changed_is_compiled_again(checkout, tmp_path):
 
 @needs_nvcc
 @pytest.mark.skipif(not HAS_TRITON, reason="cuobjdump comes with triton")
-def test_no_kernel_spills(library, request):
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["kernels"], indirect=True)
+def test_no_kernel_spills(library):
     command = [aot.cuobjdump(), "-res-usage", library]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
-    usage, widest = [(name, int(r), int(s)) for name, r, s in found], "widest" in request.node.name
-    assert_no_spills(usage, *SOURCES, widest=widest)
+    assert_no_spills([(name, int(r), int(s)) for name, r, s in found], *SOURCES)
+
+
+def machine_code(path, architecture, output):
+    """Compile a source for one architecture; return (kernel, registers, bytes of stack)."""
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = [find_nvcc(), "-cubin", "-gencode", code, "-O3", "-std=c++17", "-Xptxas", "-v"]
+    command += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", path, "-o", output]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers"
+    return [(name, int(r), int(s)) for name, s, r in re.findall(pattern, text, re.DOTALL)]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_kernel_of_the_widest_tokens_spills(source, tmp_path):
+    """Compile one width, which takes the most registers: all take nvcc 10 s more."""
+    widths, path = WIDTHS[source], tmp_path / f"{source}.cu"
+    text = (ROOT / "csrc" / path.name).read_text()
+    text, removed = re.subn(rf" *case (?!{widths[-1]}:)\d+: return .*\n", "", text)
+    assert removed == len(widths) - 1
+    path.write_text(text)
+    assert_no_spills(machine_code(path, "90a", tmp_path / "o"), source, widest=True)
 
 
 @needs_nvcc
@@ -213,13 +238,8 @@ def test_no_kernel_spills(library, request):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("architecture", ["80", "86", "100", "120"])
 def test_no_kernel_spills_elsewhere(source, architecture, tmp_path):
-    code = f"arch=compute_{architecture},code=sm_{architecture}"
-    command = [find_nvcc(), "-cubin", "-gencode", code, "-O3", "-std=c++17", "-Xptxas", "-v"]
-    command += ["--expt-relaxed-constexpr", ROOT / "csrc" / f"{source}.cu", "-o", tmp_path / "o"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    found = re.findall(pattern, text, re.DOTALL)
-    assert_no_spills([(name, int(r), int(s)) for name, s, r in found], source)
+    path = ROOT / "csrc" / f"{source}.cu"
+    assert_no_spills(machine_code(path, architecture, tmp_path / "o"), source)
 
 
 def test_architecture_flags(checkout, monkeypatch):
@@ -235,12 +255,6 @@ def test_architecture_flags(checkout, monkeypatch):
     for wrong in ("Hopper", "8.0;sm_90", "9.0x"):
         with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST has .*expected entries like"):
             flags(wrong)
-
-
-def test_a_wrong_switch_is_refused(checkout):
-    done = setup_py(checkout, "--version", PRFL_FAST_CUDA="yes")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "PRFL_FAST_CUDA is 'yes', expected 0, 1 or auto"
 
 
 @pytest.fixture
