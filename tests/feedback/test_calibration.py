@@ -206,7 +206,7 @@ def test_the_layers_that_sparse_attention_moves_most_stay_dense_first():
     # Pooled scores of blocks of one token would cost as much as attention saves.
     config = RolloutConfig(sparse_predictor="tiles")
     step = make_step(rollout=config)
-    bench = calibration._Bench(step, SAMPLES, 10.0)
+    bench = calibration._Bench(step, SAMPLES[:1], 10.0)
     layers = bench.moving_layers()
     assert layers is not None and len(layers) == 1  # a quarter of the two, rounded up
     assert all(p.grad is None for p in bench.parameters)
@@ -224,7 +224,7 @@ def test_the_layers_that_sparse_attention_moves_most_stay_dense_first():
     uncached = make_step(step.sampler.transformer, rollout=RolloutConfig(cache=False))
     for parameter in trained(step.sampler.transformer):
         parameter.grad = None
-    assert calibration._Bench(uncached, SAMPLES, 10.0).moving_layers() is None
+    assert calibration._Bench(uncached, SAMPLES[:1], 10.0).moving_layers() is None
 
 
 def test_bad_calibrations_are_refused():

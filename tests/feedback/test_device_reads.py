@@ -26,7 +26,7 @@ def reads_of(step, **given):
     return mode.count, output
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", ["patched", "lora"])
 def test_a_step_reads_the_device_once(kind, plan):

@@ -144,7 +144,7 @@ def test_the_textbooks_samplers_are_diffusers(name, start):
         torch.testing.assert_close(ours, theirs.double(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "method,name,kind",
     [
@@ -221,7 +221,7 @@ def test_draft_lv(name):
         assert torch.equal(again.loss, output.loss) == (seed == 0)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("frames,segments", [(4, 4), (4, 2), (5, 3)])
 def test_instruct_video_with_attenuated_frames(name, frames, segments):
@@ -272,7 +272,7 @@ def assert_reno(output, world, solver=textbook.UniPC):
     torch.testing.assert_close(output.loss.double(), loss.detach(), rtol=1e-9, atol=0)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "kind,name",
     [
@@ -339,7 +339,7 @@ def guided_world(model):
     return textbook.World(velocity, loss_of())
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("method", ["prfl-3", "refl", "draft-3", "instructvideo-3"])
 def test_guidance_passes_the_gradient_through_both_branches(method, batched):
@@ -348,6 +348,7 @@ def test_guidance_passes_the_gradient_through_both_branches(method, batched):
     assert_method(method, step, ours, theirs, guided_world(theirs))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("batched", [True, False])
 def test_guidance_of_noise_optimization(batched):
     theirs, ours = pair()
@@ -355,7 +356,7 @@ def test_guidance_of_noise_optimization(batched):
     assert_reno(step(NOISE, TEXT), guided_world(theirs))
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("copied", [copy.deepcopy, patched], ids=["unpatched", "patched"])
 @pytest.mark.parametrize("plan", [GradientPlan.prfl(), GradientPlan.prfl(3), GradientPlan.draft(3)])
 def test_divergence_from_the_initial_model(plan, copied):
@@ -399,7 +400,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_expectation_over_all_draws_is_the_plans_target(name):
     plan, targets = TARGETS[name]
@@ -438,7 +439,7 @@ def velocity_per_token(model, x, timestep):
     return model(x, times, TEXT["encoder_hidden_states"], return_dict=False)[0]
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_given_first_frame(method, name):

@@ -75,7 +75,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @PATCHED
 @pytest.mark.parametrize("case", wan.CASES)
@@ -300,6 +300,7 @@ def test_several_graphs_alive(setting):
     assert held(model) == (0, 0)
 
 
+@pytest.mark.cases(2)
 @EACH_SETTING
 def test_backward_twice(setting):
     model = build()

@@ -54,6 +54,7 @@ def test_two_blocks_on_the_device_at_most(mode, patched):
         assert bytes_by_depth[8] - bytes_by_depth[4] <= 4 * SMALL
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_two_blocks_at_most_in_the_backward_of_a_graph_that_stays(mode):
     model, seen = build(6, mode), []
@@ -70,6 +71,7 @@ def test_two_blocks_at_most_in_the_backward_of_a_graph_that_stays(mode):
         del other
 
 
+@pytest.mark.cases(1)
 @EACH_MODE
 def test_models_that_follow_each_other_share_the_two_blocks(mode):
     """Generator, then reward; the reward's backward fetches the generator's last block ahead."""

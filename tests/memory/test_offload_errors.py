@@ -55,7 +55,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["forward", "recompute", "copy", "backward"])
 def test_exceptions_leave_nothing_behind(where, mode, monkeypatch):

@@ -99,7 +99,7 @@ def test_predicted_bytes_of_paged_states_are_those_of_bitsandbytes():
         assert state_bytes("paged-adamw8bit", p.shape, p.dtype) == expected
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("gradients", ["parameter", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", HERE)
@@ -320,6 +320,7 @@ def test_clipping_and_stepping_make_no_second_copy_of_the_gradients():
     assert 4 * 64 * 1024 <= ledger.peak < 4 * 64 * 1024 + 1000
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("gradients", ["parameter", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adamw-sr", "adamw8bit"])

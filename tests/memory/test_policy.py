@@ -95,6 +95,7 @@ def test_policies_are_each_models_own():
     assert found["both"] == [found["generator"][0], found["reward"][1]]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "nf4"])
 def test_weights_of_both_models(kind):
     transformer, reward = models()

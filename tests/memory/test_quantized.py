@@ -251,7 +251,7 @@ def test_which_layers_of_a_model(kind):
     assert quantize(model, kind).blocks[0].attn1.to_q.base_layer is layer
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("case", CASES)
 @EACH_KIND
 def test_a_patched_model_keeps_the_twice_rule(case, kind):

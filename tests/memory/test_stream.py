@@ -30,7 +30,7 @@ pytest.importorskip("diffusers")
 EACH_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=str)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @EACH_POLICY
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
@@ -78,7 +78,7 @@ def fail_in_copy(model, index, patch):
 FAILURES = [fail_in_block, fail_by_interrupt, fail_in_backward, fail_in_second_run, fail_in_copy]
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("policy", POLICIES[::2], ids=str)
 @pytest.mark.parametrize("fail", FAILURES)
 def test_failures_leave_nothing_behind(fail, policy, monkeypatch):
@@ -156,7 +156,7 @@ def simulated(monkeypatch, policy, seconds_per_copy, ahead=1, slots=None):
     return model, clock
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(1)
 @EACH_POLICY
 def test_copies_run_beside_the_blocks(policy, monkeypatch):
     model, clock = simulated(monkeypatch, policy, 0.75)

@@ -84,6 +84,7 @@ def test_official_wan(variant, patched):
     check_policies(model, run)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("family", ["cosmos", "allegro"])
 def test_models_without_adapter(family):
     model, tensors, options = tiny(family)
@@ -112,7 +113,7 @@ def torchao_model(kind, ahead, mode, patched):
     return model
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 @pytest.mark.parametrize("mode", [("none", None), ("full", None), ("attention", "cpu")], ids=str)
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])

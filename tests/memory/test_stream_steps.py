@@ -43,8 +43,8 @@ def policies(mode, offload, ahead, dtype="fp32"):
 def world(config, *, lora=True, experts=False, is_patched=True):
     """Return a generator and a reward, a copy of its first blocks, under one policy."""
     torch.manual_seed(0)
-    pair = [wan.tiny_wan(layers=4, heads=4, head_dim=32, seed=seed) for seed in range(1 + experts)]
-    reward = LatentRewardModel.from_backbone(pair[0], num_blocks=3, num_heads=2).freeze()
+    pair = [wan.tiny_wan(layers=3, heads=4, head_dim=32, seed=seed) for seed in range(1 + experts)]
+    reward = LatentRewardModel.from_backbone(pair[0], num_blocks=2, num_heads=2).freeze()
     model = Experts(*pair, 0.9) if experts else pair[0]
     apply_memory(model, config)
     apply_memory(reward, config)
@@ -60,7 +60,7 @@ def world(config, *, lora=True, experts=False, is_patched=True):
 def prfl_step(model, reward, plan="prfl", rollout=None, **options):
     noise, _, conditions = wan.inputs("t2v", batch=1, size=(2, 4, 4))
     step = PRFL(
-        model, reward, FlowUniPC(shift=5.0), PLANS[plan], num_inference_steps=5, rollout=rollout,
+        model, reward, FlowUniPC(shift=5.0), PLANS[plan], num_inference_steps=4, rollout=rollout,
         **options,
     )  # fmt: skip
     out = step(noise, conditions, generator=torch.Generator().manual_seed(0))

@@ -86,6 +86,7 @@ def test_a_trajectory_is_the_hand_written_loop_bit_for_bit(engine):
     assert part.equal(by_hand(model, 4))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("engine", [None, RolloutConfig()], ids=["model", "engine"])
 def test_each_expert_has_its_own_guidance(engine):
     model, negative = experts(), {"encoder_hidden_states": -TEXT["encoder_hidden_states"]}

@@ -87,6 +87,7 @@ def test_layers_of_modulation_and_gates_stay_exact():
     assert converted(use_fp8_linears(model)) == {"blocks.0.fc1"}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("patched", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
 def test_gradients_are_near_the_exact_ones(lora, patched):
@@ -117,6 +118,7 @@ def test_lora_is_the_same_before_and_after_and_its_base_stays_frozen():
     assert list(before.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [True, False])
 def test_memory_policies_change_no_bit(lora):
     wanted = run(build(lora))
@@ -149,6 +151,7 @@ ROLLOUTS = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_rollouts_do_not_depend_on_it(name):
     results, velocities = [], []

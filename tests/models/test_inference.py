@@ -157,6 +157,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("linears", ["exact", "fp8"])
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(merge, linears, monkeypatch):

@@ -135,6 +135,7 @@ def lora_model(complete, ranks=True, **kind):
     return model
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui", "kohya"])
 def test_diffusers_reads_what_is_written_with_the_same_effect(tmp_path, layout):
     import diffusers

@@ -62,7 +62,7 @@ def assert_equal(ours, theirs):
         assert value is None or torch.equal(ours[name], value), name
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("family", [*FAMILIES, "hand-made"])
 def test_memory_policies_change_no_bit(family, monkeypatch):
     monkeypatch.setattr(offload_module, "SMALLEST", 0)

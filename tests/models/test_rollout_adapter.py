@@ -121,6 +121,7 @@ def engine_of(model, path, **options):
     return engine
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("style", ["comfyui", "peft", "kohya", "diffsynth"])
 def test_a_rollout_is_that_of_the_model_with_changed_weights(tmp_path, style):
     model = make_wan()
@@ -162,6 +163,7 @@ def by_steps(model, twin, exact, steps=7):
     return seen
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("merge_lora", [False, True])
 def test_steps_with_gradient_run_without_it_below_adapters_that_train(tmp_path, merge_lora):
     model = make_wan(lora=True)
@@ -199,6 +201,7 @@ def test_drift_is_that_from_the_model_without_it_and_past_its_limit_rollouts_are
     assert_same(walk(model, *wan_inputs(), resumed)[0], exact)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "options,limit",
     [
@@ -257,6 +260,7 @@ def test_autocast_does_not_round_the_change(tmp_path):
     assert distance(found, expected) < 1e-3
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["fp8", "nf4"])
 def test_quantized_weights_get_it_in_the_dtype_of_the_latents(tmp_path, kind, lora):
@@ -312,6 +316,7 @@ def test_two_experts_have_one_or_two(tmp_path):
     assert distance(found, sample(make(one))) < 1e-5
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("variant", ["wan21", "diffsynth"])
 def test_official_wan_gets_it(tmp_path, variant, wrapped):

@@ -216,6 +216,7 @@ def test_unpatching_one_of_two_models_that_share_blocks():
     same(second, plain)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("patched", [True, False])
 def test_pickle_and_copies_of_patched_and_chunked_models(patched, chunk):
@@ -238,6 +239,7 @@ def test_pickle_and_copies_of_patched_and_chunked_models(patched, chunk):
     assert not prfl_fast.is_patched(copies[0]) and prfl_fast.is_patched(model) == patched
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("mode", ["none", "full", "attention"])
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_pickle_of_a_checkpointed_model(mode, offload):

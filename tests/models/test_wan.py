@@ -134,6 +134,7 @@ def published(case="t2v"):
     return model, wan.inputs(case)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("tokens", [1, 7, 300, 512])
 @pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_text_is_padded_with_zeros_to_512(case, tokens):

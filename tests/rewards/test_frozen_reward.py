@@ -106,6 +106,7 @@ def test_the_count_sees_the_weights_gradients_of_a_trainable_reward(patched):
     assert found[FFN, DIM] == found[DIM, FFN] == BLOCKS
 
 
+@pytest.mark.cases(1)
 @PATCHED
 def test_flops_of_the_backward_are_those_of_the_gradient_to_the_input(patched):
     reward = reward_model(patched=patched)
@@ -141,6 +142,7 @@ def block_bytes(patched, dtype):
     return three - two
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_bytes_kept_by_a_block(dtype):
     """Count the activations [L, D] that a block keeps.

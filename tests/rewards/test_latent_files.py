@@ -14,6 +14,7 @@ from prfl_fast.models.registry import patch
 from prfl_fast.rewards.latent import LatentRewardModel
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_save_and_load_give_the_same_bits(tmp_path, case, dtype):

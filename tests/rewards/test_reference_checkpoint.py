@@ -101,6 +101,7 @@ def write_reference(
     return tuple(folder / name for name in files)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "case, layout",
     [
@@ -148,6 +149,7 @@ def test_reads_the_first_blocks_of_a_whole_model_and_safetensors_parts(tmp_path)
     assert torch.equal(reward.backbone.blocks[0].attn1.to_q.weight, expected)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("shard_bytes, shards", [(5 * 1024**3, 1), (100_000, 4)])
 @pytest.mark.parametrize("case", ["t2v", "i2v"])
 def test_writes_the_reference_layout(tmp_path, case, shard_bytes, shards):

@@ -93,7 +93,7 @@ class Loop:
         return None
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("scheduler", [FlowUniPC, FlowEuler])
 @pytest.mark.parametrize("batched", [None, True, False])
 def test_a_threshold_of_zero_changes_no_bit(scheduler, batched):
@@ -111,7 +111,7 @@ def test_a_threshold_of_zero_changes_no_bit(scheduler, batched):
         assert engine.inexact == bool(given)
 
 
-@pytest.mark.cases(5)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("visit", [(), (4,), (3, 4, 7)])
 @pytest.mark.parametrize(
     "kind,threshold,name",
@@ -157,6 +157,7 @@ def forwards_saved(model, config, batched, visit=(5,)):
     return seen, engine
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("config", [{"teacache": 0.3}, {"first_block_cache": 0.5}])
 def test_branches_of_guidance_have_residuals_of_their_own(config):
     model = make_wan(layers=LAYERS)

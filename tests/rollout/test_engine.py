@@ -23,7 +23,7 @@ from prfl_fast.rollout.schedulers import FlowEuler, FlowUniPC
 from prfl_fast.rollout.trajectory import Trajectory, rollout
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("guided", [None, "batched", "sequential"])
 @pytest.mark.parametrize("case", ["t2v", "i2v", "first-frame"])
@@ -83,9 +83,9 @@ def test_merged_adapters_are_close_and_leave_the_model_alone():
 
 
 def test_caches_are_gone_when_the_gradient_step_begins(monkeypatch):
-    gc.freeze()  # else each collection takes seconds
     x, conditions = wan_inputs()
     model, opened, alive = make_wan(), [], []
+    gc.freeze()  # what was imported for the model too: else each collection takes seconds
     adapter = find_adapter(model)
     original = type(adapter).open_rollout
 

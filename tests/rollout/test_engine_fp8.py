@@ -191,6 +191,7 @@ def test_fp8_drift_of_a_wan_equals_two_plain_loops():
     assert 1e-4 < trajectory.drift[5] < 0.1
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "config", [RolloutConfig(fp8_linears=EVERYWHERE), RolloutConfig(merge_lora=True)]
 )

@@ -61,6 +61,7 @@ def largest_difference(ours, theirs, count, dtype, field, *, wide=False):
     return worst
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.3])
 def test_schedules_are_those_of_diffusers_bit_for_bit(shift):
     pairs = [(FlowEuler(shift), diffusers_euler(shift)), (unipc(shift), diffusers_unipc(shift))]

@@ -35,6 +35,7 @@ def densities(recorded):
     return [float(count.double().mean()) / index.shape[-1] for _, _, _, index, count, *_ in calls]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_density_1_is_dense(predictor):
     given = make_wan(), *wan_inputs(), FlowEuler(), 3
@@ -144,6 +145,7 @@ def test_errors_of_layers_leave_the_rollout_dense():
     assert all(error > 1e-3 for error in engine.sparse_errors.values())
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("predictor", ["tiles", "radial"])
 @pytest.mark.parametrize("density", [0.75, 0.5, 0.25])
 def test_masks_of_a_video_have_about_the_density(predictor, density):

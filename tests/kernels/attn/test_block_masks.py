@@ -26,6 +26,7 @@ def place(grid):
     return list(itertools.product(*map(range, grid)))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("tile, window", [((2, 2, 3), (1, 3, 1)), ((1, 2, 2), (3, 1, 3))])
 def test_tiles(grid, tile, window):

@@ -83,6 +83,7 @@ class TestAttention(OperationTests):
     def test_gradcheck_in_float64(self, backend):
         super().test_gradcheck_in_float64()
 
+    @pytest.mark.slow  # as those that operations share
     def test_compiles_once_for_all_lengths(self):
         function = lambda n, **t: attention(**t, heads=2, key_lengths=n)  # noqa: E731
         calls = [

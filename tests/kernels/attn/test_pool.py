@@ -52,6 +52,7 @@ class TestQueryPool(OperationTests):
     def test_bfloat16(self, smoke_backend):
         check(query_pool, low, make(2, 70, 96, 8, BF16), rounding=4)
 
+    @pytest.mark.slow  # test_compiled_reference.py compiles it in the default tier
     def test_compiles_without_a_graph_break(self, backend):
         check_compiled(query_pool, make(2, 17, 32, 4))
 
