@@ -125,7 +125,6 @@ ORDERED = [
 ]
 
 
-@pytest.mark.cases(1)
 @pytest.mark.parametrize("name, shape, launch", ORDERED)
 def test_the_order_of_threads_does_not_matter(libraries, name, shape, launch):
     given = make_pool(*shape, BF16)
