@@ -197,7 +197,7 @@ def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatc
             if words[1] == "init":  # the quickstart's file of that name is filled in already
                 words = [*words[:-1], f"new-{words[-1]}"]
             if words[1] in ("encode", "compare"):  # small videos
-                words += ["--size", "64x96", "--frames", "9"]
+                words += ["--size", "32x48", "--frames", "9"]
             if words[1] == "compare":
                 words += ["--num-inference-steps", "2"]
             assert main(words[1:]) == 0, words
