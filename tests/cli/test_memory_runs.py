@@ -54,6 +54,7 @@ def test_train_under_a_memory_policy(root, tmp_path, changes):
     assert all(record["sft/grad_norm"] > 0 for record in records)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_run_with_fp8_linears_resumes_and_keeps_them(tmp_path, capsys, lora):
     root = make_world(tmp_path / "world", heads=2)  # 48 columns: FP8 takes multiples of 16

@@ -27,6 +27,7 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import make_mesh
 from prfl_fast.parallel.ranks import Ranks
 from prfl_fast.planning import planner
+from prfl_fast.planning import search as plan_search
 from prfl_fast.training.checkpoint import rank_seed
 from prfl_fast.training.objectives import RewardFeedback
 
@@ -113,7 +114,8 @@ AUTO = {"memory": "auto", "hardware.precision": "bf16", "lora": {"lora_rank": 2}
 
 @pytest.fixture
 def plans(monkeypatch):
-    """Plan in this process; return the options of the plans."""
+    """Plan in this process, of one policy; return the options of the plans."""
+    monkeypatch.setattr(plan_search, "MODES", plan_search.MODES[:1])
     calls, own = [], planner.plan_memory
 
     def plan_memory(work, **options):

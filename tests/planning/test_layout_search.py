@@ -8,6 +8,7 @@ from plans import SMALL
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig
 from prfl_fast.planning import plan_memory
+from prfl_fast.planning import search as plan_search
 from prfl_fast.planning.gpu_specs import find_gpu
 from prfl_fast.planning.layout_search import LayoutSearch, layouts
 from prfl_fast.planning.search import CHOSEN, CONTEXT, Candidate, Found, Search, Tier
@@ -138,7 +139,8 @@ def test_weights_alone_decide_where_they_can_wait(train, shard, optimizer, waits
     assert not states or not holds(GIB, states - 1)
 
 
-def test_weights_that_fit_are_kept_whole_and_others_sharded():
+def test_weights_that_fit_are_kept_whole_and_others_sharded(monkeypatch):
+    monkeypatch.setattr(plan_search, "MODES", plan_search.MODES[:1])
     work = replace(WORK, ranks=4)
     plan = plan_memory(work, budget="24GiB")
     assert (plan.workload.shard, plan.workload.sequence) == (1, 1)

@@ -61,7 +61,7 @@ def stepped(work, memory, mesh, chunks=nullcontext):
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(LONG, marks=pytest.mark.slow)])
 def test_predicted_bytes_equal_those_of_real_ranks(cases):
-    shallow = {"model": SHALLOW}
+    shallow = {"model": SHALLOW, "reward_blocks": 1}
 
     def real():
         found = []
