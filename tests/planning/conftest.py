@@ -32,4 +32,4 @@ def real():
         memory = memory_of(Tier("bf16"), ("none", None), ("none", None), None)
         whole = simulate(small_workload(sft=False), *memory)
         budget = plan_search.CONTEXT + int(0.8 * whole.peak)
-        return planner.plan_memory(small_workload(), budget=budget, gpu="h100")
+        return planner.plan_memory(small_workload(sft=False), budget=budget, gpu="h100")

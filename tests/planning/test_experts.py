@@ -24,9 +24,9 @@ from prfl_fast.rollout import FlowUniPC
 from prfl_fast.training.lora import add_lora
 from prfl_fast.training.objectives import reward_call
 
-CONFIG = {**SMALL, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 3}
+CONFIG = {**SMALL, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 2}
 KINDS = {"t2v": {"boundary_ratio": 0.875}, "i2v": {"boundary_ratio": 0.9, "in_channels": 36}}
-SIZE = {"frames": 9, "height": 256, "width": 256, "text_tokens": 32, "reward_blocks": 2}
+SIZE = {"frames": 9, "height": 256, "width": 256, "text_tokens": 32, "reward_blocks": 1}
 FULL = MemoryConfig("fp32", "full")
 STEPS = 6
 
