@@ -23,6 +23,7 @@ from prfl_fast.sampling.gradient import optimize_noise
 from prfl_fast.sampling.search import beam_search, prune
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:the rollout's relative distance")
 
 CASE = Case("agreement", size=(1, 2, 4))
 
@@ -85,18 +86,30 @@ def compiles():
     return found
 
 
-def alike(limit):
-    return drifts(limit), reuses(), compiles()
+def on_ranks(limit):
+    return (drifts(limit), reuses(), compiles()), with_nan()
 
 
-@pytest.mark.filterwarnings("ignore:the rollout's relative distance")
-def test_ranks_that_share_weights_fall_back_and_reuse_residuals_together():
+@pytest.fixture(scope="module")
+def alone():
+    """Return the drifts of both samples and the limit between them, in one process."""
     first, _, second, _ = drifts(None)
     least, most = sorted((first[2], second[2]))
     limit = (least + most) / 2
     assert most > 1.01 * limit
+    return first, second, limit
+
+
+@pytest.fixture(scope="module")
+def ranks(alone):
+    """Return what two ranks find, in one launch for both tests."""
+    return list(zip(*run_ranks(2, on_ranks, alone[2]), strict=True))
+
+
+def test_ranks_that_share_weights_fall_back_and_reuse_residuals_together(alone, ranks):
+    first, second, _ = alone
     both = reuses()  # decides by both samples; alone, each reuses more
-    found = run_ranks(2, alike, limit)
+    found = ranks[0]
     for rank, (_, reused, compiled) in enumerate(found):
         for (x, saved), (expected, count) in zip(reused, both, strict=True):
             torch.testing.assert_close(x, expected[rank : rank + 1], rtol=1e-5, atol=1e-5)
@@ -160,8 +173,8 @@ def with_nan():
     return found
 
 
-def test_ranks_that_share_weights_stop_together_at_a_nan():
-    first, second = run_ranks(2, with_nan)
+def test_ranks_that_share_weights_stop_together_at_a_nan(ranks):
+    first, second = ranks[1]
     assert first == second
     # Gradients of parameters are dropped on both ranks; the others stop at their first reward.
     assert first["parameters"] == (False, 2, True)

@@ -15,7 +15,6 @@ ODD = {"size": (3, 2, 6)}  # 9 tokens
 TWO = {"sequence": 2, "shard": None}
 
 TWO_RANKS = [
-    Case("odd tokens", **POINTS, **ODD, **TWO),
     Case("DRaFT of LoRA", **DRAFT, **ODD, lora=True, divergence=1.0, **TWO),
     Case("image-to-video", i2v=True, **ODD, **TWO),
     Case("first frame", **POINTS, **ODD, first_frame=True, **TWO),
@@ -27,6 +26,7 @@ FOUR_RANKS = [
     Case("copies of halves", **DRAFT, sequence=2, shard=2),
 ]
 LONG = [
+    Case("odd tokens", **POINTS, **ODD, **TWO),
     Case("checkpointing, offload", **DRAFT, mode="full", offload="cpu", **TWO),
     Case("streamed", **POINTS, lora=True, mode="full", streamed=True, **TWO),
     Case("experts", **POINTS, experts=True, **TWO),

@@ -15,11 +15,21 @@ MERGED = RolloutConfig(merge_lora=True)
 
 TWO_RANKS = [
     Case("PRFL", updates=2),
-    Case("points, reduced once", **POINTS, options={"reduce_once": True}),
-    Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
     Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
-    Case("merged LoRA, gathered", lora=True, rollout=MERGED, options={"keep_gathered": True}),
-    Case("experts, gathered", **POINTS, experts=True, options={"keep_gathered": True}),
+    Case(
+        "DRaFT of merged LoRA with divergence, gathered",
+        **DRAFT,
+        lora=True,
+        divergence=1.0,
+        rollout=MERGED,
+        options={"keep_gathered": True},
+    ),
+    Case(
+        "experts, gathered, reduced once",
+        **POINTS,
+        experts=True,
+        options={"keep_gathered": True, "reduce_once": True},
+    ),
 ]
 FOUR_RANKS = [
     Case("copies of halves", **POINTS, shard=2),
@@ -27,6 +37,10 @@ FOUR_RANKS = [
     Case("two ranks per sample", accumulation=2, sequence=2),
 ]
 LONG = [
+    Case("points, reduced once", **POINTS, options={"reduce_once": True}),
+    Case("DRaFT of LoRA with divergence", **DRAFT, lora=True, divergence=1.0),
+    Case("merged LoRA, gathered", lora=True, rollout=MERGED, options={"keep_gathered": True}),
+    Case("experts, gathered", **POINTS, experts=True, options={"keep_gathered": True}),
     Case("whole", **DRAFT, shard=None),  # test_trainer.py has it in the default tier
     Case("whole, streamed", **DRAFT, lora=True, mode="full", streamed=True, shard=None),
     Case("image-to-video, gathered", i2v=True, options={"keep_gathered": True}),
