@@ -6,6 +6,7 @@ import pytest
 import torch
 from commands import one_line
 from family_pipelines import PIPELINES, Solver, make_family_pipeline
+from tiers import slow_except
 
 from prfl_fast.cli import main as cli
 from prfl_fast.data.codec import load_codec
@@ -87,8 +88,7 @@ def negative(family):
     return () if family == "hunyuan" else ("--negative", "Bad.")
 
 
-@pytest.mark.cases(1)
-@pytest.mark.parametrize("family", FLOWS)
+@pytest.mark.parametrize("family", slow_except(FLOWS, ("mochi",)))
 def test_samples_are_those_of_the_pipeline_with_our_solver(family, folder_of, tmp_path):
     folder, options = folder_of(family), {}
     words = ["--guidance-scale", 3, "--shift", 2, "--batch-size", 2, *negative(family)]
