@@ -143,7 +143,8 @@ def in_prfl(name, drift, saved=0.0):
 
 
 @pytest.fixture
-def by_hand():
+def by_hand(monkeypatch):
+    monkeypatch.setattr(gradient_point, "CHECK_EVERY", 10)
     configs = {"FP8": FP8, "cache .1": CACHE, "cache .2": replace(CACHE, teacache=0.2)}
     configs["cache .3"] = replace(CACHE, teacache=0.3)
     drifts = [{"option": "caches"}, in_prfl("FP8", 0.01), in_prfl("cache .1", 0.01, 2.0)]
