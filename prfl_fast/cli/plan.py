@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -198,24 +200,54 @@ def planned(config: Training, ranks: Ranks, device: torch.device) -> Training:
     return ranks.on_main(_planned, config, ranks.size, device, min(budgets, default=None), room)
 
 
+def _with_sizes_of(section: Any, began: Any, ranks: int) -> Any:
+    """Return a section ``parallel`` with the sizes of an earlier run for auto, if they fit."""
+    names = [name for name in ("shard", "sequence") if getattr(section, name) == "auto"]
+    known = section.model_copy(update={name: getattr(began, name) for name in names})
+    try:
+        known.build().sizes(ranks)
+    except ValueError:
+        return section
+    return known
+
+
+def _plan_elsewhere(work: Workload, *arguments: Any, **options: Any) -> Plan:
+    """Plan in a new process, since a plan makes a process group, and this process has one."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    try:
+        return pool.submit(_plan, work, *arguments, **options).result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "memory is auto, but the process that plans has ended, perhaps for lack of host "
+            "memory. Run prfl-fast plan --gpus N --apply FILE.yaml first"
+        ) from error
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _planned(
     config: Training, ranks: int, device: torch.device, budget: int | None, room: int
 ) -> Training:
-    began, fixed = _stored(type(config), config), {}
+    began, fixed, parallel = _stored(type(config), config), {}, config.parallel
+    if began is not None:  # states of 8 bits need the mesh that saved them
+        parallel = _with_sizes_of(parallel, began.parallel, ranks)
+        config = config.model_copy(update={"parallel": parallel})
     if began is not None and began.memory != "auto":  # other weights would change the numbers
         if began.memory.weight_dtype == "fp32":  # which no plan has
             both = {"memory", "reward_memory"} & type(config).model_fields.keys()
             return config.model_copy(update={name: getattr(began, name) for name in both})
         fixed = {name: getattr(began.memory, name) for name in ("weight_dtype", "optimizer")}
     work = _workload(config, open_dataset(config, "data"))
-    work = dataclasses.replace(work, ranks=ranks, parallel=config.parallel.build())
-    # A plan makes a process group, and this process has one.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(_plan, (work, device, budget, room), fixed)
-    parallel = dataclasses.asdict(found.workload.parallel)
-    if parallel["keep_gathered"] == "auto":  # the plan tried it, and it does not fit
-        parallel["keep_gathered"] = False
-    sections: dict[str, Any] = {"parallel": config.parallel.model_copy(update=parallel)}
+    work = dataclasses.replace(work, ranks=ranks, parallel=parallel.build())
+    found = _plan_elsewhere(work, device, budget, room, **fixed)
+    chosen = dataclasses.asdict(found.workload.parallel)
+    if chosen["keep_gathered"] == "auto":  # the plan tried it, and it does not fit
+        chosen["keep_gathered"] = False
+    sections: dict[str, Any] = {"parallel": parallel.model_copy(update=chosen)}
     if isinstance(config, TrainFile):
         command, hint, policies = "train", _CANDIDATES, (found.memory, found.reward_memory)
         sections["memory"] = MemorySection.of(found.memory)
@@ -223,7 +255,7 @@ def _planned(
     else:
         command, hint, policies = "train-reward", _SMALLER, (found.memory,)
         sections["memory"] = TrainedRewardMemorySection.of(found.memory)
-    layout = ", ".join(f"{name}: {str(value).lower()}" for name, value in parallel.items())
+    layout = ", ".join(f"{name}: {str(value).lower()}" for name, value in chosen.items())
     _report_choice(command, f"{_in_words(*policies)}, parallel: {{{layout}}}", found, hint)
     return config.model_copy(update=sections)
 

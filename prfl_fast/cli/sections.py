@@ -392,7 +392,7 @@ class ParallelSection(Section):
     keep_gathered: bool | Literal["auto"] = key(
         "auto",
         "Keep shared weights whole on each GPU through a rollout, which then communicates once; "
-        "prfl-fast plan --apply fills in auto, which is false in a run.",
+        "a plan chooses for auto, which is false without one.",
     )
     points: Literal["shared", "own"] = key(
         "shared",

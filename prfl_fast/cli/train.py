@@ -70,6 +70,8 @@ FULL_LEARNING_RATE, REWARD_LEARNING_RATE, LORA_LEARNING_RATE = 5e-6, 1e-6, 1e-4
 # A resumed run may change these keys of the rollout: cache changes no bit, compile only rounding.
 # The same holds for hardware.compile_blocks.
 _FREE = ("cache", "compile")
+# Keys of the rollout that are no part of a run's identity at their defaults.
+_LATER = ("adapter_scale", "sparse_attention", "sparse_predictor", "sparse_dense_layers")
 
 Training = TypeVar("Training", TrainFile, TrainRewardFile)
 
@@ -427,8 +429,13 @@ def _identity(config: TrainFile | TrainRewardFile) -> dict[str, Any]:
     memory = ("optimizer", "gradient_dtype", *MemoryConfig.FREE)
     free = {f"{section}.{k}" for section in ("memory", "reward_memory") for k in memory}
     free |= {"hardware.device", "hardware.compile_blocks", *(f"rollout.{k}" for k in _FREE)}
-    if not config.hardware.fp8_linears:  # runs from before this key go on
+    if not config.hardware.fp8_linears:  # runs from before these keys go on
         free.add("hardware.fp8_linears")
+    if isinstance(config, TrainFile):
+        known = type(config.rollout).model_fields
+        for name in _LATER:
+            if getattr(config.rollout, name) == known[name].default:
+                free.add(f"rollout.{name}")
     return {name: value for name, value in flat.items() if name not in free}
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prfl_fast.feedback.estimator import PRFLOutput
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.compiled_blocks import are_compiled
 from prfl_fast.models.velocity import model_of
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.schedulers import FlowUniPC
@@ -288,6 +289,9 @@ class _Bench:
         """
         if not self.step.engine.config.cache:  # nor does the engine open the model
             return None
+        model = model_of(self.step.sampler.transformer)
+        if model is not None and are_compiled(model):  # which no eager rollout opens
+            return ()
         step, errors = copy.copy(self.step), dict[int, float]()
         options: Options = {"sparse_attention": LAYER_DENSITY, "compile": "off"}
         step.use_rollout(replace(step.engine.config, **options, check_every=_NEVER))

@@ -14,6 +14,7 @@ float32; :func:`prfl_fast.kernels.quantize_fp8` is one kernel.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from prfl_fast.kernels import fp8_linear, quantize_fp8
 
-_exact = False
+_exact, _lock = 0, threading.Lock()  # contexts that are open
 
 
 @contextlib.contextmanager
@@ -32,11 +33,13 @@ def exact_linears() -> Iterator[None]:
     """Run every :class:`Fp8Linear` as an ``nn.Linear`` within the context."""
     # Not a thread-local variable, because autograd recomputes blocks in threads of its own.
     global _exact
-    before, _exact = _exact, True
+    with _lock:
+        _exact += 1
     try:
         yield
     finally:
-        _exact = before
+        with _lock:
+            _exact -= 1
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

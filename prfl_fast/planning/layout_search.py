@@ -83,7 +83,8 @@ class LayoutSearch:
 
     def _fastest(self, searches: Sequence[Search], tier: Tier) -> tuple[Search, Found] | None:
         """Return the best layout with the weights and the optimizer of a tier."""
-        kept, lowest, bound = None, math.inf, 0.0
+        fitting: list[tuple[float, Search, Found]] = []
+        lowest, bound = math.inf, 0.0
         self.notes = []
         for search in searches:
             found = _searched(search, [tier]) if search.leanest_fits(tier) else None
@@ -92,12 +93,13 @@ class LayoutSearch:
                 continue
             self._note(search.workload, f"{found.chosen.seconds:.1f} s per step", tier)
             own = found.chosen.seconds * search.workload.sequence
-            if (1 + TIE) * own < lowest:
-                kept, lowest = (search, found), own
+            fitting.append((own, search, found))
+            lowest = min(lowest, own)
             bound = bound or search.fewest_seconds(tier) * search.workload.sequence
             if lowest <= (1 + TIE) * bound:
                 break
-        return kept
+        # The first ones communicate least.
+        return next(((s, f) for own, s, f in fitting if own <= (1 + TIE) * lowest), None)
 
     def _show_layout(self, workload: Workload, text: str) -> None:
         self.show(f"shard {workload.shard}, sequence {workload.sequence}, {text}")

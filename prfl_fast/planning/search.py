@@ -305,9 +305,13 @@ class Search:
         return trained and self.workload.shard == 1
 
     def fewest_seconds(self, tier: Tier) -> float:
-        """Return the seconds of a step that recomputes, offloads and communicates nothing."""
+        """Return the seconds of a step that recomputes, offloads and communicates nothing.
+
+        Without the optimizer, whose time falls with the share of the weights that a rank holds.
+        """
         run = self._single(tier, MODES[0], None)
         costs = run.costs(reward=False) | run.costs(reward=True)
+        costs.pop("optimizer", None)
         alone = {"gathered_bytes": 0, "reduced_bytes": 0, "exchanged_bytes": 0}
         return self._seconds({k: dataclasses.replace(c, **alone) for k, c in costs.items()})
 

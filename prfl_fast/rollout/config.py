@@ -144,7 +144,8 @@ class RolloutConfig:
         values = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in _listed(value)]
         ok = len(values) == 1 + pair and all(map(is_valid, values))
         check(ok, name, value, f"{expected}, or two for experts (high, low)")
-        object.__setattr__(self, name, tuple(values) if pair else values[0])
+        stored = tuple(values) if pair and any(v is not None for v in values) else values[0]
+        object.__setattr__(self, name, stored)
 
     def _set_levels(self, name: str, word: str, check_one: Callable[[str, Any], None]) -> None:
         """Check a value, or those of intervals of noise levels, and store them as tuples."""
@@ -239,7 +240,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _check_order(name: str, value: Any) -> None:
-    check_choice(name, value, (1, 2, 3))
+    check(is_count(value) and value <= 3, name, value, "1, 2 or 3")
 
 
 def _check_density(name: str, value: Any) -> None:

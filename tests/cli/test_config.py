@@ -11,6 +11,7 @@ from runs import write_config
 pytest.importorskip("pydantic")
 
 from prfl_fast.cli import main as cli
+from prfl_fast.cli import train
 from prfl_fast.cli.config import ScoreFile, TrainFile, TrainRewardFile
 from prfl_fast.cli.reference import FILES, reference_page, template
 from prfl_fast.cli.reward_sections import NamedReward, ReferenceReward
@@ -411,3 +412,10 @@ def test_the_reference_is_the_models():
 def test_every_key_is_described():
     for line in reference_page().splitlines():
         assert not line.startswith("| `") or line.endswith(". |"), line
+
+
+def test_a_run_from_before_a_key_goes_on_at_its_default(tmp_path):
+    known = train._identity(load(tmp_path, BASE))
+    assert not {f"rollout.{name}" for name in train._LATER} & known.keys()
+    changed = train._identity(load(tmp_path, f"{BASE}rollout: {{sparse_attention: 0.5}}"))
+    assert changed["rollout.sparse_attention"] == 0.5

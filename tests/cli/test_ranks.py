@@ -1,7 +1,6 @@
 """Training commands on two ranks: logs are those of one process; bad layouts are refused early."""
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -123,10 +122,7 @@ def plans(monkeypatch):
         return own(work, **options)
 
     monkeypatch.setattr(planner, "plan_memory", plan_memory)
-    context = MagicMock()
-    pool = context.return_value.Pool.return_value.__enter__.return_value
-    pool.apply = lambda function, arguments, options: function(*arguments, **options)
-    monkeypatch.setattr(multiprocessing, "get_context", context)
+    monkeypatch.setattr(cli_plan, "_plan_elsewhere", cli_plan._plan)
     return calls
 
 
@@ -174,6 +170,16 @@ def test_a_resumed_run_plans_with_its_weights_and_optimizer(world, tmp_path, mon
     assert (options["weight_dtype"], options["optimizer"]) == ("nf4", "adamw")
     assert config.reward_memory.activation_checkpointing == "full"
     assert config.parallel == given.parallel
+    began = loaded(world, tmp_path, AUTO | policy | {"parallel": {"shard": 2, "sequence": 2}})
+    monkeypatch.setattr(cli_plan, "_stored", lambda kind, config: began)
+    config = of_four(monkeypatch, loaded(world, tmp_path, AUTO))
+    assert (config.parallel.shard, config.parallel.sequence) == (2, 2)
+
+
+def test_a_plan_whose_process_ends_is_one_line(monkeypatch):
+    monkeypatch.setattr(cli_plan, "_plan", os._exit)
+    with pytest.raises(ValueError, match="memory is auto, but the process that plans has ended"):
+        cli_plan._plan_elsewhere(9)
 
 
 @pytest.mark.slow

@@ -165,6 +165,11 @@ def test_the_exact_context_has_the_bits_of_a_plain_layer():
         with exact_linears():
             pass
         assert torch.equal(module(x), plain)
+    one, other = exact_linears(), exact_linears()  # as two threads would
+    one.__enter__(), other.__enter__(), one.__exit__(None, None, None)
+    assert torch.equal(module(x), plain)
+    other.__exit__(None, None, None)
+    assert not torch.equal(module(x), plain)
 
 
 def test_second_derivatives_are_an_error():

@@ -261,6 +261,8 @@ def test_bad_configs_are_refused():
         ({"stride": [(0.5, 1.0)]}, r"stride\[0\] is"),
         ({"stride": [(0.9, 0.5, 2)]}, r"stride\[0\] is"),
         ({"stride": [(0.5, 1.0, 0)]}, r"stride\[0\]\[2\] is 0"),
+        ({"solver_order": 2.0}, "solver_order is 2.0, expected 1, 2 or 3"),
+        ({"solver_order": [(0.0, 1.0, True)]}, r"solver_order\[0\]\[2\] is True"),
         ({"guidance_interval": (0.5, 1.5)}, "guidance_interval is"),
         ({"check_every": 0}, "check_every is 0"),
         ({"drift_limit": 0.0}, "drift_limit is 0"),
@@ -273,6 +275,7 @@ def test_bad_configs_are_refused():
         with pytest.raises(ValueError, match=message):
             RolloutConfig(**kwargs)
     assert RolloutConfig(fp8_linears=[0, 1]).fp8_linears == (0.0, 1.0)
+    assert not RolloutConfig(adapter=(None, None)).inexact
     assert RolloutConfig(stride=[[0, 1, 2]]).stride == ((0.0, 1.0, 2),)
     with pytest.raises(TypeError, match="supported"):
         RolloutEngine(nn.Linear(2, 2))
