@@ -81,23 +81,23 @@ class RolloutConfig:
             ``compile`` is unknown, or an option needs ``cache=True``.
     """
 
-    # Times are of a small CPU rollout; drift is after 40 steps of the small world, with FP8 or a
-    # stride of 2 at every step (bench/RESULTS.md, "A rollout, by option").
-    cache: bool = True  # 0.87 of the time, no drift
-    merge_lora: bool = False  # 0.91 of the time, drift 1.8e-7
+    # Drift is after 40 steps of the small world, with FP8 or a stride of 2 at every step
+    # (bench/RESULTS.md, "A rollout, by option").
+    cache: bool = True  # no drift
+    merge_lora: bool = False  # drift 3.7e-7
     # The small world has no distilled adapter; the engine measures the drift of yours.
     adapter: str | tuple[str | None, str | None] | None = None
     adapter_scale: float | tuple[float, float] = 1.0
     compile: Literal["auto", "on", "off"] = "auto"
-    fp8_linears: Interval | None = None  # drift 1.6e-2; 3.9e-3 within (0.8, 1), with attention
-    fp8_attention: Interval | None = None  # drift 1.7e-3
+    fp8_linears: Interval | None = None  # drift 3.0e-2; 1.0e-2 within (0.8, 1), with attention
+    fp8_attention: Interval | None = None  # drift 2.4e-3
     sparse_attention: float | Sequence[Density] = 1.0
     sparse_predictor: Predictor = "pooled"
     sparse_dense_layers: Sequence[int] = ()
     teacache: float = 0.0
     teacache_model: TeaCacheModel | None = None
     first_block_cache: float = 0.0
-    stride: int | Sequence[ByLevel] = 1  # 2: 0.53 of the time, drift 3.9e-2
+    stride: int | Sequence[ByLevel] = 1  # 2: half of the FLOPs, drift 3.9e-2
     # Drift of orders 1, 2 and 3: 5.2e-2, 3.9e-2 and 4.0e-2 with a stride of 2, 1.3e-1, 9.4e-2 and
     # 9.9e-2 with 4. Order 3 has 0.4 and 0.8 of the error that order 2 causes in the gradient.
     solver_order: int | Sequence[ByLevel] | None = None
