@@ -26,6 +26,7 @@ from prfl_fast.cli.workload import (
     fields_of_options,
     fields_of_reward_run,
     fields_of_run,
+    layout_of,
     options_named,
     sizes_of,
 )
@@ -160,11 +161,11 @@ def choose_memory(
         _recommend_setting("train", device, *policies)
         return *policies, None
     began = _stored(TrainFile, config)
-    if began is not None and began.memory != "auto":
+    if _keeps_policies(began):
         policies = began.memory.build(), began.reward_memory.build()
         note(f"memory: auto chose {_in_words(*policies)}, as this run began", "train")
         return *policies, None
-    found = _plan_training(config, dataset, device, _free_memory(device))
+    found = _plan_training(config, dataset, device, _free_memory(device), **_fixed_by(began))
     chosen = _in_words(found.memory, found.reward_memory)
     _report_choice("train", chosen, found, _CANDIDATES)
     return found.memory, found.reward_memory, found
@@ -179,12 +180,30 @@ def choose_reward_memory(
         _recommend_setting("train-reward", device, policy)
         return policy
     began = _stored(TrainRewardFile, config)
-    if began is not None and began.memory != "auto":
+    if _keeps_policies(began):
         note("memory: auto takes the policy with which this run began", "train-reward")
         return began.memory.build()
-    found = _plan(_workload(config, dataset), device, _free_memory(device))
+    found = _plan(_workload(config, dataset), device, _free_memory(device), **_fixed_by(began))
     _report_choice("train-reward", _in_words(found.memory), found, _SMALLER)
     return found.memory
+
+
+def _keeps_policies(began: Any) -> bool:
+    """Return True if a run on one GPU goes on with the policies with which it began.
+
+    The policies of several GPUs that shared weights or videos may not fit one.
+    """
+    if began is None or began.memory == "auto":
+        return False
+    alone = {began.parallel.shard, began.parallel.sequence} <= {1, "auto"}
+    return alone or began.memory.weight_dtype == "fp32"  # which no plan has
+
+
+def _fixed_by(began: Any) -> dict[str, Any]:
+    """Return the weights and the optimizer of an earlier run: others would change its numbers."""
+    if began is None or began.memory == "auto":
+        return {}
+    return {name: getattr(began.memory, name) for name in ("weight_dtype", "optimizer")}
 
 
 def planned(config: Training, ranks: Ranks, device: torch.device) -> Training:
@@ -197,7 +216,8 @@ def planned(config: Training, ranks: Ranks, device: torch.device) -> Training:
     budgets = [budget for budget, _ in found if budget is not None]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))  # ranks of this machine
     room = max(1, min(room for _, room in found) // local)
-    return ranks.on_main(_planned, config, ranks.size, device, min(budgets, default=None), room)
+    budget = min(budgets, default=None)
+    return ranks.on_main(_planned, config, ranks.size, local, device, budget, room)
 
 
 def _with_sizes_of(section: Any, began: Any, ranks: int) -> Any:
@@ -230,26 +250,32 @@ def _plan_elsewhere(work: Workload, *arguments: Any, **options: Any) -> Plan:
 
 
 def _planned(
-    config: Training, ranks: int, device: torch.device, budget: int | None, room: int
+    config: Training,
+    ranks: int,
+    machine: int,
+    device: torch.device,
+    budget: int | None,
+    room: int,
 ) -> Training:
-    began, fixed, parallel = _stored(type(config), config), {}, config.parallel
+    began, parallel = _stored(type(config), config), config.parallel
     if began is not None:  # states of 8 bits need the mesh that saved them
         parallel = _with_sizes_of(parallel, began.parallel, ranks)
         config = config.model_copy(update={"parallel": parallel})
-    if began is not None and began.memory != "auto":  # other weights would change the numbers
-        if began.memory.weight_dtype == "fp32":  # which no plan has
-            both = {"memory", "reward_memory"} & type(config).model_fields.keys()
-            return config.model_copy(update={name: getattr(began, name) for name in both})
-        fixed = {name: getattr(began.memory, name) for name in ("weight_dtype", "optimizer")}
+    fixed = _fixed_by(began)
+    if began is not None and fixed.get("weight_dtype") == "fp32":  # which no plan has
+        both = {"memory", "reward_memory"} & type(config).model_fields.keys()
+        return config.model_copy(update={name: getattr(began, name) for name in both})
     work = _workload(config, open_dataset(config, "data"))
-    work = dataclasses.replace(work, ranks=ranks, parallel=parallel.build())
+    layout = layout_of(config)
+    work = dataclasses.replace(work, ranks=ranks, parallel=layout, gpus_per_machine=machine)
     found = _plan_elsewhere(work, device, budget, room, **fixed)
     chosen = dataclasses.asdict(found.workload.parallel)
     if chosen["keep_gathered"] == "auto":  # the plan tried it, and it does not fit
         chosen["keep_gathered"] = False
     sections: dict[str, Any] = {"parallel": parallel.model_copy(update=chosen)}
     if isinstance(config, TrainFile):
-        command, hint, policies = "train", _CANDIDATES, (found.memory, found.reward_memory)
+        command, policies = "train", (found.memory, found.reward_memory)
+        hint = f"Run prfl-fast plan FILE.yaml --gpus {ranks} for all candidates"
         sections["memory"] = MemorySection.of(found.memory)
         sections["reward_memory"] = RewardMemorySection.of(found.reward_memory)
     else:
@@ -342,10 +368,14 @@ def _stored(kind: type[Config], config: TrainFile | TrainRewardFile) -> Config |
 
 
 def _plan_training(
-    config: TrainFile, dataset: LatentDataset, device: torch.device, budget: int | None = None
+    config: TrainFile,
+    dataset: LatentDataset,
+    device: torch.device,
+    budget: int | None = None,
+    **fixed: Any,
 ) -> Plan:
     """Return the plan of a run on its own data; a ``budget`` of None is the whole device."""
-    return _plan(_workload(config, dataset), device, budget)
+    return _plan(_workload(config, dataset), device, budget, **fixed)
 
 
 def _workload(config: TrainFile | TrainRewardFile, dataset: LatentDataset) -> Workload:

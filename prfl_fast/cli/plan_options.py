@@ -83,7 +83,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
     text = (
         "plan the run of this YAML file, and write the plan into the file. For train: memory, "
-        "reward_memory, hardware.precision, and keys of lora, prfl and run that it lacks. For "
-        "train-reward: memory and hardware.precision. Comments in other sections do not change"
+        "reward_memory, hardware.precision, with --gpus parallel, and keys of lora, prfl and run "
+        "that it lacks. For train-reward: memory, hardware.precision and parallel. Comments in "
+        "other sections do not change"
     )
     group.add_argument("--apply", metavar="FILE.yaml", help=text)

@@ -105,19 +105,27 @@ def join(config: TrainFile | TrainRewardFile, *, check_only: bool) -> Iterator[J
 
     On several ranks ``memory: auto`` is planned here, as the plan decides their mesh. A check holds
     and writes nothing.
+
+    Raise ``ValueError`` if the ranks differ in their settings, or a size of the section
+    ``parallel`` does not divide their number.
     """
     loading.check_writable(Path(config.out), "out")
     device = loading.device_of(config.hardware)
     with join_ranks(device.type) as own:
         device = device if own is None else own
         check_same_settings(config.model_dump(mode="json"))
-        if own is not None and config.memory == "auto":
-            config = planned(config, Ranks(make_mesh(None, device.type)), device)  # type: ignore[type-var]
-        mesh = None if own is None else make_mesh(config.parallel.build(), device.type)
-        ranks = Ranks(mesh)
+        ranks = Ranks(None if own is None else make_mesh(None, device.type))
         with contextlib.ExitStack() as stack:
             if not check_only:
                 ranks.on_main(stack.enter_context, hold_folder(config.out))
+            if own is not None:
+                try:
+                    config.parallel.build().sizes(ranks.size)
+                except ValueError as error:
+                    raise ValueError(f"parallel.{error}") from error
+                if config.memory == "auto":
+                    config = planned(config, ranks, device)  # type: ignore[type-var]
+                ranks = Ranks(make_mesh(config.parallel.build(), device.type))
             yield Job(ranks, device, config)
 
 

@@ -1,6 +1,7 @@
 """Workload of the planner from a trainer's YAML, its dataset, and command line options."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
     if lora is not None:
         fields |= {"lora_rank": lora.lora_rank, "target_modules": lora.target_modules}
     return fields | _reward_blocks(config)
+
+
+def layout_of(config: TrainFile | TrainRewardFile) -> ParallelConfig:
+    """Return the layout of a run's GPUs; no GPUs share a video where that makes rollouts slower.
+
+    Reused residuals and sparse attention need all tokens, see :mod:`prfl_fast.models.inference`.
+    """
+    layout = config.parallel.build()
+    if layout.sequence == "auto" and isinstance(config, TrainFile) and "prfl" in config.objectives:
+        rollout = config.rollout.build()
+        if config.rollout.drift is not None or rollout.needs_all_tokens:
+            return dataclasses.replace(layout, sequence=1)
+    return layout
 
 
 def _guidance(section: GuidanceSection | None) -> str | None:
@@ -175,7 +189,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, decided in undecided.items():
         if not decided:
             found.pop(name, None)
-    found |= _shares(config, content, given, path)
+    found |= _shares(config, given, path)
     return {"train": given.get("train", "full")} | found | _sizes_of_data(config, given, path)
 
 
@@ -195,7 +209,7 @@ def _fields_of_reward_file(path: Path, given: Mapping[str, Any]) -> dict[str, An
     for name, value in given.items():
         if name not in free and found.get(name) != value:
             _contradicted(name, value, f"{path} is of train-reward, which decides it")
-    found |= _shares(config, content, given, path)
+    found |= _shares(config, given, path)
     model = given.get("model") or content.get("model", DEFAULT_MODEL)
     return found | {"model": first_blocks(model_config(model), config.num_blocks)}
 
@@ -236,21 +250,22 @@ def _contradicted(name: str, value: object, fact: str) -> None:
 
 
 def _shares(
-    config: TrainFile | TrainRewardFile,
-    content: Mapping[str, Any],
-    given: Mapping[str, Any],
-    path: Path,
+    config: TrainFile | TrainRewardFile, given: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
-    """Return shard and sequence of a file's section parallel, for a plan of several GPUs."""
-    found = {name: getattr(config.parallel, name) for name in content.get("parallel") or {}}
-    # The plan replaces keep_gathered, as it does the memory sections, and what is auto.
-    found = {k: value for k, value in found.items() if k in _SHARES and value != "auto"}
+    """Return shard and sequence of a file's section parallel, for a plan of several GPUs.
+
+    The plan replaces ``keep_gathered``, as it does the memory sections, and what is auto.
+    """
     if given.get("gpus", 1) == 1:
         return {}
-    for name in found.keys() & given.keys():
-        if given[name] != found[name]:
-            _contradicted(name, given[name], f"{path} has parallel.{name}: {found[name]}")
-    return found
+    layout, known = layout_of(config), {}
+    for name in _SHARES:
+        value = getattr(config.parallel, name)
+        if value != "auto" and given.get(name, value) != value:
+            _contradicted(name, given[name], f"{path} has parallel.{name}: {value}")
+        if name not in given and getattr(layout, name) != "auto":
+            known[name] = getattr(layout, name)
+    return known
 
 
 def fields_of_options(values: Mapping[str, Any], path: Path | None) -> dict[str, Any]:

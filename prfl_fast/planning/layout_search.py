@@ -9,23 +9,22 @@ from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.planning.presets import adapter_of
 from prfl_fast.planning.search import TIE, Found, Search, Tier
 from prfl_fast.planning.workload import Workload
-
-# GPUs of a machine, whose links are the fastest: videos are shared within it, weights if they fit.
-MACHINE = 8
+from prfl_fast.utils.units import seconds
 
 
 def layouts(workload: Workload) -> list[ParallelConfig]:
     """Return the layouts of a run, those that communicate least first.
 
-    ``"auto"`` for ``sequence`` stands for the sizes up to :data:`MACHINE` that the model takes, and
-    for ``shard`` for 1, a machine and all ranks.
+    Videos are shared within a machine, weights too if they fit it: ``"auto"`` for ``sequence``
+    stands for the sizes up to a machine that the model takes, for ``shard`` for 1, a machine and
+    all ranks.
     """
-    parallel, ranks = workload.parallel, workload.ranks
+    parallel, ranks, machine = workload.parallel, workload.ranks, workload.gpus_per_machine
     if ranks == 1 or "auto" not in (parallel.shard, parallel.sequence):
         return [parallel]
-    sizes = [n for n in range(1, MACHINE + 1) if ranks % n == 0 and _takes(workload, n)]
+    sizes = [n for n in range(1, machine + 1) if ranks % n == 0 and _takes(workload, n)]
     sequences = sizes if parallel.sequence == "auto" else [parallel.sequence]
-    sizes = [n for n in sorted({1, MACHINE, ranks}) if ranks % n == 0]
+    sizes = [n for n in sorted({1, machine, ranks}) if ranks % n == 0]
     shards = sizes if parallel.shard == "auto" else [parallel.shard]
     found = []
     for sequence in sequences:
@@ -91,7 +90,7 @@ class LayoutSearch:
             if found is None or not found.feasible:
                 self._note(search.workload, "does not fit", tier)
                 continue
-            self._note(search.workload, f"{found.chosen.seconds:.1f} s per step", tier)
+            self._note(search.workload, f"{seconds(found.chosen.seconds)} per step", tier)
             own = found.chosen.seconds * search.workload.sequence
             fitting.append((own, search, found))
             lowest = min(lowest, own)

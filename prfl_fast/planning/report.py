@@ -17,7 +17,7 @@ from prfl_fast.utils.allocator_settings import EXPANDABLE
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import write_atomic
 from prfl_fast.utils.optional import need
-from prfl_fast.utils.units import GIB, plural
+from prfl_fast.utils.units import GIB, plural, seconds
 
 _GPUS = 8  # GPUs of one machine; each has a process with its own host memory
 _COLUMNS = 100  # of a terminal
@@ -53,15 +53,6 @@ _MEANING = {
 def gib(value: float) -> str:
     """Format bytes as ``12.34 GiB``."""
     return f"{value / GIB:.2f} GiB"
-
-
-def seconds(value: float) -> str:
-    """Format seconds as ``1.2 s`` or ``3 min 20 s``."""
-    if value < 1:
-        return f"{1e3 * value:.3g} ms"
-    if value < 120:
-        return f"{value:.1f} s"
-    return f"{int(value) // 60} min {int(value) % 60:02} s"
 
 
 def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:

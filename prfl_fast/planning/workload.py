@@ -57,6 +57,7 @@ class Workload:
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
         ranks: GPUs of the run. The plan is of one of them.
         parallel: split of weights and samples over them; the planner tries what is ``"auto"``.
+        gpus_per_machine: GPUs of a machine, whose links are the fastest.
 
     Raises:
         TypeError: if the model or the gradient plan has the wrong type.
@@ -89,6 +90,7 @@ class Workload:
     precision: Literal["fp32", "bf16"] = "bf16"
     ranks: int = 1
     parallel: ParallelConfig = ParallelConfig()
+    gpus_per_machine: int = 8
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
@@ -103,6 +105,7 @@ class Workload:
             "text_tokens",
             "lora_rank",
             "ranks",
+            "gpus_per_machine",
         ):
             check_count(name, getattr(self, name))
         check_count("num_inference_steps", self.num_inference_steps, 2)

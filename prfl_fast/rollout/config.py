@@ -205,6 +205,11 @@ class RolloutConfig:
         return self.teacache > 0 or self.first_block_cache > 0
 
     @property
+    def needs_all_tokens(self) -> bool:
+        """Return True if an option has no effect where ranks share the tokens of a sample."""
+        return self.sparse or self.reuses
+
+    @property
     def inexact(self) -> bool:
         """Return True if results may differ from an exact rollout by more than rounding."""
         by_model = self.fp8 or self.sparse or self.reuses or self.adapter is not None

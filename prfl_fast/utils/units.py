@@ -12,3 +12,12 @@ def plural(number: int, noun: str) -> str:
 def short_number(value: float) -> str:
     """Return a number with two significant digits, so that a small one is not shown as zero."""
     return f"{value:.2g}"
+
+
+def seconds(value: float) -> str:
+    """Return seconds as ``12.3 ms``, ``1.2 s`` or ``3 min 20 s``."""
+    if value < 1:
+        return f"{1e3 * value:.3g} ms"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{int(value) // 60} min {int(value) % 60:02} s"

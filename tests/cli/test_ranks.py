@@ -18,9 +18,12 @@ from prfl_fast import LatentRewardModel
 from prfl_fast.cli import main as cli
 from prfl_fast.cli import objectives
 from prfl_fast.cli import plan as cli_plan
+from prfl_fast.cli import ranks as cli_ranks
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
+from prfl_fast.cli.loading import open_dataset
 from prfl_fast.cli.plan import planned
 from prfl_fast.cli.ranks import Job, join
+from prfl_fast.cli.workload import fields_of_options, layout_of
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import make_mesh
@@ -29,6 +32,7 @@ from prfl_fast.planning import planner
 from prfl_fast.planning import search as plan_search
 from prfl_fast.training.checkpoint import rank_seed
 from prfl_fast.training.objectives import RewardFeedback
+from prfl_fast.utils.folder_lock import LOCK
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -147,7 +151,7 @@ def test_memory_auto_plans_policies_and_layout(
 ):
     config = of_four(monkeypatch, loaded(world, tmp_path, changes, kind, command))
     [(work, options)] = plans
-    assert work.ranks == 4 and work.frames == 5 and work.lora_rank == 2
+    assert (work.ranks, work.gpus_per_machine, work.frames, work.lora_rank) == (4, 2, 5, 2)
     assert options["budget"] == 20 << 30  # half of the host memory of the smaller machine
     assert config.memory.weight_dtype == "bf16"
     assert (config.parallel.shard, config.parallel.sequence) == layout
@@ -176,6 +180,40 @@ def test_a_resumed_run_plans_with_its_weights_and_optimizer(world, tmp_path, mon
     assert (config.parallel.shard, config.parallel.sequence) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("rollout", "sequence"),
+    [({}, "auto"), ({"teacache": 0.1}, 1), ({"sparse_attention": 0.5}, 1), ({"drift": 0.02}, 1)],
+)
+def test_no_ranks_share_a_video_whose_rollout_needs_all_tokens(world, tmp_path, rollout, sequence):
+    config = loaded(world, tmp_path, {"rollout": rollout})
+    assert layout_of(config).sequence == sequence
+    content = {"parallel": {"sequence": 2}, "rollout": rollout}
+    assert layout_of(loaded(world, tmp_path, content)).sequence == 2
+    file = next(tmp_path.glob("train-*.yaml"))
+    with pytest.raises(ValueError, match="--sequence is 4, but .* has parallel.sequence: 2"):
+        fields_of_options({"gpus": 8, "sequence": 4}, file)
+
+
+def test_one_gpu_plans_anew_what_was_planned_for_several(world, tmp_path, monkeypatch, plans):
+    def resumed(kind, command, changes):
+        policy = {"memory": {"weight_dtype": "nf4", "offload": "cpu"}, "parallel": {"shard": 1}}
+        began = loaded(world, tmp_path, AUTO | policy | changes, kind, command)
+        monkeypatch.setattr(cli_plan, "_stored", lambda kind, config: began)
+        given = loaded(world, tmp_path, AUTO, kind, command)
+        data, choose = open_dataset(given, "data"), cli_plan.choose_reward_memory
+        if kind is TrainFile:
+            choose = cli_plan.choose_memory
+        policy = choose(given, data, torch.device("cpu"))
+        return policy[0] if kind is TrainFile else policy
+
+    assert resumed(TrainFile, "train", {}).offload == "cpu" and not plans
+    for changes in ({"parallel": {"shard": 8}}, {"parallel": {"shard": 1, "sequence": 2}}):
+        assert resumed(TrainFile, "train", changes) == MemoryConfig("nf4")
+    bf16 = {"parallel": {"shard": 2}, "memory": {"weight_dtype": "bf16", "offload": "cpu"}}
+    assert resumed(TrainRewardFile, "train-reward", bf16) == MemoryConfig("bf16")
+    assert [options["weight_dtype"] for _, options in plans] == ["nf4", "nf4", "bf16"]
+
+
 def test_a_plan_whose_process_ends_is_one_line(monkeypatch):
     monkeypatch.setattr(cli_plan, "_plan", os._exit)
     with pytest.raises(ValueError, match="memory is auto, but the process that plans has ended"):
@@ -195,7 +233,7 @@ def test_two_ranks_run_the_plan_of_memory_auto(world, tmp_path, monkeypatch, cap
     assert [record["step"] for record in log(tmp_path / "out")] == [1, 2]
 
 
-def test_layouts_are_refused_before_models_are_read(world, tmp_path):
+def test_layouts_are_refused_before_models_are_read(world, tmp_path, monkeypatch):
     one = make_world(tmp_path / "one")
 
     def check(root, changes, policy=None):
@@ -216,8 +254,24 @@ def test_layouts_are_refused_before_models_are_read(world, tmp_path):
             pass
         return str(raised.value)
 
+    def refuse(text):
+        raise ValueError(text)
+
+    def before_the_plan(changes):
+        given = loaded(world, tmp_path, AUTO | changes)
+        with (
+            pytest.raises((ValueError, pytest.fail.Exception)) as raised,
+            join(given, check_only=False),
+        ):
+            pass
+        return str(raised.value)
+
     def errors():
         differ = other_settings()
+        sizes = before_the_plan({"parallel": {"sequence": 3}})
+        locked = tmp_path / "out" / LOCK
+        monkeypatch.setattr(cli_ranks, "planned", lambda *_: refuse(f"locked: {locked.is_file()}"))
+        assert before_the_plan({}) == "locked: True"
         shares = {"parallel": {"shard": 1, "sequence": 2}}
         streams = MemoryConfig(stream_weights=1)
         return [
@@ -225,11 +279,13 @@ def test_layouts_are_refused_before_models_are_read(world, tmp_path):
             check(one, shares),
             check(world, {**shares, "hardware.patch": False}),
             check(world, {}, streams),
+            sizes,
             differ,
         ]
 
-    (fits, heads, unpatched, streamed, differ), (*_, also) = run_ranks(2, errors)
+    (fits, heads, unpatched, streamed, sizes, differ), (*_, also) = run_ranks(2, errors)
     assert differ == also
+    assert sizes == "parallel.sequence is 3, expected a divisor of 2, the number of ranks"
     assert differ.startswith("settings of rank 1 differ from those of rank 0 in parallel, ")
     assert fits is None
     assert heads.startswith("parallel.sequence is 2, but ") and "1 heads" in heads
