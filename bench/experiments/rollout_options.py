@@ -42,7 +42,8 @@ class Option:
     Attributes:
         config: of the engine; None runs without one.
         against: the option that it is compared with.
-        lora: the model has adapters. guidance: sequential or batched; None has none.
+        lora: the model has adapters. guidance: True batches both branches, False
+            calls the model twice, None has no guidance.
         cuda: measured on CUDA only.
         fp8_steps: the steps with gradient run their linear layers in FP8.
     """
@@ -70,8 +71,8 @@ class Option:
         return not {self.config.fp8_linears, self.config.fp8_attention} <= {None, EVERYWHERE}
 
 
-def precise(**options: Any) -> RolloutConfig:
-    """Return an inexact rollout whose drift is checked in its first, untimed step only."""
+def inexact(**options: Any) -> RolloutConfig:
+    """Return an inexact configuration; its drift is checked in the first, untimed rollout only."""
     return RolloutConfig(**options, check_every=1 << 30)
 
 
@@ -80,26 +81,26 @@ OPTIONS = {
     PLAIN: Option(None),
     "caches": Option(CACHES),
     "caches, compiled blocks": Option(RolloutConfig(compile="on"), cuda=True),
-    "FP8 linears": Option(precise(fp8_linears=EVERYWHERE)),
-    "FP8 attention": Option(precise(fp8_attention=EVERYWHERE)),
-    "FP8 both": Option(precise(fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)),
-    f"FP8 both, σ ≥ {NOISY[0]}": Option(precise(fp8_linears=NOISY, fp8_attention=NOISY)),
-    f"FP8 both, σ ≤ {CLEAN[1]}": Option(precise(fp8_linears=CLEAN, fp8_attention=CLEAN)),
-    **{f"sparse, {d:.0%}": Option(precise(sparse_attention=d)) for d in DENSITIES},
-    "every second step": Option(precise(stride=2)),
-    "every fourth step": Option(precise(stride=4)),
+    "FP8 linears": Option(inexact(fp8_linears=EVERYWHERE)),
+    "FP8 attention": Option(inexact(fp8_attention=EVERYWHERE)),
+    "FP8 both": Option(inexact(fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)),
+    f"FP8 both, σ ≥ {NOISY[0]}": Option(inexact(fp8_linears=NOISY, fp8_attention=NOISY)),
+    f"FP8 both, σ ≤ {CLEAN[1]}": Option(inexact(fp8_linears=CLEAN, fp8_attention=CLEAN)),
+    **{f"sparse, {d:.0%}": Option(inexact(sparse_attention=d)) for d in DENSITIES},
+    "every second step": Option(inexact(stride=2)),
+    "every fourth step": Option(inexact(stride=4)),
     **{
-        f"every {word} step, order {order}": Option(precise(stride=stride, solver_order=order))
+        f"every {word} step, order {order}": Option(inexact(stride=stride, solver_order=order))
         for word, stride in (("second", 2), ("fourth", 4))
         for order in (1, 3)
     },
-    "strides by σ": Option(precise(stride=STRIDES)),
-    "strides by σ, FP8 attention": Option(precise(stride=STRIDES, fp8_attention=EVERYWHERE)),
+    "strides by σ": Option(inexact(stride=STRIDES)),
+    "strides by σ, FP8 attention": Option(inexact(stride=STRIDES, fp8_attention=EVERYWHERE)),
     "strides by σ, FP8 both": Option(
-        precise(stride=STRIDES, fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)
+        inexact(stride=STRIDES, fp8_linears=EVERYWHERE, fp8_attention=EVERYWHERE)
     ),
-    **{f"TeaCache {limit:g}": Option(precise(teacache=limit)) for limit in TEACACHE},
-    **{f"first block {limit:g}": Option(precise(first_block_cache=limit)) for limit in FIRST_BLOCK},
+    **{f"TeaCache {limit:g}": Option(inexact(teacache=limit)) for limit in TEACACHE},
+    **{f"first block {limit:g}": Option(inexact(first_block_cache=limit)) for limit in FIRST_BLOCK},
     "LoRA, no engine": Option(None, "LoRA, no engine", lora=True),
     "LoRA, caches": Option(CACHES, "LoRA, no engine", lora=True),
     "LoRA merged": Option(replace(CACHES, merge_lora=True), "LoRA, no engine", lora=True),
@@ -108,7 +109,7 @@ OPTIONS = {
     "guidance in one batch": Option(CACHES, "guidance in one batch", guidance=True),
     "guidance, two calls": Option(CACHES, "guidance in one batch", guidance=False),
     "guidance, σ ≤ 0.97": Option(
-        precise(guidance_interval=(0.0, 0.97)), "guidance in one batch", guidance=True
+        inexact(guidance_interval=(0.0, 0.97)), "guidance in one batch", guidance=True
     ),
 }
 

@@ -35,7 +35,7 @@ def drift_curve(
 
 def drift_records(trained: rollout_options.Subject, context: Context) -> list[dict[str, Any]]:
     """Return each option's drift from its exact form, and the error of PRFL's gradient."""
-    # What others are compared with runs once.
+    # Options with which several others are compared run once.
     latents, gradient = functools.cache(trained.latents), functools.cache(trained.gradient)
     records, options = [], rollout_options.options(context)
     for name in context.each(options, "drift"):
@@ -162,7 +162,7 @@ def drift_figure(drifts: list[dict[str, Any]]) -> Any:
         curve = {step: value for step, value in record["by_step"].items() if value > 0}
         style = {"color": colors[i % len(colors)], "marker": "o", "markersize": 2.5}
         style["linestyle"] = ("-", "--", ":", "-.")[i // len(colors) % 4]
-        # The first is nearly covered by what includes it.
+        # FP8 linears are nearly covered by FP8 both.
         style["linewidth"], style["alpha"] = (1.2, 1.0) if i else (3.5, 0.5)
         axes.plot(list(curve), list(curve.values()), label=record["option"], **style)
     axes.set_yscale("log")

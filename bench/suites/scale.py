@@ -33,7 +33,7 @@ KINDS = {"gathered_bytes": "weights", "reduced_bytes": "gradients", "exchanged_b
 
 @dataclass(frozen=True)
 class Case:
-    """Hold a run: what trains, its ranks, their split of weights and samples, the weights' dtype.
+    """Hold a run: what trains, its ranks, their layout, the weights' dtype.
 
     Attributes:
         features: the pool gathers all features and projects keys and values, as the reference does.
@@ -56,7 +56,7 @@ class Case:
 
 
 def layout(ranks: int) -> ParallelConfig:
-    """Return the split of a run: weights over all ranks, a sample over those of one machine."""
+    """Return the layout of a run: weights over all ranks, a sample over those of one machine."""
     # No more than a machine's 8 ranks to a sample: 40 heads have no 16 equal parts.
     return ParallelConfig(shard=ranks, sequence=min(ranks, SEQUENCE), keep_gathered=False)
 

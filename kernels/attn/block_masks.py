@@ -83,7 +83,7 @@ def pooled_blocks(
     name, share = ("probability", probability) if density is None else ("density", density)
     assert share is not None
     require(0 < share <= 1, op, name, share, "a number above 0, at most 1")
-    # Without the mean of all keys, which adds the same number to all scores of a row.
+    # The mean of all keys is not subtracted: it adds the same number to all scores of a row.
     q_mean, k_mean = _pool(q, heads, block_q), _pool(k, heads, block_k)
     scores = q_mean @ k_mean.mT * (q_mean.shape[-1] ** -0.5 if scale is None else scale)
     always = torch.arange(scores.shape[-1], device=q.device) * block_k < first_keys
@@ -166,7 +166,7 @@ def tile_blocks(
     Args:
         grid, tile: sizes in tokens.
         window: size in tiles, three odd numbers.
-        first_frame: all lists hold the first frame's keys, and those of its tiles.
+        first_frame: all lists hold the keys of the tiles that the first frame is in.
         block_q, block_k: sizes of blocks.
         device: device of the lists.
 

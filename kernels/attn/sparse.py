@@ -11,13 +11,14 @@ A mask is a list of key blocks for each block of queries (:class:`KeyBlocks`): t
 block of queries walks along its list, and nothing of a skipped block is read.
 
 Variants: "exact" multiplies in 16 bits. "int8_fp8", "fp8" and "int8" are those of ``rollout.py``:
-q has a scale for each query, k for each block of keys, both without the mean of k over
-*all* tokens, v for each channel over all tokens; their blocks are those of the mask. "auto" is the
-best of these on the chip, or "exact" where it has none.
+q has a scale for each query, k (less its mean over *all* tokens) for each block of keys of the
+mask, e4m3 values for each channel over all tokens. "auto" is the best of these on the chip, or
+"exact" where it has none.
 
 Gradient: none.
 Shapes: q ``[B, Lq, D]``, k and v ``[B, Lk, D]`` with D = heads · d, rows may be strided; out ``[B,
-Lq, D]``. The Triton kernel takes d in multiples of 16 up to 128; others run the reference.
+Lq, D]``. The Triton kernel takes 16-bit tensors, d in multiples of 16 up to 128 and blocks of
+several tokens; all else runs the reference.
 Dtypes: scores, softmax and sums in float32 (float64 for float64), out is rounded once. Weights are
 rounded to v's dtype before they multiply v, as in every 16-bit kernel.
 FLOPs: 4·B·heads·Lq·Lk·d·density; of fake tensors density 1, as they have no counts.

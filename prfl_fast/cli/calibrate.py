@@ -34,7 +34,7 @@ SAMPLES = 4  # batches that are measured
 
 
 class Found(NamedTuple):
-    """Hold what a calibration is made for, and that of the run's folder if it was made for this."""
+    """Hold what a run's calibration depends on, and its folder's record if that is of the same."""
 
     made_for: dict[str, Any]
     record: dict[str, Any] | None
@@ -60,7 +60,7 @@ def find_calibration(
     if record is not None and record["made_for"] == own:
         return Found(own, record)
     begun = latest_checkpoint(path.parent) is not None
-    hint = f"{path} is not of these settings. Restore them, or start in a new folder"
+    hint = f"{path} is missing or of other settings. Restore it or them, or start in a new folder"
     check(not begun, "rollout.drift", drift, "null beside checkpoints", hint=hint)
     if several:
         advice = f"run prfl-fast calibrate {file} on one GPU, which writes {path}"

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from prfl_fast.cli.tables import print_table
 
-# Each rank's tensor: on GPUs large enough for a link's full rate, 16 MB at 14B and 8 GPUs being the
-# heads that one rank exchanges in a block.
+# Bytes of each rank's tensor. On GPUs enough for a link's full rate: at 14B, 720p and 8 GPUs a rank
+# has 97 MB of q, k or v.
 BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
 REPEATS = 5
 

@@ -160,10 +160,10 @@ def choose_memory(
         policies = config.memory.build(), config.reward_memory.build()
         _recommend_setting("train", device, *policies)
         return *policies, None
-    began = _stored(TrainFile, config)
+    began: Any = _stored(TrainFile, config)
     if _keeps_policies(began):
         policies = began.memory.build(), began.reward_memory.build()
-        note(f"memory: auto chose {_in_words(*policies)}, as this run began", "train")
+        note("memory: auto takes the policies with which this run began", "train")
         return *policies, None
     found = _plan_training(config, dataset, device, _free_memory(device), **_fixed_by(began))
     chosen = _in_words(found.memory, found.reward_memory)
@@ -179,7 +179,7 @@ def choose_reward_memory(
         policy = config.memory.build()
         _recommend_setting("train-reward", device, policy)
         return policy
-    began = _stored(TrainRewardFile, config)
+    began: Any = _stored(TrainRewardFile, config)
     if _keeps_policies(began):
         note("memory: auto takes the policy with which this run began", "train-reward")
         return began.memory.build()
@@ -221,7 +221,7 @@ def planned(config: Training, ranks: Ranks, device: torch.device) -> Training:
 
 
 def _with_sizes_of(section: Any, began: Any, ranks: int) -> Any:
-    """Return a section ``parallel`` with the sizes of an earlier run for auto, if they fit."""
+    """Return section ``parallel``, its auto sizes replaced by an earlier run's if they fit."""
     names = [name for name in ("shard", "sequence") if getattr(section, name) == "auto"]
     known = section.model_copy(update={name: getattr(began, name) for name in names})
     try:
@@ -262,12 +262,12 @@ def _planned(
         parallel = _with_sizes_of(parallel, began.parallel, ranks)
         config = config.model_copy(update={"parallel": parallel})
     fixed = _fixed_by(began)
-    if began is not None and fixed.get("weight_dtype") == "fp32":  # which no plan has
+    if began is not None and fixed.get("weight_dtype") == "fp32":  # no plan has such weights
         both = {"memory", "reward_memory"} & type(config).model_fields.keys()
         return config.model_copy(update={name: getattr(began, name) for name in both})
     work = _workload(config, open_dataset(config, "data"))
-    layout = layout_of(config)
-    work = dataclasses.replace(work, ranks=ranks, parallel=layout, gpus_per_machine=machine)
+    share: Any = {"ranks": ranks, "parallel": layout_of(config), "gpus_per_machine": machine}
+    work = dataclasses.replace(work, **share)
     found = _plan_elsewhere(work, device, budget, room, **fixed)
     chosen = dataclasses.asdict(found.workload.parallel)
     if chosen["keep_gathered"] == "auto":  # the plan tried it, and it does not fit

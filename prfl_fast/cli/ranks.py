@@ -24,7 +24,7 @@ from prfl_fast.utils.folder_lock import hold_folder
 
 
 class Job(NamedTuple):
-    """Hold the ranks of a run, the device of this one, and the configuration."""
+    """Hold the ranks of a run, this rank's device, and the configuration."""
 
     ranks: Ranks
     device: torch.device
@@ -101,10 +101,10 @@ class Job(NamedTuple):
 
 @contextlib.contextmanager
 def join(config: TrainFile | TrainRewardFile, *, check_only: bool) -> Iterator[Job]:
-    """Join the ranks of torchrun, and hold the folder of a run from before it is read.
+    """Join the ranks of torchrun, and lock the folder of the run before it is read.
 
-    On several ranks ``memory: auto`` is planned here, as the plan decides their mesh. A check holds
-    and writes nothing.
+    On several ranks ``memory: auto`` is planned here, as the plan decides their mesh. With
+    ``check_only`` nothing is locked.
 
     Raise ``ValueError`` if the ranks differ in their settings, or a size of the section
     ``parallel`` does not divide their number.
@@ -130,12 +130,12 @@ def join(config: TrainFile | TrainRewardFile, *, check_only: bool) -> Iterator[J
 
 
 def reads_parts(job: Job, config: TrainFile, memory: MemoryConfig, experts: bool) -> bool:
-    """Return True if each rank reads its parts of the generator only; print which it is."""
+    """Return True if each rank reads only its parts of the generator; print the choice."""
     if not job.shards_weights:
         return False
     sources = [source for reward in config.rewards() for source in reward.paths]
     reasons = {
-        "it is of two experts": experts,
+        "it has two experts": experts,
         f"its weights become {memory.weight_dtype}": memory.weight_dtype in ("fp8", "nf4"),
         "a reward is built from it": any(isinstance(s, ReferenceReward) for s in sources),
     }

@@ -24,7 +24,7 @@ from prfl_fast.models.block_timer import (
 from prfl_fast.models.compiler_errors import is_compiler_error
 from prfl_fast.models.experts import Experts, members
 from prfl_fast.models.registry import find_blocks
-from prfl_fast.utils.checks import check_choice
+from prfl_fast.utils.checks import check_choice, reason_of
 from prfl_fast.utils.modules import STREAMED, device_of, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,8 +48,7 @@ class _CompiledCall:
         except RuntimeError as error:
             if not self.choice.optional or not is_compiler_error(error):
                 raise
-            first = str(error).strip().splitlines()[:1]
-            _log.warning("blocks are not compiled: %s: %s", type(error).__name__, first)
+            _log.warning("blocks are not compiled: %s: %s", type(error).__name__, reason_of(error))
             _clear(self.choice.blocks)
             return self.block(*args, **kwargs)
 

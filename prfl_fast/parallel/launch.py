@@ -46,7 +46,8 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
     """Join the process group of ``torchrun``; yield this rank's device, None without torchrun.
 
     The backend is gloo on the CPU; on GPUs NCCL for their tensors, and gloo for those of the host.
-    Ranks other than 0 print nothing in this context. A group that is there is used, and left.
+    Ranks other than 0 print nothing in this context. An existing process group is used and not
+    destroyed.
 
     Args:
         device_type: ``"cuda"`` or ``"cpu"``.
@@ -87,7 +88,7 @@ def join_ranks(device_type: str, timeout: float = TIMEOUT) -> Iterator[torch.dev
 def check_same_settings(sections: Mapping[str, object]) -> None:
     """Raise ``ValueError`` on all ranks if a section differs on one; each rank calls it.
 
-    Other settings give a rank other collectives, in which all ranks wait for each other.
+    A rank with other settings would call other collectives, and all ranks would wait forever.
 
     Args:
         sections: the settings of this rank, whose ``repr`` is compared.

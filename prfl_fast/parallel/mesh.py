@@ -61,7 +61,7 @@ class ParallelConfig:
     def sizes(self, ranks: int) -> tuple[int, int]:
         """Return ``shard`` and ``sequence`` of a run of ``ranks``, without ``"auto"``.
 
-        Raise ``ValueError`` if one does not divide them.
+        Raise ``ValueError`` if one of them does not divide ``ranks``.
         """
         shard = ranks if self.shard == "auto" else self.shard
         sequence = 1 if self.sequence == "auto" else self.sequence

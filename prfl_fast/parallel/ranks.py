@@ -34,9 +34,9 @@ class Ranks:
 
     Attributes:
         mesh: the mesh of :func:`prfl_fast.parallel.make_mesh`, or None.
-        rank, size: number of this rank, and the number of ranks.
-        data_rank, data_ranks: number of this rank's samples among those of an update, and the
-            number of ranks with samples of their own; ranks of one sample have the same.
+        rank, size: index of this rank, and the number of ranks.
+        data_rank, data_ranks: index of this rank's samples among those of an update, and the number
+            of ranks with samples of their own; ranks that share a sample have one ``data_rank``.
         sharded: True if a forward or backward waits for other ranks.
     """
 

@@ -26,8 +26,9 @@ def shard_sequence(model: Model, mesh: DeviceMesh) -> Model:
         mesh: the mesh of :func:`prfl_fast.parallel.make_mesh`.
 
     Raises:
-        TypeError: if the model is not supported.
-        ValueError: if it is not patched or of another class, or the ranks do not divide its heads.
+        TypeError: if prfl_fast does not know the model's class.
+        ValueError: if ranks cannot share a sample of that class, the model is not patched, or the
+            ranks do not divide its heads.
     """
     if isinstance(model, Experts):
         for expert in members(model):

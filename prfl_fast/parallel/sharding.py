@@ -90,7 +90,7 @@ def shard(
         param_dtype: dtype in which blocks are gathered and computed, where the parameters have
             another, e.g. bfloat16 for float32 ones that are trained under autocast: half the bytes
             travel. Gradients are reduced in float32. Parameters that the model's class keeps in
-            float32, and vectors, stay whole. None keeps all dtypes.
+            float32, and vectors other than biases, stay whole. None keeps all dtypes.
         reshard_after_forward: free a block's weights after its forward, and gather them again in
             the backward. False keeps the whole model in memory from forward to backward; forwards
             without gradient free it.
@@ -102,9 +102,10 @@ def shard(
             once if these weights are at most 5 % of the model's bytes, as with LoRA.
 
     Raises:
-        TypeError: if the model has no blocks that are known.
+        TypeError: if the model's blocks are unknown.
         ValueError: if the mesh has other dimensions; the model is sharded already, wrapped in
-            DistributedDataParallel or compiled as a whole; or its weights wait in host memory.
+            DistributedDataParallel or compiled as a whole; its weights wait in host memory; or two
+            experts take turns on the device.
     """
     check_type("model", model, nn.Module)
     parts = shard_mesh(mesh)
@@ -113,7 +114,13 @@ def shard(
     if isinstance(model, Experts):
         hint = "Sharded experts are both on the device: apply their memory policy with device=None"
         ok = model.swap is None
-        check(ok, "model", "experts that take turns on the device", "others", hint=hint)
+        check(
+            ok,
+            "model",
+            "experts that take turns on the device",
+            "experts that stay on it",
+            hint=hint,
+        )
         for expert in members(model):
             options: dict[str, Any] = {"keep_gathered": keep_gathered, "reduce_once": reduce_once}
             options |= {"reshard_after_forward": reshard_after_forward}
@@ -153,7 +160,8 @@ def _check_shardable(model: nn.Module, root: nn.Module, blocks: list[nn.Module])
     streamed = any(STREAMED in vars(block) for block in blocks)
     hint = "A sharded block has its weights on the device only while it runs. Leave stream_weights"
     hint += " at None, or train with shard: 1"
-    check(not streamed, "model", "one whose weights wait in host memory", "others", hint=hint)
+    kind = "one whose weights wait in host memory"
+    check(not streamed, "model", kind, "one without stream_weights", hint=hint)
 
 
 def _shard_modules(

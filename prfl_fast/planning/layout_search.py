@@ -95,17 +95,23 @@ class LayoutSearch:
             fitting.append((own, search, found))
             lowest = min(lowest, own)
             bound = bound or search.fewest_seconds(tier) * search.workload.sequence
+            # No layout takes fewer GPU seconds: all compute the same for a video.
             if lowest <= (1 + TIE) * bound:
                 break
         # The first ones communicate least.
         return next(((s, f) for own, s, f in fitting if own <= (1 + TIE) * lowest), None)
 
     def _show_layout(self, workload: Workload, text: str) -> None:
-        self.show(f"shard {workload.shard}, sequence {workload.sequence}, {text}")
+        self.show(f"{_label(workload)}, {text}")
 
     def _note(self, workload: Workload, result: str, tier: Tier) -> None:
-        layout = f"shard {workload.shard}, sequence {workload.sequence}"
-        self.notes.append(f"{layout}: {result} with {tier.weight_dtype}, {tier.optimizer}")
+        self.notes.append(
+            f"{_label(workload)}: {result} with {tier.weight_dtype}, {tier.optimizer}"
+        )
+
+
+def _label(workload: Workload) -> str:
+    return f"shard {workload.shard}, sequence {workload.sequence}"
 
 
 def _searched(search: Search, tiers: Sequence[Tier]) -> Found:

@@ -56,7 +56,7 @@ class Workload:
         fp8_linears: the trained model has :func:`prfl_fast.models.use_fp8_linears`.
         precision: compute dtype of float32 weights: autocast to ``bf16``, or ``fp32``.
         ranks: GPUs of the run. The plan is of one of them.
-        parallel: split of weights and samples over them; the planner tries what is ``"auto"``.
+        parallel: layout of weights and samples over them; the planner tries what is ``"auto"``.
         gpus_per_machine: GPUs of a machine, whose links are the fastest.
 
     Raises:

@@ -27,8 +27,8 @@ Density = tuple[float, float, float]
 class RolloutConfig:
     """Configure the steps without gradient; steps with gradient are always exact.
 
-    The defaults are bit-exact on a CPU. FP8 and fewer steps are opt-in, and the engine measures the
-    drift of the latents that they cause on a sample of trajectories.
+    The defaults are bit-exact on a CPU. Approximate options are opt-in, and the engine measures the
+    drift that they cause on a sample of trajectories.
 
     Attributes:
         cache: compute values that all steps share, such as keys and values of the text, only once.
@@ -77,14 +77,14 @@ class RolloutConfig:
             costs one exact rollout. Active dropout adds to the measured drift.
 
     Raises:
-        ValueError: if an interval is not within 0 … 1, a count or limit is not positive,
-            ``compile`` is unknown, or an option needs ``cache=True``.
+        ValueError: if a value is not as above, ``adapter_scale`` or ``teacache_model`` is given
+            without its option, or an option needs ``cache=True``.
     """
 
     # Drift is after 40 steps of the small world, with FP8 or a stride of 2 at every step
     # (bench/RESULTS.md, "A rollout, by option").
     cache: bool = True  # no drift
-    merge_lora: bool = False  # drift 3.7e-7
+    merge_lora: bool = False  # drift 2.3e-7
     # The small world has no distilled adapter; the engine measures the drift of yours.
     adapter: str | tuple[str | None, str | None] | None = None
     adapter_scale: float | tuple[float, float] = 1.0
@@ -184,8 +184,7 @@ class RolloutConfig:
     @property
     def skips(self) -> bool:
         """Return True if a rollout step may cover several steps of the schedule."""
-        strides = [self.stride] if isinstance(self.stride, int) else [n for *_, n in self.stride]
-        return any(n > 1 for n in strides)
+        return any(n > 1 for n in _numbers(self.stride))
 
     @property
     def fp8(self) -> bool:
@@ -195,9 +194,7 @@ class RolloutConfig:
     @property
     def sparse(self) -> bool:
         """Return True if attention is sparse at some noise level."""
-        given = self.sparse_attention
-        densities = [given] if isinstance(given, (int, float)) else [n for *_, n in given]
-        return any(n < 1 for n in densities)
+        return any(n < 1 for n in _numbers(self.sparse_attention))
 
     @property
     def reuses(self) -> bool:
@@ -234,6 +231,11 @@ def _at(value: Any, sigma: float, outside: Any) -> Any:
     if not isinstance(value, tuple):
         return value
     return next((n for low, high, n in value if low <= sigma <= high), outside)
+
+
+def _numbers(value: Any) -> list[Any]:
+    """Return the one number of all noise levels, or those of the intervals."""
+    return [n for *_, n in value] if isinstance(value, tuple) else [value]
 
 
 def _is_text(value: object) -> bool:

@@ -31,7 +31,7 @@ from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, mo
 from prfl_fast.rollout.adapters import read_adapters, shared_adapters
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.guidance import Guidance
-from prfl_fast.utils.checks import check
+from prfl_fast.utils.checks import check, reason_of
 from prfl_fast.utils.modules import unwrap, weights_of
 from prfl_fast.utils.sharded import (
     find_owners,
@@ -158,6 +158,8 @@ class RolloutEngine:
 
     Raises:
         TypeError: if the model is unsupported.
+        FileNotFoundError: if there is no file ``config.adapter``.
+        ValueError: if the adapter cannot be read or does not fit the model.
     """
 
     def __init__(
@@ -371,8 +373,8 @@ class RolloutEngine:
 
     def _stop_compiling(self, error: RuntimeError) -> None:
         self._compiler_fails = True
-        first = str(error).strip().splitlines()[:1]
-        self._report_once(f"the rollout's blocks are not compiled: {type(error).__name__}: {first}")
+        kind = type(error).__name__
+        self._report_once(f"the rollout's blocks are not compiled: {kind}: {reason_of(error)}")
 
     def _report_once(self, note: str, *, asked: bool | None = None) -> None:
         if note in self.notes:
@@ -397,7 +399,7 @@ class RolloutEngine:
         self.fallen_back = True
         figures = ", ".join(f"{value:.3g} at step {step}" for step, value in drift.items())
         text = (
-            f"the rollout's relative distance from an exact one is {found:.3g} at step {step} "
+            f"the rollout's drift from an exact one is {found:.3g} at step {step} "
             f"(sigma {sigmas[step]:.3g}), past drift_limit {limit:g}. This rollout continues from "
             f"the exact latents, and all later rollouts are exact. Drift: {figures}. Narrow the "
             "intervals of RolloutConfig or raise its drift_limit, and restart"

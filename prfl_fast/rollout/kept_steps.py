@@ -18,8 +18,8 @@ def keep_levels(
 ) -> None:
     """Keep only the steps ``indices``, and set the orders of all steps of the schedule.
 
-    An order of None is the scheduler's own; None for ``orders`` sets none. Raise ``ValueError`` for
-    a foreign scheduler, or one without orders.
+    An order of None is the scheduler's own; with ``orders`` None all are. Raise ``ValueError`` for
+    a foreign scheduler, or for orders of another one than ``FlowUniPC``.
     """
     if orders is not None:
         check_orders(scheduler)

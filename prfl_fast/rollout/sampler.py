@@ -30,10 +30,9 @@ class Sampler:
 
     Raises:
         TypeError: if the model is unsupported, or an attribute has the wrong type.
-        ValueError: if ``num_inference_steps`` is not a positive integer, ``rollout`` has an
-            interval of guidance without ``guidance`` or a solver order for another scheduler than
-            ``FlowUniPC``, or a diffusers scheduler predicts something
-            other than the velocity or draws random numbers.
+        ValueError: if ``num_inference_steps`` is not a positive integer; ``rollout`` has an
+            interval of guidance without ``guidance``, or a solver order without ``FlowUniPC``; or a
+            diffusers scheduler predicts something other than the velocity or draws random numbers.
     """
 
     transformer: nn.Module | ModelCall | Velocity

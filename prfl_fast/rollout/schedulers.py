@@ -290,10 +290,10 @@ class FlowUniPC(_FlowScheduler):
         return sigmas, _float32(times)
 
     def restrict(self, indices: Sequence[int], orders: Sequence[int] | None = None) -> None:
-        """Keep only the steps ``indices``, each of its own of ``orders``; None leaves ``order``.
+        """Keep only the steps ``indices``; ``orders`` has one for each, None leaves ``order``.
 
-        See :meth:`_FlowScheduler.restrict`. Raise ``ValueError`` too if there is not one order, 1,
-        2 or 3, for every index.
+        See :meth:`_FlowScheduler.restrict`. Also raise ``ValueError`` unless ``orders`` has
+        1, 2 or 3 for every index.
         """
         super().restrict(indices)
         if orders is not None:

@@ -115,13 +115,13 @@ def plan_parts(
     """
     files, nbytes, parts = {}, 0, 1
     for name, tensor in tensors.items():
-        # A rank holds a file's bytes in memory while it writes them.
         sharding = sharding_of(tensor)
         if sharding is not None:
             mesh, placements = sharding
             sizes = (mesh.size(d) for d, p in enumerate(placements) if p.is_shard())
             parts = next(iter(sizes), 1)
         nbytes += tensor.numel() * tensor.element_size() // parts
+        # A rank holds a file's bytes in memory while it writes them, so files are small.
         files[name] = 1 + nbytes // SHARD_BYTES
     ranks.on_main(folder.mkdir)
     numbers = {number: i for i, number in enumerate(sorted(set(files.values())), 1)}
@@ -190,8 +190,8 @@ def _dcp(folder: Path, done: str) -> Iterator[Any]:
 
     The error says that the folder cannot be ``done``, which is read or written.
     """
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415 - a run on one GPU has no use for it
-    from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415
+    import torch.distributed.checkpoint as dcp  # a run on one GPU has no use for it
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
@@ -236,7 +236,8 @@ def load_optimizer(
     ``saved`` is a ``state_dict`` without the sharded tensors, which are in the ``checkpoint``.
 
     Raises:
-        ValueError: if states of 8 bits were saved on another mesh.
+        ValueError: if names, shapes or dtypes differ, or states of 8 bits were saved on another
+            mesh or for whole weights.
     """
     numbers = [i for group in saved["param_groups"] for i in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -288,7 +289,8 @@ def _split(value: torch.Tensor, p: torch.Tensor, label: str) -> torch.Tensor:
     """Return this rank's part of a whole state."""
     whole_only = is_traceable_wrapper_subclass(value)
     hint = "Resume with shard: 1, or start in a new folder"
-    check(not whole_only, label, f"{type(value).__name__} of a whole weight", "others", hint=hint)
+    kind = f"{type(value).__name__} of a whole weight"
+    check(not whole_only, label, kind, "a state of sharded weights, or a plain tensor", hint=hint)
     return like_sharded(p, own_rows(value, p).clone())
 
 

@@ -223,7 +223,7 @@ def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
     assert stored.reward_memory.build() == planned.reward_memory
     planned.memory = planned.reward_memory = MemoryConfig("fp8")
     assert call("train", root, out, {**changes, "run.steps": 2}) == 0
-    assert "as this run began" in capsys.readouterr().err and len(planned.calls) == 1
+    assert "with which this run began" in capsys.readouterr().err and len(planned.calls) == 1
     again = load_config(TrainFile, out / "config.yaml")
     assert (again.memory, again.reward_memory) == (stored.memory, stored.reward_memory)
 

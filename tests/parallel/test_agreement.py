@@ -23,7 +23,7 @@ from prfl_fast.sampling.gradient import optimize_noise
 from prfl_fast.sampling.search import beam_search, prune
 
 pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:the rollout's relative distance")
+pytestmark = pytest.mark.filterwarnings("ignore:the rollout's drift")
 
 CASE = Case("agreement", size=(1, 2, 4))
 

@@ -213,7 +213,7 @@ def compiles_blocks(mesh):
 
 
 def sharded_by_hand(mesh):
-    """fully_shard as other trainers call it."""
+    """Call fully_shard as other trainers do."""
     model, reward = build(Case(""), None)
     if mesh is not None:
         for block in model.blocks:
