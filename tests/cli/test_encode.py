@@ -306,11 +306,11 @@ def test_the_guide_runs(world, tmp_path, monkeypatch, capsys):
     names = {}
     exec(compile(python, "docs/data.md", "exec"), names)
     sheet = next(iter(video.read_frames("world/data/preview/000000.png")))
-    assert sheet.shape == (2 * 68, 8 * 100, 3)
+    assert sheet.shape == (2 * 36, 8 * 52, 3)
     sample = LatentDataset("world/data")[0]
     found = dict(sample.conditions, latents=sample.latents)
-    assert found["latents"].shape == (16, 5, 8, 12)
-    assert names["latents"].shape == (1, 16, 3, 8, 12) and names["text"].shape[1] == 32
+    assert found["latents"].shape == (16, 5, 4, 6)
+    assert names["latents"].shape == (1, 16, 3, 4, 6) and names["text"].shape[1] == 32
     assert names["image"].shape == found["encoder_hidden_states_image"].shape
     assert Path("world/disc.mp4").is_file() and Path("world/disc.png").is_file()
 
