@@ -18,7 +18,7 @@ from torch import nn
 
 from prfl_fast.kernels import quantize_fp8
 from prfl_fast.memory.host_weights import is_torchao
-from prfl_fast.models.experts import members
+from prfl_fast.models.experts import named_members
 from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
@@ -246,12 +246,14 @@ def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, n
             yield from _linears(child, whole)
 
 
-def _block_linears(model: nn.Module, kind: str) -> list[tuple[nn.Module, str, nn.Linear, str]]:
+def _block_linears(
+    model: nn.Module, kind: str, prefix: str = ""
+) -> list[tuple[nn.Module, str, nn.Linear, str]]:
     """Return the linear layers of every block; raise if one is quantized to another kind."""
     found = [
         entry
         for index, block in enumerate(find_blocks(model).blocks(model))
-        for entry in _linears(block, f"blocks.{index}")
+        for entry in _linears(block, f"{prefix}blocks.{index}")
     ]
     for _, _, layer, name in found:
         if isinstance(layer, QuantizedLinear):
@@ -260,16 +262,20 @@ def _block_linears(model: nn.Module, kind: str) -> list[tuple[nn.Module, str, nn
     return found
 
 
-def _quantize_blocks(
-    model: nn.Module, kind: Kind, device: torch.device | str | None, *, stay: bool = False
-) -> None:
-    found = _block_linears(model, kind)
-    for _, _, layer, name in found:
+def _check_quantizable(model: nn.Module, kind: Kind, prefix: str = "") -> None:
+    """Raise ``ValueError`` if a linear layer of a block cannot be quantized."""
+    for _, _, layer, name in _block_linears(model, kind, prefix):
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
             raise ValueError(
                 f"{name} has hooks, a replaced forward, FP8 products or a quantized weight, "
                 "expected a plain nn.Linear. Quantize the model before they are added"
             )
+
+
+def _quantize_blocks(
+    model: nn.Module, kind: Kind, device: torch.device | str | None, *, stay: bool = False
+) -> None:
+    found = _block_linears(model, kind)
     forget(unwrap(model))
     while found:
         owner, attribute, layer, _ = found.pop()  # a loop would keep the wide matrices alive
@@ -298,7 +304,10 @@ def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = No
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     check_choice("kind", kind, KINDS)
-    for member in members(model):
+    experts = named_members(model)
+    for name, member in experts.items():
+        _check_quantizable(member, kind, f"{name}." if name else "")
+    for member in experts.values():  # not before all are checked
         _quantize_blocks(member, kind, device)
     return model if device is None else model.to(device)
 
@@ -323,6 +332,7 @@ def cast_weights(
     check_choice("kind", kind, ("fp32", "bf16", *KINDS))
     _block_linears(model, kind)
     if kind == "fp8" or kind == "nf4":
+        _check_quantizable(model, kind)
         _quantize_blocks(model, kind, device, stay=stay)
     base = unwrap(model)
     keep = getattr(base, "_keep_in_fp32_modules", None) or ()

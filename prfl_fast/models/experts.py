@@ -107,6 +107,12 @@ def members(model: nn.Module) -> tuple[nn.Module, ...]:
     return (model.high, model.low) if isinstance(model, Experts) else (model,)
 
 
+def named_members(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the :func:`members` of a model by name: ``high`` and ``low``, or ``""`` for one."""
+    names = NAMES if isinstance(model, Experts) else ("",)
+    return dict(zip(names, members(model), strict=True))
+
+
 class ExpertsAdapter:
     """Adapter of :class:`Experts`; ``each`` is the adapter of both experts.
 
@@ -126,9 +132,15 @@ class ExpertsAdapter:
         )
 
     def patch(self, model: Experts) -> None:
-        """Patch both experts."""
-        for expert in members(model):
-            self.each.patch(expert)
+        """Patch both experts, or none if one of them raises."""
+        before = self.each.is_patched(model.high)
+        for name, expert in named_members(model).items():
+            try:
+                self.each.patch(expert)
+            except ValueError as error:
+                if name == "low" and not before:
+                    self.each.unpatch(model.high)
+                raise ValueError(f"expert {name}: {error}") from error
 
     def unpatch(self, model: Experts) -> None:
         """Unpatch both experts."""

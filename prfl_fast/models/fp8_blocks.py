@@ -8,7 +8,7 @@ from torch import nn
 
 from prfl_fast.kernels.linear.fp8 import unsupported_reason
 from prfl_fast.models.block_adapter import unwrap_block
-from prfl_fast.models.experts import members
+from prfl_fast.models.experts import named_members
 from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.modules import device_of, is_plain_linear
@@ -53,22 +53,25 @@ def use_fp8_linears(model: Model, use: bool = True) -> Model:
         ValueError: if the GPU has no FP8 products, a layer has hooks, a replaced forward or a
             quantized weight, or no layer has rows and columns in multiples of 16.
     """
-    for member in members(model):
+    found: dict[str, nn.Linear] = {}
+    for expert, member in named_members(model).items():
         blocks = [unwrap_block(block) for block in find_blocks(member).blocks(member)]
-        layers = _layers(blocks)
+        layers = _layers(blocks, f"{expert}." if expert else "")
+        name = f"expert {expert}" if expert else "model"
         if use:
-            check_fp8_linears(device_of(member))
-            _check_layers(layers)
-        for layer in layers.values():
-            if type(layer) in (nn.Linear, Fp8Linear):
-                layer.__class__ = Fp8Linear if use else nn.Linear
+            check_fp8_linears(device_of(member), name)
+            _check_layers(layers, name)
+        found |= layers
+    for layer in found.values():  # not before all experts are checked
+        if type(layer) in (nn.Linear, Fp8Linear):
+            layer.__class__ = Fp8Linear if use else nn.Linear
     return model
 
 
-def _layers(blocks: list[nn.Module]) -> dict[str, nn.Linear]:
-    """Return the projections of the blocks that FP8 products can run, by name."""
+def _layers(blocks: list[nn.Module], prefix: str) -> dict[str, nn.Linear]:
+    """Return the projections of the blocks that FP8 products can run, by name after a prefix."""
     return {
-        f"blocks.{index}.{name}": layer
+        f"{prefix}blocks.{index}.{name}": layer
         for index, block in enumerate(blocks)
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear)
@@ -77,12 +80,12 @@ def _layers(blocks: list[nn.Module]) -> dict[str, nn.Linear]:
     }
 
 
-def _check_layers(layers: dict[str, nn.Linear]) -> None:
+def _check_layers(layers: dict[str, nn.Linear], model: str) -> None:
     """Raise ``ValueError`` if there is no layer, or one that is neither plain nor in FP8 yet."""
     if not layers:
         raise ValueError(
-            "the blocks have no linear layer with rows and columns in multiples of 16, expected at "
-            "least one: FP8 products take no other sizes"
+            f"the blocks of {model} have no linear layer with rows and columns in multiples of 16, "
+            "expected at least one: FP8 products take no other sizes"
         )
     for name, layer in layers.items():
         if not (type(layer) is Fp8Linear or is_plain_linear(layer)):

@@ -43,12 +43,13 @@ def add_lora(
         MissingExtraError: if peft is not installed.
     """
     if isinstance(model, Experts):
+        for expert in NAMES:
+            _check_bare(getattr(model, expert), f"{expert}'s adapter")
         for expert in NAMES:  # on the device, where the adapters stay
             add_lora(model.use(expert), lora_rank, lora_alpha, target_modules)
         return
+    _check_bare(model, "model's adapter")
     model = without_function(model)
-    name = adapter_name(model)
-    check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
     if tuple(target_modules) == DEFAULT_TARGETS and WanOfficialAdapter().matches(model):
         target_modules = _OFFICIAL_TARGETS
     peft = need("peft")
@@ -73,6 +74,12 @@ def add_lora(
             for parameter in layer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(device, dtype)
+
+
+def _check_bare(model: nn.Module, what: str) -> None:
+    """Raise ``ValueError`` if a model has an adapter, called ``what`` in the message."""
+    name = adapter_name(without_function(model))
+    check(name is None, what, name, "a model without one", hint="Delete it first")
 
 
 @torch.no_grad()
