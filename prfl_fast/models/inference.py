@@ -255,8 +255,6 @@ class RolloutModel:
             if stop is not None:
                 self._block = SharedCall(self._block, transformer_block, stop)
         self._timer = options.timer
-        dense, expected = options.sparse.dense_layers, f"numbers below {len(blocks)}, the blocks"
-        check(all(n < len(blocks) for n in dense), "sparse_dense_layers", dense, expected)
         self._sparse = SparseAttention(options.sparse, self.notes)
         if options.step_cache:
             self.step_cache = StepCache(options.step_cache, len(blocks))

@@ -17,6 +17,7 @@ from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.block_timer import WAITING, BlockTimer, describe_ratio
 from prfl_fast.models.compiled_blocks import are_compiled
 from prfl_fast.models.compiler_errors import is_compiler_error
+from prfl_fast.models.experts import members
 from prfl_fast.models.inference import (
     LayerPrecision,
     RolloutModel,
@@ -24,7 +25,7 @@ from prfl_fast.models.inference import (
     UnsupportedError,
 )
 from prfl_fast.models.other import VelocityModel
-from prfl_fast.models.registry import find_adapter
+from prfl_fast.models.registry import find_adapter, find_blocks
 from prfl_fast.models.sparse_attention import SparseOptions
 from prfl_fast.models.step_cache import ReuseCounts, StepCacheOptions
 from prfl_fast.models.velocity import ModelCall, Velocity, check_transformer, model_of
@@ -159,7 +160,8 @@ class RolloutEngine:
     Raises:
         TypeError: if the model is unsupported.
         FileNotFoundError: if there is no file ``config.adapter``.
-        ValueError: if the adapter cannot be read or does not fit the model.
+        ValueError: if the adapter cannot be read or does not fit the model, or
+            ``sparse_dense_layers`` has a number that no block of the model has.
     """
 
     def __init__(
@@ -182,6 +184,8 @@ class RolloutEngine:
         plain = self.model is None or isinstance(unwrap(self.model), VelocityModel)
         self._opens = self._supported = not plain
         self._adapter = read_adapters(None if plain else self.model, self.config)
+        if not plain:
+            _check_layers(self.model, self.config.sparse_dense_layers)
         self._compiled_shapes: Any = None
         self._compiler_fails = False
         self._timer = BlockTimer()
@@ -417,6 +421,14 @@ class RolloutEngine:
         check(ok, "the rollout engine's state", sorted(state), expected)
         self.trajectories = int(state["trajectories"])
         self.fallen_back = bool(state["fallen_back"])
+
+
+def _check_layers(model: Any, layers: Sequence[int]) -> None:
+    """Raise ``ValueError`` if a number is that of no block of the model or of its experts."""
+    for member in members(unwrap(model)):
+        count = len(find_blocks(member).blocks(member))
+        expected = f"numbers below {count}, the model's blocks"
+        check(all(n < count for n in layers), "sparse_dense_layers", layers, expected)
 
 
 def _first_half(

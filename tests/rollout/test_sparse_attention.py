@@ -7,10 +7,12 @@ import torch
 from engine_world import EVERYWHERE, assert_same, make_wan, no_warning, walk, wan_inputs
 from op_checks import RecordedCalls
 
+from prfl_fast.feedback import PRFL
 from prfl_fast.models import sparse_attention as module
 from prfl_fast.models.experts import Experts
 from prfl_fast.models.registry import patch
 from prfl_fast.models.sparse_attention import PREDICTORS, SparseAttention, SparseOptions
+from prfl_fast.models.velocity import ModelCall
 from prfl_fast.rollout.config import RolloutConfig
 from prfl_fast.rollout.engine import RolloutEngine
 from prfl_fast.rollout.guidance import Guidance
@@ -69,9 +71,6 @@ def test_densities_follow_the_noise_level_and_the_layer():
     levels = ((0.9, 1.0, 0.25), (0.3, 0.9, 0.5))
     engine = engine_of(model, levels, sparse_dense_layers=[0])
     assert engine.config.sparse_dense_layers == (0,)
-    beyond = engine_of(model, levels, sparse_dense_layers=[len(model.blocks)])
-    with pytest.raises(ValueError, match="sparse_dense_layers is .*, expected numbers below"):
-        rollout(model, x, conditions, FlowEuler(), 3, rollout_config=beyond)
     with RecordedCalls() as recorded:
         rollout(model, x, conditions, FlowEuler(), 6, rollout_config=engine)
     scheduler = FlowEuler()
@@ -182,6 +181,25 @@ def test_other_families_say_so():
     engine = engine_of(patch(case.model), 0.5)
     with pytest.warns(UserWarning, match="attention is not sparse: only that of Wan's blocks"):
         rollout(case.model, case.x, case.conditions, FlowEuler(), 2, rollout_config=engine)
+
+
+@pytest.mark.parametrize("kind", ["one", "experts", "call"])
+def test_layers_beyond_the_blocks_are_refused_with_the_model(kind):
+    model = make_wan()
+    if kind == "experts":
+        model = Experts(model, make_wan(seed=1), 0.85)
+    given = ModelCall(model) if kind == "call" else model
+    last = len(make_wan().blocks) - 1
+    for layers in ((0, last), ()):
+        RolloutEngine(given, RolloutConfig(sparse_attention=0.5, sparse_dense_layers=layers))
+    config = RolloutConfig(sparse_attention=0.5, sparse_dense_layers=(0, last + 1))
+    message = rf"sparse_dense_layers is \(0, {last + 1}\), expected numbers below {last + 1}, the"
+    with pytest.raises(ValueError, match=message):
+        RolloutEngine(given, config)
+    # Before the first step of a training, too.
+    options = {"num_inference_steps": 4, "rollout": config}
+    with pytest.raises(ValueError, match=message):
+        PRFL(given, lambda x, timestep, conditions: x.mean((1, 2, 3, 4)), FlowEuler(), **options)
 
 
 def test_bad_options():
