@@ -10,6 +10,7 @@ import torch
 
 from prfl_fast.kernels import flow_step
 from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.rollout.trajectory import Trajectory
@@ -78,6 +79,7 @@ def mean_interval(
 
 
 @torch.no_grad()
+@exact_linears()
 def rewards_by_timestep(
     reward: Reward,
     latents: torch.Tensor,
@@ -108,6 +110,7 @@ def drift_steps(num_inference_steps: int, points: int = 8) -> list[int]:
 
 
 @torch.no_grad()
+@exact_linears()
 def record_velocities(
     sampler: Sampler, noise: torch.Tensor, conditions: Conditions, file: Path
 ) -> None:
@@ -128,6 +131,7 @@ def record_velocities(
 
 
 @torch.no_grad()
+@exact_linears()
 def velocity_drift(sampler: Sampler, conditions: Conditions, file: Path) -> dict[int, float]:
     """Return ``‖v - v_base‖ / ‖v_base‖`` by solver step, at the latents of the base.
 

@@ -12,6 +12,7 @@ from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.points import Bound
 from prfl_fast.feedback.step import PRFL
 from prfl_fast.models.adapter import Conditions, generated_frames, zero_first_frame
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.models.velocity import bind_velocity
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.config import RolloutConfig
@@ -58,6 +59,7 @@ class GuidedResult:
     forwards: Forwards
 
 
+@exact_linears()
 def optimize_noise(  # noqa: PLR0913 - the method's own hyperparameters
     sampler: Sampler,
     reward: nn.Module | Reward | Mapping[str, Reward],
@@ -201,6 +203,7 @@ def _cost(step: PRFL, batch: int, samples: int, gradients: int) -> Forwards:
     )
 
 
+@exact_linears()
 def guide(
     sampler: Sampler,
     reward: nn.Module | Reward | Mapping[str, Reward],

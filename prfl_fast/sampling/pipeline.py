@@ -15,6 +15,7 @@ from prfl_fast.data.prompts import Prompt
 from prfl_fast.data.video import read_clip, to_uint8
 from prfl_fast.models.conditions import takes_guidance
 from prfl_fast.models.experts import Experts
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.rollout.schedulers import FlowUniPC
 from prfl_fast.utils.checks import reason_of, torch_seed
 from prfl_fast.utils.optional import need
@@ -70,6 +71,7 @@ class WanPipelineSampler:
         self._pipe = pipe
 
     @torch.no_grad()
+    @exact_linears()
     def __call__(
         self,
         prompt: Prompt,
@@ -156,6 +158,7 @@ class FamilyPipelineSampler:
         self._embedded = takes_guidance(transformer)
 
     @torch.no_grad()
+    @exact_linears()
     def __call__(
         self,
         prompt: Prompt,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from prfl_fast.models.adapter import Conditions
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.rewards.functions import Reward
 from prfl_fast.rollout.sampler import Sampler
 from prfl_fast.sampling.candidates import Candidates, SearchResult
@@ -14,6 +15,7 @@ from prfl_fast.utils.checks import check, check_choice, check_count, is_count, i
 
 
 @torch.no_grad()
+@exact_linears()
 def prune(
     sampler: Sampler,
     reward: nn.Module | Reward,
@@ -82,6 +84,7 @@ def prune(
 
 
 @torch.no_grad()
+@exact_linears()
 def beam_search(  # noqa: PLR0913 - the method's own hyperparameters
     sampler: Sampler,
     reward: nn.Module | Reward,

@@ -17,6 +17,7 @@ from prfl_fast.data.dataset import Batch, PairBatch, collate
 from prfl_fast.data.manifest import LatentDataset, Pair
 from prfl_fast.data.order import consecutive
 from prfl_fast.data.video import contact_sheet
+from prfl_fast.models.fp8_linear import exact_linears
 from prfl_fast.models.velocity import Precision, autocast, model_of
 from prfl_fast.parallel.ranks import OtherRankError, Ranks
 from prfl_fast.rewards.evaluation import classification_metrics, preference_metrics
@@ -295,6 +296,7 @@ class GeneratorEvaluator:
         self.engine = RolloutEngine(sampler.transformer, RolloutConfig())
 
     @torch.no_grad()
+    @exact_linears()
     def __call__(self, tick: Tick = _no_tick) -> Evaluated:
         """Return the mean of each reward, and a contact sheet of the samples.
 

@@ -8,16 +8,23 @@ import tiny_families
 import torch
 import wan
 from offload_models import assert_same, fill_adapters
+from runs import samples
 from torch import nn
 
 from prfl_fast import FlowUniPC, MemoryConfig, RolloutConfig, apply_memory, patch
+from prfl_fast.data.manifest import write_dataset
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.quantized import quantize
 from prfl_fast.models import fp8_blocks, use_fp8_linears
 from prfl_fast.models.experts import Experts
 from prfl_fast.models.fp8_linear import Fp8Linear
+from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout import Sampler, Trajectory
+from prfl_fast.sampling.compare import record_velocities, rewards_by_timestep, velocity_drift
+from prfl_fast.sampling.methods import make_method
+from prfl_fast.training.evaluation import GeneratorEvaluator
 from prfl_fast.training.lora import add_lora, merge_lora
+from prfl_fast.utils.io import load_tensors
 
 FAMILIES = ("hunyuan", "ltx", "mochi", "wan")
 LAYERS = 3
@@ -166,6 +173,46 @@ def test_rollouts_do_not_depend_on_it(name):
         velocities.append(trajectory.velocity().detach())
     assert_same(*results)
     assert 1e-4 < distance(*velocities) < 0.05
+
+
+def judged(fp8):
+    """Return a sampler and a reward of the model's own blocks, with noise and text."""
+    model = use_fp8_linears(patch(wan.tiny_wan(layers=1)), fp8)
+    reward = LatentRewardModel.from_backbone(model, 1, num_heads=2).freeze()
+    assert bool(converted(reward)) == bool(converted(model)) == fp8
+    x, _, text = wan.inputs(batch=1, size=(2, 4, 4))
+    return Sampler(model.requires_grad_(False), FlowUniPC(), 3), reward, x, text
+
+
+SEARCHES = {
+    "prune": {"candidates": 2, "keep": {0: 1}, "reward_at": "clean"},
+    "beam": {"beams": 1, "candidates": 2},
+    "reno": {"iterations": 2},
+    "guide": {"weight": 5.0},
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_samples_chosen_by_a_reward_do_not_depend_on_it(name):
+    method = make_method(name, SEARCHES[name], 3)
+    found = [method.run(*judged(fp8), torch.Generator().manual_seed(0)) for fp8 in (True, False)]
+    (latents, scores, _), (exact, exact_scores, _) = found
+    # Blocks with such layers sum the gradients of reno in another order.
+    torch.testing.assert_close(latents, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, exact_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_measurements_of_a_generator_do_not_depend_on_it(tmp_path):
+    dataset, figures = write_dataset(tmp_path / "data", samples(1, size=(2, 4, 4))), []
+    for fp8 in (True, False):
+        sampler, reward, x, text = judged(fp8)
+        file = tmp_path / f"{fp8}.safetensors"
+        record_velocities(sampler, x, text, file)
+        assert set(velocity_drift(sampler, text, tmp_path / "True.safetensors").values()) == {0.0}
+        scores = rewards_by_timestep(reward, x, text, 2 * x, [(0.5, 500.0)])
+        evaluation = GeneratorEvaluator(sampler, {"r": reward}, dataset)().figures
+        figures.append((load_tensors(file), scores, evaluation))
+    assert_same(*figures)
 
 
 def test_both_experts_are_converted():
