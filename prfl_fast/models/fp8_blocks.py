@@ -39,9 +39,9 @@ def use_fp8_linears(model: Model, use: bool = True) -> Model:
     gradients of their inputs in FP8, in each call of the model, with or without gradients.
     Gradients of weights, adapters, norms, modulation, embeddings and the head do not change.
     Rollouts (:class:`prfl_fast.rollout.Trajectory`) stay exact, or follow the ``fp8_linears`` of
-    their own configuration; :mod:`prfl_fast.sampling` and evaluations stay exact. A reward model that is built from the model has such layers too. The
-    gradient differs by several percent, see docs/memory.md. A CPU emulates the products, which is
-    slow.
+    their own configuration; :mod:`prfl_fast.sampling` and evaluations stay exact. A reward model
+    that is built from the model has such layers too. The gradient differs by several percent, see
+    docs/memory.md. A CPU emulates the products, which is slow.
 
     Args:
         model: a transformer with an adapter or a ``ModuleList`` of blocks, patched or not, or two
