@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from prfl_fast.kernels.attn.exact import heads_of_call
 from prfl_fast.memory.ledger import HOST, Ledger, tensors_in
-from prfl_fast.utils.flops import CPU_ATTENTION_BACKWARD, CPU_FLOPS
+from prfl_fast.utils.flops import CPU_ATTENTION_BACKWARD, UNCOUNTED_FLOPS
 
 # PyTorch allocates at most this much for cuBLAS: 32 MiB on sm90, less on older GPUs.
 CUBLAS_BYTES = 32 << 20
@@ -112,8 +112,8 @@ class CostLedger(Ledger):
         super().__init__()
         self.counts = True
         self._work: dict[str, dict[str, int]] = {}
-        cpu = {packet: shape_wrapper(formula) for packet, formula in CPU_FLOPS.items()}
-        self._formulas = {**flop_registry, **cpu}
+        own = {packet: shape_wrapper(formula) for packet, formula in UNCOUNTED_FLOPS.items()}
+        self._formulas = {**flop_registry, **own}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

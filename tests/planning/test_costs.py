@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from plans import SMALL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.kernels import attention, query_pool
 from prfl_fast.kernels.attn import exact
 from prfl_fast.memory.ledger import mark
+from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.costs import Cost, CostLedger
+from prfl_fast.planning.simulation import simulate
+from prfl_fast.planning.workload import Workload
+from prfl_fast.utils.flops import flop_counter
 
 BYTES = 4096  # of x
 
@@ -61,6 +66,47 @@ def test_copies_to_and_from_the_host_cross_the_bus():
 def test_matrix_products_count_operations_and_no_bytes():
     cost = cost_of(lambda x, y: x.view(32, 32) @ y.view(32, 32))
     assert cost == Cost(matmul_flops=2 * 32**3, launches=1)
+
+
+PRODUCTS = {
+    "addmm": lambda x, a: torch.addmm(x, a, a.mT),
+    "addmm_": lambda x, a: x.addmm_(a, a.mT),
+    "addmm out": lambda x, a: torch.addmm(x, a, a.mT, out=torch.empty_like(x)),
+    "mm out": lambda x, a: torch.mm(a, a.mT, out=torch.empty_like(x)),
+    "baddbmm": lambda x, a: torch.baddbmm(x[None], a[None], a.mT[None]),
+    "baddbmm_": lambda x, a: x[None].baddbmm_(a[None], a.mT[None], beta=2.0),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_count_in_every_form(name):
+    def work(x, y):
+        PRODUCTS[name](x.view(32, 32), y[:256].view(32, 8))
+
+    flops = 2 * 32 * 8 * 32
+    assert cost_of(work) == Cost(matmul_flops=flops, launches=1)
+    with flop_counter() as counter:
+        work(torch.zeros(1024), torch.zeros(1024))
+    assert counter.get_total_flops() == flops
+
+
+def test_a_full_training_step_counts_as_by_hand():
+    """Count the products of forward and backward of all linear layers, without attention."""
+    width, ffn, text_dim, freq_dim, layers, tokens, text_tokens = 128, 512, 64, 64, 2, 768, 32
+    config = {**SMALL, "num_attention_heads": 2, "attention_head_dim": 64, "num_layers": layers}
+    size = {"frames": 9, "height": 256, "width": 256, "text_tokens": text_tokens}
+    workload = Workload(config, **size, reward_blocks=1, precision="fp32", train="full")
+    costs = simulate(workload, MemoryConfig(), MemoryConfig()).costs
+
+    # q, k, v and output of the self-attention, q and output of the cross-attention; its k and v.
+    block = 2 * (6 * tokens + 2 * text_tokens) * width**2 + 2 * 2 * tokens * width * ffn
+    patches = 16 * 2 * 2  # values of a token in the latents
+    # Their inputs need no gradient: patches, text states and frequencies of the timestep.
+    first = 2 * width * (tokens * patches + text_tokens * text_dim + freq_dim)
+    # Second layers of the text's and the timestep's embeddings, the modulation's, and the head.
+    others = 2 * width**2 * (text_tokens + 1 + 6) + 2 * tokens * width * patches
+    assert costs["forward"].matmul_flops == layers * block + first + others
+    assert costs["backward"].matmul_flops == 2 * (layers * block + others) + first
 
 
 @pytest.mark.parametrize("plain", [False, True])
