@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from prfl_fast.kernels import qk_norm_rope
 from prfl_fast.kernels.attn.norm_rope import reference as norm_reference
 from prfl_fast.kernels.runtime.registry import OPERATORS
+from prfl_fast.models.fp8_linear import shared_rows
 from prfl_fast.utils.modules import is_plain_linear
 
 
@@ -246,5 +247,6 @@ def project(x: torch.Tensor, *layers: nn.Module) -> Iterable[torch.Tensor]:
     separate = not all(map(is_plain_linear, layers)) or torch.is_autocast_enabled(x.device.type)
     # A compiler for CPUs fuses the sum of the gradients, but copies the tensor that addmm_ adds to.
     if separate or (x.device.type == "cpu" and torch.compiler.is_compiling()):
-        return [layer(x) for layer in layers]
+        rows = shared_rows(x, layers)
+        return [layer(x) if rows is None else layer(x, rows) for layer in layers]
     return Projections.apply(x, *(p for layer in layers for p in (layer.weight, layer.bias)))

@@ -8,6 +8,7 @@ import tiny_families
 import torch
 import wan
 from offload_models import assert_same, fill_adapters
+from op_checks import RecordedCalls
 from runs import samples
 from torch import nn
 
@@ -15,7 +16,7 @@ from prfl_fast import FlowUniPC, MemoryConfig, RolloutConfig, apply_memory, patc
 from prfl_fast.data.manifest import write_dataset
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.quantized import quantize
-from prfl_fast.models import fp8_blocks, use_fp8_linears
+from prfl_fast.models import block_autograd, fp8_blocks, use_fp8_linears
 from prfl_fast.models.experts import Experts
 from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.rewards.latent import LatentRewardModel
@@ -105,6 +106,27 @@ def test_gradients_are_near_the_exact_ones(lora, patched):
     assert 1e-3 < distance(gradient, exact) < 0.06
     assert torch.cosine_similarity(gradient, exact, 0) > 0.998
     assert_same(run(use_fp8_linears(model, False)), (exact_out, exact))  # nothing is left
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_projections_of_one_input_quantize_it_once_with_the_same_bits(lora, monkeypatch):
+    def counted(precision):
+        model = build(lora)
+        context = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with RecordedCalls() as recorded, torch.no_grad(), context:
+            out = model(*inputs, return_dict=False)[0]
+        return out, len(recorded.of("quantize_fp8"))
+
+    x, timestep, conditions = wan.inputs(size=(2, 4, 4))
+    inputs = x, timestep, conditions["encoder_hidden_states"]
+    for precision in ("fp32", "bf16"):
+        found, count = counted(precision)
+        with monkeypatch.context() as patched:
+            patched.setattr(block_autograd, "shared_rows", lambda x, layers: None)
+            wanted, separate = counted(precision)
+        assert torch.equal(found, wanted)
+        # Inputs and weights of 10 layers: q, k and v share an input, and k and v of the text.
+        assert (count, separate) == (LAYERS * (10 + 7), LAYERS * (10 + 10))
 
 
 def test_lora_is_the_same_before_and_after_and_its_base_stays_frozen():

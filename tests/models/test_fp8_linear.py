@@ -1,6 +1,7 @@
 """The FP8 linear layer of training: products and gradients against an independent emulation."""
 
 import copy
+from functools import partial
 
 import e4m3
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from prfl_fast.models.fp8_linear import Fp8Linear, exact_linears
+from prfl_fast.models.fp8_linear import Fp8Linear, exact_linears, shared_rows
 
 SHAPES = {"video": (2, 5, 32), "rows": (7, 32), "one row": (1, 1, 32), "four axes": (2, 3, 2, 32)}
 N, K = 48, 32
@@ -131,6 +132,22 @@ def test_gradients_and_inputs_of_other_strides():
     found = run(module, turned, torch.ones(()).expand_as(grad))
     for out, oracle in zip(found, wanted, strict=True):
         torch.testing.assert_close(out, oracle, rtol=0, atol=0)
+
+
+def test_rows_are_shared_by_layers_of_one_input_alone():
+    first, second, (x, grad) = layer(), layer(seed=2), inputs((2, 3, 2, K))
+    wanted = [run(module, x, grad) for module in (first, second)]
+    rows = shared_rows(x, [first, second])
+    for module, expected in zip((first, second), wanted, strict=True):
+        shared = partial(module, rows=rows)
+        shared.parameters, shared.zero_grad = module.parameters, module.zero_grad
+        for out, oracle in zip(run(shared, x, grad), expected, strict=True):
+            assert torch.equal(out, oracle)
+    assert torch.equal(first(2 * x, rows), first(2 * x))  # rows of another input are not used
+    assert shared_rows(x, [first, nn.Linear(K, N)]) is None
+    with exact_linears():
+        assert shared_rows(x, [first]) is None
+        assert torch.equal(first(x, rows), F.linear(x, first.weight, first.bias))
 
 
 def test_no_tokens():
