@@ -21,11 +21,15 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Where uv fails, pip installs. Neither compiles bytecode: Python does, once, for the modules it imports.
 # With PYTHONDONTWRITEBYTECODE, which many containers set, every process would compile torch again.
 PIP = $(BIN)/python -m pip
-pip-setting = "$${$(1):-$$($(PIP) config get global.$(2) 2>/dev/null)}"
+PIP_SETTINGS := $(VENV)/pip-settings
+pip-setting = "$${$(1):-$$(sed -n "s/\\\\n/ /g; s/^global\.$(2)='\(.*\)'$$/\1/p" $(PIP_SETTINGS))}"
 UV = UV_FIND_LINKS=$(call pip-setting,PIP_FIND_LINKS,find-links) UV_DEFAULT_INDEX=$(call pip-setting,PIP_INDEX_URL,index-url) \
   UV_CONSTRAINT=$(call pip-setting,PIP_CONSTRAINT,constraint) $(BIN)/uv pip install -q --python $(BIN)/python
 install = (echo install $(1); $(UV) $(1) || $(PIP) install --no-compile $(1))
 install-cpu-torch = $(call install,$(CPU_TORCH)) || $(call install,$(CPU_TORCH) --index-url $(CPU_INDEX))
+# Half a minute of one core, which the rest of the installation leaves idle. Otherwise each process of the tests, started
+# at the same moment, would compile the same files. It may go on beside the tests: they lose nothing if it fails.
+compile-torch = $(BIN)/python -c "import torch._inductor.compile_fx" > /dev/null 2>&1
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: bench test tests lint lowest newest install wheel clean
@@ -51,7 +55,9 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	-$(PIP) install -q uv
+	@$(PIP) config list > $(PIP_SETTINGS)
 	@$(if $(DRIVER),$(call install,"torch>=2.10"),$(install-cpu-torch))
+	@$(compile-torch) &
 	@$(call install,"setuptools>=77" wheel $(TRITON))
 	@$(if $(DRIVER),,export PRFL_FAST_CUDA=0;) $(call install,--no-build-isolation -e ".[test]")
 	touch $@
