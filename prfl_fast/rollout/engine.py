@@ -184,7 +184,7 @@ class RolloutEngine:
         plain = self.model is None or isinstance(unwrap(self.model), VelocityModel)
         self._opens = self._supported = not plain
         self._adapter = read_adapters(None if plain else self.model, self.config)
-        if not plain:
+        if not plain and self.config.sparse_dense_layers:
             _check_layers(self.model, self.config.sparse_dense_layers)
         self._compiled_shapes: Any = None
         self._compiler_fails = False
