@@ -265,7 +265,7 @@ class RWRSection(Section):
 
 # Keys that rollout.drift chooses.
 _APPROXIMATE = (
-    "adapter fp8_linears fp8_attention sparse_attention sparse_dense_layers teacache "
+    "fp8_linears fp8_attention sparse_attention sparse_dense_layers teacache "
     "first_block_cache stride solver_order guidance_interval"
 )
 _OF_DRIFT = (*_APPROXIMATE.split(), "drift_limit")
@@ -361,6 +361,8 @@ class RolloutSection(Section):
         given = [f"rollout.{n}" for n in _OF_DRIFT if getattr(self, n) != fields[n].default]
         expected = f"null beside {' and '.join(given)}, which it chooses"
         check(self.drift is None or not given, "drift", self.drift, expected)
+        expected = "null beside rollout.adapter, which it cannot choose"
+        check(self.drift is None or self.adapter is None, "drift", self.drift, expected)
         return self
 
     def build(self) -> RolloutConfig:

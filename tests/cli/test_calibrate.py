@@ -36,6 +36,7 @@ def written(root, tmp_path, **changes):
 
 
 def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrating, "SAMPLES", 3)  # one would not have the run's gradient points
     path = written(root, tmp_path)
     assert main(["calibrate", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -66,7 +67,7 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     config = RolloutConfig(stride=((0.5, 1.0, 3),), drift_limit=DRIFT)
     assert resolved.pop("drift") is None and RolloutConfig(**resolved) == config
     (first,) = log(tmp_path / "run")
-    assert first["prfl/drift"] == pytest.approx(chosen["drift"], rel=0.5)  # of other noise
+    assert 0 < first["prfl/drift"] < 1.5 * chosen["drift"]  # of other noise
     written(root, tmp_path, **{"run.steps": 2})
     assert main(["train", str(path)]) == 0 and len(log(tmp_path / "run")) == 2
     capsys.readouterr()
@@ -128,6 +129,11 @@ def test_several_ranks_are_refused_before_models_are_loaded(root, tmp_path, monk
             "train",
             {"rollout.drift_limit": 0.1, "rollout.teacache": 0.1},
             "expected null beside rollout.teacache and rollout.drift_limit, which it chooses",
+        ),
+        (
+            "train",
+            {"rollout.adapter": "few.safetensors"},
+            "expected null beside rollout.adapter, which it cannot choose",
         ),
         ("train", {"rollout.drift": 0}, "rollout.drift is 0, expected a number above 0"),
         ("calibrate", {"rollout.drift": None}, "needs a budget: add `rollout: {drift: 0.02}` to"),

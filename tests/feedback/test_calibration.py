@@ -64,8 +64,8 @@ def test_figures_are_those_of_steps_with_this_rollout(only_strides, monkeypatch)
     for stride in (1, STRIDES[0]):
         other = make_step(model, rollout=RolloutConfig(stride=stride, check_every=1))
         parts = []
-        for number, sample in enumerate(SAMPLES):
-            points = other.draw_points(torch.Generator().manual_seed(number))
+        drawn = calibration.spread_points(other, len(SAMPLES))
+        for sample, points in zip(SAMPLES, drawn, strict=True):
             out, gradients = run(other, model, *sample[:2], indices=points)
             parts.append(gradients)
             drift = max(drift, *(out.drift or {0: 0.0}).values())
@@ -74,6 +74,15 @@ def test_figures_are_those_of_steps_with_this_rollout(only_strides, monkeypatch)
     assert two.cosine == pytest.approx(cosine, abs=1e-9) and 0 < distance < 2
     assert two.distance == pytest.approx(distance, rel=1e-6)
     assert two.drift == pytest.approx(drift, rel=1e-6) and drift > 0
+
+
+def test_the_samples_have_gradient_points_of_the_whole_schedule():
+    # Two of 12 steps are drawn as (0, 5) … (4, 9) or (5, 10).
+    step = prfl(make_wan(), PLAN, steps=12)
+    firsts = [points[0].step for points in calibration.spread_points(step, 4)]
+    assert firsts == sorted(set(firsts)) and firsts[0] <= 1 and firsts[-1] >= 4
+    (middle,) = calibration.spread_points(step, 1)
+    assert 1 < middle[0].step < 4
 
 
 class Given:
@@ -189,6 +198,8 @@ def test_a_drift_past_the_budget_ends_a_measurement(only_strides):
     found = calibrate(make_step(), SAMPLES[:1], 1e-12)
     assert found.chosen == found.measured[0] and found.config == RolloutConfig(drift_limit=1e-12)
     exact, past = found.measured  # a larger stride is not tried
+    # Costs of fewer samples would be of other gradient points.
+    assert math.isnan(past.flops) and math.isnan(past.rollout_flops) and past.seconds is None
     assert math.isnan(past.cosine) and past.drift > 1e-12 and exact.cosine == pytest.approx(1)
     text = json.dumps(found.as_dict(), allow_nan=False)
     assert RolloutConfig(**json.loads(text)["config"]) == found.config
