@@ -14,7 +14,9 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from prfl_fast.cli import options as command_options
@@ -302,7 +304,7 @@ def _print_error(program: str, problem: str) -> None:
 
 @contextlib.contextmanager
 def _reasons_shown() -> Iterator[None]:
-    """Show the package's messages about uncompiled or uncached rollouts on stderr, each once."""
+    """Show the package's messages about rollouts on stderr, each once, and warnings in one line."""
     logger, handler, seen = logging.getLogger("prfl_fast"), logging.StreamHandler(), set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -313,11 +315,21 @@ def _reasons_shown() -> Iterator[None]:
 
     handler.addFilter(is_new)
     handler.setFormatter(logging.Formatter("prfl-fast: %(message)s"))
-    level = logger.level
+    level, former = logger.level, warnings.formatwarning
+
+    def without_source(
+        message: Any, category: Any, filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parents[1]):
+            return f"prfl-fast: {message}\n"
+        return former(message, category, filename, lineno, line)
+
     logger.addHandler(handler)
+    warnings.formatwarning = without_source
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        warnings.formatwarning = former
         logger.removeHandler(handler)
         logger.setLevel(level)

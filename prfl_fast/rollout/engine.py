@@ -42,7 +42,8 @@ from prfl_fast.utils.sharded import (
 )
 
 logger = logging.getLogger(__name__)
-SAVED_SO_FAR = "%.1f of %d forwards saved so far"  # a message of the logger
+# A message of the logger.
+SAVED_SO_FAR = "step caching saved %.1f of the first %d forwards of rollouts"
 
 Branches = Literal["all", "first"]
 
@@ -178,6 +179,7 @@ class RolloutEngine:
         self.trajectories = 0
         self.drift: dict[int, float] | None = None
         self.reuse = ReuseCounts()
+        self._forwards_reported = 0
         self.sparse_errors: dict[int, float] | None = None
         self.notes: list[str] = []
         # A VelocityModel runs its function at each step, as a plain function does.
@@ -283,8 +285,10 @@ class RolloutEngine:
             finally:
                 for note in session.notes() if session is not None else ():
                     self._report_once(note)
-                if session is not None and self.reuses:
-                    done = self.reuse
+                done = self.reuse
+                # Each time the number has doubled: a run has thousands of rollouts.
+                if done.forwards > 2 * self._forwards_reported:
+                    self._forwards_reported = done.forwards
                     logger.info(SAVED_SO_FAR, done.saved, done.forwards)
 
     def _session(
@@ -405,8 +409,8 @@ class RolloutEngine:
         text = (
             f"the rollout's drift from an exact one is {found:.3g} at step {step} "
             f"(sigma {sigmas[step]:.3g}), past drift_limit {limit:g}. This rollout continues from "
-            f"the exact latents, and all later rollouts are exact. Drift: {figures}. Narrow the "
-            "intervals of RolloutConfig or raise its drift_limit, and restart"
+            f"the exact latents, and all later rollouts are exact. Drift: {figures}. Begin a new "
+            "run with weaker options or a larger drift_limit (rollout.drift, if it chose them)"
         )
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return True
@@ -421,6 +425,9 @@ class RolloutEngine:
         check(ok, "the rollout engine's state", sorted(state), expected)
         self.trajectories = int(state["trajectories"])
         self.fallen_back = bool(state["fallen_back"])
+        if self.fallen_back and self.config.inexact:
+            text = "all rollouts are exact: before the checkpoint their drift was past drift_limit"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _check_layers(model: Any, layers: Sequence[int]) -> None:

@@ -190,7 +190,13 @@ def test_drift_is_measured_and_past_the_limit_rollouts_are_exact(caplog):
     with caplog.at_level(logging.INFO):
         _, trajectory = walk(model, x, conditions, engine, steps=STEPS)
     assert max(trajectory.drift.values()) > 1e-5
-    assert any("forwards saved" in r.message for r in caplog.records)
+    assert any("step caching saved" in r.message for r in caplog.records)
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        for _ in range(15):
+            walk(model, x, conditions, engine, steps=STEPS)
+    # A line each time that the number of forwards has doubled.
+    assert len([r for r in caplog.records if "step caching" in r.message]) == 4
     strict = RolloutEngine(model, config_of(teacache=10.0, drift_limit=1e-9))
     with pytest.warns(RuntimeWarning, match="drift_limit"):
         fallen, _ = walk(model, x, conditions, strict, steps=STEPS)
