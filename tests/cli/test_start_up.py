@@ -51,6 +51,16 @@ def test_plan_says_that_it_runs_before_it_imports_torch():
     assert told.startswith("prfl-fast plan: simulates") and stopped.endswith("torch is False")
 
 
+def test_a_program_does_not_collect_what_it_imported():
+    lines = ["import gc, sys, types", "from prfl_fast.cli import main"]
+    lines += ["command = types.SimpleNamespace(run_plan=lambda options: gc.get_freeze_count())"]
+    lines += ["main._import_models, main._module = lambda: None, lambda name: command"]
+    lines += ["assert main.main(['plan']) == 0, 'a program that calls main keeps its collector'"]
+    lines += ["sys.argv[1:] = ['plan']", "assert main.main() > 10_000"]
+    done = run_python("\n".join(lines))
+    assert done.returncode == 0, done.stderr
+
+
 MODULES = "models memory training rollout".split()
 MODULES += "cli.train cli.sample cli.compare cli.encode cli.plan cli.evaluate cli.inspect".split()
 
