@@ -22,6 +22,12 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.modules import unwrap
 
 REWARD_PHASES = ("reward", "reward backward")
+# Backward phases, and the forwards whose blocks they run again.
+_FORWARDS = {
+    "backward": "forward",
+    "reward backward": "reward",
+    "earlier backward": "recompute",
+}
 # Blocks that are copied ahead. Two slots already make the time of a phase the longer of copies and
 # compute: the next block is copied while one runs. More slots would shorten nothing.
 AHEAD = 1
@@ -170,6 +176,18 @@ def _with(run: Simulation, timeline: list, costs: dict, host: int) -> Simulation
     """Return a simulation with another timeline, and the peak that follows from it."""
     phase, high = max(timeline, key=lambda moment: sum(moment[1].values()))
     return Simulation(sum(high.values()), phase, high, host, timeline, costs)
+
+
+def without_recomputation(costs: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Return a lower bound of the costs without checkpointing, from those with it."""
+    least = dict(costs)
+    for backward, forward in _FORWARDS.items():
+        if backward in costs:
+            # A backward runs each block again at most once.
+            again = dataclasses.asdict(costs[forward])
+            spent = dataclasses.asdict(costs[backward])
+            least[backward] = Cost(**{k: max(0, v - again[k]) for k, v in spent.items()})
+    return least
 
 
 class Single:

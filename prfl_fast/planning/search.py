@@ -29,6 +29,7 @@ from prfl_fast.planning.derived import (
     start_of,
     streamed,
     weighted_sum,
+    without_recomputation,
 )
 from prfl_fast.planning.gpu_specs import GpuSpecs
 from prfl_fast.planning.simulated_feedback import EARLIER_PHASES
@@ -330,13 +331,21 @@ class Search:
     def _candidates(self, tier: Tier) -> list[Candidate]:
         """Return the pairs of modes that may fit, and chunked ones that may be the fastest."""
         found: dict[tuple[Any, Any], Candidate] = {}
+        slow = set()  # pairs with none that are no faster by more than a tie
         # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
         others = MODES if self.workload.rewards else MODES[-1:]
         for pair in sorted(itertools.product(reversed(MODES), reversed(others)), key=_steps):
             leaner: list[Any] = [(LEANER.get(pair[0]), pair[1]), (pair[0], LEANER.get(pair[1]))]
             leaner = [part for part in leaner if set(part) <= {*MODES}]
-            if all(part in found and self._may_fit(tier, *part) for part in leaner):
-                found[pair] = self._candidate(tier, pair[0], pair[1], None)
+            if not all(p in slow or (p in found and self._may_fit(tier, *p)) for p in leaner):
+                continue
+            if MODES[0] in pair:
+                recomputed = [p for p in leaner if p.count(MODES[0]) < pair.count(MODES[0])]
+                known = [found[p] for p in recomputed if p in found]
+                if not self._may_gain(tier, pair, known):
+                    slow.add(pair)
+                    continue
+            found[pair] = self._candidate(tier, pair[0], pair[1], None)
         fits = min((c.seconds for c in found.values() if c.reason == FITS), default=math.inf)
         chunked = []
         # Chunks add work and do not change the bytes that checkpointed blocks save, on device and
@@ -344,11 +353,26 @@ class Search:
         for pair, whole in sorted(found.items(), key=lambda item: item[1].seconds):
             if (1 + TIE) * whole.seconds >= fits or whole.peak <= self.limit:
                 continue
+            if fits < math.inf and self.host_budget is not None and whole.host > self.host_budget:
+                continue
             if ("none", None) not in pair and self._may_fit(tier, *pair):
                 chunked.append(self._candidate(tier, *pair, CHUNK))
                 if chunked[-1].reason == FITS:
                     fits = min(fits, chunked[-1].seconds)
         return [*found.values(), *chunked]
+
+    def _may_gain(self, tier: Tier, pair: tuple[Any, Any], known: Sequence[Candidate]) -> bool:
+        """Return True if a pair with none may beat by more than a tie those that it replaces.
+
+        ``known`` recompute more, in as many bytes at most: where none of them fits, none does not.
+        """
+        costs: dict[str, Cost] = {}
+        for mode, reward in zip(pair, (False, True), strict=True):
+            own = self._single(tier, LEANER[mode] if mode == MODES[0] else mode, None)
+            part = own.costs(reward=reward)
+            costs |= without_recomputation(part) if mode == MODES[0] else part
+        least = (1 + TIE) * self._seconds(costs)
+        return any(c.reason == FITS and c.seconds > least for c in known)
 
     def _may_fit(self, tier: Tier, generator: Any, reward: Any) -> bool:
         """Return False if the live bytes between forwards and backwards exceed the limit."""

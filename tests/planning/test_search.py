@@ -34,6 +34,11 @@ TIER = Tier("bf16")
 FULL = small_workload(train="full")
 
 
+# Device and host memory in MiB; if mode none is simulated, and if chunks are. Faster policies than
+# the one that fits exceed the host's memory at 410, and one fits in chunks without offload at 520.
+SIMULATED = [(410, 50, False, False), (520, 50, False, True), (2000, None, True, False)]
+
+
 def make_search(mib, host_mib=None, **workload):
     """Return a search for the 14B model with this much memory beside the reserve."""
     work = Workload({"num_layers": 40}, **workload)
@@ -93,6 +98,14 @@ def test_takes_the_fastest_that_fits(calls, mib, host):
             assert not (faster and candidate.reason in (FITS, "chosen")), candidate
     else:
         assert all("over" in c.reason for c in found.candidates)
+
+
+@pytest.mark.parametrize(("mib", "host", "without", "chunked"), SIMULATED)
+def test_a_mode_is_simulated_only_where_it_may_be_chosen(calls, mib, host, without, chunked):
+    make_search(mib, host).run([TIER])
+    memories = [call.args[1] for call in calls]
+    assert any(m.activation_checkpointing == "none" for m in memories) == without
+    assert any(m.feed_forward_chunk for m in memories) == chunked
 
 
 def test_faithful_weights_first(calls):
