@@ -121,9 +121,10 @@ def table(
     notes = [
         about,
         "drift: relative L2 distance of the latents before a step to those of the option named "
-        f"last, largest of {rollout_options.SAMPLES} samples. Of the small world's tiny generator; "
-        f"{SOLVER_STEPS} UniPC steps, guidance {rollout_options.GUIDANCE:g}, adapters of rank "
-        f"{rollout_options.LORA_RANK} with random values. 0: no bit differs.",
+        f"last, largest of {rollout_options.SAMPLES} samples. Drift, gradient and saved forwards "
+        f"are of the small world's tiny generator; {SOLVER_STEPS} UniPC steps, guidance "
+        f"{rollout_options.GUIDANCE:g}, adapters of rank {rollout_options.LORA_RANK} with random "
+        "values. 0: no bit differs.",
         "gradient off: relative L2 distance of PRFL's gradient after such a rollout to the one of "
         f"the option named last, at steps {', '.join(map(str, MANY))} with the same noise, and "
         "their cosine: of all parameters, with LoRA of the adapters; the reward reads "
@@ -193,8 +194,8 @@ def run(context: Context) -> SuiteResult:
         costs = cost_records(rollout_options.subject(context), context)
     preset, num_inference_steps = rollout_options.timed_size(context)
     about = (
-        f"Costs: {preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, random weights, "
-        f"{num_inference_steps} steps{', one thread' if on_cpu else ''}."
+        f"time, FLOPs, peak: of {preset.layers} blocks, D = {preset.dim}, L = {preset.tokens}, "
+        f"random weights, {num_inference_steps} steps{', one thread' if on_cpu else ''}."
     )
     tables.insert(0, table(costs, drifts, context, about))
     figures["rollout_drift.png"] = drift_figure(drifts)

@@ -19,7 +19,7 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig, distribution
 from prfl_fast.planning import Workload
 from prfl_fast.planning.gpu_specs import find_gpu
-from prfl_fast.planning.search import received_in_step, step_seconds
+from prfl_fast.planning.search import flops_in_step, received_in_step, step_seconds
 from prfl_fast.planning.simulation import simulate
 from prfl_fast.utils.quiet import quiet_libraries
 
@@ -110,7 +110,6 @@ def count(case: Case) -> dict[str, Any]:
         # An all-reduce of H·D and an all-gather of H float32 numbers; counted with the gradients.
         pooling = 4.0 * 8 * width * 2 * work.evaluations
     seconds = step_seconds(run.costs, find_gpu(GPU), work)
-    flops = sum(cost.flops for cost in run.costs.values())
     return {
         "train": case.train,
         "ranks": case.ranks,
@@ -123,7 +122,7 @@ def count(case: Case) -> dict[str, Any]:
         "peak_phase": run.peak_phase,
         **received,
         "pooling_bytes": pooling,
-        "flops_of_one_forward_and_backward": flops,
+        "flops": flops_in_step(run.costs, work),
         "predicted_seconds": sum(seconds.values()),
     }
 
@@ -178,10 +177,9 @@ def _scaling(found: dict[str, dict[str, Any]]) -> Table:
             alone = found[f"{train}, 1"]["predicted_seconds"]
             cells = [f"{record['peak_bytes'] / 2**30:.1f} GiB"]
             cells += [report.size(record[kind]) for kind in KINDS]
-            flops = report.flops(record["flops_of_one_forward_and_backward"])
-            share = alone / per_sample / ranks
-            rows.append([train, str(ranks), str(record["sequence"]), *cells, flops])
-            rows[-1].append(f"{share:.0%}")
+            share = f"{alone / per_sample / ranks:.0%}" if ranks <= SEQUENCE else "–"
+            cells += [report.flops(record["flops"]), share]
+            rows.append([train, str(ranks), str(record["sequence"]), *cells])
     return Table(
         "scale",
         "A rank of 1 to 64",
@@ -196,11 +194,10 @@ def _scaling(found: dict[str, dict[str, Any]]) -> Table:
         ],
         rows,
         [
-            "As above; weights are sharded over all GPUs, and gathered for every forward. FLOPs: a "
-            "forward without gradient, one with gradient, reward and backward. Predicted "
-            f"efficiency: samples per second and GPU against one GPU, at the rates of an {GPU} "
-            "and 0.8 of its NVLink, none of which a run has confirmed. The network between "
-            "machines is slower.",
+            "As above, per step; weights are sharded over all GPUs, and gathered for every "
+            "forward. Predicted efficiency: samples per second and GPU against one GPU, at the "
+            f"rates of an {GPU} and 0.8 of its NVLink, none of which a run has confirmed; of "
+            "several machines it depends on the network between them.",
         ],
     )
 

@@ -43,6 +43,7 @@ from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
 from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import MissingExtraError
+from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.units import GIB
 
 NOTHING_FITS = 1
@@ -233,7 +234,7 @@ def _with_sizes_of(section: Any, began: Any, ranks: int) -> Any:
 
 def _plan_elsewhere(work: Workload, *arguments: Any, **options: Any) -> Plan:
     """Plan in a new process, since a plan makes a process group, and this process has one."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=quiet_libraries)
     try:
         return pool.submit(_plan, work, *arguments, **options).result()
     except BrokenProcessPool as error:

@@ -309,7 +309,8 @@ class RolloutSection(Section):
     sparse_attention: Share | Densities = key(
         1.0,
         "Density of the self-attention, the share of pairs of blocks of tokens that it computes; "
-        "or a list of [lowest, highest, density] by noise level, outside of which it is 1, dense.",
+        "or a list of [lowest, highest, density] by noise level, of which the first that matches "
+        "counts; elsewhere it is 1, dense.",
     )
     sparse_predictor: Predictor = key(
         "pooled",
@@ -335,12 +336,12 @@ class RolloutSection(Section):
     stride: Count | Strides = key(
         1,
         "Solver steps that one step far from a gradient step covers; or a list of [lowest, "
-        "highest, stride] by noise level, outside of which it is 1.",
+        "highest, stride] by noise level, of which the first that matches counts; elsewhere 1.",
     )
     solver_order: Order | Orders | None = key(
         None,
-        "Order of UniPC in rollout steps; or a list of [lowest, highest, order] by noise level, "
-        "outside of which it is that of the sampler, as null is.",
+        "Order of UniPC in rollout steps; or a list of [lowest, highest, order] by noise level, of "
+        "which the first that matches counts; elsewhere it is that of the sampler, as null is.",
     )
     guidance_interval: Interval | None = key(
         None,

@@ -143,11 +143,17 @@ def received_in_step(costs: Mapping[str, Cost], workload: Workload) -> dict[str,
     """Return the bytes that a GPU receives from others in a whole step, by field of ``Cost``."""
     costs = _with_gathered_weights(costs, workload)
     fields = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
-    totals = {}
-    for field in fields:
-        once = {phase: float(getattr(cost, field)) for phase, cost in costs.items()}
-        totals[field] = sum(_of_step(once, workload).values())
-    return totals
+    return {field: _sum_of_step(costs, field, workload) for field in fields}
+
+
+def flops_in_step(costs: Mapping[str, Cost], workload: Workload) -> float:
+    """Return the FLOPs of a GPU in a whole step."""
+    return _sum_of_step(costs, "flops", workload)
+
+
+def _sum_of_step(costs: Mapping[str, Cost], field: str, workload: Workload) -> float:
+    once = {phase: float(getattr(cost, field)) for phase, cost in costs.items()}
+    return sum(_of_step(once, workload).values())
 
 
 def _of_step(values: Mapping[str, float], workload: Workload) -> dict[str, float]:

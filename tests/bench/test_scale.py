@@ -13,7 +13,7 @@ TINY = {**SMALL, "num_attention_heads": 8, "attention_head_dim": 16, "num_layers
 @pytest.mark.slow
 def test_tables_and_checks(monkeypatch):
     monkeypatch.setattr(scale, "MODEL", TINY)
-    monkeypatch.setattr(scale, "RANKS", (1, 8))
+    monkeypatch.setattr(scale, "RANKS", (1, 8, 16))
     found = {label: scale.count(case) for label, case in scale.cases().items()}
     result = scale.result(found)
     assert result.problems == []
@@ -28,7 +28,8 @@ def test_tables_and_checks(monkeypatch):
         kept["gathered_bytes"] < ours["gathered_bytes"] and kept["peak_bytes"] >= ours["peak_bytes"]
     )
     layouts, scaling = result.tables
-    assert len(layouts.rows) == 5 and len(scaling.rows) == 4
+    assert len(layouts.rows) == 5 and len(scaling.rows) == 6
     assert scaling.rows[0][4:7] == ["0 B", "0 B", "0 B"] and scaling.rows[0][-1] == "100%"
+    assert scaling.rows[1][-1].endswith("%") and scaling.rows[2][-1] == "–"  # of two machines
     found["full, 8"]["peak_bytes"] = 1 << 40
     assert "more GPUs needs more memory" in scale.result(found).problems[0]
