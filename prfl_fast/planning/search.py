@@ -345,12 +345,11 @@ class Search:
             leaner = [part for part in leaner if set(part) <= {*MODES}]
             if not all(p in slow or (p in found and self._may_fit(tier, *p)) for p in leaner):
                 continue
-            if MODES[0] in pair:
-                recomputed = [p for p in leaner if p.count(MODES[0]) < pair.count(MODES[0])]
-                known = [found[p] for p in recomputed if p in found]
-                if not self._may_gain(tier, pair, known):
-                    slow.add(pair)
-                    continue
+            recomputed = [p for p in leaner if p.count(MODES[0]) < pair.count(MODES[0])]
+            known = [found[p] for p in recomputed if p in found]
+            if recomputed and not self._may_gain(tier, pair, known):
+                slow.add(pair)
+                continue
             found[pair] = self._candidate(tier, pair[0], pair[1], None)
         fits = min((c.seconds for c in found.values() if c.reason == FITS), default=math.inf)
         chunked = []
