@@ -3,10 +3,9 @@
     y_mn = (Σ_k x_q[m, k]·w_q[n, k])·x_scale[m]·w_scale[n] + bias[n]
 
 The operations have no gradient; training in FP8 calls them in an autograd function of its own.
-On chips with FP8 matrix units PyTorch
-computes the product (``torch._scaled_mm``, one scale for each row of x and of w). Elsewhere it is
-emulated: e4m3 numbers are exact in bfloat16 and their products are exact in float32, so the
-emulation differs only in the order of the float32 sums.
+On chips with FP8 matrix units PyTorch computes the product (``torch._scaled_mm``, one scale for
+each row of x and of w). Elsewhere it is emulated: e4m3 numbers are exact in bfloat16 and their
+products are exact in float32, so the emulation differs only in the order of the float32 sums.
 
 Shapes: x_q ``[..., K]``, x_scale ``[..., 1]``, w_q ``[N, K]``, w_scale ``[N, 1]``, bias ``[N]``,
 y ``[..., N]``; the matrix units need K and N that are multiples of 16; any number of rows.

@@ -125,7 +125,11 @@ def join(config: TrainFile | TrainRewardFile, *, check_only: bool) -> Iterator[J
                     raise ValueError(f"parallel.{error}") from error
                 if config.memory == "auto":
                     config = planned(config, ranks, device)  # type: ignore[type-var]
-                ranks = Ranks(make_mesh(config.parallel.build(), device.type))
+                shard, sequence = config.parallel.build().sizes(ranks.size)
+                sizes = {"shard": shard, "sequence": sequence}  # config.yaml says what auto was
+                parallel = config.parallel.model_copy(update=sizes)
+                config = config.model_copy(update={"parallel": parallel})
+                ranks = Ranks(make_mesh(parallel.build(), device.type))
             yield Job(ranks, device, config)
 
 

@@ -484,5 +484,5 @@ def _finish(trainer: Trainer, config: TrainFile | TrainRewardFile) -> int:
 def _print_check(config: TrainFile | TrainRewardFile) -> int:
     print(to_yaml(config), end="")
     command = "train" if isinstance(config, TrainFile) else "train-reward"
-    note("settings, data and models are valid; nothing was written", command)
+    note("settings, data and models fit together; nothing was written", command)
     return 0

@@ -137,10 +137,12 @@ class ExpertsAdapter:
         for name, expert in named_members(model).items():
             try:
                 self.each.patch(expert)
-            except ValueError as error:
+            except Exception as error:
                 if name == "low" and not before:
                     self.each.unpatch(model.high)
-                raise ValueError(f"expert {name}: {error}") from error
+                if isinstance(error, ValueError):
+                    raise ValueError(f"expert {name}: {error}") from error
+                raise
 
     def unpatch(self, model: Experts) -> None:
         """Unpatch both experts."""

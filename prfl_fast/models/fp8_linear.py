@@ -24,22 +24,25 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from prfl_fast.kernels import fp8_linear, quantize_fp8
+from prfl_fast.utils.modules import customization
 
-_exact, _lock = 0, threading.Lock()  # contexts that are open
+_open, _lock = 0, threading.Lock()  # number of open contexts
+_exact = False  # one is open: compiled code has a guard on it, and would have one on each number
 
 
 @contextlib.contextmanager
 def exact_linears() -> Iterator[None]:
     """Run every :class:`Fp8Linear` as an ``nn.Linear`` within the context."""
     # Not a thread-local variable, because autograd recomputes blocks in threads of its own.
-    global _exact
+    global _open, _exact
     with _lock:
-        _exact += 1
+        _open, _exact = _open + 1, True
     try:
         yield
     finally:
         with _lock:
-            _exact -= 1
+            _open -= 1
+            _exact = _open > 0
 
 
 class Rows(NamedTuple):
@@ -69,10 +72,15 @@ def shared_rows(x: torch.Tensor, layers: Sequence[nn.Module]) -> Rows | None:
     """Return quantized rows of x for the forwards of several layers; None if not all use them.
 
     Each layer is a :class:`Fp8Linear`, or one of peft, which passes them on to its base layer.
+    Hooks and replaced forwards may not take them.
     """
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     if _exact or not all(type(base) is Fp8Linear for base in bases):
         return None
+    for layer, base in zip(layers, bases, strict=True):
+        ours = layer is base or type(layer).__module__.startswith("peft.")
+        if not ours or customization(layer) or customization(base):
+            return None
     # Quantization adds 24 % to the bytes that a forward of 14B moves at 720p; 29 % if q, k and v
     # quantized their input three times.
     with torch.no_grad():

@@ -22,7 +22,9 @@ def layouts(workload: Workload) -> list[ParallelConfig]:
     parallel, ranks, machine = workload.parallel, workload.ranks, workload.gpus_per_machine
     if ranks == 1 or "auto" not in (parallel.shard, parallel.sequence):
         return [parallel]
-    sizes = [n for n in range(1, machine + 1) if ranks % n == 0 and _takes(workload, n)]
+    within = min(machine, ranks)
+    sizes = [n for n in range(1, within + 1) if within % n == 0 and ranks % n == 0]
+    sizes = [n for n in sizes if _takes(workload, n)]
     sequences = sizes if parallel.sequence == "auto" else [parallel.sequence]
     sizes = [n for n in sorted({1, machine, ranks}) if ranks % n == 0]
     shards = sizes if parallel.shard == "auto" else [parallel.shard]

@@ -337,7 +337,8 @@ class Search:
     def _candidates(self, tier: Tier) -> list[Candidate]:
         """Return the pairs of modes that may fit, and chunked ones that may be the fastest."""
         found: dict[tuple[Any, Any], Candidate] = {}
-        slow = set()  # pairs with none that are no faster by more than a tie
+        # Pairs with none that are no faster by more than a tie, and the candidates in their place.
+        slow: dict[tuple[Any, Any], list[Candidate]] = {}
         # From the leanest mode on, so that a mode is simulated only if its leaner one may fit.
         others = MODES if self.workload.rewards else MODES[-1:]
         for pair in sorted(itertools.product(reversed(MODES), reversed(others)), key=_steps):
@@ -346,9 +347,9 @@ class Search:
             if not all(p in slow or (p in found and self._may_fit(tier, *p)) for p in leaner):
                 continue
             recomputed = [p for p in leaner if p.count(MODES[0]) < pair.count(MODES[0])]
-            known = [found[p] for p in recomputed if p in found]
+            known = [c for p in recomputed for c in slow.get(p) or [found[p]]]
             if recomputed and not self._may_gain(tier, pair, known):
-                slow.add(pair)
+                slow[pair] = known
                 continue
             found[pair] = self._candidate(tier, pair[0], pair[1], None)
         fits = min((c.seconds for c in found.values() if c.reason == FITS), default=math.inf)

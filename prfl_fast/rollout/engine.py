@@ -287,7 +287,7 @@ class RolloutEngine:
                     self._report_once(note)
                 done = self.reuse
                 # Each time the number has doubled: a run has thousands of rollouts.
-                if done.forwards > 2 * self._forwards_reported:
+                if done.forwards and done.forwards >= 2 * self._forwards_reported:
                     self._forwards_reported = done.forwards
                     logger.info(SAVED_SO_FAR, done.saved, done.forwards)
 

@@ -16,7 +16,7 @@ def short_number(value: float) -> str:
 
 def seconds(value: float) -> str:
     """Return seconds as ``12.3 ms``, ``1.2 s`` or ``3 min 20 s``."""
-    if value < 1:
+    if value < 0.9995:  # else it would be 1e+03 ms
         return f"{1e3 * value:.3g} ms"
     if value < 120:
         return f"{value:.1f} s"

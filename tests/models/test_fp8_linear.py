@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
 from prfl_fast.models.fp8_linear import Fp8Linear, exact_linears, shared_rows
@@ -145,6 +146,11 @@ def test_rows_are_shared_by_layers_of_one_input_alone():
             assert torch.equal(out, oracle)
     assert torch.equal(first(2 * x, rows), first(2 * x))  # rows of another input are not used
     assert shared_rows(x, [first, nn.Linear(K, N)]) is None
+    handle = second.register_forward_pre_hook(lambda *_: None)
+    assert shared_rows(x, [first, second]) is None  # it may not take another argument
+    handle.remove()
+    second.forward = lambda x: x
+    assert shared_rows(x, [first, second]) is None
     with exact_linears():
         assert shared_rows(x, [first]) is None
         assert torch.equal(first(x, rows), F.linear(x, first.weight, first.bias))
@@ -199,8 +205,13 @@ def test_second_derivatives_are_an_error():
 def test_compiled_layers_have_the_same_bits():
     module, (x, grad) = layer(torch.bfloat16), inputs((2, 5, K), torch.bfloat16)
     wanted = run(module, x, grad)
-    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(module), backend=graphs, fullgraph=True)
     for out, oracle in zip(run(compiled, x, grad), wanted, strict=True):
         torch.testing.assert_close(out, oracle, rtol=0, atol=0)
     with exact_linears():
         assert torch.equal(compiled(x), F.linear(x, module.weight, module.bias))
+        compiled_once = graphs.frame_count
+        with exact_linears():
+            compiled(x)
+    assert graphs.frame_count == compiled_once

@@ -43,6 +43,8 @@ def test_layouts_are_those_that_the_model_takes():
     assert sizes(ranks=6)[-1] == (6, 6)  # 6 parts of 12 heads
     own = [(s, n) for n in (1, 2) for s in (1, 2, 16)]  # of machines of 2 GPUs
     assert sizes(gpus_per_machine=2) == own
+    assert {n for _, n in sizes(ranks=24)} == {1, 2, 4}  # 3 would reach into a second machine
+    assert {n for _, n in sizes(ranks=12, gpus_per_machine=6)} == {1, 2, 3, 6}
     assert sizes(patched=False) == [(1, 1), (8, 1), (16, 1)]
     few = {"frames": 1, "height": 32, "width": 48}  # 6 tokens: the fourth of 4 ranks has none
     assert {n for _, n in sizes(**few)} == {1, 2}
