@@ -171,7 +171,7 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         tmp_path / "shown"
     )
     scripts = {
-        "python": 'test "$4" = get && echo "of $5" || echo "pip $*"',
+        "python": 'echo "pip $*"',
         "uv": f"{shown}; false",
     }
     (tmp_path / "bin").mkdir()
@@ -179,6 +179,14 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         script = tmp_path / "bin" / name
         script.write_text(f"#!/bin/sh\n{text}\n")
         script.chmod(0o755)
+    # As `pip config list` prints them, with a line break between two values.
+    stored = {
+        "find-links": "/wheels\\n/more",
+        "index-url": "https://mirror",
+        "constraint": "old.txt",
+    }
+    lines = [f"global.{name}='{value}'\n" for name, value in stored.items()]
+    (tmp_path / "pip-settings").write_text("".join(lines))
     settings = {"PIP_FIND_LINKS": "", "PIP_INDEX_URL": "", "PIP_CONSTRAINT": "own.txt"}
     command = [
         "make",
@@ -195,5 +203,4 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         "pip -m pip install --no-compile one two",
     ]
     given = f"pip install -q --python {tmp_path}/bin/python one two"
-    links, index = "of global.find-links", "of global.index-url"
-    assert (tmp_path / "shown").read_text() == f"{links}|{index}|own.txt|{given}\n"
+    assert (tmp_path / "shown").read_text() == f"/wheels /more|https://mirror|own.txt|{given}\n"
