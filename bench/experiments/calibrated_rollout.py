@@ -5,7 +5,7 @@ steps between the points that a rollout can save some.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ from prfl_fast.data import Batches
 from prfl_fast.feedback.calibration import Calibration, Sampled, calibrate
 from prfl_fast.training import RewardFeedback
 
-DRIFT = 0.02  # the budget
+DRIFTS = (0.015, 0.02)  # the budgets
 POINTS = 5
-ARMS = ("exact", "calibrated")
+EXACT = "exact"
 FIGURES = {"reward": "Latent reward along the sampler", "motion": "Independent motion metric"}
 
 
@@ -59,8 +59,13 @@ def make_step(model: nn.Module, start: Start, rollout: RolloutConfig | None) -> 
     )
 
 
-def calibrated(start: Start, s: Settings, drift: float = DRIFT) -> Calibration:
-    """Return the calibration of the start's generator on its training clips."""
+def arm_of(drift: float) -> str:
+    """Return the name of the arm with a budget."""
+    return f"drift ≤ {drift:g}"
+
+
+def calibrated(start: Start, s: Settings, drift: float) -> Calibration:
+    """Return the calibration of the start's generator on its training clips within a budget."""
     model, _ = small_world.copy_generator(start, patch=True)
     generator = torch.Generator().manual_seed(0)
     batches = Batches(start.clips.samples(), s.feedback_batch, 0)
@@ -97,10 +102,15 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def arms_table(found: Calibration, runs: dict[str, list[Any]], s: Settings) -> Table:
-    """Return the table of both arms: cost of a gradient point, drift, reward and motion metric."""
-    exact, body = found.measured[0], []
-    for name, measured in ((ARMS[0], exact), (ARMS[1], found.chosen)):
+def arms_table(found: dict[str, Calibration], runs: dict[str, list[Any]], s: Settings) -> Table:
+    """Return the table of the arms: cost of a gradient point, drift, reward and motion metric.
+
+    ``found`` has the calibrations by arm, ``runs`` the seeds of each arm, the exact one first.
+    """
+    exact = next(iter(found.values())).measured[0]
+    rows = {EXACT: exact} | {name: each.chosen for name, each in found.items()}
+    body = []
+    for name, measured in rows.items():
         ends = [(points[0], points[-1]) for points in runs[name]]
         cells = [report.flops(measured.rollout_flops), report.flops(measured.flops)]
         cells += [f"{exact.rollout_flops / measured.rollout_flops:.2f}×"]
@@ -110,15 +120,15 @@ def arms_table(found: Calibration, runs: dict[str, list[Any]], s: Settings) -> T
             for i in range(2):
                 cells.append(_spread([pair[i][figure] for pair in ends]))
         body.append([name, *cells])
-    seeds = len(runs[ARMS[0]])
-    chosen = ", ".join(f"{name} {value}" for name, value in found.chosen.options.items())
+    seeds = len(runs[EXACT])
     columns = ["rollout", "its FLOPs a point", "FLOPs a point", "fewer in rollouts", "fewer in all"]
     columns += ["drift", "cosine", "reward before", "after", "motion before", "after"]
     plural, spread = ("s", ", mean ± standard deviation") if seeds > 1 else ("", "")
     notes = [
         f"PRFL alone, {POINTS} gradient points of {SOLVER_STEPS} UniPC steps, {s.updates} updates; "
-        f"{seeds} seed{plural}{spread}. Calibrated: within a drift of {DRIFT:g}, on "
-        f"{s.samples} batches; chosen: {chosen}.",
+        f"{seeds} seed{plural}{spread}. Rollouts with a drift were calibrated within it on "
+        f"{s.samples} batches, which chose:",
+        *(f"{name}: {_words(each.chosen.options)}." for name, each in found.items()),
         "FLOPs of a gradient point include its forward, reward and backward, which no rollout "
         "saves. drift, cosine: of the latents and of the gradient, against exact rollouts. Motion "
         f"is the independent metric on {s.prompts} prompts.",
@@ -126,23 +136,29 @@ def arms_table(found: Calibration, runs: dict[str, list[Any]], s: Settings) -> T
     return Table("calibrated-rollout", "Training with a calibrated rollout", columns, body, notes)
 
 
-def arms_figure(found: Calibration, runs: dict[str, list[Any]]) -> Any:
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def arms_figure(found: dict[str, Calibration], runs: dict[str, list[Any]]) -> Any:
     """Draw reward and motion metric before and after training, with the spread of the seeds."""
     figure, panels = report.new_figure(9, 3.2, ncols=2, sharey=True)
-    seeds = len(runs[ARMS[0]])
+    seeds = len(runs[EXACT])
+    colors = ("#8c8c8c", "#0072b2", "#e69f00", "#d55e00")
     for axes, (key, title) in zip(panels, FIGURES.items(), strict=True):
-        values = {"start": [points[0][key] for points in runs[ARMS[0]]]}
-        values |= {name: [points[-1][key] for points in runs[name]] for name in ARMS}
+        values = {"start": [points[0][key] for points in runs[EXACT]]}
+        values |= {name: [points[-1][key] for points in each] for name, each in runs.items()}
         means = [statistics.mean(each) for each in values.values()]
         spreads = [statistics.stdev(each) if seeds > 1 else 0.0 for each in values.values()]
-        options: dict[str, Any] = {"color": ("#8c8c8c", "#0072b2", "#d55e00"), "capsize": 3}
+        options: dict[str, Any] = {"color": colors[: len(values)], "capsize": 3}
         axes.barh(list(values), means, 0.6, xerr=spreads, **options)
         report.label_axes(axes, title=title, x=f"mean of {seeds}, ± standard deviation", grid="x")
         axes.set_xlim(0, 1)
     panels[0].invert_yaxis()
-    share = found.chosen.rollout_flops / found.measured[0].rollout_flops
-    ends = [statistics.mean(points[-1]["reward"] for points in runs[name]) for name in ARMS]
-    text = f"reward {ends[1]:.3f} after training, {ends[0]:.3f} with exact ones"
+    name, last = list(found.items())[-1]
+    share = last.chosen.rollout_flops / last.measured[0].rollout_flops
+    ends = [statistics.mean(points[-1]["reward"] for points in runs[arm]) for arm in (name, EXACT)]
+    text = f"reward {ends[0]:.3f} after training, {ends[1]:.3f} with exact ones"
     figure.suptitle(f"Calibrated rollouts, {share:.0%} of the FLOPs: {text}", fontsize=11)
     return figure
 
@@ -151,17 +167,25 @@ def run(context: Context) -> SuiteResult:
     """Calibrate, then train with exact and with calibrated rollouts; ``context.seeds`` repeats."""
     s, seeds = Settings(), range(context.seed, context.seed + context.seeds)
     start = prepare(s, context.device)
+    found: dict[str, Calibration] = {}
     with small_world.workers(context) as pool:
         jobs = [submit(pool, run_arm, start, s, None, seed) for seed in seeds]
-        found = calibrated(start, s)
-        jobs += [submit(pool, run_arm, start, s, found.config, seed) for seed in seeds]
+        for drift in DRIFTS:
+            found[arm_of(drift)] = each = calibrated(start, s, drift)
+            jobs += [submit(pool, run_arm, start, s, each.config, seed) for seed in seeds]
         results = results_of(jobs, context, "arms")
-    runs = dict(zip(ARMS, (results[: len(seeds)], results[len(seeds) :]), strict=True))
-    records: list[dict[str, Any]] = [{"case": "calibration", **found.as_dict()}]
-    for name, each in runs.items():
-        for seed, points in zip(seeds, each, strict=True):
+    runs = {
+        name: results[i * len(seeds) : (i + 1) * len(seeds)]
+        for i, name in enumerate([EXACT, *found])
+    }
+    records: list[dict[str, Any]] = [
+        {"case": "calibration", "arm": name, **each.as_dict()} for name, each in found.items()
+    ]
+    problems = []
+    for name, arm in runs.items():
+        for seed, points in zip(seeds, arm, strict=True):
             records.append({"case": "arm", "arm": name, "seed": seed, "points": points})
-    fallen = [r["seed"] for r in records[1:] if r["points"][-1]["exact"]]
-    problems = [f"seed {seed}: drift ended the calibrated rollouts" for seed in fallen]
+            if points[-1]["exact"]:
+                problems.append(f"{name}, seed {seed}: drift ended the calibrated rollouts")
     figures = {"calibrated_rollout.png": arms_figure(found, runs)}
     return SuiteResult([arms_table(found, runs, s)], records, figures, problems)
