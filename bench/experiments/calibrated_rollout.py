@@ -159,7 +159,7 @@ def arms_figure(found: dict[str, Calibration], runs: dict[str, list[Any]]) -> An
     share = last.chosen.rollout_flops / last.measured[0].rollout_flops
     ends = [statistics.mean(points[-1]["reward"] for points in runs[arm]) for arm in (name, EXACT)]
     text = f"reward {ends[0]:.3f} after training, {ends[1]:.3f} with exact ones"
-    figure.suptitle(f"Calibrated rollouts, {share:.0%} of the FLOPs: {text}", fontsize=11)
+    figure.suptitle(f"Rollouts with {name}, {share:.0%} of the FLOPs: {text}", fontsize=11)
     return figure
 
 

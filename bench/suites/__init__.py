@@ -16,6 +16,7 @@ DESCRIPTIONS = {
     "methods": "* reward gradients by method: time, memory, FLOPs and variance",
     "rollout": "* a rollout by option: time, FLOPs, memory, drift; work by part and by point",
     "calibrated-rollout": "* train in the small world with exact and with calibrated rollouts",
+    "plan": "* time of prfl-fast plan by workload and GPU, whole commands; needs no GPU",
     "scale": "* a rank of 1 to 64 GPUs on fake tensors: bytes, communication, FLOPs",
     "host": "* host time and calls of operations and of a block at tiny sizes, on one CPU thread",
     "step": "* a PRFL step by part, in seconds: the reference, eager, compiled, prfl_fast",

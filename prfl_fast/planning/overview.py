@@ -47,12 +47,13 @@ def row(fields: Mapping[str, Any], gpu: str, host_budget: str) -> list[str]:
 
 
 def _cells(plan: Plan) -> list[str]:
-    policies = (_policy(memory) for memory in (plan.memory, plan.reward_memory))
+    policies = (words_of(memory) for memory in (plan.memory, plan.reward_memory))
     sizes = (f"{size / GIB:.0f} GiB" for size in (plan.peak + plan.reserve, plan.host))
     return [*policies, *sizes, seconds(plan.step_seconds)]
 
 
-def _policy(memory: MemoryConfig) -> str:
+def words_of(memory: MemoryConfig) -> str:
+    """Return a policy as in ``bf16 full offload stream``."""
     words: list[str] = [memory.weight_dtype, memory.activation_checkpointing]
     words += ["offload"] * (memory.offload is not None)
     words += ["stream"] * (memory.stream_weights is not None)
