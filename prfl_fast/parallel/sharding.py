@@ -237,12 +237,13 @@ def _wide_parameters(
 
 def _odd_parameters(parameters: list[nn.Parameter]) -> set[nn.Parameter]:
     """Return the parameters that FSDP2 cannot shard together with the others of a module."""
-    # Tensors of torchao without FSDP2's two methods, and scalars.
+    # Tensors of torchao without FSDP2's two methods, scalars, and other layouts (channels_last).
     odd = {
         p
         for p in parameters
         if p.ndim == 0
         or (is_traceable_wrapper_subclass(p) and not hasattr(p, "fsdp_pre_all_gather"))
+        or not p.is_contiguous()
     }
     # A group's gradients travel in one tensor, of one dtype.
     numbers: Counter[torch.dtype] = Counter()

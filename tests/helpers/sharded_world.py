@@ -69,6 +69,7 @@ class Case:
     sequence: int = 1
     steps: int = 5  # of the solver
     ddp: bool = False
+    channels_last: bool = False
     size: tuple[int, int, int] = (3, 4, 4)  # of the latents
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -116,6 +117,8 @@ def build(case, mesh=None):
     if case.patched:
         patch(model)
         patch(reward.backbone)
+    if case.channels_last:
+        model.to(memory_format=torch.channels_last_3d)
     if case.streamed:
         stream_weights(model, 1)
         stream_weights(reward.backbone, 1)

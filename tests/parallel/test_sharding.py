@@ -14,7 +14,7 @@ DRAFT = {"plan": Plan.draft(3), "indices": None}
 MERGED = RolloutConfig(merge_lora=True)
 
 TWO_RANKS = [
-    Case("PRFL", updates=2),
+    Case("PRFL, channels last", updates=2, channels_last=True),
     Case("DistributedDataParallel", **DRAFT, shard=None, ddp=True),
     Case(
         "DRaFT of merged LoRA with divergence, gathered",
