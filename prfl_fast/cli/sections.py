@@ -24,7 +24,8 @@ from prfl_fast.cli.yaml_config import (
 )
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.memory.optimizers import GradientDtype, OptimizerKind
-from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload, WeightDtype
+from prfl_fast.memory.policy import ActivationCheckpointing, MemoryConfig, Offload
+from prfl_fast.memory.quantized import WeightDtype
 from prfl_fast.models.sparse_attention import Predictor
 from prfl_fast.models.step_cache import TeaCacheModel
 from prfl_fast.parallel.mesh import ParallelConfig

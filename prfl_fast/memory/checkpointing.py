@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from prfl_fast.memory.ledger import mark, mark_saved
 from prfl_fast.memory.offload import Handle, Offloader
 from prfl_fast.models.block_adapter import BlockCall, unwrap_block
-from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.experts import check_members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.modules import STREAMED, unwrap
@@ -116,22 +116,40 @@ def activation_checkpointing(
     check_choice("offload", offload, (None, "cpu"))
     ok = host_limit is None or (offload is not None and host_limit >= 0)
     check(ok, "host_limit", host_limit, "bytes, with offload='cpu' only")
-    if isinstance(model, Experts):
-        for expert in members(model):
-            activation_checkpointing(expert, mode, offload, host_limit=host_limit)
-        return model
+    for member in check_members(model, partial(check_checkpointing, mode=mode, offload=offload)):
+        _set_checkpointing(member, mode, offload, host_limit)
+    return model
+
+
+def check_checkpointing(
+    model: nn.Module, mode: str, offload: str | None, streamed: bool | None = None
+) -> None:
+    """Raise the errors of :func:`activation_checkpointing` for one transformer; change nothing.
+
+    ``streamed`` is True if the weights of blocks will wait in host memory; None asks the blocks.
+    """
     adapter = find_blocks(model)
+    streamed = _is_streamed(model) if streamed is None else streamed
+    adapter.check_checkpoint_blocks(model, mode != "none" or offload is not None or streamed)
+
+
+def _is_streamed(model: nn.Module) -> bool:
+    blocks = map(unwrap_block, find_blocks(model).blocks(model))
+    return any(STREAMED in block.__dict__ for block in blocks)
+
+
+def _set_checkpointing(
+    model: nn.Module, mode: str, offload: str | None, host_limit: int | None
+) -> None:
     offloader = None if offload is None else Offloader(host_limit)
     base = unwrap(model)  # wrapped and bare model share it
     _offloaders.pop(base, None)
     if offloader is not None:
         _offloaders[base] = offloader
     run: BlockRunner | None = _Runner(mode, offloader)
-    streamed = any(STREAMED in unwrap_block(block).__dict__ for block in adapter.blocks(model))
-    if offloader is None and mode != "attention" and not streamed:
+    if offloader is None and mode != "attention" and not _is_streamed(model):
         run = None if mode == "none" else _run_full
-    adapter.checkpoint_blocks(model, run)
-    return model
+    find_blocks(model).checkpoint_blocks(model, run)
 
 
 def offload_bytes(model: nn.Module) -> dict[str, int]:

@@ -18,22 +18,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from prfl_fast.memory.ledger import HOST, mark
 from prfl_fast.memory.offload import _page_locked
-from prfl_fast.models.experts import Experts
+from prfl_fast.memory.quantized import WeightDtype, layouts_after
+from prfl_fast.models.experts import Experts, check_separate, members
 from prfl_fast.utils.checks import check
 
 
 class ExpertSwap:
     """Exchange two experts between device and host; set as ``swap`` of :class:`Experts`.
 
-    Expert ``high`` is on the device first. ``prepare`` moves an expert to the device.
+    Expert ``high`` is on the device first. ``prepare`` moves an expert to the device. The experts
+    are those of :func:`check_exchange`.
 
     Attributes:
         swaps: number of exchanges so far.
         host: bytes of host buffers.
         one: bytes of one expert. An exchange copies this number in each direction.
-
-    Raises:
-        ValueError: if the experts' tensors differ in shape, stride or dtype.
     """
 
     def __init__(self, experts: Experts, prepare: Callable[[nn.Module], object]) -> None:
@@ -41,8 +40,6 @@ class ExpertSwap:
         # Kept, because page-locked memory is unlocked when its first tensor is deleted.
         self._buffers: list[torch.Tensor] = []
         self._spare: dict[Any, torch.Tensor] = {}
-        shared = {*map(id, experts.high.parameters())} & {*map(id, experts.low.parameters())}
-        check(not shared, "parameters that both experts hold", len(shared), "0: one of them waits")
         prepare(experts.low)
         low = moved_tensors(experts.low)
         for tensor in low:
@@ -50,9 +47,6 @@ class ExpertSwap:
             tensor.data = host.copy_(tensor.data)
         prepare(experts.high)
         high = moved_tensors(experts.high)
-        hint = "Apply one memory policy to both experts before LoRA"
-        same = list(map(_layout, high)) == list(map(_layout, low))
-        check(same, "low", "a model of other dtypes or shapes", "the layouts of high", hint=hint)
         self.one = sum(tensor.nbytes for tensor in high)
         # One entry per pair, so that an interrupted exchange can be finished.
         self._on_device = ["high"] * len(high)
@@ -90,6 +84,17 @@ class ExpertSwap:
         if device is not None and device.type == "cuda":  # the host may read its tensors after this
             torch.cuda.current_stream(device).synchronize()
         self.swaps += 1
+
+
+def check_exchange(experts: Experts, kind: WeightDtype) -> None:
+    """Raise ``ValueError`` if experts whose weights get this dtype cannot exchange their memory.
+
+    They can if they share no parameter, and their tensors have equal shapes, strides and dtypes.
+    """
+    check_separate(experts, "one of them waits")
+    high, low = (layouts_after(expert, kind) for expert in members(experts))
+    hint = "Apply one memory policy to both experts before LoRA"
+    check(high == low, "low", "a model of other dtypes or shapes", "the layouts of high", hint=hint)
 
 
 def moved_tensors(expert: nn.Module) -> list[torch.Tensor]:

@@ -8,18 +8,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from prfl_fast.memory.checkpointing import activation_checkpointing
-from prfl_fast.memory.experts import ExpertSwap
+from prfl_fast.memory.checkpointing import activation_checkpointing, check_checkpointing
+from prfl_fast.memory.experts import ExpertSwap, check_exchange
 from prfl_fast.memory.optimizers import GRADIENT_DTYPES, KINDS, GradientDtype, OptimizerKind
-from prfl_fast.memory.quantized import cast_weights
-from prfl_fast.memory.stream import stream_weights
-from prfl_fast.models.experts import Experts, members
+from prfl_fast.memory.quantized import WeightDtype, cast_weights, check_cast
+from prfl_fast.memory.stream import check_streaming, stream_weights
+from prfl_fast.models.experts import Experts, check_members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice, check_count, make_fields_plain
 from prfl_fast.utils.modules import device_of
 from prfl_fast.utils.optional import need
 
-WeightDtype = Literal["fp32", "bf16", "fp8", "nf4"]
 ActivationCheckpointing = Literal["none", "full", "attention"]
 Offload = Literal["cpu"]
 
@@ -101,34 +100,60 @@ def apply_memory(
 
     Raises:
         TypeError: if the model has neither an adapter nor a ``ModuleList``.
-        ValueError: if the weights are already quantized to another dtype, or ``stream_weights``
-            meets a weight of a tensor subclass that is not a frozen one of torchao.
+        ValueError: if the weights are already quantized to another dtype, ``stream_weights``
+            meets a weight of a tensor subclass that is not a frozen one of torchao, blocks or
+            feed-forwards have replaced forwards, or experts that would take turns on the device
+            differ in the layouts of their tensors or share parameters. Nothing is changed then.
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
-    streams = config.stream_weights is not None
-    if isinstance(module, Experts):
-        if device is not None or streams:
-            module.swap = None  # of an earlier call
-        if device is None or streams:
-            for expert in members(module):
-                apply_memory(expert, config, device=device)
-        else:
-            module.swap = ExpertSwap(module, partial(apply_memory, config=config, device=device))
+    if device is not None:
+        torch.empty(0, device=device)  # raises if there is no such device
+    experts = check_members(module, partial(_check_policy, config=config))
+    if not isinstance(module, Experts):
+        _apply(module, config, device)
         return
+    streams = config.stream_weights is not None
+    exchanged = device is not None and not streams
+    if exchanged:
+        check_exchange(module, config.weight_dtype)
+    if device is not None or streams:
+        module.swap = None  # of an earlier call
+    if exchanged:
+        module.swap = ExpertSwap(module, partial(_apply, config=config, device=device))
+    else:
+        for expert in experts:
+            _apply(expert, config, device)
+
+
+def _transformer_of(module: nn.Module) -> nn.Module:
     backbone = getattr(module, "backbone", None)
-    transformer = backbone if isinstance(backbone, nn.Module) else module
+    return backbone if isinstance(backbone, nn.Module) else module
+
+
+def _check_policy(module: nn.Module, config: MemoryConfig) -> None:
+    """Raise the errors of :func:`apply_memory` for one model, and change nothing."""
+    transformer, streams = _transformer_of(module), config.stream_weights
+    check_cast(transformer, config.weight_dtype)
+    check_streaming(transformer, streams)
+    modes = config.activation_checkpointing, config.offload
+    check_checkpointing(transformer, *modes, streamed=streams is not None)
+    find_blocks(transformer).check_chunk_feed_forward(transformer, config.feed_forward_chunk)
+
+
+def _apply(module: nn.Module, config: MemoryConfig, device: torch.device | str | None) -> None:
+    transformer, streams = _transformer_of(module), config.stream_weights
     home = device_of(transformer) if device is None else device
     stream_weights(transformer, None)
     # Weights come first, because they move to the device layer by layer, already narrow.
-    cast_weights(transformer, config.weight_dtype, device=device, stay=streams)
-    stream_weights(transformer, config.stream_weights, home)
+    cast_weights(transformer, config.weight_dtype, device=device, stay=streams is not None)
+    stream_weights(transformer, streams, home)
     activation_checkpointing(transformer, config.activation_checkpointing, config.offload)
     # 8192 tokens at a time lower the simulated peak of 14B at 720p from 49.0 to 46.1 GiB (mode
     # full, offloaded) for 1.6 % more FLOPs (bench/RESULTS.md).
     find_blocks(transformer).chunk_feed_forward(transformer, config.feed_forward_chunk)
     if device is not None:
-        for child in module.children() if transformer is backbone else ():
-            if child is not backbone:
+        for child in module.children() if transformer is not module else ():
+            if child is not transformer:
                 child.to(device)
 
 

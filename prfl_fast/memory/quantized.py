@@ -10,6 +10,7 @@ the input and the bias only. Trainable low-rank adapters (peft) are added on top
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from prfl_fast.kernels import quantize_fp8
 from prfl_fast.memory.host_weights import is_torchao
-from prfl_fast.models.experts import named_members
+from prfl_fast.models.experts import check_members
 from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check, check_choice
@@ -26,6 +27,7 @@ from prfl_fast.utils.modules import forget, is_plain_linear, unwrap
 from prfl_fast.utils.optional import need
 
 Kind = Literal["fp8", "nf4"]
+WeightDtype = Literal["fp32", "bf16", "fp8", "nf4"]
 Model = TypeVar("Model", bound=nn.Module)
 
 KINDS = ("fp8", "nf4")
@@ -246,14 +248,12 @@ def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, n
             yield from _linears(child, whole)
 
 
-def _block_linears(
-    model: nn.Module, kind: str, prefix: str = ""
-) -> list[tuple[nn.Module, str, nn.Linear, str]]:
+def _block_linears(model: nn.Module, kind: str) -> list[tuple[nn.Module, str, nn.Linear, str]]:
     """Return the linear layers of every block; raise if one is quantized to another kind."""
     found = [
         entry
         for index, block in enumerate(find_blocks(model).blocks(model))
-        for entry in _linears(block, f"{prefix}blocks.{index}")
+        for entry in _linears(block, f"blocks.{index}")
     ]
     for _, _, layer, name in found:
         if isinstance(layer, QuantizedLinear):
@@ -262,9 +262,14 @@ def _block_linears(
     return found
 
 
-def _check_quantizable(model: nn.Module, kind: Kind, prefix: str = "") -> None:
-    """Raise ``ValueError`` if a linear layer of a block cannot be quantized."""
-    for _, _, layer, name in _block_linears(model, kind, prefix):
+def check_cast(model: nn.Module, kind: WeightDtype) -> None:
+    """Raise the errors of :func:`cast_weights`, and change nothing."""
+    found = _block_linears(model, kind)
+    if kind not in KINDS:
+        return
+    if kind == "nf4":
+        need("bitsandbytes", "nf4")
+    for _, _, layer, name in found:
         if not isinstance(layer, QuantizedLinear) and not is_plain_linear(layer):
             raise ValueError(
                 f"{name} has hooks, a replaced forward, FP8 products or a quantized weight, "
@@ -304,17 +309,14 @@ def quantize(model: Model, kind: Kind, *, device: torch.device | str | None = No
         MissingExtraError: if ``nf4`` needs bitsandbytes and it is not installed.
     """
     check_choice("kind", kind, KINDS)
-    experts = named_members(model)
-    for name, member in experts.items():
-        _check_quantizable(member, kind, f"{name}." if name else "")
-    for member in experts.values():  # not before all are checked
+    for member in check_members(model, partial(check_cast, kind=kind)):
         _quantize_blocks(member, kind, device)
     return model if device is None else model.to(device)
 
 
 def cast_weights(
     model: Model,
-    kind: Literal["fp32", "bf16", "fp8", "nf4"],
+    kind: WeightDtype,
     *,
     device: torch.device | str | None = None,
     stay: bool = False,
@@ -330,15 +332,39 @@ def cast_weights(
     the model stays where it is: each layer is quantized on ``device`` and moves back.
     """
     check_choice("kind", kind, ("fp32", "bf16", *KINDS))
-    _block_linears(model, kind)
+    check_cast(model, kind)
     if kind == "fp8" or kind == "nf4":
-        _check_quantizable(model, kind)
         _quantize_blocks(model, kind, device, stay=stay)
+    for parameter, dtype in _cast_dtypes(model, kind):
+        parameter.data = parameter.data.to(dtype)
+    return model if device is None or stay else model.to(device)
+
+
+def _cast_dtypes(model: nn.Module, kind: WeightDtype) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    """Yield each parameter that has a dtype of its own, and its dtype in a layout."""
     base = unwrap(model)
     keep = getattr(base, "_keep_in_fp32_modules", None) or ()
     for name, parameter in base.named_parameters():
         if parameter.is_floating_point() and not is_torchao(parameter):
             wide = kind == "fp32" or any(part in keep for part in name.split("."))
-            dtype = torch.float32 if wide else torch.bfloat16
-            parameter.data = parameter.data.to(dtype)
-    return model if device is None or stay else model.to(device)
+            yield parameter, torch.float32 if wide else torch.bfloat16
+
+
+def layouts_after(model: nn.Module, kind: WeightDtype) -> list[tuple[Any, ...]]:
+    """Return what decides the shape, strides and dtype of each tensor after :func:`cast_weights`.
+
+    Two models have tensors of the same layouts then if their results are equal.
+    """
+    layers = [layer for *_, layer, _ in _block_linears(model, kind)] if kind in KINDS else []
+    packed = {
+        id(layer.qweight if isinstance(layer, QuantizedLinear) else layer.weight): layer
+        for layer in layers
+    }
+    dtypes = {id(parameter): dtype for parameter, dtype in _cast_dtypes(model, kind)}
+    return [
+        (kind, packed[id(t)].out_features, packed[id(t)].in_features)
+        if id(t) in packed
+        else (t.shape, t.stride(), dtypes.get(id(t), t.dtype))
+        for t in (*model.parameters(), *model.buffers())
+        if t.numel()
+    ]

@@ -302,6 +302,8 @@ def stream_weights(
     Raises:
         ValueError: if a block has a weight of a tensor subclass, except for frozen ones of torchao.
     """
+    check_streaming(model, ahead)
+    home = torch.empty(0, device=device_of(model) if device is None else device).device
     blocks = [unwrap_block(block) for block in find_blocks(model).blocks(model)]
     for block in blocks:
         streamed = block.__dict__.get(STREAMED)
@@ -310,10 +312,6 @@ def stream_weights(
             type(block).leave(block)
     if ahead is None:
         return
-    check_count("stream_weights", ahead)
-    for block in blocks:
-        check_can_wait(block)
-    home = torch.empty(0, device=device_of(model) if device is None else device).device
     key = (home, any(isinstance(p, FakeTensor) for p in model.parameters()))
     slots = _slots.get(key)
     if slots is None:
@@ -331,6 +329,15 @@ def stream_weights(
         if id(tensor) not in waiting:
             tensor.data = tensor.data.to(home)
     slots.fit(max(weights.host.nbytes for weights in ring.blocks), ahead + 1)
+
+
+def check_streaming(model: nn.Module, ahead: int | None) -> None:
+    """Raise the errors of :func:`stream_weights`, and change nothing."""
+    blocks = find_blocks(model).blocks(model)
+    if ahead is not None:
+        check_count("stream_weights", ahead)
+        for block in blocks:
+            check_can_wait(unwrap_block(block))
 
 
 def waiting_weights(model: nn.Module) -> list[BlockWeights]:

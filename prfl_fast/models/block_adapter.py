@@ -42,7 +42,7 @@ def feed_forward_in_chunks(self: Any, hidden_states: torch.Tensor) -> torch.Tens
     return in_chunks(with_weights(self, forward), hidden_states, self.chunk)
 
 
-def check_class_forward(modules: Iterable[nn.Module], allowed: object = None) -> None:
+def check_class_forward(modules: Iterable[nn.Module], allowed: object) -> None:
     """Raise ``ValueError`` if a module has an instance forward that is not ``allowed``."""
     for module in modules:
         if "forward" in module.__dict__ and instance_forward(module) is not allowed:
@@ -169,21 +169,30 @@ class BlockAdapter:
         """Return the feed-forward of every block, a module of one tensor ``[B, L, D]``."""
         return [block.ffn for block in self.blocks(base)]
 
+    def check_chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
+        """Raise the errors of :meth:`chunk_feed_forward`, and change nothing."""
+        if tokens is not None:
+            check_count("tokens", tokens)
+        check_class_forward(self.feed_forwards(unwrap(model)), feed_forward_in_chunks)
+
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
         """Run the feed-forward of every block ``tokens`` tokens at a time; None undoes it.
 
         Raise ``ValueError`` if ``tokens`` is not positive or a feed-forward has a replaced forward.
         """
-        if tokens is not None:
-            check_count("tokens", tokens)
-        layers = self.feed_forwards(unwrap(model))
-        check_class_forward(layers, feed_forward_in_chunks)
-        for layer in layers:
+        self.check_chunk_feed_forward(model, tokens)
+        for layer in self.feed_forwards(unwrap(model)):
             if tokens is not None:
                 layer.chunk = tokens
                 set_forward(layer, feed_forward_in_chunks)
             elif "forward" in layer.__dict__:
                 del layer.chunk, layer.forward
+
+    def check_checkpoint_blocks(self, model: nn.Module, on: bool) -> None:
+        """Raise the errors of :meth:`checkpoint_blocks` with a runner or None; change nothing."""
+        for block in map(unwrap_block, self.blocks(model) if on else ()):
+            if instance_forward(block) not in self.own_forwards:
+                check_class_forward([block], class_forward)
 
     def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
         """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.
@@ -191,6 +200,7 @@ class BlockAdapter:
         ``args`` are the arguments that the model passes, the residual stream first. Raise
         ``ValueError`` if a block has a forward that is not of this package.
         """
+        self.check_checkpoint_blocks(model, run is not None)
         for block in map(unwrap_block, self.blocks(model)):
             block.__dict__.pop("block_runner", None)
             if instance_forward(block) is class_forward:
@@ -198,20 +208,22 @@ class BlockAdapter:
             if run is not None:
                 if "forward" not in block.__dict__:
                     set_forward(block, class_forward)
-                elif instance_forward(block) not in self.own_forwards:
-                    check_class_forward([block])
                 block.__dict__["block_runner"] = run
 
     def shared_heads(self, config: Mapping[str, Any]) -> int:
         """Return the heads that ranks sharing a sample divide; 1 if a sample runs on one rank."""
         return 1
 
+    def check_shard_sequence(self, model: nn.Module, group: Any) -> None:
+        """Raise ``ValueError`` for a process group, unless the family supports it."""
+        refuse_sequence(self.name, group)
+
     def shard_sequence(self, model: nn.Module, group: Any) -> None:
         """Run each sample's tokens on all ranks of a process group; None undoes it.
 
         Raise ``ValueError`` if the family does not support it.
         """
-        refuse_sequence(self.name, group)
+        self.check_shard_sequence(model, group)
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """Return the transformer blocks, in order."""
@@ -323,6 +335,12 @@ class DiffusersAdapter(BlockAdapter):
         """Return D, the width of the residual stream."""
         config: Any = unwrap(model).config  # embeddings may have an adapter
         return config.num_attention_heads * config.attention_head_dim
+
+    def check_checkpoint_blocks(self, model: nn.Module, on: bool) -> None:
+        """Raise ``ValueError`` if ``on`` and a subclass has switched this off."""
+        base: Any = unwrap(model)
+        kind, ok = type(base).__name__, not on or base._supports_gradient_checkpointing
+        check(ok, "model", kind, "a class that supports gradient checkpointing")
 
     def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
         """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.

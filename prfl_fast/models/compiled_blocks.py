@@ -22,7 +22,7 @@ from prfl_fast.models.block_timer import (
     describe_ratio,
 )
 from prfl_fast.models.compiler_errors import is_compiler_error
-from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.experts import Experts, check_members
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.checks import check_choice, reason_of
 from prfl_fast.utils.modules import STREAMED, device_of, unwrap
@@ -158,7 +158,7 @@ def compile_blocks(
     """
     check_choice("mode", mode, MODES)
     if isinstance(model, Experts):
-        for expert in members(model):
+        for expert in check_members(model, lambda each: find_blocks(each).blocks(each)):
             compile_blocks(expert, mode, backend=backend)
         return model
     blocks = list(find_blocks(model).blocks(model))

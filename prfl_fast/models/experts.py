@@ -113,6 +113,29 @@ def named_members(model: nn.Module) -> dict[str, nn.Module]:
     return dict(zip(names, members(model), strict=True))
 
 
+def check_members(model: nn.Module, check: Callable[[Any], object]) -> tuple[nn.Module, ...]:
+    """Return the :func:`members` of a model after ``check(member)`` has passed for each.
+
+    A function that changes a model in place loops over the result, so that an expert that is
+    refused leaves the other unchanged. Errors of ``check`` name the expert.
+    """
+    for name, member in named_members(model).items():
+        try:
+            check(member)
+        except (TypeError, ValueError) as error:
+            if not name:
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"expert {name}: {error}") from error
+    return members(model)
+
+
+def check_separate(model: Experts, reason: str) -> None:
+    """Raise ``ValueError`` if the experts share parameters; ``reason`` ends the message."""
+    shared = {*map(id, model.high.parameters())} & {*map(id, model.low.parameters())}
+    check(not shared, "parameters that both experts hold", len(shared), f"0: {reason}")
+
+
 class ExpertsAdapter:
     """Adapter of :class:`Experts`; ``each`` is the adapter of both experts.
 
@@ -132,17 +155,9 @@ class ExpertsAdapter:
         )
 
     def patch(self, model: Experts) -> None:
-        """Patch both experts, or none if one of them raises."""
-        before = self.each.is_patched(model.high)
-        for name, expert in named_members(model).items():
-            try:
-                self.each.patch(expert)
-            except Exception as error:
-                if name == "low" and not before:
-                    self.each.unpatch(model.high)
-                if isinstance(error, ValueError):
-                    raise ValueError(f"expert {name}: {error}") from error
-                raise
+        """Patch both experts."""
+        for expert in check_members(model, lambda each: self.each.check_patchable(unwrap(each))):
+            self.each.patch(expert)
 
     def unpatch(self, model: Experts) -> None:
         """Unpatch both experts."""

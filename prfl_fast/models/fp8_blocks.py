@@ -8,7 +8,7 @@ from torch import nn
 
 from prfl_fast.kernels.linear.fp8 import unsupported_reason
 from prfl_fast.models.block_adapter import unwrap_block
-from prfl_fast.models.experts import named_members
+from prfl_fast.models.experts import check_members
 from prfl_fast.models.fp8_linear import Fp8Linear
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.utils.modules import device_of, is_plain_linear
@@ -53,25 +53,18 @@ def use_fp8_linears(model: Model, use: bool = True) -> Model:
         ValueError: if the GPU has no FP8 products, a layer has hooks, a replaced forward or a
             quantized weight, or no layer has rows and columns in multiples of 16.
     """
-    found: dict[str, nn.Linear] = {}
-    for expert, member in named_members(model).items():
-        blocks = [unwrap_block(block) for block in find_blocks(member).blocks(member)]
-        layers = _layers(blocks, f"{expert}." if expert else "")
-        name = f"expert {expert}" if expert else "model"
-        if use:
-            check_fp8_linears(device_of(member), name)
-            _check_layers(layers, name)
-        found |= layers
-    for layer in found.values():  # not before all experts are checked
-        if type(layer) in (nn.Linear, Fp8Linear):
-            layer.__class__ = Fp8Linear if use else nn.Linear
+    for member in check_members(model, _check_usable if use else _layers):
+        for layer in _layers(member).values():
+            if type(layer) in (nn.Linear, Fp8Linear):
+                layer.__class__ = Fp8Linear if use else nn.Linear
     return model
 
 
-def _layers(blocks: list[nn.Module], prefix: str) -> dict[str, nn.Linear]:
-    """Return the projections of the blocks that FP8 products can run, by name after a prefix."""
+def _layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the projections of the blocks that FP8 products can run, by name."""
+    blocks = [unwrap_block(block) for block in find_blocks(model).blocks(model)]
     return {
-        f"{prefix}blocks.{index}.{name}": layer
+        f"blocks.{index}.{name}": layer
         for index, block in enumerate(blocks)
         for name, layer in block.named_modules()
         if isinstance(layer, nn.Linear)
@@ -80,11 +73,13 @@ def _layers(blocks: list[nn.Module], prefix: str) -> dict[str, nn.Linear]:
     }
 
 
-def _check_layers(layers: dict[str, nn.Linear], model: str) -> None:
-    """Raise ``ValueError`` if there is no layer, or one that is neither plain nor in FP8 yet."""
+def _check_usable(model: nn.Module) -> None:
+    """Raise ``ValueError`` if FP8 products do not run on the model's device or all its layers."""
+    check_fp8_linears(device_of(model))
+    layers = _layers(model)
     if not layers:
         raise ValueError(
-            f"the blocks of {model} have no linear layer with rows and columns in multiples of 16, "
+            "the blocks of model have no linear layer with rows and columns in multiples of 16, "
             "expected at least one: FP8 products take no other sizes"
         )
     for name, layer in layers.items():

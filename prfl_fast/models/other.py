@@ -125,19 +125,23 @@ class BlocksAdapter:
             joined = _joined[lists[0]] = nn.ModuleList(blocks)
         return joined
 
+    def check_checkpoint_blocks(self, model: nn.Module, on: bool) -> None:
+        """Raise the errors of :meth:`checkpoint_blocks` with a runner or None; change nothing."""
+        check_class_forward(self.blocks(model), class_forward)
+        for name, module in unwrap(model).named_modules() if on else ():
+            own = getattr(module, "gradient_checkpointing", False) is True
+            hint = "Call model.disable_gradient_checkpointing(): both would recompute each block"
+            label = f"gradient_checkpointing of {name or 'the model'}"
+            check(not own, label, own, "off", hint=hint)
+
     def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
         """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it.
 
         Raise ``ValueError`` if the model's own gradient checkpointing is on, or a block has another
         replaced forward.
         """
-        blocks = self.blocks(model)
-        check_class_forward(blocks, class_forward)
-        for name, module in unwrap(model).named_modules():
-            on = getattr(module, "gradient_checkpointing", False) is True and run is not None
-            hint = "Call model.disable_gradient_checkpointing(): both would recompute each block"
-            check(not on, f"gradient_checkpointing of {name or 'the model'}", on, "off", hint=hint)
-        for block in blocks:
+        self.check_checkpoint_blocks(model, run is not None)
+        for block in self.blocks(model):
             if run is not None:
                 block.block_runner = run  # type: ignore[assignment]
                 set_forward(block, class_forward)
@@ -148,6 +152,8 @@ class BlocksAdapter:
         """Raise ``ValueError`` unless ``tokens`` is None: the blocks' structure is unknown."""
         kind = type(unwrap(model)).__name__
         check(tokens is None, f"feed_forward_chunk of {kind}", tokens, "None without an adapter")
+
+    check_chunk_feed_forward = chunk_feed_forward
 
 
 def _inner(model: nn.Module) -> Any:
@@ -171,6 +177,10 @@ class VelocityAdapter(NoReference):
     def matches(self, model: nn.Module) -> bool:
         """Return True for a :class:`VelocityModel`, bare or wrapped."""
         return isinstance(unwrap(model), VelocityModel)
+
+    def check_patchable(self, base: Any) -> None:
+        """Raise the errors of :meth:`patch`, and change nothing."""
+        self._find(_inner(base)).check_patchable(_inner(base))
 
     def patch(self, model: nn.Module) -> None:
         """Patch the inner model; raise ``TypeError`` if no adapter supports it."""
@@ -202,10 +212,20 @@ class VelocityAdapter(NoReference):
         check(count == len(blocks), "the number of blocks of a reward", count, expected)
         return blocks
 
+    def check_checkpoint_blocks(self, model: nn.Module, on: bool) -> None:
+        """Raise the errors of :meth:`checkpoint_blocks` with a runner or None; change nothing."""
+        adapter, target = self._memory(model)
+        adapter.check_checkpoint_blocks(target, on)
+
     def checkpoint_blocks(self, model: nn.Module, run: BlockRunner | None) -> None:
         """Call every block as ``run(block, *args)`` where gradients are enabled; None undoes it."""
         adapter, target = self._memory(model)
         adapter.checkpoint_blocks(target, run)
+
+    def check_chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
+        """Raise the errors of :meth:`chunk_feed_forward`, and change nothing."""
+        adapter, target = self._memory(model)
+        adapter.check_chunk_feed_forward(target, tokens)
 
     def chunk_feed_forward(self, model: nn.Module, tokens: int | None) -> None:
         """Run the feed-forwards ``tokens`` tokens at a time; None undoes it.
@@ -218,6 +238,8 @@ class VelocityAdapter(NoReference):
     def shard_sequence(self, model: nn.Module, group: Any) -> None:
         """Raise ``ValueError`` for a process group: the function may need all tokens."""
         refuse_sequence(self.name, group)
+
+    check_shard_sequence = shard_sequence
 
     def hidden_size(self, model: nn.Module) -> int:
         """Return the width of a block's output; raise ``ValueError`` if it is unknown."""

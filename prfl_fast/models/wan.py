@@ -45,6 +45,14 @@ from prfl_fast.utils.checks import check
 from prfl_fast.utils.modules import instance_forward, layers_of, set_forward, unwrap
 
 
+def _ends(base: Any) -> Replacements:
+    """Return the modules before and after the blocks that share tokens, with their forwards."""
+    ends: Replacements = [(base.patch_embedding, latents_forward)]
+    if isinstance(base.proj_out, nn.Linear):  # a backbone has none
+        ends.append((base.proj_out, head_forward))
+    return ends
+
+
 class WanDiffusersAdapter(DiffusersAdapter):
     """Adapter of diffusers' ``WanTransformer3DModel``; see :class:`prfl_fast.models.Adapter`."""
 
@@ -82,30 +90,36 @@ class WanDiffusersAdapter(DiffusersAdapter):
         """Return the attention heads of a configuration, which ranks that share a sample divide."""
         return int(config.get("num_attention_heads", 40))
 
-    def shard_sequence(self, model: nn.Module, group: Any) -> None:
-        """Run each sample's tokens on all ranks of a process group; None undoes it.
-
-        Raise ``ValueError`` if the model is not patched, or the ranks do not divide its heads.
-        """
+    def check_shard_sequence(self, model: nn.Module, group: Any) -> None:
+        """Raise the errors of :meth:`shard_sequence`, and change nothing."""
         base: Any = unwrap(model)
-        modules = [base, base.condition_embedder, *base.blocks]
-        ends = [(base.patch_embedding, latents_forward)]
-        if isinstance(base.proj_out, nn.Linear):  # a backbone has none
-            ends.append((base.proj_out, head_forward))
-        for module in (*modules, *(module for module, _ in ends)):
-            vars(module).pop(SEQUENCE, None)
-        for module, forward in ends:
-            if instance_forward(module) is forward:
-                del module.forward
         if group is None or dist.get_world_size(group) == 1:
             return
         hint = "Call prfl_fast.patch(model) first"
         kind = type(base).__name__
         check(self.is_patched(model), "model", f"an unpatched {kind}", "a patched one", hint=hint)
         check_heads(base.config.num_attention_heads, dist.get_world_size(group))
-        check_class_forward(module for module, _ in ends)
+        for module, forward in _ends(base):
+            check_class_forward([module], forward)
+
+    def shard_sequence(self, model: nn.Module, group: Any) -> None:
+        """Run each sample's tokens on all ranks of a process group; None undoes it.
+
+        Raise ``ValueError`` if the model is not patched, or the ranks do not divide its heads.
+        """
+        self.check_shard_sequence(model, group)
+        base: Any = unwrap(model)
+        ends = _ends(base)
+        modules = [base, base.condition_embedder, *base.blocks, *(module for module, _ in ends)]
+        for module in modules:
+            vars(module).pop(SEQUENCE, None)
+        for module, forward in ends:
+            if instance_forward(module) is forward:
+                del module.forward
+        if group is None or dist.get_world_size(group) == 1:
+            return
         shards = SequenceShards(group, base.blocks[0])
-        for module in (*modules, *(module for module, _ in ends)):
+        for module in modules:
             vars(module)[SEQUENCE] = shards
         for module, forward in ends:
             set_forward(module, forward)

@@ -102,6 +102,7 @@ class _RelativeAdapter(NoReference, WanDiffusersAdapter):
 
     planned = False
     # Their forwards do more with the tokens between the blocks than Wan's.
+    check_shard_sequence = BlockAdapter.check_shard_sequence
     shard_sequence = BlockAdapter.shard_sequence
     shared_heads = BlockAdapter.shared_heads
     caches = False

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel.mesh import ParallelConfig
 from prfl_fast.parallel.sequence import shard_sequence
-from prfl_fast.parallel.sharding import shard
+from prfl_fast.parallel.sharding import check_shardable, shard
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +33,8 @@ def distribute(
         TypeError, ValueError: see :func:`prfl_fast.parallel.shard_sequence` and
             :func:`prfl_fast.parallel.shard`.
     """
+    if config.shard != 1:
+        check_shardable(model, mesh)  # before its tokens are shared
     if mesh["sp"].size() > 1:
         shard_sequence(model, mesh)
     if config.shard != 1:

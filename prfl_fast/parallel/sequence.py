@@ -1,11 +1,11 @@
 """Share each sample's tokens among the ranks of a mesh."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.experts import check_members
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.rewards.latent import LatentRewardModel
 
@@ -30,11 +30,8 @@ def shard_sequence(model: Model, mesh: DeviceMesh) -> Model:
         ValueError: if ranks cannot share a sample of that class, the model is not patched, or the
             ranks do not divide its heads.
     """
-    if isinstance(model, Experts):
-        for expert in members(model):
-            shard_sequence(expert, mesh)
-        return model
-    target = model.backbone if isinstance(model, LatentRewardModel) else model
     group = mesh.get_group("sp") if mesh["sp"].size() > 1 else None
-    find_adapter(target).shard_sequence(target, group)
+    target: Any = model.backbone if isinstance(model, LatentRewardModel) else model
+    for each in check_members(target, lambda m: find_adapter(m).check_shard_sequence(m, group)):
+        find_adapter(each).shard_sequence(each, group)
     return model

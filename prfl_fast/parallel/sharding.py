@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prfl_fast.models.block_adapter import unwrap_block
-from prfl_fast.models.experts import Experts, members
+from prfl_fast.models.experts import Experts, check_members, check_separate
 from prfl_fast.models.registry import find_blocks
 from prfl_fast.parallel.averaging import broadcast_weights
 from prfl_fast.parallel.mesh import DIMENSIONS
@@ -104,53 +104,39 @@ def shard(
     Raises:
         TypeError: if the model's blocks are unknown.
         ValueError: if the mesh has other dimensions; the model is sharded already, wrapped in
-            DistributedDataParallel or compiled as a whole; its weights wait in host memory; or two
-            experts take turns on the device.
+            DistributedDataParallel or compiled as a whole; its weights wait in host memory; a block
+            is twice in its lists; or two experts take turns on the device or share parameters.
     """
-    check_type("model", model, nn.Module)
-    parts = shard_mesh(mesh)
-    if parts.size(parts.ndim - 1) == 1:
-        return model
-    if isinstance(model, Experts):
-        hint = "Sharded experts are both on the device: apply their memory policy with device=None"
-        ok = model.swap is None
-        check(
-            ok,
-            "model",
-            "experts that take turns on the device",
-            "experts that stay on it",
-            hint=hint,
-        )
-        for expert in members(model):
-            options: dict[str, Any] = {"keep_gathered": keep_gathered, "reduce_once": reduce_once}
-            options |= {"reshard_after_forward": reshard_after_forward}
-            shard(expert, mesh, param_dtype=param_dtype, **options)
-        return model
-    reward = model if isinstance(model, LatentRewardModel) else None
-    backbone = model if reward is None else reward.backbone
-    root = unwrap(backbone) if reward is None else reward
-    blocks = [unwrap_block(block) for block in find_blocks(backbone).blocks(backbone)]
-    _check_shardable(model, root, blocks)
-    if reduce_once is None:
-        trained = sum(p.nbytes for p in root.parameters() if p.requires_grad)
-        reduce_once = trained <= FEW_TRAINED * sum(p.nbytes for p in root.parameters())
-    # LoRA starts at random, and the parts that make one copy come from different ranks.
-    broadcast_weights(p for _, p in adapter_parameters(root))
-    wide = _wide_parameters(unwrap(backbone), blocks, param_dtype)
-    whole = _shard_modules(root, blocks, parts, wide, param_dtype, reshard_after_forward)
-    for tensor in (*whole, *root.buffers()):
-        if tensor.device.type != mesh.device_type and not tensor.is_meta:
-            tensor.data = tensor.data.to(next(root.parameters()).device)
-    find_owners(root, reshard_after_forward)
-    set_choices(root, keep_gathered=keep_gathered, reduce_once=reduce_once)
-    if reward is not None:
-        register_fsdp_forward_method(reward, "logits")  # trainers call it instead of forward
-    nbytes = sum(p.nbytes for p in whole)
-    logger.info("sharded %s; %d bytes stay whole", type(root).__name__, nbytes)
+    for each in check_shardable(model, mesh):
+        parts = shard_mesh(mesh)
+        _shard(each, parts, param_dtype, reshard_after_forward, keep_gathered, reduce_once)
     return model
 
 
-def _check_shardable(model: nn.Module, root: nn.Module, blocks: list[nn.Module]) -> None:
+def check_shardable(model: nn.Module, mesh: DeviceMesh) -> tuple[nn.Module, ...]:
+    """Return the models that :func:`shard` shards by themselves; raise its errors."""
+    check_type("model", model, nn.Module)
+    parts = shard_mesh(mesh)
+    if parts.size(parts.ndim - 1) == 1:
+        return ()
+    if isinstance(model, Experts):
+        hint = "Sharded experts are both on the device: apply their memory policy with device=None"
+        came, expected = "experts that take turns on the device", "experts that stay on it"
+        check(model.swap is None, "model", came, expected, hint=hint)
+        check_separate(model, "each expert is sharded by itself")
+    return check_members(model, _check_shardable)
+
+
+def _parts_of(model: nn.Module) -> tuple[Any, nn.Module, list[nn.Module]]:
+    """Return the transformer of a model, the module to shard as a whole, and the blocks."""
+    reward = isinstance(model, LatentRewardModel)
+    backbone: Any = model.backbone if reward else model
+    root = model if reward else unwrap(model)
+    return backbone, root, [unwrap_block(block) for block in find_blocks(backbone).blocks(backbone)]
+
+
+def _check_shardable(model: nn.Module) -> None:
+    _, root, blocks = _parts_of(model)
     kind = type(model).__name__
     sharded = any(is_fsdp(m) for m in root.modules()) or any(map(is_dtensor, root.parameters()))
     check(not sharded, "model", f"a {kind} that is sharded already", "a whole model")
@@ -162,6 +148,35 @@ def _check_shardable(model: nn.Module, root: nn.Module, blocks: list[nn.Module])
     hint += " at None, or train with shard: 1"
     kind = "one whose weights wait in host memory"
     check(not streamed, "model", kind, "one without stream_weights", hint=hint)
+    count, expected = len({*blocks}), f"{len(blocks)}: each module once in its lists"
+    check(count == len(blocks), "the number of blocks to shard", count, expected)
+
+
+def _shard(
+    model: nn.Module,
+    parts: DeviceMesh,
+    param_dtype: torch.dtype | None,
+    reshard_after_forward: bool,
+    keep_gathered: bool,
+    reduce_once: bool | None,
+) -> None:
+    backbone, root, blocks = _parts_of(model)
+    if reduce_once is None:
+        trained = sum(p.nbytes for p in root.parameters() if p.requires_grad)
+        reduce_once = trained <= FEW_TRAINED * sum(p.nbytes for p in root.parameters())
+    # LoRA starts at random, and the parts that make one copy come from different ranks.
+    broadcast_weights(p for _, p in adapter_parameters(root))
+    wide = _wide_parameters(unwrap(backbone), blocks, param_dtype)
+    whole = _shard_modules(root, blocks, parts, wide, param_dtype, reshard_after_forward)
+    for tensor in (*whole, *root.buffers()):
+        if tensor.device.type != parts.device_type and not tensor.is_meta:
+            tensor.data = tensor.data.to(next(root.parameters()).device)
+    find_owners(root, reshard_after_forward)
+    set_choices(root, keep_gathered=keep_gathered, reduce_once=reduce_once)
+    if root is not unwrap(backbone):  # a reward model
+        register_fsdp_forward_method(root, "logits")  # trainers call it instead of forward
+    nbytes = sum(p.nbytes for p in whole)
+    logger.info("sharded %s; %d bytes stay whole", type(root).__name__, nbytes)
 
 
 def _shard_modules(

@@ -26,7 +26,7 @@ from prfl_fast.utils.adapters import (
 )
 from prfl_fast.utils.checks import check
 from prfl_fast.utils.digests import DIGESTS, check_folder, write_digests
-from prfl_fast.utils.io import load_tensors, open_tensors, read_json, save_tensors
+from prfl_fast.utils.io import check_fit, load_tensors, open_tensors, read_json, save_tensors
 from prfl_fast.utils.modules import layers_of, unwrap
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.sharded import class_name, is_dtensor, is_fsdp, local_part
@@ -232,10 +232,17 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
         ValueError: if the file is missing, truncated, or of another model, or if its adapter has
             another rank or scale. The model is unchanged then.
     """
+    parts = {folder: model}
     if isinstance(model, Experts):
-        for expert in model.trained:
-            load_model(getattr(model, expert), folder / FOLDERS[expert])
-        return
+        parts = {folder / FOLDERS[name]: getattr(model, name) for name in model.trained}
+    for found in [_read_model(part, path) for path, part in parts.items()]:  # all are checked first
+        copy_into(*found)
+
+
+def _read_model(
+    model: torch.nn.Module, folder: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Path]:
+    """Return the tensors in a folder, those of ``model`` that they replace, and the file's path."""
     model = without_function(model)
     path = folder / _model_file(model)
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -243,8 +250,9 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
     check(path.is_file(), f"content of {folder}", found, path.name, hint=hint)
     tensors = load_tensors(path)
     if adapter_name(model) is None:
-        copy_into(tensors, stored_tensors(model), path)
-        return
+        targets = stored_tensors(model)
+        check_fit(targets, tensors, path, dtypes=True)
+        return tensors, targets, path
     if (folder / DIGESTS).is_file():  # diffusers writes none
         check_folder(folder, (path.name,), "adapter")
     with open_tensors(path) as opened:
@@ -253,7 +261,8 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
     targets = _adapter_tensors(model)
     tensors = {PIPELINE_PART + n.removeprefix(PIPELINE_PART): t for n, t in tensors.items()}
     tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
-    copy_into(tensors, targets, path)
+    check_fit(targets, tensors, path, dtypes=True)
+    return tensors, targets, path
 
 
 def _check_adapter(model: torch.nn.Module, saved: Mapping[str, Any], path: Path) -> None:

@@ -10,10 +10,11 @@ from wan import inputs, tiny_wan
 
 from prfl_fast import patch, unpatch
 from prfl_fast.memory.quantized import cast_weights
+from prfl_fast.models.experts import Experts
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.training import sft_loss
 from prfl_fast.training.checkpoint import load_model, save_model
-from prfl_fast.training.lora import add_lora
+from prfl_fast.training.lora import add_lora, merge_lora
 from prfl_fast.utils.digests import DIGESTS
 
 safe_open = pytest.importorskip("safetensors").safe_open
@@ -248,3 +249,31 @@ def test_the_official_layouts_attentions_get_adapters(variant):
     trained = {n.split(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
     names = {f"blocks.{i}.{a}_attn.{x}" for i in (0, 1) for a in ("self", "cross") for x in "qkvo"}
     assert trained == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ("to_q", "norm_q")}, "blocks.0.attn1.norm_q of .* 'RMSNorm', expected"),
+        ({"target_modules": ("to_x",)}, r"target_modules is \('to_x',\), expected suffixes"),
+        ({"lora_rank": 0}, "lora_rank is 0, expected a positive integer"),
+        ({"lora_alpha": "4"}, "lora_alpha is '4', expected a finite number"),
+    ],
+)
+def test_what_peft_would_refuse_freezes_nothing(options, message):
+    model = base_model("fp32")
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, **{"lora_rank": 2, **options})
+    assert all(p.requires_grad and "lora_" not in n for n, p in model.named_parameters())
+    assert not hasattr(model, "peft_config")
+
+
+def test_both_experts_are_merged():
+    pair = Experts(train(base_model("bf16")), train(base_model("bf16"), steps=2), 0.85)
+    expected = copy.deepcopy(pair)
+    for expert in expected.children():
+        merge_lora(expert)
+    merge_lora(pair)
+    ours, theirs = pair.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and not any("lora_" in name for name in ours)
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
