@@ -8,11 +8,13 @@ alone.
 """
 
 import argparse
+import ast
 import contextlib
 import gc
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -48,6 +50,10 @@ _YAML = {
     "calibrate": "choose the fastest rollout of a train file within rollout.drift",
 }
 
+# Python's words for values and YAML's, and expressions for a string and a tuple of at most tuples.
+_WORDS = {"None": "null", "True": "true", "False": "false"}
+_STRING = r"""(?<!\w)(?:'[^']*'|"[^"]*")"""
+_TUPLE = r"\((?:[^()]|\([^()]*\))*\)"
 _CONTINUED = ("encode", "train-reward", "train", "sample", "compare")
 
 
@@ -69,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(f"prfl-fast {command}", f"stopped by {stopped_by.name}{again}")
         return 128 + stopped_by  # as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
-        _print_error(f"prfl-fast {command}", str(error))
+        read = command in _YAML or command == "plan"
+        _print_error(f"prfl-fast {command}", _in_yaml(str(error)) if read else str(error))
         return BAD_INPUT
     except RuntimeError as error:
         return _failed(command, error)
@@ -294,6 +301,27 @@ def _failed(command: str, error: RuntimeError) -> int:
         raise error
     _print_error(f"prfl-fast {command}", str(error))
     return NON_FINITE
+
+
+def _in_yaml(text: str) -> str:
+    """Return an error with its values as a YAML file has them: null for None, lists for tuples."""
+
+    def listed(value: Any) -> Any:
+        return [*map(listed, value)] if isinstance(value, tuple) else value
+
+    def worded(match: re.Match[str]) -> str:
+        found = match[0]
+        if found.startswith("("):
+            with contextlib.suppress(ValueError, SyntaxError):  # words in brackets
+                value = ast.literal_eval(found)
+                return str(listed(value)) if isinstance(value, tuple) else found
+        return _WORDS.get(found, found)
+
+    for values in (_TUPLE, "|".join(_WORDS)):
+        # A value stands alone: not in a path, nor in expandable_segments:True.
+        alone = rf"(?<![^\s(\[{{,])(?:{values})(?![^\s)\]}},.;:])"
+        text = re.sub(f"{_STRING}|{alone}", worded, text)
+    return text
 
 
 def _print_error(program: str, problem: str) -> None:

@@ -164,7 +164,7 @@ def test_early_stopping_saves_the_best_reward(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval": {}}, "eval.held_out is None, expected a share if there is no data, else none"),
+        ({"eval": {}}, "eval.held_out is null, expected a share if there is no data, else none"),
         ({"eval": {"held_out": 0.99}}, "held_out is 0.99, expected a share that leaves some of"),
         ({"eval": {"held_out": 0.5, "data": "d"}}, "eval.held_out is 0.5, expected a share if"),
         ({"eval": {"held_out": 0.5, "every": None, "patience": 1}}, "eval.patience is 1, expected"),

@@ -74,7 +74,7 @@ def refused(capsys, *args, **changes):
 def test_errors_are_one_line(root, pipeline, tmp_path, capsys):
     here = (root, pipeline, tmp_path)
     line = refused(capsys, *here)
-    assert "train is None, expected high or low without lora" in line
+    assert "train is null, expected high or low without lora" in line
     line = refused(capsys, root, root / "model", tmp_path, train="low")
     assert "train is 'low', expected no value for a model with one transformer" in line
     line = refused(capsys, *here, **LORA, prfl__method="draft")
@@ -85,13 +85,13 @@ def test_errors_are_one_line(root, pipeline, tmp_path, capsys):
     index = json.loads((broken / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))
     line = refused(capsys, root, broken, tmp_path)
-    assert "boundary_ratio is None, expected a number. Give the folders: {high: " in line
+    assert "boundary_ratio is null, expected a number. Give the folders: {high: " in line
     shutil.rmtree(broken / "transformer_2")
     line = refused(capsys, root, broken, tmp_path)
     assert "transformer_2 is 'missing', expected the second transformer" in line
     for name in ("high", "low"):
         shutil.copytree(pipeline / "transformer", tmp_path / "official" / f"{name}_noise_model")
     line = refused(capsys, root, tmp_path / "official", tmp_path)
-    assert "model_type is None, expected t2v or i2v. Or give {high: " in line
+    assert "model_type is null, expected t2v or i2v. Or give {high: " in line
     line = refused(capsys, *here, "train-reward")
     assert "has two experts, expected one: " in line and "transformer_2 (low noise)" in line

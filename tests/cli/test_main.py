@@ -327,7 +327,7 @@ def test_what_of_the_rollout_may_change_between_runs(root, tmp_path, capsys):
     train(root, out, {**base, "run.steps": 1})
     train(root, out, {**base, "rollout": {"cache": False, "compile": "off"}, "run.steps": 2})
     for changes, message in (
-        ({"rollout.merge_lora": True}, "made with rollout.merge_lora = False, this run has True"),
+        ({"rollout.merge_lora": True}, "made with rollout.merge_lora = false, this run has true"),
         ({"rollout.stride": 2}, "made with rollout.stride = 1, this run has 2"),
         ({"prfl.method": "refl"}, "made with prfl.method = 'prfl', this run has 'refl'"),
         ({"prfl.divergence": 0.1}, "made with prfl.divergence = 0.0, this run has 0.1"),

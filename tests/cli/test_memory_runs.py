@@ -64,7 +64,7 @@ def test_a_run_with_fp8_linears_resumes_and_keeps_them(tmp_path, capsys, lora):
     train(root, tmp_path / "parts", {**fp8, "run.steps": 1})
     off = {**fp8, "hardware.fp8_linears": False, "run.steps": 2}
     error = refused(capsys, "train", root, tmp_path / "parts", off)
-    assert "made with hardware.fp8_linears = True, this run has None" in error
+    assert "made with hardware.fp8_linears = true, this run has null" in error
     train(root, tmp_path / "parts", {**fp8, "run.steps": 2})
     exact = train(root, tmp_path / "exact", off)
     name = "pytorch_lora_weights" if lora else "diffusion_pytorch_model"

@@ -351,7 +351,7 @@ BAD = {
     "--apply FILE --num-inference-steps 40": "is 40, but FILE has prfl.num_inference_steps: 9",
     "--apply FILE --gradient-accumulation-steps 5": "has run.gradient_accumulation_steps: 2",
     "--apply FILE --batch-size 2": "--batch-size is 2, but FILE has run.batch_size: 1",
-    "--apply FILE --first-frame": "--first-frame is True, but the data of FILE has False",
+    "--apply FILE --first-frame": "--first-frame is true, but the data of FILE has false",
     "--model wan2.2-ti2v-5b": "height is 720, expected a multiple of 32",
     "--frames 1 --first-frame": "frames is 1, expected 4n + 1 above 1",
     "--apply FILE --frames 81": "--frames is 81, but the data of FILE has 5",

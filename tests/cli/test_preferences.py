@@ -59,7 +59,7 @@ ERRORS = [
     (
         "data",
         {"objectives": ["rwr"], "reward": ..., "rwr__label": "score"},
-        "manifest.jsonl:1: label score is None, expected a number. The record has ['motion_quali",
+        "manifest.jsonl:1: label score is null, expected a number. The record has ['motion_quali",
     ),
     (
         "data",

@@ -114,7 +114,7 @@ def test_a_changed_adapter_of_the_rollouts(world, tmp_path, capsys):
     assert call("train", world, out, changes, "--accept-changed-inputs") == 0
     rollout["adapter"] = [str(path), None]
     error = refused(capsys, "train", world, out, changes)
-    assert "rollout.adapter is (" in error and "one value for one transformer" in error
+    assert "rollout.adapter is [" in error and "one value for one transformer" in error
     rollout["adapter"] = str(world / "gone.safetensors")
     error = refused(capsys, "train", world, tmp_path / "other", changes)
     assert "rollout.adapter is" in error and "gone.safetensors', expected a file" in error
