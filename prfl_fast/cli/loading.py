@@ -152,6 +152,29 @@ def folders_of(model: str | ExpertsSection) -> tuple[tuple[str, ...], float | No
     return ((model,), None) if found is None else ((str(found[0]), str(found[1])), found[2])
 
 
+def check_model_keys(config: TrainFile, experts: bool, blocks: int) -> None:
+    """Check the keys that depend on the model: on its transformers and on the blocks of one."""
+    if not experts:
+        train, guidance = config.train, config.prfl.guidance
+        check(train is None, "train", train, "no value for a model with one transformer")
+        scale = None if guidance is None else guidance.guidance_scale
+        one = not isinstance(scale, tuple)
+        check(one, "prfl.guidance.guidance_scale", scale, "one number for one transformer")
+        for name in ("adapter", "adapter_scale"):
+            value = getattr(config.rollout, name)
+            one = not isinstance(value, tuple)
+            check(one, f"rollout.{name}", value, "one value for one transformer")
+    layers = config.rollout.sparse_dense_layers
+    expected = f"numbers below {blocks}, the model's blocks"
+    check(all(n < blocks for n in layers), "rollout.sparse_dense_layers", layers, expected)
+
+
+def block_count(folder: str) -> int:
+    """Return the number of transformer blocks of the model in a folder."""
+    model = empty_model(folder)
+    return len(find_adapter(model).blocks(model))
+
+
 def load_model(model: str | ExpertsSection, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Read the generator of a run to the CPU, one transformer or two experts."""
     folders, boundary = folders_of(model)

@@ -11,7 +11,7 @@ from torch import nn
 from prfl_fast.cli import loading
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
 from prfl_fast.cli.plan import note
-from prfl_fast.cli.sections import FeedbackSection, MemorySection
+from prfl_fast.cli.sections import FeedbackSection, MemorySection, RolloutSection
 from prfl_fast.data.dataset import Batches, DrawnPairs, Winners
 from prfl_fast.data.loader import LoadedBatches
 from prfl_fast.data.manifest import LatentDataset
@@ -136,19 +136,26 @@ def _step(
     assert isinstance(config.memory, MemorySection)
     feedback, precision = config.prfl, config.hardware.precision
     rewards, weights = rewards_of(config, models)
-    return PRFL(
-        velocity_call(transformer, autocast_of(config.memory.weight_dtype, precision)),
-        rewards,
-        _scheduler(feedback),
-        feedback.plan(),
-        num_inference_steps=feedback.num_inference_steps,
-        target=feedback.target,
-        weight=feedback.weight,
-        reward_weights=weights,
-        guidance=guidance,
-        rollout=config.rollout.build(),
-        divergence=feedback.divergence,
-    )
+    try:
+        return PRFL(
+            velocity_call(transformer, autocast_of(config.memory.weight_dtype, precision)),
+            rewards,
+            _scheduler(feedback),
+            feedback.plan(),
+            num_inference_steps=feedback.num_inference_steps,
+            target=feedback.target,
+            weight=feedback.weight,
+            reward_weights=weights,
+            guidance=guidance,
+            rollout=config.rollout.build(),
+            divergence=feedback.divergence,
+        )
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        for section, kind in (("prfl", FeedbackSection), ("rollout", RolloutSection)):
+            if name in kind.model_fields:
+                raise ValueError(f"{section}.{error}") from error
+        raise
 
 
 def sampler_of(config: TrainFile, transformer: nn.Module, guidance: Guidance | None) -> Sampler:

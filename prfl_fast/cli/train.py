@@ -117,7 +117,11 @@ def _train(config: TrainFile, options: RunOptions, job: Job) -> int:
     datasets = [dataset, *(() if held_out is None else held_out[:1])]
     for folder, source in itertools.product(folders, datasets):
         loading.check_model(folder, source)
-    _check_experts(config, boundary)
+    blocks = min(map(loading.block_count, folders))
+    loading.check_model_keys(config, boundary is not None, blocks)
+    if boundary is not None and config.lora is None:
+        hint = "Or add lora"
+        check(config.train in NAMES, "train", config.train, "high or low without lora", hint=hint)
     job.check_sequence(folders)
     for source in datasets if options.deep else ():
         check_values(source)
@@ -175,22 +179,6 @@ def _find_calibration(
     models = {k: v for k, v in inputs.items() if not k.startswith(("data", "empty"))}
     made_for = {"device": job.device.type, "settings": _identity(config), "models": models}
     return find_calibration(config, made_for, file, several=job.ranks.several)
-
-
-def _check_experts(config: TrainFile, boundary: float | None) -> None:
-    """Check the keys that depend on the number of transformers of the model."""
-    train, guidance = config.train, config.prfl.guidance
-    if boundary is None:
-        check(train is None, "train", train, "no value for a model with one transformer")
-        scale = None if guidance is None else guidance.guidance_scale
-        one = not isinstance(scale, tuple)
-        check(one, "prfl.guidance.guidance_scale", scale, "one number for one transformer")
-        for name in ("adapter", "adapter_scale"):
-            value = getattr(config.rollout, name)
-            one = not isinstance(value, tuple)
-            check(one, f"rollout.{name}", value, "one value for one transformer")
-    elif config.lora is None:
-        check(train in NAMES, "train", train, "high or low without lora", hint="Or add lora")
 
 
 def _load_models(

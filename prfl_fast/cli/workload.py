@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prfl_fast.cli.config import TrainFile, TrainRewardFile
-from prfl_fast.cli.loading import open_dataset
+from prfl_fast.cli.loading import check_model_keys, open_dataset
 from prfl_fast.cli.plan_options import DEFAULT_MODEL
 from prfl_fast.cli.reward_sections import ReferenceReward
 from prfl_fast.cli.sections import GuidanceSection
@@ -16,7 +16,7 @@ from prfl_fast.data.manifest import MANIFEST, LatentDataset
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.models.adapter import FIRST_FRAME
 from prfl_fast.parallel.mesh import ParallelConfig
-from prfl_fast.planning.presets import first_blocks, model_config, vae_stride
+from prfl_fast.planning.presets import Model, adapter_of, first_blocks, model_config, vae_stride
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.io import read_json
 
@@ -25,6 +25,7 @@ _SHARES = ("shard", "sequence")  # fields of ParallelConfig that are options
 # Fields of Workload that a section of the file decides, with their keys; "points" stands for the
 # gradient plan.
 _KEYS = {
+    "expert": ("train", "train"),
     "lora_rank": ("lora", "lora.lora_rank"),
     "batch_size": ("run", "run.batch_size"),
     "gradient_accumulation_steps": ("run", "run.gradient_accumulation_steps"),
@@ -176,10 +177,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("sft") is False and "objectives" in content and found["sft"]:
         name = "sft" if "sft" in config.objectives else "rwr"
         raise ValueError(f"--no-sft, but {path} has {name} among its objectives. Change the file")
-    if given.get("expert", config.train) != config.train is not None:
-        _contradicted("expert", given["expert"], f"{path} has train: {config.train}")
     undecided = {
-        "expert": config.train is not None,
         "sft": "objectives" in content,
         "train": config.lora is not None,
     }
@@ -190,7 +188,18 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         if not decided:
             found.pop(name, None)
     found |= _shares(config, given, path)
+    _check_model_keys(config, found.get("model") or given.get("model", DEFAULT_MODEL), path)
     return {"train": given.get("train", "full")} | found | _sizes_of_data(config, given, path)
+
+
+def _check_model_keys(config: TrainFile, model: Model, path: Path) -> None:
+    """Check the keys that depend on the model, which may be that of an option."""
+    found = model_config(model)
+    blocks = adapter_of(found).block_count(found)
+    try:
+        check_model_keys(config, "boundary_ratio" in found, blocks)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def is_reward_file(path: Path) -> bool:

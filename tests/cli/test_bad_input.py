@@ -95,6 +95,7 @@ BAD = [
     ("train-reward", {"label": "blur_quality"}, "label blur_quality is null, expected 0, 1"),
     ("train-reward", {"num_blocks": 9}, "num_blocks is 9, expected 1 to 1"),
     ("train-reward", {"num_heads": 7}, "num_heads"),
+    ("train", {"rollout.sparse_dense_layers": [0, 1]}, "rollout.sparse_dense_layers is [0, 1], ex"),
     ("train", {"lora": {"lora_rank": 2, "target_modules": ["zzz"]}}, "zzz"),
 ]
 # A command, a file and how to damage it, and a part of the error.

@@ -78,7 +78,7 @@ def test_errors_are_one_line(root, pipeline, tmp_path, capsys):
     line = refused(capsys, root, root / "model", tmp_path, train="low")
     assert "train is 'low', expected no value for a model with one transformer" in line
     line = refused(capsys, *here, **LORA, prfl__method="draft")
-    assert "window is" in line and "expert high" in line
+    assert "prfl.window is" in line and "expert high" in line
     line = refused(capsys, root, {"high": "x", "low": "y", "boundary": 875}, tmp_path)
     assert "model.boundary is 875" in line
     broken = shutil.copytree(pipeline, tmp_path / "broken")

@@ -360,6 +360,10 @@ BAD = {
     "--apply FILE --guidance batched": "--guidance is batched, but FILE has no prfl.guidance",
     "--apply EMPTY": "holds empty, expected keys and values",
     "--apply BROKEN": "not YAML",
+    "LAYERS": "LAYERS: rollout.sparse_dense_layers is [0, 1], expected numbers below 1, the",
+    "LAYERS --model wan2.1-t2v-1.3b --frames 81": "--frames is 81, but the data of LAYERS has 5",
+    "EXPERT": "EXPERT: train is 'low', expected no value for a model with one transformer",
+    "EXPERT --expert high": "--expert is high, but EXPERT has train: low",
     "--apply WRONG": "unknown key 'lora.lora_rnk': did you mean 'lora_rank'?",
 }
 
@@ -374,6 +378,9 @@ def test_bad_input_is_one_line_before_any_work(
     text = file.read_text()
     shutil.copy(file, "FILE")
     (tmp_path / "SFT").write_text(text + "objectives: [prfl, sft]\n")
+    layers = "rollout: {sparse_dense_layers: [0, 1]}"
+    (tmp_path / "LAYERS").write_text(f"{text}{layers}\n")
+    (tmp_path / "EXPERT").write_text(f"{text}train: low\n")
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "BROKEN").write_text("a: [\n")
     (tmp_path / "WRONG").write_text("lora: {lora_rnk: 2}\n")
