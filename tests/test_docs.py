@@ -203,7 +203,9 @@ def test_commands_of_the_command_line_run(page, quickstart, tmp_path, monkeypatc
             assert main(words[1:]) == 0, words
 
 
-def test_plans_of_several_gpus_parse():
+def test_plans_of_several_gpus_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.yaml").touch()
     planned = [
         words
         for _, body in blocks("docs/multi-gpu.md", "bash")

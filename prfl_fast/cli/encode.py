@@ -23,8 +23,7 @@ from prfl_fast.data.encode_plan import (
     plan_prompts,
 )
 from prfl_fast.data.families import find_family
-from prfl_fast.planning.planner import size_of
-from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.progress import count_progress
@@ -33,12 +32,10 @@ from prfl_fast.utils.units import plural
 
 def run_encode(options: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
-    check_count("--workers", options.workers)
     check(options.model.exists(), "--model", str(options.model), "a folder that exists")
     check_writable(options.out, "OUT")
     ok = options.clips.resolve() not in (options.out.resolve(), *options.out.resolve().parents)
     check(ok, "OUT", str(options.out), f"a folder outside of the clips in {options.clips}")
-    budget = None if options.budget is None else size_of(options.budget, "--budget")
     device = device_of(HardwareSection(device=options.device))
     clips = read_clips(options.clips)
     prompts = clips[0].path is None
@@ -71,8 +68,8 @@ def run_encode(options: argparse.Namespace) -> int:
     check(ok, "--crops", options.crops, "1 with --crop center: the others would be equal")
     need("transformers", "video")
     codec = load_codec(options.model)
-    if budget is not None:
-        codec.limit(budget)
+    if options.budget is not None:
+        codec.limit(options.budget)
     check_settings(settings, codec)
     ok = condition != "first-last" or not codec.is_ti2v
     check(ok, "--condition", condition, "first or none for Wan2.2 TI2V")

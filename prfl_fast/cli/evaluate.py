@@ -14,7 +14,7 @@ from prfl_fast.models.registry import patch
 from prfl_fast.rewards.evaluation import reliability_table
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.training.evaluation import RewardEvaluator
-from prfl_fast.utils.checks import check, check_count, check_positive
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.io import clean_temporaries_of, save_checkpoint_dir, write_json
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.units import plural
@@ -32,8 +32,6 @@ def run_evaluate(options: argparse.Namespace) -> int:
         check(not out.exists(), "--out", options.out, "a new folder, but it exists")
         loading.check_writable(out, "--out")
         need("matplotlib.figure", "video")
-    check_count("--batch-size", options.batch_size)
-    check_positive("--shift", options.shift)
     hardware = HardwareSection(device=options.device, precision=options.precision)
     device = loading.device_of(hardware)
     dataset = loading.open_dataset(options, "data")

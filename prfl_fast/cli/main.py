@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prfl_fast.cli import options as command_options
-from prfl_fast.cli.plan_options import add_plan
+from prfl_fast.cli.plan_options import add_plan, check_plan
 from prfl_fast.utils.collection import no_collection
 from prfl_fast.utils.interrupts import Terminated, interrupts_held, termination_raised
 from prfl_fast.utils.optional import MissingExtraError, hidden, need
@@ -218,6 +218,10 @@ def _import_models() -> None:
 
 
 def _run(options: argparse.Namespace, program: bool) -> int:
+    if options.command == "plan":
+        check_plan(options)
+    if getattr(options, "deep", False) and not options.check:
+        raise ValueError("--deep is given alone, expected --check --deep")
     if options.command == "doctor":
         from prfl_fast.cli.doctor import run_doctor
 
@@ -266,8 +270,6 @@ def _run(options: argparse.Namespace, program: bool) -> int:
     elif options.command == "score":
         chosen = options.check
     else:
-        if options.deep and not options.check:
-            raise ValueError("--deep is given alone, expected --check --deep")
         chosen = RunOptions(
             options.check, options.deep, options.accept_changed_inputs, options.config
         )

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -41,7 +40,6 @@ from prfl_fast.planning.presets import first_blocks, model_config
 from prfl_fast.planning.workload import Workload
 from prfl_fast.training.checkpoint import AUTO, LAST_GOOD, latest_checkpoint
 from prfl_fast.utils.allocator_settings import EXPANDABLE, expandable_segments
-from prfl_fast.utils.checks import check
 from prfl_fast.utils.optional import MissingExtraError
 from prfl_fast.utils.quiet import quiet_libraries
 from prfl_fast.utils.units import GIB
@@ -56,14 +54,9 @@ Training = TypeVar("Training", TrainFile, TrainRewardFile)
 
 def _print_table(options: argparse.Namespace) -> int:
     """Print the largest video that fits each GPU, for each model."""
-    fixed = ("budget", "apply", "plot", "frames", "height", "width")
-    given = [] if options.file is None else ["FILE.yaml"]
-    given += [f"--{name}" for name in fixed if getattr(options, name) is not None]
-    given += ["--weight-dtype"] * (options.weight_dtype != "auto") + ["--json"] * options.json
-    check(not given, "--table", f"given with {' and '.join(given)}", "given without")
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     models = overview.MODELS if options.model is None else (options.model,)
-    gpus = overview.GPUS if options.gpu is None else (gpu_specs.find_gpu(options.gpu).name,)
+    gpus = overview.GPUS if options.gpu is None else (options.gpu,)
     host = options.host_budget or HOST_BUDGET
     with options_named(values, None):
         rows = [*overview.rows(fields_of_options(values, None), models, gpus, host, note)]
@@ -73,14 +66,9 @@ def _print_table(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``prfl-fast plan`` and return its exit code: 0, or 1 if nothing fits."""
-    if options.host_budget is not None:
-        planner.size_of(options.host_budget, "--host-budget")
     if options.table:
         return _print_table(options)
-    if options.budget is not None:
-        planner.budget_of(options.budget, "--budget")
-    path = _planned_file(options)
-    _check_plot(options.plot)
+    path = options.apply or options.file
     values = {name: getattr(options, name) for name in WORKLOAD_OPTIONS}
     with options_named(values, path):
         work = Workload(**fields_of_options(values, path))
@@ -97,11 +85,11 @@ def run_plan(options: argparse.Namespace) -> int:
         progress=True,
     )
     print(json.dumps(report.as_dict(found), indent=1) if options.json else report.table(found))
-    written: list[str | Path] = []
+    written = []
     if options.plot is not None:
         report.timeline_figure(found).savefig(options.plot, dpi=120)
         written.append(options.plot)
-    if options.apply is not None and path is not None and found.feasible:
+    if options.apply is not None and found.feasible:
         report.apply_to_yaml(found, path)
         written.append(path)
     elif options.apply is not None:
@@ -109,19 +97,6 @@ def run_plan(options: argparse.Namespace) -> int:
     for target in written:
         note(f"written: {target}")
     return 0 if found.feasible else NOTHING_FITS
-
-
-def _planned_file(options: argparse.Namespace) -> Path | None:
-    """Return the YAML file whose run is planned, which --apply also writes, or None."""
-    if options.apply is not None:
-        path = Path(options.apply)
-        check(options.file is None, "FILE.yaml", options.file, f"none beside --apply {path}")
-        _check_target("--apply", path)
-        return path
-    if options.file is None:
-        return None
-    check(Path(options.file).is_file(), "FILE.yaml", options.file, "a YAML file")
-    return Path(options.file)
 
 
 def _host_room() -> int:
@@ -133,24 +108,6 @@ def _host_room() -> int:
 def note(text: str, command: str = "plan") -> None:
     """Print a line to stderr: stdout has the result of plan or of --check only."""
     print(f"prfl-fast {command}: {text}", file=sys.stderr)
-
-
-def _check_plot(path: str | None) -> None:
-    if path is None:
-        return
-    ok = Path(path).suffix.lower() in (".png", ".pdf", ".svg")
-    check(ok, "--plot", path, "a name that ends in .png, .pdf or .svg")
-    _check_target("--plot", Path(path))
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib is not installed: pip install 'prfl_fast[bench]'")
-
-
-def _check_target(name: str, path: Path) -> None:
-    """Check that a file can be written, before the search starts."""
-    folder = path.absolute().parent
-    check(folder.is_dir(), name, str(path), f"a file in a folder: {path.parent} is not a folder")
-    check(not path.is_dir(), name, str(path), "a file, not a folder")
-    check(os.access(folder, os.W_OK), name, str(path), f"{path.parent} to be writable")
 
 
 def choose_memory(

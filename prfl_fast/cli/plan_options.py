@@ -1,9 +1,15 @@
 """Add the options of ``prfl-fast plan`` to its parser, without torch."""
 
 import argparse
+import importlib.util
+import os
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from prfl_fast.cli.arguments import count, memory_size, positive
 from prfl_fast.utils.choices import GPUS, PLANNED_MODELS
+from prfl_fast.utils.optional import MissingExtraError
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
 # 80 % of the memory of a machine with 128 GiB and one GPU. A plan may be for another machine, so
@@ -13,7 +19,7 @@ HOST_BUDGET = "102GiB"
 # "gpus" for the ranks, "shard" and "sequence" for parallel.
 # The defaults are Workload's, and a test compares them. A new option is a line here, and a line in
 # cli/workload.py if a YAML key decides it.
-_COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
+_COUNT: dict[str, Any] = {"type": count, "metavar": "N"}
 _MODELS = f"a transformer of diffusers or official Wan, or one of {', '.join(PLANNED_MODELS)}"
 OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "model": (_MODELS, DEFAULT_MODEL, {}),
@@ -30,7 +36,7 @@ OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "both",
         {"choices": ["high", "low", "both"]},
     ),
-    "shift": ("timestep shift; it divides the steps between two experts", 5.0, {"type": float}),
+    "shift": ("timestep shift; it divides the steps between two experts", 5.0, {"type": positive}),
     "train": ("train LoRA, or all parameters", "lora", {"choices": ["lora", "full"]}),
     "lora_rank": ("rank of LoRA", 16, _COUNT),
     "batch_size": ("videos per forward", 1, _COUNT),
@@ -41,7 +47,11 @@ OPTIONS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         None,
         {"choices": ["batched", "separate"]},
     ),
-    "num_inference_steps": ("solver steps of a trajectory", 40, _COUNT),
+    "num_inference_steps": (
+        "solver steps of a trajectory",
+        40,
+        {**_COUNT, "type": partial(count, least=2)},
+    ),
     "reward_blocks": ("blocks of the reward model", 8, _COUNT),
     "gpus": ("GPUs of the run; the plan is of one of them", 1, _COUNT),
     "shard": (
@@ -57,7 +67,7 @@ WORKLOAD_OPTIONS = (*OPTIONS, "sft")
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prfl-fast plan``."""
     text = "plan the run of this YAML file of train or train-reward, and write nothing"
-    parser.add_argument("file", metavar="FILE.yaml", nargs="?", help=text)
+    parser.add_argument("file", type=_yaml_file, metavar="FILE.yaml", nargs="?", help=text)
     group = parser.add_argument_group("training run")
     for name, (text, default, kind) in OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
@@ -68,11 +78,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("hardware")
     text = "device memory, e.g. 24GiB, 80GB or rtx4090 (default: all of this GPU, or of --gpu)"
-    group.add_argument("--budget", metavar="SIZE", help=text)
+    group.add_argument("--budget", type=_budget, metavar="SIZE", help=text)
     text = "pinned host memory per GPU (default: free memory here for a plan of this GPU, else "
-    group.add_argument("--host-budget", metavar="SIZE", help=f"{text}{HOST_BUDGET})")
+    text += f"{HOST_BUDGET})"
+    group.add_argument("--host-budget", type=memory_size, metavar="SIZE", help=text)
     text = f"GPU for the predicted times: {', '.join(GPUS)} (default: this GPU, else h200)"
-    group.add_argument("--gpu", metavar="NAME", help=text)
+    group.add_argument("--gpu", choices=GPUS, metavar="NAME", help=text)
     text = "dtype of both models' blocks; auto takes the first of the others that fits"
     dtypes = ["auto", "bf16", "fp8", "nf4"]
     group.add_argument("--weight-dtype", default="auto", choices=dtypes, help=text)
@@ -80,11 +91,58 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, not tables")
     text = "print the largest video that fits each GPU; --model, --gpu select rows; takes minutes"
     group.add_argument("--table", action="store_true", help=text)
-    group.add_argument("--plot", metavar="FILE.png", help="draw live bytes through one step")
+    text = "draw live bytes through one step"
+    group.add_argument("--plot", type=_plot_file, metavar="FILE.png", help=text)
     text = (
         "plan the run of this YAML file, and write the plan into the file. For train: memory, "
         "reward_memory, hardware.precision, with --gpus parallel, and keys of lora, prfl and run "
         "that it lacks. For train-reward: memory, hardware.precision and parallel. Comments in "
         "other sections do not change"
     )
-    group.add_argument("--apply", metavar="FILE.yaml", help=text)
+    group.add_argument("--apply", type=_target, metavar="FILE.yaml", help=text)
+
+
+def check_plan(options: argparse.Namespace) -> None:
+    """Check the options that exclude each other, and the package that ``--plot`` needs."""
+    if options.apply is not None and options.file is not None:
+        expected = f"none beside --apply {options.apply}"
+        raise ValueError(f"FILE.yaml is '{options.file}', expected {expected}")
+    fixed = ("budget", "apply", "plot", "frames", "height", "width")
+    given = [] if options.file is None else ["FILE.yaml"]
+    given += [f"--{name}" for name in fixed if getattr(options, name) is not None]
+    given += ["--weight-dtype"] * (options.weight_dtype != "auto") + ["--json"] * options.json
+    if options.table and given:
+        raise ValueError(f"--table is given with {' and '.join(given)}, expected without")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib is not installed: pip install 'prfl_fast[bench]'")
+
+
+def _budget(text: str) -> int | str:
+    return text if text in GPUS else memory_size(text)
+
+
+def _yaml_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a YAML file")
+    return Path(text)
+
+
+def _plot_file(text: str) -> Path:
+    if Path(text).suffix.lower() not in (".png", ".pdf", ".svg"):
+        wanted = "a name that ends in .png, .pdf or .svg"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted}")
+    return _target(text)
+
+
+def _target(text: str) -> Path:
+    """Return the path of a file that can be written."""
+    path, folder = Path(text), Path(text).absolute().parent
+    if not folder.is_dir():
+        reason = f"a file in a folder: {path.parent} is not a folder"
+    elif path.is_dir():
+        reason = "a file, not a folder"
+    elif not os.access(folder, os.W_OK):
+        reason = f"{path.parent} to be writable"
+    else:
+        return path
+    raise argparse.ArgumentTypeError(f"{text!r}, expected {reason}")

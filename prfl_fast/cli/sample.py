@@ -17,7 +17,7 @@ from prfl_fast.sampling import generate
 from prfl_fast.sampling.generate import Video
 from prfl_fast.sampling.methods import METHODS, Method, make_method
 from prfl_fast.sampling.pipeline import FamilyPipelineSampler, WanPipelineSampler
-from prfl_fast.utils.checks import check, check_count
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.folder_lock import hold_folder
 from prfl_fast.utils.io import clean_temporaries, read_json, write_json
 from prfl_fast.utils.modules import free_memory
@@ -95,7 +95,6 @@ def _method(options: argparse.Namespace) -> Method | None:
         check(ok, "--method", None, f"one of {', '.join(METHODS)} beside --reward or --set")
         return None
     check(options.reward is not None, "--reward", None, f"a reward model for {options.method}")
-    check_count("--num-inference-steps", options.num_inference_steps)
     return make_method(options.method, given, options.num_inference_steps)
 
 

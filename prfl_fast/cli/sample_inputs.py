@@ -29,12 +29,11 @@ from prfl_fast.data.video import clip_info
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.conditions import GUIDANCE, IMAGE, LATENT, TEXT, takes_guidance
 from prfl_fast.models.registry import find_adapter, patch
-from prfl_fast.planning.planner import size_of
 from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.sampling import generate
 from prfl_fast.training.objectives import reward_call
-from prfl_fast.utils.checks import check, check_count, check_number, check_positive
+from prfl_fast.utils.checks import check
 from prfl_fast.utils.choices import Condition
 from prfl_fast.utils.io import read_json
 from prfl_fast.utils.modules import free_memory
@@ -59,28 +58,18 @@ class Job:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.model = options, options.model
         check(self.model.exists(), "--model", str(self.model), "a folder that exists")
-        for name in ("samples", "num_inference_steps", "batch_size"):
-            check_count(f"--{name.replace('_', '-')}", getattr(options, name))
         self.family = find_family(self.model)
         self._set_defaults(options)
-        for name in ("fps", "shift"):
-            check_positive(f"--{name}", getattr(options, name))
-        scale = options.guidance_scale
-        for number in scale if isinstance(scale, tuple) else (scale,):
-            check_number("--guidance-scale", number)
         self.device = loading.device_of(HardwareSection(device=options.device))
         cuda = self.device.type == "cuda"
         self.weight_dtype = options.weight_dtype or ("bf16" if cuda else "fp32")
         self.dtype = DTYPES["bf16" if cuda else "fp32"]  # of the encoders
-        self.budget = None if options.budget is None else size_of(options.budget, "--budget")
         loading.check_writable(options.out, "OUT")
         self.conditions: Sequence[Conditions] = ()
         self.guidance: Guidance | None = None
         self.dataset: LatentDataset | None = None
-        given = [bool(options.prompts), bool(options.prompt), options.data is not None]
-        expected = "1: --prompts, --prompt or --data"
-        check(sum(given) == 1, "number of inputs", sum(given), expected)
         self.folders, boundary = loading.folders_of(str(self.model))
+        scale = options.guidance_scale
         one = not isinstance(scale, tuple) or boundary is not None
         check(one, "--guidance-scale", scale, "one number for one transformer")
         # HunyuanVideo's scale is a condition, so there is no second branch.
@@ -239,8 +228,8 @@ class Job:
     def open_codec(self) -> Codec:
         """Return the autoencoder; its memory with its weights fits ``--budget``, or free memory."""
         codec = load_codec(self.model, self.device)
-        if self.budget is not None:
-            codec.limit(self.budget)
+        if self.options.budget is not None:
+            codec.limit(self.options.budget)
         elif self.device.type == "cuda":
             codec.budget = torch.cuda.mem_get_info(self.device)[0]
         return codec

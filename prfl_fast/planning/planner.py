@@ -6,7 +6,6 @@ for the comparison of candidates, and :mod:`prfl_fast.planning.report` for the o
 
 import contextlib
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.checks import check, check_choice
 from prfl_fast.utils.interrupts import interrupts_held
 from prfl_fast.utils.progress import count_progress
-from prfl_fast.utils.units import GIB
+from prfl_fast.utils.units import size_of
 
 # Both are in order of accuracy. The search takes the first entry with which any policy fits.
 WEIGHTS = ("bf16", "fp8", "nf4")
@@ -115,21 +114,8 @@ def _progress(progress: bool) -> Iterator[Callable[[str], object]]:
 
 
 def budget_of(value: int | str, name: str) -> int:
-    """Return the memory of a GPU by its name, or the bytes of a size; see :func:`size_of`."""
+    """Return the memory of a GPU by its name, or the bytes of a size."""
     return GPUS[value].memory if isinstance(value, str) and value in GPUS else size_of(value, name)
-
-
-def size_of(value: int | str, name: str) -> int:
-    """Return the bytes of ``24GiB`` (powers of two), ``24GB`` (powers of ten) or a whole number."""
-    units = {"": 1, "MIB": 1 << 20, "GIB": GIB, "TIB": 1 << 40, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-    unit = units.get(match[2].upper()) if match else None
-    number = 0.0 if match is None or unit is None or isinstance(value, bool) else float(match[1])
-    check(number > 0, name, value, "bytes or a size like 24GiB or 24GB")
-    # A text without unit is in bytes, so a small one probably lacks its unit.
-    small = isinstance(value, str) and unit == 1 and number < 1 << 20
-    check(not small, name, f"{value} bytes", f"a size like {value}GiB")
-    return int(number * (unit or 0))
 
 
 def _tiers(workload: Workload, weight_dtype: str, optimizer: str) -> list[Tier]:

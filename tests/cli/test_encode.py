@@ -232,14 +232,11 @@ BAD = {
     "clips": ([], {"clips": "nowhere.csv"}, "CLIPS is .*nowhere.csv"),
     "frames": (["--frames", "8"], {}, r"frames is 8, expected 4n \+ 1"),
     "size": (["--size", "40x64"], {}, "height is 40, expected a multiple of 16"),
-    "fps": (["--fps", "0"], {}, "fps is 0.0, expected a positive number"),
     "model": ([], {"kind": "clips"}, "has no vae, expected vae/config.json or Wan2"),
     "missing": ([], {"kind": "nowhere"}, "--model is .*nowhere', expected a folder that exists"),
     "crops": (["--crops", "2", "--crop", "center"], {}, "--crops is 2, expected 1 with --crop"),
-    "budget": (["--budget", "24"], {}, "--budget is '24 bytes', expected a size like 24GiB"),
     "inside": (["--dry-run"], {"clips": ".."}, "OUT is .*data', expected a folder outside of the"),
     "small": (["--budget", "1MiB"], {}, "weights is '0 GiB', expected at least .* for 9 x"),
-    "workers": (["--workers", "0"], {}, "--workers is 0, expected a positive integer"),
 }
 
 

@@ -154,7 +154,7 @@ def test_json_is_all_that_is_printed(calls, searched, capsys):
     assert content["step_seconds"] == pytest.approx(sum(content["seconds"].values()))
     assert (content["workload"]["points"], content["workload"]["train"]) == (4, "full")
     assert any(candidate["reason"] == "chosen" for candidate in content["candidates"])
-    assert calls[0].workload.sft is False and calls[0].host_budget == "64GB"
+    assert calls[0].workload.sft is False and calls[0].host_budget == 64 * 10**9
 
 
 def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, searched, capsys):
@@ -166,7 +166,7 @@ def test_apply_plans_for_the_files_run_and_keeps_the_rest(root, file, calls, sea
     assert (work.train, work.lora_rank, work.target_modules) == ("lora", 4, ("to_q",))
     assert (work.points, work.num_inference_steps) == (3, 9)
     assert (work.batch_size, work.gradient_accumulation_steps, work.sft) == (1, 2, True)
-    assert calls[0].budget == "24GiB"
+    assert calls[0].budget == 24 << 30
     after = file.read_text()
     config = load_config(TrainFile, file)
     assert config.memory.build() == searched.memory and config.memory.weight_dtype == "bf16"
@@ -312,40 +312,21 @@ def test_nothing_fits_is_exit_code_1_and_leaves_the_file(root, file, searched, m
 
 
 BAD = {
-    "--budget 24gigs": "budget is '24gigs', expected bytes or a size like 24GiB",
-    "--budget 0": "--budget is '0', expected bytes",
-    "--budget 24": "--budget is '24 bytes', expected a size like 24GiB",
-    "--host-budget 64": "--host-budget is '64 bytes', expected a size like 64GiB",
-    "--host-budget much": "--host-budget is 'much', expected",
-    "--table --host-budget much": "--host-budget is 'much', expected",
-    "--table --weight-dtype fp8 --json": "--table is 'given with --weight-dtype and --json', expec",
+    "--table --weight-dtype fp8 --json": "--table is given with --weight-dtype and --json, exp",
     "--model nowhere": "model is 'nowhere', expected one of wan2.1-t2v-1.3b",
     "--model FLUX": "FLUX/config.json is not a configuration of a transformer: class of",
     "--model LIST": "LIST/config.json is not a configuration of a transformer: ",
     "--model BRACE": "BRACE/config.json is not a configuration of a transformer: Expecting",
     "--model NOTHING": "NOTHING/config.json is not a configuration of a transformer: it has no",
-    "--gpu b9000": "gpu is 'b9000', expected one of 'h200'",
     "--frames 80": "--frames is 80, expected 4n + 1",
     "--height 100": "--height is 100, expected a multiple of 16",
-    "--lora-rank 0": "--lora-rank is 0, expected a positive integer",
-    "--batch-size -1": "--batch-size is -1, expected",
-    "--gradient-accumulation-steps 0": "--gradient-accumulation-steps is 0, expected",
-    "--gpus 0": "--gpus is 0, expected a positive integer",
     "--gpus 8 --shard 3": "--shard is 3, expected a divisor of 8",
     "--gpus 8 --shard 4 --sequence 3": "--shard is 4, expected 1, or a multiple of sequence = 3",
-    "--gpus 8 --sequence 0": "--sequence is 0, expected",
-    "--points 0": "--points is 0, expected",
-    "--num-inference-steps 1": "--num-inference-steps is 1, expected",
     "--reward-blocks 41": "--reward-blocks is 41, expected at most the model's 40",
     "--train full --weight-dtype nf4": "weight_dtype is 'nf4', expected auto or bf16",
-    "--plot plan.txt": "--plot is 'plan.txt', expected a name that ends in .png",
-    "--plot nowhere/plan.png": "nowhere is not a folder",
-    "--apply nowhere/train.yaml": "nowhere is not a folder",
-    "nowhere.yaml": "FILE.yaml is 'nowhere.yaml', expected a YAML file",
     "FILE --apply FILE": "FILE.yaml is 'FILE', expected none beside --apply FILE",
-    "FILE --table": "--table is 'given with FILE.yaml', expected given without",
+    "FILE --table": "--table is given with FILE.yaml, expected without",
     "FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4. Leave",
-    "--apply FOLDER": "--apply is 'FOLDER', expected a file, not a folder",
     "--apply FILE --lora-rank 8": "--lora-rank is 8, but FILE has lora.lora_rank: 4. Leave",
     "--apply FILE --points 1": "--points is 1, but FILE has prfl.points: 3",
     "--apply FILE --num-inference-steps 40": "is 40, but FILE has prfl.num_inference_steps: 9",
@@ -384,7 +365,6 @@ def test_bad_input_is_one_line_before_any_work(
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "BROKEN").write_text("a: [\n")
     (tmp_path / "WRONG").write_text("lora: {lora_rnk: 2}\n")
-    (tmp_path / "FOLDER").mkdir()
     configs = {"FLUX": '{"_class_name": "Flux"}', "LIST": "[1]", "BRACE": "{", "NOTHING": "{}"}
     for name, text in configs.items():
         (tmp_path / name).mkdir()
@@ -395,15 +375,41 @@ def test_bad_input_is_one_line_before_any_work(
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    "arguments", ["--weight-dtype int4", "--train some", "--lora-rank many", "a.yaml more"]
-)
-def test_options_argparse_refuses(capsys, arguments):
+REFUSED = {
+    "--budget 24gigs": "--budget: '24gigs', expected bytes or a size like 24GiB",
+    "--budget 0": "--budget: '0', expected bytes",
+    "--budget 24": "--budget: '24 bytes', expected a size like 24GiB",
+    "--host-budget 64": "--host-budget: '64 bytes', expected a size like 64GiB",
+    "--host-budget much": "--host-budget: 'much', expected",
+    "--gpu b9000": "--gpu: invalid choice: 'b9000' (choose from",
+    "--lora-rank 0": "--lora-rank: '0', expected a positive integer",
+    "--batch-size -1": "--batch-size: '-1', expected",
+    "--gradient-accumulation-steps 0": "--gradient-accumulation-steps: '0', expected",
+    "--gpus 0": "--gpus: '0', expected a positive integer",
+    "--gpus 8 --sequence 0": "--sequence: '0', expected",
+    "--points 0": "--points: '0', expected",
+    "--num-inference-steps 1": "--num-inference-steps: '1', expected an integer of at least 2",
+    "--plot plan.txt": "--plot: 'plan.txt', expected a name that ends in .png",
+    "--plot nowhere/plan.png": "nowhere is not a folder",
+    "--apply nowhere/train.yaml": "nowhere is not a folder",
+    "nowhere.yaml": "FILE.yaml: 'nowhere.yaml', expected a YAML file",
+    "--apply .": "--apply: '.', expected a file, not a folder",
+    "--shift inf": "--shift: 'inf', expected a number",
+    "--shift 0": "--shift: '0', expected a positive number",
+    "--weight-dtype int4": "--weight-dtype: invalid choice",
+    "--train some": "--train: invalid choice",
+    "--lora-rank many": "--lora-rank: 'many', expected a positive integer",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_values_that_argparse_refuses(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         run(*arguments.split())
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("prfl-fast") and "error: " in error
-    assert error.count("\n") == 1
+    assert caught.value.code == 2 and error.startswith("prfl-fast plan: error: argument ")
+    assert REFUSED[arguments] in error and error.count("\n") == 1
 
 
 def test_a_missing_package_is_named(monkeypatch, calls, capsys):

@@ -60,26 +60,6 @@ def test_what_to_try_next_has_room_on_the_host(real):
 
 
 # Arguments.
-@pytest.mark.parametrize(
-    "value, expected",
-    [
-        ("24GiB", 24 << 30),
-        ("1.5 gib", 3 << 29),
-        ("80GB", 80 * 10**9),
-        (123, 123),
-        ("9437184", 9 << 20),
-    ],
-)
-def test_sizes(value, expected):
-    assert planner.size_of(value, "budget") == expected
-
-
-@pytest.mark.parametrize("value", ["24 G", "much", 0, -1, True, "GiB", "0GiB", "7"])
-def test_bad_sizes(value):
-    with pytest.raises(ValueError, match="budget is .*expected (bytes or )?a size"):
-        planner.size_of(value, "budget")
-
-
 def test_a_budget_is_a_size_or_a_card():
     assert planner.budget_of("rtx4090", "budget") == int(23.5 * GIB)
     assert planner.budget_of("24GB", "budget") == 24 * 10**9 < planner.budget_of("24GiB", "budget")
