@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,8 @@ def _measure(
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
         from_data = step.plan.start == "data"
         samples.append(Sampled(noise, batch.conditions, batch.latents if from_data else None))
-    counting = count_progress("calibrate", "options", done_word="measured")
+    # Of an option past the budget, no stronger values are measured.
+    counting = count_progress("calibrate", "options", most, done_word="measured", at_most=True)
     with counting as count, _savings_hidden():
         # The first one is the exact rollout, and progress shows the count before each.
         found = calibrate(step, samples, config.rollout.drift, on_measured=lambda _: count(""))
@@ -168,16 +170,20 @@ def _summary(record: Mapping[str, Any], config: TrainFile) -> str:
 
 
 def print_calibration(config: TrainFile) -> None:
-    """Print all measurements of the run's calibration."""
+    """Print all measurements of the run's calibration, for a terminal of 100 columns."""
     record = read_json(Path(config.out) / FILE)
-    columns = ("flops", "rollout_flops", "seconds", "drift", "cosine")
+    forms = {"flops": ".3g", "rollout_flops": ".3g", "seconds": ".3g", "drift": ".2g"}
+    forms["cosine"] = ".4f"
     rows = [
         [
-            _named(each["options"]),
-            *("–" if each[name] is None else f"{each[name]:.4g}" for name in columns),
-            "chosen" if each == record["chosen"] else "",
+            *(
+                "–" if each[name] is None else f"{each[name]:{form}}"
+                for name, form in forms.items()
+            ),
+            textwrap.fill("chosen: " * (each == record["chosen"]) + _named(each["options"]), 42),
         ]
         for each in record["measured"]
     ]
-    shown = ["FLOPs per gradient point", "of which rollout", "seconds", "drift", "cosine"]
-    print_table(rows, ["rollout", *shown, ""], shown)
+    shown = ["FLOPs", "of rollout", "seconds", "drift", "cosine"]
+    print("FLOPs and seconds of a gradient point:")
+    print_table(rows, [*shown, "rollout"], shown)

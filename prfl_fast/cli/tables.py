@@ -1,6 +1,7 @@
 """Print tables: with rich where it is installed, else as plain columns."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 from prfl_fast.utils.optional import MissingExtraError, need
 
@@ -19,8 +20,11 @@ def print_table(
     try:
         box, console, table = (need(f"rich.{name}") for name in ("box", "console", "table"))
     except MissingExtraError:
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        for row in (columns, *cells):
+        # A cell may have several lines.
+        lines = [line for row in cells for line in zip_longest(*map(str.splitlines, row))]
+        flat = [columns, *([part or "" for part in line] for line in lines)]
+        widths = [max(map(len, column)) for column in zip(*flat, strict=True)]
+        for row in flat:
             line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             print(line.rstrip())
         return

@@ -65,12 +65,18 @@ def step_progress(name: str, step: int, steps: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def count_progress(
-    name: str, unit: str, total: int | None = None, *, done_word: str = "done"
+    name: str,
+    unit: str,
+    total: int | None = None,
+    *,
+    done_word: str = "done",
+    at_most: bool = False,
 ) -> Iterator[Callable[[str], object]]:
-    """Yield a function that counts, and shows the text that it is given.
+    """Yield a function that counts, and shows the text that it is given; call it before each unit.
 
     It shows a bar on a terminal; elsewhere a line on stderr every 30 seconds, which says that a
-    number of ``unit`` are ``done_word``.
+    number of ``unit`` are ``done_word``, and the remaining time if there is a ``total``. With
+    ``at_most`` the total is an upper limit.
     """
     if on_terminal():
         options: Any = {"desc": name, "unit": f" {unit}", "total": total, "leave": False}
@@ -82,14 +88,17 @@ def count_progress(
 
             yield show
         return
-    done, printed = 0, time.monotonic()
-    of = "" if total is None else f" of {total}"
+    done, start = 0, time.monotonic()
+    printed, limit = start, "at most " if at_most else ""
+    of = "" if total is None else f" of {limit}{total}"
 
     def tell(text: str) -> None:
         nonlocal done, printed
         if time.monotonic() - printed >= SECONDS:
             printed = time.monotonic()
             now = f", now {text}" if text else ""
+            if total is not None and done:
+                now += f", {limit}{_clock((printed - start) / done * (total - done))} left"
             print(f"{name}: {done}{of} {unit} {done_word}{now}", file=sys.stderr, flush=True)
         done += 1
 

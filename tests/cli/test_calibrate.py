@@ -1,6 +1,7 @@
 """``rollout.drift`` of train, and ``prfl-fast calibrate``."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from commands import one_line
@@ -43,7 +44,7 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     record = json.loads((tmp_path / "run" / "rollout.json").read_text())
     exact, chosen = record["measured"]
     assert chosen == record["chosen"] and chosen["flops"] < exact["flops"]
-    assert f"{chosen['drift']:.4g}" in printed and "of the FLOPs of a gradient point" in printed
+    assert f"{chosen['drift']:.2g}" in printed and "of the FLOPs of a gradient point" in printed
     assert f"written to {tmp_path / 'run' / 'rollout.json'}" in printed
     assert [p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")] == [
         "rollout.json"
@@ -76,6 +77,26 @@ def test_a_run_calibrates_once_and_resumes_with_its_rollout(root, tmp_path, caps
     other = written(root, tmp_path, **{"prfl.weight": 0.2})
     assert main(["train", str(other)]) == 2
     assert "null beside checkpoints" in one_line(capsys, "train")
+
+
+def test_the_table_fits_100_columns(tmp_path, capsys):
+    layers = {"sparse_attention": [[0.8, 1.0, 0.25], [0.3, 0.8, 0.5]]}
+    layers["sparse_dense_layers"] = list(range(30, 40))
+    options = {"stride": [[0.9, 1.0, 8], [0.7, 0.9, 4], [0.0, 0.7, 2]], "solver_order": 3, **layers}
+    figures = {"flops": 1.2345e16, "rollout_flops": 1.2345e15, "seconds": 1.234e-05}
+    exact = {"options": {}, **figures, "drift": 0.0, "cosine": 1.0}
+    chosen = {"options": options, **figures, "drift": 1.2345e-05, "cosine": -0.12345}
+    past = {"options": layers, **dict.fromkeys(figures), "drift": 12345.6, "cosine": None}
+    record = {"measured": [exact, chosen, past], "chosen": chosen}
+    (tmp_path / "rollout.json").write_text(json.dumps(record))
+    calibrating.print_calibration(SimpleNamespace(out=str(tmp_path)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    words = " ".join(" ".join(lines).split())
+    assert "1.23e+16 1.23e+15 1.23e-05 0 1.0000 exact" in words
+    assert "1.23e+16 1.23e+15 1.23e-05 1.2e-05 -0.1235 chosen: stride [[0.9, 1.0, 8]," in words
+    assert "– – – 1.2e+04 – sparse_attention [[0.8, 1.0, 0.25], [0.3, 0.8, 0.5]]" in words
+    assert words.count("sparse_dense_layers [30, 31, 32, 33, 34, 35, 36, 37, 38, 39]") == 2
 
 
 def test_rollouts_of_single_steps_are_exact(root, tmp_path, capsys):

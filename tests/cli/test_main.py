@@ -388,14 +388,15 @@ def test_init_prints_or_writes_a_new_file(tmp_path, capsys, command):
 
 
 def test_tables_are_plain_columns_without_rich(capsys, monkeypatch):
-    rows = [("a", "1"), ("long name", "22")]
+    rows = [("a", "1"), ("long name\nof two lines", "22")]
     print_table(rows, ("name", "value"), numbers=("value",))
     rich = capsys.readouterr().out
     for name in ("rich", "rich.box", "rich.console", "rich.table"):
         monkeypatch.setitem(sys.modules, name, None)
     print_table(rows, ("name", "value"), numbers=("value",))
     plain = capsys.readouterr().out
-    assert plain == "name       value\na          1\nlong name  22\n"
+    expected = "name          value\na             1\nlong name     22\nof two lines\n"
+    assert plain == expected
     words = [line.split() for line in rich.splitlines() if line.strip()[:1].isalnum()]
     assert words == [line.split() for line in plain.splitlines()]
 
