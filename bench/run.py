@@ -5,7 +5,9 @@ commit, versions and command), report.md and the figures. Files are replaced ato
 """
 
 import argparse
+import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -15,7 +17,7 @@ from typing import Any, NoReturn
 import report
 import suites
 import torch
-from harness import PRESETS, Context, SuiteResult, UnavailableError, device_name, run_record
+from harness import PRESETS, ROOT, Context, SuiteResult, UnavailableError, device_name, run_record
 
 from prfl_fast.utils.optional import need
 from prfl_fast.utils.quiet import quiet_libraries
@@ -25,6 +27,13 @@ REFERENCE_FILE = Path("diffusers_lite/wan/modules/model.py")
 
 
 class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        title = (
+            "suites, with the time of the newest record on two CPU cores (*: only if asked for):"
+        )
+        self.epilog = "\n".join([title, *_suite_lines(ROOT / "bench" / "results" / "cpu-2core")])
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -39,8 +48,7 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         metavar="NAME",
         choices=tuple(suites.DESCRIPTIONS),
         default=list(suites.DEFAULT),
-        help="; ".join(f"{name}: {text}" for name, text in suites.DESCRIPTIONS.items())
-        + " (* only if asked for)",
+        help=f"suites of the list below; default: {' '.join(suites.DEFAULT)}",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -59,7 +67,7 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         "--out", metavar="DIR", type=Path, default=Path("bench-out"), help="default: bench-out"
     )
     parser.add_argument("--seed", type=int, default=0)
-    repeats = "repetitions of the arms of alignment and family"
+    repeats = "repetitions of the arms of alignment, family and calibrated-rollout"
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help=repeats)
     args = parser.parse_args(argv)
 
@@ -88,6 +96,22 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
         bar=_bar,
     )
     return context, tuple(dict.fromkeys(args.suite))
+
+
+def _suite_lines(records: Path) -> list[str]:
+    """Return a line for each suite: its name, its newest time in the records, its content."""
+    taken = {}
+    runs = [json.loads(path.read_text()) for path in records.glob("*.json")]
+    for record in sorted(runs, key=lambda each: each["run"]["date"]):
+        seeds = re.search(r"--seeds (\d+)", record["run"]["command"])
+        for name, suite in record["suites"].items():
+            taken[name] = suite["wall_s"], f" ({seeds[1]} seeds)" if seeds else ""
+    lines = []
+    for name, text in suites.DESCRIPTIONS.items():
+        wall, repeats = taken.get(name, (None, ""))
+        took = "–" if wall is None else f"{wall:.0f} s" if wall < 90 else f"{wall / 60:.0f} min"
+        lines.append(f"  {name:<19}{took:>6}  {text}{repeats}")
+    return lines
 
 
 def _baselines(parser: _Parser, text: str, kind: str) -> tuple[tuple[str, ...], Path | None]:

@@ -288,6 +288,27 @@ def test_bad_arguments_give_one_line_and_status_2(arguments, message, capsys):
     assert error.count("\n") == 1
 
 
+def test_the_help_has_a_line_for_each_suite_with_its_newest_time(tmp_path, capsys):
+    for name, day, command, walls in (
+        ("b", 2, "run.py --seeds 5", {"alignment": 300.4, "block": 16.7}),
+        ("a", 3, "run.py", {"block": 89.6, "step": 89.4}),
+        ("c", 1, "run.py", {"block": 3.0}),
+    ):
+        record = {"suites": {suite: {"wall_s": wall} for suite, wall in walls.items()}}
+        record["run"] = {"date": f"2026-11-0{day}", "command": command}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    lines = {line.split()[0]: line.split() for line in bench_run._suite_lines(tmp_path)}
+    assert tuple(lines) == tuple(suites.DESCRIPTIONS)
+    assert lines["alignment"][1:3] == ["5", "min"] and lines["alignment"][-2:] == ["(5", "seeds)"]
+    assert lines["block"][1:3] == ["90", "s"] and "seeds)" not in lines["block"]
+    assert lines["step"][1:3] == ["89", "s"] and lines["facts"][1] == "–"
+    with pytest.raises(SystemExit):
+        bench_run.parse(["--help"])
+    told = capsys.readouterr().out.splitlines()
+    shown = [line for line in told for name in lines if line.startswith(f"  {name} ")]
+    assert len(shown) == len(lines) and max(map(len, shown)) <= 100
+
+
 def test_defaults():
     told, names = bench_run.parse(["--device", "cpu"])
     assert names == ("kernels", "block", "memory", "alignment")
