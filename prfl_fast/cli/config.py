@@ -85,7 +85,9 @@ class TrainFile(Section):
         sections.ParallelSection(), "Several GPUs: torchrun -m prfl_fast.cli train FILE.yaml."
     )
     memory: Literal["auto"] | sections.MemorySection = key(
-        sections.MemorySection(), "Memory policy of the generator; auto plans it and reward_memory."
+        sections.MemorySection(),
+        "Memory policy of the generator; auto plans it and reward_memory, and needs "
+        "hardware.precision: bf16.",
     )
     reward_memory: sections.RewardMemorySection = key(
         sections.RewardMemorySection(), "Memory policy of the frozen reward model."
@@ -187,7 +189,8 @@ class TrainRewardFile(Section):
         "Several GPUs: torchrun -m prfl_fast.cli train-reward FILE.yaml.",
     )
     memory: Literal["auto"] | sections.TrainedRewardMemorySection = key(
-        sections.TrainedRewardMemorySection(), "Memory policy of the reward model; auto plans it."
+        sections.TrainedRewardMemorySection(),
+        "Memory policy of the reward model; auto plans it, and needs hardware.precision: bf16.",
     )
 
     @model_validator(mode="after")
