@@ -179,13 +179,14 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         script = tmp_path / "bin" / name
         script.write_text(f"#!/bin/sh\n{text}\n")
         script.chmod(0o755)
-    # As `pip config list` prints them, with a line break between two values.
+    # As `pip config list` prints them, as Python's literals: with a line break between two values,
+    # and in the other quotes around an apostrophe.
     stored = {
-        "find-links": "/wheels\\n/more",
+        "find-links": "/wheels\n/o'hara",
         "index-url": "https://mirror",
         "constraint": "old.txt",
     }
-    lines = [f"global.{name}='{value}'\n" for name, value in stored.items()]
+    lines = [f"global.{name}={value!r}\n" for name, value in stored.items()]
     (tmp_path / "pip-settings").write_text("".join(lines))
     settings = {"PIP_FIND_LINKS": "", "PIP_INDEX_URL": "", "PIP_CONSTRAINT": "own.txt"}
     command = [
@@ -203,4 +204,4 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         "pip -m pip install --no-compile one two",
     ]
     given = f"pip install -q --python {tmp_path}/bin/python one two"
-    assert (tmp_path / "shown").read_text() == f"/wheels /more|https://mirror|own.txt|{given}\n"
+    assert (tmp_path / "shown").read_text() == f"/wheels /o'hara|https://mirror|own.txt|{given}\n"
