@@ -331,11 +331,10 @@ def test_other_families_are_refused(tmp_path, capsys, case):
     text = {"encoder_hidden_states": conditions["encoder_hidden_states"][0]}
     write_dataset(tmp_path / "data", [Sample(x[0], text, id="clip")])
     data = ["--data", tmp_path / "data", "--guidance-scale", 1, "--latents-only"]
-    messages = ("is 'AutoencoderKLOther', expected AutoencoderKLWan", "data: does not fit")
-    for given, message in zip((["--prompt", "A disc."], data), messages, strict=True):
+    for given in (["--prompt", "A disc."], data):
         words = ["sample", tmp_path / "out", "--model", folder, *given, *SMALL[4:]]
         assert cli.main(list(map(str, words))) == 2
-        assert message in one_line(capsys, "sample")
+        assert "is 'OtherPipeline', expected" in one_line(capsys, "sample")
     assert not (tmp_path / "out").exists()
 
 

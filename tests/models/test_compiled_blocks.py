@@ -154,7 +154,7 @@ def test_gradients_of_compiled_blocks(mode):
     plain, model = run(build()), build()
     activation_checkpointing(model, mode)
     compile_blocks(model, "on", backend="aot_eager")
-    torch.testing.assert_close(run(model), plain)
+    torch.testing.assert_close(run(model), plain, rtol=1e-4, atol=1e-4)
     compile_blocks(model, "off")
     assert not are_compiled(model) and torch.equal(run(model)[0], plain[0])
 
