@@ -8,7 +8,7 @@ import torch
 
 from prfl_fast.kernels.attn.backends import PACKAGES, absent, deterministic, load
 from prfl_fast.kernels.runtime.checks import require
-from prfl_fast.kernels.runtime.registry import Choice
+from prfl_fast.kernels.runtime.registry import Choice, forget_calls
 
 ALIGNMENT = 16  # bytes of the vectors that the GPU's kernels load
 HALF = (torch.bfloat16, torch.float16)
@@ -207,6 +207,7 @@ def set_attention_backend(name: str) -> None:
     if name in PACKAGES:
         _accept(name, absent(name) or load(name)[1])
     _current = checked
+    forget_calls()
 
 
 def get_attention_backend() -> str:

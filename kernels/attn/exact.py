@@ -55,7 +55,8 @@ GROUP_BYTES = 256 << 20
 # Plain PyTorch: the fallback, and with upcast the exact result that tests compare with.
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
     """View ``[B, L, D]`` as ``[B, L, heads, d]``; Tensor.unflatten takes four times as long."""
-    return x.view(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
+    batch, tokens, dim = x.shape
+    return x.view(batch, tokens, heads, dim // heads)
 
 
 def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -150,7 +151,8 @@ def reference(
     if name == "plain":
         return plain(q, k, v, heads, scale, key_lengths)
     forward, _ = CALLS[name]
-    out, lse = forward(*[_split(t, heads) for t in (q, k, v)], scale, key_lengths)
+    split = _split(q, heads), _split(k, heads), _split(v, heads)
+    out, lse = forward(*split, scale, key_lengths)
     return out.flatten(2).contiguous(), lse.contiguous()
 
 
@@ -305,8 +307,10 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context, native=_i
 # Public function.
 def default_scale(q: torch.Tensor, heads: int) -> float:
     """Return 1/√d; 1 for wrong arguments, which the operation refuses later."""
-    fits = isinstance(q, torch.Tensor) and q.ndim == 3 and 0 < heads <= q.shape[2]
-    return 1 / math.sqrt(q.shape[2] // heads) if fits else 1.0
+    try:
+        return 1 / math.sqrt(q.shape[2] // heads)
+    except (AttributeError, IndexError, ValueError, ZeroDivisionError):
+        return 1.0
 
 
 def attention(
@@ -348,12 +352,12 @@ def attention(
         name, other = ("extra_k", "extra_v") if extra_k is None else ("extra_v", "extra_k")
         require(False, "attention", name, None, f"a tensor, as {other} is given")
     # A read would stall a GPU, and would break the graph of a trace.
-    readable = isinstance(key_lengths, torch.Tensor) and key_lengths.device.type == "cpu"
-    if key_lengths is not None and readable and not torch.compiler.is_compiling():
-        values = key_lengths.flatten().tolist()
-        ok = all(0 < n <= k.shape[1] for n in values)
-        expected = f"numbers from 1 to Lk = {k.shape[1]}"
-        require(ok, "attention", "key_lengths", values, expected)
+    if key_lengths is not None and not torch.compiler.is_compiling():
+        if isinstance(key_lengths, torch.Tensor) and key_lengths.device.type == "cpu":
+            values = key_lengths.flatten().tolist()
+            ok = all(0 < n <= k.shape[1] for n in values)
+            expected = f"numbers from 1 to Lk = {k.shape[1]}"
+            require(ok, "attention", "key_lengths", values, expected)
     scale = default_scale(q, heads) if scale is None else float(scale)
     out, lse = _forward_op(q, k, v, heads, scale, key_lengths)
     if extra_k is not None and extra_v is not None:

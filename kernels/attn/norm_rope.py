@@ -37,7 +37,7 @@ from prfl_fast.kernels.attn.norm_rope_triton import (
     forward_tokens,
 )
 from prfl_fast.kernels.common.modulation_rows import token_strides
-from prfl_fast.kernels.common.norm_math import epsilon, rms_gradients, rstd
+from prfl_fast.kernels.common.norm_math import operand, rms_gradients, rstd
 from prfl_fast.kernels.common.rope import by_token, check_grid, check_tables, rope_table, rotations
 from prfl_fast.kernels.runtime.checks import (
     cast,
@@ -142,7 +142,7 @@ def reference(
     """
     dtype = compute_dtype(q, upcast)
     turns = _turns(cos, sin, grid, offset, q.shape[2] // heads // 2, dtype)
-    added = epsilon(eps, dtype, q.device)
+    added = operand(eps, dtype, q.device)
     q_out = _forward_one(q, q_weight, turns, heads, per_head, added, dtype, rhos)
     k_out = _forward_one(k, k_weight, turns, heads, per_head, added, dtype, rhos)
     return cast(q_out, upcast or q.dtype), cast(k_out, upcast or k.dtype)
@@ -159,7 +159,7 @@ def _backward_one(grad, x, weight, turns, heads, per_head, eps, need_x, need_wei
     groups, own = _grouped(x, heads, per_head), d_z is not grad
     d_z = _grouped(d_z, heads, per_head)
     if rho is None:
-        rho = rstd(groups, epsilon(eps, dtype, x.device), dtype)
+        rho = rstd(groups, operand(eps, dtype, x.device), dtype)
     e = d_z.mul_(rho) if own else d_z * rho
     d_x, d_weight = rms_gradients(e, groups, weight, rho, need_x, need_weight)
     d_x = d_x.reshape_as(x) if per_head and need_x else d_x

@@ -48,11 +48,11 @@ def _products(tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     differ by more. The caller sums 2·H numbers a token, so float64 is small beside x.
     """
     if tokens.dtype != torch.float32:
-        return tokens @ vectors.t()
+        return tokens.mm(vectors.t())
     wide = vectors.double().t()
     if tokens.shape[0] <= PRODUCT_ROWS:
         return tokens.double().mm(wide)
-    return torch.cat([part.double() @ wide for part in tokens.split(PRODUCT_ROWS)])
+    return torch.cat([part.double().mm(wide) for part in tokens.split(PRODUCT_ROWS)])
 
 
 def reference(
@@ -67,12 +67,15 @@ def reference(
         scores = _products(tokens, u)  # [L, H]
         # exp(scores - lse) would not add up to one, because lse is rounded.
         weights = cast(torch.softmax(scores, 0), dtype)
-        results.append((weights.t() @ tokens, cast(scores.logsumexp(0), dtype)))
-    pooled, lse = (_stacked(parts) for parts in zip(*results, strict=True))
+        results.append((weights.t().mm(tokens), cast(scores.logsumexp(0), dtype)))
+    if len(results) == 1:  # without a copy
+        (pooled, lse), *_ = results
+        return pooled.unsqueeze(0), lse.unsqueeze(0)
+    pooled, lse = map(torch.stack, zip(*results, strict=True))
     return pooled, lse
 
 
-def _stacked(parts: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
     """Return the results of all samples; of a single one without a copy."""
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
@@ -89,13 +92,13 @@ def reference_backward(
     upcast: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(dx, du)`` from plain PyTorch; an empty tensor for each not needed."""
-    dtype, heads = compute_dtype(x, upcast), queries.shape[0]
+    dtype = compute_dtype(x, upcast)
     u = cast(queries, dtype)
     d_tokens, d_queries = [], []
     for b, sample in enumerate(x.unbind(0)):
         tokens = cast(sample, dtype)
         both = torch.cat((u, cast(grad_pooled[b], dtype)))  # [2H, D]
-        scores, products = _products(tokens, both).split(heads, dim=1)
+        scores, products = _products(tokens, both).chunk(2, 1)
         p = torch.softmax(scores, 0)
         # Σ p g · x is g · pooled; with it both terms round alike, so one token gives exactly zero.
         ds = (products - (p * products).sum(0)).mul_(p)
@@ -103,9 +106,9 @@ def reference_backward(
             ds += p * grad_lse[b]
         if need_x:
             weights = cast(torch.cat((ds, p), dim=1), dtype)  # [L, 2H]
-            d_tokens.append(cast(weights @ both, upcast or x.dtype))
+            d_tokens.append(cast(weights.mm(both), upcast or x.dtype))
         if need_queries:
-            d_queries.append(cast(ds.t(), dtype) @ tokens)
+            d_queries.append(cast(ds.t(), dtype).mm(tokens))
     dx = _stacked(d_tokens) if need_x else x.new_empty(0, dtype=upcast)
     du = sum(d_queries[1:], d_queries[0]) if need_queries else queries.new_empty(0)
     return dx, cast(du, upcast or queries.dtype)

@@ -68,10 +68,9 @@ def sum_by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) 
     """Sum :func:`by_row`'s result over the tokens of each row to ``[R, D]``, deterministically."""
     if row_index is None:
         return tokens.sum(1)
+    if tokens.is_cpu:  # the gradient of a lookup adds in order, 20 times as fast as segment_reduce
+        return torch.ops.aten.embedding_dense_backward.default(tokens, row_index, rows, -1, False)
     tokens = tokens.reshape(-1, tokens.shape[-1])
-    if tokens.device.type == "cpu":  # in order here, and 20 times as fast as segment_reduce
-        sums = tokens.new_zeros(rows, tokens.shape[-1])
-        return sums.index_add_(0, row_index.reshape(-1), tokens)
     order, offsets = segments(row_index, rows)
     return torch.segment_reduce(tokens[order], "sum", offsets=offsets, axis=0)
 

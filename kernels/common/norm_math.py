@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from prfl_fast.kernels.common.modulation_rows import table_plus_rows
 from prfl_fast.kernels.runtime.checks import cast
@@ -27,18 +28,18 @@ def parameter_gradients(
     """
     # Plain PyTorch is fast enough, because the R rows are few.
     need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
-    d_scale = dot
+    d_scale, d_weight, d_bias = dot, dot, total
     if need_scale or need_scale_table:
         d_scale = dot if weight is None else dot * weight.to(dot.dtype)
         d_scale = d_scale if bias is None else d_scale + total * bias.to(dot.dtype)
-
-    def modulated_sum(rows: torch.Tensor) -> torch.Tensor:
-        modulation = table_plus_rows(scale_table, scale, dot.dtype)
-        return (rows if modulation is None else rows * (1 + modulation)).sum(0)
-
+    if need_weight or need_bias:
+        lifted = row_gain(None, table_plus_rows(scale_table, scale, dot.dtype), dot.dtype)
+        if lifted is not None:
+            d_weight = dot * lifted if need_weight else dot
+            d_bias = total * lifted if need_bias else total
     gradients = (
-        modulated_sum(dot) if need_weight else None,
-        modulated_sum(total) if need_bias else None,
+        d_weight.sum(0) if need_weight else None,
+        d_bias.sum(0) if need_bias else None,
         d_scale if need_scale else None,
         total if need_shift else None,
         d_scale.sum(0) if need_scale_table else None,
@@ -54,7 +55,8 @@ def row_gain(
     """Return g = w·(1 + s) as ``[R, D]`` or ``[1, D]``; None if neither is given."""
     if modulation is None:
         return None if weight is None else cast(weight, dtype)[None]
-    return 1 + modulation if weight is None else cast(weight, dtype) * (1 + modulation)
+    lifted = modulation + operand(1.0, modulation.dtype, modulation.device)
+    return lifted if weight is None else cast(weight, dtype) * lifted
 
 
 def normalize(
@@ -67,25 +69,29 @@ def normalize(
         one, zero = (x.new_ones(dim), x.new_zeros(dim)) if large else (None, None)
         return torch.native_layer_norm(x, [dim], one, zero, eps)
     if kind == "rms":
-        rho = rstd(x, epsilon(eps, x.dtype, x.device), x.dtype)
+        rho = rstd(x, operand(eps, x.dtype, x.device), x.dtype)
         return x * rho, None, rho
     return x, None, None
 
 
-def epsilon(eps: float, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return eps as :func:`rstd` takes it: a number for a compiler, else a tensor."""
-    if torch.compiler.is_compiling():
-        return eps
-    # A cached real tensor cannot be mixed with fake ones, nor a cached fake one with real ones.
-    return (constant if is_plain_call() else constant.__wrapped__)(eps, dtype, device)
+def operand(number: float, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a number as it is for a compiler, else as a tensor: ATen copies numbers in each call.
+
+    A cached real tensor cannot be mixed with fake ones, nor a cached fake one with real ones.
+    """
+    if is_plain_call():
+        return constant(number, dtype, device)
+    return number if is_compiling() else constant.__wrapped__(number, dtype, device)
 
 
 def rstd(x: torch.Tensor, eps: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return 1/√(mean(x²) + eps) of the last dimension, ``[..., 1]``, without a copy of x."""
+    """Return 1/√(mean(x²) + eps) of the last dimension, ``[..., 1]``, without a copy of x.
+
+    eps is the result of :func:`operand`.
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     if isinstance(eps, float):
         return (norm * norm / x.shape[-1] + eps).rsqrt()
-    # eps is a tensor, because an operand that is a number costs extra calls.
     return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 

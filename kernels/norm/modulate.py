@@ -55,6 +55,7 @@ from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import capability
 
 KINDS = ("layer", "rms", "none")
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 # Up to this many tokens ATen's sums of the affine part are as exact as sum(): it adds in order.
 FEW_TOKENS = 64
 
@@ -91,10 +92,10 @@ def reference(
         wide = x if upcast is None else x.to(upcast)
         return torch.layer_norm(wide, x.shape[-1:], gain, offset, eps)
     y = by_row(normalize(cast(x, dtype), kind, eps)[0], rows, row_index)
-    gain, offset = (
-        t if t is None else per_token(t, row_index if t.shape[0] > 1 else None)
-        for t in (gain, offset)
-    )
+    if gain is not None:
+        gain = per_token(gain, row_index if gain.shape[0] > 1 else None)
+    if offset is not None:
+        offset = per_token(offset, row_index if offset.shape[0] > 1 else None)
     if gain is not None and offset is not None:
         y = torch.addcmul(offset, y, gain)
     elif gain is not None:
@@ -112,9 +113,7 @@ def _layer_norm_backward(dy, x, gain, eps, mask):
     wide, shape, row = cast(x, dy.dtype), x.shape[-1:], gain.view(-1)
     # Only mean and ρ are used. Without an affine part ATen takes longer.
     _, mean, rho = torch.native_layer_norm(wide, shape, row, row, eps)
-    d_x, dot, total = torch.ops.aten.native_layer_norm_backward(
-        dy, wide, shape, mean, rho, row, row, mask
-    )
+    d_x, dot, total = layer_norm_backward(dy, wide, shape, mean, rho, row, row, mask)
     sums = (
         t[None] if need else gain.new_empty(0) for t, need in ((dot, mask[1]), (total, mask[2]))
     )
@@ -156,9 +155,8 @@ def reference_backward(
             d_hat = dy * per_token(gain, None if one_row else row_index)
         if kind == "layer":  # ATen has the same formula, and takes one row of gain
             row = gain.view(-1) if gain is not None and one_row else None
-            d_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-                d_hat, wide, wide.shape[-1:], mean, rho, row, row, [True, False, False]
-            )
+            shape, mask = wide.shape[-1:], [True, False, False]
+            d_x, _, _ = layer_norm_backward(d_hat, wide, shape, mean, rho, row, row, mask)
         elif kind == "rms":
             d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
         else:

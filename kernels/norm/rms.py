@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prfl_fast.kernels.common.norm_math import epsilon, normalize, rms_gradients, rstd
+from prfl_fast.kernels.common.norm_math import normalize, operand, rms_gradients, rstd
 from prfl_fast.kernels.common.strided_rows import as_tokens, gradient_rows, row_axes, row_offset
 from prfl_fast.kernels.norm import modulate
 from prfl_fast.kernels.runtime.checks import (
@@ -49,7 +49,7 @@ def reference_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(d_x, d_weight)``; an empty tensor for each not needed."""
     dtype = compute_dtype(x)
-    rho = rstd(x, epsilon(eps, dtype, x.device), dtype)
+    rho = rstd(x, operand(eps, dtype, x.device), dtype)
     # Contiguous, so that sums have one order for gradients of any strides.
     d_x = grad.to(dtype).contiguous() * rho
     d_x, d_weight = rms_gradients(d_x, x, weight, rho, need_x, need_weight)

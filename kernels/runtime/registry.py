@@ -10,16 +10,18 @@ import functools
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch._C import _is_any_autocast_enabled as _autocast
 from torch._C import _len_torch_dispatch_stack as _modes
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
@@ -53,6 +55,7 @@ def set_backend(name: str) -> None:
     """
     global _current
     _current = _checked(name, "backend")
+    forget_calls()
 
 
 def get_backend() -> str:
@@ -183,9 +186,53 @@ OPERATORS: dict[str, "Operator"] = {}
 # Types of plain tensors; subclasses may be fake, sharded or quantized.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
-_EXPECTED = PLAIN | _NUMBERS | {list}  # no operation without a check takes tensors in lists
 MAX_LAYOUTS = 4096
+RECENT = 4  # layouts that an operator compares arguments with before it makes a key of them
 _UNCAST = ({torch.float32}, {torch.float64})  # arguments that references compute in as they are
+
+
+class _Call(NamedTuple):
+    """What an operator runs for a layout of its arguments, and how it knows such arguments.
+
+    ``fits`` compares types, sizes, strides, dtypes, devices and ``requires_grad`` of all tensors in
+    one call of C++. It is False also if autocast, inference mode or a transform of ``torch.func``
+    began or ended since. None if there are lists of tensors or floats.
+    """
+
+    run: Callable[..., Any]
+    record: Callable[..., Any]  # with gradients
+    fits: Callable[..., bool] | None
+    tensors: Callable[[Any], Any] = tuple  # takes them from all arguments
+    others: Callable[[Any], Any] = tuple
+    known: Any = None  # its result
+
+    @classmethod
+    def of(
+        cls, args: tuple[Any, ...], run: Callable[..., Any], record: Callable[..., Any]
+    ) -> "_Call":
+        """Make the call of these arguments."""
+        lists = [a for a in args if type(a) is list and a]
+        if any(isinstance(a[0], (torch.Tensor, float)) for a in lists):
+            return cls(run, record, None)
+        args = tuple([*a] if type(a) is list else a for a in args)  # callers may change lists
+        places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        tensors, others = _getter(places), _getter([*{*range(len(args))} - {*places}])
+        given = tensors(args)
+        guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return cls(run, record, guards.check, tensors, others, others(args))
+
+
+def _getter(places: Sequence[int]) -> Callable[[Any], Any]:
+    """Return a function that takes items of a tuple; it returns a tuple, also of one item."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def forget_calls() -> None:
+    """Let operators choose again what they run, after a change of a setting."""
+    for operator in OPERATORS.values():
+        operator.forget()
 
 
 class Operator:
@@ -211,51 +258,56 @@ class Operator:
         self._apply = self._apply_reference = self._run
         self._function: Any = None  # for a compiler, which traces the reference
         self._native: Callable[..., bool] | None = None
-        # By layouts that were checked: the function to run, and ``native`` if it casts nothing.
-        self._passed: dict[tuple[Any, ...], tuple[Callable[..., Any], Any]] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget which arguments were checked and what runs for them."""
+        self._calls: dict[tuple[Any, ...], _Call] = {}
+        self._recent: tuple[_Call, ...] = ()
 
     def __call__(self, *args: Any) -> Any:
+        # A shorter is_plain_call(): arguments do not fit inside a transform or an export.
+        if not (is_dynamo_compiling() or _modes() or forward_ad._current_level >= 0):
+            for run, record, fits, tensors, others, known in self._recent:
+                if fits(*tensors(args)) and others(args) == known:  # type: ignore[misc]
+                    return (record if torch.is_grad_enabled() else run)(*args)
+        return self._find(args)
+
+    def _find(self, args: tuple[Any, ...]) -> Any:
+        """Run a call whose arguments are not those of a recent one."""
         if not is_plain_call():
             return self._dispatch(args)
-        # A backward has no check, and only checks depend on layouts. Meta tensors run no kernel.
-        if self._check is None and not torch.is_grad_enabled() and {*map(type, args)} <= _EXPECTED:
-            tensor = args[0] if type(args[0]) in PLAIN else next(_tensors(args))
-            if not tensor.is_meta:
-                return self.operation(*args)
-        layouts: list[Any] = []  # what a check may read, so each key is checked once
-        recorded = _add_layouts(layouts, args)
-        if recorded is None:
+        layouts = [_current, _autocast(), torch.is_inference_mode_enabled()]
+        if not _add_layouts(layouts, args):
             return self._dispatch(args)
-        key = (_current, *layouts)
-        run, native = self._passed.get(key) or self._admit(key, args)
-        if run is self._run:
-            return run(*args)
-        if _autocast():  # of any device
-            run, native = self.operation, None
-        if not recorded or not torch.is_grad_enabled():
-            return run(*args)
-        if native is not None and native(*args):
-            return run(*args)
-        return (self._apply if run is self.operation else self._apply_reference)(*args)
+        key = tuple(layouts)  # what a check may read, so each key is checked once
+        call = self._calls.get(key)
+        if call is None:
+            call = self._admit(args)
+            if len(self._calls) >= MAX_LAYOUTS:
+                self._calls.clear()
+            self._calls[key] = call
+        if call.fits is not None:
+            self._recent = (call, *self._recent[: RECENT - 1])
+        return (call.record if torch.is_grad_enabled() else call.run)(*args)
 
-    def _admit(self, key: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Any]:
-        """Check arguments of new layouts; return their entry of :attr:`_passed`."""
+    def _admit(self, args: tuple[Any, ...]) -> _Call:
+        """Check arguments of a new layout; return what runs for them."""
         if self._check is not None:
             self._check(*args)
-        tensor, native = next(_tensors(args)), None
-        run = self._run
-        if tensor.device.type in ("cpu", "cuda"):
-            run = self.operation.implementation(tensor.device, tensor.dtype)
-            # A reference on a CPU needs none of the contexts that an Operation enters.
-            if tensor.device.type == "cpu" and run is self.operation.reference:
-                dtypes = {t.dtype for t in _tensors(args) if t.is_floating_point()}
-                native = self._native if dtypes in _UNCAST else None
-            else:
-                run = self.operation
-        if len(self._passed) >= MAX_LAYOUTS:
-            self._passed.clear()
-        self._passed[key] = run, native
-        return run, native
+        tensors = list(_tensors(args))
+        device, dtypes = tensors[0].device, {t.dtype for t in tensors if t.is_floating_point()}
+        if device.type not in ("cpu", "cuda"):  # meta tensors run no kernel
+            return _Call.of(args, self._run, self._run)
+        chosen = self.operation.implementation(device, tensors[0].dtype)
+        run: Callable[..., Any] = self.operation
+        apply, native = self._apply, False
+        # A reference on a CPU needs none of the contexts that an Operation enters.
+        if device.type == "cpu" and chosen is self.operation.reference and not _autocast():
+            run, apply = chosen, self._apply_reference
+            native = self._native is not None and dtypes in _UNCAST and self._native(*args)
+        recorded = any(t.requires_grad for t in tensors) and not native
+        return _Call.of(args, run, apply if recorded else run)
 
     def _dispatch(self, args: tuple[Any, ...]) -> Any:
         if self._check is not None:
@@ -316,32 +368,25 @@ class Operator:
         self._function = function(self.operation.trace)
 
 
-def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool | None:
-    """Append layouts of tensors and the numbers; return True if a tensor requires a gradient.
-
-    Return None if an argument is neither a plain tensor nor a number.
-    """
-    recorded = False
+def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool:
+    """Append layouts of tensors, and the numbers; return False if there is anything else."""
     for arg in args:
         kind = type(arg)
         if arg is None or kind in _NUMBERS:
             layouts.append(arg)
         elif kind in PLAIN:
-            # stride() and device make an object each, and take twice the time of the other two.
-            at = arg.is_cpu or arg.device
-            layouts += arg.shape, arg.is_contiguous() or arg.stride(), arg.dtype, at
-            if arg.requires_grad:
-                recorded = True
+            # An object for a device takes twice the time of the others.
+            layouts += arg.shape, arg.stride(), arg.dtype, arg.is_cpu or arg.device
+            layouts += arg.requires_grad, arg.is_inference()
         elif kind is list:
             # Floats are coefficients, which change with every step, and which no check reads.
-            if not arg or type(arg[0]) is not float:
-                found = _add_layouts(layouts, (len(arg), *arg))
-                if found is None:
-                    return None
-                recorded = recorded or found
+            if arg and type(arg[0]) is float:
+                continue
+            if not _add_layouts(layouts, (len(arg), *arg)):
+                return False
         else:
-            return None
-    return recorded
+            return False
+    return True
 
 
 def _check_transform(name: str, tensor: torch.Tensor) -> None:
