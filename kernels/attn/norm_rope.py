@@ -53,11 +53,6 @@ __all__ = ["qk_norm_rope", "rope_table"]
 
 
 # Reference.
-def _pairs(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """View a contiguous ``[B, L, D]`` as complex ``[B, L, heads, d/2]``."""
-    return torch.view_as_complex(x.view(*x.shape[:2], heads, -1, 2))
-
-
 def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
     """View x with the normalized dimension last: ``[B, L, heads, d]`` or ``[B, L, D]``."""
     return x.view(*x.shape[:2], heads, -1) if per_head else x
@@ -79,9 +74,11 @@ def _forward_one(x, weight, turns, heads, per_head, eps, dtype, rhos):
 def _turn(z: torch.Tensor, turns: Any, heads: int, overwrite: bool) -> torch.Tensor:
     """Return z·e^{iφ} for a contiguous z ``[B, L, D]``, which changes if ``overwrite``."""
     if isinstance(turns, torch.Tensor):
+        batch, tokens, dim = z.shape
+        pairs = z.view(turns.dtype).view(batch, tokens, heads, dim // heads // 2)
         if not overwrite:
-            return torch.view_as_real(_pairs(z, heads) * turns).view(z.shape)
-        _pairs(z, heads).mul_(turns)
+            return (pairs * turns).view(z.dtype).view(batch, tokens, dim)
+        pairs.mul_(turns)
         return z
     cos, sin = turns
     even, odd = z.view(*z.shape[:2], heads, -1, 2).unbind(-1)

@@ -191,35 +191,34 @@ RECENT = 4  # layouts that an operator compares arguments with before it makes a
 _UNCAST = ({torch.float32}, {torch.float64})  # arguments that references compute in as they are
 
 
-class _Call(NamedTuple):
-    """What an operator runs for a layout of its arguments, and how it knows such arguments.
+class Call(NamedTuple):
+    """What runs for a layout of arguments, and how such arguments are recognized.
 
     ``fits`` compares types, sizes, strides, dtypes, devices and ``requires_grad`` of all tensors in
     one call of C++. It is False also if autocast, inference mode or a transform of ``torch.func``
     began or ended since. None if there are lists of tensors or floats.
     """
 
-    run: Callable[..., Any]
-    record: Callable[..., Any]  # with gradients
-    fits: Callable[..., bool] | None
+    run: Any
+    record: Any  # with gradients
+    arity: int = 0
+    fits: Callable[..., bool] | None = None
     tensors: Callable[[Any], Any] = tuple  # takes them from all arguments
     others: Callable[[Any], Any] = tuple
     known: Any = None  # its result
 
     @classmethod
-    def of(
-        cls, args: tuple[Any, ...], run: Callable[..., Any], record: Callable[..., Any]
-    ) -> "_Call":
+    def of(cls, args: tuple[Any, ...], run: Any, record: Any) -> "Call":
         """Make the call of these arguments."""
         lists = [a for a in args if type(a) is list and a]
         if any(isinstance(a[0], (torch.Tensor, float)) for a in lists):
-            return cls(run, record, None)
+            return cls(run, record)
         args = tuple([*a] if type(a) is list else a for a in args)  # callers may change lists
         places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
         tensors, others = _getter(places), _getter([*{*range(len(args))} - {*places}])
         given = tensors(args)
         guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        return cls(run, record, guards.check, tensors, others, others(args))
+        return cls(run, record, len(args), guards.check, tensors, others, others(args))
 
 
 def _getter(places: Sequence[int]) -> Callable[[Any], Any]:
@@ -227,6 +226,18 @@ def _getter(places: Sequence[int]) -> Callable[[Any], Any]:
     if len(places) > 1:
         return itemgetter(*places)
     return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def recent_call(calls: Iterable[Call], args: tuple[Any, ...]) -> Call | None:
+    """Return the call of these arguments, of those that :meth:`Call.of` made in plain calls."""
+    # A shorter is_plain_call(): arguments do not fit inside a transform or an export.
+    if is_dynamo_compiling() or _modes() or forward_ad._current_level >= 0:
+        return None
+    for call in calls:
+        _, _, arity, fits, tensors, others, known = call
+        if len(args) == arity and fits(*tensors(args)) and others(args) == known:  # type: ignore[misc]
+            return call
+    return None
 
 
 def forget_calls() -> None:
@@ -262,24 +273,22 @@ class Operator:
 
     def forget(self) -> None:
         """Forget which arguments were checked and what runs for them."""
-        self._calls: dict[tuple[Any, ...], _Call] = {}
-        self._recent: tuple[_Call, ...] = ()
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._recent: tuple[Call, ...] = ()
 
     def __call__(self, *args: Any) -> Any:
-        # A shorter is_plain_call(): arguments do not fit inside a transform or an export.
-        if not (is_dynamo_compiling() or _modes() or forward_ad._current_level >= 0):
-            for run, record, fits, tensors, others, known in self._recent:
-                if fits(*tensors(args)) and others(args) == known:  # type: ignore[misc]
-                    return (record if torch.is_grad_enabled() else run)(*args)
-        return self._find(args)
-
-    def _find(self, args: tuple[Any, ...]) -> Any:
-        """Run a call whose arguments are not those of a recent one."""
-        if not is_plain_call():
+        call = recent_call(self._recent, args) or self._find(args)
+        if call is None:
             return self._dispatch(args)
+        return (call.record if torch.is_grad_enabled() else call.run)(*args)
+
+    def _find(self, args: tuple[Any, ...]) -> Call | None:
+        """Return the call of arguments that are not those of a recent one; None to dispatch."""
+        if not is_plain_call():
+            return None
         layouts = [_current, _autocast(), torch.is_inference_mode_enabled()]
         if not _add_layouts(layouts, args):
-            return self._dispatch(args)
+            return None
         key = tuple(layouts)  # what a check may read, so each key is checked once
         call = self._calls.get(key)
         if call is None:
@@ -289,16 +298,16 @@ class Operator:
             self._calls[key] = call
         if call.fits is not None:
             self._recent = (call, *self._recent[: RECENT - 1])
-        return (call.record if torch.is_grad_enabled() else call.run)(*args)
+        return call
 
-    def _admit(self, args: tuple[Any, ...]) -> _Call:
+    def _admit(self, args: tuple[Any, ...]) -> Call:
         """Check arguments of a new layout; return what runs for them."""
         if self._check is not None:
             self._check(*args)
         tensors = list(_tensors(args))
         device, dtypes = tensors[0].device, {t.dtype for t in tensors if t.is_floating_point()}
         if device.type not in ("cpu", "cuda"):  # meta tensors run no kernel
-            return _Call.of(args, self._run, self._run)
+            return Call.of(args, self._run, self._run)
         chosen = self.operation.implementation(device, tensors[0].dtype)
         run: Callable[..., Any] = self.operation
         apply, native = self._apply, False
@@ -307,7 +316,7 @@ class Operator:
             run, apply = chosen, self._apply_reference
             native = self._native is not None and dtypes in _UNCAST and self._native(*args)
         recorded = any(t.requires_grad for t in tensors) and not native
-        return _Call.of(args, run, apply if recorded else run)
+        return Call.of(args, run, apply if recorded else run)
 
     def _dispatch(self, args: tuple[Any, ...]) -> Any:
         if self._check is not None:

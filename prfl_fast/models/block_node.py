@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.kernels.runtime.registry import OPERATORS, PLAIN, is_plain_call
+from prfl_fast.kernels.runtime.registry import (
+    OPERATORS,
+    PLAIN,
+    RECENT,
+    Call,
+    is_plain_call,
+    recent_call,
+)
 from prfl_fast.models.block_passes import Layer, operations
 from prfl_fast.models.inference_linear import as_matrix
 from prfl_fast.utils.modules import is_inactive_dropout
@@ -57,6 +64,7 @@ class BlockNode:
         self.stem = [i for layer in self.layers[:3] for i in layer.parameters()]
         self.adapted_keys = any(layer.adapters for layer in self.layers[5:7])
         self.checked: set[Any] = set()
+        self.recent: tuple[Call, ...] = ()  # of checked arguments
 
     def _slot(self, module: Any, name: str) -> int:
         if module._parameters.get(name) is None:
@@ -91,8 +99,6 @@ class BlockNode:
 
         The arguments are those of :func:`prfl_fast.models.blocks.transformer_block`.
         """
-        if not is_plain_call() or torch.is_autocast_enabled(x.device.type):
-            return None
         table, time, row_index = modulation
         value = lengths = None
         if not isinstance(context, torch.Tensor):
@@ -103,34 +109,45 @@ class BlockNode:
         axes = ([], []) if grid is None else ([*grid], [*offset])
         tensors = (x, context, value, time, table, cos, sin, lengths, row_index)
         parameters = [owner[name] for owner, name in self.slots]
-        # An operation checks its arguments once for each of these, as when it runs alone.
-        layouts = [
-            t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
-        ]
-        kinds = (*map(type, parameters), *map(_DTYPE, parameters), *map(_DEVICE, parameters))
-        key: Any = (*layouts, *kinds, *axes[0], *axes[1])
-        ops = operations(x.device, x.dtype)
-        if key not in self.checked:
-            if not self._fits(tensors, parameters):
+        args, key = (*tensors, *parameters, *axes), None
+        call = recent_call(self.recent, args)
+        if call is None:
+            if not is_plain_call() or torch.is_autocast_enabled(x.device.type):
                 return None
-            ops = OPERATORS
-        else:
-            key = None
-        if x.device.type == "cuda" and (
+            key = self._key(tensors, parameters, axes)
+            if key not in self.checked and not self._fits(tensors, parameters):
+                return None
+            call = Call.of(args, None, self._records(tensors, parameters))
+            if key in self.checked:
+                key, self.recent = None, (call, *self.recent[: RECENT - 1])
+        if torch.is_grad_enabled() and not call.record:
+            return None
+        if x.is_cuda and (
             x.device.index != torch.cuda.current_device()
             or any(t.is_neg() for t in tensors if t is not None)
         ):
             return None
-        if torch.is_grad_enabled():
-            if context.requires_grad and self.adapted_keys:
-                return None  # autograd adds each layer's share to those of other blocks, in order
-            if not any(
-                t.requires_grad for t in (x, time, table, *(parameters[i] for i in self.stem))
-            ):
-                return None  # the parts that need no gradient are not recorded
         if len(self.checked) >= MAX_LAYOUTS:
             self.checked.clear()
+        ops = operations(x.device, x.dtype) if key is None else OPERATORS
         return self, ops, (axes, key), *tensors, *parameters
+
+    def _key(self, tensors: Sequence[Any], parameters: Sequence[Any], axes: Any) -> Any:
+        """Return what operations check: once for each key, as when an operation runs alone."""
+        layouts = [
+            t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
+        ]
+        kinds = (*map(type, parameters), *map(_DTYPE, parameters), *map(_DEVICE, parameters))
+        return (*layouts, *kinds, *axes[0], *axes[1])
+
+    def _records(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> bool:
+        """Return True if one step of autograd has the gradients of the parts."""
+        x, context, _, time, table, *_ = tensors
+        if context.requires_grad and self.adapted_keys:
+            return False  # autograd adds each layer's share to those of other blocks, in order
+        # Parts that need no gradient are not recorded.
+        stem = (parameters[i] for i in self.stem)
+        return any(t.requires_grad for t in (x, time, table, *stem))
 
     def _fits(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> bool:
         x, context, *_ = tensors

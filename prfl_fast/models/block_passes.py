@@ -71,7 +71,8 @@ class _Rows:
             dtype = compute_dtype(x)
             vectors = (cast(time, dtype) + table).flatten(0, 1)
             self.time = vectors.unbind(0)
-            self.gains = (vectors + constant(1.0, dtype, x.device)).unbind(0)
+            one = constant(1.0, dtype, x.device)
+            self.gains = {i: self.time[i] + one for i in (1, 4)}
         else:
             self.time, self.table = time.unbind(1), table.unbind(0)
 
