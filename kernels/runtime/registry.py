@@ -230,8 +230,8 @@ def _getter(places: Sequence[int]) -> Callable[[Any], Any]:
 
 def recent_call(calls: Iterable[Call], args: tuple[Any, ...]) -> Call | None:
     """Return the call of these arguments, of those that :meth:`Call.of` made in plain calls."""
-    # A shorter is_plain_call(): arguments do not fit inside a transform or an export.
-    if is_dynamo_compiling() or _modes() or forward_ad._current_level >= 0:
+    # A shorter is_plain_call(): arguments do not fit inside a transform.
+    if _modes() or forward_ad._current_level >= 0:
         return None
     for call in calls:
         _, _, arity, fits, tensors, others, known = call
@@ -277,7 +277,9 @@ class Operator:
         self._recent: tuple[Call, ...] = ()
 
     def __call__(self, *args: Any) -> Any:
-        call = recent_call(self._recent, args) or self._find(args)
+        call = None
+        if not is_dynamo_compiling():
+            call = recent_call(self._recent, args) or self._find(args)
         if call is None:
             return self._dispatch(args)
         return (call.record if torch.is_grad_enabled() else call.run)(*args)
