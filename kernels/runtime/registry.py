@@ -379,21 +379,27 @@ class Operator:
         self._function = function(self.operation.trace)
 
 
-def _add_layouts(layouts: list[Any], args: Iterable[Any]) -> bool:
-    """Append layouts of tensors, and the numbers; return False if there is anything else."""
+def _add_layouts(layouts: list[Any], args: Iterable[Any], exact: bool = True) -> bool:
+    """Append layouts of tensors, and the numbers; return False if there is anything else.
+
+    ``exact`` layouts are equal where :attr:`Call.fits` is True.
+    """
     for arg in args:
         kind = type(arg)
         if arg is None or kind in _NUMBERS:
             layouts.append(arg)
         elif kind in PLAIN:
             # An object for a device takes twice the time of the others.
-            layouts += arg.shape, arg.stride(), arg.dtype, arg.is_cpu or arg.device
-            layouts += arg.requires_grad, arg.is_inference()
+            layouts += arg.shape, arg.dtype, arg.is_cpu or arg.device, arg.requires_grad
+            if exact:
+                layouts += arg.stride(), arg.is_inference()
+            else:  # strides take as long to hash as the rest
+                layouts.append(arg.is_contiguous() or arg.stride())
         elif kind is list:
             # Floats are coefficients, which change with every step, and which no check reads.
             if arg and type(arg[0]) is float:
                 continue
-            if not _add_layouts(layouts, (len(arg), *arg)):
+            if not _add_layouts(layouts, (len(arg), *arg), exact=False):
                 return False
         else:
             return False
