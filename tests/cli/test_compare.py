@@ -213,5 +213,6 @@ def test_files_of_the_comparison_name_no_generator(root, tmp_path, capsys):
 @pytest.mark.slow
 def test_scores_that_are_not_numbers_are_refused(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparing, "rewards_by_timestep", lambda *_: [float("nan")])
-    assert compare(root, tmp_path / "out", f"new={root / 'model'}") == 2
-    assert "expected finite numbers" in one_line(capsys, "compare")
+    words = [f"new={root / 'model'}", "--reward", root / "reward"]
+    assert compare(root, tmp_path / "out", *words) == 2
+    assert "is [nan], expected finite numbers" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """``prfl-fast convert`` and ``prfl-fast merge``, and ``model:`` in every layout."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,12 +42,15 @@ def test_a_run_takes_every_layout_of_its_model(root, tmp_path, capsys):
     # differently.
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    file = convert(official, tmp_path / "official" / "comfyui.safetensors", "comfyui")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(official / "config.json", other)
+    file = convert(official, other / "comfyui.safetensors", "comfyui")
     for command in ("train", "train-reward"):
         assert call(command, root, tmp_path / "c", {"model": str(file)}, "--check") == 0
     sizes = ["--frames", "5", "--height", "64", "--width", "64", "--reward-blocks", "1"]
     assert cli.main(["plan", "--model", str(official), "--budget", "1GiB", *sizes]) == 0
-    (official / "config.json").unlink()
+    (other / "config.json").unlink()
     error = refused(capsys, "train", root, tmp_path / "c", {"model": str(file)}, "--check")
     assert "num_heads is 0, expected a divisor of" in error
 
