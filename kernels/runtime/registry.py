@@ -18,13 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch._C import _is_any_autocast_enabled as _autocast
 from torch._C import _len_torch_dispatch_stack as _modes
-from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # a torch without them: arguments are recognized by keys alone
+    TensorGuards = None  # type: ignore[assignment, misc]
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,6 +187,7 @@ def is_plain_call() -> bool:
 
 OPERATIONS: dict[str, Operation] = {}
 OPERATORS: dict[str, "Operator"] = {}
+
 # Types of plain tensors; subclasses may be fake, sharded or quantized.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
@@ -196,7 +201,7 @@ class Call(NamedTuple):
 
     ``fits`` compares types, sizes, strides, dtypes, devices and ``requires_grad`` of all tensors in
     one call of C++. It is False also if autocast, inference mode or a transform of ``torch.func``
-    began or ended since. None if there are lists of tensors or floats.
+    began or ended since. None if there are lists of tensors or floats, or no guards in torch.
     """
 
     run: Any
@@ -211,7 +216,7 @@ class Call(NamedTuple):
     def of(cls, args: tuple[Any, ...], run: Any, record: Any) -> "Call":
         """Make the call of these arguments."""
         lists = [a for a in args if type(a) is list and a]
-        if any(isinstance(a[0], (torch.Tensor, float)) for a in lists):
+        if TensorGuards is None or any(isinstance(a[0], (torch.Tensor, float)) for a in lists):
             return cls(run, record)
         args = tuple([*a] if type(a) is list else a for a in args)  # callers may change lists
         places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]

@@ -119,7 +119,8 @@ class BlockNode:
                 return None
             call = Call.of(args, None, self._records(tensors, parameters))
             if key in self.checked:
-                key, self.recent = None, (call, *self.recent[: RECENT - 1])
+                key, recent = None, (call, *self.recent[: RECENT - 1])
+                self.recent = recent if call.fits is not None else ()
         if torch.is_grad_enabled() and not call.record:
             return None
         if x.is_cuda and (

@@ -12,6 +12,7 @@ import wan
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import prfl_fast
+from prfl_fast.kernels.runtime import registry
 from prfl_fast.memory.quantized import quantize
 from prfl_fast.models import block_passes
 from prfl_fast.models.block_node import BlockNode
@@ -100,6 +101,17 @@ def test_same_bits_as_its_parts(kind, dtype, needs, rows, ran, monkeypatch):
         assert_same_bits(each, expected)
     with torch.no_grad():
         assert torch.equal(model.blocks[0](*arguments), expected_out)
+
+
+def test_a_torch_without_guards(ran, monkeypatch):
+    """Arguments are recognized by keys alone."""
+    monkeypatch.setattr(registry, "TensorGuards", None)
+    model = build("trained", torch.float32)
+    arguments = inputs(model, ("x",), 6, torch.float32)
+    first, *others = [gradients(model, arguments) for _ in range(3)]
+    for found in others:
+        assert_same_bits(found, first)
+    assert ran == [True] * 3
 
 
 def test_the_bias_in_the_gelu_kernel(monkeypatch):

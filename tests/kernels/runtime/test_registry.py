@@ -312,6 +312,19 @@ def test_a_recent_call_keeps_no_tensor():
     assert alive() is None and call.fits is not None
 
 
+def test_a_torch_without_guards(monkeypatch):
+    """Arguments are recognized by keys; a transformer's block too."""
+    monkeypatch.setattr(registry, "TensorGuards", None)
+    registry.forget_calls()
+    x, row = torch.randn(2, 4, 6), torch.randn(2, 6, requires_grad=True)
+    wanted = x * row[:, None]
+    for _ in range(2):
+        y = kernels.gated_residual(torch.zeros_like(x), x, row)
+        assert torch.equal(y, wanted) and y.requires_grad
+    assert not registry.OPERATORS["gated_residual"]._recent
+    registry.forget_calls()
+
+
 def test_a_setting_applies_to_arguments_seen_before():
     """Check that set_backend and set_attention_backend reach a layout that was called before."""
     q, k, v = (torch.randn(1, 4, 8, requires_grad=True) for _ in range(3))
