@@ -372,7 +372,9 @@ def test_no_other_package_writes_to_the_terminal(root, tmp_path):
     path = write_config(tmp_path / "c.yaml", config("train", root, tmp_path / "out", changes))
     done = run_outside(tmp_path, "train", path, "--check")
     assert done.returncode == 0 and "lora_rank: 2" in done.stdout
-    assert all(line.startswith("prfl-fast: ") for line in done.stderr.splitlines()), done.stderr
+    assert all(
+        line.startswith(("prfl-fast: ", "prfl-fast train: ")) for line in done.stderr.splitlines()
+    ), done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "train-reward", "score"])
