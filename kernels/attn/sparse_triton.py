@@ -114,13 +114,13 @@ def sparse_kernel(
 
     # Lists ascend, so that only the last entry can be the block that ends before BLOCK_N keys.
     full = count
-    if count > 0:
-        rest = keys - tl.load(p_index + count - 1) * BLOCK_N
-        full = tl.where(rest < BLOCK_N, count - 1, count)
+    rest = keys % BLOCK_N
+    if (count > 0) & (rest > 0):
+        full = tl.where(tl.load(p_index + count - 1) == blocks - 1, count - 1, count)
     if full < count:  # first: after the loop it would spill 16 bytes on sm_80
         b_top, b_total, b_out = _add(
-            b_q, b_q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, blocks - 1,
-            keys - (blocks - 1) * BLOCK_N, softmax_scale, stride_kl, stride_vl,
+            b_q, b_q_scale, b_top, b_total, b_out, p_k, p_scale, p_v, blocks - 1, rest,
+            softmax_scale, stride_kl, stride_vl,
             D, BLOCK_M, BLOCK_N, BLOCK_D, EXACT, SHIFT, INTERPRETED, True,
         )  # fmt: skip
     if INTERPRETED:  # its range() takes no tensors with numpy ≥ 2.4
