@@ -16,7 +16,10 @@ from prfl_fast.utils.checks import check_choice
 from prfl_fast.utils.sharded import local_part
 
 # Categories of device memory. Unmarked storages are workspace, or rollout in the phase "rollout".
-CATEGORIES = ("weights", "reward", "optimizer", "gradients", "checkpoints", "rollout", "workspace")
+CATEGORIES = (
+    "weights", "reference", "reward", "optimizer", "gradients", "checkpoints", "rollout",
+    "workspace",
+)  # fmt: skip
 HOST = "host"
 _POINTS = 2048  # a timeline is thinned when it has twice as many points
 

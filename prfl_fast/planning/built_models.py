@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import _disable_current_modes
 
 from prfl_fast.memory.checkpointing import activation_checkpointing
 from prfl_fast.memory.policy import MemoryConfig, apply_memory
@@ -48,16 +49,9 @@ def build(
 
     ``most`` limits the number of blocks in each list of the models.
     """
-    # Keys that the model's class does not take.
-    own = ("_", "text_tokens", "boundary_ratio", "class_name")
-    config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
+    cls, config = _class_of(workload)
     adapter = adapter_of(workload.config)
-    with no_collection():
-        cls = getattr(need("diffusers"), adapter.class_name)
-    depths = [
-        {key: count if most is None else min(count, most) for key, count in depth.items()}
-        for depth in depths_of(workload, layers, reward_layers)
-    ]
+    depths = [_at_most(most, depth) for depth in depths_of(workload, layers, reward_layers)]
     with torch.device("meta"), WithoutInitialization():
         if workload.reward_loss is None:
             trained = cls(**{**config, **depths[0]}).train()
@@ -76,6 +70,39 @@ def build(
         with WithoutInitialization():
             add_lora(transformer, workload.lora_rank, target_modules=targets)
     return trained, rewards
+
+
+def frozen_copy(
+    workload: Workload, memory: MemoryConfig, *, layers: int | None = None, most: int | None = None
+) -> nn.Module | None:
+    """Return the copy that is the reference of ``dpo``, as zeros, or None if there is no copy.
+
+    It is resident and whole, whatever the policy and the layout of the trained model.
+    """
+    if not workload.copied:
+        return None
+    cls, config = _class_of(workload)
+    depth = _at_most(most, depths_of(workload, layers)[0])
+    with _disable_current_modes():
+        with torch.device("meta"), WithoutInitialization():
+            copy: Any = cls(**{**config, **depth}).requires_grad_(False)
+        copy.text_tokens = workload.text_tokens
+        apply_memory(copy, MemoryConfig(weight_dtype=memory.weight_dtype))
+        use_fp8_linears(copy, workload.fp8_linears)
+    materialize(copy)
+    return patch(copy) if workload.patched else copy
+
+
+def _class_of(workload: Workload) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a workload's transformer and the configuration that it takes."""
+    own = ("_", "text_tokens", "boundary_ratio", "class_name")  # keys that it does not take
+    config = {k: v for k, v in workload.config.items() if not k.startswith(own)}
+    with no_collection():
+        return getattr(need("diffusers"), adapter_of(workload.config).class_name), config
+
+
+def _at_most(most: int | None, depth: dict[str, int]) -> dict[str, int]:
+    return {key: count if most is None else min(count, most) for key, count in depth.items()}
 
 
 def _reward_model(adapter: Any, config: dict[str, Any]) -> LatentRewardModel:

@@ -22,11 +22,13 @@ from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.modules import unwrap
 
 REWARD_PHASES = ("reward", "reward backward")
+PAIR_PHASES = ("dpo reference", "dpo forward", "dpo backward")  # each has two passes
 # Backward phases, and the forwards whose blocks they run again.
 _FORWARDS = {
     "backward": "forward",
     "reward backward": "reward",
     "earlier backward": "recompute",
+    "dpo backward": "dpo forward",
 }
 # Blocks that are copied ahead. Two slots already make the time of a phase the longer of copies and
 # compute: the next block is copied while one runs. More slots would shorten nothing.
@@ -104,12 +106,14 @@ def offloaded(run: Simulation, layers: int, reward_layers: Sequence[int]) -> Sim
 
     def moved(phase: str, live: Mapping[str, int]) -> dict[str, int]:
         # Beside its blocks, a model saves a few tensors that stay.
-        now = live.get("checkpoints", 0)
+        now, kept = live.get("checkpoints", 0), window
         blocks = min(ours, now)
         if phase in REWARD_PHASES:
             start = first["reward"].get("checkpoints", 0)
             blocks = ours + min(theirs, max(0, now - start))
-        return {**live, "checkpoints": now - max(0, blocks - window)}
+        elif phase in PAIR_PHASES:
+            blocks, kept = min(2 * ours, now), 2 * block
+        return {**live, "checkpoints": now - max(0, blocks - kept)}
 
     first = {phase: live for phase, live in reversed(run.timeline)}  # the start of each phase
     timeline = [(phase, moved(phase, live)) for phase, live in run.timeline]
@@ -117,6 +121,8 @@ def offloaded(run: Simulation, layers: int, reward_layers: Sequence[int]) -> Sim
     rest = reward_block * (sum(reward_layers) - len(reward_layers))  # of all reward models
     sent = {"forward": ours - block, "recompute": ours - block, "reward": block + rest}
     back = {"backward": ours - block, "earlier backward": ours - block, "reward backward": rest}
+    pair = 2 * ours - block
+    sent["dpo forward"] = back["dpo backward"] = pair
     costs = {
         phase: dataclasses.replace(
             cost,
@@ -125,7 +131,8 @@ def offloaded(run: Simulation, layers: int, reward_layers: Sequence[int]) -> Sim
         )
         for phase, cost in run.costs.items()
     }
-    return _with(run, timeline, costs, run.host + ours + theirs - (reward_block or block))
+    host = max(ours if theirs else ours - block, pair * ("dpo forward" in run.costs))
+    return _with(run, timeline, costs, run.host + host + theirs - reward_block)
 
 
 def _saved_by_blocks(run: Simulation) -> tuple[int, int]:
@@ -166,6 +173,8 @@ def streamed(run: Simulation, weights: Weights, *, full: bool) -> Simulation:
         if phase in SWAP_PHASES:  # both experts share the slots
             continue
         copied = theirs if phase in REWARD_PHASES else ours if phase != "optimizer" else 0
+        if phase in PAIR_PHASES:  # a frozen copy does not wait
+            copied = 0 if full and phase == "dpo reference" else 2 * ours
         to_device = cost.to_device_bytes + (copied if phase else 0)
         costs[phase] = dataclasses.replace(cost, to_device_bytes=to_device)
     gradients = max(live.get("gradients", 0) for _, live in run.timeline)
@@ -234,15 +243,25 @@ class Single:
         """Return the costs of the reward's phases, or of the others."""
         return {p: c for p, c in self.run.costs.items() if (p in REWARD_PHASES) == reward}
 
-    def host(self, *, reward: bool) -> float:
-        """Return the host bytes of the reward's blocks, or of the generator's without its last."""
-        if not reward:
-            return self._sent("forward")
+    def host(self, *, last: bool) -> float:
+        """Return the host bytes of the generator's blocks, with the last one or without it.
+
+        The buffers of one forward stay and serve for the two forwards of a pair.
+        """
+        return max(self._sent("forward") + last * self.last_block, self._sent("dpo forward"))
+
+    def host_of_reward(self) -> float:
+        """Return the host bytes of the reward's blocks."""
         return self._sent("reward") - self.last_block
 
-    def other_host(self) -> int:
+    def other_host(self) -> float:
         """Return the host bytes of optimizer states, all but offloaded activations."""
-        return max(0, self.run.host - self._sent("forward") - self._sent("reward"))
+        return max(0, self.run.host - self.host(last=True) - self.host_of_reward())
+
+    def kept_by_pair(self) -> int:
+        """Return the bytes between the forwards and the backwards of a pair; 0 without ``dpo``."""
+        moments = (sum(live.values()) for name, live in self.run.timeline if name == "dpo backward")
+        return next(moments, 0)
 
 
 def weighted_sum(*parts: tuple[float, Bytes]) -> dict[str, float]:

@@ -15,7 +15,8 @@ class Plan:
 
     If nothing fits, these are the policies that exceed the budget by the fewest bytes. One step has
     ``workload.gradient_accumulation_steps`` trajectories with their gradient points, as many
-    supervised batches if ``workload.sft``, and an optimizer step after each kind.
+    supervised batches if ``workload.sft`` and batches of pairs if ``workload.dpo``, and an
+    optimizer step after each kind.
 
     Attributes:
         memory, reward_memory: policies of the trained model and of the frozen reward model.

@@ -25,6 +25,7 @@ _FASTER, _SLOWER = 12, 2  # candidates in the table before and after the chosen 
 # Okabe and Ito's palette, which color-blind readers can tell apart; bottom of the stack first.
 _COLORS = {
     "weights": "#0072b2",
+    "reference": "#f0e442",
     "reward": "#56b4e9",
     "optimizer": "#cc79a7",
     "gradients": "#d55e00",
@@ -41,6 +42,7 @@ _RECEIVED = {
 }
 _MEANING = {
     "weights": "of the trained model, adapters included",
+    "reference": "frozen copy of the model, for dpo",
     "reward": "weights of the reward model",
     "optimizer": "states and fp32 masters",
     "gradients": "of the trained parameters",
@@ -149,12 +151,13 @@ def _trajectory(work: Workload) -> list[str]:
 
 
 def _rewards(work: Workload) -> list[str]:
-    """Return the words for the frozen reward models and the supervised step."""
+    """Return the words for the frozen reward models and the steps of other objectives."""
     counts = [str(count) for count in work.reward_models]
     words = [f"reward of {plural(int(counts[0]), 'block')}"] if len(counts) == 1 else []
     if len(counts) > 1:
         words = [f"{len(counts)} reward models of {', '.join(counts[:-1])} and {counts[-1]} blocks"]
-    return [*words, "then a supervised step"] if work.sft else words
+    words += ["then a supervised step"] * work.sft + ["then a Flow-DPO step"] * work.dpo
+    return words
 
 
 def _policy(memory: MemoryConfig) -> str:

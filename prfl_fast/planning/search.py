@@ -161,7 +161,9 @@ def _of_step(values: Mapping[str, float], workload: Workload) -> dict[str, float
     once = {phase: value for phase, value in values.items() if phase}
     if workload.sft and "sft forward" not in once:
         once |= {f"sft {phase}": once[phase] for phase in ("forward", "backward")}
-    times = {"rollout": workload.rollout_forwards, "optimizer": 1.0 + workload.sft}
+    updates = 1.0 + workload.sft + workload.dpo
+    simulated = 1 + sum(f"{name} forward" in values for name in ("sft", "dpo"))
+    times = {"rollout": workload.rollout_forwards, "optimizer": updates / simulated}
     per_point = ("forward", *REWARD_PHASES, "backward")
     times |= dict.fromkeys(per_point, float(workload.evaluations))
     times |= dict.fromkeys(EARLIER_PHASES, workload.earlier_steps)
@@ -385,7 +387,7 @@ class Search:
         ours, theirs = (self._single(tier, mode, None) for mode in (generator, reward))
         theirs = theirs if self.workload.rewards else ours
         kept = weighted_sum((1, start_of(ours, theirs)), (1, theirs.kept_by_reward()))
-        return sum(kept.values()) <= self.limit
+        return max(sum(kept.values()), ours.kept_by_pair()) <= self.limit
 
     def _candidate(self, tier: Tier, generator: Any, reward: Any, chunk: int | None) -> Candidate:
         reward = reward if self.workload.rewards else generator
@@ -395,9 +397,10 @@ class Search:
         moments += [weighted_sum((1, start), (1, added)) for added in theirs.added_by_reward()]
         costs = ours.costs(reward=False) | theirs.costs(reward=True)
         peak = int(max(sum(moment.values()) for moment in moments))
-        host = ours.host(reward=False) + theirs.host(reward=True) + ours.other_host()
-        # The very last block stays on the device, because the backward begins with it.
-        host += ours.last_block if theirs.window["checkpoints"] else 0
+        # The very last block stays on the device, because the backward begins with it, unless an
+        # offloaded reward model runs next.
+        host = ours.host(last=theirs.window["checkpoints"] > 0)
+        host += theirs.host_of_reward() + ours.other_host()
         return Candidate(
             *memory_of(tier, generator, reward, chunk),
             peak,
@@ -437,7 +440,8 @@ class Search:
     def _simulate(self, memory: MemoryConfig, reward_memory: MemoryConfig) -> Simulation:
         mode = "+".join(filter(None, (memory.activation_checkpointing, memory.offload)))
         self.show(f"{memory.weight_dtype}, {memory.optimizer}, {mode}")
-        # A supervised step repeats the generator's phases beside less memory: it is never the peak.
+        # A supervised step repeats the generator's phases beside less memory: it is never the peak,
+        # unlike the step of ``dpo``, which keeps two forwards.
         short = dataclasses.replace(self.workload, sft=False)
         return simulate(short, memory, reward_memory)
 

@@ -20,7 +20,7 @@ from prfl_fast.models.adapter import FIRST_FRAME, generated_frames
 from prfl_fast.models.conditions import OF_PROMPT
 from prfl_fast.models.family_adapter import FamilyAdapter
 from prfl_fast.models.registry import find_adapter
-from prfl_fast.models.velocity import ModelCall, Precision, autocast
+from prfl_fast.models.velocity import ModelCall, Precision, autocast, values_checked
 from prfl_fast.planning.built_models import transformer_of
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.presets import adapter_of
@@ -31,6 +31,7 @@ from prfl_fast.rewards.latent import LatentRewardModel
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.noising import TIMESTEPS_PER_SIGMA
 from prfl_fast.training.objectives import RewardCall
+from prfl_fast.training.preferences import dpo_margin, mean_loss
 from prfl_fast.training.reward_losses import bt_loss, ce_loss
 from prfl_fast.utils.modules import unwrap
 from prfl_fast.utils.sharded import is_dtensor, local_part
@@ -44,8 +45,25 @@ PHASES = (
     "optimizer",
     "sft forward",
     "sft backward",
+    "dpo reference",
+    "dpo forward",
+    "dpo backward",
 )
 SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued on one stream
+
+
+class PairCall(ModelCall):
+    """Call a model on a video of a pair, as a phase with or without a graph."""
+
+    def __init__(self, model: nn.Module, precision: Precision, ledger: Ledger) -> None:
+        super().__init__(model, precision)
+        self.ledger = ledger
+
+    def __call__(self, *inputs: Any) -> torch.Tensor:
+        phase = "dpo forward" if torch.is_grad_enabled() else "dpo reference"
+        if phase != self.ledger.phase:
+            self.ledger.start_phase(phase)
+        return super().__call__(*inputs)
 
 
 class SimulatedStep:
@@ -60,12 +78,13 @@ class SimulatedStep:
         rewards: Sequence[LatentRewardModel],
         ledger: Ledger,
         mesh: DeviceMesh | None = None,
+        reference: nn.Module | None = None,
     ) -> None:
         self.workload, self.ledger, self.mesh = workload, ledger, mesh
         self.memory, self.reward_memory = memory, reward_memory
         self.model: Any = trained
         self.rewards = rewards
-        self.generator = transformer_of(trained)
+        self.generator, self.reference = transformer_of(trained), reference
         self.adapter = find_adapter(self.generator)
         named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
@@ -75,6 +94,8 @@ class SimulatedStep:
         self._mark_weights(trained, waiting_weights(self.generator), "weights")
         for reward in rewards:
             self._mark_weights(reward, waiting_weights(reward.backbone), "reward")
+        if reference is not None:
+            self._mark_weights(reference, [], "reference")
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_mark_gradient)
             if memory.gradient_dtype == "fp32" and parameter.dtype == torch.bfloat16:
@@ -154,6 +175,10 @@ class SimulatedStep:
             waiting = [(t, places[id(t) in self.waiting], local_part(t).nbytes) for t in self.moved]
             self.moved, spare = [], 0
         waiting += [(p, "weights", (self.trained - 1) * local_part(p).nbytes) for p in adapters]
+        if self.reference is not None:  # of which an expert waits too
+            copies = moved_tensors(self.reference)
+            waiting += [(t, HOST, t.nbytes) for t in copies]
+            spare += host_bytes(copies) - sum(tensor.nbytes for tensor in copies)
         self.other = [
             self._make(size, category=category, dtype=torch.uint8, owner=owner)
             for owner, category, size in waiting
@@ -210,7 +235,7 @@ class SimulatedStep:
         return self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
 
     def run(self) -> None:
-        """Run reward feedback and an optimizer step, then the same for the supervised loss.
+        """Run reward feedback and an optimizer step, then the same for each other objective.
 
         Of a reward model that trains, run its loss and an optimizer step.
         """
@@ -225,8 +250,9 @@ class SimulatedStep:
                 self._count(tensor, **{way: local_part(tensor).nbytes})
         self._feedback(several)
         self._update()
-        if self.workload.sft:
-            self._supervised(self.workload.gradient_accumulation_steps > 1)
+        others = [self._supervised] * self.workload.sft + [self._preferences] * self.workload.dpo
+        for objective in others:
+            objective(self.workload.gradient_accumulation_steps > 1)
             self._update()
 
     def _count(self, parameter: torch.Tensor, **work: int) -> None:
@@ -275,6 +301,23 @@ class SimulatedStep:
             loss = flow_loss(*parts)
             del v, x
         self.ledger.start_phase("sft backward")
+        (loss * 1.0).backward()
+
+    def _preferences(self, several: bool) -> None:
+        self.ledger.start_phase("dpo reference")
+        if several:
+            self._hold_gradients()
+        kind, ledger = self._kind(self.memory), self.ledger
+        reference = None if self.reference is None else PairCall(self.reference, kind, ledger)
+        win, lose = (self._make(*self.workload.latent_shape) for _ in range(2))
+        inputs = (win, lose, self.conditions, self._conditions())
+        with ledger.saving(), values_checked():
+            margin = dpo_margin(
+                PairCall(self.generator, kind, ledger), *inputs, reference=reference
+            )
+            loss = mean_loss(margin)
+            del margin
+        ledger.start_phase("dpo backward")
         (loss * 1.0).backward()
 
     def _fit(self, several: bool) -> None:

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from prfl_fast.memory.policy import MemoryConfig
-from prfl_fast.planning.built_models import depths_of, fake_models, transformer_of
+from prfl_fast.planning.built_models import (
+    depths_of,
+    fake_models,
+    frozen_copy,
+    transformer_of,
+)
 from prfl_fast.planning.costs import CUBLAS_BYTES
 from prfl_fast.planning.fake_ranks import fake_mesh
 from prfl_fast.planning.presets import adapter_of
@@ -61,8 +66,10 @@ def simulate(
         most = None if whole else _fewest(workload, memory, reward_memory)
         with no_collection():
             segments = _recorded(workload, memory, reward_memory, **depths, most=most)
+        of_models = depths_of(workload, **depths)
+        of_models += of_models[:1] * workload.copied
         counts = {}
-        for model, depth in zip(_names(workload), depths_of(workload, **depths), strict=True):
+        for model, depth in zip(_names(workload), of_models, strict=True):
             for index, count in enumerate(depth.values()):
                 counts[f"{model} {index}"] = (min(count, most or count), count)
         try:
@@ -80,7 +87,8 @@ def simulate(
 
 def _names(workload: Workload) -> list[str]:
     """Return the names of the models in a trace."""
-    return ["generator", *(f"reward {n}" for n, _ in enumerate(workload.reward_models))]
+    rewards = [f"reward {n}" for n, _ in enumerate(workload.reward_models)]
+    return ["generator", *rewards] + ["reference"] * workload.copied
 
 
 def _fewest(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> int:
@@ -105,12 +113,15 @@ def _recorded(
         fake_models(workload, memory, reward_memory, mesh=mesh, **depths) as (trained, rewards),
     ):
         adapter: Any = adapter_of(workload.config)
-        models = zip(_names(workload), (trained, *rewards), strict=True)
+        kept = {name: depths.get(name) for name in ("layers", "most")}
+        reference = frozen_copy(workload, memory, **kept)
+        every = [trained, *rewards, *([] if reference is None else [reference])]
+        named = zip(_names(workload), every, strict=True)
         fake: Any = local_part(next(trained.parameters()))
         ledger = TraceLedger(
             {
                 f"{name} {index}": getattr(unwrap(transformer_of(model)), blocks)
-                for name, model in models
+                for name, model in named
                 for index, blocks in enumerate(adapter.lists)
             },
             fake.fake_mode,
@@ -118,7 +129,8 @@ def _recorded(
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
-            step = SimulatedStep(workload, memory, reward_memory, trained, rewards, ledger, mesh)
+            models = (trained, rewards, ledger, mesh, reference)
+            step = SimulatedStep(workload, memory, reward_memory, *models)
             step.run()
         del cublas, step
     return ledger.segments

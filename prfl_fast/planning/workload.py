@@ -51,6 +51,8 @@ class Workload:
         reward_loss: None trains a generator. ``ce`` and ``bt`` train a reward model with all blocks
             of ``model`` (``train-reward``); ``bt`` has two videos per sample.
         sft: a supervised step follows each PRFL step.
+        dpo: a Flow-DPO step follows as well. With ``full``, its reference is a frozen copy of the
+            model, which each GPU holds whole.
         ema: a float32 running average of the trained parameters is kept (``ema_decay``).
         patched: both models run on prfl_fast's kernels.
         fp8_linears: the trained model has :func:`prfl_fast.models.use_fp8_linears`.
@@ -84,6 +86,7 @@ class Workload:
     reward_blocks: int | tuple[int | tuple[int, ...], ...] = 8
     reward_loss: Literal["ce", "bt"] | None = None
     sft: bool = True
+    dpo: bool = False
     ema: bool = False
     patched: bool = True
     fp8_linears: bool = False
@@ -113,8 +116,9 @@ class Workload:
         check_choice("train", self.train, ("lora", "full"))
         check_choice("precision", self.precision, ("fp32", "bf16"))
         check_choice("reward_loss", self.reward_loss, (None, "ce", "bt"))
-        ok = not self.sft or self.reward_loss is None
-        check(ok, "sft", self.sft, "False with reward_loss")
+        for name in ("sft", "dpo"):
+            ok = not getattr(self, name) or self.reward_loss is None
+            check(ok, name, getattr(self, name), "False with reward_loss")
         check_choice("guidance", self.guidance, (None, "batched", "separate"))
         self._check_gradient_plan()
         self._check_size()
@@ -203,6 +207,11 @@ class Workload:
     def reward_models(self) -> tuple[int, ...]:
         """Blocks of every frozen reward model."""
         return tuple(count for members in self.rewards for count in members)
+
+    @property
+    def copied(self) -> bool:
+        """True if a frozen copy of the model is the reference of ``dpo``."""
+        return self.dpo and self.train == "full"
 
     @property
     def _patch(self) -> tuple[int, int, int]:

@@ -5,7 +5,13 @@ import itertools
 
 from prfl_fast.memory.ledger import Ledger
 from prfl_fast.models.registry import patch
-from prfl_fast.planning.built_models import build, materialize, stream_models, transformer_of
+from prfl_fast.planning.built_models import (
+    build,
+    frozen_copy,
+    materialize,
+    stream_models,
+    transformer_of,
+)
 from prfl_fast.planning.costs import Cost
 from prfl_fast.planning.derived import Weights, streamed
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
@@ -93,7 +99,7 @@ def made_up(workload, memory, reward_memory, *, layers=None, reward_layers=None)
         "reward": cost(reward_depth, 1, sent[1]),
         "reward backward": cost(reward_depth, 1 + repeated, 0, (reward_depth - 1) * reward_out),
         "backward": cost(depth, 2 + again[memory.activation_checkpointing] + extra, 0, sent[0]),
-        "optimizer": cost(depth, 1),
+        "optimizer": cost(depth, 1 + workload.sft),
     }
     if workload.sft:
         timeline += [moment(f"sft {p}", here, work - 1) for p in ("forward", "backward")]
@@ -132,5 +138,6 @@ def ledger_of(workload, memory, fake):
         generator, rewards = prepared(*built)
         stream_models(generator, rewards, *memory)
         with Ledger(open_operations=True) as ledger:
-            SimulatedStep(workload, *memory, generator, rewards, ledger).run()
+            parts = (generator, rewards, ledger, None, frozen_copy(workload, memory[0]))
+            SimulatedStep(workload, *memory, *parts).run()
     return ledger

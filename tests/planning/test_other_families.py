@@ -155,11 +155,13 @@ DEEP = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("offload", [None, "cpu"])
 @pytest.mark.parametrize("name", DEEP)
-def test_repeated_blocks_are_those_of_the_whole_model(name, offload, monkeypatch):
+def test_repeated_blocks_are_those_of_the_whole_model(name, offload, train, monkeypatch):
     memory = 2 * (MemoryConfig("bf16", "attention", offload),)
     work = replace(WORK[name], model={**WORK[name].config, **DEEP[name]}, reward_blocks=8)
+    work = replace(work, train=train, dpo=True)
     monkeypatch.setattr(simulation, "UnlikeError", KeyError)  # no fallback to all blocks
     assert simulate(work, *memory) == simulate(work, *memory, whole=True)
 

@@ -12,7 +12,7 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.parallel import ParallelConfig, make_mesh
 from prfl_fast.parallel.distribution import distribute
 from prfl_fast.planning import plan_memory, report
-from prfl_fast.planning.built_models import build, fake_models
+from prfl_fast.planning.built_models import build, fake_models, frozen_copy
 from prfl_fast.planning.costs import CostLedger
 from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.fake_ranks import OwnChunks, fake_mesh
@@ -28,12 +28,15 @@ WORK = Workload(CONFIG, **SIZE, precision="fp32", sft=False, num_inference_steps
 FULL, ATTENTION = MemoryConfig("fp32", "full"), MemoryConfig("bf16", "attention")
 SHARED = ("gathered_bytes", "reduced_bytes", "exchanged_bytes")
 ALL = ParallelConfig()
-CASES = [(ParallelConfig(sequence=2), "full", FULL)]
+CASES = [(ParallelConfig(sequence=2), "full", FULL, False)]  # the last is dpo
 LONG = [
-    (ParallelConfig(keep_gathered=True), "lora", FULL),
-    (ParallelConfig(), "full", FULL),
-    (ParallelConfig(), "lora", ATTENTION),
-    (ParallelConfig(shard=1, sequence=2), "lora", FULL),
+    (ParallelConfig(keep_gathered=True), "lora", FULL, False),
+    (ParallelConfig(), "full", FULL, False),
+    (ParallelConfig(), "lora", ATTENTION, False),
+    (ParallelConfig(shard=1, sequence=2), "lora", FULL, False),
+    (ParallelConfig(), "full", FULL, True),
+    (ParallelConfig(sequence=2), "full", ATTENTION, True),
+    (ParallelConfig(sequence=2), "lora", ATTENTION, True),
 ]
 
 
@@ -54,9 +57,16 @@ def stepped(work, memory, mesh, chunks=nullcontext):
             distribute(model, mesh, work.parallel, memory, work.precision)
     with CostLedger() as ledger:
         ledger.open_operations = True
-        SimulatedStep(work, memory, memory, generator, rewards, ledger, mesh).run()
+        parts = (generator, rewards, ledger, mesh, frozen_copy(work, memory))
+        SimulatedStep(work, memory, memory, *parts).run()
     costs = ledger.costs().values()
     return ledger.peak, {name: sum(getattr(cost, name) for cost in costs) for name in SHARED}
+
+
+def simulated(work, memory, parallel):
+    """Return what :func:`stepped` does, of fake tensors, without keeping the mesh."""
+    with fake_mesh(2, parallel) as mesh, FastFakeTensorMode():
+        return stepped(work, memory, mesh, OwnChunks)
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(LONG, marks=pytest.mark.slow)])
@@ -65,24 +75,24 @@ def test_predicted_bytes_equal_those_of_real_ranks(cases):
 
     def real():
         found = []
-        for parallel, train, memory in cases:
-            found.append(stepped(of(parallel, train, **shallow), memory, make_mesh(parallel)))
+        for parallel, train, memory, dpo in cases:
+            work = of(parallel, train, dpo=dpo, **shallow)
+            found.append(stepped(work, memory, make_mesh(parallel)))
         return found
 
     counted = run_ranks(2, real)[0]
-    for (parallel, train, memory), (peak, received) in zip(cases, counted, strict=True):
-        work = of(parallel, train, **shallow)
-        with fake_mesh(2, parallel) as mesh, FastFakeTensorMode():
-            predicted, shared = stepped(work, memory, mesh, OwnChunks)
-        print(parallel, train, predicted, peak, shared, received)
+    for (parallel, train, memory, dpo), (peak, received) in zip(cases, counted, strict=True):
+        work = of(parallel, train, dpo=dpo, **shallow)
+        predicted, shared = simulated(work, memory, parallel)
+        print(parallel, train, dpo, predicted, peak, shared, received)
         assert abs(predicted - peak) <= 0.01 * peak
         assert shared == received
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "train", "memory"), [*CASES, *LONG])
-def test_repeated_blocks_equal_whole_models(parallel, train, memory):
-    work = of(parallel, train)
+@pytest.mark.parametrize(("parallel", "train", "memory", "dpo"), [*CASES, *LONG])
+def test_repeated_blocks_equal_whole_models(parallel, train, memory, dpo):
+    work = of(parallel, train, dpo=dpo)
     few, whole = (simulate(work, memory, memory, whole=every) for every in (False, True))
     assert (few.peak, few.peak_phase, few.categories) == (
         whole.peak,
