@@ -20,7 +20,6 @@ from prfl_fast.planning.presets import Model, adapter_of, first_blocks, model_co
 from prfl_fast.planning.workload import Workload
 from prfl_fast.utils.io import read_json
 
-_EXPLICIT = "set memory explicitly, for example {activation_checkpointing: full}"
 _SHARES = ("shard", "sequence")  # fields of ParallelConfig that are options
 # Fields of Workload that a section of the file decides, with their keys; "points" stands for the
 # gradient plan.
@@ -37,17 +36,9 @@ _KEYS = {
 
 
 def fields_of_run(config: TrainFile) -> dict[str, Any]:
-    """Return the Workload fields that a training configuration decides, sizes excepted.
-
-    Raise ``ValueError`` for features that the planner does not simulate.
-    """
+    """Return the Workload fields that a training configuration decides, sizes excepted."""
     lora, feedback = config.lora, "prfl" in config.objectives
     plan = config.prfl.plan() if feedback else GradientPlan()
-    if "dpo" in config.objectives:
-        raise ValueError(
-            "objectives has dpo, which keeps two forwards of the generator for the backward. The "
-            f"planner handles one only: {_EXPLICIT}"
-        )
     fields: dict[str, Any] = {
         "model": _model_of(config),
         "expert": config.train or "both",
@@ -60,6 +51,7 @@ def fields_of_run(config: TrainFile) -> dict[str, Any]:
         "guidance": _guidance(config.prfl.guidance) if feedback else None,
         "num_inference_steps": config.prfl.num_inference_steps,
         "sft": not {"sft", "rwr"}.isdisjoint(config.objectives),  # one forward of clean latents
+        "dpo": "dpo" in config.objectives,
         "ema": config.run.ema_decay is not None,
         "patched": config.hardware.patch,
         "fp8_linears": config.hardware.fp8_linears,

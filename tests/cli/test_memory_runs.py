@@ -229,9 +229,11 @@ def test_memory_auto_is_planned_for_the_run_and_kept_by_its_continuation(
 
 
 @pytest.mark.slow
-def test_memory_auto_by_a_whole_search(root, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert call("train", root, out, {**AUTO, "lora.lora_rank": 2, "run.steps": 1}) == 0
+@pytest.mark.parametrize("dpo", [False, True])
+def test_memory_auto_by_a_whole_search(root, tmp_path, capsys, dpo):
+    out, changes = tmp_path / "out", {**AUTO, "lora.lora_rank": 2, "run.steps": 1}
+    changes |= {"objectives": ["prfl", "dpo"], "data": str(root / "pairs")} if dpo else {}
+    assert call("train", root, out, changes) == 0
     stored = load_config(TrainFile, out / "config.yaml")
     assert stored.memory.build() == stored.reward_memory.build() == MemoryConfig("bf16")
     expected = "memory: {weight_dtype: bf16}, reward_memory: {weight_dtype: bf16}"
@@ -305,10 +307,20 @@ def test_guided_steps_are_planned_where_they_train(root, tmp_path, planned, batc
     assert found == ["batched" if batched else "separate", None]
 
 
-def test_memory_auto_of_supervised_training_alone(root, tmp_path, planned):
-    changes = {**AUTO, "run.steps": 1, "objectives": ["sft"], "reward": ...}
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_memory_auto_without_a_reward(root, tmp_path, planned, name):
+    data = "pairs" if name == "dpo" else "data"
+    changes = {
+        **AUTO,
+        "run.steps": 1,
+        "objectives": [name],
+        "reward": ...,
+        "data": str(root / data),
+    }
     assert call("train", root, tmp_path / "out", changes) == 0
-    assert planned.calls[0]["reward_blocks"] == 1
+    (asked,) = planned.calls
+    assert asked["reward_blocks"] == 1 and asked["train"] == "full"
+    assert asked["sft"] == (name == "sft") and asked["dpo"] == (name == "dpo")
 
 
 def test_check_prints_what_auto_is(root, tmp_path, planned, capsys):

@@ -228,6 +228,12 @@ def test_apply_plans_supervised_training_beside_unused_guidance(file, calls):
     assert calls[-1].workload.guidance is None
 
 
+def test_a_plan_of_preferences(root, file, calls):
+    text = file.read_text().replace(f"{root}/data", f"{root}/pairs")
+    file.write_text(text + "objectives: [dpo, sft]\n")
+    assert run(file) == 0 and calls[-1].workload.dpo and calls[-1].workload.sft
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_apply_plans_guided_steps(file, calls, batched):
     section = f"guidance: {{guidance_scale: 5, negative: n.safetensors, batched: {batched}}}"

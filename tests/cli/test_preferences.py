@@ -1,13 +1,18 @@
 """Runs of the objectives dpo and rwr: pairs, references, rewards, labels, resume."""
 
 import pytest
+import torch
 from commands import refused, train
 from runs import config, log, samples, write_config
 
 from prfl_fast.cli.config import TrainFile
+from prfl_fast.cli.objectives import _frozen_copy
 from prfl_fast.cli.workload import fields_of_run
 from prfl_fast.cli.yaml_config import load_config
 from prfl_fast.data.manifest import write_dataset
+from prfl_fast.memory.policy import MemoryConfig
+from prfl_fast.planning.built_models import frozen_copy
+from prfl_fast.planning.workload import Workload
 
 LORA = {"lora": {"lora_rank": 2}, "run.ema_decay": ...}
 
@@ -84,11 +89,31 @@ def test_labels_whose_weights_are_all_zero_are_refused(root, tmp_path, capsys):
     assert "largest label score is -99.0, expected at least -88: exp(reward / " in line
 
 
-def test_the_planner_says_what_it_does_not_simulate(root, tmp_path):
-    def fields(**changes):
-        content = config("train", root, tmp_path / "out", changes)
-        return fields_of_run(load_config(TrainFile, write_config(tmp_path / "a.yaml", content)))
+def run_of(root, tmp_path, changes):
+    """Return the configuration of a training run."""
+    content = config("train", root, tmp_path / "out", changes)
+    return load_config(TrainFile, write_config(tmp_path / "a.yaml", content))
 
-    with pytest.raises(ValueError, match="objectives has dpo, .* set memory explicitly"):
-        fields(objectives=["dpo"])
-    assert fields(objectives=["rwr"])["sft"] and fields(objectives=["rwr"])["reward_blocks"] == 1
+
+@pytest.mark.parametrize("objectives", [["dpo"], ["rwr"], ["prfl", "sft", "dpo"]])
+def test_a_plan_has_the_steps_of_the_objectives(root, tmp_path, objectives):
+    fields = fields_of_run(run_of(root, tmp_path, {"objectives": objectives}))
+    assert fields["sft"] == ("dpo" != objectives[0]) and fields["dpo"] == ("dpo" in objectives)
+    assert fields["reward_blocks"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_planned_reference_is_the_one_of_a_run(root, tmp_path, dtype):
+    changes = {"objectives": ["dpo"], "hardware.precision": "bf16", "memory.weight_dtype": dtype}
+    run = run_of(root, tmp_path, changes)
+    work = Workload(**fields_of_run(run), frames=5, height=32, width=32)
+    assert work.copied
+    memory = MemoryConfig(dtype, "full", "cpu", optimizer="adamw-cpu", stream_weights=1)
+    made, planned = _frozen_copy(run, torch.device("cpu")), frozen_copy(work, memory)
+    assert type(made) is type(planned)
+
+    def parts(model):
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {n: (t.shape, t.dtype, t.requires_grad) for n, t in tensors.items()}
+
+    assert parts(made) == parts(planned)
