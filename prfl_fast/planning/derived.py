@@ -5,6 +5,7 @@ The predictions rank candidates; the chosen candidate is itself simulated.
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,8 +147,16 @@ def _saved_by_blocks(run: Simulation) -> tuple[int, int]:
                 held.pop(name, None)
             elif size >= SMALLEST and name is not None and name[2]:  # the list of a block
                 held[name] = size
-    theirs = sum(size for name, size in held.items() if name[0] == "reward")
-    return sum(held.values()) - theirs, theirs
+    blocks: dict[Any, int] = defaultdict(int)
+    for name, size in held.items():
+        blocks[name[:4]] += size
+    totals = {"forward": 0, "reward": 0}
+    for (*call, index), size in blocks.items():
+        # The last block's segment also has what the head saves, which stays on the device.
+        last = (*call, index + 1) not in blocks
+        size = min(size, blocks.get((*call, index - 1), size)) if last else size
+        totals["reward" if call[0] == "reward" else "forward"] += size
+    return totals["forward"], totals["reward"]
 
 
 def streamed(run: Simulation, weights: Weights, *, full: bool) -> Simulation:

@@ -166,11 +166,11 @@ def test_every_prediction_is_what_full_depth_says(mode, reward, ahead, train):
     search = Search(work, RATES, budget=1 << 40, host_budget=None)
     predicted = search._candidate(Tier("bf16", optimizer, ahead), mode, reward, None)
     run = simulate(work, predicted.memory, predicted.reward_memory)
-    # With all weights, the input of the head counts as a block's: a seventh, of six blocks.
-    exact = train == "lora"
-    assert predicted.peak == pytest.approx(run.peak, rel=2e-3 if exact else 0.015)
+    # The gradients of all weights grow while blocks come back, at other moments than predicted.
+    rel = 2e-3 if train == "lora" else 0.015
+    assert predicted.peak == pytest.approx(run.peak, rel=rel)
     assert predicted.seconds == pytest.approx(search._seconds(run.costs), rel=2e-3)
-    assert predicted.host == pytest.approx(run.host, rel=0.01 if exact else 0.17)
+    assert predicted.host == pytest.approx(run.host, rel=max(rel, 0.01))
 
 
 @pytest.mark.slow
