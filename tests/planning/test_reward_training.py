@@ -69,7 +69,10 @@ def counted(work, memory):
 @pytest.mark.parametrize("name", slow_except(POLICIES, ("offloaded",)))
 def test_predicted_bytes_are_those_counted(name, train, loss):
     memory, several = POLICIES[name], {"gradient_accumulation_steps": 2, "batch_size": 2}
-    work = replace(WORK, train=train, reward_loss=loss, **(several if name == "full" else {}))
+    options = several if name == "full" else {}
+    if name == "bf16":  # of fewer tokens, the peak would be that of the 8-bit optimizer's step
+        options = {"frames": 33, "height": 384, "width": 384}
+    work = replace(WORK, train=train, reward_loss=loss, **options)
     predicted = ledger_of(work, (memory, memory), fake=True)
     real = counted(work, memory)
     print(f"predicted {predicted.peak}, counted {real}, {predicted.peak / real - 1:+.2%}")
