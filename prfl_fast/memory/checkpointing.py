@@ -4,7 +4,8 @@
 the block again in the backward. ``attention`` also keeps the outputs of attention operations (and
 their log-sum-exp), so the second run skips the operation whose cost grows with the square of the
 tokens. Cross-attention to a short text is cheap, so it runs again (:func:`is_kept`). Gradients are
-bit-identical in all modes, because the order of operations is the same.
+bit-identical in all modes, because the order of operations is the same; only the sums of adapters'
+gradients over several calls of a block may be taken in another order.
 """
 
 import contextlib

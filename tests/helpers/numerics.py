@@ -70,7 +70,8 @@ class PooledErrors:
             if exact is None:
                 continue
             assert ours.dtype == theirs.dtype and torch.isfinite(ours).all(), name
-            sums = self.squares.setdefault(re.sub(r"blocks\.\d+", "blocks", name), [0.0, 0.0])
+            kind = re.sub(r"(blocks|motion_network)\.\d+", r"\1", name)
+            sums = self.squares.setdefault(kind, [0.0, 0.0])
             for index, found in enumerate((ours, theirs)):
                 sums[index] += (found.double() - exact).square().mean().item()
 
