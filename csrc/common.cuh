@@ -9,7 +9,11 @@
 // bench/machine_code compiles a launch with these as numbers, so that its replay meets no branches.
 #ifndef PRFL_FAST_WARPS
 #define PRFL_FAST_WARPS (blockDim.x / 32)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define PRFL_FAST_CLUSTER 1  // a number saves registers
+#else
 #define PRFL_FAST_CLUSTER cluster_size
+#endif
 #endif
 
 #ifdef PRFL_FAST_EMULATE

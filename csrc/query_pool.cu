@@ -23,6 +23,7 @@ constexpr int TOKENS = 16;         // tokens of a tile: M of the first mma, K of
 constexpr int HEADS = 8;           // heads of a block: N of both
 constexpr int SLOT = HEADS * 20;   // floats of one warp's scores; a row of 20 keeps stores free of bank conflicts
 constexpr int P_ROW = TOKENS + 8;  // elements of a head's row of weights, likewise
+constexpr int SOFTMAX_BYTES = HEADS * P_ROW * 2 + HEADS * 4;  // weights and shrink
 constexpr float LOG2E = 1.4426950408889634f;
 
 // fp16 has too few exponents for small weights: scale them by 2^14, which the division by their sum cancels.
@@ -34,11 +35,10 @@ constexpr float weight_exponent<fp16> = 14.0f;
 // Largest block of a width: registers are 65536 a multiprocessor, WIDTH / 2 of a thread's hold x and sums.
 static constexpr int max_warps(int width) { return width == 64 || width == 320 ? 8 : 12; }
 
-// Bytes of dynamic shared memory: query halves, the next tile of x, scores (two tiles, so that one barrier a tile
-// separates writers from readers), weights, and the factors by which sums shrink when a maximum grows.
+// Bytes of dynamic shared memory: weights, the factors by which sums shrink when a maximum grows, query halves, the
+// next tile of x, and scores (two tiles, so that one barrier a tile separates writers from readers).
 static int64_t shared_bytes(int width, int warps, int cluster) {
-  return int64_t(warps) * width * (HEADS * 2 + TOKENS) * 2 + int64_t(2) * cluster * warps * SLOT * 4 +
-         HEADS * P_ROW * 2 + HEADS * 4;
+  return SOFTMAX_BYTES + int64_t(warps) * width * (HEADS * 2 + TOKENS) * 2 + int64_t(2) * cluster * warps * SLOT * 4;
 }
 
 template <typename T, int WIDTH>
@@ -62,13 +62,15 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
   const int64_t batch = blockIdx.z;
   const int column = (rank * warps + warp) * WIDTH + 8 * t;  // of this lane in 32-column block 0
 
-  uint4* query_high = reinterpret_cast<uint4*>(shared_memory());                // [warps, BLOCKS, 32] of 8 columns
-  uint4* query_low = query_high + warps * BLOCKS * 32;                          // the same
-  uint4* next = query_low + warps * BLOCKS * 32;                                // [warps, BLOCKS, 2, 32] likewise
-  float* scores = reinterpret_cast<float*>(next + warps * BLOCKS * 2 * 32);     // [2, cluster * warps, SLOT]
-  next += warp * BLOCKS * 2 * 32 + lane;
-  T* weights = reinterpret_cast<T*>(scores + 2 * cluster * warps * SLOT);       // [HEADS, P_ROW]
-  float* shrink = reinterpret_cast<float*>(weights + HEADS * P_ROW);            // [HEADS]
+  // Weights lie at a constant address and a warp's own parts at constant distances. With a register for each address,
+  // 320 columns spilled 8 bytes on sm_80, and 256 columns 24 on sm_100.
+  T* weights = reinterpret_cast<T*>(shared_memory());                 // [HEADS, P_ROW]
+  float* shrink = reinterpret_cast<float*>(weights + HEADS * P_ROW);  // [HEADS]
+  unsigned char* parts = shared_memory() + SOFTMAX_BYTES;             // [warps, 4, BLOCKS, 32] of 8 columns
+  uint4* query_high = reinterpret_cast<uint4*>(parts) + warp * 4 * BLOCKS * 32 + lane;  // [BLOCKS, 32]
+  uint4* query_low = query_high + BLOCKS * 32;                                          // [BLOCKS, 32]
+  uint4* next = query_low + BLOCKS * 32;                                                // [BLOCKS, 2, 32]
+  float* scores = reinterpret_cast<float*>(parts + warps * WIDTH * 64);  // [2, cluster * warps, SLOT]
 
   const int64_t tiles = (tokens + TOKENS - 1) / TOKENS;
   const int tile_begin = int(tiles * split / splits);
@@ -79,11 +81,11 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
 
   // The next tile is on its way to shared memory while this one is in registers. A lane copies what it will read.
   const T* source = x + batch * x_batch + column + int64_t(tile_begin * TOKENS + g) * x_token;
-  const int end = tokens < tile_end * TOKENS ? tokens : tile_end * TOKENS;
+  const int end = (tokens < tile_end * TOKENS ? tokens : tile_end * TOKENS) - g;  // of the tile whose token is g
   auto fetch = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool inside = tile * TOKENS + g + 8 * half < end;
+      const bool inside = tile * TOKENS + 8 * half < end;
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         copy_async(next + (2 * j + half) * 32, source + 32 * j, inside && column + 32 * j < dim);
@@ -104,9 +106,8 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
       high[i] = from_float<T>(q);
       low[i] = from_float<T>(q - to_float(high[i]));
     }
-    const int place = (warp * BLOCKS + j) * 32 + lane;
-    query_high[place] = *reinterpret_cast<const uint4*>(high);
-    query_low[place] = *reinterpret_cast<const uint4*>(low);
+    query_high[j * 32] = *reinterpret_cast<const uint4*>(high);
+    query_low[j * 32] = *reinterpret_cast<const uint4*>(low);
   }
   fetch(tile_begin);
   if (cluster > 1) cluster_sync();  // the others must run before their shared memory is written
@@ -125,8 +126,7 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
     float s[2][4] = {};  // two chains of sums hide the latency of one
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
-      const int place = (warp * BLOCKS + j) * 32 + lane;
-      const uint4 low = query_low[place], high = query_high[place];
+      const uint4 low = query_low[j * 32], high = query_high[j * 32];
       const uint4 a = x_tile[j][0], b = x_tile[j][1];
       mma_m16n8k16<T>(s[0], a.x, b.x, a.y, b.y, low.x, low.y);
       mma_m16n8k16<T>(s[1], a.z, b.z, a.w, b.w, low.z, low.w);

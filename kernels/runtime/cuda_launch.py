@@ -69,7 +69,7 @@ class PoolLaunch:
 
 POOL_MAX_WARPS = {64: 8, 128: 12, 256: 12, 320: 8}  # max_warps() of csrc/query_pool.cu
 POOL_BACKWARD_MAX_WARPS = {64: 12, 128: 12, 256: 8}  # that of csrc/query_pool_backward.cu
-POOL_BACKWARD_REGISTERS = {64: 136, 128: 168, 256: 256}  # of a thread, at most
+POOL_BACKWARD_REGISTERS = {64: 144, 128: 168, 256: 256}  # of a thread, at most
 POOL_BACKWARD_HEADS = 8
 
 
