@@ -10,7 +10,6 @@ from allocations import allocator_peak
 from plans import SMALL as TINY
 from plans import ledger_of, prepared
 from tiers import slow_except
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
 from prfl_fast.feedback.step import PRFL
@@ -20,6 +19,7 @@ from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning import built_models, simulation
 from prfl_fast.planning.built_models import build
 from prfl_fast.planning.costs import Cost
+from prfl_fast.planning.fake_mode import FastFakeTensorMode
 from prfl_fast.planning.simulated_step import PHASES, SimulatedStep
 from prfl_fast.planning.simulation import simulate
 from prfl_fast.planning.workload import Workload
@@ -44,8 +44,8 @@ POLICIES = {  # of generator and reward
 }
 
 
-class PlainMode(FakeTensorMode):
-    """PyTorch's mode, which remembers no results."""
+class PlainMode(FastFakeTensorMode):
+    """PyTorch's mode, but that a program may read booleans: no results are remembered."""
 
     def known(self, *_):
         return NotImplemented
