@@ -19,6 +19,7 @@ from rope_reference import EPS, angles, naive_qk
 from prfl_fast.kernels import qk_norm_rope, rope_table
 from prfl_fast.kernels.attn import norm_rope as module
 from prfl_fast.kernels.runtime.registry import get_backend
+from prfl_fast.kernels.runtime.triton import INTERPRETING
 
 # ρ squares the root that vector_norm takes, so it has another rounding than the naive formula.
 rounding = functools.partial(slack, fp32=3.0, truncated=4.0)
@@ -217,7 +218,12 @@ def test_wide_tokens(backend, dtype, heads, head_dim, per_head):
     tensors = make(1, 1, 1, heads * head_dim, dtype, dtype, head_dim if per_head else None)
     tensors["k"] = tensors["k"] * 100
     fixed = heads, (1, 1, 1), (3, 17, 31), head_dim, per_head
-    check(*functions(*fixed), tensors, rounding=rounding(backend, dtype))
+    fp32 = 3.0
+    if backend == "triton" and INTERPRETING and not per_head:
+        # The interpreter adds the D squares of the backward one after another: √D / 4 half-ulps in
+        # the root mean square of 300 draws, so half as much of ρ. Four times that are enough.
+        fp32 = (heads * head_dim) ** 0.5 / 2
+    check(*functions(*fixed), tensors, rounding=rounding(backend, dtype, fp32=fp32))
 
 
 @pytest.mark.parametrize("dtype, dim", [(FP32, 36), (BF16, 36), (BF16, 5121)])
@@ -439,4 +445,6 @@ def test_any_arguments(draw):
         elif layout == "transposed":
             tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
     both = functions(heads, grid, offset, head_dim if grid else None, per_head)
-    check(*both, tensors, rounding=rounding("triton", tensors["q"].dtype))
+    dtypes = {t.dtype for t in tensors.values()}  # a float32 weight's gradient has float32's slack
+    first = FP32 if FP32 in dtypes else dtype
+    check(*both, tensors, rounding=rounding("triton", first, *dtypes))
