@@ -55,7 +55,7 @@ __all__ = ["qk_norm_rope", "rope_table"]
 # Reference.
 def _grouped(x: torch.Tensor, heads: int, per_head: bool) -> torch.Tensor:
     """View x with the normalized dimension last: ``[B, L, heads, d]`` or ``[B, L, D]``."""
-    return x.unflatten(2, (heads, -1)) if per_head else x
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads) if per_head else x
 
 
 def _forward_one(x, weight, turns, heads, per_head, eps, dtype, rhos):
@@ -81,7 +81,7 @@ def _turn(z: torch.Tensor, turns: Any, heads: int, overwrite: bool) -> torch.Ten
         pairs.mul_(turns)
         return z
     cos, sin = turns
-    even, odd = z.unflatten(2, (heads, -1, 2)).unbind(-1)
+    even, odd = z.view(*z.shape[:2], heads, z.shape[2] // (2 * heads), 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).view(z.shape)
 
 
