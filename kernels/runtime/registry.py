@@ -197,7 +197,7 @@ _UNCAST = ({torch.float32}, {torch.float64})  # arguments that references comput
 
 
 class Call(NamedTuple):
-    """What runs for a layout of arguments, and how such arguments are recognized.
+    """Hold the functions that run for a layout of arguments, and recognize such arguments.
 
     ``fits`` compares types, sizes, strides, dtypes, devices and ``requires_grad`` of all tensors in
     one call of C++. It is False also if autocast, inference mode or a transform of ``torch.func``

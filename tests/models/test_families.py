@@ -52,9 +52,10 @@ def test_outputs_and_gradients_within_twice(case, layout, batch):
             sums = squares.setdefault(kind, [0.0, 0.0])
             for i, found in enumerate((ours[name], theirs[name])):
                 sums[i] += ((found - gradient).norm() / gradient.norm()).square().item()
-    # One value per sample: the ratio of two errors scatters between 0.2 and 6 by seed.
-    assert squares.pop("guidance", [0.0])[0] <= 0.25**2 * (6 // batch)
+    if layout == "bf16":  # one value per sample: a ratio of 5.6 over three seeds, 0.9 over twenty
+        assert squares.pop("guidance", [0.0])[0] <= 0.1**2 * (6 // batch)
     ratios = {name: (ours / theirs) ** 0.5 for name, (ours, theirs) in squares.items() if theirs}
+    assert ratios.pop("guidance", 0) <= 4
     worst = max(ratios, key=ratios.__getitem__)
     assert ratios[worst] <= 2, f"{worst}: {ratios[worst]:.2f} times the unpatched model's error"
 

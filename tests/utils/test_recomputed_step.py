@@ -156,7 +156,7 @@ def test_the_count_sees_a_trajectory_of_plain_autograd():
 
         plain(reward, steps, run)
 
-    assert min(growth(plain)) > 15 * LATENT
+    assert min(growth(plain)) > 19 * LATENT
     assert 1.9 * LATENT < min(growth(checkpointed)) <= max(growth(checkpointed)) < 3 * LATENT
 
 
@@ -202,7 +202,7 @@ def test_checkpointing_keeps_the_gradient_of_a_long_divergence():
             gradients = found(mode, offload)
             for name, gradient in gradients.items():
                 error = (gradient - expected[name]).norm()
-                assert error <= 1e-5 * expected[name].norm(), (name, mode, offload)
+                assert error <= 2e-6 * expected[name].norm(), (name, mode, offload)
 
 
 # Exceptions.
