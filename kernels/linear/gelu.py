@@ -15,15 +15,17 @@ Shapes: x ``[..., D]``, b ``[D]`` or absent, y as x. For an FP8 output x is ``[B
 Dtypes: x and b are any mix of float32, bfloat16, float16. h and y are computed in float32 (float64
 for float64 x) and y is rounded once, to x's dtype or from float32 to e4m3; h is never rounded; d_b
 sums the unrounded d_x.
-Saved for backward: x and b; on a CPU, if both are float32 or both float64, x + b instead.
+Saved for backward: x and b; of few elements on a CPU, if both are float32 or both float64, x + b.
 Bytes: forward reads x and writes y (FP8: one byte an element and four a row); backward reads x and
 d_y and writes d_x.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from prfl_fast.kernels.common.fast_math import exp2, gelu, reciprocal
 from prfl_fast.kernels.common.fp8 import (
@@ -34,6 +36,7 @@ from prfl_fast.kernels.common.fp8 import (
     refuse_gradients,
 )
 from prfl_fast.kernels.common.modulation_rows import check_tokens
+from prfl_fast.kernels.common.norm_math import operand
 from prfl_fast.kernels.common.strided_rows import gradient_rows, row_axes, row_offset
 from prfl_fast.kernels.runtime.checks import (
     cast,
@@ -45,19 +48,55 @@ from prfl_fast.kernels.runtime.checks import (
 from prfl_fast.kernels.runtime.registry import register
 from prfl_fast.kernels.runtime.triton import COUNTS, capability, multiprocessors, tl, triton
 
+gelu_backward = torch.ops.aten.gelu_backward.default
+# 2u = h·(SLOPE + CUBE·h²)
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBE = 0.044715 * SLOPE
+# Of more elements than this σ(2u) takes a CPU less time than ATen's tanh (see bench/NOTES.md).
+FEW = 1 << 13
+CHUNK = 1 << 18  # elements at a time for each thread, so that float32 copies stay small
+
 
 # Reference.
+def _sum(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return h in ``dtype``, which is that of :func:`compute_dtype`."""
+    if bias is None:
+        return cast(x, dtype)
+    return x + (bias if bias.dtype == torch.float32 else cast(bias, dtype))
+
+
+def _by_sigmoid(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return h·σ(2u), computed in ``dtype``."""
+    slope, rows = operand(SLOPE, dtype, x.device), CHUNK * torch.get_num_threads() // x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    parts = (t.reshape(-1, x.shape[-1]).split(max(1, rows)) for t in (x, y))
+    for x_part, y_part in zip(*parts, strict=True):
+        h, same = _sum(x_part, bias, dtype), y.dtype == dtype
+        z = torch.addcmul(slope, h, h, value=CUBE, out=y_part if same else torch.empty_like(h))
+        z.mul_(h).sigmoid_().mul_(h)
+        if not same:
+            y_part.copy_(z)
+    return y
+
+
 def reference(
     x: torch.Tensor, bias: torch.Tensor | None, upcast: torch.dtype | None = None
 ) -> torch.Tensor:
     """Return y from plain PyTorch; ``upcast`` is the dtype computed in and returned."""
     x = x if upcast is None else x.to(upcast)
-    if bias is None:  # ATen widens bfloat16 and float16 inside its loop and rounds once
-        return torch.nn.functional.gelu(x, approximate="tanh").contiguous()
-    # The sum is in the wider of both dtypes.
-    h = x + (bias if bias.dtype == torch.float32 else cast(bias, compute_dtype(x)))
-    # In place, unless autograd keeps h.
-    gelu = torch._C._nn.gelu if h.requires_grad else torch._C._nn.gelu_  # type: ignore[attr-defined]
+    dtype = compute_dtype(x)
+    if is_compiling():  # a compiler fuses the exponential, which has a faster loop than tanh
+        h = _sum(x, bias, dtype)
+        return cast(h * torch.sigmoid(h * (SLOPE + CUBE * h * h)), x.dtype).contiguous()
+    recorded = x.requires_grad or (bias is not None and bias.requires_grad)
+    recorded = recorded and torch.is_grad_enabled()
+    if x.numel() > FEW and x.device.type == "cpu" and not recorded:
+        return _by_sigmoid(x, bias, dtype)
+    # Without a bias ATen widens bfloat16 and float16 inside its loop and rounds once.
+    h = x if bias is None else _sum(x, bias, dtype)
+    # In place, unless h is x or autograd keeps it.
+    keep = bias is None or h.requires_grad
+    gelu = torch._C._nn.gelu if keep else torch._C._nn.gelu_  # type: ignore[attr-defined]
     return cast(gelu(h, approximate="tanh"), x.dtype).contiguous()
 
 
@@ -65,16 +104,22 @@ def reference_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, need_x: bool, need_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(d_x, d_bias)``; an empty tensor for each not needed."""
-    if bias is None:
-        d_x = torch.ops.aten.gelu_backward(grad, x, approximate="tanh").contiguous()
-        return d_x, x.new_empty(0)
     dtype = compute_dtype(x)
-    h = x + cast(bias, dtype)
-    # Contiguous: the bits must not depend on the gradient's strides.
-    grad = cast(grad, dtype).contiguous()
-    d_h = torch.ops.aten.gelu_backward(grad, h, approximate="tanh").contiguous()
+    if is_compiling():
+        h = _sum(x, bias, dtype)
+        z = h * (SLOPE + CUBE * h * h)
+        s = torch.sigmoid(z)
+        slope = s + s * torch.sigmoid(-z) * h * (SLOPE + 3 * CUBE * h * h)
+        d_h = (cast(grad, dtype) * slope).contiguous()
+    else:
+        h = x if bias is None else _sum(x, bias, dtype)
+        # Contiguous: the bits must not depend on the gradient's strides.
+        d_h = gelu_backward(cast(grad, h.dtype).contiguous(), h, approximate="tanh").contiguous()
+    d_x = cast(d_h, x.dtype) if need_x or bias is None else x.new_empty(0)
+    if bias is None:
+        return d_x, x.new_empty(0)
     d_bias = cast(d_h.view(-1, x.shape[-1]).sum(0), bias.dtype) if need_bias else bias.new_empty(0)
-    return cast(d_h, x.dtype) if need_x else x.new_empty(0), d_bias
+    return d_x, d_bias
 
 
 def reference_fp8(
@@ -304,7 +349,9 @@ def _backward(ctx, grad):
     return d_x if need_x else None, d_bias if need_bias else None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context, native=lambda x, bias: True)
+_forward_op.register_autograd(
+    _backward, setup_context=_setup_context, native=lambda x, bias: x.numel() <= FEW
+)
 
 
 # Public function.

@@ -127,7 +127,7 @@ def test_forward_and_gradients(backend, shape, dtype, bias):
     compare(make(shape, dtype, bias), slack(backend, dtype))
 
 
-def test_without_bias_the_bits_are_those_of_pytorch():
+def test_bits_of_few_elements_without_bias_are_those_of_pytorch():
     x = torch.randn(3, 65, dtype=BF16)
     assert torch.equal(bias_gelu(x), F.gelu(x, approximate="tanh"))
 
@@ -139,9 +139,26 @@ def test_the_bias_is_added_before_rounding():
     assert rounded[0, 0] == 256 and module.reference(x, bias, FP64)[0, 0] == 257
 
 
+EXTREMES = torch.tensor([[-1e4, -50.0, -1e-30, 0.0, 1e-30, 50.0, 1e4]])
+
+
 def test_extreme_values_stay_finite(backend):
-    x = torch.tensor([[-1e4, -50.0, -1e-30, 0.0, 1e-30, 50.0, 1e4]])
-    compare({"x": x, "bias": torch.zeros(7)}, 1)
+    compare({"x": EXTREMES, "bias": torch.zeros(7)}, 1)
+
+
+def test_extreme_values_of_many_rows():
+    """A CPU takes another formula for them."""
+    y = bias_gelu(EXTREMES.repeat(module.FEW, 1))
+    torch.testing.assert_close(y[5], naive(EXTREMES.double())[0].float(), rtol=1e-6, atol=0)
+    assert torch.equal(y, y[:1].expand_as(y))
+
+
+@pytest.mark.parametrize("dtype, bias", [(FP32, None), (BF16, FP32)])
+def test_bits_do_not_depend_on_the_parts(monkeypatch, dtype, bias):
+    tensors = make((2, 173, 65), dtype, bias)
+    whole = bias_gelu(**tensors)
+    monkeypatch.setattr(module, "CHUNK", 64 * 65)
+    assert torch.equal(bias_gelu(**tensors), whole)
 
 
 @pytest.mark.triton
