@@ -20,11 +20,11 @@ def parameter_gradients(
     scale: torch.Tensor | None,
     scale_table: torch.Tensor | None,
     needs: Sequence[bool],
-    dtypes: Sequence[torch.dtype | None],
-) -> list[torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, ...]:
     """Return gradients of weight, bias, scale, shift, scale_table, shift_table from A and B.
 
-    ``needs`` and ``dtypes`` are in that order; a gradient that is not needed is None.
+    ``needs`` is in that order; a gradient that is not needed is None. Gradients are in the dtype of
+    A and B; autograd casts them to those of its inputs.
     """
     # Plain PyTorch is fast enough, because the R rows are few.
     need_weight, need_bias, need_scale, need_shift, need_scale_table, need_shift_table = needs
@@ -37,7 +37,7 @@ def parameter_gradients(
         if lifted is not None:
             d_weight = dot * lifted if need_weight else dot
             d_bias = total * lifted if need_bias else total
-    gradients = (
+    return (
         d_weight.sum(0) if need_weight else None,
         d_bias.sum(0) if need_bias else None,
         d_scale if need_scale else None,
@@ -45,8 +45,6 @@ def parameter_gradients(
         d_scale.sum(0) if need_scale_table else None,
         total.sum(0) if need_shift_table else None,
     )
-    pairs = zip(gradients, dtypes, strict=True)
-    return [g if g is None or g.dtype == d else g.to(d) for g, d in pairs]
 
 
 def row_gain(
@@ -65,9 +63,11 @@ def normalize(
     """Return x̂, and the mean and ρ ``[..., 1]`` if the kind has them."""
     if kind == "layer":
         # Without an affine part ATen's loop is not vectorized (bench/NOTES.md has the times).
-        dim, large = x.shape[-1], x.numel() > 1 << 14
-        one, zero = (x.new_ones(dim), x.new_zeros(dim)) if large else (None, None)
-        return torch.native_layer_norm(x, [dim], one, zero, eps)
+        if is_compiling():
+            return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        make = _unit_affine if is_plain_call() else _unit_affine.__wrapped__
+        one, zero = make(x.shape[-1], x.dtype, x.device)
+        return torch.native_layer_norm(x, x.shape[-1:], one, zero, eps)
     if kind == "rms":
         rho = rstd(x, operand(eps, x.dtype, x.device), x.dtype)
         return x * rho, None, rho
@@ -100,6 +100,16 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Te
     """Return ``value`` as a tensor ``[1]`` that all calls share; only for plain calls."""
     with torch.inference_mode(False):
         return torch.full((1,), value, dtype=dtype, device=device)
+
+
+@functools.lru_cache
+def _unit_affine(
+    dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ones and zeros ``[D]`` that all calls share; only for plain calls."""
+    with torch.inference_mode(False):
+        one = torch.ones(dim, dtype=dtype, device=device)
+        return one, torch.zeros_like(one)
 
 
 def rms_gradients(

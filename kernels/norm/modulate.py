@@ -161,7 +161,8 @@ def reference_backward(
             d_x = (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True)).mul_(rho)
         else:
             d_x = d_hat.clone()
-        d_x = cast(d_x, x.dtype).reshape_as(x).contiguous()
+        d_x = cast(d_x, x.dtype)
+        d_x = (d_x if d_x.shape == x.shape else d_x.reshape(x.shape)).contiguous()
     return given(x, d_x, x.dtype), given(x, dot, dtype), given(x, total, dtype)
 
 
@@ -296,7 +297,6 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, scale, shift, scale_table, _, row_index, ctx.kind, ctx.eps = inputs
     ctx.save_for_backward(x, weight, bias, scale, scale_table, row_index)
     ctx.rows = count_rows(scale, shift)
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[1:7]]
 
 
 def _backward(ctx, grad):
@@ -309,7 +309,7 @@ def _backward(ctx, grad):
         need_weight or need_scale,
         need_bias or need_shift or need_shift_table or (need_scale and bias is not None),
     )  # fmt: skip
-    rest = parameter_gradients(dot, total, weight, bias, scale, scale_table, needs, ctx.dtypes)
+    rest = parameter_gradients(dot, total, weight, bias, scale, scale_table, needs)
     return d_x if need_x else None, *rest, None, None, None
 
 

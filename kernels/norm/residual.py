@@ -281,16 +281,17 @@ _backward_op = register(
 )
 
 
-def gate_gradients(d_gate, needs, dtypes):
-    """Return gradients of gate and gate_table (or None) from the sums of each row's tokens."""
-    sums = (d_gate, d_gate.sum(0) if needs[1] else None)
-    return [s.to(d) if need else None for s, need, d in zip(sums, needs, dtypes, strict=True)]
+def gate_gradients(d_gate, needs):
+    """Return gradients of gate and gate_table (or None) from the sums of each row's tokens.
+
+    They are in the dtype of the sums; autograd casts them to those of its inputs.
+    """
+    return d_gate if needs[0] else None, d_gate.sum(0) if needs[1] else None
 
 
 def _setup_context(ctx, inputs, output):
     _, y, gate, gate_table, row_index = inputs
     ctx.y_dtype = y.dtype
-    ctx.dtypes = [None if t is None else t.dtype for t in (gate, gate_table)]
     need_gate = any(ctx.needs_input_grad[2:4])
     ctx.save_for_backward(y if need_gate else None, gate, gate_table, row_index)
 
@@ -310,11 +311,7 @@ def gated_gradients(ctx, grad, y, gate, gate_table, row_index, needs_input_grad)
         d_y, d_gate = _backward_op(
             grad, y, gate, gate_table, row_index, ctx.y_dtype, need_y, any(needs)
         )
-    return (
-        grad if need_x else None,
-        d_y if need_y else None,
-        *gate_gradients(d_gate, needs, ctx.dtypes[:2]),
-    )
+    return grad if need_x else None, d_y if need_y else None, *gate_gradients(d_gate, needs)
 
 
 def is_native(x, y, gate, gate_table, row_index):

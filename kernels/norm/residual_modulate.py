@@ -236,16 +236,11 @@ _backward_op = register(
 )  # fmt: skip
 
 
-def _dtypes(*tensors):
-    return [None if t is None else t.dtype for t in tensors]
-
-
 def _setup_context(ctx, inputs, output):
-    _, y, gate, weight, bias, gate_table, scale, shift, scale_table, shift_table = inputs[:10]
+    _, y, gate, weight, bias, gate_table, scale, shift, scale_table, _ = inputs[:10]
     row_index, ctx.kind, ctx.eps = inputs[10:]
     ctx.set_materialize_grads(False)
     ctx.y_dtype = y.dtype
-    ctx.dtypes = _dtypes(gate, gate_table, weight, bias, scale, shift, scale_table, shift_table)
     ctx.rows = count_rows(scale, shift)
     need_gate = ctx.needs_input_grad[2] or ctx.needs_input_grad[5]
     kept_y = y if need_gate else None
@@ -279,9 +274,9 @@ def _backward(ctx, grad, grad_h):
         need_weight or need_scale,
         need_bias or need_shift or need_shift_table or (need_scale and bias is not None),
     )  # fmt: skip
-    d_gate, d_table = gate_gradients(d_rows, gate_needs, ctx.dtypes[:2])
+    d_gate, d_table = gate_gradients(d_rows, gate_needs)
     d_weight, d_bias, *rest = parameter_gradients(
-        dot, total, weight, bias, scale, scale_table, needs, ctx.dtypes[2:]
+        dot, total, weight, bias, scale, scale_table, needs
     )
     d_y = (d_x if same else d_y) if need_y else None
     return (
