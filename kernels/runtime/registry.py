@@ -27,7 +27,7 @@ from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
 
 try:
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # a torch without them: arguments are recognized by keys alone
+except ImportError:  # private to torch; without them arguments are looked up by keys alone
     TensorGuards = None  # type: ignore[assignment, misc]
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
@@ -192,7 +192,7 @@ OPERATORS: dict[str, "Operator"] = {}
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 MAX_LAYOUTS = 4096
-RECENT = 4  # layouts that an operator compares arguments with before it makes a key of them
+RECENT = 4  # calls that arguments are compared with before a key is made of them
 _UNCAST = ({torch.float32}, {torch.float64})  # arguments that references compute in as they are
 
 
@@ -200,53 +200,58 @@ class Call(NamedTuple):
     """Hold the functions that run for a layout of arguments, and recognize such arguments.
 
     ``fits`` compares types, sizes, strides, dtypes, devices and ``requires_grad`` of all tensors in
-    one call of C++. It is False also if autocast, inference mode or a transform of ``torch.func``
-    began or ended since. None if there are lists of tensors or floats, or no guards in torch.
+    one call of C++. It also returns False if autocast, inference mode or a transform of
+    ``torch.func`` began or ended since. It is None for lists of tensors or floats, and in a torch
+    without guards.
     """
 
     run: Any
-    record: Any  # with gradients
+    record: Any  # where gradients are enabled
     arity: int = 0
     fits: Callable[..., bool] | None = None
-    tensors: Callable[[Any], Any] = tuple  # takes them from all arguments
-    others: Callable[[Any], Any] = tuple
-    known: Any = None  # its result
+    take_tensors: Callable[[Any], Any] = tuple
+    take_others: Callable[[Any], Any] = tuple
+    others: Any = None  # arguments that are not tensors
 
     @classmethod
     def of(cls, args: tuple[Any, ...], run: Any, record: Any) -> "Call":
-        """Make the call of these arguments."""
+        """Return the call that recognizes arguments like these."""
         lists = [a for a in args if type(a) is list and a]
         if TensorGuards is None or any(isinstance(a[0], (torch.Tensor, float)) for a in lists):
             return cls(run, record)
         args = tuple([*a] if type(a) is list else a for a in args)  # callers may change lists
         places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
         tensors, others = _getter(places), _getter([*{*range(len(args))} - {*places}])
-        given = tensors(args)
-        guards = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        guards = TensorGuards(*tensors(args), dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return cls(run, record, len(args), guards.check, tensors, others, others(args))
 
 
 def _getter(places: Sequence[int]) -> Callable[[Any], Any]:
-    """Return a function that takes items of a tuple; it returns a tuple, also of one item."""
+    """Return a function from a tuple to the tuple of its items at ``places``, which ascend."""
     if len(places) > 1:
         return itemgetter(*places)
     return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
 def recent_call(calls: Iterable[Call], args: tuple[Any, ...]) -> Call | None:
-    """Return the call of these arguments, of those that :meth:`Call.of` made in plain calls."""
-    # A shorter is_plain_call(): arguments do not fit inside a transform.
+    """Return the one of ``calls`` that these arguments fit; None in a call that is not plain."""
+    # In place of is_plain_call(): inside a transform no arguments fit.
     if _modes() or forward_ad._current_level >= 0:
         return None
     for call in calls:
-        _, _, arity, fits, tensors, others, known = call
-        if len(args) == arity and fits(*tensors(args)) and others(args) == known:  # type: ignore[misc]
+        _, _, arity, fits, tensors, take_others, others = call
+        if len(args) == arity and fits(*tensors(args)) and take_others(args) == others:  # type: ignore[misc]
             return call
     return None
 
 
+def add_recent(calls: tuple[Call, ...], call: Call) -> tuple[Call, ...]:
+    """Return the recent calls with one more, unless it recognizes no arguments."""
+    return calls if call.fits is None else (call, *calls[: RECENT - 1])
+
+
 def forget_calls() -> None:
-    """Let operators choose again what they run, after a change of a setting."""
+    """Make all operators check arguments and choose implementations again."""
     for operator in OPERATORS.values():
         operator.forget()
 
@@ -277,7 +282,7 @@ class Operator:
         self.forget()
 
     def forget(self) -> None:
-        """Forget which arguments were checked and what runs for them."""
+        """Forget the checked arguments and the implementations chosen for them."""
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._recent: tuple[Call, ...] = ()
 
@@ -290,7 +295,7 @@ class Operator:
         return (call.record if torch.is_grad_enabled() else call.run)(*args)
 
     def _find(self, args: tuple[Any, ...]) -> Call | None:
-        """Return the call of arguments that are not those of a recent one; None to dispatch."""
+        """Return the call for arguments that fit no recent one; None if they must be dispatched."""
         if not is_plain_call():
             return None
         layouts = [_current, _autocast(), torch.is_inference_mode_enabled()]
@@ -303,12 +308,11 @@ class Operator:
             if len(self._calls) >= MAX_LAYOUTS:
                 self._calls.clear()
             self._calls[key] = call
-        if call.fits is not None:
-            self._recent = (call, *self._recent[: RECENT - 1])
+        self._recent = add_recent(self._recent, call)
         return call
 
     def _admit(self, args: tuple[Any, ...]) -> Call:
-        """Check arguments of a new layout; return what runs for them."""
+        """Check arguments of a new layout, and return their call."""
         if self._check is not None:
             self._check(*args)
         tensors = list(_tensors(args))
@@ -387,14 +391,14 @@ class Operator:
 def _add_layouts(layouts: list[Any], args: Iterable[Any], exact: bool = True) -> bool:
     """Append layouts of tensors, and the numbers; return False if there is anything else.
 
-    ``exact`` layouts are equal where :attr:`Call.fits` is True.
+    ``exact`` layouts tell apart all tensors that :attr:`Call.fits` does.
     """
     for arg in args:
         kind = type(arg)
         if arg is None or kind in _NUMBERS:
             layouts.append(arg)
         elif kind in PLAIN:
-            # An object for a device takes twice the time of the others.
+            # The property device takes twice the time of the others.
             layouts += arg.shape, arg.dtype, arg.is_cpu or arg.device, arg.requires_grad
             if exact:
                 layouts += arg.stride(), arg.is_inference()

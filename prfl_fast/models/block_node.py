@@ -16,8 +16,8 @@ from torch import nn
 from prfl_fast.kernels.runtime.registry import (
     OPERATORS,
     PLAIN,
-    RECENT,
     Call,
+    add_recent,
     is_plain_call,
     recent_call,
 )
@@ -119,8 +119,7 @@ class BlockNode:
                 return None
             call = Call.of(args, None, self._records(tensors, parameters))
             if key in self.checked:
-                key, recent = None, (call, *self.recent[: RECENT - 1])
-                self.recent = recent if call.fits is not None else ()
+                key, self.recent = None, add_recent(self.recent, call)
         if torch.is_grad_enabled() and not call.record:
             return None
         if x.is_cuda and (
@@ -134,7 +133,7 @@ class BlockNode:
         return self, ops, (axes, key), *tensors, *parameters
 
     def _key(self, tensors: Sequence[Any], parameters: Sequence[Any], axes: Any) -> Any:
-        """Return what operations check: once for each key, as when an operation runs alone."""
+        """Return a key of what the checks of operations read; they run once for each key."""
         layouts = [
             t if t is None else (type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors
         ]
@@ -142,7 +141,7 @@ class BlockNode:
         return (*layouts, *kinds, *axes[0], *axes[1])
 
     def _records(self, tensors: Sequence[Any], parameters: Sequence[Any]) -> bool:
-        """Return True if one step of autograd has the gradients of the parts."""
+        """Return True if one autograd node can stand for those of the parts."""
         x, context, _, time, table, *_ = tensors
         if context.requires_grad and self.adapted_keys:
             return False  # autograd adds each layer's share to those of other blocks, in order
