@@ -68,15 +68,12 @@ def reference(
         # exp(scores - lse) would not add up to one, because lse is rounded.
         weights = cast(torch.softmax(scores, 0), dtype)
         results.append((weights.t().mm(tokens), cast(scores.logsumexp(0), dtype)))
-    if len(results) == 1:  # without a copy
-        (pooled, lse), *_ = results
-        return pooled.unsqueeze(0), lse.unsqueeze(0)
-    pooled, lse = map(torch.stack, zip(*results, strict=True))
+    pooled, lse = map(_stacked, zip(*results, strict=True))
     return pooled, lse
 
 
-def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Return the results of all samples; of a single one without a copy."""
+def _stacked(parts: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the results of all samples in one tensor, without a copy if there is one sample."""
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
