@@ -1,7 +1,6 @@
 """Add the options of ``prfl-fast plan`` to its parser, without torch."""
 
 import argparse
-import importlib.util
 import os
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from prfl_fast.cli.arguments import count, memory_size, positive
 from prfl_fast.utils.choices import GPUS, PLANNED_MODELS
-from prfl_fast.utils.optional import MissingExtraError
+from prfl_fast.utils.optional import need
 
 DEFAULT_MODEL = "wan2.1-t2v-14b"
 # 80 % of the memory of a machine with 128 GiB and one GPU. A plan may be for another machine, so
@@ -113,8 +112,8 @@ def check_plan(options: argparse.Namespace) -> None:
     given += ["--weight-dtype"] * (options.weight_dtype != "auto") + ["--json"] * options.json
     if options.table and given:
         raise ValueError(f"--table is given with {' and '.join(given)}, expected without")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("matplotlib is not installed: pip install 'prfl_fast[bench]'")
+    if options.plot is not None:
+        need("matplotlib", "video")
 
 
 def _budget(text: str) -> int | str:
@@ -129,8 +128,8 @@ def _yaml_file(text: str) -> Path:
 
 def _plot_file(text: str) -> Path:
     if Path(text).suffix.lower() not in (".png", ".pdf", ".svg"):
-        wanted = "a name that ends in .png, .pdf or .svg"
-        raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted}")
+        expected = "a name that ends in .png, .pdf or .svg"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return _target(text)
 
 
@@ -138,11 +137,11 @@ def _target(text: str) -> Path:
     """Return the path of a file that can be written."""
     path, folder = Path(text), Path(text).absolute().parent
     if not folder.is_dir():
-        reason = f"a file in a folder: {path.parent} is not a folder"
+        expected = f"a file in a folder: {path.parent} is not a folder"
     elif path.is_dir():
-        reason = "a file, not a folder"
+        expected = "a file, not a folder"
     elif not os.access(folder, os.W_OK):
-        reason = f"{path.parent} to be writable"
+        expected = f"{path.parent} to be writable"
     else:
         return path
-    raise argparse.ArgumentTypeError(f"{text!r}, expected {reason}")
+    raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")

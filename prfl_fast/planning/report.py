@@ -234,7 +234,7 @@ def timeline_figure(plan: Plan) -> Any:
 
     Raise ``MissingExtraError`` if matplotlib is not installed.
     """
-    need("matplotlib", "bench")
+    need("matplotlib", "video")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -419,7 +420,7 @@ def test_values_that_argparse_refuses(tmp_path, monkeypatch, capsys, arguments):
 
 
 def test_a_missing_package_is_named(monkeypatch, calls, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run("--plot", "a.png") == 2
-    error = "prfl-fast plan: matplotlib is not installed: pip install 'prfl_fast[bench]'\n"
+    error = "prfl-fast plan: matplotlib is not installed: pip install 'prfl_fast[video]'\n"
     assert capsys.readouterr().err == error
