@@ -28,9 +28,7 @@ REFERENCE_FILE = Path("diffusers_lite/wan/modules/model.py")
 
 class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
-        title = (
-            "suites, with the time of the newest record on two CPU cores (*: only if asked for):"
-        )
+        title = "suites, with their newest recorded time on two CPU cores (*: only if asked for):"
         self.epilog = "\n".join([title, *_suite_lines(ROOT / "bench" / "results" / "cpu-2core")])
         return super().format_help()
 
@@ -99,18 +97,18 @@ def parse(argv: list[str] | None = None) -> tuple[Context, tuple[str, ...]]:
 
 
 def _suite_lines(records: Path) -> list[str]:
-    """Return a line for each suite: its name, its newest time in the records, its content."""
-    taken = {}
+    """Return a line for each suite: its name, its time in the newest record, its content."""
+    times = {}
     runs = [json.loads(path.read_text()) for path in records.glob("*.json")]
     for record in sorted(runs, key=lambda each: each["run"]["date"]):
         seeds = re.search(r"--seeds (\d+)", record["run"]["command"])
         for name, suite in record["suites"].items():
-            taken[name] = suite["wall_s"], f" ({seeds[1]} seeds)" if seeds else ""
+            times[name] = suite["wall_s"], f" ({seeds[1]} seeds)" if seeds else ""
     lines = []
     for name, text in suites.DESCRIPTIONS.items():
-        wall, repeats = taken.get(name, (None, ""))
-        took = "–" if wall is None else f"{wall:.0f} s" if wall < 90 else f"{wall / 60:.0f} min"
-        lines.append(f"  {name:<19}{took:>6}  {text}{repeats}")
+        wall, repeats = times.get(name, (None, ""))
+        shown = "–" if wall is None else f"{wall:.0f} s" if wall < 90 else f"{wall / 60:.0f} min"
+        lines.append(f"  {name:<19}{shown:>6}  {text}{repeats}")
     return lines
 
 

@@ -22,7 +22,7 @@ from prfl_fast.data import Batches
 from prfl_fast.feedback.calibration import Calibration, Sampled, calibrate
 from prfl_fast.training import RewardFeedback
 
-DRIFTS = (0.015, 0.02)  # the budgets
+DRIFTS = (0.015, 0.02)  # budgets of the calibrated arms
 POINTS = 5
 EXACT = "exact"
 FIGURES = {"reward": "Latent reward along the sampler", "motion": "Independent motion metric"}
@@ -60,12 +60,12 @@ def make_step(model: nn.Module, start: Start, rollout: RolloutConfig | None) -> 
 
 
 def arm_of(drift: float) -> str:
-    """Return the name of the arm with a budget."""
+    """Return the name of the arm that is calibrated within a budget."""
     return f"drift ≤ {drift:g}"
 
 
 def calibrated(start: Start, s: Settings, drift: float) -> Calibration:
-    """Return the calibration of the start's generator on its training clips within a budget."""
+    """Calibrate the start's generator within a budget, on its training clips."""
     model, _ = small_world.copy_generator(start, patch=True)
     generator = torch.Generator().manual_seed(0)
     batches = Batches(start.clips.samples(), s.feedback_batch, 0)
@@ -105,7 +105,7 @@ def _spread(values: Sequence[float]) -> str:
 def arms_table(found: dict[str, Calibration], runs: dict[str, list[Any]], s: Settings) -> Table:
     """Return the table of the arms: cost of a gradient point, drift, reward and motion metric.
 
-    ``found`` has the calibrations by arm, ``runs`` the seeds of each arm, the exact one first.
+    ``found`` has the calibration of each calibrated arm, ``runs`` the points of each arm's seeds.
     """
     exact = next(iter(found.values())).measured[0]
     rows = {EXACT: exact} | {name: each.chosen for name, each in found.items()}

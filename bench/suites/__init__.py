@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from harness import Context, SuiteResult
 
-# Name → what a line of --help has room for. Those without a star run by default.
+# Name → text of one line of --help. Suites without a star run by default.
 DESCRIPTIONS = {
     "kernels": "fused operations against PyTorch: time, bandwidth, saved bytes",
     "block": "a transformer block and a PRFL step: eager, compiled, prfl_fast",

@@ -15,29 +15,28 @@ from harness import Context, SuiteResult, Table
 
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.overview import words_of
+from prfl_fast.utils.units import GIB
 
-GIB = 1 << 30
 ROUNDS = 3
-# Workload → options of the command. Videos have 81 frames of 720 × 1280 unless an option says else.
+FULL_480P = "--train full --height 480 --width 832"
+# Workload → model, budget and options. Videos have 81 frames of 720 × 1280 by default.
 CASES = {
-    "Wan2.1-T2V-14B, RTX 4090": ("wan2.1-t2v-14b", "rtx4090"),
-    "Wan2.1-T2V-14B, 16 GiB": ("wan2.1-t2v-14b", "16GiB"),
-    "Wan2.1-T2V-14B, L40S": ("wan2.1-t2v-14b", "l40s"),
-    "Wan2.1-T2V-14B, H100": ("wan2.1-t2v-14b", "h100"),
-    "Wan2.1-T2V-14B, H200": ("wan2.1-t2v-14b", "h200"),
-    "the same, 5 points": ("wan2.1-t2v-14b", "h200", "--points", "5"),
-    "Wan2.1-T2V-14B, all parameters, 480p, H200": (
-        *("wan2.1-t2v-14b", "h200", "--train", "full", "--height", "480", "--width", "832"),
-    ),
-    "Wan2.1-I2V-14B, RTX 4090": ("wan2.1-i2v-14b", "rtx4090"),
-    "Wan2.2-T2V-A14B, both experts, RTX 4090": ("wan2.2-t2v-a14b", "rtx4090"),
-    "HunyuanVideo, L40S": ("hunyuan-video", "l40s"),
-    "LTX-2, RTX 4090": ("ltx-2", "rtx4090", "--height", "704"),
+    "Wan2.1-T2V-14B, RTX 4090": "wan2.1-t2v-14b rtx4090",
+    "Wan2.1-T2V-14B, 16 GiB": "wan2.1-t2v-14b 16GiB",
+    "Wan2.1-T2V-14B, L40S": "wan2.1-t2v-14b l40s",
+    "Wan2.1-T2V-14B, H100": "wan2.1-t2v-14b h100",
+    "Wan2.1-T2V-14B, H200": "wan2.1-t2v-14b h200",
+    "the same, 5 points": "wan2.1-t2v-14b h200 --points 5",
+    "Wan2.1-T2V-14B, all parameters, 480p, H200": f"wan2.1-t2v-14b h200 {FULL_480P}",
+    "Wan2.1-I2V-14B, RTX 4090": "wan2.1-i2v-14b rtx4090",
+    "Wan2.2-T2V-A14B, both experts, RTX 4090": "wan2.2-t2v-a14b rtx4090",
+    "HunyuanVideo, L40S": "hunyuan-video l40s",
+    "LTX-2, RTX 4090": "ltx-2 rtx4090 --height 704",
 }
 
 
 def planned(model: str, budget: str, *options: str) -> tuple[float, dict[str, Any]]:
-    """Return the seconds of the command and its plan."""
+    """Return the seconds that the command takes, and its plan."""
     command = [sys.executable, "-m", "prfl_fast.cli", "plan", "--json"]
     command += ["--model", model, "--budget", budget, *options]
     start = time.perf_counter()
@@ -49,19 +48,17 @@ def planned(model: str, budget: str, *options: str) -> tuple[float, dict[str, An
 
 
 def result(times: dict[str, list[float]], plans: dict[str, dict[str, Any]]) -> SuiteResult:
-    """Return the table and the checks of times and plans by workload."""
+    """Return the table of times and plans by workload; a plan that does not fit is a problem."""
     body, records, problems = [], [], []
     for label, plan in plans.items():
-        seconds, policies = times[label], []
-        for name in ("memory", "reward_memory"):
-            policies.append(words_of(MemoryConfig(**plan[name])))
-        used, fits = plan["peak"] + plan["reserve"], plan["feasible"]
+        seconds, used = times[label], plan["peak"] + plan["reserve"]
+        policies = [words_of(MemoryConfig(**plan[name])) for name in ("memory", "reward_memory")]
         room = f"{used / GIB:.1f} of {plan['budget'] / GIB:.1f} GiB"
         cells = [report.seconds(statistics.median(seconds)), report.seconds(max(seconds))]
         body.append([label, *cells, *policies, room, f"{plan['host'] / GIB:.0f} GiB"])
         kept = ("peak", "reserve", "budget", "host", "memory", "reward_memory", "feasible")
         records.append({"case": label, "seconds": seconds, **{k: plan[k] for k in kept}})
-        if not fits:
+        if not plan["feasible"]:
             problems.append(f"{label}: nothing fits")
     columns = ["workload, GPU", "time", "longest", "generator", "reward model", "device", "host"]
     notes = [
@@ -82,7 +79,7 @@ def run(context: Context) -> SuiteResult:
     with context.bar(ROUNDS * len(CASES), "plans") as bar:
         for _ in range(ROUNDS):
             for label, options in CASES.items():
-                seconds, plans[label] = planned(*options)
+                seconds, plans[label] = planned(*options.split())
                 times[label].append(seconds)
                 bar.update()
     return result(times, plans)
