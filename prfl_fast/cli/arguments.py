@@ -13,8 +13,8 @@ def count(text: str, least: int = 1) -> int:
     except ValueError:
         number = least - 1
     if number < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise argparse.ArgumentTypeError(f"{text!r}, expected {wanted}")
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return number
 
 

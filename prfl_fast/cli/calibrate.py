@@ -119,7 +119,7 @@ def _measure(
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
         from_data = step.plan.start == "data"
         samples.append(Sampled(noise, batch.conditions, batch.latents if from_data else None))
-    # Of an option past the budget, no stronger values are measured.
+    # Values stronger than one past the budget are not measured, so this is an upper limit.
     counting = count_progress("calibrate", "options", most, done_word="measured", at_most=True)
     with counting as count, _savings_hidden():
         # The first one is the exact rollout, and progress shows the count before each.

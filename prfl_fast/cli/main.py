@@ -49,8 +49,7 @@ _YAML = {
     "score": "compute the rewards of a dataset at several timesteps",
     "calibrate": "choose the fastest rollout of a train file within rollout.drift",
 }
-
-# Python's words for values and YAML's, and expressions for a string and a tuple of at most tuples.
+# Python's constants as YAML writes them, patterns of a string and of a tuple of tuples or values.
 _WORDS = {"None": "null", "True": "true", "False": "false"}
 _STRING = r"""(?<!\w)(?:'[^']*'|"[^"]*")"""
 _TUPLE = r"\((?:[^()]|\([^()]*\))*\)"
@@ -75,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(f"prfl-fast {command}", f"stopped by {stopped_by.name}{again}")
         return 128 + stopped_by  # as shells do
     except (ValueError, TypeError, OSError, MissingExtraError) as error:
-        read = command in _YAML or command == "plan"
-        _print_error(f"prfl-fast {command}", _in_yaml(str(error)) if read else str(error))
+        has_file = command in _YAML or command == "plan"
+        _print_error(f"prfl-fast {command}", _in_yaml(str(error)) if has_file else str(error))
         return BAD_INPUT
     except RuntimeError as error:
         return _failed(command, error)

@@ -185,7 +185,7 @@ def fields_of_file(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_model_keys(config: TrainFile, model: Model, path: Path) -> None:
-    """Check the keys that depend on the model, which may be that of an option."""
+    """Check the keys that depend on the model, which an option may name."""
     found = model_config(model)
     blocks = adapter_of(found).block_count(found)
     try:

@@ -41,10 +41,10 @@ LEAST_GAIN = 0.01
 # Samples that are not timed on a GPU: in the first the engine measures whether compiled blocks pay,
 # in the second it compiles them.
 WARM_UP = 2
-# High noise tolerates larger strides. In the small world, with 40 steps and 5 gradient points, the
-# fourth runs 1.69 of 6.12 forwards a point at a drift of 0.0151, a stride of 2 everywhere 3.43 at
-# 0.0147 (bench/RESULTS.md). Of ten tried that run 2.5 to 3 times fewer, the third
-# drifts least for its cost.
+# High noise tolerates larger strides. In the small world, with 40 steps and 5 gradient points, an
+# exact rollout runs 6.12 forwards a point. The fourth set runs 1.69 at a drift of 0.0151, a stride
+# of 2 everywhere 3.43 at 0.0147 (bench/RESULTS.md). The third drifts least for its cost among ten
+# sets that run 2.5 to 3 times fewer forwards.
 STRIDES = (
     ((0.9, 1.0, 4),),
     ((0.9, 1.0, 4), (0.7, 0.9, 2)),

@@ -26,8 +26,8 @@ from prfl_fast.utils.checks import check
 class ExpertSwap:
     """Exchange two experts between device and host; set as ``swap`` of :class:`Experts`.
 
-    Expert ``high`` is on the device first. ``prepare`` moves an expert to the device. The experts
-    are those of :func:`check_exchange`.
+    Expert ``high`` is on the device first. ``prepare`` moves an expert to the device. Call
+    :func:`check_exchange` before.
 
     Attributes:
         swaps: number of exchanges so far.
@@ -91,7 +91,7 @@ def check_exchange(experts: Experts, kind: WeightDtype) -> None:
 
     They can if they share no parameter, and their tensors have equal shapes, strides and dtypes.
     """
-    check_separate(experts, "one of them waits")
+    check_separate(experts, "one expert waits in host memory")
     high, low = (layouts_after(expert, kind) for expert in members(experts))
     hint = "Apply one memory policy to both experts before LoRA"
     check(high == low, "low", "a model of other dtypes or shapes", "the layouts of high", hint=hint)

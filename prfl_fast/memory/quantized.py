@@ -341,7 +341,7 @@ def cast_weights(
 
 
 def _cast_dtypes(model: nn.Module, kind: WeightDtype) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
-    """Yield each parameter that has a dtype of its own, and its dtype in a layout."""
+    """Yield each parameter that :func:`cast_weights` casts, and its new dtype."""
     base = unwrap(model)
     keep = getattr(base, "_keep_in_fp32_modules", None) or ()
     for name, parameter in base.named_parameters():
@@ -351,9 +351,9 @@ def _cast_dtypes(model: nn.Module, kind: WeightDtype) -> Iterator[tuple[nn.Param
 
 
 def layouts_after(model: nn.Module, kind: WeightDtype) -> list[tuple[Any, ...]]:
-    """Return what decides the shape, strides and dtype of each tensor after :func:`cast_weights`.
+    """Return a key for the layout of each tensor after :func:`cast_weights`.
 
-    Two models have tensors of the same layouts then if their results are equal.
+    Tensors with equal keys have equal shapes, strides and dtypes.
     """
     layers = [layer for *_, layer, _ in _block_linears(model, kind)] if kind in KINDS else []
     packed = {

@@ -116,8 +116,8 @@ def named_members(model: nn.Module) -> dict[str, nn.Module]:
 def check_members(model: nn.Module, check: Callable[[Any], object]) -> tuple[nn.Module, ...]:
     """Return the :func:`members` of a model after ``check(member)`` has passed for each.
 
-    A function that changes a model in place loops over the result, so that an expert that is
-    refused leaves the other unchanged. Errors of ``check`` name the expert.
+    Functions that change a model in place loop over the result, so that an error leaves both
+    experts unchanged. Errors of ``check`` name the expert.
     """
     for name, member in named_members(model).items():
         try:

@@ -114,7 +114,7 @@ def shard(
 
 
 def check_shardable(model: nn.Module, mesh: DeviceMesh) -> tuple[nn.Module, ...]:
-    """Return the models that :func:`shard` shards by themselves; raise its errors."""
+    """Raise the errors of :func:`shard`; return the models that it shards one by one."""
     check_type("model", model, nn.Module)
     parts = shard_mesh(mesh)
     if parts.size(parts.ndim - 1) == 1:

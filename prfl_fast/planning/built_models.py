@@ -75,11 +75,11 @@ def build(
 def frozen_copy(
     workload: Workload, memory: MemoryConfig, *, layers: int | None = None, most: int | None = None
 ) -> nn.Module | None:
-    """Return the copy that is the reference of ``dpo``, as zeros, or None if there is no copy.
+    """Return the frozen copy that is the reference of ``dpo``, of zeros; None without a copy.
 
-    It is resident and whole, whatever the policy and the layout of the trained model.
+    It is whole and on the device under every policy and layout of the trained model.
     """
-    if not workload.copied:
+    if not workload.has_reference:
         return None
     cls, config = _class_of(workload)
     depth = _at_most(most, depths_of(workload, layers)[0])

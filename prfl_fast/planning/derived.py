@@ -268,7 +268,7 @@ class Single:
         return max(0, self.run.host - self.host(last=True) - self.host_of_reward())
 
     def kept_by_pair(self) -> int:
-        """Return the bytes between the forwards and the backwards of a pair; 0 without ``dpo``."""
+        """Return the live bytes when the backward of a pair begins; 0 without ``dpo``."""
         moments = (sum(live.values()) for name, live in self.run.timeline if name == "dpo backward")
         return next(moments, 0)
 

@@ -53,7 +53,7 @@ def _cells(plan: Plan) -> list[str]:
 
 
 def words_of(memory: MemoryConfig) -> str:
-    """Return a policy as in ``bf16 full offload stream``."""
+    """Return a policy in words, such as ``bf16 full offload stream``."""
     words: list[str] = [memory.weight_dtype, memory.activation_checkpointing]
     words += ["offload"] * (memory.offload is not None)
     words += ["stream"] * (memory.stream_weights is not None)

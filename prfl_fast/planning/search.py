@@ -162,8 +162,8 @@ def _of_step(values: Mapping[str, float], workload: Workload) -> dict[str, float
     if workload.sft and "sft forward" not in once:
         once |= {f"sft {phase}": once[phase] for phase in ("forward", "backward")}
     updates = 1.0 + workload.sft + workload.dpo
-    simulated = 1 + sum(f"{name} forward" in values for name in ("sft", "dpo"))
-    times = {"rollout": workload.rollout_forwards, "optimizer": updates / simulated}
+    simulated_updates = 1 + sum(f"{name} forward" in values for name in ("sft", "dpo"))
+    times = {"rollout": workload.rollout_forwards, "optimizer": updates / simulated_updates}
     per_point = ("forward", *REWARD_PHASES, "backward")
     times |= dict.fromkeys(per_point, float(workload.evaluations))
     times |= dict.fromkeys(EARLIER_PHASES, workload.earlier_steps)

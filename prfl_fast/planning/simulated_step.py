@@ -53,7 +53,7 @@ SWAP_PHASES = ("swap out", "swap in")  # of two experts; the copies are queued o
 
 
 class PairCall(ModelCall):
-    """Call a model on a video of a pair, as a phase with or without a graph."""
+    """Call a model on a video of a pair, in phase ``dpo forward`` if it keeps a graph."""
 
     def __init__(self, model: nn.Module, precision: Precision, ledger: Ledger) -> None:
         super().__init__(model, precision)
@@ -231,7 +231,7 @@ class SimulatedStep:
         width = self.adapter.hidden_size(self.generator)
         return (branches * len(text), 1 + 2 * self.workload.blocks, tokens, width)
 
-    def _kind(self, memory: MemoryConfig) -> Precision:
+    def _precision(self, memory: MemoryConfig) -> Precision:
         return self.workload.precision if memory.weight_dtype == "fp32" else "fp32"
 
     def run(self) -> None:
@@ -276,8 +276,8 @@ class SimulatedStep:
         noise = self._make(*self.workload.latent_shape)
         from_data = self.workload.gradient_plan.start == "data"
         latents = self._make(*self.workload.latent_shape) if from_data else None
-        generator = ModelCall(self.generator, self._kind(self.memory))
-        kind, models = self._kind(self.reward_memory), iter(self.rewards)
+        generator = ModelCall(self.generator, self._precision(self.memory))
+        kind, models = self._precision(self.reward_memory), iter(self.rewards)
         rewards = [
             [RewardCall(next(models), kind) for _ in members] for members in self.workload.rewards
         ]
@@ -291,7 +291,7 @@ class SimulatedStep:
         self.ledger.start_phase("sft forward")
         if several:
             self._hold_gradients()
-        velocity = ModelCall(self.generator, self._kind(self.memory))
+        velocity = ModelCall(self.generator, self._precision(self.memory))
         clean, noise = (self._make(*self.workload.latent_shape) for _ in range(2))
         level = torch.full((len(clean), 1, 1, 1, 1), 0.5)
         x = (1 - level) * clean + level * noise
@@ -307,7 +307,7 @@ class SimulatedStep:
         self.ledger.start_phase("dpo reference")
         if several:
             self._hold_gradients()
-        kind, ledger = self._kind(self.memory), self.ledger
+        kind, ledger = self._precision(self.memory), self.ledger
         reference = None if self.reference is None else PairCall(self.reference, kind, ledger)
         win, lose = (self._make(*self.workload.latent_shape) for _ in range(2))
         inputs = (win, lose, self.conditions, self._conditions())
@@ -325,7 +325,7 @@ class SimulatedStep:
         if several:
             self._hold_gradients()
         shape, pairs = self.workload.latent_shape, self.workload.reward_loss == "bt"
-        with self.ledger.saving(), autocast(torch.device("cpu"), self._kind(self.memory)):
+        with self.ledger.saving(), autocast(torch.device("cpu"), self._precision(self.memory)):
             clean = self._make(*shape)
             if pairs:
                 lose, conditions = self._make(*shape), self._conditions()

@@ -66,10 +66,10 @@ def simulate(
         most = None if whole else _fewest(workload, memory, reward_memory)
         with no_collection():
             segments = _recorded(workload, memory, reward_memory, **depths, most=most)
-        of_models = depths_of(workload, **depths)
-        of_models += of_models[:1] * workload.copied
+        model_depths = depths_of(workload, **depths)
+        model_depths += model_depths[:1] * workload.has_reference
         counts = {}
-        for model, depth in zip(_names(workload), of_models, strict=True):
+        for model, depth in zip(_names(workload), model_depths, strict=True):
             for index, count in enumerate(depth.values()):
                 counts[f"{model} {index}"] = (min(count, most or count), count)
         try:
@@ -88,7 +88,7 @@ def simulate(
 def _names(workload: Workload) -> list[str]:
     """Return the names of the models in a trace."""
     rewards = [f"reward {n}" for n, _ in enumerate(workload.reward_models)]
-    return ["generator", *rewards] + ["reference"] * workload.copied
+    return ["generator", *rewards] + ["reference"] * workload.has_reference
 
 
 def _fewest(workload: Workload, memory: MemoryConfig, reward_memory: MemoryConfig) -> int:
@@ -113,10 +113,11 @@ def _recorded(
         fake_models(workload, memory, reward_memory, mesh=mesh, **depths) as (trained, rewards),
     ):
         adapter: Any = adapter_of(workload.config)
-        kept = {name: depths.get(name) for name in ("layers", "most")}
-        reference = frozen_copy(workload, memory, **kept)
-        every = [trained, *rewards, *([] if reference is None else [reference])]
-        named = zip(_names(workload), every, strict=True)
+        reference = frozen_copy(
+            workload, memory, layers=depths.get("layers"), most=depths.get("most")
+        )
+        models = [trained, *rewards, *([] if reference is None else [reference])]
+        named = zip(_names(workload), models, strict=True)
         fake: Any = local_part(next(trained.parameters()))
         ledger = TraceLedger(
             {
@@ -129,8 +130,8 @@ def _recorded(
         with ledger:
             # PyTorch allocates it at the first matrix product and keeps it.
             cublas = torch.empty(CUBLAS_BYTES, dtype=torch.uint8)
-            models = (trained, rewards, ledger, mesh, reference)
-            step = SimulatedStep(workload, memory, reward_memory, *models)
+            parts = (trained, rewards, ledger, mesh, reference)
+            step = SimulatedStep(workload, memory, reward_memory, *parts)
             step.run()
         del cublas, step
     return ledger.segments

@@ -209,7 +209,7 @@ class Workload:
         return tuple(count for members in self.rewards for count in members)
 
     @property
-    def copied(self) -> bool:
+    def has_reference(self) -> bool:
         """True if a frozen copy of the model is the reference of ``dpo``."""
         return self.dpo and self.train == "full"
 

@@ -71,7 +71,7 @@ def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     model = without_function(model)
     name = adapter_name(model)
     check(name is None, "model's adapter", name, "a model without one", hint="Delete it first")
-    # As peft matches names. It checks layer by layer, while it changes them.
+    # Names match as in peft, which checks each layer only when it changes it.
     ends = tuple(f".{target}" for target in _own_targets(model, targets))
     found = {name: layer for name, layer in model.named_modules() if f".{name}".endswith(ends)}
     check(bool(found), "target_modules", targets, "suffixes of names of the model's linear layers")

@@ -235,7 +235,8 @@ def load_model(model: torch.nn.Module, folder: Path) -> None:
     parts = {folder: model}
     if isinstance(model, Experts):
         parts = {folder / FOLDERS[name]: getattr(model, name) for name in model.trained}
-    for found in [_read_model(part, path) for path, part in parts.items()]:  # all are checked first
+    # The list makes all checks run before the first copy.
+    for found in [_read_model(part, path) for path, part in parts.items()]:
         copy_into(*found)
 
 
@@ -251,16 +252,15 @@ def _read_model(
     tensors = load_tensors(path)
     if adapter_name(model) is None:
         targets = stored_tensors(model)
-        check_fit(targets, tensors, path, dtypes=True)
-        return tensors, targets, path
-    if (folder / DIGESTS).is_file():  # diffusers writes none
-        check_folder(folder, (path.name,), "adapter")
-    with open_tensors(path) as opened:
-        saved = json.loads((opened.metadata() or {}).get(ADAPTER_METADATA, "{}"))
-    _check_adapter(model, saved, path)
-    targets = _adapter_tensors(model)
-    tensors = {PIPELINE_PART + n.removeprefix(PIPELINE_PART): t for n, t in tensors.items()}
-    tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
+    else:
+        if (folder / DIGESTS).is_file():  # diffusers writes none
+            check_folder(folder, (path.name,), "adapter")
+        with open_tensors(path) as opened:
+            saved = json.loads((opened.metadata() or {}).get(ADAPTER_METADATA, "{}"))
+        _check_adapter(model, saved, path)
+        targets = _adapter_tensors(model)
+        tensors = {PIPELINE_PART + n.removeprefix(PIPELINE_PART): t for n, t in tensors.items()}
+        tensors = {n: t.to(targets[n].dtype) if n in targets else t for n, t in tensors.items()}
     check_fit(targets, tensors, path, dtypes=True)
     return tensors, targets, path
 

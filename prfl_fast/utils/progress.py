@@ -72,7 +72,7 @@ def count_progress(
     done_word: str = "done",
     at_most: bool = False,
 ) -> Iterator[Callable[[str], object]]:
-    """Yield a function that counts, and shows the text that it is given; call it before each unit.
+    """Yield a function to call before each ``unit`` with a text to show, which counts the units.
 
     It shows a bar on a terminal; elsewhere a line on stderr every 30 seconds, which says that a
     number of ``unit`` are ``done_word``, and the remaining time if there is a ``total``. With

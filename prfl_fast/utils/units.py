@@ -28,7 +28,7 @@ def seconds(value: float) -> str:
 def size_of(value: int | str, name: str = "") -> int:
     """Return the bytes of ``24GiB`` (powers of two), ``24GB`` (powers of ten) or a whole number.
 
-    Raise ``ValueError``, which says that ``name`` is the value.
+    Raise ``ValueError`` for other values; the message begins with ``name``, if given.
     """
     units = {"": 1, "MIB": 1 << 20, "GIB": GIB, "TIB": 1 << 40, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())

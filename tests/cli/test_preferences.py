@@ -107,7 +107,7 @@ def test_the_planned_reference_is_the_one_of_a_run(root, tmp_path, dtype):
     changes = {"objectives": ["dpo"], "hardware.precision": "bf16", "memory.weight_dtype": dtype}
     run = run_of(root, tmp_path, changes)
     work = Workload(**fields_of_run(run), frames=5, height=32, width=32)
-    assert work.copied
+    assert work.has_reference
     memory = MemoryConfig(dtype, "full", "cpu", optimizer="adamw-cpu", stream_weights=1)
     made, planned = _frozen_copy(run, torch.device("cpu")), frozen_copy(work, memory)
     assert type(made) is type(planned)
