@@ -9,10 +9,22 @@ pytest.importorskip("peft")
 
 from plans import made_up, made_up_bytes, small_workload  # noqa: E402
 
+from prfl_fast.memory import stream as streaming  # noqa: E402
 from prfl_fast.planning import planner  # noqa: E402
 from prfl_fast.planning import search as plan_search  # noqa: E402
 from prfl_fast.planning.search import Tier, memory_of  # noqa: E402
 from prfl_fast.planning.simulation import simulate  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty():
+    """Leave empty memory as it is: filling it is one operation more, which fake tensors lack."""
+
+
+@pytest.fixture(autouse=True)
+def no_other_slots(monkeypatch):
+    """Forget slots of streamed weights: those of an earlier test may be larger."""
+    monkeypatch.setattr(streaming, "_slots", {})
 
 
 @pytest.fixture

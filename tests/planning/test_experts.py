@@ -36,11 +36,6 @@ def workload(kind="t2v", **options):
     return Workload(CONFIG | KINDS[kind], **{**SIZE, **fixed, **options})
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not."""
-
-
 def predicted_by(work):
     with fake_models(work, FULL, FULL) as (generator, rewards):
         with Ledger(open_operations=True) as ledger:

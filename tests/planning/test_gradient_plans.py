@@ -35,11 +35,6 @@ PLANS = {
 FULL = MemoryConfig("fp32", "full")
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
-
-
 def close(workload, memory=FULL):
     """Compare predicted and counted bytes."""
     predicted = ledger_of(workload, (memory, memory), fake=True)

@@ -103,11 +103,6 @@ POLICIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not, which is one operation more."""
-
-
 CASES = [(name, policy) for name in WORK for policy in POLICIES]
 
 

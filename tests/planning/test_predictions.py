@@ -8,7 +8,6 @@ from counted_steps import counted
 from plans import SMALL, ledger_of
 
 from prfl_fast.feedback.gradient_plan import GradientPlan
-from prfl_fast.memory import stream as streaming
 from prfl_fast.memory.policy import MemoryConfig
 from prfl_fast.planning.workload import Workload
 
@@ -53,17 +52,6 @@ CASES["streamed, adamw-cpu"] = (
     FULL,
     MemoryConfig("bf16", "full", optimizer="adamw-cpu", stream_weights=1),
 )
-
-
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
-
-
-@pytest.fixture(autouse=True)
-def no_other_slots(monkeypatch):
-    """Slots of an earlier case may be larger."""
-    monkeypatch.setattr(streaming, "_slots", {})
 
 
 @pytest.mark.slow

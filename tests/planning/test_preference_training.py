@@ -48,16 +48,6 @@ for name, frozen in FROZEN.items():
 QUICK = ("lora, fp32 full None", "full, fp32 attention cpu streamed")
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
-
-
-@pytest.fixture(autouse=True)
-def no_other_slots(monkeypatch):
-    monkeypatch.setattr(streaming, "_slots", {})
-
-
 def counted(work, memory, frozen):
     """Return the device bytes at the peak of real micro-batches, without the optimizer's step."""
     generator, rewards = prepared(*build(work, memory, frozen))

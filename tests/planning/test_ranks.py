@@ -40,11 +40,6 @@ LONG = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
-
-
 def of(parallel, train, **options):
     return replace(WORK, ranks=2, parallel=parallel, train=train, **options)
 

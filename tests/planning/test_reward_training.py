@@ -32,11 +32,6 @@ POLICIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Leave empty memory as it is: filling it is an operation that fake tensors do not have."""
-
-
 def counted(work, memory):
     """Return the device bytes at the peak of real forwards and backwards."""
     (reward, _), kind = prepared(*build(work, memory, memory)), memory.optimizer

@@ -55,11 +55,6 @@ def shallow(workload, memory):
     return simulate(workload, *memory, layers=1, reward_layers=1)
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not, which is one operation more."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(POLICIES, ("offloaded", "fp8")))
 def test_the_faster_fake_tensors_change_nothing(name, monkeypatch):

@@ -44,16 +44,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poison_empty():
-    """Not here: real tensors would be filled and fake ones not, which is one operation more."""
-
-
-@pytest.fixture(autouse=True)
-def no_other_slots(monkeypatch):
-    monkeypatch.setattr(streaming, "_slots", {})
-
-
 def workload_of(name, **options):
     return replace(WORK, train="full" if "all weights" in name else "lora", **options)
 

@@ -313,7 +313,7 @@ def test_a_recent_call_keeps_no_tensor():
 
 
 def test_a_torch_without_guards(monkeypatch):
-    """Arguments are recognized by keys; a transformer's block too."""
+    """Arguments are recognized by keys alone."""
     monkeypatch.setattr(registry, "TensorGuards", None)
     registry.forget_calls()
     x, row = torch.randn(2, 4, 6), torch.randn(2, 6, requires_grad=True)
