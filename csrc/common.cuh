@@ -10,7 +10,7 @@
 #ifndef PRFL_FAST_WARPS
 #define PRFL_FAST_WARPS (blockDim.x / 32)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#define PRFL_FAST_CLUSTER 1  // a number saves registers
+#define PRFL_FAST_CLUSTER 1  // no clusters before sm_90: a constant saves registers
 #else
 #define PRFL_FAST_CLUSTER cluster_size
 #endif

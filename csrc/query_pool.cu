@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
   const int64_t batch = blockIdx.z;
   const int column = (rank * warps + warp) * WIDTH + 8 * t;  // of this lane in 32-column block 0
 
-  // Weights lie at a constant address and a warp's own parts at constant distances. With a register for each address,
-  // 320 columns spilled 8 bytes on sm_80, and 256 columns 24 on sm_100.
+  // Weights are at a constant address, and a warp's own parts at constant offsets from each other. With a register for
+  // each address, 320 columns spilled 8 bytes on sm_80, and 256 columns 24 on sm_100.
   T* weights = reinterpret_cast<T*>(shared_memory());                 // [HEADS, P_ROW]
   float* shrink = reinterpret_cast<float*>(weights + HEADS * P_ROW);  // [HEADS]
   unsigned char* parts = shared_memory() + SOFTMAX_BYTES;             // [warps, 4, BLOCKS, 32] of 8 columns
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(max_warps(WIDTH) * 32, 1) query_pool_partial(
 
   // The next tile is on its way to shared memory while this one is in registers. A lane copies what it will read.
   const T* source = x + batch * x_batch + column + int64_t(tile_begin * TOKENS + g) * x_token;
-  const int end = (tokens < tile_end * TOKENS ? tokens : tile_end * TOKENS) - g;  // of the tile whose token is g
+  const int end = (tokens < tile_end * TOKENS ? tokens : tile_end * TOKENS) - g;  // less the first token of this lane
   auto fetch = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

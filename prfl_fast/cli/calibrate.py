@@ -102,8 +102,8 @@ def _measure(
     config: TrainFile, step: PRFL, dataset: LatentDataset, device: torch.device
 ) -> dict[str, Any]:
     assert config.rollout.drift is not None
-    # All values of each option alone, strides with each order, and those of all but one beside
-    # others.
+    # Each value of each option alone, each stride with each order, and again each value beside
+    # values of other options, except those of one option.
     tried = ladders(step, device)
     values = [len(each) for each in tried.values()]
     most = 2 * sum(values) - min(values) + len(tried["stride"]) * len(other_orders(step))
