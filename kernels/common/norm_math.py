@@ -33,10 +33,10 @@ def parameter_gradients(
         d_scale = dot if weight is None else dot * weight.to(dot.dtype)
         d_scale = d_scale if bias is None else d_scale + total * bias.to(dot.dtype)
     if need_weight or need_bias:
-        lifted = row_gain(None, table_plus_rows(scale_table, scale, dot.dtype), dot.dtype)
-        if lifted is not None:
-            d_weight = dot * lifted if need_weight else dot
-            d_bias = total * lifted if need_bias else total
+        one_plus_scale = row_gain(None, table_plus_rows(scale_table, scale, dot.dtype), dot.dtype)
+        if one_plus_scale is not None:
+            d_weight = dot * one_plus_scale if need_weight else dot
+            d_bias = total * one_plus_scale if need_bias else total
     return (
         d_weight.sum(0) if need_weight else None,
         d_bias.sum(0) if need_bias else None,
@@ -53,8 +53,8 @@ def row_gain(
     """Return g = w·(1 + s) as ``[R, D]`` or ``[1, D]``; None if neither is given."""
     if modulation is None:
         return None if weight is None else cast(weight, dtype)[None]
-    lifted = modulation + operand(1.0, modulation.dtype, modulation.device)
-    return lifted if weight is None else cast(weight, dtype) * lifted
+    one_plus_scale = modulation + operand(1.0, modulation.dtype, modulation.device)
+    return one_plus_scale if weight is None else cast(weight, dtype) * one_plus_scale
 
 
 def normalize(

@@ -52,14 +52,14 @@ gelu_backward = torch.ops.aten.gelu_backward.default
 # 2u = h·(SLOPE + CUBE·h²)
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBE = 0.044715 * SLOPE
-# Of more elements than this σ(2u) takes a CPU less time than ATen's tanh (see bench/NOTES.md).
-FEW = 1 << 13
+# On a CPU, σ(2u) of more elements than this takes less time than ATen's tanh (bench/NOTES.md).
+FEW_ELEMENTS = 1 << 13
 CHUNK = 1 << 18  # elements at a time for each thread, so that float32 copies stay small
 
 
 # Reference.
 def _sum(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return h in ``dtype``, which is that of :func:`compute_dtype`."""
+    """Return h = x + bias in ``dtype``, the result of :func:`compute_dtype`."""
     if bias is None:
         return cast(x, dtype)
     return x + (bias if bias.dtype == torch.float32 else cast(bias, dtype))
@@ -90,14 +90,14 @@ def reference(
         return cast(h * torch.sigmoid(h * (SLOPE + CUBE * h * h)), x.dtype).contiguous()
     recorded = x.requires_grad or (bias is not None and bias.requires_grad)
     recorded = recorded and torch.is_grad_enabled()
-    if x.numel() > FEW and x.device.type == "cpu" and not recorded:
+    if x.numel() > FEW_ELEMENTS and x.device.type == "cpu" and not recorded:
         return _by_sigmoid(x, bias, dtype)
     # Without a bias ATen widens bfloat16 and float16 inside its loop and rounds once.
     h = x if bias is None else _sum(x, bias, dtype)
     # In place, unless h is x or autograd keeps it.
     keep = bias is None or h.requires_grad
-    gelu = torch._C._nn.gelu if keep else torch._C._nn.gelu_  # type: ignore[attr-defined]
-    return cast(gelu(h, approximate="tanh"), x.dtype).contiguous()
+    run = torch._C._nn.gelu if keep else torch._C._nn.gelu_  # type: ignore[attr-defined]
+    return cast(run(h, approximate="tanh"), x.dtype).contiguous()
 
 
 def reference_backward(
@@ -350,7 +350,7 @@ def _backward(ctx, grad):
 
 
 _forward_op.register_autograd(
-    _backward, setup_context=_setup_context, native=lambda x, bias: x.numel() <= FEW
+    _backward, setup_context=_setup_context, native=lambda x, bias: x.numel() <= FEW_ELEMENTS
 )
 
 
