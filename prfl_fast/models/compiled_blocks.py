@@ -67,14 +67,16 @@ class _Choice:
     ) -> None:
         self.model, self.blocks, self.backend, self.timer = model, blocks, backend, timer
         self.optional = mode == "auto"
-        for index, block in enumerate(blocks):
-            block._compiled_call_impl = TimedCall(timer, self.decide, blocks, index)
         if mode == "on":
             self.compile()
+            return
+        for index, block in enumerate(blocks):
+            block._compiled_call_impl = TimedCall(timer, self.decide, blocks, index)
 
     def compile(self) -> None:
-        for block in self.blocks:
-            block._compiled_call_impl = _CompiledCall(self, block)
+        calls = [_CompiledCall(self, block) for block in self.blocks]  # all, or an error
+        for block, call in zip(self.blocks, calls, strict=True):
+            block._compiled_call_impl = call
 
     def decide(self) -> bool:
         """Return True if the times are known; then the blocks are compiled or called as before."""
@@ -154,9 +156,11 @@ def compile_blocks(
 
     Raises:
         TypeError: if the model has neither an adapter nor a ``ModuleList``.
-        ValueError: if ``mode`` is unknown.
+        ValueError: if ``mode`` or a backend's name is unknown.
     """
     check_choice("mode", mode, MODES)
+    if backend != "inductor" and not callable(backend):  # the list imports the compiler
+        check_choice("backend", backend, torch.compiler.list_backends(exclude_tags=()))
     if isinstance(model, Experts):
         for expert in check_members(model, lambda each: find_blocks(each).blocks(each)):
             compile_blocks(expert, mode, backend=backend)

@@ -246,3 +246,13 @@ def test_only_whole_passes_are_timed():
 def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="mode is 'yes'"):
         compile_blocks(build(), "yes")
+
+
+@pytest.mark.parametrize("backend", ["inductr", 3])
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_unknown_backends_are_refused_before_a_block_changes(mode, backend):
+    model = compile_blocks(build(), "on", backend="eager")
+    before = [block._compiled_call_impl for block in model.blocks]
+    with pytest.raises(ValueError, match=f"backend is {backend!r}, expected .*inductor"):
+        compile_blocks(model, mode, backend=backend)
+    assert [block._compiled_call_impl for block in model.blocks] == before
