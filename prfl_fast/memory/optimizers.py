@@ -99,26 +99,26 @@ def make_optimizer(
     ok = kind != "paged-adamw8bit" or on_cuda
     hint = "paged-adamw8bit needs every parameter on a CUDA device; adamw8bit does not"
     check(ok, "optimizer", kind, "another one for these devices", hint=hint)
-    for p in parameters:
+    options: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
+    options["weight_decay"] = weight_decay
+    mixed = 0 < len(sharded) < len(parameters)  # torch updates no list of both kinds at once
+    optimizer: torch.optim.Optimizer
+    if kind == "adamw" and not mixed and all(p.dtype is not torch.bfloat16 for p in parameters):
+        # Unfused, the step would allocate temporaries as large as all parameters.
+        optimizer = torch.optim.AdamW(parameters, fused=True if on_cuda else None, **options)
+    elif kind in ("adamw", "adamw-cpu"):
+        optimizer = MasterAdamW(parameters, on_host=kind == "adamw-cpu", **options)
+    elif kind == "paged-adamw8bit":
+        optimizer = _paged_class()(parameters, **options)
+    else:
+        options["bf16_stochastic_round"] = True
+        optimizer = _stochastic_class(kind == "adamw8bit")(parameters, **options)
+    for p in parameters:  # last, as a library may be missing or refuse a number
         dtype = torch.promote_types(p.dtype, torch.float32) if gradient_dtype == "fp32" else p.dtype
         if p.grad_dtype != dtype:
             p.grad = None  # torch refuses to change the dtype of an existing gradient
             p.grad_dtype = dtype
-    options: dict[str, Any] = {
-        "lr": learning_rate,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
-    mixed = 0 < len(sharded) < len(parameters)  # torch updates no list of both kinds at once
-    if kind == "adamw" and not mixed and all(p.dtype is not torch.bfloat16 for p in parameters):
-        # Unfused, the step would allocate temporaries as large as all parameters.
-        return torch.optim.AdamW(parameters, fused=True if on_cuda else None, **options)
-    if kind in ("adamw", "adamw-cpu"):
-        return MasterAdamW(parameters, on_host=kind == "adamw-cpu", **options)
-    if kind == "paged-adamw8bit":
-        return _paged_class()(parameters, **options)
-    return _stochastic_class(kind == "adamw8bit")(parameters, bf16_stochastic_round=True, **options)
+    return optimizer
 
 
 def check_dtypes(kind: OptimizerKind, parameters: Mapping[str, torch.Tensor]) -> None:

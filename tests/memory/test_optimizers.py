@@ -1,6 +1,7 @@
 """AdamW of every kind: what it computes, what it stores, and how many bytes that takes."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from prfl_fast.memory.optimizers import (
     state_bytes,
     step_bytes,
 )
+from prfl_fast.utils.optional import MissingExtraError
 
 HERE = [kind for kind in KINDS if kind != "paged-adamw8bit"]  # what runs without CUDA
 SHAPES = [(64, 256), (7,), (4096,), (63, 65), (), (2, 16, 128)]
@@ -458,3 +460,19 @@ def test_on_cuda(kind, dtype, device="cuda"):
         if kind in ("adamw", "adamw-cpu"):
             tolerance = {"rtol": 2**-8} if dtype is torch.bfloat16 else {"rtol": 1e-4}
             torch.testing.assert_close(p.detach().cpu().float(), q.detach(), atol=1e-5, **tolerance)
+
+
+def test_an_error_leaves_parameters_as_they_were(monkeypatch):
+    """Of a missing library, and of a number that the library refuses."""
+    made = optimizers._stochastic_class
+    monkeypatch.setattr(optimizers, "_stochastic_class", made.__wrapped__)  # without its cache
+    params = parameters(torch.bfloat16)
+    give_gradients(params, 0)
+    before = [p.grad for p in params]
+    options = {"learning_rate": RATE, "gradient_dtype": "fp32"}
+    with pytest.raises(ValueError, match="[Ll]earning rate"):
+        make_optimizer("adamw8bit", params, **options | {"learning_rate": -1.0})
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(MissingExtraError, match="torchao is not installed"):
+        make_optimizer("adamw8bit", params, **options)
+    assert all(p.grad is g and p.grad_dtype == p.dtype for p, g in zip(params, before, strict=True))
