@@ -25,7 +25,7 @@ from prfl_fast.models.loading import expert_folders, load_transformer, transform
 from prfl_fast.models.registry import find_adapter
 from prfl_fast.models.velocity import Precision, check_finite
 from prfl_fast.rewards.functions import Reward, RewardEnsemble
-from prfl_fast.rewards.latent import LatentRewardModel
+from prfl_fast.rewards.latent import LatentRewardModel, check_saved
 from prfl_fast.rollout.guidance import Guidance
 from prfl_fast.training.objectives import reward_call
 from prfl_fast.utils.checks import check
@@ -188,6 +188,17 @@ def load_generator(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         return load_transformer(path, dtype)
     except (ValueError, OSError) as error:
         raise ValueError(f"model: {error}") from error
+
+
+def check_reward(source: str | ReferenceReward) -> None:
+    """Raise the errors of missing files and of another configuration; read no weights."""
+    if isinstance(source, str):
+        check_saved(source)
+        return
+    for name in ("transformer", "mlp", "pool"):
+        path = Path(getattr(source, name))
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder, expected the reward's {name}")
 
 
 def load_reward(source: str | ReferenceReward, transformer: nn.Module | None) -> LatentRewardModel:

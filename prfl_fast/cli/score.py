@@ -23,6 +23,7 @@ def run_score(config: ScoreFile, check_only: bool) -> int:
     check(not out.is_dir(), "out", config.out, "a file, but it is a folder")
     loading.check_writable(out, "out")
     dataset = loading.open_dataset(config, "data", "single videos")
+    loading.check_reward(config.reward)
     transformer = None
     if not isinstance(config.reward, str):
         assert config.model is not None

@@ -191,6 +191,9 @@ def _load_models(
     """Return the generator and the rewards, checked, under their memory policies and shared."""
     dtypes = {memory.weight_dtype}
     sources = [source for reward in config.rewards() for source in reward.paths]
+    wanted = config.reads_reward or config.eval is not None
+    for source in sources if wanted else ():
+        loading.check_reward(source)
     if any(isinstance(source, ReferenceReward) for source in sources):
         dtypes.add(reward_memory.weight_dtype)  # such a reward is built from the generator
     # A model that is read in bfloat16 cannot be widened again without loss.
@@ -211,7 +214,6 @@ def _load_models(
         transformer = job.load_parts(folders[0], memory, without_values)
     else:
         transformer = loading.load_model(config.model, dtype)
-    wanted = config.reads_reward or config.eval is not None
     rewards = loading.load_rewards(config, transformer) if wanted else {}
     models = [model for members in rewards.values() for model in members]
     for model, dataset in itertools.product(models, datasets):

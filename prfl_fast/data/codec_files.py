@@ -107,7 +107,7 @@ def read_vae(path: Path, dtype: torch.dtype, any_class: bool = False) -> Any:
 
     Its class is ``AutoencoderKLWan``, or with ``any_class`` the one that its folder names.
     """
-    diffusers, place = need("diffusers"), find_part(path, "vae")
+    place, diffusers = find_part(path, "vae"), need("diffusers")
     kind = diffusers.AutoencoderKLWan
     if any_class:
         name = str(read_json(place / "config.json").get("_class_name"))
@@ -149,13 +149,13 @@ def vae_name(name: str, nested: bool) -> str:
 
 def read_text_encoder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return umT5 and its tokenizer; see :func:`prfl_fast.data.codec.load_text_encoder`."""
-    transformers = need("transformers", "video")
     place = find_part(path, "text_encoder")
+    tokenizer = find_processor(place, "text_encoder")
+    transformers = need("transformers", "video")
     if place.is_dir():
         model = _pretrained(transformers.UMT5EncoderModel, place, dtype)
     else:
         model = _official_umt5(transformers, place, dtype)
-    tokenizer = find_processor(place, "text_encoder")
     return model, _loaded(transformers.AutoTokenizer.from_pretrained, tokenizer)
 
 
@@ -192,11 +192,11 @@ def umt5_name(name: str) -> str:
 
 def read_image_encoder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return CLIP and its processor; see :func:`prfl_fast.data.codec.load_image_encoder`."""
-    transformers = need("transformers", "video")
     place = find_part(path, "image_encoder")
-    if place.is_dir():
+    folder = find_processor(place, "image_encoder") if place.is_dir() else None
+    transformers = need("transformers", "video")
+    if folder is not None:
         model = _pretrained(transformers.CLIPVisionModel, place, dtype)
-        folder = find_processor(place, "image_encoder")
         return model, _loaded(transformers.CLIPImageProcessor.from_pretrained, folder)
     return _official_clip(transformers, place, dtype)
 

@@ -5,10 +5,11 @@ tokens after the last of these blocks, and a small network maps the pooled vecto
 video. The model is saved as one folder, or in the layout of HY-Video-PRFL, the paper's code.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,38 @@ FORMAT = "prfl_fast reward 1"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 _Path = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def _configuration(path: Path) -> Iterator[None]:
+    """Name the file in errors of its content."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        text = f"{path}: not the configuration of a reward model: {reason}"
+        raise ValueError(text) from error
+
+
+def check_saved(folder: _Path) -> dict[str, Any]:
+    """Return the configuration of a saved reward model, without reading its weights.
+
+    Raises:
+        FileNotFoundError: if the folder or a file in it is missing.
+        ValueError: if the configuration is not that of a reward model.
+    """
+    path, weights = Path(folder) / _CONFIG, Path(folder) / _WEIGHTS
+    if not path.is_file():
+        inside = Path(folder) / "reward"  # a run of train-reward has it there
+        hint = f", but {inside} is" if (inside / _CONFIG).is_file() else ""
+        what = f"{folder} is not a saved reward model{hint}"
+        raise FileNotFoundError(f"{path}: no such file. {what}")
+    with _configuration(path):
+        config = read_json(path)
+        check(config["format"] == FORMAT, "format", config["format"], repr(FORMAT))
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file")
+    return config  # type: ignore[no-any-return]
 
 
 class LatentRewardModel(nn.Module):
@@ -232,21 +265,9 @@ class LatentRewardModel(nn.Module):
             ValueError: if the configuration is not that of a reward model, the tensors do not fit
                 it, or a file is damaged.
         """
-        path = Path(folder) / _CONFIG
-        if not path.is_file():
-            inside = Path(folder) / "reward"  # a run of train-reward has it there
-            hint = f", but {inside} is" if (inside / _CONFIG).is_file() else ""
-            what = f"{folder} is not a saved reward model{hint}"
-            raise FileNotFoundError(f"{path}: no such file. {what}")
-        try:
-            config = read_json(path)
-            check(config["format"] == FORMAT, "format", config["format"], repr(FORMAT))
+        config, weights = check_saved(folder), Path(folder) / _WEIGHTS
+        with _configuration(Path(folder) / _CONFIG):
             reward = _from_config(config, transformer)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            text = f"{path}: not the configuration of a reward model: {reason}"
-            raise ValueError(text) from error
-        weights = Path(folder) / _WEIGHTS
         tensors = load_tensors(weights)
         check_fit(reward.state_dict(), tensors, weights)
         check_folder(Path(folder), (_CONFIG, _WEIGHTS), "reward model")

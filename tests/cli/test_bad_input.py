@@ -10,6 +10,7 @@ from commands import call, negative_file, one_line, refused
 from latent_reward import edit_tensors
 from runs import config, log, samples, write_config
 
+from prfl_fast.cli import loading
 from prfl_fast.cli import main as cli
 from prfl_fast.data.manifest import write_dataset
 
@@ -150,6 +151,29 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert message in one_line(capsys, command)
     assert list(place.iterdir()) == [] and (tmp_path / "FILE").read_text() == "x"
     assert {p: p.stat().st_mtime_ns for p in world.rglob("*")} == before
+
+
+PARTS = {"transformer": "nowhere", "mlp": "mlp.pt", "pool": "pool.pt"}
+
+
+@pytest.mark.parametrize(
+    ("command", "reward", "message"),
+    [
+        ("train", "nowhere", "nowhere is not a saved reward model"),
+        ("train", "unfinished", "unfinished/model.safetensors: no such file"),
+        ("train", PARTS, "nowhere: no such file or folder, expected the reward's transformer"),
+        ("score", PARTS, "nowhere: no such file or folder, expected the reward's transformer"),
+    ],
+)
+def test_missing_rewards_are_found_before_a_model_is_read(
+    root, tmp_path, monkeypatch, capsys, command, reward, message
+):
+    monkeypatch.setattr(loading, "load_transformer", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(root / "reward" / "config.json", "unfinished")
+    changes = {"reward": reward, "model": str(root / "model")}
+    assert message in refused(capsys, command, root, tmp_path / "out", changes)
 
 
 def test_nan_latents_stop_the_run_and_leave_whole_files(world, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from tiers import slow_except
 from tiny_pipeline import diffusers, make_pipeline, moving_shape
 
+from prfl_fast.data import codec_files
 from prfl_fast.data.codec import (
     VideoCodec,
     load_codec,
@@ -272,6 +273,21 @@ def test_the_official_image_encoder_is_read(tmp_path):
     for name, tensor in ours.items():
         assert torch.equal(encoder.model.state_dict()[name], tensor), name
     assert encoder([clip()[0, :, 0]]).shape == (5, width)
+
+
+def test_missing_files_are_found_before_packages_are_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(codec_files, "need", None)
+    for load in (load_codec, load_text_encoder, load_image_encoder):
+        with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+            load(tmp_path / "nowhere")
+    (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").touch()
+    with pytest.raises(ValueError, match="tokenizer of .* expected the folder .*umt5-xxl"):
+        load_text_encoder(tmp_path)
+    encoder = tmp_path / "image_encoder"
+    encoder.mkdir()
+    (encoder / "config.json").touch()
+    with pytest.raises(ValueError, match="image_processor of .* expected the folder"):
+        load_image_encoder(tmp_path)
 
 
 def test_missing_parts_are_named(tmp_path, folder):
