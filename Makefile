@@ -22,7 +22,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # With PYTHONDONTWRITEBYTECODE, which many containers set, every process would compile torch again.
 PIP = $(BIN)/python -m pip
 PIP_SETTINGS := $(VENV)/pip-settings
-pip-setting = "$${$(1):-$$(sed -n "s/\\\\n/ /g; s/^global\.$(2)=.\(.*\).$$/\1/p" $(PIP_SETTINGS))}"
+pip-setting = "$${$(1):-$$(sed -n "s/\\\\n/ /g; s/\\\\'/'/g; s/^global\.$(2)=.\(.*\).$$/\1/p" $(PIP_SETTINGS))}"
 UV = UV_FIND_LINKS=$(call pip-setting,PIP_FIND_LINKS,find-links) UV_DEFAULT_INDEX=$(call pip-setting,PIP_INDEX_URL,index-url) \
   UV_CONSTRAINT=$(call pip-setting,PIP_CONSTRAINT,constraint) $(BIN)/uv pip install -q --python $(BIN)/python
 install = (echo install $(1); $(UV) $(1) || $(PIP) install --no-compile $(1))

@@ -180,10 +180,10 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         script.write_text(f"#!/bin/sh\n{text}\n")
         script.chmod(0o755)
     # As `pip config list` prints them, as Python's literals: with a line break between two values,
-    # and in the other quotes around an apostrophe.
+    # in the other quotes around an apostrophe, and with an escape beside both kinds of quotes.
     stored = {
         "find-links": "/wheels\n/o'hara",
-        "index-url": "https://mirror",
+        "index-url": 'https://mirror/o\'hara/"new"',
         "constraint": "old.txt",
     }
     lines = [f"global.{name}={value!r}\n" for name, value in stored.items()]
@@ -204,4 +204,5 @@ def test_make_hands_the_settings_of_pip_to_uv(tmp_path):
         "pip -m pip install --no-compile one two",
     ]
     given = f"pip install -q --python {tmp_path}/bin/python one two"
-    assert (tmp_path / "shown").read_text() == f"/wheels /o'hara|https://mirror|own.txt|{given}\n"
+    expected = f"/wheels /o'hara|{stored['index-url']}|own.txt|{given}\n"
+    assert (tmp_path / "shown").read_text() == expected
