@@ -35,7 +35,7 @@ def table_plus_rows(
     if rows is None:
         return None if table is None else cast(table, dtype)[None]
     rows = cast(rows, dtype)
-    return rows if table is None else rows + table  # the sum is in the wider dtype, that of rows
+    return rows if table is None else cast(rows + table, dtype)  # a float64 table is wider
 
 
 def by_row(tokens: torch.Tensor, rows: int, row_index: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from dtypes import BF16, FLOATS, FP8, FP16, FP32, FP64
 from e4m3 import assert_one_step, assert_quantizes
-from op_checks import assert_same_bits, check, saved_by, slack
+from op_checks import assert_same_bits, check, run, saved_by, slack
 from op_tests import OperationTests, QuantizingTests
 from plain_torch import expand_rows, naive_norm, wide
 from properties import property_test, st
@@ -192,6 +192,16 @@ def test_row_index(backend, shape, rows, index, compare_either):
 def test_mixed_dtypes(backend, dtype, small, compare_either):
     """Return each result in its tensor's dtype, as in a bfloat16 model with float32 norms."""
     compare_either(make((2, 4, 72), ALL, 2, dtype, small))
+
+
+@pytest.mark.parametrize("name", ["scale_table", "shift_table"])
+def test_a_float64_table_beside_float32_rows(backend, name):
+    """Compute in float32, as x is."""
+    tensors, grads = make((2, 3, 8), ALL, 2), [torch.randn(2, 3, 8)]
+    out, found = run(norm_modulate, tensors | {name: tensors[name].double()}, grads)
+    expected, gradients = run(norm_modulate, tensors, grads)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, gradients | {name: gradients[name].double()})
 
 
 def test_large_offset_does_not_cancel(backend):
