@@ -6,8 +6,13 @@ import torch
 def describe(value: object) -> str:
     """Return a tensor as ``float32[2, 16, 64] on cpu``, others as a short ``repr``."""
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
-    text = repr(value)
+        layout = "" if value.layout is torch.strided else f"{value.layout} ".removeprefix("torch.")
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{layout}{kind}{list(value.shape)} on {value.device}"
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        text = f"[{', '.join(map(describe, value))}]"  # no numbers, which a GPU would have to send
+    else:
+        text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
@@ -18,9 +23,10 @@ def require(ok: bool, op: str, argument: str, got: object, expected: str) -> Non
 
 
 def require_float(op: str, argument: str, value: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless ``value`` is a floating-point tensor."""
+    """Raise ``ValueError`` unless ``value`` is a dense floating-point tensor."""
     ok = isinstance(value, torch.Tensor) and value.is_floating_point()
-    require(ok, op, argument, value, "a floating-point tensor")
+    ok = ok and value.layout is torch.strided
+    require(ok, op, argument, value, "a dense floating-point tensor")
 
 
 def require_same_device(op: str, **tensors: torch.Tensor | None) -> None:

@@ -130,9 +130,12 @@ class Operation:
 
     def implementation(self, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
         """Return the implementation that :meth:`choose` names; it runs in the caller's contexts."""
-        name = self.chosen.get((_current, device, dtype))
+        key = (_current, device, dtype)
+        name = self.chosen.get(key)
         if name is None:
-            name = self.chosen[_current, device, dtype] = self.choose(device, dtype).backend
+            name = self.choose(device, dtype).backend
+            if key[0] == _current:  # no other thread has set a backend since
+                self.chosen[key] = name
         return getattr(self, name)  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any) -> Any:
@@ -245,9 +248,9 @@ def recent_call(calls: Iterable[Call], args: tuple[Any, ...]) -> Call | None:
     return None
 
 
-def add_recent(calls: tuple[Call, ...], call: Call) -> tuple[Call, ...]:
+def add_recent(calls: Sequence[Call], call: Call) -> tuple[Call, ...]:
     """Return the recent calls with one more, unless it recognizes no arguments."""
-    return calls if call.fits is None else (call, *calls[: RECENT - 1])
+    return tuple(calls) if call.fits is None else (call, *calls[: RECENT - 1])
 
 
 def forget_calls() -> None:
@@ -284,7 +287,7 @@ class Operator:
     def forget(self) -> None:
         """Forget the checked arguments and the implementations chosen for them."""
         self._calls: dict[tuple[Any, ...], Call] = {}
-        self._recent: tuple[Call, ...] = ()
+        self._recent: list[Call] = []
 
     def __call__(self, *args: Any) -> Any:
         call = None
@@ -298,17 +301,19 @@ class Operator:
         """Return the call for arguments that fit no recent one; None if they must be dispatched."""
         if not is_plain_call():
             return None
+        # If another thread changes a setting meanwhile, this call is stored where none looks.
+        calls, recent = self._calls, self._recent
         layouts = [_current, _autocast(), torch.is_inference_mode_enabled()]
         if not _add_layouts(layouts, args):
             return None
         key = tuple(layouts)  # what a check may read, so each key is checked once
-        call = self._calls.get(key)
+        call = calls.get(key)
         if call is None:
             call = self._admit(args)
-            if len(self._calls) >= MAX_LAYOUTS:
-                self._calls.clear()
-            self._calls[key] = call
-        self._recent = add_recent(self._recent, call)
+            if len(calls) >= MAX_LAYOUTS:
+                calls.clear()
+            calls[key] = call
+        recent[:] = add_recent(recent, call)
         return call
 
     def _admit(self, args: tuple[Any, ...]) -> Call:

@@ -83,14 +83,16 @@ class DescribedOperation:
             (self.public or self.function)(**(self.good() | change))
         assert ", expected " in str(error.value)
 
-    def test_integers_and_other_devices_are_refused(self):
-        """Refuse integers, and a tensor of another device, in place of each tensor."""
+    def test_integers_sparse_tensors_and_other_devices_are_refused(self):
+        """Refuse integers, and a sparse tensor or one elsewhere, in place of each tensor."""
         first = next(iter(self.examples(FP32)))
         given = first if isinstance(first, dict) else first[0] | first[1]
         for name, tensor in given.items():
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 continue
             wrong = [(tensor.long(), rf"({name}|tensors\[\d\]) is int64")]
+            if tensor.dtype != FP8:
+                wrong.append((tensor.to_sparse(), r"\S+ is sparse_coo .*, expected "))
             if len(given) > 1:
                 wrong.append((tensor.to("meta"), r"\S+ is .* on (meta|cpu), expected a tensor on"))
             for value, message in wrong:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import prfl_fast.kernels as kernels
 from prfl_fast.kernels.attn import backend_choice as choice
 from prfl_fast.kernels.runtime import registry
+from prfl_fast.kernels.runtime.checks import require_float
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -342,3 +343,43 @@ def test_a_setting_applies_to_arguments_seen_before():
     assert operator._recent
     kernels.set_backend(registry.get_backend())
     assert not operator._recent
+
+
+def test_a_setting_of_another_thread_applies_to_later_calls(monkeypatch):
+    """Change the setting just after a call has read it."""
+    q, k, v = (torch.randn(1, 4, 8, requires_grad=True) for _ in range(3))
+    before, operator = choice.get_attention_backend(), registry.OPERATORS["attention"]
+    try:
+        kernels.set_attention_backend("auto")
+        monkeypatch.setattr(
+            operator, "_native", lambda *_: kernels.set_attention_backend("plain") or True
+        )
+        kernels.attention(q, k, v, heads=2)
+        monkeypatch.undo()
+        assert kernels.attention(q, k, v, heads=2)[0].grad_fn.name() == "attentionBackward"
+    finally:
+        kernels.set_attention_backend(before)
+
+
+def test_a_backend_of_another_thread_is_chosen_later(anything_goes, operation, monkeypatch):
+    kernels.set_backend("auto")
+    monkeypatch.setattr(
+        type(operation),
+        "choose",
+        lambda *_: kernels.set_backend("reference") or registry.Choice("triton", ""),
+    )
+    assert operation.implementation(CUDA, torch.float32) is operation.triton
+    monkeypatch.undo()
+    assert operation.implementation(CUDA, torch.float32) is operation.reference
+    kernels.set_backend("auto")
+    assert operation.implementation(CPU, torch.float32) is operation.reference
+    assert operation.chosen.keys() == {
+        (n, d, torch.float32) for n, d in (("reference", CUDA), ("auto", CPU))
+    }
+
+
+def test_errors_show_no_numbers_of_tensors_in_a_list():
+    came = [torch.ones(2), None, torch.eye(3).to_sparse()]
+    found = r"^op: x is \[float32\[2\] on cpu, None, sparse_coo float32\[3, 3\] on cpu\], expected"
+    with pytest.raises(ValueError, match=found):
+        require_float("op", "x", came)
