@@ -8,8 +8,8 @@ import torch
 from torch.compiler import is_compiling
 
 from prfl_fast.kernels.common.modulation_rows import table_plus_rows
+from prfl_fast.kernels.runtime.calls import is_plain_call
 from prfl_fast.kernels.runtime.checks import cast
-from prfl_fast.kernels.runtime.registry import is_plain_call
 
 
 def parameter_gradients(

@@ -10,25 +10,25 @@ import functools
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch._C import _is_any_autocast_enabled as _autocast
-from torch._C import _len_torch_dispatch_stack as _modes
 from torch._C._functorch import peek_interpreter_stack as _peek
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 
+from prfl_fast.kernels.runtime.calls import (
+    Call,
+    add_layouts,
+    add_recent,
+    is_plain_call,
+    recent_call,
+)
 from prfl_fast.kernels.runtime.extension import extension_loaded, extension_reason
 from prfl_fast.kernels.runtime.triton import HAS_TRITON, INTERPRETING
-
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # private to torch; without them arguments are looked up by keys alone
-    TensorGuards = None  # type: ignore[assignment, misc]
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,74 +183,11 @@ def _tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(arg)
 
 
-def is_plain_call() -> bool:
-    """Return True in an eager call: no compilation, ``torch.func``, tangents or dispatch mode."""
-    return not (is_compiling() or _modes() or _peek() is not None or forward_ad._current_level >= 0)
-
-
 OPERATIONS: dict[str, Operation] = {}
 OPERATORS: dict[str, "Operator"] = {}
 
-# Types of plain tensors; subclasses may be fake, sharded or quantized.
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 MAX_LAYOUTS = 4096
-RECENT = 4  # calls that arguments are compared with before a key is made of them
 _UNCAST = ({torch.float32}, {torch.float64})  # arguments that references compute in as they are
-
-
-class Call(NamedTuple):
-    """Hold the functions that run for a layout of arguments, and recognize such arguments.
-
-    ``fits`` compares types, sizes, strides, dtypes, devices and ``requires_grad`` of all tensors in
-    one call of C++. It also returns False if autocast, inference mode or a transform of
-    ``torch.func`` began or ended since. It is None for lists of tensors or floats, and in a torch
-    without guards.
-    """
-
-    run: Any
-    record: Any  # where gradients are enabled
-    arity: int = 0
-    fits: Callable[..., bool] | None = None
-    take_tensors: Callable[[Any], Any] = tuple
-    take_others: Callable[[Any], Any] = tuple
-    others: Any = None  # arguments that are not tensors
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], run: Any, record: Any) -> "Call":
-        """Return the call that recognizes arguments like these."""
-        lists = [a for a in args if type(a) is list and a]
-        if TensorGuards is None or any(isinstance(a[0], (torch.Tensor, float)) for a in lists):
-            return cls(run, record)
-        args = tuple([*a] if type(a) is list else a for a in args)  # callers may change lists
-        places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
-        tensors, others = _getter(places), _getter([*{*range(len(args))} - {*places}])
-        guards = TensorGuards(*tensors(args), dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        return cls(run, record, len(args), guards.check, tensors, others, others(args))
-
-
-def _getter(places: Sequence[int]) -> Callable[[Any], Any]:
-    """Return a function from a tuple to the tuple of its items at ``places``, which ascend."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
-
-
-def recent_call(calls: Iterable[Call], args: tuple[Any, ...]) -> Call | None:
-    """Return the one of ``calls`` that these arguments fit; None in a call that is not plain."""
-    # In place of is_plain_call(): inside a transform no arguments fit.
-    if _modes() or forward_ad._current_level >= 0:
-        return None
-    for call in calls:
-        _, _, arity, fits, tensors, take_others, others = call
-        if len(args) == arity and fits(*tensors(args)) and take_others(args) == others:  # type: ignore[misc]
-            return call
-    return None
-
-
-def add_recent(calls: Sequence[Call], call: Call) -> tuple[Call, ...]:
-    """Return the recent calls with one more, unless it recognizes no arguments."""
-    return tuple(calls) if call.fits is None else (call, *calls[: RECENT - 1])
 
 
 def forget_calls() -> None:
@@ -304,7 +241,7 @@ class Operator:
         # If another thread changes a setting meanwhile, this call is stored where none looks.
         calls, recent = self._calls, self._recent
         layouts = [_current, _autocast(), torch.is_inference_mode_enabled()]
-        if not _add_layouts(layouts, args):
+        if not add_layouts(layouts, args):
             return None
         key = tuple(layouts)  # what a check may read, so each key is checked once
         call = calls.get(key)
@@ -391,33 +328,6 @@ class Operator:
             for run in (self.operation, self.operation.reference)
         )
         self._function = function(self.operation.trace)
-
-
-def _add_layouts(layouts: list[Any], args: Iterable[Any], exact: bool = True) -> bool:
-    """Append layouts of tensors, and the numbers; return False if there is anything else.
-
-    ``exact`` layouts tell apart all tensors that :attr:`Call.fits` does.
-    """
-    for arg in args:
-        kind = type(arg)
-        if arg is None or kind in _NUMBERS:
-            layouts.append(arg)
-        elif kind in PLAIN:
-            # The property device takes twice the time of the others.
-            layouts += arg.shape, arg.dtype, arg.is_cpu or arg.device, arg.requires_grad
-            if exact:
-                layouts += arg.stride(), arg.is_inference()
-            else:  # strides take as long to hash as the rest
-                layouts.append(arg.is_contiguous() or arg.stride())
-        elif kind is list:
-            # Floats are coefficients, which change with every step, and which no check reads.
-            if arg and type(arg[0]) is float:
-                continue
-            if not _add_layouts(layouts, (len(arg), *arg), exact=False):
-                return False
-        else:
-            return False
-    return True
 
 
 def _check_transform(name: str, tensor: torch.Tensor) -> None:

@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prfl_fast.kernels.runtime.registry import (
-    OPERATORS,
-    PLAIN,
-    Call,
-    add_recent,
-    is_plain_call,
-    recent_call,
-)
+from prfl_fast.kernels.runtime.calls import PLAIN, Call, add_recent, is_plain_call, recent_call
+from prfl_fast.kernels.runtime.registry import OPERATORS
 from prfl_fast.models.block_passes import Layer, operations
 from prfl_fast.models.inference_linear import as_matrix
 from prfl_fast.utils.modules import is_inactive_dropout

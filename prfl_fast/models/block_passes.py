@@ -8,14 +8,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from prfl_fast.kernels.common.norm_math import constant
+from prfl_fast.kernels.runtime.calls import PLAIN, is_plain_call
 from prfl_fast.kernels.runtime.checks import cast, compute_dtype
-from prfl_fast.kernels.runtime.registry import (
-    OPERATIONS,
-    OPERATORS,
-    PLAIN,
-    get_backend,
-    is_plain_call,
-)
+from prfl_fast.kernels.runtime.registry import OPERATIONS, OPERATORS, get_backend
 from prfl_fast.models.block_autograd import attention_gradients, scale_of
 
 _NAMES = ["norm_modulate", "residual_norm_modulate", "gated_residual", "bias_gelu"]

@@ -12,7 +12,7 @@ import wan
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import prfl_fast
-from prfl_fast.kernels.runtime import registry
+from prfl_fast.kernels.runtime import calls
 from prfl_fast.memory.quantized import quantize
 from prfl_fast.models import block_passes
 from prfl_fast.models.block_node import BlockNode
@@ -105,7 +105,7 @@ def test_same_bits_as_its_parts(kind, dtype, needs, rows, ran, monkeypatch):
 
 def test_a_torch_without_guards(ran, monkeypatch):
     """Arguments are recognized by keys alone."""
-    monkeypatch.setattr(registry, "TensorGuards", None)
+    monkeypatch.setattr(calls, "TensorGuards", None)
     model = build("trained", torch.float32)
     arguments = inputs(model, ("x",), 6, torch.float32)
     first, *others = [gradients(model, arguments) for _ in range(3)]
