@@ -136,7 +136,7 @@ def residual_norm_modulate_cases(capability: Capability, every: bool) -> Iterato
         (5120, "bf16", "layer", ROWS, results[:1] + sums[1:]),
         (5120, "fp32", "layer", GATE + ROWS, results + sums),
     ]
-    givens = ((), GATE + AFFINE, ROWS, GATE + ROWS + AFFINE, indexed)
+    givens = ((), GATE + AFFINE, ROWS, GATE + ROWS, GATE + ROWS + AFFINE, indexed)
     chosen = product(DIMS, DTYPES, KINDS, givens, (results, sums, results + sums))
     for dim, dtype, kind, given, wanted in chosen if every else wan:
         tokens = ("x_ptr", "y_ptr", "out_ptr", "h_ptr", "grad_ptr", "grad_h_ptr")
@@ -144,7 +144,8 @@ def residual_norm_modulate_cases(capability: Capability, every: bool) -> Iterato
         others = dict.fromkeys(("gate_group", "norm_group")) | _lengths("xygh", given == indexed)
         size = (TOKENS, 1, dim, TORCH[dtype].itemsize, capability)
         backward = residual_modulate_triton.backward_launch(*size, wanted != results)
-        forward = residual_modulate_triton.forward_launch(TOKENS, dim, capability)
+        crowded = given == GATE + ROWS + AFFINE, given == indexed
+        forward = residual_modulate_triton.forward_launch(TOKENS, *size[2:], *crowded)
         launches = [(residual_modulate_triton.forward_kernel, forward, pointers)]
         for names in backward.passes:
             later = {name for name in wanted if name.removesuffix("_ptr") not in names}
@@ -184,16 +185,16 @@ def rms_norm_cases(capability: Capability, every: bool) -> Iterator[AotCase]:
         pointers |= {"weight_ptr": weight} if weight else {}
         size = (TOKENS, dim, capability)
         long = dim > rms.LONG and not lengths["length_x1"]
-        for kernel, launch, maxnreg in (
-            (rms.forward_kernel, rms.forward_launch(*size), rms.FORWARD_REGISTERS),
-            (rms.backward_kernel, rms.backward_launch(*size), None),
+        for kernel, launch in (
+            (rms.forward_kernel, rms.forward_launch(*size)),
+            (rms.backward_kernel, rms.backward_launch(*size)),
         ):
             types = argument_types(kernel, pointers, lengths)
             axes = 1 + sum(name in types for name in ("length_x1", "length_x2"))
             name = f"{part_of(kernel)} {flags_of(kernel, results)}".strip()
             label = f"{name} {dtype} D={dim} weight {weight or 'none'} axes {axes}"
             constexprs = {"D": dim, "BLOCK_R": launch.block_r, "BLOCK_D": launch.block_d}
-            options = {"num_warps": launch.num_warps, "maxnreg": maxnreg}
+            options = {"num_warps": launch.num_warps, "maxnreg": launch.registers}
             if long:
                 kernel, types, constexprs, options = _long_rows(
                     part_of(kernel), pointers, lengths["length_x2"], dim, capability
@@ -260,7 +261,8 @@ def _row_case(
     pointers |= {"bias_ptr": bias} if bias else {}
     types = argument_types(fp8.row_kernel, pointers, {"length_x": None})
     launch = fp8.row_launch(TOKENS, dim, capability)
-    return AotCase(label, fp8.row_kernel, types, launch.constants(dim, gelu), launch.num_warps)
+    constexprs, registers = launch.constants(dim, gelu), launch.registers
+    return AotCase(label, fp8.row_kernel, types, constexprs, launch.num_warps, maxnreg=registers)
 
 
 @operation
@@ -356,7 +358,7 @@ def qk_norm_rope_cases(capability: Capability, every: bool) -> Iterator[AotCase]
             (norm_rope.forward_kernel, norm_rope.forward_launch(*size), ""),
             (
                 norm_rope.backward_kernel,
-                norm_rope.backward_launch(*size),
+                norm_rope.backward_launch(*size, every),
                 f" dx={moved} dw={trained}",
             ),
         ):

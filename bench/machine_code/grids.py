@@ -78,7 +78,9 @@ def _residual_norm_modulate(case: AotCase, capability: Capability) -> Grid:
     sums = _row_sums(case, ("gate_sum", "dot", "total"))
     launch: residual_modulate_triton.tiles.Launch
     if _is_forward(case):
-        launch = residual_modulate_triton.forward_launch(TOKENS, dim, capability)
+        launch = residual_modulate_triton.forward_launch(
+            TOKENS, dim, sizes["x_ptr"], capability, False, False
+        )
     else:
         item = max(sizes[n] for n in ("grad_h_ptr", "x_ptr", "y_ptr") if n in sizes)
         size = (TOKENS, 1, dim, item, capability)
@@ -132,8 +134,11 @@ def _rows_to_fp8(case: AotCase, capability: Capability) -> Grid:
 def _qk_norm_rope(case: AotCase, capability: Capability) -> Grid:
     c, dtype = case.constexprs, {"bf16": torch.bfloat16}.get(case.types["q_ptr"][1:5])
     head = c["HEAD"] if "cos_ptr" in case.types or c["PER_HEAD"] else None
-    choose = norm_rope.forward_launch if _is_forward(case) else norm_rope.backward_launch
-    launch = choose(TOKENS, c["DIM"], head, dtype or torch.float32, capability)
+    size = (TOKENS, c["DIM"], head, dtype or torch.float32, capability)
+    if _is_forward(case):
+        launch = norm_rope.forward_launch(*size)
+    else:
+        launch = norm_rope.backward_launch(*size, case.types.get("q_weight_ptr") == "*fp32:16")
     names = "q k q_out k_out q_grad k_grad dq dk"
     sums = _row_sums(case, ("dq_weight", "dk_weight")) * 4 * launch.programs
     return Grid(

@@ -306,7 +306,9 @@ def _triton_backward(
     dim = some.shape[2]
     head_dim = dim // heads if per_head or cos is not None else None
     places, table = _places(some, cos, grid, offset)
-    launch = backward_launch(max(tokens), dim, head_dim, some.dtype, capability(some.device))
+    wide = any(w is not None and w.dtype == torch.float32 for w in (q_weight, k_weight))
+    size = (max(tokens), dim, head_dim, some.dtype, capability(some.device))
+    launch = backward_launch(*size, wide)
     partials = [
         some.new_empty(launch.programs, d.numel(), dtype=torch.float32) if d.numel() else None
         for d in results[2:]

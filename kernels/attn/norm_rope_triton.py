@@ -67,14 +67,18 @@ def forward_launch(
 
 
 def backward_launch(
-    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, ...]
-) -> Launch:
-    """Choose one resident wave: each program writes a partial row of the weights' gradients."""
+    tokens: int, dim: int, head_dim: int | None, dtype: torch.dtype, capability: tuple[int, ...],
+    wide: bool = False,
+) -> Launch:  # fmt: skip
+    """Choose one resident wave: each program writes a partial row of the weights' gradients.
+
+    ``wide``: weights are float32.
+    """
     head, block_h, block_d, num_warps = _chunks(dim, head_dim, dtype)
     # The sums of more than 24 elements a thread, with float32 weights, leave room for 12 warps.
     registers, warps = (168, 12) if num_warps <= 4 and dim > 768 * num_warps else (128, 16)
-    if capability[0] == 10 and num_warps == 2 and registers == 128:  # 24 sums a thread spill there
-        registers, warps = 144, 14
+    if capability[0] == 10 and num_warps == 2:  # where 24 sums a thread spill, and 32 of float32
+        registers, warps = (144, 14) if registers == 128 else (200, 10) if wide else (168, 12)
     programs = max(1, min(tokens, warps // num_warps * multiprocessors(capability)))
     return Launch(head, block_h, block_d, num_warps, programs, registers)
 

@@ -278,8 +278,11 @@ def attention_launch(head_dim: int, variant: str, capability: tuple[int, ...]) -
     8 warps of 128 × 128 outputs hold 64 sums of a block and 64 of all blocks a thread.
     """
     block_d = padded(head_dim)
-    large = variant != "int8" and capability[0] in (9, 10, 11)  # wgmma and tcgen05
+    # wgmma multiplies int8, tcgen05 does not: there 128 keys spill.
+    large = variant in {9: ("int8_fp8", "fp8"), 10: ("fp8",), 11: ("fp8",)}.get(capability[0], ())
     if block_d <= 128:
+        if variant == "int8" and capability[0] == 12 and block_d == 128:  # 128 queries spill
+            return Launch(64, 32, block_d, 4, 3)
         block_n = 128 if large else 32 if variant == "int8" and capability[0] == 12 else 64
         return Launch(128, block_n, block_d, 8, 3)
     return Launch(64 if large else 32, 64, block_d, 8, 2 if variant == "int8" else 3)

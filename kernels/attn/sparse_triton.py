@@ -172,8 +172,13 @@ def sparse_launch(
 ) -> Launch:
     """Choose a tile per pair of blocks of the mask; stages by the shared memory of the chip."""
     large = capability[0] in (9, 10, 11)  # 227 KiB of shared memory; others have at least 99
-    crowded = variant in ("exact", "int8") and not large and block_k * padded(head_dim) > 4096
-    return Launch(block_q, block_k, padded(head_dim), 8 if block_q > 64 else 4, 2 if crowded else 3)
+    block_d, num_warps = padded(head_dim), 8 if block_q > 64 else 4
+    crowded = variant in ("exact", "int8") and not large and block_k * block_d > 4096
+    # In int8 more stages of 32 keys of 64 channels spill; in 16 bits, two of 64 × 64 on sm_80.
+    stages = 2 if crowded or (variant == "int8" and block_k < block_d == 64) else 3
+    if crowded and capability[0] == 8 and variant == "exact" and block_q == block_k == 64:
+        stages = 1
+    return Launch(block_q, block_k, block_d, num_warps, stages)
 
 
 def run_kernel(

@@ -126,6 +126,7 @@ class RowLaunch:
 
     block_d: int
     num_warps: int
+    registers: int | None  # most of a thread; None: the compiler chooses
     programs: int
     converts: bool
 
@@ -142,8 +143,10 @@ def row_launch(rows: int, dim: int, capability: tuple[int, ...]) -> RowLaunch:
     # One resident wave: each program loads its next row while it quantizes one.
     # More than 64 elements a thread need 168 registers, which leave room for 12 warps.
     warps = 12 if dim > 64 * 32 * num_warps else 16
+    # Without a limit ptxas spills four of them on sm_120, to fit 16.
+    registers = 168 if warps == 12 and num_warps < 16 and capability >= (12, 0) else None
     programs = min(rows, max(1, warps // num_warps) * multiprocessors(capability))
-    return RowLaunch(256 * num_warps, num_warps, programs, converts(capability))
+    return RowLaunch(256 * num_warps, num_warps, registers, programs, converts(capability))
 
 
 def quantize_rows(
@@ -159,7 +162,7 @@ def quantize_rows(
     row_kernel[(launch.programs,)](
         x, None if bias is None else bias.contiguous(), y.view(torch.uint8), scale,
         *token_strides(x), rows,
-        **launch.constants(dim, gelu), num_warps=launch.num_warps,
+        **launch.constants(dim, gelu), num_warps=launch.num_warps, maxnreg=launch.registers,
     )  # fmt: skip
     return y, scale
 

@@ -175,7 +175,9 @@ def forward_launch(
     trips = 1 << (-(-tokens // programs) - 1).bit_length()
     few = head + tail <= 24 * 32 * num_warps
     few = few and kind != "none"  # without a norm more values are held at once
-    crowded = crowded or capability >= (12, 0)  # kernels that spill at 168
+    few = few and not (crowded and capability >= (12, 0))
+    # Kernels that spill at 168.
+    crowded = crowded or capability >= ((10, 0) if kind == "rms" else (12, 0))
     registers = 128 if few else 255 if crowded else 168
     return ForwardLaunch(head, tail, num_warps, registers, programs, trips)
 
@@ -195,6 +197,6 @@ def backward_launch(
     programs = wave if sums else max(4 * wave, -(-tokens // 16))
     programs = max(1, min(-(-programs // rows), tokens // rows))
     elements = (head + tail) // (32 * num_warps)
-    both = elements <= (12 if new or itemsize > 2 else 16)
-    one = not (sums and new and itemsize > 2)
+    both = elements <= (10 if itemsize > 2 else 12 if new else 16)
+    one = not (sums and itemsize > 2 and (new or elements > 12))
     return Launch(head, tail, num_warps, 128, programs, 2 if both else int(one))

@@ -138,10 +138,13 @@ def _triton_forward(
     tokens = x.numel() // dim
     if tokens == 0:
         return out, h
-    launch = forward_launch(tokens, dim, capability(x.device))
+    groups = (gate, gate_table), (weight, bias), (scale, shift, scale_table, shift_table)
+    affine = all(any(t is not None for t in group) for group in groups)
     gate_rows, norm_rows = count_rows(gate), count_rows(scale, shift)
     rows = common_rows(gate_rows, norm_rows, row_index)
     row_index = row_index if rows > 1 else None
+    size = tokens, dim, max(x.itemsize, y.itemsize)
+    launch = forward_launch(*size, capability(x.device), affine, row_index is not None)
     vectors = [
         t if t is None else t.contiguous()
         for t in (gate_table, weight, bias, scale_table, shift_table)

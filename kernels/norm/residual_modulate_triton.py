@@ -1,8 +1,8 @@
 """Triton kernels of residual_norm_modulate, forward and backward, and their launch choices.
 
 A program holds the rows of gate, scale and shift in registers while it processes tokens that share
-them. Each reduction of a token waits for the previous one, and at D 5120 a processor holds one
-program, so a program loads the next token before it reduces this one.
+them. Each reduction of a token waits for the previous one, so a program loads later tokens before
+it reduces this one: the forward to shared memory, the backward to registers.
 """
 
 from dataclasses import dataclass
@@ -21,31 +21,26 @@ def forward_kernel(
     stride_gate, stride_scale, stride_shift, gate_group, norm_group,
     tokens, tokens_per_row, tokens_per_program, eps,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, TRIPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     VECTOR: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     o_d, m_d = tiles.columns(D, HEAD, TAIL)
-    i_token = tl.program_id(0).to(tl.int64) * tokens_per_program
-    end = tl.minimum(i_token + tokens_per_program, tokens)
-    i_row = i_token * 0 - 1  # no row is loaded yet
-    row_end = i_token
+    i_first = tl.program_id(0).to(tl.int64) * tokens_per_program
+    end = tl.minimum(i_first + tokens_per_program, tokens)
+    i_row = i_first * 0 - 1  # no row is loaded yet
+    row_end = i_first
     b_gate = tiles.zeros(HEAD, TAIL)
     b_gain = tiles.zeros(HEAD, TAIL)
     b_offset = tiles.zeros(HEAD, TAIL)
-    exists = i_token < end
-    next_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, exists)
-    next_y = tiles.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, exists)
-    while i_token < end:  # range() takes no tensor bounds in the interpreter with numpy ≥ 2.4
-        b_x = tiles.widen(next_x)
-        b_y = tiles.widen(next_y)
-        exists = i_token + 1 < end
-        next_x = tiles.load(x_ptr, i_token + 1, stride_xb, stride_xl, length_x, o_d, m_d, exists)
-        next_y = tiles.load(y_ptr, i_token + 1, stride_yb, stride_yl, length_y, o_d, m_d, exists)
+    # The compiler copies later tokens to shared memory, as in norm_modulate.
+    for i_trip in tl.range(0, TRIPS, num_stages=STAGES):
+        i_token = i_first + i_trip
+        some = i_token < end
         if row_index_ptr is not None:
-            i_next = tl.load(row_index_ptr + i_token).to(tl.int64)
+            i_next = tl.load(row_index_ptr + i_token, mask=some, other=0).to(tl.int64)
         else:
             i_next = i_row + (i_token >= row_end)
-        if i_next != i_row:
+        if some & (i_next != i_row):
             i_row = i_next
             if row_index_ptr is None:
                 i_row = (i_token.to(tl.int32) // tokens_per_row).to(tl.int64)
@@ -59,15 +54,18 @@ def forward_kernel(
                 weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
                 i_norm, stride_scale, stride_shift, o_d, m_d, HEAD, TAIL,
             )  # fmt: skip
+        b_x = tiles.load(x_ptr, i_token, stride_xb, stride_xl, length_x, o_d, m_d, some)
+        b_y = tiles.load(y_ptr, i_token, stride_yb, stride_yl, length_y, o_d, m_d, some)
+        b_x, b_y = tiles.widen(b_x), tiles.widen(b_y)
         if gate_ptr is not None or gate_table_ptr is not None:
             b_x = tiles.add_product(b_x, b_y, b_gate)
         else:
             b_x = tiles.add(b_x, b_y)
         b_out = tiles.round_to(b_x, out_ptr)
-        tiles.store(out_ptr, i_token, b_out, o_d, m_d, D)
+        m_now = (m_d[0] & some, m_d[1] & some)
+        tiles.store(out_ptr, i_token, b_out, o_d, m_now, D)
         b_hat, rho = tiles.normalize(tiles.widen(b_out), m_d, eps, D, THREADS, VECTOR, KIND)
-        tiles.store(h_ptr, i_token, tiles.add_product(b_offset, b_hat, b_gain), o_d, m_d, D)
-        i_token += 1
+        tiles.store(h_ptr, i_token, tiles.add_product(b_offset, b_hat, b_gain), o_d, m_now, D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -162,12 +160,42 @@ def backward_kernel(  # noqa: C901 (the flags are constexpr: compiled kernels ha
         tiles.store(total_ptr, pid, b_total, o_d, m_d, D)
 
 
-def forward_launch(tokens: int, dim: int, capability: tuple[int, ...]) -> tiles.Launch:
-    """Choose 8 tokens a program, to load the rows once; fewer if multiprocessors would be idle."""
-    head, tail, num_warps = tiles.split_token(dim)
+@dataclass(frozen=True)
+class ForwardLaunch(tiles.Launch):
+    """Launch of the forward kernel: at most ``trips`` tokens a program, ``stages`` under way."""
+
+    trips: int
+    stages: int
+
+    def constants(self, dim: int, kind: str) -> dict[str, Any]:
+        return super().constants(dim, kind) | {"TRIPS": self.trips, "STAGES": self.stages}
+
+
+def forward_launch(
+    tokens: int, dim: int, itemsize: int, capability: tuple[int, ...], affine: bool, indexed: bool
+) -> ForwardLaunch:
+    """Choose 8 tokens a program, to load the rows once; fewer if multiprocessors would be idle.
+
+    ``itemsize`` is that of the wider one of x and y, in bytes; ``affine``: there is an affine part
+    beside a gate and rows or tables of scale or shift.
+    """
+    # A thread holds three rows of 40 elements and a token in 255 registers, in 16 bits or on
+    # sm_100, but not what it needs to load more vectors, or the rows of float32 tokens by an index.
+    indexed = indexed and itemsize > 2
+    crowded = affine or indexed
+    narrow = dim <= 5120 and (crowded or (itemsize > 2 and capability[0] != 10))
+    head, tail, num_warps = tiles.split_token(dim, 24 if narrow or indexed else 40)
+    halves = num_warps == 8 and not crowded and head + tail <= 5120  # two programs of 128 fit
+    registers = 128 if halves or num_warps == 16 else 255
     wave = 4 * multiprocessors(capability)
     programs = max(1, min(tokens, max(wave, -(-tokens // 8))))
-    return tiles.Launch(head, tail, num_warps, None, programs)
+    trips = 1 << (-(-tokens // programs) - 1).bit_length()
+    # Two tokens of x and y are copied ahead if shared memory holds them; crowded long rows leave
+    # no registers for that.
+    room = (224 if capability[0] in (9, 10, 11) else 96) * 1024
+    ahead = 2 if dim <= 5120 or not crowded else 0 if indexed else 1
+    stages = 1 + min(ahead, room // (2 * (head + tail) * itemsize))
+    return ForwardLaunch(head, tail, num_warps, registers, programs, trips, stages)
 
 
 @dataclass(frozen=True)
@@ -191,13 +219,17 @@ def backward_launch(
     ``itemsize`` is that of the widest tensor of tokens, in bytes.
     """
     head, tail, num_warps = tiles.split_token(dim)
-    # All sums together need up to 168 registers a thread: 12 such warps fill a processor.
+    narrow = head + tail <= 12 * 32 * num_warps
+    if narrow and sums and itemsize > 2 and capability >= (12, 0):  # 10 elements a thread spill
+        head, tail, num_warps = tiles.split_token(dim, 20)
+    # All sums together need up to 168 registers a thread: 12 such warps fill a processor. Without
+    # a limit ptxas may spill one or two to fit one more program.
+    registers = {8: 255, 16: 128}.get(num_warps, 168)
     wave = max(1, 12 // num_warps) * multiprocessors(capability)
     programs = wave if sums else max(4 * wave, -(-tokens // 8))
     programs = max(1, min(-(-programs // rows), tokens // rows))
     results: tuple[tuple[str, ...], ...] = (("dx", "dy"), ("gate_sum",), ("dot", "total"))
-    narrow = head + tail <= 12 * 32 * num_warps
     if narrow or not sums:
         results = (sum(results, ()),)
     ahead = narrow and itemsize <= 2
-    return BackwardLaunch(head, tail, num_warps, None, programs, ahead, results)
+    return BackwardLaunch(head, tail, num_warps, registers, programs, ahead, results)

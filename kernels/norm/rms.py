@@ -126,8 +126,7 @@ def backward_kernel(
         tl.store(partial_ptr + pid * D + o_d, tl.sum(b_sum, 0), mask=m_d)
 
 
-# Launch. Without a limit ptxas may spill one or two registers to fit one more program.
-FORWARD_REGISTERS = 64
+# Launch. Without a limit of registers ptxas may spill one or two to fit one more program.
 # Columns. Longer rows run norm_modulate's kernels: the ones of this file pad them and load them
 # serially, for 71 instead of 97 % of the predicted copy rate at D 5120.
 LONG = 1024
@@ -140,6 +139,7 @@ class Launch:
     block_r: int
     block_d: int
     num_warps: int
+    registers: int | None  # most of a thread; None: the compiler chooses
     rows_per_program: int
     programs: int
 
@@ -149,7 +149,7 @@ def forward_launch(rows: int, dim: int, capability: tuple[int, ...]) -> Launch:
     block_r, block_d, num_warps = tile(dim)
     tiles = -(-rows // block_r)
     share = max(1, min(8, tiles // (4 * multiprocessors(capability))))
-    return Launch(block_r, block_d, num_warps, share * block_r, -(-tiles // share))
+    return Launch(block_r, block_d, num_warps, 64, share * block_r, -(-tiles // share))
 
 
 def backward_launch(rows: int, dim: int, capability: tuple[int, ...]) -> Launch:
@@ -158,7 +158,8 @@ def backward_launch(rows: int, dim: int, capability: tuple[int, ...]) -> Launch:
     tiles = -(-rows // block_r)
     warps = 32 if block_d <= 1024 else 24  # resident, of at most 64 and about 80 registers a thread
     share = -(-tiles // (warps // num_warps * multiprocessors(capability)))
-    return Launch(block_r, block_d, num_warps, share * block_r, -(-tiles // share))
+    registers = None if dim <= LONG else 96
+    return Launch(block_r, block_d, num_warps, registers, share * block_r, -(-tiles // share))
 
 
 def tile(dim: int) -> tuple[int, int, int]:
@@ -186,7 +187,7 @@ def _triton_forward(x, weight, eps):
             x, None if weight is None else weight.contiguous(), y, *axes,
             rows, launch.rows_per_program, eps,
             D=dim, BLOCK_R=launch.block_r, BLOCK_D=launch.block_d, num_warps=launch.num_warps,
-            maxnreg=FORWARD_REGISTERS,
+            maxnreg=launch.registers,
         )  # fmt: skip
     return y
 
@@ -211,6 +212,7 @@ def _triton_backward(grad, x, weight, eps, need_x, need_weight):
         grad, x, None if weight is None else weight.contiguous(), d_x, partials,
         *grad_axes, *axes, rows, launch.rows_per_program, eps,
         D=dim, BLOCK_R=launch.block_r, BLOCK_D=launch.block_d, num_warps=launch.num_warps,
+        maxnreg=launch.registers,
     )  # fmt: skip
     d_weight = (x if weight is None else weight).new_empty(0)
     if partials is not None:

@@ -234,16 +234,27 @@ def test_saved_bytes():
 @pytest.mark.parametrize("dim", [1, 64, 96, 1536, 3072, 4352, 5000, 5120, 8192])
 def test_launches_are_sane(dim, capability):
     for tokens, rows in cases.LAUNCHED:
-        forward = module.forward_launch(tokens, dim, capability)
+        forward = [
+            (size, module.forward_launch(tokens, dim, size, capability, *flags))
+            for size, *flags in itertools.product((2, 4), (False, True), (False, True))
+        ]
         backward = [
             module.backward_launch(tokens, rows, dim, size, capability, sums)
             for size, sums in itertools.product((2, 4), (False, True))
         ]
-        for launch in (forward, *backward):
-            threads = 32 * launch.num_warps
-            assert dim <= launch.head + launch.tail and threads <= min(launch.head, launch.tail)
-            assert launch.head + launch.tail <= 16 * threads <= 16 * 512
-        assert 1 <= forward.programs <= tokens <= forward.programs * -(-tokens // forward.programs)
+        for launch in (*(launch for _, launch in forward), *backward):
+            threads, elements = 32 * launch.num_warps, launch.head + launch.tail
+            assert dim <= elements and threads <= min(launch.head, launch.tail)
+            assert threads <= 512 and launch.registers <= min(255, 65536 // threads)
+            # What keeps registers from spilling.
+            assert elements <= (20 if launch in backward else 40) * threads
+        for size, launch in forward:
+            share = -(-tokens // launch.programs)
+            assert launch.programs <= tokens and share <= launch.trips in (1, 2, 4, 8)
+            # The tokens copied ahead fit the shared memory of the smallest GPU, or of Hopper.
+            copied = (launch.stages - 1) * 2 * (launch.head + launch.tail) * size
+            assert copied <= (227 if capability[0] in (9, 10) else 99) * 1024
+            assert launch.stages == 3 or dim == 8192
         for launch in backward:
             assert 1 <= launch.programs <= max(1, tokens // rows)
             names = list(itertools.chain(*launch.passes))
