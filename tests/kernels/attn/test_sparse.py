@@ -258,4 +258,5 @@ def test_launches_are_sane(capability):
     ):
         launch = sparse_triton.sparse_launch(128, variant, block_q, block_k, capability)
         assert (launch.block_m, launch.block_n, launch.block_d) == (block_q, block_k, 128)
-        assert launch.num_warps in (4, 8) and launch.num_stages in (2, 3)
+        bare = (variant, block_q, block_k, capability[0]) == ("exact", 64, 64, 8)
+        assert launch.num_warps in (4, 8) and launch.num_stages in ((1,) if bare else (2, 3))
