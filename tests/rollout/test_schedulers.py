@@ -296,7 +296,7 @@ def test_wrong_use_is_refused(make):
     refused("timestep is 123.0, expected an entry of timesteps", 123)
     refused("one number for the whole batch", t[:2])
     refused("model_output is", t[0], v=X[:, :1])
-    refused("sample is .*expected a floating-point", t[0], x=X.int())
+    refused("sample is .*expected a dense floating-point", t[0], x=X.int())
     assert scheduler.step_index is None
     scheduler.step(X, t[0], X)
     refused("step 1 of 3", t[0])
