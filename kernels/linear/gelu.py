@@ -65,6 +65,11 @@ def _sum(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torc
     return x + (bias if bias.dtype == torch.float32 else cast(bias, dtype))
 
 
+def _is_recorded(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    needs = x.requires_grad or (bias is not None and bias.requires_grad)
+    return needs and torch.is_grad_enabled()
+
+
 def _by_sigmoid(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Return h·σ(2u), computed in ``dtype``."""
     slope, rows = operand(SLOPE, dtype, x.device), CHUNK * torch.get_num_threads() // x.shape[-1]
@@ -84,16 +89,13 @@ def reference(
 ) -> torch.Tensor:
     """Return y from plain PyTorch; ``upcast`` is the dtype computed in and returned."""
     x = x if upcast is None else x.to(upcast)
-    dtype = compute_dtype(x)
     if is_compiling():  # a compiler fuses the exponential, which has a faster loop than tanh
-        h = _sum(x, bias, dtype)
+        h = _sum(x, bias, compute_dtype(x))
         return cast(h * torch.sigmoid(h * (SLOPE + CUBE * h * h)), x.dtype).contiguous()
-    recorded = x.requires_grad or (bias is not None and bias.requires_grad)
-    recorded = recorded and torch.is_grad_enabled()
-    if x.numel() > FEW_ELEMENTS and x.device.type == "cpu" and not recorded:
-        return _by_sigmoid(x, bias, dtype)
+    if x.numel() > FEW_ELEMENTS and x.is_cpu and not _is_recorded(x, bias):
+        return _by_sigmoid(x, bias, compute_dtype(x))
     # Without a bias ATen widens bfloat16 and float16 inside its loop and rounds once.
-    h = x if bias is None else _sum(x, bias, dtype)
+    h = x if bias is None else _sum(x, bias, compute_dtype(x))
     # In place, unless h is x or autograd keeps it.
     keep = bias is None or h.requires_grad
     run = torch._C._nn.gelu if keep else torch._C._nn.gelu_  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ class Trajectory:
         self.index = start
         self._engine = engine
         self._inexact = engine is not None and engine.inexact
-        self._kept = list(range(start, count + 1))
+        self._kept: Sequence[int] = range(start, count + 1)
         if engine is not None and (engine.skips or engine.sets_order):
             strides = [engine.stride_at(sigma) for sigma in self._sigmas]
             self._kept = strided_steps(start, count, strides, visit)
