@@ -183,8 +183,9 @@ def forward_launch(
     # sm_100, but not what it needs to load more vectors, or the rows of float32 tokens by an index.
     indexed = indexed and itemsize > 2
     crowded = affine or indexed
-    narrow = dim <= 5120 and (crowded or (itemsize > 2 and capability[0] != 10))
-    head, tail, num_warps = tiles.split_token(dim, 24 if narrow or indexed else 40)
+    wide = itemsize > 2 and dim > 4096 and capability[0] != 10
+    narrow = indexed or (dim <= 5120 and (affine or wide))
+    head, tail, num_warps = tiles.split_token(dim, 24 if narrow else 40)
     halves = num_warps == 8 and not crowded and head + tail <= 5120  # two programs of 128 fit
     registers = 128 if halves or num_warps == 16 else 255
     wave = 4 * multiprocessors(capability)
