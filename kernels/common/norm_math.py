@@ -63,10 +63,11 @@ def normalize(
     """Return x̂, and the mean and ρ ``[..., 1]`` if the kind has them."""
     if kind == "layer":
         # Without an affine part ATen's loop is not vectorized (bench/NOTES.md has the times).
-        if is_compiling():
-            return torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        make = _unit_affine if is_plain_call() else _unit_affine.__wrapped__
-        one, zero = make(x.shape[-1], x.dtype, x.device)
+        layout = x.shape[-1], x.dtype, x.device
+        if is_plain_call():
+            one, zero = _unit_affine(*layout)
+        else:
+            one, zero = (None, None) if is_compiling() else _unit_affine.__wrapped__(*layout)
         return torch.native_layer_norm(x, x.shape[-1:], one, zero, eps)
     if kind == "rms":
         rho = rstd(x, operand(eps, x.dtype, x.device), x.dtype)
@@ -105,7 +106,7 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Te
 @functools.lru_cache
 def _unit_affine(
     dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return ones and zeros ``[D]`` that all calls share; only for plain calls."""
     with torch.inference_mode(False):
         one = torch.ones(dim, dtype=dtype, device=device)

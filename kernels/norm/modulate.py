@@ -30,6 +30,7 @@ and dy and writes d_x. The rows are few.
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from prfl_fast.kernels.common.fp8 import FP8, converts, empty_quantized, quantize, refuse_gradients
 from prfl_fast.kernels.common.modulation_rows import (
@@ -147,7 +148,9 @@ def reference_backward(
     wide = by_row(cast(x, dtype), rows, row_index)
     x_hat, mean, rho = normalize(wide, kind, eps) if need_x or need_dot else (wide, None, None)
     if need_dot:
-        dot = sum_by_row(dy * x_hat, rows, row_index)
+        # ATen's LayerNorm needs x̂ no more; in place where it is ours and no compiler fuses it.
+        spare = kind == "layer" and not is_compiling()
+        dot = sum_by_row(x_hat.mul_(dy) if spare else dy * x_hat, rows, row_index)
     d_x = None
     if need_x:
         d_hat = dy
