@@ -84,8 +84,10 @@ def _error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return max(harness.relative_error(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def block_case(context: Context) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return record, notes and failed checks of the block."""
+def block_case(
+    context: Context, seconds: float = 0.5
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return record, notes and failed checks of the block; ``seconds`` for each measurement."""
     runs, missing = _variants(context)
     notes = [f"{LABELS[name]}: not measured, {reason}." for name, reason in missing.items()]
     problems: list[str] = []
@@ -150,12 +152,12 @@ def block_case(context: Context) -> tuple[dict[str, Any], list[str], list[str]]:
         if function is infer and context.device.type == "cpu":
             # A second compilation, for inference, is not worth its time on a CPU.
             thunks = {n: t for n, t in thunks.items() if n not in ("compiled", "both")}
-        times = harness.time_side_by_side(thunks, context.device, seconds=0.5)
+        times = harness.time_side_by_side(thunks, context.device, seconds=seconds)
         record["times"][part] = {n: t.record() for n, t in times.items()}
     return record, notes, problems
 
 
-def step_case(context: Context) -> tuple[dict[str, Any], list[str]]:
+def step_case(context: Context, seconds: float = 1.0) -> tuple[dict[str, Any], list[str]]:
     """Measure one PRFL step of a model with few blocks; return its case and failed checks."""
     preset = replace(context.preset, layers=min(STEP_LAYERS, context.preset.layers))
     if context.device.type == "cpu" and preset.name == "tiny":
@@ -191,7 +193,7 @@ def step_case(context: Context) -> tuple[dict[str, Any], list[str]]:
     if difference > 10 * TOLERANCE[context.dtype]:
         problems.append(f"PRFL step: the gradient is {difference:.1e} off the unpatched model's")
     record["peak_bytes"] = {n: harness.peak_bytes(t, context.device) for n, t in thunks.items()}
-    timings = harness.time_side_by_side(thunks, context.device, seconds=1.0, at_least=3)
+    timings = harness.time_side_by_side(thunks, context.device, seconds=seconds, at_least=3)
     record["times"] = {"step": {n: t.record() for n, t in timings.items()}}
     return record, problems
 

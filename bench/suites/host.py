@@ -29,6 +29,7 @@ TINY = Preset("host", 64, 2, 128, 1, (2, 4, 8), text_tokens=8, text_dim=16)
 CPU = torch.device("cpu")
 STEPS = (40, 1000)
 SECONDS, ROUNDS = 0.4, 2000
+SECONDS_BY_WIDTH = 5.0  # a step takes a second at D = 512
 WIDTHS, DTYPES = (64, 256, 512), (torch.float32, torch.bfloat16)
 # Compiling a block is slow, so each dtype is compiled at one width.
 COMPILED = ((64, torch.float32), (256, torch.bfloat16))
@@ -161,7 +162,7 @@ def by_width(context: Context) -> tuple[list[dict[str, Any]], list[str]]:
             sized = replace(context, preset=preset, baselines=baselines, set_dtype=dtype)
             for make in (block.block_case, block.step_case)[: 1 + step]:
                 torch._dynamo.reset()  # else the ninth variant of a function would run eager
-                record, *_, found = make(sized)
+                record, *_, found = make(sized, SECONDS_BY_WIDTH)
                 records.append(record | {"dtype": str(dtype).removeprefix("torch.")})
                 problems += [f"D {dim}, {dtype}: {problem}" for problem in found]
     return records, problems

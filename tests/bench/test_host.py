@@ -45,6 +45,7 @@ def test_a_floor_computes_what_the_operation_does(name):
 def test_a_block_and_a_step_by_width_and_dtype(monkeypatch, one_round):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(host, "WIDTHS", (32,))
+    monkeypatch.setattr(host, "SECONDS_BY_WIDTH", 0.1)
     records, problems = host.by_width(make_context(baselines=("eager",)))
     assert problems == []
     found = [(r["case"], r["dim"], r["dtype"]) for r in records]
