@@ -22,7 +22,7 @@ from prfl_fast.kernels import (
     rms_norm,
     rope_table,
 )
-from prfl_fast.models.block_autograd import NormAttention, project
+from prfl_fast.models.block_autograd import norm_attention, project
 from prfl_fast.models.block_node import BlockNode, make_node
 from prfl_fast.models.block_passes import Block, apply
 from prfl_fast.utils.checks import check
@@ -104,7 +104,7 @@ def project_out(to_out: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def self_attention(
-    parts: Any, x: Any, rope: Rope, attend: Callable[..., torch.Tensor] = NormAttention.apply
+    parts: Any, x: Any, rope: Rope, attend: Callable[..., torch.Tensor] = norm_attention
 ) -> torch.Tensor:
     """Apply q/k/v projections, whole-D RMSNorm and RoPE on q and k, attention, output projection.
 
@@ -114,7 +114,7 @@ def self_attention(
             fused q/k/v projections are used when present).
         x: ``[B, L, D]``, input of the projections, e.g. normalized and modulated.
         rope: position embedding of the tokens.
-        attend: called in place of ``NormAttention.apply``, with the same arguments.
+        attend: called in place of ``norm_attention``, with the same arguments.
 
     Returns:
         ``[B, L, D]``.
@@ -210,7 +210,7 @@ def cross_attention(
     heads, eps, weights = parts.heads, parts.norm_q.eps, (parts.norm_q.weight, parts.norm_k.weight)
     rope = (None, None, None, (0, 0, 0))
     more = (lengths,) if extra_k is None else (None, extra_k, extra_v)
-    out = NormAttention.apply(q, k, v, *weights, *rope, heads, eps, *more)
+    out = norm_attention(q, k, v, *weights, *rope, heads, eps, *more)
     return project_out(parts.to_out, out)
 
 
@@ -244,7 +244,7 @@ class BlockParts(NamedTuple):
         chunk: tokens per pass of the feed-forward; None for all.
         kind: kind of these two norms, see :func:`prfl_fast.kernels.norm_modulate`.
         norm, attend, feed: replacements of :func:`prfl_fast.kernels.norm_modulate` before the
-            self-attention, of ``NormAttention.apply``, and of :func:`feed_forward`.
+            self-attention, of ``norm_attention``, and of :func:`feed_forward`.
         node: the block as one function, see :func:`known_parts`; None runs the parts one by one.
     """
 
@@ -257,7 +257,7 @@ class BlockParts(NamedTuple):
     chunk: int | None = None
     kind: str = "layer"
     norm: Callable[..., Any] = norm_modulate
-    attend: Callable[..., torch.Tensor] = NormAttention.apply
+    attend: Callable[..., torch.Tensor] = norm_attention
     feed: Callable[..., torch.Tensor] = feed_forward
     node: BlockNode | None = None
 

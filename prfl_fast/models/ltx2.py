@@ -11,7 +11,7 @@ import torch
 from prfl_fast.kernels import gated_residual, norm_modulate, residual_norm_modulate
 from prfl_fast.models.adapter import Conditions
 from prfl_fast.models.block_adapter import Replacements
-from prfl_fast.models.block_autograd import NormAttention, project
+from prfl_fast.models.block_autograd import norm_attention, project
 from prfl_fast.models.blocks import Modulation, Rope, feed_forward, project_out
 from prfl_fast.models.family_adapter import Expected, warn_not_fused, why_not_fused
 from prfl_fast.models.ltx import LTXVideoAdapter, valid_first
@@ -106,11 +106,11 @@ def _attend(
         q, k, *weights = (_paired(x, attn.heads) for x in (q, k, *weights))
     numbers = None, (0, 0, 0), attn.heads, attn.norm_q.eps, lengths
     if rope is None:
-        out = NormAttention.apply(q, k, v, *weights, None, None, *numbers)
+        out = norm_attention(q, k, v, *weights, None, None, *numbers)
     else:
         parts = [x.chunk(len(rope.cos)) for x in (q, k, v)]  # one, or one for each sample
         found = [
-            NormAttention.apply(*qkv, *weights, cos, sin, *numbers)
+            norm_attention(*qkv, *weights, cos, sin, *numbers)
             for *qkv, cos, sin in zip(*parts, rope.cos, rope.sin, strict=True)
         ]
         out = found[0] if len(found) == 1 else torch.cat(found)

@@ -125,7 +125,7 @@ class SequenceShards:
         v: torch.Tensor,
         *norm_and_rope: Any,
     ) -> torch.Tensor:
-        """Compute ``NormAttention`` of this rank's tokens ``[B, l, D]``, with its arguments."""
+        """Compute ``norm_attention`` of this rank's tokens ``[B, l, D]``, with its arguments."""
         q_weight, k_weight, cos, sin, grid, offset, heads, eps = norm_and_rope
         rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
         # The norm is over all heads, so it precedes the exchange of q and k, beside that of v.

@@ -81,7 +81,7 @@ class SparseAttention:
         eight_bits: bool,
         sharded: bool,
     ) -> Callable[..., torch.Tensor] | None:
-        """Return a function called in place of ``NormAttention.apply``; None for dense attention.
+        """Return a function called in place of ``norm_attention``; None for dense attention.
 
         Args:
             layer: number of the transformer block.
@@ -181,7 +181,7 @@ def _normed(q: Any, k: Any, norm_and_rope: tuple[Any, ...]) -> tuple[Any, Any]:
 def _attend(
     plan: _Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
 ) -> torch.Tensor:
-    """Compute ``NormAttention`` with the lists of ``plan``."""
+    """Compute ``norm_attention`` with the lists of ``plan``."""
     q, k = _normed(q, k, norm_and_rope)
     return _sparse(plan, q, k, v, norm_and_rope[-2])
 
@@ -229,7 +229,7 @@ def _compare(
 def eight_bit_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
 ) -> torch.Tensor:
-    """Compute ``NormAttention`` with 8-bit products, in a kernel that takes 16-bit tensors."""
+    """Compute ``norm_attention`` with 8-bit products, in a kernel that takes 16-bit tensors."""
     dtype, half = q.dtype, half_of(q.dtype)
     q, k = _normed(q, k, norm_and_rope)
     heads = norm_and_rope[-2]

@@ -5,7 +5,7 @@ import torch
 from op_checks import assert_same_bits, saved_bytes
 
 from prfl_fast.kernels import attention, qk_norm_rope, rope_table
-from prfl_fast.models.block_autograd import NormAttention
+from prfl_fast.models.block_autograd import norm_attention
 
 HEADS, DIM, GRID = 2, 32, (2, 3, 4)
 LENGTH = 24
@@ -31,7 +31,7 @@ def in_two_steps(q, k, v, q_weight, k_weight, **turn):
 
 
 def in_one_step(*tensors, cos=None, sin=None, grid=None, offset=(0, 0, 0)):
-    return NormAttention.apply(*tensors, cos, sin, grid, offset, HEADS, 1e-6)
+    return norm_attention(*tensors, cos, sin, grid, offset, HEADS, 1e-6)
 
 
 NEEDED = [NAMES, ("q", "k", "v"), ("q",), ("v",), ("q_weight",), ("k_weight", "v")]
@@ -81,7 +81,7 @@ def image_in_two_steps(q, k, v, q_weight, k_weight, *extra):
 
 def image_in_one_step(*tensors):
     rope = (None, None, None, (0, 0, 0))
-    return NormAttention.apply(*tensors[:5], *rope, HEADS, 1e-6, None, *tensors[5:])
+    return norm_attention(*tensors[:5], *rope, HEADS, 1e-6, None, *tensors[5:])
 
 
 IMAGE_NEEDED = [(*NAMES, "extra_k", "extra_v"), ("q",), ("extra_k",), ("v", "extra_v"), ("k",)]
