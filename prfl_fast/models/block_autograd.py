@@ -21,46 +21,47 @@ def scale_of(q: torch.Tensor, heads: int) -> float:
     return 1 / math.sqrt(q.shape[-1] // heads)
 
 
-def norm_attention(*args: Any) -> torch.Tensor:
+def norm_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any, ctx: Any = None
+) -> torch.Tensor:
     """Compute RMSNorm, RoPE and attention: ``attention(*qk_norm_rope(q, k, ...), v)[0]``.
 
     Arguments are ``q, k, v, q_weight, k_weight, cos, sin, grid, offset, heads, eps``, and
     optionally ``key_lengths, extra_k, extra_v``. They and errors are those of
     :func:`prfl_fast.kernels.qk_norm_rope` and :func:`prfl_fast.kernels.attention`; ``cos``, ``sin``
     and ``grid`` are None without RoPE. The result is ``[B, Lq, D]``. The backward recomputes the
-    normed q and k, and the output of the second key set, which should be short.
+    normed q and k, and the output of the second key set, which should be short. ``ctx`` saves
+    tensors for it.
     """
-    # A function that records nothing costs as much host time as an operation.
-    if torch.is_grad_enabled():
-        return _NormAttention.apply(*args)  # type: ignore[no-any-return]
-    return _NormAttention.forward(None, *args)
+    # An autograd function that records nothing takes as much host time as an operation.
+    if ctx is None and torch.is_grad_enabled():
+        return _NormAttention.apply(q, k, v, *norm_and_rope)  # type: ignore[no-any-return]
+    q_weight, k_weight, cos, sin, grid, offset, heads, eps, *more = norm_and_rope
+    key_lengths, extra_k, extra_v = (*more, None, None, None)[:3]
+    rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
+    normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
+    # The operator, because kernels.attention reads the lengths to check them.
+    scale, attend = scale_of(q, heads), OPERATORS["attention"]
+    out, lse = attend(*normed, v, heads, scale, key_lengths)
+    if ctx is not None:
+        # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
+        # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
+        tensors = (q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
+        ctx.save_for_backward(*tensors, extra_k, extra_v)
+        # The operators' last arguments are (grid, offset, heads, per_head, eps); [] is no grid.
+        ctx.numbers = (*(([], []) if grid is None else (grid, offset)), heads, False, eps)
+    if extra_k is not None:
+        out = out + attend(normed[0], extra_k, extra_v, heads, scale, None)[0]
+    return out  # type: ignore[no-any-return]
 
 
 class _NormAttention(torch.autograd.Function):
     """:func:`norm_attention` with its backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *norm_and_rope: Any
-    ) -> torch.Tensor:
-        """Return ``[B, Lq, D]``; save q and k before their norm, unless ``ctx`` is None."""
-        q_weight, k_weight, cos, sin, grid, offset, heads, eps, *more = norm_and_rope
-        key_lengths, extra_k, extra_v = (*more, None, None, None)[:3]
-        rope = {"cos": cos, "sin": sin, "grid": grid, "offset": offset}
-        normed = qk_norm_rope(q, k, q_weight, k_weight, heads=heads, eps=eps, **rope)
-        # The operator, because kernels.attention reads the lengths to check them.
-        scale, attend = scale_of(q, heads), OPERATORS["attention"]
-        out, lse = attend(*normed, v, heads, scale, key_lengths)
-        if ctx is not None:
-            # The normed q and k are not saved: a trained 14B block at 720p keeps 14.3 GB instead of
-            # 16.6 GB, for one more qk_norm_rope in its backward (bench/NOTES.md).
-            tensors = (q, k, v, q_weight, k_weight, cos, sin, key_lengths, out, lse)
-            ctx.save_for_backward(*tensors, extra_k, extra_v)
-            # The operators' last arguments are (grid, offset, heads, per_head, eps); [] is no grid.
-            ctx.numbers = (*(([], []) if grid is None else (grid, offset)), heads, False, eps)
-        if extra_k is not None:
-            out = out + attend(normed[0], extra_k, extra_v, heads, scale, None)[0]
-        return out  # type: ignore[no-any-return]
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:  # type: ignore[override]
+        """Return ``[B, Lq, D]``."""
+        return norm_attention(*args, ctx=ctx)
 
     @staticmethod
     @once_differentiable
