@@ -64,10 +64,12 @@ def normalize(
     if kind == "layer":
         # Without an affine part ATen's loop is not vectorized (bench/NOTES.md has the times).
         layout = x.shape[-1], x.dtype, x.device
+        one: torch.Tensor | None = None
+        zero: torch.Tensor | None = None
         if is_plain_call():
             one, zero = _unit_affine(*layout)
-        else:
-            one, zero = (None, None) if is_compiling() else _unit_affine.__wrapped__(*layout)
+        elif not is_compiling():
+            one, zero = _unit_affine.__wrapped__(*layout)
         return torch.native_layer_norm(x, x.shape[-1:], one, zero, eps)
     if kind == "rms":
         rho = rstd(x, operand(eps, x.dtype, x.device), x.dtype)
@@ -106,7 +108,7 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Te
 @functools.lru_cache
 def _unit_affine(
     dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ones and zeros ``[D]`` that all calls share; only for plain calls."""
     with torch.inference_mode(False):
         one = torch.ones(dim, dtype=dtype, device=device)
